@@ -33,3 +33,6 @@ pub const TYPES: &[&str] = &[
 
 /// The header's own version.
 pub const MACROS: &[&str] = &["CUDA_VERSION"];
+
+/// Function-pointer types that `src/lib.rs` declares itself, because older headers lack them.
+pub const DECLARED: &[&str] = &["PFN_cuCtxRecordEvent_v12050"];

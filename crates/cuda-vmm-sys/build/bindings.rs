@@ -74,7 +74,7 @@ fn function_types() -> impl Iterator<Item = &'static str> {
     println!("cargo::rerun-if-changed=src/functions.rs");
     include_str!("../src/functions.rs")
         .split(|character: char| !character.is_ascii_alphanumeric() && character != '_')
-        .filter(|word| word.starts_with("PFN_cu"))
+        .filter(|word| word.starts_with("PFN_cu") && !allowlist::DECLARED.contains(word))
 }
 
 fn compiler_include() -> Option<PathBuf> {

@@ -4,7 +4,8 @@ use crate::*;
 use core::ffi::{CStr, c_int};
 
 /// Names the function inside a header's nullable function-pointer type.
-trait FunctionPointer {
+pub trait FunctionPointer {
+    /// The same type without the null.
     type Function;
 }
 
