@@ -1,0 +1,91 @@
+//! `headers`: the bindings, built and tested against each version of the CUDA headers.
+
+use crate::workspace::Workspace;
+use crate::{files, machine, progress, setup, table, tests};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::time::Instant;
+
+/// The versions covered, and the wheel that holds each.
+pub const VERSIONS: [(&str, &str); 6] = [
+    ("11.8", "nvidia-cuda-runtime-cu11==11.8.89"),
+    ("12.0", "nvidia-cuda-runtime-cu12==12.0.146"),
+    ("12.4", "nvidia-cuda-runtime-cu12==12.4.127"),
+    ("12.9", "nvidia-cuda-runtime-cu12==12.9.79"),
+    ("13.0", "nvidia-cuda-runtime==13.0.96"),
+    ("13.5", "nvidia-cuda-runtime==13.5.37"),
+];
+
+/// Builds and tests `cuda-vmm-sys` against each, prints a row each, and fails if one fails.
+pub fn run(workspace: &Workspace) -> Result<()> {
+    setup::ensure(workspace, false, false)?;
+    let target = workspace.target.join("headers");
+    files::make(&target)?;
+    let mut rows = Vec::new();
+    let mut failures = Vec::new();
+    for (version, key) in VERSIONS {
+        let folder = setup::ensure_headers(workspace, version, key)?;
+        let defined = machine::cuda_version(&folder.join("include"));
+        let expected = number(version);
+        let started = Instant::now();
+        let output = progress::during(&format!("CUDA {version}: building and testing"), || {
+            workspace
+                .cargo(&["test", "--package", "cuda-vmm-sys", "--target-dir"])
+                .arg(&target)
+                .env("CUDA_HOME", &folder)
+                .env_remove("DOCS_RS")
+                .output()
+                .context("cargo could not be started")
+        })?;
+        let taken = started.elapsed();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let counts = tests::count(&text);
+        let log = target.join(format!("{version}.log"));
+        fs::write(&log, &text).with_context(|| format!("writing {}", log.display()))?;
+        let passed = output.status.success()
+            && counts.passed > 0
+            && counts.failed == 0
+            && defined.is_some()
+            && defined == expected;
+        if !passed {
+            eprintln!("{text}");
+            failures.push(format!("{version} (log: {})", workspace.short(&log)));
+        }
+        rows.push(vec![
+            version.to_owned(),
+            defined.map_or_else(|| "?".to_owned(), |number| number.to_string()),
+            if passed { "PASS" } else { "FAIL" }.to_owned(),
+            counts.passed.to_string(),
+            format!("{:.1}", taken.as_secs_f64()),
+        ]);
+    }
+    let head = ["header", "CUDA_VERSION", "state", "tests", "seconds"];
+    print!("{}", table::render(&head, &rows, &[1, 3, 4]));
+    if !failures.is_empty() {
+        bail!("failed against {}", failures.join(", "));
+    }
+    Ok(())
+}
+
+/// What `CUDA_VERSION` is for a version such as `12.4`.
+fn number(version: &str) -> Option<u32> {
+    let (major, minor) = version.split_once('.')?;
+    Some(major.parse::<u32>().ok()? * 1000 + minor.parse::<u32>().ok()? * 10)
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn every_version_has_a_number() {
+        let numbers: Vec<_> = VERSIONS
+            .iter()
+            .map(|(version, _)| number(version))
+            .collect();
+        let expected = [11080, 12000, 12040, 12090, 13000, 13050];
+        assert_eq!(numbers, expected.map(Some));
+        assert_eq!(number("13"), None);
+    }
+}
