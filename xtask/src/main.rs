@@ -1,6 +1,7 @@
 //! The project's own tasks, run as `cargo xtask <task>`.
 
 mod files;
+mod gpu_test;
 mod headers;
 mod machine;
 mod pins;
@@ -14,8 +15,12 @@ mod workspace;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use workspace::Workspace;
+
+/// The exit code of a usage error where 2 has another meaning.
+const USAGE: u8 = 64;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "The project's own tasks", version)]
@@ -43,10 +48,34 @@ enum Task {
     Test,
     /// Build and test the bindings against CUDA headers 11.8 to 13.5
     Headers,
+    /// Run the tests that need a GPU; exits with 2 where there is none
+    GpuTest {
+        /// Pack them into this folder, for a machine that has a GPU and no toolchain
+        #[arg(long, value_name = "FOLDER")]
+        bundle: Option<PathBuf>,
+        /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
+        #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u32).range(53..1000))]
+        compute_cap: u32,
+    },
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Telling why can only fail if there is nobody left to tell.
+            let _ = error.print();
+            let gpu_test = std::env::args_os()
+                .nth(1)
+                .is_some_and(|task| task == "gpu-test");
+            return match error.exit_code() {
+                0 => ExitCode::SUCCESS,
+                // For gpu-test, 2 says that rows were skipped.
+                _ if gpu_test => ExitCode::from(USAGE),
+                _ => ExitCode::from(2),
+            };
+        }
+    };
     match start(arguments.task) {
         Ok(code) => code,
         Err(error) => {
@@ -72,6 +101,10 @@ fn start(task: Task) -> Result<ExitCode> {
         }
         Task::Test => tests::run(&workspace)?,
         Task::Headers => headers::run(&workspace)?,
+        Task::GpuTest {
+            bundle,
+            compute_cap,
+        } => return gpu_test::run(&workspace, bundle.as_deref(), compute_cap),
     }
     Ok(ExitCode::SUCCESS)
 }
