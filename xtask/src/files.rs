@@ -21,7 +21,6 @@ pub fn merge_into(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Copies the tree at `from` to `to`.
-#[allow(dead_code)]
 pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     make(to)?;
     for (name, path) in entries(from)? {

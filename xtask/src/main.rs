@@ -1,9 +1,12 @@
 //! The project's own tasks, run as `cargo xtask <task>`.
 
+mod ci;
+mod consumers;
 mod files;
 mod gpu_test;
 mod headers;
 mod machine;
+mod package;
 mod pins;
 mod progress;
 mod setup;
@@ -46,6 +49,10 @@ enum Task {
     },
     /// Run every test that needs no GPU
     Test,
+    /// Run every check: the tests, formatting, lints, documentation, packages, consumers, headers
+    Ci,
+    /// Pack the library crates, and build and run small programs that depend on the packages
+    Consumers,
     /// Build and test the bindings against CUDA headers 11.8 to 13.5
     Headers,
     /// Run the tests that need a GPU; exits with 2 where there is none
@@ -100,6 +107,11 @@ fn start(task: Task) -> Result<ExitCode> {
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
         }
         Task::Test => tests::run(&workspace)?,
+        Task::Ci => ci::run(&workspace)?,
+        Task::Consumers => {
+            package::run(&workspace)?;
+            consumers::run(&workspace)?;
+        }
         Task::Headers => headers::run(&workspace)?,
         Task::GpuTest {
             bundle,
