@@ -26,7 +26,7 @@ use workspace::Workspace;
 const USAGE: u8 = 64;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "The project's own tasks", version)]
+#[command(name = "cargo xtask", about = "The project's own tasks")]
 struct Arguments {
     #[command(subcommand)]
     task: Task,

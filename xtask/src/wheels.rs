@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const NEEDS: &str = "xtask brings what is missing with `python3 -m pip`, which needs no root.\n\
-     To mend it, either\n  \
-     - install Python 3 and its pip (for example `apt-get install python3-pip`), or\n  \
-     - install libclang and the CUDA headers yourself, and set LIBCLANG_PATH and CUDA_HOME to their folders.";
+     Install Python 3 and its pip (for example `apt-get install python3-pip`).";
+const ELSE: &str = "Or install libclang and the CUDA headers yourself, and set LIBCLANG_PATH and CUDA_HOME to their folders.";
 
 /// Fails with advice unless `python3 -m pip` answers.
 pub fn check_pip() -> Result<()> {
@@ -21,10 +20,12 @@ pub fn check_pip() -> Result<()> {
     {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => bail!(
-            "python3 is here, but `python3 -m pip` does not work: {}\n{NEEDS}",
+            "python3 is here, but `python3 -m pip` does not work: {}\n{NEEDS}\n{ELSE}",
             String::from_utf8_lossy(&output.stderr).trim()
         ),
-        Err(error) if error.kind() == ErrorKind::NotFound => bail!("there is no python3.\n{NEEDS}"),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            bail!("there is no python3.\n{NEEDS}\n{ELSE}")
+        }
         Err(error) => Err(error).context("python3 could not be started"),
     }
 }
@@ -50,7 +51,8 @@ pub fn bring(pin: &Pin, work: &Path) -> Result<PathBuf> {
             .context("python3 could not be started")?;
         ensure!(
             output.status.success(),
-            "pip could not download {}:\n{}\n{NEEDS}",
+            "pip could not download {}:\n{}\n\
+             `python3 -m pip config list` shows which index it asked.\n{ELSE}",
             pin.key,
             String::from_utf8_lossy(&output.stderr).trim()
         );
