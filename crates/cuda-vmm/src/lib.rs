@@ -1,1 +1,71 @@
-//! Not written yet.
+//! CUDA virtual memory management that is safe, and two pools built on it.
+//!
+//! A program reserves far more device address space than it has memory and backs only the part that
+//! is in use. The vocabulary, from the bottom up:
+//!
+//! - [`Driver`] and [`Device`]: the table of driver calls, and one GPU behind it. With the feature
+//!   `simulator` the table can be answered by host memory, so that the same program runs, and is
+//!   tested, where there is no GPU.
+//! - [`Reservation`], [`PhysicalMemory`], [`Mapping`]: one noun for each thing the driver hands out.
+//!   Dropping gives it back; `close` does the same and returns the error.
+//! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and what may
+//!   be asked when.
+//! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps what
+//!   the device may still use, and loses nothing when a call fails.
+//! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one limit.
+//!
+//! ```
+//! # #[cfg(feature = "simulator")] {
+//! use cuda_vmm::{Driver, VirtualMemoryPool};
+//!
+//! let device = Driver::detect()?.device(0)?;
+//! let pool = VirtualMemoryPool::new(&device, 128 << 30, 2 << 20)?;
+//! let address = pool.allocate(0, 1 << 30)?;
+//! assert_eq!(pool.physical_memory_usage(), 1 << 30);
+//! println!("1 GiB of 128 at {address:#x} on {}", device.name());
+//! pool.deallocate(0, 1 << 30)?;
+//! # }
+//! # Ok::<(), cuda_vmm::VmmError>(())
+//! ```
+//!
+//! # What this crate does not do
+//! It launches no kernels, schedules nothing and knows no tensors; memory comes back as addresses.
+//! Reading or writing through an address is the caller's, and unsafe. No unified (managed) memory.
+//! Linux only: elsewhere the crate compiles and opening a driver is [`VmmError::Load`].
+
+#![deny(unsafe_code)]
+
+mod capture;
+mod device;
+mod driver;
+mod engine;
+mod error;
+mod fence;
+mod mapping;
+mod physical;
+mod pool;
+mod quarantine;
+mod reservation;
+mod share;
+mod size;
+mod stream;
+
+pub use capture::CaptureGuard;
+pub use cuda_vmm_sys as sys;
+pub use device::Device;
+pub use driver::{Driver, DriverKind, DriverVersion};
+pub use engine::{Engine, EngineOptions, EngineStats, StepReport, WorkerMode};
+pub use error::{CloseError, DriverError, Result, VmmError};
+pub use fence::Fence;
+pub use mapping::{Access, Mapping};
+pub use physical::PhysicalMemory;
+pub use pool::{ModelOptions, PoolStats, SharedMemoryPool, SharedPoolOptions, VirtualMemoryPool};
+pub use reservation::Reservation;
+pub use stream::Stream;
+
+#[cfg(feature = "simulator")]
+pub use cuda_vmm_sim as sim;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

@@ -1,0 +1,127 @@
+//! What may be asked of the driver while a stream is being captured.
+//!
+//! # Safety
+//! The one unsafe call exchanges the calling thread's capture mode and takes a place on the stack.
+#![allow(unsafe_code)]
+
+use crate::driver::{Driver, call};
+use crate::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUstreamCaptureMode};
+use core::marker::PhantomData;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Default)]
+struct Declared {
+    captures: usize,
+    synchronising: usize,
+}
+
+static DECLARED: Mutex<Declared> = Mutex::new(Declared {
+    captures: 0,
+    synchronising: 0,
+});
+static CHANGED: Condvar = Condvar::new();
+
+fn declared() -> MutexGuard<'static, Declared> {
+    DECLARED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Declares that a stream is being captured into a graph, in this process, until it is dropped.
+///
+/// A context synchronise kills every capture under way on that context, whatever the capture's mode,
+/// and the driver gives no way to ask whether there is one. So hold a guard around
+/// `cuStreamBeginCapture` … `cuStreamEndCapture`: meanwhile this crate does nothing that would kill the
+/// capture. Memory that can only be given back after a context synchronise stays where it is until
+/// the guard is gone.
+#[derive(Debug)]
+#[must_use = "the capture is declared only while the guard lives"]
+pub struct CaptureGuard(());
+
+impl CaptureGuard {
+    /// Declares a capture. Waits for a context synchronise of this crate that is under way.
+    pub fn new() -> Self {
+        let mut state = declared();
+        state.captures += 1;
+        while state.synchronising > 0 {
+            state = CHANGED.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Self(())
+    }
+
+    /// Whether any capture is declared now.
+    pub(crate) fn any() -> bool {
+        declared().captures > 0
+    }
+
+    /// Waits until no capture is declared, and holds new ones back while the result lives.
+    pub(crate) fn wait_for_none() -> NoCapture {
+        let mut state = declared();
+        while state.captures > 0 {
+            state = CHANGED.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.synchronising += 1;
+        NoCapture(())
+    }
+
+    /// As [`wait_for_none`](Self::wait_for_none), or `None` if a capture is declared.
+    pub(crate) fn try_none() -> Option<NoCapture> {
+        let mut state = declared();
+        (state.captures == 0).then(|| {
+            state.synchronising += 1;
+            NoCapture(())
+        })
+    }
+}
+
+impl Default for CaptureGuard {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for CaptureGuard {
+    fn drop(&mut self) {
+        declared().captures -= 1;
+        CHANGED.notify_all();
+    }
+}
+
+/// No capture is declared, and none will be while this lives.
+pub(crate) struct NoCapture(());
+
+impl Drop for NoCapture {
+    fn drop(&mut self) {
+        declared().synchronising -= 1;
+        CHANGED.notify_all();
+    }
+}
+
+/// Sets this thread's capture mode to relaxed until it is dropped, so that queries and waits do not
+/// kill captures of other streams (`cuThreadExchangeStreamCaptureMode`).
+pub(crate) struct Relaxed<'a> {
+    driver: &'a Driver,
+    before: CUstreamCaptureMode,
+    /// The mode is the thread's, so the value must stay on its thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl<'a> Relaxed<'a> {
+    pub(crate) fn new(driver: &'a Driver) -> crate::Result<Self> {
+        let mut mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: `mode` is a valid place; the driver swaps it with the thread's mode.
+        unsafe { call!(driver, cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+        Ok(Self {
+            driver,
+            before: mode,
+            not_send: PhantomData,
+        })
+    }
+}
+
+impl Drop for Relaxed<'_> {
+    fn drop(&mut self) {
+        let mut mode = self.before;
+        // Cannot fail for a mode that the driver itself handed out.
+        // SAFETY: as in `new`.
+        let _ = unsafe { call!(self.driver, cuThreadExchangeStreamCaptureMode(&mut mode)) };
+    }
+}

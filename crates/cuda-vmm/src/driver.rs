@@ -1,0 +1,303 @@
+//! The table of driver calls, real or simulated, and the one door from its codes to errors.
+//!
+//! # Safety
+//! The unsafe code here calls entry points that take no memory of ours but out-parameters on the
+//! stack, and the invariant is that of [`Driver::from_table`]: the table's pointers stay valid while
+//! any clone of the driver lives.
+#![allow(unsafe_code)]
+
+use crate::device::{self, Device};
+use crate::sys::{self, CUresult, DriverFunction, DriverTable};
+use crate::{DriverError, Result, VmmError};
+use core::ffi::CStr;
+use core::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+#[cfg(feature = "simulator")]
+use cuda_vmm_sim::{SimConfig, Simulator};
+
+/// Whether a driver drives a GPU or stands in for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverKind {
+    /// NVIDIA's driver.
+    Real,
+    /// A table answered by host memory.
+    Simulated,
+}
+
+impl fmt::Display for DriverKind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Real => "real driver",
+            Self::Simulated => "simulated driver",
+        })
+    }
+}
+
+/// The CUDA version that a driver implements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DriverVersion {
+    /// 13 of 13.0.
+    pub major: u32,
+    /// 0 of 13.0.
+    pub minor: u32,
+}
+
+impl fmt::Display for DriverVersion {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// An opened driver; a cheap clone around its table of calls.
+#[derive(Clone)]
+pub struct Driver(Arc<Inner>);
+
+struct Inner {
+    table: DriverTable,
+    kind: DriverKind,
+    version: DriverVersion,
+    process: u32,
+    devices: Mutex<Vec<Weak<device::Inner>>>,
+    #[cfg(feature = "simulator")]
+    simulator: Option<Simulator>,
+}
+
+impl Driver {
+    /// Opens NVIDIA's driver: `CUDA_VMM_DRIVER_PATH`, or else `libcuda.so.1`, and `cuInit`.
+    ///
+    /// The driver is opened once; later calls return clones of the first.
+    ///
+    /// # Errors
+    /// [`VmmError::Load`] if the library or an entry point is missing, [`VmmError::Driver`] if
+    /// `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
+    pub fn cuda() -> Result<Self> {
+        static OPENED: OnceLock<Driver> = OnceLock::new();
+        static OPENING: Mutex<()> = Mutex::new(());
+        if let Some(driver) = OPENED.get() {
+            return Ok(driver.clone());
+        }
+        let _opening = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = OPENED.get() {
+            return Ok(driver.clone());
+        }
+        let table = sys::load()?;
+        // SAFETY: `load` fills the table from the driver library and never unloads it.
+        let driver = unsafe { Self::from_table(table, DriverKind::Real) }?;
+        Ok(OPENED.get_or_init(|| driver).clone())
+    }
+
+    /// Starts a simulated driver of its own memory and devices; it ends with its last clone.
+    ///
+    /// # Errors
+    /// [`VmmError::Simulator`] if too many live at once or the host refuses memory.
+    #[cfg(feature = "simulator")]
+    pub fn simulated(config: SimConfig) -> Result<Self> {
+        let simulator = Simulator::new(config)?;
+        // SAFETY: the simulator's table is valid while a clone of it lives, and `Inner` keeps one.
+        unsafe {
+            Self::open(
+                simulator.table(),
+                DriverKind::Simulated,
+                Some(simulator.clone()),
+            )
+        }
+    }
+
+    /// The real driver where a GPU answers, otherwise a simulated one.
+    ///
+    /// It simulates only where the driver library is missing or reports no device; any other failure
+    /// is returned. [`kind`](Self::kind) says what was chosen. Meant for demonstrations and tests: a
+    /// program that wants a GPU calls [`cuda`](Self::cuda).
+    ///
+    /// # Errors
+    /// As [`cuda`](Self::cuda), but for a missing library and for no device.
+    #[cfg(feature = "simulator")]
+    pub fn detect() -> Result<Self> {
+        match Self::cuda().and_then(|driver| Ok((driver.device_count()?, driver))) {
+            Ok((count, driver)) if count > 0 => Ok(driver),
+            Ok(_) => Self::simulated(SimConfig::new()),
+            Err(VmmError::Load(
+                sys::LoadError::LibraryMissing { .. } | sys::LoadError::Unsupported,
+            )) => Self::simulated(SimConfig::new()),
+            Err(error) if error.driver_code() == Some(sys::CUDA_ERROR_NO_DEVICE) => {
+                Self::simulated(SimConfig::new())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a driver of any table, and calls its `cuInit`.
+    ///
+    /// # Errors
+    /// What `cuInit` or `cuDriverGetVersion` answer.
+    ///
+    /// # Safety
+    /// Every pointer of the table must keep the contract of the CUDA function of that name and stay
+    /// valid while any clone of the driver, or anything made from one, lives.
+    pub unsafe fn from_table(table: DriverTable, kind: DriverKind) -> Result<Self> {
+        // SAFETY: the caller's promise is the one that `open` asks for.
+        unsafe {
+            Self::open(
+                table,
+                kind,
+                #[cfg(feature = "simulator")]
+                None,
+            )
+        }
+    }
+
+    /// # Safety
+    /// As [`from_table`](Self::from_table); a simulator given here keeps the table valid.
+    unsafe fn open(
+        table: DriverTable,
+        kind: DriverKind,
+        #[cfg(feature = "simulator")] simulator: Option<Simulator>,
+    ) -> Result<Self> {
+        let mut inner = Inner {
+            table,
+            kind,
+            version: DriverVersion { major: 0, minor: 0 },
+            process: std::process::id(),
+            devices: Mutex::default(),
+            #[cfg(feature = "simulator")]
+            simulator,
+        };
+        // SAFETY: takes no pointers.
+        inner.check(DriverFunction::cuInit, unsafe { (table.cuInit)(0) })?;
+        let mut version = 0;
+        // SAFETY: `version` is a valid place for the answer.
+        inner.check(DriverFunction::cuDriverGetVersion, unsafe {
+            (table.cuDriverGetVersion)(&mut version)
+        })?;
+        let version = u32::try_from(version).unwrap_or_default();
+        inner.version = DriverVersion {
+            major: version / 1000,
+            minor: version % 1000 / 10,
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// Real or simulated.
+    pub fn kind(&self) -> DriverKind {
+        self.0.kind
+    }
+
+    /// The CUDA version that the driver implements (`cuDriverGetVersion`).
+    pub fn version(&self) -> DriverVersion {
+        self.0.version
+    }
+
+    /// How many devices there are (`cuDeviceGetCount`).
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`], [`VmmError::Forked`].
+    pub fn device_count(&self) -> Result<usize> {
+        let mut count = 0;
+        // SAFETY: `count` is a valid place for the answer.
+        unsafe { call!(self, cuDeviceGetCount(&mut count)) }?;
+        Ok(usize::try_from(count).unwrap_or_default())
+    }
+
+    /// The device of this number, with its primary context retained while any clone lives.
+    ///
+    /// # Errors
+    /// [`VmmError::InvalidDevice`]; [`VmmError::UnsupportedDevice`] if it has no virtual memory
+    /// management; [`VmmError::Driver`], [`VmmError::Forked`].
+    pub fn device(&self, ordinal: usize) -> Result<Device> {
+        // Held while the device is opened, so that a device is opened once and its quarantine and
+        // its engines are known in one place.
+        let mut devices = self
+            .0
+            .devices
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let count = self.device_count()?;
+        if ordinal >= count {
+            return Err(VmmError::InvalidDevice { ordinal, count });
+        }
+        let known = devices.len();
+        devices.resize_with(count.max(known), Weak::new);
+        if let Some(inner) = devices[ordinal].upgrade() {
+            return Ok(Device::from_inner(inner));
+        }
+        let device = Device::open(self.clone(), ordinal)?;
+        devices[ordinal] = device.downgrade();
+        Ok(device)
+    }
+
+    /// The table of calls. Calling through it is as unsafe as calling CUDA.
+    pub fn table(&self) -> &DriverTable {
+        &self.0.table
+    }
+
+    /// The simulator behind a driver made by [`simulated`](Self::simulated), to observe and disturb it.
+    #[cfg(feature = "simulator")]
+    pub fn simulator(&self) -> Option<&Simulator> {
+        self.0.simulator.as_ref()
+    }
+
+    /// Whether two drivers are clones of one.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Fails in a process that was forked from the one that opened the driver.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if std::process::id() == self.0.process {
+            Ok(())
+        } else {
+            Err(VmmError::Forked)
+        }
+    }
+
+    /// The one door from a driver's code to a result.
+    pub(crate) fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
+        self.0.check(call, code)
+    }
+}
+
+impl Inner {
+    fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
+        if code == sys::CUDA_SUCCESS {
+            return Ok(());
+        }
+        let mut text = core::ptr::null();
+        // SAFETY: `text` is a valid place; on success the driver puts a static C string there.
+        let name = unsafe {
+            if (self.table.cuGetErrorName)(code, &mut text) == sys::CUDA_SUCCESS && !text.is_null()
+            {
+                CStr::from_ptr(text).to_string_lossy().into_owned()
+            } else {
+                "unknown error".to_owned()
+            }
+        };
+        tracing::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
+        Err(DriverError { call, code, name }.into())
+    }
+}
+
+impl fmt::Debug for Driver {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "Driver({}, CUDA {})",
+            self.0.kind, self.0.version
+        )
+    }
+}
+
+/// Calls an entry point of the driver's table and turns its code into a `Result`.
+macro_rules! call {
+    ($driver:expr, $function:ident($($argument:expr),* $(,)?)) => {{
+        let driver: &$crate::driver::Driver = $driver;
+        match driver.check_process() {
+            Ok(()) => driver.check(
+                $crate::sys::DriverFunction::$function,
+                (driver.table().$function)($($argument),*),
+            ),
+            Err(error) => Err(error),
+        }
+    }};
+}
+pub(crate) use call;

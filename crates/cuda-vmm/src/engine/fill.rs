@@ -1,0 +1,182 @@
+//! Backing pages: create, map, set access, and undo it all if one call fails.
+
+use super::pages::Survey;
+use super::policy::cut;
+use super::{Inner, RangeId, State};
+use crate::mapping::MapFailure;
+use crate::size::Extent;
+use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
+use core::ops::Range;
+use std::sync::{Arc, MutexGuard};
+
+/// What a failed filling could not undo, and why it failed.
+struct Failure {
+    error: VmmError,
+    still_mapped: Vec<(Range<usize>, Mapping)>,
+    unreleased: Vec<PhysicalMemory>,
+}
+
+impl Failure {
+    fn new(error: VmmError) -> Self {
+        Self {
+            error,
+            still_mapped: Vec::new(),
+            unreleased: Vec::new(),
+        }
+    }
+
+    /// Undoes one chunk, or keeps what cannot be undone.
+    fn undo(&mut self, pages: Range<usize>, mapping: Mapping) {
+        match mapping.unmap() {
+            Ok(memory) => self.release(memory),
+            Err(failure) => self.still_mapped.push((pages, failure.object)),
+        }
+    }
+
+    fn release(&mut self, memory: Arc<PhysicalMemory>) {
+        if let Some(Err(failure)) = Arc::into_inner(memory).map(PhysicalMemory::close) {
+            self.unreleased.push(failure.object);
+        }
+    }
+}
+
+/// What is needed of a range to back its pages, without the lock.
+struct Target {
+    reservation: Arc<Reservation>,
+    access: Arc<[(Device, Access)]>,
+    page_bytes: usize,
+}
+
+impl Inner {
+    /// Backs the missing pages of an extent, for which the account is charged already, and makes its bytes
+    /// live. On failure the state is what it was, but for what the driver would not take back.
+    pub(super) fn fill(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        id: RangeId,
+        extent: Extent,
+        survey: &Survey,
+    ) -> Result<()> {
+        let bytes = extent.range();
+        let Some(range) = state.ranges.get_mut(&id) else {
+            return Err(VmmError::Closed);
+        };
+        range.pages.begin(&bytes, survey);
+        if survey.missing.is_empty() {
+            range.pages.finish(&bytes, survey, []);
+            return Ok(());
+        }
+        let target = Target {
+            reservation: range.reservation.clone(),
+            access: range.access.clone(),
+            page_bytes: range.page_bytes,
+        };
+        drop(state);
+        let made = self.back(&target, extent, survey);
+        let mut state = self.lock();
+        // The range cannot have gone: closing waits for what is filling.
+        let Some(range) = state.ranges.get_mut(&id) else {
+            return Err(VmmError::Closed);
+        };
+        match made {
+            Ok(chunks) => {
+                range.pages.finish(&bytes, survey, chunks);
+                self.unlock_changed(state);
+                Ok(())
+            }
+            Err(failure) => {
+                let account = range.account;
+                let kept_bytes = failure
+                    .still_mapped
+                    .iter()
+                    .map(|(pages, _)| pages.len() * target.page_bytes)
+                    .chain(failure.unreleased.iter().map(PhysicalMemory::bytes))
+                    .sum::<usize>();
+                let orphans = range.pages.abort(&bytes, survey, failure.still_mapped);
+                let charged_bytes = survey.missing_pages() * target.page_bytes;
+                state.ledger.refund(account, charged_bytes - kept_bytes);
+                let unreleased = failure.unreleased.into_iter();
+                state
+                    .unreleased
+                    .extend(unreleased.map(|memory| (account, memory)));
+                self.retire(state, id, orphans);
+                if kept_bytes > 0 {
+                    self.worker.wake(self, false);
+                }
+                Err(failure.error)
+            }
+        }
+    }
+
+    /// Makes chunks for all missing pages, or none.
+    fn back(
+        &self,
+        target: &Target,
+        extent: Extent,
+        survey: &Survey,
+    ) -> Result<Vec<(Range<usize>, Mapping)>, Failure> {
+        let ask_pages = extent.pages(target.page_bytes).len();
+        let largest = self.chunk_pages(ask_pages, target.page_bytes);
+        let mut made = Vec::with_capacity(survey.missing_pages() / largest + survey.missing.len());
+        // Chunks still to be made, the next one last.
+        let mut left: Vec<_> = survey
+            .missing
+            .iter()
+            .flat_map(|run| cut(run.clone(), largest))
+            .collect();
+        left.reverse();
+        let mut relieved = false;
+        while let Some(pages) = left.pop() {
+            let mut failure = match self.make(target, &pages) {
+                Ok(mapping) => {
+                    made.push((pages, mapping));
+                    continue;
+                }
+                Err(failure) => failure,
+            };
+            let nothing_stuck = failure.still_mapped.is_empty() && failure.unreleased.is_empty();
+            if failure.error.is_out_of_memory() && nothing_stuck {
+                // The budget had room but the device has not: all engines of the device give up what they
+                // can spare, once, and then smaller chunks may still find room.
+                if !relieved {
+                    relieved = true;
+                    self.device
+                        .engines()
+                        .iter()
+                        .for_each(|engine| engine.inner().relieve());
+                    self.device.retry_quarantine();
+                    left.push(pages);
+                    continue;
+                }
+                if pages.len() > 1 {
+                    let middle = pages.start + pages.len() / 2;
+                    left.extend([middle..pages.end, pages.start..middle]);
+                    continue;
+                }
+            }
+            for (pages, mapping) in made.into_iter().rev() {
+                failure.undo(pages, mapping);
+            }
+            return Err(failure);
+        }
+        Ok(made)
+    }
+
+    /// Makes one chunk.
+    fn make(&self, target: &Target, pages: &Range<usize>) -> Result<Mapping, Failure> {
+        let memory = PhysicalMemory::new(&self.device, pages.len() * target.page_bytes)
+            .map(Arc::new)
+            .map_err(Failure::new)?;
+        let offset = pages.start * target.page_bytes;
+        Mapping::try_new(&target.reservation, offset, &memory, &target.access).map_err(
+            |MapFailure { error, stuck }| {
+                let mut failure = Failure::new(error);
+                match stuck {
+                    Some(mapping) => failure.still_mapped.push((pages.clone(), mapping)),
+                    None => failure.release(memory),
+                }
+                failure
+            },
+        )
+    }
+}

@@ -1,0 +1,130 @@
+//! A set of integers kept as merged intervals.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use core::ops::Range;
+use std::collections::BTreeMap;
+
+/// Merged, disjoint, non-empty intervals: neighbours that touch are one.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Intervals(BTreeMap<usize, usize>);
+
+impl Intervals {
+    /// The stored interval that holds `point`, or else the next one after it.
+    fn at_or_after(&self, point: usize) -> Option<Range<usize>> {
+        self.0
+            .range(..=point)
+            .next_back()
+            .filter(|(_, end)| **end > point)
+            .or_else(|| self.0.range(point..).next())
+            .map(|(start, end)| *start..*end)
+    }
+
+    /// Whether any point of `range` is in the set.
+    pub(crate) fn overlaps(&self, range: &Range<usize>) -> bool {
+        self.at_or_after(range.start)
+            .is_some_and(|found| found.start < range.end)
+    }
+
+    /// Whether every point of `range` is in the set.
+    pub(crate) fn contains(&self, range: &Range<usize>) -> bool {
+        self.at_or_after(range.start)
+            .is_some_and(|found| found.start <= range.start && found.end >= range.end)
+    }
+
+    /// Adds a non-empty range that does not overlap the set.
+    pub(crate) fn insert(&mut self, range: Range<usize>) {
+        debug_assert!(!range.is_empty() && !self.overlaps(&range));
+        let (mut start, mut end) = (range.start, range.end);
+        if let Some((&before, &stop)) = self.0.range(..start).next_back()
+            && stop == start
+        {
+            start = before;
+        }
+        if let Some(stop) = self.0.remove(&end) {
+            end = stop;
+        }
+        self.0.insert(start, end);
+    }
+
+    /// Takes out a non-empty range that lies wholly in the set.
+    pub(crate) fn remove(&mut self, range: &Range<usize>) {
+        debug_assert!(!range.is_empty() && self.contains(range));
+        if let Some(found) = self.at_or_after(range.start) {
+            self.0.remove(&found.start);
+            if found.start < range.start {
+                self.0.insert(found.start, range.start);
+            }
+            if range.end < found.end {
+                self.0.insert(range.end, found.end);
+            }
+        }
+    }
+
+    /// The parts of `within` that are not in the set, in order.
+    pub(crate) fn gaps(&self, within: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
+        let mut at = within.start;
+        let first = self
+            .at_or_after(within.start)
+            .map_or(within.end, |found| found.start);
+        let mut stored = self.0.range(first..);
+        core::iter::from_fn(move || {
+            while at < within.end {
+                let (start, end) = stored
+                    .next()
+                    .map_or((within.end, usize::MAX), |(start, end)| (*start, *end));
+                let gap = at..start.min(within.end);
+                at = end.min(within.end);
+                if !gap.is_empty() {
+                    return Some(gap);
+                }
+            }
+            None
+        })
+    }
+
+    /// The sum of the lengths.
+    pub(crate) fn total(&self) -> usize {
+        self.0.iter().map(|(start, end)| end - start).sum()
+    }
+
+    /// The stored intervals in order.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        self.0.iter().map(|(start, end)| *start..*end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const SPACE: usize = 48;
+
+    proptest! {
+        #[test]
+        fn it_answers_as_a_set_of_points(steps in prop::collection::vec((0..SPACE, 1..12usize, any::<bool>()), 1..200)) {
+            let (mut intervals, mut points) = (Intervals::default(), BTreeSet::new());
+            for (start, length, add) in steps {
+                let range = start..(start + length).min(SPACE);
+                let inside = range.clone().filter(|point| points.contains(point)).count();
+                prop_assert_eq!(intervals.overlaps(&range), inside > 0);
+                prop_assert_eq!(intervals.contains(&range), inside == range.len());
+                if add && inside == 0 {
+                    intervals.insert(range.clone());
+                    points.extend(range);
+                } else if !add && inside == range.len() {
+                    intervals.remove(&range);
+                    range.for_each(|point| { points.remove(&point); });
+                }
+                prop_assert_eq!(intervals.total(), points.len());
+                let stored: Vec<_> = intervals.iter().collect();
+                prop_assert!(stored.windows(2).all(|pair| pair[0].end < pair[1].start), "not merged: {stored:?}");
+                let outside: Vec<_> = intervals.gaps(5..40).flatten().collect();
+                let expected: Vec<_> = (5..40).filter(|point| !points.contains(point)).collect();
+                prop_assert_eq!(outside, expected);
+            }
+        }
+    }
+}

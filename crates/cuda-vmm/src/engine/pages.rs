@@ -1,0 +1,608 @@
+//! Which bytes of a range are live, and which chunk backs which pages.
+//!
+//! Pure bookkeeping over a payload `M`, which is a mapping in production and a number in tests. A page's
+//! state follows from two facts, so it is not stored: a page is live while any byte in it is, and
+//! otherwise is in the state of the chunk that backs it, or free if none does.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::intervals::Intervals;
+use core::ops::Range;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What is happening to a chunk: one physical allocation behind one or many pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ChunkState {
+    /// Being made; the pages are the reservation of that work.
+    Filling,
+    /// Mapped and accessible. Its pages without live bytes are slack.
+    Backed,
+    /// No byte is live, but the device may still use it.
+    Retiring,
+    /// No byte is live and the device has finished, but it is still mapped.
+    Parked,
+    /// Being unmapped; the pages are the reservation of that work.
+    Draining,
+    /// The driver refused to unmap it. Never handed out; retried.
+    Quarantined,
+}
+
+#[derive(Debug)]
+struct Chunk<M> {
+    pages: usize,
+    live_pages: usize,
+    state: ChunkState,
+    /// Absent while Filling or Draining, when it is with whoever does that work.
+    memory: Option<M>,
+}
+
+/// Bytes of a range by what they are. Every charged byte is in exactly one part.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Parts {
+    pub(crate) filling_bytes: usize,
+    /// Pages with live bytes.
+    pub(crate) live_bytes: usize,
+    /// Backed pages without.
+    pub(crate) slack_bytes: usize,
+    /// Retiring and draining.
+    pub(crate) retiring_bytes: usize,
+    pub(crate) parked_bytes: usize,
+    pub(crate) quarantined_bytes: usize,
+}
+
+/// What an allocation would find.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Survey {
+    /// Runs of pages that nothing backs.
+    pub(crate) missing: Vec<Range<usize>>,
+    /// First pages of parked chunks.
+    pub(crate) parked: Vec<usize>,
+    /// Whether some pages are retiring.
+    pub(crate) retiring: bool,
+    /// Whether some pages are being filled or drained by someone else.
+    pub(crate) busy: bool,
+    /// Whether some pages are in quarantine.
+    pub(crate) quarantined: bool,
+}
+
+impl Survey {
+    pub(crate) fn missing_pages(&self) -> usize {
+        self.missing.iter().map(Range::len).sum()
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Pages<M> {
+    page_bytes: usize,
+    /// Bytes that are live.
+    live: Intervals,
+    /// Bytes that are live or about to be.
+    taken: Intervals,
+    chunks: BTreeMap<usize, Chunk<M>>,
+    parked: BTreeSet<usize>,
+    live_pages: usize,
+    /// Pages by chunk state, in the order of the enum.
+    by_state: [usize; 6],
+}
+
+impl<M> Pages<M> {
+    pub(crate) fn new(page_bytes: usize) -> Self {
+        Self {
+            page_bytes,
+            live: Intervals::default(),
+            taken: Intervals::default(),
+            chunks: BTreeMap::new(),
+            parked: BTreeSet::new(),
+            live_pages: 0,
+            by_state: [0; 6],
+        }
+    }
+
+    pub(crate) fn live(&self) -> &Intervals {
+        &self.live
+    }
+
+    pub(crate) fn live_pages(&self) -> usize {
+        self.live_pages
+    }
+
+    pub(crate) fn chunks(&self) -> usize {
+        self.chunks.len()
+    }
+
+    pub(crate) fn parts(&self) -> Parts {
+        let bytes = |state: ChunkState| self.by_state[state as usize] * self.page_bytes;
+        let live_bytes = self.live_pages * self.page_bytes;
+        Parts {
+            filling_bytes: bytes(ChunkState::Filling),
+            live_bytes,
+            slack_bytes: bytes(ChunkState::Backed) - live_bytes,
+            retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
+            parked_bytes: bytes(ChunkState::Parked),
+            quarantined_bytes: bytes(ChunkState::Quarantined),
+        }
+    }
+
+    /// First pages of the parked chunks.
+    pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
+        self.parked.iter().copied()
+    }
+
+    /// First pages of the chunks in this state. Walks all chunks: for rare states.
+    pub(crate) fn in_state(&self, state: ChunkState) -> Vec<usize> {
+        if self.by_state[state as usize] == 0 {
+            return Vec::new();
+        }
+        let of_state = self.chunks.iter().filter(|(_, chunk)| chunk.state == state);
+        of_state.map(|(first, _)| *first).collect()
+    }
+
+    /// The size of the chunk that begins at this page, in bytes.
+    pub(crate) fn chunk_bytes(&self, first: usize) -> usize {
+        self.chunks
+            .get(&first)
+            .map_or(0, |chunk| chunk.pages * self.page_bytes)
+    }
+
+    pub(crate) fn state_of(&self, first: usize) -> Option<ChunkState> {
+        self.chunks.get(&first).map(|chunk| chunk.state)
+    }
+
+    fn pages_of(&self, bytes: &Range<usize>) -> Range<usize> {
+        bytes.start / self.page_bytes..bytes.end.div_ceil(self.page_bytes)
+    }
+
+    fn bytes_of(&self, pages: &Range<usize>) -> Range<usize> {
+        pages.start * self.page_bytes..pages.end * self.page_bytes
+    }
+
+    /// The first page of the chunk that backs `page`, or else of the next chunk.
+    fn first_at_or_after(&self, page: usize) -> usize {
+        self.chunks
+            .range(..=page)
+            .next_back()
+            .filter(|(first, chunk)| **first + chunk.pages > page)
+            .map_or(page, |(first, _)| *first)
+    }
+
+    /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below `capacity`;
+    /// or else the length of the largest unused run.
+    pub(crate) fn place(
+        &self,
+        bytes: usize,
+        alignment: usize,
+        capacity: usize,
+    ) -> Result<usize, usize> {
+        let mut largest = 0;
+        for gap in self.taken.gaps(0..capacity) {
+            let start = gap.start.next_multiple_of(alignment);
+            if start < gap.end && gap.end - start >= bytes {
+                return Ok(start);
+            }
+            largest = largest.max(gap.len());
+        }
+        Err(largest)
+    }
+
+    /// What an allocation of these bytes would find, or `None` if some are taken.
+    pub(crate) fn survey(&self, bytes: &Range<usize>) -> Option<Survey> {
+        if self.taken.overlaps(bytes) {
+            return None;
+        }
+        let pages = self.pages_of(bytes);
+        let mut survey = Survey::default();
+        let mut at = pages.start;
+        for (&first, chunk) in self
+            .chunks
+            .range(self.first_at_or_after(pages.start)..pages.end)
+        {
+            if at < first {
+                survey.missing.push(at..first);
+            }
+            at = first + chunk.pages;
+            match chunk.state {
+                ChunkState::Backed => {}
+                ChunkState::Parked => survey.parked.push(first),
+                ChunkState::Retiring => survey.retiring = true,
+                ChunkState::Filling | ChunkState::Draining => survey.busy = true,
+                ChunkState::Quarantined => survey.quarantined = true,
+            }
+        }
+        if at < pages.end {
+            survey.missing.push(at..pages.end);
+        }
+        Some(survey)
+    }
+
+    /// Takes the bytes, marks the missing pages as being filled and the parked ones as backed.
+    pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey) {
+        self.taken.insert(bytes.clone());
+        for run in &survey.missing {
+            self.insert(run.clone(), ChunkState::Filling, None);
+        }
+        for first in &survey.parked {
+            self.set_state(*first, ChunkState::Backed);
+        }
+    }
+
+    /// Ends a filling that worked: its chunks cover exactly the pages that were missing.
+    pub(crate) fn finish(
+        &mut self,
+        bytes: &Range<usize>,
+        survey: &Survey,
+        chunks: impl IntoIterator<Item = (Range<usize>, M)>,
+    ) {
+        for run in &survey.missing {
+            self.remove(run.start);
+        }
+        for (pages, memory) in chunks {
+            self.insert(pages, ChunkState::Backed, Some(memory));
+        }
+        self.count_live(bytes, 1);
+        self.live.insert(bytes.clone());
+    }
+
+    /// Ends a filling that failed: everything is as before, but for chunks that could not be undone.
+    /// Returns the chunks that nobody uses any more because a neighbour freed its bytes meanwhile;
+    /// they are now retiring.
+    pub(crate) fn abort(
+        &mut self,
+        bytes: &Range<usize>,
+        survey: &Survey,
+        stuck: impl IntoIterator<Item = (Range<usize>, M)>,
+    ) -> Vec<usize> {
+        self.taken.remove(bytes);
+        for run in &survey.missing {
+            self.remove(run.start);
+        }
+        for (pages, memory) in stuck {
+            self.insert(pages, ChunkState::Quarantined, Some(memory));
+        }
+        for first in &survey.parked {
+            if self.is_unused(*first) {
+                self.set_state(*first, ChunkState::Parked);
+            }
+        }
+        self.retire_unused(bytes)
+    }
+
+    /// Ends the life of live bytes. Returns the chunks that nobody uses any more; they are retiring.
+    pub(crate) fn release(&mut self, bytes: &Range<usize>) -> Vec<usize> {
+        self.live.remove(bytes);
+        self.taken.remove(bytes);
+        self.count_live(bytes, -1);
+        self.retire_unused(bytes)
+    }
+
+    fn retire_unused(&mut self, bytes: &Range<usize>) -> Vec<usize> {
+        let pages = self.pages_of(bytes);
+        let unused: Vec<_> = self
+            .chunks
+            .range(self.first_at_or_after(pages.start)..pages.end)
+            .map(|(first, _)| *first)
+            .filter(|first| self.is_unused(*first))
+            .collect();
+        for first in &unused {
+            self.set_state(*first, ChunkState::Retiring);
+        }
+        unused
+    }
+
+    /// Whether a chunk is backed and nobody has or is about to have a byte in it.
+    fn is_unused(&self, first: usize) -> bool {
+        self.chunks.get(&first).is_some_and(|chunk| {
+            chunk.state == ChunkState::Backed
+                && !self
+                    .taken
+                    .overlaps(&self.bytes_of(&(first..first + chunk.pages)))
+        })
+    }
+
+    /// The device has finished with a retiring chunk.
+    pub(crate) fn park(&mut self, first: usize) {
+        if self.state_of(first) == Some(ChunkState::Retiring) {
+            self.set_state(first, ChunkState::Parked);
+        }
+    }
+
+    /// Hands out the memory of a parked or quarantined chunk to be unmapped.
+    pub(crate) fn drain(&mut self, first: usize) -> Option<M> {
+        let state = self.state_of(first)?;
+        if !matches!(state, ChunkState::Parked | ChunkState::Quarantined) {
+            return None;
+        }
+        self.set_state(first, ChunkState::Draining);
+        self.chunks.get_mut(&first)?.memory.take()
+    }
+
+    /// The draining chunk was unmapped.
+    pub(crate) fn drained(&mut self, first: usize) {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
+        self.remove(first);
+    }
+
+    /// The draining chunk could not be unmapped.
+    pub(crate) fn quarantine(&mut self, first: usize, memory: M) {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
+        self.set_state(first, ChunkState::Quarantined);
+        if let Some(chunk) = self.chunks.get_mut(&first) {
+            chunk.memory = Some(memory);
+        }
+    }
+
+    /// Empties the books and hands out all memory that is in them.
+    pub(crate) fn take_all(&mut self) -> Vec<M> {
+        let page_bytes = self.page_bytes;
+        let all = core::mem::replace(self, Self::new(page_bytes));
+        let chunks = all.chunks.into_values();
+        chunks.filter_map(|chunk| chunk.memory).collect()
+    }
+
+    /// Adds or takes the pages of these bytes to or from the counts of live pages. The bytes are not in
+    /// `live`, so a page at an edge counts only if no neighbour keeps it live.
+    fn count_live(&mut self, bytes: &Range<usize>, sign: isize) {
+        let mut pages = self.pages_of(bytes);
+        let shared = |page: usize| self.live.overlaps(&self.bytes_of(&(page..page + 1)));
+        if shared(pages.start) {
+            pages.start += 1;
+        }
+        if !pages.is_empty() && shared(pages.end - 1) {
+            pages.end -= 1;
+        }
+        if pages.is_empty() {
+            return;
+        }
+        let from = self.first_at_or_after(pages.start);
+        for (first, chunk) in self.chunks.range_mut(from..pages.end) {
+            let overlap = pages.end.min(first + chunk.pages) - pages.start.max(*first);
+            chunk.live_pages = chunk
+                .live_pages
+                .saturating_add_signed(sign * overlap as isize);
+        }
+        self.live_pages = self
+            .live_pages
+            .saturating_add_signed(sign * pages.len() as isize);
+    }
+
+    fn insert(&mut self, pages: Range<usize>, state: ChunkState, memory: Option<M>) {
+        self.by_state[state as usize] += pages.len();
+        let chunk = Chunk {
+            pages: pages.len(),
+            live_pages: 0,
+            state,
+            memory,
+        };
+        let before = self.chunks.insert(pages.start, chunk);
+        debug_assert!(before.is_none(), "two chunks at page {}", pages.start);
+    }
+
+    fn remove(&mut self, first: usize) {
+        if let Some(chunk) = self.chunks.remove(&first) {
+            self.by_state[chunk.state as usize] -= chunk.pages;
+            debug_assert_eq!(chunk.live_pages, 0);
+        }
+    }
+
+    fn set_state(&mut self, first: usize, state: ChunkState) {
+        if let Some(chunk) = self.chunks.get_mut(&first) {
+            self.by_state[chunk.state as usize] -= chunk.pages;
+            self.by_state[state as usize] += chunk.pages;
+            chunk.state = state;
+            if state == ChunkState::Parked {
+                self.parked.insert(first);
+            } else {
+                self.parked.remove(&first);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGE: usize = 8;
+    const PAGES: usize = 24;
+    const CAPACITY: usize = PAGE * PAGES - 3;
+
+    /// The plainest account of the same facts: one entry for each byte and each page.
+    struct Model {
+        live: [bool; CAPACITY],
+        backing: [Option<(usize, ChunkState)>; PAGES],
+    }
+
+    impl Model {
+        fn page_live(&self, page: usize) -> bool {
+            (page * PAGE..((page + 1) * PAGE).min(CAPACITY)).any(|byte| self.live[byte])
+        }
+
+        fn retire_unused(&mut self) {
+            for first in 0..PAGES {
+                let chunk: Vec<_> = (0..PAGES)
+                    .filter(|page| self.backing[*page] == Some((first, ChunkState::Backed)))
+                    .collect();
+                if !chunk.is_empty() && !chunk.iter().any(|page| self.page_live(*page)) {
+                    for page in chunk {
+                        self.backing[page] = Some((first, ChunkState::Retiring));
+                    }
+                }
+            }
+        }
+
+        fn check(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
+            let count = |wanted: ChunkState| {
+                let of = |entry: &&Option<(usize, ChunkState)>| {
+                    entry.is_some_and(|(_, state)| state == wanted)
+                };
+                self.backing.iter().filter(of).count() * PAGE
+            };
+            let live_pages = (0..PAGES).filter(|page| self.page_live(*page)).count();
+            prop_assert_eq!(
+                pages.parts(),
+                Parts {
+                    filling_bytes: 0,
+                    live_bytes: live_pages * PAGE,
+                    slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
+                    retiring_bytes: count(ChunkState::Retiring),
+                    parked_bytes: count(ChunkState::Parked),
+                    quarantined_bytes: count(ChunkState::Quarantined),
+                }
+            );
+            prop_assert_eq!(
+                pages.live().total(),
+                self.live.iter().filter(|live| **live).count()
+            );
+            for chunk in pages.chunks.values() {
+                prop_assert_eq!(chunk.live_pages <= chunk.pages, true);
+            }
+            Ok(())
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Allocate {
+            at: usize,
+            bytes: usize,
+            fails: bool,
+            stuck: bool,
+        },
+        Release {
+            at: usize,
+            bytes: usize,
+        },
+        Park(usize),
+        Drain {
+            page: usize,
+            refused: bool,
+        },
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..CAPACITY, 1..40usize, prop::bool::weighted(0.2), any::<bool>())
+                .prop_map(|(at, bytes, fails, stuck)| Step::Allocate { at, bytes, fails, stuck }),
+            4 => (0..CAPACITY, 1..40usize).prop_map(|(at, bytes)| Step::Release { at, bytes }),
+            2 => (0..PAGES).prop_map(Step::Park),
+            2 => (0..PAGES, prop::bool::weighted(0.2)).prop_map(|(page, refused)| Step::Drain { page, refused }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32) {
+            let mut pages: Pages<usize> = Pages::new(PAGE);
+            let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES] };
+            for step in steps {
+                match step {
+                    Step::Allocate { at, bytes, fails, stuck } => {
+                        let range = at..(at + bytes).min(CAPACITY);
+                        let taken = range.clone().any(|byte| model.live[byte]);
+                        let Some(survey) = pages.survey(&range) else {
+                            prop_assert!(taken);
+                            continue;
+                        };
+                        prop_assert!(!taken);
+                        let touched = range.start / PAGE..range.end.div_ceil(PAGE);
+                        let missing: Vec<_> = touched.clone().filter(|page| model.backing[*page].is_none()).collect();
+                        prop_assert_eq!(survey.missing.iter().cloned().flatten().collect::<Vec<_>>(), missing);
+                        let has = |wanted| touched.clone().any(|page| model.backing[page].is_some_and(|(_, state)| state == wanted));
+                        prop_assert_eq!(survey.retiring, has(ChunkState::Retiring));
+                        prop_assert_eq!(survey.quarantined, has(ChunkState::Quarantined));
+                        prop_assert_eq!(!survey.parked.is_empty(), has(ChunkState::Parked));
+                        if survey.retiring || survey.quarantined {
+                            continue;
+                        }
+                        pages.begin(&range, &survey);
+                        let cut: Vec<_> = survey.missing.iter().flat_map(|run| super::super::policy::cut(run.clone(), 1 << largest)).collect();
+                        if fails {
+                            let left: Vec<_> = cut.into_iter().take(usize::from(stuck)).collect();
+                            let orphans = pages.abort(&range, &survey, left.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                            prop_assert_eq!(orphans, Vec::<usize>::new());
+                            for chunk in left {
+                                for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Quarantined)); }
+                            }
+                        } else {
+                            pages.finish(&range, &survey, cut.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                            for chunk in cut {
+                                for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Backed)); }
+                            }
+                            for first in &survey.parked {
+                                for entry in model.backing.iter_mut().flatten().filter(|(of, _)| of == first) { entry.1 = ChunkState::Backed; }
+                            }
+                            range.for_each(|byte| model.live[byte] = true);
+                        }
+                    }
+                    Step::Release { at, bytes } => {
+                        let range = at..(at + bytes).min(CAPACITY);
+                        let all = range.clone().all(|byte| model.live[byte]);
+                        prop_assert_eq!(pages.live().contains(&range), all);
+                        if all {
+                            pages.release(&range);
+                            range.for_each(|byte| model.live[byte] = false);
+                            model.retire_unused();
+                        }
+                    }
+                    Step::Park(page) => {
+                        pages.park(page);
+                        for entry in model.backing.iter_mut().flatten().filter(|(first, state)| *first == page && *state == ChunkState::Retiring) {
+                            entry.1 = ChunkState::Parked;
+                        }
+                    }
+                    Step::Drain { page, refused } => {
+                        let idle = model.backing[page].is_some_and(|(first, state)| first == page && matches!(state, ChunkState::Parked | ChunkState::Quarantined));
+                        let memory = pages.drain(page);
+                        prop_assert_eq!(memory, idle.then_some(page));
+                        if memory.is_some() {
+                            if refused { pages.quarantine(page, page) } else { pages.drained(page) }
+                            for entry in model.backing.iter_mut().filter(|entry| entry.is_some_and(|(first, _)| first == page)) {
+                                *entry = refused.then_some((page, ChunkState::Quarantined));
+                            }
+                        }
+                    }
+                }
+                model.check(&pages)?;
+            }
+        }
+    }
+
+    #[test]
+    fn two_tokens_share_a_page_and_the_page_stays_until_both_are_gone() {
+        let mut pages: Pages<()> = Pages::new(PAGE);
+        let survey = pages.survey(&(0..3)).expect("free");
+        pages.begin(&(0..3), &survey);
+        pages.finish(&(0..3), &survey, [(0..1, ())]);
+        let survey = pages.survey(&(3..6)).expect("free");
+        assert_eq!(survey, Survey::default(), "nothing is missing");
+        pages.begin(&(3..6), &survey);
+        pages.finish(&(3..6), &survey, []);
+        assert_eq!(pages.live_pages(), 1);
+        assert_eq!(pages.release(&(0..3)), []);
+        assert_eq!(pages.release(&(3..6)), [0]);
+        assert_eq!(pages.live_pages(), 0);
+    }
+
+    #[test]
+    fn a_neighbour_freed_during_a_filling_that_fails_leaves_an_orphan_to_retire() {
+        let mut pages: Pages<()> = Pages::new(PAGE);
+        let first = pages.survey(&(0..3)).expect("free");
+        pages.begin(&(0..3), &first);
+        pages.finish(&(0..3), &first, [(0..1, ())]);
+        let second = pages.survey(&(3..20)).expect("free");
+        pages.begin(&(3..20), &second);
+        assert_eq!(pages.release(&(0..3)), [], "page 0 is about to be used");
+        assert_eq!(pages.abort(&(3..20), &second, []), [0]);
+        assert_eq!(pages.state_of(0), Some(ChunkState::Retiring));
+    }
+
+    #[test]
+    fn placing_is_first_fit_and_aligned() {
+        let mut pages: Pages<()> = Pages::new(PAGE);
+        let survey = pages.survey(&(4..9)).expect("free");
+        pages.begin(&(4..9), &survey);
+        assert_eq!(pages.place(4, 4, 40), Ok(0));
+        assert_eq!(pages.place(5, 4, 40), Ok(12));
+        assert_eq!(pages.place(29, 4, 40), Err(31));
+    }
+}

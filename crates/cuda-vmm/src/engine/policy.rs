@@ -1,0 +1,95 @@
+//! How a run of pages is cut into chunks.
+//!
+//! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole. So:
+//! the largest power-of-two multiple of the page that is at most an eighth of the ask, between one page
+//! and [`CHUNK_BYTES_MAX`], aligned to its own size in the range; edges are cut into smaller aligned
+//! chunks. An aligned GiB then takes eight mappings, and what a partial free can leave behind is at most
+//! an eighth of the ask.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use core::ops::Range;
+
+/// The largest chunk in bytes. Beyond it the cost per byte no longer falls, while the cost of releasing
+/// grows with the bytes.
+pub(crate) const CHUNK_BYTES_MAX: usize = 128 << 20;
+
+/// The largest chunk, in pages, for an ask of `ask_pages`; a power of two, at least 1.
+///
+/// `bytes_max` bounds it further where less is wanted.
+pub(crate) fn chunk_pages(ask_pages: usize, page_bytes: usize, bytes_max: usize) -> usize {
+    let most = (ask_pages / 8).min(bytes_max.min(CHUNK_BYTES_MAX) / page_bytes);
+    match most {
+        0 => 1,
+        most => 1 << most.ilog2(),
+    }
+}
+
+/// Cuts a run of pages into chunks: powers of two of at most `largest` pages (itself a power of two),
+/// each aligned to its own size, covering the run exactly and in order.
+pub(crate) fn cut(run: Range<usize>, largest: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut at = run.start;
+    core::iter::from_fn(move || {
+        let left = run.end.checked_sub(at).filter(|left| *left > 0)?;
+        let aligned = if at == 0 {
+            largest
+        } else {
+            1 << at.trailing_zeros()
+        };
+        let pages = aligned.min(largest).min(1 << left.ilog2());
+        let chunk = at..at + pages;
+        at = chunk.end;
+        Some(chunk)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGE: usize = 2 << 20;
+
+    #[test]
+    fn an_aligned_gibibyte_takes_eight_chunks() {
+        let largest = chunk_pages(512, PAGE, usize::MAX);
+        assert_eq!(largest * PAGE, 128 << 20);
+        assert_eq!(cut(0..512, largest).count(), 8);
+    }
+
+    #[test]
+    fn a_small_ask_takes_pages() {
+        assert_eq!(chunk_pages(1, PAGE, usize::MAX), 1);
+        assert_eq!(chunk_pages(15, PAGE, usize::MAX), 1);
+        assert_eq!(chunk_pages(16, PAGE, usize::MAX), 2);
+        assert_eq!(chunk_pages(1 << 20, PAGE, PAGE), 1);
+    }
+
+    #[test]
+    fn a_page_above_the_largest_chunk_is_a_chunk_of_its_own() {
+        assert_eq!(chunk_pages(64, 512 << 20, usize::MAX), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn chunks_cover_the_run_aligned_and_no_larger_than_an_eighth(
+            start in 0..10_000usize, pages in 1..10_000usize, shift in 0..8u32,
+        ) {
+            let bytes_max = PAGE << shift;
+            let largest = chunk_pages(pages, PAGE, bytes_max);
+            prop_assert!(largest == 1 || largest <= pages / 8);
+            prop_assert!(largest * PAGE <= bytes_max.min(CHUNK_BYTES_MAX));
+            let mut at = start;
+            for chunk in cut(start..start + pages, largest) {
+                prop_assert_eq!(chunk.start, at);
+                prop_assert!(chunk.len().is_power_of_two() && chunk.len() <= largest);
+                prop_assert!(chunk.start.is_multiple_of(chunk.len()));
+                at = chunk.end;
+            }
+            prop_assert_eq!(at, start + pages);
+            // No more chunks than the whole ones and two staircases of edges.
+            let edges = 2 * largest.ilog2() as usize;
+            prop_assert!(cut(start..start + pages, largest).count() <= pages / largest + edges + 1);
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! One elastic range of an engine: its addresses, and taking and giving back bytes of it.
+
+use super::ledger::{AccountId, Quota};
+use super::pages::{ChunkState, Pages};
+use super::{Inner, Parts, policy};
+use crate::size::Extent;
+use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
+use std::sync::Arc;
+
+/// Names a range of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct RangeId(u64);
+
+#[derive(Debug)]
+pub(super) struct Range {
+    pub(super) reservation: Arc<Reservation>,
+    pub(super) access: Arc<[(Device, Access)]>,
+    pub(super) pages: Pages<Mapping>,
+    pub(super) account: AccountId,
+    pub(super) streams: Vec<Stream>,
+    pub(super) capacity_bytes: usize,
+    pub(super) page_bytes: usize,
+    pub(super) closed: bool,
+}
+
+/// Where bytes are wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// At this offset.
+    At(usize),
+    /// At the lowest unused offset that is a multiple of this.
+    FirstFit { alignment: usize },
+}
+
+/// Numbers of one range, taken in one moment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RangeStats {
+    pub(crate) parts: Parts,
+    pub(crate) live_bytes: usize,
+    pub(crate) live_pages: usize,
+    pub(crate) committed_bytes: usize,
+    pub(crate) chunks: usize,
+    pub(crate) unused_bytes: usize,
+    pub(crate) largest_unused_run_bytes: usize,
+}
+
+impl Inner {
+    /// Reserves addresses for a new range with an account of its own.
+    pub(crate) fn open_range(
+        &self,
+        capacity_bytes: usize,
+        page_bytes: usize,
+        quota: Quota,
+    ) -> Result<(RangeId, u64)> {
+        let granularity_bytes = self.device.granularity_bytes();
+        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
+            return Err(VmmError::InvalidPageSize {
+                page_bytes,
+                granularity_bytes,
+            });
+        }
+        if capacity_bytes == 0 {
+            return Err(VmmError::ZeroSize { what: "capacity" });
+        }
+        let bytes =
+            capacity_bytes
+                .checked_next_multiple_of(page_bytes)
+                .ok_or(VmmError::Overflow {
+                    offset: 0,
+                    bytes: capacity_bytes,
+                })?;
+        let account = self.lock().ledger.open(quota)?;
+        let reservation = Reservation::with_alignment(&self.device, bytes, page_bytes)
+            .inspect_err(|_| self.lock().ledger.close(account))?;
+        let address = reservation.address();
+        let mut state = self.lock();
+        let id = RangeId(state.next_range);
+        state.next_range += 1;
+        state.ranges.insert(
+            id,
+            Range {
+                reservation: Arc::new(reservation),
+                access: [(self.device.clone(), Access::ReadWrite)].into(),
+                pages: Pages::new(page_bytes),
+                account,
+                streams: Vec::new(),
+                capacity_bytes,
+                page_bytes,
+                closed: false,
+            },
+        );
+        Ok((id, address))
+    }
+
+    /// Looks at a range that is open.
+    fn with_range<T>(&self, id: RangeId, look: impl FnOnce(&mut Range) -> T) -> Result<T> {
+        match self.lock().ranges.get_mut(&id) {
+            Some(range) if !range.closed => Ok(look(range)),
+            _ => Err(VmmError::Closed),
+        }
+    }
+
+    /// Names a stream whose work uses the range.
+    pub(crate) fn use_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
+        self.device.expect_same(stream.device())?;
+        self.with_range(id, |range| {
+            if range
+                .streams
+                .iter()
+                .all(|known| known.raw() != stream.raw())
+            {
+                range.streams.push(stream.clone());
+            }
+        })
+    }
+
+    pub(crate) fn is_live(&self, id: RangeId, offset: usize, bytes: usize) -> bool {
+        self.with_range(id, |range| {
+            Extent::new(offset, bytes, range.capacity_bytes)
+                .is_ok_and(|extent| range.pages.live().contains(&extent.range()))
+        })
+        .unwrap_or(false)
+    }
+
+    pub(crate) fn live_pages(&self, id: RangeId) -> usize {
+        self.with_range(id, |range| range.pages.live_pages())
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn range_stats(&self, id: RangeId) -> Result<RangeStats> {
+        let state = self.lock();
+        let range = state.ranges.get(&id).ok_or(VmmError::Closed)?;
+        let live = range.pages.live();
+        let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
+        let mut parts = range.pages.parts();
+        parts.quarantined_bytes += state
+            .unreleased
+            .iter()
+            .filter(|(account, _)| *account == range.account)
+            .map(|(_, memory)| memory.bytes())
+            .sum::<usize>();
+        Ok(RangeStats {
+            parts,
+            live_bytes: live.total(),
+            live_pages: range.pages.live_pages(),
+            committed_bytes: state.ledger.account_bytes(range.account),
+            chunks: range.pages.chunks(),
+            unused_bytes: gaps().sum(),
+            largest_unused_run_bytes: gaps().max().unwrap_or_default(),
+        })
+    }
+
+    /// Makes bytes live, backing the pages that are not; returns their offset.
+    ///
+    /// With `wait` it waits for memory that is retiring, if that is what is missing.
+    pub(crate) fn allocate(
+        self: &Arc<Self>,
+        id: RangeId,
+        place: Place,
+        bytes: usize,
+        wait: bool,
+    ) -> Result<usize> {
+        let mut retried = false;
+        let mut polled = false;
+        let mut state = self.lock();
+        loop {
+            let range = match state.ranges.get(&id) {
+                Some(range) if !range.closed => range,
+                _ => return Err(VmmError::Closed),
+            };
+            let offset = match place {
+                Place::At(offset) => offset,
+                Place::FirstFit { alignment } => {
+                    if bytes == 0 {
+                        return Err(VmmError::ZeroSize { what: "size" });
+                    }
+                    range
+                        .pages
+                        .place(bytes, alignment, range.capacity_bytes)
+                        .map_err(|largest_free_bytes| VmmError::OutOfVirtualMemory {
+                            asked_bytes: bytes,
+                            largest_free_bytes,
+                        })?
+                }
+            };
+            let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
+            let survey = range
+                .pages
+                .survey(&extent.range())
+                .ok_or(VmmError::AlreadyMapped { offset, bytes })?;
+            let need_bytes = survey.missing_pages() * range.page_bytes;
+            if survey.quarantined {
+                if retried {
+                    return Err(VmmError::Quarantined { offset, bytes });
+                }
+                retried = true;
+                drop(state);
+                self.retry();
+                state = self.lock();
+                continue;
+            }
+            let account = range.account;
+            let refusal = if survey.retiring || survey.busy {
+                None
+            } else {
+                match state.ledger.charge(account, need_bytes) {
+                    Ok(()) => {
+                        let outcome = self.fill(state, id, extent, &survey);
+                        return outcome.map(|()| offset);
+                    }
+                    Err(refusal) => Some(refusal),
+                }
+            };
+            // Something is in the way. Cheapest first: what the device has finished with meanwhile, what
+            // is parked, and then, if the caller will wait, what comes back by itself.
+            if !polled {
+                polled = true;
+                drop(state);
+                self.poll();
+                state = self.lock();
+                continue;
+            }
+            let stats = state.parts();
+            if let Some(refusal) = refusal {
+                let error = VmmError::OutOfPhysicalMemory {
+                    asked_bytes: need_bytes,
+                    free_bytes: refusal.free_bytes,
+                    retiring_bytes: stats.retiring_bytes,
+                    reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
+                    limit_bytes: refusal.limit_bytes,
+                };
+                if error.is_never() {
+                    return Err(error);
+                }
+                if stats.parked_bytes > 0 {
+                    drop(state);
+                    if self.drain_parked(0, None)? == 0 {
+                        return Err(error);
+                    }
+                    state = self.lock();
+                    continue;
+                }
+                if !wait || stats.retiring_bytes + refusal.free_bytes < need_bytes {
+                    return Err(error);
+                }
+                match self.await_progress(state)? {
+                    Some(again) => state = again,
+                    None => return Err(error),
+                }
+            } else if wait {
+                match self.await_progress(state)? {
+                    Some(again) => state = again,
+                    None => return Err(self.retiring_in_the_way(bytes)),
+                }
+            } else {
+                drop(state);
+                return Err(self.retiring_in_the_way(bytes));
+            }
+        }
+    }
+
+    /// The pages asked for are retiring, and cannot be had now.
+    fn retiring_in_the_way(&self, asked_bytes: usize) -> VmmError {
+        let stats = self.lock().parts();
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes,
+            free_bytes: 0,
+            retiring_bytes: stats.retiring_bytes,
+            reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
+            limit_bytes: self.limit_bytes,
+        }
+    }
+
+    /// Ends the life of bytes. Never waits for the device: pages without live bytes retire.
+    pub(crate) fn deallocate(
+        self: &Arc<Self>,
+        id: RangeId,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let mut state = self.lock();
+        let range = match state.ranges.get_mut(&id) {
+            Some(range) if !range.closed => range,
+            _ => return Err(VmmError::Closed),
+        };
+        let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
+        if !range.pages.live().contains(&extent.range()) {
+            return Err(VmmError::NotMapped { offset, bytes });
+        }
+        let unused = range.pages.release(&extent.range());
+        self.retire(state, id, unused);
+        Ok(())
+    }
+
+    /// Ends a range: its bytes die, its memory goes back when the device has finished with it, its
+    /// addresses after that. Waits for the device, but not for the end of a declared capture: then, and
+    /// if the driver refuses, the engine keeps the range and finishes later.
+    pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
+        let mut state = self.lock();
+        match state.ranges.get_mut(&id) {
+            Some(range) if !range.closed => range.closed = true,
+            _ => return Ok(()),
+        }
+        // An allocation of another thread that is under way ends first.
+        while (state.ranges.get(&id)).is_some_and(|range| range.pages.parts().filling_bytes > 0) {
+            state = self.wait(state);
+        }
+        let mut unused = Vec::new();
+        if let Some(range) = state.ranges.get_mut(&id) {
+            let live: Vec<_> = range.pages.live().iter().collect();
+            for bytes in live {
+                unused.extend(range.pages.release(&bytes));
+            }
+        }
+        self.retire(state, id, unused);
+        self.poll();
+        let mut state = self.lock();
+        while (state.ranges.get(&id))
+            .is_some_and(|range| !range.pages.in_state(ChunkState::Retiring).is_empty())
+        {
+            match self.await_progress(state)? {
+                Some(again) => state = again,
+                // A capture is declared: the worker finishes when it is over.
+                None => {
+                    self.worker.wake(self, false);
+                    return Ok(());
+                }
+            }
+        }
+        drop(state);
+        let drained = self.drain_parked(0, Some(id));
+        self.finish_closing();
+        let mut state = self.lock();
+        // Someone else, the worker for instance, may be unmapping the last chunks.
+        while (state.ranges.get(&id))
+            .is_some_and(|range| !range.pages.in_state(ChunkState::Draining).is_empty())
+        {
+            state = self.wait(state);
+        }
+        drop(state);
+        self.finish_closing();
+        drained.map(drop)
+    }
+
+    /// Frees the addresses of closed ranges that hold nothing any more.
+    pub(super) fn finish_closing(&self) {
+        let done: Vec<Range> = {
+            let mut state = self.lock();
+            let empty: Vec<_> = state
+                .ranges
+                .iter()
+                .filter(|(_, range)| range.closed && range.pages.chunks() == 0)
+                .map(|(id, _)| *id)
+                .collect();
+            let done: Vec<_> = empty
+                .iter()
+                .filter_map(|id| state.ranges.remove(id))
+                .collect();
+            for range in &done {
+                state.ledger.close(range.account);
+            }
+            done
+        };
+        // Dropped without the lock: what the driver refuses goes to the device's quarantine.
+        drop(done);
+    }
+
+    /// The largest chunk in pages for an ask of this many.
+    pub(super) fn chunk_pages(&self, ask_pages: usize, page_bytes: usize) -> usize {
+        policy::chunk_pages(ask_pages, page_bytes, self.options.chunk_bytes_max)
+    }
+}

@@ -1,0 +1,76 @@
+//! Numbers of an engine, taken in one moment.
+
+use crate::size::Readable;
+use core::fmt;
+
+/// What an engine holds. The parts add up to [`committed_bytes`](Self::committed_bytes) in every snapshot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineStats {
+    /// The budget in bytes.
+    pub limit_bytes: usize,
+    /// What the device really holds for this engine, in bytes.
+    pub committed_bytes: usize,
+    /// Pages with live bytes.
+    pub live_bytes: usize,
+    /// Pages without live bytes in chunks that have others.
+    pub slack_bytes: usize,
+    /// Being made.
+    pub filling_bytes: usize,
+    /// Freed, but the device may still use it, or it is being unmapped.
+    pub retiring_bytes: usize,
+    /// Freed and still mapped, to be taken back without a driver call.
+    pub parked_bytes: usize,
+    /// Refused by the driver when it was to be given back; retried.
+    pub quarantined_bytes: usize,
+    /// Ranges, those included that are closing.
+    pub ranges: usize,
+    /// Mappings.
+    pub chunks: usize,
+}
+
+impl EngineStats {
+    /// The sum of the parts, which is `committed_bytes`.
+    pub fn parts_bytes(&self) -> usize {
+        self.live_bytes
+            + self.slack_bytes
+            + self.filling_bytes
+            + self.retiring_bytes
+            + self.parked_bytes
+            + self.quarantined_bytes
+    }
+}
+
+impl fmt::Display for EngineStats {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} quarantined; \
+             {} ranges, {} mappings",
+            Readable(self.committed_bytes),
+            Readable(self.limit_bytes),
+            Readable(self.live_bytes),
+            Readable(self.slack_bytes),
+            Readable(self.filling_bytes),
+            Readable(self.retiring_bytes),
+            Readable(self.parked_bytes),
+            Readable(self.quarantined_bytes),
+            self.ranges,
+            self.chunks,
+        )
+    }
+}
+
+/// What one step of an engine did, and what is left to do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StepReport {
+    /// Bytes that the device was seen to have finished with.
+    pub retired_bytes: usize,
+    /// Bytes given back to the driver.
+    pub drained_bytes: usize,
+    /// Bytes that the device may still use.
+    pub retiring_bytes: usize,
+    /// Bytes that the driver refused to take back.
+    pub quarantined_bytes: usize,
+}

@@ -1,0 +1,157 @@
+//! The thread that takes an engine's steps.
+
+use super::Inner;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Who takes an engine's steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WorkerMode {
+    /// A thread of the engine's own, started when there is first something to do and silent when there
+    /// is not.
+    #[default]
+    Thread,
+    /// Nobody but [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
+    /// tests and simulations, which are deterministic so.
+    Manual,
+}
+
+/// How long memory may wait after it was freed before the first look, so that a caller who takes it back
+/// at once finds it.
+const DELAY: Duration = Duration::from_millis(1);
+/// How long between looks at most, while nothing comes of them.
+const DELAY_MAX: Duration = Duration::from_millis(16);
+
+#[derive(Debug, Default)]
+struct Signal {
+    work: bool,
+    hurry: bool,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    signal: Mutex<Signal>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Signal> {
+        self.signal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, signal: MutexGuard<'a, Signal>) -> MutexGuard<'a, Signal> {
+        self.changed
+            .wait(signal)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts, wakes and ends the thread.
+#[derive(Debug)]
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    mode: WorkerMode,
+}
+
+impl Worker {
+    pub(super) fn new(mode: WorkerMode) -> Self {
+        Self {
+            shared: Arc::default(),
+            thread: Mutex::default(),
+            mode,
+        }
+    }
+
+    /// Says that there is work. Starts the thread if need be; false if there is none, and then steps
+    /// happen on calls.
+    pub(super) fn wake(&self, engine: &Arc<Inner>, hurry: bool) -> bool {
+        if self.mode == WorkerMode::Manual {
+            return false;
+        }
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() {
+            let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
+            *thread = std::thread::Builder::new()
+                .name("cuda-vmm".into())
+                .spawn(move || run(&shared, &engine))
+                .inspect_err(|error| tracing::warn!(%error, "the worker thread could not start"))
+                .ok();
+        }
+        drop(thread);
+        let mut signal = self.shared.lock();
+        let asleep = !signal.work || (hurry && !signal.hurry);
+        signal.work = true;
+        signal.hurry |= hurry;
+        drop(signal);
+        if asleep {
+            self.shared.changed.notify_one();
+        }
+        self.thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.changed.notify_one();
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // The last owner of an engine may be its own worker, which cannot wait for itself.
+        if let Some(thread) = thread
+            && thread.thread().id() != std::thread::current().id()
+        {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared, engine: &Weak<Inner>) {
+    loop {
+        let mut signal = shared.lock();
+        while !signal.work && !signal.stop {
+            signal = shared.wait(signal);
+        }
+        if signal.stop {
+            return;
+        }
+        drop(signal);
+        // Held while there is work, so that an engine whose owners are gone lives until its memory is
+        // given back.
+        let Some(engine) = engine.upgrade() else {
+            return;
+        };
+        let mut delay = DELAY;
+        loop {
+            let mut signal = shared.lock();
+            if !signal.hurry && !signal.stop {
+                signal = shared
+                    .changed
+                    .wait_timeout_while(signal, delay, |signal| !signal.hurry && !signal.stop)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0;
+            }
+            (signal.hurry, signal.work) = (false, false);
+            let stop = signal.stop;
+            drop(signal);
+            let report = engine.step();
+            if stop || !engine.has_work() {
+                break;
+            }
+            shared.lock().work = true;
+            delay = if report.retired_bytes + report.drained_bytes > 0 {
+                DELAY
+            } else {
+                (delay * 2).min(DELAY_MAX)
+            };
+        }
+    }
+}

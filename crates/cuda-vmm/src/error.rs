@@ -1,0 +1,282 @@
+//! What can go wrong, with the values that went wrong.
+
+use crate::sys::{self, CUresult, DriverFunction};
+
+/// Result of this crate's operations.
+pub type Result<T, E = VmmError> = core::result::Result<T, E>;
+
+/// A driver call that failed: which one, and the code it returned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call} failed with {name} ({code})")]
+pub struct DriverError {
+    /// The call.
+    pub call: DriverFunction,
+    /// The driver's code, unchanged; unknown codes stay as they are.
+    pub code: CUresult,
+    /// The driver's own name for the code, or `unknown error`.
+    pub name: String,
+}
+
+/// An error of this crate.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VmmError {
+    /// A driver call failed. What the operation had done until then was undone.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// No driver could be opened.
+    #[error(transparent)]
+    Load(#[from] sys::LoadError),
+    /// The simulated driver could not be started.
+    #[cfg(feature = "simulator")]
+    #[error(transparent)]
+    Simulator(#[from] cuda_vmm_sim::SimError),
+    /// The device has no virtual memory management.
+    #[error("device {ordinal} does not support virtual memory management")]
+    UnsupportedDevice {
+        /// The device's number.
+        ordinal: usize,
+    },
+    /// There is no device of this number.
+    #[error("no device {ordinal}: the driver reports {count}")]
+    InvalidDevice {
+        /// The number asked for.
+        ordinal: usize,
+        /// How many devices there are.
+        count: usize,
+    },
+    /// A size that must not be zero is zero.
+    #[error("{what} must not be zero")]
+    ZeroSize {
+        /// What was given as zero.
+        what: &'static str,
+    },
+    /// `offset + bytes` does not fit in an address.
+    #[error("offset {offset} plus {bytes} bytes overflows")]
+    Overflow {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
+    /// A value is not a multiple of what the driver requires.
+    #[error("{what} {value} is not a multiple of {required}")]
+    Misaligned {
+        /// What is misaligned.
+        what: &'static str,
+        /// Its value in bytes.
+        value: usize,
+        /// What it must be a multiple of, in bytes.
+        required: usize,
+    },
+    /// A page size that is not a power of two, or below the device's granularity.
+    #[error(
+        "page size {page_bytes} is not a power of two of at least the granularity {granularity_bytes}"
+    )]
+    InvalidPageSize {
+        /// The page size in bytes.
+        page_bytes: usize,
+        /// The smallest that the device allows, in bytes.
+        granularity_bytes: usize,
+    },
+    /// Bytes outside a range.
+    #[error("offset {offset} plus {bytes} bytes exceeds the capacity of {capacity_bytes} bytes")]
+    OutOfRange {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+        /// Capacity of the range in bytes.
+        capacity_bytes: usize,
+    },
+    /// Some of the bytes are live already.
+    #[error("some of the {bytes} bytes at offset {offset} are allocated already")]
+    AlreadyMapped {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
+    /// Some of the bytes are not live.
+    #[error("some of the {bytes} bytes at offset {offset} are not allocated")]
+    NotMapped {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
+    /// The budget has no room. Nothing was taken.
+    #[error(
+        "out of physical memory: {asked_bytes} bytes asked, {free_bytes} free of {limit_bytes}; \
+         {retiring_bytes} retiring, {reclaimable_bytes} reclaimable"
+    )]
+    OutOfPhysicalMemory {
+        /// Bytes that the request still needed.
+        asked_bytes: usize,
+        /// Bytes that the asker could have had at once.
+        free_bytes: usize,
+        /// Bytes that come back when the device has finished with them.
+        retiring_bytes: usize,
+        /// Bytes held but not in use, which others could give up.
+        reclaimable_bytes: usize,
+        /// The most that the asker may ever hold, in bytes.
+        limit_bytes: usize,
+    },
+    /// No run of unused addresses is long enough.
+    #[error(
+        "out of address space: {asked_bytes} bytes asked, the largest unused run has {largest_free_bytes}"
+    )]
+    OutOfVirtualMemory {
+        /// Bytes asked for.
+        asked_bytes: usize,
+        /// The largest unused run in bytes.
+        largest_free_bytes: usize,
+    },
+    /// Guarantees, ceilings or limits that cannot hold together.
+    #[error("{what}: {asked_bytes} bytes asked, at most {available_bytes} possible")]
+    QuotaUnsatisfiable {
+        /// Which quota.
+        what: &'static str,
+        /// What was asked for, in bytes.
+        asked_bytes: usize,
+        /// The most that could be granted, in bytes.
+        available_bytes: usize,
+    },
+    /// The bytes lie in memory that the driver failed to unmap; it is retried, and not handed out.
+    #[error("the {bytes} bytes at offset {offset} touch quarantined memory")]
+    Quarantined {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
+    /// No model of this name is registered.
+    #[error("no model named {model:?}")]
+    ModelNotFound {
+        /// The name.
+        model: String,
+    },
+    /// A model of this name is registered already.
+    #[error("a model named {model:?} is registered already")]
+    ModelAlreadyRegistered {
+        /// The name.
+        model: String,
+    },
+    /// Two things that must belong to one device belong to two.
+    #[error("expected device {expected}, found device {found}")]
+    WrongDevice {
+        /// The device needed.
+        expected: usize,
+        /// The device given.
+        found: usize,
+    },
+    /// Two things that must belong to one driver belong to two.
+    #[error("the objects belong to different drivers")]
+    WrongDriver,
+    /// The range was closed.
+    #[error("the range is closed")]
+    Closed,
+    /// This process was forked from the one that opened the driver, which CUDA does not allow.
+    #[error("the driver was opened before fork; it cannot be used in the child")]
+    Forked,
+    /// The operating system refused a call on a file descriptor.
+    #[error("{call} failed: {reason}")]
+    System {
+        /// The call.
+        call: &'static str,
+        /// The system's own words.
+        reason: String,
+    },
+}
+
+impl VmmError {
+    /// The driver's code, if a driver call failed.
+    pub fn driver_code(&self) -> Option<CUresult> {
+        match self {
+            Self::Driver(error) => Some(error.code),
+            _ => None,
+        }
+    }
+
+    /// Whether memory ran out: the budget's, or the device's.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::OutOfPhysicalMemory { .. })
+            || self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY)
+    }
+
+    /// Whether the same call can succeed later, when memory is back ([`later_bytes`](Self::later_bytes)).
+    pub fn is_later(&self) -> bool {
+        match self {
+            Self::OutOfPhysicalMemory { .. } => !self.is_never(),
+            Self::Quarantined { .. } => true,
+            _ => self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY),
+        }
+    }
+
+    /// How many bytes must come back before a later try can succeed; 0 if that is not known.
+    pub fn later_bytes(&self) -> usize {
+        match self {
+            Self::OutOfPhysicalMemory {
+                asked_bytes,
+                free_bytes,
+                ..
+            } if self.is_later() => asked_bytes.saturating_sub(*free_bytes),
+            _ => 0,
+        }
+    }
+
+    /// Whether no wait can make the same call succeed.
+    pub fn is_never(&self) -> bool {
+        match self {
+            Self::OutOfPhysicalMemory {
+                asked_bytes,
+                limit_bytes,
+                ..
+            } => asked_bytes > limit_bytes,
+            Self::Quarantined { .. } => false,
+            Self::Driver(_) => self.is_poisoned(),
+            _ => true,
+        }
+    }
+
+    /// Whether the device's context is beyond use: every later call on it fails too.
+    pub fn is_poisoned(&self) -> bool {
+        self.driver_code().is_some_and(|code| {
+            matches!(
+                code,
+                sys::CUDA_ERROR_DEINITIALIZED
+                    | sys::CUDA_ERROR_ECC_UNCORRECTABLE
+                    | sys::CUDA_ERROR_ILLEGAL_ADDRESS
+                    | sys::CUDA_ERROR_LAUNCH_TIMEOUT
+                    | sys::CUDA_ERROR_CONTEXT_IS_DESTROYED
+                    | sys::CUDA_ERROR_ASSERT
+                    | sys::CUDA_ERROR_HARDWARE_STACK_ERROR
+                    | sys::CUDA_ERROR_ILLEGAL_INSTRUCTION
+                    | sys::CUDA_ERROR_MISALIGNED_ADDRESS
+                    | sys::CUDA_ERROR_INVALID_ADDRESS_SPACE
+                    | sys::CUDA_ERROR_INVALID_PC
+                    | sys::CUDA_ERROR_LAUNCH_FAILED
+            )
+        })
+    }
+}
+
+/// A close that failed: the error, and the object, which still owns what it owned.
+///
+/// Dropping the object tries once more; what still cannot be given back goes to the device's
+/// quarantine.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct CloseError<T> {
+    /// Why.
+    #[source]
+    pub error: VmmError,
+    /// What could not be closed.
+    pub object: T,
+}
+
+impl<T> From<CloseError<T>> for VmmError {
+    fn from(failure: CloseError<T>) -> Self {
+        failure.error
+    }
+}

@@ -1,0 +1,242 @@
+//! Memory at an address.
+//!
+//! # Safety
+//! A [`Mapping`] owns the whole of one mapping, keeps its reservation and its memory alive, and unmaps
+//! once. Unmapping waits for nothing: that the device has finished with the addresses is for the owner
+//! to see to, who is either the engine or a caller who wrote through an address, which is unsafe.
+#![allow(unsafe_code)]
+
+use crate::driver::call;
+use crate::quarantine::Stuck;
+use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
+use crate::{CloseError, Device, PhysicalMemory, Reservation, Result, VmmError, size};
+use core::mem::ManuallyDrop;
+use std::sync::Arc;
+
+/// What a device may do with mapped memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Nothing.
+    None,
+    /// Read.
+    Read,
+    /// Read and write.
+    ReadWrite,
+}
+
+impl Access {
+    fn flags(self) -> CUmemAccess_flags {
+        match self {
+            Self::None => sys::CU_MEM_ACCESS_FLAGS_PROT_NONE,
+            Self::Read => sys::CU_MEM_ACCESS_FLAGS_PROT_READ,
+            Self::ReadWrite => sys::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        }
+    }
+}
+
+/// One physical allocation, mapped whole at an offset of a reservation (`cuMemMap`), accessible to the
+/// devices that were named (`cuMemSetAccess`).
+///
+/// Dropping unmaps (`cuMemUnmap`). That does not wait for the device: work that still uses the
+/// addresses then fails with an illegal access and takes the context with it. Whoever launches such
+/// work waits for it first, or lets an [`Engine`](crate::Engine) do so.
+#[derive(Debug)]
+pub struct Mapping {
+    reservation: Arc<Reservation>,
+    memory: Arc<PhysicalMemory>,
+    offset: usize,
+}
+
+/// A mapping that failed to come about, with what could not be undone.
+pub(crate) struct MapFailure {
+    pub(crate) error: VmmError,
+    /// Still mapped: access was refused, and then the unmapping too.
+    pub(crate) stuck: Option<Mapping>,
+}
+
+impl Mapping {
+    /// Maps all of `memory` at `offset` bytes into the reservation, accessible as `access` says.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongDriver`]; [`VmmError::Misaligned`], [`VmmError::OutOfRange`],
+    /// [`VmmError::Overflow`]; [`VmmError::Driver`] if something is mapped there already or the driver
+    /// is out of memory, which it may notice as late as when access is set. Nothing stays mapped.
+    pub fn new(
+        reservation: &Arc<Reservation>,
+        offset: usize,
+        memory: &Arc<PhysicalMemory>,
+        access: &[(Device, Access)],
+    ) -> Result<Self> {
+        // What is stuck is dropped here: it tries once more, then goes to the device's quarantine.
+        Self::try_new(reservation, offset, memory, access).map_err(|failure| failure.error)
+    }
+
+    pub(crate) fn try_new(
+        reservation: &Arc<Reservation>,
+        offset: usize,
+        memory: &Arc<PhysicalMemory>,
+        access: &[(Device, Access)],
+    ) -> Result<Self, MapFailure> {
+        let mapping = Self::map(reservation, offset, memory)
+            .map_err(|error| MapFailure { error, stuck: None })?;
+        match mapping.set_access(access) {
+            Ok(()) => Ok(mapping),
+            Err(error) => Err(MapFailure {
+                error,
+                stuck: mapping.unmap().err().map(|failure| failure.object),
+            }),
+        }
+    }
+
+    fn map(
+        reservation: &Arc<Reservation>,
+        offset: usize,
+        memory: &Arc<PhysicalMemory>,
+    ) -> Result<Self> {
+        let device = reservation.device();
+        if !device.driver().is_same(memory.device().driver()) {
+            return Err(VmmError::WrongDriver);
+        }
+        size::Extent::new(offset, memory.bytes(), reservation.bytes())?;
+        if offset != 0 {
+            size::multiple("mapping offset", offset, device.granularity_bytes())?;
+        }
+        let address = reservation.address() + offset as u64;
+        // SAFETY: the addresses lie inside a reservation that the mapping keeps alive, and the handle
+        // is owned by the memory that it keeps alive too.
+        unsafe {
+            call!(
+                device.driver(),
+                cuMemMap(address, memory.bytes(), 0, memory.handle(), 0)
+            )
+        }?;
+        tracing::debug!(target: "cuda_vmm::driver", address, bytes = memory.bytes(), handle = memory.handle(), "mapped");
+        Ok(Self {
+            reservation: reservation.clone(),
+            memory: memory.clone(),
+            offset,
+        })
+    }
+
+    /// Sets what each device named may do with the memory (`cuMemSetAccess`). Devices not named keep
+    /// what they had.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`] if no device is named; [`VmmError::WrongDriver`]; [`VmmError::Driver`].
+    pub fn set_access(&self, access: &[(Device, Access)]) -> Result<()> {
+        if access.is_empty() {
+            return Err(VmmError::ZeroSize {
+                what: "list of devices with access",
+            });
+        }
+        let mut descriptors = Vec::with_capacity(access.len());
+        for (device, access) in access {
+            if !device.driver().is_same(self.device().driver()) {
+                return Err(VmmError::WrongDriver);
+            }
+            descriptors.push(CUmemAccessDesc {
+                location: device.properties(false).location,
+                flags: access.flags(),
+            });
+        }
+        // SAFETY: the range is exactly this mapping, and the descriptors are alive during the call.
+        unsafe {
+            call!(
+                self.device().driver(),
+                cuMemSetAccess(
+                    self.address(),
+                    self.bytes(),
+                    descriptors.as_ptr(),
+                    descriptors.len(),
+                )
+            )
+        }?;
+        tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), devices = access.len(), "set access");
+        Ok(())
+    }
+
+    /// The first address.
+    pub fn address(&self) -> u64 {
+        self.reservation.address() + self.offset as u64
+    }
+
+    /// Where in the reservation it starts, in bytes.
+    pub fn offset(&self) -> usize {
+        self.offset
+    }
+
+    /// The size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+
+    /// The reservation that it lies in.
+    pub fn reservation(&self) -> &Arc<Reservation> {
+        &self.reservation
+    }
+
+    /// The memory behind it.
+    pub fn memory(&self) -> &Arc<PhysicalMemory> {
+        &self.memory
+    }
+
+    fn device(&self) -> &Device {
+        self.reservation.device()
+    }
+
+    /// Unmaps, lets go of reservation and memory, and returns the error that dropping would hide.
+    ///
+    /// # Errors
+    /// The driver's error with the mapping, which is still in place.
+    pub fn close(self) -> Result<(), CloseError<Self>> {
+        self.unmap().map(drop)
+    }
+
+    /// Unmaps and hands over the memory.
+    pub(crate) fn unmap(self) -> Result<Arc<PhysicalMemory>, CloseError<Self>> {
+        match self.unmap_in_place() {
+            Ok(()) => {
+                let this = ManuallyDrop::new(self);
+                // SAFETY: `this` is never dropped, so each field is moved out exactly once.
+                unsafe {
+                    drop(core::ptr::read(&this.reservation));
+                    Ok(core::ptr::read(&this.memory))
+                }
+            }
+            Err(error) => Err(CloseError {
+                error,
+                object: self,
+            }),
+        }
+    }
+
+    fn unmap_in_place(&self) -> Result<()> {
+        // SAFETY: the range is exactly this mapping, which is undone once.
+        unsafe {
+            call!(
+                self.device().driver(),
+                cuMemUnmap(self.address(), self.bytes())
+            )
+        }?;
+        tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), "unmapped");
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        match self.unmap_in_place() {
+            Ok(()) | Err(VmmError::Forked) => {}
+            Err(error) if error.is_poisoned() => {}
+            Err(_) => {
+                let stuck = Self {
+                    reservation: self.reservation.clone(),
+                    memory: self.memory.clone(),
+                    offset: self.offset,
+                };
+                self.device()
+                    .quarantine(|quarantine| quarantine.push(Stuck::Mapping(stuck)));
+            }
+        }
+    }
+}

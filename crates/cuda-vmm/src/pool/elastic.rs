@@ -1,0 +1,206 @@
+//! One elastic range.
+
+use super::PoolStats;
+use crate::engine::{Engine, EngineOptions, Place, Quota, RangeId};
+use crate::{Device, Result, Stream};
+
+/// A range of device addresses that is backed by memory only where it is in use.
+///
+/// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live, so
+/// neighbours may share a page: a cache can grow token by token. The contents of bytes are undefined
+/// until written.
+///
+/// Freed pages are given back when the device has finished with them: after the work then queued on the
+/// streams that were named by [`use_stream`](Self::use_stream), or, where none was, after all work of the
+/// context. Nothing here waits for that but `allocate`, when it needs those very bytes.
+///
+/// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything back, and
+/// waits for the device to do so.
+#[derive(Debug)]
+pub struct VirtualMemoryPool {
+    engine: Engine,
+    range: RangeId,
+    base_address: u64,
+    capacity_bytes: usize,
+    page_bytes: usize,
+}
+
+impl VirtualMemoryPool {
+    /// A pool of `capacity_bytes` of addresses, with an engine of its own whose budget is the device's
+    /// memory.
+    ///
+    /// `page_bytes` is a power of two of at least the device's granularity. The capacity may be any number
+    /// and may exceed the device's memory; the addresses reserved are rounded up to whole pages.
+    ///
+    /// # Errors
+    /// [`VmmError::InvalidPageSize`](crate::VmmError::InvalidPageSize);
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Overflow`](crate::VmmError::Overflow) for the capacity;
+    /// [`VmmError::Driver`](crate::VmmError::Driver) if the addresses cannot be had.
+    pub fn new(device: &Device, capacity_bytes: usize, page_bytes: usize) -> Result<Self> {
+        let engine = Engine::new(device, EngineOptions::new())?;
+        Self::on_engine(&engine, capacity_bytes, page_bytes)
+    }
+
+    /// A pool that shares an engine's budget with the other ranges on it.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn on_engine(engine: &Engine, capacity_bytes: usize, page_bytes: usize) -> Result<Self> {
+        Self::with_quota(engine, capacity_bytes, page_bytes, Quota::default())
+    }
+
+    pub(super) fn with_quota(
+        engine: &Engine,
+        capacity_bytes: usize,
+        page_bytes: usize,
+        quota: Quota,
+    ) -> Result<Self> {
+        let (range, base_address) = engine
+            .inner()
+            .open_range(capacity_bytes, page_bytes, quota)?;
+        Ok(Self {
+            engine: engine.clone(),
+            range,
+            base_address,
+            capacity_bytes,
+            page_bytes,
+        })
+    }
+
+    /// Makes `bytes` bytes at `offset` live and returns their address. Edges need not be aligned to pages:
+    /// exactly the bytes named are live, and every page that they touch is backed.
+    ///
+    /// Waits only for retiring memory, and only if that satisfies it.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
+    /// [`VmmError::AlreadyMapped`](crate::VmmError::AlreadyMapped) if some of the bytes are live;
+    /// [`VmmError::OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory) if the budget has no room,
+    /// [`VmmError::Driver`](crate::VmmError::Driver) if the device has none or a call failed;
+    /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), [`VmmError::Closed`](crate::VmmError::Closed).
+    /// After an error everything is as before.
+    pub fn allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
+        self.take(Place::At(offset), bytes, true)
+    }
+
+    /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is an
+    /// error for which [`is_later`](crate::VmmError::is_later) holds, and which says how much is retiring.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn try_allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
+        self.take(Place::At(offset), bytes, false)
+    }
+
+    /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of `alignment` bytes
+    /// from the base.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate); [`VmmError::OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory) if no run of unused addresses is
+    /// long enough; [`VmmError::ZeroSize`](crate::VmmError::ZeroSize) for an alignment of 0.
+    pub fn allocate_anywhere(&self, bytes: usize, alignment: usize) -> Result<u64> {
+        if alignment == 0 {
+            return Err(crate::VmmError::ZeroSize { what: "alignment" });
+        }
+        self.take(Place::FirstFit { alignment }, bytes, true)
+    }
+
+    fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
+        let inner = self.engine.inner();
+        let offset = inner.allocate(self.range, place, bytes, wait)?;
+        Ok(self.base_address + offset as u64)
+    }
+
+    /// Ends the life of `bytes` bytes at `offset`; all of them must be live, but they need not be what one
+    /// `allocate` made. Never waits for the device.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
+    /// is freed.
+    pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
+        self.engine.inner().deallocate(self.range, offset, bytes)
+    }
+
+    /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
+    /// only. Name all that use it, before they do: work on others is not waited for.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
+    /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
+    pub fn use_stream(&self, stream: &Stream) -> Result<()> {
+        self.engine.inner().use_stream(self.range, stream)
+    }
+
+    /// Addresses in bytes, as given.
+    pub fn capacity_bytes(&self) -> usize {
+        self.capacity_bytes
+    }
+
+    /// The page in bytes.
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    /// The first address, which stays while the pool lives.
+    pub fn base_address(&self) -> u64 {
+        self.base_address
+    }
+
+    /// Pages with live bytes, in bytes.
+    pub fn physical_memory_usage(&self) -> usize {
+        self.engine.inner().live_pages(self.range) * self.page_bytes
+    }
+
+    /// Whether all of the bytes are live; false for none and for bytes outside the pool.
+    pub fn is_mapped(&self, offset: usize, bytes: usize) -> bool {
+        self.engine.inner().is_live(self.range, offset, bytes)
+    }
+
+    /// One moment's numbers; all zero but capacity and page if the pool was closed.
+    pub fn stats(&self) -> PoolStats {
+        match self.engine.inner().range_stats(self.range) {
+            Ok(range) => PoolStats::new(self.capacity_bytes, self.page_bytes, range),
+            Err(_) => PoolStats {
+                capacity_bytes: self.capacity_bytes,
+                page_bytes: self.page_bytes,
+                ..PoolStats::default()
+            },
+        }
+    }
+
+    /// Gives back what the engine holds, is not live, and the device has finished with; returns the bytes.
+    ///
+    /// # Errors
+    /// As [`Engine::trim`].
+    pub fn trim(&self) -> Result<usize> {
+        self.engine.trim()
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Gives everything back, waiting for the device, and returns the error that dropping would hide.
+    ///
+    /// # Errors
+    /// The driver's, if it refused; the engine keeps and retries what is left.
+    pub fn close(self) -> Result<()> {
+        self.shut()
+    }
+
+    pub(super) fn shut(&self) -> Result<()> {
+        self.engine.inner().close_range(self.range)
+    }
+}
+
+impl Drop for VirtualMemoryPool {
+    fn drop(&mut self) {
+        // What is refused stays with the engine, which retries it.
+        let _ = self.shut();
+    }
+}

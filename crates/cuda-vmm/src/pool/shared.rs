@@ -1,0 +1,254 @@
+//! Many models under one physical limit.
+
+use super::{PoolStats, VirtualMemoryPool};
+use crate::engine::{Engine, EngineOptions, EngineStats, Quota};
+use crate::{Device, Result, VmmError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// Addresses that are placed for a model begin at a multiple of this many bytes, as those of `cuMemAlloc` do.
+const ALIGNMENT: usize = 256;
+
+/// How a shared pool is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedPoolOptions {
+    /// The engine behind it: the limit, the headroom, what stays parked.
+    pub engine: EngineOptions,
+    /// The page of every model in bytes; the device's granularity where none is given.
+    pub page_bytes: Option<usize>,
+}
+
+/// How a model is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Its addresses in bytes.
+    pub capacity_bytes: usize,
+    /// Memory in bytes that is always to be had for it, whatever other models do.
+    pub guarantee_bytes: usize,
+    /// The most memory in bytes that it may hold, if less than the pool's limit.
+    pub ceiling_bytes: Option<usize>,
+}
+
+impl ModelOptions {
+    /// Addresses, no guarantee, no ceiling.
+    pub const fn new(capacity_bytes: usize) -> Self {
+        Self {
+            capacity_bytes,
+            guarantee_bytes: 0,
+            ceiling_bytes: None,
+        }
+    }
+}
+
+/// Models that share one budget, each with a range of addresses of its own; a cheap clone.
+///
+/// A model's memory is charged to it until the device holds it no longer. What one model gives back, any
+/// other can have.
+#[derive(Debug, Clone)]
+pub struct SharedMemoryPool {
+    engine: Engine,
+    page_bytes: usize,
+    models: Arc<RwLock<BTreeMap<String, Arc<VirtualMemoryPool>>>>,
+}
+
+impl SharedMemoryPool {
+    /// A pool with a limit in bytes, which may exceed the device's memory. Pages are the device's
+    /// granularity.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`] for a limit of 0.
+    pub fn new(device: &Device, limit_bytes: usize) -> Result<Self> {
+        Self::with_options(
+            device,
+            SharedPoolOptions {
+                engine: EngineOptions::new().limit_bytes(limit_bytes),
+                page_bytes: None,
+            },
+        )
+    }
+
+    /// A pool as the options say.
+    ///
+    /// # Errors
+    /// As [`Engine::new`]; [`VmmError::InvalidPageSize`].
+    pub fn with_options(device: &Device, options: SharedPoolOptions) -> Result<Self> {
+        let granularity_bytes = device.granularity_bytes();
+        let page_bytes = options.page_bytes.unwrap_or(granularity_bytes);
+        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
+            return Err(VmmError::InvalidPageSize {
+                page_bytes,
+                granularity_bytes,
+            });
+        }
+        Ok(Self {
+            engine: Engine::new(device, options.engine)?,
+            page_bytes,
+            models: Arc::default(),
+        })
+    }
+
+    /// Registers a model with this many bytes of addresses, which cost no memory.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelAlreadyRegistered`]; otherwise as [`VirtualMemoryPool::new`].
+    pub fn register_model(&self, model: &str, capacity_bytes: usize) -> Result<()> {
+        self.register_model_with(model, ModelOptions::new(capacity_bytes))
+    }
+
+    /// Registers a model with a guarantee and a ceiling.
+    ///
+    /// # Errors
+    /// As [`register_model`](Self::register_model); [`VmmError::QuotaUnsatisfiable`] if the guarantee is
+    /// above the ceiling or cannot hold beside the others.
+    pub fn register_model_with(&self, model: &str, options: ModelOptions) -> Result<()> {
+        let already = || VmmError::ModelAlreadyRegistered {
+            model: model.to_owned(),
+        };
+        if self.find(model).is_ok() {
+            return Err(already());
+        }
+        let quota = Quota {
+            guarantee_bytes: options.guarantee_bytes,
+            ceiling_bytes: options.ceiling_bytes.unwrap_or(usize::MAX),
+        };
+        let pool = VirtualMemoryPool::with_quota(
+            &self.engine,
+            options.capacity_bytes,
+            self.page_bytes,
+            quota,
+        )?;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        if models.contains_key(model) {
+            // Another thread was faster. The pool is dropped, which calls the driver, after the lock.
+            drop(models);
+            return Err(already());
+        }
+        models.insert(model.to_owned(), Arc::new(pool));
+        Ok(())
+    }
+
+    /// Forgets a model and gives back all that it holds, waiting for the device.
+    ///
+    /// Handles from [`model`](Self::model) then answer [`VmmError::Closed`].
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`]; the driver's, if it refused: the model is gone all the same, and what
+    /// is left is retried.
+    pub fn unregister_model(&self, model: &str) -> Result<()> {
+        let removed = self
+            .models
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(model);
+        removed.ok_or_else(|| not_found(model))?.shut()
+    }
+
+    fn find(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
+        self.models
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(model)
+            .cloned()
+            .ok_or_else(|| not_found(model))
+    }
+
+    /// The model's own range.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`].
+    pub fn model(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
+        self.find(model)
+    }
+
+    /// Makes `bytes` bytes live at the model's lowest unused address, a multiple of 256 from its base, and
+    /// returns the address.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::allocate_anywhere`].
+    pub fn allocate_for_model(&self, model: &str, bytes: usize) -> Result<u64> {
+        self.find(model)?.allocate_anywhere(bytes, ALIGNMENT)
+    }
+
+    /// Makes `bytes` bytes live at an offset of the model's range, and returns their address.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::allocate`].
+    pub fn allocate_for_model_at(&self, model: &str, offset: usize, bytes: usize) -> Result<u64> {
+        self.find(model)?.allocate(offset, bytes)
+    }
+
+    /// Ends the life of bytes at an offset of the model's range.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::deallocate`].
+    pub fn deallocate_for_model(&self, model: &str, offset: usize, bytes: usize) -> Result<()> {
+        self.find(model)?.deallocate(offset, bytes)
+    }
+
+    /// As [`deallocate_for_model`](Self::deallocate_for_model), by address.
+    ///
+    /// # Errors
+    /// As there; [`VmmError::NotMapped`] for an address below the model's base, with the offset 0.
+    pub fn deallocate_for_model_address(
+        &self,
+        model: &str,
+        address: u64,
+        bytes: usize,
+    ) -> Result<()> {
+        let pool = self.find(model)?;
+        match address.checked_sub(pool.base_address()) {
+            Some(offset) => pool.deallocate(offset as usize, bytes),
+            None => Err(VmmError::NotMapped { offset: 0, bytes }),
+        }
+    }
+
+    /// The first address of a model's range.
+    pub fn model_base_address(&self, model: &str) -> Option<u64> {
+        self.find(model).ok().map(|pool| pool.base_address())
+    }
+
+    /// A model's numbers.
+    pub fn model_stats(&self, model: &str) -> Option<PoolStats> {
+        self.find(model).ok().map(|pool| pool.stats())
+    }
+
+    /// The names of the models, in order.
+    pub fn models(&self) -> Vec<String> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        models.keys().cloned().collect()
+    }
+
+    /// The numbers of the budget.
+    pub fn stats(&self) -> EngineStats {
+        self.engine.stats()
+    }
+
+    /// The limit in bytes, as it was given.
+    pub fn limit_bytes(&self) -> usize {
+        self.engine.limit_bytes()
+    }
+
+    /// The page of every model in bytes.
+    pub fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    /// Gives back what is not live and the device has finished with; returns the bytes.
+    ///
+    /// # Errors
+    /// As [`Engine::trim`].
+    pub fn trim(&self) -> Result<usize> {
+        self.engine.trim()
+    }
+
+    /// The engine behind the pool, on which further ranges can be made.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+fn not_found(model: &str) -> VmmError {
+    VmmError::ModelNotFound {
+        model: model.to_owned(),
+    }
+}

@@ -1,0 +1,74 @@
+//! Sharing physical memory between processes, as a file descriptor.
+//!
+//! # Safety
+//! The driver hands out a new descriptor on export, which an [`OwnedFd`] then owns, and duplicates the
+//! one given on import, which stays the caller's.
+#![allow(unsafe_code)]
+
+use crate::driver::call;
+use crate::sys::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR as DESCRIPTOR;
+use crate::{Device, PhysicalMemory, Result, size};
+use core::ffi::{c_int, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+impl PhysicalMemory {
+    /// A file descriptor that names this memory (`cuMemExportToShareableHandle`).
+    ///
+    /// Send it to another process over a Unix socket. Whoever imports it keeps the memory alive by
+    /// itself.
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also for memory that was not made by
+    /// [`exportable`](Self::exportable).
+    pub fn export(&self) -> Result<OwnedFd> {
+        let mut descriptor: c_int = -1;
+        // SAFETY: for this handle type the answer is an `int`, and `descriptor` is a place for one.
+        unsafe {
+            call!(
+                self.device().driver(),
+                cuMemExportToShareableHandle(
+                    (&raw mut descriptor).cast::<c_void>(),
+                    self.handle(),
+                    DESCRIPTOR,
+                    0,
+                )
+            )
+        }?;
+        tracing::debug!(target: "cuda_vmm::driver", handle = self.handle(), descriptor, "exported memory");
+        // SAFETY: the driver opened this descriptor for us and nobody else owns it.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+    }
+
+    /// Memory of `bytes` bytes that another process exported (`cuMemImportFromShareableHandle`).
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Misaligned`](crate::VmmError::Misaligned);
+    /// [`VmmError::Driver`](crate::VmmError::Driver) if the descriptor is no exported memory.
+    ///
+    /// # Safety
+    /// `bytes` must be the size with which the memory was made, and `device` the device it is on: the
+    /// descriptor does not tell.
+    pub unsafe fn import(
+        device: &Device,
+        descriptor: BorrowedFd<'_>,
+        bytes: usize,
+    ) -> Result<Self> {
+        size::multiple("physical size", bytes, device.granularity_bytes())?;
+        let mut handle = 0;
+        // SAFETY: for this handle type the descriptor itself is passed in place of a pointer.
+        unsafe {
+            call!(
+                device.driver(),
+                cuMemImportFromShareableHandle(
+                    &mut handle,
+                    descriptor.as_raw_fd() as usize as *mut c_void,
+                    DESCRIPTOR,
+                )
+            )
+        }?;
+        tracing::debug!(target: "cuda_vmm::driver", handle, bytes, "imported memory");
+        // SAFETY: the import made a reference that is ours; the caller vouches for size and device.
+        Ok(unsafe { Self::from_raw(device, handle, bytes) })
+    }
+}

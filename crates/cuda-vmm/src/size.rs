@@ -1,0 +1,113 @@
+//! Checked sizes: extents of bytes that are known to lie inside a capacity.
+
+use crate::{Result, VmmError};
+use core::ops::Range;
+
+/// A non-empty run of bytes inside a range, checked when made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) offset: usize,
+    pub(crate) bytes: usize,
+}
+
+impl Extent {
+    /// Checks `bytes` bytes at `offset` against a capacity in bytes.
+    pub(crate) fn new(offset: usize, bytes: usize, capacity_bytes: usize) -> Result<Self> {
+        if bytes == 0 {
+            return Err(VmmError::ZeroSize { what: "size" });
+        }
+        let end = offset
+            .checked_add(bytes)
+            .ok_or(VmmError::Overflow { offset, bytes })?;
+        if end > capacity_bytes {
+            return Err(VmmError::OutOfRange {
+                offset,
+                bytes,
+                capacity_bytes,
+            });
+        }
+        Ok(Self { offset, bytes })
+    }
+
+    pub(crate) fn range(self) -> Range<usize> {
+        self.offset..self.offset + self.bytes
+    }
+
+    /// The pages that the bytes touch.
+    pub(crate) fn pages(self, page_bytes: usize) -> Range<usize> {
+        self.offset / page_bytes..(self.offset + self.bytes).div_ceil(page_bytes)
+    }
+}
+
+/// Checks that `value` is a non-zero multiple of `required`.
+pub(crate) fn multiple(what: &'static str, value: usize, required: usize) -> Result<usize> {
+    if value == 0 {
+        return Err(VmmError::ZeroSize { what });
+    }
+    if !value.is_multiple_of(required) {
+        return Err(VmmError::Misaligned {
+            what,
+            value,
+            required,
+        });
+    }
+    Ok(value)
+}
+
+/// Bytes for people: `1.50 GiB`, `2 MiB`, `17 B`.
+pub(crate) struct Readable(pub(crate) usize);
+
+impl core::fmt::Display for Readable {
+    fn fmt(&self, formatter: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let (mut value, mut unit) = (self.0 as f64, "B");
+        for larger in ["KiB", "MiB", "GiB", "TiB", "PiB"] {
+            if value < 1024.0 {
+                break;
+            }
+            (value, unit) = (value / 1024.0, larger);
+        }
+        if value.fract() == 0.0 {
+            write!(formatter, "{value} {unit}")
+        } else {
+            write!(formatter, "{value:.2} {unit}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extent_is_checked_against_zero_overflow_and_capacity() {
+        assert_eq!(
+            Extent::new(0, 0, 8),
+            Err(VmmError::ZeroSize { what: "size" })
+        );
+        assert_eq!(
+            Extent::new(usize::MAX, 2, 8),
+            Err(VmmError::Overflow {
+                offset: usize::MAX,
+                bytes: 2
+            })
+        );
+        assert_eq!(
+            Extent::new(7, 2, 8),
+            Err(VmmError::OutOfRange {
+                offset: 7,
+                bytes: 2,
+                capacity_bytes: 8
+            })
+        );
+        assert_eq!(Extent::new(6, 2, 8).map(|extent| extent.pages(4)), Ok(1..2));
+        assert_eq!(Extent::new(3, 2, 8).map(|extent| extent.pages(4)), Ok(0..2));
+    }
+
+    #[test]
+    fn bytes_read_well() {
+        let text = |bytes| Readable(bytes).to_string();
+        assert_eq!(text(17), "17 B");
+        assert_eq!(text(2 << 20), "2 MiB");
+        assert_eq!(text((3 << 30) / 2), "1.50 GiB");
+    }
+}
