@@ -1,1 +1,39 @@
-//! Not written yet.
+#![doc = include_str!("../README.md")]
+#![deny(unsafe_code)]
+
+mod address_space;
+mod books;
+#[allow(unsafe_code)]
+mod calls;
+mod capture;
+#[cfg(feature = "cdylib")]
+#[allow(unsafe_code)]
+mod cdylib;
+mod config;
+mod context;
+mod cost;
+mod device;
+mod error_names;
+mod event;
+mod export;
+mod fault;
+#[allow(unsafe_code)]
+mod host_memory;
+#[allow(unsafe_code)]
+mod location;
+mod memory;
+mod physical;
+mod simulator;
+#[allow(unsafe_code)]
+mod slot;
+mod state;
+mod stream;
+mod thread;
+#[allow(unsafe_code)]
+mod work;
+
+pub use books::Books;
+pub use config::SimConfig;
+pub use cost::CostModel;
+pub use fault::Fault;
+pub use simulator::{SimError, Simulator};

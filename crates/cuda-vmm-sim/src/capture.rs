@@ -1,0 +1,295 @@
+//! Stream capture, the graphs it makes, and the calls that kill it.
+
+use crate::state::{Answer, Inner, State};
+use crate::stream::Key;
+use cuda_vmm_sys::*;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::thread::ThreadId;
+
+/// One side of a copy, as the caller named it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Endpoint {
+    Device(u64),
+    Host(usize),
+}
+
+/// A piece of work by addresses: what a call asks for and what a graph keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Node {
+    /// A record or a wait, which in a graph only orders.
+    Nothing,
+    Memset {
+        address: u64,
+        value: u8,
+        bytes: usize,
+    },
+    Copy {
+        to: Endpoint,
+        from: Endpoint,
+        bytes: usize,
+    },
+    HostFunction {
+        function: unsafe extern "C" fn(*mut c_void),
+        data: usize,
+    },
+}
+
+/// A capture under way.
+#[derive(Debug)]
+pub(crate) struct Capture {
+    id: u64,
+    mode: CUstreamCaptureMode,
+    thread: ThreadId,
+    invalidated: bool,
+    nodes: Vec<Node>,
+}
+
+impl Capture {
+    /// Captures a piece of work.
+    pub(crate) fn add(&mut self, node: Node) -> Answer {
+        if self.invalidated {
+            return Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        }
+        self.nodes.push(node);
+        Ok(())
+    }
+
+    /// Captures an event's record; the event then belongs to the capture of the number returned.
+    pub(crate) fn mark(&mut self) -> Answer<u64> {
+        self.add(Node::Nothing)?;
+        Ok(self.id)
+    }
+
+    /// Captures a wait for an event, which must have been recorded in this capture.
+    pub(crate) fn wait(&mut self, recorded_in: Option<u64>) -> Answer {
+        if recorded_in != Some(self.id) {
+            self.invalidated = true;
+            return Err(CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
+        }
+        self.add(Node::Nothing)
+    }
+}
+
+/// A graph or an executable one.
+#[derive(Debug)]
+struct Graph {
+    device: usize,
+    executable: bool,
+    nodes: Arc<[Node]>,
+}
+
+/// All graphs of one simulator. A handle is a number and is never followed.
+#[derive(Debug, Default)]
+pub(crate) struct Graphs {
+    by_key: HashMap<usize, Graph>,
+    made: usize,
+    captures: u64,
+}
+
+const FIRST_KEY: usize = 0x6A00_0000;
+
+impl Graphs {
+    pub(crate) fn count(&self, device: usize) -> usize {
+        self.by_key
+            .values()
+            .filter(|graph| graph.device == device)
+            .count()
+    }
+
+    pub(crate) fn destroy_all(&mut self, device: usize) {
+        self.by_key.retain(|_, graph| graph.device != device);
+    }
+
+    fn add(&mut self, device: usize, executable: bool, nodes: Arc<[Node]>) -> usize {
+        let key = FIRST_KEY + 16 * self.made;
+        self.made += 1;
+        let graph = Graph {
+            device,
+            executable,
+            nodes,
+        };
+        self.by_key.insert(key, graph);
+        key
+    }
+
+    fn get(&self, key: usize, executable: bool) -> Answer<&Graph> {
+        self.by_key
+            .get(&key)
+            .filter(|graph| graph.executable == executable)
+            .ok_or(CUDA_ERROR_INVALID_HANDLE)
+    }
+}
+
+impl Inner {
+    /// What a call that may disturb a capture begins with. It kills the captures that are exposed to it
+    /// by their mode, their thread and the calling thread's own mode.
+    ///
+    /// A capture that is already invalidated counts until it is ended.
+    pub(crate) fn unsafe_call(&mut self) -> Answer {
+        let mode = self.threads.get().capture_mode;
+        if mode == CU_STREAM_CAPTURE_MODE_RELAXED {
+            return Ok(());
+        }
+        let thread = std::thread::current().id();
+        self.kill(|capture, _| {
+            let own = capture.thread == thread && capture.mode != CU_STREAM_CAPTURE_MODE_RELAXED;
+            let global = capture.mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+            own || global && mode == CU_STREAM_CAPTURE_MODE_GLOBAL
+        })
+    }
+
+    /// What a call that waits for a whole context begins with: it kills every capture there.
+    pub(crate) fn kill_captures_of(&mut self, device: usize) -> Answer {
+        self.kill(|_, owner| owner == device)
+    }
+
+    fn kill(&mut self, exposed: impl Fn(&Capture, usize) -> bool) -> Answer {
+        let mut answer = Ok(());
+        for (capture, device, _) in self.streams.captures() {
+            if exposed(capture, device) {
+                capture.invalidated = true;
+                answer = Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+            }
+        }
+        answer
+    }
+
+    /// Ends a capture's hope of a graph.
+    pub(crate) fn invalidate(&mut self, id: u64) {
+        for (capture, _, _) in self.streams.captures() {
+            capture.invalidated |= capture.id == id;
+        }
+    }
+
+    /// Refuses, and kills the capture, if this very stream is being captured.
+    pub(crate) fn refuse_in_capture(&mut self, key: Key) -> Answer {
+        match &mut self.streams.get_mut(key)?.capture {
+            Some(capture) => {
+                capture.invalidated = true;
+                Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The legacy stream is ordered with blocking streams, so it cannot be used while one is captured.
+    pub(crate) fn check_implicit(&mut self, key: Key) -> Answer {
+        if !self.streams.is_legacy(key) {
+            return Ok(());
+        }
+        let device = self.streams.get(key)?.device;
+        let mut answer = Ok(());
+        for (capture, owner, blocking) in self.streams.captures() {
+            if blocking && owner == device {
+                capture.invalidated = true;
+                answer = Err(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+            }
+        }
+        answer
+    }
+}
+
+impl State {
+    pub(crate) fn begin_capture(&self, stream: CUstream, mode: CUstreamCaptureMode) -> Answer {
+        if mode > CU_STREAM_CAPTURE_MODE_RELAXED {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        if inner.streams.is_legacy(key) {
+            return Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+        }
+        inner.graphs.captures += 1;
+        let id = inner.graphs.captures;
+        let stream = inner.streams.get_mut(key)?;
+        if stream.capture.is_some() {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        stream.capture = Some(Capture {
+            id,
+            mode,
+            thread: std::thread::current().id(),
+            invalidated: false,
+            nodes: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Ends a capture: a graph, or why there is none. The stream is no longer captured either way,
+    /// unless the call came on the wrong thread.
+    pub(crate) fn end_capture(&self, stream: CUstream) -> Answer<CUgraph> {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        let stream = inner.streams.get_mut(key)?;
+        let capture = stream.capture.as_ref().ok_or(CUDA_ERROR_INVALID_VALUE)?;
+        let own = capture.thread == std::thread::current().id();
+        if !own && capture.mode != CU_STREAM_CAPTURE_MODE_RELAXED {
+            return Err(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
+        }
+        let device = stream.device;
+        match stream.capture.take() {
+            Some(capture) if !capture.invalidated => {
+                let key = inner.graphs.add(device, false, capture.nodes.into());
+                Ok(std::ptr::without_provenance_mut(key))
+            }
+            _ => Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED),
+        }
+    }
+
+    pub(crate) fn capture_status(&self, stream: CUstream) -> Answer<CUstreamCaptureStatus> {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        inner.check_implicit(key)?;
+        Ok(match &inner.streams.get(key)?.capture {
+            None => CU_STREAM_CAPTURE_STATUS_NONE,
+            Some(capture) if capture.invalidated => CU_STREAM_CAPTURE_STATUS_INVALIDATED,
+            Some(_) => CU_STREAM_CAPTURE_STATUS_ACTIVE,
+        })
+    }
+
+    /// Sets the calling thread's capture mode and returns the one before.
+    pub(crate) fn exchange_capture_mode(
+        &self,
+        mode: CUstreamCaptureMode,
+    ) -> Answer<CUstreamCaptureMode> {
+        if mode > CU_STREAM_CAPTURE_MODE_RELAXED {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        let before = self.threads.get().capture_mode;
+        self.threads.update(|thread| thread.capture_mode = mode);
+        Ok(before)
+    }
+
+    pub(crate) fn graph_instantiate(&self, graph: CUgraph) -> Answer<CUgraphExec> {
+        let mut inner = self.lock();
+        inner.enter()?;
+        let graph = inner.graphs.get(graph.addr(), false)?;
+        let (device, nodes) = (graph.device, Arc::clone(&graph.nodes));
+        let key = inner.graphs.add(device, true, nodes);
+        Ok(std::ptr::without_provenance_mut(key))
+    }
+
+    /// Enqueues a graph's work. Its addresses mean what is mapped there now; if nothing is, the launch
+    /// succeeds and the context is poisoned when the work runs.
+    pub(crate) fn graph_launch(self: &Arc<Self>, graph: CUgraphExec, stream: CUstream) -> Answer {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        let nodes = Arc::clone(&inner.graphs.get(graph.addr(), true)?.nodes);
+        inner.refuse_in_capture(key)?;
+        inner.check_implicit(key)?;
+        for node in nodes.iter() {
+            let work = inner.resolve(node, true, self.config.backed);
+            self.enqueue(&mut inner, key, work)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn graph_destroy(&self, key: usize, executable: bool) -> Answer {
+        let mut inner = self.lock();
+        inner.graphs.get(key, executable)?;
+        inner.graphs.by_key.remove(&key);
+        Ok(())
+    }
+}

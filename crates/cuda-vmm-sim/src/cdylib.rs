@@ -1,0 +1,183 @@
+//! The driver's C symbols, for the shared library that takes a real `libcuda.so.1`'s place.
+//!
+//! The library holds one simulator, made at the first call, as `CUDA_VMM_SIM_DEVICES` and
+//! `CUDA_VMM_SIM_MEMORY_BYTES` ask for. It lives until the process ends.
+//!
+//! # Safety
+//! The functions pass on what the caller of the driver's function of that name vouched for.
+
+#![allow(non_snake_case)]
+
+use crate::slot::entry;
+use crate::{SimConfig, Simulator};
+use cuda_vmm_sys::*;
+use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
+use std::ptr::null_mut;
+use std::sync::OnceLock;
+
+/// The process's simulator, or the code that every call answers because there is none.
+static PROCESS: OnceLock<Result<Simulator, CUresult>> = OnceLock::new();
+
+fn process() -> &'static Result<Simulator, CUresult> {
+    PROCESS.get_or_init(|| {
+        let mut config = SimConfig::new();
+        if let Some(devices) = variable("CUDA_VMM_SIM_DEVICES")? {
+            config = config.devices(devices);
+        }
+        if let Some(bytes) = variable("CUDA_VMM_SIM_MEMORY_BYTES")? {
+            config = config.memory_bytes(bytes);
+        }
+        Simulator::new(config).map_err(|_| CUDA_ERROR_INVALID_VALUE)
+    })
+}
+
+fn variable(name: &str) -> Result<Option<usize>, CUresult> {
+    match std::env::var_os(name) {
+        None => Ok(None),
+        Some(value) => {
+            let number = value.to_str().and_then(|value| value.trim().parse().ok());
+            number.map(Some).ok_or(CUDA_ERROR_INVALID_VALUE)
+        }
+    }
+}
+
+macro_rules! define_exports {
+    (
+        required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
+        optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
+    ) => {
+        $(export!($name($($argument: $type),*));)*
+        $(export!($optional($($optional_argument: $optional_type),*));)*
+
+        fn address(function: DriverFunction) -> *mut c_void {
+            let address = match function {
+                $(DriverFunction::$name => exports::$name as *const (),)*
+                $(DriverFunction::$optional => exports::$optional as *const (),)*
+            };
+            address.cast_mut().cast()
+        }
+    };
+}
+
+/// Exports a function under the symbol that a real driver gives this form of it.
+macro_rules! export {
+    (cuDeviceTotalMem $arguments:tt) => { export!(@as cuDeviceTotalMem_v2 = cuDeviceTotalMem $arguments); };
+    (cuDevicePrimaryCtxRelease $arguments:tt) => { export!(@as cuDevicePrimaryCtxRelease_v2 = cuDevicePrimaryCtxRelease $arguments); };
+    (cuMemGetInfo $arguments:tt) => { export!(@as cuMemGetInfo_v2 = cuMemGetInfo $arguments); };
+    (cuMemAlloc $arguments:tt) => { export!(@as cuMemAlloc_v2 = cuMemAlloc $arguments); };
+    (cuMemFree $arguments:tt) => { export!(@as cuMemFree_v2 = cuMemFree $arguments); };
+    (cuMemcpyHtoD $arguments:tt) => { export!(@as cuMemcpyHtoD_v2 = cuMemcpyHtoD $arguments); };
+    (cuMemcpyDtoH $arguments:tt) => { export!(@as cuMemcpyDtoH_v2 = cuMemcpyDtoH $arguments); };
+    (cuMemcpyDtoD $arguments:tt) => { export!(@as cuMemcpyDtoD_v2 = cuMemcpyDtoD $arguments); };
+    (cuMemcpyHtoDAsync $arguments:tt) => { export!(@as cuMemcpyHtoDAsync_v2 = cuMemcpyHtoDAsync $arguments); };
+    (cuMemcpyDtoHAsync $arguments:tt) => { export!(@as cuMemcpyDtoHAsync_v2 = cuMemcpyDtoHAsync $arguments); };
+    (cuMemcpyDtoDAsync $arguments:tt) => { export!(@as cuMemcpyDtoDAsync_v2 = cuMemcpyDtoDAsync $arguments); };
+    (cuMemsetD8 $arguments:tt) => { export!(@as cuMemsetD8_v2 = cuMemsetD8 $arguments); };
+    (cuStreamDestroy $arguments:tt) => { export!(@as cuStreamDestroy_v2 = cuStreamDestroy $arguments); };
+    (cuStreamBeginCapture $arguments:tt) => { export!(@as cuStreamBeginCapture_v2 = cuStreamBeginCapture $arguments); };
+    (cuEventDestroy $arguments:tt) => { export!(@as cuEventDestroy_v2 = cuEventDestroy $arguments); };
+    (@as $symbol:ident = $name:ident($($argument:ident: $type:ty),*)) => {
+        /// # Safety
+        /// As the driver's function of this name.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $symbol($($argument: $type),*) -> CUresult {
+            match process() {
+                // SAFETY: the caller's promise is the one that the call asks for.
+                Ok(simulator) => unsafe { entry::$name(simulator.slot() $(, $argument)*) },
+                Err(code) => *code,
+            }
+        }
+    };
+    ($name:ident $arguments:tt) => { export!(@as $name = $name $arguments); };
+}
+
+cuda_vmm_sys::driver_functions!(define_exports);
+
+/// The exported functions by the names of the table.
+mod exports {
+    pub(super) use super::cuDevicePrimaryCtxRelease_v2 as cuDevicePrimaryCtxRelease;
+    pub(super) use super::cuDeviceTotalMem_v2 as cuDeviceTotalMem;
+    pub(super) use super::cuEventDestroy_v2 as cuEventDestroy;
+    pub(super) use super::cuMemAlloc_v2 as cuMemAlloc;
+    pub(super) use super::cuMemFree_v2 as cuMemFree;
+    pub(super) use super::cuMemGetInfo_v2 as cuMemGetInfo;
+    pub(super) use super::cuMemcpyDtoD_v2 as cuMemcpyDtoD;
+    pub(super) use super::cuMemcpyDtoDAsync_v2 as cuMemcpyDtoDAsync;
+    pub(super) use super::cuMemcpyDtoH_v2 as cuMemcpyDtoH;
+    pub(super) use super::cuMemcpyDtoHAsync_v2 as cuMemcpyDtoHAsync;
+    pub(super) use super::cuMemcpyHtoD_v2 as cuMemcpyHtoD;
+    pub(super) use super::cuMemcpyHtoDAsync_v2 as cuMemcpyHtoDAsync;
+    pub(super) use super::cuMemsetD8_v2 as cuMemsetD8;
+    pub(super) use super::cuStreamBeginCapture_v2 as cuStreamBeginCapture;
+    pub(super) use super::cuStreamDestroy_v2 as cuStreamDestroy;
+    pub(super) use super::*;
+}
+
+/// Finds a function by name, if the form that we have is not newer than the version asked for.
+fn find(symbol: &CStr, version: c_int) -> Option<*mut c_void> {
+    match symbol.to_bytes() {
+        b"cuGetProcAddress" if version >= 12000 => Some(cuGetProcAddress_v2 as *mut c_void),
+        b"cuGetProcAddress" if version >= 11030 => Some(cuGetProcAddress as *mut c_void),
+        name => {
+            let mut functions = DriverFunction::ALL.iter();
+            let function = functions.find(|function| function.c_name().to_bytes() == name)?;
+            (function.version() <= version).then(|| address(*function))
+        }
+    }
+}
+
+/// `cuGetProcAddress` as CUDA 11.3 has it. Flags must ask for the default or the legacy stream.
+///
+/// # Safety
+/// `symbol` is null or a C string, and `address` null or valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetProcAddress(
+    symbol: *const c_char,
+    address: *mut *mut c_void,
+    version: c_int,
+    flags: c_ulonglong,
+) -> CUresult {
+    if symbol.is_null() || address.is_null() || flags > 1 {
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    // SAFETY: the caller's promise.
+    let found = find(unsafe { CStr::from_ptr(symbol) }, version);
+    // SAFETY: the caller's promise.
+    unsafe { address.write(found.unwrap_or(null_mut())) };
+    if found.is_some() {
+        CUDA_SUCCESS
+    } else {
+        CUDA_ERROR_NOT_FOUND
+    }
+}
+
+/// `cuGetProcAddress` as CUDA 12.0 has it: the answer in detail at `status`, unless that is null.
+///
+/// # Safety
+/// As [`cuGetProcAddress`], and `status` is null or valid for a write.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetProcAddress_v2(
+    symbol: *const c_char,
+    address: *mut *mut c_void,
+    version: c_int,
+    flags: c_ulonglong,
+    status: *mut c_int,
+) -> CUresult {
+    const FOUND: c_int = 0;
+    const SYMBOL_NOT_FOUND: c_int = 1;
+    const VERSION_NOT_SUFFICIENT: c_int = 2;
+    // SAFETY: the caller's promise.
+    let code = unsafe { cuGetProcAddress(symbol, address, version, flags) };
+    if !status.is_null() && matches!(code, CUDA_SUCCESS | CUDA_ERROR_NOT_FOUND) {
+        // SAFETY: the symbol is not null, or the code would be another; the caller's promise.
+        let newer = find(unsafe { CStr::from_ptr(symbol) }, c_int::MAX).is_some();
+        let answer = match (code, newer) {
+            (CUDA_SUCCESS, _) => FOUND,
+            (_, true) => VERSION_NOT_SUFFICIENT,
+            (_, false) => SYMBOL_NOT_FOUND,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { status.write(answer) };
+    }
+    code
+}

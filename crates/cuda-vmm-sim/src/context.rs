@@ -1,0 +1,130 @@
+//! Primary contexts: who retains them, which is current, and whether one is poisoned.
+
+use crate::state::{Answer, Inner, State};
+use cuda_vmm_sys::*;
+
+/// One device's primary context.
+#[derive(Debug, Default)]
+struct Context {
+    retains: usize,
+    /// The sticky error that every call in this context answers from now on.
+    poison: Option<CUresult>,
+}
+
+/// The primary contexts of all devices.
+#[derive(Debug)]
+pub(crate) struct Contexts(Vec<Context>);
+
+/// A context handle is this plus 256 times the device; it is never followed.
+const FIRST_HANDLE: usize = 0xC000_0000;
+
+impl Contexts {
+    pub(crate) fn new(devices: usize) -> Self {
+        Self((0..devices).map(|_| Context::default()).collect())
+    }
+
+    pub(crate) fn retains(&self, device: usize) -> usize {
+        self.0[device].retains
+    }
+
+    pub(crate) fn is_active(&self, device: usize) -> bool {
+        self.0[device].retains > 0
+    }
+
+    /// The handle of a device's context.
+    pub(crate) fn handle(device: usize) -> CUcontext {
+        std::ptr::without_provenance_mut(FIRST_HANDLE + 256 * device)
+    }
+
+    /// The device of an active context.
+    pub(crate) fn device(&self, handle: CUcontext) -> Answer<usize> {
+        let offset = handle
+            .addr()
+            .checked_sub(FIRST_HANDLE)
+            .filter(|offset| offset.is_multiple_of(256));
+        offset
+            .map(|offset| offset / 256)
+            .filter(|&device| device < self.0.len() && self.is_active(device))
+            .ok_or(CUDA_ERROR_INVALID_CONTEXT)
+    }
+
+    pub(crate) fn poison(&self, device: usize) -> Option<CUresult> {
+        self.0[device].poison
+    }
+
+    /// Makes a context answer `code` for good; an earlier error stays.
+    pub(crate) fn set_poison(&mut self, device: usize, code: CUresult) {
+        self.0[device].poison.get_or_insert(code);
+    }
+
+    /// An error if the context is poisoned.
+    pub(crate) fn check(&self, device: usize) -> Answer {
+        self.poison(device).map_or(Ok(()), Err)
+    }
+}
+
+impl Inner {
+    /// The device whose context is current on the calling thread, if that context still is there.
+    pub(crate) fn current_device(&self) -> Answer<usize> {
+        let device = self
+            .threads
+            .get()
+            .current
+            .ok_or(CUDA_ERROR_INVALID_CONTEXT)?;
+        if self.contexts.is_active(device) {
+            Ok(device)
+        } else {
+            Err(CUDA_ERROR_CONTEXT_IS_DESTROYED)
+        }
+    }
+
+    /// What every call in a context begins with: the device, unless the context is poisoned.
+    pub(crate) fn enter(&self) -> Answer<usize> {
+        let device = self.current_device()?;
+        self.contexts.check(device)?;
+        Ok(device)
+    }
+}
+
+impl State {
+    pub(crate) fn retain_context(&self, device: usize) -> CUcontext {
+        self.lock().contexts.0[device].retains += 1;
+        Contexts::handle(device)
+    }
+
+    /// Gives a retain back. With the last one go the context's streams, events, graphs and plain
+    /// allocations; a poisoned context stays poisoned.
+    pub(crate) fn release_context(&self, device: usize) -> Answer {
+        let mut inner = self.lock();
+        let context = &mut inner.contexts.0[device];
+        context.retains = context
+            .retains
+            .checked_sub(1)
+            .ok_or(CUDA_ERROR_INVALID_CONTEXT)?;
+        if context.retains == 0 {
+            inner.streams.destroy_all(device);
+            inner.events.destroy_all(device);
+            inner.graphs.destroy_all(device);
+            inner.free_all_plain(device);
+            self.notify();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_current(&self, context: CUcontext) -> Answer {
+        let device = if context.is_null() {
+            None
+        } else {
+            Some(self.lock().contexts.device(context)?)
+        };
+        self.threads.update(|thread| thread.current = device);
+        Ok(())
+    }
+
+    pub(crate) fn current(&self) -> CUcontext {
+        match self.threads.get().current {
+            Some(device) => Contexts::handle(device),
+            None => std::ptr::null_mut(),
+        }
+    }
+}

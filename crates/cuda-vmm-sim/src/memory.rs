@@ -1,0 +1,286 @@
+//! The calls on memory: physical memory and addresses brought together.
+
+use crate::address_space::Kind;
+use crate::location::Descriptor;
+use crate::state::{Answer, Inner, State};
+use crate::work::Work;
+use cuda_vmm_sys::*;
+use std::sync::Arc;
+
+/// What an allocation is asked to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Properties {
+    pub(crate) device: usize,
+    pub(crate) shareable: bool,
+}
+
+impl State {
+    pub(crate) fn create(&self, bytes: usize, properties: Properties) -> Answer<u64> {
+        if bytes == 0 || !bytes.is_multiple_of(self.config.granularity_bytes) {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        let mut inner = self.lock();
+        let handle = inner
+            .physical
+            .create(properties.device, bytes, properties.shareable)?;
+        inner.charge(|cost| cost.create.at(bytes));
+        Ok(handle)
+    }
+
+    pub(crate) fn release(&self, handle: u64) -> Answer {
+        let mut inner = self.lock();
+        let bytes = inner.physical.get(handle)?.bytes;
+        inner.physical.release(handle)?;
+        inner.charge(|cost| cost.release.at(bytes));
+        Ok(())
+    }
+
+    pub(crate) fn properties(&self, handle: u64) -> Answer<Properties> {
+        let inner = self.lock();
+        let physical = inner.physical.get(handle)?;
+        Ok(Properties {
+            device: physical.device,
+            shareable: physical.shareable,
+        })
+    }
+
+    pub(crate) fn retain_at(&self, address: u64) -> Answer<u64> {
+        let mut inner = self.lock();
+        match inner.space.at(address) {
+            Some((_, range)) if matches!(range.kind, Kind::Mapping) => {
+                let handle = range.handle;
+                inner.physical.retain(handle)?;
+                Ok(handle)
+            }
+            _ => Err(CUDA_ERROR_INVALID_VALUE),
+        }
+    }
+
+    pub(crate) fn export(&self, handle: u64) -> Answer<i32> {
+        let mut inner = self.lock();
+        let bytes = inner.physical.get(handle)?.bytes;
+        let descriptor = inner.physical.export(handle)?;
+        inner.charge(|cost| cost.export.at(bytes));
+        Ok(descriptor)
+    }
+
+    pub(crate) fn import(&self, descriptor: i32) -> Answer<u64> {
+        let mut inner = self.lock();
+        let handle = inner.physical.import(descriptor)?;
+        let granularity = self.config.granularity_bytes;
+        let bytes = inner.physical.get(handle)?.bytes;
+        if !bytes.is_multiple_of(granularity) {
+            inner.physical.release(handle)?;
+            return Err(CUDA_ERROR_NOT_SUPPORTED);
+        }
+        inner.charge(|cost| cost.import.at(bytes));
+        Ok(handle)
+    }
+
+    pub(crate) fn reserve(&self, bytes: usize, alignment: usize, hint: u64) -> Answer<u64> {
+        let mut inner = self.lock();
+        let address = inner.space.reserve(bytes, alignment, hint)?;
+        inner.charge(|cost| cost.reserve.at(bytes));
+        Ok(address)
+    }
+
+    pub(crate) fn address_free(&self, address: u64, bytes: usize) -> Answer {
+        let mut inner = self.lock();
+        inner.space.free(address, bytes)?;
+        inner.charge(|cost| cost.address_free.at(bytes));
+        Ok(())
+    }
+
+    pub(crate) fn map(&self, address: u64, bytes: usize, offset: usize, handle: u64) -> Answer {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let whole = inner.physical.get(handle)?.bytes;
+        let part = offset.checked_add(bytes).ok_or(CUDA_ERROR_INVALID_VALUE)?;
+        if part > whole {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        if bytes != whole {
+            return Err(CUDA_ERROR_NOT_SUPPORTED);
+        }
+        inner
+            .space
+            .map(address, bytes, handle, inner.physical.place(handle))?;
+        inner.physical.add_mapping(handle);
+        inner.charge(|cost| cost.map.at(bytes));
+        Ok(())
+    }
+
+    pub(crate) fn unmap(&self, address: u64, bytes: usize) -> Answer {
+        let mut inner = self.lock();
+        let unmapped = inner.space.unmap(address, bytes)?;
+        for range in &unmapped {
+            let peers = inner.has_peers(range.handle, |device| range.access.of(device));
+            inner.physical.remove_mapping(range.handle);
+            inner.charge(|cost| match peers {
+                true => cost.unmap_peer.at(range.bytes),
+                false => cost.unmap.at(range.bytes),
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_access(
+        &self,
+        address: u64,
+        bytes: usize,
+        descriptors: &[Descriptor],
+    ) -> Answer {
+        let mut inner = self.lock();
+        let mapped = inner.space.set_access(address, bytes, |access| {
+            for descriptor in descriptors {
+                access.set(descriptor.device, descriptor.flags);
+            }
+        })?;
+        for (start, bytes) in mapped {
+            let handle = inner.space.at(start).map(|(_, range)| range.handle);
+            let peers = handle.is_some_and(|handle| {
+                inner.has_peers(handle, |device| {
+                    let named = descriptors
+                        .iter()
+                        .filter(|descriptor| descriptor.device == device);
+                    named.map(|descriptor| descriptor.flags).max().unwrap_or(0)
+                })
+            });
+            inner.charge(|cost| match peers {
+                true => cost.set_access_peer.at(bytes),
+                false => cost.set_access.at(bytes),
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn access(&self, device: usize, address: u64) -> Answer<CUmemAccess_flags> {
+        match self.lock().space.at(address) {
+            Some((_, range)) => Ok(range.access.of(device)),
+            None => Err(CUDA_ERROR_INVALID_VALUE),
+        }
+    }
+
+    /// Free and total bytes of the current context's device.
+    pub(crate) fn memory_info(&self) -> Answer<(usize, usize)> {
+        let inner = self.lock();
+        let device = inner.enter()?;
+        let total = self.config.memory_bytes;
+        Ok((total - inner.physical.used_bytes(device), total))
+    }
+
+    pub(crate) fn plain_alloc(&self, bytes: usize) -> Answer<u64> {
+        let mut inner = self.lock();
+        let device = inner.enter()?;
+        inner.unsafe_call()?;
+        let address = inner.add_plain(device, bytes)?;
+        inner.charge(|cost| cost.plain_alloc.at(bytes));
+        Ok(address)
+    }
+
+    /// Frees a plain allocation once the device has done all its work, as the driver does.
+    pub(crate) fn plain_free(&self, address: u64) -> Answer {
+        let mut inner = self.lock();
+        let device = inner.enter()?;
+        inner.unsafe_call()?;
+        if address == 0 {
+            return Ok(());
+        }
+        inner.space.plain(address)?;
+        let mut inner = self.wait_for_device(inner, device)?;
+        let bytes = inner.space.plain(address)?.bytes;
+        inner.remove_plain(address);
+        inner.charge(|cost| cost.plain_free.at(bytes));
+        Ok(())
+    }
+
+    pub(crate) fn plain_alloc_async(&self, bytes: usize, stream: CUstream) -> Answer<u64> {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        inner.refuse_in_capture(key)?;
+        let device = inner.streams.get(key)?.device;
+        let address = inner.add_plain(device, bytes)?;
+        inner.charge(|cost| cost.async_alloc.at(bytes));
+        Ok(address)
+    }
+
+    pub(crate) fn plain_free_async(self: &Arc<Self>, address: u64, stream: CUstream) -> Answer {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        if address == 0 {
+            return Ok(());
+        }
+        let capturing = inner.streams.get(key)?.capture.is_some();
+        let Ok(range) = inner.space.plain(address) else {
+            // The driver then falls back on a call that waits, unless this stream is the captured one.
+            if !capturing {
+                inner.unsafe_call()?;
+            }
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        };
+        let bytes = range.bytes;
+        if capturing {
+            // Memory that was not allocated in the capture cannot be freed in it.
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        inner.check_implicit(key)?;
+        self.enqueue(&mut inner, key, Work::Free { address })?;
+        if let Kind::Plain { freeing, .. } = &mut inner.space.plain(address)?.kind {
+            *freeing = true;
+        }
+        inner.charge(|cost| cost.async_free.at(bytes));
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Whether a device other than the owner of a handle's memory has access.
+    fn has_peers(&self, handle: u64, access: impl Fn(usize) -> CUmemAccess_flags) -> bool {
+        let owner = self.physical.device_of(handle);
+        (0..crate::SimConfig::MAX_DEVICES)
+            .any(|device| Some(device) != owner && access(device) != 0)
+    }
+
+    fn add_plain(&mut self, device: usize, bytes: usize) -> Answer<u64> {
+        if bytes == 0 {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
+        let page = crate::host_memory::page_bytes();
+        let bytes = bytes
+            .checked_next_multiple_of(page)
+            .ok_or(CUDA_ERROR_OUT_OF_MEMORY)?;
+        let handle = self.physical.create(device, bytes, false)?;
+        let placed = self
+            .space
+            .add_plain(device, bytes, handle, self.physical.place(handle));
+        if placed.is_err() {
+            self.physical.release(handle)?;
+        }
+        placed
+    }
+
+    /// Frees a plain allocation now.
+    pub(crate) fn remove_plain(&mut self, address: u64) {
+        if let Some(range) = self.space.remove_plain(address) {
+            let handle = range.handle;
+            drop(range);
+            // The handle is the allocation's own and has exactly this reference.
+            let _ = self.physical.release(handle);
+        }
+    }
+
+    /// Frees a device's plain allocations.
+    pub(crate) fn free_all_plain(&mut self, device: usize) {
+        let mine =
+            |kind: &Kind| matches!(kind, Kind::Plain { device: owner, .. } if *owner == device);
+        let addresses: Vec<u64> = self
+            .space
+            .ranges()
+            .filter(|(_, range)| mine(&range.kind))
+            .map(|(address, _)| address)
+            .collect();
+        for address in addresses {
+            self.remove_plain(address);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Function tables for many simulators in one process.
+//!
+//! The driver's functions carry no context pointer, so each of a fixed number of slots has functions of
+//! its own, which find the slot's simulator and go on in code that all slots share.
+//!
+//! # Safety
+//! The functions pass on what the caller of the driver's function of that name vouched for.
+
+#![allow(non_snake_case)]
+
+use crate::calls;
+use crate::state::{Answer, State};
+use cuda_vmm_sys::*;
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// How many simulators there may be at once in a process.
+pub(crate) const SLOTS: usize = 64;
+
+static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) }; SLOTS];
+
+/// Puts a simulator, made for the number of a free slot, into that slot.
+pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State>> {
+    for (slot, place) in STATES.iter().enumerate() {
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        if place.is_none() {
+            let state = make(slot);
+            *place = Some(Arc::clone(&state));
+            return Some(state);
+        }
+    }
+    None
+}
+
+/// Frees a slot. The functions of its table answer `CUDA_ERROR_DEINITIALIZED` until it is taken again.
+pub(crate) fn vacate(slot: usize) {
+    let mut place = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
+    *place = None;
+}
+
+fn answer(
+    slot: usize,
+    function: DriverFunction,
+    call: impl FnOnce(&Arc<State>) -> Answer,
+) -> CUresult {
+    let state = STATES[slot]
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    let Some(state) = state else {
+        return CUDA_ERROR_DEINITIALIZED;
+    };
+    match state.begin(function).and_then(|()| call(&state)) {
+        Ok(()) => CUDA_SUCCESS,
+        Err(code) => code,
+    }
+}
+
+/// The functions of one slot.
+struct Slot<const N: usize>;
+
+macro_rules! define_slots {
+    (
+        required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
+        optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
+    ) => {
+        /// Each call on the simulator of a slot.
+        pub(crate) mod entry {
+            use super::*;
+
+            define_slots!(@entries $($name($($argument: $type),*);)* $($optional($($optional_argument: $optional_type),*);)*);
+        }
+
+        impl<const N: usize> Slot<N> {
+            define_slots!(@thunks $($name($($argument: $type),*);)* $($optional($($optional_argument: $optional_type),*);)*);
+
+            fn table() -> DriverTable {
+                DriverTable {
+                    $($name: Self::$name,)*
+                    $($optional: Some(Self::$optional),)*
+                }
+            }
+        }
+    };
+    (@entries $($name:ident($($argument:ident: $type:ty),*);)*) => {$(
+        /// # Safety
+        /// As the driver's function of this name.
+        pub(crate) unsafe fn $name(slot: usize $(, $argument: $type)*) -> CUresult {
+            answer(slot, DriverFunction::$name, |state| {
+                // SAFETY: the caller's promise is the one that the call asks for.
+                unsafe { calls::$name(state $(, $argument)*) }
+            })
+        }
+    )*};
+    (@thunks $($name:ident($($argument:ident: $type:ty),*);)*) => {$(
+        unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
+            // SAFETY: the caller's promise is the one that the driver's function asks for.
+            unsafe { entry::$name(N $(, $argument)*) }
+        }
+    )*};
+}
+
+cuda_vmm_sys::driver_functions!(define_slots);
+
+macro_rules! tables {
+    ($($slot:literal)*) => {
+        const TABLES: [fn() -> DriverTable; SLOTS] = [$(Slot::<$slot>::table),*];
+    };
+}
+
+tables! {
+    0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+    32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+}
+
+/// The functions that reach the simulator in a slot.
+pub(crate) fn table(slot: usize) -> DriverTable {
+    TABLES[slot]()
+}

@@ -1,0 +1,217 @@
+//! Everything one simulator knows, behind one lock.
+
+use crate::address_space::{AddressSpace, Kind};
+use crate::capture::Graphs;
+use crate::context::Contexts;
+use crate::event::Events;
+use crate::fault::{FaultPlan, is_counted};
+use crate::physical::PhysicalMemory;
+use crate::stream::Streams;
+use crate::thread::ThreadKey;
+use crate::{Books, CostModel, SimConfig};
+use cuda_vmm_sys::*;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// What a call answers: a code unless all went well.
+pub(crate) type Answer<T = ()> = Result<T, CUresult>;
+
+/// A locked [`Inner`].
+pub(crate) type Guard<'a> = MutexGuard<'a, Inner>;
+
+/// One simulator.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) config: SimConfig,
+    pub(crate) threads: ThreadKey,
+    inner: Mutex<Inner>,
+    /// Notified whenever work is added, released or done, and when the simulator closes.
+    changed: Condvar,
+}
+
+/// What the lock guards.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) threads: ThreadKey,
+    pub(crate) initialized: bool,
+    /// The simulator is being dropped: nothing waits and nothing starts any more.
+    pub(crate) closing: bool,
+    /// Work stays in its queues.
+    pub(crate) held: bool,
+    pub(crate) faults: FaultPlan,
+    calls: Vec<u64>,
+    trace: Option<Vec<DriverFunction>>,
+    pub(crate) physical: PhysicalMemory,
+    pub(crate) space: AddressSpace,
+    pub(crate) contexts: Contexts,
+    pub(crate) streams: Streams,
+    pub(crate) events: Events,
+    pub(crate) graphs: Graphs,
+    pub(crate) cost: Option<CostModel>,
+    /// When the driver's virtual lock is free, in nanoseconds.
+    driver_free_ns: u64,
+}
+
+impl State {
+    pub(crate) fn new(config: SimConfig, threads: ThreadKey) -> Arc<Self> {
+        let devices = config.devices;
+        let mut streams = Streams::default();
+        let inner = Inner {
+            threads,
+            initialized: false,
+            closing: false,
+            held: false,
+            faults: FaultPlan::default(),
+            calls: vec![0; DriverFunction::ALL.len()],
+            trace: None,
+            physical: PhysicalMemory::new(devices, config.memory_bytes, config.backed),
+            space: AddressSpace::new(config.granularity_bytes, config.backed),
+            contexts: Contexts::new(devices),
+            events: Events::default(),
+            graphs: Graphs::default(),
+            cost: config.cost_model.clone(),
+            driver_free_ns: 0,
+            streams: {
+                streams.add_legacy(devices);
+                streams
+            },
+        };
+        Arc::new(Self {
+            config,
+            threads,
+            inner: Mutex::new(inner),
+            changed: Condvar::new(),
+        })
+    }
+
+    pub(crate) fn lock(&self) -> Guard<'_> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the next change.
+    pub(crate) fn wait<'a>(&self, guard: Guard<'a>) -> Guard<'a> {
+        self.changed
+            .wait(guard)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn notify(&self) {
+        self.changed.notify_all();
+    }
+
+    /// What every call begins with: counting, tracing, the fault plan, and `cuInit`.
+    pub(crate) fn begin(&self, function: DriverFunction) -> Answer {
+        let mut inner = self.lock();
+        if inner.closing {
+            return Err(CUDA_ERROR_DEINITIALIZED);
+        }
+        inner.calls[function as usize] += 1;
+        if is_counted(function)
+            && let Some(trace) = &mut inner.trace
+        {
+            trace.push(function);
+        }
+        if let Some(code) = inner.faults.call(function) {
+            return Err(code);
+        }
+        use DriverFunction::*;
+        let always = matches!(
+            function,
+            cuInit | cuDriverGetVersion | cuGetErrorName | cuGetErrorString
+        );
+        if always || inner.initialized {
+            Ok(())
+        } else {
+            Err(CUDA_ERROR_NOT_INITIALIZED)
+        }
+    }
+
+    /// `cuInit`.
+    pub(crate) fn initialize(&self) -> Answer {
+        if self.config.devices == 0 {
+            return Err(CUDA_ERROR_NO_DEVICE);
+        }
+        self.lock().initialized = true;
+        Ok(())
+    }
+
+    /// The number of a device that exists.
+    pub(crate) fn device(&self, device: CUdevice) -> Answer<usize> {
+        usize::try_from(device)
+            .ok()
+            .filter(|&device| device < self.config.devices)
+            .ok_or(CUDA_ERROR_INVALID_DEVICE)
+    }
+
+    /// Stops the streams' threads and waits for them.
+    pub(crate) fn close(&self) {
+        let workers = {
+            let mut inner = self.lock();
+            inner.closing = true;
+            inner.streams.take_workers()
+        };
+        self.notify();
+        for worker in workers {
+            // The last clone may be dropped by a host function, on the very thread to wait for.
+            if worker.thread().id() != std::thread::current().id() {
+                let _ = worker.join();
+            }
+        }
+    }
+}
+
+impl Inner {
+    pub(crate) fn calls(&self, function: DriverFunction) -> u64 {
+        self.calls[function as usize]
+    }
+
+    pub(crate) fn start_trace(&mut self) {
+        self.trace = Some(Vec::new());
+    }
+
+    pub(crate) fn take_trace(&mut self) -> Vec<DriverFunction> {
+        self.trace.take().unwrap_or_default()
+    }
+
+    /// Charges a call that takes the driver's lock.
+    pub(crate) fn charge(&mut self, cost_ns: impl FnOnce(&CostModel) -> u64) {
+        let Some(cost) = &self.cost else { return };
+        let cost_ns = cost_ns(cost);
+        let free_ns = &mut self.driver_free_ns;
+        self.threads.update(|thread| {
+            thread.clock_ns = thread.clock_ns.max(*free_ns) + cost_ns;
+            *free_ns = thread.clock_ns;
+        });
+    }
+
+    /// What a device holds.
+    pub(crate) fn books(&self, device: usize) -> Books {
+        let (reservations, reserved_bytes) = self.space.reserved();
+        let mut books = Books {
+            physical_bytes: self.physical.used_bytes(device),
+            handles: self.physical.references(device),
+            reservations,
+            reserved_bytes,
+            streams: self.streams.created(device),
+            events: self.events.count(device),
+            graphs: self.graphs.count(device),
+            context_retains: self.contexts.retains(device),
+            ..Books::default()
+        };
+        for (_, range) in self.space.ranges() {
+            match range.kind {
+                Kind::Plain { device: owner, .. } if owner == device => {
+                    books.plain_allocations += 1;
+                    books.plain_bytes += range.bytes;
+                }
+                Kind::Mapping if self.physical.device_of(range.handle) == Some(device) => {
+                    books.mappings += 1;
+                    books.mapped_bytes += range.bytes;
+                }
+                _ => {}
+            }
+        }
+        // A plain allocation keeps its memory by a handle that nobody else knows.
+        books.handles -= books.plain_allocations;
+        books
+    }
+}
