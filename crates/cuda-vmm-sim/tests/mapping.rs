@@ -1,4 +1,8 @@
 //! Reservations, handles and mappings: the rules of the calls, one by one.
+#![allow(
+    clippy::macro_metavars_in_unsafe,
+    reason = "every call of the table is unsafe"
+)]
 
 mod common;
 use common::*;

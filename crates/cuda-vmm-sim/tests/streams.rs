@@ -1,0 +1,505 @@
+//! Streams and events: order, waiting, work that runs later, and what it meant when it was enqueued.
+#![allow(
+    clippy::macro_metavars_in_unsafe,
+    reason = "every call of the table is unsafe"
+)]
+
+mod common;
+use common::*;
+use std::ffi::c_void;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// A driver with one open page.
+fn page() -> (Driver, u64) {
+    let driver = Driver::small();
+    let address = driver.reserve(8 * PAGE).unwrap();
+    driver.back(address, PAGE).unwrap();
+    (driver, address)
+}
+
+fn query(driver: &Driver, stream: CUstream) -> Answer {
+    call!(driver, cuStreamQuery(stream))
+}
+
+#[test]
+fn held_work_waits_and_blocks() {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    let event = driver.event().unwrap();
+    assert_eq!(query(&driver, stream), Ok(()));
+    assert_eq!(call!(driver, cuEventQuery(event)), Ok(()), "never recorded");
+    driver.simulator.hold_work();
+    driver.memset_async(address, 5, PAGE, stream).unwrap();
+    call!(driver, cuEventRecord(event, stream)).unwrap();
+    assert_eq!(query(&driver, stream), Err(CUDA_ERROR_NOT_READY));
+    assert_eq!(
+        call!(driver, cuEventQuery(event)),
+        Err(CUDA_ERROR_NOT_READY)
+    );
+
+    let (there, context) = (driver.clone(), Shared(driver.retain(0).unwrap()));
+    let (returned, work) = (AtomicBool::new(false), Shared((stream, event)));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (context, work) = (context, work);
+            call!(there, cuCtxSetCurrent(context.0)).unwrap();
+            call!(there, cuEventSynchronize(work.0.1)).unwrap();
+            call!(there, cuStreamSynchronize(work.0.0)).unwrap();
+            returned.store(true, Ordering::SeqCst);
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!returned.load(Ordering::SeqCst), "both wait for held work");
+        driver.simulator.release_work();
+    });
+    assert_eq!(query(&driver, stream), Ok(()));
+    assert_eq!(call!(driver, cuEventQuery(event)), Ok(()));
+    assert_eq!(driver.read(address, 3).unwrap(), [5; 3]);
+}
+
+#[test]
+fn an_event_recorded_while_work_is_held_is_not_ready() {
+    let (driver, _) = page();
+    let (stream, event) = (driver.stream().unwrap(), driver.event().unwrap());
+    driver.simulator.hold_work();
+    call!(driver, cuEventRecord(event, stream)).unwrap();
+    assert_eq!(
+        call!(driver, cuEventQuery(event)),
+        Err(CUDA_ERROR_NOT_READY)
+    );
+    driver.simulator.release_work();
+    assert_eq!(call!(driver, cuEventSynchronize(event)), Ok(()));
+}
+
+#[test]
+fn a_stream_keeps_its_order() {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    let mut seen = vec![0u8; 100];
+    for value in 1..=100u8 {
+        driver.memset_async(address, value, 4096, stream).unwrap();
+        let place = (&raw mut seen[usize::from(value) - 1]).cast();
+        call!(driver, cuMemcpyDtoHAsync(place, address + 77, 1, stream)).unwrap();
+    }
+    call!(driver, cuStreamSynchronize(stream)).unwrap();
+    assert_eq!(seen, (1..=100).collect::<Vec<u8>>());
+}
+
+#[test]
+fn copies_move_bytes_across_mappings() {
+    let (driver, address) = page();
+    driver.back(address + PAGE as u64, PAGE).unwrap();
+    driver.back(address + 4 * PAGE as u64, 4 * PAGE).unwrap();
+    let data: Vec<u8> = (0..3 * PAGE / 2)
+        .map(|index| (index * 7 % 251) as u8)
+        .collect();
+    let stream = driver.stream().unwrap();
+    let copy = data.clone();
+    call!(
+        driver,
+        cuMemcpyHtoDAsync(address + 1000, copy.as_ptr().cast(), copy.len(), stream)
+    )
+    .unwrap();
+    drop(copy);
+    let target = address + 5 * PAGE as u64 + 3;
+    call!(
+        driver,
+        cuMemcpyDtoDAsync(target, address + 1000, data.len(), stream)
+    )
+    .unwrap();
+    call!(driver, cuStreamSynchronize(stream)).unwrap();
+    assert_eq!(driver.read(target, data.len()).unwrap(), data);
+    call!(driver, cuMemcpyDtoD(address, target, 100)).unwrap();
+    assert_eq!(driver.read(address, 100).unwrap(), data[..100]);
+    assert_eq!(
+        call!(driver, cuMemcpyDtoH(null_mut(), address, 0)),
+        Ok(()),
+        "nothing to copy"
+    );
+    assert_eq!(
+        call!(driver, cuMemcpyDtoH(null_mut(), address, 1)),
+        Err(CUDA_ERROR_INVALID_VALUE)
+    );
+}
+
+#[test]
+fn a_wait_orders_two_streams() {
+    let (driver, address) = page();
+    let (first, second) = (driver.stream().unwrap(), driver.stream().unwrap());
+    let event = driver.event().unwrap();
+    driver.simulator.hold_work();
+    driver.memset_async(address, 1, PAGE, first).unwrap();
+    call!(driver, cuEventRecord(event, first)).unwrap();
+    call!(driver, cuStreamWaitEvent(second, event, 0)).unwrap();
+    driver.memset_async(address, 2, PAGE, second).unwrap();
+    // A later record is not what the second stream waits for.
+    call!(driver, cuEventRecord(event, second)).unwrap();
+    driver.simulator.release_work();
+    call!(driver, cuStreamSynchronize(second)).unwrap();
+    assert_eq!(query(&driver, first), Ok(()));
+    assert_eq!(driver.read(address + PAGE as u64 - 1, 1).unwrap(), [2]);
+}
+
+#[test]
+fn the_legacy_stream_is_ordered_with_blocking_streams() {
+    let (driver, address) = page();
+    let (blocking, free) = (
+        driver.stream_with(CU_STREAM_DEFAULT).unwrap(),
+        driver.stream().unwrap(),
+    );
+    let per_thread = std::ptr::without_provenance_mut(2);
+    driver.simulator.hold_work();
+    driver.memset_async(address, 1, 1, blocking).unwrap();
+    driver.memset_async(address, 2, 1, null_mut()).unwrap();
+    driver.memset_async(address + 1, 2, 1, null_mut()).unwrap();
+    driver.memset_async(address, 3, 1, per_thread).unwrap();
+    driver.memset_async(address + 4096, 4, 1, free).unwrap();
+    driver.simulator.release_work();
+    call!(driver, cuStreamSynchronize(per_thread)).unwrap();
+    assert_eq!(driver.read(address, 2).unwrap(), [3, 2]);
+    call!(driver, cuCtxSynchronize()).unwrap();
+    assert_eq!(driver.read(address + 4096, 1).unwrap(), [4]);
+}
+
+#[test]
+fn host_functions_run_on_the_streams_thread_without_a_lock() {
+    struct Seen {
+        driver: Driver,
+        thread: std::sync::Mutex<Option<std::thread::ThreadId>>,
+        order: AtomicUsize,
+    }
+    unsafe extern "C" fn note(data: *mut c_void) {
+        // SAFETY: the test below passes a `Seen` that outlives the work.
+        let seen = unsafe { &*data.cast::<Seen>() };
+        // A call from here would never return if a lock were held.
+        assert!(seen.driver.reserve(PAGE).is_ok());
+        *seen.thread.lock().unwrap() = Some(std::thread::current().id());
+        seen.order.fetch_add(1, Ordering::SeqCst);
+    }
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    let seen = Seen {
+        driver: driver.clone(),
+        thread: Default::default(),
+        order: AtomicUsize::new(0),
+    };
+    let data = (&raw const seen).cast_mut().cast();
+    driver.memset_async(address, 1, PAGE, stream).unwrap();
+    call!(driver, cuLaunchHostFunc(stream, Some(note), data)).unwrap();
+    call!(driver, cuLaunchHostFunc(stream, Some(note), data)).unwrap();
+    assert_eq!(
+        call!(driver, cuLaunchHostFunc(stream, None, data)),
+        Err(CUDA_ERROR_INVALID_VALUE)
+    );
+    call!(driver, cuStreamSynchronize(stream)).unwrap();
+    assert_eq!(seen.order.load(Ordering::SeqCst), 2);
+    let thread = seen.thread.lock().unwrap().expect("it ran");
+    assert_ne!(thread, std::thread::current().id());
+}
+
+/// Enqueues a memset of the page, lets `change` happen, and says whether the context is poisoned then.
+fn poisoned_by(change: impl FnOnce(&Driver, u64)) -> bool {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    driver.simulator.hold_work();
+    driver.memset_async(address, 5, PAGE, stream).unwrap();
+    change(&driver, address);
+    driver.simulator.release_work();
+    let synchronized = call!(driver, cuStreamSynchronize(stream));
+    let poisoned = driver.simulator.is_poisoned(0);
+    assert_eq!(
+        synchronized,
+        if poisoned {
+            Err(CUDA_ERROR_ILLEGAL_ADDRESS)
+        } else {
+            Ok(())
+        }
+    );
+    poisoned
+}
+
+#[test]
+fn changing_memory_under_work_is_an_illegal_access() {
+    assert!(!poisoned_by(|_, _| ()));
+    assert!(!poisoned_by(|driver, address| driver
+        .back(address + PAGE as u64, PAGE)
+        .unwrap()));
+    assert!(
+        poisoned_by(|driver, address| driver.unmap(address, PAGE).unwrap()),
+        "unmapped"
+    );
+    let remap = |driver: &Driver, address| {
+        driver.unmap(address, PAGE).unwrap();
+        driver.back(address, PAGE).unwrap();
+    };
+    assert!(poisoned_by(remap), "another mapping at the same address");
+    let remap_same = |driver: &Driver, address: u64| {
+        let mut handle = 0;
+        let pointer = address as *mut c_void;
+        call!(driver, cuMemRetainAllocationHandle(&mut handle, pointer)).unwrap();
+        driver.unmap(address, PAGE).unwrap();
+        driver.map(address, PAGE, handle).unwrap();
+        driver.open(address, PAGE).unwrap();
+    };
+    assert!(poisoned_by(remap_same), "the same memory mapped again");
+    for flags in [CU_MEM_ACCESS_FLAGS_PROT_NONE, CU_MEM_ACCESS_FLAGS_PROT_READ] {
+        let revoke = |driver: &Driver, address| {
+            driver
+                .set_access(address, PAGE, &[descriptor(0, flags)])
+                .unwrap()
+        };
+        assert!(poisoned_by(revoke), "access revoked");
+    }
+}
+
+#[test]
+fn work_on_memory_that_is_not_open_is_an_illegal_access() {
+    let cases: [(&str, fn(&Driver, u64)); 4] = [
+        ("unmapped", |driver, address| {
+            driver.unmap(address, PAGE).unwrap();
+        }),
+        ("without access", |driver, address| {
+            driver
+                .set_access(address, PAGE, &[descriptor(0, 0)])
+                .unwrap();
+        }),
+        ("read only", |driver, address| {
+            driver
+                .set_access(address, PAGE, &[descriptor(0, 1)])
+                .unwrap();
+        }),
+        ("partly mapped", |driver, address| {
+            driver.unmap(address, PAGE).unwrap();
+            driver.back(address + PAGE as u64, PAGE).unwrap();
+        }),
+    ];
+    for (case, change) in cases {
+        let (driver, address) = page();
+        change(&driver, address);
+        if case == "read only" {
+            assert_eq!(driver.read(address, 1), Ok(vec![0]));
+        }
+        assert_eq!(
+            driver.memset(address, 1, 2 * PAGE),
+            Err(CUDA_ERROR_ILLEGAL_ADDRESS),
+            "{case}"
+        );
+    }
+    let (driver, address) = page();
+    assert_eq!(
+        driver.memset(address - 1, 1, 1),
+        Err(CUDA_ERROR_INVALID_VALUE),
+        "nobody's address"
+    );
+    assert_eq!(driver.memset(0, 1, 1), Err(CUDA_ERROR_INVALID_VALUE));
+    assert!(!driver.simulator.is_poisoned(0));
+}
+
+#[test]
+fn a_poisoned_context_stays_so() {
+    let (driver, address) = page();
+    let (stream, event) = (driver.stream().unwrap(), driver.event().unwrap());
+    let mut plain = 0;
+    call!(driver, cuMemAlloc(&mut plain, PAGE)).unwrap();
+    driver.memset(address + PAGE as u64, 1, 1).unwrap_err();
+    let sticky = Err(CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert_eq!(query(&driver, stream), sticky);
+    assert_eq!(call!(driver, cuStreamSynchronize(stream)), sticky);
+    assert_eq!(call!(driver, cuCtxSynchronize()), sticky);
+    assert_eq!(call!(driver, cuEventQuery(event)), sticky);
+    assert_eq!(call!(driver, cuEventSynchronize(event)), sticky);
+    assert_eq!(call!(driver, cuEventRecord(event, stream)), sticky);
+    assert_eq!(driver.memset(address, 1, 1), sticky);
+    assert_eq!(driver.read(address, 1), Err(CUDA_ERROR_ILLEGAL_ADDRESS));
+    assert_eq!(call!(driver, cuMemFree(plain)), sticky);
+    assert_eq!(call!(driver, cuMemAlloc(&mut plain, PAGE)), sticky);
+    let (mut free, mut total) = (0, 0);
+    assert_eq!(call!(driver, cuMemGetInfo(&mut free, &mut total)), sticky);
+    assert_eq!(driver.stream(), Err(CUDA_ERROR_ILLEGAL_ADDRESS));
+    // Memory can still be given back.
+    assert_eq!(driver.unmap(address, PAGE), Ok(()));
+    assert_eq!(driver.address_free(address, 8 * PAGE), Ok(()));
+    assert_eq!(call!(driver, cuStreamDestroy(stream)), sticky);
+    assert_eq!(call!(driver, cuEventDestroy(event)), sticky);
+    assert_eq!(
+        (driver.books().streams, driver.books().events),
+        (0, 0),
+        "they are gone all the same"
+    );
+}
+
+#[test]
+fn memory_calls_do_not_wait_for_work() {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    driver.simulator.hold_work();
+    driver.memset_async(address, 1, PAGE, stream).unwrap();
+    let other = address + PAGE as u64;
+    driver.back(other, PAGE).unwrap();
+    driver.unmap(other, PAGE).unwrap();
+    let more = driver.reserve(PAGE).unwrap();
+    driver.address_free(more, PAGE).unwrap();
+    assert_eq!(
+        query(&driver, stream),
+        Err(CUDA_ERROR_NOT_READY),
+        "it is still held"
+    );
+    driver.simulator.release_work();
+    assert_eq!(call!(driver, cuStreamSynchronize(stream)), Ok(()));
+}
+
+#[test]
+fn context_records_cover_every_stream() {
+    let (driver, address) = page();
+    let record = driver.table.cuCtxRecordEvent.expect("since 12.5");
+    let context = driver.retain(0).unwrap();
+    let (first, second, event) = (
+        driver.stream().unwrap(),
+        driver.stream().unwrap(),
+        driver.event().unwrap(),
+    );
+    driver.simulator.hold_work();
+    driver.memset_async(address, 1, 1, first).unwrap();
+    driver.memset_async(address + 1, 2, 1, second).unwrap();
+    // SAFETY: the simulator checks both handles.
+    let recorded = |context, event| answer(unsafe { record(context, event) });
+    recorded(context, event).unwrap();
+    assert_eq!(
+        call!(driver, cuEventQuery(event)),
+        Err(CUDA_ERROR_NOT_READY)
+    );
+    driver.simulator.release_work();
+    call!(driver, cuEventSynchronize(event)).unwrap();
+    assert_eq!(
+        (query(&driver, first), query(&driver, second)),
+        (Ok(()), Ok(()))
+    );
+    assert_eq!(recorded(null_mut(), event), Err(CUDA_ERROR_INVALID_CONTEXT));
+    assert_eq!(
+        recorded(context, null_mut()),
+        Err(CUDA_ERROR_INVALID_HANDLE)
+    );
+    driver.simulator.hold_work();
+    recorded(context, event).unwrap();
+    assert_eq!(
+        call!(driver, cuEventQuery(event)),
+        Err(CUDA_ERROR_NOT_READY),
+        "held, though idle"
+    );
+    driver.simulator.release_work();
+    call!(driver, cuEventSynchronize(event)).unwrap();
+    let old = Driver::new(SimConfig::new().driver_version(12040));
+    assert!(old.table.cuCtxRecordEvent.is_none());
+}
+
+#[test]
+fn unknown_handles_are_refused() {
+    let (driver, address) = page();
+    let (stream, event) = (driver.stream().unwrap(), driver.event().unwrap());
+    call!(driver, cuStreamDestroy(stream)).unwrap();
+    call!(driver, cuEventDestroy(event)).unwrap();
+    let invalid = Err(CUDA_ERROR_INVALID_HANDLE);
+    for stream in [stream, std::ptr::without_provenance_mut(0x1234_5678)] {
+        assert_eq!(query(&driver, stream), invalid);
+        assert_eq!(driver.memset_async(address, 1, 1, stream), invalid);
+        assert_eq!(call!(driver, cuStreamDestroy(stream)), invalid);
+    }
+    for event in [event, null_mut(), std::ptr::without_provenance_mut(7)] {
+        assert_eq!(call!(driver, cuEventQuery(event)), invalid);
+        assert_eq!(call!(driver, cuEventRecord(event, null_mut())), invalid);
+        assert_eq!(call!(driver, cuEventDestroy(event)), invalid);
+        assert_eq!(
+            call!(driver, cuStreamWaitEvent(null_mut(), event, 0)),
+            invalid
+        );
+    }
+    for default in [0, 1, 2] {
+        let stream = std::ptr::without_provenance_mut(default);
+        assert_eq!(
+            call!(driver, cuStreamDestroy(stream)),
+            invalid,
+            "default streams stay"
+        );
+    }
+}
+
+#[test]
+fn a_destroyed_stream_finishes_its_work() {
+    let (driver, address) = page();
+    let (stream, event) = (driver.stream().unwrap(), driver.event().unwrap());
+    driver.simulator.hold_work();
+    driver.memset_async(address, 8, PAGE, stream).unwrap();
+    call!(driver, cuEventRecord(event, stream)).unwrap();
+    call!(driver, cuStreamDestroy(stream)).unwrap();
+    assert_eq!(driver.books().streams, 0);
+    assert_eq!(
+        call!(driver, cuEventQuery(event)),
+        Err(CUDA_ERROR_NOT_READY)
+    );
+    driver.simulator.release_work();
+    call!(driver, cuEventSynchronize(event)).unwrap();
+    assert_eq!(driver.read(address, 1).unwrap(), [8]);
+}
+
+#[test]
+fn events_measure_time() {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    let (start, end) = (driver.event().unwrap(), driver.event().unwrap());
+    let mut milliseconds = -1.0;
+    assert_eq!(
+        call!(driver, cuEventElapsedTime(&mut milliseconds, start, end)),
+        Err(CUDA_ERROR_INVALID_HANDLE)
+    );
+    call!(driver, cuEventRecord(start, stream)).unwrap();
+    driver.memset_async(address, 1, PAGE, stream).unwrap();
+    driver.simulator.hold_work();
+    call!(driver, cuEventRecord(end, stream)).unwrap();
+    assert_eq!(
+        call!(driver, cuEventElapsedTime(&mut milliseconds, start, end)),
+        Err(CUDA_ERROR_NOT_READY)
+    );
+    driver.simulator.release_work();
+    call!(driver, cuStreamSynchronize(stream)).unwrap();
+    call!(driver, cuEventElapsedTime(&mut milliseconds, start, end)).unwrap();
+    assert!(
+        milliseconds > 0.0 && milliseconds < 60_000.0,
+        "{milliseconds}"
+    );
+}
+
+#[test]
+fn memory_may_be_mapped_and_unmapped_elsewhere_while_work_runs() {
+    let driver = Driver::small();
+    let address = driver.reserve(64 * PAGE).unwrap();
+    driver.back(address, 32 * PAGE).unwrap();
+    let stream = driver.stream().unwrap();
+    let started = AtomicBool::new(false);
+    unsafe extern "C" fn start(data: *mut c_void) {
+        // SAFETY: the flag outlives the work.
+        unsafe { &*data.cast::<AtomicBool>() }.store(true, Ordering::SeqCst);
+    }
+    call!(
+        driver,
+        cuLaunchHostFunc(stream, Some(start), (&raw const started).cast_mut().cast())
+    )
+    .unwrap();
+    for _ in 0..4 {
+        driver.memset_async(address, 6, 32 * PAGE, stream).unwrap();
+    }
+    while !started.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    let mut rounds = 0;
+    while query(&driver, stream) == Err(CUDA_ERROR_NOT_READY) {
+        driver.back(address + 40 * PAGE as u64, PAGE).unwrap();
+        driver.unmap(address + 40 * PAGE as u64, PAGE).unwrap();
+        rounds += 1;
+    }
+    assert_eq!(query(&driver, stream), Ok(()));
+    assert!(
+        rounds > 0,
+        "the memsets were over before anything could be mapped"
+    );
+}
