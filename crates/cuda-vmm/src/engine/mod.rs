@@ -245,7 +245,8 @@ impl Engine {
     pub fn trim(&self) -> Result<usize> {
         self.0.poll();
         self.0.retry();
-        self.0.drain_parked(0, None)
+        let (drained_bytes, outcome) = self.0.drain_parked(0, None);
+        outcome.map(|()| drained_bytes)
     }
 }
 
@@ -292,12 +293,12 @@ impl Inner {
             retired_bytes += self.synchronise();
         }
         let retried_bytes = self.retry();
-        let drained_bytes = self.drain_parked(self.options.park_bytes_max, None);
+        let (drained_bytes, _) = self.drain_parked(self.options.park_bytes_max, None);
         self.finish_closing();
         let stats = self.lock().parts();
         StepReport {
             retired_bytes,
-            drained_bytes: retried_bytes + drained_bytes.unwrap_or_default(),
+            drained_bytes: retried_bytes + drained_bytes,
             retiring_bytes: stats.retiring_bytes,
             quarantined_bytes: stats.quarantined_bytes,
         }
@@ -349,8 +350,8 @@ impl Inner {
     }
 
     /// Unmaps and releases parked chunks, of one range or of all, until no more than `keep_bytes` are
-    /// parked; returns the bytes that went, or the last error.
-    fn drain_parked(&self, keep_bytes: usize, only: Option<RangeId>) -> Result<usize> {
+    /// parked; returns the bytes that went, and the last error if the driver refused some.
+    fn drain_parked(&self, keep_bytes: usize, only: Option<RangeId>) -> (usize, Result<()>) {
         let mut drained_bytes = 0;
         let mut outcome = Ok(());
         loop {
@@ -377,7 +378,7 @@ impl Inner {
                 Err(error) => outcome = Err(error),
             }
         }
-        outcome.map(|()| drained_bytes)
+        (drained_bytes, outcome)
     }
 
     /// Unmaps and releases one draining chunk. What the driver refuses stays charged, in quarantine.

@@ -234,8 +234,9 @@ impl Inner {
                 }
                 if stats.parked_bytes > 0 {
                     drop(state);
-                    if self.drain_parked(0, None)? == 0 {
-                        return Err(error);
+                    let (drained_bytes, outcome) = self.drain_parked(0, None);
+                    if drained_bytes == 0 {
+                        outcome?;
                     }
                     state = self.lock();
                     continue;
@@ -328,7 +329,7 @@ impl Inner {
             }
         }
         drop(state);
-        let drained = self.drain_parked(0, Some(id));
+        let (_, drained) = self.drain_parked(0, Some(id));
         self.finish_closing();
         let mut state = self.lock();
         // Someone else, the worker for instance, may be unmapping the last chunks.
@@ -339,7 +340,7 @@ impl Inner {
         }
         drop(state);
         self.finish_closing();
-        drained.map(drop)
+        drained
     }
 
     /// Frees the addresses of closed ranges that hold nothing any more.
