@@ -107,11 +107,20 @@ impl Builder<'_> {
             ],
             None,
         )?;
-        let found = executables(&messages);
-        ensure!(
-            found.iter().any(|(_, kind, _)| *kind == Kind::Program),
-            "{CORE} has no example named demo"
-        );
+        let mut found = executables(&messages);
+        let messages = self.cargo(
+            &[
+                "build",
+                "--package",
+                CORE,
+                "--features",
+                "simulator",
+                "--example",
+                "demo",
+            ],
+            None,
+        )?;
+        found.extend(executables(&messages));
         Ok(found)
     }
 
@@ -215,6 +224,11 @@ fn executables(messages: &[Value]) -> Vec<Found> {
             2 => Kind::Program,
             _ => Kind::Candle,
         };
+        // The demo has tests of its own, built from the same target; the row is the program.
+        let is_test = message["profile"]["test"] == true;
+        if is_test == (kind == Kind::Program) {
+            continue;
+        }
         found.push((order, kind, PathBuf::from(executable)));
     }
     found.sort_by(|one, other| one.0.cmp(&other.0));
@@ -306,8 +320,9 @@ mod unit {
     use super::*;
     use serde_json::json;
 
-    fn message(package: &str, kind: &str, name: &str) -> Value {
+    fn message(package: &str, kind: &str, name: &str, test: bool) -> Value {
         json!({
+            "profile": { "test": test },
             "reason": "compiler-artifact",
             "package_id": package,
             "target": { "kind": [kind], "name": name },
@@ -323,17 +338,25 @@ mod unit {
                 "path+file:///work/crates/candle-cuda-vmm#0.2.0",
                 "test",
                 "device",
+                true,
             ),
             message(
                 "path+file:///work/crates/candle-cuda-vmm#0.2.0",
                 "test",
                 "other",
+                true,
             ),
-            message(core, "example", "demo"),
-            message(core, "example", "tour"),
-            message(core, "test", "pool"),
-            message(core, "lib", "cuda_vmm"),
-            message("path+file:///elsewhere#cuda-vmm-sim@0.2.0", "test", "books"),
+            message(core, "example", "demo", true),
+            message(core, "example", "demo", false),
+            message(core, "example", "tour", false),
+            message(core, "test", "pool", true),
+            message(core, "lib", "cuda_vmm", true),
+            message(
+                "path+file:///elsewhere#cuda-vmm-sim@0.2.0",
+                "test",
+                "books",
+                true,
+            ),
         ]);
         let names: Vec<&str> = found
             .iter()
