@@ -238,10 +238,17 @@ impl State {
         }
     }
 
+    /// Asking the legacy stream while a blocking stream is captured is an error, but a harmless one.
     pub(crate) fn capture_status(&self, stream: CUstream) -> Answer<CUstreamCaptureStatus> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
-        inner.check_implicit(key)?;
+        if inner.streams.is_legacy(key) {
+            let device = inner.streams.get(key)?.device;
+            let mut captures = inner.streams.captures();
+            if captures.any(|(_, owner, blocking)| blocking && owner == device) {
+                return Err(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+            }
+        }
         Ok(match &inner.streams.get(key)?.capture {
             None => CU_STREAM_CAPTURE_STATUS_NONE,
             Some(capture) if capture.invalidated => CU_STREAM_CAPTURE_STATUS_INVALIDATED,

@@ -9,6 +9,8 @@ struct Context {
     retains: usize,
     /// The sticky error that every call in this context answers from now on.
     poison: Option<CUresult>,
+    /// How often the context was taken down; work of an earlier life ends where it is.
+    ended: u64,
 }
 
 /// The primary contexts of all devices.
@@ -50,6 +52,11 @@ impl Contexts {
 
     pub(crate) fn poison(&self, device: usize) -> Option<CUresult> {
         self.0[device].poison
+    }
+
+    /// How often a context was taken down.
+    pub(crate) fn ended(&self, device: usize) -> u64 {
+        self.0[device].ended
     }
 
     /// Makes a context answer `code` for good; an earlier error stays.
@@ -102,6 +109,7 @@ impl State {
             .checked_sub(1)
             .ok_or(CUDA_ERROR_INVALID_CONTEXT)?;
         if context.retains == 0 {
+            context.ended += 1;
             inner.streams.destroy_all(device);
             inner.events.destroy_all(device);
             inner.graphs.destroy_all(device);

@@ -31,6 +31,7 @@ mod stream;
 mod thread;
 #[allow(unsafe_code)]
 mod work;
+mod worker;
 
 pub use books::Books;
 pub use config::SimConfig;

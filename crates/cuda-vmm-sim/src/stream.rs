@@ -5,11 +5,10 @@
 //! it. A per-thread stream exists for each calling thread that uses one.
 
 use crate::capture::Capture;
-use crate::state::{Answer, Guard, Inner, State};
+use crate::state::{Answer, Inner, State};
 use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::Arc;
 use std::thread::{JoinHandle, ThreadId};
 
 /// Which stream; never used twice. Also the value of its handle, which is never followed.
@@ -36,22 +35,22 @@ pub(crate) struct Stream {
     /// Made by `cuStreamCreate`.
     created: bool,
     /// Its handle is no longer valid; it goes when its queue is empty.
-    destroyed: bool,
-    queue: VecDeque<Item>,
+    pub(crate) destroyed: bool,
+    pub(crate) queue: VecDeque<Item>,
     /// How many pieces of work there have been.
     pub(crate) enqueued: u64,
     /// How many of them are done.
-    completed: u64,
+    pub(crate) completed: u64,
     /// A piece of work is running.
-    busy: bool,
-    has_worker: bool,
+    pub(crate) busy: bool,
+    pub(crate) has_worker: bool,
     /// When the work enqueued so far ends, in virtual nanoseconds.
     pub(crate) clock_ns: u64,
     pub(crate) capture: Option<Capture>,
 }
 
 impl Stream {
-    fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.queue.is_empty() && !self.busy
     }
 }
@@ -59,10 +58,10 @@ impl Stream {
 /// All streams of one simulator.
 #[derive(Debug, Default)]
 pub(crate) struct Streams {
-    by_key: BTreeMap<Key, Stream>,
+    pub(crate) by_key: BTreeMap<Key, Stream>,
     legacy: Vec<Key>,
     per_thread: HashMap<(usize, ThreadId), Key>,
-    workers: Vec<JoinHandle<()>>,
+    pub(crate) workers: Vec<JoinHandle<()>>,
     made: u64,
 }
 
@@ -178,8 +177,24 @@ impl Streams {
         points
     }
 
+    /// When the streams that come before new work of this one are free, in virtual nanoseconds. Unlike
+    /// [`implicit_order`](Self::implicit_order) this does not depend on what is done already.
+    pub(crate) fn implicit_clock_ns(&self, key: Key) -> u64 {
+        let Some(stream) = self.by_key.get(&key) else {
+            return 0;
+        };
+        let legacy = self.legacy[stream.device];
+        if key != legacy {
+            let before = self.by_key.get(&legacy).filter(|_| stream.blocking);
+            return before.map_or(0, |legacy| legacy.clock_ns);
+        }
+        let others = self.by_key.values();
+        let before = others.filter(|other| other.device == stream.device && other.blocking);
+        before.map(|other| other.clock_ns).max().unwrap_or(0)
+    }
+
     /// Takes a stream out if nobody can use it and nothing of it runs.
-    fn reap(&mut self, key: Key) {
+    pub(crate) fn reap(&mut self, key: Key) {
         let gone = |stream: &Stream| stream.destroyed && stream.is_idle() && !stream.has_worker;
         if self.by_key.get(&key).is_some_and(gone) {
             self.by_key.remove(&key);
@@ -245,182 +260,9 @@ impl Inner {
                 .update(|thread| thread.clock_ns = thread.clock_ns.max(clock_ns));
         }
     }
-
-    /// Numbers a piece of work and puts it on the virtual clocks.
-    fn admit(&mut self, key: Key, after: &[Point], work: &Work) -> Answer<u64> {
-        let thread = self.threads;
-        let others = after
-            .iter()
-            .filter_map(|(other, _)| self.streams.get(*other).ok());
-        let others_ns = others.map(|stream| stream.clock_ns).max().unwrap_or(0);
-        let cost = self
-            .cost
-            .as_ref()
-            .map(|cost| (work.launch_ns(cost), work.duration_ns(cost)));
-        let stream = self.streams.get_mut(key)?;
-        stream.enqueued += 1;
-        if let Some((launch_ns, duration_ns)) = cost {
-            thread.update(|thread| thread.clock_ns += launch_ns);
-            let start_ns = stream.clock_ns.max(thread.get().clock_ns).max(others_ns);
-            stream.clock_ns = start_ns + duration_ns;
-        }
-        Ok(stream.enqueued)
-    }
 }
 
 impl State {
-    /// Queues work behind a stream's earlier work and, where the legacy stream is concerned, behind that
-    /// of other streams. What only marks a place is done at once if nothing is before it.
-    pub(crate) fn enqueue(
-        self: &Arc<Self>,
-        inner: &mut Inner,
-        key: Key,
-        work: Work,
-    ) -> Answer<u64> {
-        let after = inner.streams.implicit_order(key);
-        self.enqueue_after(inner, key, after, work)
-    }
-
-    /// As [`enqueue`](Self::enqueue), behind the places named in other streams.
-    pub(crate) fn enqueue_after(
-        self: &Arc<Self>,
-        inner: &mut Inner,
-        key: Key,
-        after: Vec<Point>,
-        work: Work,
-    ) -> Answer<u64> {
-        let at_once = work.is_marker() && inner.can_start(key, &after)?;
-        if !at_once {
-            self.ensure_worker(inner, key)?;
-        }
-        let sequence = inner.admit(key, &after, &work)?;
-        if at_once {
-            inner.pass(&work);
-            inner.streams.get_mut(key)?.completed = sequence;
-        } else {
-            let item = Item {
-                sequence,
-                after,
-                work,
-            };
-            inner.streams.get_mut(key)?.queue.push_back(item);
-        }
-        self.notify();
-        Ok(sequence)
-    }
-
-    /// Queues work and waits until it is done. If nothing is before it the calling thread runs it.
-    pub(crate) fn run_in_order(
-        self: &Arc<Self>,
-        mut inner: Guard<'_>,
-        key: Key,
-        work: Work,
-    ) -> Answer {
-        let after = inner.streams.implicit_order(key);
-        let device = inner.streams.get(key)?.device;
-        let (inner, sequence) = if inner.can_start(key, &after)? {
-            let sequence = inner.admit(key, &after, &work)?;
-            inner.streams.get_mut(key)?.busy = true;
-            let item = Item {
-                sequence,
-                after,
-                work,
-            };
-            (self.run(inner, key, item), sequence)
-        } else {
-            let sequence = self.enqueue_after(&mut inner, key, after, work)?;
-            (inner, sequence)
-        };
-        let inner = self.wait_for(inner, device, &[(key, sequence)])?;
-        if let Ok(stream) = inner.streams.get(key) {
-            inner.thread_reaches(stream.clock_ns);
-        }
-        Ok(())
-    }
-
-    fn ensure_worker(self: &Arc<Self>, inner: &mut Inner, key: Key) -> Answer {
-        let stream = inner.streams.get_mut(key)?;
-        if stream.has_worker {
-            return Ok(());
-        }
-        let state = Arc::clone(self);
-        let worker = std::thread::Builder::new()
-            .name(format!("simulated stream {key:x}"))
-            .spawn(move || state.work(key))
-            .map_err(|_| CUDA_ERROR_OPERATING_SYSTEM)?;
-        stream.has_worker = true;
-        inner.streams.workers.retain(|worker| !worker.is_finished());
-        inner.streams.workers.push(worker);
-        Ok(())
-    }
-
-    /// A stream's thread.
-    fn work(&self, key: Key) {
-        let mut inner = self.lock();
-        while !inner.closing {
-            if let Some(item) = inner.next_item(key) {
-                inner = self.run(inner, key, item);
-                continue;
-            }
-            match inner.streams.get_mut(key) {
-                Ok(stream) if !(stream.destroyed && stream.is_idle()) => inner = self.wait(inner),
-                Ok(stream) => {
-                    stream.has_worker = false;
-                    inner.streams.reap(key);
-                    break;
-                }
-                Err(_) => break,
-            }
-        }
-    }
-
-    /// Runs a piece of work that is no longer in the queue.
-    fn run<'a>(&'a self, inner: Guard<'a>, key: Key, item: Item) -> Guard<'a> {
-        let mut inner = match inner.streams.get(key).map(|stream| stream.device) {
-            Ok(device) => self.perform(inner, device, item.work),
-            Err(_) => inner,
-        };
-        if let Ok(stream) = inner.streams.get_mut(key) {
-            stream.busy = false;
-            stream.completed = stream.completed.max(item.sequence);
-        }
-        inner.streams.reap(key);
-        self.notify();
-        inner
-    }
-
-    /// Waits until these pieces of work are done; an error if the context is poisoned by then.
-    pub(crate) fn wait_for<'a>(
-        &'a self,
-        mut inner: Guard<'a>,
-        device: usize,
-        points: &[Point],
-    ) -> Answer<Guard<'a>> {
-        loop {
-            inner.contexts.check(device)?;
-            if inner.streams.are_done(points) {
-                return Ok(inner);
-            }
-            if inner.closing {
-                return Err(CUDA_ERROR_DEINITIALIZED);
-            }
-            inner = self.wait(inner);
-        }
-    }
-
-    /// Waits until a device has done all the work it has now.
-    pub(crate) fn wait_for_device<'a>(
-        &'a self,
-        inner: Guard<'a>,
-        device: usize,
-    ) -> Answer<Guard<'a>> {
-        let points = inner.streams.pending(device);
-        let clock_ns = inner.streams.device_clock_ns(device);
-        let inner = self.wait_for(inner, device, &points)?;
-        inner.thread_reaches(clock_ns);
-        Ok(inner)
-    }
-
     pub(crate) fn stream_create(&self, flags: u32) -> Answer<CUstream> {
         if flags & !CU_STREAM_NON_BLOCKING != 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
@@ -484,25 +326,5 @@ impl State {
         let device = inner.enter()?;
         inner.kill_captures_of(device)?;
         self.wait_for_device(inner, device).map(drop)
-    }
-}
-
-impl Inner {
-    /// Whether new work behind these places could start now.
-    fn can_start(&self, key: Key, after: &[Point]) -> Answer<bool> {
-        let idle = self.streams.get(key)?.is_idle();
-        Ok(idle && !self.held && self.streams.are_done(after))
-    }
-
-    /// Takes the next piece of work of a stream if it may start.
-    fn next_item(&mut self, key: Key) -> Option<Item> {
-        let stream = self.streams.by_key.get(&key)?;
-        let next = stream.queue.front()?;
-        if self.held || stream.busy || !self.streams.are_done(&next.after) {
-            return None;
-        }
-        let stream = self.streams.by_key.get_mut(&key)?;
-        stream.busy = true;
-        stream.queue.pop_front()
     }
 }

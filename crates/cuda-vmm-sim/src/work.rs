@@ -313,6 +313,7 @@ impl State {
                 .set_poison(device, CUDA_ERROR_ILLEGAL_ADDRESS);
             return inner;
         }
+        let life = inner.contexts.ended(device);
         let mut target = Cursor::new(to);
         let mut source = match from {
             Source::Place(place) => Some(Cursor::new(place)),
@@ -362,7 +363,8 @@ impl State {
                 drop(inner);
                 std::thread::yield_now();
                 inner = self.lock();
-                if inner.closing || inner.contexts.check(device).is_err() {
+                let over = inner.closing || inner.contexts.ended(device) != life;
+                if over || inner.contexts.check(device).is_err() {
                     return inner;
                 }
             }

@@ -9,6 +9,13 @@ use common::*;
 use std::ffi::{CStr, c_char};
 use std::ptr::null_mut;
 
+/// The text at a pointer that a call has answered.
+fn text_at(pointer: *const c_char) -> String {
+    // SAFETY: the callers below pass what a successful call has written or answered.
+    let text = unsafe { CStr::from_ptr(pointer) };
+    text.to_str().unwrap().to_owned()
+}
+
 #[test]
 fn nothing_answers_before_initialisation() {
     let simulator = Simulator::new(SimConfig::new()).unwrap();
@@ -53,18 +60,9 @@ fn devices_describe_themselves() {
     }
     let mut name = [1 as c_char; 64];
     call!(driver, cuDeviceGetName(name.as_mut_ptr(), 64, 1)).unwrap();
-    // SAFETY: the call above has written a C string.
-    assert_eq!(
-        unsafe { CStr::from_ptr(name.as_ptr()) },
-        c"Simulated device 1"
-    );
+    assert_eq!(text_at(name.as_ptr()), "Simulated device 1");
     call!(driver, cuDeviceGetName(name.as_mut_ptr(), 4, 1)).unwrap();
-    // SAFETY: as above.
-    assert_eq!(
-        unsafe { CStr::from_ptr(name.as_ptr()) },
-        c"Sim",
-        "cut to fit"
-    );
+    assert_eq!(text_at(name.as_ptr()), "Sim", "cut to fit");
     let mut bytes = 0;
     call!(driver, cuDeviceTotalMem(&mut bytes, 0)).unwrap();
     assert_eq!(bytes, 3 << 30);
@@ -96,11 +94,7 @@ fn errors_have_names_and_null_pointers_are_refused() {
         cuGetErrorName(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, &mut text)
     )
     .unwrap();
-    // SAFETY: the call above has answered a C string that lives for good.
-    assert_eq!(
-        unsafe { CStr::from_ptr(text) },
-        c"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"
-    );
+    assert_eq!(text_at(text), "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED");
     call!(
         driver,
         cuGetErrorString(CUDA_ERROR_OUT_OF_MEMORY, &mut text)
@@ -153,8 +147,7 @@ fn contexts_are_per_thread_and_counted() {
     let shared = Shared(context);
     let there = driver.clone();
     std::thread::spawn(move || {
-        let shared = shared;
-        let mut current = shared.0;
+        let mut current = shared.get();
         call!(there, cuCtxGetCurrent(&mut current)).unwrap();
         assert!(current.is_null(), "a new thread has none");
         let mut device = -1;
@@ -172,7 +165,7 @@ fn contexts_are_per_thread_and_counted() {
         there.back(reserved, PAGE).unwrap();
         there.unmap(reserved, PAGE).unwrap();
         there.address_free(reserved, PAGE).unwrap();
-        call!(there, cuCtxSetCurrent(shared.0)).unwrap();
+        call!(there, cuCtxSetCurrent(shared.get())).unwrap();
         call!(there, cuCtxGetDevice(&mut device)).unwrap();
         assert_eq!(device, 0);
         let unknown = std::ptr::without_provenance_mut(4711);
@@ -255,4 +248,22 @@ fn a_peer_needs_a_descriptor_and_poisons_itself_alone() {
     assert!(driver.simulator.is_poisoned(1) && !driver.simulator.is_poisoned(0));
     driver.set_current(0).unwrap();
     assert_eq!(driver.read(address, 2), Ok(vec![6, 5]));
+}
+
+#[test]
+fn work_of_a_context_that_is_taken_down_ends_quietly() {
+    let driver = Driver::new(SimConfig::new().memory_bytes(512 << 20));
+    let stream = driver.stream().unwrap();
+    let mut plain = 0;
+    call!(driver, cuMemAlloc(&mut plain, 400 << 20)).unwrap();
+    for _ in 0..4 {
+        driver.memset_async(plain, 1, 400 << 20, stream).unwrap();
+    }
+    std::thread::sleep(std::time::Duration::from_millis(5));
+    call!(driver, cuDevicePrimaryCtxRelease(0)).unwrap();
+    assert_eq!(driver.books(), Books::default());
+    driver.retain(0).unwrap();
+    call!(driver, cuMemAlloc(&mut plain, PAGE)).unwrap();
+    assert_eq!(driver.read(plain, 2), Ok(vec![0, 0]));
+    assert!(!driver.simulator.is_poisoned(0));
 }

@@ -89,8 +89,7 @@ fn a_free_waits_for_the_device() {
     );
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let context = context;
-            call!(there, cuCtxSetCurrent(context.0)).unwrap();
+            call!(there, cuCtxSetCurrent(context.get())).unwrap();
             call!(there, cuMemFree(address)).unwrap();
             freed.store(true, Ordering::SeqCst);
         });

@@ -43,10 +43,9 @@ fn held_work_waits_and_blocks() {
     let (returned, work) = (AtomicBool::new(false), Shared((stream, event)));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            let (context, work) = (context, work);
-            call!(there, cuCtxSetCurrent(context.0)).unwrap();
-            call!(there, cuEventSynchronize(work.0.1)).unwrap();
-            call!(there, cuStreamSynchronize(work.0.0)).unwrap();
+            call!(there, cuCtxSetCurrent(context.get())).unwrap();
+            call!(there, cuEventSynchronize(work.get().1)).unwrap();
+            call!(there, cuStreamSynchronize(work.get().0)).unwrap();
             returned.store(true, Ordering::SeqCst);
         });
         std::thread::sleep(Duration::from_millis(50));
@@ -255,7 +254,8 @@ fn changing_memory_under_work_is_an_illegal_access() {
 
 #[test]
 fn work_on_memory_that_is_not_open_is_an_illegal_access() {
-    let cases: [(&str, fn(&Driver, u64)); 4] = [
+    type Case = (&'static str, fn(&Driver, u64));
+    let cases: [Case; 4] = [
         ("unmapped", |driver, address| {
             driver.unmap(address, PAGE).unwrap();
         }),

@@ -32,6 +32,13 @@ unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 
+impl<T: Copy> Shared<T> {
+    /// The handle; asking for it in a closure moves all of this there.
+    pub fn get(self) -> T {
+        self.0
+    }
+}
+
 pub fn answer(code: CUresult) -> Answer {
     if code == CUDA_SUCCESS {
         Ok(())
