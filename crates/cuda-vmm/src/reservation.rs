@@ -45,7 +45,9 @@ impl Reservation {
             return Err(VmmError::Misaligned {
                 what: "alignment",
                 value: alignment,
-                required: alignment.next_power_of_two(),
+                required: alignment
+                    .checked_next_power_of_two()
+                    .unwrap_or(1 << (usize::BITS - 1)),
             });
         }
         let mut address = 0;

@@ -82,10 +82,15 @@ impl Stream {
     }
 
     /// Lets later work of this stream wait for the fence (`cuStreamWaitEvent`); the caller does not.
+    /// The fence may be another device's.
     ///
     /// # Errors
+    /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver);
     /// [`VmmError::Driver`](crate::VmmError::Driver).
     pub fn wait_for(&self, fence: &Fence) -> Result<()> {
+        if !self.0.device.driver().is_same(fence.device().driver()) {
+            return Err(crate::VmmError::WrongDriver);
+        }
         let _current = self.0.device.make_current()?;
         // SAFETY: stream and event are alive.
         unsafe {

@@ -1,0 +1,217 @@
+//! What happens, and what does not, while a capture is declared or under way.
+//!
+//! A declared capture is the whole process's, so these tests take turns.
+
+mod common;
+
+use common::{PAGE, Simulated, manual, with_context};
+use cuda_vmm::sim::SimConfig;
+use cuda_vmm::sys::{
+    CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CUDA_SUCCESS,
+    CUstreamCaptureMode, DriverFunction,
+};
+use cuda_vmm::{CaptureGuard, Device, Engine, Stream, VirtualMemoryPool};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn begin(stream: &Stream, mode: CUstreamCaptureMode) {
+    with_context(stream.device(), || {
+        // SAFETY: the stream is alive.
+        let code =
+            unsafe { (stream.device().driver().table().cuStreamBeginCapture)(stream.raw(), mode) };
+        assert_eq!(code, CUDA_SUCCESS, "cuStreamBeginCapture");
+    });
+}
+
+/// Ends the capture, which must be intact, and throws its graph away.
+#[track_caller]
+fn end(stream: &Stream) {
+    let table = *stream.device().driver().table();
+    with_context(stream.device(), || {
+        let mut graph = core::ptr::null_mut();
+        // SAFETY: the stream is alive and `graph` a valid place for the answer.
+        let code = unsafe { (table.cuStreamEndCapture)(stream.raw(), &mut graph) };
+        assert_eq!(code, CUDA_SUCCESS, "the capture was killed");
+        // SAFETY: the graph was just made and is destroyed once.
+        assert_eq!(unsafe { (table.cuGraphDestroy)(graph) }, CUDA_SUCCESS);
+    });
+}
+
+fn pool(device: &Device) -> (Engine, VirtualMemoryPool) {
+    let engine = Engine::new(device, manual()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 8 * PAGE, PAGE).expect("a pool");
+    (engine, pool)
+}
+
+#[test]
+fn a_context_synchronise_waits_for_the_end_of_every_declared_capture() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    let simulator = &simulated.simulator;
+    let synchronised = || simulator.calls(DriverFunction::cuCtxSynchronize);
+    let guards = [CaptureGuard::new(), CaptureGuard::default()];
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| simulated.device.synchronize());
+        for guard in guards {
+            // Time for it to go wrong in.
+            std::thread::sleep(Duration::from_millis(30));
+            assert_eq!(synchronised(), 0);
+            assert!(!waiting.is_finished());
+            drop(guard);
+        }
+        let outcome = waiting.join().expect("no panic");
+        assert_eq!(outcome, Ok(()));
+    });
+    assert_eq!(synchronised(), 1);
+}
+
+#[test]
+fn a_capture_cannot_be_declared_while_a_context_synchronise_is_under_way() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    let simulator = &simulated.simulator;
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    let gate = common::Gate::close(&simulated.device, stream.raw());
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| simulated.device.synchronize());
+        while simulator.calls(DriverFunction::cuCtxSynchronize) == 0 {
+            std::thread::yield_now();
+        }
+        let declared = scope.spawn(|| drop(CaptureGuard::new()));
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(!declared.is_finished(), "the synchronise would kill it");
+        gate.open();
+        assert_eq!(waiting.join().expect("no panic"), Ok(()));
+        declared.join().expect("no panic");
+    });
+}
+
+#[test]
+fn memory_without_a_stream_is_given_back_after_the_capture_and_not_before() {
+    let _turn = turn();
+    // With and without `cuCtxRecordEvent`, which kills captures too.
+    for version in [13000, 12040] {
+        let simulated = Simulated::new(SimConfig::new().driver_version(version));
+        let stream = Stream::new(&simulated.device).expect("a stream");
+        simulated.unchanged(|| {
+            let (engine, pool) = pool(&simulated.device);
+            pool.allocate(0, 2 * PAGE).expect("room");
+            let guard = CaptureGuard::new();
+            begin(&stream, CU_STREAM_CAPTURE_MODE_GLOBAL);
+            pool.deallocate(0, 2 * PAGE).expect("live");
+            let report = engine.step();
+            assert_eq!((report.retired_bytes, report.retiring_bytes), (0, 2 * PAGE));
+            assert_eq!(engine.trim(), Ok(0));
+            pool.allocate(4 * PAGE, PAGE)
+                .expect("the calls of growth disturb no capture");
+            let error = pool.allocate(0, PAGE).expect_err("nothing may wait now");
+            assert!(error.is_later(), "{error}");
+            end(&stream);
+            drop(guard);
+            assert_eq!(engine.step().drained_bytes, 2 * PAGE);
+            assert_eq!(engine.stats().committed_bytes, PAGE);
+            drop((pool, engine));
+        });
+    }
+}
+
+#[test]
+fn memory_with_a_stream_is_given_back_during_the_capture_of_another() {
+    let _turn = turn();
+    for mode in [
+        CU_STREAM_CAPTURE_MODE_GLOBAL,
+        CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+    ] {
+        let simulated = Simulated::default();
+        let [captured, user] = [(), ()].map(|()| Stream::new(&simulated.device).expect("a stream"));
+        simulated.unchanged(|| {
+            let (engine, pool) = pool(&simulated.device);
+            pool.use_stream(&user).expect("of this device");
+            let address = pool.allocate(0, 2 * PAGE).expect("room");
+            // SAFETY: the memory is live until it is deallocated, and the work is waited for.
+            unsafe { user.memset(address, 1, 2 * PAGE) }.expect("queued");
+            let guard = CaptureGuard::new();
+            // The capture is another thread's: this one asks and waits meanwhile.
+            std::thread::scope(|scope| {
+                let (began, wait) = std::sync::mpsc::channel();
+                let (done, until) = std::sync::mpsc::channel::<()>();
+                let captured = &captured;
+                let capturing = scope.spawn(move || {
+                    begin(captured, mode);
+                    began.send(()).expect("the other side waits");
+                    let _ = until.recv();
+                    end(captured);
+                });
+                wait.recv().expect("the capture began");
+                pool.deallocate(0, 2 * PAGE).expect("live");
+                user.synchronize().expect("done");
+                assert_eq!(engine.step().drained_bytes, 2 * PAGE);
+                drop(done);
+                capturing.join().expect("the capture is intact");
+            });
+            drop(guard);
+            assert_eq!(engine.stats().committed_bytes, 0);
+        });
+    }
+}
+
+#[test]
+fn a_pool_closed_during_a_capture_ends_after_it() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    simulated.unchanged(|| {
+        let (engine, pool) = pool(&simulated.device);
+        pool.allocate(0, 3 * PAGE).expect("room");
+        let guard = CaptureGuard::new();
+        pool.close().expect("left to the engine");
+        let stats = engine.stats();
+        assert_eq!((stats.retiring_bytes, stats.ranges), (3 * PAGE, 1));
+        assert_eq!(simulated.simulator.calls(DriverFunction::cuMemUnmap), 0);
+        drop(guard);
+        engine.step();
+        let stats = engine.stats();
+        assert_eq!((stats.committed_bytes, stats.ranges), (0, 0));
+    });
+}
+
+#[test]
+fn an_engine_that_ends_during_a_capture_leaves_its_memory_to_the_device() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    simulated.unchanged(|| {
+        let (engine, pool) = pool(&simulated.device);
+        pool.allocate(0, 3 * PAGE).expect("room");
+        let guard = CaptureGuard::new();
+        drop((pool, engine));
+        assert_eq!(simulated.simulator.calls(DriverFunction::cuMemUnmap), 0);
+        assert_eq!(simulated.device.quarantined_bytes(), 3 * PAGE);
+        drop(guard);
+        assert_eq!(simulated.device.retry_quarantine(), 3 * PAGE);
+    });
+}
+
+#[test]
+fn questions_and_waits_leave_the_threads_capture_mode_as_it_was() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    let exchange = |mut mode: CUstreamCaptureMode| {
+        let table = simulated.driver.table();
+        // SAFETY: `mode` is a valid place, with which the driver swaps.
+        let code = unsafe { (table.cuThreadExchangeStreamCaptureMode)(&mut mode) };
+        assert_eq!(code, CUDA_SUCCESS, "cuThreadExchangeStreamCaptureMode");
+        mode
+    };
+    let before = exchange(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+    let fence = stream.record().expect("a fence");
+    assert_eq!(fence.is_complete(), Ok(true));
+    fence.wait().expect("done");
+    stream.synchronize().expect("done");
+    assert_eq!(exchange(before), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+}
