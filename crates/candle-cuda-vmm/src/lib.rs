@@ -1,1 +1,85 @@
-//! Not written yet.
+//! Elastic GPU memory for [Candle](candle_core): reserve far more address space than there is memory,
+//! and back only the part in use.
+//!
+//! A KV cache does not know how long it will get. [`VirtualMemoryPool`] reserves addresses for the
+//! longest and takes memory as tokens come; [`SharedMemoryPool`] does so for many models under one
+//! limit of physical memory. Addresses never move.
+//!
+//! ```
+//! use candle_core::Device;
+//! use candle_cuda_vmm::{Result, VirtualMemoryPool};
+//!
+//! # fn main() -> Result<()> {
+//! # #[cfg(feature = "simulator")] {
+//! // `Device::new_cuda(0)?` with the feature `cuda`. A CPU device is served by a simulated driver.
+//! let device = Device::Cpu;
+//! let mut pool = VirtualMemoryPool::new(
+//!     128 * 1024 * 1024 * 1024, // 128 GiB of addresses
+//!     2 * 1024 * 1024,          // in pages of 2 MiB
+//!     device,
+//! )?;
+//! let address = pool.allocate(0, 1024 * 1024 * 1024)?; // 1 GiB of memory
+//! println!("at {address:#x}, {} bytes in use", pool.physical_memory_usage());
+//! pool.deallocate(0, 1024 * 1024 * 1024)?;
+//! # }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Where things are
+//! - [`virtual_memory`]: the two pools and their statistics.
+//! - [`device`]: which driver serves which Candle device.
+//! - [`error`]: what can go wrong.
+//! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
+//!   the other by hand.
+//! - [`cuda_ffi`]: the driver's calls, nearly as they are.
+//!
+//! The pools are those of [`cuda_vmm`], which knows nothing of Candle; [`VirtualMemoryPool::core`] and
+//! [`SharedMemoryPool::core`] lead there. This crate itself calls no driver.
+//!
+//! # Features
+//! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
+//! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`, which needs `nvcc`.
+//!
+//! A CUDA device never gets the simulated driver, and a GPU that fails to answer is an error.
+//!
+//! # What this crate does not do
+//! The pools hand out addresses, not tensors. Reading or writing through an address is the caller's,
+//! and unsafe.
+
+#![deny(unsafe_code)]
+
+pub mod cuda_ffi;
+pub mod device;
+pub mod error;
+pub mod mapping;
+pub mod physical_memory;
+pub mod virtual_memory;
+
+pub use cuda_ffi::AccessFlags;
+pub use error::{Result, VmmError};
+pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
+pub use physical_memory::PhysicalMemoryHandle;
+pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
+
+/// The core crate, for its types: statistics, devices, streams.
+pub use cuda_vmm;
+
+/// This crate's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Whether device 0 of the default driver has virtual memory management.
+///
+/// The default driver is the real one with the feature `cuda`, otherwise the simulated one. `false`
+/// where there is neither, or where the driver fails: [`device::default_driver`] says how.
+pub fn is_vmm_supported() -> bool {
+    cuda_ffi::get_recommended_granularity(0).is_ok()
+}
+
+#[cfg(all(doctest, feature = "simulator", not(feature = "cuda")))]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
+#[cfg(all(doctest, feature = "simulator", not(feature = "cuda")))]
+#[doc = include_str!("../MIGRATION.md")]
+mod migration {}

@@ -1,0 +1,271 @@
+//! What can go wrong.
+//!
+//! The variants of 0.1.1 are all here, with their fields. [`VmmError::Vmm`] is new: it carries an
+//! error of the core crate, [`cuda_vmm`], for which 0.1.1 had no variant.
+
+use thiserror::Error;
+
+/// Result of this crate's operations.
+pub type Result<T> = std::result::Result<T, VmmError>;
+
+/// An error of this crate.
+///
+/// An error of [`cuda_vmm`] becomes the variant of 0.1.1 that says the same, and
+/// [`Vmm`](Self::Vmm) where none does:
+///
+/// | `cuda_vmm::VmmError` | here |
+/// |---|---|
+/// | `OutOfVirtualMemory` | [`OutOfVirtualMemory`](Self::OutOfVirtualMemory) |
+/// | `OutOfPhysicalMemory` | [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) |
+/// | `OutOfRange`, `Overflow` | [`InvalidOffset`](Self::InvalidOffset) |
+/// | `Misaligned` | [`InvalidAlignment`](Self::InvalidAlignment) |
+/// | `AlreadyMapped`, `NotMapped` | the same |
+/// | `InvalidPageSize` | the same |
+/// | `UnsupportedDevice` | the same |
+/// | `ModelNotFound` | the same |
+/// | `ModelAlreadyRegistered` | [`ModelAlreadyExists`](Self::ModelAlreadyExists) |
+/// | anything else, a failed driver call above all | [`Vmm`](Self::Vmm) |
+#[derive(Debug, Error)]
+pub enum VmmError {
+    /// A CUDA call failed, in words: what `from_cuda_result` and
+    /// [`cuda`](Self::cuda) make. This crate reports its own driver calls as [`Vmm`](Self::Vmm), with
+    /// the call and its code.
+    #[error("CUDA error: {0}")]
+    CudaError(String),
+
+    /// No run of unused addresses is long enough.
+    #[error("out of virtual address space: {requested} bytes requested, {available} available")]
+    OutOfVirtualMemory {
+        /// Bytes asked for.
+        requested: usize,
+        /// The largest unused run, in bytes.
+        available: usize,
+    },
+
+    /// The budget has no room. Nothing was taken.
+    #[error("out of physical memory: {requested} bytes requested, {available} available")]
+    OutOfPhysicalMemory {
+        /// Bytes of physical memory that the request still needed.
+        requested: usize,
+        /// Bytes that could have been had at once.
+        available: usize,
+    },
+
+    /// Bytes outside a range, or an end that does not fit in an address.
+    #[error("invalid offset: {offset} (size: {size}, capacity: {capacity})")]
+    InvalidOffset {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        size: usize,
+        /// Capacity of the range in bytes; `usize::MAX` where only the overflow is known.
+        capacity: usize,
+    },
+
+    /// A mapping that cannot be made as asked.
+    #[error("mapping failed: {0}")]
+    MappingFailed(String),
+
+    /// A mapping that cannot be taken away as asked.
+    #[error("unmapping failed: {0}")]
+    UnmappingFailed(String),
+
+    /// A value is not aligned as it must be.
+    #[error("invalid alignment: {actual}, required: {required}")]
+    InvalidAlignment {
+        /// The value in bytes.
+        actual: usize,
+        /// What it must be a multiple of, in bytes; 0 where any power of two would do.
+        required: usize,
+    },
+
+    /// Some of the bytes are allocated, or mapped, already.
+    #[error("range already mapped: offset {offset}, size {size}")]
+    AlreadyMapped {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        size: usize,
+    },
+
+    /// Some of the bytes are not allocated, or not mapped.
+    #[error("range not mapped: offset {offset}, size {size}")]
+    NotMapped {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        size: usize,
+    },
+
+    /// A page size that is not a power of two, or below the device's granularity.
+    #[error(
+        "invalid page size: {0} (it must be a power of two, and at least the device's allocation granularity)"
+    )]
+    InvalidPageSize(usize),
+
+    /// The device has no virtual memory management, or this build serves no device of its kind.
+    #[error("the device does not support CUDA virtual memory management in this build")]
+    UnsupportedDevice,
+
+    /// An error of Candle.
+    #[error("Candle error: {0}")]
+    CandleError(#[from] candle_core::Error),
+
+    /// No model of this name is registered.
+    #[error("model not found: {0}")]
+    ModelNotFound(String),
+
+    /// A model of this name is registered already.
+    #[error("model already registered: {0}")]
+    ModelAlreadyExists(String),
+
+    /// Anything else, in words.
+    #[error("{0}")]
+    Other(String),
+
+    /// An error of the core crate that no other variant says. New in 0.2.0.
+    #[error(transparent)]
+    Vmm(cuda_vmm::VmmError),
+}
+
+impl VmmError {
+    /// A [`CudaError`](Self::CudaError) from an error of the cudarc that Candle uses.
+    #[cfg(feature = "cuda")]
+    pub fn from_cuda_result(
+        result: candle_core::cuda::cudarc::driver::result::DriverError,
+    ) -> Self {
+        Self::CudaError(format!("{result:?}"))
+    }
+
+    /// A [`CudaError`](Self::CudaError) in your own words.
+    pub fn cuda<S: Into<String>>(msg: S) -> Self {
+        Self::CudaError(msg.into())
+    }
+
+    /// An [`Other`](Self::Other) in your own words.
+    pub fn other<S: Into<String>>(msg: S) -> Self {
+        Self::Other(msg.into())
+    }
+
+    /// The driver's own code, if a driver call of this crate failed.
+    pub fn driver_code(&self) -> Option<cuda_vmm::sys::CUresult> {
+        match self {
+            Self::Vmm(error) => error.driver_code(),
+            _ => None,
+        }
+    }
+
+    /// Whether physical memory ran out: the budget's, or the device's.
+    pub fn is_out_of_memory(&self) -> bool {
+        match self {
+            Self::OutOfPhysicalMemory { .. } => true,
+            Self::Vmm(error) => error.is_out_of_memory(),
+            _ => false,
+        }
+    }
+
+    /// Whether the same call can succeed later, when memory is back
+    /// ([`later_bytes`](Self::later_bytes)).
+    ///
+    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this answers
+    /// `true` for it even where the request is larger than the limit: compare `requested` with
+    /// `global_stats().physical_limit` before you wait.
+    pub fn is_later(&self) -> bool {
+        match self {
+            Self::OutOfPhysicalMemory { .. } => true,
+            Self::Vmm(error) => error.is_later(),
+            _ => false,
+        }
+    }
+
+    /// How many bytes must come back before a later try can succeed; 0 if that is not known.
+    pub fn later_bytes(&self) -> usize {
+        match self {
+            Self::OutOfPhysicalMemory {
+                requested,
+                available,
+            } => requested.saturating_sub(*available),
+            Self::Vmm(error) => error.later_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Whether no wait can make the same call succeed.
+    ///
+    /// `false` for errors in words ([`CudaError`](Self::CudaError), [`Other`](Self::Other)) and for
+    /// Candle's: nothing is known about those.
+    pub fn is_never(&self) -> bool {
+        match self {
+            Self::CudaError(_)
+            | Self::Other(_)
+            | Self::CandleError(_)
+            | Self::OutOfPhysicalMemory { .. } => false,
+            Self::Vmm(error) => error.is_never(),
+            _ => true,
+        }
+    }
+
+    /// Whether the device's context is beyond use: every later call on it fails too.
+    pub fn is_poisoned(&self) -> bool {
+        match self {
+            Self::Vmm(error) => error.is_poisoned(),
+            _ => false,
+        }
+    }
+}
+
+impl From<cuda_vmm::VmmError> for VmmError {
+    fn from(error: cuda_vmm::VmmError) -> Self {
+        use cuda_vmm::VmmError as Core;
+        match error {
+            Core::OutOfVirtualMemory {
+                asked_bytes,
+                largest_free_bytes,
+            } => Self::OutOfVirtualMemory {
+                requested: asked_bytes,
+                available: largest_free_bytes,
+            },
+            Core::OutOfPhysicalMemory {
+                asked_bytes,
+                free_bytes,
+                ..
+            } => Self::OutOfPhysicalMemory {
+                requested: asked_bytes,
+                available: free_bytes,
+            },
+            Core::OutOfRange {
+                offset,
+                bytes,
+                capacity_bytes,
+            } => Self::InvalidOffset {
+                offset,
+                size: bytes,
+                capacity: capacity_bytes,
+            },
+            Core::Overflow { offset, bytes } => Self::InvalidOffset {
+                offset,
+                size: bytes,
+                capacity: usize::MAX,
+            },
+            Core::Misaligned {
+                value, required, ..
+            } => Self::InvalidAlignment {
+                actual: value,
+                required,
+            },
+            Core::AlreadyMapped { offset, bytes } => Self::AlreadyMapped {
+                offset,
+                size: bytes,
+            },
+            Core::NotMapped { offset, bytes } => Self::NotMapped {
+                offset,
+                size: bytes,
+            },
+            Core::InvalidPageSize { page_bytes, .. } => Self::InvalidPageSize(page_bytes),
+            Core::UnsupportedDevice { .. } => Self::UnsupportedDevice,
+            Core::ModelNotFound { model } => Self::ModelNotFound(model),
+            Core::ModelAlreadyRegistered { model } => Self::ModelAlreadyExists(model),
+            error => Self::Vmm(error),
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The driver's calls by themselves, of the default driver.
+
+use crate::common::{PAGE, open};
+use candle_cuda_vmm::Result;
+use candle_cuda_vmm::cuda_ffi::{self, AccessFlags, AllocationProp};
+use candle_cuda_vmm::cuda_vmm::DriverKind;
+use candle_cuda_vmm::cuda_vmm::sys::{self, CUresult, DriverFunction};
+use candle_cuda_vmm::{VmmError, cuda_vmm};
+
+/// Fails unless the result is one of these codes from this call.
+fn refused<T>(result: Result<T>, call: DriverFunction, codes: &[CUresult]) {
+    match result.map(|_| ()) {
+        Err(VmmError::Vmm(cuda_vmm::VmmError::Driver(error))) => {
+            assert_eq!(error.call, call);
+            assert!(codes.contains(&error.code), "{error}");
+            assert!(error.name.starts_with("CUDA_ERROR_"), "{error}");
+        }
+        other => panic!("expected {call} to fail, got {other:?}"),
+    }
+}
+
+const INVALID: &[CUresult] = &[sys::CUDA_ERROR_INVALID_VALUE];
+const NO_DEVICE: &[CUresult] = &[
+    sys::CUDA_ERROR_INVALID_VALUE,
+    sys::CUDA_ERROR_INVALID_DEVICE,
+];
+
+#[test]
+fn memory_is_made_mapped_and_given_back_call_by_call() {
+    let test = open();
+    if !test.is_default() {
+        return;
+    }
+    let free = test.free_bytes();
+    // SAFETY: everything below is made here, used within its bounds, and given back once; no work for
+    // the device is ever queued on it.
+    unsafe {
+        let handle = cuda_ffi::mem_create(2 * PAGE, &AllocationProp::device(0)).unwrap();
+        test.expect_in_use(free, 2 * PAGE);
+        let address = cuda_ffi::mem_address_reserve(8 * PAGE, PAGE, 0).unwrap();
+        cuda_ffi::mem_map(address, 2 * PAGE, 0, handle).unwrap();
+        cuda_ffi::mem_set_access(address, 2 * PAGE, 0, AccessFlags::ReadWrite).unwrap();
+        cuda_ffi::mem_unmap(address, 2 * PAGE).unwrap();
+        cuda_ffi::mem_release(handle).unwrap();
+        cuda_ffi::mem_address_free(address, 8 * PAGE).unwrap();
+    }
+    test.expect_in_use(free, 0);
+}
+
+#[test]
+fn the_drivers_refusals_keep_call_and_code() {
+    let test = open();
+    if !test.is_default() {
+        return;
+    }
+    let device = AllocationProp::device(0);
+    use DriverFunction::*;
+    // SAFETY: as above; the calls that must fail change nothing.
+    unsafe {
+        refused(cuda_ffi::mem_create(0, &device), cuMemCreate, INVALID);
+        refused(
+            cuda_ffi::mem_create(PAGE + 1, &device),
+            cuMemCreate,
+            INVALID,
+        );
+        let more = 2 * test.core.total_bytes().next_multiple_of(PAGE);
+        let error = cuda_ffi::mem_create(more, &device).unwrap_err();
+        assert!(error.is_out_of_memory() && error.is_later(), "{error}");
+        for ordinal in [-1, 1000] {
+            let nowhere = AllocationProp::device(ordinal);
+            refused(cuda_ffi::mem_create(PAGE, &nowhere), cuMemCreate, NO_DEVICE);
+        }
+
+        refused(
+            cuda_ffi::mem_address_reserve(0, PAGE, 0),
+            cuMemAddressReserve,
+            INVALID,
+        );
+        // A GPU's driver may have its own idea of what is aligned enough for addresses.
+        if test.kind == DriverKind::Simulated {
+            refused(
+                cuda_ffi::mem_address_reserve(PAGE + 1, PAGE, 0),
+                cuMemAddressReserve,
+                INVALID,
+            );
+        }
+        refused(
+            cuda_ffi::mem_address_reserve(1 << 47, PAGE, 0),
+            cuMemAddressReserve,
+            &[sys::CUDA_ERROR_OUT_OF_MEMORY],
+        );
+
+        let handle = cuda_ffi::mem_create(2 * PAGE, &device).unwrap();
+        let address = cuda_ffi::mem_address_reserve(8 * PAGE, PAGE, 0).unwrap();
+        refused(
+            cuda_ffi::mem_map(address, PAGE, PAGE, handle),
+            cuMemMap,
+            &[sys::CUDA_ERROR_NOT_SUPPORTED],
+        );
+        cuda_ffi::mem_map(address, 2 * PAGE, 0, handle).unwrap();
+        refused(
+            cuda_ffi::mem_map(address, 2 * PAGE, 0, handle),
+            cuMemMap,
+            INVALID,
+        );
+        let page = PAGE;
+        refused(
+            cuda_ffi::mem_set_access(address, page, 0, AccessFlags::ReadWrite),
+            cuMemSetAccess,
+            INVALID,
+        );
+        for ordinal in [-1, 1000] {
+            refused(
+                cuda_ffi::mem_set_access(address, 2 * page, ordinal, AccessFlags::ReadWrite),
+                cuMemSetAccess,
+                NO_DEVICE,
+            );
+        }
+        refused(cuda_ffi::mem_unmap(address, PAGE), cuMemUnmap, INVALID);
+        refused(
+            cuda_ffi::mem_address_free(address, 8 * PAGE),
+            cuMemAddressFree,
+            INVALID,
+        );
+        cuda_ffi::mem_unmap(address, 2 * PAGE).unwrap();
+        cuda_ffi::mem_release(handle).unwrap();
+        cuda_ffi::mem_address_free(address, 8 * PAGE).unwrap();
+    }
+}
+
+#[test]
+fn granularities_are_the_devices() {
+    let test = open();
+    if !test.is_default() {
+        return;
+    }
+    assert_eq!(
+        cuda_ffi::get_minimum_granularity(0).unwrap(),
+        test.core.granularity_bytes()
+    );
+    assert_eq!(
+        cuda_ffi::get_recommended_granularity(0).unwrap(),
+        test.core.recommended_granularity_bytes()
+    );
+    let call = DriverFunction::cuMemGetAllocationGranularity;
+    for ordinal in [-1, 1000] {
+        refused(cuda_ffi::get_minimum_granularity(ordinal), call, NO_DEVICE);
+        refused(
+            cuda_ffi::get_recommended_granularity(ordinal),
+            call,
+            NO_DEVICE,
+        );
+    }
+}

@@ -1,0 +1,386 @@
+//! The shared pool.
+
+use crate::common::{GIB, KIB, MIB, PAGE, open};
+use crate::refused;
+use candle_core::Device;
+use candle_cuda_vmm::cuda_vmm::VmmError as Core;
+use candle_cuda_vmm::{SharedMemoryPool, VmmError};
+
+const LIMIT: usize = 64 * MIB;
+const CAPACITY: usize = 128 * MIB;
+
+/// A pool of 64 MiB with one model, `model`, of 128 MiB of addresses.
+fn pool(device: &Device) -> SharedMemoryPool {
+    let mut pool = SharedMemoryPool::new(LIMIT, device.clone()).unwrap();
+    pool.register_model("model", CAPACITY).unwrap();
+    pool
+}
+
+/// What a refused call must leave as it was.
+fn state(pool: &SharedMemoryPool) -> (usize, usize, usize, usize) {
+    let global = pool.global_stats();
+    let model = pool.get_model_stats("model").unwrap();
+    assert_eq!(model.physical_usage, model.mapped_pages * PAGE);
+    (
+        global.physical_usage,
+        global.num_models,
+        model.physical_usage,
+        pool.core().model_stats("model").unwrap().live_bytes,
+    )
+}
+
+#[test]
+fn a_new_pool_has_its_limit_and_nothing_else() {
+    let test = open();
+    let pool = SharedMemoryPool::new(32 * GIB, test.device.clone()).unwrap();
+    let stats = pool.global_stats();
+    assert_eq!(
+        (stats.physical_limit, stats.physical_usage, stats.num_models),
+        (32 * GIB, 0, 0)
+    );
+}
+
+#[test]
+fn two_models_share_a_limit_of_32_gib() {
+    let test = open();
+    let mut pool = SharedMemoryPool::new(32 * GIB, test.device.clone()).unwrap();
+    pool.register_model("llama-7b", 64 * GIB).unwrap();
+    pool.register_model("gpt2", 32 * GIB).unwrap();
+    assert_eq!(pool.global_stats().num_models, 2);
+    let llama = pool.allocate_for_model("llama-7b", 20 * GIB).unwrap();
+    let gpt = pool.allocate_for_model("gpt2", 12 * GIB).unwrap();
+    assert_eq!(pool.global_stats().physical_usage, 32 * GIB);
+    let stats = pool.get_model_stats("llama-7b").unwrap();
+    assert_eq!(stats.virtual_capacity, 64 * GIB);
+    assert_eq!(stats.physical_usage, 20 * GIB);
+    assert_eq!(stats.mapped_pages, 20 * GIB / PAGE);
+
+    refused!(
+        pool.allocate_for_model("llama-7b", GIB),
+        VmmError::OutOfPhysicalMemory {
+            requested: GIB,
+            available: 0
+        }
+    );
+    assert_eq!(pool.global_stats().physical_usage, 32 * GIB);
+
+    // What one gives back, the other can have.
+    pool.deallocate_for_model_address("gpt2", gpt, 12 * GIB)
+        .unwrap();
+    let more = pool.allocate_for_model("llama-7b", 12 * GIB).unwrap();
+    assert!(more >= llama + 20 * GIB || more + 12 * GIB <= llama);
+    assert_eq!(pool.get_model_stats("gpt2").unwrap().physical_usage, 0);
+    assert_eq!(
+        pool.get_model_stats("llama-7b").unwrap().physical_usage,
+        32 * GIB
+    );
+}
+
+#[test]
+fn a_model_allocates_many_times_and_is_told_where() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let base = pool.model_base_address("model").unwrap();
+    let mut blocks = Vec::new();
+    for block in 0..64 {
+        let size = 100 * KIB + block;
+        let address = pool.allocate_for_model("model", size).unwrap();
+        assert!(address >= base && address + size <= base + CAPACITY);
+        assert_eq!(address % 256, 0);
+        for &(other, length) in &blocks {
+            assert!(
+                address + size <= other || other + length <= address,
+                "blocks overlap"
+            );
+        }
+        blocks.push((address, size));
+    }
+    let total: usize = blocks.iter().map(|(_, size)| size).sum();
+    assert_eq!(state(&pool).3, total);
+    // By offset and by address alike.
+    for (index, &(address, size)) in blocks.iter().enumerate() {
+        if index % 2 == 0 {
+            pool.deallocate_for_model("model", address - base, size)
+                .unwrap();
+        } else {
+            pool.deallocate_for_model_address("model", address, size)
+                .unwrap();
+        }
+    }
+    assert_eq!(state(&pool), (0, 1, 0, 0));
+}
+
+#[test]
+fn the_limit_holds_and_what_is_freed_can_be_had_again() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let first = pool.allocate_for_model("model", LIMIT / 2).unwrap();
+    pool.allocate_for_model("model", LIMIT / 2).unwrap();
+    let before = state(&pool);
+    const HALF: usize = LIMIT / 2;
+    refused!(
+        pool.allocate_for_model("model", HALF),
+        VmmError::OutOfPhysicalMemory {
+            requested: HALF,
+            available: 0
+        }
+    );
+    let error = pool.allocate_for_model("model", HALF).unwrap_err();
+    assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
+    assert_eq!(error.later_bytes(), HALF);
+    assert_eq!(state(&pool), before);
+    pool.deallocate_for_model_address("model", first, HALF)
+        .unwrap();
+    pool.allocate_for_model("model", HALF).unwrap();
+    assert_eq!(state(&pool), before);
+}
+
+#[test]
+fn a_limit_may_exceed_the_device_and_is_reported_as_given() {
+    let test = open();
+    let limit = 3 * test.core.total_bytes() + 12345;
+    let mut pool = SharedMemoryPool::new(limit, test.device.clone()).unwrap();
+    pool.register_model("model", limit).unwrap();
+    assert_eq!(pool.global_stats().physical_limit, limit);
+    let free = test.free_bytes();
+    let error = pool
+        .allocate_for_model("model", 2 * test.core.total_bytes())
+        .unwrap_err();
+    assert!(error.is_out_of_memory(), "{error}");
+    assert_eq!(state(&pool), (0, 1, 0, 0));
+    test.expect_in_use(free, 0);
+}
+
+#[test]
+fn a_pool_refuses_a_limit_of_nothing() {
+    let test = open();
+    refused!(
+        SharedMemoryPool::new(0, test.device.clone()),
+        VmmError::Vmm(Core::ZeroSize { .. })
+    );
+}
+
+#[test]
+fn register_refuses_duplicates_and_bad_capacities() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    pool.allocate_for_model("model", PAGE).unwrap();
+    let before = state(&pool);
+    match pool.register_model("model", GIB) {
+        Err(VmmError::ModelAlreadyExists(name)) => assert_eq!(name, "model"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(
+        pool.get_model_stats("model").unwrap().virtual_capacity,
+        CAPACITY
+    );
+    refused!(
+        pool.register_model("zero", 0),
+        VmmError::Vmm(Core::ZeroSize { .. })
+    );
+    refused!(
+        pool.register_model("huge", usize::MAX),
+        VmmError::InvalidOffset {
+            offset: 0,
+            size: usize::MAX,
+            ..
+        }
+    );
+    refused!(
+        pool.register_model("large", 1 << 47),
+        VmmError::Vmm(Core::Driver(_))
+    );
+    assert_eq!(state(&pool), before);
+    for name in ["zero", "huge", "large"] {
+        assert!(pool.get_model_stats(name).is_none());
+    }
+    // An odd capacity is rounded up to whole pages.
+    pool.register_model("odd", PAGE + 1).unwrap();
+    assert_eq!(
+        pool.get_model_stats("odd").unwrap().virtual_capacity,
+        2 * PAGE
+    );
+}
+
+#[test]
+fn unknown_models_are_refused_by_every_call() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let before = state(&pool);
+    let name = |result: Result<(), VmmError>| match result {
+        Err(VmmError::ModelNotFound(name)) => name,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(name(pool.allocate_for_model("who", 1).map(|_| ())), "who");
+    assert_eq!(name(pool.deallocate_for_model("who", 0, 1)), "who");
+    assert_eq!(name(pool.deallocate_for_model_address("who", 0, 1)), "who");
+    assert_eq!(name(pool.unregister_model("who")), "who");
+    assert!(pool.get_model_stats("who").is_none());
+    assert_eq!(pool.model_base_address("who"), None);
+    assert_eq!(state(&pool), before);
+}
+
+#[test]
+fn allocate_refuses_nothing_and_too_much() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    pool.allocate_for_model("model", PAGE).unwrap();
+    let before = state(&pool);
+    refused!(
+        pool.allocate_for_model("model", 0),
+        VmmError::Vmm(Core::ZeroSize { .. })
+    );
+    const REST: usize = CAPACITY - PAGE;
+    refused!(
+        pool.allocate_for_model("model", CAPACITY),
+        VmmError::OutOfVirtualMemory {
+            requested: CAPACITY,
+            available: REST
+        }
+    );
+    refused!(
+        pool.allocate_for_model("model", usize::MAX),
+        VmmError::OutOfVirtualMemory {
+            requested: usize::MAX,
+            available: REST
+        }
+    );
+    assert_eq!(state(&pool), before);
+}
+
+#[test]
+fn deallocate_refuses_bad_ranges_and_changes_nothing() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let base = pool.model_base_address("model").unwrap();
+    let address = pool.allocate_for_model("model", PAGE).unwrap();
+    assert_eq!(address, base, "first fit");
+    let before = state(&pool);
+    refused!(
+        pool.deallocate_for_model("model", 0, 0),
+        VmmError::Vmm(Core::ZeroSize { .. })
+    );
+    refused!(
+        pool.deallocate_for_model("model", CAPACITY, 1),
+        VmmError::InvalidOffset {
+            offset: CAPACITY,
+            size: 1,
+            capacity: CAPACITY
+        }
+    );
+    refused!(
+        pool.deallocate_for_model("model", 1, usize::MAX),
+        VmmError::InvalidOffset {
+            offset: 1,
+            size: usize::MAX,
+            capacity: CAPACITY
+        }
+    );
+    refused!(
+        pool.deallocate_for_model("model", PAGE, 1),
+        VmmError::NotMapped {
+            offset: PAGE,
+            size: 1
+        }
+    );
+    const TWO: usize = 2 * PAGE;
+    refused!(
+        pool.deallocate_for_model("model", 0, TWO),
+        VmmError::NotMapped {
+            offset: 0,
+            size: TWO
+        }
+    );
+    refused!(
+        pool.deallocate_for_model_address("model", address, 0),
+        VmmError::Vmm(Core::ZeroSize { .. })
+    );
+    refused!(
+        pool.deallocate_for_model_address("model", address + PAGE, 1),
+        VmmError::NotMapped {
+            offset: PAGE,
+            size: 1
+        }
+    );
+    refused!(
+        pool.deallocate_for_model_address("model", address, usize::MAX),
+        VmmError::InvalidOffset { .. }
+    );
+    for below in [0, base - 1] {
+        refused!(
+            pool.deallocate_for_model_address("model", below, 1),
+            VmmError::NotMapped { offset: 0, size: 1 }
+        );
+    }
+    for above in [base + CAPACITY, usize::MAX] {
+        refused!(
+            pool.deallocate_for_model_address("model", above, 1),
+            VmmError::InvalidOffset { offset, size: 1, capacity: CAPACITY } if offset == above - base
+        );
+    }
+    assert_eq!(state(&pool), before);
+    pool.deallocate_for_model("model", 0, PAGE).unwrap();
+    refused!(
+        pool.deallocate_for_model("model", 0, PAGE),
+        VmmError::NotMapped { .. }
+    );
+}
+
+#[test]
+fn unregistering_frees_what_the_model_had() {
+    let test = open();
+    let free = test.free_bytes();
+    let mut pool = pool(&test.device);
+    pool.register_model("other", CAPACITY).unwrap();
+    pool.allocate_for_model("other", LIMIT).unwrap();
+    pool.unregister_model("other").unwrap();
+    assert_eq!(state(&pool), (0, 1, 0, 0));
+    refused!(
+        pool.allocate_for_model("other", 1),
+        VmmError::ModelNotFound(_)
+    );
+    // All of the limit is there for the one that is left.
+    pool.allocate_for_model("model", LIMIT).unwrap();
+    pool.unregister_model("model").unwrap();
+    assert_eq!(pool.global_stats().num_models, 0);
+    assert_eq!(pool.global_stats().physical_usage, 0);
+    // The name can be used again.
+    pool.register_model("model", CAPACITY).unwrap();
+    drop(pool);
+    test.expect_in_use(free, 0);
+}
+
+#[test]
+fn the_parts_of_the_detailed_numbers_add_up() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let address = pool.allocate_for_model("model", 10 * PAGE + 1).unwrap();
+    pool.deallocate_for_model_address("model", address, 3 * PAGE)
+        .unwrap();
+    let stats = pool.detailed_stats();
+    assert_eq!(stats.limit_bytes, LIMIT);
+    assert_eq!(stats.live_bytes, pool.global_stats().physical_usage);
+    assert_eq!(
+        stats.live_bytes
+            + stats.slack_bytes
+            + stats.filling_bytes
+            + stats.retiring_bytes
+            + stats.parked_bytes
+            + stats.quarantined_bytes,
+        stats.committed_bytes
+    );
+    assert!(!stats.to_string().is_empty());
+}
+
+#[test]
+fn each_device_has_its_own_limit() {
+    let test = open();
+    let mut pools: Vec<_> = test.all().iter().map(pool).collect();
+    pools.push(pool(&test.device));
+    for pool in &mut pools {
+        pool.allocate_for_model("model", LIMIT).unwrap();
+    }
+    for pool in &pools {
+        assert_eq!(pool.global_stats().physical_usage, LIMIT);
+    }
+}
