@@ -233,6 +233,34 @@ fn the_capture_table_holds() {
 }
 
 #[test]
+fn a_thread_local_caller_is_exposed_to_its_own_captures_alone() {
+    let query: fn(&Scene) -> Answer = |scene| {
+        let mut mode = THREAD_LOCAL;
+        call!(scene.driver, cuThreadExchangeStreamCaptureMode(&mut mode))?;
+        let answer = call!(scene.driver, cuEventQuery(scene.event.get()));
+        call!(scene.driver, cuThreadExchangeStreamCaptureMode(&mut mode))?;
+        assert_eq!(mode, THREAD_LOCAL);
+        answer
+    };
+    let scene = Scene::new();
+    for mode in [GLOBAL, THREAD_LOCAL] {
+        assert_eq!(during(&scene, mode, false, false, query), (Ok(()), INTACT));
+        assert_eq!(
+            during(&scene, mode, true, false, query),
+            (UNSUPPORTED, KILLED)
+        );
+    }
+    let mut unknown = 3;
+    assert_eq!(
+        call!(
+            scene.driver,
+            cuThreadExchangeStreamCaptureMode(&mut unknown)
+        ),
+        Err(CUDA_ERROR_INVALID_VALUE)
+    );
+}
+
+#[test]
 fn a_free_of_a_mapped_address_on_the_captured_stream_is_refused_and_harmless() {
     let Scene { driver, mapped, .. } = Scene::new();
     let stream = driver.stream().unwrap();
