@@ -200,7 +200,12 @@ impl Device {
     }
 
     /// Tries again to give back what is in quarantine; returns the bytes of memory that went.
+    ///
+    /// In a forked process it does nothing.
     pub fn retry_quarantine(&self) -> usize {
+        if self.driver().check_process().is_err() {
+            return 0;
+        }
         // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
         // puts itself back when it is dropped.
         let stuck = self.quarantine(core::mem::take);

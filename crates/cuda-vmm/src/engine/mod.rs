@@ -232,8 +232,13 @@ impl Engine {
     ///
     /// With [`WorkerMode::Thread`] the engine's thread calls it. Waits for the device only where a context
     /// synchronise is due.
+    ///
+    /// In a forked process it does nothing.
     pub fn step(&self) -> StepReport {
-        self.0.step()
+        match self.0.check_process() {
+            Ok(()) => self.0.step(),
+            Err(_) => StepReport::default(),
+        }
     }
 
     /// Gives back everything that is not live and that the device has finished with; returns the bytes.
@@ -241,8 +246,9 @@ impl Engine {
     /// Waits for nothing: what is still retiring goes later.
     ///
     /// # Errors
-    /// The driver's, if it refused; what it refused is in quarantine.
+    /// The driver's, if it refused; what it refused is in quarantine. [`VmmError::Forked`].
     pub fn trim(&self) -> Result<usize> {
+        self.0.check_process()?;
         self.0.poll();
         self.0.retry();
         let (drained_bytes, outcome) = self.0.drain_parked(0, None);
@@ -251,6 +257,12 @@ impl Engine {
 }
 
 impl Inner {
+    /// Fails in a forked process, where other threads' locks may be held for good and nothing that is
+    /// waited for comes.
+    fn check_process(&self) -> Result<()> {
+        self.device.driver().check_process()
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -536,6 +548,10 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.check_process().is_err() {
+            self.worker.abandon();
+            return;
+        }
         // Pools close their ranges, so memory is left here only if the driver refused it, or if a capture
         // was declared and no worker could wait for its end. Such memory is not unmapped now: the device
         // may still use it. Its own quarantine keeps and retries it.

@@ -29,11 +29,18 @@ pub(crate) enum ChunkState {
 
 #[derive(Debug)]
 struct Chunk<M> {
-    pages: usize,
-    live_pages: usize,
+    /// Counts of pages, kept small: there can be a chunk for every page.
+    pages: u32,
+    live_pages: u32,
     state: ChunkState,
     /// Absent while Filling or Draining, when it is with whoever does that work.
     memory: Option<M>,
+}
+
+impl<M> Chunk<M> {
+    fn pages(&self) -> usize {
+        self.pages as usize
+    }
 }
 
 /// Bytes of a range by what they are. Every charged byte is in exactly one part.
@@ -76,8 +83,8 @@ pub(crate) struct Pages<M> {
     page_bytes: usize,
     /// Bytes that are live.
     live: Intervals,
-    /// Bytes that are live or about to be.
-    taken: Intervals,
+    /// Bytes that are about to be live: their pages are being filled.
+    pending: Intervals,
     chunks: BTreeMap<usize, Chunk<M>>,
     parked: BTreeSet<usize>,
     live_pages: usize,
@@ -90,7 +97,7 @@ impl<M> Pages<M> {
         Self {
             page_bytes,
             live: Intervals::default(),
-            taken: Intervals::default(),
+            pending: Intervals::default(),
             chunks: BTreeMap::new(),
             parked: BTreeSet::new(),
             live_pages: 0,
@@ -141,7 +148,7 @@ impl<M> Pages<M> {
     pub(crate) fn chunk_bytes(&self, first: usize) -> usize {
         self.chunks
             .get(&first)
-            .map_or(0, |chunk| chunk.pages * self.page_bytes)
+            .map_or(0, |chunk| chunk.pages() * self.page_bytes)
     }
 
     pub(crate) fn state_of(&self, first: usize) -> Option<ChunkState> {
@@ -161,7 +168,7 @@ impl<M> Pages<M> {
         self.chunks
             .range(..=page)
             .next_back()
-            .filter(|(first, chunk)| **first + chunk.pages > page)
+            .filter(|(first, chunk)| **first + chunk.pages() > page)
             .map_or(page, |(first, _)| *first)
     }
 
@@ -174,7 +181,8 @@ impl<M> Pages<M> {
         capacity: usize,
     ) -> Result<usize, usize> {
         let mut largest = 0;
-        for gap in self.taken.gaps(0..capacity) {
+        let unused = self.live.gaps(0..capacity);
+        for gap in unused.flat_map(|gap| self.pending.gaps(gap)) {
             let start = gap.start.next_multiple_of(alignment);
             if start < gap.end && gap.end - start >= bytes {
                 return Ok(start);
@@ -186,7 +194,7 @@ impl<M> Pages<M> {
 
     /// What an allocation of these bytes would find, or `None` if some are taken.
     pub(crate) fn survey(&self, bytes: &Range<usize>) -> Option<Survey> {
-        if self.taken.overlaps(bytes) {
+        if self.is_taken(bytes) {
             return None;
         }
         let pages = self.pages_of(bytes);
@@ -199,7 +207,7 @@ impl<M> Pages<M> {
             if at < first {
                 survey.missing.push(at..first);
             }
-            at = first + chunk.pages;
+            at = first + chunk.pages();
             match chunk.state {
                 ChunkState::Backed => {}
                 ChunkState::Parked => survey.parked.push(first),
@@ -216,7 +224,7 @@ impl<M> Pages<M> {
 
     /// Takes the bytes, marks the missing pages as being filled and the parked ones as backed.
     pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey) {
-        self.taken.insert(bytes.clone());
+        self.pending.insert(bytes.clone());
         for run in &survey.missing {
             self.insert(run.clone(), ChunkState::Filling, None);
         }
@@ -239,6 +247,7 @@ impl<M> Pages<M> {
             self.insert(pages, ChunkState::Backed, Some(memory));
         }
         self.count_live(bytes, 1);
+        self.pending.remove(bytes);
         self.live.insert(bytes.clone());
     }
 
@@ -251,7 +260,7 @@ impl<M> Pages<M> {
         survey: &Survey,
         stuck: impl IntoIterator<Item = (Range<usize>, M)>,
     ) -> Vec<usize> {
-        self.taken.remove(bytes);
+        self.pending.remove(bytes);
         for run in &survey.missing {
             self.remove(run.start);
         }
@@ -269,7 +278,6 @@ impl<M> Pages<M> {
     /// Ends the life of live bytes. Returns the chunks that nobody uses any more; they are retiring.
     pub(crate) fn release(&mut self, bytes: &Range<usize>) -> Vec<usize> {
         self.live.remove(bytes);
-        self.taken.remove(bytes);
         self.count_live(bytes, -1);
         self.retire_unused(bytes)
     }
@@ -292,10 +300,13 @@ impl<M> Pages<M> {
     fn is_unused(&self, first: usize) -> bool {
         self.chunks.get(&first).is_some_and(|chunk| {
             chunk.state == ChunkState::Backed
-                && !self
-                    .taken
-                    .overlaps(&self.bytes_of(&(first..first + chunk.pages)))
+                && !self.is_taken(&self.bytes_of(&(first..first + chunk.pages())))
         })
+    }
+
+    /// Whether any of the bytes are live or about to be.
+    fn is_taken(&self, bytes: &Range<usize>) -> bool {
+        self.live.overlaps(bytes) || self.pending.overlaps(bytes)
     }
 
     /// The device has finished with a retiring chunk.
@@ -354,10 +365,10 @@ impl<M> Pages<M> {
         }
         let from = self.first_at_or_after(pages.start);
         for (first, chunk) in self.chunks.range_mut(from..pages.end) {
-            let overlap = pages.end.min(first + chunk.pages) - pages.start.max(*first);
+            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(*first);
             chunk.live_pages = chunk
                 .live_pages
-                .saturating_add_signed(sign * overlap as isize);
+                .saturating_add_signed((sign * overlap as isize) as i32);
         }
         self.live_pages = self
             .live_pages
@@ -367,7 +378,8 @@ impl<M> Pages<M> {
     fn insert(&mut self, pages: Range<usize>, state: ChunkState, memory: Option<M>) {
         self.by_state[state as usize] += pages.len();
         let chunk = Chunk {
-            pages: pages.len(),
+            // A run of 2^32 pages of 64 KiB is more than an address space holds.
+            pages: u32::try_from(pages.len()).unwrap_or(u32::MAX),
             live_pages: 0,
             state,
             memory,
@@ -378,15 +390,15 @@ impl<M> Pages<M> {
 
     fn remove(&mut self, first: usize) {
         if let Some(chunk) = self.chunks.remove(&first) {
-            self.by_state[chunk.state as usize] -= chunk.pages;
+            self.by_state[chunk.state as usize] -= chunk.pages();
             debug_assert_eq!(chunk.live_pages, 0);
         }
     }
 
     fn set_state(&mut self, first: usize, state: ChunkState) {
         if let Some(chunk) = self.chunks.get_mut(&first) {
-            self.by_state[chunk.state as usize] -= chunk.pages;
-            self.by_state[state as usize] += chunk.pages;
+            self.by_state[chunk.state as usize] -= chunk.pages();
+            self.by_state[state as usize] += chunk.pages();
             chunk.state = state;
             if state == ChunkState::Parked {
                 self.parked.insert(first);

@@ -52,6 +52,7 @@ impl Inner {
         page_bytes: usize,
         quota: Quota,
     ) -> Result<(RangeId, u64)> {
+        self.check_process()?;
         let granularity_bytes = self.device.granularity_bytes();
         if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
             return Err(VmmError::InvalidPageSize {
@@ -160,6 +161,7 @@ impl Inner {
         bytes: usize,
         wait: bool,
     ) -> Result<usize> {
+        self.check_process()?;
         let mut retried = false;
         let mut polled = false;
         let mut state = self.lock();
@@ -279,6 +281,7 @@ impl Inner {
         offset: usize,
         bytes: usize,
     ) -> Result<()> {
+        self.check_process()?;
         let mut state = self.lock();
         let range = match state.ranges.get_mut(&id) {
             Some(range) if !range.closed => range,
@@ -297,6 +300,7 @@ impl Inner {
     /// addresses after that. Waits for the device, but not for the end of a declared capture: then, and
     /// if the driver refuses, the engine keeps the range and finishes later.
     pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
+        self.check_process()?;
         let mut state = self.lock();
         match state.ranges.get_mut(&id) {
             Some(range) if !range.closed => range.closed = true,

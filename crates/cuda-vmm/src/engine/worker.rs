@@ -94,21 +94,27 @@ impl Worker {
             .unwrap_or_else(PoisonError::into_inner)
             .is_some()
     }
+
+    fn take_thread(&mut self) -> Option<JoinHandle<()>> {
+        let thread = self.thread.get_mut();
+        thread.unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Forgets the thread, which a forked process does not have.
+    pub(super) fn abandon(&mut self) {
+        core::mem::forget(self.take_thread());
+    }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        let Some(thread) = self.take_thread() else {
+            return;
+        };
         self.shared.lock().stop = true;
         self.shared.changed.notify_one();
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
         // The last owner of an engine may be its own worker, which cannot wait for itself.
-        if let Some(thread) = thread
-            && thread.thread().id() != std::thread::current().id()
-        {
+        if thread.thread().id() != std::thread::current().id() {
             let _ = thread.join();
         }
     }

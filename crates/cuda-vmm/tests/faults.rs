@@ -1,0 +1,386 @@
+//! Every driver call of every pool operation fails in turn, at every position, and every pair of them
+//! too, so that a call fails together with its undo. After each: the parts add up, the engine's account
+//! agrees with the driver's books, and nothing is lost once the driver works again.
+
+use cuda_vmm::sim::{Books, Fault, SimConfig, Simulator};
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
+use cuda_vmm::{
+    Device, Driver, Engine, EngineOptions, ModelOptions, Result, SharedMemoryPool,
+    SharedPoolOptions, Stream, VirtualMemoryPool, WorkerMode,
+};
+
+const PAGE: usize = 2 << 20;
+const LIMIT: usize = 16 * PAGE;
+
+/// A device, and what the operations work on.
+struct Fixture {
+    device: Device,
+    engine: Engine,
+    pool: Option<VirtualMemoryPool>,
+    shared: SharedMemoryPool,
+    /// Made by an operation, and closed by the next.
+    made: Option<VirtualMemoryPool>,
+}
+
+fn options() -> EngineOptions {
+    EngineOptions::new()
+        .limit_bytes(LIMIT)
+        .worker(WorkerMode::Manual)
+}
+
+impl Fixture {
+    fn new(options: EngineOptions, streams: usize) -> Self {
+        let config = SimConfig::new().unbacked().memory_bytes(1 << 30);
+        let driver = Driver::simulated(config).expect("simulator");
+        let device = driver.device(0).expect("device");
+        let engine = Engine::new(&device, options).expect("engine");
+        let pool = VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("pool");
+        for _ in 0..streams {
+            pool.use_stream(&Stream::new(&device).expect("stream"))
+                .expect("same device");
+        }
+        let shared = SharedPoolOptions {
+            engine: options,
+            page_bytes: None,
+        };
+        let shared = SharedMemoryPool::with_options(&device, shared).expect("shared pool");
+        shared.register_model("old", 8 * PAGE).expect("model");
+        Self {
+            device,
+            engine,
+            pool: Some(pool),
+            shared,
+            made: None,
+        }
+    }
+
+    fn pool(&self) -> &VirtualMemoryPool {
+        self.pool.as_ref().expect("the pool is open")
+    }
+
+    fn simulator(&self) -> &Simulator {
+        self.device.driver().simulator().expect("simulated")
+    }
+
+    fn books(&self) -> Books {
+        self.simulator().books(0)
+    }
+
+    /// What must hold after any operation, whatever failed in it.
+    fn check(&self, what: &str) {
+        let mut held = self.device.quarantined_bytes();
+        for stats in [self.engine.stats(), self.shared.stats()] {
+            assert_eq!(
+                stats.parts_bytes(),
+                stats.committed_bytes,
+                "{what}: {stats}"
+            );
+            assert!(stats.committed_bytes <= LIMIT, "{what}: {stats}");
+            held += stats.committed_bytes;
+        }
+        assert_eq!(
+            held,
+            self.books().physical_bytes,
+            "{what}: ours, and the driver's"
+        );
+    }
+
+    /// Once the driver works again, everything that was refused goes back.
+    fn settle(&self, what: &str) {
+        self.simulator().clear_faults();
+        for _ in 0..3 {
+            self.engine.step();
+            self.shared.engine().step();
+        }
+        self.device.retry_quarantine();
+        self.check(what);
+        for stats in [self.engine.stats(), self.shared.stats()] {
+            assert_eq!(
+                stats.committed_bytes,
+                stats.live_bytes + stats.parked_bytes,
+                "{what}: settled {stats}"
+            );
+        }
+        assert_eq!(self.device.quarantined_bytes(), 0, "{what}");
+        assert_eq!(self.device.quarantined_address_bytes(), 0, "{what}");
+    }
+
+    /// Gives everything up and looks that the driver has it all back.
+    fn end(self, what: &str) {
+        let simulator = self.simulator().clone();
+        drop(self);
+        assert_eq!(simulator.books(0), Books::default(), "{what}: at the end");
+    }
+}
+
+/// An operation, with what it needs to stand on.
+struct Case {
+    name: &'static str,
+    options: EngineOptions,
+    streams: usize,
+    prepare: fn(&Fixture) -> Result<()>,
+    operate: fn(&mut Fixture) -> Result<()>,
+    /// Whether it only ever gives back, so that an error may leave it half done.
+    gives_back: bool,
+}
+
+const NOTHING: fn(&Fixture) -> Result<()> = |_| Ok(());
+
+fn cases() -> Vec<Case> {
+    let case = |name, prepare, operate| Case {
+        name,
+        options: options(),
+        streams: 0,
+        prepare,
+        operate,
+        gives_back: false,
+    };
+    let back = |name, prepare, operate| Case {
+        gives_back: true,
+        ..case(name, prepare, operate)
+    };
+    let three_live: fn(&Fixture) -> Result<()> = |f| f.pool().allocate(0, 3 * PAGE).map(drop);
+    let full_of_retiring: fn(&Fixture) -> Result<()> = |f| {
+        f.pool().allocate(0, LIMIT)?;
+        f.pool().deallocate(0, LIMIT - PAGE)
+    };
+    vec![
+        case("open a pool", NOTHING, |f| {
+            f.made = Some(VirtualMemoryPool::on_engine(&f.engine, 4 * PAGE, PAGE)?);
+            Ok(())
+        }),
+        case("allocate pages", NOTHING, |f| {
+            f.pool().allocate(0, 3 * PAGE).map(drop)
+        }),
+        case(
+            "allocate into a hole between live pages",
+            |f| {
+                f.pool().allocate(0, PAGE)?;
+                f.pool().allocate(3 * PAGE, PAGE).map(drop)
+            },
+            |f| f.pool().allocate(PAGE, 2 * PAGE).map(drop),
+        ),
+        Case {
+            options: options().chunk_bytes_max(4 * PAGE),
+            ..case("allocate chunks of several pages", NOTHING, |f| {
+                f.pool().allocate(PAGE / 2, 16 * PAGE - PAGE).map(drop)
+            })
+        },
+        case(
+            "allocate a token that shares a live page",
+            |f| f.pool().allocate(0, 100).map(drop),
+            |f| f.pool().allocate(100, 100).map(drop),
+        ),
+        Case {
+            options: options().park_bytes_max(LIMIT),
+            ..case(
+                "take back parked pages beside new ones",
+                |f| {
+                    f.pool().allocate(0, 2 * PAGE)?;
+                    f.pool().deallocate(0, 2 * PAGE)?;
+                    f.engine.step();
+                    Ok(())
+                },
+                |f| f.pool().allocate(0, 4 * PAGE).map(drop),
+            )
+        },
+        case("allocate from what is retiring", full_of_retiring, |f| {
+            f.pool().allocate(32 * PAGE, 4 * PAGE).map(drop)
+        }),
+        Case {
+            streams: 2,
+            ..case(
+                "allocate from what is retiring behind streams",
+                full_of_retiring,
+                |f| f.pool().allocate(32 * PAGE, 4 * PAGE).map(drop),
+            )
+        },
+        Case {
+            streams: 1,
+            ..case("try to allocate what is retiring", full_of_retiring, |f| {
+                f.pool().try_allocate(0, 2 * PAGE).map(drop)
+            })
+        },
+        back("deallocate", three_live, |f| {
+            f.pool().deallocate(0, 3 * PAGE)
+        }),
+        Case {
+            streams: 2,
+            ..back("deallocate behind streams, and step", three_live, |f| {
+                f.pool().deallocate(PAGE, PAGE)?;
+                f.engine.step();
+                Ok(())
+            })
+        },
+        back(
+            "trim",
+            |f| {
+                f.pool().allocate(0, 3 * PAGE)?;
+                f.pool().deallocate(0, 3 * PAGE)
+            },
+            |f| f.pool().trim().map(drop),
+        ),
+        back("close a pool", three_live, |f| {
+            f.pool.take().map_or(Ok(()), VirtualMemoryPool::close)
+        }),
+        back("drop a pool", three_live, |f| {
+            drop(f.pool.take());
+            Ok(())
+        }),
+        case("register a model", NOTHING, |f| {
+            f.shared.register_model_with(
+                "new",
+                ModelOptions {
+                    guarantee_bytes: 4 * PAGE,
+                    ..ModelOptions::new(8 * PAGE)
+                },
+            )
+        }),
+        case("allocate for a model", NOTHING, |f| {
+            f.shared.allocate_for_model("old", 3 * PAGE).map(drop)
+        }),
+        back(
+            "deallocate for a model by address",
+            |f| f.shared.allocate_for_model("old", PAGE).map(drop),
+            |f| {
+                let base = f.shared.model_base_address("old").unwrap_or_default();
+                f.shared.deallocate_for_model_address("old", base, PAGE)
+            },
+        ),
+        back(
+            "unregister a model",
+            |f| f.shared.allocate_for_model("old", 2 * PAGE).map(drop),
+            |f| f.shared.unregister_model("old"),
+        ),
+    ]
+}
+
+/// Runs a case with the calls of these numbers failing; says how many calls it made.
+fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
+    let what = format!("{} with calls {failing:?} failing with {code}", case.name);
+    let mut fixture = Fixture::new(case.options, case.streams);
+    (case.prepare)(&fixture).expect("prepared without faults");
+    let before = (
+        fixture.pool().stats(),
+        fixture.shared.stats(),
+        fixture.engine.stats(),
+    );
+    let models = fixture.shared.models();
+    fixture.simulator().start_trace();
+    for nth in failing {
+        fixture.simulator().inject(Fault::nth_call(*nth, code));
+    }
+    let outcome = (case.operate)(&mut fixture);
+    let calls = fixture.simulator().take_trace().len();
+    fixture.check(&what);
+    match outcome {
+        Ok(()) => {}
+        Err(error) => {
+            assert!(
+                !failing.is_empty(),
+                "{what}: failed with nothing injected: {error}"
+            );
+            assert!(
+                error.driver_code() == Some(code) || error.is_later(),
+                "{what}: {error:?}"
+            );
+            if !case.gives_back {
+                assert_eq!(fixture.shared.models(), models, "{what}");
+                let live = fixture.pool().stats();
+                assert_eq!(
+                    (live.live_bytes, live.live_pages),
+                    (before.0.live_bytes, before.0.live_pages),
+                    "{what}"
+                );
+                let quarantined = fixture.engine.stats().quarantined_bytes
+                    + fixture.shared.stats().quarantined_bytes;
+                if failing.len() == 1 {
+                    // One fault, and its undo worked: not a byte more is held than before. What was
+                    // retiring may have gone meanwhile, or been refused by the driver.
+                    assert!(quarantined <= before.2.retiring_bytes, "{what}");
+                    assert!(
+                        fixture.engine.stats().committed_bytes <= before.2.committed_bytes,
+                        "{what}"
+                    );
+                    assert!(
+                        fixture.shared.stats().committed_bytes <= before.1.committed_bytes,
+                        "{what}"
+                    );
+                }
+            }
+        }
+    }
+    fixture.settle(&what);
+    // And it works now, where it can be done again.
+    if !failing.is_empty()
+        && !case.gives_back
+        && fixture.pool().stats().live_bytes == before.0.live_bytes
+        && fixture.made.is_none()
+        && fixture.shared.models() == models
+        && fixture.shared.stats().live_bytes == before.1.live_bytes
+    {
+        (case.operate)(&mut fixture).unwrap_or_else(|error| panic!("{what}: again: {error}"));
+    }
+    fixture.end(&what);
+    calls
+}
+
+#[test]
+fn every_call_of_every_operation_fails_in_turn() {
+    for case in cases() {
+        let calls = run(&case, &[], 0) as u64;
+        assert!(
+            calls > 0 || case.name.contains("token"),
+            "{} makes no calls",
+            case.name
+        );
+        for code in [CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY] {
+            // Some more than a run without faults makes, for the calls that undo.
+            for first in 1..=calls + 4 {
+                run(&case, &[first], code);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_pair_of_calls_fails_so_that_a_call_fails_with_its_undo() {
+    for case in cases() {
+        let calls = run(&case, &[], 0) as u64;
+        for first in 1..=calls + 4 {
+            for second in first + 1..=(first + 8).min(calls + 8) {
+                run(&case, &[first, second], CUDA_ERROR_OPERATING_SYSTEM);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_that_refuses_everything_loses_nothing() {
+    use cuda_vmm::sys::DriverFunction;
+    for refused in [
+        DriverFunction::cuMemUnmap,
+        DriverFunction::cuMemRelease,
+        DriverFunction::cuMemAddressFree,
+        DriverFunction::cuCtxSynchronize,
+        DriverFunction::cuEventRecord,
+        DriverFunction::cuEventQuery,
+        DriverFunction::cuCtxRecordEvent,
+    ] {
+        let what = format!("{refused} refused for good");
+        let fixture = Fixture::new(options(), 0);
+        fixture.pool().allocate(0, 4 * PAGE).expect("room");
+        fixture
+            .simulator()
+            .inject(Fault::always(refused, CUDA_ERROR_OPERATING_SYSTEM));
+        fixture
+            .pool()
+            .deallocate(0, 2 * PAGE)
+            .expect("never fails for the driver");
+        fixture.engine.step();
+        fixture.check(&what);
+        assert_eq!(fixture.pool().physical_memory_usage(), 2 * PAGE, "{what}");
+        fixture.settle(&what);
+        fixture.end(&what);
+    }
+}

@@ -1,0 +1,381 @@
+//! Random operations on both pools against a plain model: a million steps in a release build.
+//!
+//! The model keeps one flag for each quarter of a page. An allocation is refused for want of memory only if
+//! the live pages and the new ones exceed the limit: all else can be given up.
+
+use cuda_vmm::sim::{Books, Fault, SimConfig};
+use cuda_vmm::sys::CUDA_ERROR_OPERATING_SYSTEM;
+use cuda_vmm::{
+    Driver, EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError,
+    WorkerMode,
+};
+use proptest::prelude::*;
+
+const PAGE: usize = 2 << 20;
+const UNIT: usize = PAGE / 4;
+const UNITS: usize = 4 * 24;
+const MODELS: usize = 3;
+const LIMIT_PAGES: usize = 32;
+/// What the first model is guaranteed.
+const GUARANTEE_PAGES: usize = 6;
+
+#[derive(Debug, Clone)]
+enum Step {
+    Allocate {
+        model: usize,
+        at: usize,
+        units: usize,
+        wait: bool,
+    },
+    AllocateAnywhere {
+        model: usize,
+        units: usize,
+    },
+    Deallocate {
+        model: usize,
+        at: usize,
+        units: usize,
+    },
+    DeallocateAll {
+        model: usize,
+    },
+    Register {
+        model: usize,
+    },
+    Unregister {
+        model: usize,
+    },
+    EngineStep,
+    Trim,
+    /// The nth call from now fails.
+    Fault(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let model = 0..MODELS;
+    prop_oneof![
+        30 => (model.clone(), 0..UNITS, 1..24usize, any::<bool>())
+            .prop_map(|(model, at, units, wait)| Step::Allocate { model, at, units, wait }),
+        10 => (model.clone(), 1..24usize).prop_map(|(model, units)| Step::AllocateAnywhere { model, units }),
+        25 => (model.clone(), 0..UNITS, 1..24usize).prop_map(|(model, at, units)| Step::Deallocate { model, at, units }),
+        6 => model.clone().prop_map(|model| Step::DeallocateAll { model }),
+        4 => model.clone().prop_map(|model| Step::Register { model }),
+        1 => model.prop_map(|model| Step::Unregister { model }),
+        8 => Just(Step::EngineStep),
+        2 => Just(Step::Trim),
+        3 => (1..12u64).prop_map(Step::Fault),
+    ]
+}
+
+/// The plain account: which quarters of which pages of which models are live.
+#[derive(Default)]
+struct Model(Vec<Option<[bool; UNITS]>>);
+
+impl Model {
+    fn live_pages(units: &[bool; UNITS]) -> usize {
+        units.chunks(4).filter(|page| page.contains(&true)).count()
+    }
+
+    fn all_live_pages(&self) -> usize {
+        self.0.iter().flatten().map(Self::live_pages).sum()
+    }
+
+    /// Pages that would be live besides if these units were.
+    fn need(units: &[bool; UNITS], at: usize, count: usize) -> usize {
+        let mut after = *units;
+        after[at..at + count].fill(true);
+        Self::live_pages(&after) - Self::live_pages(units)
+    }
+
+    /// Pages that a model may grow by, beside the unused guarantee of the first.
+    fn room(&self, model: usize) -> usize {
+        let guaranteed = match &self.0[0] {
+            Some(units) if model != 0 => GUARANTEE_PAGES.saturating_sub(Self::live_pages(units)),
+            _ => 0,
+        };
+        LIMIT_PAGES.saturating_sub(self.all_live_pages() + guaranteed)
+    }
+
+    /// The lowest run of units that are not live.
+    fn place(units: &[bool; UNITS], count: usize) -> Option<usize> {
+        (0..UNITS).find(|at| at + count <= UNITS && !units[*at..at + count].contains(&true))
+    }
+}
+
+fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), TestCaseError> {
+    let driver = Driver::simulated(SimConfig::new().unbacked().memory_bytes(1 << 30))
+        .expect("a free slot for a simulator");
+    let simulator = driver.simulator().expect("simulated").clone();
+    let device = driver.device(0).expect("device");
+    let stream = Stream::new(&device).expect("stream");
+    let engine = options
+        .limit_bytes(LIMIT_PAGES * PAGE)
+        .worker(WorkerMode::Manual);
+    let pool = SharedMemoryPool::with_options(
+        &device,
+        SharedPoolOptions {
+            engine,
+            page_bytes: None,
+        },
+    )
+    .expect("pool");
+    let names: Vec<_> = (0..MODELS).map(|model| format!("model {model}")).collect();
+    let mut model = Model(vec![None; MODELS]);
+    let mut faulty = false;
+    for step in steps {
+        let what = format!("{step:?}");
+        match step {
+            Step::Allocate {
+                model: who,
+                at,
+                units: count,
+                wait,
+            } => {
+                let (offset, bytes) = (at * UNIT, count * UNIT);
+                let outcome = pool.model(&names[who]).and_then(|range| {
+                    if wait {
+                        range.allocate(offset, bytes)
+                    } else {
+                        range.try_allocate(offset, bytes)
+                    }
+                });
+                let room = model.room(who);
+                let Some(units) = &mut model.0[who] else {
+                    prop_assert_eq!(
+                        outcome,
+                        Err(VmmError::ModelNotFound {
+                            model: names[who].clone()
+                        })
+                    );
+                    continue;
+                };
+                if at + count > UNITS {
+                    prop_assert_eq!(
+                        outcome,
+                        Err(VmmError::OutOfRange {
+                            offset,
+                            bytes,
+                            capacity_bytes: UNITS * UNIT
+                        })
+                    );
+                } else if units[at..at + count].contains(&true) {
+                    prop_assert_eq!(outcome, Err(VmmError::AlreadyMapped { offset, bytes }));
+                } else {
+                    let need = Model::need(units, at, count);
+                    match outcome {
+                        Ok(address) => {
+                            prop_assert!(need <= room, "{what}: admitted beyond the limit");
+                            prop_assert_eq!(
+                                Some(address),
+                                pool.model_base_address(&names[who])
+                                    .map(|base| base + offset as u64)
+                            );
+                            units[at..at + count].fill(true);
+                        }
+                        Err(VmmError::Driver(_) | VmmError::Quarantined { .. }) => {
+                            prop_assert!(faulty, "{what}")
+                        }
+                        Err(error) => {
+                            prop_assert!(error.is_out_of_memory(), "{what}: {error}");
+                            // Without a wait, what retires may be in the way.
+                            prop_assert!(
+                                need > room || !wait || faulty,
+                                "{what}: {error}; {}",
+                                pool.stats()
+                            );
+                        }
+                    }
+                }
+            }
+            Step::AllocateAnywhere {
+                model: who,
+                units: count,
+            } => {
+                let outcome = pool.allocate_for_model(&names[who], count * UNIT);
+                let room = model.room(who);
+                let Some(units) = &mut model.0[who] else {
+                    prop_assert_eq!(
+                        outcome,
+                        Err(VmmError::ModelNotFound {
+                            model: names[who].clone()
+                        })
+                    );
+                    continue;
+                };
+                match (Model::place(units, count), outcome) {
+                    (None, outcome) => prop_assert!(
+                        matches!(outcome, Err(VmmError::OutOfVirtualMemory { .. })),
+                        "{what}"
+                    ),
+                    (Some(at), Ok(address)) => {
+                        prop_assert!(Model::need(units, at, count) <= room);
+                        prop_assert_eq!(
+                            Some(address),
+                            pool.model_base_address(&names[who])
+                                .map(|base| base + (at * UNIT) as u64)
+                        );
+                        units[at..at + count].fill(true);
+                    }
+                    (Some(_), Err(VmmError::Driver(_) | VmmError::Quarantined { .. })) => {
+                        prop_assert!(faulty, "{what}")
+                    }
+                    (Some(at), Err(error)) => {
+                        prop_assert!(error.is_out_of_memory(), "{what}: {error}");
+                        prop_assert!(
+                            Model::need(units, at, count) > room || faulty,
+                            "{what}: {error}"
+                        );
+                    }
+                }
+            }
+            Step::Deallocate {
+                model: who,
+                at,
+                units: count,
+            } => {
+                let (offset, bytes) = (at * UNIT, count * UNIT);
+                let outcome = pool.deallocate_for_model(&names[who], offset, bytes);
+                let expected = match &mut model.0[who] {
+                    None => Err(VmmError::ModelNotFound {
+                        model: names[who].clone(),
+                    }),
+                    Some(_) if at + count > UNITS => Err(VmmError::OutOfRange {
+                        offset,
+                        bytes,
+                        capacity_bytes: UNITS * UNIT,
+                    }),
+                    Some(units) if units[at..at + count].contains(&false) => {
+                        Err(VmmError::NotMapped { offset, bytes })
+                    }
+                    Some(units) => {
+                        units[at..at + count].fill(false);
+                        Ok(())
+                    }
+                };
+                prop_assert_eq!(outcome, expected);
+            }
+            Step::DeallocateAll { model: who } => {
+                if let Some(units) = &mut model.0[who] {
+                    for at in (0..UNITS).filter(|at| units[*at]) {
+                        prop_assert_eq!(
+                            pool.deallocate_for_model(&names[who], at * UNIT, UNIT),
+                            Ok(())
+                        );
+                    }
+                    units.fill(false);
+                }
+            }
+            Step::Register { model: who } => {
+                let quota = ModelOptions {
+                    guarantee_bytes: if who == 0 { GUARANTEE_PAGES * PAGE } else { 0 },
+                    ..ModelOptions::new(UNITS * UNIT)
+                };
+                let outcome = pool.register_model_with(&names[who], quota);
+                if model.0[who].is_some() {
+                    prop_assert_eq!(
+                        outcome,
+                        Err(VmmError::ModelAlreadyRegistered {
+                            model: names[who].clone()
+                        })
+                    );
+                } else {
+                    match outcome {
+                        Ok(()) => {
+                            model.0[who] = Some([false; UNITS]);
+                            if streams {
+                                pool.model(&names[who])
+                                    .and_then(|range| range.use_stream(&stream))
+                                    .expect("same device");
+                            }
+                        }
+                        // The others hold what would be guaranteed.
+                        Err(VmmError::QuotaUnsatisfiable { .. }) => prop_assert_eq!(who, 0),
+                        Err(error) => prop_assert!(faulty, "{what}: {error}"),
+                    }
+                }
+            }
+            Step::Unregister { model: who } => {
+                let outcome = pool.unregister_model(&names[who]);
+                match model.0[who].take() {
+                    None => prop_assert_eq!(
+                        outcome,
+                        Err(VmmError::ModelNotFound {
+                            model: names[who].clone()
+                        })
+                    ),
+                    Some(_) => prop_assert!(outcome.is_ok() || faulty, "{what}: {outcome:?}"),
+                }
+            }
+            Step::EngineStep => {
+                pool.engine().step();
+            }
+            Step::Trim => prop_assert!(pool.trim().is_ok() || faulty),
+            Step::Fault(nth) => {
+                simulator.inject(Fault::nth_call(nth, CUDA_ERROR_OPERATING_SYSTEM));
+                faulty = true;
+                // What it hits is the next step's; then the driver works again.
+                continue;
+            }
+        }
+        let stats = pool.stats();
+        prop_assert_eq!(
+            stats.parts_bytes(),
+            stats.committed_bytes,
+            "{}: {}",
+            what,
+            stats
+        );
+        prop_assert_eq!(
+            stats.live_bytes,
+            model.all_live_pages() * PAGE,
+            "{}: {}",
+            what,
+            stats
+        );
+        prop_assert!(
+            stats.committed_bytes <= LIMIT_PAGES * PAGE,
+            "{what}: {stats}"
+        );
+        let books = simulator.books(0).physical_bytes;
+        prop_assert_eq!(
+            stats.committed_bytes + device.quarantined_bytes(),
+            books,
+            "{}: {}",
+            what,
+            stats
+        );
+        if faulty {
+            simulator.clear_faults();
+            faulty = false;
+            for _ in 0..3 {
+                pool.engine().step();
+            }
+            device.retry_quarantine();
+            let stats = pool.stats();
+            prop_assert_eq!(stats.quarantined_bytes, 0, "{}: {}", what, stats);
+        }
+    }
+    simulator.clear_faults();
+    drop((pool, stream, device, driver));
+    prop_assert_eq!(simulator.books(0), Books::default());
+    Ok(())
+}
+
+/// 1,000 cases of 1,000 steps in a release build; enough of them in a debug build to find what is plain.
+fn cases() -> u32 {
+    if cfg!(debug_assertions) { 12 } else { 1_000 }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: cases(), max_shrink_iters: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn both_pools_agree_with_a_plain_model(
+        steps in prop::collection::vec(step(), 1_000),
+        park in prop::bool::ANY,
+        streams in prop::bool::ANY,
+    ) {
+        let options = EngineOptions::new().park_bytes_max(if park { 8 * PAGE } else { 0 });
+        run(steps, options, streams)?;
+    }
+}
