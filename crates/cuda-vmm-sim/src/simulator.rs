@@ -45,6 +45,12 @@ struct Owner {
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        if !self.state.is_own_process() {
+            // A forked process has none of the streams' threads to wait for, and their locks may be
+            // held for good. Nothing is given back there: the process's end does that.
+            std::mem::forget(Arc::clone(&self.state));
+            return;
+        }
         slot::vacate(self.state.threads.slot);
         self.state.close();
     }

@@ -23,6 +23,8 @@ pub(crate) type Guard<'a> = MutexGuard<'a, Inner>;
 pub(crate) struct State {
     pub(crate) config: SimConfig,
     pub(crate) threads: ThreadKey,
+    /// The process that made it; one forked from it has none of its threads.
+    process: u32,
     inner: Mutex<Inner>,
     /// Notified whenever work is added, released or done, and when the simulator closes.
     changed: Condvar,
@@ -78,6 +80,7 @@ impl State {
         Arc::new(Self {
             config,
             threads,
+            process: std::process::id(),
             inner: Mutex::new(inner),
             changed: Condvar::new(),
         })
@@ -140,6 +143,11 @@ impl State {
             .ok()
             .filter(|&device| device < self.config.devices)
             .ok_or(CUDA_ERROR_INVALID_DEVICE)
+    }
+
+    /// Whether this is the process that made it.
+    pub(crate) fn is_own_process(&self) -> bool {
+        self.process == std::process::id()
     }
 
     /// Stops the streams' threads and waits for them.

@@ -1,0 +1,183 @@
+//! A process forked from the one that opened the driver.
+//!
+//! This binary has this one test, so that no other test's thread holds a lock when it forks.
+
+mod common;
+
+use common::{PAGE, Simulated, manual};
+use cuda_vmm::sim::Books;
+use cuda_vmm::{
+    Access, Device, Engine, Fence, Mapping, PhysicalMemory, Reservation, SharedMemoryPool,
+    StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
+};
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+
+/// One of everything that calls the driver when it is dropped.
+struct Everything {
+    simulated: Simulated,
+    reservation: Reservation,
+    memory: PhysicalMemory,
+    mapping: Mapping,
+    stream: Stream,
+    fence: Fence,
+    pools: Vec<(Engine, VirtualMemoryPool)>,
+    shared: SharedMemoryPool,
+    /// The last owners of another simulated driver, one of whose streams has a thread.
+    lonely: (Stream, Mapping),
+}
+
+/// A stream that has had work, and the memory that it was about.
+fn busy(device: &Device) -> (Stream, Mapping) {
+    let place = Reservation::new(device, PAGE).expect("address space");
+    let memory = PhysicalMemory::new(device, PAGE).expect("memory");
+    let access = [(device.clone(), Access::ReadWrite)];
+    let mapping = Mapping::new(&Arc::new(place), 0, &Arc::new(memory), &access).expect("mapped");
+    let stream = Stream::new(device).expect("a stream");
+    // SAFETY: the mapping is writable and outlives the work.
+    unsafe { stream.memset(mapping.address(), 0, PAGE) }.expect("queued");
+    stream.synchronize().expect("done");
+    (stream, mapping)
+}
+
+impl Everything {
+    fn new() -> Self {
+        let simulated = Simulated::default();
+        let device = &simulated.device;
+        let (stream, mapping) = busy(device);
+        let pool = |mode| {
+            let options = manual().limit_bytes(4 * PAGE).worker(mode);
+            let engine = Engine::new(device, options).expect("an engine");
+            let pool = VirtualMemoryPool::on_engine(&engine, 8 * PAGE, PAGE).expect("a pool");
+            pool.allocate(0, 2 * PAGE).expect("room");
+            (engine, pool)
+        };
+        let pools = vec![pool(WorkerMode::Manual), pool(WorkerMode::Thread)];
+        // The second engine's thread exists, and is not copied by a fork.
+        let (engine, pool) = &pools[1];
+        pool.deallocate(PAGE, PAGE).expect("live");
+        while engine.stats().committed_bytes > PAGE {
+            std::thread::yield_now();
+        }
+        pools[0].1.deallocate(PAGE, PAGE).expect("live");
+        let shared = SharedMemoryPool::new(device, 4 * PAGE).expect("a pool");
+        shared.register_model("one", 4 * PAGE).expect("addresses");
+        shared.allocate_for_model("one", PAGE).expect("room");
+        Self {
+            reservation: Reservation::new(device, PAGE).expect("address space"),
+            memory: PhysicalMemory::new(device, PAGE).expect("memory"),
+            mapping,
+            fence: stream.record().expect("a fence"),
+            stream,
+            pools,
+            shared,
+            lonely: busy(&Simulated::default().device),
+            simulated,
+        }
+    }
+
+    /// In the child: every call answers `Forked`, at once.
+    fn check_calls(&self) {
+        fn forked<T>(outcome: Result<T, VmmError>) {
+            assert_eq!(outcome.map(|_| ()), Err(VmmError::Forked));
+        }
+        let device = &self.simulated.device;
+        forked(self.simulated.driver.device_count());
+        forked(self.simulated.driver.device(0));
+        forked(device.free_bytes());
+        forked(device.synchronize());
+        forked(Reservation::new(device, self.reservation.bytes()));
+        forked(PhysicalMemory::new(device, PAGE));
+        forked(PhysicalMemory::exportable(device, PAGE));
+        forked(self.memory.export());
+        forked(
+            self.mapping
+                .set_access(&[(device.clone(), Access::ReadWrite)]),
+        );
+        forked(Stream::new(device));
+        forked(self.stream.record());
+        forked(self.stream.wait_for(&self.fence));
+        forked(self.stream.synchronize());
+        // SAFETY: never reaches a device.
+        forked(unsafe { self.stream.memset(self.mapping.address(), 0, 1) });
+        forked(self.fence.is_complete());
+        forked(self.fence.wait());
+        forked(self.lonely.0.synchronize());
+        let owner = self.lonely.0.device().clone();
+        forked(self.lonely.1.set_access(&[(owner, Access::None)]));
+        for (engine, pool) in &self.pools {
+            let before = engine.stats();
+            forked(pool.allocate(4 * PAGE, PAGE));
+            forked(pool.try_allocate(PAGE, PAGE));
+            forked(pool.allocate_anywhere(PAGE, 1));
+            forked(pool.allocate(PAGE, PAGE));
+            forked(pool.deallocate(0, PAGE));
+            forked(pool.trim());
+            forked(VirtualMemoryPool::on_engine(engine, PAGE, PAGE));
+            assert_eq!(engine.step(), StepReport::default());
+            assert_eq!(engine.stats(), before);
+        }
+        forked(self.shared.allocate_for_model("one", PAGE));
+        forked(self.shared.register_model("two", PAGE));
+    }
+}
+
+/// What the child found, as its exit status. None of them is what a process ends with by itself.
+const FINE: i32 = 40;
+const CALLS: i32 = 41;
+const DROPS: i32 = 42;
+
+fn child(everything: Everything, before: Books) -> i32 {
+    let checked = std::panic::catch_unwind(AssertUnwindSafe(|| everything.check_calls()));
+    if checked.is_err() {
+        return CALLS;
+    }
+    let dropped = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        let simulator = everything.simulated.simulator.clone();
+        drop(everything);
+        assert_eq!(simulator.books(0), before, "dropping called the driver");
+        drop(simulator);
+    }));
+    match dropped {
+        Ok(()) => FINE,
+        Err(_) => DROPS,
+    }
+}
+
+#[test]
+fn in_a_forked_process_calls_answer_forked_and_drops_do_nothing() {
+    let everything = Everything::new();
+    let before = everything.simulated.books();
+    // SAFETY: the child runs this thread alone. It calls what is under test, allocates, which the C library
+    // allows after a fork, and leaves by `_exit`.
+    let child_id = unsafe { libc::fork() };
+    if child_id == 0 {
+        // A child that hangs is ended by the signal, which the parent sees.
+        // SAFETY: the default action of the signal ends the process.
+        unsafe { libc::alarm(20) };
+        let status = child(everything, before);
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(status) };
+    }
+    assert!(child_id > 0, "fork");
+    let mut status = 0;
+    // SAFETY: `status` is a valid place, and the child is ours.
+    let ended = unsafe { libc::waitpid(child_id, &mut status, 0) };
+    assert_eq!(ended, child_id);
+    assert!(
+        libc::WIFEXITED(status),
+        "the child hung: ended by signal {}",
+        libc::WTERMSIG(status)
+    );
+    assert_eq!(
+        libc::WEXITSTATUS(status),
+        FINE,
+        "{CALLS}: a call, {DROPS}: a drop"
+    );
+    // The parent goes on as if nothing had been.
+    assert_eq!(everything.simulated.books(), before);
+    everything.pools[0]
+        .1
+        .allocate(4 * PAGE, PAGE)
+        .expect("room");
+}
