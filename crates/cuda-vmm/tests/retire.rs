@@ -1,7 +1,7 @@
 //! Freed memory stays mapped until the device has finished with it, and nobody waits for that but who
 //! needs those very bytes.
 
-use cuda_vmm::sim::{SimConfig, Simulator};
+use cuda_vmm::sim::{Books, SimConfig, Simulator};
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{
     CaptureGuard, Device, Driver, Engine, EngineOptions, Stream, VirtualMemoryPool, VmmError,
@@ -272,7 +272,36 @@ fn the_worker_gives_memory_back_by_itself_and_ends_with_the_engine() {
         _turn,
     } = fixture;
     drop((pool, engine, device));
-    assert_eq!(simulator.books(0), cuda_vmm::sim::Books::default());
+    ends(&simulator);
+}
+
+#[test]
+fn an_engine_without_owners_lives_until_a_capture_lets_it_give_everything_back() {
+    let fixture = Fixture::new(SimConfig::new().driver_version(12000), EngineOptions::new());
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let Fixture {
+        simulator,
+        engine,
+        device,
+        _turn,
+    } = fixture;
+    let capture = CaptureGuard::new();
+    drop((pool, engine, device));
+    assert_eq!(simulator.books(0).physical_bytes, PAGE);
+    drop(capture);
+    ends(&simulator);
+}
+
+/// Waits until nothing is left, which the engine's worker may be about to see to.
+fn ends(simulator: &Simulator) {
+    for _ in 0..5_000 {
+        if simulator.books(0) == Books::default() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("left behind: {:?}", simulator.books(0));
 }
 
 #[test]

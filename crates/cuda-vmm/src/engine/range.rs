@@ -327,7 +327,7 @@ impl Inner {
                 Some(again) => state = again,
                 // A capture is declared: the worker finishes when it is over.
                 None => {
-                    self.worker.wake(self, false);
+                    self.worker.keep(self);
                     return Ok(());
                 }
             }

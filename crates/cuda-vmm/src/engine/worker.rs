@@ -28,6 +28,8 @@ struct Signal {
     work: bool,
     hurry: bool,
     stop: bool,
+    /// An engine whose owners are gone and that has memory to give back.
+    kept: Option<Arc<Inner>>,
 }
 
 #[derive(Debug, Default)]
@@ -95,6 +97,13 @@ impl Worker {
             .is_some()
     }
 
+    /// Keeps the engine alive until it has no work left; in vain if there is no thread.
+    pub(super) fn keep(&self, engine: &Arc<Inner>) {
+        if self.wake(engine, false) {
+            self.shared.lock().kept = Some(engine.clone());
+        }
+    }
+
     fn take_thread(&mut self) -> Option<JoinHandle<()>> {
         let thread = self.thread.get_mut();
         thread.unwrap_or_else(PoisonError::into_inner).take()
@@ -121,43 +130,41 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, engine: &Weak<Inner>) {
+    let mut delay = DELAY;
     loop {
         let mut signal = shared.lock();
         while !signal.work && !signal.stop {
             signal = shared.wait(signal);
         }
+        signal = shared
+            .changed
+            .wait_timeout_while(signal, delay, |signal| !signal.hurry && !signal.stop)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
         if signal.stop {
             return;
         }
+        (signal.hurry, signal.work) = (false, false);
+        let kept = signal.kept.take();
         drop(signal);
-        // Held while there is work, so that an engine whose owners are gone lives until its memory is
-        // given back.
+        // Held during a step only, so that an engine ends with its last owner. If that is this step, the
+        // engine ends here, on its own thread.
         let Some(engine) = engine.upgrade() else {
             return;
         };
-        let mut delay = DELAY;
-        loop {
+        let report = engine.step();
+        if engine.has_work() {
             let mut signal = shared.lock();
-            if !signal.hurry && !signal.stop {
-                signal = shared
-                    .changed
-                    .wait_timeout_while(signal, delay, |signal| !signal.hurry && !signal.stop)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0;
-            }
-            (signal.hurry, signal.work) = (false, false);
-            let stop = signal.stop;
+            signal.work = true;
+            signal.kept = kept;
             drop(signal);
-            let report = engine.step();
-            if stop || !engine.has_work() {
-                break;
-            }
-            shared.lock().work = true;
             delay = if report.retired_bytes + report.drained_bytes > 0 {
                 DELAY
             } else {
                 (delay * 2).min(DELAY_MAX)
             };
+        } else {
+            delay = DELAY;
         }
     }
 }
