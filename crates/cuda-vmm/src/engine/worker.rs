@@ -1,6 +1,7 @@
 //! The thread that takes an engine's steps.
 
 use super::Inner;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -34,6 +35,8 @@ struct Signal {
 
 #[derive(Debug, Default)]
 struct Shared {
+    /// Whether `signal.work` is set, to be asked without the lock.
+    awake: AtomicBool,
     signal: Mutex<Signal>,
     changed: Condvar,
 }
@@ -73,6 +76,10 @@ impl Worker {
         if self.mode == WorkerMode::Manual {
             return false;
         }
+        // The thread exists, and looks at the work before it sleeps again: it clears the flag first.
+        if !hurry && self.shared.awake.load(Ordering::SeqCst) {
+            return true;
+        }
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_none() {
             let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
@@ -82,19 +89,20 @@ impl Worker {
                 .inspect_err(|error| tracing::warn!(%error, "the worker thread could not start"))
                 .ok();
         }
+        if thread.is_none() {
+            return false;
+        }
         drop(thread);
         let mut signal = self.shared.lock();
         let asleep = !signal.work || (hurry && !signal.hurry);
         signal.work = true;
         signal.hurry |= hurry;
+        self.shared.awake.store(true, Ordering::SeqCst);
         drop(signal);
         if asleep {
             self.shared.changed.notify_one();
         }
-        self.thread
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some()
+        true
     }
 
     /// Keeps the engine alive until it has no work left; in vain if there is no thread.
@@ -145,6 +153,7 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
             return;
         }
         (signal.hurry, signal.work) = (false, false);
+        shared.awake.store(false, Ordering::SeqCst);
         let kept = signal.kept.take();
         drop(signal);
         // Held during a step only, so that an engine ends with its last owner. If that is this step, the
@@ -157,6 +166,7 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
             let mut signal = shared.lock();
             signal.work = true;
             signal.kept = kept;
+            shared.awake.store(true, Ordering::SeqCst);
             drop(signal);
             delay = if report.retired_bytes + report.drained_bytes > 0 {
                 DELAY
