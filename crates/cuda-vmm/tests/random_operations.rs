@@ -45,7 +45,7 @@ enum Step {
     Unregister {
         model: usize,
     },
-    EngineStep,
+    TakeStep,
     Trim,
     /// The nth call from now fails.
     Fault(u64),
@@ -61,7 +61,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => model.clone().prop_map(|model| Step::DeallocateAll { model }),
         4 => model.clone().prop_map(|model| Step::Register { model }),
         1 => model.prop_map(|model| Step::Unregister { model }),
-        8 => Just(Step::EngineStep),
+        8 => Just(Step::TakeStep),
         2 => Just(Step::Trim),
         3 => (1..12u64).prop_map(Step::Fault),
     ]
@@ -306,7 +306,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     Some(_) => prop_assert!(outcome.is_ok() || faulty, "{what}: {outcome:?}"),
                 }
             }
-            Step::EngineStep => {
+            Step::TakeStep => {
                 pool.engine().step();
             }
             Step::Trim => prop_assert!(pool.trim().is_ok() || faulty),

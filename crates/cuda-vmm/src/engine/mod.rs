@@ -4,9 +4,11 @@
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
+mod drain;
 mod fill;
 mod intervals;
 mod ledger;
+mod options;
 mod pages;
 mod policy;
 mod range;
@@ -15,87 +17,19 @@ mod stats;
 mod worker;
 
 pub(crate) use ledger::Quota;
+pub use options::EngineOptions;
 pub(crate) use pages::Parts;
 pub(crate) use range::{Place, RangeId, RangeStats};
 pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
 
-use crate::{CaptureGuard, Device, Mapping, PhysicalMemory, Result, VmmError};
+use crate::{CaptureGuard, Device, PhysicalMemory, Result, VmmError};
 use ledger::{AccountId, Ledger};
-use pages::ChunkState;
 use range::Range;
 use retire::{Queue, Until};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use worker::Worker;
-
-/// How an engine is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct EngineOptions {
-    /// The budget in bytes; the device's total where none is given. A limit above the device's memory is
-    /// kept as given: then the driver says when there is no more.
-    pub limit_bytes: Option<usize>,
-    /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the process.
-    pub headroom_bytes: usize,
-    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call.
-    pub park_bytes_max: usize,
-    /// The largest chunk in bytes. A page is the smallest chunk whatever this says, so 0, the default,
-    /// means that each page has a chunk of its own and can be given back alone. Larger chunks take fewer
-    /// driver calls, and a chunk is only given back whole.
-    pub chunk_bytes_max: usize,
-    /// Who takes the steps.
-    pub worker: WorkerMode,
-}
-
-impl EngineOptions {
-    /// The defaults: the device's total, no headroom, nothing parked, a chunk a page, a worker thread.
-    pub const fn new() -> Self {
-        Self {
-            limit_bytes: None,
-            headroom_bytes: 0,
-            park_bytes_max: 0,
-            chunk_bytes_max: 0,
-            worker: WorkerMode::Thread,
-        }
-    }
-
-    /// With a budget in bytes.
-    pub const fn limit_bytes(mut self, bytes: usize) -> Self {
-        self.limit_bytes = Some(bytes);
-        self
-    }
-
-    /// With memory left for others, in bytes.
-    pub const fn headroom_bytes(mut self, bytes: usize) -> Self {
-        self.headroom_bytes = bytes;
-        self
-    }
-
-    /// With freed memory kept mapped, up to this many bytes.
-    pub const fn park_bytes_max(mut self, bytes: usize) -> Self {
-        self.park_bytes_max = bytes;
-        self
-    }
-
-    /// With chunks of up to this many bytes.
-    pub const fn chunk_bytes_max(mut self, bytes: usize) -> Self {
-        self.chunk_bytes_max = bytes;
-        self
-    }
-
-    /// With this worker.
-    pub const fn worker(mut self, worker: WorkerMode) -> Self {
-        self.worker = worker;
-        self
-    }
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self::new()
-    }
-}
 
 /// One budget on one device, shared by the ranges that are made on it; a cheap clone.
 ///
@@ -128,6 +62,8 @@ struct State {
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
     recording: usize,
+    /// Why the last context synchronise of a step failed, for a thread that waits for it.
+    refused: Option<VmmError>,
 }
 
 impl State {
@@ -193,6 +129,7 @@ impl Engine {
                 releasing_bytes: 0,
                 waiting: 0,
                 recording: 0,
+                refused: None,
             }),
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
@@ -302,7 +239,11 @@ impl Inner {
         if !self.lock().queue.unsynchronised().is_empty()
             && let Some(_no_capture) = CaptureGuard::try_none()
         {
-            retired_bytes += self.synchronise();
+            let outcome = self.synchronise();
+            retired_bytes += outcome.as_ref().copied().unwrap_or_default();
+            let mut state = self.lock();
+            state.refused = outcome.err();
+            self.unlock_changed(state);
         }
         let retried_bytes = self.retry();
         let (drained_bytes, _) = self.drain_parked(self.options.park_bytes_max, None);
@@ -331,12 +272,12 @@ impl Inner {
 
     /// Waits for all work of the context, then parks what waited for that. The caller has made sure that
     /// no capture is declared.
-    fn synchronise(&self) -> usize {
+    fn synchronise(&self) -> Result<usize> {
         let waiting = self.lock().queue.unsynchronised();
         match self.device.synchronize_now() {
-            Err(error) if !error.is_poisoned() => 0,
+            Err(error) if !error.is_poisoned() => Err(error),
             // Done; or poisoned, and then nothing runs any more.
-            _ => self.park(&waiting),
+            _ => Ok(self.park(&waiting)),
         }
     }
 
@@ -361,112 +302,6 @@ impl Inner {
         bytes
     }
 
-    /// Unmaps and releases parked chunks, of one range or of all, until no more than `keep_bytes` are
-    /// parked; returns the bytes that went, and the last error if the driver refused some.
-    fn drain_parked(&self, keep_bytes: usize, only: Option<RangeId>) -> (usize, Result<()>) {
-        let mut drained_bytes = 0;
-        let mut outcome = Ok(());
-        loop {
-            let next = {
-                let mut state = self.lock();
-                let parked = state.parts().parked_bytes;
-                if parked <= keep_bytes {
-                    break;
-                }
-                let mut ranges = state
-                    .ranges
-                    .iter_mut()
-                    .filter(|(id, _)| only.is_none_or(|only| **id == only));
-                ranges.find_map(|(id, range)| {
-                    let first = range.pages.parked().next()?;
-                    Some((*id, first, range.pages.drain(first)?))
-                })
-            };
-            let Some((id, first, mapping)) = next else {
-                break;
-            };
-            match self.unmap(id, first, mapping) {
-                Ok(bytes) => drained_bytes += bytes,
-                Err(error) => outcome = Err(error),
-            }
-        }
-        (drained_bytes, outcome)
-    }
-
-    /// Unmaps and releases one draining chunk. What the driver refuses stays charged, in quarantine.
-    fn unmap(&self, id: RangeId, first: usize, mapping: Mapping) -> Result<usize> {
-        let bytes = mapping.bytes();
-        let unmapped = mapping.unmap();
-        let released = match unmapped {
-            Ok(memory) => Ok(Arc::into_inner(memory).map(PhysicalMemory::close)),
-            Err(failure) => Err(failure),
-        };
-        let mut state = self.lock();
-        let Some(range) = state.ranges.get_mut(&id) else {
-            return Ok(0);
-        };
-        let account = range.account;
-        let outcome = match released {
-            Err(failure) => {
-                range.pages.quarantine(first, failure.object);
-                Err(failure.error)
-            }
-            Ok(closed) => {
-                range.pages.drained(first);
-                match closed {
-                    Some(Err(failure)) => {
-                        state.unreleased.push((account, failure.object));
-                        Err(failure.error)
-                    }
-                    Some(Ok(())) | None => {
-                        state.ledger.refund(account, bytes);
-                        Ok(bytes)
-                    }
-                }
-            }
-        };
-        self.unlock_changed(state);
-        outcome
-    }
-
-    /// Tries again what the driver refused; returns the bytes that went.
-    fn retry(&self) -> usize {
-        let (unreleased, mapped) = {
-            let mut state = self.lock();
-            let unreleased = core::mem::take(&mut state.unreleased);
-            state.releasing_bytes += unreleased
-                .iter()
-                .map(|(_, memory)| memory.bytes())
-                .sum::<usize>();
-            let mut mapped = Vec::new();
-            for (id, range) in &mut state.ranges {
-                for first in range.pages.in_state(ChunkState::Quarantined) {
-                    mapped.extend(range.pages.drain(first).map(|memory| (*id, first, memory)));
-                }
-            }
-            (unreleased, mapped)
-        };
-        let mut bytes = 0;
-        for (account, memory) in unreleased {
-            let freed = memory.bytes();
-            let outcome = memory.close();
-            let mut state = self.lock();
-            state.releasing_bytes -= freed;
-            match outcome {
-                Ok(()) => {
-                    state.ledger.refund(account, freed);
-                    bytes += freed;
-                }
-                Err(failure) => state.unreleased.push((account, failure.object)),
-            }
-            self.unlock_changed(state);
-        }
-        for (id, first, mapping) in mapped {
-            bytes += self.unmap(id, first, mapping).unwrap_or_default();
-        }
-        bytes
-    }
-
     /// Records when the freed chunks of a range will be free of the device, and has it looked at.
     fn retire(self: &Arc<Self>, mut state: MutexGuard<'_, State>, id: RangeId, chunks: Vec<usize>) {
         if chunks.is_empty() {
@@ -487,20 +322,21 @@ impl Inner {
     }
 
     /// Waits for one thing that can bring memory back: a fence, a context synchronise, or someone else's
-    /// work. Says whether there was any.
+    /// work. Says whether there was any, or why it cannot be waited for.
     fn await_progress<'a>(
         self: &'a Arc<Self>,
         state: MutexGuard<'a, State>,
     ) -> Result<Option<MutexGuard<'a, State>>> {
-        let first_fence = state
-            .queue
-            .conditions()
-            .into_iter()
-            .find_map(|(_, until)| match until {
-                Until::Fences(fences) => Some(fences),
-                Until::Synchronised => None,
-            });
-        if let Some(fences) = first_fence {
+        let first_fence =
+            state
+                .queue
+                .conditions()
+                .into_iter()
+                .find_map(|(id, until)| match until {
+                    Until::Fences(fences) => Some((id, fences)),
+                    Until::Synchronised => None,
+                });
+        if let Some((id, fences)) = first_fence {
             drop(state);
             for fence in fences.iter() {
                 match fence.wait() {
@@ -508,6 +344,8 @@ impl Inner {
                     _ => {}
                 }
             }
+            // Not asked again: a driver that would not answer would have this wait for ever.
+            self.park(&[id]);
             self.poll();
             return Ok(Some(self.lock()));
         }
@@ -517,16 +355,18 @@ impl Inner {
                 return Ok(None);
             }
             if self.worker.wake(self, true) {
-                let state = self.lock();
+                let mut state = self.lock();
                 // The worker may have been faster than this lock.
-                return Ok(Some(if state.queue.is_empty() {
-                    state
-                } else {
-                    self.wait(state)
-                }));
+                if state.refused.is_none() && !state.queue.is_empty() {
+                    state = self.wait(state);
+                }
+                return match state.refused.take() {
+                    Some(error) => Err(error),
+                    None => Ok(Some(state)),
+                };
             }
             if let Some(_no_capture) = CaptureGuard::try_none() {
-                self.synchronise();
+                self.synchronise()?;
             }
             return Ok(Some(self.lock()));
         }
@@ -536,13 +376,6 @@ impl Inner {
         }
         drop(state);
         Ok(None)
-    }
-
-    /// Gives up what can be spared, because the device has run out of memory.
-    fn relieve(&self) {
-        self.poll();
-        self.retry();
-        let _ = self.drain_parked(0, None);
     }
 }
 

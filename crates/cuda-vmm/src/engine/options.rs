@@ -1,0 +1,71 @@
+//! How an engine is made.
+
+use super::WorkerMode;
+
+/// How an engine is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct EngineOptions {
+    /// The budget in bytes; the device's total where none is given. A limit above the device's memory is
+    /// kept as given: then the driver says when there is no more.
+    pub limit_bytes: Option<usize>,
+    /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the process.
+    pub headroom_bytes: usize,
+    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call.
+    pub park_bytes_max: usize,
+    /// The largest chunk in bytes. A page is the smallest chunk whatever this says, so 0, the default,
+    /// means that each page has a chunk of its own and can be given back alone. Larger chunks take fewer
+    /// driver calls, and a chunk is only given back whole.
+    pub chunk_bytes_max: usize,
+    /// Who takes the steps.
+    pub worker: WorkerMode,
+}
+
+impl EngineOptions {
+    /// The defaults: the device's total, no headroom, nothing parked, a chunk a page, a worker thread.
+    pub const fn new() -> Self {
+        Self {
+            limit_bytes: None,
+            headroom_bytes: 0,
+            park_bytes_max: 0,
+            chunk_bytes_max: 0,
+            worker: WorkerMode::Thread,
+        }
+    }
+
+    /// With a budget in bytes.
+    pub const fn limit_bytes(mut self, bytes: usize) -> Self {
+        self.limit_bytes = Some(bytes);
+        self
+    }
+
+    /// With memory left for others, in bytes.
+    pub const fn headroom_bytes(mut self, bytes: usize) -> Self {
+        self.headroom_bytes = bytes;
+        self
+    }
+
+    /// With freed memory kept mapped, up to this many bytes.
+    pub const fn park_bytes_max(mut self, bytes: usize) -> Self {
+        self.park_bytes_max = bytes;
+        self
+    }
+
+    /// With chunks of up to this many bytes.
+    pub const fn chunk_bytes_max(mut self, bytes: usize) -> Self {
+        self.chunk_bytes_max = bytes;
+        self
+    }
+
+    /// With this worker.
+    pub const fn worker(mut self, worker: WorkerMode) -> Self {
+        self.worker = worker;
+        self
+    }
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}

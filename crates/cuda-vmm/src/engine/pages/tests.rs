@@ -1,0 +1,208 @@
+//! The books of a range against the plainest account of the same facts.
+
+use super::*;
+use proptest::prelude::*;
+
+const PAGE: usize = 8;
+const PAGES: usize = 24;
+const CAPACITY: usize = PAGE * PAGES - 3;
+
+/// The plainest account of the same facts: one entry for each byte and each page.
+struct Model {
+    live: [bool; CAPACITY],
+    backing: [Option<(usize, ChunkState)>; PAGES],
+}
+
+impl Model {
+    fn page_live(&self, page: usize) -> bool {
+        (page * PAGE..((page + 1) * PAGE).min(CAPACITY)).any(|byte| self.live[byte])
+    }
+
+    fn retire_unused(&mut self) {
+        for first in 0..PAGES {
+            let chunk: Vec<_> = (0..PAGES)
+                .filter(|page| self.backing[*page] == Some((first, ChunkState::Backed)))
+                .collect();
+            if !chunk.is_empty() && !chunk.iter().any(|page| self.page_live(*page)) {
+                for page in chunk {
+                    self.backing[page] = Some((first, ChunkState::Retiring));
+                }
+            }
+        }
+    }
+
+    fn check(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
+        let count = |wanted: ChunkState| {
+            let of = |entry: &&Option<(usize, ChunkState)>| {
+                entry.is_some_and(|(_, state)| state == wanted)
+            };
+            self.backing.iter().filter(of).count() * PAGE
+        };
+        let live_pages = (0..PAGES).filter(|page| self.page_live(*page)).count();
+        prop_assert_eq!(
+            pages.parts(),
+            Parts {
+                filling_bytes: 0,
+                live_bytes: live_pages * PAGE,
+                slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
+                retiring_bytes: count(ChunkState::Retiring),
+                parked_bytes: count(ChunkState::Parked),
+                quarantined_bytes: count(ChunkState::Quarantined),
+            }
+        );
+        prop_assert_eq!(
+            pages.live().total(),
+            self.live.iter().filter(|live| **live).count()
+        );
+        for chunk in pages.chunks.values() {
+            prop_assert_eq!(chunk.live_pages <= chunk.pages, true);
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Allocate {
+        at: usize,
+        bytes: usize,
+        fails: bool,
+        stuck: bool,
+    },
+    Release {
+        at: usize,
+        bytes: usize,
+    },
+    Park(usize),
+    Drain {
+        page: usize,
+        refused: bool,
+    },
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..CAPACITY, 1..40usize, prop::bool::weighted(0.2), any::<bool>())
+            .prop_map(|(at, bytes, fails, stuck)| Step::Allocate { at, bytes, fails, stuck }),
+        4 => (0..CAPACITY, 1..40usize).prop_map(|(at, bytes)| Step::Release { at, bytes }),
+        2 => (0..PAGES).prop_map(Step::Park),
+        2 => (0..PAGES, prop::bool::weighted(0.2)).prop_map(|(page, refused)| Step::Drain { page, refused }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32) {
+        let mut pages: Pages<usize> = Pages::new(PAGE);
+        let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES] };
+        for step in steps {
+            match step {
+                Step::Allocate { at, bytes, fails, stuck } => {
+                    let range = at..(at + bytes).min(CAPACITY);
+                    let taken = range.clone().any(|byte| model.live[byte]);
+                    let Some(survey) = pages.survey(&range) else {
+                        prop_assert!(taken);
+                        continue;
+                    };
+                    prop_assert!(!taken);
+                    let touched = range.start / PAGE..range.end.div_ceil(PAGE);
+                    let missing: Vec<_> = touched.clone().filter(|page| model.backing[*page].is_none()).collect();
+                    prop_assert_eq!(survey.missing.iter().cloned().flatten().collect::<Vec<_>>(), missing);
+                    let has = |wanted| touched.clone().any(|page| model.backing[page].is_some_and(|(_, state)| state == wanted));
+                    prop_assert_eq!(survey.retiring, has(ChunkState::Retiring));
+                    prop_assert_eq!(survey.quarantined, has(ChunkState::Quarantined));
+                    prop_assert_eq!(!survey.parked.is_empty(), has(ChunkState::Parked));
+                    if survey.retiring || survey.quarantined {
+                        continue;
+                    }
+                    pages.begin(&range, &survey);
+                    let cut: Vec<_> = survey.missing.iter().flat_map(|run| crate::engine::policy::cut(run.clone(), 1 << largest)).collect();
+                    if fails {
+                        let left: Vec<_> = cut.into_iter().take(usize::from(stuck)).collect();
+                        let orphans = pages.abort(&range, &survey, left.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                        prop_assert_eq!(orphans, Vec::<usize>::new());
+                        for chunk in left {
+                            for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Quarantined)); }
+                        }
+                    } else {
+                        pages.finish(&range, &survey, cut.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                        for chunk in cut {
+                            for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Backed)); }
+                        }
+                        for first in &survey.parked {
+                            for entry in model.backing.iter_mut().flatten().filter(|(of, _)| of == first) { entry.1 = ChunkState::Backed; }
+                        }
+                        range.for_each(|byte| model.live[byte] = true);
+                    }
+                }
+                Step::Release { at, bytes } => {
+                    let range = at..(at + bytes).min(CAPACITY);
+                    let all = range.clone().all(|byte| model.live[byte]);
+                    prop_assert_eq!(pages.live().contains(&range), all);
+                    if all {
+                        pages.release(&range);
+                        range.for_each(|byte| model.live[byte] = false);
+                        model.retire_unused();
+                    }
+                }
+                Step::Park(page) => {
+                    pages.park(page);
+                    for entry in model.backing.iter_mut().flatten().filter(|(first, state)| *first == page && *state == ChunkState::Retiring) {
+                        entry.1 = ChunkState::Parked;
+                    }
+                }
+                Step::Drain { page, refused } => {
+                    let idle = model.backing[page].is_some_and(|(first, state)| first == page && matches!(state, ChunkState::Parked | ChunkState::Quarantined));
+                    let memory = pages.drain(page);
+                    prop_assert_eq!(memory, idle.then_some(page));
+                    if memory.is_some() {
+                        if refused { pages.quarantine(page, page) } else { pages.drained(page) }
+                        for entry in model.backing.iter_mut().filter(|entry| entry.is_some_and(|(first, _)| first == page)) {
+                            *entry = refused.then_some((page, ChunkState::Quarantined));
+                        }
+                    }
+                }
+            }
+            model.check(&pages)?;
+        }
+    }
+}
+
+#[test]
+fn two_tokens_share_a_page_and_the_page_stays_until_both_are_gone() {
+    let mut pages: Pages<()> = Pages::new(PAGE);
+    let survey = pages.survey(&(0..3)).expect("free");
+    pages.begin(&(0..3), &survey);
+    pages.finish(&(0..3), &survey, [(0..1, ())]);
+    let survey = pages.survey(&(3..6)).expect("free");
+    assert_eq!(survey, Survey::default(), "nothing is missing");
+    pages.begin(&(3..6), &survey);
+    pages.finish(&(3..6), &survey, []);
+    assert_eq!(pages.live_pages(), 1);
+    assert_eq!(pages.release(&(0..3)), []);
+    assert_eq!(pages.release(&(3..6)), [0]);
+    assert_eq!(pages.live_pages(), 0);
+}
+
+#[test]
+fn a_neighbour_freed_during_a_filling_that_fails_leaves_an_orphan_to_retire() {
+    let mut pages: Pages<()> = Pages::new(PAGE);
+    let first = pages.survey(&(0..3)).expect("free");
+    pages.begin(&(0..3), &first);
+    pages.finish(&(0..3), &first, [(0..1, ())]);
+    let second = pages.survey(&(3..20)).expect("free");
+    pages.begin(&(3..20), &second);
+    assert_eq!(pages.release(&(0..3)), [], "page 0 is about to be used");
+    assert_eq!(pages.abort(&(3..20), &second, []), [0]);
+    assert_eq!(pages.state_of(0), Some(ChunkState::Retiring));
+}
+
+#[test]
+fn placing_is_first_fit_and_aligned() {
+    let mut pages: Pages<()> = Pages::new(PAGE);
+    let survey = pages.survey(&(4..9)).expect("free");
+    pages.begin(&(4..9), &survey);
+    assert_eq!(pages.place(4, 4, 40), Ok(0));
+    assert_eq!(pages.place(5, 4, 40), Ok(12));
+    assert_eq!(pages.place(29, 4, 40), Err(31));
+}
