@@ -1,0 +1,327 @@
+//! What an error tells: its code, whether to try again, and its text.
+
+mod common;
+
+use common::{PAGE, Simulated, failure, manual};
+use cuda_vmm::sim::SimError;
+use cuda_vmm::sys::*;
+use cuda_vmm::{
+    Access, CloseError, DriverError, Engine, Mapping, PhysicalMemory, Reservation, Stream,
+    VirtualMemoryPool, VmmError,
+};
+use std::error::Error;
+use std::sync::Arc;
+
+fn driver_error(code: CUresult) -> VmmError {
+    VmmError::Driver(DriverError {
+        call: DriverFunction::cuMemMap,
+        code,
+        name: "A_NAME".to_owned(),
+    })
+}
+
+fn out_of_memory(asked_bytes: usize, free_bytes: usize, limit_bytes: usize) -> VmmError {
+    VmmError::OutOfPhysicalMemory {
+        asked_bytes,
+        free_bytes,
+        retiring_bytes: 3,
+        reclaimable_bytes: 4,
+        limit_bytes,
+    }
+}
+
+#[test]
+fn later_and_never_exclude_each_other_and_say_how_much() {
+    let later = out_of_memory(10, 4, 10);
+    assert!(later.is_later() && !later.is_never() && later.is_out_of_memory());
+    assert_eq!(later.later_bytes(), 6);
+    let never = out_of_memory(11, 4, 10);
+    assert!(never.is_never() && !never.is_later() && never.is_out_of_memory());
+    assert_eq!(never.later_bytes(), 0);
+    let ready = out_of_memory(3, 4, 10);
+    assert_eq!(ready.later_bytes(), 0, "fragments, not bytes, are missing");
+
+    let full = driver_error(CUDA_ERROR_OUT_OF_MEMORY);
+    assert!(full.is_later() && !full.is_never() && full.is_out_of_memory());
+    assert_eq!(full.later_bytes(), 0, "the driver does not say");
+    let quarantined = VmmError::Quarantined {
+        offset: 1,
+        bytes: 2,
+    };
+    assert!(quarantined.is_later() && !quarantined.is_never());
+    assert!(!quarantined.is_out_of_memory());
+    // An error of the driver's that is not known to last is neither.
+    let odd = driver_error(CUDA_ERROR_INVALID_VALUE);
+    assert!(!odd.is_later() && !odd.is_never() && !odd.is_poisoned());
+    for error in every_error() {
+        assert!(!(error.is_later() && error.is_never()), "{error:?}");
+        assert!(error.later_bytes() == 0 || error.is_later(), "{error:?}");
+    }
+}
+
+#[test]
+fn a_poisoned_context_is_told_from_a_refusal() {
+    for code in [
+        CUDA_ERROR_DEINITIALIZED,
+        CUDA_ERROR_ECC_UNCORRECTABLE,
+        CUDA_ERROR_ILLEGAL_ADDRESS,
+        CUDA_ERROR_LAUNCH_TIMEOUT,
+        CUDA_ERROR_CONTEXT_IS_DESTROYED,
+        CUDA_ERROR_ASSERT,
+        CUDA_ERROR_HARDWARE_STACK_ERROR,
+        CUDA_ERROR_ILLEGAL_INSTRUCTION,
+        CUDA_ERROR_MISALIGNED_ADDRESS,
+        CUDA_ERROR_INVALID_ADDRESS_SPACE,
+        CUDA_ERROR_INVALID_PC,
+        CUDA_ERROR_LAUNCH_FAILED,
+    ] {
+        let error = driver_error(code);
+        assert!(error.is_poisoned() && error.is_never() && !error.is_later());
+        assert_eq!(error.driver_code(), Some(code));
+    }
+    for code in [
+        CUDA_ERROR_INVALID_VALUE,
+        CUDA_ERROR_OUT_OF_MEMORY,
+        CUDA_ERROR_NOT_READY,
+        CUDA_ERROR_NOT_SUPPORTED,
+        CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        // One that no header names.
+        987_654,
+    ] {
+        let error = driver_error(code);
+        assert!(!error.is_poisoned() && !error.is_never(), "{code}");
+        assert_eq!(error.driver_code(), Some(code), "codes stay as they are");
+    }
+    assert_eq!(VmmError::Closed.driver_code(), None);
+}
+
+#[test]
+fn a_code_that_the_driver_cannot_name_stays_representable() {
+    let simulated = Simulated::default();
+    simulated.simulator.inject(cuda_vmm::sim::Fault::nth_of(
+        DriverFunction::cuMemCreate,
+        1,
+        987_654,
+    ));
+    let error = PhysicalMemory::new(&simulated.device, PAGE).expect_err("refused");
+    assert_eq!(
+        error,
+        VmmError::Driver(DriverError {
+            call: DriverFunction::cuMemCreate,
+            code: 987_654,
+            name: "unknown error".to_owned()
+        })
+    );
+    assert_eq!(
+        error.to_string(),
+        "cuMemCreate failed with unknown error (987654)"
+    );
+}
+
+#[test]
+fn after_an_illegal_access_every_call_of_the_context_says_so() {
+    let simulated = Simulated::default();
+    let device = &simulated.device;
+    let stream = Stream::new(device).expect("a stream");
+    let before = stream.record().expect("a fence");
+    let engine = Engine::new(device, manual()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 4 * PAGE, PAGE).expect("a pool");
+    pool.allocate(0, 2 * PAGE).expect("room");
+    let reservation = Arc::new(Reservation::new(device, PAGE).expect("address space"));
+    let memory = Arc::new(PhysicalMemory::new(device, PAGE).expect("memory"));
+    let access = [(device.clone(), Access::ReadWrite)];
+    let mapping = Mapping::new(&reservation, 0, &memory, &access).expect("mapped");
+
+    // Work that is queued, and then loses the memory that it is about.
+    simulated.simulator.hold_work();
+    // SAFETY: meant to be an illegal access, which the simulator reports and does not carry out.
+    unsafe { stream.memset(mapping.address(), 1, PAGE) }.expect("queued");
+    mapping.close().expect("unmapping waits for nothing");
+    simulated.simulator.release_work();
+
+    let error = stream.synchronize().expect_err("an illegal access");
+    assert_eq!(
+        error,
+        failure!(cuStreamSynchronize, CUDA_ERROR_ILLEGAL_ADDRESS)
+    );
+    assert!(error.is_poisoned() && error.is_never() && !error.is_later());
+    assert!(simulated.simulator.is_poisoned(0));
+    for outcome in [
+        device.synchronize(),
+        device.free_bytes().map(drop),
+        before.wait(),
+        before.is_complete().map(drop),
+        stream.record().map(drop),
+        Stream::new(device).map(drop),
+    ] {
+        assert!(outcome.expect_err("poisoned").is_poisoned());
+    }
+    // Nothing runs any more, so everything that was in use is free of the device.
+    pool.deallocate(0, PAGE).expect("live");
+    engine.step();
+    assert_eq!(engine.stats().committed_bytes, PAGE);
+    pool.close().expect("the calls on memory need no context");
+    drop((stream, before, memory, reservation, engine));
+    let books = simulated.books();
+    assert_eq!((books.physical_bytes, books.reservations), (0, 0));
+    assert_eq!((books.streams, books.events), (0, 0));
+}
+
+/// One of each, with its text.
+fn texts() -> Vec<(VmmError, &'static str)> {
+    let model = || "m\"1".to_owned();
+    vec![
+        (driver_error(7), "cuMemMap failed with A_NAME (7)"),
+        (
+            VmmError::Load(LoadError::SymbolMissing {
+                path: "lib.so".into(),
+                symbol: "cuGetProcAddress",
+            }),
+            "lib.so has no symbol cuGetProcAddress; the driver must be 11.4 or newer",
+        ),
+        (
+            VmmError::Simulator(SimError::TooMany { limit: 64 }),
+            "64 simulated drivers are alive in this process, which is the limit",
+        ),
+        (
+            VmmError::UnsupportedDevice { ordinal: 3 },
+            "device 3 does not support virtual memory management",
+        ),
+        (
+            VmmError::InvalidDevice {
+                ordinal: 3,
+                count: 2,
+            },
+            "no device 3: the driver reports 2",
+        ),
+        (
+            VmmError::ZeroSize { what: "capacity" },
+            "capacity must not be zero",
+        ),
+        (
+            VmmError::Overflow {
+                offset: 1,
+                bytes: 2,
+            },
+            "offset 1 plus 2 bytes overflows",
+        ),
+        (
+            VmmError::Misaligned {
+                what: "alignment",
+                value: 3,
+                required: 4,
+            },
+            "alignment 3 is not a multiple of 4",
+        ),
+        (
+            VmmError::InvalidPageSize {
+                page_bytes: 5,
+                granularity_bytes: 8,
+            },
+            "page size 5 is not a power of two of at least the granularity 8",
+        ),
+        (
+            VmmError::OutOfRange {
+                offset: 1,
+                bytes: 2,
+                capacity_bytes: 2,
+            },
+            "offset 1 plus 2 bytes exceeds the capacity of 2 bytes",
+        ),
+        (
+            VmmError::AlreadyMapped {
+                offset: 1,
+                bytes: 2,
+            },
+            "some of the 2 bytes at offset 1 are allocated already",
+        ),
+        (
+            VmmError::NotMapped {
+                offset: 1,
+                bytes: 2,
+            },
+            "some of the 2 bytes at offset 1 are not allocated",
+        ),
+        (
+            out_of_memory(10, 2, 9),
+            "out of physical memory: 10 bytes asked, 2 free of 9; 3 retiring, 4 reclaimable",
+        ),
+        (
+            VmmError::OutOfVirtualMemory {
+                asked_bytes: 8,
+                largest_free_bytes: 4,
+            },
+            "out of address space: 8 bytes asked, the largest unused run has 4",
+        ),
+        (
+            VmmError::QuotaUnsatisfiable {
+                what: "guarantee",
+                asked_bytes: 8,
+                available_bytes: 4,
+            },
+            "guarantee: 8 bytes asked, at most 4 possible",
+        ),
+        (
+            VmmError::Quarantined {
+                offset: 1,
+                bytes: 2,
+            },
+            "the 2 bytes at offset 1 touch quarantined memory",
+        ),
+        (
+            VmmError::ModelNotFound { model: model() },
+            r#"no model named "m\"1""#,
+        ),
+        (
+            VmmError::ModelAlreadyRegistered { model: model() },
+            r#"a model named "m\"1" is registered already"#,
+        ),
+        (
+            VmmError::WrongDevice {
+                expected: 0,
+                found: 1,
+            },
+            "expected device 0, found device 1",
+        ),
+        (
+            VmmError::WrongDriver,
+            "the objects belong to different drivers",
+        ),
+        (VmmError::Closed, "the range is closed"),
+        (
+            VmmError::Forked,
+            "the driver was opened before fork; it cannot be used in the child",
+        ),
+        (
+            VmmError::System {
+                call: "dup",
+                reason: "no more".to_owned(),
+            },
+            "dup failed: no more",
+        ),
+    ]
+}
+
+fn every_error() -> Vec<VmmError> {
+    texts().into_iter().map(|(error, _)| error).collect()
+}
+
+#[test]
+fn every_text_names_the_values() {
+    for (error, text) in texts() {
+        assert_eq!(error.to_string(), text);
+        assert_eq!(error.clone(), error);
+    }
+}
+
+#[test]
+fn a_failed_close_is_an_error_with_a_source() {
+    let failure = CloseError {
+        error: VmmError::Closed,
+        object: 7,
+    };
+    assert_eq!(failure.to_string(), "the range is closed");
+    let source = failure.source().expect("the error");
+    assert_eq!(source.to_string(), "the range is closed");
+    assert_eq!(VmmError::from(failure), VmmError::Closed);
+}

@@ -1,0 +1,568 @@
+//! `SharedMemoryPool`: what it refuses, who is charged, and that guarantees and ceilings hold.
+
+mod common;
+
+use common::{PAGE, Simulated, failure, manual};
+use cuda_vmm::sim::{Books, Fault, SimConfig};
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
+use cuda_vmm::{
+    Device, EngineOptions, EngineStats, ModelOptions, PoolStats, SharedMemoryPool,
+    SharedPoolOptions, Stream, VmmError,
+};
+use std::sync::Arc;
+
+const LIMIT: usize = 8 * PAGE;
+const CAPACITY: usize = 16 * PAGE;
+
+fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+    let options = SharedPoolOptions {
+        engine: options,
+        page_bytes: None,
+    };
+    SharedMemoryPool::with_options(device, options).expect("a pool")
+}
+
+/// A pool with a limit of eight pages and two models of sixteen pages of addresses.
+struct Fixture {
+    simulated: Simulated,
+    pool: SharedMemoryPool,
+}
+
+type Snapshot = (Vec<String>, Vec<Option<PoolStats>>, EngineStats, Books);
+
+impl Fixture {
+    fn new() -> Self {
+        let simulated = Simulated::default();
+        let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+        for model in ["a", "b"] {
+            pool.register_model(model, CAPACITY).expect("addresses");
+        }
+        Self { simulated, pool }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let models = self.pool.models();
+        let stats = models.iter().map(|model| self.pool.model_stats(model));
+        let stats = stats.collect();
+        (models, stats, self.pool.stats(), self.simulated.books())
+    }
+
+    /// Does something that must fail and change nothing.
+    #[track_caller]
+    fn refused<T: core::fmt::Debug>(
+        &self,
+        act: impl FnOnce(&SharedMemoryPool) -> Result<T, VmmError>,
+    ) -> VmmError {
+        let before = self.snapshot();
+        let outcome = act(&self.pool);
+        assert_eq!(self.snapshot(), before);
+        outcome.expect_err("a bad argument")
+    }
+}
+
+fn unknown(model: &str) -> VmmError {
+    VmmError::ModelNotFound {
+        model: model.to_owned(),
+    }
+}
+
+#[test]
+fn a_pool_is_refused_bad_limits_and_pages() {
+    let simulated = Simulated::default();
+    let outcome = simulated.unchanged(|| SharedMemoryPool::new(&simulated.device, 0));
+    assert_eq!(
+        outcome.expect_err("a bad limit"),
+        VmmError::ZeroSize { what: "limit" }
+    );
+    for page_bytes in [0, 1, PAGE - 1, PAGE / 2, 3 * PAGE, usize::MAX] {
+        let options = SharedPoolOptions {
+            engine: manual(),
+            page_bytes: Some(page_bytes),
+        };
+        let outcome =
+            simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
+        assert_eq!(
+            outcome.expect_err("a bad page"),
+            VmmError::InvalidPageSize {
+                page_bytes,
+                granularity_bytes: PAGE
+            }
+        );
+    }
+    let total_bytes = simulated.device.total_bytes();
+    let options = SharedPoolOptions {
+        engine: manual().headroom_bytes(total_bytes),
+        page_bytes: None,
+    };
+    let outcome =
+        simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
+    assert_eq!(
+        outcome.expect_err("a bad headroom"),
+        VmmError::QuotaUnsatisfiable {
+            what: "headroom",
+            asked_bytes: total_bytes,
+            available_bytes: total_bytes
+        }
+    );
+}
+
+#[test]
+fn a_limit_above_the_device_is_reported_as_given() {
+    let simulated = Simulated::new(SimConfig::new().memory_bytes(4 * PAGE));
+    let pool = SharedMemoryPool::new(&simulated.device, 1 << 50).expect("a pool");
+    assert_eq!(pool.limit_bytes(), 1 << 50);
+    assert_eq!(pool.stats().limit_bytes, 1 << 50);
+    assert_eq!(pool.page_bytes(), PAGE);
+    pool.register_model("a", CAPACITY).expect("addresses");
+    let error = pool
+        .allocate_for_model("a", 5 * PAGE)
+        .expect_err("more than the device has");
+    assert_eq!(error, failure!(cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY));
+    assert_eq!(pool.stats().committed_bytes, 0);
+}
+
+#[test]
+fn registration_is_refused_duplicates_and_bad_capacities() {
+    let fixture = Fixture::new();
+    let twice = VmmError::ModelAlreadyRegistered {
+        model: "a".to_owned(),
+    };
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model("a", CAPACITY)),
+        twice
+    );
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model("a", 0)),
+        twice,
+        "whatever else is wrong"
+    );
+    for (capacity_bytes, expected) in [
+        (0, VmmError::ZeroSize { what: "capacity" }),
+        (
+            usize::MAX,
+            VmmError::Overflow {
+                offset: 0,
+                bytes: usize::MAX,
+            },
+        ),
+        (
+            1 << 47,
+            failure!(cuMemAddressReserve, CUDA_ERROR_OUT_OF_MEMORY),
+        ),
+    ] {
+        let error = fixture.refused(|pool| pool.register_model("c", capacity_bytes));
+        assert_eq!(error, expected);
+        assert_eq!(fixture.pool.model_base_address("c"), None);
+    }
+    // Any text is a name, none at all too.
+    for name in ["", "A", "ä/β c"] {
+        fixture.pool.register_model(name, 1).expect("a new name");
+        assert!(fixture.pool.model_base_address(name).is_some());
+    }
+    assert_eq!(fixture.pool.models(), ["", "A", "a", "b", "ä/β c"]);
+}
+
+#[test]
+fn registration_is_refused_quotas_that_cannot_hold() {
+    let fixture = Fixture::new();
+    let options = |guarantee_bytes, ceiling_bytes| ModelOptions {
+        guarantee_bytes,
+        ceiling_bytes,
+        ..ModelOptions::new(CAPACITY)
+    };
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model_with("c", options(2 * PAGE, Some(PAGE)))),
+        VmmError::QuotaUnsatisfiable {
+            what: "guarantee above its ceiling",
+            asked_bytes: 2 * PAGE,
+            available_bytes: PAGE
+        }
+    );
+    for asked_bytes in [LIMIT + 1, usize::MAX] {
+        assert_eq!(
+            fixture.refused(|pool| pool.register_model_with("c", options(asked_bytes, None))),
+            VmmError::QuotaUnsatisfiable {
+                what: "guarantee",
+                asked_bytes,
+                available_bytes: LIMIT
+            }
+        );
+    }
+    let pool = &fixture.pool;
+    pool.allocate_for_model("a", 3 * PAGE).expect("room");
+    pool.register_model_with("c", options(4 * PAGE, None))
+        .expect("it can hold");
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model_with("d", options(2 * PAGE, None))),
+        VmmError::QuotaUnsatisfiable {
+            what: "guarantee",
+            asked_bytes: 2 * PAGE,
+            available_bytes: PAGE
+        }
+    );
+    // What a failed registration had promised is free again.
+    fixture.simulated.simulator.inject(Fault::nth_of(
+        DriverFunction::cuMemAddressReserve,
+        1,
+        CUDA_ERROR_OPERATING_SYSTEM,
+    ));
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model_with("d", options(PAGE, None))),
+        failure!(cuMemAddressReserve, CUDA_ERROR_OPERATING_SYSTEM)
+    );
+    pool.register_model_with("d", options(PAGE, None))
+        .expect("it can hold");
+    pool.unregister_model("c").expect("registered");
+    pool.register_model_with("e", options(4 * PAGE, None))
+        .expect("as before");
+}
+
+#[test]
+fn an_unknown_model_is_named_by_every_call() {
+    let fixture = Fixture::new();
+    let model = "nobody";
+    type Call = fn(&SharedMemoryPool, &str) -> Result<u64, VmmError>;
+    let calls: [Call; 7] = [
+        |pool, model| pool.allocate_for_model(model, PAGE),
+        |pool, model| pool.allocate_for_model(model, 0),
+        |pool, model| pool.allocate_for_model_at(model, 0, PAGE),
+        |pool, model| pool.deallocate_for_model(model, 0, PAGE).map(|()| 0),
+        |pool, model| {
+            pool.deallocate_for_model_address(model, 0, PAGE)
+                .map(|()| 0)
+        },
+        |pool, model| pool.unregister_model(model).map(|()| 0),
+        |pool, model| pool.model(model).map(|pool| pool.base_address()),
+    ];
+    for call in calls {
+        let error = fixture.refused(|pool| call(pool, model));
+        assert_eq!(error, unknown(model));
+        assert!(error.is_never());
+    }
+    assert_eq!(fixture.pool.model_base_address(model), None);
+    assert_eq!(fixture.pool.model_stats(model), None);
+}
+
+#[test]
+fn allocations_for_a_model_are_refused_bad_extents() {
+    let fixture = Fixture::new();
+    fixture.pool.allocate_for_model("a", PAGE).expect("room");
+    for (bytes, expected) in [
+        (0, VmmError::ZeroSize { what: "size" }),
+        (
+            CAPACITY,
+            VmmError::OutOfVirtualMemory {
+                asked_bytes: CAPACITY,
+                largest_free_bytes: CAPACITY - PAGE,
+            },
+        ),
+        (
+            usize::MAX,
+            VmmError::OutOfVirtualMemory {
+                asked_bytes: usize::MAX,
+                largest_free_bytes: CAPACITY - PAGE,
+            },
+        ),
+    ] {
+        let error = fixture.refused(|pool| pool.allocate_for_model("a", bytes));
+        assert_eq!(error, expected);
+    }
+    for (offset, bytes, expected) in [
+        (PAGE, 0, VmmError::ZeroSize { what: "size" }),
+        (
+            usize::MAX,
+            2,
+            VmmError::Overflow {
+                offset: usize::MAX,
+                bytes: 2,
+            },
+        ),
+        (
+            CAPACITY,
+            1,
+            VmmError::OutOfRange {
+                offset: CAPACITY,
+                bytes: 1,
+                capacity_bytes: CAPACITY,
+            },
+        ),
+        (
+            PAGE - 1,
+            2,
+            VmmError::AlreadyMapped {
+                offset: PAGE - 1,
+                bytes: 2,
+            },
+        ),
+    ] {
+        let error = fixture.refused(|pool| pool.allocate_for_model_at("a", offset, bytes));
+        assert_eq!(error, expected);
+    }
+}
+
+#[test]
+fn deallocations_for_a_model_are_refused_what_is_not_its_own() {
+    let fixture = Fixture::new();
+    let pool = &fixture.pool;
+    let address = pool.allocate_for_model("a", PAGE).expect("room");
+    let others = pool.allocate_for_model("b", PAGE).expect("room");
+    let base = pool.model_base_address("a").expect("registered");
+    for (offset, bytes, expected) in [
+        (0, 0, VmmError::ZeroSize { what: "size" }),
+        (
+            1,
+            usize::MAX,
+            VmmError::Overflow {
+                offset: 1,
+                bytes: usize::MAX,
+            },
+        ),
+        (
+            CAPACITY - 1,
+            2,
+            VmmError::OutOfRange {
+                offset: CAPACITY - 1,
+                bytes: 2,
+                capacity_bytes: CAPACITY,
+            },
+        ),
+        (
+            1,
+            PAGE,
+            VmmError::NotMapped {
+                offset: 1,
+                bytes: PAGE,
+            },
+        ),
+    ] {
+        let error = fixture.refused(|pool| pool.deallocate_for_model("a", offset, bytes));
+        assert_eq!(error, expected);
+        let error = fixture
+            .refused(|pool| pool.deallocate_for_model_address("a", base + offset as u64, bytes));
+        assert_eq!(error, expected, "by address");
+    }
+    assert_eq!(
+        fixture.refused(|pool| pool.deallocate_for_model_address("a", base - 1, 1)),
+        VmmError::NotMapped {
+            offset: 0,
+            bytes: 1
+        },
+        "below the model's range"
+    );
+    let error = fixture.refused(|pool| pool.deallocate_for_model_address("a", others, PAGE));
+    assert!(
+        matches!(
+            error,
+            VmmError::NotMapped { .. } | VmmError::OutOfRange { .. } | VmmError::Overflow { .. }
+        ),
+        "another model's address: {error:?}"
+    );
+    assert!(
+        fixture
+            .refused(|pool| pool.deallocate_for_model_address("a", u64::MAX, PAGE))
+            .is_never()
+    );
+    pool.deallocate_for_model_address("a", address, PAGE)
+        .expect("its own");
+}
+
+#[test]
+fn a_model_allocates_many_times_at_the_lowest_aligned_addresses() {
+    let fixture = Fixture::new();
+    let pool = &fixture.pool;
+    let base = pool.model_base_address("a").expect("registered");
+    let at = || (pool.allocate_for_model("a", 100).expect("room") - base) as usize;
+    assert_eq!([at(), at(), at()], [0, 256, 512]);
+    pool.deallocate_for_model("a", 256, 100).expect("live");
+    assert_eq!(at(), 256, "the gap is used again");
+    let address = pool
+        .allocate_for_model_at("a", 3 * PAGE + 7, 9)
+        .expect("room");
+    assert_eq!(address, base + (3 * PAGE + 7) as u64);
+    let stats = pool.model_stats("a").expect("registered");
+    assert_eq!((stats.live_bytes, stats.live_pages), (309, 2));
+    assert_eq!(
+        pool.model("a").expect("registered").physical_memory_usage(),
+        2 * PAGE
+    );
+}
+
+#[test]
+fn a_model_cannot_have_what_the_others_hold_until_they_give_it_back() {
+    let fixture = Fixture::new();
+    let pool = &fixture.pool;
+    pool.allocate_for_model("a", 6 * PAGE).expect("room");
+    pool.allocate_for_model("b", PAGE).expect("room");
+    let error = fixture.refused(|pool| pool.allocate_for_model("b", 3 * PAGE));
+    assert_eq!(
+        error,
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes: 3 * PAGE,
+            free_bytes: PAGE,
+            retiring_bytes: 0,
+            reclaimable_bytes: 0,
+            limit_bytes: LIMIT
+        }
+    );
+    assert!(error.is_later());
+    assert_eq!(error.later_bytes(), 2 * PAGE);
+    pool.deallocate_for_model("a", 0, 3 * PAGE).expect("live");
+    pool.allocate_for_model("b", 3 * PAGE)
+        .expect("what the other gave back");
+    let committed = |model| pool.model_stats(model).expect("registered").committed_bytes;
+    assert_eq!((committed("a"), committed("b")), (3 * PAGE, 4 * PAGE));
+    assert_eq!(pool.stats().committed_bytes, 7 * PAGE);
+    assert_eq!(fixture.simulated.books().physical_bytes, 7 * PAGE);
+}
+
+#[test]
+fn memory_that_retires_is_named_in_the_error_and_not_waited_for() {
+    let fixture = Fixture::new();
+    let pool = &fixture.pool;
+    let stream = Stream::new(&fixture.simulated.device).expect("a stream");
+    let [a, b] = ["a", "b"].map(|model| pool.model(model).expect("registered"));
+    a.use_stream(&stream).expect("of this device");
+    let address = pool.allocate_for_model("a", LIMIT).expect("room");
+    fixture.simulated.simulator.hold_work();
+    // SAFETY: the pool keeps the memory mapped until the stream is past this.
+    unsafe { stream.memset(address, 1, LIMIT) }.expect("queued");
+    pool.deallocate_for_model("a", 0, LIMIT).expect("live");
+    assert_eq!(
+        fixture.refused(|_| b.try_allocate(0, PAGE)),
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes: PAGE,
+            free_bytes: 0,
+            retiring_bytes: LIMIT,
+            reclaimable_bytes: 0,
+            limit_bytes: LIMIT
+        }
+    );
+    fixture.simulated.simulator.release_work();
+    b.allocate(0, PAGE).expect("worth waiting for");
+    assert!(!fixture.simulated.simulator.is_poisoned(0));
+}
+
+#[test]
+fn a_guarantee_holds_and_a_ceiling_too() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let sure = ModelOptions {
+        guarantee_bytes: 3 * PAGE,
+        ceiling_bytes: Some(4 * PAGE),
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("sure", sure).expect("it can hold");
+    pool.register_model("greedy", CAPACITY).expect("addresses");
+    let error = pool
+        .allocate_for_model("greedy", 6 * PAGE)
+        .expect_err("into the other's guarantee");
+    assert_eq!(
+        error,
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes: 6 * PAGE,
+            free_bytes: 5 * PAGE,
+            retiring_bytes: 0,
+            reclaimable_bytes: 0,
+            limit_bytes: 5 * PAGE
+        }
+    );
+    assert!(error.is_never(), "as long as the guarantee stands");
+    pool.allocate_for_model("greedy", 5 * PAGE).expect("room");
+    pool.allocate_for_model("sure", 3 * PAGE)
+        .expect("guaranteed");
+    pool.deallocate_for_model("greedy", 0, 5 * PAGE)
+        .expect("live");
+    let error = pool
+        .allocate_for_model("sure", 2 * PAGE)
+        .expect_err("above its ceiling");
+    assert_eq!(
+        error,
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes: 2 * PAGE,
+            free_bytes: PAGE,
+            retiring_bytes: 0,
+            reclaimable_bytes: 0,
+            limit_bytes: 4 * PAGE
+        }
+    );
+    pool.allocate_for_model("sure", PAGE)
+        .expect("up to its ceiling");
+
+    let nothing = ModelOptions {
+        ceiling_bytes: Some(0),
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("none", nothing)
+        .expect("addresses");
+    let error = pool
+        .allocate_for_model("none", 1)
+        .expect_err("no room ever");
+    assert!(error.is_never() && error.is_out_of_memory());
+}
+
+#[test]
+fn an_unregistered_model_gives_everything_back_and_its_handles_are_closed() {
+    let fixture = Fixture::new();
+    let pool = &fixture.pool;
+    pool.unregister_model("b").expect("registered");
+    fixture.simulated.unchanged(|| {
+        pool.register_model("b", CAPACITY).expect("addresses");
+        pool.allocate_for_model("b", 3 * PAGE).expect("room");
+        let handle = pool.model("b").expect("registered");
+        pool.unregister_model("b").expect("registered");
+        assert_eq!(pool.models(), ["a"]);
+        assert_eq!(pool.unregister_model("b"), Err(unknown("b")));
+        assert_eq!(fixture.simulated.books().physical_bytes, 0);
+
+        let stream = Stream::new(&fixture.simulated.device).expect("a stream");
+        fixture.simulated.unchanged(|| {
+            assert_eq!(handle.allocate(0, PAGE), Err(VmmError::Closed));
+            assert_eq!(handle.try_allocate(0, PAGE), Err(VmmError::Closed));
+            assert_eq!(handle.allocate_anywhere(PAGE, 1), Err(VmmError::Closed));
+            assert_eq!(handle.deallocate(0, PAGE), Err(VmmError::Closed));
+            assert_eq!(handle.use_stream(&stream), Err(VmmError::Closed));
+            assert_eq!(handle.trim(), Ok(0));
+            assert!(!handle.is_mapped(0, PAGE));
+            assert_eq!(handle.physical_memory_usage(), 0);
+        });
+        let mut expected = PoolStats::default();
+        expected.capacity_bytes = CAPACITY;
+        expected.page_bytes = PAGE;
+        assert_eq!(handle.stats(), expected);
+        assert_eq!(Arc::strong_count(&handle), 1);
+    });
+    pool.register_model("b", PAGE)
+        .expect("the name is free again");
+    pool.allocate_for_model("b", PAGE).expect("room");
+}
+
+#[test]
+fn dropping_the_last_clone_gives_everything_back() {
+    let simulated = Simulated::default();
+    simulated.unchanged(|| {
+        let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+        let clone = pool.clone();
+        pool.register_model("a", CAPACITY).expect("addresses");
+        clone.allocate_for_model("a", 5 * PAGE).expect("room");
+        drop(pool);
+        assert_eq!(clone.stats().live_bytes, 5 * PAGE);
+        assert_eq!(clone.engine().stats(), clone.stats());
+    });
+}
+
+#[test]
+fn trim_gives_back_what_is_parked() {
+    let simulated = Simulated::default();
+    let pool = pool(
+        &simulated.device,
+        manual().limit_bytes(LIMIT).park_bytes_max(LIMIT),
+    );
+    pool.register_model("a", CAPACITY).expect("addresses");
+    pool.allocate_for_model("a", 4 * PAGE).expect("room");
+    pool.deallocate_for_model("a", 0, 3 * PAGE).expect("live");
+    pool.engine().step();
+    assert_eq!(pool.stats().parked_bytes, 3 * PAGE);
+    assert_eq!(pool.trim(), Ok(3 * PAGE));
+    assert_eq!(pool.stats().committed_bytes, PAGE);
+    assert_eq!(pool.trim(), Ok(0));
+}
