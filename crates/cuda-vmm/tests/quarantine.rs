@@ -3,12 +3,14 @@
 mod common;
 
 use common::{PAGE, Simulated, failure, manual};
-use cuda_vmm::sim::Fault;
+use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{
     CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OPERATING_SYSTEM,
     DriverFunction,
 };
-use cuda_vmm::{Access, Engine, Mapping, PhysicalMemory, Reservation, VirtualMemoryPool, VmmError};
+use cuda_vmm::{
+    Access, Engine, Mapping, PhysicalMemory, Reservation, VirtualMemoryPool, VmmError, WorkerMode,
+};
 use std::sync::Arc;
 
 fn refuse(simulated: &Simulated, calls: &[DriverFunction]) {
@@ -248,5 +250,46 @@ fn an_engine_that_ends_leaves_its_memory_to_the_device() {
         assert_eq!(simulated.books().physical_bytes, 3 * PAGE);
         simulated.simulator.clear_faults();
         assert_eq!(simulated.device.retry_quarantine(), 3 * PAGE);
+    });
+}
+
+/// Both ways in which an engine learns that the device has finished refuse for as long as they are asked.
+#[test]
+fn a_driver_that_cannot_say_whether_it_has_finished_is_an_error_and_no_endless_wait() {
+    for worker in [WorkerMode::Manual, WorkerMode::Thread] {
+        let simulated = Simulated::new(SimConfig::new().driver_version(12040));
+        simulated.unchanged(|| {
+            let options = manual().worker(worker).limit_bytes(3 * PAGE);
+            let engine = Engine::new(&simulated.device, options).expect("an engine");
+            let pool = VirtualMemoryPool::on_engine(&engine, 4 * PAGE, PAGE).expect("a pool");
+            pool.allocate(0, 2 * PAGE).expect("room");
+            refuse(&simulated, &[DriverFunction::cuCtxSynchronize]);
+            pool.deallocate(0, 2 * PAGE).expect("live");
+            let expected = failure!(cuCtxSynchronize, CUDA_ERROR_OPERATING_SYSTEM);
+            assert_eq!(pool.allocate(0, PAGE), Err(expected.clone()), "{worker:?}");
+            assert_eq!(pool.close(), Err(expected), "{worker:?}");
+            assert_eq!(engine.stats().committed_bytes, 2 * PAGE);
+            assert_eq!(engine.stats().parts_bytes(), 2 * PAGE);
+            simulated.simulator.clear_faults();
+            while engine.stats().ranges > 0 {
+                engine.step();
+            }
+            assert_eq!(engine.stats().committed_bytes, 0);
+        });
+    }
+}
+
+#[test]
+fn a_fence_that_was_waited_for_need_not_be_asked() {
+    let simulated = Simulated::default();
+    simulated.unchanged(|| {
+        let (engine, pool) = pool(&simulated);
+        pool.allocate(0, 3 * PAGE).expect("room");
+        refuse(&simulated, &[DriverFunction::cuEventQuery]);
+        pool.deallocate(0, 3 * PAGE).expect("live");
+        assert_eq!(engine.step().retiring_bytes, 3 * PAGE, "not to be known");
+        pool.allocate(0, PAGE).expect("waited for");
+        pool.close().expect("waited for");
+        assert_eq!(engine.stats().committed_bytes, 0);
     });
 }
