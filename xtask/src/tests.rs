@@ -12,11 +12,7 @@ pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator"];
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     setup::ensure(workspace, false, false)?;
-    workspace::run(
-        workspace
-            .cargo(&["test", "--workspace", "--exclude", "cuda-vmm-benches"])
-            .args(FEATURES),
-    )?;
+    workspace::run(workspace.cargo(&["test", "--workspace"]).args(FEATURES))?;
     workspace::run(
         workspace
             .cargo(&["test", "--release", "--package", "cuda-vmm"])
