@@ -1,10 +1,9 @@
-//! Gives the shared library the name by which programs look for the CUDA driver.
+//! Gives the shared library, the example `cuda`, the name by which programs look for the CUDA driver. Cargo has
+//! no way to say this of one example; linkers heed it for shared libraries only.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    let exported = std::env::var_os("CARGO_FEATURE_CDYLIB").is_some();
-    let linux = std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux");
-    if exported && linux {
-        println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libcuda.so.1");
+    if std::env::var("CARGO_CFG_TARGET_OS").is_ok_and(|system| system == "linux") {
+        println!("cargo::rustc-link-arg=-Wl,-soname,libcuda.so.1");
     }
 }

@@ -6,9 +6,6 @@ mod books;
 #[allow(unsafe_code)]
 mod calls;
 mod capture;
-#[cfg(feature = "cdylib")]
-#[allow(unsafe_code)]
-mod cdylib;
 mod config;
 mod context;
 mod cost;

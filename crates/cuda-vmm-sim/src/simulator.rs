@@ -112,12 +112,6 @@ impl Simulator {
         table
     }
 
-    /// The slot of this simulator's table.
-    #[cfg(feature = "cdylib")]
-    pub(crate) fn slot(&self) -> usize {
-        self.owner.state.threads.slot
-    }
-
     /// Adds a fault to the plan.
     pub fn inject(&self, fault: Fault) {
         self.owner.state.lock().faults.add(fault);

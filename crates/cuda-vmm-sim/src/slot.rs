@@ -65,7 +65,7 @@ macro_rules! define_slots {
         optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
     ) => {
         /// Each call on the simulator of a slot.
-        pub(crate) mod entry {
+        mod entry {
             use super::*;
 
             define_slots!(@entries $($name($($argument: $type),*);)* $($optional($($optional_argument: $optional_type),*);)*);

@@ -11,30 +11,24 @@ use std::process::Command;
 /// The library, in the process that the test starts.
 const LIBRARY: &str = "CUDA_VMM_SIM_TEST_LIBRARY";
 
-/// Builds the library with its symbols, in the same target folder and profile as this test.
+/// Builds the library, in the same target folder and profile as this test.
 fn build() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let release = !cfg!(debug_assertions);
     let mut cargo = Command::new(env!("CARGO"));
     cargo
-        .args([
-            "build",
-            "--offline",
-            "--quiet",
-            "--lib",
-            "--features",
-            "cdylib",
-        ])
+        .args(["build", "--offline", "--quiet", "--example", "cuda"])
         .args(release.then_some("--release"))
         .arg("--target-dir")
         .arg(target)
         .current_dir(env!("CARGO_MANIFEST_DIR"));
     assert!(cargo.status().unwrap().success(), "{cargo:?}");
     let built = target.join(if release { "release" } else { "debug" });
+    let built = built.join("examples");
     // Another build may replace the file at any time, so the test works on a copy.
     let copy =
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libcuda-{}.so", std::process::id()));
-    std::fs::copy(built.join("libcuda_vmm_sim.so"), &copy).unwrap();
+    std::fs::copy(built.join("libcuda.so"), &copy).unwrap();
     copy
 }
 

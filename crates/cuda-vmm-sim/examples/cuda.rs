@@ -1,4 +1,7 @@
-//! The driver's C symbols, for the shared library that takes a real `libcuda.so.1`'s place.
+//! A shared library that takes a real `libcuda.so.1`'s place for other programs:
+//! `cargo build -p cuda-vmm-sim --example cuda` makes `libcuda.so` in the target folder's `examples`.
+//!
+//! It stands apart from the crate so that no Rust program that uses the crate gets the driver's symbols.
 //!
 //! The library holds one simulator, made at the first call, as `CUDA_VMM_SIM_DEVICES` and
 //! `CUDA_VMM_SIM_MEMORY_BYTES` ask for. It lives until the process ends.
@@ -6,20 +9,25 @@
 //! # Safety
 //! The functions pass on what the caller of the driver's function of that name vouched for.
 
+#![cfg(target_os = "linux")]
 #![allow(non_snake_case)]
 
-use crate::slot::entry;
-use crate::{SimConfig, Simulator};
+use cuda_vmm_sim::{SimConfig, Simulator};
 use cuda_vmm_sys::*;
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
-/// The process's simulator, or the code that every call answers because there is none.
-static PROCESS: OnceLock<Result<Simulator, CUresult>> = OnceLock::new();
+/// The process's simulator, which keeps its table valid.
+struct Process {
+    _simulator: Simulator,
+    table: DriverTable,
+}
 
-fn process() -> &'static Result<Simulator, CUresult> {
-    PROCESS.get_or_init(|| {
+/// The table that answers, or the code that every call answers because there is none.
+fn table() -> Result<&'static DriverTable, CUresult> {
+    static PROCESS: OnceLock<Result<Process, CUresult>> = OnceLock::new();
+    let process = PROCESS.get_or_init(|| {
         let mut config = SimConfig::new();
         if let Some(devices) = variable("CUDA_VMM_SIM_DEVICES")? {
             config = config.devices(devices);
@@ -27,8 +35,16 @@ fn process() -> &'static Result<Simulator, CUresult> {
         if let Some(bytes) = variable("CUDA_VMM_SIM_MEMORY_BYTES")? {
             config = config.memory_bytes(bytes);
         }
-        Simulator::new(config).map_err(|_| CUDA_ERROR_INVALID_VALUE)
-    })
+        let simulator = Simulator::new(config).map_err(|_| CUDA_ERROR_INVALID_VALUE)?;
+        Ok(Process {
+            table: simulator.table(),
+            _simulator: simulator,
+        })
+    });
+    process
+        .as_ref()
+        .map(|process| &process.table)
+        .map_err(|code| *code)
 }
 
 fn variable(name: &str) -> Result<Option<usize>, CUresult> {
@@ -59,6 +75,19 @@ macro_rules! define_exports {
     };
 }
 
+/// A function of the table; the optional one is there, since the simulated driver is new enough.
+macro_rules! function {
+    ($table:ident.cuCtxRecordEvent) => {
+        match $table.cuCtxRecordEvent {
+            Some(function) => function,
+            None => return CUDA_ERROR_NOT_SUPPORTED,
+        }
+    };
+    ($table:ident.$name:ident) => {
+        $table.$name
+    };
+}
+
 /// Exports a function under the symbol that a real driver gives this form of it.
 macro_rules! export {
     (cuDeviceTotalMem $arguments:tt) => { export!(@as cuDeviceTotalMem_v2 = cuDeviceTotalMem $arguments); };
@@ -81,10 +110,10 @@ macro_rules! export {
         /// As the driver's function of this name.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $symbol($($argument: $type),*) -> CUresult {
-            match process() {
+            match table() {
                 // SAFETY: the caller's promise is the one that the call asks for.
-                Ok(simulator) => unsafe { entry::$name(simulator.slot() $(, $argument)*) },
-                Err(code) => *code,
+                Ok(table) => unsafe { (function!(table.$name))($($argument),*) },
+                Err(code) => code,
             }
         }
     };
