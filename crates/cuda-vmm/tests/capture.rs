@@ -79,6 +79,8 @@ fn a_capture_cannot_be_declared_while_a_context_synchronise_is_under_way() {
     let stream = Stream::new(&simulated.device).expect("a stream");
     let gate = common::Gate::close(&simulated.device, stream.raw());
     std::thread::scope(|scope| {
+        // In here, so that a failure opens it before the scope waits for its threads.
+        let gate = gate;
         let waiting = scope.spawn(|| simulated.device.synchronize());
         while simulator.calls(DriverFunction::cuCtxSynchronize) == 0 {
             std::thread::yield_now();

@@ -133,11 +133,11 @@ fn after_an_illegal_access_every_call_of_the_context_says_so() {
     let mapping = Mapping::new(&reservation, 0, &memory, &access).expect("mapped");
 
     // Work that is queued, and then loses the memory that it is about.
-    simulated.simulator.hold_work();
+    let held = simulated.hold_work();
     // SAFETY: meant to be an illegal access, which the simulator reports and does not carry out.
     unsafe { stream.memset(mapping.address(), 1, PAGE) }.expect("queued");
     mapping.close().expect("unmapping waits for nothing");
-    simulated.simulator.release_work();
+    drop(held);
 
     let error = stream.synchronize().expect_err("an illegal access");
     assert_eq!(

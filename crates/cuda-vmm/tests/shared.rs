@@ -140,7 +140,7 @@ fn memory_that_retires_is_named_in_the_error_and_not_waited_for() {
     let [a, b] = ["a", "b"].map(|model| pool.model(model).expect("registered"));
     a.use_stream(&stream).expect("of this device");
     let address = pool.allocate_for_model("a", LIMIT).expect("room");
-    fixture.simulated.simulator.hold_work();
+    let held = fixture.simulated.hold_work();
     // SAFETY: the pool keeps the memory mapped until the stream is past this.
     unsafe { stream.memset(address, 1, LIMIT) }.expect("queued");
     pool.deallocate_for_model("a", 0, LIMIT).expect("live");
@@ -154,7 +154,7 @@ fn memory_that_retires_is_named_in_the_error_and_not_waited_for() {
             limit_bytes: LIMIT
         }
     );
-    fixture.simulated.simulator.release_work();
+    drop(held);
     b.allocate(0, PAGE).expect("worth waiting for");
     assert!(!fixture.simulated.simulator.is_poisoned(0));
 }

@@ -90,7 +90,7 @@ fn a_fence_is_complete_when_the_work_before_it_is() {
     let stream = Stream::new(&simulated.device).expect("a stream");
     simulated.unchanged(|| {
         let mapping = memory(&simulated.device);
-        simulated.simulator.hold_work();
+        let held = simulated.hold_work();
         // SAFETY: the mapping outlives the work.
         unsafe { stream.memset(mapping.address(), 1, PAGE) }.expect("queued");
         let fence = stream.record().expect("a fence");
@@ -98,7 +98,7 @@ fn a_fence_is_complete_when_the_work_before_it_is() {
         for _ in 0..100 {
             assert_eq!(fence.is_complete(), Ok(false));
         }
-        simulated.simulator.release_work();
+        drop(held);
         fence.wait().expect("done");
         assert_eq!(fence.is_complete(), Ok(true));
         assert_eq!(byte(&stream, mapping.address()), 1);

@@ -74,6 +74,13 @@ impl Simulated {
         self.simulator.books(0)
     }
 
+    /// Lets no work start until it is let go, or the result is dropped, so that a test that fails does not
+    /// hang.
+    pub fn hold_work(&self) -> Held<'_> {
+        self.simulator.hold_work();
+        Held(&self.simulator)
+    }
+
     /// Does something that must leave the driver's books as they were, and hands on what came of it.
     #[track_caller]
     pub fn unchanged<T>(&self, act: impl FnOnce() -> T) -> T {
@@ -81,6 +88,15 @@ impl Simulated {
         let outcome = act();
         assert_eq!(self.books(), before, "the driver's books changed");
         outcome
+    }
+}
+
+/// Work is held while this lives.
+pub struct Held<'a>(&'a Simulator);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.release_work();
     }
 }
 

@@ -79,9 +79,11 @@ fn context_event_is_complete(device: &Device) -> Option<bool> {
 }
 
 /// Frees memory for which no stream was named while `stream` is stopped in its work.
-fn free_under_unnamed_work(device: &Device, gate: &Gate, finish: impl FnOnce()) {
+fn free_under_unnamed_work(device: &Device, gate: Gate, finish: impl FnOnce()) {
     let page = device.granularity_bytes();
     let (engine, pool) = pool(device, 2);
+    // After the pool, so that a failure opens it before the pool waits for the device.
+    let gate = gate;
     pool.allocate(0, 2 * page).expect("room");
     gate.wait_until_reached();
     pool.deallocate(0, 2 * page).expect("live");
@@ -114,7 +116,7 @@ fn memory_is_not_unmapped_under_work_of_a_non_blocking_stream_that_nobody_named(
     case(|device| {
         let stream = Stream::new(device).expect("a stream");
         let gate = Gate::close(device, stream.raw());
-        free_under_unnamed_work(device, &gate, || stream.synchronize().expect("done"));
+        free_under_unnamed_work(device, gate, || stream.synchronize().expect("done"));
     });
 }
 
@@ -133,7 +135,7 @@ fn memory_is_not_unmapped_under_work_of_another_threads_own_stream() {
                 let _ = done.send(own.synchronize());
             });
             let gate = gate.recv().expect("the other thread queued its work");
-            free_under_unnamed_work(device, &gate, || {
+            free_under_unnamed_work(device, gate, || {
                 drop(opened);
                 let outcome = finished.recv().expect("the other thread waited");
                 outcome.expect("done");
@@ -155,6 +157,8 @@ fn an_allocation_waits_for_the_very_memory_that_retires() {
         unsafe { stream.memset(address, 81, page) }.expect("queued");
         pool.deallocate(0, page).expect("live");
         std::thread::scope(|scope| {
+            // In here, so that a failure opens it before the scope waits for its threads.
+            let gate = gate;
             let waiting = scope.spawn(|| pool.allocate(0, page));
             // Time for it to go wrong in.
             std::thread::sleep(Duration::from_millis(30));
