@@ -1,7 +1,7 @@
 //! A shared library that takes a real `libcuda.so.1`'s place for other programs:
-//! `cargo build -p cuda-vmm-sim --example cuda` makes `libcuda.so` in the target folder's `examples`.
+//! `cargo build -p cuda-vmm-sim-library` makes `libcuda_vmm_sim_library.so` in the target folder.
 //!
-//! It stands apart from the crate so that no Rust program that uses the crate gets the driver's symbols.
+//! It stands apart from `cuda-vmm-sim` so that no Rust program that uses that crate gets the driver's symbols.
 //!
 //! The library holds one simulator, made at the first call, as `CUDA_VMM_SIM_DEVICES` and
 //! `CUDA_VMM_SIM_MEMORY_BYTES` ask for. It lives until the process ends.

@@ -11,25 +11,21 @@ use std::process::Command;
 /// The library, in the process that the test starts.
 const LIBRARY: &str = "CUDA_VMM_SIM_TEST_LIBRARY";
 
-/// Builds the library, in the same target folder and profile as this test.
-fn build() -> PathBuf {
+/// Builds the library, in the same target folder and profile as this test: for a test alone Cargo does not build a
+/// library that no Rust code can link.
+fn built() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let release = !cfg!(debug_assertions);
     let mut cargo = Command::new(env!("CARGO"));
     cargo
-        .args(["build", "--offline", "--quiet", "--example", "cuda"])
+        .args(["build", "--offline", "--quiet", "--lib"])
         .args(release.then_some("--release"))
         .arg("--target-dir")
         .arg(target)
         .current_dir(env!("CARGO_MANIFEST_DIR"));
     assert!(cargo.status().unwrap().success(), "{cargo:?}");
     let built = target.join(if release { "release" } else { "debug" });
-    let built = built.join("examples");
-    // Another build may replace the file at any time, so the test works on a copy.
-    let copy =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("libcuda-{}.so", std::process::id()));
-    std::fs::copy(built.join("libcuda.so"), &copy).unwrap();
-    copy
+    built.join("libcuda_vmm_sim_library.so")
 }
 
 #[test]
@@ -37,7 +33,7 @@ fn the_library_is_a_driver_for_other_programs() {
     if let Some(library) = std::env::var_os(LIBRARY) {
         return use_library(Path::new(&library));
     }
-    let library = build();
+    let library = built();
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "the_library_is_a_driver_for_other_programs"])
         .env(LIBRARY, &library)
@@ -46,7 +42,6 @@ fn the_library_is_a_driver_for_other_programs() {
         .env("CUDA_VMM_SIM_MEMORY_BYTES", "8388608")
         .output()
         .unwrap();
-    std::fs::remove_file(&library).unwrap();
     assert!(
         output.status.success(),
         "{}",
