@@ -97,7 +97,6 @@ fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let archive = folder.join("bundle.tar.gz");
     progress::during("packing the bundle", || {
         let status = Command::new("tar")
-            .env("GZIP", "-9")
             .arg("-czf")
             .arg(&archive)
             .arg("-C")

@@ -19,7 +19,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 : >"$report" || exit 1
 tar -xzf "$here/bundle.tar.gz" -C "$work" || exit 1
-mkdir "$work/logs" || exit 1
+mkdir "$work/logs" "$work/opened" || exit 1
 
 # Only the real driver counts here.
 CUDA_VMM_TEST_DRIVER=real
@@ -82,18 +82,19 @@ done <"$work/libraries"
 passes=0
 failures=0
 skips=0
+reals=0
 table=$work/table
 : >"$table"
 
-# record STATE NAME SECONDS TESTS NOTE
+# record STATE NAME SECONDS TESTS DRIVER NOTE
 record() {
     case $1 in
     PASS) passes=$((passes + 1)) ;;
     FAIL) failures=$((failures + 1)) ;;
     SKIPPED) skips=$((skips + 1)) ;;
     esac
-    printf '%-8s %-32s %5s s  %5s tests  %s\n' "$1" "$2" "$3" "$4" "$5"
-    printf '| %s | %s | %s | %s | %s |\n' "$2" "$1" "$3" "$4" "$5" >>"$table"
+    printf '%-8s %-32s %5s s  %5s tests  driver: %-9s  %s\n' "$1" "$2" "$3" "$4" "$5" "$6"
+    printf '| %s | %s | %s | %s | %s | %s |\n' "$2" "$1" "$3" "$4" "$5" "$6" >>"$table"
 }
 
 # The sum of the numbers before a word ("passed") in the runner's summary lines.
@@ -117,15 +118,15 @@ number=0
 while IFS='	' read -r kind file name; do
     number=$((number + 1))
     if [ "$probe" -eq 2 ]; then
-        record SKIPPED "$name" 0 0 "$reason"
+        record SKIPPED "$name" 0 0 none "$reason"
         continue
     fi
     if [ "$probe" -ne 0 ]; then
-        record FAIL "$name" 0 0 "${reason:-the probe did not answer}"
+        record FAIL "$name" 0 0 none "${reason:-the probe did not answer}"
         continue
     fi
     if [ "$kind" = candle ] && [ -n "$missing" ]; then
-        record SKIPPED "$name" 0 0 "missing $missing"
+        record SKIPPED "$name" 0 0 none "missing $missing"
         continue
     fi
     log=$work/logs/$number
@@ -136,12 +137,21 @@ while IFS='	' read -r kind file name; do
             LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
             export LD_LIBRARY_PATH
         fi
+        # The dynamic loader writes down what each process opens.
+        LD_DEBUG=files LD_DEBUG_OUTPUT=$work/opened/$number
+        export LD_DEBUG LD_DEBUG_OUTPUT
         limited "./bin/$file" </dev/null
     ) >"$log" 2>&1
     code=$?
     took=$(($(date +%s) - began))
     passed=$(total passed "$log")
     failed=$(total failed "$log")
+    # Tests that are about the simulator never open the driver, wherever they run.
+    opened=simulated
+    if cat "$work/opened/$number".* 2>/dev/null | grep -q 'calling init:.*libcuda\.so\.1'; then
+        opened=real
+        reals=$((reals + 1))
+    fi
     note=
     state=PASS
     if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
@@ -153,8 +163,11 @@ while IFS='	' read -r kind file name; do
     elif [ "$kind" != program ] && [ "$passed" -eq 0 ]; then
         state=FAIL
         note="no test ran"
+    elif [ "$kind" != core ] && [ "$opened" != real ]; then
+        state=FAIL
+        note="it did not open the real driver"
     fi
-    record "$state" "$name" "$took" "$passed" "$note"
+    record "$state" "$name" "$took" "$passed" "$opened" "$note"
     if [ "$state" = FAIL ]; then
         {
             printf '\n## Log of %s\n\n```text\n' "$name"
@@ -185,16 +198,18 @@ done <"$work/rows"
     sed 's/^\([^:]*\): \(.*\)$/| \1 | \2 |/' "$work/built"
     echo "| CUDA libraries | ${libraries:-those of the dynamic loader}${missing:+; missing: $missing} |"
     echo
-    echo "$passes PASS, $failures FAIL, $skips SKIPPED"
+    echo "$passes PASS, $failures FAIL, $skips SKIPPED; $reals rows opened the real driver"
     echo
-    echo "| Row | State | Seconds | Tests passed | Note |"
-    echo "|---|---|---:|---:|---|"
+    echo "Driver: whether the row's processes opened libcuda.so.1. Tests that are about the simulator do not."
+    echo
+    echo "| Row | State | Seconds | Tests passed | Driver | Note |"
+    echo "|---|---|---:|---:|---|---|"
     cat "$table"
     if [ -f "$work/appendix" ]; then cat "$work/appendix"; fi
 } >"$report"
 
-echo "$passes PASS, $failures FAIL, $skips SKIPPED; GPU: ${gpu:-none}; report: $report"
+echo "$passes PASS, $failures FAIL, $skips SKIPPED; $reals rows opened the real driver; GPU: ${gpu:-none}; report: $report"
 if [ "$failures" -gt 0 ]; then exit 1; fi
 if [ "$skips" -gt 0 ]; then exit 2; fi
-if [ "$passes" -eq 0 ]; then exit 1; fi
+if [ "$reals" -eq 0 ]; then exit 1; fi
 exit 0

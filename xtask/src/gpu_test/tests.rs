@@ -9,6 +9,10 @@ const GPU: &str = "#!/bin/sh\nprintf 'cuda=13.0\\ndevices=1\\nname=Test GPU\\n'\
 const NO_GPU: &str = "#!/bin/sh\necho reason=no driver library\nexit 2\n";
 const GOOD: &str = "#!/bin/sh\n[ \"$CUDA_VMM_TEST_DRIVER\" = real ] || exit 9\n\
     echo 'test result: ok. 7 passed; 0 failed; 0 ignored'\n";
+/// As a program that opens the driver: what the dynamic loader would write then.
+const OPENS: &str = "#!/bin/sh\n\
+    echo 'calling init: /usr/lib/libcuda.so.1' >\"$LD_DEBUG_OUTPUT.1\"\n\
+    echo a demo\necho 'test result: ok. 7 passed; 0 failed; 0 ignored'\n";
 const BAD: &str = "#!/bin/sh\necho 'what went wrong'\necho 'test result: FAILED. 3 passed; 1 failed; 0 ignored'\nexit 101\n";
 const EMPTY: &str = "#!/bin/sh\necho 'test result: ok. 0 passed; 0 failed; 4 ignored'\n";
 
@@ -70,12 +74,7 @@ impl Drop for Bundle {
 
 #[test]
 fn all_rows_passing_is_0_and_the_report_names_the_gpu() {
-    let bundle = Bundle::new(
-        "pass",
-        GPU,
-        &[("core", GOOD), ("program", "#!/bin/sh\necho a demo\n")],
-        "",
-    );
+    let bundle = Bundle::new("pass", GPU, &[("core", GOOD), ("program", OPENS)], "");
     let (code, report) = bundle.run(&[]);
     assert_eq!(code, 0, "{report}");
     for part in [
@@ -83,7 +82,9 @@ fn all_rows_passing_is_0_and_the_report_names_the_gpu() {
         "| Built from | commit abc |",
         "| core 0 | PASS |",
         "| 7 |",
-        "2 PASS, 0 FAIL, 0 SKIPPED",
+        "| 7 | simulated |",
+        "| 7 | real |",
+        "2 PASS, 0 FAIL, 0 SKIPPED; 1 rows opened the real driver",
         "a demo",
     ] {
         assert!(report.contains(part), "{part} in {report}");
@@ -127,7 +128,7 @@ fn a_driver_that_fails_is_a_failure() {
 
 #[test]
 fn only_the_candle_rows_are_skipped_where_their_libraries_are_missing() {
-    let rows = [("core", GOOD), ("candle", GOOD)];
+    let rows = [("core", GOOD), ("candle", OPENS)];
     let bundle = Bundle::new("libraries", GPU, &rows, "libxtask-absent.so.13\n");
     let (code, report) = bundle.run(&[]);
     assert_eq!(code, 2, "{report}");
@@ -142,6 +143,17 @@ fn only_the_candle_rows_are_skipped_where_their_libraries_are_missing() {
     fs::write(bundle.0.join("cuda/libxtask-absent.so.13"), "").unwrap();
     let (code, report) = bundle.run(&[]);
     assert_eq!(code, 0, "{report}");
+}
+
+#[test]
+fn a_demo_that_simulates_is_a_failure_and_so_is_a_report_without_the_driver() {
+    let bundle = Bundle::new("simulates", GPU, &[("program", GOOD)], "");
+    let (code, report) = bundle.run(&[]);
+    assert_eq!(code, 1, "{report}");
+    assert!(report.contains("did not open the real driver"), "{report}");
+
+    let bundle = Bundle::new("only", GPU, &[("core", GOOD)], "");
+    assert_eq!(bundle.run(&[]).0, 1);
 }
 
 #[test]
