@@ -14,8 +14,7 @@
 use crate::device::default_driver;
 use crate::error::{Result, VmmError};
 use cuda_vmm::Driver;
-use cuda_vmm::sys::{self, CUresult, DriverFunction};
-use std::ffi::CStr;
+use cuda_vmm::sys::{self, DriverFunction};
 
 /// Kind of place where memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -300,40 +299,9 @@ pub fn get_minimum_granularity(device_ordinal: i32) -> Result<usize> {
 macro_rules! call {
     ($driver:expr, $function:ident($($argument:expr),* $(,)?)) => {{
         let driver: &Driver = $driver;
-        refuse_after_fork(driver)?;
-        check(
-            driver,
-            DriverFunction::$function,
-            (driver.table().$function)($($argument),*),
-        )
+        driver.check_process()?;
+        let code = (driver.table().$function)($($argument),*);
+        driver.check(DriverFunction::$function, code).map_err(VmmError::Vmm)
     }};
 }
 use call;
-
-/// The core checks every call of its own for a fork; calls through the bare table it cannot, so a call
-/// that is one of its own goes first.
-fn refuse_after_fork(driver: &Driver) -> Result<()> {
-    driver.device_count()?;
-    Ok(())
-}
-
-/// A code as a `Result`, as the core has it.
-fn check(driver: &Driver, call: DriverFunction, code: CUresult) -> Result<()> {
-    if code == sys::CUDA_SUCCESS {
-        tracing::debug!(target: "cuda_vmm::driver", %call, "called");
-        return Ok(());
-    }
-    let mut text = std::ptr::null();
-    // SAFETY: `text` is a valid place; on success the driver puts a static C string there.
-    let name = unsafe {
-        if (driver.table().cuGetErrorName)(code, &mut text) == sys::CUDA_SUCCESS && !text.is_null()
-        {
-            CStr::from_ptr(text).to_string_lossy().into_owned()
-        } else {
-            "unknown error".to_owned()
-        }
-    };
-    tracing::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
-    let error = cuda_vmm::DriverError { call, code, name };
-    Err(VmmError::Vmm(error.into()))
-}

@@ -201,17 +201,37 @@ impl Device {
 
     /// Tries again to give back what is in quarantine; returns the bytes of memory that went.
     ///
-    /// In a forked process it does nothing.
+    /// Where an engine ended with memory that the device might still use, this waits for the device
+    /// ([`synchronize`](Self::synchronize)), unless a capture is declared. In a forked process it does nothing.
     pub fn retry_quarantine(&self) -> usize {
         if self.driver().check_process().is_err() {
             return 0;
         }
+        let before = self.quarantined_bytes();
+        let unfinished = self.quarantine(Quarantine::take_unfinished);
+        if !unfinished.is_empty() {
+            let finished = CaptureGuard::try_none().is_some_and(|_no_capture| {
+                match self.synchronize_now() {
+                    Ok(()) => true,
+                    // Nothing runs on a poisoned context any more.
+                    Err(error) => error.is_poisoned(),
+                }
+            });
+            if finished {
+                drop(unfinished);
+            } else {
+                self.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
+            }
+        }
+        self.retry_refused();
+        before.saturating_sub(self.quarantined_bytes())
+    }
+
+    /// Tries again to give back what the driver refused. Waits for nothing.
+    pub(crate) fn retry_refused(&self) {
         // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
         // puts itself back when it is dropped.
-        let stuck = self.quarantine(core::mem::take);
-        let before = stuck.bytes();
-        drop(stuck);
-        before.saturating_sub(self.quarantined_bytes())
+        drop(self.quarantine(Quarantine::take_refused));
     }
 
     pub(crate) fn quarantine<T>(&self, use_it: impl FnOnce(&mut Quarantine) -> T) -> T {

@@ -243,8 +243,12 @@ impl Driver {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Fails in a process that was forked from the one that opened the driver.
-    pub(crate) fn check_process(&self) -> Result<()> {
+    /// Fails in a process that was forked from the one that opened the driver. For callers of the
+    /// [`table`](Self::table); everything else in this crate asks by itself.
+    ///
+    /// # Errors
+    /// [`VmmError::Forked`].
+    pub fn check_process(&self) -> Result<()> {
         if fork::generation() == self.0.process {
             Ok(())
         } else {
@@ -252,8 +256,12 @@ impl Driver {
         }
     }
 
-    /// The one door from a driver's code to a result.
-    pub(crate) fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
+    /// The one door from a driver's code to a result: success, or an error with the call, the code and the
+    /// driver's name for it (`cuGetErrorName`).
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`] for every code but success.
+    pub fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
         self.0.check(call, code)
     }
 }

@@ -179,14 +179,6 @@ pub enum VmmError {
     /// This process was forked from the one that opened the driver, which CUDA does not allow.
     #[error("the driver was opened before fork; it cannot be used in the child")]
     Forked,
-    /// The operating system refused a call on a file descriptor.
-    #[error("{call} failed: {reason}")]
-    System {
-        /// The call.
-        call: &'static str,
-        /// The system's own words.
-        reason: String,
-    },
 }
 
 impl VmmError {

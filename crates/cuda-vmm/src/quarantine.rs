@@ -23,23 +23,43 @@ impl Stuck {
 
 /// What a device could not give back when its owner was dropped.
 ///
-/// Objects in here are owned whole: dropping the quarantine drops each, which tries once more and puts
-/// what fails again into the device's current quarantine.
+/// Objects in here are owned whole: dropping one tries once more, and what fails again puts itself into the
+/// device's current quarantine.
 #[derive(Debug, Default)]
-pub(crate) struct Quarantine(Vec<Stuck>);
+pub(crate) struct Quarantine {
+    /// What the driver refused.
+    refused: Vec<Stuck>,
+    /// Mappings that the device may still use: nobody could wait for it when their owner was dropped.
+    unfinished: Vec<Mapping>,
+}
 
 impl Quarantine {
     pub(crate) fn push(&mut self, stuck: Stuck) {
-        self.0.push(stuck);
+        self.refused.push(stuck);
     }
 
+    /// Adds mappings that must not be unmapped before a context synchronise.
+    pub(crate) fn push_unfinished(&mut self, mappings: Vec<Mapping>) {
+        self.unfinished.extend(mappings);
+    }
+
+    pub(crate) fn take_refused(&mut self) -> Vec<Stuck> {
+        core::mem::take(&mut self.refused)
+    }
+
+    pub(crate) fn take_unfinished(&mut self) -> Vec<Mapping> {
+        core::mem::take(&mut self.unfinished)
+    }
+
+    /// Bytes of memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.0.iter().map(Stuck::bytes).sum()
+        let refused = self.refused.iter().map(Stuck::bytes).sum::<usize>();
+        refused + self.unfinished.iter().map(Mapping::bytes).sum::<usize>()
     }
 
     /// Bytes of addresses in reservations.
     pub(crate) fn address_bytes(&self) -> usize {
-        let reservations = self.0.iter().filter_map(|stuck| match stuck {
+        let reservations = self.refused.iter().filter_map(|stuck| match stuck {
             Stuck::Reservation(reservation) => Some(reservation.bytes()),
             _ => None,
         });

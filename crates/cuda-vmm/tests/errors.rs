@@ -292,13 +292,6 @@ fn texts() -> Vec<(VmmError, &'static str)> {
             VmmError::Forked,
             "the driver was opened before fork; it cannot be used in the child",
         ),
-        (
-            VmmError::System {
-                call: "dup",
-                reason: "no more".to_owned(),
-            },
-            "dup failed: no more",
-        ),
     ]
 }
 

@@ -20,7 +20,7 @@ const LIMIT_PAGES: usize = 32;
 const GUARANTEE_PAGES: usize = 6;
 
 #[derive(Debug, Clone)]
-enum Step {
+enum Operation {
     Allocate {
         model: usize,
         at: usize,
@@ -51,19 +51,19 @@ enum Step {
     Fault(u64),
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn operation() -> impl Strategy<Value = Operation> {
     let model = 0..MODELS;
     prop_oneof![
         30 => (model.clone(), 0..UNITS, 1..24usize, any::<bool>())
-            .prop_map(|(model, at, units, wait)| Step::Allocate { model, at, units, wait }),
-        10 => (model.clone(), 1..24usize).prop_map(|(model, units)| Step::AllocateAnywhere { model, units }),
-        25 => (model.clone(), 0..UNITS, 1..24usize).prop_map(|(model, at, units)| Step::Deallocate { model, at, units }),
-        6 => model.clone().prop_map(|model| Step::DeallocateAll { model }),
-        4 => model.clone().prop_map(|model| Step::Register { model }),
-        1 => model.prop_map(|model| Step::Unregister { model }),
-        8 => Just(Step::TakeStep),
-        2 => Just(Step::Trim),
-        3 => (1..12u64).prop_map(Step::Fault),
+            .prop_map(|(model, at, units, wait)| Operation::Allocate { model, at, units, wait }),
+        10 => (model.clone(), 1..24usize).prop_map(|(model, units)| Operation::AllocateAnywhere { model, units }),
+        25 => (model.clone(), 0..UNITS, 1..24usize).prop_map(|(model, at, units)| Operation::Deallocate { model, at, units }),
+        6 => model.clone().prop_map(|model| Operation::DeallocateAll { model }),
+        4 => model.clone().prop_map(|model| Operation::Register { model }),
+        1 => model.prop_map(|model| Operation::Unregister { model }),
+        8 => Just(Operation::TakeStep),
+        2 => Just(Operation::Trim),
+        3 => (1..12u64).prop_map(Operation::Fault),
     ]
 }
 
@@ -102,7 +102,7 @@ impl Model {
     }
 }
 
-fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), TestCaseError> {
+fn run(steps: Vec<Operation>, options: EngineOptions, streams: bool) -> Result<(), TestCaseError> {
     let driver = Driver::simulated(SimConfig::new().unbacked().memory_bytes(1 << 30))
         .expect("a free slot for a simulator");
     let simulator = driver.simulator().expect("simulated").clone();
@@ -125,7 +125,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
     for step in steps {
         let what = format!("{step:?}");
         match step {
-            Step::Allocate {
+            Operation::Allocate {
                 model: who,
                 at,
                 units: count,
@@ -187,7 +187,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     }
                 }
             }
-            Step::AllocateAnywhere {
+            Operation::AllocateAnywhere {
                 model: who,
                 units: count,
             } => {
@@ -228,7 +228,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     }
                 }
             }
-            Step::Deallocate {
+            Operation::Deallocate {
                 model: who,
                 at,
                 units: count,
@@ -254,7 +254,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                 };
                 prop_assert_eq!(outcome, expected);
             }
-            Step::DeallocateAll { model: who } => {
+            Operation::DeallocateAll { model: who } => {
                 if let Some(units) = &mut model.0[who] {
                     for at in (0..UNITS).filter(|at| units[*at]) {
                         prop_assert_eq!(
@@ -265,7 +265,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     units.fill(false);
                 }
             }
-            Step::Register { model: who } => {
+            Operation::Register { model: who } => {
                 let quota = ModelOptions {
                     guarantee_bytes: if who == 0 { GUARANTEE_PAGES * PAGE } else { 0 },
                     ..ModelOptions::new(UNITS * UNIT)
@@ -294,7 +294,7 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     }
                 }
             }
-            Step::Unregister { model: who } => {
+            Operation::Unregister { model: who } => {
                 let outcome = pool.unregister_model(&names[who]);
                 match model.0[who].take() {
                     None => prop_assert_eq!(
@@ -306,11 +306,11 @@ fn run(steps: Vec<Step>, options: EngineOptions, streams: bool) -> Result<(), Te
                     Some(_) => prop_assert!(outcome.is_ok() || faulty, "{what}: {outcome:?}"),
                 }
             }
-            Step::TakeStep => {
+            Operation::TakeStep => {
                 pool.engine().step();
             }
-            Step::Trim => prop_assert!(pool.trim().is_ok() || faulty),
-            Step::Fault(nth) => {
+            Operation::Trim => prop_assert!(pool.trim().is_ok() || faulty),
+            Operation::Fault(nth) => {
                 simulator.inject(Fault::nth_call(nth, CUDA_ERROR_OPERATING_SYSTEM));
                 faulty = true;
                 // What it hits is the next step's; then the driver works again.
@@ -371,7 +371,7 @@ proptest! {
 
     #[test]
     fn both_pools_agree_with_a_plain_model(
-        steps in prop::collection::vec(step(), 1_000),
+        steps in prop::collection::vec(operation(), 1_000),
         park in prop::bool::ANY,
         streams in prop::bool::ANY,
     ) {

@@ -325,3 +325,33 @@ fn dropping_a_pool_waits_for_the_device_and_returns_every_byte() {
     let books = fixture.simulator.books(0);
     assert_eq!((books.physical_bytes, books.reservations), (0, 0));
 }
+
+#[test]
+fn memory_of_an_engine_that_ended_during_a_capture_is_unmapped_after_a_synchronise_only() {
+    let fixture = Fixture::new(
+        SimConfig::new().driver_version(12000),
+        EngineOptions::new().worker(WorkerMode::Manual),
+    );
+    let pool = fixture.pool();
+    let stream = Stream::new(&fixture.device).expect("stream");
+    let address = pool.allocate(0, PAGE).expect("room");
+    fixture.simulator.hold_work();
+    write(&stream, address);
+    let Fixture {
+        simulator,
+        engine,
+        device,
+        _turn,
+    } = fixture;
+    let capture = CaptureGuard::new();
+    drop((pool, engine));
+    assert_eq!(device.quarantined_bytes(), PAGE);
+    assert_eq!(device.retry_quarantine(), 0, "a capture is declared");
+    assert_eq!(simulator.calls(DriverFunction::cuMemUnmap), 0);
+    drop(capture);
+    simulator.release_work();
+    assert_eq!(device.retry_quarantine(), PAGE);
+    assert!(!simulator.is_poisoned(0), "the write was over");
+    drop((stream, device));
+    ends(&simulator);
+}

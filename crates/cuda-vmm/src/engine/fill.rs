@@ -144,7 +144,7 @@ impl Inner {
                         .engines()
                         .iter()
                         .for_each(|engine| engine.inner().relieve());
-                    self.device.retry_quarantine();
+                    self.device.retry_refused();
                     left.push(pages);
                     continue;
                 }

@@ -386,15 +386,13 @@ impl Drop for Inner {
             return;
         }
         // Pools close their ranges, so memory is left here only if the driver refused it, or if a capture
-        // was declared and no worker could wait for its end. Such memory is not unmapped now: the device
-        // may still use it. Its own quarantine keeps and retries it.
+        // was declared and no worker could wait for its end. The device may still use it, so it is not
+        // unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         for range in state.ranges.values_mut() {
-            for mapping in range.pages.take_all() {
-                self.device.quarantine(|quarantine| {
-                    quarantine.push(crate::quarantine::Stuck::Mapping(mapping));
-                });
-            }
+            let mappings = range.pages.take_all();
+            self.device
+                .quarantine(|quarantine| quarantine.push_unfinished(mappings));
         }
     }
 }
