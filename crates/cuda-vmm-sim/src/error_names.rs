@@ -41,6 +41,7 @@ codes! {
     CUDA_ERROR_ECC_UNCORRECTABLE "uncorrectable memory error"
     CUDA_ERROR_OPERATING_SYSTEM "the operating system refused"
     CUDA_ERROR_INVALID_HANDLE "the handle is not valid"
+    CUDA_ERROR_ILLEGAL_STATE "not possible in the present state"
     CUDA_ERROR_NOT_FOUND "there is no such symbol"
     CUDA_ERROR_NOT_READY "work is still under way"
     CUDA_ERROR_ILLEGAL_ADDRESS "the device touched memory that it may not touch"

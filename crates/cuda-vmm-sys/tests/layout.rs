@@ -76,6 +76,7 @@ macro_rules! compare_everything {
                 CUDA_ERROR_ECC_UNCORRECTABLE,
                 CUDA_ERROR_OPERATING_SYSTEM,
                 CUDA_ERROR_INVALID_HANDLE,
+                CUDA_ERROR_ILLEGAL_STATE,
                 CUDA_ERROR_NOT_FOUND,
                 CUDA_ERROR_NOT_READY,
                 CUDA_ERROR_ILLEGAL_ADDRESS,
