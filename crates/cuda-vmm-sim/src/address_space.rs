@@ -18,6 +18,11 @@ impl Access {
         (self.0 >> (2 * device)) as CUmemAccess_flags & 3
     }
 
+    /// Whether a device may read, or write, there.
+    pub(crate) fn allows(self, device: usize, write: bool) -> bool {
+        self.of(device) & if write { 2 } else { 1 } != 0
+    }
+
     pub(crate) fn set(&mut self, device: usize, flags: CUmemAccess_flags) {
         self.0 = self.0 & !(3 << (2 * device)) | (u64::from(flags) & 3) << (2 * device);
     }
@@ -190,6 +195,21 @@ impl AddressSpace {
         self.reservation_of(address, 1).is_ok() || self.at(address).is_some()
     }
 
+    /// Whether all of a range has memory behind it that a device may read, or write.
+    pub(crate) fn is_open(&self, address: u64, bytes: usize, device: usize, write: bool) -> bool {
+        let Some(end) = address.checked_add(bytes as u64) else {
+            return false;
+        };
+        let mut reached = address;
+        for (start, range) in self.overlapping(address, bytes) {
+            if start > reached || !range.access.allows(device, write) {
+                return false;
+            }
+            reached = start + range.bytes as u64;
+        }
+        reached >= end
+    }
+
     /// The reservation that holds all of a range.
     fn reservation_of(&self, address: u64, bytes: usize) -> Answer<(u64, &Reservation)> {
         let (&start, reservation) = self
@@ -264,12 +284,19 @@ impl AddressSpace {
             .collect()
     }
 
-    /// Unmaps the mappings in a range, which may have holes; returns what was mapped.
+    /// Unmaps the mappings in a range, which may have holes; returns what was mapped. A range in which
+    /// nothing is mapped need not be aligned.
     pub(crate) fn unmap(&mut self, address: u64, bytes: usize) -> Answer<Vec<Range>> {
-        self.check_aligned(address, bytes)?;
+        if bytes == 0 {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
         let (start, reservation) = self.reservation_of(address, bytes)?;
         let mapped = self.whole_mappings(address, bytes)?;
-        if let (Some(host), false) = (&reservation.host, mapped.is_empty()) {
+        if mapped.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.check_aligned(address, bytes)?;
+        if let Some(host) = &reservation.host {
             host.clear((address - start) as usize, bytes)
                 .map_err(out_of_memory)?;
         }

@@ -7,7 +7,7 @@
 #![allow(non_snake_case)]
 
 use crate::capture::{Endpoint, Node};
-use crate::location::write_properties;
+use crate::location::{read_kind, write_properties};
 use crate::state::{Answer, State};
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -256,7 +256,7 @@ calls! {
     }
     fn cuMemGetAllocationGranularity(sim, granularity: *mut usize, properties: *const CUmemAllocationProp, option: CUmemAllocationGranularity_flags) {
         let granularity = out!(granularity);
-        sim.read_properties(read!(properties))?;
+        read_kind(read!(properties))?;
         if ![CU_MEM_ALLOC_GRANULARITY_MINIMUM, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED].contains(&option) {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }

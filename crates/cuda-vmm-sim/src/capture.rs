@@ -205,7 +205,7 @@ impl State {
         let id = inner.graphs.captures;
         let stream = inner.streams.get_mut(key)?;
         if stream.capture.is_some() {
-            return Err(CUDA_ERROR_INVALID_VALUE);
+            return Err(CUDA_ERROR_ILLEGAL_STATE);
         }
         stream.capture = Some(Capture {
             id,
@@ -223,7 +223,7 @@ impl State {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let stream = inner.streams.get_mut(key)?;
-        let capture = stream.capture.as_ref().ok_or(CUDA_ERROR_INVALID_VALUE)?;
+        let capture = stream.capture.as_ref().ok_or(CUDA_ERROR_ILLEGAL_STATE)?;
         let own = capture.thread == std::thread::current().id();
         if !own && capture.mode != CU_STREAM_CAPTURE_MODE_RELAXED {
             return Err(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);

@@ -16,6 +16,7 @@ mod export;
 mod fault;
 #[allow(unsafe_code)]
 mod host_memory;
+mod launch;
 #[allow(unsafe_code)]
 mod location;
 mod memory;

@@ -62,23 +62,32 @@ impl State {
         if !known.contains(&flags) {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
-        let device = self.read_location(&descriptor.location)?;
+        let device = self
+            .read_location(&descriptor.location)
+            .map_err(|_| CUDA_ERROR_INVALID_VALUE)?;
         Ok(Descriptor { device, flags })
     }
 
     /// What allocation properties ask for: pinned memory of one of the devices, exportable by file
     /// descriptor or not at all.
     pub(crate) fn read_properties(&self, properties: &CUmemAllocationProp) -> Answer<Properties> {
-        if properties.type_ != CU_MEM_ALLOCATION_TYPE_PINNED {
-            return Err(CUDA_ERROR_INVALID_VALUE);
-        }
-        let shareable = match properties.requestedHandleTypes {
-            CU_MEM_HANDLE_TYPE_NONE => false,
-            CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR => true,
-            _ => return Err(CUDA_ERROR_NOT_SUPPORTED),
-        };
+        let shareable = read_kind(properties)?;
         let device = self.read_location(&properties.location)?;
         Ok(Properties { device, shareable })
+    }
+}
+
+/// What allocation properties ask for on whatever device, which need not exist: pinned memory of a
+/// device, and whether it can be exported.
+pub(crate) fn read_kind(properties: &CUmemAllocationProp) -> Answer<bool> {
+    let pinned = properties.type_ == CU_MEM_ALLOCATION_TYPE_PINNED;
+    if !pinned || read(&properties.location).kind != CU_MEM_LOCATION_TYPE_DEVICE {
+        return Err(CUDA_ERROR_INVALID_VALUE);
+    }
+    match properties.requestedHandleTypes {
+        CU_MEM_HANDLE_TYPE_NONE => Ok(false),
+        CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR => Ok(true),
+        _ => Err(CUDA_ERROR_NOT_SUPPORTED),
     }
 }
 

@@ -7,10 +7,9 @@
 
 use crate::capture::{Endpoint, Node};
 use crate::cost::CostModel;
-use crate::state::{Answer, Guard, Inner, State};
+use crate::state::{Guard, Inner, State};
 use cuda_vmm_sys::*;
 use std::ffi::c_void;
-use std::sync::Arc;
 
 /// Part of a range of addresses, and which mapping it lies in.
 #[derive(Clone, Debug)]
@@ -191,13 +190,12 @@ impl Inner {
 
     /// Whether work of a device may go on with a segment.
     fn may_touch(&self, device: usize, segment: &Segment, write: bool) -> bool {
-        let needed = if write { 2 } else { 1 };
         self.space
             .at(segment.address)
             .is_some_and(|(start, range)| {
                 start == segment.mapping_address
                     && range.id == segment.mapping_id
-                    && range.access.of(device) & needed != 0
+                    && range.access.allows(device, write)
             })
     }
 }
@@ -377,51 +375,4 @@ impl State {
 enum Source<'a> {
     Value(u8),
     Place(&'a Place),
-}
-
-impl State {
-    /// Enqueues a piece of work on a stream, or adds it to the stream's capture.
-    pub(crate) fn launch(self: &Arc<Self>, stream: CUstream, node: Node) -> Answer {
-        let mut inner = self.lock();
-        let key = inner.enter_stream(stream)?;
-        inner.check_known(&node)?;
-        if let Some(capture) = &mut inner.streams.get_mut(key)?.capture {
-            return capture.add(node);
-        }
-        inner.check_implicit(key)?;
-        let work = inner.resolve(&node, true, self.config.backed);
-        self.enqueue(&mut inner, key, work)?;
-        Ok(())
-    }
-
-    /// Runs a piece of work in the legacy stream's order and waits for it.
-    pub(crate) fn launch_and_wait(self: &Arc<Self>, node: Node) -> Answer {
-        let mut inner = self.lock();
-        let key = inner.enter_stream(std::ptr::null_mut())?;
-        inner.check_known(&node)?;
-        inner.check_implicit(key)?;
-        let work = inner.resolve(&node, false, self.config.backed);
-        self.run_in_order(inner, key, work)
-    }
-}
-
-impl Inner {
-    /// Refuses addresses that were never reserved or allocated. Reserved ones are left to the device.
-    fn check_known(&self, node: &Node) -> Answer {
-        let known = |address: u64, bytes: usize| bytes == 0 || self.space.is_known(address);
-        let endpoint = |endpoint: Endpoint, bytes| match endpoint {
-            Endpoint::Device(address) => known(address, bytes),
-            Endpoint::Host(address) => bytes == 0 || address != 0,
-        };
-        let fine = match *node {
-            Node::Nothing | Node::HostFunction { .. } => true,
-            Node::Memset { address, bytes, .. } => known(address, bytes),
-            Node::Copy { to, from, bytes } => endpoint(to, bytes) && endpoint(from, bytes),
-        };
-        if fine {
-            Ok(())
-        } else {
-            Err(CUDA_ERROR_INVALID_VALUE)
-        }
-    }
 }

@@ -303,11 +303,6 @@ fn the_captured_stream_itself_cannot_be_asked() {
         assert_eq!(status, CU_STREAM_CAPTURE_STATUS_NONE);
     }
     assert_eq!(
-        end(&driver, stream).map(|_| ()),
-        Err(CUDA_ERROR_INVALID_VALUE),
-        "no capture"
-    );
-    assert_eq!(
         call!(driver, cuStreamBeginCapture(stream, 3)),
         Err(CUDA_ERROR_INVALID_VALUE)
     );
@@ -315,6 +310,25 @@ fn the_captured_stream_itself_cannot_be_asked() {
         call!(driver, cuStreamBeginCapture(null_mut(), RELAXED)),
         UNSUPPORTED
     );
+}
+
+#[test]
+fn a_capture_begins_and_ends_once() {
+    let Scene { driver, plain, .. } = Scene::new();
+    let stream = driver.stream().unwrap();
+    let illegal = Err(CUDA_ERROR_ILLEGAL_STATE);
+    assert_eq!(end(&driver, stream).map(|_| ()), illegal, "no capture");
+    for mode in [GLOBAL, THREAD_LOCAL, RELAXED] {
+        begin(&driver, stream, mode);
+        assert_eq!(call!(driver, cuStreamBeginCapture(stream, mode)), illegal);
+        let mut status = 9;
+        call!(driver, cuStreamIsCapturing(stream, &mut status)).unwrap();
+        assert_eq!(status, CU_STREAM_CAPTURE_STATUS_ACTIVE);
+        driver.memset_async(plain, 1, 4, stream).unwrap();
+        let graph = end(&driver, stream).expect("the first capture is intact");
+        call!(driver, cuGraphDestroy(graph)).unwrap();
+        assert_eq!(end(&driver, stream).map(|_| ()), illegal, "ended already");
+    }
 }
 
 #[test]
@@ -337,20 +351,6 @@ fn the_legacy_stream_kills_the_capture_of_a_blocking_stream() {
         Err(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)
     );
     assert_eq!(end(&driver, stream).map(|_| ()), KILLED);
-}
-
-#[test]
-fn a_context_record_kills_captures() {
-    let scene = Scene::new();
-    let record = |scene: &Scene| {
-        let record = scene.driver.table.cuCtxRecordEvent.unwrap();
-        // SAFETY: the simulator checks both handles.
-        answer(unsafe { record(scene.context.get(), scene.event.get()) })
-    };
-    assert_eq!(
-        during(&scene, RELAXED, false, true, record),
-        (UNSUPPORTED, KILLED)
-    );
 }
 
 #[test]

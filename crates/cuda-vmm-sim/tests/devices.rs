@@ -230,7 +230,7 @@ fn the_last_release_takes_the_context_down() {
 }
 
 #[test]
-fn a_peer_needs_a_descriptor_and_poisons_itself_alone() {
+fn a_peer_needs_access_and_poisons_itself_alone() {
     let driver = Driver::new(SimConfig::new().devices(2).memory_bytes(64 << 20));
     let address = driver.reserve(2 * PAGE).unwrap();
     driver.back(address, PAGE).unwrap();
@@ -244,7 +244,19 @@ fn a_peer_needs_a_descriptor_and_poisons_itself_alone() {
     driver
         .set_access(address, PAGE, &[descriptor(1, 0)])
         .unwrap();
-    assert_eq!(driver.read(address, 2), Err(CUDA_ERROR_ILLEGAL_ADDRESS));
+    assert_eq!(driver.read(address, 2), Err(CUDA_ERROR_INVALID_VALUE));
+    driver.set_access(address, PAGE, &both).unwrap();
+    driver.simulator.hold_work();
+    let stream = driver.stream().unwrap();
+    driver.memset_async(address, 7, PAGE, stream).unwrap();
+    driver
+        .set_access(address, PAGE, &[descriptor(1, 0)])
+        .unwrap();
+    driver.simulator.release_work();
+    assert_eq!(
+        call!(driver, cuStreamSynchronize(stream)),
+        Err(CUDA_ERROR_ILLEGAL_ADDRESS)
+    );
     assert!(driver.simulator.is_poisoned(1) && !driver.simulator.is_poisoned(0));
     driver.set_current(0).unwrap();
     assert_eq!(driver.read(address, 2), Ok(vec![6, 5]));

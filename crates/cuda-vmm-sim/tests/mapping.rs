@@ -76,6 +76,13 @@ fn access_is_set_over_whole_mappings_only() {
         driver.set_access(address, 5 * PAGE, &[]),
         Err(CUDA_ERROR_INVALID_VALUE)
     );
+    let none = [descriptor(0, 3)];
+    assert_eq!(
+        call!(driver, cuMemSetAccess(address, 5 * PAGE, none.as_ptr(), 0)),
+        Err(CUDA_ERROR_INVALID_VALUE),
+        "no descriptors"
+    );
+    assert_eq!(driver.open(address, 0), Err(CUDA_ERROR_INVALID_VALUE));
     assert_eq!(
         driver.set_access(address, 5 * PAGE, &[descriptor(0, 2)]),
         Err(CUDA_ERROR_INVALID_VALUE)
@@ -110,6 +117,26 @@ fn unmap_takes_whole_mappings_and_holes() {
     );
     assert_eq!(driver.books().mapped_bytes, 0);
     assert_eq!(driver.books().physical_bytes, 0);
+}
+
+#[test]
+fn unmap_of_reserved_addresses_with_nothing_mapped_succeeds() {
+    let (driver, address) = rules();
+    driver.back(address + 4 * PAGE as u64, PAGE).unwrap();
+    for bytes in [4096, PAGE, 4 * PAGE] {
+        assert_eq!(driver.unmap(address, bytes), Ok(()), "{bytes}");
+    }
+    for (place, bytes, why) in [
+        (address, 0, "no bytes"),
+        (address + 4 * PAGE as u64, 0, "no bytes of a mapping"),
+        (address + 4 * PAGE as u64, 4096, "part of a mapping"),
+        (0x1000, PAGE, "never reserved"),
+        (0x1000, 4096, "never reserved"),
+    ] {
+        let refused = Err(CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(driver.unmap(place, bytes), refused, "{why}");
+    }
+    assert_eq!(driver.books().mapped_bytes, PAGE);
 }
 
 #[test]
@@ -183,71 +210,6 @@ fn one_handle_at_two_addresses_is_the_same_memory() {
     assert_eq!(unsafe { *((second + 100) as *const u8) }, b's');
     assert_eq!(driver.books().mapped_bytes, 2 * PAGE);
     assert_eq!(driver.books().physical_bytes, PAGE);
-}
-
-#[test]
-fn a_reservation_is_freed_whole_and_empty() {
-    let (driver, address) = rules();
-    driver.back(address + PAGE as u64, PAGE).unwrap();
-    assert_eq!(
-        driver.address_free(address, 8 * PAGE),
-        Err(CUDA_ERROR_INVALID_VALUE),
-        "mapped"
-    );
-    driver.unmap(address + PAGE as u64, PAGE).unwrap();
-    for (base, bytes) in [
-        (address, 4 * PAGE),
-        (address, 9 * PAGE),
-        (address + PAGE as u64, 7 * PAGE),
-    ] {
-        assert_eq!(
-            driver.address_free(base, bytes),
-            Err(CUDA_ERROR_INVALID_VALUE)
-        );
-    }
-    assert_eq!(driver.books().reserved_bytes, 8 * PAGE);
-    assert_eq!(driver.address_free(address, 8 * PAGE), Ok(()));
-    assert_eq!(
-        driver.address_free(address, 8 * PAGE),
-        Err(CUDA_ERROR_INVALID_VALUE),
-        "twice"
-    );
-    assert_eq!(driver.books().reservations, 0);
-}
-
-#[test]
-fn reservations_reach_two_to_the_46() {
-    let driver = Driver::small();
-    let address = driver.reserve(1 << 46).expect("64 TiB");
-    driver.address_free(address, 1 << 46).unwrap();
-    for bytes in [1 << 47, 1 << 48, usize::MAX & !(PAGE - 1)] {
-        assert_eq!(
-            driver.reserve(bytes),
-            Err(CUDA_ERROR_OUT_OF_MEMORY),
-            "{bytes}"
-        );
-    }
-    for bytes in [0, 1, PAGE + 4096] {
-        assert_eq!(
-            driver.reserve(bytes),
-            Err(CUDA_ERROR_INVALID_VALUE),
-            "{bytes}"
-        );
-    }
-    let mut address = 0;
-    assert_eq!(
-        call!(
-            driver,
-            cuMemAddressReserve(&mut address, PAGE, 3 * PAGE, 0, 0)
-        ),
-        Err(CUDA_ERROR_INVALID_VALUE)
-    );
-    call!(
-        driver,
-        cuMemAddressReserve(&mut address, PAGE, 1 << 30, 0, 0)
-    )
-    .unwrap();
-    assert_eq!(address % (1 << 30), 0);
 }
 
 #[test]
@@ -372,6 +334,15 @@ fn properties_and_granularity_are_told() {
         )
         .unwrap();
         assert_eq!(bytes, 64 << 10);
+        for nobody in [2, 77, -1] {
+            bytes = 0;
+            call!(
+                driver,
+                cuMemGetAllocationGranularity(&mut bytes, &properties(nobody, false), option)
+            )
+            .unwrap();
+            assert_eq!(bytes, 64 << 10, "device {nobody}, which does not exist");
+        }
     }
     let handle = driver.create_with(64 << 10, &properties(1, true)).unwrap();
     let mut told = properties(0, false);
@@ -394,6 +365,12 @@ fn properties_and_granularity_are_told() {
     assert_eq!(
         driver.create_with(64 << 10, &properties(-1, false)),
         Err(CUDA_ERROR_INVALID_DEVICE)
+    );
+    let mut flagged = 0;
+    let here = properties(0, false);
+    assert_eq!(
+        call!(driver, cuMemCreate(&mut flagged, 64 << 10, &here, 1)),
+        Err(CUDA_ERROR_INVALID_VALUE)
     );
     assert_eq!(driver.simulator.books(1).physical_bytes, 64 << 10);
     assert_eq!(driver.simulator.books(0).physical_bytes, 0);
@@ -418,11 +395,13 @@ fn access_is_kept_for_each_device() {
     };
     assert_eq!([0, 1, 2].map(access), [Ok(3), Ok(0), Ok(1)]);
     assert_eq!(access(3), Err(CUDA_ERROR_INVALID_DEVICE));
-    let unknown = [descriptor(0, 0), descriptor(3, 3)];
-    assert_eq!(
-        driver.set_access(address, PAGE, &unknown),
-        Err(CUDA_ERROR_INVALID_DEVICE)
-    );
+    for nobody in [3, 77, -1] {
+        let unknown = [descriptor(0, 0), descriptor(nobody, 3)];
+        assert_eq!(
+            driver.set_access(address, PAGE, &unknown),
+            Err(CUDA_ERROR_INVALID_VALUE)
+        );
+    }
     assert_eq!(access(0), Ok(3), "a refused call changes nothing");
     driver
         .set_access(address, PAGE, &[descriptor(0, 0)])

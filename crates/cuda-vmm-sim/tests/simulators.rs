@@ -33,7 +33,7 @@ fn two_simulators_share_nothing() {
     assert_eq!(second.unmap(address, PAGE), Err(CUDA_ERROR_INVALID_VALUE));
     assert_eq!(second.memset(address, 1, 1), Err(CUDA_ERROR_INVALID_VALUE));
     assert_eq!(second.create(2 * PAGE), Err(CUDA_ERROR_OUT_OF_MEMORY));
-    first.memset(address + PAGE as u64, 1, 1).unwrap_err();
+    first.poison(address);
     assert!(first.simulator.is_poisoned(0) && !second.simulator.is_poisoned(0));
     second.simulator.hold_work();
     assert!(second.reserve(PAGE).is_ok());

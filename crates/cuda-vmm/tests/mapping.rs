@@ -294,21 +294,33 @@ fn each_device_may_do_what_it_was_given_and_no_more() {
     assert_eq!(last_byte(&stream, &mapping), 6);
     assert!(!simulated.simulator.is_poisoned(0) && !simulated.simulator.is_poisoned(1));
 
+    let third = Stream::new(&stranger).expect("a stream of the third device");
+    for (stream, why) in [(&peer, "it may only read"), (&third, "it was never named")] {
+        // SAFETY: the driver refuses what the device may not do.
+        let outcome = unsafe { stream.memset(mapping.address(), 1, PAGE) };
+        let refused = failure!(cuMemsetD8Async, CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(outcome, Err(refused), "{why}");
+    }
+    assert_eq!(last_byte(&stream, &mapping), 6, "nothing was changed");
+
+    // What was allowed when it was queued and is not when it runs is an illegal access.
+    mapping
+        .set_access(&[(reader.clone(), Access::ReadWrite)])
+        .expect("set");
+    let held = simulated.hold_work();
     // SAFETY: meant to be an illegal access, which the simulator reports and does not carry out.
     unsafe { peer.memset(mapping.address(), 1, PAGE) }.expect("queued");
+    mapping
+        .set_access(&[(reader.clone(), Access::Read)])
+        .expect("set");
+    drop(held);
     assert_eq!(
         peer.synchronize(),
         Err(failure!(cuStreamSynchronize, CUDA_ERROR_ILLEGAL_ADDRESS))
     );
     assert!(simulated.simulator.is_poisoned(1), "the reader wrote");
-    assert!(!simulated.simulator.is_poisoned(0));
+    assert!(!simulated.simulator.is_poisoned(0) && !simulated.simulator.is_poisoned(2));
     assert_eq!(last_byte(&stream, &mapping), 6, "and changed nothing");
-
-    let third = Stream::new(&stranger).expect("a stream of the third device");
-    // SAFETY: as above.
-    unsafe { third.memset(mapping.address(), 1, PAGE) }.expect("queued");
-    assert!(third.synchronize().is_err());
-    assert!(simulated.simulator.is_poisoned(2), "it was never named");
 }
 
 #[test]

@@ -187,6 +187,19 @@ impl Driver {
         call!(self, cuMemsetD8Async(address, value, bytes, stream))
     }
 
+    /// Poisons the first device's context: unmaps the open page at `address` under a memset of it.
+    pub fn poison(&self, address: u64) {
+        let stream = self.stream().unwrap();
+        self.simulator.hold_work();
+        self.memset_async(address, 1, PAGE, stream).unwrap();
+        self.unmap(address, PAGE).unwrap();
+        self.simulator.release_work();
+        let synchronized = call!(self, cuStreamSynchronize(stream));
+        assert_eq!(synchronized, Err(CUDA_ERROR_ILLEGAL_ADDRESS));
+        let destroyed = call!(self, cuStreamDestroy(stream));
+        assert_eq!(destroyed, Err(CUDA_ERROR_ILLEGAL_ADDRESS));
+    }
+
     pub fn read(&self, address: u64, bytes: usize) -> Answer<Vec<u8>> {
         let mut data = vec![0xEE; bytes];
         call!(self, cuMemcpyDtoH(data.as_mut_ptr().cast(), address, bytes))?;

@@ -1,0 +1,73 @@
+//! The calls that ask for work on device memory.
+//!
+//! The driver looks at a memset's or a copy's addresses when it is called and refuses what is not mapped
+//! and open. Work that passed and finds its memory changed when it runs is an illegal access.
+
+use crate::address_space::AddressSpace;
+use crate::capture::{Endpoint, Node};
+use crate::state::{Answer, Inner, State};
+use crate::stream::Key;
+use cuda_vmm_sys::*;
+use std::sync::Arc;
+
+impl State {
+    /// Enqueues a piece of work on a stream, or adds it to the stream's capture.
+    pub(crate) fn launch(self: &Arc<Self>, stream: CUstream, node: Node) -> Answer {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(stream)?;
+        if inner.streams.get(key)?.capture.is_some() {
+            inner.check(&node, |space, address, _, _| space.is_known(address))?;
+        } else {
+            inner.check_open(&node, key)?;
+        }
+        if let Some(capture) = &mut inner.streams.get_mut(key)?.capture {
+            return capture.add(node);
+        }
+        inner.check_implicit(key)?;
+        let work = inner.resolve(&node, true, self.config.backed);
+        self.enqueue(&mut inner, key, work)?;
+        Ok(())
+    }
+
+    /// Runs a piece of work in the legacy stream's order and waits for it.
+    pub(crate) fn launch_and_wait(self: &Arc<Self>, node: Node) -> Answer {
+        let mut inner = self.lock();
+        let key = inner.enter_stream(std::ptr::null_mut())?;
+        inner.check_open(&node, key)?;
+        inner.check_implicit(key)?;
+        let work = inner.resolve(&node, false, self.config.backed);
+        self.run_in_order(inner, key, work)
+    }
+}
+
+impl Inner {
+    /// Refuses work unless all that it touches is mapped now and open to the stream's device.
+    fn check_open(&self, node: &Node, key: Key) -> Answer {
+        let device = self.streams.get(key)?.device;
+        self.check(node, |space, address, bytes, write| {
+            space.is_open(address, bytes, device, write)
+        })
+    }
+
+    /// Refuses work with null host memory, or with a range of device addresses that is not as it should
+    /// be: `fine` is told the first address, the size in bytes and whether the range is written.
+    fn check(&self, node: &Node, fine: impl Fn(&AddressSpace, u64, usize, bool) -> bool) -> Answer {
+        let endpoint = |endpoint: Endpoint, bytes, write| match endpoint {
+            Endpoint::Device(address) => fine(&self.space, address, bytes, write),
+            Endpoint::Host(address) => address != 0,
+        };
+        let fine = match *node {
+            Node::Nothing | Node::HostFunction { .. } => true,
+            Node::Memset { bytes: 0, .. } | Node::Copy { bytes: 0, .. } => true,
+            Node::Memset { address, bytes, .. } => fine(&self.space, address, bytes, true),
+            Node::Copy { to, from, bytes } => {
+                endpoint(to, bytes, true) && endpoint(from, bytes, false)
+            }
+        };
+        if fine {
+            Ok(())
+        } else {
+            Err(CUDA_ERROR_INVALID_VALUE)
+        }
+    }
+}
