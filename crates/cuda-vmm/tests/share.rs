@@ -58,25 +58,46 @@ fn what_one_side_writes_the_other_reads() {
     });
 }
 
-/// The descriptor is the second process's standard input.
+/// Both processes use the driver that the environment chooses: on a GPU both are real. The descriptor is the
+/// second process's standard input.
 #[test]
 fn a_second_process_has_the_same_bytes() {
     const TEST: &str = "a_second_process_has_the_same_bytes";
-    let device = common::driver().device(0).expect("a device");
+    let driver = common::driver();
+    let device = driver.device(0).expect("a device");
+    let page = device.granularity_bytes();
     let stream = Stream::new(&device).expect("a stream");
     if common::role().as_deref() == Some("importer") {
-        let memory = import(&device, std::io::stdin().as_fd(), PAGE);
+        // A driver takes a descriptor as a pointer and need not take 0, which is null; the copy has
+        // another number.
+        let descriptor = std::io::stdin().as_fd().try_clone_to_owned();
+        let descriptor = descriptor.expect("a second descriptor");
+        let memory = import(&device, descriptor.as_fd(), page);
         let mapping = map(&device, memory);
         assert_eq!(&read(&stream, &mapping), b"question");
         write(&stream, &mapping, b"answer: ");
         return;
     }
-    let memory = PhysicalMemory::exportable(&device, PAGE).expect("memory");
+    let memory = PhysicalMemory::exportable(&device, page).expect("memory");
     let descriptor = memory.export().expect("a descriptor");
     let mapping = map(&device, memory);
     write(&stream, &mapping, b"question");
-    common::run_alone(common::alone(TEST, "importer").stdin(Stdio::from(descriptor)));
+    let before = driver.simulator().map(|simulator| simulator.books(0));
+    // What this process has detected is what the other must open.
+    let chosen = if driver.simulator().is_some() {
+        "simulated"
+    } else {
+        "real"
+    };
+    common::run_alone(
+        common::alone(TEST, "importer")
+            .env(common::DRIVER_VARIABLE, chosen)
+            .stdin(Stdio::from(descriptor)),
+    );
     assert_eq!(&read(&stream, &mapping), b"answer: ");
+    if let Some(simulator) = driver.simulator() {
+        assert_eq!(Some(simulator.books(0)), before, "nothing of it is left");
+    }
 }
 
 #[test]
