@@ -220,8 +220,8 @@ pub(crate) unsafe fn unmap(driver: &Driver, ptr: DevicePtr, size: usize) -> Resu
 /// Sets what a device may do with whole mappings (`cuMemSetAccess`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for part of a mapping or a range that is not
-/// mapped throughout, `CUDA_ERROR_INVALID_DEVICE`.
+/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for part of a mapping, a range that is not
+/// mapped throughout, or a device that is not there.
 ///
 /// # Safety
 /// As the CUDA call: no work under way needs access that is taken away.
@@ -254,8 +254,7 @@ pub(crate) unsafe fn set_access(
 /// Granularity in bytes of physical memory of such properties (`cuMemGetAllocationGranularity`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_DEVICE` or `CUDA_ERROR_INVALID_VALUE` for a device that
-/// is not there.
+/// What the driver answers. For a device that is not there, an H200's driver answered a granularity.
 ///
 /// # Safety
 /// `option` is one of the driver's `CU_MEM_ALLOC_GRANULARITY` values.

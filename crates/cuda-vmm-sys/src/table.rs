@@ -79,6 +79,7 @@ macro_rules! define_table {
             /// # Safety
             /// An address returned for a function must be that function, with the signature that
             /// the header gives it, valid for as long as the table or a copy of it is used.
+            #[cfg(target_os = "linux")]
             pub(crate) unsafe fn resolve_with<E>(
                 mut resolve: impl FnMut(DriverFunction) -> Result<core::ptr::NonNull<core::ffi::c_void>, E>,
             ) -> Result<Self, E> {

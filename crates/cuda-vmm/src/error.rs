@@ -179,6 +179,14 @@ pub enum VmmError {
     /// This process was forked from the one that opened the driver, which CUDA does not allow.
     #[error("the driver was opened before fork; it cannot be used in the child")]
     Forked,
+    /// The operating system refused to duplicate a file descriptor.
+    #[error("file descriptor {descriptor} could not be duplicated: {reason}")]
+    Descriptor {
+        /// The descriptor.
+        descriptor: i32,
+        /// The system's own words.
+        reason: String,
+    },
 }
 
 impl VmmError {

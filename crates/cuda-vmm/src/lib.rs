@@ -46,6 +46,7 @@ mod physical;
 mod pool;
 mod quarantine;
 mod reservation;
+#[cfg(unix)]
 mod share;
 mod size;
 mod stream;

@@ -7,9 +7,9 @@
 
 use crate::driver::call;
 use crate::sys::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR as DESCRIPTOR;
-use crate::{Device, PhysicalMemory, Result, size};
+use crate::{Device, PhysicalMemory, Result, VmmError, size};
 use core::ffi::{c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 impl PhysicalMemory {
     /// A file descriptor that names this memory (`cuMemExportToShareableHandle`).
@@ -44,7 +44,8 @@ impl PhysicalMemory {
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
     /// [`VmmError::Misaligned`](crate::VmmError::Misaligned);
-    /// [`VmmError::Driver`](crate::VmmError::Driver) if the descriptor is no exported memory.
+    /// [`VmmError::Driver`](crate::VmmError::Driver) if the descriptor is no exported memory;
+    /// [`VmmError::Descriptor`] if descriptor 0 could not be duplicated.
     ///
     /// # Safety
     /// `bytes` must be the size with which the memory was made, and `device` the device it is on: the
@@ -55,6 +56,20 @@ impl PhysicalMemory {
         bytes: usize,
     ) -> Result<Self> {
         size::multiple("physical size", bytes, device.granularity_bytes())?;
+        // The driver takes the descriptor in place of a pointer and refuses null, which is standard input.
+        // A duplicate never has that number.
+        let duplicate = match descriptor.as_raw_fd() {
+            0 => Some(
+                descriptor
+                    .try_clone_to_owned()
+                    .map_err(|error| VmmError::Descriptor {
+                        descriptor: 0,
+                        reason: error.to_string(),
+                    })?,
+            ),
+            _ => None,
+        };
+        let descriptor = duplicate.as_ref().map_or(descriptor, AsFd::as_fd);
         let mut handle = 0;
         // SAFETY: for this handle type the descriptor itself is passed in place of a pointer.
         unsafe {

@@ -292,6 +292,13 @@ fn texts() -> Vec<(VmmError, &'static str)> {
             VmmError::Forked,
             "the driver was opened before fork; it cannot be used in the child",
         ),
+        (
+            VmmError::Descriptor {
+                descriptor: 0,
+                reason: "no more".to_owned(),
+            },
+            "file descriptor 0 could not be duplicated: no more",
+        ),
     ]
 }
 
