@@ -177,6 +177,7 @@ impl Device {
     /// # Errors
     /// [`VmmError::Driver`], also for work that failed earlier; [`VmmError::Forked`].
     pub fn synchronize(&self) -> Result<()> {
+        self.driver().check_process()?;
         let _no_capture = CaptureGuard::wait_for_none();
         self.synchronize_now()
     }

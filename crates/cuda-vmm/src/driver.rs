@@ -206,6 +206,7 @@ impl Driver {
     /// [`VmmError::InvalidDevice`]; [`VmmError::UnsupportedDevice`] if it has no virtual memory
     /// management; [`VmmError::Driver`], [`VmmError::Forked`].
     pub fn device(&self, ordinal: usize) -> Result<Device> {
+        self.check_process()?;
         // Held while the device is opened, so that a device is opened once and its quarantine and
         // its engines are known in one place.
         let mut devices = self

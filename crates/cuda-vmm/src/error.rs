@@ -209,7 +209,12 @@ impl VmmError {
         match self {
             Self::OutOfPhysicalMemory { .. } => !self.is_never(),
             Self::Quarantined { .. } => true,
-            _ => self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY),
+            // Out of addresses, the driver answers the same code; memory does not help then.
+            Self::Driver(error) => {
+                error.code == sys::CUDA_ERROR_OUT_OF_MEMORY
+                    && error.call != DriverFunction::cuMemAddressReserve
+            }
+            _ => false,
         }
     }
 
@@ -225,7 +230,8 @@ impl VmmError {
         }
     }
 
-    /// Whether no wait can make the same call succeed.
+    /// Whether the same call fails for good, whatever else happens meanwhile. An error that is neither this nor
+    /// [`is_later`](Self::is_later) depends on what the program does: on bytes it frees, on models it registers.
     pub fn is_never(&self) -> bool {
         match self {
             Self::OutOfPhysicalMemory {
@@ -233,8 +239,15 @@ impl VmmError {
                 limit_bytes,
                 ..
             } => asked_bytes > limit_bytes,
-            Self::Quarantined { .. } => false,
             Self::Driver(_) => self.is_poisoned(),
+            Self::OutOfVirtualMemory { .. }
+            | Self::AlreadyMapped { .. }
+            | Self::NotMapped { .. }
+            | Self::QuotaUnsatisfiable { .. }
+            | Self::Quarantined { .. }
+            | Self::ModelNotFound { .. }
+            | Self::ModelAlreadyRegistered { .. }
+            | Self::Descriptor { .. } => false,
             _ => true,
         }
     }

@@ -7,7 +7,7 @@
 
 use crate::capture::Relaxed;
 use crate::driver::call;
-use crate::sys::{CU_STREAM_NON_BLOCKING, CUstream};
+use crate::sys::{CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUstream};
 use crate::{Device, Fence, Result};
 use core::ptr::null_mut;
 use std::sync::Arc;
@@ -50,7 +50,8 @@ impl Stream {
         })))
     }
 
-    /// A stream that someone else owns. Null is the legacy default stream, 2 the per-thread one.
+    /// A stream that someone else owns. Null is the legacy default stream. 2 is the per-thread default stream, of
+    /// whichever thread uses it: a pool for which it is named waits for all work of the context instead.
     ///
     /// # Safety
     /// The stream must belong to the device's primary context and outlive every clone of the result.
@@ -70,6 +71,25 @@ impl Stream {
     /// The device whose work it queues.
     pub fn device(&self) -> &Device {
         &self.0.device
+    }
+
+    /// Whether the handle stands for each thread's own default stream.
+    pub(crate) fn is_per_thread(&self) -> bool {
+        self.0.raw.addr() == 2
+    }
+
+    /// Whether the stream is being captured, or its capture has failed (`cuStreamIsCapturing`).
+    pub(crate) fn is_capturing(&self) -> Result<bool> {
+        let _current = self.0.device.make_current()?;
+        let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: `status` is a valid place and the stream alive.
+        unsafe {
+            call!(
+                self.0.device.driver(),
+                cuStreamIsCapturing(self.0.raw, &mut status)
+            )
+        }?;
+        Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
     /// Marks everything queued so far (`cuEventRecord`).

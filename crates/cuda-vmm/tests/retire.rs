@@ -355,3 +355,99 @@ fn memory_of_an_engine_that_ended_during_a_capture_is_unmapped_after_a_synchroni
     drop((stream, device));
     ends(&simulator);
 }
+
+#[test]
+fn the_per_thread_stream_of_another_thread_is_waited_for() {
+    for version in [13000, 12000] {
+        let fixture = Fixture::new(
+            SimConfig::new().driver_version(version),
+            EngineOptions::new().worker(WorkerMode::Manual),
+        );
+        let pool = fixture.pool();
+        // SAFETY: the per-thread default stream is always there.
+        let stream =
+            unsafe { Stream::borrow(&fixture.device, core::ptr::without_provenance_mut(2)) };
+        pool.use_stream(&stream).expect("same device");
+        let address = pool.allocate(0, PAGE).expect("room");
+        fixture.simulator.hold_work();
+        std::thread::scope(|scope| {
+            scope.spawn(|| write(&stream, address));
+        });
+        // Freed on this thread, whose own default stream is idle.
+        pool.deallocate(0, PAGE).expect("live");
+        if version >= 12050 {
+            assert_eq!(
+                fixture.engine.step().drained_bytes,
+                0,
+                "the other thread's write is queued"
+            );
+        }
+        assert_eq!(fixture.calls(DriverFunction::cuMemUnmap), 0);
+        fixture.simulator.release_work();
+        drop(pool);
+        assert!(!fixture.simulator.is_poisoned(0), "driver {version}");
+    }
+}
+
+#[test]
+fn memory_freed_while_its_named_stream_is_captured_leaves_the_capture_alone_and_comes_back() {
+    use cuda_vmm::sys::{CU_STREAM_CAPTURE_MODE_GLOBAL, CUDA_SUCCESS};
+    let fixture = Fixture::manual();
+    let (pool, stream) = (
+        fixture.pool(),
+        Stream::new(&fixture.device).expect("stream"),
+    );
+    pool.use_stream(&stream).expect("same device");
+    pool.allocate(0, PAGE).expect("room");
+    let table = fixture.device.driver().table();
+    let capture = CaptureGuard::new();
+    let mut graph = core::ptr::null_mut();
+    // SAFETY: the context is the device's, and the stream is alive throughout.
+    unsafe {
+        assert_eq!(
+            (table.cuCtxSetCurrent)(fixture.device.raw_context()),
+            CUDA_SUCCESS
+        );
+        let begun = (table.cuStreamBeginCapture)(stream.raw(), CU_STREAM_CAPTURE_MODE_GLOBAL);
+        assert_eq!(begun, CUDA_SUCCESS);
+    }
+    pool.deallocate(0, PAGE).expect("live");
+    assert_eq!(
+        fixture.engine.step().retiring_bytes,
+        PAGE,
+        "there is no telling yet"
+    );
+    // SAFETY: as above; the graph is destroyed at once.
+    unsafe {
+        assert_eq!(
+            (table.cuStreamEndCapture)(stream.raw(), &mut graph),
+            CUDA_SUCCESS,
+            "intact"
+        );
+        assert_eq!((table.cuGraphDestroy)(graph), CUDA_SUCCESS);
+    }
+    drop(capture);
+    assert_eq!(fixture.engine.step().drained_bytes, PAGE);
+}
+
+#[test]
+fn closing_one_pool_does_not_wait_for_what_another_freed() {
+    let fixture = Fixture::manual();
+    let (busy, idle) = (fixture.pool(), fixture.pool());
+    let (slow, quick) = (
+        Stream::new(&fixture.device).expect("stream"),
+        Stream::new(&fixture.device).expect("stream"),
+    );
+    busy.use_stream(&slow).expect("same device");
+    idle.use_stream(&quick).expect("same device");
+    let address = busy.allocate(0, PAGE).expect("room");
+    idle.allocate(0, PAGE).expect("room");
+    // Idle streams take a record at once, so only the held work keeps its own stream back.
+    idle.deallocate(0, PAGE).expect("live");
+    fixture.simulator.hold_work();
+    write(&slow, address);
+    busy.deallocate(0, PAGE).expect("live");
+    idle.close().expect("it has nothing to wait for");
+    assert_eq!(fixture.engine.stats().retiring_bytes, PAGE);
+    fixture.simulator.release_work();
+}

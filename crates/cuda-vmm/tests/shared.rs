@@ -196,11 +196,12 @@ fn a_guarantee_holds_and_a_ceiling_too() {
         error,
         VmmError::OutOfPhysicalMemory {
             asked_bytes: 2 * PAGE,
-            free_bytes: PAGE,
+            free_bytes: 0,
             retiring_bytes: 0,
-            reclaimable_bytes: 0,
+            reclaimable_bytes: 5 * PAGE,
             limit_bytes: 4 * PAGE
-        }
+        },
+        "what the other holds parked is left alone, since it would not help"
     );
     pool.allocate_for_model("sure", PAGE)
         .expect("up to its ceiling");

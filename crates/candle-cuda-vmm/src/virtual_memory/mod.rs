@@ -19,6 +19,9 @@
 //! Nothing in the driver waits for kernels. `deallocate` never waits either: the memory is handed on
 //! only when all work that had been launched on the device's context by then is done. That holds for
 //! work on any stream. Do not launch *further* work that uses freed bytes.
+//!
+//! That is about pages. Bytes that are freed in a page which a neighbour keeps live can be allocated again at
+//! once; who hands them from one stream to another orders the two.
 
 mod elastic;
 mod shared;

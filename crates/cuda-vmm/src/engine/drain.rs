@@ -9,7 +9,7 @@ impl Inner {
     /// Unmaps and releases parked chunks, of one range or of all, until no more than `keep_bytes` are
     /// parked; returns the bytes that went, and the last error if the driver refused some.
     pub(super) fn drain_parked(
-        &self,
+        self: &Arc<Self>,
         keep_bytes: usize,
         only: Option<RangeId>,
     ) -> (usize, Result<()>) {
@@ -43,7 +43,7 @@ impl Inner {
     }
 
     /// Unmaps and releases one draining chunk. What the driver refuses stays charged, in quarantine.
-    fn unmap(&self, id: RangeId, first: usize, mapping: Mapping) -> Result<usize> {
+    fn unmap(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) -> Result<usize> {
         let bytes = mapping.bytes();
         let unmapped = mapping.unmap();
         let released = match unmapped {
@@ -75,18 +75,21 @@ impl Inner {
             }
         };
         self.unlock_changed(state);
+        if outcome.is_err() {
+            self.worker.wake(self, false);
+        }
         outcome
     }
 
     /// Tries again what the driver refused; returns the bytes that went.
-    pub(super) fn retry(&self) -> usize {
+    pub(super) fn retry(self: &Arc<Self>) -> usize {
         let (unreleased, mapped) = {
             let mut state = self.lock();
             let unreleased = core::mem::take(&mut state.unreleased);
-            state.releasing_bytes += unreleased
+            let releasing = unreleased
                 .iter()
-                .map(|(_, memory)| memory.bytes())
-                .sum::<usize>();
+                .map(|(account, memory)| (*account, memory.bytes()));
+            state.releasing.extend(releasing);
             let mut mapped = Vec::new();
             for (id, range) in &mut state.ranges {
                 for first in range.pages.in_state(ChunkState::Quarantined) {
@@ -100,7 +103,11 @@ impl Inner {
             let freed = memory.bytes();
             let outcome = memory.close();
             let mut state = self.lock();
-            state.releasing_bytes -= freed;
+            let out = state
+                .releasing
+                .iter()
+                .position(|held| *held == (account, freed));
+            out.map(|at| state.releasing.swap_remove(at));
             match outcome {
                 Ok(()) => {
                     state.ledger.refund(account, freed);
@@ -117,7 +124,7 @@ impl Inner {
     }
 
     /// Gives up what can be spared, because the device has run out of memory.
-    pub(super) fn relieve(&self) {
+    pub(super) fn relieve(self: &Arc<Self>) {
         self.poll();
         self.retry();
         let _ = self.drain_parked(0, None);

@@ -81,8 +81,14 @@ impl Inner {
         match made {
             Ok(chunks) => {
                 range.pages.finish(&bytes, survey, chunks);
+                // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
+                let outcome = if range.closed {
+                    Err(VmmError::Closed)
+                } else {
+                    Ok(())
+                };
                 self.unlock_changed(state);
-                Ok(())
+                outcome
             }
             Err(failure) => {
                 let account = range.account;
@@ -100,9 +106,8 @@ impl Inner {
                     .unreleased
                     .extend(unreleased.map(|memory| (account, memory)));
                 self.retire(state, id, orphans);
-                if kept_bytes > 0 {
-                    self.worker.wake(self, false);
-                }
+                // Something may be stuck, or parked again.
+                self.worker.wake(self, false);
                 Err(failure.error)
             }
         }

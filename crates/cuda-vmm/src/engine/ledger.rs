@@ -34,6 +34,12 @@ struct Account {
 }
 
 impl Account {
+    fn below_ceiling(&self) -> usize {
+        self.quota
+            .ceiling_bytes
+            .saturating_sub(self.committed_bytes)
+    }
+
     fn unused_guarantee(&self) -> usize {
         self.quota
             .guarantee_bytes
@@ -46,6 +52,8 @@ impl Account {
 pub(crate) struct Refusal {
     /// What the account could have had, in bytes.
     pub(crate) free_bytes: usize,
+    /// What its ceiling leaves it, in bytes: with less than is needed, nobody else's memory would help.
+    pub(crate) below_ceiling_bytes: usize,
     /// The most that the account may ever hold, in bytes.
     pub(crate) limit_bytes: usize,
 }
@@ -132,35 +140,34 @@ impl Ledger {
             .limit_bytes
             .saturating_sub(self.committed_bytes)
             .saturating_sub(others);
-        in_budget.min(
-            account
-                .quota
-                .ceiling_bytes
-                .saturating_sub(account.committed_bytes),
-        )
+        in_budget.min(account.below_ceiling())
+    }
+
+    /// The most that an account may ever hold, in bytes: its ceiling, and what others are not guaranteed.
+    pub(crate) fn account_limit_bytes(&self, id: AccountId) -> usize {
+        let others = self.accounts.iter().filter(|(other, _)| **other != id);
+        let guaranteed: usize = others.map(|(_, other)| other.quota.guarantee_bytes).sum();
+        let ceiling_bytes =
+            (self.accounts.get(&id)).map_or(0, |account| account.quota.ceiling_bytes);
+        self.limit_bytes
+            .saturating_sub(guaranteed)
+            .min(ceiling_bytes)
     }
 
     /// Charges an account, or says what it could have had.
     pub(crate) fn charge(&mut self, id: AccountId, bytes: usize) -> Result<(), Refusal> {
         let none = Refusal {
             free_bytes: 0,
+            below_ceiling_bytes: 0,
             limit_bytes: 0,
         };
         let account = self.accounts.get(&id).ok_or(none)?;
         let free_bytes = self.free_bytes(account);
         if bytes > free_bytes {
-            let others: usize = self
-                .accounts
-                .iter()
-                .filter(|(other, _)| **other != id)
-                .map(|(_, other)| other.quota.guarantee_bytes)
-                .sum();
             return Err(Refusal {
                 free_bytes,
-                limit_bytes: self
-                    .limit_bytes
-                    .saturating_sub(others)
-                    .min(account.quota.ceiling_bytes),
+                below_ceiling_bytes: account.below_ceiling(),
+                limit_bytes: self.account_limit_bytes(id),
             });
         }
         self.change(id, |committed| committed + bytes);
@@ -216,6 +223,7 @@ mod tests {
             ledger.charge(second, 71),
             Err(Refusal {
                 free_bytes: 70,
+                below_ceiling_bytes: usize::MAX,
                 limit_bytes: 70
             })
         );

@@ -23,6 +23,8 @@ pub(crate) use range::{Place, RangeId, RangeStats};
 pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
 
+use crate::quarantine::Stuck;
+use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, PhysicalMemory, Result, VmmError};
 use ledger::{AccountId, Ledger};
 use range::Range;
@@ -57,7 +59,7 @@ struct State {
     /// Memory that was unmapped but that the driver would not release.
     unreleased: Vec<(AccountId, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
-    releasing_bytes: usize,
+    releasing: Vec<(AccountId, usize)>,
     /// Threads that wait for `changed`.
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
@@ -71,7 +73,7 @@ impl State {
         let mut stats = EngineStats {
             committed_bytes: self.ledger.committed_bytes(),
             ranges: self.ranges.len(),
-            retiring_bytes: self.releasing_bytes,
+            retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
             quarantined_bytes: self
                 .unreleased
                 .iter()
@@ -126,7 +128,7 @@ impl Engine {
                 next_range: 0,
                 queue: Queue::default(),
                 unreleased: Vec::new(),
-                releasing_bytes: 0,
+                releasing: Vec::new(),
                 waiting: 0,
                 recording: 0,
                 refused: None,
@@ -156,9 +158,13 @@ impl Engine {
         self.0.limit_bytes
     }
 
-    /// What it holds now; one moment's snapshot.
+    /// What it holds now; one moment's snapshot. All zero but the limit in a forked process.
     pub fn stats(&self) -> EngineStats {
-        let mut stats = self.0.lock().parts();
+        // In a forked process the lock may be held for good.
+        let mut stats = match self.0.check_process() {
+            Ok(()) => self.0.lock().parts(),
+            Err(_) => EngineStats::default(),
+        };
         stats.limit_bytes = self.0.limit_bytes;
         stats
     }
@@ -187,9 +193,9 @@ impl Engine {
     pub fn trim(&self) -> Result<usize> {
         self.0.check_process()?;
         self.0.poll();
-        self.0.retry();
+        let retried_bytes = self.0.retry();
         let (drained_bytes, outcome) = self.0.drain_parked(0, None);
-        outcome.map(|()| drained_bytes)
+        outcome.map(|()| retried_bytes + drained_bytes)
     }
 }
 
@@ -234,15 +240,16 @@ impl Inner {
             || state.ranges.values().any(|range| range.closed)
     }
 
-    fn step(&self) -> StepReport {
+    fn step(self: &Arc<Self>) -> StepReport {
         let mut retired_bytes = self.poll();
-        if !self.lock().queue.unsynchronised().is_empty()
-            && let Some(_no_capture) = CaptureGuard::try_none()
-        {
-            let outcome = self.synchronise();
-            retired_bytes += outcome.as_ref().copied().unwrap_or_default();
+        if !self.lock().queue.unsynchronised(None).is_empty() {
+            let outcome = CaptureGuard::try_none().map(|_no_capture| self.synchronise());
             let mut state = self.lock();
-            state.refused = outcome.err();
+            if let Some(outcome) = outcome {
+                retired_bytes += outcome.as_ref().copied().unwrap_or_default();
+                state.refused = outcome.err();
+            }
+            // Also where nothing could be done: those who wait for it look whether it still can be.
             self.unlock_changed(state);
         }
         let retried_bytes = self.retry();
@@ -260,20 +267,30 @@ impl Inner {
     /// Parks the chunks that the device has finished with, as far as fences tell; returns their bytes.
     /// Never waits.
     fn poll(&self) -> usize {
+        let (mut past, mut useless) = (Vec::new(), Vec::new());
         let conditions = self.lock().queue.conditions();
-        let past: Vec<u64> = conditions
-            .into_iter()
-            // A fence that cannot be asked now is asked again at the next step.
-            .filter(|(_, until)| until.is_past().unwrap_or(false))
-            .map(|(id, _)| id)
-            .collect();
+        for (id, until) in conditions {
+            match until.is_past() {
+                Ok(true) => past.push(id),
+                Ok(false) => {}
+                // A capture began between the question whether there is one and the record.
+                Err(error) if error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT) => {
+                    useless.push(id)
+                }
+                // A fence that cannot be asked now is asked again at the next step.
+                Err(_) => {}
+            }
+        }
+        if !useless.is_empty() {
+            self.lock().queue.give_up_fences(&useless);
+        }
         self.park(&past)
     }
 
     /// Waits for all work of the context, then parks what waited for that. The caller has made sure that
     /// no capture is declared.
     fn synchronise(&self) -> Result<usize> {
-        let waiting = self.lock().queue.unsynchronised();
+        let waiting = self.lock().queue.unsynchronised(None);
         match self.device.synchronize_now() {
             Err(error) if !error.is_poisoned() => Err(error),
             // Done; or poisoned, and then nothing runs any more.
@@ -321,25 +338,22 @@ impl Inner {
         self.worker.wake(self, false);
     }
 
-    /// Waits for one thing that can bring memory back: a fence, a context synchronise, or someone else's
-    /// work. Says whether there was any, or why it cannot be waited for.
+    /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context synchronise,
+    /// or someone else's work. Says whether there was any, or why it cannot be waited for.
     fn await_progress<'a>(
         self: &'a Arc<Self>,
-        state: MutexGuard<'a, State>,
+        mut state: MutexGuard<'a, State>,
+        only: Option<RangeId>,
     ) -> Result<Option<MutexGuard<'a, State>>> {
-        let first_fence =
-            state
-                .queue
-                .conditions()
-                .into_iter()
-                .find_map(|(id, until)| match until {
-                    Until::Fences(fences) => Some((id, fences)),
-                    Until::Synchronised => None,
-                });
-        if let Some((id, fences)) = first_fence {
+        if let Some((id, fences)) = state.queue.first_fences(only) {
             drop(state);
             for fence in fences.iter() {
                 match fence.wait() {
+                    Err(error) if error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT) => {
+                        let mut state = self.lock();
+                        state.queue.give_up_fences(&[id]);
+                        return Ok(Some(state));
+                    }
                     Err(error) if !error.is_poisoned() => return Err(error),
                     _ => {}
                 }
@@ -349,26 +363,30 @@ impl Inner {
             self.poll();
             return Ok(Some(self.lock()));
         }
-        if !state.queue.is_empty() {
+        let unsynchronised = state.queue.unsynchronised(only);
+        if !unsynchronised.is_empty() {
+            state.refused = None;
             drop(state);
             if CaptureGuard::any() {
                 return Ok(None);
             }
-            if self.worker.wake(self, true) {
-                let mut state = self.lock();
-                // The worker may have been faster than this lock.
-                if state.refused.is_none() && !state.queue.is_empty() {
-                    state = self.wait(state);
+            if !self.worker.wake(self, true) {
+                if let Some(_no_capture) = CaptureGuard::try_none() {
+                    self.synchronise()?;
                 }
-                return match state.refused.take() {
-                    Some(error) => Err(error),
-                    None => Ok(Some(state)),
-                };
+                return Ok(Some(self.lock()));
             }
-            if let Some(_no_capture) = CaptureGuard::try_none() {
-                self.synchronise()?;
+            let mut state = self.lock();
+            while state.queue.has_any(&unsynchronised) {
+                if let Some(error) = state.refused.take() {
+                    return Err(error);
+                }
+                if CaptureGuard::any() {
+                    return Ok(None);
+                }
+                state = self.wait(state);
             }
-            return Ok(Some(self.lock()));
+            return Ok(Some(state));
         }
         let stats = state.parts();
         if state.recording > 0 || stats.filling_bytes + stats.retiring_bytes > 0 {
@@ -390,9 +408,13 @@ impl Drop for Inner {
         // unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         for range in state.ranges.values_mut() {
-            let mappings = range.pages.take_all();
-            self.device
-                .quarantine(|quarantine| quarantine.push_unfinished(mappings));
+            let (in_use, finished) = range.pages.take_all();
+            self.device.quarantine(|quarantine| {
+                quarantine.push_unfinished(in_use);
+                finished
+                    .into_iter()
+                    .for_each(|mapping| quarantine.push(Stuck::Mapping(mapping)));
+            });
         }
     }
 }

@@ -33,6 +33,8 @@ struct Chunk<M> {
     pages: u32,
     live_pages: u32,
     state: ChunkState,
+    /// Whether it was parked, and nobody has had a byte in it since.
+    untouched: bool,
     /// Absent while Filling or Draining, when it is with whoever does that work.
     memory: Option<M>,
 }
@@ -230,6 +232,9 @@ impl<M> Pages<M> {
         }
         for first in &survey.parked {
             self.set_state(*first, ChunkState::Backed);
+            if let Some(chunk) = self.chunks.get_mut(first) {
+                chunk.untouched = true;
+            }
         }
     }
 
@@ -245,6 +250,11 @@ impl<M> Pages<M> {
         }
         for (pages, memory) in chunks {
             self.insert(pages, ChunkState::Backed, Some(memory));
+        }
+        let touched = self.pages_of(bytes);
+        let from = self.first_at_or_after(touched.start);
+        for (_, chunk) in self.chunks.range_mut(from..touched.end) {
+            chunk.untouched = false;
         }
         self.count_live(bytes, 1);
         self.pending.remove(bytes);
@@ -268,7 +278,9 @@ impl<M> Pages<M> {
             self.insert(pages, ChunkState::Quarantined, Some(memory));
         }
         for first in &survey.parked {
-            if self.is_unused(*first) {
+            // What a neighbour used meanwhile retires instead, behind a fence of its own.
+            if self.chunks.get(first).is_some_and(|chunk| chunk.untouched) && self.is_unused(*first)
+            {
                 self.set_state(*first, ChunkState::Parked);
             }
         }
@@ -341,12 +353,19 @@ impl<M> Pages<M> {
         }
     }
 
-    /// Empties the books and hands out all memory that is in them.
-    pub(crate) fn take_all(&mut self) -> Vec<M> {
+    /// Empties the books and hands out all memory that is in them: what the device may still use, and what it has
+    /// finished with.
+    pub(crate) fn take_all(&mut self) -> (Vec<M>, Vec<M>) {
         let page_bytes = self.page_bytes;
         let all = core::mem::replace(self, Self::new(page_bytes));
-        let chunks = all.chunks.into_values();
-        chunks.filter_map(|chunk| chunk.memory).collect()
+        let (mut in_use, mut finished) = (Vec::new(), Vec::new());
+        for chunk in all.chunks.into_values() {
+            match chunk.state {
+                ChunkState::Parked | ChunkState::Quarantined => finished.extend(chunk.memory),
+                _ => in_use.extend(chunk.memory),
+            }
+        }
+        (in_use, finished)
     }
 
     /// Adds or takes the pages of these bytes to or from the counts of live pages. The bytes are not in
@@ -382,6 +401,7 @@ impl<M> Pages<M> {
             pages: u32::try_from(pages.len()).unwrap_or(u32::MAX),
             live_pages: 0,
             state,
+            untouched: false,
             memory,
         };
         let before = self.chunks.insert(pages.start, chunk);

@@ -2,7 +2,7 @@
 
 use super::ledger::{AccountId, Quota};
 use super::pages::{ChunkState, Pages};
-use super::{Inner, Parts, policy};
+use super::{Inner, Parts, State, policy};
 use crate::size::Extent;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
 use std::sync::Arc;
@@ -95,6 +95,7 @@ impl Inner {
 
     /// Looks at a range that is open.
     fn with_range<T>(&self, id: RangeId, look: impl FnOnce(&mut Range) -> T) -> Result<T> {
+        self.check_process()?;
         match self.lock().ranges.get_mut(&id) {
             Some(range) if !range.closed => Ok(look(range)),
             _ => Err(VmmError::Closed),
@@ -129,6 +130,7 @@ impl Inner {
     }
 
     pub(crate) fn range_stats(&self, id: RangeId) -> Result<RangeStats> {
+        self.check_process()?;
         let state = self.lock();
         let range = state.ranges.get(&id).ok_or(VmmError::Closed)?;
         let live = range.pages.live();
@@ -139,6 +141,12 @@ impl Inner {
             .iter()
             .filter(|(account, _)| *account == range.account)
             .map(|(_, memory)| memory.bytes())
+            .sum::<usize>();
+        parts.retiring_bytes += state
+            .releasing
+            .iter()
+            .filter(|(account, _)| *account == range.account)
+            .map(|(_, bytes)| bytes)
             .sum::<usize>();
         Ok(RangeStats {
             parts,
@@ -222,55 +230,75 @@ impl Inner {
                 state = self.lock();
                 continue;
             }
+            if survey.busy && wait {
+                // Someone is making or unmapping these very pages, and says when it is done.
+                state = self.wait(state);
+                continue;
+            }
             let stats = state.parts();
-            if let Some(refusal) = refusal {
-                let error = VmmError::OutOfPhysicalMemory {
-                    asked_bytes: need_bytes,
-                    free_bytes: refusal.free_bytes,
-                    retiring_bytes: stats.retiring_bytes,
-                    reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
-                    limit_bytes: refusal.limit_bytes,
-                };
-                if error.is_never() {
+            let Some(refusal) = refusal else {
+                let error = self.in_the_way(&state, id, extent);
+                if !wait {
                     return Err(error);
                 }
-                if stats.parked_bytes > 0 {
-                    drop(state);
-                    let (drained_bytes, outcome) = self.drain_parked(0, None);
-                    if drained_bytes == 0 {
-                        outcome?;
-                    }
-                    state = self.lock();
-                    continue;
-                }
-                if !wait || stats.retiring_bytes + refusal.free_bytes < need_bytes {
-                    return Err(error);
-                }
-                match self.await_progress(state)? {
+                match self.await_progress(state, Some(id))? {
                     Some(again) => state = again,
                     None => return Err(error),
                 }
-            } else if wait {
-                match self.await_progress(state)? {
-                    Some(again) => state = again,
-                    None => return Err(self.retiring_in_the_way(bytes)),
+                continue;
+            };
+            let error = VmmError::OutOfPhysicalMemory {
+                asked_bytes: need_bytes,
+                free_bytes: refusal.free_bytes,
+                retiring_bytes: stats.retiring_bytes,
+                reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
+                limit_bytes: refusal.limit_bytes,
+            };
+            if error.is_never() {
+                return Err(error);
+            }
+            // At its own ceiling a range is helped by its own memory only.
+            let only = (need_bytes > refusal.below_ceiling_bytes).then_some(id);
+            let (parked_bytes, retiring_bytes) = match (only, state.ranges.get(&id)) {
+                (Some(_), Some(range)) => {
+                    let own = range.pages.parts();
+                    (own.parked_bytes, own.retiring_bytes)
                 }
-            } else {
+                _ => (stats.parked_bytes, stats.retiring_bytes),
+            };
+            if parked_bytes > 0 {
                 drop(state);
-                return Err(self.retiring_in_the_way(bytes));
+                let (drained_bytes, outcome) = self.drain_parked(0, only);
+                if drained_bytes == 0 {
+                    outcome?;
+                }
+                state = self.lock();
+                continue;
+            }
+            if !wait || retiring_bytes + refusal.free_bytes < need_bytes {
+                return Err(error);
+            }
+            match self.await_progress(state, only)? {
+                Some(again) => state = again,
+                None => return Err(error),
             }
         }
     }
 
-    /// The pages asked for are retiring, and cannot be had now.
-    fn retiring_in_the_way(&self, asked_bytes: usize) -> VmmError {
-        let stats = self.lock().parts();
+    /// Some of the pages asked for are retiring or being worked on, and cannot be had now.
+    fn in_the_way(&self, state: &State, id: RangeId, extent: Extent) -> VmmError {
+        let stats = state.parts();
+        let (asked_bytes, limit_bytes) = state.ranges.get(&id).map_or((extent.bytes, 0), |range| {
+            let pages = extent.pages(range.page_bytes).len();
+            let limit_bytes = state.ledger.account_limit_bytes(range.account);
+            (pages * range.page_bytes, limit_bytes)
+        });
         VmmError::OutOfPhysicalMemory {
             asked_bytes,
             free_bytes: 0,
             retiring_bytes: stats.retiring_bytes,
             reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
-            limit_bytes: self.limit_bytes,
+            limit_bytes,
         }
     }
 
@@ -323,7 +351,7 @@ impl Inner {
         while (state.ranges.get(&id))
             .is_some_and(|range| !range.pages.in_state(ChunkState::Retiring).is_empty())
         {
-            match self.await_progress(state)? {
+            match self.await_progress(state, Some(id))? {
                 Some(again) => state = again,
                 // A capture is declared: the worker finishes when it is over.
                 None => {

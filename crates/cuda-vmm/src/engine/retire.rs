@@ -17,16 +17,25 @@ impl Until {
     /// The end of everything that can use the range now: the work queued on the streams that were named
     /// for it, or, where none was, all work of the context. Queues at most one event for each stream and
     /// waits for nothing. Where no fence can be had, a context synchronise later is as good.
+    ///
+    /// A stream that is being captured has no fence to give: an event recorded there belongs to the capture. And
+    /// the per-thread default stream is another one for each thread, so the context answers for it.
     pub(super) fn now(device: &Device, streams: &[Stream]) -> Self {
-        let fences: Result<Vec<_>> = if streams.is_empty() {
-            match CaptureGuard::try_none().map(|none| Fence::on_context(device, &none)) {
-                Some(Ok(Some(fence))) => Ok(vec![fence]),
-                Some(Err(error)) => Err(error),
-                Some(Ok(None)) | None => return Self::Synchronised,
-            }
-        } else {
-            streams.iter().map(Stream::record).collect()
-        };
+        let fences: Result<Vec<_>> =
+            if streams.is_empty() || streams.iter().any(Stream::is_per_thread) {
+                match CaptureGuard::try_none().map(|none| Fence::on_context(device, &none)) {
+                    Some(Ok(Some(fence))) => Ok(vec![fence]),
+                    Some(Err(error)) => Err(error),
+                    Some(Ok(None)) | None => return Self::Synchronised,
+                }
+            } else if streams
+                .iter()
+                .any(|stream| stream.is_capturing().unwrap_or(true))
+            {
+                return Self::Synchronised;
+            } else {
+                streams.iter().map(Stream::record).collect()
+            };
         fences.map_or(Self::Synchronised, |fences| Self::Fences(Arc::new(fences)))
     }
 
@@ -92,13 +101,40 @@ impl Queue {
             .collect()
     }
 
-    /// Numbers of the entries that need a context synchronise.
-    pub(super) fn unsynchronised(&self) -> Vec<u64> {
-        let entries = self.entries.iter();
-        entries
+    /// The first entry that fences end, of one range or of all.
+    pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Fence>>)> {
+        self.of(only).find_map(|entry| match &entry.until {
+            Until::Fences(fences) => Some((entry.id, fences.clone())),
+            Until::Synchronised => None,
+        })
+    }
+
+    /// Numbers of the entries that need a context synchronise, of one range or of all.
+    pub(super) fn unsynchronised(&self, only: Option<RangeId>) -> Vec<u64> {
+        self.of(only)
             .filter(|entry| matches!(entry.until, Until::Synchronised))
             .map(|entry| entry.id)
             .collect()
+    }
+
+    fn of(&self, only: Option<RangeId>) -> impl Iterator<Item = &Entry> {
+        self.entries
+            .iter()
+            .filter(move |entry| only.is_none_or(|only| entry.range == only))
+    }
+
+    /// Whether any entry of these numbers is there.
+    pub(super) fn has_any(&self, ids: &[u64]) -> bool {
+        self.entries.iter().any(|entry| ids.contains(&entry.id))
+    }
+
+    /// Lets entries whose fences turned out to be of no use wait for a context synchronise.
+    pub(super) fn give_up_fences(&mut self, ids: &[u64]) {
+        for entry in &mut self.entries {
+            if ids.contains(&entry.id) {
+                entry.until = Until::Synchronised;
+            }
+        }
     }
 
     /// Takes out the entries of these numbers, which rise.

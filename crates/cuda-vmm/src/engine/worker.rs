@@ -107,8 +107,14 @@ impl Worker {
 
     /// Keeps the engine alive until it has no work left; in vain if there is no thread.
     pub(super) fn keep(&self, engine: &Arc<Inner>) {
-        if self.wake(engine, false) {
-            self.shared.lock().kept = Some(engine.clone());
+        if self.wake(engine, true) {
+            // With the work, so that the thread looks at both or at neither.
+            let mut signal = self.shared.lock();
+            signal.kept = Some(engine.clone());
+            signal.work = true;
+            self.shared.awake.store(true, Ordering::SeqCst);
+            drop(signal);
+            self.shared.changed.notify_one();
         }
     }
 
@@ -165,7 +171,9 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
         if engine.has_work() {
             let mut signal = shared.lock();
             signal.work = true;
-            signal.kept = kept;
+            if signal.kept.is_none() {
+                signal.kept = kept;
+            }
             shared.awake.store(true, Ordering::SeqCst);
             drop(signal);
             delay = if report.retired_bytes + report.drained_bytes > 0 {

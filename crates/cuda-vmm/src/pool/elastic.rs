@@ -12,7 +12,10 @@ use crate::{Device, Result, Stream};
 ///
 /// Freed pages are given back when the device has finished with them: after the work then queued on the
 /// streams that were named by [`use_stream`](Self::use_stream), or, where none was, after all work of the
-/// context. Nothing here waits for that but `allocate`, when it needs those very bytes.
+/// context. Nothing here waits for that but `allocate`, when it needs those very pages.
+///
+/// That is about pages. Bytes that are freed in a page which a neighbour keeps live can be allocated again at
+/// once, while work on them may still run: who hands such bytes from one stream to another orders the two.
 ///
 /// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything back, and
 /// waits for the device to do so.

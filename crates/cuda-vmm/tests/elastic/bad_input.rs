@@ -143,7 +143,8 @@ fn allocate_is_refused_bad_extents() {
         ] {
             let error = fixture.refused(|pool| call(pool, offset, bytes));
             assert_eq!(error, expected);
-            assert!(error.is_never() && !error.is_later());
+            let depends = matches!(error, VmmError::AlreadyMapped { .. });
+            assert!(error.is_never() != depends && !error.is_later());
         }
     }
 }

@@ -206,3 +206,27 @@ fn placing_is_first_fit_and_aligned() {
     assert_eq!(pages.place(5, 4, 40), Ok(12));
     assert_eq!(pages.place(29, 4, 40), Err(31));
 }
+
+#[test]
+fn a_parked_page_that_a_neighbour_used_during_a_failed_filling_retires() {
+    let mut pages: Pages<()> = Pages::new(PAGE);
+    let first = pages.survey(&(0..3)).expect("free");
+    pages.begin(&(0..3), &first);
+    pages.finish(&(0..3), &first, [(0..1, ())]);
+    assert_eq!(pages.release(&(0..3)), [0]);
+    pages.park(0);
+    // One thread begins over the parked page and a missing one; another uses the page and frees it.
+    let failing = pages.survey(&(4..20)).expect("free");
+    assert_eq!(failing.parked, [0]);
+    pages.begin(&(4..20), &failing);
+    let neighbour = pages.survey(&(0..3)).expect("free");
+    pages.begin(&(0..3), &neighbour);
+    pages.finish(&(0..3), &neighbour, []);
+    assert_eq!(pages.release(&(0..3)), [], "page 0 is about to be used");
+    assert_eq!(pages.abort(&(4..20), &failing, []), [0]);
+    assert_eq!(
+        pages.state_of(0),
+        Some(ChunkState::Retiring),
+        "not parked: the device may be using it"
+    );
+}
