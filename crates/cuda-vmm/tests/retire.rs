@@ -49,6 +49,22 @@ impl Fixture {
         VirtualMemoryPool::on_engine(&self.engine, 16 * PAGE, PAGE).expect("pool")
     }
 
+    fn stream(&self) -> Stream {
+        Stream::new(&self.device).expect("stream")
+    }
+
+    /// A pool with a named stream that has a write to `live` pages queued, which runs when it is let, and the first
+    /// `freed` of those pages freed.
+    fn freed_under_a_write(&self, live: usize, freed: usize) -> (VirtualMemoryPool, Stream) {
+        let (pool, stream) = (self.pool(), self.stream());
+        pool.use_stream(&stream).expect("same device");
+        let address = pool.allocate(0, live * PAGE).expect("room");
+        self.simulator.hold_work();
+        write(&stream, address);
+        pool.deallocate(0, freed * PAGE).expect("live");
+        (pool, stream)
+    }
+
     fn calls(&self, function: DriverFunction) -> u64 {
         self.simulator.calls(function)
     }
@@ -63,15 +79,7 @@ fn write(stream: &Stream, address: u64) {
 #[test]
 fn memory_under_a_running_write_stays_mapped_until_the_named_stream_is_past_it() {
     let fixture = Fixture::manual();
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
-    pool.use_stream(&stream).expect("same device");
-    let address = pool.allocate(0, PAGE).expect("room");
-    fixture.simulator.hold_work();
-    write(&stream, address);
-    pool.deallocate(0, PAGE).expect("live");
+    let (pool, stream) = fixture.freed_under_a_write(1, 1);
     assert_eq!(pool.physical_memory_usage(), 0, "it is no longer live");
     for _ in 0..3 {
         let report = fixture.engine.step();
@@ -92,10 +100,7 @@ fn without_a_named_stream_all_work_of_the_context_is_waited_for() {
             SimConfig::new().driver_version(version),
             EngineOptions::new().worker(WorkerMode::Manual),
         );
-        let (pool, stream) = (
-            fixture.pool(),
-            Stream::new(&fixture.device).expect("stream"),
-        );
+        let (pool, stream) = (fixture.pool(), fixture.stream());
         let address = pool.allocate(0, PAGE).expect("room");
         fixture.simulator.hold_work();
         write(&stream, address);
@@ -123,15 +128,7 @@ fn without_a_named_stream_all_work_of_the_context_is_waited_for() {
 #[test]
 fn a_try_does_not_wait_and_says_how_much_is_retiring() {
     let fixture = Fixture::manual();
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
-    pool.use_stream(&stream).expect("same device");
-    let address = pool.allocate(0, 4 * PAGE).expect("room");
-    fixture.simulator.hold_work();
-    write(&stream, address);
-    pool.deallocate(0, 3 * PAGE).expect("live");
+    let (pool, stream) = fixture.freed_under_a_write(4, 3);
     let error = pool
         .try_allocate(8 * PAGE, 2 * PAGE)
         .expect_err("nothing is free yet");
@@ -172,15 +169,7 @@ fn an_allocation_that_cannot_ever_fit_is_refused_before_any_driver_call() {
 #[test]
 fn an_allocation_waits_for_retiring_memory_that_satisfies_it() {
     let fixture = Fixture::manual();
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
-    pool.use_stream(&stream).expect("same device");
-    let address = pool.allocate(0, 4 * PAGE).expect("room");
-    fixture.simulator.hold_work();
-    write(&stream, address);
-    pool.deallocate(0, 2 * PAGE).expect("live");
+    let (pool, stream) = fixture.freed_under_a_write(4, 2);
     let released = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -201,10 +190,7 @@ fn an_allocation_waits_for_retiring_memory_that_satisfies_it() {
 #[test]
 fn pages_taken_back_at_once_are_still_mapped() {
     let fixture = Fixture::manual();
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
+    let (pool, stream) = (fixture.pool(), fixture.stream());
     pool.use_stream(&stream).expect("same device");
     pool.allocate(0, 2 * PAGE).expect("room");
     pool.deallocate(0, 2 * PAGE).expect("live");
@@ -307,10 +293,7 @@ fn ends(simulator: &Simulator) {
 #[test]
 fn dropping_a_pool_waits_for_the_device_and_returns_every_byte() {
     let fixture = Fixture::new(SimConfig::new(), EngineOptions::new());
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
+    let (pool, stream) = (fixture.pool(), fixture.stream());
     let address = pool.allocate(0, PAGE).expect("room");
     fixture.simulator.hold_work();
     write(&stream, address);
@@ -333,7 +316,7 @@ fn memory_of_an_engine_that_ended_during_a_capture_is_unmapped_after_a_synchroni
         EngineOptions::new().worker(WorkerMode::Manual),
     );
     let pool = fixture.pool();
-    let stream = Stream::new(&fixture.device).expect("stream");
+    let stream = fixture.stream();
     let address = pool.allocate(0, PAGE).expect("room");
     fixture.simulator.hold_work();
     write(&stream, address);
@@ -393,10 +376,7 @@ fn the_per_thread_stream_of_another_thread_is_waited_for() {
 fn memory_freed_while_its_named_stream_is_captured_leaves_the_capture_alone_and_comes_back() {
     use cuda_vmm::sys::{CU_STREAM_CAPTURE_MODE_GLOBAL, CUDA_SUCCESS};
     let fixture = Fixture::manual();
-    let (pool, stream) = (
-        fixture.pool(),
-        Stream::new(&fixture.device).expect("stream"),
-    );
+    let (pool, stream) = (fixture.pool(), fixture.stream());
     pool.use_stream(&stream).expect("same device");
     pool.allocate(0, PAGE).expect("room");
     let table = fixture.device.driver().table();
@@ -434,10 +414,7 @@ fn memory_freed_while_its_named_stream_is_captured_leaves_the_capture_alone_and_
 fn closing_one_pool_does_not_wait_for_what_another_freed() {
     let fixture = Fixture::manual();
     let (busy, idle) = (fixture.pool(), fixture.pool());
-    let (slow, quick) = (
-        Stream::new(&fixture.device).expect("stream"),
-        Stream::new(&fixture.device).expect("stream"),
-    );
+    let (slow, quick) = (fixture.stream(), fixture.stream());
     busy.use_stream(&slow).expect("same device");
     idle.use_stream(&quick).expect("same device");
     let address = busy.allocate(0, PAGE).expect("room");
