@@ -169,7 +169,7 @@ fn an_allocation_that_cannot_ever_fit_is_refused_before_any_driver_call() {
 #[test]
 fn an_allocation_waits_for_retiring_memory_that_satisfies_it() {
     let fixture = Fixture::manual();
-    let (pool, stream) = fixture.freed_under_a_write(4, 2);
+    let (pool, _stream) = fixture.freed_under_a_write(4, 2);
     let released = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
