@@ -1,8 +1,8 @@
-//! Which calls kill a capture, by its mode, the calling thread and that thread's own mode; and what a
-//! graph does when it is replayed.
+//! Which calls kill a capture, by its mode, the calling thread and that thread's own mode.
 
 use crate::Case;
 use crate::common::set_current_context;
+use crate::graph::instantiate;
 use crate::kit::{Kit, Object, call};
 use crate::work::record;
 use cuda_vmm::sys::*;
@@ -69,21 +69,21 @@ fn expected(kind: Kind, exposed: bool) -> [&'static str; 2] {
 
 /// What there is beside the captured stream.
 #[derive(Clone, Copy, Debug)]
-struct Stage {
-    captured: Object,
+pub struct Stage {
+    pub captured: Object,
     other: Object,
     /// Recorded on the other stream.
     event: Object,
     /// An open page.
-    open: u64,
+    pub open: u64,
     /// Another open page, which is asked to be freed.
     freed: u64,
     /// A page of addresses with nothing mapped.
-    unmapped: u64,
+    pub unmapped: u64,
 }
 
 impl Stage {
-    fn new(kit: &mut Kit) -> Self {
+    pub fn new(kit: &mut Kit) -> Self {
         let address = kit.addresses(3);
         let [freed, unmapped] = [1, 2].map(|page| address + (page * kit.page) as u64);
         kit.back(address, 1);
@@ -106,14 +106,14 @@ impl Stage {
     }
 
     /// Begins a capture and puts a memset into it.
-    fn begin(&self, kit: &Kit, mode: CUstreamCaptureMode) {
+    pub fn begin(&self, kit: &Kit, mode: CUstreamCaptureMode) {
         let stream = self.captured.raw();
         kit.must(call!(kit, cuStreamBeginCapture(stream, mode)));
         kit.must(call!(kit, cuMemsetD8Async(self.open, 42, kit.page, stream)));
     }
 
     /// Ends the capture and notes how; the graph, if there is one.
-    fn end(&self, kit: &mut Kit) -> Option<Object> {
+    pub fn end(&self, kit: &mut Kit) -> Option<Object> {
         let mut graph = core::ptr::null_mut();
         let stream = self.captured.raw();
         let code = call!(kit, cuStreamEndCapture(stream, &mut graph));
@@ -122,17 +122,10 @@ impl Stage {
     }
 }
 
-fn destroy(kit: &Kit, graph: Option<Object>) {
+pub fn destroy(kit: &Kit, graph: Option<Object>) {
     if let Some(graph) = graph {
         kit.must(call!(kit, cuGraphDestroy(graph.raw())));
     }
-}
-
-fn instantiate(kit: &mut Kit, graph: Object) -> Object {
-    let mut exec = core::ptr::null_mut();
-    let code = call!(kit, cuGraphInstantiateWithFlags(&mut exec, graph.raw(), 0));
-    kit.answer(code);
-    Object::new(exec)
 }
 
 /// Sets the thread's own capture mode and returns the one before.
@@ -167,6 +160,10 @@ const STREAM_SYNCHRONIZE: (&str, Kind, Call) = (
     Kind::Unsafe,
     |kit, stage| ok(call!(kit, cuStreamSynchronize(stage.other.raw()))),
 );
+
+const CONTEXT_EVENT: (&str, Kind, Call) = ("cuCtxRecordEvent", Kind::WholeContext, |kit, stage| {
+    ok(record(kit, stage.event))
+});
 
 fn calls() -> Vec<(&'static str, Kind, Call)> {
     vec![
@@ -263,9 +260,6 @@ fn calls() -> Vec<(&'static str, Kind, Call)> {
         ("cuCtxSynchronize", Kind::WholeContext, |kit, _| {
             ok(call!(kit, cuCtxSynchronize()))
         }),
-        ("cuCtxRecordEvent", Kind::WholeContext, |kit, stage| {
-            ok(record(kit, stage.event))
-        }),
     ]
 }
 
@@ -302,18 +296,21 @@ fn case(
     })
 }
 
-pub fn cases() -> Vec<Case> {
+pub fn cases(has_context_events: bool) -> Vec<Case> {
     let mut cases = Vec::new();
+    let mut calls = calls();
+    if has_context_events {
+        calls.push(CONTEXT_EVENT);
+    }
     for mode in MODES {
         for caller in [Caller::Capturing, Caller::Another, Caller::AnotherRelaxed] {
-            cases.extend(calls().into_iter().map(|call| case(mode, caller, call)));
+            cases.extend(calls.iter().map(|&call| case(mode, caller, call)));
         }
     }
     for call in [EVENT_QUERY, STREAM_SYNCHRONIZE] {
         cases.push(case(MODES[0], Caller::CapturingRelaxed, call));
     }
     cases.extend(states());
-    cases.push(replay());
     cases
 }
 
@@ -361,75 +358,4 @@ fn states() -> Vec<Case> {
             },
         ),
     ]
-}
-
-/// Captures a memset of a page to 42 and makes it a graph that can be launched.
-fn graph(kit: &mut Kit) -> (Stage, Object, Object) {
-    let stage = Stage::new(kit);
-    stage.begin(kit, CU_STREAM_CAPTURE_MODE_GLOBAL);
-    let graph = stage.end(kit).expect("a graph");
-    let exec = instantiate(kit, graph);
-    (stage, graph, exec)
-}
-
-fn launch(kit: &mut Kit, stage: &Stage, exec: Object) {
-    let stream = stage.captured.raw();
-    let code = call!(kit, cuGraphLaunch(exec.raw(), stream));
-    kit.answer(code);
-    let code = call!(kit, cuStreamSynchronize(stream));
-    kit.answer(code);
-}
-
-fn replay() -> Case {
-    let replayed = ["SUCCESS", "SUCCESS", "reads 42"];
-    let mut expected = vec!["SUCCESS", "SUCCESS", "reads 1"];
-    for _ in 0..2 {
-        expected.extend(replayed);
-    }
-    // The memory that was there before keeps what it had.
-    expected.push("reads 2");
-    Case::new(
-        "a graph writes to what is mapped when it is replayed",
-        &expected,
-        |kit| {
-            let (stage, graph, exec) = graph(kit);
-            kit.read(stage.open);
-            launch(kit, &stage, exec);
-            kit.read(stage.open);
-            kit.fill(stage.open, 2);
-            let (_, first) = kit.retain(stage.open);
-            kit.must(kit.unmap(stage.open, kit.page));
-            kit.back(stage.open, 1);
-            kit.fill(stage.open, 3);
-            launch(kit, &stage, exec);
-            kit.read(stage.open);
-            kit.map(stage.unmapped, 1, first);
-            kit.open(stage.unmapped, 1);
-            kit.read(stage.unmapped);
-            kit.must(call!(kit, cuGraphExecDestroy(exec.raw())));
-            destroy(kit, Some(graph));
-        },
-    )
-}
-
-pub fn poisoning_cases() -> Vec<Case> {
-    let expected = [
-        "SUCCESS",
-        "SUCCESS",
-        "SUCCESS",
-        "ILLEGAL_ADDRESS",
-        "ILLEGAL_ADDRESS",
-    ];
-    vec![Case::new(
-        "a graph is replayed with nothing mapped",
-        &expected,
-        |kit| {
-            let (stage, _, exec) = graph(kit);
-            kit.must(kit.unmap(stage.open, kit.page));
-            launch(kit, &stage, exec);
-            let (mut free, mut total) = (0, 0);
-            let code = call!(kit, cuMemGetInfo(&mut free, &mut total));
-            kit.answer(code);
-        },
-    )]
 }

@@ -4,6 +4,7 @@ use crate::common::with_context;
 use cuda_vmm::Device;
 use cuda_vmm::sys::*;
 use std::ffi::{CStr, c_int};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::without_provenance_mut;
 
 /// Makes a call of the driver's table and returns its code.
@@ -68,7 +69,6 @@ pub struct Kit {
     pub table: DriverTable,
     /// The granularity, in bytes.
     pub page: usize,
-    case: String,
     answers: Vec<String>,
     reservations: Vec<(u64, usize)>,
     handles: Vec<u64>,
@@ -78,27 +78,32 @@ pub struct Kit {
 
 impl Kit {
     /// Runs a case and returns its answers. What cannot be taken away afterwards is one more answer.
-    pub fn run(device: &Device, case: &str, run: &dyn Fn(&mut Self)) -> Vec<String> {
+    pub fn run(device: &Device, run: &dyn Fn(&mut Self)) -> Vec<String> {
         with_context(device, || {
             let mut kit = Self {
                 device: device.clone(),
                 table: *device.driver().table(),
                 page: device.granularity_bytes(),
-                case: case.to_owned(),
                 answers: Vec::new(),
                 reservations: Vec::new(),
                 handles: Vec::new(),
                 streams: Vec::new(),
                 events: Vec::new(),
             };
-            run(&mut kit);
+            // A case that stops half-way is a difference like any other, and the next ones still run.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(&mut kit))) {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+                let why = text.unwrap_or("a panic").replace('\n', " ");
+                kit.answers.push(format!("stopped: {why}"));
+            }
             kit.finish()
         })
     }
 
     /// The same for a case that poisons the context: what it made goes with the process.
-    pub fn run_and_leave(device: &Device, case: &str, run: &dyn Fn(&mut Self)) -> Vec<String> {
-        Self::run(device, case, &|kit| {
+    pub fn run_and_leave(device: &Device, run: &dyn Fn(&mut Self)) -> Vec<String> {
+        Self::run(device, &|kit| {
             run(kit);
             kit.reservations.clear();
             kit.handles.clear();
@@ -141,11 +146,11 @@ impl Kit {
         });
     }
 
-    /// Fails the case unless a call that it builds on succeeded.
+    /// Stops the case unless a call that it builds on succeeded.
     #[track_caller]
     pub fn must(&self, code: CUresult) {
-        let name = self.name(code);
-        assert_eq!(name, "SUCCESS", "before the point of: {}", self.case);
+        let caller = std::panic::Location::caller();
+        assert_eq!(code, CUDA_SUCCESS, "{} at {caller}", self.name(code));
     }
 
     pub fn try_reserve(&mut self, bytes: usize, alignment: usize, flags: u64) -> CUresult {
@@ -277,13 +282,14 @@ impl Kit {
         let mut undone = Vec::new();
         for stream in core::mem::take(&mut self.streams) {
             undone.push((
-                "cuStreamSynchronize",
-                call!(self, cuStreamSynchronize(stream.raw())),
-            ));
-            undone.push((
                 "cuStreamDestroy",
                 call!(self, cuStreamDestroy(stream.raw())),
             ));
+        }
+        // A memset of device memory returns before it is done, on the legacy stream too. A poisoned
+        // context has nothing under way any more, and cases that poison it leave nothing here.
+        if !undone.is_empty() || !self.reservations.is_empty() {
+            undone.push(("cuCtxSynchronize", call!(self, cuCtxSynchronize())));
         }
         for event in core::mem::take(&mut self.events) {
             undone.push(("cuEventDestroy", call!(self, cuEventDestroy(event.raw()))));

@@ -8,7 +8,7 @@ use cuda_vmm::sys::*;
 const NO_DEVICE: i32 = 77;
 
 /// An address that no driver reserves.
-const NEVER_RESERVED: u64 = 2 << 20;
+pub const NEVER_RESERVED: u64 = 2 << 20;
 
 pub fn cases() -> Vec<Case> {
     let mut cases = creating();
