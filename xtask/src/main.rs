@@ -26,7 +26,11 @@ use workspace::Workspace;
 const USAGE: u8 = 64;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "The project's own tasks")]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "The project's own tasks"
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -99,6 +103,10 @@ fn start(task: Task) -> Result<ExitCode> {
         Task::Demo { arguments } => {
             setup::ensure(&workspace, false, false)?;
             let mut demo = workspace.cargo(&["run", "--release", "--package", "cuda-vmm"]);
+            // The paths among its arguments are from where the caller is.
+            demo.current_dir(std::env::current_dir().context("the current folder is gone")?);
+            demo.arg("--manifest-path")
+                .arg(workspace.root.join("Cargo.toml"));
             demo.args(["--features", "simulator", "--example", "demo", "--"])
                 .args(arguments);
             let status = demo.status().context("cargo could not be started")?;

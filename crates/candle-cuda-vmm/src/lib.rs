@@ -35,7 +35,8 @@
 //! - [`cuda_ffi`]: the driver's calls, nearly as they are.
 //!
 //! The pools are those of [`cuda_vmm`], which knows nothing of Candle; [`VirtualMemoryPool::core`] and
-//! [`SharedMemoryPool::core`] lead there. This crate itself calls no driver.
+//! [`SharedMemoryPool::core`] lead there. Only [`cuda_ffi`] and [`mapping`] call the
+//! driver themselves, through the core's table.
 //!
 //! # Features
 //! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.

@@ -72,7 +72,9 @@ pub fn find() -> Result<PathBuf, String> {
         "cuda-vmm-sys needs the CUDA headers cuda.h and cudaTypedefs.h, of CUDA 11.4 or newer.\n\
          Looked in and below:\n{looked}\
          To mend it, either\n  \
-         - in a checkout of this project run `cargo xtask setup`, which brings them into the target folder, or\n  \
+         - in a checkout of this project run `cargo xtask setup`, which brings them into its target folder; a program \
+         outside the checkout then needs CUDA_HOME=CHECKOUT/target/cuda-vmm-setup/cuda and \
+         LIBCLANG_PATH=CHECKOUT/target/cuda-vmm-setup/libclang, or\n  \
          - install the CUDA toolkit and set CUDA_HOME to its folder, or\n  \
          - run `python3 -m pip install nvidia-cuda-runtime` and set CUDA_HOME to the `nvidia/cu13` folder it made."
     ))
