@@ -25,7 +25,7 @@ pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{CaptureGuard, Device, PhysicalMemory, Result, VmmError};
+use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, VmmError};
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
@@ -282,7 +282,8 @@ impl Inner {
             }
         }
         if !useless.is_empty() {
-            self.lock().queue.give_up_fences(&useless);
+            let fences = self.lock().queue.give_up_fences(&useless);
+            drop(fences);
         }
         self.park(&past)
     }
@@ -347,20 +348,24 @@ impl Inner {
     ) -> Result<Option<MutexGuard<'a, State>>> {
         if let Some((id, fences)) = state.queue.first_fences(only) {
             drop(state);
-            for fence in fences.iter() {
-                match fence.wait() {
-                    Err(error) if error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT) => {
-                        let mut state = self.lock();
-                        state.queue.give_up_fences(&[id]);
-                        return Ok(Some(state));
-                    }
-                    Err(error) if !error.is_poisoned() => return Err(error),
-                    _ => {}
+            let waited = fences.iter().map(Fence::wait).find(|waited| match waited {
+                Err(error) => !error.is_poisoned(),
+                Ok(()) => false,
+            });
+            match waited {
+                // Not asked again: a driver that would not answer would have this wait for ever.
+                None | Some(Ok(())) => {
+                    self.park(&[id]);
+                    self.poll();
                 }
+                Some(Err(error)) if error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT) => {
+                    let useless = self.lock().queue.give_up_fences(&[id]);
+                    drop(useless);
+                }
+                Some(Err(error)) => return Err(error),
             }
-            // Not asked again: a driver that would not answer would have this wait for ever.
-            self.park(&[id]);
-            self.poll();
+            // Before the lock is taken: it may be the last to hold them, and dropping a fence calls the driver.
+            drop(fences);
             return Ok(Some(self.lock()));
         }
         let unsynchronised = state.queue.unsynchronised(only);

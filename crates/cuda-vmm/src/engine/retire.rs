@@ -128,13 +128,14 @@ impl Queue {
         self.entries.iter().any(|entry| ids.contains(&entry.id))
     }
 
-    /// Lets entries whose fences turned out to be of no use wait for a context synchronise.
-    pub(super) fn give_up_fences(&mut self, ids: &[u64]) {
-        for entry in &mut self.entries {
-            if ids.contains(&entry.id) {
-                entry.until = Until::Synchronised;
-            }
-        }
+    /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands out the fences, which
+    /// are to be dropped without the lock: that calls the driver.
+    pub(super) fn give_up_fences(&mut self, ids: &[u64]) -> Vec<Until> {
+        let entries = self.entries.iter_mut();
+        entries
+            .filter(|entry| ids.contains(&entry.id))
+            .map(|entry| core::mem::replace(&mut entry.until, Until::Synchronised))
+            .collect()
     }
 
     /// Takes out the entries of these numbers, which rise.
