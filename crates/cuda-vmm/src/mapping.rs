@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::Stuck;
+use crate::quarantine::{self, Stuck};
 use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
 use crate::{CloseError, Device, PhysicalMemory, Reservation, Result, VmmError, size};
 use core::mem::ManuallyDrop;
@@ -225,18 +225,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match self.unmap_in_place() {
-            Ok(()) | Err(VmmError::Forked) => {}
-            Err(error) if error.is_poisoned() => {}
-            Err(_) => {
-                let stuck = Self {
-                    reservation: self.reservation.clone(),
-                    memory: self.memory.clone(),
-                    offset: self.offset,
-                };
-                self.device()
-                    .quarantine(|quarantine| quarantine.push(Stuck::Mapping(stuck)));
-            }
-        }
+        quarantine::after_drop(self.device(), self.unmap_in_place(), || {
+            Stuck::Mapping(Self {
+                reservation: self.reservation.clone(),
+                memory: self.memory.clone(),
+                offset: self.offset,
+            })
+        });
     }
 }

@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::Stuck;
+use crate::quarantine::{self, Stuck};
 use crate::sys::CUmemGenericAllocationHandle;
 use crate::{CloseError, Device, Result, VmmError, size};
 use core::mem::ManuallyDrop;
@@ -133,18 +133,12 @@ impl PhysicalMemory {
 
 impl Drop for PhysicalMemory {
     fn drop(&mut self) {
-        match self.release() {
-            Ok(()) | Err(VmmError::Forked) => {}
-            Err(error) if error.is_poisoned() => {}
-            Err(_) => {
-                let stuck = Self {
-                    device: self.device.clone(),
-                    handle: self.handle,
-                    bytes: self.bytes,
-                };
-                self.device
-                    .quarantine(|quarantine| quarantine.push(Stuck::Memory(stuck)));
-            }
-        }
+        quarantine::after_drop(&self.device, self.release(), || {
+            Stuck::Memory(Self {
+                device: self.device.clone(),
+                handle: self.handle,
+                bytes: self.bytes,
+            })
+        });
     }
 }

@@ -1,6 +1,6 @@
 //! Objects whose destruction the driver refused.
 
-use crate::{Mapping, PhysicalMemory, Reservation};
+use crate::{Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
 
 /// An object that could not be destroyed and still owns what it owned.
 #[derive(Debug)]
@@ -18,6 +18,16 @@ impl Stuck {
             Self::Memory(memory) => memory.bytes(),
             Self::Reservation(_) => 0,
         }
+    }
+}
+
+/// What dropping does with the driver's answer: what it refused goes to the device's quarantine. After a fork, and on a
+/// context beyond use, there is nothing to keep.
+pub(crate) fn after_drop(device: &Device, outcome: Result<()>, stuck: impl FnOnce() -> Stuck) {
+    match outcome {
+        Ok(()) | Err(VmmError::Forked) => {}
+        Err(error) if error.is_poisoned() => {}
+        Err(_) => device.quarantine(|quarantine| quarantine.push(stuck())),
     }
 }
 

@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::Stuck;
+use crate::quarantine::{self, Stuck};
 use crate::{CloseError, Device, Result, VmmError, size};
 use core::mem::ManuallyDrop;
 
@@ -135,18 +135,12 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        match self.free() {
-            Ok(()) | Err(VmmError::Forked) => {}
-            Err(error) if error.is_poisoned() => {}
-            Err(_) => {
-                let stuck = Self {
-                    device: self.device.clone(),
-                    address: self.address,
-                    bytes: self.bytes,
-                };
-                self.device
-                    .quarantine(|quarantine| quarantine.push(Stuck::Reservation(stuck)));
-            }
-        }
+        quarantine::after_drop(&self.device, self.free(), || {
+            Stuck::Reservation(Self {
+                device: self.device.clone(),
+                address: self.address,
+                bytes: self.bytes,
+            })
+        });
     }
 }
