@@ -1,28 +1,11 @@
 //! What the machine already has of what a build needs.
 
 use anyhow::{Result, bail};
+use places::{BELOW, OLDEST, USUAL, VARIABLES};
 use std::path::{Path, PathBuf};
 
-/// Variables that name a CUDA folder; the build script of `cuda-vmm-sys` tries the same.
-const VARIABLES: [&str; 4] = [
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDA_ROOT",
-    "CUDA_TOOLKIT_ROOT_DIR",
-];
-const USUAL: [&str; 4] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"];
-const BELOW: [&str; 7] = [
-    "include",
-    "targets/x86_64-linux/include",
-    "targets/sbsa-linux/include",
-    "cu13/include",
-    "cuda_runtime/include",
-    "nvidia/cu13/include",
-    "nvidia/cuda_runtime/include",
-];
-
-/// The oldest `CUDA_VERSION` that serves: 11.4.
-const OLDEST_CUDA: u32 = 11_040;
+#[path = "../../crates/cuda-vmm-sys/build/places.rs"]
+mod places;
 
 /// The machine's own libclang of version 9 or newer, found just as the build script will find it.
 pub fn libclang() -> Result<Option<String>> {
@@ -71,7 +54,7 @@ pub fn headers() -> Option<PathBuf> {
         .flat_map(|root| BELOW.map(|below| root.join(below)))
         .find(|include| {
             include.join("cudaTypedefs.h").is_file()
-                && cuda_version(include).is_some_and(|version| version >= OLDEST_CUDA)
+                && cuda_version(include).is_some_and(|version| version >= OLDEST)
         })
 }
 

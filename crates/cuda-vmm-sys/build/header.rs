@@ -1,31 +1,7 @@
 //! Finds the folder that holds `cuda.h` and `cudaTypedefs.h`.
 
+use crate::places::{BELOW, OLDEST, USUAL, VARIABLES};
 use std::path::{Path, PathBuf};
-
-/// Variables that name a CUDA folder, in the order in which they are tried.
-const VARIABLES: [&str; 4] = [
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDA_ROOT",
-    "CUDA_TOOLKIT_ROOT_DIR",
-];
-
-/// Folders that installers use.
-const USUAL: [&str; 4] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"];
-
-/// Where headers lie below a CUDA folder: a toolkit's own layouts, then those of the wheels.
-const BELOW: [&str; 7] = [
-    "include",
-    "targets/x86_64-linux/include",
-    "targets/sbsa-linux/include",
-    "cu13/include",
-    "cuda_runtime/include",
-    "nvidia/cu13/include",
-    "nvidia/cuda_runtime/include",
-];
-
-/// The oldest header that declares all we use (`cuGetProcAddress`, `cuGraphInstantiateWithFlags`).
-const OLDEST: u32 = 11040;
 
 /// The include folder, or a message that says where it was sought and what to do.
 pub fn find() -> Result<PathBuf, String> {

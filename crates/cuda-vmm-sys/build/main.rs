@@ -4,6 +4,7 @@ mod allowlist;
 mod bindings;
 mod header;
 mod libclang;
+mod places;
 
 fn main() {
     println!("cargo::rustc-check-cfg=cfg(cuda_vmm_sys_declared)");
