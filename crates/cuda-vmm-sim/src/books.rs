@@ -3,7 +3,8 @@
 /// What one device holds at a moment.
 ///
 /// Address reservations belong to no device: `reservations` and `reserved_bytes` are those of the whole
-/// simulator, whichever device is asked.
+/// simulator, whichever device is asked. The books of an [`Interposer`](crate::Interposer) are those of all devices
+/// together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Books {
     /// Device memory in use, in bytes: allocation handles and plain allocations, each counted once,

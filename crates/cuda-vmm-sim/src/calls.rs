@@ -328,6 +328,19 @@ calls! {
         sim.launch(stream, Node::HostFunction { function, data })
     }
 
+    fn cuModuleLoadData(_sim, _module: *mut CUmodule, _image: *const c_void) {
+        Err(CUDA_ERROR_NOT_SUPPORTED)
+    }
+    fn cuModuleUnload(_sim, _module: CUmodule) {
+        Err(CUDA_ERROR_NOT_SUPPORTED)
+    }
+    fn cuModuleGetFunction(_sim, _function: *mut CUfunction, _module: CUmodule, _name: *const c_char) {
+        Err(CUDA_ERROR_NOT_SUPPORTED)
+    }
+    fn cuLaunchKernel(_sim, _function: CUfunction, _grid_x: c_uint, _grid_y: c_uint, _grid_z: c_uint, _block_x: c_uint, _block_y: c_uint, _block_z: c_uint, _shared_bytes: c_uint, _stream: CUstream, _parameters: *mut *mut c_void, _extra: *mut *mut c_void) {
+        Err(CUDA_ERROR_NOT_SUPPORTED)
+    }
+
     fn cuEventCreate(sim, event: *mut CUevent, flags: c_uint) {
         let event = out!(event);
         event.set(sim.event_create(flags)?)

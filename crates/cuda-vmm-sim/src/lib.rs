@@ -16,6 +16,8 @@ mod export;
 mod fault;
 #[allow(unsafe_code)]
 mod host_memory;
+#[allow(unsafe_code)]
+mod interposer;
 mod launch;
 #[allow(unsafe_code)]
 mod location;
@@ -35,4 +37,5 @@ pub use books::Books;
 pub use config::SimConfig;
 pub use cost::CostModel;
 pub use fault::Fault;
+pub use interposer::Interposer;
 pub use simulator::{SimError, Simulator};

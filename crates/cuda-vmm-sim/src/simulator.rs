@@ -20,6 +20,12 @@ pub enum SimError {
         /// How many there may be.
         limit: usize,
     },
+    /// As many interposers live in this process as it has tables for.
+    #[error("{limit} interposers are alive in this process, which is the limit")]
+    TooManyInterposers {
+        /// How many there may be.
+        limit: usize,
+    },
     /// A value of the configuration is not possible.
     #[error("{what} cannot be {value}")]
     InvalidConfig {

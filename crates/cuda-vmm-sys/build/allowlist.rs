@@ -11,6 +11,8 @@ pub const TYPES: &[&str] = &[
     "CUevent",
     "CUgraph",
     "CUgraphExec",
+    "CUmodule",
+    "CUfunction",
     "CUuuid",
     "CUhostFn",
     "CUmemGenericAllocationHandle",

@@ -111,6 +111,8 @@ opaque! {
     CUevent = CUevent_st,
     CUgraph = CUgraph_st,
     CUgraphExec = CUgraphExec_st,
+    CUmodule = CUmod_st,
+    CUfunction = CUfunc_st,
 }
 
 #[repr(C)]

@@ -69,6 +69,10 @@ macro_rules! driver_functions {
                 fn cuStreamEndCapture(stream: CUstream, graph: *mut CUgraph) = PFN_cuStreamEndCapture_v10000, 10000;
                 fn cuThreadExchangeStreamCaptureMode(mode: *mut CUstreamCaptureMode) = PFN_cuThreadExchangeStreamCaptureMode_v10010, 10010;
                 fn cuLaunchHostFunc(stream: CUstream, function: CUhostFn, user_data: *mut c_void) = PFN_cuLaunchHostFunc_v10000, 10000;
+                fn cuModuleLoadData(module: *mut CUmodule, image: *const c_void) = PFN_cuModuleLoadData_v2000, 2000;
+                fn cuModuleUnload(module: CUmodule) = PFN_cuModuleUnload_v2000, 2000;
+                fn cuModuleGetFunction(function: *mut CUfunction, module: CUmodule, name: *const c_char) = PFN_cuModuleGetFunction_v2000, 2000;
+                fn cuLaunchKernel(function: CUfunction, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint, shared_bytes: c_uint, stream: CUstream, parameters: *mut *mut c_void, extra: *mut *mut c_void) = PFN_cuLaunchKernel_v4000, 4000;
                 fn cuEventCreate(event: *mut CUevent, flags: c_uint) = PFN_cuEventCreate_v2000, 2000;
                 fn cuEventDestroy(event: CUevent) = PFN_cuEventDestroy_v4000, 4000;
                 fn cuEventRecord(event: CUevent, stream: CUstream) = PFN_cuEventRecord_v2000, 2000;

@@ -1,0 +1,301 @@
+//! The functions that an interposer's table holds.
+//!
+//! As a driver's functions carry no context pointer, each of a few slots has functions of its own, which find the
+//! slot's interposer.
+//!
+//! What gives something back takes it out of the books before the call and puts it in again if the driver
+//! refuses, since another thread may be handed the same address or handle as soon as the driver has it.
+//!
+//! # Safety
+//! The functions pass on what the caller of the driver's function of that name vouched for. They read places
+//! for results only after the driver has filled them.
+
+#![allow(non_snake_case)]
+
+use super::State;
+use super::holdings::{Handles, Holdings};
+use cuda_vmm_sys::*;
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// How many interposers there may be at once in a process.
+pub(super) const SLOTS: usize = 8;
+
+static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) }; SLOTS];
+
+pub(super) fn occupy(state: &Arc<State>) -> Option<usize> {
+    STATES.iter().position(|place| {
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        let free = place.is_none();
+        if free {
+            *place = Some(Arc::clone(state));
+        }
+        free
+    })
+}
+
+pub(super) fn vacate(slot: usize) {
+    let mut place = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
+    *place = None;
+}
+
+/// The functions of a slot.
+pub(super) fn table(slot: usize) -> DriverTable {
+    const TABLES: [fn() -> DriverTable; SLOTS] = [
+        Slot::<0>::table,
+        Slot::<1>::table,
+        Slot::<2>::table,
+        Slot::<3>::table,
+        Slot::<4>::table,
+        Slot::<5>::table,
+        Slot::<6>::table,
+        Slot::<7>::table,
+    ];
+    TABLES[slot]()
+}
+
+/// Counts a call and makes it, unless a fault answers it.
+fn pass_on(
+    slot: usize,
+    function: DriverFunction,
+    call: impl FnOnce(&State) -> CUresult,
+) -> CUresult {
+    let place = STATES[slot].read().unwrap_or_else(PoisonError::into_inner);
+    let Some(state) = place.clone() else {
+        return CUDA_ERROR_DEINITIALIZED;
+    };
+    drop(place);
+    match state.begin(function) {
+        Ok(()) => call(&state),
+        Err(code) => code,
+    }
+}
+
+/// Makes a call and notes what it made, if it did.
+fn make(state: &State, code: CUresult, note: impl FnOnce(&mut Holdings)) -> CUresult {
+    if code == CUDA_SUCCESS {
+        note(&mut state.lock().holdings);
+    }
+    code
+}
+
+/// Takes something out of the books, makes the call, and puts it in again if the driver refused.
+fn give_back<T>(
+    state: &State,
+    take: impl FnOnce(&mut Holdings) -> Option<T>,
+    call: impl FnOnce() -> CUresult,
+    put: impl FnOnce(&mut Holdings, T),
+) -> CUresult {
+    let taken = take(&mut state.lock().holdings);
+    let code = call();
+    if code != CUDA_SUCCESS
+        && let Some(taken) = taken
+    {
+        put(&mut state.lock().holdings, taken);
+    }
+    code
+}
+
+/// [`give_back`] for a thing that is known by its pointer.
+fn destroy<T>(
+    state: &State,
+    pointer: *mut T,
+    handles: fn(&mut Holdings) -> &mut Handles,
+    call: impl FnOnce() -> CUresult,
+) -> CUresult {
+    let handle = pointer.addr();
+    give_back(
+        state,
+        |holdings| handles(holdings).remove(&handle).then_some(()),
+        call,
+        |holdings, ()| {
+            handles(holdings).insert(handle);
+        },
+    )
+}
+
+/// What a place for a result holds after a call that succeeded.
+macro_rules! result {
+    ($place:expr) => {
+        // SAFETY: the call succeeded, so the driver has filled the place that its caller vouched for.
+        unsafe { $place.read() }
+    };
+}
+
+/// One call of the driver, with what it makes or gives back put into the books.
+macro_rules! call {
+    (cuMemCreate $state:ident ($handle:ident, $size:ident, $properties:ident, $flags:ident)) => {
+        make($state, forward!(cuMemCreate $state ($handle, $size, $properties, $flags)), |holdings| {
+            holdings.refer(result!($handle), $size)
+        })
+    };
+    (cuMemImportFromShareableHandle $state:ident ($handle:ident, $os_handle:ident, $type:ident)) => {
+        make($state, forward!(cuMemImportFromShareableHandle $state ($handle, $os_handle, $type)), |holdings| {
+            holdings.refer(result!($handle), 0)
+        })
+    };
+    (cuMemRetainAllocationHandle $state:ident ($handle:ident, $address:ident)) => {
+        make($state, forward!(cuMemRetainAllocationHandle $state ($handle, $address)), |holdings| {
+            holdings.refer(result!($handle), 0)
+        })
+    };
+    (cuMemRelease $state:ident ($handle:ident)) => {
+        give_back(
+            $state,
+            |holdings| holdings.release($handle),
+            || forward!(cuMemRelease $state ($handle)),
+            |holdings, bytes| holdings.refer($handle, bytes),
+        )
+    };
+    (cuMemMap $state:ident ($pointer:ident, $size:ident, $offset:ident, $handle:ident, $flags:ident)) => {
+        make($state, forward!(cuMemMap $state ($pointer, $size, $offset, $handle, $flags)), |holdings| {
+            holdings.map($pointer, $size, $handle)
+        })
+    };
+    (cuMemUnmap $state:ident ($pointer:ident, $size:ident)) => {
+        give_back(
+            $state,
+            |holdings| Some(holdings.unmap($pointer, $size)),
+            || forward!(cuMemUnmap $state ($pointer, $size)),
+            Holdings::map_again,
+        )
+    };
+    (cuMemAddressReserve $state:ident ($pointer:ident, $size:ident, $alignment:ident, $address:ident, $flags:ident)) => {
+        make(
+            $state,
+            forward!(cuMemAddressReserve $state ($pointer, $size, $alignment, $address, $flags)),
+            |holdings| holdings.reserve(result!($pointer), $size),
+        )
+    };
+    (cuMemAddressFree $state:ident ($pointer:ident, $size:ident)) => {
+        give_back(
+            $state,
+            |holdings| holdings.free($pointer),
+            || forward!(cuMemAddressFree $state ($pointer, $size)),
+            |holdings, bytes| holdings.reserve($pointer, bytes),
+        )
+    };
+    (cuMemAlloc $state:ident ($pointer:ident, $size:ident)) => {
+        make($state, forward!(cuMemAlloc $state ($pointer, $size)), |holdings| {
+            holdings.plain_alloc(result!($pointer), $size)
+        })
+    };
+    (cuMemAllocAsync $state:ident ($pointer:ident, $size:ident, $stream:ident)) => {
+        make($state, forward!(cuMemAllocAsync $state ($pointer, $size, $stream)), |holdings| {
+            holdings.plain_alloc(result!($pointer), $size)
+        })
+    };
+    (cuMemFree $state:ident ($pointer:ident)) => {
+        give_back(
+            $state,
+            |holdings| holdings.plain_free($pointer),
+            || forward!(cuMemFree $state ($pointer)),
+            |holdings, bytes| holdings.plain_alloc($pointer, bytes),
+        )
+    };
+    (cuMemFreeAsync $state:ident ($pointer:ident, $stream:ident)) => {
+        give_back(
+            $state,
+            |holdings| holdings.plain_free($pointer),
+            || forward!(cuMemFreeAsync $state ($pointer, $stream)),
+            |holdings, bytes| holdings.plain_alloc($pointer, bytes),
+        )
+    };
+    (cuStreamCreate $state:ident ($stream:ident, $flags:ident)) => {
+        make($state, forward!(cuStreamCreate $state ($stream, $flags)), |holdings| {
+            holdings.streams.insert(result!($stream).addr());
+        })
+    };
+    (cuStreamDestroy $state:ident ($stream:ident)) => {
+        destroy($state, $stream, |holdings| &mut holdings.streams, || {
+            forward!(cuStreamDestroy $state ($stream))
+        })
+    };
+    (cuEventCreate $state:ident ($event:ident, $flags:ident)) => {
+        make($state, forward!(cuEventCreate $state ($event, $flags)), |holdings| {
+            holdings.events.insert(result!($event).addr());
+        })
+    };
+    (cuEventDestroy $state:ident ($event:ident)) => {
+        destroy($state, $event, |holdings| &mut holdings.events, || {
+            forward!(cuEventDestroy $state ($event))
+        })
+    };
+    (cuStreamEndCapture $state:ident ($stream:ident, $graph:ident)) => {
+        make($state, forward!(cuStreamEndCapture $state ($stream, $graph)), |holdings| {
+            holdings.graphs.insert(result!($graph).addr());
+        })
+    };
+    (cuGraphDestroy $state:ident ($graph:ident)) => {
+        destroy($state, $graph, |holdings| &mut holdings.graphs, || {
+            forward!(cuGraphDestroy $state ($graph))
+        })
+    };
+    (cuGraphInstantiateWithFlags $state:ident ($exec:ident, $graph:ident, $flags:ident)) => {
+        make($state, forward!(cuGraphInstantiateWithFlags $state ($exec, $graph, $flags)), |holdings| {
+            holdings.graphs.insert(result!($exec).addr());
+        })
+    };
+    (cuGraphExecDestroy $state:ident ($exec:ident)) => {
+        destroy($state, $exec, |holdings| &mut holdings.graphs, || {
+            forward!(cuGraphExecDestroy $state ($exec))
+        })
+    };
+    (cuDevicePrimaryCtxRetain $state:ident ($context:ident, $device:ident)) => {
+        make($state, forward!(cuDevicePrimaryCtxRetain $state ($context, $device)), |holdings| {
+            holdings.context_retains += 1
+        })
+    };
+    (cuDevicePrimaryCtxRelease $state:ident ($device:ident)) => {
+        make($state, forward!(cuDevicePrimaryCtxRelease $state ($device)), |holdings| {
+            holdings.context_retains = holdings.context_retains.saturating_sub(1)
+        })
+    };
+    ($name:ident $state:ident ($($argument:ident),*)) => {
+        forward!($name $state ($($argument),*))
+    };
+}
+
+/// The driver's own function.
+macro_rules! forward {
+    ($name:ident $state:ident ($($argument:ident),*)) => {
+        // SAFETY: the caller's promise is the one that the driver's function asks for.
+        unsafe { ($state.driver.$name)($($argument),*) }
+    };
+}
+
+/// The functions of one slot.
+struct Slot<const N: usize>;
+
+macro_rules! define_slot {
+    (
+        required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
+        optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
+    ) => {
+        impl<const N: usize> Slot<N> {
+            $(
+                unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
+                    pass_on(N, DriverFunction::$name, |state| call!($name state ($($argument),*)))
+                }
+            )*
+            $(
+                unsafe extern "C" fn $optional($($optional_argument: $optional_type),*) -> CUresult {
+                    pass_on(N, DriverFunction::$optional, |state| match state.driver.$optional {
+                        // SAFETY: the caller's promise is the one that the driver's function asks for.
+                        Some(function) => unsafe { function($($optional_argument),*) },
+                        None => CUDA_ERROR_NOT_SUPPORTED,
+                    })
+                }
+            )*
+
+            fn table() -> DriverTable {
+                DriverTable {
+                    $($name: Self::$name,)*
+                    $($optional: Some(Self::$optional),)*
+                }
+            }
+        }
+    };
+}
+
+cuda_vmm_sys::driver_functions!(define_slot);

@@ -1,0 +1,136 @@
+//! Standing between a program and any driver.
+
+mod entry;
+mod holdings;
+
+use crate::fault::{Fault, FaultPlan, is_counted};
+use crate::{Books, SimError};
+use cuda_vmm_sys::{CUresult, DriverFunction, DriverTable};
+use holdings::Holdings;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A driver's table with a fault plan, counts and books in front of it; clones are the same one.
+///
+/// Every call goes on to the driver behind, unless a [`Fault`] answers it. So a real driver can be made to fail
+/// like a simulated one, and what a program holds of it is counted exactly, where `cuMemGetInfo` sees only
+/// memory, and that of all processes.
+///
+/// What is made through the table must be given back through it. It ends with its last clone, and its functions answer
+/// `CUDA_ERROR_DEINITIALIZED` from then on.
+#[derive(Clone, Debug)]
+pub struct Interposer(Arc<Owner>);
+
+#[derive(Debug)]
+struct Owner {
+    slot: usize,
+    state: Arc<State>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        entry::vacate(self.slot);
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    driver: DriverTable,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    faults: FaultPlan,
+    calls: Vec<u64>,
+    trace: Option<Vec<DriverFunction>>,
+    holdings: Holdings,
+}
+
+impl Interposer {
+    /// How many may be alive in a process.
+    pub const LIMIT: usize = entry::SLOTS;
+
+    /// Stands in front of `driver`.
+    ///
+    /// # Errors
+    /// [`SimError::TooManyInterposers`] while [`LIMIT`](Self::LIMIT) others are alive.
+    ///
+    /// # Safety
+    /// The functions of `driver` must keep the contracts of CUDA's functions of their names, and stay valid
+    /// while this or a clone of it lives.
+    pub unsafe fn new(driver: DriverTable) -> Result<Self, SimError> {
+        let state = Arc::new(State {
+            driver,
+            inner: Mutex::new(Inner {
+                faults: FaultPlan::default(),
+                calls: vec![0; DriverFunction::ALL.len()],
+                trace: None,
+                holdings: Holdings::default(),
+            }),
+        });
+        let slot = entry::occupy(&state);
+        let slot = slot.ok_or(SimError::TooManyInterposers { limit: Self::LIMIT })?;
+        Ok(Self(Arc::new(Owner { slot, state })))
+    }
+
+    /// The functions to call instead of the driver's. They go on to the driver's while this or a clone of it
+    /// lives: keep one beside the table.
+    pub fn table(&self) -> DriverTable {
+        let mut table = entry::table(self.0.slot);
+        if self.0.state.driver.cuCtxRecordEvent.is_none() {
+            table.cuCtxRecordEvent = None;
+        }
+        table
+    }
+
+    /// Adds a fault to the plan. A call that it answers does not reach the driver.
+    pub fn inject(&self, fault: Fault) {
+        self.0.state.lock().faults.add(fault);
+    }
+
+    /// Forgets all faults.
+    pub fn clear_faults(&self) {
+        self.0.state.lock().faults.clear();
+    }
+
+    /// How many calls of an entry point there have been, failed ones too.
+    pub fn calls(&self, function: DriverFunction) -> u64 {
+        self.0.state.lock().calls[function as usize]
+    }
+
+    /// Starts an empty trace of the entry points that [`Fault::nth_call`] counts.
+    pub fn start_trace(&self) {
+        self.0.state.lock().trace = Some(Vec::new());
+    }
+
+    /// Ends the trace: the calls of all threads since [`start_trace`](Self::start_trace), in order.
+    pub fn take_trace(&self) -> Vec<DriverFunction> {
+        self.0.state.lock().trace.take().unwrap_or_default()
+    }
+
+    /// What was made through the table and not given back, on all devices together.
+    ///
+    /// `physical_bytes` is the memory of handles that are held or mapped, and of plain allocations; memory
+    /// that was imported from another process counts too.
+    pub fn books(&self) -> Books {
+        self.0.state.lock().holdings.books()
+    }
+}
+
+impl State {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What every call begins with; the code of a fault that answers it.
+    fn begin(&self, function: DriverFunction) -> Result<(), CUresult> {
+        let mut inner = self.lock();
+        inner.calls[function as usize] += 1;
+        if is_counted(function)
+            && let Some(trace) = &mut inner.trace
+        {
+            trace.push(function);
+        }
+        inner.faults.call(function).map_or(Ok(()), Err)
+    }
+}
