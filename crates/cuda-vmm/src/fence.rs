@@ -7,8 +7,9 @@
 
 use crate::capture::{NoCapture, Relaxed};
 use crate::driver::call;
+use crate::quarantine::{self, Stuck};
 use crate::sys::{CU_EVENT_DISABLE_TIMING, CUDA_ERROR_NOT_READY, CUevent, CUstream};
-use crate::{Device, Result, VmmError};
+use crate::{Device, Result};
 use core::ptr::null_mut;
 
 /// A point in the work of a stream, or of a whole context (an event without timing).
@@ -109,15 +110,21 @@ impl Fence {
     }
 }
 
+impl Fence {
+    fn destroy(&self) -> Result<()> {
+        let _current = self.device.make_current()?;
+        // SAFETY: destroys the event that `create` made; once it worked, nobody has it any more.
+        unsafe { call!(self.device.driver(), cuEventDestroy(self.event)) }
+    }
+}
+
 impl Drop for Fence {
     fn drop(&mut self) {
-        if matches!(self.device.driver().check_process(), Err(VmmError::Forked)) {
-            return;
-        }
-        if let Ok(_current) = self.device.make_current() {
-            // Best effort: an event holds no device memory of the caller's.
-            // SAFETY: destroys the event that `create` made, once.
-            let _ = unsafe { call!(self.device.driver(), cuEventDestroy(self.event)) };
-        }
+        quarantine::after_drop(&self.device, self.destroy(), || {
+            Stuck::Fence(Self {
+                device: self.device.clone(),
+                event: self.event,
+            })
+        });
     }
 }

@@ -1,6 +1,6 @@
 //! Objects whose destruction the driver refused.
 
-use crate::{Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
+use crate::{Device, Fence, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
 
 /// An object that could not be destroyed and still owns what it owned.
 #[derive(Debug)]
@@ -8,15 +8,17 @@ pub(crate) enum Stuck {
     Mapping(Mapping),
     Memory(PhysicalMemory),
     Reservation(Reservation),
+    Fence(#[allow(dead_code, reason = "owned to be destroyed")] Fence),
+    Stream(#[allow(dead_code, reason = "owned to be destroyed")] Stream),
 }
 
 impl Stuck {
-    /// Physical bytes that it holds; a reservation holds none.
+    /// Physical bytes that it holds: none but for memory and mappings.
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Mapping(mapping) => mapping.bytes(),
             Self::Memory(memory) => memory.bytes(),
-            Self::Reservation(_) => 0,
+            Self::Reservation(_) | Self::Fence(_) | Self::Stream(_) => 0,
         }
     }
 }

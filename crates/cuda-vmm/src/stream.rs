@@ -7,6 +7,7 @@
 
 use crate::capture::Relaxed;
 use crate::driver::call;
+use crate::quarantine::{self, Stuck};
 use crate::sys::{CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUstream};
 use crate::{Device, Fence, Result};
 use core::ptr::null_mut;
@@ -211,15 +212,23 @@ impl Stream {
     }
 }
 
+impl Inner {
+    fn destroy(&self) -> Result<()> {
+        let _current = self.device.make_current()?;
+        // SAFETY: destroys the stream that `new` made; once it worked, nobody has it any more.
+        unsafe { call!(self.device.driver(), cuStreamDestroy(self.raw)) }
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
-        if !self.owned || self.device.driver().check_process().is_err() {
-            return;
-        }
-        if let Ok(_current) = self.device.make_current() {
-            // Best effort: the driver lets queued work finish before it frees the stream.
-            // SAFETY: destroys the stream that `new` made, once.
-            let _ = unsafe { call!(self.device.driver(), cuStreamDestroy(self.raw)) };
+        if self.owned {
+            quarantine::after_drop(&self.device, self.destroy(), || {
+                Stuck::Stream(Stream(Arc::new(Self {
+                    device: self.device.clone(),
+                    ..*self
+                })))
+            });
         }
     }
 }
