@@ -1,20 +1,33 @@
 //! Every driver call of every pool operation fails in turn, at every position, and every pair of them
 //! too, so that a call fails together with its undo. After each: the parts add up, the engine's account
 //! agrees with the driver's books, and nothing is lost once the driver works again.
+//!
+//! The environment chooses the driver (`common/under_test.rs`): an interposer fails a real driver's calls as it does
+//! a simulated one's.
 
-use cuda_vmm::sim::{Books, Fault, SimConfig, Simulator};
+mod common;
+
+use common::{UnderTest, manual, turn, under_test};
+use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{
-    Device, Driver, Engine, EngineOptions, ModelOptions, Result, SharedMemoryPool,
-    SharedPoolOptions, Stream, VirtualMemoryPool, WorkerMode,
+    Device, Engine, EngineOptions, ModelOptions, Result, SharedMemoryPool, SharedPoolOptions,
+    Stream, VirtualMemoryPool,
 };
 
-const PAGE: usize = 2 << 20;
-const LIMIT: usize = 16 * PAGE;
+fn page() -> usize {
+    under_test().page_bytes
+}
 
-/// A device, and what the operations work on.
+fn limit() -> usize {
+    16 * page()
+}
+
+/// What the operations work on.
 struct Fixture {
     device: Device,
+    /// What the process held before.
+    held_bytes: usize,
     engine: Engine,
     pool: Option<VirtualMemoryPool>,
     shared: SharedMemoryPool,
@@ -23,30 +36,29 @@ struct Fixture {
 }
 
 fn options() -> EngineOptions {
-    EngineOptions::new()
-        .limit_bytes(LIMIT)
-        .worker(WorkerMode::Manual)
+    manual().limit_bytes(limit())
 }
 
 impl Fixture {
     fn new(options: EngineOptions, streams: usize) -> Self {
-        let config = SimConfig::new().unbacked().memory_bytes(1 << 30);
-        let driver = Driver::simulated(config).expect("simulator");
-        let device = driver.device(0).expect("device");
+        let UnderTest { interposer, .. } = under_test();
+        let device = under_test().device().clone();
+        let held_bytes = interposer.books().physical_bytes;
         let engine = Engine::new(&device, options).expect("engine");
-        let pool = VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("pool");
+        let pool = VirtualMemoryPool::on_engine(&engine, 64 * page(), page()).expect("pool");
         for _ in 0..streams {
             pool.use_stream(&Stream::new(&device).expect("stream"))
                 .expect("same device");
         }
         let shared = SharedPoolOptions {
             engine: options,
-            page_bytes: None,
+            page_bytes: Some(page()),
         };
         let shared = SharedMemoryPool::with_options(&device, shared).expect("shared pool");
-        shared.register_model("old", 8 * PAGE).expect("model");
+        shared.register_model("old", 8 * page()).expect("model");
         Self {
             device,
+            held_bytes,
             engine,
             pool: Some(pool),
             shared,
@@ -58,12 +70,8 @@ impl Fixture {
         self.pool.as_ref().expect("the pool is open")
     }
 
-    fn simulator(&self) -> &Simulator {
-        self.device.driver().simulator().expect("simulated")
-    }
-
-    fn books(&self) -> Books {
-        self.simulator().books(0)
+    fn interposer(&self) -> &'static Interposer {
+        &under_test().interposer
     }
 
     /// What must hold after any operation, whatever failed in it.
@@ -75,19 +83,20 @@ impl Fixture {
                 stats.committed_bytes,
                 "{what}: {stats}"
             );
-            assert!(stats.committed_bytes <= LIMIT, "{what}: {stats}");
+            assert!(stats.committed_bytes <= limit(), "{what}: {stats}");
             held += stats.committed_bytes;
         }
         assert_eq!(
             held,
-            self.books().physical_bytes,
+            self.interposer().books().physical_bytes - self.held_bytes,
             "{what}: ours, and the driver's"
         );
     }
 
     /// Once the driver works again, everything that was refused goes back.
     fn settle(&self, what: &str) {
-        self.simulator().clear_faults();
+        self.interposer().clear_faults();
+        self.device.synchronize().expect("nothing is in the way");
         for _ in 0..3 {
             self.engine.step();
             self.shared.engine().step();
@@ -103,13 +112,6 @@ impl Fixture {
         }
         assert_eq!(self.device.quarantined_bytes(), 0, "{what}");
         assert_eq!(self.device.quarantined_address_bytes(), 0, "{what}");
-    }
-
-    /// Gives everything up and looks that the driver has it all back.
-    fn end(self, what: &str) {
-        let simulator = self.simulator().clone();
-        drop(self);
-        assert_eq!(simulator.books(0), Books::default(), "{what}: at the end");
     }
 }
 
@@ -139,31 +141,33 @@ fn cases() -> Vec<Case> {
         gives_back: true,
         ..case(name, prepare, operate)
     };
-    let three_live: fn(&Fixture) -> Result<()> = |f| f.pool().allocate(0, 3 * PAGE).map(drop);
+    let three_live: fn(&Fixture) -> Result<()> = |f| f.pool().allocate(0, 3 * page()).map(drop);
     let full_of_retiring: fn(&Fixture) -> Result<()> = |f| {
-        f.pool().allocate(0, LIMIT)?;
-        f.pool().deallocate(0, LIMIT - PAGE)
+        f.pool().allocate(0, limit())?;
+        f.pool().deallocate(0, limit() - page())
     };
     vec![
         case("open a pool", NOTHING, |f| {
-            f.made = Some(VirtualMemoryPool::on_engine(&f.engine, 4 * PAGE, PAGE)?);
+            f.made = Some(VirtualMemoryPool::on_engine(&f.engine, 4 * page(), page())?);
             Ok(())
         }),
         case("allocate pages", NOTHING, |f| {
-            f.pool().allocate(0, 3 * PAGE).map(drop)
+            f.pool().allocate(0, 3 * page()).map(drop)
         }),
         case(
             "allocate into a hole between live pages",
             |f| {
-                f.pool().allocate(0, PAGE)?;
-                f.pool().allocate(3 * PAGE, PAGE).map(drop)
+                f.pool().allocate(0, page())?;
+                f.pool().allocate(3 * page(), page()).map(drop)
             },
-            |f| f.pool().allocate(PAGE, 2 * PAGE).map(drop),
+            |f| f.pool().allocate(page(), 2 * page()).map(drop),
         ),
         Case {
-            options: options().chunk_bytes_max(4 * PAGE),
+            options: options().chunk_bytes_max(4 * page()),
             ..case("allocate chunks of several pages", NOTHING, |f| {
-                f.pool().allocate(PAGE / 2, 16 * PAGE - PAGE).map(drop)
+                f.pool()
+                    .allocate(page() / 2, 16 * page() - page())
+                    .map(drop)
             })
         },
         case(
@@ -172,42 +176,42 @@ fn cases() -> Vec<Case> {
             |f| f.pool().allocate(100, 100).map(drop),
         ),
         Case {
-            options: options().park_bytes_max(LIMIT),
+            options: options().park_bytes_max(limit()),
             ..case(
                 "take back parked pages beside new ones",
                 |f| {
-                    f.pool().allocate(0, 2 * PAGE)?;
-                    f.pool().deallocate(0, 2 * PAGE)?;
+                    f.pool().allocate(0, 2 * page())?;
+                    f.pool().deallocate(0, 2 * page())?;
                     f.engine.step();
                     Ok(())
                 },
-                |f| f.pool().allocate(0, 4 * PAGE).map(drop),
+                |f| f.pool().allocate(0, 4 * page()).map(drop),
             )
         },
         case("allocate from what is retiring", full_of_retiring, |f| {
-            f.pool().allocate(32 * PAGE, 4 * PAGE).map(drop)
+            f.pool().allocate(32 * page(), 4 * page()).map(drop)
         }),
         Case {
             streams: 2,
             ..case(
                 "allocate from what is retiring behind streams",
                 full_of_retiring,
-                |f| f.pool().allocate(32 * PAGE, 4 * PAGE).map(drop),
+                |f| f.pool().allocate(32 * page(), 4 * page()).map(drop),
             )
         },
         Case {
             streams: 1,
             ..case("try to allocate what is retiring", full_of_retiring, |f| {
-                f.pool().try_allocate(0, 2 * PAGE).map(drop)
+                f.pool().try_allocate(0, 2 * page()).map(drop)
             })
         },
         back("deallocate", three_live, |f| {
-            f.pool().deallocate(0, 3 * PAGE)
+            f.pool().deallocate(0, 3 * page())
         }),
         Case {
             streams: 2,
             ..back("deallocate behind streams, and step", three_live, |f| {
-                f.pool().deallocate(PAGE, PAGE)?;
+                f.pool().deallocate(page(), page())?;
                 f.engine.step();
                 Ok(())
             })
@@ -215,8 +219,8 @@ fn cases() -> Vec<Case> {
         back(
             "trim",
             |f| {
-                f.pool().allocate(0, 3 * PAGE)?;
-                f.pool().deallocate(0, 3 * PAGE)
+                f.pool().allocate(0, 3 * page())?;
+                f.pool().deallocate(0, 3 * page())
             },
             |f| f.pool().trim().map(drop),
         ),
@@ -231,33 +235,45 @@ fn cases() -> Vec<Case> {
             f.shared.register_model_with(
                 "new",
                 ModelOptions {
-                    guarantee_bytes: 4 * PAGE,
-                    ..ModelOptions::new(8 * PAGE)
+                    guarantee_bytes: 4 * page(),
+                    ..ModelOptions::new(8 * page())
                 },
             )
         }),
         case("allocate for a model", NOTHING, |f| {
-            f.shared.allocate_for_model("old", 3 * PAGE).map(drop)
+            f.shared.allocate_for_model("old", 3 * page()).map(drop)
         }),
         back(
             "deallocate for a model by address",
-            |f| f.shared.allocate_for_model("old", PAGE).map(drop),
+            |f| f.shared.allocate_for_model("old", page()).map(drop),
             |f| {
                 let base = f.shared.model_base_address("old").unwrap_or_default();
-                f.shared.deallocate_for_model_address("old", base, PAGE)
+                f.shared.deallocate_for_model_address("old", base, page())
             },
         ),
         back(
             "unregister a model",
-            |f| f.shared.allocate_for_model("old", 2 * PAGE).map(drop),
+            |f| f.shared.allocate_for_model("old", 2 * page()).map(drop),
             |f| f.shared.unregister_model("old"),
         ),
     ]
 }
 
-/// Runs a case with the calls of these numbers failing; says how many calls it made.
+/// Runs a case with the calls of these numbers failing; says how many calls it made. Everything is given back at
+/// the end.
 fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
     let what = format!("{} with calls {failing:?} failing with {code}", case.name);
+    let before = under_test().interposer.books();
+    let calls = run_in(&what, case, failing, code);
+    assert_eq!(
+        under_test().interposer.books(),
+        before,
+        "{what}: at the end"
+    );
+    calls
+}
+
+fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
     let mut fixture = Fixture::new(case.options, case.streams);
     (case.prepare)(&fixture).expect("prepared without faults");
     let before = (
@@ -266,13 +282,13 @@ fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
         fixture.engine.stats(),
     );
     let models = fixture.shared.models();
-    fixture.simulator().start_trace();
+    fixture.interposer().start_trace();
     for nth in failing {
-        fixture.simulator().inject(Fault::nth_call(*nth, code));
+        fixture.interposer().inject(Fault::nth_call(*nth, code));
     }
     let outcome = (case.operate)(&mut fixture);
-    let calls = fixture.simulator().take_trace().len();
-    fixture.check(&what);
+    let calls = fixture.interposer().take_trace().len();
+    fixture.check(what);
     match outcome {
         Ok(()) => {}
         Err(error) => {
@@ -310,7 +326,7 @@ fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
             }
         }
     }
-    fixture.settle(&what);
+    fixture.settle(what);
     // And it works now, where it can be done again.
     if !failing.is_empty()
         && !case.gives_back
@@ -321,12 +337,12 @@ fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
     {
         (case.operate)(&mut fixture).unwrap_or_else(|error| panic!("{what}: again: {error}"));
     }
-    fixture.end(&what);
     calls
 }
 
 #[test]
 fn every_call_of_every_operation_fails_in_turn() {
+    let _turn = turn();
     for case in cases() {
         let calls = run(&case, &[], 0) as u64;
         assert!(
@@ -345,6 +361,7 @@ fn every_call_of_every_operation_fails_in_turn() {
 
 #[test]
 fn every_pair_of_calls_fails_so_that_a_call_fails_with_its_undo() {
+    let _turn = turn();
     for case in cases() {
         let calls = run(&case, &[], 0) as u64;
         for first in 1..=calls + 4 {
@@ -358,6 +375,7 @@ fn every_pair_of_calls_fails_so_that_a_call_fails_with_its_undo() {
 #[test]
 fn a_device_that_refuses_everything_loses_nothing() {
     use cuda_vmm::sys::DriverFunction;
+    let _turn = turn();
     for refused in [
         DriverFunction::cuMemUnmap,
         DriverFunction::cuMemRelease,
@@ -367,20 +385,26 @@ fn a_device_that_refuses_everything_loses_nothing() {
         DriverFunction::cuEventQuery,
         DriverFunction::cuCtxRecordEvent,
     ] {
-        let what = format!("{refused} refused for good");
+        let what = &format!("{refused} refused for good");
+        let before = under_test().interposer.books();
         let fixture = Fixture::new(options(), 0);
-        fixture.pool().allocate(0, 4 * PAGE).expect("room");
+        fixture.pool().allocate(0, 4 * page()).expect("room");
         fixture
-            .simulator()
+            .interposer()
             .inject(Fault::always(refused, CUDA_ERROR_OPERATING_SYSTEM));
         fixture
             .pool()
-            .deallocate(0, 2 * PAGE)
+            .deallocate(0, 2 * page())
             .expect("never fails for the driver");
         fixture.engine.step();
-        fixture.check(&what);
-        assert_eq!(fixture.pool().physical_memory_usage(), 2 * PAGE, "{what}");
-        fixture.settle(&what);
-        fixture.end(&what);
+        fixture.check(what);
+        assert_eq!(fixture.pool().physical_memory_usage(), 2 * page(), "{what}");
+        fixture.settle(what);
+        drop(fixture);
+        assert_eq!(
+            under_test().interposer.books(),
+            before,
+            "{what}: at the end"
+        );
     }
 }

@@ -2,11 +2,12 @@
 
 mod common;
 
-use common::{PAGE, Simulated, failure};
+use common::{PAGE, Simulated, failure, under_test};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation, Stream, VmmError};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 use std::sync::Arc;
 
@@ -33,68 +34,107 @@ fn read<const N: usize>(stream: &Stream, mapping: &Mapping) -> [u8; N] {
     bytes
 }
 
+/// A page of exportable memory, mapped, and its descriptor.
+fn exported(device: &Device) -> (Mapping, OwnedFd) {
+    let memory = PhysicalMemory::exportable(device, under_test().page_bytes).expect("memory");
+    let descriptor = memory.export().expect("a descriptor");
+    (map(device, memory), descriptor)
+}
+
 #[test]
 fn what_one_side_writes_the_other_reads() {
-    let simulated = Simulated::default();
-    let device = &simulated.device;
-    let stream = Stream::new(device).expect("a stream");
-    simulated.unchanged(|| {
-        let memory = PhysicalMemory::exportable(device, 2 * PAGE).expect("memory");
-        let descriptor = memory.export().expect("a descriptor");
-        let ours = map(device, memory);
-        let theirs = map(device, import(device, descriptor.as_fd(), 2 * PAGE));
-        assert_eq!(theirs.bytes(), 2 * PAGE);
-        let books = simulated.books();
-        assert_eq!(books.physical_bytes, 2 * PAGE, "counted once");
-        assert_eq!(books.mapped_bytes, 4 * PAGE);
+    let device = under_test().device();
+    let page = under_test().page_bytes;
+    under_test().unchanged(|| {
+        let stream = Stream::new(device).expect("a stream");
+        let before = device.free_bytes().expect("a number");
+        let (ours, descriptor) = exported(device);
+        let used = before - device.free_bytes().expect("a number");
+        let theirs = map(device, import(device, descriptor.as_fd(), page));
+        assert_eq!(theirs.bytes(), page);
+        let used_twice = before - device.free_bytes().expect("a number");
+        assert!(
+            used_twice < used + page,
+            "counted once: {used}, {used_twice}"
+        );
         write(&stream, &ours, b"from here");
         assert_eq!(&read(&stream, &theirs), b"from here");
         // The importer keeps the memory after the exporter is gone, and so does the descriptor.
         drop(ours);
         assert_eq!(&read(&stream, &theirs), b"from here");
-        let again = map(device, import(device, descriptor.as_fd(), 2 * PAGE));
+        let again = map(device, import(device, descriptor.as_fd(), page));
         write(&stream, &again, b"from there");
         assert_eq!(&read(&stream, &theirs), b"from there");
     });
 }
 
-/// Both processes use the driver that the environment chooses: on a GPU both are real. The descriptor is the
-/// second process's standard input.
+/// Both processes use the same driver: on a GPU both are real. The descriptor is the second process's standard
+/// input.
 #[test]
 fn a_second_process_has_the_same_bytes() {
     const TEST: &str = "a_second_process_has_the_same_bytes";
-    let driver = common::driver();
-    let device = driver.device(0).expect("a device");
-    let page = device.granularity_bytes();
-    let stream = Stream::new(&device).expect("a stream");
+    let device = under_test().device();
     if common::role().as_deref() == Some("importer") {
+        let stream = Stream::new(device).expect("a stream");
         // Number 0, which the real driver would take for a null pointer.
-        let memory = import(&device, std::io::stdin().as_fd(), page);
-        let mapping = map(&device, memory);
+        let memory = import(device, std::io::stdin().as_fd(), under_test().page_bytes);
+        let mapping = map(device, memory);
         assert_eq!(&read(&stream, &mapping), b"question");
         write(&stream, &mapping, b"answer: ");
         return;
     }
-    let memory = PhysicalMemory::exportable(&device, page).expect("memory");
-    let descriptor = memory.export().expect("a descriptor");
-    let mapping = map(&device, memory);
-    write(&stream, &mapping, b"question");
-    let before = driver.simulator().map(|simulator| simulator.books(0));
-    // What this process has detected is what the other must open.
-    let chosen = if driver.simulator().is_some() {
-        "simulated"
-    } else {
-        "real"
-    };
-    common::run_alone(
-        common::alone(TEST, "importer")
-            .env(common::DRIVER_VARIABLE, chosen)
-            .stdin(Stdio::from(descriptor)),
-    );
-    assert_eq!(&read(&stream, &mapping), b"answer: ");
-    if let Some(simulator) = driver.simulator() {
-        assert_eq!(Some(simulator.books(0)), before, "nothing of it is left");
+    under_test().unchanged(|| {
+        let stream = Stream::new(device).expect("a stream");
+        let (mapping, descriptor) = exported(device);
+        write(&stream, &mapping, b"question");
+        let mut command = common::alone(TEST, "importer");
+        common::run_alone(under_test().choose_for(&mut command).stdin(descriptor));
+        assert_eq!(&read(&stream, &mapping), b"answer: ");
+    });
+}
+
+/// The importer ends by a signal with the memory mapped and work of its own on it.
+#[test]
+fn an_importer_that_is_killed_takes_nothing_with_it() {
+    const TEST: &str = "an_importer_that_is_killed_takes_nothing_with_it";
+    const READY: &str = "the importer has it";
+    let device = under_test().device();
+    if common::role().as_deref() == Some("importer") {
+        let stream = Stream::new(device).expect("a stream");
+        let memory = import(device, std::io::stdin().as_fd(), under_test().page_bytes);
+        let mapping = map(device, memory);
+        write(&stream, &mapping, b"imported");
+        println!("{READY}");
+        loop {
+            // SAFETY: all of the mapping, which lives as long as the process, behind its first eight bytes.
+            unsafe { stream.memset(mapping.address() + 8, 1, mapping.bytes() - 8) }
+                .expect("queued");
+            stream.synchronize().expect("done");
+        }
     }
+    under_test().unchanged(|| {
+        let stream = Stream::new(device).expect("a stream");
+        let (mapping, descriptor) = exported(device);
+        write(&stream, &mapping, b"exported");
+        let mut command = common::alone(TEST, "importer");
+        let mut child = under_test()
+            .choose_for(&mut command)
+            .stdin(descriptor)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a second process");
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let ready = lines
+            .map_while(Result::ok)
+            .any(|line| line.ends_with(READY));
+        child.kill().expect("it still runs");
+        let status = child.wait().expect("it ended");
+        assert!(ready && !status.success(), "{status}");
+        // Its last bytes are there, ours go on, and when we let go the memory is free.
+        assert_eq!(&read(&stream, &mapping), b"imported");
+        write(&stream, &mapping, b"lives on");
+        assert_eq!(&read(&stream, &mapping), b"lives on");
+    });
 }
 
 #[test]

@@ -2,52 +2,23 @@
 // Each binary uses its own part of this.
 #![allow(dead_code, unused_imports, unused_macros)]
 
+mod kernel;
+mod under_test;
+
+pub use kernel::{Gather, Rows};
+pub use under_test::{Holdings, UnderTest, number, turn, under_test};
+
 use cuda_vmm::sim::{Books, SimConfig, Simulator};
 use cuda_vmm::{Device, Driver, DriverKind, EngineOptions, WorkerMode};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The granularity of simulated devices, and the page of most pools here, in bytes.
 pub const PAGE: usize = 2 << 20;
 
-/// The variable that chooses the driver: `real`, `simulated`, or unset for [`Driver::detect`].
-pub const DRIVER_VARIABLE: &str = "CUDA_VMM_TEST_DRIVER";
-
 /// The variable that tells a test that it runs in a process of its own, and what to do there.
 const ROLE_VARIABLE: &str = "CUDA_VMM_TEST_ROLE";
-
-/// The driver that the environment chooses, one for each process. It says which.
-///
-/// Panics, and so fails the test, where the real driver is demanded and does not answer.
-pub fn driver() -> Driver {
-    static DRIVER: OnceLock<Driver> = OnceLock::new();
-    DRIVER
-        .get_or_init(|| {
-            let chosen = std::env::var(DRIVER_VARIABLE).ok();
-            let driver = match chosen.as_deref() {
-                None => Driver::detect().expect("a GPU that fails to answer is an error"),
-                Some("simulated") => Driver::simulated(SimConfig::new()).expect("the simulator"),
-                Some("real") => {
-                    let driver = Driver::cuda().expect("the real driver was demanded");
-                    let count = driver.device_count().expect("a count of devices");
-                    assert!(count > 0, "the real driver was demanded and has no device");
-                    driver
-                }
-                Some(other) => panic!("{DRIVER_VARIABLE}={other} is neither real nor simulated"),
-            };
-            let device = driver.device(0).expect("the first device");
-            println!(
-                "{} {}, {}",
-                driver.kind(),
-                driver.version(),
-                device.name().trim()
-            );
-            driver
-        })
-        .clone()
-}
 
 /// A simulated driver with its first device open.
 pub struct Simulated {

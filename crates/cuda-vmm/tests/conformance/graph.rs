@@ -14,7 +14,7 @@ pub fn instantiate(kit: &mut Kit, graph: Object) -> Object {
 }
 
 /// Captures a memset of a page to 42 and makes it a graph that can be launched.
-fn graph(kit: &mut Kit) -> (Stage, Object, Object) {
+pub fn graph(kit: &mut Kit) -> (Stage, Object, Object) {
     let stage = Stage::new(kit);
     stage.begin(kit, CU_STREAM_CAPTURE_MODE_GLOBAL);
     let graph = stage.end(kit).expect("a graph");
@@ -22,7 +22,7 @@ fn graph(kit: &mut Kit) -> (Stage, Object, Object) {
     (stage, graph, exec)
 }
 
-fn launch(kit: &mut Kit, stage: &Stage, exec: Object) {
+pub fn launch(kit: &mut Kit, stage: &Stage, exec: Object) {
     let stream = stage.captured.raw();
     let code = call!(kit, cuGraphLaunch(exec.raw(), stream));
     kit.answer(code);

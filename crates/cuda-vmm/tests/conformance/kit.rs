@@ -1,6 +1,6 @@
 //! The fresh state that a case runs in, and what its calls answered.
 
-use crate::common::with_context;
+use crate::common::{under_test, with_context};
 use cuda_vmm::Device;
 use cuda_vmm::sys::*;
 use std::ffi::{CStr, c_int};
@@ -67,7 +67,7 @@ pub fn descriptor(device: c_int, flags: CUmemAccess_flags) -> CUmemAccessDesc {
 pub struct Kit {
     pub device: Device,
     pub table: DriverTable,
-    /// The granularity, in bytes.
+    /// The size of what cases map, in bytes: the granularity or a multiple of it.
     pub page: usize,
     answers: Vec<String>,
     reservations: Vec<(u64, usize)>,
@@ -79,11 +79,16 @@ pub struct Kit {
 impl Kit {
     /// Runs a case and returns its answers. What cannot be taken away afterwards is one more answer.
     pub fn run(device: &Device, run: &dyn Fn(&mut Self)) -> Vec<String> {
+        Self::run_with(device, *device.driver().table(), run)
+    }
+
+    /// The same with another table for the case's calls.
+    pub fn run_with(device: &Device, table: DriverTable, run: &dyn Fn(&mut Self)) -> Vec<String> {
         with_context(device, || {
             let mut kit = Self {
                 device: device.clone(),
-                table: *device.driver().table(),
-                page: device.granularity_bytes(),
+                table,
+                page: under_test().page_bytes,
                 answers: Vec::new(),
                 reservations: Vec::new(),
                 handles: Vec::new(),
@@ -128,6 +133,11 @@ impl Kit {
     pub fn answer(&mut self, code: CUresult) {
         let name = self.name(code);
         self.answers.push(name);
+    }
+
+    /// Notes what else was seen.
+    pub fn note(&mut self, seen: &str) {
+        self.answers.push(seen.to_owned());
     }
 
     /// Notes what a page reads at its first and its last byte.
@@ -221,7 +231,12 @@ impl Kit {
     pub fn memory(&mut self, pages: usize) -> u64 {
         let code = self.try_create(pages * self.page, self.device.raw(), 0);
         self.must(code);
-        *self.handles.last().expect("just created")
+        self.last_handle()
+    }
+
+    /// What was created last.
+    pub fn last_handle(&self) -> u64 {
+        *self.handles.last().expect("something was created")
     }
 
     /// Maps all of a handle of this many pages, without access.
@@ -250,9 +265,12 @@ impl Kit {
 
     /// A stream that waits for no other.
     pub fn stream(&mut self) -> Object {
+        self.stream_with(CU_STREAM_NON_BLOCKING)
+    }
+
+    pub fn stream_with(&mut self, flags: CUstream_flags) -> Object {
         let mut stream = core::ptr::null_mut();
-        let flags = CU_STREAM_NON_BLOCKING as _;
-        self.must(call!(self, cuStreamCreate(&mut stream, flags)));
+        self.must(call!(self, cuStreamCreate(&mut stream, flags as _)));
         let stream = Object::new(stream);
         self.streams.push(stream);
         stream

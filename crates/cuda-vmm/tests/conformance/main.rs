@@ -1,8 +1,8 @@
 //! One table of small cases that the simulated and the real driver must answer alike.
 //!
-//! `CUDA_VMM_TEST_DRIVER=real|simulated` chooses the driver; where it is unset, `Driver::detect()` does.
-//! Every case makes raw calls in a state of its own and lists what they answered. The expected answers
-//! follow measurements on an H100 and an H200 with driver 580.159; a group fails with every difference.
+//! The environment chooses the driver, the devices and the size of memory (`common/under_test.rs`). Every case
+//! makes raw calls in a state of its own and lists what they answered. The expected answers follow measurements on
+//! an H100 and an H200 with driver 580.159; a group fails with every difference, and shows both answers.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -11,15 +11,18 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod access;
 mod capture;
 mod graph;
 mod kit;
+mod order;
+mod peers;
+mod planted;
 mod rules;
 mod work;
 
-use cuda_vmm::Device;
+use common::under_test;
 use kit::Kit;
-use std::sync::{Mutex, PoisonError};
 
 /// One row of the table.
 struct Case {
@@ -42,17 +45,13 @@ impl Case {
     }
 }
 
-/// Runs a group's cases one after the other, and fails with all that were answered otherwise.
-fn check(group: &str, cases: &[Case], answers: impl Fn(&Device, &Case) -> Vec<String>) {
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let driver = common::driver();
-    let device = driver.device(0).expect("the first device");
-    let books = || driver.simulator().map(|simulator| simulator.books(0));
+/// Runs cases one after the other and returns all that were answered otherwise than expected, both answers with
+/// each, and what a case left behind.
+fn differences(cases: &[Case], answers: impl Fn(&Case) -> Vec<String>) -> Vec<String> {
     let mut differences = Vec::new();
     for case in cases {
-        let before = books();
-        let answered = answers(&device, case);
+        let before = under_test().interposer.books();
+        let answered = answers(case);
         if answered != case.expected {
             differences.push(format!(
                 "{}\n  expected {}\n  this driver answered {}",
@@ -61,14 +60,20 @@ fn check(group: &str, cases: &[Case], answers: impl Fn(&Device, &Case) -> Vec<St
                 answered.join(", ")
             ));
         }
-        let after = books();
+        let after = under_test().interposer.books();
         if before != after {
             let name = &case.name;
             differences.push(format!("{name}\n  left {after:?}\n  of {before:?}"));
         }
     }
-    println!("{group}: {} cases", cases.len());
+    differences
+}
+
+/// Fails with every difference in a group of cases, and unless the device is as it was.
+fn check(group: &str, cases: &[Case], answers: impl Fn(&Case) -> Vec<String>) {
     assert!(!cases.is_empty(), "{group} has no cases");
+    let differences = under_test().unchanged(|| differences(cases, answers));
+    println!("{group}: {} cases", cases.len());
     assert!(
         differences.is_empty(),
         "{group}: {} differences\n{}",
@@ -78,12 +83,16 @@ fn check(group: &str, cases: &[Case], answers: impl Fn(&Device, &Case) -> Vec<St
 }
 
 fn check_here(group: &str, cases: &[Case]) {
-    check(group, cases, |device, case| Kit::run(device, &case.run));
+    check(group, cases, run_here);
+}
+
+fn run_here(case: &Case) -> Vec<String> {
+    Kit::run(under_test().device(), &case.run)
 }
 
 /// Whether the driver has `cuCtxRecordEvent`, without which its cases are left out.
 fn has_context_events() -> bool {
-    let driver = common::driver();
+    let driver = &under_test().driver;
     let has = driver.table().cuCtxRecordEvent.is_some();
     let version = driver.version();
     assert!(has || (version.major, version.minor) < (12, 5), "{version}");
@@ -100,7 +109,14 @@ fn rules() {
 
 #[test]
 fn work() {
-    check_here("work", &work::cases(has_context_events()));
+    let mut cases = work::cases(has_context_events());
+    cases.extend(access::cases());
+    check_here("work", &cases);
+}
+
+#[test]
+fn order() {
+    check_here("order", &order::cases());
 }
 
 #[test]
@@ -108,6 +124,15 @@ fn capture() {
     let mut cases = capture::cases(has_context_events());
     cases.push(graph::replay());
     check_here("capture", &cases);
+}
+
+/// What one device may do with another's memory; the cases take two devices.
+#[test]
+fn peers() {
+    match under_test().devices.len() {
+        1 => println!("left out: peers, which take two devices, and one was asked for"),
+        _ => check_here("peers", &peers::cases()),
+    }
 }
 
 /// What a process of its own writes before its answers, one to a line.
@@ -118,18 +143,19 @@ const ANSWER: &str = "answer: ";
 fn poison() {
     let mut cases = work::poisoning_cases();
     cases.extend(graph::poisoning_cases());
+    cases.extend(access::poisoning_cases());
     if let Some(role) = common::role() {
         let case = cases.iter().find(|case| case.name == role);
         let case = case.expect("a case of this name");
-        let device = common::driver().device(0).expect("the first device");
-        for answer in Kit::run_and_leave(&device, &case.run) {
+        for answer in Kit::run_and_leave(under_test().device(), &case.run) {
             println!("{ANSWER}{answer}");
         }
         return;
     }
-    check("poison", &cases, |_, case| {
+    check("poison", &cases, |case| {
         let mut command = common::alone("poison", &case.name);
-        let output = command.output().expect("a process of its own");
+        let output = under_test().choose_for(&mut command).output();
+        let output = output.expect("a process of its own");
         let text = String::from_utf8_lossy(&output.stdout);
         let answers = text.lines().filter_map(|line| line.strip_prefix(ANSWER));
         let mut answers: Vec<String> = answers.map(str::to_owned).collect();

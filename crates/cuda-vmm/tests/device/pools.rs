@@ -1,7 +1,7 @@
 //! Pools on a device as large as it is.
 
 use crate::common::manual;
-use crate::{case, ends, fill, pool};
+use crate::{case, ends, fill, page, pool};
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::sys::CUDA_ERROR_OUT_OF_MEMORY;
 use cuda_vmm::{
@@ -15,7 +15,7 @@ const GIB: usize = 1 << 30;
 fn what_a_stream_writes_while_the_pool_grows_is_read_back() {
     const PAGES: usize = 12;
     case(|device| {
-        let page = device.granularity_bytes();
+        let page = page();
         let stream = Stream::new(device).expect("a stream");
         let (_engine, pool) = pool(device, PAGES);
         pool.use_stream(&stream).expect("of this device");
@@ -47,7 +47,7 @@ fn what_a_stream_writes_while_the_pool_grows_is_read_back() {
 fn a_reservation_of_128_gib_with_one_gib_behind_it() {
     case(|device| {
         let before = device.free_bytes().expect("a number");
-        let pool = VirtualMemoryPool::new(device, 128 * GIB, 2 << 20).expect("addresses");
+        let pool = VirtualMemoryPool::new(device, 128 * GIB, page()).expect("addresses");
         assert_eq!(device.free_bytes(), Ok(before), "addresses cost no memory");
         let stream = Stream::new(device).expect("a stream");
         pool.use_stream(&stream).expect("of this device");
@@ -75,7 +75,7 @@ fn two_models_under_a_limit_of_32_gib() {
     case(|device| {
         let options = SharedPoolOptions {
             engine: manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20),
-            page_bytes: None,
+            page_bytes: Some(page()),
         };
         let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
         for model in ["first", "second"] {
@@ -130,7 +130,7 @@ fn a_device_that_is_really_full_refuses_and_loses_nothing() {
         let before = device.free_bytes().expect("a number");
         let options = manual().limit_bytes(1 << 46).chunk_bytes_max(128 << 20);
         let engine = Engine::new(&device, options).expect("an engine");
-        let page = device.granularity_bytes();
+        let page = page();
         let pool = VirtualMemoryPool::on_engine(&engine, 1 << 40, page).expect("addresses");
         let mut live = 0;
         let error = loop {

@@ -4,7 +4,7 @@
 //! the order of events and not from time.
 
 use crate::common::{Gate, with_context};
-use crate::{case, pool};
+use crate::{case, page, pool};
 use core::ptr::null_mut;
 use cuda_vmm::sys::{CU_EVENT_DISABLE_TIMING, CUDA_ERROR_NOT_READY, CUDA_SUCCESS};
 use cuda_vmm::{Device, Stream};
@@ -15,7 +15,7 @@ use std::time::Duration;
 #[test]
 fn memory_is_not_unmapped_under_the_work_of_a_named_stream() {
     case(|device| {
-        let page = device.granularity_bytes();
+        let page = page();
         let stream = Stream::new(device).expect("a stream");
         let (engine, pool) = pool(device, 4);
         pool.use_stream(&stream).expect("of this device");
@@ -80,7 +80,7 @@ fn context_event_is_complete(device: &Device) -> Option<bool> {
 
 /// Frees memory for which no stream was named while `stream` is stopped in its work.
 fn free_under_unnamed_work(device: &Device, gate: Gate, finish: impl FnOnce()) {
-    let page = device.granularity_bytes();
+    let page = page();
     let (engine, pool) = pool(device, 2);
     // After the pool, so that a failure opens it before the pool waits for the device.
     let gate = gate;
@@ -147,7 +147,7 @@ fn memory_is_not_unmapped_under_work_of_another_threads_own_stream() {
 #[test]
 fn an_allocation_waits_for_the_very_memory_that_retires() {
     case(|device| {
-        let page = device.granularity_bytes();
+        let page = page();
         let stream = Stream::new(device).expect("a stream");
         let (engine, pool) = pool(device, 1);
         pool.use_stream(&stream).expect("of this device");
