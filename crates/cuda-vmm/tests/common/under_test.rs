@@ -127,14 +127,14 @@ impl UnderTest {
         }
     }
 
-    /// What is still held beyond `before`, a moment after everything was given back; `None` if all is as it
-    /// was.
+    /// What is still held beyond `before` when everything should be given back; `None` if all is as it was, at once or
+    /// within `patience`.
     ///
     /// A worker's last step and what the driver does for itself may take that moment. A real driver may
     /// have kept some memory for tables of its own; what this process holds is counted to the byte.
-    pub fn left_of(&self, before: &Holdings) -> Option<String> {
+    pub fn left_of(&self, before: &Holdings, patience: Duration) -> Option<String> {
         let allowed_bytes = if self.is_real() { OWN_TABLES_BYTES } else { 0 };
-        let until = Instant::now() + Duration::from_secs(5);
+        let until = Instant::now() + patience;
         loop {
             let now = self.holdings();
             let is_back = |(before, now): (&usize, &usize)| now + allowed_bytes >= *before;
@@ -164,7 +164,7 @@ impl UnderTest {
     pub fn unchanged_here<T>(&self, act: impl FnOnce() -> T) -> T {
         let before = self.holdings();
         let outcome = act();
-        if let Some(left) = self.left_of(&before) {
+        if let Some(left) = self.left_of(&before, Duration::from_secs(5)) {
             panic!("not all is as it was: {left}");
         }
         outcome
