@@ -3,15 +3,18 @@
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+mod holdings;
 pub mod settings;
 
 use candle_core::Device;
-use candle_cuda_vmm::cuda_vmm::{self, Driver, DriverKind};
+use candle_cuda_vmm::cuda_vmm::{self, Driver, DriverKind, Stream};
 use candle_cuda_vmm::device::core_device;
-use candle_cuda_vmm::{Result, VmmError};
+use candle_cuda_vmm::{Result, VirtualMemoryPool, VmmError};
+use holdings::{Holdings, table_bytes};
 use settings::{CandleStream, Settings};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 pub const KIB: usize = 1 << 10;
 pub const MIB: usize = 1 << 20;
@@ -19,6 +22,9 @@ pub const GIB: usize = 1 << 30;
 
 /// The granularity of the devices, which is their smallest page; [`open`] checks that it is.
 pub const GRANULE: usize = 2 * MIB;
+
+/// How long worker threads may take to give back what they have.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The page of the elastic pools under test, in bytes.
 pub fn page() -> usize {
@@ -46,11 +52,14 @@ pub fn refused_with<T>(result: Result<T>, expected: VmmError) {
 }
 
 /// The device under test, for one test at a time: all look at the memory of one device.
+///
+/// When it is dropped at the end of the test, the device must hold what it held when it was opened.
 pub struct UnderTest {
     pub device: Device,
     pub core: cuda_vmm::Device,
     pub kind: DriverKind,
     all: Vec<Device>,
+    before: Vec<Holdings>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -64,14 +73,10 @@ impl UnderTest {
     /// free. A real driver keeps tables of its own, which come and go: there 32 MiB are allowed for them.
     #[track_caller]
     pub fn expect_in_use(&self, free_before: usize, bytes: usize) {
-        let tolerance = match self.kind {
-            DriverKind::Simulated => 0,
-            DriverKind::Real => 32 * MIB,
-        };
         let expected = free_before - bytes;
         let free = self.free_bytes();
         assert!(
-            free.abs_diff(expected) <= tolerance,
+            free.abs_diff(expected) <= table_bytes(self.kind),
             "{free} bytes are free, {expected} should be"
         );
     }
@@ -90,6 +95,28 @@ impl UnderTest {
     /// The devices that `CUDA_VMM_TEST_DEVICES` asks for, this one last.
     pub fn all(&self) -> Vec<Device> {
         self.all.clone()
+    }
+
+    /// What the devices hold beyond what they held when the test began, after this much patience.
+    pub fn leak_after(&self, patience: Duration) -> Option<String> {
+        let leak = |before: &Holdings| before.leak_after(patience);
+        self.before.iter().find_map(leak)
+    }
+
+    /// Fails if there is such a leak.
+    pub fn expect_no_leak_after(&self, patience: Duration) {
+        if let Some(leak) = self.leak_after(patience) {
+            panic!("the test left something behind: {leak}");
+        }
+    }
+}
+
+impl Drop for UnderTest {
+    fn drop(&mut self) {
+        // A test that has failed may have left anything.
+        if !std::thread::panicking() {
+            self.expect_no_leak_after(PATIENCE);
+        }
     }
 }
 
@@ -113,6 +140,7 @@ pub fn open() -> UnderTest {
         core: cores[cores.len() - 1].clone(),
         kind,
         all,
+        before: cores.iter().map(Holdings::of).collect(),
         _alone: alone,
     }
 }
@@ -146,7 +174,8 @@ fn candle_device(kind: DriverKind, ordinal: usize, stream: Option<CandleStream>)
     device.expect("the GPU answers, and the tests are built with the feature `cuda`")
 }
 
-/// Says which device it is.
+/// Says which device it is, and makes the first use of everything that the tests use, so that the driver
+/// has taken what it keeps for itself.
 fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
     let core = core_device(device).unwrap();
     assert_eq!(core.driver().kind(), kind);
@@ -160,5 +189,23 @@ fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
         core.driver().version(),
         page() / MIB
     );
+    let before = Holdings::of(&core);
+    let stream = Stream::new(&core).unwrap();
+    let mut pool = VirtualMemoryPool::new(2 * page(), page(), device.clone()).unwrap();
+    let address = pool.allocate(0, 2 * page()).unwrap() as u64;
+    // SAFETY: the bytes are live until they are freed below, after the work on them is done.
+    unsafe {
+        stream.memset(address, 1, page()).unwrap();
+        stream.write(address, &[2; 64]).unwrap();
+        stream.read(address, &mut [0; 64]).unwrap();
+    }
+    stream.record().unwrap().wait().unwrap();
+    core.synchronize().unwrap();
+    pool.deallocate(0, 2 * page()).unwrap();
+    drop((pool, stream));
+    // Worker threads have ended, and what is kept now is the driver's own: nothing on the simulated one.
+    if let Some(kept) = before.leak_after(PATIENCE) {
+        assert_eq!(kind, DriverKind::Real, "{kept}");
+    }
     core
 }

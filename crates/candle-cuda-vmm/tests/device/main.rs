@@ -7,6 +7,7 @@ mod common;
 
 mod bytes;
 mod elastic;
+mod leak;
 mod mapping;
 mod memory;
 mod page_size;
