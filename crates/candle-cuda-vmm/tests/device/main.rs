@@ -14,5 +14,6 @@ mod page_size;
 mod physical_memory;
 mod raw;
 mod refusal;
+mod seed;
 mod settings;
 mod shared;

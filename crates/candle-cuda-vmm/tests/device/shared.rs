@@ -41,42 +41,6 @@ fn a_new_pool_has_its_limit_and_nothing_else() {
 }
 
 #[test]
-fn two_models_share_a_limit_of_32_gib() {
-    let test = open();
-    let mut pool = SharedMemoryPool::new(32 * GIB, test.device.clone()).unwrap();
-    pool.register_model("llama-7b", 64 * GIB).unwrap();
-    pool.register_model("gpt2", 32 * GIB).unwrap();
-    assert_eq!(pool.global_stats().num_models, 2);
-    let llama = pool.allocate_for_model("llama-7b", 20 * GIB).unwrap();
-    let gpt = pool.allocate_for_model("gpt2", 12 * GIB).unwrap();
-    assert_eq!(pool.global_stats().physical_usage, 32 * GIB);
-    let stats = pool.get_model_stats("llama-7b").unwrap();
-    assert_eq!(stats.virtual_capacity, 64 * GIB);
-    assert_eq!(stats.physical_usage, 20 * GIB);
-    assert_eq!(stats.mapped_pages, 20 * GIB / GRANULE);
-
-    refused!(
-        pool.allocate_for_model("llama-7b", GIB),
-        VmmError::OutOfPhysicalMemory {
-            requested: GIB,
-            available: 0
-        }
-    );
-    assert_eq!(pool.global_stats().physical_usage, 32 * GIB);
-
-    // What one gives back, the other can have.
-    pool.deallocate_for_model_address("gpt2", gpt, 12 * GIB)
-        .unwrap();
-    let more = pool.allocate_for_model("llama-7b", 12 * GIB).unwrap();
-    assert!(more >= llama + 20 * GIB || more + 12 * GIB <= llama);
-    assert_eq!(pool.get_model_stats("gpt2").unwrap().physical_usage, 0);
-    assert_eq!(
-        pool.get_model_stats("llama-7b").unwrap().physical_usage,
-        32 * GIB
-    );
-}
-
-#[test]
 fn a_model_allocates_many_times_and_is_told_where() {
     let test = open();
     let mut pool = pool(&test.device);
