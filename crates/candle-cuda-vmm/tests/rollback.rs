@@ -13,7 +13,7 @@ use candle_cuda_vmm::{
     AccessFlags, PhysicalMemoryHandle, Result, SharedMemoryPool, VirtualAddressRange,
     VirtualMemoryPool, VmmError, map_memory, set_memory_access,
 };
-use common::{GIB, PAGE};
+use common::{GIB, GRANULE};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -76,16 +76,16 @@ impl Bench {
 fn an_allocation_that_fails_leaves_nothing_behind() {
     let bench = Bench::new();
     let start = bench.books();
-    let mut pool = VirtualMemoryPool::new(GIB, PAGE, Device::Cpu).unwrap();
-    pool.allocate(10 * PAGE + 5, 3).unwrap();
+    let mut pool = VirtualMemoryPool::new(GIB, GRANULE, Device::Cpu).unwrap();
+    pool.allocate(10 * GRANULE + 5, 3).unwrap();
     let (books, stats) = (bench.books(), pool.detailed_stats());
     let pool = std::cell::RefCell::new(pool);
     let (calls, _) = bench.fail_each_call(
-        || pool.borrow_mut().allocate(8 * PAGE - 1, 2 * PAGE),
+        || pool.borrow_mut().allocate(8 * GRANULE - 1, 2 * GRANULE),
         |call| {
             let pool = pool.borrow();
             assert_eq!(pool.detailed_stats(), stats, "call {call}");
-            assert!(!pool.is_mapped(8 * PAGE - 1, 1));
+            assert!(!pool.is_mapped(8 * GRANULE - 1, 1));
             let now = bench.books();
             assert_eq!(now.physical_bytes, books.physical_bytes, "call {call}");
             assert_eq!(now.mapped_bytes, books.mapped_bytes, "call {call}");
@@ -96,7 +96,7 @@ fn an_allocation_that_fails_leaves_nothing_behind() {
         calls >= 3,
         "an allocation creates, maps and sets access: {calls} calls"
     );
-    assert_eq!(pool.borrow().physical_memory_usage(), 4 * PAGE);
+    assert_eq!(pool.borrow().physical_memory_usage(), 4 * GRANULE);
     drop(pool);
     assert_eq!(bench.books().physical_bytes, start.physical_bytes);
     assert_eq!(bench.books().reservations, start.reservations);
@@ -110,7 +110,7 @@ fn an_allocation_for_a_model_that_fails_leaves_nothing_behind() {
     let (books, stats) = (bench.books(), pool.detailed_stats());
     let pool = std::cell::RefCell::new(pool);
     let (calls, _) = bench.fail_each_call(
-        || pool.borrow_mut().allocate_for_model("model", 3 * PAGE),
+        || pool.borrow_mut().allocate_for_model("model", 3 * GRANULE),
         |call| {
             assert_eq!(pool.borrow().detailed_stats(), stats, "call {call}");
             assert_eq!(pool.borrow().global_stats().physical_usage, 0);
@@ -136,7 +136,7 @@ fn pools_and_models_that_cannot_be_made_leave_nothing_behind() {
         assert_eq!(now.events, start.events, "call {call}");
     };
     let (calls, pool) =
-        bench.fail_each_call(|| VirtualMemoryPool::new(GIB, PAGE, Device::Cpu), same);
+        bench.fail_each_call(|| VirtualMemoryPool::new(GIB, GRANULE, Device::Cpu), same);
     assert!(calls >= 1);
     drop(pool);
     same(0);
@@ -163,21 +163,21 @@ fn pools_and_models_that_cannot_be_made_leave_nothing_behind() {
 fn mapping_by_hand_that_fails_changes_nothing() {
     let bench = Bench::new();
     let start = bench.books();
-    let reserve = || VirtualAddressRange::new(16 * PAGE, PAGE);
+    let reserve = || VirtualAddressRange::new(16 * GRANULE, GRANULE);
     let (_, range) = bench.fail_each_call(reserve, |_| assert_eq!(bench.books(), start));
-    let create = || PhysicalMemoryHandle::new(PAGE, &Device::Cpu);
+    let create = || PhysicalMemoryHandle::new(GRANULE, &Device::Cpu);
     let reserved = bench.books();
     let (_, memory) = bench.fail_each_call(create, |_| assert_eq!(bench.books(), reserved));
     let created = bench.books();
     bench.fail_each_call(
-        || map_memory(&range, 0, &memory, 0, PAGE),
+        || map_memory(&range, 0, &memory, 0, GRANULE),
         |_| assert_eq!(bench.books(), created),
     );
     let mapped = bench.books();
-    let access = || set_memory_access(&range, 0, PAGE, 0, AccessFlags::ReadWrite);
+    let access = || set_memory_access(&range, 0, GRANULE, 0, AccessFlags::ReadWrite);
     bench.fail_each_call(access, |_| assert_eq!(bench.books(), mapped));
     bench.fail_each_call(
-        || candle_cuda_vmm::unmap_memory(&range, 0, PAGE),
+        || candle_cuda_vmm::unmap_memory(&range, 0, GRANULE),
         |_| assert_eq!(bench.books(), mapped),
     );
     assert_eq!(bench.books(), created);
@@ -190,9 +190,9 @@ fn a_range_that_the_driver_will_not_take_back_is_tried_again() {
     let bench = Bench::new();
     let start = bench.books();
     for refused in [DriverFunction::cuMemUnmap, DriverFunction::cuMemAddressFree] {
-        let range = VirtualAddressRange::new(16 * PAGE, PAGE).unwrap();
-        let memory = PhysicalMemoryHandle::new(PAGE, &Device::Cpu).unwrap();
-        map_memory(&range, 0, &memory, 0, PAGE).unwrap();
+        let range = VirtualAddressRange::new(16 * GRANULE, GRANULE).unwrap();
+        let memory = PhysicalMemoryHandle::new(GRANULE, &Device::Cpu).unwrap();
+        map_memory(&range, 0, &memory, 0, GRANULE).unwrap();
         drop(memory);
         bench
             .simulator()
@@ -204,7 +204,7 @@ fn a_range_that_the_driver_will_not_take_back_is_tried_again() {
             "{refused} failed, so the addresses are held"
         );
         // The next range that is made tries first.
-        drop(VirtualAddressRange::new(PAGE, PAGE).unwrap());
+        drop(VirtualAddressRange::new(GRANULE, GRANULE).unwrap());
         assert_eq!(bench.books(), start, "{refused}");
     }
 }
@@ -218,8 +218,8 @@ fn pools_that_the_driver_will_not_take_back_are_tried_again() {
         DriverFunction::cuMemRelease,
         DriverFunction::cuMemAddressFree,
     ] {
-        let mut pool = VirtualMemoryPool::new(GIB, PAGE, Device::Cpu).unwrap();
-        pool.allocate(0, 4 * PAGE).unwrap();
+        let mut pool = VirtualMemoryPool::new(GIB, GRANULE, Device::Cpu).unwrap();
+        pool.allocate(0, 4 * GRANULE).unwrap();
         bench
             .simulator()
             .inject(Fault::always(refused, sys::CUDA_ERROR_UNKNOWN));
@@ -249,12 +249,12 @@ fn pools_that_the_driver_will_not_take_back_are_tried_again() {
 #[test]
 fn the_drivers_own_out_of_memory_is_told_from_other_failures() {
     let bench = Bench::new();
-    let mut pool = VirtualMemoryPool::new(GIB, PAGE, Device::Cpu).unwrap();
+    let mut pool = VirtualMemoryPool::new(GIB, GRANULE, Device::Cpu).unwrap();
     let create = DriverFunction::cuMemCreate;
     bench
         .simulator()
         .inject(Fault::always(create, sys::CUDA_ERROR_OUT_OF_MEMORY));
-    let error = pool.allocate(0, PAGE).unwrap_err();
+    let error = pool.allocate(0, GRANULE).unwrap_err();
     bench.simulator().clear_faults();
     assert!(error.is_out_of_memory() && error.is_later(), "{error}");
     match error {
@@ -262,5 +262,5 @@ fn the_drivers_own_out_of_memory_is_told_from_other_failures() {
         VmmError::OutOfPhysicalMemory { .. } => {}
         other => panic!("{other:?}"),
     }
-    pool.allocate(0, PAGE).unwrap();
+    pool.allocate(0, GRANULE).unwrap();
 }

@@ -1,20 +1,35 @@
-//! What the tests share: sizes, the device under test, and a check for exact errors.
+//! What the tests share: sizes, the device under test, and checks for exact errors.
 
 // Each test binary uses its own part of this.
 #![allow(dead_code)]
 
+mod holdings;
+pub mod settings;
+
 use candle_core::Device;
-use candle_cuda_vmm::cuda_vmm::{self, Driver, DriverKind};
+use candle_cuda_vmm::cuda_vmm::{self, Driver, DriverKind, Stream};
 use candle_cuda_vmm::device::core_device;
+use candle_cuda_vmm::{Result, VirtualMemoryPool, VmmError};
+use holdings::{Holdings, table_bytes};
+use settings::{CandleStream, Settings};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 pub const KIB: usize = 1 << 10;
 pub const MIB: usize = 1 << 20;
 pub const GIB: usize = 1 << 30;
 
-/// The page size of the tests; [`open`] checks that it is the device's granularity.
-pub const PAGE: usize = 2 * MIB;
+/// The granularity of the devices, which is their smallest page; [`open`] checks that it is.
+pub const GRANULE: usize = 2 * MIB;
+
+/// How long worker threads may take to give back what they have.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The page of the elastic pools under test, in bytes.
+pub fn page() -> usize {
+    Settings::of_process().page_bytes.unwrap_or(GRANULE)
+}
 
 /// Fails unless the result is an error of this very pattern.
 #[macro_export]
@@ -27,11 +42,24 @@ macro_rules! refused {
     };
 }
 
+/// Fails unless the result is this very error, with these very numbers.
+#[track_caller]
+pub fn refused_with<T>(result: Result<T>, expected: VmmError) {
+    match result.map(|_| ()) {
+        Err(error) => assert_eq!(format!("{error:?}"), format!("{expected:?}")),
+        Ok(()) => panic!("expected {expected:?}, got success"),
+    }
+}
+
 /// The device under test, for one test at a time: all look at the memory of one device.
+///
+/// When it is dropped at the end of the test, the device must hold what it held when it was opened.
 pub struct UnderTest {
     pub device: Device,
     pub core: cuda_vmm::Device,
     pub kind: DriverKind,
+    all: Vec<Device>,
+    before: Vec<Holdings>,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -43,15 +71,12 @@ impl UnderTest {
 
     /// Fails unless `bytes` bytes of the device are in use beyond those of a moment when `free_before` were
     /// free. A real driver keeps tables of its own, which come and go: there 32 MiB are allowed for them.
+    #[track_caller]
     pub fn expect_in_use(&self, free_before: usize, bytes: usize) {
-        let tolerance = match self.kind {
-            DriverKind::Simulated => 0,
-            DriverKind::Real => 32 * MIB,
-        };
         let expected = free_before - bytes;
         let free = self.free_bytes();
         assert!(
-            free.abs_diff(expected) <= tolerance,
+            free.abs_diff(expected) <= table_bytes(self.kind),
             "{free} bytes are free, {expected} should be"
         );
     }
@@ -62,58 +87,125 @@ impl UnderTest {
             .is_ok_and(|driver| driver.is_same(self.core.driver()))
     }
 
-    /// All devices of the driver under test.
+    /// The number of the device, as the raw calls take it.
+    pub fn ordinal(&self) -> i32 {
+        self.core.ordinal().try_into().unwrap()
+    }
+
+    /// The devices that `CUDA_VMM_TEST_DEVICES` asks for, this one last.
     pub fn all(&self) -> Vec<Device> {
-        match self.kind {
-            DriverKind::Simulated => vec![self.device.clone()],
-            DriverKind::Real => (0..self.core.driver().device_count().unwrap())
-                .map(|ordinal| Device::new_cuda(ordinal).unwrap())
-                .collect(),
+        self.all.clone()
+    }
+
+    /// What the devices hold beyond what they held when the test began, after this much patience.
+    pub fn leak_after(&self, patience: Duration) -> Option<String> {
+        let leak = |before: &Holdings| before.leak_after(patience);
+        self.before.iter().find_map(leak)
+    }
+
+    /// Fails if there is such a leak.
+    pub fn expect_no_leak_after(&self, patience: Duration) {
+        if let Some(leak) = self.leak_after(patience) {
+            panic!("the test left something behind: {leak}");
         }
     }
 }
 
-/// The device that `CUDA_VMM_TEST_DRIVER` chooses: `real`, `simulated`, or without it a GPU if the
-/// feature `cuda` is on and one answers, otherwise the CPU.
-///
-/// Where `real` was asked for and no GPU answers, the test fails.
+impl Drop for UnderTest {
+    fn drop(&mut self) {
+        // A test that has failed may have left anything.
+        if !std::thread::panicking() {
+            self.expect_no_leak_after(PATIENCE);
+        }
+    }
+}
+
+/// The device that the [`settings`] choose. Where they ask for what is not here, the test fails.
 pub fn open() -> UnderTest {
     static ALONE: Mutex<()> = Mutex::new(());
-    static SAID: OnceLock<()> = OnceLock::new();
+    static CORES: OnceLock<Vec<cuda_vmm::Device>> = OnceLock::new();
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let kind = match std::env::var("CUDA_VMM_TEST_DRIVER").as_deref() {
-        Ok("real") => DriverKind::Real,
-        Ok("simulated") => DriverKind::Simulated,
-        Ok(other) => {
-            panic!("CUDA_VMM_TEST_DRIVER is {other:?}; it may be \"real\" or \"simulated\"")
-        }
-        Err(_) if cfg!(feature = "cuda") => Driver::detect()
-            .expect("the driver answers, or there is none")
-            .kind(),
-        Err(_) => DriverKind::Simulated,
-    };
-    let device = match kind {
-        DriverKind::Simulated => Device::Cpu,
-        DriverKind::Real => Device::new_cuda(0)
-            .expect("a GPU answers, and the tests are built with the feature `cuda`"),
-    };
-    let core = core_device(&device).unwrap();
-    assert_eq!(core.driver().kind(), kind);
-    assert_eq!(core.granularity_bytes(), PAGE);
-    SAID.get_or_init(|| {
-        // Written past the test harness, which would swallow it.
-        let _ = writeln!(
-            std::io::stderr(),
-            "device under test: {} on the {}, CUDA {}",
-            core.name(),
-            kind,
-            core.driver().version()
-        );
-    });
+    let settings = Settings::of_process();
+    let kind = driver_kind(&settings);
+    if let Some(reason) = settings.unsuited(kind, device_count(kind)) {
+        panic!("{reason}");
+    }
+    let all: Vec<_> = (0..settings.devices)
+        .map(|ordinal| candle_device(kind, ordinal, settings.candle_stream))
+        .collect();
+    // Held for as long as the process lives, so that the contexts are.
+    let cores = CORES.get_or_init(|| all.iter().map(|device| first_use(device, kind)).collect());
     UnderTest {
-        device,
-        core,
+        device: all[all.len() - 1].clone(),
+        core: cores[cores.len() - 1].clone(),
         kind,
+        all,
+        before: cores.iter().map(Holdings::of).collect(),
         _alone: alone,
     }
+}
+
+fn driver_kind(settings: &Settings) -> DriverKind {
+    match settings.driver {
+        Some(kind) => kind,
+        None if cfg!(feature = "cuda") => Driver::detect()
+            .expect("the driver answers, or there is none")
+            .kind(),
+        None => DriverKind::Simulated,
+    }
+}
+
+/// How many devices Candle has for this kind of driver.
+fn device_count(kind: DriverKind) -> usize {
+    match kind {
+        DriverKind::Simulated => 1,
+        DriverKind::Real => Driver::cuda()
+            .and_then(|driver| driver.device_count())
+            .unwrap_or_else(|error| panic!("the real driver does not answer: {error}")),
+    }
+}
+
+fn candle_device(kind: DriverKind, ordinal: usize, stream: Option<CandleStream>) -> Device {
+    let device = match (kind, stream) {
+        (DriverKind::Simulated, _) => Ok(Device::Cpu),
+        (DriverKind::Real, Some(CandleStream::Own)) => Device::new_cuda_with_stream(ordinal),
+        (DriverKind::Real, _) => Device::new_cuda(ordinal),
+    };
+    device.expect("the GPU answers, and the tests are built with the feature `cuda`")
+}
+
+/// Says which device it is, and makes the first use of everything that the tests use, so that the driver
+/// has taken what it keeps for itself.
+fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
+    let core = core_device(device).unwrap();
+    assert_eq!(core.driver().kind(), kind);
+    assert_eq!(core.granularity_bytes(), GRANULE);
+    // Written past the test harness, which would swallow it.
+    let _ = writeln!(
+        std::io::stderr(),
+        "device: {} ({}) on the {kind}, CUDA {}; pages of {} MiB",
+        core.ordinal(),
+        core.name(),
+        core.driver().version(),
+        page() / MIB
+    );
+    let before = Holdings::of(&core);
+    let stream = Stream::new(&core).unwrap();
+    let mut pool = VirtualMemoryPool::new(2 * page(), page(), device.clone()).unwrap();
+    let address = pool.allocate(0, 2 * page()).unwrap() as u64;
+    // SAFETY: the bytes are live until they are freed below, after the work on them is done.
+    unsafe {
+        stream.memset(address, 1, page()).unwrap();
+        stream.write(address, &[2; 64]).unwrap();
+        stream.read(address, &mut [0; 64]).unwrap();
+    }
+    stream.record().unwrap().wait().unwrap();
+    core.synchronize().unwrap();
+    pool.deallocate(0, 2 * page()).unwrap();
+    drop((pool, stream));
+    // Worker threads have ended, and what is kept now is the driver's own: nothing on the simulated one.
+    if let Some(kept) = before.leak_after(PATIENCE) {
+        assert_eq!(kind, DriverKind::Real, "{kept}");
+    }
+    core
 }

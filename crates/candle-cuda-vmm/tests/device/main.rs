@@ -1,12 +1,19 @@
 //! The facade on one device: a GPU, or the CPU device over the simulated driver. The same cases for
-//! both; `CUDA_VMM_TEST_DRIVER` chooses.
+//! both; the environment chooses, by the variables in `common::settings`.
 #![cfg(feature = "simulator")]
 
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bytes;
 mod elastic;
+mod leak;
 mod mapping;
 mod memory;
+mod page_size;
+mod physical_memory;
 mod raw;
+mod refusal;
+mod seed;
+mod settings;
 mod shared;

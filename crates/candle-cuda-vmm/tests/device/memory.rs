@@ -1,62 +1,37 @@
 //! The memory behind the addresses: it can be written and read, and it goes back.
 
-use crate::common::{GIB, KIB, PAGE, UnderTest, open};
+use crate::bytes::{expect_pattern, pattern, write};
+use crate::common::{GIB, GRANULE, UnderTest, open, page};
 use candle_cuda_vmm::cuda_vmm::Stream;
 use candle_cuda_vmm::{SharedMemoryPool, VirtualMemoryPool};
 use std::time::{Duration, Instant};
-
-fn write(stream: &Stream, address: usize, bytes: &[u8]) {
-    // SAFETY: the tests write to bytes that they have allocated, and free them only afterwards.
-    unsafe { stream.write(address as u64, bytes) }.unwrap();
-}
-
-fn read(stream: &Stream, address: usize, size: usize) -> Vec<u8> {
-    let mut bytes = vec![0; size];
-    // SAFETY: the tests read bytes that they have allocated, and free them only afterwards.
-    unsafe { stream.read(address as u64, &mut bytes) }.unwrap();
-    bytes
-}
-
-/// Bytes that differ from token to token.
-fn pattern(token: usize, size: usize) -> Vec<u8> {
-    (0..size)
-        .map(|byte| (byte.wrapping_mul(31) ^ token.wrapping_mul(97)) as u8)
-        .collect()
-}
 
 #[test]
 fn tokens_that_share_pages_keep_their_own_bytes() {
     let test = open();
     let stream = Stream::new(&test.core).unwrap();
-    const TOKEN: usize = 300 * KIB + 7;
-    let mut pool = VirtualMemoryPool::new(GIB, PAGE, test.device.clone()).unwrap();
+    // 300 KiB and a bit where a page has 2 MiB.
+    let size = 75 * page() / 512 + 7;
+    let mut pool = VirtualMemoryPool::new(GIB, page(), test.device.clone()).unwrap();
     for token in 0..50 {
-        let address = pool.allocate(token * TOKEN, TOKEN).unwrap();
-        write(&stream, address, &pattern(token, TOKEN));
+        let address = pool.allocate(token * size, size).unwrap();
+        write(&stream, address, &pattern(token, size));
     }
     for token in (0..50).step_by(2) {
-        pool.deallocate(token * TOKEN, TOKEN).unwrap();
+        pool.deallocate(token * size, size).unwrap();
     }
     for token in (1..50).step_by(2) {
-        let address = pool.base_address() + token * TOKEN;
-        assert_eq!(
-            read(&stream, address, TOKEN),
-            pattern(token, TOKEN),
-            "token {token}"
-        );
+        let address = pool.base_address() + token * size;
+        expect_pattern(&stream, address, token, size);
     }
     for token in (0..50).step_by(2) {
-        let address = pool.allocate(token * TOKEN, TOKEN).unwrap();
-        write(&stream, address, &pattern(token + 1000, TOKEN));
+        let address = pool.allocate(token * size, size).unwrap();
+        write(&stream, address, &pattern(token + 1000, size));
     }
     for token in 0..50 {
-        let address = pool.base_address() + token * TOKEN;
+        let address = pool.base_address() + token * size;
         let written = if token % 2 == 0 { token + 1000 } else { token };
-        assert_eq!(
-            read(&stream, address, TOKEN),
-            pattern(written, TOKEN),
-            "token {token}"
-        );
+        expect_pattern(&stream, address, written, size);
     }
 }
 
@@ -69,14 +44,14 @@ fn models_do_not_touch_each_other() {
     for model in ["llama-7b", "gpt2"] {
         pool.register_model(model, 2 * GIB).unwrap();
         for block in 0..8 {
-            let size = PAGE / 3 + block;
+            let size = GRANULE / 3 + block;
             let address = pool.allocate_for_model(model, size).unwrap();
             write(&stream, address, &pattern(address, size));
             blocks.push((address, size));
         }
     }
     for (address, size) in blocks {
-        assert_eq!(read(&stream, address, size), pattern(address, size));
+        expect_pattern(&stream, address, address, size);
     }
 }
 
@@ -84,13 +59,13 @@ fn models_do_not_touch_each_other() {
 fn freeing_under_queued_work_does_no_harm() {
     let test = open();
     let stream = Stream::new(&test.core).unwrap();
-    let mut pool = VirtualMemoryPool::new(GIB, PAGE, test.device.clone()).unwrap();
+    let mut pool = VirtualMemoryPool::new(160 * page(), page(), test.device.clone()).unwrap();
     for round in 0..20 {
-        let address = pool.allocate(round * 8 * PAGE, 8 * PAGE).unwrap();
+        let address = pool.allocate(round * 8 * page(), 8 * page()).unwrap();
         // SAFETY: the bytes are allocated when the work is queued, and what is freed stays mapped until
         // that work is done.
-        unsafe { stream.memset(address as u64, round as u8, 8 * PAGE) }.unwrap();
-        pool.deallocate(round * 8 * PAGE, 8 * PAGE).unwrap();
+        unsafe { stream.memset(address as u64, round as u8, 8 * page()) }.unwrap();
+        pool.deallocate(round * 8 * page(), 8 * page()).unwrap();
     }
     drop(pool);
     stream.synchronize().unwrap();
@@ -101,31 +76,27 @@ fn freeing_under_queued_work_does_no_harm() {
 fn compact_returns_slack_and_keeps_the_bytes() {
     let test = open();
     let stream = Stream::new(&test.core).unwrap();
-    let mut pool = VirtualMemoryPool::new(GIB, PAGE, test.device.clone()).unwrap();
-    let base = pool.allocate(0, 256 * PAGE).unwrap();
-    for page in (0..256).step_by(16) {
-        write(&stream, base + page * PAGE, &pattern(page, PAGE));
-        pool.deallocate((page + 1) * PAGE, 15 * PAGE).unwrap();
+    let mut pool = VirtualMemoryPool::new(256 * page(), page(), test.device.clone()).unwrap();
+    let base = pool.allocate(0, 256 * page()).unwrap();
+    for kept in (0..256).step_by(16) {
+        write(&stream, base + kept * page(), &pattern(kept, page()));
+        pool.deallocate((kept + 1) * page(), 15 * page()).unwrap();
     }
     // What was freed may be retiring for a moment, and then there is nothing yet to give back.
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         pool.compact().unwrap();
         let stats = pool.detailed_stats();
-        if stats.committed_bytes == 16 * PAGE {
+        if stats.committed_bytes == 16 * page() {
             break;
         }
         assert!(Instant::now() < deadline, "{stats}");
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(pool.detailed_stats().slack_bytes, 0);
-    assert_eq!(pool.physical_memory_usage(), 16 * PAGE);
-    for page in (0..256).step_by(16) {
-        assert_eq!(
-            read(&stream, base + page * PAGE, PAGE),
-            pattern(page, PAGE),
-            "page {page}"
-        );
+    assert_eq!(pool.physical_memory_usage(), 16 * page());
+    for kept in (0..256).step_by(16) {
+        expect_pattern(&stream, base + kept * page(), kept, page());
     }
 }
 
@@ -143,12 +114,12 @@ fn in_use_before_and_after(test: &UnderTest, work: impl Fn()) {
 fn dropping_an_elastic_pool_returns_every_byte() {
     let test = open();
     in_use_before_and_after(&test, || {
-        let mut pool = VirtualMemoryPool::new(4 * GIB, PAGE, test.device.clone()).unwrap();
+        let mut pool = VirtualMemoryPool::new(2048 * page(), page(), test.device.clone()).unwrap();
         let before = test.free_bytes();
-        pool.allocate(5, GIB).unwrap();
-        pool.allocate(2 * GIB, 77 * PAGE).unwrap();
-        assert!(before - test.free_bytes() >= GIB + 78 * PAGE);
-        pool.deallocate(100 * PAGE, 50 * PAGE).unwrap();
+        pool.allocate(5, 512 * page()).unwrap();
+        pool.allocate(1024 * page(), 77 * page()).unwrap();
+        assert!(before - test.free_bytes() >= (512 + 78) * page());
+        pool.deallocate(100 * page(), 50 * page()).unwrap();
     });
 }
 

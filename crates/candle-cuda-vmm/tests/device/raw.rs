@@ -1,6 +1,6 @@
 //! The driver's calls by themselves, of the default driver.
 
-use crate::common::{PAGE, open};
+use crate::common::{GRANULE, open};
 use candle_cuda_vmm::Result;
 use candle_cuda_vmm::cuda_ffi::{self, AccessFlags, AllocationProp};
 use candle_cuda_vmm::cuda_vmm::sys::{self, CUresult, DriverFunction};
@@ -31,14 +31,16 @@ fn memory_is_made_mapped_and_given_back_call_by_call() {
     // SAFETY: everything below is made here, used within its bounds, and given back once; no work for
     // the device is ever queued on it.
     unsafe {
-        let handle = cuda_ffi::mem_create(2 * PAGE, &AllocationProp::device(0)).unwrap();
-        test.expect_in_use(free, 2 * PAGE);
-        let address = cuda_ffi::mem_address_reserve(8 * PAGE, PAGE, 0).unwrap();
-        cuda_ffi::mem_map(address, 2 * PAGE, 0, handle).unwrap();
-        cuda_ffi::mem_set_access(address, 2 * PAGE, 0, AccessFlags::ReadWrite).unwrap();
-        cuda_ffi::mem_unmap(address, 2 * PAGE).unwrap();
+        let handle =
+            cuda_ffi::mem_create(2 * GRANULE, &AllocationProp::device(test.ordinal())).unwrap();
+        test.expect_in_use(free, 2 * GRANULE);
+        let address = cuda_ffi::mem_address_reserve(8 * GRANULE, GRANULE, 0).unwrap();
+        cuda_ffi::mem_map(address, 2 * GRANULE, 0, handle).unwrap();
+        cuda_ffi::mem_set_access(address, 2 * GRANULE, test.ordinal(), AccessFlags::ReadWrite)
+            .unwrap();
+        cuda_ffi::mem_unmap(address, 2 * GRANULE).unwrap();
         cuda_ffi::mem_release(handle).unwrap();
-        cuda_ffi::mem_address_free(address, 8 * PAGE).unwrap();
+        cuda_ffi::mem_address_free(address, 8 * GRANULE).unwrap();
     }
     test.expect_in_use(free, 0);
 }
@@ -49,75 +51,78 @@ fn the_drivers_refusals_keep_call_and_code() {
     if !test.is_default() {
         return;
     }
-    let device = AllocationProp::device(0);
+    let device = AllocationProp::device(test.ordinal());
     use DriverFunction::*;
     // SAFETY: as above; the calls that must fail change nothing.
     unsafe {
         refused(cuda_ffi::mem_create(0, &device), cuMemCreate, INVALID);
         refused(
-            cuda_ffi::mem_create(PAGE + 1, &device),
+            cuda_ffi::mem_create(GRANULE + 1, &device),
             cuMemCreate,
             INVALID,
         );
-        let more = 2 * test.core.total_bytes().next_multiple_of(PAGE);
+        let more = 2 * test.core.total_bytes().next_multiple_of(GRANULE);
         let error = cuda_ffi::mem_create(more, &device).unwrap_err();
         assert!(error.is_out_of_memory() && error.is_later(), "{error}");
         for ordinal in [-1, 1000] {
             let nowhere = AllocationProp::device(ordinal);
-            refused(cuda_ffi::mem_create(PAGE, &nowhere), cuMemCreate, NO_DEVICE);
+            refused(
+                cuda_ffi::mem_create(GRANULE, &nowhere),
+                cuMemCreate,
+                NO_DEVICE,
+            );
         }
 
         refused(
-            cuda_ffi::mem_address_reserve(0, PAGE, 0),
+            cuda_ffi::mem_address_reserve(0, GRANULE, 0),
             cuMemAddressReserve,
             INVALID,
         );
         refused(
-            cuda_ffi::mem_address_reserve(PAGE + 1, PAGE, 0),
+            cuda_ffi::mem_address_reserve(GRANULE + 1, GRANULE, 0),
             cuMemAddressReserve,
             INVALID,
         );
         refused(
-            cuda_ffi::mem_address_reserve(1 << 47, PAGE, 0),
+            cuda_ffi::mem_address_reserve(1 << 47, GRANULE, 0),
             cuMemAddressReserve,
             &[sys::CUDA_ERROR_OUT_OF_MEMORY],
         );
 
-        let handle = cuda_ffi::mem_create(2 * PAGE, &device).unwrap();
-        let address = cuda_ffi::mem_address_reserve(8 * PAGE, PAGE, 0).unwrap();
+        let handle = cuda_ffi::mem_create(2 * GRANULE, &device).unwrap();
+        let address = cuda_ffi::mem_address_reserve(8 * GRANULE, GRANULE, 0).unwrap();
         refused(
-            cuda_ffi::mem_map(address, PAGE, PAGE, handle),
+            cuda_ffi::mem_map(address, GRANULE, GRANULE, handle),
             cuMemMap,
             &[sys::CUDA_ERROR_NOT_SUPPORTED],
         );
-        cuda_ffi::mem_map(address, 2 * PAGE, 0, handle).unwrap();
+        cuda_ffi::mem_map(address, 2 * GRANULE, 0, handle).unwrap();
         refused(
-            cuda_ffi::mem_map(address, 2 * PAGE, 0, handle),
+            cuda_ffi::mem_map(address, 2 * GRANULE, 0, handle),
             cuMemMap,
             INVALID,
         );
-        let page = PAGE;
         refused(
-            cuda_ffi::mem_set_access(address, page, 0, AccessFlags::ReadWrite),
+            cuda_ffi::mem_set_access(address, GRANULE, test.ordinal(), AccessFlags::ReadWrite),
             cuMemSetAccess,
             INVALID,
         );
         for ordinal in [-1, 1000] {
             refused(
-                cuda_ffi::mem_set_access(address, 2 * page, ordinal, AccessFlags::ReadWrite),
+                cuda_ffi::mem_set_access(address, 2 * GRANULE, ordinal, AccessFlags::ReadWrite),
                 cuMemSetAccess,
                 INVALID,
             );
         }
-        refused(cuda_ffi::mem_unmap(address, PAGE), cuMemUnmap, INVALID);
+        refused(cuda_ffi::mem_unmap(address, GRANULE), cuMemUnmap, INVALID);
         refused(
-            cuda_ffi::mem_address_free(address, 8 * PAGE),
+            cuda_ffi::mem_address_free(address, 8 * GRANULE),
             cuMemAddressFree,
             INVALID,
         );
-        cuda_ffi::mem_unmap(address, 2 * PAGE).unwrap();
+        cuda_ffi::mem_unmap(address, 2 * GRANULE).unwrap();
         cuda_ffi::mem_release(handle).unwrap();
-        cuda_ffi::mem_address_free(address, 8 * PAGE).unwrap();
+        cuda_ffi::mem_address_free(address, 8 * GRANULE).unwrap();
     }
 }
 
@@ -128,11 +133,11 @@ fn granularities_are_the_devices() {
         return;
     }
     assert_eq!(
-        cuda_ffi::get_minimum_granularity(0).unwrap(),
+        cuda_ffi::get_minimum_granularity(test.ordinal()).unwrap(),
         test.core.granularity_bytes()
     );
     assert_eq!(
-        cuda_ffi::get_recommended_granularity(0).unwrap(),
+        cuda_ffi::get_recommended_granularity(test.ordinal()).unwrap(),
         test.core.recommended_granularity_bytes()
     );
     // The driver does not ask whether the device exists.
