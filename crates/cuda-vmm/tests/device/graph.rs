@@ -10,7 +10,7 @@ use cuda_vmm::{
 };
 
 /// A block, in bytes; small beside a page, so that blocks share pages.
-const BLOCK: usize = 64 << 10;
+const BLOCK: usize = 8 << 10;
 const WORDS: u32 = (BLOCK / 4) as u32;
 /// Rows of a gather.
 const ROWS: usize = 4;
@@ -67,11 +67,7 @@ impl<'a> Fixture<'a> {
     fn fill(&self, numbers: std::ops::Range<usize>) {
         for number in numbers {
             // SAFETY: the caller has made the block live.
-            unsafe {
-                self.stream
-                    .memset(self.block(number), number as u8 + 1, BLOCK)
-            }
-            .expect("queued");
+            unsafe { self.stream.memset(self.block(number), mark(number), BLOCK) }.expect("queued");
         }
     }
 

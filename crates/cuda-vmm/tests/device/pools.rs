@@ -122,7 +122,9 @@ fn a_device_that_is_really_full_refuses_and_loses_nothing() {
         let device = match device.driver().kind() {
             DriverKind::Real => device.clone(),
             DriverKind::Simulated => {
-                let config = SimConfig::new().memory_bytes(5 * GIB + GIB / 2);
+                let config = SimConfig::new()
+                    .memory_bytes(5 * GIB + GIB / 2)
+                    .granularity_bytes(device.granularity_bytes());
                 let driver = Driver::simulated(config).expect("a simulator");
                 driver.device(0).expect("a device")
             }
