@@ -88,6 +88,12 @@ pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Re
     Ok(code)
 }
 
+/// Whether this machine has a CUDA driver with a GPU, be it one that fails.
+pub fn has_gpu(workspace: &Workspace) -> Result<bool> {
+    let program = probe::compile(&workspace.target.join("gpu-test"))?;
+    Ok(!matches!(probe::ask(&program)?, Answer::NoGpu(_)))
+}
+
 /// What a bundle's `run` does. Answers the exit code.
 pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
     let unpacked = Unpacked::new(&arguments.folder)?;
