@@ -31,7 +31,7 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     println!(
         "{}: {} test programs, {:.1} MB packed",
         workspace.short(folder),
-        built.programs.len(),
+        files::entries(&stage.join("tests"))?.len(),
         bytes as f64 / 1e6
     );
     println!("On the machine with the GPU, which needs no toolchain:");
