@@ -1,14 +1,18 @@
 //! `ci`: every check, in order, until one fails.
 
 use crate::workspace::{self, Workspace};
-use crate::{consumers, headers, package, progress, setup, table, tests};
-use anyhow::{Context, Result};
+use crate::{consumers, gpu_test, headers, package, progress, setup, table, tests};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::process::Command;
 use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 8] = [
+const STEPS: [Step; 10] = [
     ("test", tests::run),
+    ("gpu-test, simulated", gpu_test_simulated),
+    ("gpu-test without a GPU", gpu_test_without_gpu),
     ("formatting", formatting),
     ("clippy", clippy),
     ("documentation", documentation),
@@ -42,6 +46,46 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         Some((name, error)) => Err(error).context(format!("ci stopped at the step {name}")),
         None => Ok(()),
     }
+}
+
+fn gpu_test_simulated(_: &Workspace) -> Result<()> {
+    let mut command = gpu_test()?;
+    command.args(["--driver", "simulated", "--stress-seconds", "5"]);
+    workspace::run(&mut command)
+}
+
+/// Without a GPU every row must be skipped, and the exit code say so.
+fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
+    if gpu_test::has_gpu(workspace)? {
+        eprintln!("xtask: this machine has a GPU, so there is nothing to check");
+        return Ok(());
+    }
+    let file = workspace.target.join("gpu-test/without-gpu.json");
+    let mut command = gpu_test()?;
+    command.arg("--json").arg(&file);
+    let output = command.output().context("gpu-test could not be started")?;
+    ensure!(
+        output.status.code() == Some(2),
+        "gpu-test without a GPU: {}, where exit code 2 is right:\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let text = std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
+    let report: Value = serde_json::from_slice(&text).context("gpu-test's report is not JSON")?;
+    let rows = report["rows"].as_array().map_or(&[][..], Vec::as_slice);
+    ensure!(
+        !rows.is_empty() && rows.iter().all(|row| row["state"] == "SKIPPED"),
+        "gpu-test without a GPU did not skip every row: {report}"
+    );
+    Ok(())
+}
+
+/// This program's task `gpu-test`, as a process of its own.
+fn gpu_test() -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe().context("the path of this program")?);
+    command.arg("gpu-test").env_remove("OUT");
+    Ok(command)
 }
 
 fn formatting(workspace: &Workspace) -> Result<()> {

@@ -59,15 +59,29 @@ enum Task {
     Consumers,
     /// Build and test the bindings against CUDA headers 11.8 to 13.5
     Headers,
-    /// Run the tests that need a GPU; exits with 2 where there is none
+    /// Run the matrix of tests that need a GPU, or the same on the simulator
+    ///
+    /// The report goes to the folder $OUT if that is set, else to target/gpu-test. Exit code: 0, every row PASS; 1, a
+    /// row FAIL; 2, no row FAIL, but some SKIPPED, for want of a GPU or of what else this machine lacks; 64, wrong usage.
     GpuTest {
-        /// Pack them into this folder, for a machine that has a GPU and no toolchain
-        #[arg(long, value_name = "FOLDER")]
+        #[command(flatten)]
+        matrix: gpu_test::Arguments,
+        /// Run nothing, but pack all programs into this folder, for a machine that has a GPU and no toolchain
+        #[arg(long, value_name = "FOLDER", conflicts_with_all = ["driver", "devices", "only", "list", "json", "stress_seconds", "sanitize"])]
         bundle: Option<PathBuf>,
         /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
         #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u32).range(53..1000))]
         compute_cap: u32,
     },
+    /// Run the matrix of tests that need a GPU, or the same on the simulator
+    ///
+    /// The report goes to the folder $OUT if that is set, else beside `run`. Exit code: 0, every row PASS; 1, a row
+    /// FAIL; 2, no row FAIL, but some SKIPPED, for want of a GPU or of what else this machine lacks; 64, wrong usage.
+    #[command(
+        hide = true,
+        override_usage = "run [OPTIONS]\n       run program NAME [ARGUMENTS]..."
+    )]
+    RunBundle(gpu_test::BundleArguments),
 }
 
 fn main() -> ExitCode {
@@ -76,13 +90,13 @@ fn main() -> ExitCode {
         Err(error) => {
             // Telling why can only fail if there is nobody left to tell.
             let _ = error.print();
-            let gpu_test = std::env::args_os()
+            let matrix = std::env::args_os()
                 .nth(1)
-                .is_some_and(|task| task == "gpu-test");
+                .is_some_and(|task| task == "gpu-test" || task == "run-bundle");
             return match error.exit_code() {
                 0 => ExitCode::SUCCESS,
-                // For gpu-test, 2 says that rows were skipped.
-                _ if gpu_test => ExitCode::from(USAGE),
+                // For the matrix, 2 says that rows were skipped.
+                _ if matrix => ExitCode::from(USAGE),
                 _ => ExitCode::from(2),
             };
         }
@@ -91,16 +105,19 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: error: {error:#}");
-            ExitCode::FAILURE
+            match error.is::<gpu_test::Usage>() {
+                true => ExitCode::from(USAGE),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }
 
 fn start(task: Task) -> Result<ExitCode> {
-    let workspace = Workspace::find()?;
     match task {
-        Task::Setup { cuda } => setup::ensure(&workspace, cuda, true)?,
+        Task::Setup { cuda } => setup::ensure(&Workspace::find()?, cuda, true)?,
         Task::Demo { arguments } => {
+            let workspace = Workspace::find()?;
             setup::ensure(&workspace, false, false)?;
             let mut demo = workspace.cargo(&["run", "--release", "--package", "cuda-vmm"]);
             // The paths among its arguments are from where the caller is.
@@ -114,17 +131,26 @@ fn start(task: Task) -> Result<ExitCode> {
             let code = status.code().and_then(|code| u8::try_from(code).ok());
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
         }
-        Task::Test => tests::run(&workspace)?,
-        Task::Ci => ci::run(&workspace)?,
+        Task::Test => tests::run(&Workspace::find()?)?,
+        Task::Ci => ci::run(&Workspace::find()?)?,
         Task::Consumers => {
+            let workspace = Workspace::find()?;
             package::run(&workspace)?;
             consumers::run(&workspace)?;
         }
-        Task::Headers => headers::run(&workspace)?,
+        Task::Headers => headers::run(&Workspace::find()?)?,
         Task::GpuTest {
+            matrix,
             bundle,
             compute_cap,
-        } => return gpu_test::run(&workspace, bundle.as_deref(), compute_cap),
+        } => {
+            let code = gpu_test::run(&matrix, bundle.as_deref(), compute_cap)?;
+            return Ok(ExitCode::from(code));
+        }
+        // Where a bundle runs, there is no workspace.
+        Task::RunBundle(arguments) => {
+            return Ok(ExitCode::from(gpu_test::run_bundle(&arguments)?));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,92 +1,109 @@
-//! Building what the bundle holds.
+//! Building the test programs, for this machine or for a bundle.
 
-use super::{Kind, Row, stubs};
-use crate::setup;
+use super::cell::{Cell, Driver};
+use super::manifest::Manifest;
+use super::program::{Program, Programs};
+use super::stubs;
 use crate::workspace::{self, Workspace};
+use crate::{setup, tests};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// The package whose tests and demo make the rows without Candle.
-const CORE: &str = "cuda-vmm";
-/// The package of the facade.
-const FACADE: &str = "candle-cuda-vmm";
-/// The facade's test that holds every row with Candle, so that Candle's kernels are packed once.
-const CANDLE_TEST: &str = "device";
+/// The features of the core's programs.
+const CORE_FEATURES: [&str; 4] = ["--package", Program::CORE, "--features", "simulator"];
+/// The program of the bundle that is no test.
+const DEMO: &str = "demo";
 
-/// What was built.
-pub struct Built {
-    /// The rows, in order.
-    pub rows: Vec<Row>,
-    /// The CUDA libraries that the Candle rows need, the driver's left out.
-    pub libraries: Vec<String>,
-    /// Lines `what: value` for the report.
-    pub facts: Vec<String>,
+/// What a bundle holds.
+pub struct Everything {
+    /// The test programs.
+    pub programs: Programs,
+    /// Other programs, by name.
+    pub others: Vec<(&'static str, PathBuf)>,
+    /// This program.
+    pub xtask: PathBuf,
+    /// What the build says of itself.
+    pub manifest: Manifest,
 }
 
-/// The names of the rows, without building anything.
-pub fn names(workspace: &Workspace) -> Result<Vec<String>> {
-    let metadata = workspace.metadata(&["--no-deps"])?;
-    let mut rows = Vec::new();
-    for package in array(&metadata["packages"]) {
-        for target in array(&package["targets"]) {
-            rows.extend(row(&package["name"], target));
-        }
-    }
-    rows.sort();
-    Ok(rows.into_iter().map(|(_, name)| name).collect())
+/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is
+/// left to build.
+pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Programs> {
+    setup::ensure(workspace, false, false)?;
+    let mut command = workspace.cargo(&["test", "--no-run", "--workspace"]);
+    let messages = messages(command.args(tests::FEATURES))?;
+    pick(wanted, &messages)
 }
 
-/// Builds every row's executable, for GPUs of `compute_cap` (90 for 9.0) and newer.
-pub fn all(workspace: &Workspace, target: &Path, compute_cap: u32) -> Result<Built> {
+/// Builds programs for the real driver, for GPUs of `compute_cap` (90 for 9.0) and newer; `manifest`
+/// then tells of Candle's part, if that is wanted.
+pub fn real(
+    workspace: &Workspace,
+    target: &Path,
+    compute_cap: u32,
+    wanted: &BTreeSet<Program>,
+    manifest: &mut Manifest,
+) -> Result<Programs> {
     setup::ensure(workspace, true, false)?;
     let builder = Builder {
         workspace,
         target,
         compute_cap,
     };
-    let mut rows = builder.core()?;
-    rows.extend(builder.candle()?);
-    let mut built = Vec::new();
-    let mut libraries = BTreeSet::new();
-    for ((_, name), kind, executable) in rows {
-        if kind == Kind::Core && tests_that_run(&executable)? == 0 {
-            eprintln!("xtask: {name}: left out, it has no test that runs unasked");
-            continue;
-        }
-        if kind == Kind::Candle {
-            libraries.extend(stubs::needed(&executable)?);
-        }
-        built.push(Row {
-            kind,
-            name,
-            executable,
-        });
+    let (facade, core): (BTreeSet<Program>, BTreeSet<Program>) = wanted
+        .iter()
+        .partition(|program| program.package == Program::FACADE);
+    let mut programs = Programs::new();
+    if !core.is_empty() {
+        programs.extend(builder.core(&core)?);
     }
-    Ok(Built {
-        rows: built,
-        libraries: libraries.into_iter().collect(),
-        facts: vec![
-            format!("Built from: commit {}", commit(workspace)),
-            format!(
-                "Built with: {}",
-                first_line(Command::new("rustc").arg("--version"))
-            ),
-            format!(
-                "Candle's kernels for: compute capability {}.{}",
-                compute_cap / 10,
-                compute_cap % 10
-            ),
-        ],
+    if !facade.is_empty() {
+        let built = builder.candle(&facade)?;
+        let mut libraries = BTreeSet::new();
+        for executable in built.values() {
+            libraries.extend(stubs::needed(executable)?);
+        }
+        manifest.libraries = libraries.into_iter().collect();
+        manifest.candle_kernels = Some(format!(
+            "compute capability {}.{}",
+            compute_cap / 10,
+            compute_cap % 10
+        ));
+        programs.extend(built);
+    }
+    Ok(programs)
+}
+
+/// Builds all that a bundle holds.
+pub fn everything(workspace: &Workspace, target: &Path, compute_cap: u32) -> Result<Everything> {
+    let (real_ones, simulated_ones): (BTreeSet<Program>, BTreeSet<Program>) = Cell::all(false)
+        .iter()
+        .flat_map(Cell::programs)
+        .partition(|program| program.driver == Driver::Real);
+    let mut manifest = Manifest::of(workspace);
+    let mut programs = real(workspace, target, compute_cap, &real_ones, &mut manifest)?;
+    let builder = Builder {
+        workspace,
+        target,
+        compute_cap,
+    };
+    let (facade, core): (BTreeSet<Program>, BTreeSet<Program>) = simulated_ones
+        .iter()
+        .partition(|program| program.package == Program::FACADE);
+    programs.extend(builder.core(&core)?);
+    programs.extend(builder.facade_without_cuda(&facade)?);
+    Ok(Everything {
+        programs,
+        others: vec![(DEMO, builder.demo()?)],
+        xtask: builder.xtask()?,
+        manifest,
     })
 }
 
-type Found = (Order, Kind, PathBuf);
-/// Where a row stands, and its name.
-type Order = (u8, String);
-
+/// Builds for release, with the pinned CUDA compiler.
 struct Builder<'a> {
     workspace: &'a Workspace,
     target: &'a Path,
@@ -94,64 +111,50 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// The core's tests and the demo.
-    fn core(&self) -> Result<Vec<Found>> {
-        let messages = self.cargo(
-            &[
-                "test",
-                "--no-run",
-                "--package",
-                CORE,
-                "--features",
-                "simulator",
-            ],
-            None,
-        )?;
-        let mut found = executables(&messages);
-        let messages = self.cargo(
-            &[
-                "build",
-                "--package",
-                CORE,
-                "--features",
-                "simulator",
-                "--example",
-                "demo",
-            ],
-            None,
-        )?;
-        found.extend(executables(&messages));
-        Ok(found)
+    /// The core's tests.
+    fn core(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let mut command = self.cargo(&["test", "--no-run"])?;
+        command.args(CORE_FEATURES).args(named(wanted));
+        pick(wanted, &messages(&mut command)?)
     }
 
-    /// The facade's test, linked against libraries that are made here for what it asks for.
-    fn candle(&self) -> Result<Vec<Found>> {
-        let messages = self.cargo(&["build", "--package", FACADE, "--features", "cuda"], None)?;
+    /// The facade's tests, linked against libraries that are made here for what they ask for.
+    fn candle(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let cuda = ["--package", Program::FACADE, "--features", "cuda"];
+        let messages_of_build = messages(self.cargo(&["build"])?.args(cuda))?;
         let folder = self.target.join("stubs");
-        stubs::make(&folder, &archives(&messages))?;
-        let messages = self.cargo(
-            &[
-                "test",
-                "--no-run",
-                "--package",
-                FACADE,
-                "--features",
-                "cuda",
-                "--test",
-                CANDLE_TEST,
-            ],
-            Some(&folder),
-        )?;
-        let found = executables(&messages);
-        ensure!(
-            !found.is_empty(),
-            "{FACADE} has no test named {CANDLE_TEST}"
-        );
-        Ok(found)
+        stubs::make(&folder, &archives(&messages_of_build))?;
+        let mut command = self.cargo(&["test", "--no-run"])?;
+        command
+            .args(cuda)
+            .args(named(wanted))
+            // The C compiler, which links, searches there after what it is told on its command line.
+            .env("LIBRARY_PATH", folder);
+        pick(wanted, &messages(&mut command)?)
     }
 
-    /// Runs cargo with the pinned CUDA compiler, and answers its messages.
-    fn cargo(&self, arguments: &[&str], libraries: Option<&Path>) -> Result<Vec<Value>> {
+    /// The facade's tests for CPU devices, which start on any machine.
+    fn facade_without_cuda(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let mut command = self.cargo(&["test", "--no-run", "--package", Program::FACADE])?;
+        pick(wanted, &messages(command.args(named(wanted)))?)
+    }
+
+    fn demo(&self) -> Result<PathBuf> {
+        let mut command = self.cargo(&["build"])?;
+        command.args(CORE_FEATURES).args(["--example", DEMO]);
+        let messages = messages(&mut command)?;
+        executable(&messages, Program::CORE, "example", DEMO)
+            .with_context(|| format!("{} has no example named {DEMO}", Program::CORE))
+    }
+
+    fn xtask(&self) -> Result<PathBuf> {
+        let package = env!("CARGO_PKG_NAME");
+        let messages = messages(self.cargo(&["build"])?.args(["--package", package]))?;
+        executable(&messages, package, "bin", package)
+            .with_context(|| format!("{package} has no program of its name"))
+    }
+
+    fn cargo(&self, arguments: &[&str]) -> Result<Command> {
         let toolkit = setup::toolkit_folder(self.workspace);
         let bin = toolkit.join("bin");
         let mut path = vec![bin.clone()];
@@ -160,7 +163,7 @@ impl Builder<'_> {
         ));
         let mut command = self.workspace.cargo(arguments);
         command
-            .args(["--release", "--message-format", "json-render-diagnostics"])
+            .arg("--release")
             .arg("--target-dir")
             .arg(self.target)
             .env("PATH", std::env::join_paths(path).context("PATH")?)
@@ -169,150 +172,92 @@ impl Builder<'_> {
             .env("NVCC", bin.join("nvcc"))
             .env("CUDA_COMPUTE_CAP", self.compute_cap.to_string())
             .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
-            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-            .stdout(Stdio::piped());
-        if let Some(libraries) = libraries {
-            // The C compiler, which links, searches there after what it is told on its command line.
-            command.env("LIBRARY_PATH", libraries);
-        }
-        let line = workspace::line(&command);
-        eprintln!("xtask: {line}");
-        let output = command
-            .stderr(Stdio::inherit())
-            .output()
-            .with_context(|| format!("could not start {line}"))?;
-        ensure!(output.status.success(), "{line}: {}", output.status);
-        String::from_utf8_lossy(&output.stdout)
-            .lines()
-            .filter(|line| line.starts_with('{'))
-            .map(|line| serde_json::from_str(line).context("cargo's message is not JSON"))
-            .collect()
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
+        Ok(command)
     }
 }
 
-/// Which row a target of a package makes, if any.
-fn row(package: &Value, target: &Value) -> Option<Order> {
-    let name = target["name"].as_str()?;
-    let kind = array(&target["kind"]).first()?.as_str()?;
-    match (package.as_str()?, kind) {
-        (CORE, "lib") => Some((0, "core: unit tests".to_owned())),
-        (CORE, "test") => Some((1, format!("core: {name}"))),
-        (CORE, "example") if name == "demo" => Some((2, "demo".to_owned())),
-        (FACADE, "test") if name == CANDLE_TEST => Some((3, format!("candle: {name}"))),
-        _ => None,
-    }
+/// Arguments that name the test targets.
+fn named(programs: &BTreeSet<Program>) -> Vec<&'static str> {
+    programs
+        .iter()
+        .flat_map(|program| ["--test", program.target])
+        .collect()
 }
 
-/// The rows among the executables that cargo tells of, in order.
-fn executables(messages: &[Value]) -> Vec<Found> {
-    let mut found = Vec::new();
-    for message in messages {
-        let Some(executable) = message["executable"].as_str() else {
-            continue;
-        };
+/// Runs cargo, and answers its messages.
+fn messages(command: &mut Command) -> Result<Vec<Value>> {
+    command.args(["--message-format", "json-render-diagnostics"]);
+    let line = workspace::line(command);
+    eprintln!("xtask: {line}");
+    let output = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("could not start {line}"))?;
+    ensure!(output.status.success(), "{line}: {}", output.status);
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter(|line| line.starts_with('{'))
+        .map(|line| serde_json::from_str(line).context("cargo's message is not JSON"))
+        .collect()
+}
+
+/// The executables of the wanted programs.
+fn pick(wanted: &BTreeSet<Program>, messages: &[Value]) -> Result<Programs> {
+    let mut programs = Programs::new();
+    for program in wanted {
+        let executable = executable(messages, program.package, "test", program.target)
+            .with_context(|| format!("{} has no test named {}", program.package, program.target))?;
+        programs.insert(*program, executable);
+    }
+    Ok(programs)
+}
+
+/// The executable of a target among those that cargo tells of.
+fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Option<PathBuf> {
+    messages.iter().find_map(|message| {
+        let executable = message["executable"].as_str()?;
         // A package's identity ends with name@version, or with #version after a folder of its name.
-        let identity = message["package_id"].as_str().unwrap_or_default();
-        let package = [FACADE, CORE].into_iter().find(|name| {
-            identity.contains(&format!("#{name}@")) || identity.contains(&format!("/{name}#"))
-        });
-        let Some(package) = package else { continue };
-        let Some(order) = row(&Value::from(package), &message["target"]) else {
-            continue;
-        };
-        let kind = match order.0 {
-            0 | 1 => Kind::Core,
-            2 => Kind::Program,
-            _ => Kind::Candle,
-        };
-        // The demo has tests of its own, built from the same target; the row is the program.
+        let identity = message["package_id"].as_str()?;
+        let is_of_package = identity.contains(&format!("#{package}@"))
+            || identity.contains(&format!("/{package}#"));
+        let target = &message["target"];
+        let is_target = target["name"] == name && array(&target["kind"]).iter().any(|k| k == kind);
+        // Programs and examples may have tests of their own, built from the same target.
         let is_test = message["profile"]["test"] == true;
-        if is_test == (kind == Kind::Program) {
-            continue;
-        }
-        found.push((order, kind, PathBuf::from(executable)));
-    }
-    found.sort_by(|one, other| one.0.cmp(&other.0));
-    found
+        (is_of_package && is_target && is_test == (kind == "test"))
+            .then(|| PathBuf::from(executable))
+    })
 }
 
 /// The Rust and C archives that cargo tells of.
 fn archives(messages: &[Value]) -> BTreeSet<PathBuf> {
     let mut archives = BTreeSet::new();
+    let is = |path: &Path, wanted: &str| path.extension().is_some_and(|kind| kind == wanted);
     for message in messages {
-        for file in array(&message["filenames"]) {
-            let path = PathBuf::from(file.as_str().unwrap_or_default());
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "rlib")
-            {
-                archives.insert(path);
-            }
-        }
+        let files = array(&message["filenames"]).iter();
+        archives.extend(
+            files
+                .filter_map(|file| file.as_str().map(PathBuf::from))
+                .filter(|path| is(path, "rlib")),
+        );
         let out = message["out_dir"].as_str().map(Path::new);
-        for entry in out
-            .and_then(|out| out.read_dir().ok())
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            if entry
-                .path()
-                .extension()
-                .is_some_and(|extension| extension == "a")
-            {
-                archives.insert(entry.path());
-            }
-        }
+        let entries = out.and_then(|out| out.read_dir().ok());
+        archives.extend(
+            entries
+                .into_iter()
+                .flatten()
+                .flatten()
+                .map(|entry| entry.path())
+                .filter(|path| is(path, "a")),
+        );
     }
     archives
 }
 
-/// How many tests of the executable run when none is named: those not ignored.
-fn tests_that_run(executable: &Path) -> Result<usize> {
-    let count = |extra: &[&str]| -> Result<usize> {
-        let output = Command::new(executable)
-            .arg("--list")
-            .args(extra)
-            .output()
-            .with_context(|| format!("{} could not be started", executable.display()))?;
-        ensure!(
-            output.status.success(),
-            "{} --list: {}",
-            executable.display(),
-            output.status
-        );
-        let text = String::from_utf8_lossy(&output.stdout);
-        Ok(text.lines().filter(|line| line.ends_with(": test")).count())
-    };
-    Ok(count(&[])?.saturating_sub(count(&["--ignored"])?))
-}
-
 fn array(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
-}
-
-/// The commit that was built, with a mark if files differ from it.
-fn commit(workspace: &Workspace) -> String {
-    first_line(Command::new("git").current_dir(&workspace.root).args([
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]))
-}
-
-fn first_line(command: &mut Command) -> String {
-    command
-        .output()
-        .ok()
-        .filter(|output| output.status.success())
-        .and_then(|output| {
-            String::from_utf8_lossy(&output.stdout)
-                .lines()
-                .next()
-                .map(str::to_owned)
-        })
-        .unwrap_or_else(|| "not known".to_owned())
 }
 
 #[cfg(test)]
@@ -320,53 +265,48 @@ mod unit {
     use super::*;
     use serde_json::json;
 
-    fn message(package: &str, kind: &str, name: &str, test: bool) -> Value {
+    fn message(package: &str, kind: &str, name: &str, test: bool, file: &str) -> Value {
         json!({
             "profile": { "test": test },
             "reason": "compiler-artifact",
             "package_id": package,
             "target": { "kind": [kind], "name": name },
-            "executable": format!("/target/{name}"),
+            "executable": file,
         })
     }
 
     #[test]
-    fn rows_come_in_order_and_only_from_what_is_tested() {
+    fn programs_are_told_apart_by_package_kind_and_name() {
         let core = "path+file:///work/crates/cuda-vmm#0.2.0";
-        let found = executables(&[
+        let facade = "path+file:///work/crates/candle-cuda-vmm#0.2.0";
+        let messages = [
+            message(facade, "test", "device", true, "facade"),
+            message(core, "example", "demo", true, "demo-tests"),
+            message(core, "example", "demo", false, "demo"),
+            message(core, "test", "device", true, "core"),
             message(
-                "path+file:///work/crates/candle-cuda-vmm#0.2.0",
+                "path+file:///x#cuda-vmm-sim@0.2.0",
                 "test",
-                "device",
+                "share",
                 true,
+                "sim",
             ),
-            message(
-                "path+file:///work/crates/candle-cuda-vmm#0.2.0",
-                "test",
-                "other",
-                true,
-            ),
-            message(core, "example", "demo", true),
-            message(core, "example", "demo", false),
-            message(core, "example", "tour", false),
-            message(core, "test", "pool", true),
-            message(core, "lib", "cuda_vmm", true),
-            message(
-                "path+file:///elsewhere#cuda-vmm-sim@0.2.0",
-                "test",
-                "books",
-                true,
-            ),
+        ];
+        let program = |package, target| Program {
+            driver: Driver::Real,
+            package,
+            target,
+        };
+        let wanted = BTreeSet::from([
+            program(Program::CORE, "device"),
+            program(Program::FACADE, "device"),
         ]);
-        let names: Vec<&str> = found
-            .iter()
-            .map(|((_, name), _, _)| name.as_str())
-            .collect();
-        assert_eq!(
-            names,
-            ["core: unit tests", "core: pool", "demo", "candle: device"]
-        );
-        let kinds: Vec<Kind> = found.iter().map(|(_, kind, _)| *kind).collect();
-        assert_eq!(kinds, [Kind::Core, Kind::Core, Kind::Program, Kind::Candle]);
+        let found: Vec<PathBuf> = pick(&wanted, &messages).unwrap().into_values().collect();
+        assert_eq!(found, [Path::new("facade"), Path::new("core")]);
+        let demo = executable(&messages, Program::CORE, "example", DEMO);
+        assert_eq!(demo.as_deref(), Some(Path::new("demo")));
+        let wanted = BTreeSet::from([program(Program::CORE, "share")]);
+        let error = pick(&wanted, &messages).unwrap_err();
+        assert_eq!(error.to_string(), "cuda-vmm has no test named share");
     }
 }

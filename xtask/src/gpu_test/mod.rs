@@ -1,161 +1,158 @@
-//! `gpu-test`: the tests that need a GPU, on this machine or packed for another.
+//! `gpu-test`: the test matrix, on this machine or packed for another.
 
+mod arguments;
 mod build;
+mod bundle;
+mod cell;
+mod conditions;
+mod facts;
+mod libraries;
+mod manifest;
+mod matrix;
 mod probe;
+mod process;
+mod program;
+mod report;
+mod row;
+mod runner;
+mod sanitizer;
+mod selection;
 mod stubs;
+mod summary;
 
-use crate::files;
-use crate::progress;
+pub use arguments::{Arguments, BundleArguments, Usage};
+
 use crate::workspace::Workspace;
-use anyhow::{Context, Result, ensure};
-use build::Built;
-use std::fs;
+use anyhow::{Context, Result};
+use arguments::Other;
+use bundle::Unpacked;
+use cell::{Cell, Driver};
+use conditions::Conditions;
+use libraries::Libraries;
+use manifest::Manifest;
+use matrix::{Matrix, Plan};
+use probe::Answer;
+use program::{Program, Programs};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 
-/// The script that runs the bundle where the GPU is.
-const RUN: &str = include_str!("run.sh");
-/// The most that a packed bundle may weigh.
-const LIMIT_BYTES: u64 = 60_000_000;
-/// The exit code for rows that did not run.
-const SKIPPED: u8 = 2;
-
-/// What kind of row a binary is, as the `run` script distinguishes them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Tests that do not link Candle.
-    Core,
-    /// A program that shows success by its exit code.
-    Program,
-    /// Tests that link Candle, and so the CUDA libraries.
-    Candle,
-}
-
-/// One row of the report.
-#[derive(Clone, Debug)]
-pub struct Row {
-    /// What it is.
-    pub kind: Kind,
-    /// What the report calls it.
-    pub name: String,
-    /// The executable.
-    pub executable: PathBuf,
-}
-
-/// Makes the folder `bundle`, or without one runs in place where there is a GPU.
-pub fn run(workspace: &Workspace, bundle: Option<&Path>, compute_cap: u32) -> Result<ExitCode> {
+/// Makes a bundle in the folder `bundle`, or without one runs the matrix here. Answers the exit code.
+pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Result<u8> {
+    if arguments.list {
+        return list(arguments);
+    }
+    let workspace = Workspace::find()?;
     if let Some(folder) = bundle {
-        make(workspace, folder, compute_cap)?;
-        println!("On the machine with the GPU, which needs no toolchain:");
-        println!("    OUT=FOLDER {}/run", folder.display());
-        println!(
-            "It writes FOLDER/report.md, and exits with 0 (every row PASS), 1 (a row FAIL) or 2 (some SKIPPED)."
-        );
-        return Ok(ExitCode::SUCCESS);
+        bundle::make(&workspace, folder, compute_cap)?;
+        return Ok(0);
     }
-    let program = probe::compile(&workspace.target.join("gpu-test"))?;
-    if let probe::Answer::NoGpu(reason) = probe::ask(&program)? {
-        for name in build::names(workspace)? {
-            println!("{:<8} {name}", "SKIPPED");
-        }
-        println!("The matrix needs a GPU ({reason}).");
-        println!("To run it elsewhere: cargo xtask gpu-test --bundle FOLDER");
-        return Ok(ExitCode::from(SKIPPED));
-    }
-    let folder = workspace.target.join("gpu-test").join("bundle");
-    make(workspace, &folder, compute_cap)?;
-    let status = Command::new(folder.join("run"))
-        .status()
-        .context("the bundle's run script could not be started")?;
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
-}
-
-fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let target = workspace.target.join("gpu-test");
-    let built = build::all(workspace, &target, compute_cap)?;
-    let stage = target.join("stage");
-    files::remove_tree(&stage)?;
-    files::make(&stage.join("bin"))?;
-    for (index, row) in built.rows.iter().enumerate() {
-        let file = stage.join("bin").join(file_name(index, row));
-        fs::copy(&row.executable, &file)
-            .with_context(|| format!("copying {}", row.executable.display()))?;
-        files::executable(&file)?;
+    let plan = Plan::make(arguments, || probe::ask(&probe::compile(&target)?))?;
+    let mut manifest = Manifest::of(&workspace);
+    let mut conditions = Conditions::find(plan.gpu.clone(), arguments.sanitize);
+    let mut programs = Programs::new();
+    let runnable = |cell: &&Cell| conditions.obstacle(cell).is_none();
+    let (real, simulated): (BTreeSet<Program>, BTreeSet<Program>) = plan
+        .cells
+        .iter()
+        .filter(runnable)
+        .flat_map(Cell::programs)
+        .partition(|program| program.driver == Driver::Real);
+    if !real.is_empty() {
+        let built = build::real(&workspace, &target, compute_cap, &real, &mut manifest)?;
+        programs.extend(built);
     }
-    let program = probe::compile(&target)?;
-    fs::copy(&program, stage.join("bin/probe")).context("copying the probe")?;
-    for (name, text) in [
-        ("rows", rows_text(&built)),
-        ("libraries", lines(&built.libraries)),
-        ("built", lines(&built.facts)),
-    ] {
-        fs::write(stage.join(name), text).with_context(|| format!("writing {name}"))?;
+    if !simulated.is_empty() {
+        programs.extend(build::simulated(&workspace, &simulated)?);
     }
-
-    files::make(folder)?;
-    let archive = folder.join("bundle.tar.gz");
-    progress::during("packing the bundle", || {
-        let status = Command::new("tar")
-            .arg("-czf")
-            .arg(&archive)
-            .arg("-C")
-            .arg(&stage)
-            .args(["bin", "rows", "libraries", "built"])
-            .status()
-            .context("tar could not be started")?;
-        ensure!(status.success(), "tar: {status}");
-        Ok(())
-    })?;
-    let script = folder.join("run");
-    fs::write(&script, RUN).with_context(|| format!("writing {}", script.display()))?;
-    files::executable(&script)?;
-    let bytes = fs::metadata(&archive)?.len();
-    ensure!(
-        bytes <= LIMIT_BYTES,
-        "{} has {bytes} bytes, more than the {LIMIT_BYTES} allowed",
-        archive.display()
-    );
-    println!(
-        "{}: {} rows, {:.1} MB packed",
-        workspace.short(folder),
-        built.rows.len(),
-        bytes as f64 / 1e6
-    );
-    Ok(())
-}
-
-fn file_name(index: usize, row: &Row) -> String {
-    let name: String = row
-        .name
-        .chars()
-        .map(|letter| {
-            if letter.is_ascii_alphanumeric() {
-                letter
-            } else {
-                '-'
-            }
-        })
-        .collect();
-    format!("{index:02}-{name}")
-}
-
-fn rows_text(built: &Built) -> String {
-    let mut text = String::new();
-    for (index, row) in built.rows.iter().enumerate() {
-        let kind = match row.kind {
-            Kind::Core => "core",
-            Kind::Program => "program",
-            Kind::Candle => "candle",
-        };
-        text += &format!("{kind}\t{}\t{}\n", file_name(index, row), row.name);
+    conditions.libraries = Libraries::find(&manifest.libraries);
+    let matrix = Matrix {
+        arguments,
+        plan,
+        conditions,
+        programs,
+        manifest,
+        folder: &target,
+        report_folder: report_folder(&target),
+        command: command("cargo xtask gpu-test", std::env::args_os().skip(2)),
+    };
+    let has_no_gpu = matches!(matrix.plan.gpu, Some(Answer::NoGpu(_)));
+    let code = matrix.run()?;
+    if has_no_gpu {
+        println!(
+            "To run the rows of the real driver elsewhere: cargo xtask gpu-test --bundle FOLDER"
+        );
     }
-    text
+    Ok(code)
 }
 
-fn lines(lines: &[String]) -> String {
-    lines.iter().map(|line| format!("{line}\n")).collect()
+/// Whether this machine has a CUDA driver with a GPU, be it one that fails.
+pub fn has_gpu(workspace: &Workspace) -> Result<bool> {
+    let program = probe::compile(&workspace.target.join("gpu-test"))?;
+    Ok(!matches!(probe::ask(&program)?, Answer::NoGpu(_)))
 }
 
-#[cfg(test)]
-mod tests;
+/// What a bundle's `run` does. Answers the exit code.
+pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
+    let unpacked = Unpacked::new(&arguments.folder)?;
+    if let Some(Other::Program { name, arguments }) = &arguments.other {
+        return run_other(&unpacked, name, arguments);
+    }
+    if arguments.matrix.list {
+        return list(&arguments.matrix);
+    }
+    let plan = Plan::make(&arguments.matrix, || probe::ask(&unpacked.probe()))?;
+    let manifest = unpacked.manifest()?;
+    let mut conditions = Conditions::find(plan.gpu.clone(), arguments.matrix.sanitize);
+    conditions.libraries = Libraries::find(&manifest.libraries);
+    let script = arguments.beside.join("run");
+    let matrix = Matrix {
+        arguments: &arguments.matrix,
+        plan,
+        conditions,
+        programs: unpacked.programs(),
+        manifest,
+        folder: unpacked.folder(),
+        report_folder: report_folder(&arguments.beside),
+        // What comes before is what the script says of itself: --folder and --beside with their values.
+        command: command(&script.display().to_string(), std::env::args_os().skip(6)),
+    };
+    matrix.run()
+}
+
+/// Prints the rows' names, as on a machine with two GPUs.
+fn list(arguments: &Arguments) -> Result<u8> {
+    for cell in selection::select(arguments, None)? {
+        println!("{}", cell.name());
+    }
+    Ok(0)
+}
+
+fn run_other(unpacked: &Unpacked, name: &str, arguments: &[OsString]) -> Result<u8> {
+    let program = unpacked.other(name)?;
+    let status = Command::new(&program)
+        .args(arguments)
+        .status()
+        .with_context(|| format!("{name} could not be started"))?;
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(1))
+}
+
+/// Where the report goes: `$OUT`, or `usual` without one.
+fn report_folder(usual: &Path) -> PathBuf {
+    match std::env::var_os("OUT") {
+        Some(out) if !out.is_empty() => PathBuf::from(out),
+        _ => usual.to_owned(),
+    }
+}
+
+/// The command line, as one would type it.
+fn command(program: &str, arguments: impl Iterator<Item = OsString>) -> String {
+    arguments.fold(program.to_owned(), |line, argument| {
+        line + " " + &argument.to_string_lossy()
+    })
+}

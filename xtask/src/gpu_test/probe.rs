@@ -1,19 +1,42 @@
 //! Whether a GPU answers on this machine: a small C program asks, as it does in the bundle.
 
 use crate::files;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const SOURCE: &str = include_str!("probe.c");
 
 /// What the probe found.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// A GPU answers.
-    Gpu,
+    Gpu(Gpu),
     /// There is no driver, or no device; why.
     NoGpu(String),
+    /// There is a driver, and it fails; how.
+    Broken(String),
+}
+
+/// The first GPU, and how many there are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// The first one's name.
+    pub name: String,
+    /// How many there are.
+    pub count: u32,
+    /// The CUDA version of the driver.
+    pub cuda: String,
+}
+
+impl Answer {
+    /// The first GPU, if one answers.
+    pub fn gpu(&self) -> Option<&Gpu> {
+        match self {
+            Self::Gpu(gpu) => Some(gpu),
+            _ => None,
+        }
+    }
 }
 
 /// Compiles the probe into `folder`.
@@ -43,14 +66,22 @@ pub fn ask(program: &Path) -> Result<Answer> {
     let output = Command::new(program)
         .output()
         .with_context(|| format!("{} could not be started", program.display()))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let reason = text
-        .lines()
-        .find_map(|line| line.strip_prefix("reason="))
-        .unwrap_or("no reason given");
-    match output.status.code() {
-        Some(0) => Ok(Answer::Gpu),
-        Some(2) => Ok(Answer::NoGpu(reason.to_owned())),
-        _ => bail!("the CUDA driver is here, but fails: {reason}"),
-    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let value = |key: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+            .map(|value| value.trim().to_owned())
+    };
+    let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
+    Ok(match output.status.code() {
+        Some(0) => Answer::Gpu(Gpu {
+            name: value("name").unwrap_or_default(),
+            count: value("devices")
+                .and_then(|count| count.parse().ok())
+                .context("the probe does not tell the number of GPUs")?,
+            cuda: value("cuda").unwrap_or_default(),
+        }),
+        Some(2) => Answer::NoGpu(reason()),
+        _ => Answer::Broken(reason()),
+    })
 }

@@ -1,0 +1,144 @@
+//! The matrix on one machine: which rows are asked for, running them, and what is told of it.
+
+use super::arguments::Arguments;
+use super::cell::{Cell, Driver};
+use super::conditions::Conditions;
+use super::facts::Facts;
+use super::manifest::Manifest;
+use super::probe::Answer;
+use super::program::Programs;
+use super::report::Report;
+use super::runner::Runner;
+use super::{process, row, selection, summary};
+use crate::files;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The exit code of what was interrupted, as a shell has it.
+const INTERRUPTED: u8 = 130;
+
+/// The rows that are asked for here.
+pub struct Plan {
+    /// What the probe answered, if a row of the real driver could be asked for.
+    pub gpu: Option<Answer>,
+    /// The rows.
+    pub cells: Vec<Cell>,
+    /// How many more there would be if this machine had two GPUs.
+    left_out: usize,
+}
+
+impl Plan {
+    /// Chooses the rows for a machine on which `probe` answers.
+    ///
+    /// # Errors
+    ///
+    /// A usage error if there are none.
+    pub fn make(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
+        // A usage error is one on every machine, and is found before anything is started.
+        let most = selection::select(arguments, None)?;
+        let needs_gpu = most.iter().any(|cell| cell.driver == Driver::Real);
+        let gpu = needs_gpu.then(probe).transpose()?;
+        let count = gpu.as_ref().and_then(Answer::gpu).map(|gpu| gpu.count);
+        Ok(Self {
+            cells: selection::select(arguments, count)?,
+            left_out: selection::left_out(arguments, count),
+            gpu,
+        })
+    }
+
+    /// What the report must say besides its rows.
+    fn remark(&self) -> Option<String> {
+        (self.left_out > 0).then(|| {
+            format!(
+                "{} rows for two devices were not asked for, as this machine has one GPU; --devices 2 demands them.",
+                self.left_out
+            )
+        })
+    }
+}
+
+/// All that is needed to run the rows.
+pub struct Matrix<'a> {
+    /// The command line.
+    pub arguments: &'a Arguments,
+    /// The rows.
+    pub plan: Plan,
+    /// What the machine has.
+    pub conditions: Conditions,
+    /// The executables.
+    pub programs: Programs,
+    /// What their build says of itself.
+    pub manifest: Manifest,
+    /// Where temporary files go.
+    pub folder: &'a Path,
+    /// Where the report goes.
+    pub report_folder: PathBuf,
+    /// The command line as one would type it.
+    pub command: String,
+}
+
+impl Matrix<'_> {
+    /// Runs the rows, prints and writes what came of them, and answers the exit code.
+    pub fn run(self) -> Result<u8> {
+        let started = Instant::now();
+        // Better found out now than after the last row.
+        files::make(&self.report_folder)?;
+        let written_to = self.report_folder.join("report.md");
+        write(&written_to, "")?;
+        if let Some(path) = &self.arguments.json {
+            write(path, "")?;
+        }
+        process::heed_interrupts()?;
+        files::make(self.folder)?;
+        let work = tempfile::tempdir_in(self.folder).context("making a folder")?;
+        let runner = Runner {
+            programs: &self.programs,
+            conditions: &self.conditions,
+            work: work.path(),
+            stress_seconds: self.arguments.stress_seconds,
+            limit: Duration::from_secs(self.arguments.limit_seconds),
+        };
+        let facts = Facts::gather(self.command, &self.conditions, &self.manifest);
+        let mut rows = Vec::new();
+        for cell in &self.plan.cells {
+            let row = runner.run(*cell)?;
+            if process::is_interrupted() {
+                break;
+            }
+            summary::print_row(&row);
+            rows.push(row);
+        }
+        let is_whole = rows.len() == self.plan.cells.len();
+        let report = Report {
+            facts,
+            remark: match is_whole {
+                true => self.plan.remark(),
+                false => Some(format!(
+                    "Interrupted after {} of {} rows.",
+                    rows.len(),
+                    self.plan.cells.len()
+                )),
+            },
+            rows,
+        };
+        write(&written_to, &report.markdown())?;
+        if let Some(path) = &self.arguments.json {
+            write(path, &report.json()?)?;
+        }
+        summary::print_end(
+            &report,
+            started.elapsed(),
+            &written_to.display().to_string(),
+        );
+        Ok(match is_whole {
+            true => row::exit_code(&report.rows),
+            false => INTERRUPTED,
+        })
+    }
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+}

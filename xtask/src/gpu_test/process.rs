@@ -1,0 +1,115 @@
+//! Runs a process for a limited time, and stops it with all that it has started.
+
+use anyhow::{Context, Result, ensure};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use wait_timeout::ChildExt;
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug)]
+pub enum End {
+    /// By itself.
+    Exited(ExitStatus),
+    /// It was stopped.
+    Stopped,
+}
+
+/// What an interrupt must know and tell.
+struct Interrupts {
+    /// The process that runs now.
+    running: Option<u32>,
+    /// Whether there was one.
+    came: bool,
+}
+
+static INTERRUPTS: Mutex<Interrupts> = Mutex::new(Interrupts {
+    running: None,
+    came: false,
+});
+
+/// From now on an interrupt stops the process that runs, and lets no other start; this one goes on.
+pub fn heed_interrupts() -> Result<()> {
+    ctrlc::set_handler(|| {
+        let mut interrupts = interrupts();
+        interrupts.came = true;
+        if let Some(process) = interrupts.running {
+            stop_group(process);
+        }
+    })
+    .context("no handler for interrupts could be set")
+}
+
+/// Whether an interrupt came.
+pub fn is_interrupted() -> bool {
+    interrupts().came
+}
+
+/// Runs `command` in a process group of its own, for no longer than `limit`.
+///
+/// It must write to files only: a pipe would stay open while a process that it left behind lives.
+pub fn run(command: &mut Command, limit: Duration) -> Result<End> {
+    #[cfg(unix)]
+    std::os::unix::process::CommandExt::process_group(command, 0);
+    let mut child = {
+        // An interrupt in between would miss the new process.
+        let mut interrupts = interrupts();
+        ensure!(!interrupts.came, "interrupted");
+        let child = command
+            .spawn()
+            .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+        interrupts.running = Some(child.id());
+        child
+    };
+    let end = wait(&mut child, limit);
+    interrupts().running = None;
+    end
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Result<End> {
+    if let Some(status) = child.wait_timeout(limit)? {
+        return Ok(End::Exited(status));
+    }
+    stop_group(child.id());
+    // Where there are no groups, at least this one is stopped; where it is stopped, it cannot be again.
+    let _ = child.kill();
+    child.wait()?;
+    Ok(End::Stopped)
+}
+
+fn interrupts() -> MutexGuard<'static, Interrupts> {
+    INTERRUPTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Kills the process group that this process leads. One that has ended is none of our concern.
+fn stop_group(process: u32) {
+    #[cfg(unix)]
+    if let Ok(process) = i32::try_from(process) {
+        use nix::sys::signal::{Signal, killpg};
+        let _ = killpg(nix::unistd::Pid::from_raw(process), Signal::SIGKILL);
+    }
+    #[cfg(not(unix))]
+    let _ = process;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    fn a_process_that_takes_too_long_is_stopped_with_its_children() {
+        let folder = tempfile::tempdir().unwrap();
+        let mark = folder.path().join("mark");
+        let started = Instant::now();
+        let script = format!("(sleep 1; echo late >{}) & sleep 60", mark.display());
+        let end = run(
+            Command::new("sh").arg("-c").arg(script),
+            Duration::from_millis(200),
+        );
+        assert!(matches!(end, Ok(End::Stopped)), "{end:?}");
+        assert!(started.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(1200));
+        assert!(!mark.exists());
+    }
+}

@@ -1,0 +1,166 @@
+//! A bundle of small shell scripts in place of the programs, run by this project's own `xtask`.
+
+use serde_json::Value;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+/// Probes: one GPU, two, none, and a driver that fails.
+pub const GPU: &str = "printf 'cuda=13.0\\ndevices=1\\nname=Test GPU\\n'\n";
+pub const TWO_GPUS: &str = "printf 'cuda=13.0\\ndevices=2\\nname=Test GPU\\n'\n";
+pub const NO_GPU: &str = "echo reason=no driver library\nexit 2\n";
+pub const BROKEN: &str = "echo reason=cuInit answered code 999\nexit 1\n";
+
+/// What the dynamic loader would write for a process that opens the driver.
+pub const OPENS: &str = "if [ -n \"${LD_DEBUG_OUTPUT:-}\" ]; then\n\
+    echo \"  7:\tcalling init: /usr/lib/libcuda.so.1\" >\"$LD_DEBUG_OUTPUT.1\"\n\
+    fi\n";
+/// Passes without opening the driver.
+pub const CLOSED: &str = "echo 'test result: ok. 7 passed; 0 failed; 0 ignored'\n";
+pub const BAD: &str = "echo 'what went wrong'\n\
+    echo 'test result: FAILED. 3 passed; 1 failed; 0 ignored'\nexit 101\n";
+pub const EMPTY: &str = "echo 'test result: ok. 0 passed; 0 failed; 4 ignored'\n";
+
+const PROGRAMS: [&str; 8] = [
+    "cuda-vmm-conformance",
+    "cuda-vmm-share",
+    "cuda-vmm-device",
+    "cuda-vmm-faults",
+    "cuda-vmm-leaks",
+    "cuda-vmm-stress",
+    "candle-cuda-vmm-device-real",
+    "candle-cuda-vmm-device-simulated",
+];
+
+/// The unpacked bundle, a folder for its report, and one that the dynamic loader is told of.
+pub struct Fake {
+    folder: TempDir,
+}
+
+/// What came of a run.
+pub struct Ran {
+    pub code: i32,
+    pub printed: String,
+    pub report: String,
+    pub json: Value,
+}
+
+impl Fake {
+    /// A bundle in which every program passes.
+    pub fn new(probe: &str) -> Self {
+        let fake = Self {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        fake.script("bundle/bin/probe", probe);
+        for program in PROGRAMS {
+            fake.program(program, &format!("{OPENS}{CLOSED}"));
+        }
+        fs::create_dir_all(fake.path().join("bundle/programs")).unwrap();
+        fs::create_dir_all(fake.path().join("cuda")).unwrap();
+        fs::create_dir_all(fake.path().join("out")).unwrap();
+        fake.needs(&[]);
+        fake
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Puts a script in place of a test program.
+    pub fn program(&self, name: &str, text: &str) {
+        self.script(&format!("bundle/tests/{name}"), text);
+    }
+
+    /// Makes a script.
+    pub fn script(&self, file: &str, text: &str) {
+        let path = self.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, format!("#!/bin/sh\n{text}")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Names the CUDA libraries that the facade is linked to.
+    pub fn needs(&self, libraries: &[&str]) {
+        let manifest = serde_json::json!({
+            "commit": "abc",
+            "compiler": "rustc 1",
+            "candle_kernels": null,
+            "libraries": libraries,
+        });
+        let path = self.path().join("bundle/bundle.json");
+        fs::write(path, manifest.to_string()).unwrap();
+    }
+
+    /// The command that `run` starts, with a report in the folder `out`.
+    pub fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
+        command
+            .arg("run-bundle")
+            .arg("--folder")
+            .arg(self.path().join("bundle"))
+            .arg("--beside")
+            .arg(self.path())
+            .args(line.split_whitespace());
+        self.environment(&mut command);
+        command
+    }
+
+    /// Sets the variables of a run.
+    pub fn environment(&self, command: &mut Command) {
+        command
+            .env("OUT", self.path().join("out"))
+            .env("LD_LIBRARY_PATH", self.path().join("cuda"))
+            .env_remove("CUDA_HOME")
+            .env_remove("CUDA_PATH");
+    }
+
+    /// Runs the rows that `line` asks for.
+    pub fn run(&self, line: &str) -> Ran {
+        let json = self.path().join("out/report.json");
+        let output = self
+            .command(line)
+            .arg("--json")
+            .arg(&json)
+            .output()
+            .unwrap();
+        let read = |file: &str| fs::read_to_string(self.path().join(file)).unwrap_or_default();
+        Ran {
+            code: output.status.code().unwrap(),
+            printed: printed(&output),
+            report: read("out/report.md"),
+            json: serde_json::from_str(&read("out/report.json")).unwrap_or_default(),
+        }
+    }
+}
+
+/// All that a process printed.
+pub fn printed(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+impl Ran {
+    /// The row of this name.
+    pub fn row(&self, name: &str) -> &Value {
+        self.rows()
+            .iter()
+            .find(|row| row["name"] == name)
+            .unwrap_or_else(|| panic!("no row {name} in {}\n{}", self.json, self.printed))
+    }
+
+    /// All rows.
+    pub fn rows(&self) -> &[Value] {
+        self.json["rows"]
+            .as_array()
+            .unwrap_or_else(|| panic!("{}", self.printed))
+    }
+
+    /// Fails unless the row has this state, and its note contains these words.
+    #[track_caller]
+    pub fn expect(&self, name: &str, state: &str, words: &str) {
+        let row = self.row(name);
+        assert_eq!(row["state"], state, "{row}");
+        assert!(row["note"].as_str().unwrap().contains(words), "{row}");
+    }
+}

@@ -1,0 +1,236 @@
+//! What becomes of rows.
+
+use crate::fake::{BAD, BROKEN, CLOSED, EMPTY, Fake, GPU, NO_GPU, OPENS, TWO_GPUS};
+use std::time::{Duration, Instant};
+
+const ROW: &str = "real/1/2MiB/-/core";
+const ONE: &str = "--only real/1/2MiB/-/core";
+
+#[test]
+fn all_rows_passing_is_0_and_the_report_names_the_machine() {
+    let ran = Fake::new(GPU).run("");
+    assert_eq!(ran.code, 0, "{}", ran.printed);
+    for part in [
+        "| GPU | Test GPU |",
+        "| GPUs | 1 |",
+        "| Built from | commit abc |",
+        "| real | 1 | 16MiB | own-stream | facade | PASS |",
+        "24 PASS, 0 FAIL, 0 SKIPPED",
+        "24 rows for two devices were not asked for",
+    ] {
+        assert!(ran.report.contains(part), "{part} in {}", ran.report);
+    }
+    for part in [
+        "PASS    real/1/2MiB/-/core",
+        "24 PASS, 0 FAIL, 0 SKIPPED",
+        "--devices 2",
+    ] {
+        assert!(ran.printed.contains(part), "{part} in {}", ran.printed);
+    }
+    assert!(!ran.printed.contains('\u{1b}'), "{}", ran.printed);
+}
+
+#[test]
+fn the_json_report_has_every_field() {
+    let ran = Fake::new(TWO_GPUS).run("--only facade,2,32MiB --only real/2/2MiB/-/core");
+    assert_eq!(ran.code, 0, "{}", ran.printed);
+    assert_eq!(ran.json["machine"]["gpu"], "Test GPU");
+    assert_eq!(ran.json["machine"]["gpus"], 2);
+    assert_eq!(ran.json["machine"]["cuda"], "13.0");
+    assert_eq!(ran.json["machine"]["commit"], "abc");
+    assert_eq!(ran.json["passed"], 3);
+    assert_eq!(
+        (&ran.json["failed"], &ran.json["skipped"]),
+        (&0.into(), &0.into())
+    );
+    let row = ran.row("real/2/32MiB/own-stream/facade");
+    assert_eq!(row["driver"], "real");
+    assert_eq!(row["devices"], 2);
+    assert_eq!(row["page"], "32MiB");
+    assert_eq!(row["candle_device"], "own-stream");
+    assert_eq!(row["suite"], "facade");
+    assert_eq!(row["state"], "PASS");
+    assert!(row["seconds"].is_f64());
+    assert_eq!(row["tests_passed"], 7);
+    assert_eq!(row["tests_failed"], 0);
+    assert_eq!(row["note"], "");
+    let row = ran.row("real/2/2MiB/-/core");
+    assert!(row["candle_device"].is_null());
+    assert_eq!(row["tests_passed"], 14);
+}
+
+#[test]
+fn a_failing_row_is_1_and_its_log_stands_in_the_report() {
+    let fake = Fake::new(GPU);
+    fake.program("cuda-vmm-conformance", BAD);
+    let ran = fake.run("--only core,2MiB --only pools,2MiB");
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "conformance: exit code 101, 1 tests failed");
+    ran.expect("real/1/2MiB/-/pools", "PASS", "");
+    // The other program ran all the same.
+    assert_eq!(ran.row(ROW)["tests_passed"], 10);
+    assert_eq!(ran.row(ROW)["tests_failed"], 1);
+    assert!(ran.report.contains("what went wrong"), "{}", ran.report);
+}
+
+#[test]
+fn a_program_killed_by_a_signal_says_which() {
+    let fake = Fake::new(GPU);
+    fake.program("cuda-vmm-share", &format!("{OPENS}{CLOSED}kill -SEGV $$\n"));
+    let ran = fake.run(ONE);
+    ran.expect(ROW, "FAIL", "share: signal: 11");
+}
+
+#[test]
+fn a_program_in_which_no_test_ran_is_no_pass() {
+    let fake = Fake::new(GPU);
+    fake.program("cuda-vmm-share", &format!("{OPENS}{EMPTY}"));
+    let ran = fake.run(ONE);
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "share: no test passed");
+}
+
+#[test]
+fn a_program_that_is_not_there_is_a_failure() {
+    let fake = Fake::new(GPU);
+    std::fs::remove_file(fake.path().join("bundle/tests/cuda-vmm-share")).unwrap();
+    let ran = fake.run(ONE);
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "could not be started");
+}
+
+#[test]
+fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
+    let fake = Fake::new(GPU);
+    for program in ["conformance", "faults"] {
+        fake.program(&format!("cuda-vmm-{program}"), CLOSED);
+    }
+    let ran = fake.run("--driver all --devices 1 --only core,2MiB --only pools,2MiB");
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "conformance: it did not open the real driver");
+    ran.expect("real/1/2MiB/-/pools", "PASS", "");
+    ran.expect("simulated/1/2MiB/-/core", "PASS", "");
+}
+
+#[test]
+fn without_a_gpu_real_rows_are_skipped_and_simulated_rows_run() {
+    let fake = Fake::new(NO_GPU);
+    let ran = fake.run("");
+    assert_eq!(ran.code, 2, "{}", ran.printed);
+    assert_eq!(ran.rows().len(), 48);
+    assert_eq!(ran.json["skipped"], 48);
+    ran.expect(ROW, "SKIPPED", "no driver library");
+
+    let ran = fake.run("--driver all");
+    assert_eq!(ran.code, 2, "{}", ran.printed);
+    assert_eq!(
+        (&ran.json["passed"], &ran.json["skipped"]),
+        (&36.into(), &48.into())
+    );
+
+    // A row that fails outweighs those that are skipped.
+    fake.program("cuda-vmm-leaks", BAD);
+    assert_eq!(fake.run("--driver all").code, 1);
+}
+
+#[test]
+fn the_simulated_driver_needs_no_probe() {
+    let fake = Fake::new("exit 1\n");
+    let ran = fake.run("--driver simulated --only leaks");
+    assert_eq!(ran.code, 0, "{}", ran.printed);
+    assert!(ran.json["machine"]["gpus"].is_null());
+}
+
+#[test]
+fn a_driver_that_fails_is_a_failure() {
+    let ran = Fake::new(BROKEN).run("");
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "999");
+}
+
+#[test]
+fn a_second_gpu_is_missing_only_if_it_is_demanded() {
+    let fake = Fake::new(GPU);
+    let ran = fake.run("--only leaks");
+    assert_eq!((ran.code, ran.rows().len()), (0, 4), "{}", ran.printed);
+    let ran = fake.run("--only leaks --devices 2");
+    assert_eq!((ran.code, ran.rows().len()), (2, 8), "{}", ran.printed);
+    ran.expect(
+        "real/2/2MiB/-/leaks",
+        "SKIPPED",
+        "needs 2 GPUs, this machine has 1",
+    );
+    assert!(!ran.printed.contains("not asked for"), "{}", ran.printed);
+
+    let fake = Fake::new(TWO_GPUS);
+    let ran = fake.run("--only leaks");
+    assert_eq!((ran.code, ran.rows().len()), (0, 8), "{}", ran.printed);
+    assert_eq!(fake.run("--only leaks --devices 1").rows().len(), 4);
+}
+
+#[test]
+fn only_real_facade_rows_are_skipped_where_their_libraries_are_missing() {
+    let fake = Fake::new(GPU);
+    fake.needs(&["libxtask-absent.so.13"]);
+    let line = "--driver all --devices 1 --only core,2MiB --only facade,2MiB";
+    let ran = fake.run(line);
+    assert_eq!(ran.code, 2, "{}", ran.printed);
+    ran.expect(
+        "real/1/2MiB/own-stream/facade",
+        "SKIPPED",
+        "missing libxtask-absent.so.13",
+    );
+    ran.expect("simulated/1/2MiB/cpu/facade", "PASS", "");
+    ran.expect(ROW, "PASS", "");
+
+    std::fs::write(fake.path().join("cuda/libxtask-absent.so.13"), "").unwrap();
+    let ran = fake.run(line);
+    assert_eq!(ran.code, 0, "{}", ran.printed);
+}
+
+#[test]
+fn a_program_past_its_time_is_stopped_and_what_it_left_behind_is_not_waited_for() {
+    let fake = Fake::new(GPU);
+    // The second one ends, and leaves a process that holds its output.
+    fake.program(
+        "cuda-vmm-conformance",
+        &format!("{OPENS}sleep 100 & sleep 100\n"),
+    );
+    fake.program("cuda-vmm-share", &format!("sleep 20 &\n{OPENS}{CLOSED}"));
+    let started = Instant::now();
+    let ran = fake.run(&format!("--limit-seconds 1 {ONE}"));
+    assert!(started.elapsed() < Duration::from_secs(15));
+    assert_eq!(ran.code, 1, "{}", ran.printed);
+    ran.expect(ROW, "FAIL", "conformance: stopped after 1 s");
+    assert!(!ran.row(ROW)["note"].as_str().unwrap().contains("share"));
+}
+
+#[test]
+fn programs_see_the_variables_of_their_row_and_no_others() {
+    let fake = Fake::new(GPU);
+    let script = format!("env | grep '^CUDA_VMM_' | sort\n{OPENS}{BAD}");
+    fake.program("cuda-vmm-stress", &script);
+    let mut command = fake.command("--driver simulated --stress-seconds 5 --only stress,1,2MiB");
+    command
+        .env("CUDA_VMM_DRIVER_PATH", "/elsewhere")
+        .env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
+    assert_eq!(command.output().unwrap().status.code(), Some(1));
+    let report = std::fs::read_to_string(fake.path().join("out/report.md")).unwrap();
+    let expected = "\nCUDA_VMM_TEST_DEVICES=1\nCUDA_VMM_TEST_DRIVER=simulated\n\
+        CUDA_VMM_TEST_PAGE_BYTES=2097152\nCUDA_VMM_TEST_STRESS_SECONDS=5\nwhat";
+    assert!(report.contains(expected), "{report}");
+}
+
+#[test]
+fn the_facade_is_told_where_the_cuda_libraries_are() {
+    let fake = Fake::new(GPU);
+    fake.needs(&["libxtask.so.13"]);
+    std::fs::write(fake.path().join("cuda/libxtask.so.13"), "").unwrap();
+    let script = format!(
+        "case \"$LD_LIBRARY_PATH\" in {}/cuda*) ;; *) exit 9 ;; esac\n{OPENS}{CLOSED}",
+        fake.path().display()
+    );
+    fake.program("candle-cuda-vmm-device-real", &script);
+    let ran = fake.run("--only facade,2MiB");
+    assert_eq!(ran.code, 0, "{}", ran.report);
+}
