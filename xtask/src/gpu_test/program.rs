@@ -37,11 +37,4 @@ impl Program {
             _ => format!("{package}-{target}"),
         }
     }
-
-    /// Whether it must be seen to open the CUDA driver.
-    ///
-    /// `faults` makes driver calls fail, which only the simulated driver does on demand.
-    pub fn must_open_driver(&self) -> bool {
-        self.driver == Driver::Real && self.target != "faults"
-    }
 }

@@ -83,12 +83,13 @@ impl Runner<'_> {
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tests::count(&text);
         let summary = sanitizer::summary(&text).filter(|_| cell.sanitized);
+        let is_real = cell.driver == Driver::Real;
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
             Ok(End::Stopped) => Some(format!("stopped after {} s", seconds.as_secs())),
             Ok(End::Exited(status)) if !status.success() => Some(failure(status, cell, counts)),
             Ok(End::Exited(_)) if counts.passed == 0 => Some("no test passed".to_owned()),
-            Ok(End::Exited(_)) if program.must_open_driver() && !opened_driver(folder)? => {
+            Ok(End::Exited(_)) if is_real && !opened_driver(folder)? => {
                 Some("it did not open the real driver".to_owned())
             }
             Ok(End::Exited(_)) if cell.sanitized && summary.is_none() => {

@@ -108,8 +108,13 @@ fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
     let ran = fake.run("--driver all --devices 1 --only core,2MiB --only pools,2MiB");
     assert_eq!(ran.code, 1, "{}", ran.printed);
     ran.expect(ROW, "FAIL", "conformance: it did not open the real driver");
-    ran.expect("real/1/2MiB/-/pools", "PASS", "");
+    ran.expect(
+        "real/1/2MiB/-/pools",
+        "FAIL",
+        "faults: it did not open the real driver",
+    );
     ran.expect("simulated/1/2MiB/-/core", "PASS", "");
+    ran.expect("simulated/1/2MiB/-/pools", "PASS", "");
 }
 
 #[test]
