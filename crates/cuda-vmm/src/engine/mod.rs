@@ -24,13 +24,13 @@ pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, VmmError};
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use worker::Worker;
 
 /// One budget on one device, shared by the ranges that are made on it; a cheap clone.

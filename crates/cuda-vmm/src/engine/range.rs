@@ -4,8 +4,8 @@ use super::ledger::{AccountId, Quota};
 use super::pages::{ChunkState, Pages};
 use super::{Inner, Parts, State, policy};
 use crate::size::Extent;
+use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
-use std::sync::Arc;
 
 /// Names a range of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
