@@ -64,6 +64,8 @@ struct State {
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
     recording: usize,
+    /// Ranges that are gone from `ranges` and whose addresses are being freed now.
+    ending: Vec<RangeId>,
     /// Why the last context synchronise of a step failed, for a thread that waits for it.
     refused: Option<VmmError>,
 }
@@ -131,6 +133,7 @@ impl Engine {
                 releasing: Vec::new(),
                 waiting: 0,
                 recording: 0,
+                ending: Vec::new(),
                 refused: None,
             }),
             changed: Condvar::new(),
