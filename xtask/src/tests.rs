@@ -3,12 +3,15 @@
 use crate::workspace::{self, Workspace};
 use crate::{progress, setup};
 use anyhow::Result;
+use std::env;
+use std::ffi::OsString;
+use std::process::Command;
 use std::time::Instant;
 
 /// What turns on the simulator wherever it is optional.
 pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator"];
 
-/// Runs the workspace's tests, then the long property test in a release build.
+/// Runs the workspace's tests, then the long property test and the model checker's scenarios in release builds.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     setup::ensure(workspace, false, false)?;
@@ -19,11 +22,41 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             .args(["--features", "simulator", "--test", "random_operations"])
             .args(["--", "--include-ignored"]),
     )?;
+    workspace::run(&mut model_check(workspace))?;
     eprintln!(
         "xtask: test: PASS in {}",
         progress::seconds(started.elapsed())
     );
     Ok(())
+}
+
+/// The model checker's scenarios. Its flag is one for the whole build, which so has a target folder of its own, or
+/// each build would throw the other's away.
+fn model_check(workspace: &Workspace) -> Command {
+    let mut command = workspace.cargo(&["test", "--release", "--package", "cuda-vmm"]);
+    command
+        .args(["--features", "simulator", "--test", "shuttle"])
+        .arg("--target-dir")
+        .arg(workspace.target.join("shuttle"));
+    // Where both are set, cargo looks at the encoded flags alone.
+    let (name, separator) = match env::var_os("CARGO_ENCODED_RUSTFLAGS") {
+        Some(_) => ("CARGO_ENCODED_RUSTFLAGS", "\u{1f}"),
+        None => ("RUSTFLAGS", " "),
+    };
+    let flags = env::var_os(name).unwrap_or_default();
+    command.env(name, with_flags(flags, separator, ["--cfg", "shuttle"]));
+    command
+}
+
+/// The compiler's flags with some more behind them.
+fn with_flags(mut flags: OsString, separator: &str, more: [&str; 2]) -> OsString {
+    for flag in more {
+        if !flags.is_empty() {
+            flags.push(separator);
+        }
+        flags.push(flag);
+    }
+    flags
 }
 
 /// Sums of the runner's own summary lines.
@@ -57,6 +90,16 @@ pub fn count(text: &str) -> Counts {
 #[cfg(test)]
 mod unit {
     use super::*;
+
+    #[test]
+    fn flags_are_put_behind_those_that_are_set() {
+        let more = ["--cfg", "shuttle"];
+        assert_eq!(with_flags("".into(), " ", more), "--cfg shuttle");
+        assert_eq!(
+            with_flags("-C\u{1f}debuginfo=1".into(), "\u{1f}", more),
+            "-C\u{1f}debuginfo=1\u{1f}--cfg\u{1f}shuttle"
+        );
+    }
 
     #[test]
     fn summary_lines_are_added_up() {

@@ -5,6 +5,10 @@
 //! what the call reads or writes through it. Null pointers are refused. Handles are never followed.
 
 #![allow(non_snake_case)]
+#![allow(
+    clippy::too_many_arguments,
+    reason = "the driver's functions have as many"
+)]
 
 use crate::capture::{Endpoint, Node};
 use crate::location::{read_kind, write_properties};

@@ -7,6 +7,10 @@
 //! The functions pass on what the caller of the driver's function of that name vouched for.
 
 #![allow(non_snake_case)]
+#![allow(
+    clippy::too_many_arguments,
+    reason = "the driver's functions have as many"
+)]
 
 use crate::calls;
 use crate::state::{Answer, State};

@@ -5,9 +5,9 @@
 #![allow(unsafe_code)]
 
 use crate::driver::{Driver, call};
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError, statics};
 use crate::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUstreamCaptureMode};
 use core::marker::PhantomData;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 #[derive(Default)]
 struct Declared {
@@ -15,11 +15,13 @@ struct Declared {
     synchronising: usize,
 }
 
-static DECLARED: Mutex<Declared> = Mutex::new(Declared {
-    captures: 0,
-    synchronising: 0,
-});
-static CHANGED: Condvar = Condvar::new();
+statics! {
+    static DECLARED: Mutex<Declared> = Mutex::new(Declared {
+        captures: 0,
+        synchronising: 0,
+    });
+    static CHANGED: Condvar = Condvar::new();
+}
 
 fn declared() -> MutexGuard<'static, Declared> {
     DECLARED.lock().unwrap_or_else(PoisonError::into_inner)

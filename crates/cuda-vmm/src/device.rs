@@ -8,11 +8,11 @@
 use crate::driver::{Driver, call};
 use crate::engine::Engine;
 use crate::quarantine::Quarantine;
+use crate::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
 use core::ptr::null_mut;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// A GPU of a [`Driver`]; a cheap clone.
 ///

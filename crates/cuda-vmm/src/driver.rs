@@ -7,11 +7,12 @@
 #![allow(unsafe_code)]
 
 use crate::device::{self, Device};
+use crate::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::sys::{self, CUresult, DriverFunction, DriverTable};
 use crate::{DriverError, Result, VmmError};
 use core::ffi::CStr;
 use core::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::OnceLock;
 
 #[cfg(feature = "simulator")]
 use cuda_vmm_sim::{SimConfig, Simulator};
@@ -74,7 +75,7 @@ impl Driver {
     /// `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
     pub fn cuda() -> Result<Self> {
         static OPENED: OnceLock<Driver> = OnceLock::new();
-        static OPENING: Mutex<()> = Mutex::new(());
+        static OPENING: std::sync::Mutex<()> = std::sync::Mutex::new(());
         if let Some(driver) = OPENED.get() {
             return Ok(driver.clone());
         }

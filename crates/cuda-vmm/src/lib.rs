@@ -50,6 +50,7 @@ mod reservation;
 mod share;
 mod size;
 mod stream;
+mod sync;
 
 pub use capture::CaptureGuard;
 pub use cuda_vmm_sys as sys;

@@ -8,10 +8,10 @@
 
 use crate::driver::call;
 use crate::quarantine::{self, Stuck};
+use crate::sync::Arc;
 use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
 use crate::{CloseError, Device, PhysicalMemory, Reservation, Result, VmmError, size};
 use core::mem::ManuallyDrop;
-use std::sync::Arc;
 
 /// What a device may do with mapped memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -8,10 +8,10 @@
 use crate::capture::Relaxed;
 use crate::driver::call;
 use crate::quarantine::{self, Stuck};
+use crate::sync::Arc;
 use crate::sys::{CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUstream};
 use crate::{Device, Fence, Result};
 use core::ptr::null_mut;
-use std::sync::Arc;
 
 /// A queue of work on a device; a cheap clone.
 #[derive(Clone, Debug)]

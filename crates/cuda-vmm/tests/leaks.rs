@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Gate, UnderTest, manual, turn, under_test, with_context};
+use common::{Gate, PATIENCE, UnderTest, manual, turn, under_test, with_context};
 use core::ptr::null_mut;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_SUCCESS, DriverFunction};
@@ -209,7 +209,7 @@ fn what_stays_behind_is_found() {
     let device = under_test().device();
     let _turn = turn();
     let finds = |what: &str, leak: &dyn Fn() -> Box<dyn FnOnce()>| {
-        let before = under_test().holdings();
+        let before = under_test().settled();
         let give_back = leak();
         let found = under_test().left_of(&before, Duration::ZERO);
         assert!(
@@ -218,7 +218,7 @@ fn what_stays_behind_is_found() {
             interposer.books()
         );
         give_back();
-        let left = under_test().left_of(&before, Duration::from_secs(5));
+        let left = under_test().left_of(&before, PATIENCE);
         assert_eq!(left, None, "{what}");
     };
     finds("memory", &|| {

@@ -2,8 +2,8 @@
 
 use super::pages::ChunkState;
 use super::{Inner, RangeId};
+use crate::sync::Arc;
 use crate::{Mapping, PhysicalMemory, Result};
-use std::sync::Arc;
 
 impl Inner {
     /// Unmaps and releases parked chunks, of one range or of all, until no more than `keep_bytes` are

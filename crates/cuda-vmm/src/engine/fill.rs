@@ -5,9 +5,9 @@ use super::policy::cut;
 use super::{Inner, RangeId, State};
 use crate::mapping::MapFailure;
 use crate::size::Extent;
+use crate::sync::{Arc, MutexGuard};
 use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
 use core::ops::Range;
-use std::sync::{Arc, MutexGuard};
 
 /// What a failed filling could not undo, and why it failed.
 struct Failure {

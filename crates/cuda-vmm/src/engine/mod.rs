@@ -24,13 +24,13 @@ pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, VmmError};
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use worker::Worker;
 
 /// One budget on one device, shared by the ranges that are made on it; a cheap clone.
@@ -64,6 +64,8 @@ struct State {
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
     recording: usize,
+    /// Ranges that are gone from `ranges` and whose addresses are being freed now.
+    ending: Vec<RangeId>,
     /// Why the last context synchronise of a step failed, for a thread that waits for it.
     refused: Option<VmmError>,
 }
@@ -131,6 +133,7 @@ impl Engine {
                 releasing: Vec::new(),
                 waiting: 0,
                 recording: 0,
+                ending: Vec::new(),
                 refused: None,
             }),
             changed: Condvar::new(),

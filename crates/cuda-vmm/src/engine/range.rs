@@ -4,8 +4,8 @@ use super::ledger::{AccountId, Quota};
 use super::pages::{ChunkState, Pages};
 use super::{Inner, Parts, State, policy};
 use crate::size::Extent;
+use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
-use std::sync::Arc;
 
 /// Names a range of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -372,30 +372,41 @@ impl Inner {
         }
         drop(state);
         self.finish_closing();
+        let mut state = self.lock();
+        // Someone else may be freeing the addresses.
+        while state.ending.contains(&id) {
+            state = self.wait(state);
+        }
+        drop(state);
         drained
     }
 
     /// Frees the addresses of closed ranges that hold nothing any more.
     pub(super) fn finish_closing(&self) {
-        let done: Vec<Range> = {
-            let mut state = self.lock();
-            let empty: Vec<_> = state
-                .ranges
-                .iter()
-                .filter(|(_, range)| range.closed && range.pages.chunks() == 0)
-                .map(|(id, _)| *id)
-                .collect();
-            let done: Vec<_> = empty
-                .iter()
-                .filter_map(|id| state.ranges.remove(id))
-                .collect();
-            for range in &done {
-                state.ledger.close(range.account);
-            }
-            done
-        };
+        let mut state = self.lock();
+        let empty: Vec<_> = state
+            .ranges
+            .iter()
+            .filter(|(_, range)| range.closed && range.pages.chunks() == 0)
+            .map(|(id, _)| *id)
+            .collect();
+        if empty.is_empty() {
+            return;
+        }
+        let done: Vec<Range> = empty
+            .iter()
+            .filter_map(|id| state.ranges.remove(id))
+            .collect();
+        for range in &done {
+            state.ledger.close(range.account);
+        }
+        state.ending.extend(&empty);
+        drop(state);
         // Dropped without the lock: what the driver refuses goes to the device's quarantine.
         drop(done);
+        let mut state = self.lock();
+        state.ending.retain(|id| !empty.contains(id));
+        self.unlock_changed(state);
     }
 
     /// The largest chunk in pages for an ask of this many.

@@ -1,8 +1,8 @@
 //! Chunks that wait until the device has finished with them.
 
 use super::RangeId;
+use crate::sync::Arc;
 use crate::{CaptureGuard, Device, Fence, Result, Stream};
-use std::sync::Arc;
 
 /// What must be past before a chunk may be unmapped.
 #[derive(Debug, Clone)]

@@ -1,9 +1,9 @@
 //! The thread that takes an engine's steps.
 
 use super::Inner;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::JoinHandle;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// Who takes an engine's steps.
@@ -51,6 +51,16 @@ impl Shared {
             .wait(signal)
             .unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn wait_for<'a>(
+        &'a self,
+        signal: MutexGuard<'a, Signal>,
+        delay: Duration,
+        condition: impl Fn(&Signal) -> bool,
+    ) -> MutexGuard<'a, Signal> {
+        let condition = |signal: &mut Signal| condition(signal);
+        sync::wait_timeout_while(&self.changed, &self.signal, signal, delay, condition)
+    }
 }
 
 /// Starts, wakes and ends the thread.
@@ -83,7 +93,7 @@ impl Worker {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         if thread.is_none() {
             let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
-            *thread = std::thread::Builder::new()
+            *thread = thread::Builder::new()
                 .name("cuda-vmm".into())
                 .spawn(move || run(&shared, &engine))
                 .inspect_err(|error| tracing::warn!(%error, "the worker thread could not start"))
@@ -137,7 +147,7 @@ impl Drop for Worker {
         self.shared.lock().stop = true;
         self.shared.changed.notify_one();
         // The last owner of an engine may be its own worker, which cannot wait for itself.
-        if thread.thread().id() != std::thread::current().id() {
+        if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }
     }
@@ -150,11 +160,7 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
         while !signal.work && !signal.stop {
             signal = shared.wait(signal);
         }
-        signal = shared
-            .changed
-            .wait_timeout_while(signal, delay, |signal| !signal.hurry && !signal.stop)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+        signal = shared.wait_for(signal, delay, |signal| !signal.hurry && !signal.stop);
         if signal.stop {
             return;
         }

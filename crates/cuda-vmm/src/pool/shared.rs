@@ -2,9 +2,9 @@
 
 use super::{PoolStats, VirtualMemoryPool};
 use crate::engine::{Engine, EngineOptions, EngineStats, Quota};
+use crate::sync::{Arc, PoisonError, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
 
 /// Addresses that are placed for a model begin at a multiple of this many bytes, as those of `cuMemAlloc` do.
 const ALIGNMENT: usize = 256;

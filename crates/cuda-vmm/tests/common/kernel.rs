@@ -83,6 +83,7 @@ pub struct Gather {
     /// None on the simulated driver.
     loaded: Option<(CUmodule, CUfunction)>,
     /// What host functions of this gather are given; a graph may run them as long as this lives.
+    #[allow(clippy::vec_box, reason = "host functions hold their addresses")]
     given: Vec<Box<Rows>>,
 }
 

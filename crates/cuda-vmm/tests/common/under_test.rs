@@ -23,6 +23,9 @@ const GRANULARITY_BYTES: &str = "CUDA_VMM_TEST_GRANULARITY_BYTES";
 /// What a real driver may take for tables of its own while a test runs, in bytes.
 const OWN_TABLES_BYTES: usize = 32 << 20;
 
+/// For how long what is given back may take to be so.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
 /// The driver under test, behind an interposer that counts and can make it fail.
 pub struct UnderTest {
     pub driver: Driver,
@@ -32,6 +35,8 @@ pub struct UnderTest {
     pub devices: Vec<Device>,
     /// The page of pools, in bytes.
     pub page_bytes: usize,
+    /// What the process held when all of this was opened.
+    opened: Books,
 }
 
 /// What is held at a moment.
@@ -102,6 +107,7 @@ impl UnderTest {
             name.trim()
         );
         Self {
+            opened: interposer.books(),
             driver,
             interposer,
             simulator,
@@ -119,12 +125,25 @@ impl UnderTest {
         self.driver.kind() == DriverKind::Real
     }
 
-    pub fn holdings(&self) -> Holdings {
+    fn holdings(&self) -> Holdings {
         let free = |device: &Device| device.free_bytes().expect("a number");
         Holdings {
             books: self.interposer.books(),
             free_bytes: self.devices.iter().map(free).collect(),
         }
+    }
+
+    /// What is held when the process holds nothing but what it opened: the worker of an engine that is gone may have
+    /// a last step to take before.
+    #[track_caller]
+    pub fn settled(&self) -> Holdings {
+        let until = Instant::now() + PATIENCE;
+        while self.interposer.books() != self.opened {
+            let books = self.interposer.books();
+            assert!(Instant::now() < until, "{books:?} is held from before");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.holdings()
     }
 
     /// What is still held beyond `before` when everything should be given back; `None` if all is as it was, at once or
@@ -148,7 +167,7 @@ impl UnderTest {
                     "{before:?} before,\n{now:?} after, {quarantined} bytes in quarantine"
                 ));
             }
-            std::thread::sleep(Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -162,9 +181,9 @@ impl UnderTest {
     /// The same for a caller whose turn it is already.
     #[track_caller]
     pub fn unchanged_here<T>(&self, act: impl FnOnce() -> T) -> T {
-        let before = self.holdings();
+        let before = self.settled();
         let outcome = act();
-        if let Some(left) = self.left_of(&before, Duration::from_secs(5)) {
+        if let Some(left) = self.left_of(&before, PATIENCE) {
             panic!("not all is as it was: {left}");
         }
         outcome

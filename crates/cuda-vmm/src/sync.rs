@@ -1,0 +1,70 @@
+//! The one place where locks, condition variables, atomics and threads come from.
+//!
+//! They are the standard library's. Under `--cfg shuttle` they are a model checker's, which decides at each of
+//! their operations which thread goes on; `tests/shuttle` explores the engine so. Out of that stays what has no
+//! part in how threads meet: which process this is, and the driver library, which is opened once.
+#![forbid(unsafe_code)]
+
+#[cfg(not(shuttle))]
+pub(crate) use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
+    thread,
+};
+
+#[cfg(shuttle)]
+pub(crate) use shuttle::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
+    thread,
+};
+
+use std::time::Duration;
+
+/// Declares statics that hold what this module hands out.
+///
+/// Under the model checker each execution begins with new ones: a thread of an execution that is over must not
+/// wait in the next.
+#[cfg(not(shuttle))]
+macro_rules! statics {
+    ($(static $name:ident: $type:ty = $value:expr;)*) => {
+        $(static $name: $type = $value;)*
+    };
+}
+#[cfg(shuttle)]
+macro_rules! statics {
+    ($(static $name:ident: $type:ty = $value:expr;)*) => {
+        shuttle::lazy_static! { $(static ref $name: $type = $value;)* }
+    };
+}
+pub(crate) use statics;
+
+/// Waits while the condition holds, for so long at most. `guard` is that of `mutex`.
+#[cfg(not(shuttle))]
+#[inline]
+pub(crate) fn wait_timeout_while<'a, T>(
+    condvar: &Condvar,
+    _mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    timeout: Duration,
+    condition: impl FnMut(&mut T) -> bool,
+) -> MutexGuard<'a, T> {
+    let waited = condvar.wait_timeout_while(guard, timeout, condition);
+    waited.unwrap_or_else(PoisonError::into_inner).0
+}
+
+/// The model checker knows no time, and its condition variable never times out. Any delay may be over at any
+/// moment, so this lets everyone else go first and leaves it to the checker when that moment is.
+#[cfg(shuttle)]
+pub(crate) fn wait_timeout_while<'a, T>(
+    _condvar: &Condvar,
+    mutex: &'a Mutex<T>,
+    mut guard: MutexGuard<'a, T>,
+    _timeout: Duration,
+    mut condition: impl FnMut(&mut T) -> bool,
+) -> MutexGuard<'a, T> {
+    if !condition(&mut guard) {
+        return guard;
+    }
+    drop(guard);
+    thread::yield_now();
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,400 @@
+//! What the scripted driver knows: who holds what, what runs, and the first thing that was illegal.
+//!
+//! A driver's functions have no context pointer, and tests run beside each other. All threads of one execution
+//! are tasks on one thread of the operating system, so the books are that thread's. They are borrowed for a
+//! moment only, never where another task could go on.
+
+use core::ops::Range;
+use cuda_vmm::sys::{CUDA_SUCCESS, CUresult, DriverFunction};
+use shuttle::thread::Thread;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// The granularity of the scripted device, in bytes.
+pub const PAGE: usize = 2 << 20;
+/// The one context.
+pub const CONTEXT: usize = 0xC0;
+
+std::thread_local! {
+    static BOOKS: RefCell<Books> = RefCell::default();
+}
+
+/// Looks at the books of this execution, or changes them. Must not reach a driver call or a lock.
+pub fn books<T>(look: impl FnOnce(&mut Books) -> T) -> T {
+    BOOKS.with_borrow_mut(look)
+}
+
+/// The task that calls.
+pub fn task() -> usize {
+    shuttle::current::me().into()
+}
+
+/// Something queued on a stream and not finished yet.
+#[derive(Debug)]
+struct Work {
+    stream: usize,
+    /// Addresses that it uses; none for a mark in the queue.
+    addresses: Range<u64>,
+}
+
+#[derive(Debug)]
+struct Mapped {
+    bytes: u64,
+    handle: u64,
+    accessible: bool,
+}
+
+/// A call that is to fail.
+#[derive(Debug)]
+struct Fault {
+    call: DriverFunction,
+    /// Calls of it that still work before.
+    after: usize,
+    code: CUresult,
+}
+
+/// Everything that the driver and its device hold.
+#[derive(Debug, Default)]
+pub struct Books {
+    last: u64,
+    /// Bytes by handle.
+    memory: BTreeMap<u64, u64>,
+    mappings: BTreeMap<u64, Mapped>,
+    /// Bytes by address.
+    reservations: BTreeMap<u64, u64>,
+    streams: BTreeSet<usize>,
+    /// The work that each event waits for, once it is recorded.
+    events: BTreeMap<usize, Option<Vec<u64>>>,
+    work: BTreeMap<u64, Work>,
+    retained: usize,
+    /// The context that is current on each task, where one is.
+    pub current: BTreeMap<usize, usize>,
+    /// The capture mode of each task, where it is not the first.
+    pub capture_modes: BTreeMap<usize, u32>,
+    capturing: usize,
+    synchronising: usize,
+    faults: Vec<Fault>,
+    /// Calls that get no further, and the one task for which they do.
+    held: Option<(DriverFunction, usize)>,
+    /// Whether the device finishes nothing for now.
+    pub paused: bool,
+    /// Whether the device's task is to end.
+    pub ending: bool,
+    /// The device's task, to be told of new work.
+    pub device: Option<Thread>,
+    /// The most that the device may ever hold, in bytes.
+    pub limit_bytes: Option<u64>,
+    /// Calls of each function.
+    pub calls: BTreeMap<DriverFunction, usize>,
+    /// The first illegal thing that happened.
+    illegal: Option<String>,
+}
+
+impl Books {
+    fn number(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    /// Notes something that CUDA forbids. The test fails by it when the execution ends: a C function cannot panic.
+    pub fn forbid(&mut self, what: String) {
+        self.illegal.get_or_insert(what);
+    }
+
+    /// Fails if anything illegal happened.
+    pub fn assert_legal(&self) {
+        if let Some(what) = &self.illegal {
+            panic!("illegal: {what}");
+        }
+    }
+
+    /// Whether nothing is held any more and every task has its own context and mode back.
+    pub fn is_empty(&self) -> bool {
+        self.memory.is_empty()
+            && self.mappings.is_empty()
+            && self.reservations.is_empty()
+            && self.streams.is_empty()
+            && self.events.is_empty()
+            && self.retained == 0
+            && self.current.is_empty()
+            && self.capture_modes.is_empty()
+    }
+
+    /// Whether these addresses are reserved.
+    pub fn is_reserved(&self, address: u64) -> bool {
+        self.reservations.contains_key(&address)
+    }
+
+    /// Bytes that the device holds.
+    pub fn physical_bytes(&self) -> u64 {
+        self.memory.values().sum()
+    }
+
+    /// Lets the call of this number from now on fail, once.
+    pub fn fail(&mut self, call: DriverFunction, after: usize, code: CUresult) {
+        self.faults.push(Fault { call, after, code });
+    }
+
+    /// Forgets the failures that have not come about.
+    pub fn fail_no_more(&mut self) {
+        self.faults.clear();
+    }
+
+    /// Counts a call, and answers what it is told to.
+    pub fn begin(&mut self, call: DriverFunction) -> CUresult {
+        *self.calls.entry(call).or_default() += 1;
+        let mut code = CUDA_SUCCESS;
+        self.faults.retain_mut(|fault| {
+            if fault.call != call {
+                return true;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                return true;
+            }
+            code = fault.code;
+            false
+        });
+        code
+    }
+
+    /// Keeps this call from getting any further, for all tasks but the one that says so.
+    pub fn hold(&mut self, call: DriverFunction) {
+        self.held = Some((call, task()));
+    }
+
+    /// Lets held calls go on.
+    pub fn release(&mut self) {
+        self.held = None;
+    }
+
+    /// Whether a call gets no further for now.
+    pub fn is_held(&self, call: DriverFunction) -> bool {
+        self.held
+            .is_some_and(|(held, but)| held == call && but != task())
+    }
+
+    /// Fails the test if the context is not current on the task that calls.
+    pub fn expect_current(&mut self, call: DriverFunction) {
+        if self.current.get(&task()) != Some(&CONTEXT) {
+            self.forbid(format!("{call} without a context"));
+        }
+    }
+
+    pub fn retain(&mut self) {
+        self.retained += 1;
+    }
+
+    pub fn release_context(&mut self) {
+        match self.retained.checked_sub(1) {
+            Some(retained) => self.retained = retained,
+            None => self.forbid("the context was released twice".into()),
+        }
+    }
+
+    pub fn reserve(&mut self, bytes: u64) -> u64 {
+        // Addresses are used once, so that a stale one never looks right.
+        let address = self.number() << 40;
+        self.reservations.insert(address, bytes);
+        address
+    }
+
+    pub fn free(&mut self, address: u64, bytes: u64) {
+        if self.reservations.remove(&address) != Some(bytes) {
+            self.forbid(format!("{address:#x} was freed but is no reservation"));
+        }
+        let mut mappings = self.mappings.range(address..address + bytes);
+        if mappings.next().is_some() {
+            self.forbid(format!("{address:#x} was freed with a mapping in it"));
+        }
+    }
+
+    pub fn create(&mut self, bytes: u64) -> u64 {
+        let handle = self.number();
+        self.memory.insert(handle, bytes);
+        let physical_bytes = self.physical_bytes();
+        if self.limit_bytes.is_some_and(|limit| physical_bytes > limit) {
+            self.forbid(format!("the device holds {physical_bytes} bytes"));
+        }
+        handle
+    }
+
+    pub fn destroy(&mut self, handle: u64) {
+        if self.memory.remove(&handle).is_none() {
+            self.forbid(format!("memory {handle} was released twice"));
+        }
+        if self.mappings.values().any(|mapped| mapped.handle == handle) {
+            self.forbid(format!("memory {handle} was released while it is mapped"));
+        }
+    }
+
+    pub fn map(&mut self, address: u64, bytes: u64, handle: u64) {
+        if self.memory.get(&handle) != Some(&bytes) {
+            self.forbid(format!("memory {handle} was mapped but is not there"));
+        }
+        let reserved = self.reservations.range(..=address).next_back();
+        if reserved.is_none_or(|(start, length)| address + bytes > start + length) {
+            self.forbid(format!("{address:#x} was mapped but is not reserved"));
+        }
+        let before = self.mappings.range(..address + bytes).next_back();
+        if before.is_some_and(|(start, mapped)| start + mapped.bytes > address) {
+            self.forbid(format!("{address:#x} was mapped over a mapping"));
+        }
+        let mapped = Mapped {
+            bytes,
+            handle,
+            accessible: false,
+        };
+        self.mappings.insert(address, mapped);
+    }
+
+    pub fn set_access(&mut self, address: u64, bytes: u64) {
+        match self.mappings.get_mut(&address) {
+            Some(mapped) if mapped.bytes == bytes => mapped.accessible = true,
+            _ => self.forbid(format!("access was set for {address:#x}, no mapping")),
+        }
+    }
+
+    pub fn unmap(&mut self, address: u64, bytes: u64) {
+        let mapped = self.mappings.remove(&address);
+        if mapped.is_none_or(|mapped| mapped.bytes != bytes) {
+            self.forbid(format!("{address:#x} was unmapped but is no mapping"));
+        }
+        let addresses = address..address + bytes;
+        let in_use = |work: &Work| {
+            work.addresses.start < addresses.end && addresses.start < work.addresses.end
+        };
+        if self.work.values().any(in_use) {
+            self.forbid(format!("{address:#x} was unmapped under running work"));
+        }
+    }
+
+    pub fn open_stream(&mut self) -> usize {
+        let stream = self.number() as usize + 0x100;
+        self.streams.insert(stream);
+        stream
+    }
+
+    pub fn close_stream(&mut self, stream: usize) {
+        if !self.streams.remove(&stream) {
+            self.forbid(format!("stream {stream} was destroyed twice"));
+        }
+    }
+
+    /// Queues work on memory that must be there.
+    pub fn launch(&mut self, stream: usize, addresses: Range<u64>) {
+        let mut at = addresses.start;
+        while at < addresses.end {
+            match self.mappings.range(..=at).next_back() {
+                Some((start, mapped)) if start + mapped.bytes > at && mapped.accessible => {
+                    at = start + mapped.bytes;
+                }
+                _ => {
+                    self.forbid(format!("work on {at:#x}, which is not mapped"));
+                    break;
+                }
+            }
+        }
+        let id = self.number();
+        self.work.insert(id, Work { stream, addresses });
+    }
+
+    /// What is queued now, on one stream or on all.
+    pub fn queued(&self, stream: Option<usize>) -> Vec<u64> {
+        let of = |work: &Work| stream.is_none_or(|stream| work.stream == stream);
+        let queued = self.work.iter().filter(|(_, work)| of(work));
+        queued.map(|(id, _)| *id).collect()
+    }
+
+    /// Whether none of this work is left.
+    pub fn is_past(&self, work: &[u64]) -> bool {
+        work.iter().all(|id| !self.work.contains_key(id))
+    }
+
+    /// Finishes the first work of some stream; false if there is none, or the device is paused. `choose` picks
+    /// one of so many streams.
+    pub fn finish_one(&mut self, choose: impl FnOnce(usize) -> usize) -> bool {
+        let streams: BTreeSet<_> = self.work.values().map(|work| work.stream).collect();
+        if self.paused || streams.is_empty() {
+            return false;
+        }
+        let stream = streams.iter().nth(choose(streams.len()));
+        let first = self
+            .work
+            .iter()
+            .find(|(_, work)| Some(&work.stream) == stream)
+            .map(|(id, _)| *id);
+        first.is_some_and(|id| self.work.remove(&id).is_some())
+    }
+
+    pub fn open_event(&mut self) -> usize {
+        let event = self.number() as usize + 0x100;
+        self.events.insert(event, None);
+        event
+    }
+
+    pub fn close_event(&mut self, event: usize) {
+        if self.events.remove(&event).is_none() {
+            self.forbid(format!("event {event} was destroyed twice"));
+        }
+    }
+
+    /// Marks the end of what is queued on one stream or on all. The mark itself takes the device a moment.
+    pub fn record(&mut self, event: usize, stream: Option<usize>) {
+        if stream.is_none() {
+            self.expect_no_capture("cuCtxRecordEvent");
+        }
+        let id = self.number();
+        let mark = Work {
+            stream: stream.unwrap_or_default(),
+            addresses: 0..0,
+        };
+        self.work.insert(id, mark);
+        let until = self.queued(stream);
+        match self.events.get_mut(&event) {
+            Some(known) => *known = Some(until),
+            None => self.forbid(format!("event {event} was recorded but is gone")),
+        }
+    }
+
+    /// What an event waits for.
+    pub fn until(&mut self, event: usize) -> Vec<u64> {
+        match self.events.get(&event) {
+            Some(Some(until)) => until.clone(),
+            _ => {
+                self.forbid(format!(
+                    "event {event} was asked but is gone or not recorded"
+                ));
+                Vec::new()
+            }
+        }
+    }
+
+    fn expect_no_capture(&mut self, what: &str) {
+        if self.capturing > 0 {
+            self.forbid(format!("{what} killed a capture"));
+        }
+    }
+
+    /// A context synchronise begins; it waits for what is queued.
+    pub fn begin_synchronise(&mut self) -> Vec<u64> {
+        self.expect_no_capture("cuCtxSynchronize");
+        self.synchronising += 1;
+        self.queued(None)
+    }
+
+    pub fn end_synchronise(&mut self) {
+        self.synchronising -= 1;
+    }
+
+    pub fn begin_capture(&mut self) {
+        if self.synchronising > 0 {
+            self.forbid("a capture began during a context synchronise".into());
+        }
+        self.capturing += 1;
+    }
+
+    pub fn end_capture(&mut self) {
+        self.capturing -= 1;
+    }
+}
