@@ -48,8 +48,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     }
 }
 
-fn gpu_test_simulated(_: &Workspace) -> Result<()> {
-    let mut command = gpu_test()?;
+fn gpu_test_simulated(workspace: &Workspace) -> Result<()> {
+    let mut command = gpu_test(workspace);
     command.args(["--driver", "simulated", "--stress-seconds", "5"]);
     workspace::run(&mut command)
 }
@@ -61,7 +61,7 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
         return Ok(());
     }
     let file = workspace.target.join("gpu-test/without-gpu.json");
-    let mut command = gpu_test()?;
+    let mut command = gpu_test(workspace);
     command.arg("--json").arg(&file);
     let output = command.output().context("gpu-test could not be started")?;
     ensure!(
@@ -81,11 +81,11 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// This program's task `gpu-test`, as a process of its own.
-fn gpu_test() -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("the path of this program")?);
-    command.arg("gpu-test").env_remove("OUT");
-    Ok(command)
+/// The task `gpu-test`, as one types it: this program's own file may have been built anew since it was started.
+fn gpu_test(workspace: &Workspace) -> Command {
+    let mut command = workspace.cargo(&["xtask", "gpu-test"]);
+    command.env_remove("OUT");
+    command
 }
 
 fn formatting(workspace: &Workspace) -> Result<()> {
