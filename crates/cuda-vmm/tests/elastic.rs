@@ -4,6 +4,8 @@ mod common;
 
 #[path = "elastic/bad_input.rs"]
 mod bad_input;
+#[path = "elastic/chunks.rs"]
+mod chunks;
 
 use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Fault, SimConfig};
@@ -198,26 +200,6 @@ fn parked_memory_is_taken_back_without_a_driver_call() {
     fixture.engine.step();
     assert_eq!(pool.trim(), Ok(PAGE));
     assert_eq!(pool.stats().committed_bytes, PAGE);
-}
-
-#[test]
-fn chunks_larger_than_a_page_leave_slack_and_are_given_back_whole() {
-    let fixture = Fixture::with(manual().chunk_bytes_max(128 << 20), 64 * PAGE);
-    let pool = &fixture.pool;
-    pool.allocate(0, 64 * PAGE).expect("room");
-    assert_eq!(pool.stats().chunks, 8, "an eighth of the ask each");
-    pool.deallocate(0, 7 * PAGE).expect("live");
-    fixture.engine.step();
-    let stats = pool.stats();
-    assert_eq!(
-        (stats.slack_bytes, stats.committed_bytes),
-        (7 * PAGE, 64 * PAGE)
-    );
-    assert_eq!(pool.physical_memory_usage(), 57 * PAGE);
-    pool.deallocate(7 * PAGE, PAGE).expect("live");
-    fixture.engine.step();
-    let stats = pool.stats();
-    assert_eq!((stats.slack_bytes, stats.committed_bytes), (0, 56 * PAGE));
 }
 
 #[test]

@@ -20,7 +20,7 @@ fn page() -> usize {
 }
 
 fn limit() -> usize {
-    16 * page()
+    40 * page()
 }
 
 /// What the operations work on.
@@ -106,7 +106,7 @@ impl Fixture {
         for stats in [self.engine.stats(), self.shared.stats()] {
             assert_eq!(
                 stats.committed_bytes,
-                stats.live_bytes + stats.parked_bytes,
+                stats.live_bytes + stats.slack_bytes + stats.parked_bytes,
                 "{what}: settled {stats}"
             );
         }
@@ -171,6 +171,11 @@ fn cases() -> Vec<Case> {
             })
         },
         case(
+            "grow into a chunk of several pages",
+            |f| f.pool().allocate(0, 31 * page()).map(drop),
+            |f| f.pool().allocate(31 * page(), 2 * page()).map(drop),
+        ),
+        case(
             "allocate a token that shares a live page",
             |f| f.pool().allocate(0, 100).map(drop),
             |f| f.pool().allocate(100, 100).map(drop),
@@ -189,14 +194,14 @@ fn cases() -> Vec<Case> {
             )
         },
         case("allocate from what is retiring", full_of_retiring, |f| {
-            f.pool().allocate(32 * page(), 4 * page()).map(drop)
+            f.pool().allocate(48 * page(), 4 * page()).map(drop)
         }),
         Case {
             streams: 2,
             ..case(
                 "allocate from what is retiring behind streams",
                 full_of_retiring,
-                |f| f.pool().allocate(32 * page(), 4 * page()).map(drop),
+                |f| f.pool().allocate(48 * page(), 4 * page()).map(drop),
             )
         },
         Case {

@@ -1,7 +1,6 @@
 //! Backing pages: create, map, set access, and undo it all if one call fails.
 
-use super::pages::Survey;
-use super::policy::cut;
+use super::plan::Plan;
 use super::{Inner, RangeId, State};
 use crate::mapping::MapFailure;
 use crate::size::Extent;
@@ -55,24 +54,26 @@ impl Inner {
         mut state: MutexGuard<'_, State>,
         id: RangeId,
         extent: Extent,
-        survey: &Survey,
+        plan: Plan,
     ) -> Result<()> {
         let bytes = extent.range();
         let Some(range) = state.ranges.get_mut(&id) else {
             return Err(VmmError::Closed);
         };
-        range.pages.begin(&bytes, survey);
+        let survey = &plan.survey;
         if survey.missing.is_empty() {
-            range.pages.finish(&bytes, survey, []);
+            range.pages.take(&bytes, survey);
             return Ok(());
         }
+        let runs: Vec<_> = plan.runs().collect();
+        range.pages.begin(&bytes, survey, &runs);
         let target = Target {
             reservation: range.reservation.clone(),
             access: range.access.clone(),
             page_bytes: range.page_bytes,
         };
         drop(state);
-        let made = self.back(&target, extent, survey);
+        let made = self.back(&target, &plan);
         let mut state = self.lock();
         // The range cannot have gone: closing waits for what is filling.
         let Some(range) = state.ranges.get_mut(&id) else {
@@ -80,7 +81,14 @@ impl Inner {
         };
         match made {
             Ok(chunks) => {
-                range.pages.finish(&bytes, survey, chunks);
+                let made_pages: usize = chunks.iter().map(|(pages, _)| pages.len()).sum();
+                let account = range.account;
+                range.pages.finish(&bytes, &runs, chunks);
+                let unmade_bytes = (plan.pages() - made_pages) * target.page_bytes;
+                state.ledger.refund(account, unmade_bytes);
+                let Some(range) = state.ranges.get_mut(&id) else {
+                    return Err(VmmError::Closed);
+                };
                 // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
                 let outcome = if range.closed {
                     Err(VmmError::Closed)
@@ -98,8 +106,8 @@ impl Inner {
                     .map(|(pages, _)| pages.len() * target.page_bytes)
                     .chain(failure.unreleased.iter().map(PhysicalMemory::bytes))
                     .sum::<usize>();
-                let orphans = range.pages.abort(&bytes, survey, failure.still_mapped);
-                let charged_bytes = survey.missing_pages() * target.page_bytes;
+                let orphans = (range.pages).abort(&bytes, survey, &runs, failure.still_mapped);
+                let charged_bytes = plan.pages() * target.page_bytes;
                 state.ledger.refund(account, charged_bytes - kept_bytes);
                 let unreleased = failure.unreleased.into_iter();
                 state
@@ -113,23 +121,12 @@ impl Inner {
         }
     }
 
-    /// Makes chunks for all missing pages, or none.
-    fn back(
-        &self,
-        target: &Target,
-        extent: Extent,
-        survey: &Survey,
-    ) -> Result<Vec<(Range<usize>, Mapping)>, Failure> {
-        let ask_pages = extent.pages(target.page_bytes).len();
-        let largest = self.chunk_pages(ask_pages, target.page_bytes);
-        let mut made = Vec::with_capacity(survey.missing_pages() / largest + survey.missing.len());
+    /// Makes chunks for all missing pages, or none. Spare pages may stay without.
+    fn back(&self, target: &Target, plan: &Plan) -> Result<Vec<(Range<usize>, Mapping)>, Failure> {
         // Chunks still to be made, the next one last.
-        let mut left: Vec<_> = survey
-            .missing
-            .iter()
-            .flat_map(|run| cut(run.clone(), largest))
-            .collect();
+        let mut left = plan.chunks();
         left.reverse();
+        let mut made = Vec::with_capacity(left.len());
         let mut relieved = false;
         while let Some(pages) = left.pop() {
             let mut failure = match self.make(target, &pages) {
@@ -153,9 +150,10 @@ impl Inner {
                     left.push(pages);
                     continue;
                 }
-                if pages.len() > 1 {
+                if plan.may_halve(&pages) {
                     let middle = pages.start + pages.len() / 2;
-                    left.extend([middle..pages.end, pages.start..middle]);
+                    let halves = [middle..pages.end, pages.start..middle];
+                    left.extend(halves.into_iter().filter(|half| plan.is_asked_for(half)));
                     continue;
                 }
             }

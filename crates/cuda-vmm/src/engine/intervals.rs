@@ -20,6 +20,14 @@ impl Intervals {
             .map(|(start, end)| *start..*end)
     }
 
+    /// The length of the stored interval that ends at `point`; 0 if none does.
+    pub(crate) fn length_before(&self, point: usize) -> usize {
+        let before = self.0.range(..point).next_back();
+        before
+            .filter(|(_, end)| **end == point)
+            .map_or(0, |(start, end)| end - start)
+    }
+
     /// Whether any point of `range` is in the set.
     pub(crate) fn overlaps(&self, range: &Range<usize>) -> bool {
         self.at_or_after(range.start)
@@ -121,6 +129,11 @@ mod tests {
                 prop_assert_eq!(intervals.total(), points.len());
                 let stored: Vec<_> = intervals.iter().collect();
                 prop_assert!(stored.windows(2).all(|pair| pair[0].end < pair[1].start), "not merged: {stored:?}");
+                for point in 0..=SPACE {
+                    let before = (0..point).rev().take_while(|point| points.contains(point)).count();
+                    let ends = before > 0 && !points.contains(&point);
+                    prop_assert_eq!(intervals.length_before(point), if ends { before } else { 0 });
+                }
                 let outside: Vec<_> = intervals.gaps(5..40).flatten().collect();
                 let expected: Vec<_> = (5..40).filter(|point| !points.contains(point)).collect();
                 prop_assert_eq!(outside, expected);

@@ -10,6 +10,7 @@ mod intervals;
 mod ledger;
 mod options;
 mod pages;
+mod plan;
 mod policy;
 mod range;
 mod retire;
@@ -17,7 +18,7 @@ mod stats;
 mod worker;
 
 pub(crate) use ledger::Quota;
-pub use options::EngineOptions;
+pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
 pub(crate) use range::{Place, RangeId, RangeStats};
 pub use stats::{EngineStats, StepReport};

@@ -1,4 +1,4 @@
-//! How an engine is made.
+//! How an engine and a range on it are made.
 
 use super::WorkerMode;
 
@@ -13,9 +13,9 @@ pub struct EngineOptions {
     pub headroom_bytes: usize,
     /// How much freed memory stays mapped, in bytes, to be taken back without a driver call.
     pub park_bytes_max: usize,
-    /// The largest chunk in bytes. A page is the smallest chunk whatever this says, so 0, the default,
-    /// means that each page has a chunk of its own and can be given back alone. Larger chunks take fewer
-    /// driver calls, and a chunk is only given back whole.
+    /// The largest chunk in bytes; never more than 128 MiB. A page is the smallest chunk whatever this says, so
+    /// with 0, the default, each page has a chunk of its own and can be given back alone. Larger chunks take
+    /// fewer driver calls, and a chunk is only given back whole: what it holds without being live is slack.
     pub chunk_bytes_max: usize,
     /// Who takes the steps.
     pub worker: WorkerMode,
@@ -67,5 +67,30 @@ impl EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// How one elastic range is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PoolOptions {
+    /// Whether each allocation that begins and ends with pages of its own gets one physical handle, whatever its size,
+    /// and nothing beyond it. For callers who register the memory with a network card or export it: but it goes back only
+    /// whole.
+    pub single_handle: bool,
+}
+
+impl PoolOptions {
+    /// The defaults: chunks as the engine's options say.
+    pub const fn new() -> Self {
+        Self {
+            single_handle: false,
+        }
+    }
+
+    /// With one handle for each allocation.
+    pub const fn single_handle(mut self, single: bool) -> Self {
+        self.single_handle = single;
+        self
     }
 }

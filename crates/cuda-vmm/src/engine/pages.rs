@@ -60,7 +60,7 @@ pub(crate) struct Parts {
 }
 
 /// What an allocation would find.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Survey {
     /// Runs of pages that nothing backs.
     pub(crate) missing: Vec<Range<usize>>,
@@ -224,10 +224,30 @@ impl<M> Pages<M> {
         Some(survey)
     }
 
-    /// Takes the bytes, marks the missing pages as being filled and the parked ones as backed.
-    pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey) {
+    /// The bytes of the extent that these would lengthen at its end, with them; just these if they would lengthen none.
+    pub(crate) fn extent_bytes(&self, bytes: &Range<usize>) -> usize {
+        self.live.length_before(bytes.start) + bytes.len()
+    }
+
+    /// The first page at or after `page` that a chunk backs, or `end`.
+    pub(crate) fn next_chunk(&self, page: usize, end: usize) -> usize {
+        let next = self.chunks.range(page..).next();
+        next.map_or(end, |(first, _)| end.min(*first))
+    }
+
+    /// Takes bytes for which no page is missing.
+    pub(crate) fn take(&mut self, bytes: &Range<usize>, survey: &Survey) {
+        for first in &survey.parked {
+            self.set_state(*first, ChunkState::Backed);
+        }
+        self.make_live(bytes);
+    }
+
+    /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones, as being filled
+    /// and the parked ones as backed.
+    pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey, runs: &[Range<usize>]) {
         self.pending.insert(bytes.clone());
-        for run in &survey.missing {
+        for run in runs {
             self.insert(run.clone(), ChunkState::Filling, None);
         }
         for first in &survey.parked {
@@ -238,26 +258,31 @@ impl<M> Pages<M> {
         }
     }
 
-    /// Ends a filling that worked: its chunks cover exactly the pages that were missing.
+    /// Ends a filling that worked: its chunks lie in its runs and cover all the pages that were missing.
     pub(crate) fn finish(
         &mut self,
         bytes: &Range<usize>,
-        survey: &Survey,
+        runs: &[Range<usize>],
         chunks: impl IntoIterator<Item = (Range<usize>, M)>,
     ) {
-        for run in &survey.missing {
+        for run in runs {
             self.remove(run.start);
         }
         for (pages, memory) in chunks {
             self.insert(pages, ChunkState::Backed, Some(memory));
         }
+        self.pending.remove(bytes);
+        self.make_live(bytes);
+    }
+
+    /// Bytes whose pages are all backed become live.
+    fn make_live(&mut self, bytes: &Range<usize>) {
         let touched = self.pages_of(bytes);
         let from = self.first_at_or_after(touched.start);
         for (_, chunk) in self.chunks.range_mut(from..touched.end) {
             chunk.untouched = false;
         }
         self.count_live(bytes, 1);
-        self.pending.remove(bytes);
         self.live.insert(bytes.clone());
     }
 
@@ -268,10 +293,11 @@ impl<M> Pages<M> {
         &mut self,
         bytes: &Range<usize>,
         survey: &Survey,
+        runs: &[Range<usize>],
         stuck: impl IntoIterator<Item = (Range<usize>, M)>,
     ) -> Vec<usize> {
         self.pending.remove(bytes);
-        for run in &survey.missing {
+        for run in runs {
             self.remove(run.start);
         }
         for (pages, memory) in stuck {

@@ -1,10 +1,12 @@
 //! How a run of pages is cut into chunks.
 //!
 //! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole. So:
-//! the largest power-of-two multiple of the page that is at most an eighth of the ask, between one page
-//! and [`CHUNK_BYTES_MAX`], aligned to its own size in the range; edges are cut into smaller aligned
-//! chunks. An aligned GiB then takes eight mappings, and what a partial free can leave behind is at most
-//! an eighth of the ask.
+//! the largest power-of-two multiple of the page that is at most an eighth of the ask, or of the extent that
+//! grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own size in the range; edges are
+//! cut into smaller aligned chunks. An aligned GiB then takes eight mappings.
+//!
+//! Where an extent grows, its last chunk may reach beyond the ask, so that the next asks find their pages
+//! there. What is there without being live is slack, at most an eighth of the extent.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -14,15 +16,38 @@ use core::ops::Range;
 /// grows with the bytes.
 pub(crate) const CHUNK_BYTES_MAX: usize = 128 << 20;
 
-/// The largest chunk, in pages, for an ask of `ask_pages`; a power of two, at least 1.
+/// The largest chunk, in pages, for an extent of `extent_pages`; a power of two, at least 1.
 ///
 /// `bytes_max` bounds it further where less is wanted.
-pub(crate) fn chunk_pages(ask_pages: usize, page_bytes: usize, bytes_max: usize) -> usize {
-    let most = (ask_pages / 8).min(bytes_max.min(CHUNK_BYTES_MAX) / page_bytes);
+pub(crate) fn chunk_pages(extent_pages: usize, page_bytes: usize, bytes_max: usize) -> usize {
+    let most = (extent_pages / 8).min(bytes_max.min(CHUNK_BYTES_MAX) / page_bytes);
     match most {
         0 => 1,
         most => 1 << most.ilog2(),
     }
+}
+
+/// The largest chunk that may begin at page `at`: `largest`, or less where the page is not aligned to it.
+fn aligned(at: usize, largest: usize) -> usize {
+    if at == 0 {
+        largest
+    } else {
+        largest.min(1 << at.trailing_zeros())
+    }
+}
+
+/// Where a run of pages at the end of a growing extent may end, for chunks of at most `largest` pages: at `end` at
+/// most, which is not below the run's own.
+pub(crate) fn grown_end(run: &Range<usize>, largest: usize, end: usize) -> usize {
+    let mut at = run.start;
+    while at < run.end {
+        let mut pages = aligned(at, largest);
+        while at + pages > end {
+            pages /= 2;
+        }
+        at += pages;
+    }
+    at
 }
 
 /// Cuts a run of pages into chunks: powers of two of at most `largest` pages (itself a power of two),
@@ -31,12 +56,7 @@ pub(crate) fn cut(run: Range<usize>, largest: usize) -> impl Iterator<Item = Ran
     let mut at = run.start;
     core::iter::from_fn(move || {
         let left = run.end.checked_sub(at).filter(|left| *left > 0)?;
-        let aligned = if at == 0 {
-            largest
-        } else {
-            1 << at.trailing_zeros()
-        };
-        let pages = aligned.min(largest).min(1 << left.ilog2());
+        let pages = aligned(at, largest).min(1 << left.ilog2());
         let chunk = at..at + pages;
         at = chunk.end;
         Some(chunk)
@@ -70,7 +90,36 @@ mod tests {
         assert_eq!(chunk_pages(64, 512 << 20, usize::MAX), 1);
     }
 
+    #[test]
+    fn an_extent_that_grows_page_by_page_takes_ever_larger_chunks() {
+        let (mut backed, mut chunks) = (0, Vec::new());
+        for live in 1..=4096 {
+            if live > backed {
+                let largest = chunk_pages(live, PAGE, usize::MAX);
+                let run = backed..live;
+                backed = grown_end(&run, largest, usize::MAX);
+                chunks.extend(cut(run.start..backed, largest).map(|chunk| chunk.len()));
+            }
+            assert!(backed - live <= live / 8, "{live} live of {backed}");
+        }
+        assert_eq!(chunks.iter().max(), Some(&64), "128 MiB");
+        assert!(chunks.len() < 160, "{} chunks for 8 GiB", chunks.len());
+    }
+
     proptest! {
+        #[test]
+        fn a_grown_run_holds_the_run_and_ends_in_bounds_where_its_chunks_do(
+            start in 0..10_000usize, pages in 1..500usize, room in 0..500usize, shift in 0..8u32,
+        ) {
+            let (run, largest) = (start..start + pages, 1 << shift);
+            let end = grown_end(&run, largest, run.end + room);
+            prop_assert!((run.end..=run.end + room).contains(&end));
+            prop_assert!(end - run.end < largest);
+            // The last chunk is one that the run itself reaches into.
+            let last = cut(start..end, largest).last().map(|chunk| chunk.start);
+            prop_assert!(last.is_some_and(|first| first < run.end));
+        }
+
         #[test]
         fn chunks_cover_the_run_aligned_and_no_larger_than_an_eighth(
             start in 0..10_000usize, pages in 1..10_000usize, shift in 0..8u32,

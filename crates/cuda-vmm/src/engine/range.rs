@@ -2,7 +2,8 @@
 
 use super::ledger::{AccountId, Quota};
 use super::pages::{ChunkState, Pages};
-use super::{Inner, Parts, State, policy};
+use super::plan::Plan;
+use super::{Inner, Parts, PoolOptions, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
@@ -18,6 +19,7 @@ pub(super) struct Range {
     pub(super) pages: Pages<Mapping>,
     pub(super) account: AccountId,
     pub(super) streams: Vec<Stream>,
+    pub(super) options: PoolOptions,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -50,6 +52,7 @@ impl Inner {
         &self,
         capacity_bytes: usize,
         page_bytes: usize,
+        options: PoolOptions,
         quota: Quota,
     ) -> Result<(RangeId, u64)> {
         self.check_process()?;
@@ -85,6 +88,7 @@ impl Inner {
                 pages: Pages::new(page_bytes),
                 account,
                 streams: Vec::new(),
+                options,
                 capacity_bytes,
                 page_bytes,
                 closed: false,
@@ -198,6 +202,8 @@ impl Inner {
                 .pages
                 .survey(&extent.range())
                 .ok_or(VmmError::AlreadyMapped { offset, bytes })?;
+            let mut plan = Plan::new(range, &extent, survey, self.options.chunk_bytes_max);
+            let survey = &plan.survey;
             let need_bytes = survey.missing_pages() * range.page_bytes;
             if survey.quarantined {
                 if retried {
@@ -209,13 +215,20 @@ impl Inner {
                 state = self.lock();
                 continue;
             }
-            let account = range.account;
-            let refusal = if survey.retiring || survey.busy {
+            let (account, page_bytes) = (range.account, range.page_bytes);
+            let (retiring, busy) = (survey.retiring, survey.busy);
+            let refusal = if retiring || busy {
                 None
             } else {
-                match state.ledger.charge(account, need_bytes) {
+                // What would only be there for later is left out before anything is given up for it.
+                let with_spare_bytes = need_bytes + plan.spare_pages * page_bytes;
+                let charged = state.ledger.charge(account, with_spare_bytes).or_else(|_| {
+                    plan.spare_pages = 0;
+                    state.ledger.charge(account, need_bytes)
+                });
+                match charged {
                     Ok(()) => {
-                        let outcome = self.fill(state, id, extent, &survey);
+                        let outcome = self.fill(state, id, extent, plan);
                         return outcome.map(|()| offset);
                     }
                     Err(refusal) => Some(refusal),
@@ -230,7 +243,7 @@ impl Inner {
                 state = self.lock();
                 continue;
             }
-            if survey.busy && wait {
+            if busy && wait {
                 // Someone is making or unmapping these very pages, and says when it is done.
                 state = self.wait(state);
                 continue;
@@ -407,10 +420,5 @@ impl Inner {
         let mut state = self.lock();
         state.ending.retain(|id| !empty.contains(id));
         self.unlock_changed(state);
-    }
-
-    /// The largest chunk in pages for an ask of this many.
-    pub(super) fn chunk_pages(&self, ask_pages: usize, page_bytes: usize) -> usize {
-        policy::chunk_pages(ask_pages, page_bytes, self.options.chunk_bytes_max)
     }
 }

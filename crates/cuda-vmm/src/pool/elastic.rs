@@ -1,7 +1,7 @@
 //! One elastic range.
 
 use super::PoolStats;
-use crate::engine::{Engine, EngineOptions, Place, Quota, RangeId};
+use crate::engine::{Engine, EngineOptions, Place, PoolOptions, Quota, RangeId};
 use crate::{Device, Result, Stream};
 
 /// A range of device addresses that is backed by memory only where it is in use.
@@ -50,18 +50,39 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn on_engine(engine: &Engine, capacity_bytes: usize, page_bytes: usize) -> Result<Self> {
-        Self::with_quota(engine, capacity_bytes, page_bytes, Quota::default())
+        Self::with_options(engine, capacity_bytes, page_bytes, PoolOptions::new())
+    }
+
+    /// As [`on_engine`](Self::on_engine), as the options say.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_options(
+        engine: &Engine,
+        capacity_bytes: usize,
+        page_bytes: usize,
+        options: PoolOptions,
+    ) -> Result<Self> {
+        Self::with_quota(
+            engine,
+            capacity_bytes,
+            page_bytes,
+            options,
+            Quota::default(),
+        )
     }
 
     pub(super) fn with_quota(
         engine: &Engine,
         capacity_bytes: usize,
         page_bytes: usize,
+        options: PoolOptions,
         quota: Quota,
     ) -> Result<Self> {
-        let (range, base_address) = engine
-            .inner()
-            .open_range(capacity_bytes, page_bytes, quota)?;
+        let (range, base_address) =
+            engine
+                .inner()
+                .open_range(capacity_bytes, page_bytes, options, quota)?;
         Ok(Self {
             engine: engine.clone(),
             range,

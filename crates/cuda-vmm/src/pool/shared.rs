@@ -1,7 +1,7 @@
 //! Many models under one physical limit.
 
 use super::{PoolStats, VirtualMemoryPool};
-use crate::engine::{Engine, EngineOptions, EngineStats, Quota};
+use crate::engine::{Engine, EngineOptions, EngineStats, PoolOptions, Quota};
 use crate::sync::{Arc, PoisonError, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
@@ -53,7 +53,7 @@ pub struct SharedMemoryPool {
 
 impl SharedMemoryPool {
     /// A pool with a limit in bytes, which may exceed the device's memory. Pages are the device's
-    /// granularity.
+    /// granularity, and each has a chunk of its own, so that whatever one model frees another can have.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a limit of 0.
@@ -61,7 +61,9 @@ impl SharedMemoryPool {
         Self::with_options(
             device,
             SharedPoolOptions {
-                engine: EngineOptions::new().limit_bytes(limit_bytes),
+                engine: EngineOptions::new()
+                    .limit_bytes(limit_bytes)
+                    .chunk_bytes_max(0),
                 page_bytes: None,
             },
         )
@@ -115,6 +117,7 @@ impl SharedMemoryPool {
             &self.engine,
             options.capacity_bytes,
             self.page_bytes,
+            PoolOptions::new(),
             quota,
         )?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);

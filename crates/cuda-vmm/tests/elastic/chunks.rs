@@ -1,0 +1,93 @@
+//! Chunks of several pages: what is made at once, what grows, and what is slack.
+
+use crate::Fixture;
+use crate::common::{PAGE, Simulated, manual};
+use cuda_vmm::{Engine, PoolOptions, VirtualMemoryPool};
+
+#[test]
+fn chunks_larger_than_a_page_leave_slack_and_are_given_back_whole() {
+    let fixture = Fixture::with(manual().chunk_bytes_max(128 << 20), 64 * PAGE);
+    let pool = &fixture.pool;
+    pool.allocate(0, 64 * PAGE).expect("room");
+    assert_eq!(pool.stats().chunks, 8, "an eighth of the ask each");
+    pool.deallocate(0, 7 * PAGE).expect("live");
+    fixture.engine.step();
+    let stats = pool.stats();
+    assert_eq!(
+        (stats.slack_bytes, stats.committed_bytes),
+        (7 * PAGE, 64 * PAGE)
+    );
+    assert_eq!(pool.physical_memory_usage(), 57 * PAGE);
+    pool.deallocate(7 * PAGE, PAGE).expect("live");
+    fixture.engine.step();
+    let stats = pool.stats();
+    assert_eq!((stats.slack_bytes, stats.committed_bytes), (0, 56 * PAGE));
+}
+
+/// A range that is asked for page after page takes ever fewer driver calls, and no more slack than an eighth.
+#[test]
+fn an_extent_that_grows_is_backed_by_ever_larger_chunks() {
+    let fixture = Fixture::with(manual().chunk_bytes_max(128 << 20), 1024 * PAGE);
+    for page in 0..1024 {
+        fixture.pool.allocate(page * PAGE, PAGE).expect("room");
+        let stats = fixture.pool.stats();
+        assert!(stats.slack_bytes <= stats.live_bytes / 8, "{stats}");
+    }
+    let chunks = fixture.pool.stats().chunks;
+    assert!(chunks < 100, "{chunks} chunks for 2 GiB");
+    // Two ranges do not lengthen each other: what begins elsewhere begins with a page.
+    fixture
+        .pool
+        .deallocate(512 * PAGE, 512 * PAGE)
+        .expect("live");
+    fixture.engine.step();
+    fixture.pool.allocate(800 * PAGE, PAGE).expect("room");
+    assert_eq!(
+        fixture.pool.stats().slack_bytes,
+        0,
+        "{}",
+        fixture.pool.stats()
+    );
+}
+
+#[test]
+fn a_chunk_that_grows_stops_at_the_budget_and_at_what_is_backed_behind_it() {
+    let limit = 40 * PAGE;
+    let options = manual().chunk_bytes_max(128 << 20).limit_bytes(limit);
+    let fixture = Fixture::with(options, 128 * PAGE);
+    fixture.pool.allocate(0, 32 * PAGE).expect("room");
+    fixture.pool.allocate(34 * PAGE, PAGE).expect("room");
+    // A chunk of four pages would be due, but there is something after two.
+    fixture.pool.allocate(32 * PAGE, PAGE).expect("room");
+    assert_eq!(fixture.pool.stats().slack_bytes, PAGE);
+    // And here the budget has room for less than would be due.
+    fixture.pool.allocate(33 * PAGE, PAGE).expect("slack");
+    fixture
+        .pool
+        .allocate(35 * PAGE, 5 * PAGE)
+        .expect("the rest of the budget");
+    let stats = fixture.pool.stats();
+    assert_eq!(
+        (stats.committed_bytes, stats.slack_bytes),
+        (limit, 0),
+        "{stats}"
+    );
+}
+
+#[test]
+fn a_range_with_single_handles_has_one_for_each_allocation() {
+    let engine = Engine::new(&Simulated::default().device, manual()).expect("an engine");
+    let options = PoolOptions::new().single_handle(true);
+    let pool = VirtualMemoryPool::with_options(&engine, 128 * PAGE, PAGE, options).expect("a pool");
+    pool.allocate(3 * PAGE, 61 * PAGE).expect("room");
+    pool.allocate(64 * PAGE, PAGE).expect("room");
+    assert_eq!(pool.stats().chunks, 2);
+    assert_eq!(pool.stats().slack_bytes, 0);
+    // It goes back whole.
+    pool.deallocate(3 * PAGE, 60 * PAGE).expect("live");
+    engine.step();
+    assert_eq!(pool.stats().slack_bytes, 60 * PAGE);
+    pool.deallocate(63 * PAGE, PAGE).expect("live");
+    engine.step();
+    assert_eq!(pool.stats().committed_bytes, PAGE);
+}
