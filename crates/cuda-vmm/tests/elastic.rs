@@ -2,6 +2,8 @@
 
 mod common;
 
+#[path = "elastic/ahead.rs"]
+mod ahead;
 #[path = "elastic/bad_input.rs"]
 mod bad_input;
 #[path = "elastic/cache.rs"]
@@ -269,16 +271,16 @@ fn the_numbers_read_well() {
     assert_eq!(
         fixture.pool.stats().to_string(),
         "3 MiB live in 2 pages of 2 MiB over 16 MiB of addresses; 4 MiB committed: 0 B slack, \
-         0 B filling, 0 B retiring, 0 B parked, 0 B quarantined"
+         0 B filling, 0 B retiring, 0 B parked, 0 B ahead, 0 B quarantined"
     );
     assert_eq!(
         fixture.engine.stats().to_string(),
         "4 MiB committed of 8 MiB: 4 MiB live, 0 B slack, 0 B filling, 0 B retiring, 0 B parked, \
-         0 B cached, 0 B quarantined; 1 ranges, 2 mappings"
+         0 B ahead, 0 B cached, 0 B quarantined; 1 ranges, 2 mappings"
     );
     assert_eq!(
         PoolStats::default().to_string(),
         "0 B live in 0 pages of 0 B over 0 B of addresses; 0 B committed: 0 B slack, \
-         0 B filling, 0 B retiring, 0 B parked, 0 B quarantined"
+         0 B filling, 0 B retiring, 0 B parked, 0 B ahead, 0 B quarantined"
     );
 }

@@ -104,7 +104,12 @@ impl Model {
 }
 
 /// With chunks of several pages a partial free leaves slack, which only compaction gives up: the pool says how much.
-fn run(steps: Vec<Operation>, options: EngineOptions, streams: bool) -> Result<(), TestCaseError> {
+fn run(
+    steps: Vec<Operation>,
+    options: EngineOptions,
+    streams: bool,
+    ahead_bytes_max: usize,
+) -> Result<(), TestCaseError> {
     let driver = Driver::simulated(SimConfig::new().unbacked().memory_bytes(1 << 30))
         .expect("a free slot for a simulator");
     let simulator = driver.simulator().expect("simulated").clone();
@@ -182,7 +187,7 @@ fn run(steps: Vec<Operation>, options: EngineOptions, streams: bool) -> Result<(
                             // Without a wait, what retires may be in the way.
                             prop_assert!(
                                 need + slack_pages > room || !wait || faulty,
-                                "{what}: {error}; {}",
+                                "{what}: {error}; need {need} room {room} slack {slack_pages}; {}",
                                 pool.stats()
                             );
                         }
@@ -270,6 +275,7 @@ fn run(steps: Vec<Operation>, options: EngineOptions, streams: bool) -> Result<(
             Operation::Register { model: who } => {
                 let quota = ModelOptions {
                     guarantee_bytes: if who == 0 { GUARANTEE_PAGES * PAGE } else { 0 },
+                    ahead_bytes_max,
                     ..ModelOptions::new(UNITS * UNIT)
                 };
                 let outcome = pool.register_model_with(&names[who], quota);
@@ -377,12 +383,13 @@ proptest! {
         park in prop::bool::ANY,
         streams in prop::bool::ANY,
         cache in prop::bool::ANY,
+        ahead in prop::bool::ANY,
         chunked in prop::bool::weighted(0.3),
     ) {
         let options = EngineOptions::new()
             .park_bytes_max(if park { 8 * PAGE } else { 0 })
             .cache_bytes_max(if cache { 8 * PAGE } else { 0 })
             .chunk_bytes_max(if chunked { 4 * PAGE } else { 0 });
-        run(steps, options, streams)?;
+        run(steps, options, streams, if ahead { 3 * PAGE } else { 0 })?;
     }
 }

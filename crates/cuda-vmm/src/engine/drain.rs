@@ -2,6 +2,7 @@
 
 use super::ledger::AccountId;
 use super::pages::{ChunkState, Contents};
+use super::range::Range;
 use super::retire::Until;
 use super::{EngineStats, Inner, RangeId, State};
 use crate::sync::{Arc, MutexGuard};
@@ -37,7 +38,13 @@ impl Inner {
         let mut given_bytes = 0;
         loop {
             let mut state = self.lock();
-            let parked = |range: &super::range::Range| range.pages.parts().parked_bytes;
+            if let Some((id, first, mapping)) = state.take_ahead(None, Range::stale_ahead) {
+                drop(state);
+                let unmapped = self.unmap(id, first, mapping, To::Driver);
+                given_bytes += unmapped.unwrap_or_default();
+                continue;
+            }
+            let parked = |range: &Range| range.pages.parts().parked_bytes;
             let parked_bytes: usize = state.ranges.values().map(parked).sum();
             let too_much = parked_bytes > keep_bytes;
             if too_much {
@@ -74,7 +81,7 @@ impl Inner {
                     Contents::Unknown if bytes <= room_bytes && !range.closed => {
                         Next::Scrub(*id, first, mapping)
                     }
-                    Contents::Zeros if bytes <= room_bytes => {
+                    Contents::Clean if bytes <= room_bytes => {
                         Next::Unmap(*id, first, mapping, To::Cache)
                     }
                     _ => Next::Unmap(*id, first, mapping, To::Driver),
@@ -120,8 +127,8 @@ impl Inner {
         Ok(self.lock().scrubbing.get_or_insert(stream).clone())
     }
 
-    /// Gives back what can be spared, one piece after the other, until it is enough: what is cached, unless only one
-    /// range's memory would help, then what is parked. Returns the bytes that went, and the last error if the
+    /// Gives back what can be spared, one piece after the other, until it is enough: what was made ahead, what is
+    /// cached, unless only one range's memory would help, and then what is parked. Returns the bytes that went, and the last error if the
     /// driver refused some.
     pub(super) fn give_up(
         self: &Arc<Self>,
@@ -149,6 +156,11 @@ impl Inner {
         mut state: MutexGuard<'_, State>,
         only: Option<RangeId>,
     ) -> Option<Result<usize>> {
+        let ahead = state.take_ahead(only, |range| range.pages.ahead().next_back());
+        if let Some((id, first, mapping)) = ahead {
+            drop(state);
+            return Some(self.unmap(id, first, mapping, To::Driver));
+        }
         if only.is_none()
             && let Some((bytes, memory)) = state.cache.take_largest()
         {

@@ -10,38 +10,39 @@ use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmErr
 use core::ops::Range;
 
 /// What a failed filling could not undo, and why it failed.
-struct Failure {
-    error: VmmError,
-    still_mapped: Vec<(Range<usize>, Mapping)>,
+pub(super) struct Failure {
+    pub(super) error: VmmError,
+    pub(super) still_mapped: Vec<(Range<usize>, Mapping)>,
     unreleased: Vec<PhysicalMemory>,
     /// What came from the cache.
     cached: Vec<PhysicalMemory>,
 }
 
 /// A chunk that was made.
-struct Made {
-    pages: Range<usize>,
-    mapping: Mapping,
+pub(super) struct Made {
+    pub(super) pages: Range<usize>,
+    pub(super) mapping: Mapping,
     /// Whether its memory came from the cache.
     from_cache: bool,
 }
 
 impl State {
-    /// Charges an account for all that a plan backs, and takes from the cache what serves it.
+    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them.
     pub(super) fn charge(
         &mut self,
         account: AccountId,
-        plan: &Plan,
-        page_bytes: usize,
+        chunks: impl Iterator<Item = usize>,
     ) -> Result<Vec<PhysicalMemory>, Refusal> {
-        let mut supply = Vec::new();
-        if self.cache.bytes() > 0 {
-            let chunks = plan.chunks().into_iter();
-            supply.extend(chunks.filter_map(|chunk| self.cache.take(chunk.len() * page_bytes)));
+        let (mut supply, mut supply_bytes, mut need_bytes) = (Vec::new(), 0, 0);
+        for bytes in chunks {
+            need_bytes += bytes;
+            if let Some(memory) = self.cache.take(bytes) {
+                supply_bytes += bytes;
+                supply.push(memory);
+            }
         }
-        let supply_bytes = supply.iter().map(PhysicalMemory::bytes).sum();
         self.ledger.take_from_cache(supply_bytes);
-        match self.ledger.charge(account, plan.pages() * page_bytes) {
+        match self.ledger.charge(account, need_bytes) {
             Ok(()) => Ok(supply),
             Err(refusal) => {
                 self.restock(supply);
@@ -50,8 +51,26 @@ impl State {
         }
     }
 
+    /// Takes back the charge for what was not made, but for what is still mapped and what the driver would not release.
+    pub(super) fn settle(
+        &mut self,
+        account: AccountId,
+        charged_bytes: usize,
+        mapped_bytes: usize,
+        failure: &mut Failure,
+        supply: Vec<PhysicalMemory>,
+    ) {
+        let unreleased = failure.unreleased.iter().map(PhysicalMemory::bytes);
+        let kept_bytes = mapped_bytes + unreleased.sum::<usize>();
+        self.ledger.refund(account, charged_bytes - kept_bytes);
+        let unreleased = failure.unreleased.drain(..);
+        self.unreleased
+            .extend(unreleased.map(|memory| (Some(account), memory)));
+        self.restock(supply.into_iter().chain(failure.cached.drain(..)));
+    }
+
     /// Puts back what was taken from the cache.
-    fn restock(&mut self, supply: Vec<PhysicalMemory>) {
+    fn restock(&mut self, supply: impl IntoIterator<Item = PhysicalMemory>) {
         for memory in supply {
             self.ledger.restock(memory.bytes());
             self.cache.put(memory.bytes(), memory);
@@ -90,10 +109,20 @@ impl Failure {
 }
 
 /// What is needed of a range to back its pages, without the lock.
-struct Target {
+pub(super) struct Target {
     reservation: Arc<Reservation>,
     access: Arc<[(Device, Access)]>,
     page_bytes: usize,
+}
+
+impl Target {
+    pub(super) fn of(range: &super::range::Range) -> Self {
+        Self {
+            reservation: range.reservation.clone(),
+            access: range.access.clone(),
+            page_bytes: range.page_bytes,
+        }
+    }
 }
 
 impl Inner {
@@ -114,15 +143,16 @@ impl Inner {
         let survey = &plan.survey;
         if survey.missing.is_empty() {
             range.pages.take(&bytes, survey);
+            let hungry = range.advance(bytes.end);
+            drop(state);
+            if hungry {
+                self.worker.wake(self, false);
+            }
             return Ok(());
         }
         let runs: Vec<_> = plan.runs().collect();
         range.pages.begin(&bytes, survey, &runs);
-        let target = Target {
-            reservation: range.reservation.clone(),
-            access: range.access.clone(),
-            page_bytes: range.page_bytes,
-        };
+        let target = Target::of(range);
         drop(state);
         let made = self.back(&target, &plan, &mut supply);
         let mut state = self.lock();
@@ -141,6 +171,7 @@ impl Inner {
                 let Some(range) = state.ranges.get_mut(&id) else {
                     return Err(VmmError::Closed);
                 };
+                let hungry = range.advance(bytes.end);
                 // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
                 let outcome = if range.closed {
                     Err(VmmError::Closed)
@@ -148,25 +179,19 @@ impl Inner {
                     Ok(())
                 };
                 self.unlock_changed(state);
+                if hungry {
+                    self.worker.wake(self, false);
+                }
                 outcome
             }
             Err(mut failure) => {
                 let account = range.account;
-                let kept_bytes = failure
-                    .still_mapped
-                    .iter()
-                    .map(|(pages, _)| pages.len() * target.page_bytes)
-                    .chain(failure.unreleased.iter().map(PhysicalMemory::bytes))
-                    .sum::<usize>();
-                let orphans = (range.pages).abort(&bytes, survey, &runs, failure.still_mapped);
+                let still_mapped = core::mem::take(&mut failure.still_mapped);
+                let kept = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
+                let kept_bytes = kept.sum();
+                let orphans = (range.pages).abort(&bytes, survey, &runs, still_mapped);
                 let charged_bytes = plan.pages() * target.page_bytes;
-                state.ledger.refund(account, charged_bytes - kept_bytes);
-                let unreleased = failure.unreleased.into_iter();
-                state
-                    .unreleased
-                    .extend(unreleased.map(|memory| (Some(account), memory)));
-                failure.cached.append(&mut supply);
-                state.restock(failure.cached);
+                state.settle(account, charged_bytes, kept_bytes, &mut failure, supply);
                 self.retire(state, id, orphans);
                 // Something may be stuck, or parked again.
                 self.worker.wake(self, false);
@@ -227,7 +252,7 @@ impl Inner {
     }
 
     /// Makes one chunk, of memory from the supply if some fits.
-    fn make(
+    pub(super) fn make(
         &self,
         target: &Target,
         pages: &Range<usize>,

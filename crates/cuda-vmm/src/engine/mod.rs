@@ -13,6 +13,7 @@ mod options;
 mod pages;
 mod plan;
 mod policy;
+mod prefetch;
 mod range;
 mod retire;
 mod stats;
@@ -98,6 +99,7 @@ impl State {
             stats.filling_bytes += parts.filling_bytes;
             stats.retiring_bytes += parts.retiring_bytes;
             stats.parked_bytes += parts.parked_bytes;
+            stats.ahead_bytes += parts.ahead_bytes;
             stats.quarantined_bytes += parts.quarantined_bytes;
             stats.chunks += range.pages.chunks();
         }
@@ -184,7 +186,7 @@ impl Engine {
 
     /// Does the work that is due: looks which freed memory the device has finished with, synchronises the
     /// context where no stream was named (unless a capture is declared), gives back what is above
-    /// `park_bytes_max`, and retries what the driver refused.
+    /// `park_bytes_max`, makes memory ahead for the ranges that ask for it, and retries what the driver refused.
     ///
     /// With [`WorkerMode::Thread`] the engine's thread calls it. Waits for the device only where a context
     /// synchronise is due.
@@ -258,7 +260,8 @@ impl Inner {
         !state.queue.is_empty()
             || stats.parked_bytes > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
-            || state.ranges.values().any(|range| range.closed)
+            || (state.ranges.values())
+                .any(|range| range.closed || range.is_hungry || range.stale_ahead().is_some())
     }
 
     fn step(self: &Arc<Self>) -> StepReport {
@@ -275,11 +278,13 @@ impl Inner {
         }
         let retried_bytes = self.retry();
         let drained_bytes = self.give_back();
+        let prefetched_bytes = self.prefetch();
         self.finish_closing();
         let stats = self.lock().parts();
         StepReport {
             retired_bytes,
             drained_bytes: retried_bytes + drained_bytes,
+            prefetched_bytes,
             retiring_bytes: stats.retiring_bytes,
             quarantined_bytes: stats.quarantined_bytes,
         }

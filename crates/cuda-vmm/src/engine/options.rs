@@ -91,14 +91,26 @@ pub struct PoolOptions {
     /// and nothing beyond it. For callers who register the memory with a network card or export it: but it goes back only
     /// whole.
     pub single_handle: bool,
+    /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in bytes, before it is
+    /// asked for, so that a range that grows step by step calls no driver on the way. It begins again when half of it is
+    /// used up. What is made ahead is on the range's account, never takes another's guarantee, and is given up
+    /// first when memory is short. 0, the default, makes none.
+    pub ahead_bytes_max: usize,
 }
 
 impl PoolOptions {
-    /// The defaults: chunks as the engine's options say.
+    /// The defaults: chunks as the engine's options say, nothing made ahead.
     pub const fn new() -> Self {
         Self {
             single_handle: false,
+            ahead_bytes_max: 0,
         }
+    }
+
+    /// With memory made ahead, up to this many bytes.
+    pub const fn ahead_bytes_max(mut self, bytes: usize) -> Self {
+        self.ahead_bytes_max = bytes;
+        self
     }
 
     /// With one handle for each allocation.

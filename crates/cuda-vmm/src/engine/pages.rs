@@ -32,8 +32,8 @@ pub(crate) enum ChunkState {
 pub(crate) enum Contents {
     /// What its last users left.
     Unknown,
-    /// Zeros, or it will be when it is parked.
-    Zeros,
+    /// Nobody's: it was overwritten, or will be when it is parked, or nobody ever had it.
+    Clean,
     /// What its last users left, and it could not be overwritten.
     Stuck,
 }
@@ -47,6 +47,8 @@ struct Chunk<M> {
     /// Whether it was parked, and nobody has had a byte in it since.
     untouched: bool,
     contents: Contents,
+    /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
+    ahead: bool,
     /// Absent while Filling or Draining, when it is with whoever does that work.
     memory: Option<M>,
 }
@@ -68,6 +70,8 @@ pub(crate) struct Parts {
     /// Retiring and draining.
     pub(crate) retiring_bytes: usize,
     pub(crate) parked_bytes: usize,
+    /// Made before anyone asked for it.
+    pub(crate) ahead_bytes: usize,
     pub(crate) quarantined_bytes: usize,
 }
 
@@ -100,7 +104,11 @@ pub(crate) struct Pages<M> {
     /// Bytes that are about to be live: their pages are being filled.
     pending: Intervals,
     chunks: BTreeMap<usize, Chunk<M>>,
+    /// First pages of the parked chunks, but for those made ahead.
     parked: BTreeSet<usize>,
+    /// First pages of the chunks made ahead that nobody has taken.
+    ahead: BTreeSet<usize>,
+    ahead_pages: usize,
     live_pages: usize,
     /// Pages by chunk state, in the order of the enum.
     by_state: [usize; 6],
@@ -114,6 +122,8 @@ impl<M> Pages<M> {
             pending: Intervals::default(),
             chunks: BTreeMap::new(),
             parked: BTreeSet::new(),
+            ahead: BTreeSet::new(),
+            ahead_pages: 0,
             live_pages: 0,
             by_state: [0; 6],
         }
@@ -139,12 +149,74 @@ impl<M> Pages<M> {
             live_bytes,
             slack_bytes: bytes(ChunkState::Backed) - live_bytes,
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
-            parked_bytes: bytes(ChunkState::Parked),
+            parked_bytes: bytes(ChunkState::Parked) - self.ahead_pages * self.page_bytes,
+            ahead_bytes: self.ahead_pages * self.page_bytes,
             quarantined_bytes: bytes(ChunkState::Quarantined),
         }
     }
 
-    /// First pages of the parked chunks.
+    /// The first page of `pages` that nothing backs or is about to.
+    pub(crate) fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
+        let mut at = pages.start;
+        for (&first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
+            if at < first {
+                break;
+            }
+            at = first + chunk.pages();
+        }
+        (at < pages.end).then_some(at)
+    }
+
+    /// A run of pages that nothing backs is being made ahead.
+    pub(crate) fn begin_ahead(&mut self, run: Range<usize>) {
+        self.insert(run, ChunkState::Filling, None);
+    }
+
+    /// It was made, or what could not be undone is left, or nothing.
+    pub(crate) fn finish_ahead(
+        &mut self,
+        first: usize,
+        made: Option<(Range<usize>, M)>,
+        works: bool,
+    ) {
+        self.remove(first);
+        let Some((pages, memory)) = made else {
+            return;
+        };
+        if !works {
+            return self.insert(pages, ChunkState::Quarantined, Some(memory));
+        }
+        let first = pages.start;
+        self.insert(pages, ChunkState::Filling, Some(memory));
+        if let Some(chunk) = self.chunks.get_mut(&first) {
+            chunk.ahead = true;
+            chunk.contents = Contents::Clean;
+        }
+        self.set_state(first, ChunkState::Parked);
+    }
+
+    /// First pages of the chunks made ahead.
+    pub(crate) fn ahead(&self) -> impl DoubleEndedIterator<Item = usize> + '_ {
+        self.ahead.iter().copied()
+    }
+
+    /// A chunk made ahead that lies wholly outside these pages.
+    pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
+        let before = self.ahead.first().copied();
+        let before = before.filter(|first| {
+            let chunk = self.chunks.get(first);
+            chunk.is_some_and(|chunk| first + chunk.pages() <= pages.start)
+        });
+        let after = || {
+            self.ahead
+                .last()
+                .copied()
+                .filter(|first| *first >= pages.end)
+        };
+        before.or_else(after)
+    }
+
+    /// First pages of the parked chunks, but for those made ahead.
     pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
         self.parked.iter().copied()
     }
@@ -294,6 +366,7 @@ impl<M> Pages<M> {
         for (_, chunk) in self.chunks.range_mut(from..touched.end) {
             chunk.untouched = false;
             chunk.contents = Contents::Unknown;
+            chunk.ahead = false;
         }
         self.count_live(bytes, 1);
         self.live.insert(bytes.clone());
@@ -374,7 +447,7 @@ impl<M> Pages<M> {
         if let Some(chunk) = self.chunks.get_mut(&first) {
             chunk.memory = Some(memory);
             chunk.contents = if overwritten {
-                Contents::Zeros
+                Contents::Clean
             } else {
                 Contents::Stuck
             };
@@ -462,6 +535,7 @@ impl<M> Pages<M> {
             state,
             untouched: false,
             contents: Contents::Unknown,
+            ahead: false,
             memory,
         };
         let before = self.chunks.insert(pages.start, chunk);
@@ -476,15 +550,30 @@ impl<M> Pages<M> {
     }
 
     fn set_state(&mut self, first: usize, state: ChunkState) {
-        if let Some(chunk) = self.chunks.get_mut(&first) {
-            self.by_state[chunk.state as usize] -= chunk.pages();
-            self.by_state[state as usize] += chunk.pages();
-            chunk.state = state;
-            if state == ChunkState::Parked {
-                self.parked.insert(first);
-            } else {
-                self.parked.remove(&first);
-            }
+        let Some(chunk) = self.chunks.get_mut(&first) else {
+            return;
+        };
+        self.by_state[chunk.state as usize] -= chunk.pages();
+        self.by_state[state as usize] += chunk.pages();
+        let was_parked = core::mem::replace(&mut chunk.state, state) == ChunkState::Parked;
+        let is_parked = state == ChunkState::Parked;
+        if was_parked == is_parked {
+            return;
+        }
+        let parked = if chunk.ahead {
+            &mut self.ahead
+        } else {
+            &mut self.parked
+        };
+        match (is_parked, chunk.ahead) {
+            (true, true) => self.ahead_pages += chunk.pages(),
+            (false, true) => self.ahead_pages -= chunk.pages(),
+            (_, false) => {}
+        }
+        if is_parked {
+            parked.insert(first);
+        } else {
+            parked.remove(&first);
         }
     }
 }

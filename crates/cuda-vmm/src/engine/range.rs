@@ -20,6 +20,10 @@ pub(super) struct Range {
     pub(super) account: AccountId,
     pub(super) streams: Vec<Stream>,
     pub(super) options: PoolOptions,
+    /// Where the latest allocation ended, in bytes.
+    pub(super) frontier_bytes: usize,
+    /// Whether memory is to be made ahead of it.
+    pub(super) is_hungry: bool,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -49,7 +53,7 @@ pub(crate) struct RangeStats {
 impl Inner {
     /// Reserves addresses for a new range with an account of its own.
     pub(crate) fn open_range(
-        &self,
+        self: &Arc<Self>,
         capacity_bytes: usize,
         page_bytes: usize,
         options: PoolOptions,
@@ -89,11 +93,17 @@ impl Inner {
                 account,
                 streams: Vec::new(),
                 options,
+                frontier_bytes: 0,
+                is_hungry: options.ahead_bytes_max > 0,
                 capacity_bytes,
                 page_bytes,
                 closed: false,
             },
         );
+        drop(state);
+        if options.ahead_bytes_max > 0 {
+            self.worker.wake(self, false);
+        }
         Ok((id, address))
     }
 
@@ -223,9 +233,9 @@ impl Inner {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
-                let charged = state.charge(account, &plan, page_bytes).or_else(|_| {
+                let charged = state.charge(account, plan.sizes(page_bytes)).or_else(|_| {
                     plan.spare_pages = 0;
-                    state.charge(account, &plan, page_bytes)
+                    state.charge(account, plan.sizes(page_bytes))
                 });
                 match charged {
                     Ok(supply) => {
@@ -273,19 +283,16 @@ impl Inner {
             }
             // At its own ceiling a range is helped by its own memory only.
             let only = (need_bytes > refusal.below_ceiling_bytes).then_some(id);
-            let (parked_bytes, retiring_bytes) = match (only, state.ranges.get(&id)) {
+            let (spare_bytes, retiring_bytes) = match (only, state.ranges.get(&id)) {
                 (Some(_), Some(range)) => {
                     let own = range.pages.parts();
-                    (own.parked_bytes, own.retiring_bytes)
+                    (own.parked_bytes + own.ahead_bytes, own.retiring_bytes)
                 }
-                _ => (stats.parked_bytes, stats.retiring_bytes),
+                _ => {
+                    let spare_bytes = stats.parked_bytes + stats.ahead_bytes + stats.cached_bytes;
+                    (spare_bytes, stats.retiring_bytes)
+                }
             };
-            let spare_bytes = parked_bytes
-                + if only.is_none() {
-                    stats.cached_bytes
-                } else {
-                    0
-                };
             if spare_bytes > 0 {
                 if let Some(Err(error)) = self.give_up_one(state, only) {
                     refused = Some(error);
@@ -348,10 +355,15 @@ impl Inner {
     pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
         self.check_process()?;
         let mut state = self.lock();
-        match state.ranges.get_mut(&id) {
-            Some(range) if !range.closed => range.closed = true,
+        let account = match state.ranges.get_mut(&id) {
+            Some(range) if !range.closed => {
+                range.closed = true;
+                range.account
+            }
             _ => return Ok(()),
-        }
+        };
+        // What it was guaranteed others may have now; what it holds is on its account until it is given back.
+        state.ledger.close(account);
         // An allocation of another thread that is under way ends first.
         while (state.ranges.get(&id)).is_some_and(|range| range.pages.parts().filling_bytes > 0) {
             state = self.wait(state);
@@ -417,9 +429,6 @@ impl Inner {
             .iter()
             .filter_map(|id| state.ranges.remove(id))
             .collect();
-        for range in &done {
-            state.ledger.close(range.account);
-        }
         state.ending.extend(&empty);
         drop(state);
         // Dropped without the lock: what the driver refuses goes to the device's quarantine.

@@ -21,6 +21,8 @@ pub struct EngineStats {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
+    /// Made before anyone asked for it, and given up first.
+    pub ahead_bytes: usize,
     /// Clean and mapped nowhere, to be mapped again; on no range's account.
     pub cached_bytes: usize,
     /// Refused by the driver when it was to be given back; retried.
@@ -39,6 +41,7 @@ impl EngineStats {
             + self.filling_bytes
             + self.retiring_bytes
             + self.parked_bytes
+            + self.ahead_bytes
             + self.cached_bytes
             + self.quarantined_bytes
     }
@@ -47,7 +50,7 @@ impl EngineStats {
 impl EngineStats {
     /// What could be given up, or be made so by compaction, in bytes.
     pub(super) fn reclaimable_bytes(&self) -> usize {
-        self.parked_bytes + self.cached_bytes + self.slack_bytes
+        self.parked_bytes + self.ahead_bytes + self.cached_bytes + self.slack_bytes
     }
 }
 
@@ -55,7 +58,7 @@ impl fmt::Display for EngineStats {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} cached, {} quarantined; \
+            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} ahead, {} cached, {} quarantined; \
              {} ranges, {} mappings",
             Readable(self.committed_bytes),
             Readable(self.limit_bytes),
@@ -64,6 +67,7 @@ impl fmt::Display for EngineStats {
             Readable(self.filling_bytes),
             Readable(self.retiring_bytes),
             Readable(self.parked_bytes),
+            Readable(self.ahead_bytes),
             Readable(self.cached_bytes),
             Readable(self.quarantined_bytes),
             self.ranges,
@@ -78,8 +82,10 @@ impl fmt::Display for EngineStats {
 pub struct StepReport {
     /// Bytes that the device was seen to have finished with.
     pub retired_bytes: usize,
-    /// Bytes given back to the driver.
+    /// Bytes given back to the driver or to the cache.
     pub drained_bytes: usize,
+    /// Bytes made ahead.
+    pub prefetched_bytes: usize,
     /// Bytes that the device may still use.
     pub retiring_bytes: usize,
     /// Bytes that the driver refused to take back.

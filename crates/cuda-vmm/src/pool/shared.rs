@@ -27,15 +27,19 @@ pub struct ModelOptions {
     pub guarantee_bytes: usize,
     /// The most memory in bytes that it may hold, if less than the pool's limit.
     pub ceiling_bytes: Option<usize>,
+    /// How much memory in bytes is made ahead of its latest allocation; see
+    /// [`PoolOptions::ahead_bytes_max`].
+    pub ahead_bytes_max: usize,
 }
 
 impl ModelOptions {
-    /// Addresses, no guarantee, no ceiling.
+    /// Addresses, no guarantee, no ceiling, nothing made ahead.
     pub const fn new(capacity_bytes: usize) -> Self {
         Self {
             capacity_bytes,
             guarantee_bytes: 0,
             ceiling_bytes: None,
+            ahead_bytes_max: 0,
         }
     }
 }
@@ -117,7 +121,7 @@ impl SharedMemoryPool {
             &self.engine,
             options.capacity_bytes,
             self.page_bytes,
-            PoolOptions::new(),
+            PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max),
             quota,
         )?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);

@@ -28,6 +28,8 @@ pub struct PoolStats {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
+    /// Made before anyone asked for it, and given up first.
+    pub ahead_bytes: usize,
     /// Refused by the driver when it was to be given back; retried.
     pub quarantined_bytes: usize,
     /// Mappings.
@@ -51,6 +53,7 @@ impl PoolStats {
             filling_bytes: range.parts.filling_bytes,
             retiring_bytes: range.parts.retiring_bytes,
             parked_bytes: range.parts.parked_bytes,
+            ahead_bytes: range.parts.ahead_bytes,
             quarantined_bytes: range.parts.quarantined_bytes,
             chunks: range.chunks,
             unused_bytes: range.unused_bytes,
@@ -64,7 +67,7 @@ impl fmt::Display for PoolStats {
         write!(
             formatter,
             "{} live in {} pages of {} over {} of addresses; {} committed: {} slack, {} filling, {} retiring, \
-             {} parked, {} quarantined",
+             {} parked, {} ahead, {} quarantined",
             Readable(self.live_bytes),
             self.live_pages,
             Readable(self.page_bytes),
@@ -74,6 +77,7 @@ impl fmt::Display for PoolStats {
             Readable(self.filling_bytes),
             Readable(self.retiring_bytes),
             Readable(self.parked_bytes),
+            Readable(self.ahead_bytes),
             Readable(self.quarantined_bytes),
         )
     }

@@ -6,7 +6,7 @@ use core::fmt;
 use core::ops::Range;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
-use cuda_vmm::{Result, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{ModelOptions, Result, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
@@ -383,7 +383,11 @@ fn open(
     let page = pool.page_bytes();
     let range = insist(tally, || match model {
         Some(model) => {
-            pool.register_model(model, CAPACITY_PAGES * page)?;
+            let options = ModelOptions {
+                ahead_bytes_max: 2 * page,
+                ..ModelOptions::new(CAPACITY_PAGES * page)
+            };
+            pool.register_model_with(model, options)?;
             pool.model(model)
         }
         None => {

@@ -2,6 +2,7 @@
 
 use super::*;
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 const PAGE: usize = 8;
 const PAGES: usize = 24;
@@ -11,6 +12,8 @@ const CAPACITY: usize = PAGE * PAGES - 3;
 struct Model {
     live: [bool; CAPACITY],
     backing: [Option<(usize, ChunkState)>; PAGES],
+    /// First pages of what was made ahead and not taken.
+    ahead: BTreeSet<usize>,
 }
 
 impl Model {
@@ -39,6 +42,7 @@ impl Model {
             self.backing.iter().filter(of).count() * PAGE
         };
         let live_pages = (0..PAGES).filter(|page| self.page_live(*page)).count();
+        let ahead_bytes = self.ahead.len() * PAGE;
         prop_assert_eq!(
             pages.parts(),
             Parts {
@@ -46,7 +50,8 @@ impl Model {
                 live_bytes: live_pages * PAGE,
                 slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
                 retiring_bytes: count(ChunkState::Retiring),
-                parked_bytes: count(ChunkState::Parked),
+                parked_bytes: count(ChunkState::Parked) - ahead_bytes,
+                ahead_bytes,
                 quarantined_bytes: count(ChunkState::Quarantined),
             }
         );
@@ -63,6 +68,11 @@ impl Model {
 
 #[derive(Debug, Clone)]
 enum Step {
+    Ahead {
+        page: usize,
+        fails: bool,
+        stuck: bool,
+    },
     Allocate {
         at: usize,
         bytes: usize,
@@ -86,6 +96,8 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(at, bytes, fails, stuck)| Step::Allocate { at, bytes, fails, stuck }),
         4 => (0..CAPACITY, 1..40usize).prop_map(|(at, bytes)| Step::Release { at, bytes }),
         2 => (0..PAGES).prop_map(Step::Park),
+        1 => (0..PAGES, prop::bool::weighted(0.2), any::<bool>())
+            .prop_map(|(page, fails, stuck)| Step::Ahead { page, fails, stuck }),
         2 => (0..PAGES, prop::bool::weighted(0.2)).prop_map(|(page, refused)| Step::Drain { page, refused }),
     ]
 }
@@ -94,7 +106,7 @@ proptest! {
     #[test]
     fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32, grows in any::<bool>()) {
         let mut pages: Pages<usize> = Pages::new(PAGE);
-        let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES] };
+        let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES], ahead: BTreeSet::new() };
         for step in steps {
             match step {
                 Step::Allocate { at, bytes, fails, stuck } => {
@@ -140,6 +152,7 @@ proptest! {
                             for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Backed)); }
                         }
                         for first in &survey.parked {
+                            model.ahead.remove(first);
                             for entry in model.backing.iter_mut().flatten().filter(|(of, _)| of == first) { entry.1 = ChunkState::Backed; }
                         }
                         range.for_each(|byte| model.live[byte] = true);
@@ -161,11 +174,32 @@ proptest! {
                         entry.1 = ChunkState::Parked;
                     }
                 }
+                Step::Ahead { page, fails, stuck } => {
+                    let missing = (page..PAGES).find(|page| model.backing[*page].is_none());
+                    prop_assert_eq!(pages.first_missing(page..PAGES), missing);
+                    if missing != Some(page) {
+                        continue;
+                    }
+                    pages.begin_ahead(page..page + 1);
+                    let left = (!fails || stuck).then_some((page..page + 1, page));
+                    pages.finish_ahead(page, left, !fails);
+                    if !fails {
+                        model.backing[page] = Some((page, ChunkState::Parked));
+                        model.ahead.insert(page);
+                    } else if stuck {
+                        model.backing[page] = Some((page, ChunkState::Quarantined));
+                    }
+                }
                 Step::Drain { page, refused } => {
+                    let window = PAGES / 4..PAGES / 2;
+                    let outside = model.ahead.iter().any(|page| !window.contains(page));
+                    prop_assert_eq!(pages.ahead_outside(&window).is_some(), outside);
+                    prop_assert!(pages.ahead().eq(model.ahead.iter().copied()));
                     let idle = model.backing[page].is_some_and(|(first, state)| first == page && matches!(state, ChunkState::Parked | ChunkState::Quarantined));
                     let memory = pages.drain(page);
                     prop_assert_eq!(memory, idle.then_some(page));
                     if memory.is_some() {
+                        model.ahead.remove(&page);
                         if refused { pages.quarantine(page, page) } else { pages.drained(page) }
                         for entry in model.backing.iter_mut().filter(|entry| entry.is_some_and(|(first, _)| first == page)) {
                             *entry = refused.then_some((page, ChunkState::Quarantined));

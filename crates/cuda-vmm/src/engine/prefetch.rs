@@ -1,0 +1,128 @@
+//! Making memory before it is asked for: mapped and accessible beyond the end of a range's latest allocation.
+
+use super::fill::Target;
+use super::policy::{chunk_pages, grown_end};
+use super::range::Range;
+use super::{Inner, RangeId, State};
+use crate::Mapping;
+use crate::sync::Arc;
+use core::ops;
+
+impl Range {
+    /// The pages that are to be backed ahead. None where each allocation is to have a handle of its own.
+    fn window(&self) -> ops::Range<usize> {
+        let start = self.frontier_bytes.div_ceil(self.page_bytes);
+        let end = self.capacity_bytes.div_ceil(self.page_bytes);
+        let pages = match self.options.single_handle {
+            true => 0,
+            false => self.options.ahead_bytes_max / self.page_bytes,
+        };
+        start..(start + pages).min(end)
+    }
+
+    /// A chunk made ahead of where allocations go no longer.
+    pub(super) fn stale_ahead(&self) -> Option<usize> {
+        self.pages.ahead_outside(&self.window())
+    }
+
+    /// Notes where the latest allocation ended; says whether that gives the worker something to do.
+    pub(super) fn advance(&mut self, end_bytes: usize) -> bool {
+        if self.options.ahead_bytes_max == 0 {
+            return false;
+        }
+        self.frontier_bytes = end_bytes;
+        let window = self.window();
+        // Only when half is used up, so that the worker is not woken for every page.
+        let low = window.start..window.start + window.len().div_ceil(2);
+        self.is_hungry |= self.pages.first_missing(low).is_some();
+        self.is_hungry || self.stale_ahead().is_some()
+    }
+
+    /// The next pages to make ahead, as one chunk.
+    fn next_ahead(&self, chunk_bytes_max: usize) -> Option<ops::Range<usize>> {
+        let window = self.window();
+        let first = self.pages.first_missing(window.clone())?;
+        let extent_bytes = self.pages.live().length_before(self.frontier_bytes);
+        let extent_pages = extent_bytes.div_ceil(self.page_bytes) + first - window.start;
+        let largest = chunk_pages(extent_pages, self.page_bytes, chunk_bytes_max);
+        let end = self.pages.next_chunk(first, window.end);
+        Some(first..grown_end(&(first..first + 1), largest, end))
+    }
+}
+
+impl State {
+    /// Takes out a chunk made ahead, of one range or of all, to be unmapped.
+    pub(super) fn take_ahead(
+        &mut self,
+        only: Option<RangeId>,
+        pick: impl Fn(&Range) -> Option<usize>,
+    ) -> Option<(RangeId, usize, Mapping)> {
+        let mut ranges = self.ranges.iter_mut();
+        ranges.find_map(|(id, range)| {
+            let first = pick(range).filter(|_| only.is_none_or(|only| only == *id))?;
+            Some((*id, first, range.pages.drain(first)?))
+        })
+    }
+}
+
+impl Inner {
+    /// Makes what is to be there ahead, a chunk at a time; returns the bytes made.
+    pub(super) fn prefetch(self: &Arc<Self>) -> usize {
+        let mut made_bytes = 0;
+        while let Some(bytes) = self.prefetch_one() {
+            made_bytes += bytes;
+        }
+        made_bytes
+    }
+
+    /// Looks after one range that wants memory ahead; `None` if none does.
+    fn prefetch_one(self: &Arc<Self>) -> Option<usize> {
+        let mut state = self.lock();
+        let mut ranges = state.ranges.iter_mut();
+        let (&id, range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
+        let Some(run) = range.next_ahead(self.options.chunk_bytes_max) else {
+            range.is_hungry = false;
+            return Some(0);
+        };
+        let (account, bytes) = (range.account, run.len() * range.page_bytes);
+        let target = Target::of(range);
+        let Ok(mut supply) = state.charge(account, [bytes].into_iter()) else {
+            // Nothing is given up for what nobody has asked for.
+            state.stop_prefetching(id);
+            return Some(0);
+        };
+        if let Some(range) = state.ranges.get_mut(&id) {
+            range.pages.begin_ahead(run.clone());
+        }
+        drop(state);
+        let made = self.make(&target, &run, &mut supply);
+        let mut state = self.lock();
+        let (chunk, failure) = match made {
+            Ok(made) => (Some((made.pages, made.mapping)), None),
+            Err(mut failure) => (failure.still_mapped.pop(), Some(failure)),
+        };
+        let made_bytes = if failure.is_none() { bytes } else { 0 };
+        // The range cannot have gone: closing waits for what is filling.
+        if let Some(range) = state.ranges.get_mut(&id) {
+            let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
+            range
+                .pages
+                .finish_ahead(run.start, chunk, failure.is_none());
+            if let Some(mut failure) = failure {
+                tracing::debug!(error = %failure.error, "memory could not be made ahead");
+                state.settle(account, bytes, kept_bytes, &mut failure, supply);
+                state.stop_prefetching(id);
+            }
+        }
+        self.unlock_changed(state);
+        Some(made_bytes)
+    }
+}
+
+impl State {
+    fn stop_prefetching(&mut self, id: RangeId) {
+        if let Some(range) = self.ranges.get_mut(&id) {
+            range.is_hungry = false;
+        }
+    }
+}

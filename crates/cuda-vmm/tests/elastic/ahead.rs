@@ -1,0 +1,147 @@
+//! Memory that is made before it is asked for.
+
+use crate::common::{PAGE, Simulated, manual};
+use cuda_vmm::sim::Fault;
+use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
+use std::time::{Duration, Instant};
+
+const LIMIT: usize = 16 * PAGE;
+
+struct Fixture {
+    simulated: Simulated,
+    engine: Engine,
+    pool: VirtualMemoryPool,
+}
+
+impl Fixture {
+    /// A pool that has four pages made ahead.
+    fn new(options: EngineOptions) -> Self {
+        let simulated = Simulated::default();
+        let engine = Engine::new(&simulated.device, options.limit_bytes(LIMIT)).expect("an engine");
+        let ahead = PoolOptions::new().ahead_bytes_max(4 * PAGE);
+        let pool =
+            VirtualMemoryPool::with_options(&engine, 64 * PAGE, PAGE, ahead).expect("a pool");
+        Self {
+            simulated,
+            engine,
+            pool,
+        }
+    }
+
+    fn ahead_pages(&self) -> usize {
+        let stats = self.engine.stats();
+        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(self.pool.stats().ahead_bytes, stats.ahead_bytes);
+        stats.ahead_bytes / PAGE
+    }
+}
+
+#[test]
+fn a_range_that_grows_finds_its_memory_there() {
+    let fixture = Fixture::new(manual());
+    assert_eq!(
+        fixture.engine.step().prefetched_bytes,
+        4 * PAGE,
+        "before the first allocation"
+    );
+    assert_eq!(fixture.ahead_pages(), 4);
+    let simulator = &fixture.simulated.simulator;
+    for page in 0..12 {
+        simulator.start_trace();
+        fixture
+            .pool
+            .allocate(page * PAGE, PAGE)
+            .expect("there already");
+        assert_eq!(simulator.take_trace(), [], "page {page}");
+        fixture.engine.step();
+        assert!(
+            (2..=4).contains(&fixture.ahead_pages()),
+            "{}",
+            fixture.ahead_pages()
+        );
+    }
+    // It is mapped and open.
+    let stream = cuda_vmm::Stream::new(&fixture.simulated.device).expect("a stream");
+    // SAFETY: live, and mapped until the pool is dropped, which waits.
+    unsafe { stream.memset(fixture.pool.base_address(), 1, 12 * PAGE) }.expect("open");
+    stream.synchronize().expect("done");
+}
+
+#[test]
+fn what_was_made_ahead_is_given_up_first_and_nothing_is_given_up_for_it() {
+    let fixture = Fixture::new(manual());
+    fixture.engine.step();
+    let other = VirtualMemoryPool::on_engine(&fixture.engine, 64 * PAGE, PAGE).expect("a pool");
+    other
+        .allocate(0, LIMIT - 2 * PAGE)
+        .expect("as much as makes it give up two pages");
+    assert_eq!(fixture.ahead_pages(), 2);
+    other.deallocate(0, PAGE).expect("live");
+    other
+        .allocate(32 * PAGE, PAGE)
+        .expect("a freed page or what is ahead");
+    other
+        .allocate(40 * PAGE, PAGE)
+        .expect("a freed page or what is ahead");
+    // The budget is full, so nothing is made ahead, and nobody's memory is taken for it.
+    let full = fixture.engine.stats();
+    fixture.pool.allocate(0, PAGE).expect("what is left");
+    assert_eq!(fixture.engine.step().prefetched_bytes, 0);
+    assert_eq!(fixture.engine.stats().live_bytes, full.live_bytes + PAGE);
+}
+
+#[test]
+fn what_lies_ahead_of_where_nobody_goes_any_more_is_given_back() {
+    let fixture = Fixture::new(manual());
+    fixture.engine.step();
+    fixture.pool.allocate(0, PAGE).expect("there");
+    fixture.pool.allocate(40 * PAGE, PAGE).expect("room");
+    let report = fixture.engine.step();
+    assert_eq!(
+        (report.drained_bytes, report.prefetched_bytes),
+        (3 * PAGE, 4 * PAGE)
+    );
+    assert_eq!(fixture.ahead_pages(), 4);
+    // The end of the range is the end of what is ahead.
+    fixture.pool.allocate(62 * PAGE, PAGE).expect("room");
+    fixture.engine.step();
+    assert_eq!(fixture.ahead_pages(), 1);
+    assert_eq!(fixture.pool.trim(), Ok(PAGE));
+    assert_eq!(fixture.ahead_pages(), 0);
+}
+
+#[test]
+fn a_driver_that_has_no_memory_ahead_is_not_asked_again_until_there_is_need() {
+    let fixture = Fixture::new(manual());
+    let simulator = &fixture.simulated.simulator;
+    simulator.inject(Fault::always(
+        DriverFunction::cuMemCreate,
+        CUDA_ERROR_OUT_OF_MEMORY,
+    ));
+    for _ in 0..3 {
+        assert_eq!(fixture.engine.step().prefetched_bytes, 0);
+    }
+    assert_eq!(simulator.calls(DriverFunction::cuMemCreate), 1);
+    assert_eq!(fixture.engine.stats().committed_bytes, 0);
+    simulator.clear_faults();
+    fixture.pool.allocate(0, PAGE).expect("room");
+    assert_eq!(fixture.engine.step().prefetched_bytes, 4 * PAGE);
+}
+
+#[test]
+fn the_worker_makes_it_by_itself_and_is_then_silent() {
+    let fixture = Fixture::new(EngineOptions::new());
+    let until = Instant::now() + Duration::from_secs(10);
+    while fixture.ahead_pages() < 4 {
+        assert!(Instant::now() < until, "{}", fixture.engine.stats());
+        std::thread::yield_now();
+    }
+    let calls = fixture
+        .simulated
+        .simulator
+        .calls(DriverFunction::cuMemCreate);
+    assert_eq!(calls, 4);
+    fixture.pool.close().expect("closed");
+    assert_eq!(fixture.engine.stats().committed_bytes, 0);
+}
