@@ -10,7 +10,9 @@ use crate::driver::call;
 use crate::quarantine::{self, Stuck};
 use crate::sync::Arc;
 use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
-use crate::{CloseError, Device, PhysicalMemory, Reservation, Result, VmmError, size};
+use crate::{
+    CloseError, Device, Fence, PhysicalMemory, Reservation, Result, Stream, VmmError, size,
+};
 use core::mem::ManuallyDrop;
 
 /// What a device may do with mapped memory.
@@ -153,6 +155,14 @@ impl Mapping {
         }?;
         tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), devices = access.len(), "set access");
         Ok(())
+    }
+
+    /// Queues zeros over all of it; the fence says when they are written. Whoever had bytes in it is done, and the
+    /// owner unmaps it only when the fence is past.
+    pub(crate) fn scrub(&self, stream: &Stream) -> Result<Fence> {
+        // SAFETY: the range is exactly this mapping, which its one caller, the engine, keeps until the fence is past.
+        unsafe { stream.memset(self.address(), 0, self.bytes()) }?;
+        stream.record()
     }
 
     /// The first address.

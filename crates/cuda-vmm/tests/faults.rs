@@ -74,6 +74,15 @@ impl Fixture {
         &under_test().interposer
     }
 
+    /// Steps until the device has done what the steps themselves ask of it.
+    fn step_until_done(&self) {
+        for _ in 0..4 {
+            // A fault may hit this too.
+            let _ = self.device.synchronize();
+            self.engine.step();
+        }
+    }
+
     /// What must hold after any operation, whatever failed in it.
     fn check(&self, what: &str) {
         let mut held = self.device.quarantined_bytes();
@@ -96,8 +105,9 @@ impl Fixture {
     /// Once the driver works again, everything that was refused goes back.
     fn settle(&self, what: &str) {
         self.interposer().clear_faults();
-        self.device.synchronize().expect("nothing is in the way");
-        for _ in 0..3 {
+        for _ in 0..4 {
+            let done = self.device.synchronize();
+            done.expect("nothing is in the way");
             self.engine.step();
             self.shared.engine().step();
         }
@@ -106,7 +116,7 @@ impl Fixture {
         for stats in [self.engine.stats(), self.shared.stats()] {
             assert_eq!(
                 stats.committed_bytes,
-                stats.live_bytes + stats.slack_bytes + stats.parked_bytes,
+                stats.live_bytes + stats.slack_bytes + stats.parked_bytes + stats.cached_bytes,
                 "{what}: settled {stats}"
             );
         }
@@ -193,6 +203,37 @@ fn cases() -> Vec<Case> {
                 |f| f.pool().allocate(0, 4 * page()).map(drop),
             )
         },
+        Case {
+            options: options().cache_bytes_max(limit()),
+            ..case(
+                "allocate from the cache and beside it",
+                |f| {
+                    f.pool().allocate(0, 2 * page())?;
+                    f.pool().deallocate(0, 2 * page())?;
+                    f.step_until_done();
+                    Ok(())
+                },
+                |f| f.pool().allocate(8 * page(), 4 * page()).map(drop),
+            )
+        },
+        Case {
+            options: options().cache_bytes_max(limit()),
+            ..case(
+                "allocate what the cache is given up for",
+                |f| {
+                    f.pool().allocate(0, limit())?;
+                    f.pool().deallocate(page(), limit() - page())?;
+                    f.step_until_done();
+                    Ok(())
+                },
+                |f| {
+                    let other = VirtualMemoryPool::on_engine(&f.engine, limit(), 2 * page())?;
+                    let had = other.allocate(0, 4 * page()).map(drop);
+                    f.made = Some(other);
+                    had
+                },
+            )
+        },
         case("allocate from what is retiring", full_of_retiring, |f| {
             f.pool().allocate(48 * page(), 4 * page()).map(drop)
         }),
@@ -218,6 +259,14 @@ fn cases() -> Vec<Case> {
             ..back("deallocate behind streams, and step", three_live, |f| {
                 f.pool().deallocate(page(), page())?;
                 f.engine.step();
+                Ok(())
+            })
+        },
+        Case {
+            options: options().cache_bytes_max(limit()),
+            ..back("step memory into the cache", three_live, |f| {
+                f.pool().deallocate(0, 3 * page())?;
+                f.step_until_done();
                 Ok(())
             })
         },

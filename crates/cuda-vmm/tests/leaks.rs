@@ -64,6 +64,7 @@ fn options() -> EngineOptions {
     EngineOptions::new()
         .limit_bytes(32 * page())
         .park_bytes_max(2 * page())
+        .cache_bytes_max(4 * page())
         .chunk_bytes_max(4 * page())
 }
 

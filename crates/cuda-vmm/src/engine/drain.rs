@@ -1,53 +1,189 @@
-//! Giving memory back to the driver, and trying again what it refused.
+//! Giving memory back, to the cache or to the driver, and trying again what the driver refused.
 
-use super::pages::ChunkState;
-use super::{Inner, RangeId};
-use crate::sync::Arc;
-use crate::{Mapping, PhysicalMemory, Result};
+use super::ledger::AccountId;
+use super::pages::{ChunkState, Contents};
+use super::retire::Until;
+use super::{EngineStats, Inner, RangeId, State};
+use crate::sync::{Arc, MutexGuard};
+use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
+
+/// Where the memory of a chunk goes when it is unmapped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum To {
+    Cache,
+    Driver,
+}
+
+/// Memory that is mapped no longer.
+enum Released {
+    Cached(PhysicalMemory),
+    Closed(Result<(), CloseError<PhysicalMemory>>),
+}
+
+/// What is to be done with one parked chunk.
+enum Next {
+    Unmap(RangeId, usize, Mapping, To),
+    /// Overwrite it, so that it can go to the cache.
+    Scrub(RangeId, usize, Mapping),
+}
 
 impl Inner {
-    /// Unmaps and releases parked chunks, of one range or of all, until no more than `keep_bytes` are
-    /// parked; returns the bytes that went, and the last error if the driver refused some.
-    pub(super) fn drain_parked(
-        self: &Arc<Self>,
-        keep_bytes: usize,
-        only: Option<RangeId>,
-    ) -> (usize, Result<()>) {
-        let mut drained_bytes = 0;
-        let mut outcome = Ok(());
+    /// Gives back parked chunks of ranges that are closed, and, where more is parked than may be, of others too;
+    /// returns the bytes that are no longer parked.
+    pub(super) fn give_back(self: &Arc<Self>) -> usize {
+        let max_bytes = self.options.park_bytes_max;
+        // Once it is too much, down to three quarters: else each free would call the driver for itself.
+        let mut keep_bytes = max_bytes;
+        let mut given_bytes = 0;
         loop {
-            let next = {
-                let mut state = self.lock();
-                let parked = state.parts().parked_bytes;
-                if parked <= keep_bytes {
-                    break;
-                }
-                let mut ranges = state
-                    .ranges
-                    .iter_mut()
-                    .filter(|(id, _)| only.is_none_or(|only| **id == only));
-                ranges.find_map(|(id, range)| {
-                    let first = range.pages.parked().next()?;
-                    Some((*id, first, range.pages.drain(first)?))
-                })
-            };
-            let Some((id, first, mapping)) = next else {
-                break;
-            };
-            match self.unmap(id, first, mapping) {
-                Ok(bytes) => drained_bytes += bytes,
-                Err(error) => outcome = Err(error),
+            let mut state = self.lock();
+            let parked = |range: &super::range::Range| range.pages.parts().parked_bytes;
+            let parked_bytes: usize = state.ranges.values().map(parked).sum();
+            let too_much = parked_bytes > keep_bytes;
+            if too_much {
+                keep_bytes = max_bytes - max_bytes / 4;
             }
+            let Some(next) = self.next_parked(&mut state, too_much) else {
+                return given_bytes;
+            };
+            drop(state);
+            given_bytes += match next {
+                Next::Unmap(id, first, mapping, to) => {
+                    self.unmap(id, first, mapping, to).unwrap_or_default()
+                }
+                Next::Scrub(id, first, mapping) => self.scrub(id, first, mapping),
+            };
         }
-        (drained_bytes, outcome)
     }
 
-    /// Unmaps and releases one draining chunk. What the driver refuses stays charged, in quarantine.
-    fn unmap(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) -> Result<usize> {
+    /// Takes one parked chunk: of a closed range, or, if there is too much, of any.
+    fn next_parked(&self, state: &mut State, too_much: bool) -> Option<Next> {
+        let room_bytes = self
+            .options
+            .cache_bytes_max
+            .saturating_sub(state.cache.bytes() + state.queue.scrubbing_bytes());
+        let ranges = state.ranges.iter_mut();
+        ranges
+            .filter(|(_, range)| too_much || range.closed)
+            .find_map(|(id, range)| {
+                let first = range.pages.parked().next()?;
+                let bytes = range.pages.chunk_bytes(first);
+                let contents = range.pages.contents(first);
+                let mapping = range.pages.drain(first)?;
+                Some(match contents {
+                    Contents::Unknown if bytes <= room_bytes && !range.closed => {
+                        Next::Scrub(*id, first, mapping)
+                    }
+                    Contents::Zeros if bytes <= room_bytes => {
+                        Next::Unmap(*id, first, mapping, To::Cache)
+                    }
+                    _ => Next::Unmap(*id, first, mapping, To::Driver),
+                })
+            })
+    }
+
+    /// Overwrites a draining chunk with zeros on a stream of the engine's own; it is retiring until that is past, and
+    /// then parked and clean. Where it cannot be overwritten it is parked for the driver. Returns that no byte
+    /// went.
+    fn scrub(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) -> usize {
+        let fence = self
+            .scrubbing_stream()
+            .and_then(|stream| mapping.scrub(&stream));
+        let bytes = mapping.bytes();
+        let mut state = self.lock();
+        let Some(range) = state.ranges.get_mut(&id) else {
+            return 0;
+        };
+        range.pages.retire_drained(first, mapping, fence.is_ok());
+        match fence {
+            Ok(fence) => {
+                let until = Until::Fences(Arc::new(vec![fence]));
+                state.queue.push_scrub(id, first, bytes, until);
+            }
+            Err(error) => {
+                tracing::debug!(%error, "memory could not be overwritten, and is not kept");
+                // The zeros may be queued without a fence.
+                state.queue.push(id, vec![first], Until::Synchronised);
+            }
+        }
+        self.unlock_changed(state);
+        self.worker.wake(self, false);
+        0
+    }
+
+    fn scrubbing_stream(&self) -> Result<Stream> {
+        if let Some(stream) = &self.lock().scrubbing {
+            return Ok(stream.clone());
+        }
+        // Two threads may each make one; the second is destroyed again.
+        let stream = Stream::new(&self.device)?;
+        Ok(self.lock().scrubbing.get_or_insert(stream).clone())
+    }
+
+    /// Gives back what can be spared, one piece after the other, until it is enough: what is cached, unless only one
+    /// range's memory would help, then what is parked. Returns the bytes that went, and the last error if the
+    /// driver refused some.
+    pub(super) fn give_up(
+        self: &Arc<Self>,
+        only: Option<RangeId>,
+        enough: impl Fn(&EngineStats) -> bool,
+    ) -> (usize, Result<()>) {
+        let (mut given_bytes, mut outcome) = (0, Ok(()));
+        loop {
+            let state = self.lock();
+            if enough(&state.parts()) {
+                break;
+            }
+            match self.give_up_one(state, only) {
+                None => break,
+                Some(Ok(bytes)) => given_bytes += bytes,
+                Some(Err(error)) => outcome = Err(error),
+            }
+        }
+        (given_bytes, outcome)
+    }
+
+    /// Gives back one piece; `None` if there is none to spare.
+    pub(super) fn give_up_one(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+        only: Option<RangeId>,
+    ) -> Option<Result<usize>> {
+        if only.is_none()
+            && let Some((bytes, memory)) = state.cache.take_largest()
+        {
+            state.releasing.push((None, bytes));
+            drop(state);
+            return Some(self.release(None, memory));
+        }
+        let mut ranges = state
+            .ranges
+            .iter_mut()
+            .filter(|(id, _)| only.is_none_or(|only| **id == only));
+        let (id, first, mapping) = ranges.find_map(|(id, range)| {
+            let first = range.pages.parked().next()?;
+            Some((*id, first, range.pages.drain(first)?))
+        })?;
+        drop(state);
+        Some(self.unmap(id, first, mapping, To::Driver))
+    }
+
+    /// Unmaps one draining chunk and gives its memory to the cache or the driver. What the driver refuses stays
+    /// charged, in quarantine.
+    fn unmap(
+        self: &Arc<Self>,
+        id: RangeId,
+        first: usize,
+        mapping: Mapping,
+        to: To,
+    ) -> Result<usize> {
         let bytes = mapping.bytes();
         let unmapped = mapping.unmap();
         let released = match unmapped {
-            Ok(memory) => Ok(Arc::into_inner(memory).map(PhysicalMemory::close)),
+            Ok(memory) => Ok(Arc::into_inner(memory).map(|memory| match to {
+                To::Cache => Released::Cached(memory),
+                To::Driver => Released::Closed(memory.close()),
+            })),
             Err(failure) => Err(failure),
         };
         let mut state = self.lock();
@@ -60,14 +196,19 @@ impl Inner {
                 range.pages.quarantine(first, failure.object);
                 Err(failure.error)
             }
-            Ok(closed) => {
+            Ok(released) => {
                 range.pages.drained(first);
-                match closed {
-                    Some(Err(failure)) => {
-                        state.unreleased.push((account, failure.object));
+                match released {
+                    Some(Released::Cached(memory)) => {
+                        state.ledger.put_in_cache(account, bytes);
+                        state.cache.put(bytes, memory);
+                        Ok(bytes)
+                    }
+                    Some(Released::Closed(Err(failure))) => {
+                        state.unreleased.push((Some(account), failure.object));
                         Err(failure.error)
                     }
-                    Some(Ok(())) | None => {
+                    Some(Released::Closed(Ok(()))) | None => {
                         state.ledger.refund(account, bytes);
                         Ok(bytes)
                     }
@@ -100,33 +241,46 @@ impl Inner {
         };
         let mut bytes = 0;
         for (account, memory) in unreleased {
-            let freed = memory.bytes();
-            let outcome = memory.close();
-            let mut state = self.lock();
-            let out = state
-                .releasing
-                .iter()
-                .position(|held| *held == (account, freed));
-            out.map(|at| state.releasing.swap_remove(at));
-            match outcome {
-                Ok(()) => {
-                    state.ledger.refund(account, freed);
-                    bytes += freed;
-                }
-                Err(failure) => state.unreleased.push((account, failure.object)),
-            }
-            self.unlock_changed(state);
+            bytes += self.release(account, memory).unwrap_or_default();
         }
         for (id, first, mapping) in mapped {
-            bytes += self.unmap(id, first, mapping).unwrap_or_default();
+            let unmapped = self.unmap(id, first, mapping, To::Driver);
+            bytes += unmapped.unwrap_or_default();
         }
         bytes
+    }
+
+    /// Releases memory that is mapped nowhere, and that `releasing` names. What the driver refuses is tried again
+    /// later.
+    fn release(&self, account: Option<AccountId>, memory: PhysicalMemory) -> Result<usize> {
+        let bytes = memory.bytes();
+        let outcome = memory.close();
+        let mut state = self.lock();
+        let mut releasing = state.releasing.iter();
+        let out = releasing.position(|held| *held == (account, bytes));
+        out.map(|at| state.releasing.swap_remove(at));
+        let outcome = match (outcome, account) {
+            (Ok(()), Some(account)) => {
+                state.ledger.refund(account, bytes);
+                Ok(bytes)
+            }
+            (Ok(()), None) => {
+                state.ledger.take_from_cache(bytes);
+                Ok(bytes)
+            }
+            (Err(failure), _) => {
+                state.unreleased.push((account, failure.object));
+                Err(failure.error)
+            }
+        };
+        self.unlock_changed(state);
+        outcome
     }
 
     /// Gives up what can be spared, because the device has run out of memory.
     pub(super) fn relieve(self: &Arc<Self>) {
         self.poll();
         self.retry();
-        let _ = self.drain_parked(0, None);
+        let _ = self.give_up(None, |_| false);
     }
 }

@@ -1,5 +1,6 @@
 //! Backing pages: create, map, set access, and undo it all if one call fails.
 
+use super::ledger::{AccountId, Refusal};
 use super::plan::Plan;
 use super::{Inner, RangeId, State};
 use crate::mapping::MapFailure;
@@ -13,6 +14,49 @@ struct Failure {
     error: VmmError,
     still_mapped: Vec<(Range<usize>, Mapping)>,
     unreleased: Vec<PhysicalMemory>,
+    /// What came from the cache.
+    cached: Vec<PhysicalMemory>,
+}
+
+/// A chunk that was made.
+struct Made {
+    pages: Range<usize>,
+    mapping: Mapping,
+    /// Whether its memory came from the cache.
+    from_cache: bool,
+}
+
+impl State {
+    /// Charges an account for all that a plan backs, and takes from the cache what serves it.
+    pub(super) fn charge(
+        &mut self,
+        account: AccountId,
+        plan: &Plan,
+        page_bytes: usize,
+    ) -> Result<Vec<PhysicalMemory>, Refusal> {
+        let mut supply = Vec::new();
+        if self.cache.bytes() > 0 {
+            let chunks = plan.chunks().into_iter();
+            supply.extend(chunks.filter_map(|chunk| self.cache.take(chunk.len() * page_bytes)));
+        }
+        let supply_bytes = supply.iter().map(PhysicalMemory::bytes).sum();
+        self.ledger.take_from_cache(supply_bytes);
+        match self.ledger.charge(account, plan.pages() * page_bytes) {
+            Ok(()) => Ok(supply),
+            Err(refusal) => {
+                self.restock(supply);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Puts back what was taken from the cache.
+    fn restock(&mut self, supply: Vec<PhysicalMemory>) {
+        for memory in supply {
+            self.ledger.restock(memory.bytes());
+            self.cache.put(memory.bytes(), memory);
+        }
+    }
 }
 
 impl Failure {
@@ -21,20 +65,26 @@ impl Failure {
             error,
             still_mapped: Vec::new(),
             unreleased: Vec::new(),
+            cached: Vec::new(),
         }
     }
 
     /// Undoes one chunk, or keeps what cannot be undone.
-    fn undo(&mut self, pages: Range<usize>, mapping: Mapping) {
-        match mapping.unmap() {
-            Ok(memory) => self.release(memory),
-            Err(failure) => self.still_mapped.push((pages, failure.object)),
+    fn undo(&mut self, made: Made) {
+        match made.mapping.unmap() {
+            Ok(memory) => self.release(memory, made.from_cache),
+            Err(failure) => self.still_mapped.push((made.pages, failure.object)),
         }
     }
 
-    fn release(&mut self, memory: Arc<PhysicalMemory>) {
-        if let Some(Err(failure)) = Arc::into_inner(memory).map(PhysicalMemory::close) {
-            self.unreleased.push(failure.object);
+    fn release(&mut self, memory: Arc<PhysicalMemory>, from_cache: bool) {
+        match Arc::into_inner(memory) {
+            Some(memory) if from_cache => self.cached.push(memory),
+            Some(memory) => {
+                let stuck = memory.close().err();
+                self.unreleased.extend(stuck.map(|failure| failure.object));
+            }
+            None => {}
         }
     }
 }
@@ -55,6 +105,7 @@ impl Inner {
         id: RangeId,
         extent: Extent,
         plan: Plan,
+        mut supply: Vec<PhysicalMemory>,
     ) -> Result<()> {
         let bytes = extent.range();
         let Some(range) = state.ranges.get_mut(&id) else {
@@ -73,7 +124,7 @@ impl Inner {
             page_bytes: range.page_bytes,
         };
         drop(state);
-        let made = self.back(&target, &plan);
+        let made = self.back(&target, &plan, &mut supply);
         let mut state = self.lock();
         // The range cannot have gone: closing waits for what is filling.
         let Some(range) = state.ranges.get_mut(&id) else {
@@ -81,8 +132,9 @@ impl Inner {
         };
         match made {
             Ok(chunks) => {
-                let made_pages: usize = chunks.iter().map(|(pages, _)| pages.len()).sum();
+                let made_pages: usize = chunks.iter().map(|made| made.pages.len()).sum();
                 let account = range.account;
+                let chunks = chunks.into_iter().map(|made| (made.pages, made.mapping));
                 range.pages.finish(&bytes, &runs, chunks);
                 let unmade_bytes = (plan.pages() - made_pages) * target.page_bytes;
                 state.ledger.refund(account, unmade_bytes);
@@ -98,7 +150,7 @@ impl Inner {
                 self.unlock_changed(state);
                 outcome
             }
-            Err(failure) => {
+            Err(mut failure) => {
                 let account = range.account;
                 let kept_bytes = failure
                     .still_mapped
@@ -112,7 +164,9 @@ impl Inner {
                 let unreleased = failure.unreleased.into_iter();
                 state
                     .unreleased
-                    .extend(unreleased.map(|memory| (account, memory)));
+                    .extend(unreleased.map(|memory| (Some(account), memory)));
+                failure.cached.append(&mut supply);
+                state.restock(failure.cached);
                 self.retire(state, id, orphans);
                 // Something may be stuck, or parked again.
                 self.worker.wake(self, false);
@@ -122,16 +176,21 @@ impl Inner {
     }
 
     /// Makes chunks for all missing pages, or none. Spare pages may stay without.
-    fn back(&self, target: &Target, plan: &Plan) -> Result<Vec<(Range<usize>, Mapping)>, Failure> {
+    fn back(
+        &self,
+        target: &Target,
+        plan: &Plan,
+        supply: &mut Vec<PhysicalMemory>,
+    ) -> Result<Vec<Made>, Failure> {
         // Chunks still to be made, the next one last.
         let mut left = plan.chunks();
         left.reverse();
-        let mut made = Vec::with_capacity(left.len());
+        let mut done: Vec<Made> = Vec::with_capacity(left.len());
         let mut relieved = false;
         while let Some(pages) = left.pop() {
-            let mut failure = match self.make(target, &pages) {
-                Ok(mapping) => {
-                    made.push((pages, mapping));
+            let mut failure = match self.make(target, &pages, supply) {
+                Ok(made) => {
+                    done.push(made);
                     continue;
                 }
                 Err(failure) => failure,
@@ -147,39 +206,59 @@ impl Inner {
                         .iter()
                         .for_each(|engine| engine.inner().relieve());
                     self.device.retry_refused();
+                    supply.append(&mut failure.cached);
                     left.push(pages);
                     continue;
                 }
-                if plan.may_halve(&pages) {
+                // Memory that is there already is not what the device has too little of.
+                if failure.cached.is_empty() && plan.may_halve(&pages) {
                     let middle = pages.start + pages.len() / 2;
                     let halves = [middle..pages.end, pages.start..middle];
                     left.extend(halves.into_iter().filter(|half| plan.is_asked_for(half)));
                     continue;
                 }
             }
-            for (pages, mapping) in made.into_iter().rev() {
-                failure.undo(pages, mapping);
+            for made in done.into_iter().rev() {
+                failure.undo(made);
             }
             return Err(failure);
         }
-        Ok(made)
+        Ok(done)
     }
 
-    /// Makes one chunk.
-    fn make(&self, target: &Target, pages: &Range<usize>) -> Result<Mapping, Failure> {
-        let memory = PhysicalMemory::new(&self.device, pages.len() * target.page_bytes)
-            .map(Arc::new)
-            .map_err(Failure::new)?;
+    /// Makes one chunk, of memory from the supply if some fits.
+    fn make(
+        &self,
+        target: &Target,
+        pages: &Range<usize>,
+        supply: &mut Vec<PhysicalMemory>,
+    ) -> Result<Made, Failure> {
+        let bytes = pages.len() * target.page_bytes;
+        let fitting = supply.iter().position(|memory| memory.bytes() == bytes);
+        let from_cache = fitting.is_some();
+        let memory = match fitting {
+            Some(at) => Ok(supply.swap_remove(at)),
+            None => PhysicalMemory::new(&self.device, bytes),
+        };
+        let memory = memory.map(Arc::new).map_err(Failure::new)?;
         let offset = pages.start * target.page_bytes;
-        Mapping::try_new(&target.reservation, offset, &memory, &target.access).map_err(
-            |MapFailure { error, stuck }| {
+        match Mapping::try_new(&target.reservation, offset, &memory, &target.access) {
+            Ok(mapping) => Ok(Made {
+                pages: pages.clone(),
+                mapping,
+                from_cache,
+            }),
+            Err(MapFailure { error, stuck }) => {
                 let mut failure = Failure::new(error);
                 match stuck {
-                    Some(mapping) => failure.still_mapped.push((pages.clone(), mapping)),
-                    None => failure.release(memory),
+                    Some(mapping) => {
+                        drop(memory);
+                        failure.still_mapped.push((pages.clone(), mapping));
+                    }
+                    None => failure.release(memory, from_cache),
                 }
-                failure
-            },
-        )
+                Err(failure)
+            }
+        }
     }
 }

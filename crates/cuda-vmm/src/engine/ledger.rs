@@ -65,7 +65,10 @@ pub(crate) struct Refusal {
 #[derive(Debug)]
 pub(crate) struct Ledger {
     limit_bytes: usize,
+    /// Of all accounts.
     committed_bytes: usize,
+    /// Held on nobody's account, and given up before anyone is refused.
+    cached_bytes: usize,
     unused_guarantee_bytes: usize,
     accounts: BTreeMap<AccountId, Account>,
     next: u64,
@@ -76,14 +79,32 @@ impl Ledger {
         Self {
             limit_bytes,
             committed_bytes: 0,
+            cached_bytes: 0,
             unused_guarantee_bytes: 0,
             accounts: BTreeMap::new(),
             next: 0,
         }
     }
 
+    /// What is held, on accounts and in the cache.
     pub(crate) fn committed_bytes(&self) -> usize {
-        self.committed_bytes
+        self.committed_bytes + self.cached_bytes
+    }
+
+    /// Moves what an account is charged for to the cache.
+    pub(crate) fn put_in_cache(&mut self, id: AccountId, bytes: usize) {
+        self.refund(id, bytes);
+        self.cached_bytes += bytes;
+    }
+
+    /// What was taken from the cache is in it again.
+    pub(crate) fn restock(&mut self, bytes: usize) {
+        self.cached_bytes += bytes;
+    }
+
+    /// What is no longer in the cache is nobody's.
+    pub(crate) fn take_from_cache(&mut self, bytes: usize) {
+        self.cached_bytes -= bytes;
     }
 
     /// Opens an account, if its guarantee can hold beside what is committed and guaranteed already.
@@ -138,7 +159,7 @@ impl Ledger {
         let others = self.unused_guarantee_bytes - account.unused_guarantee();
         let in_budget = self
             .limit_bytes
-            .saturating_sub(self.committed_bytes)
+            .saturating_sub(self.committed_bytes())
             .saturating_sub(others);
         in_budget.min(account.below_ceiling())
     }

@@ -4,6 +4,7 @@
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
+mod cache;
 mod drain;
 mod fill;
 mod intervals;
@@ -27,7 +28,8 @@ pub use worker::WorkerMode;
 use crate::quarantine::Stuck;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, VmmError};
+use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
+use cache::Cache;
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
@@ -57,10 +59,14 @@ struct State {
     ranges: BTreeMap<RangeId, Range>,
     next_range: u64,
     queue: Queue,
-    /// Memory that was unmapped but that the driver would not release.
-    unreleased: Vec<(AccountId, PhysicalMemory)>,
+    cache: Cache<PhysicalMemory>,
+    /// Where memory is overwritten before it goes to the cache; made when it is first needed.
+    scrubbing: Option<Stream>,
+    /// Memory that is mapped nowhere but that the driver would not release, and on whose account it is, or that of
+    /// the cache.
+    unreleased: Vec<(Option<AccountId>, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
-    releasing: Vec<(AccountId, usize)>,
+    releasing: Vec<(Option<AccountId>, usize)>,
     /// Threads that wait for `changed`.
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
@@ -76,6 +82,7 @@ impl State {
         let mut stats = EngineStats {
             committed_bytes: self.ledger.committed_bytes(),
             ranges: self.ranges.len(),
+            cached_bytes: self.cache.bytes(),
             retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
             quarantined_bytes: self
                 .unreleased
@@ -130,6 +137,8 @@ impl Engine {
                 ranges: BTreeMap::new(),
                 next_range: 0,
                 queue: Queue::default(),
+                cache: Cache::default(),
+                scrubbing: None,
                 unreleased: Vec::new(),
                 releasing: Vec::new(),
                 waiting: 0,
@@ -195,11 +204,19 @@ impl Engine {
     /// # Errors
     /// The driver's, if it refused; what it refused is in quarantine. [`VmmError::Forked`].
     pub fn trim(&self) -> Result<usize> {
+        self.trim_to(0)
+    }
+
+    /// As [`trim`](Self::trim), but only until no more than `bytes` bytes are committed.
+    ///
+    /// # Errors
+    /// As [`trim`](Self::trim).
+    pub fn trim_to(&self, bytes: usize) -> Result<usize> {
         self.0.check_process()?;
         self.0.poll();
         let retried_bytes = self.0.retry();
-        let (drained_bytes, outcome) = self.0.drain_parked(0, None);
-        outcome.map(|()| retried_bytes + drained_bytes)
+        let (given_bytes, outcome) = self.0.give_up(None, |stats| stats.committed_bytes <= bytes);
+        outcome.map(|()| retried_bytes + given_bytes)
     }
 }
 
@@ -257,7 +274,7 @@ impl Inner {
             self.unlock_changed(state);
         }
         let retried_bytes = self.retry();
-        let (drained_bytes, _) = self.drain_parked(self.options.park_bytes_max, None);
+        let drained_bytes = self.give_back();
         self.finish_closing();
         let stats = self.lock().parts();
         StepReport {

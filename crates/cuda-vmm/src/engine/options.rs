@@ -11,8 +11,14 @@ pub struct EngineOptions {
     pub limit_bytes: Option<usize>,
     /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the process.
     pub headroom_bytes: usize,
-    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call.
+    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call. Where more is freed,
+    /// it is given back down to three quarters of this, so that a range that breathes does not call the driver at
+    /// each breath. 0 keeps nothing.
     pub park_bytes_max: usize,
+    /// How much memory that is no longer mapped is kept, in bytes, to be mapped again anywhere without being
+    /// made. It is overwritten with zeros on the device before, so that no range finds another's bytes in it, and
+    /// given up before an allocation is refused. 0 keeps nothing.
+    pub cache_bytes_max: usize,
     /// The largest chunk in bytes; never more than 128 MiB. A page is the smallest chunk whatever this says, so
     /// with 0, the default, each page has a chunk of its own and can be given back alone. Larger chunks take
     /// fewer driver calls, and a chunk is only given back whole: what it holds without being live is slack.
@@ -22,12 +28,13 @@ pub struct EngineOptions {
 }
 
 impl EngineOptions {
-    /// The defaults: the device's total, no headroom, nothing parked, a chunk a page, a worker thread.
+    /// The defaults: the device's total, no headroom, nothing parked or cached, a chunk a page, a worker thread.
     pub const fn new() -> Self {
         Self {
             limit_bytes: None,
             headroom_bytes: 0,
             park_bytes_max: 0,
+            cache_bytes_max: 0,
             chunk_bytes_max: 0,
             worker: WorkerMode::Thread,
         }
@@ -48,6 +55,12 @@ impl EngineOptions {
     /// With freed memory kept mapped, up to this many bytes.
     pub const fn park_bytes_max(mut self, bytes: usize) -> Self {
         self.park_bytes_max = bytes;
+        self
+    }
+
+    /// With unmapped memory kept, up to this many bytes.
+    pub const fn cache_bytes_max(mut self, bytes: usize) -> Self {
+        self.cache_bytes_max = bytes;
         self
     }
 

@@ -27,6 +27,17 @@ pub(crate) enum ChunkState {
     Quarantined,
 }
 
+/// What is in a chunk in which nobody has a byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Contents {
+    /// What its last users left.
+    Unknown,
+    /// Zeros, or it will be when it is parked.
+    Zeros,
+    /// What its last users left, and it could not be overwritten.
+    Stuck,
+}
+
 #[derive(Debug)]
 struct Chunk<M> {
     /// Counts of pages, kept small: there can be a chunk for every page.
@@ -35,6 +46,7 @@ struct Chunk<M> {
     state: ChunkState,
     /// Whether it was parked, and nobody has had a byte in it since.
     untouched: bool,
+    contents: Contents,
     /// Absent while Filling or Draining, when it is with whoever does that work.
     memory: Option<M>,
 }
@@ -281,6 +293,7 @@ impl<M> Pages<M> {
         let from = self.first_at_or_after(touched.start);
         for (_, chunk) in self.chunks.range_mut(from..touched.end) {
             chunk.untouched = false;
+            chunk.contents = Contents::Unknown;
         }
         self.count_live(bytes, 1);
         self.live.insert(bytes.clone());
@@ -352,6 +365,26 @@ impl<M> Pages<M> {
         if self.state_of(first) == Some(ChunkState::Retiring) {
             self.set_state(first, ChunkState::Parked);
         }
+    }
+
+    /// A draining chunk is to be parked again when the device has overwritten it, or done whatever it does.
+    pub(crate) fn retire_drained(&mut self, first: usize, memory: M, overwritten: bool) {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
+        self.set_state(first, ChunkState::Retiring);
+        if let Some(chunk) = self.chunks.get_mut(&first) {
+            chunk.memory = Some(memory);
+            chunk.contents = if overwritten {
+                Contents::Zeros
+            } else {
+                Contents::Stuck
+            };
+        }
+    }
+
+    /// What is in a parked chunk.
+    pub(crate) fn contents(&self, first: usize) -> Contents {
+        let chunk = self.chunks.get(&first);
+        chunk.map_or(Contents::Unknown, |chunk| chunk.contents)
     }
 
     /// Hands out the memory of a parked or quarantined chunk to be unmapped.
@@ -428,6 +461,7 @@ impl<M> Pages<M> {
             live_pages: 0,
             state,
             untouched: false,
+            contents: Contents::Unknown,
             memory,
         };
         let before = self.chunks.insert(pages.start, chunk);

@@ -143,13 +143,13 @@ impl Inner {
         parts.quarantined_bytes += state
             .unreleased
             .iter()
-            .filter(|(account, _)| *account == range.account)
+            .filter(|(account, _)| *account == Some(range.account))
             .map(|(_, memory)| memory.bytes())
             .sum::<usize>();
         parts.retiring_bytes += state
             .releasing
             .iter()
-            .filter(|(account, _)| *account == range.account)
+            .filter(|(account, _)| *account == Some(range.account))
             .map(|(_, bytes)| bytes)
             .sum::<usize>();
         Ok(RangeStats {
@@ -176,6 +176,8 @@ impl Inner {
         self.check_process()?;
         let mut retried = false;
         let mut polled = false;
+        // Why the driver would not take back what was given up for this.
+        let mut refused = None;
         let mut state = self.lock();
         loop {
             let range = match state.ranges.get(&id) {
@@ -221,14 +223,13 @@ impl Inner {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
-                let with_spare_bytes = need_bytes + plan.spare_pages * page_bytes;
-                let charged = state.ledger.charge(account, with_spare_bytes).or_else(|_| {
+                let charged = state.charge(account, &plan, page_bytes).or_else(|_| {
                     plan.spare_pages = 0;
-                    state.ledger.charge(account, need_bytes)
+                    state.charge(account, &plan, page_bytes)
                 });
                 match charged {
-                    Ok(()) => {
-                        let outcome = self.fill(state, id, extent, plan);
+                    Ok(supply) => {
+                        let outcome = self.fill(state, id, extent, plan, supply);
                         return outcome.map(|()| offset);
                     }
                     Err(refusal) => Some(refusal),
@@ -264,7 +265,7 @@ impl Inner {
                 asked_bytes: need_bytes,
                 free_bytes: refusal.free_bytes,
                 retiring_bytes: stats.retiring_bytes,
-                reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
+                reclaimable_bytes: stats.reclaimable_bytes(),
                 limit_bytes: refusal.limit_bytes,
             };
             if error.is_never() {
@@ -279,17 +280,21 @@ impl Inner {
                 }
                 _ => (stats.parked_bytes, stats.retiring_bytes),
             };
-            if parked_bytes > 0 {
-                drop(state);
-                let (drained_bytes, outcome) = self.drain_parked(0, only);
-                if drained_bytes == 0 {
-                    outcome?;
+            let spare_bytes = parked_bytes
+                + if only.is_none() {
+                    stats.cached_bytes
+                } else {
+                    0
+                };
+            if spare_bytes > 0 {
+                if let Some(Err(error)) = self.give_up_one(state, only) {
+                    refused = Some(error);
                 }
                 state = self.lock();
                 continue;
             }
             if !wait || retiring_bytes + refusal.free_bytes < need_bytes {
-                return Err(error);
+                return Err(refused.unwrap_or(error));
             }
             match self.await_progress(state, only)? {
                 Some(again) => state = again,
@@ -310,7 +315,7 @@ impl Inner {
             asked_bytes,
             free_bytes: 0,
             retiring_bytes: stats.retiring_bytes,
-            reclaimable_bytes: stats.parked_bytes + stats.slack_bytes,
+            reclaimable_bytes: stats.reclaimable_bytes(),
             limit_bytes,
         }
     }
@@ -360,30 +365,32 @@ impl Inner {
         }
         self.retire(state, id, unused);
         self.poll();
-        let mut state = self.lock();
-        while (state.ranges.get(&id))
-            .is_some_and(|range| !range.pages.in_state(ChunkState::Retiring).is_empty())
-        {
-            match self.await_progress(state, Some(id))? {
-                Some(again) => state = again,
-                // A capture is declared: the worker finishes when it is over.
-                None => {
-                    self.worker.keep(self);
-                    return Ok(());
+        let mut drained = Ok(());
+        loop {
+            let mut state = self.lock();
+            let Some(range) = state.ranges.get(&id) else {
+                break;
+            };
+            let parts = range.pages.parts();
+            if !range.pages.in_state(ChunkState::Retiring).is_empty() {
+                match self.await_progress(state, Some(id))? {
+                    Some(_) => {}
+                    // A capture is declared: the worker finishes when it is over.
+                    None => {
+                        self.worker.keep(self);
+                        return Ok(());
+                    }
                 }
+            } else if parts.retiring_bytes > 0 {
+                // Someone else, the worker for instance, is unmapping the last chunks.
+                state = self.wait(state);
+                drop(state);
+            } else if let Some(given) = self.give_up_one(state, Some(id)) {
+                drained = given.map(drop).and(drained);
+            } else {
+                break;
             }
         }
-        drop(state);
-        let (_, drained) = self.drain_parked(0, Some(id));
-        self.finish_closing();
-        let mut state = self.lock();
-        // Someone else, the worker for instance, may be unmapping the last chunks.
-        while (state.ranges.get(&id))
-            .is_some_and(|range| !range.pages.in_state(ChunkState::Draining).is_empty())
-        {
-            state = self.wait(state);
-        }
-        drop(state);
         self.finish_closing();
         let mut state = self.lock();
         // Someone else may be freeing the addresses.

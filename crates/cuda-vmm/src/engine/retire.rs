@@ -68,6 +68,8 @@ pub(super) struct Entry {
     /// First pages.
     pub(super) chunks: Vec<usize>,
     pub(super) until: Until,
+    /// How much of it is overwritten by then, in bytes.
+    pub(super) scrubbed_bytes: usize,
 }
 
 /// Entries in the order in which they were made.
@@ -79,6 +81,15 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn push(&mut self, range: RangeId, chunks: Vec<usize>, until: Until) {
+        self.add(range, chunks, until, 0);
+    }
+
+    /// A chunk that is being overwritten.
+    pub(super) fn push_scrub(&mut self, range: RangeId, first: usize, bytes: usize, until: Until) {
+        self.add(range, vec![first], until, bytes);
+    }
+
+    fn add(&mut self, range: RangeId, chunks: Vec<usize>, until: Until, scrubbed_bytes: usize) {
         let id = self.next;
         self.next += 1;
         self.entries.push(Entry {
@@ -86,7 +97,13 @@ impl Queue {
             range,
             chunks,
             until,
+            scrubbed_bytes,
         });
+    }
+
+    /// What is being overwritten, in bytes.
+    pub(super) fn scrubbing_bytes(&self) -> usize {
+        self.entries.iter().map(|entry| entry.scrubbed_bytes).sum()
     }
 
     pub(super) fn is_empty(&self) -> bool {

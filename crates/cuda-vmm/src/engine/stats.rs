@@ -21,6 +21,8 @@ pub struct EngineStats {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
+    /// Clean and mapped nowhere, to be mapped again; on no range's account.
+    pub cached_bytes: usize,
     /// Refused by the driver when it was to be given back; retried.
     pub quarantined_bytes: usize,
     /// Ranges, those included that are closing.
@@ -37,7 +39,15 @@ impl EngineStats {
             + self.filling_bytes
             + self.retiring_bytes
             + self.parked_bytes
+            + self.cached_bytes
             + self.quarantined_bytes
+    }
+}
+
+impl EngineStats {
+    /// What could be given up, or be made so by compaction, in bytes.
+    pub(super) fn reclaimable_bytes(&self) -> usize {
+        self.parked_bytes + self.cached_bytes + self.slack_bytes
     }
 }
 
@@ -45,7 +55,7 @@ impl fmt::Display for EngineStats {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} quarantined; \
+            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} cached, {} quarantined; \
              {} ranges, {} mappings",
             Readable(self.committed_bytes),
             Readable(self.limit_bytes),
@@ -54,6 +64,7 @@ impl fmt::Display for EngineStats {
             Readable(self.filling_bytes),
             Readable(self.retiring_bytes),
             Readable(self.parked_bytes),
+            Readable(self.cached_bytes),
             Readable(self.quarantined_bytes),
             self.ranges,
             self.chunks,

@@ -28,6 +28,7 @@ fn pool(device: &Device, page: usize) -> SharedMemoryPool {
     let engine = EngineOptions::new()
         .limit_bytes(LIMIT_PAGES * page)
         .park_bytes_max(4 * page)
+        .cache_bytes_max(8 * page)
         .chunk_bytes_max(4 * page);
     let options = SharedPoolOptions {
         engine,
