@@ -1,24 +1,12 @@
 //! What the engine does not have yet: each answers `None` until it has.
 
 use anyhow::Result;
-use cuda_vmm::{Engine, EngineOptions, EngineStats, VirtualMemoryPool};
+use cuda_vmm::{Engine, EngineStats, VirtualMemoryPool};
 
-/// Why figures of the cache are missing.
-pub const NO_CACHE: &str = "the engine keeps no cache of handles yet";
 /// Why figures of prefetching are missing.
 pub const NO_PREFETCH: &str = "the engine makes no memory ahead of need yet";
 /// Why figures of compaction are missing.
 pub const NO_COMPACTION: &str = "the engine does not compact yet";
-
-/// Options with a cache of clean handles, of so many bytes.
-pub fn with_cache(_options: EngineOptions, _cache_bytes_max: usize) -> Option<EngineOptions> {
-    None
-}
-
-/// What is in the cache, in bytes.
-pub fn cached_bytes(_stats: &EngineStats) -> usize {
-    0
-}
 
 /// A range for which memory is made ahead, up to so many bytes.
 pub fn prefetched(

@@ -101,17 +101,29 @@ pub fn options() -> EngineOptions {
     EngineOptions::new().chunk_bytes_max(128 << 20)
 }
 
+/// For how long something may be waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Takes steps of an engine until its numbers are as they should be.
 pub fn until(
     engine: &Engine,
     what: &str,
     mut is_so: impl FnMut(&EngineStats) -> Result<bool>,
 ) -> Result<()> {
-    const PATIENCE: Duration = Duration::from_secs(10);
     let started = Instant::now();
     while !is_so(&engine.stats())? {
         ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
         engine.step();
+    }
+    Ok(())
+}
+
+/// Looks at an engine's numbers until they are as they should be, and leaves the steps to its thread.
+pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
+    let started = Instant::now();
+    while !is_so(&engine.stats()) {
+        ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::hint::spin_loop();
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 use super::{Outcome, Work};
 use crate::demand::{Demand, Reach};
 use crate::features;
-use crate::machine::{self, Machine, until};
+use crate::machine::{self, Machine, watch};
 use crate::recorder;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
@@ -101,8 +101,8 @@ impl Ranges {
             pools.push(pool);
         }
         if manner == Manner::Ahead {
-            until(&engine, "memory to be made ahead", |stats| {
-                Ok(features::ahead_bytes(stats) >= RANGES * page_bytes)
+            watch(&engine, "memory to be made ahead", |stats| {
+                features::ahead_bytes(stats) >= RANGES * page_bytes
             })?;
         }
         Ok(Some(Self {

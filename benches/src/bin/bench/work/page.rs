@@ -3,7 +3,6 @@
 use super::{Outcome, Work};
 use crate::bare::{Ordered, Plain, Range};
 use crate::demand::{Demand, Reach};
-use crate::features;
 use crate::machine::{self, Machine, time, until};
 use crate::recorder;
 use crate::sides::Sides;
@@ -46,20 +45,17 @@ fn measure_cached(machine: &Machine) -> Result<Outcome> {
     let page_bytes = machine.page_bytes;
     let mut range = Range::reserve(&machine.device, page_bytes)?;
     range.create(page_bytes)?;
+    let pool = machine.pool(machine::options().cache_bytes_max(64 << 20), page_bytes)?;
     let mut sides = Sides::new();
-    let options = features::with_cache(machine::options(), 64 << 20);
-    if let Some(options) = options {
-        let pool = machine.pool(options, page_bytes)?;
-        sides.add("ours, handle in the cache", move || {
-            let (_, elapsed) = time(|| pool.allocate(0, page_bytes))?;
-            pool.deallocate(0, page_bytes)?;
-            machine.stream.synchronize()?;
-            until(pool.engine(), "the handle to reach the cache", |stats| {
-                Ok(features::cached_bytes(stats) >= page_bytes)
-            })?;
-            Ok(elapsed)
-        });
-    }
+    sides.add("ours, handle in the cache", || {
+        let (_, elapsed) = time(|| pool.allocate(0, page_bytes))?;
+        pool.deallocate(0, page_bytes)?;
+        machine.stream.synchronize()?;
+        until(pool.engine(), "the handle to reach the cache", |stats| {
+            Ok(stats.cached_bytes >= page_bytes)
+        })?;
+        Ok(elapsed)
+    });
     sides.add("bare map and set access", || {
         let ((), elapsed) = time(|| range.map_last())?;
         range.unmap_last()?;
@@ -77,16 +73,11 @@ fn measure_cached(machine: &Machine) -> Result<Outcome> {
     // A page that is mapped goes back by itself, one that is not would be unmapped in vain.
     range.map_last()?;
     let mut outcome = Outcome::new(measured);
-    match options {
-        Some(_) => {
-            outcome.add_medians(
-                &FROM_CACHE,
-                "ours, handle in the cache",
-                "bare map and set access",
-            )?;
-        }
-        None => outcome.add_unmeasured(&FROM_CACHE, features::NO_CACHE),
-    }
+    outcome.add_medians(
+        &FROM_CACHE,
+        "ours, handle in the cache",
+        "bare map and set access",
+    )?;
     Ok(outcome)
 }
 
