@@ -4,11 +4,72 @@
 #![allow(missing_docs)]
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use cuda_vmm::{Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
+use cuda_vmm::{
+    Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode,
+};
 use cuda_vmm_benches::{GRANULARITY, no_op_driver};
 use std::hint::black_box;
+use std::time::{Duration, Instant};
 
 const CAPACITY: usize = 128 << 30;
+
+/// Pages that are parked at a time.
+const PARKED: usize = 64;
+
+/// The time of taking back so many parked pages, without that of parking them.
+fn take_back_parked(device: &Device, pages: u64) -> Duration {
+    let options = EngineOptions::new()
+        .park_bytes_max(CAPACITY)
+        .worker(WorkerMode::Manual);
+    let engine = Engine::new(device, options).expect("engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
+    pool.use_stream(&Stream::new(device).expect("stream"))
+        .expect("same device");
+    // Each apart from the others, so that it is a chunk of its own.
+    let offset = |page| 2 * page * GRANULARITY;
+    let mut elapsed = Duration::ZERO;
+    let mut left = pages as usize;
+    while left > 0 {
+        let round = left.min(PARKED);
+        for page in 0..round {
+            pool.allocate(offset(page), GRANULARITY).expect("room");
+        }
+        for page in 0..round {
+            pool.deallocate(offset(page), GRANULARITY).expect("live");
+        }
+        engine.step();
+        let started = Instant::now();
+        for page in 0..round {
+            black_box(pool.allocate(offset(page), GRANULARITY).expect("parked"));
+        }
+        elapsed += started.elapsed();
+        for page in 0..round {
+            pool.deallocate(offset(page), GRANULARITY).expect("live");
+        }
+        left -= round;
+    }
+    elapsed
+}
+
+/// The time of growing by so many tokens whose pages are live already.
+fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
+    const TOKEN: usize = 4096;
+    let mut elapsed = Duration::ZERO;
+    let mut left = tokens as usize;
+    while left > 0 {
+        // The first token brings the page.
+        let round = left.min(GRANULARITY / TOKEN - 1);
+        pool.allocate(0, TOKEN).expect("room");
+        let started = Instant::now();
+        for token in 1..=round {
+            black_box(pool.allocate(token * TOKEN, TOKEN).expect("room"));
+        }
+        elapsed += started.elapsed();
+        pool.deallocate(0, (round + 1) * TOKEN).expect("live");
+        left -= round;
+    }
+    elapsed
+}
 
 fn bookkeeping(criterion: &mut Criterion) {
     let device = no_op_driver().device(0).expect("device");
@@ -39,6 +100,10 @@ fn bookkeeping(criterion: &mut Criterion) {
         },
     );
 
+    group.bench_function("take back a parked page", |bencher| {
+        bencher.iter_custom(|pages| take_back_parked(&device, pages));
+    });
+
     let engine = Engine::new(&device, EngineOptions::new()).expect("engine");
     let tokens = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
     tokens.allocate(0, 1).expect("room");
@@ -51,6 +116,11 @@ fn bookkeeping(criterion: &mut Criterion) {
             });
         },
     );
+
+    let growing = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
+    group.bench_function("allocate a token in a live page", |bencher| {
+        bencher.iter_custom(|tokens| grow_in_live_pages(&growing, tokens));
+    });
 
     let shared = SharedMemoryPool::new(&device, 1 << 40).expect("pool");
     for model in 0..64 {

@@ -1,5 +1,6 @@
 //! The project's own tasks, run as `cargo xtask <task>`.
 
+mod bench;
 mod ci;
 mod consumers;
 mod files;
@@ -53,6 +54,10 @@ enum Task {
     },
     /// Run every test that needs no GPU
     Test,
+    /// Measure what the bookkeeping costs, or with --gpu what the pools cost on the GPU of this machine
+    ///
+    /// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
+    Bench(bench::Arguments),
     /// Run every check: the tests, formatting, lints, documentation, packages, consumers, headers
     Ci,
     /// Pack the library crates, and build and run small programs that depend on the packages
@@ -90,13 +95,15 @@ fn main() -> ExitCode {
         Err(error) => {
             // Telling why can only fail if there is nobody left to tell.
             let _ = error.print();
-            let matrix = std::env::args_os()
-                .nth(1)
-                .is_some_and(|task| task == "gpu-test" || task == "run-bundle");
+            let tells_more = std::env::args_os().nth(1).is_some_and(|task| {
+                ["gpu-test", "run-bundle", "bench"]
+                    .iter()
+                    .any(|other| task == *other)
+            });
             return match error.exit_code() {
                 0 => ExitCode::SUCCESS,
-                // For the matrix, 2 says that rows were skipped.
-                _ if matrix => ExitCode::from(USAGE),
+                // For these, 2 says that something could not be run.
+                _ if tells_more => ExitCode::from(USAGE),
                 _ => ExitCode::from(2),
             };
         }
@@ -132,6 +139,9 @@ fn start(task: Task) -> Result<ExitCode> {
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
         }
         Task::Test => tests::run(&Workspace::find()?)?,
+        Task::Bench(arguments) => {
+            return Ok(ExitCode::from(bench::run(&Workspace::find()?, &arguments)?));
+        }
         Task::Ci => ci::run(&Workspace::find()?)?,
         Task::Consumers => {
             let workspace = Workspace::find()?;

@@ -5,7 +5,7 @@ use super::manifest::Manifest;
 use super::program::{Program, Programs};
 use super::stubs;
 use crate::workspace::{self, Workspace};
-use crate::{setup, tests};
+use crate::{bench, setup, tests};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 
 /// The features of the core's programs.
 const CORE_FEATURES: [&str; 4] = ["--package", Program::CORE, "--features", "simulator"];
-/// The program of the bundle that is no test.
+/// The example that a bundle holds.
 const DEMO: &str = "demo";
 
 /// What a bundle holds.
@@ -97,7 +97,7 @@ pub fn everything(workspace: &Workspace, target: &Path, compute_cap: u32) -> Res
     programs.extend(builder.facade_without_cuda(&facade)?);
     Ok(Everything {
         programs,
-        others: vec![(DEMO, builder.demo()?)],
+        others: vec![(DEMO, builder.demo()?), (bench::PROGRAM, builder.bench()?)],
         xtask: builder.xtask()?,
         manifest,
     })
@@ -145,6 +145,13 @@ impl Builder<'_> {
         let messages = messages(&mut command)?;
         executable(&messages, Program::CORE, "example", DEMO)
             .with_context(|| format!("{} has no example named {DEMO}", Program::CORE))
+    }
+
+    fn bench(&self) -> Result<PathBuf> {
+        let (package, name) = (bench::PACKAGE, bench::PROGRAM);
+        let mut command = self.cargo(&["build", "--package", package, "--bin", name])?;
+        executable(&messages(&mut command)?, package, "bin", name)
+            .with_context(|| format!("{package} has no program named {name}"))
     }
 
     fn xtask(&self) -> Result<PathBuf> {

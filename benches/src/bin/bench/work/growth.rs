@@ -1,0 +1,208 @@
+//! Many ranges that grow in step, as the caches of a model's layers do.
+
+use super::{Outcome, Work};
+use crate::demand::{Demand, Reach};
+use crate::features;
+use crate::machine::{self, Machine, watch};
+use crate::recorder;
+use crate::samples::Samples;
+use anyhow::{Context, Result};
+use cuda_vmm::{Device, Engine, Stream, VirtualMemoryPool};
+use std::time::{Duration, Instant};
+
+const WORST: Demand = Demand::time(
+    "64 ranges grow at once, prefetched, worst growth step: worst step with everything allocated before",
+    "µs",
+    Reach::AtMostTimes(1.2),
+);
+const TAIL: Demand = Demand::time(
+    "64 ranges grow at once, prefetched, p99.9 of growth steps: p99.9 of steps with everything allocated before",
+    "µs",
+    Reach::AtMostTimes(1.2),
+);
+const CALLS: Demand = Demand::count(
+    "64 ranges grow at once, prefetched: VMM calls on the stepping thread",
+    "calls",
+    Reach::AtMost(0.0),
+);
+const ON_DEMAND: Demand = Demand::time(
+    "64 ranges grow at once, not prefetched, worst growth step: worst step with everything allocated before",
+    "µs",
+    Reach::Open,
+);
+
+/// Against the same steps with everything allocated before.
+pub const WORK: Work = Work {
+    name: "64 ranges grow at once",
+    demands: &[WORST, TAIL, CALLS, ON_DEMAND],
+    measure,
+};
+
+const RANGES: usize = 64;
+/// By how much each range grows in a step, as a share of a page.
+const STEPS_OF_A_PAGE: usize = 32;
+/// How far each range grows in a round.
+const PAGES: usize = 16;
+/// What is made ahead for each range, in pages.
+const PAGES_AHEAD: usize = 2;
+
+/// How the ranges get their memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manner {
+    Before,
+    OnDemand,
+    Ahead,
+}
+
+/// What the steps of some rounds took.
+#[derive(Default)]
+struct Steps {
+    /// Steps in which every range needs a new page.
+    growing: Vec<Duration>,
+    /// All others.
+    resting: Vec<Duration>,
+}
+
+/// The ranges of one round.
+struct Ranges {
+    pools: Vec<VirtualMemoryPool>,
+    stream: Stream,
+    manner: Manner,
+}
+
+impl Ranges {
+    /// Ranges in which the bytes of the first step are live; `None` if the engine cannot get memory in this manner.
+    fn new(device: &Device, stream: &Stream, manner: Manner) -> Result<Option<Self>> {
+        let page_bytes = device.granularity_bytes();
+        let capacity_bytes = PAGES * page_bytes;
+        let engine = Engine::new(device, machine::options())?;
+        let mut pools = Vec::with_capacity(RANGES);
+        for _ in 0..RANGES {
+            let pool = match manner {
+                Manner::Ahead => {
+                    let ahead_bytes = PAGES_AHEAD * page_bytes;
+                    let pool =
+                        features::prefetched(&engine, capacity_bytes, page_bytes, ahead_bytes);
+                    match pool {
+                        Some(pool) => pool?,
+                        None => return Ok(None),
+                    }
+                }
+                Manner::Before | Manner::OnDemand => {
+                    VirtualMemoryPool::on_engine(&engine, capacity_bytes, page_bytes)?
+                }
+            };
+            pool.use_stream(stream)?;
+            let first_bytes = match manner {
+                Manner::Before => capacity_bytes,
+                Manner::OnDemand | Manner::Ahead => page_bytes / STEPS_OF_A_PAGE,
+            };
+            pool.allocate(0, first_bytes)?;
+            pools.push(pool);
+        }
+        if manner == Manner::Ahead {
+            watch(&engine, "memory to be made ahead", |stats| {
+                features::ahead_bytes(stats) >= RANGES * page_bytes
+            })?;
+        }
+        Ok(Some(Self {
+            pools,
+            stream: stream.clone(),
+            manner,
+        }))
+    }
+
+    /// Takes all steps after the first.
+    fn run(&self, steps: &mut Steps) -> Result<()> {
+        let page_bytes = self.pools.first().context("no ranges")?.page_bytes();
+        let step_bytes = page_bytes / STEPS_OF_A_PAGE;
+        for step in 1..PAGES * STEPS_OF_A_PAGE {
+            let offset = step * step_bytes;
+            let started = Instant::now();
+            for pool in &self.pools {
+                if self.manner != Manner::Before {
+                    pool.allocate(offset, step_bytes)?;
+                }
+                // SAFETY: the bytes are live, and stay so until the stream was synchronised.
+                unsafe {
+                    self.stream
+                        .memset(pool.base_address() + offset as u64, 1, step_bytes)
+                }?;
+            }
+            self.stream.synchronize()?;
+            let elapsed = started.elapsed();
+            match offset.is_multiple_of(page_bytes) {
+                true => steps.growing.push(elapsed),
+                false => steps.resting.push(elapsed),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// VMM calls that this thread makes while prefetched ranges grow; `None` if the engine cannot prefetch.
+fn calls_while_stepping(machine: &Machine) -> Result<Option<usize>> {
+    let stream = Stream::new(&machine.recorded)?;
+    let Some(ranges) = Ranges::new(&machine.recorded, &stream, Manner::Ahead)? else {
+        return Ok(None);
+    };
+    let me = std::thread::current().id();
+    let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
+    ran?;
+    let mine = calls.iter().filter(|call| call.thread == me);
+    Ok(Some(
+        mine.filter(|call| call.is_memory_management()).count(),
+    ))
+}
+
+fn measure(machine: &Machine) -> Result<Outcome> {
+    let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
+    let mut steps = manners.map(|_| Steps::default());
+    let mut can_prefetch = true;
+    // Half as long again as other work, for the sake of the tail.
+    let patience = machine.settings.patience * 3 / 2;
+    let started = Instant::now();
+    for round in 0..machine.settings.rounds {
+        if round >= machine.settings.rounds_min && started.elapsed() > patience {
+            break;
+        }
+        for turn in 0..manners.len() {
+            let side = (round + turn) % manners.len();
+            // Nothing is demanded on demand, so a few rounds tell enough.
+            if manners[side] == Manner::OnDemand && round % 8 != 0 {
+                continue;
+            }
+            match Ranges::new(&machine.device, &machine.stream, manners[side])? {
+                Some(ranges) => ranges.run(&mut steps[side])?,
+                None => can_prefetch = false,
+            }
+        }
+    }
+    let [before, ahead, on_demand] = steps;
+    let before: Samples = before.growing.into_iter().chain(before.resting).collect();
+    let on_demand = Samples::from_iter(on_demand.growing);
+    let mut outcome = Outcome::default();
+    let worst_us = before.max_ns() / 1e3;
+    if can_prefetch {
+        let ahead = Samples::from_iter(ahead.growing);
+        outcome.add(&WORST, ahead.max_ns() / 1e3, Some(worst_us));
+        let tail_us = |samples: &Samples| samples.quantile_ns(999) / 1e3;
+        outcome.add(&TAIL, tail_us(&ahead), Some(tail_us(&before)));
+        outcome.measured.push("growth steps, prefetched", ahead);
+    } else {
+        outcome.add_unmeasured(&WORST, features::NO_PREFETCH);
+        outcome.add_unmeasured(&TAIL, features::NO_PREFETCH);
+    }
+    match calls_while_stepping(machine)? {
+        Some(calls) => outcome.add(&CALLS, calls as f64, None),
+        None => outcome.add_unmeasured(&CALLS, features::NO_PREFETCH),
+    }
+    outcome.add(&ON_DEMAND, on_demand.max_ns() / 1e3, Some(worst_us));
+    outcome
+        .measured
+        .push("growth steps, not prefetched", on_demand);
+    outcome
+        .measured
+        .push("all steps, everything allocated before", before);
+    Ok(outcome)
+}
