@@ -9,6 +9,13 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Intervals(BTreeMap<usize, usize>);
 
+/// The stored intervals before and after a range that is not in the set.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Around {
+    pub(crate) before: Option<Range<usize>>,
+    pub(crate) after: Option<Range<usize>>,
+}
+
 impl Intervals {
     /// The stored interval that holds `point`, or else the next one after it.
     fn at_or_after(&self, point: usize) -> Option<Range<usize>> {
@@ -40,19 +47,48 @@ impl Intervals {
             .is_some_and(|found| found.start <= range.start && found.end >= range.end)
     }
 
+    /// What is next to a range; `None` if it overlaps the set.
+    pub(crate) fn around(&self, range: &Range<usize>) -> Option<Around> {
+        let before = self.0.range(..range.end).next_back();
+        let before = before.map(|(start, end)| *start..*end);
+        if before
+            .as_ref()
+            .is_some_and(|before| before.end > range.start)
+        {
+            return None;
+        }
+        let after = self.0.range(range.end..).next();
+        let after = after.map(|(start, end)| *start..*end);
+        Some(Around { before, after })
+    }
+
     /// Adds a non-empty range that does not overlap the set.
     pub(crate) fn insert(&mut self, range: Range<usize>) {
-        debug_assert!(!range.is_empty() && !self.overlaps(&range));
-        let (mut start, mut end) = (range.start, range.end);
-        if let Some((&before, &stop)) = self.0.range(..start).next_back()
-            && stop == start
-        {
-            start = before;
+        if let Some(around) = self.around(&range) {
+            self.insert_between(range, &around);
         }
-        if let Some(stop) = self.0.remove(&end) {
-            end = stop;
+    }
+
+    /// Adds a non-empty range, of which is known what is around it.
+    pub(crate) fn insert_between(&mut self, range: Range<usize>, around: &Around) {
+        debug_assert!(!range.is_empty() && self.around(&range).as_ref() == Some(around));
+        let (mut start, mut end) = (range.start, range.end);
+        if let Some(before) = &around.before
+            && before.end == start
+        {
+            start = before.start;
+        }
+        if let Some(after) = &around.after
+            && after.start == end
+        {
+            self.0.remove(&after.start);
+            end = after.end;
         }
         self.0.insert(start, end);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Takes out a non-empty range that lies wholly in the set.

@@ -189,6 +189,20 @@ impl Inner {
         // Why the driver would not take back what was given up for this.
         let mut refused = None;
         let mut state = self.lock();
+        if let Place::At(offset) = place
+            && let Some(range) = state.ranges.get_mut(&id)
+            && !range.closed
+        {
+            let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
+            if range.pages.take_within_chunk(&extent.range()) {
+                let hungry = range.advance(extent.range().end);
+                drop(state);
+                if hungry {
+                    self.worker.wake(self, false);
+                }
+                return Ok(offset);
+            }
+        }
         loop {
             let range = match state.ranges.get(&id) {
                 Some(range) if !range.closed => range,

@@ -34,6 +34,13 @@ impl Model {
         }
     }
 
+    /// The chunk that backs all of these pages, if one does.
+    fn whole_chunk(&self, pages: &Range<usize>) -> Option<(usize, ChunkState)> {
+        let first = self.backing[pages.start]?;
+        let mut backing = pages.clone().map(|page| self.backing[page]);
+        backing.all(|entry| entry == Some(first)).then_some(first)
+    }
+
     fn check(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
         let count = |wanted: ChunkState| {
             let of = |entry: &&Option<(usize, ChunkState)>| {
@@ -104,7 +111,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 proptest! {
     #[test]
-    fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32, grows in any::<bool>()) {
+    fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32, grows in any::<bool>(), at_once in any::<bool>()) {
         let mut pages: Pages<usize> = Pages::new(PAGE);
         let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES], ahead: BTreeSet::new() };
         for step in steps {
@@ -124,6 +131,21 @@ proptest! {
                     prop_assert_eq!(survey.retiring, has(ChunkState::Retiring));
                     prop_assert_eq!(survey.quarantined, has(ChunkState::Quarantined));
                     prop_assert_eq!(!survey.parked.is_empty(), has(ChunkState::Parked));
+                    let whole = model.whole_chunk(&touched);
+                    let backing = [ChunkState::Backed, ChunkState::Parked];
+                    if at_once && whole.is_some_and(|(_, state)| backing.contains(&state)) {
+                        prop_assert!(pages.take_within_chunk(&range));
+                        for entry in model.backing.iter_mut().flatten().filter(|entry| Some(entry.0) == whole.map(|(first, _)| first)) {
+                            entry.1 = ChunkState::Backed;
+                        }
+                        model.ahead.remove(&whole.map_or(PAGES, |(first, _)| first));
+                        range.for_each(|byte| model.live[byte] = true);
+                        model.check(&pages)?;
+                        continue;
+                    }
+                    if whole.is_none() {
+                        prop_assert!(!pages.take_within_chunk(&range));
+                    }
                     if survey.retiring || survey.quarantined {
                         continue;
                     }
