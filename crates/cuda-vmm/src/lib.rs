@@ -56,7 +56,9 @@ pub use capture::CaptureGuard;
 pub use cuda_vmm_sys as sys;
 pub use device::Device;
 pub use driver::{Driver, DriverKind, DriverVersion};
-pub use engine::{Engine, EngineOptions, EngineStats, PoolOptions, StepReport, WorkerMode};
+pub use engine::{
+    Engine, EngineOptions, EngineStats, GraphPin, PoolOptions, StepReport, WorkerMode,
+};
 pub use error::{CloseError, DriverError, Result, VmmError};
 pub use fence::Fence;
 pub use mapping::{Access, Mapping};

@@ -44,9 +44,7 @@ impl Inner {
                 given_bytes += unmapped.unwrap_or_default();
                 continue;
             }
-            let parked = |range: &Range| range.pages.parts().parked_bytes;
-            let parked_bytes: usize = state.ranges.values().map(parked).sum();
-            let too_much = parked_bytes > keep_bytes;
+            let too_much = state.spare_parked_bytes() > keep_bytes;
             if too_much {
                 keep_bytes = max_bytes - max_bytes / 4;
             }
@@ -73,7 +71,7 @@ impl Inner {
         ranges
             .filter(|(_, range)| too_much || range.closed)
             .find_map(|(id, range)| {
-                let first = range.pages.parked().next()?;
+                let first = range.spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
                 let contents = range.pages.contents(first);
                 let mapping = range.pages.drain(first)?;
@@ -173,7 +171,7 @@ impl Inner {
             .iter_mut()
             .filter(|(id, _)| only.is_none_or(|only| **id == only));
         let (id, first, mapping) = ranges.find_map(|(id, range)| {
-            let first = range.pages.parked().next()?;
+            let first = range.spare_parked()?;
             Some((*id, first, range.pages.drain(first)?))
         })?;
         drop(state);

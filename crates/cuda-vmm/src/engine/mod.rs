@@ -11,6 +11,7 @@ mod intervals;
 mod ledger;
 mod options;
 mod pages;
+mod pin;
 mod plan;
 mod policy;
 mod prefetch;
@@ -22,6 +23,7 @@ mod worker;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
+pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeId, RangeStats};
 pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
@@ -59,6 +61,7 @@ struct State {
     ledger: Ledger,
     ranges: BTreeMap<RangeId, Range>,
     next_range: u64,
+    next_pin: u64,
     queue: Queue,
     cache: Cache<PhysicalMemory>,
     /// Where memory is overwritten before it goes to the cache; made when it is first needed.
@@ -79,6 +82,11 @@ struct State {
 }
 
 impl State {
+    /// What is parked and may be unmapped, in bytes.
+    fn spare_parked_bytes(&self) -> usize {
+        self.ranges.values().map(Range::spare_parked_bytes).sum()
+    }
+
     fn parts(&self) -> EngineStats {
         let mut stats = EngineStats {
             committed_bytes: self.ledger.committed_bytes(),
@@ -138,6 +146,7 @@ impl Engine {
                 ledger: Ledger::new(budget_bytes),
                 ranges: BTreeMap::new(),
                 next_range: 0,
+                next_pin: 0,
                 queue: Queue::default(),
                 cache: Cache::default(),
                 scrubbing: None,
@@ -258,10 +267,10 @@ impl Inner {
         let state = self.lock();
         let stats = state.parts();
         !state.queue.is_empty()
-            || stats.parked_bytes > self.options.park_bytes_max
+            || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
             || (state.ranges.values())
-                .any(|range| range.closed || range.is_hungry || range.stale_ahead().is_some())
+                .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some())
     }
 
     fn step(self: &Arc<Self>) -> StepReport {

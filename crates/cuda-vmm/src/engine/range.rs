@@ -7,6 +7,7 @@ use super::{Inner, Parts, PoolOptions, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
+use std::collections::BTreeMap;
 
 /// Names a range of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,6 +25,8 @@ pub(super) struct Range {
     pub(super) frontier_bytes: usize,
     /// Whether memory is to be made ahead of it.
     pub(super) is_hungry: bool,
+    /// Pages that graphs name, by number.
+    pub(super) pins: BTreeMap<u64, core::ops::Range<usize>>,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -95,6 +98,7 @@ impl Inner {
                 options,
                 frontier_bytes: 0,
                 is_hungry: options.ahead_bytes_max > 0,
+                pins: BTreeMap::new(),
                 capacity_bytes,
                 page_bytes,
                 closed: false,
@@ -300,11 +304,17 @@ impl Inner {
             let (spare_bytes, retiring_bytes) = match (only, state.ranges.get(&id)) {
                 (Some(_), Some(range)) => {
                     let own = range.pages.parts();
-                    (own.parked_bytes + own.ahead_bytes, own.retiring_bytes)
+                    (
+                        range.spare_parked_bytes() + own.ahead_bytes,
+                        own.retiring_bytes,
+                    )
                 }
                 _ => {
-                    let spare_bytes = stats.parked_bytes + stats.ahead_bytes + stats.cached_bytes;
-                    (spare_bytes, stats.retiring_bytes)
+                    let spare_bytes = stats.ahead_bytes + stats.cached_bytes;
+                    (
+                        state.spare_parked_bytes() + spare_bytes,
+                        stats.retiring_bytes,
+                    )
                 }
             };
             if spare_bytes > 0 {

@@ -1,7 +1,7 @@
 //! One elastic range.
 
 use super::PoolStats;
-use crate::engine::{Engine, EngineOptions, Place, PoolOptions, Quota, RangeId};
+use crate::engine::{Engine, EngineOptions, GraphPin, Place, PoolOptions, Quota, RangeId};
 use crate::{Device, Result, Stream};
 
 /// A range of device addresses that is backed by memory only where it is in use.
@@ -157,6 +157,22 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
         self.engine.inner().use_stream(self.range, stream)
+    }
+
+    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for
+    /// the life of a graph that names their addresses.
+    ///
+    /// A replayed graph uses whatever is mapped at its addresses when it runs, and with nothing mapped there the
+    /// context is beyond use. Pinned memory that is freed is parked and not given back, whatever
+    /// [`EngineOptions::park_bytes_max`] says; it can be allocated again at the same addresses, and then the graph works
+    /// on that. Dropping the pool leaves it to the engine until the last pin is gone.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
+    /// some of the bytes are not live.
+    pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
+        self.engine.inner().pin(self.range, offset, bytes)
     }
 
     /// Addresses in bytes, as given.

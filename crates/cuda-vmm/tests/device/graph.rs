@@ -6,7 +6,7 @@ use crate::{case, page};
 use core::ptr::null_mut;
 use cuda_vmm::sys::*;
 use cuda_vmm::{
-    CaptureGuard, Device, Engine, EngineOptions, Stream, VirtualMemoryPool, WorkerMode,
+    CaptureGuard, Device, Engine, EngineOptions, Stream, VirtualMemoryPool, VmmError, WorkerMode,
 };
 
 /// A block, in bytes; small beside a page, so that blocks share pages.
@@ -225,6 +225,64 @@ fn a_pool_grows_and_frees_while_a_stream_is_captured() {
         device.synchronize().expect("done");
         engine.step();
         assert_eq!(engine.stats().retiring_bytes, 0);
+        destroy(device, captured);
+    });
+}
+
+#[test]
+fn memory_that_is_pinned_for_a_graph_stays_whatever_is_freed_or_dropped() {
+    case(|device| {
+        let mut gather = Gather::new(device);
+        let fixture = Fixture::new(device);
+        let Fixture {
+            engine,
+            blocks,
+            stream,
+            ..
+        } = &fixture;
+        blocks.allocate(0, 3 * page()).expect("room");
+        fixture.fill(0..1);
+        let captured = capture(device, stream, || {
+            // SAFETY: as above.
+            let code = unsafe { gather.launch(stream.raw(), fixture.rows()) };
+            assert_eq!(code, CUDA_SUCCESS, "launched into the capture");
+        });
+        let error = blocks
+            .pin_for_graph(0, 4 * page())
+            .expect_err("not all of it is live");
+        let bytes = 4 * page();
+        assert_eq!(error, VmmError::NotMapped { offset: 0, bytes });
+        let pin = blocks.pin_for_graph(0, page()).expect("live");
+        let settle = || {
+            stream.synchronize().expect("done");
+            engine.step();
+            engine.stats()
+        };
+        // All is freed, and nothing is to be kept: but for what is pinned it goes.
+        blocks.deallocate(0, 3 * page()).expect("live");
+        let stats = settle();
+        assert_eq!(stats.parked_bytes, page(), "{stats}");
+        assert_eq!(engine.trim(), Ok(0));
+        // The graph reads what is there, though nobody has it now.
+        fixture.replay(captured.1, [0; ROWS]);
+        // It can be had again at its addresses, without a driver call.
+        blocks.allocate(0, page()).expect("parked");
+        fixture.fill(0..1);
+        fixture.replay(captured.1, [0; ROWS]);
+        blocks.deallocate(0, page()).expect("live");
+        assert_eq!(settle().parked_bytes, page());
+        drop(pin);
+        assert_eq!(settle().parked_bytes, 0);
+
+        // A pool that is dropped leaves what is pinned until the pin is gone.
+        let other = VirtualMemoryPool::on_engine(engine, page(), page()).expect("a pool");
+        other.allocate(0, page()).expect("room");
+        let pin = other.pin_for_graph(0, page()).expect("live");
+        let held = engine.stats().committed_bytes;
+        other.close().expect("left to the engine");
+        assert_eq!(engine.stats().committed_bytes, held);
+        drop(pin);
+        assert_eq!(engine.stats().committed_bytes, held - page());
         destroy(device, captured);
     });
 }

@@ -1,0 +1,107 @@
+//! Keeping memory mapped for graphs that name it.
+
+use super::range::Range;
+use super::{Inner, RangeId};
+use crate::size::Extent;
+use crate::sync::Arc;
+use crate::{Result, VmmError};
+use core::ops;
+
+/// Keeps the memory behind a range of addresses mapped while it lives; made by
+/// [`VirtualMemoryPool::pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph).
+///
+/// Dropping it lets the memory go, as far as it is not live and the device has finished with it.
+#[derive(Debug)]
+pub struct GraphPin {
+    engine: Arc<Inner>,
+    range: RangeId,
+    number: u64,
+}
+
+impl Range {
+    fn is_pinned(&self, pages: &ops::Range<usize>) -> bool {
+        let mut pins = self.pins.values();
+        pins.any(|pin| pin.start < pages.end && pages.start < pin.end)
+    }
+
+    /// Whether a pin keeps the chunk that begins at this page from being unmapped or moved.
+    pub(super) fn is_chunk_pinned(&self, first: usize) -> bool {
+        let pages = self.pages.chunk_bytes(first) / self.page_bytes;
+        self.is_pinned(&(first..first + pages))
+    }
+
+    /// A parked chunk that may be unmapped.
+    pub(super) fn spare_parked(&self) -> Option<usize> {
+        self.pages
+            .parked()
+            .find(|first| !self.is_chunk_pinned(*first))
+    }
+
+    /// What is parked and may be unmapped, in bytes.
+    pub(super) fn spare_parked_bytes(&self) -> usize {
+        let parked_bytes = self.pages.parts().parked_bytes;
+        if self.pins.is_empty() {
+            return parked_bytes;
+        }
+        let pinned = self.pages.parked();
+        let pinned = pinned.filter(|first| self.is_chunk_pinned(*first));
+        let pinned = pinned.map(|first| self.pages.chunk_bytes(first));
+        parked_bytes - pinned.sum::<usize>()
+    }
+
+    /// Whether it is closed and can be ended: no pin keeps what is left of it.
+    pub(super) fn is_ending(&self) -> bool {
+        self.closed && self.pins.is_empty()
+    }
+}
+
+impl Inner {
+    /// Pins live bytes.
+    pub(crate) fn pin(
+        self: &Arc<Self>,
+        id: RangeId,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<GraphPin> {
+        self.check_process()?;
+        let mut state = self.lock();
+        let number = state.next_pin;
+        state.next_pin += 1;
+        let range = match state.ranges.get_mut(&id) {
+            Some(range) if !range.closed => range,
+            _ => return Err(VmmError::Closed),
+        };
+        let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
+        if !range.pages.live().contains(&extent.range()) {
+            return Err(VmmError::NotMapped { offset, bytes });
+        }
+        range.pins.insert(number, extent.pages(range.page_bytes));
+        Ok(GraphPin {
+            engine: self.clone(),
+            range: id,
+            number,
+        })
+    }
+}
+
+impl Drop for GraphPin {
+    fn drop(&mut self) {
+        if self.engine.check_process().is_err() {
+            return;
+        }
+        let mut state = self.engine.lock();
+        let Some(range) = state.ranges.get_mut(&self.range) else {
+            return;
+        };
+        range.pins.remove(&self.number);
+        let ends = range.is_ending();
+        drop(state);
+        if ends {
+            // Its pool is gone, and waited for nothing but this.
+            self.engine.poll();
+            self.engine.give_back();
+            self.engine.finish_closing();
+        }
+        self.engine.worker.wake(&self.engine, false);
+    }
+}
