@@ -2,11 +2,10 @@
 
 use super::{Outcome, Work};
 use crate::demand::{Demand, Reach};
-use crate::features;
 use crate::machine::{self, Machine, time, until, watch};
 use crate::sides::Sides;
 use anyhow::{Context, Result, bail};
-use cuda_vmm::{Engine, VirtualMemoryPool};
+use cuda_vmm::{Engine, PoolOptions, VirtualMemoryPool};
 use std::time::Duration;
 
 const BESIDE: Demand = Demand::time(
@@ -52,21 +51,18 @@ impl Other<'_> {
         PAGES_AHEAD * self.machine.page_bytes
     }
 
-    /// Begins anew, for the first time or because the range was at its end. False if the engine cannot prefetch.
-    fn begin(&mut self) -> Result<bool> {
-        let (page_bytes, ahead_bytes) = (self.machine.page_bytes, self.ahead_bytes());
+    /// Begins anew, for the first time or because the range was at its end.
+    fn begin(&mut self) -> Result<()> {
+        let page_bytes = self.machine.page_bytes;
+        let options = PoolOptions::new().ahead_bytes_max(self.ahead_bytes());
         self.pool.take().map(VirtualMemoryPool::close).transpose()?;
-        let Some(pool) =
-            features::prefetched(self.engine, self.capacity_bytes, page_bytes, ahead_bytes)
-        else {
-            return Ok(false);
-        };
-        let pool = pool?;
+        let pool =
+            VirtualMemoryPool::with_options(self.engine, self.capacity_bytes, page_bytes, options)?;
         pool.use_stream(&self.machine.stream)?;
         pool.allocate(0, page_bytes)?;
         self.end = page_bytes;
         self.pool = Some(pool);
-        Ok(true)
+        Ok(())
     }
 
     /// Takes what was made ahead, so that the thread makes more, and returns when it is at it.
@@ -78,13 +74,13 @@ impl Other<'_> {
                 self.begin()?;
             }
             watch(self.engine, "memory to be made ahead", |stats| {
-                stats.filling_bytes == 0 && features::ahead_bytes(stats) > 0
+                stats.filling_bytes == 0 && stats.ahead_bytes > 0
             })?;
             let pool = self.pool.as_ref().context("no range")?;
             pool.allocate(self.end, ahead_bytes)?;
             self.end += ahead_bytes;
             watch(self.engine, "the thread to begin", |stats| {
-                stats.filling_bytes > 0 || features::ahead_bytes(stats) >= ahead_bytes
+                stats.filling_bytes > 0 || stats.ahead_bytes >= ahead_bytes
             })?;
             if self.engine.stats().filling_bytes > 0 {
                 return Ok(());
@@ -107,23 +103,17 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         pool: None,
         end: 0,
     };
-    let can_prefetch = other.begin()?;
+    other.begin()?;
     let mut sides = Sides::new();
     sides.add("ours, worker idle", || one_page(machine, &idle));
-    if can_prefetch {
-        sides.add("ours, worker prefetches", || {
-            other.keep_busy()?;
-            one_page(machine, &pool)
-        });
-    }
+    sides.add("ours, worker prefetches", || {
+        other.keep_busy()?;
+        one_page(machine, &pool)
+    });
     let mut outcome = Outcome::new(sides.measure(&machine.settings, machine.settings.rounds * 5)?);
-    if can_prefetch {
-        let tail_us = |side| anyhow::Ok(outcome.measured.samples(side)?.quantile_ns(990) / 1e3);
-        let ours = tail_us("ours, worker prefetches")?;
-        let peer = tail_us("ours, worker idle")?;
-        outcome.add(&BESIDE, ours, Some(peer));
-    } else {
-        outcome.add_unmeasured(&BESIDE, features::NO_PREFETCH);
-    }
+    let tail_us = |side| anyhow::Ok(outcome.measured.samples(side)?.quantile_ns(990) / 1e3);
+    let ours = tail_us("ours, worker prefetches")?;
+    let peer = tail_us("ours, worker idle")?;
+    outcome.add(&BESIDE, ours, Some(peer));
     Ok(outcome)
 }

@@ -2,12 +2,11 @@
 
 use super::{Outcome, Work};
 use crate::demand::{Demand, Reach};
-use crate::features;
 use crate::machine::{self, Machine, watch};
 use crate::recorder;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
-use cuda_vmm::{Device, Engine, Stream, VirtualMemoryPool};
+use cuda_vmm::{Device, Engine, PoolOptions, Stream, VirtualMemoryPool};
 use std::time::{Duration, Instant};
 
 const WORST: Demand = Demand::time(
@@ -71,27 +70,20 @@ struct Ranges {
 }
 
 impl Ranges {
-    /// Ranges in which the bytes of the first step are live; `None` if the engine cannot get memory in this manner.
-    fn new(device: &Device, stream: &Stream, manner: Manner) -> Result<Option<Self>> {
+    /// Ranges in which the bytes of the first step are live.
+    fn new(device: &Device, stream: &Stream, manner: Manner) -> Result<Self> {
         let page_bytes = device.granularity_bytes();
         let capacity_bytes = PAGES * page_bytes;
         let engine = Engine::new(device, machine::options())?;
         let mut pools = Vec::with_capacity(RANGES);
         for _ in 0..RANGES {
-            let pool = match manner {
-                Manner::Ahead => {
-                    let ahead_bytes = PAGES_AHEAD * page_bytes;
-                    let pool =
-                        features::prefetched(&engine, capacity_bytes, page_bytes, ahead_bytes);
-                    match pool {
-                        Some(pool) => pool?,
-                        None => return Ok(None),
-                    }
-                }
-                Manner::Before | Manner::OnDemand => {
-                    VirtualMemoryPool::on_engine(&engine, capacity_bytes, page_bytes)?
-                }
+            let ahead_pages = match manner {
+                Manner::Ahead => PAGES_AHEAD,
+                Manner::Before | Manner::OnDemand => 0,
             };
+            let options = PoolOptions::new().ahead_bytes_max(ahead_pages * page_bytes);
+            let pool =
+                VirtualMemoryPool::with_options(&engine, capacity_bytes, page_bytes, options)?;
             pool.use_stream(stream)?;
             let first_bytes = match manner {
                 Manner::Before => capacity_bytes,
@@ -102,14 +94,14 @@ impl Ranges {
         }
         if manner == Manner::Ahead {
             watch(&engine, "memory to be made ahead", |stats| {
-                features::ahead_bytes(stats) >= RANGES * page_bytes
+                stats.ahead_bytes >= RANGES * page_bytes
             })?;
         }
-        Ok(Some(Self {
+        Ok(Self {
             pools,
             stream: stream.clone(),
             manner,
-        }))
+        })
     }
 
     /// Takes all steps after the first.
@@ -140,25 +132,20 @@ impl Ranges {
     }
 }
 
-/// VMM calls that this thread makes while prefetched ranges grow; `None` if the engine cannot prefetch.
-fn calls_while_stepping(machine: &Machine) -> Result<Option<usize>> {
+/// VMM calls that this thread makes while prefetched ranges grow.
+fn calls_while_stepping(machine: &Machine) -> Result<usize> {
     let stream = Stream::new(&machine.recorded)?;
-    let Some(ranges) = Ranges::new(&machine.recorded, &stream, Manner::Ahead)? else {
-        return Ok(None);
-    };
+    let ranges = Ranges::new(&machine.recorded, &stream, Manner::Ahead)?;
     let me = std::thread::current().id();
     let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
     ran?;
     let mine = calls.iter().filter(|call| call.thread == me);
-    Ok(Some(
-        mine.filter(|call| call.is_memory_management()).count(),
-    ))
+    Ok(mine.filter(|call| call.is_memory_management()).count())
 }
 
 fn measure(machine: &Machine) -> Result<Outcome> {
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
-    let mut can_prefetch = true;
     // Half as long again as other work, for the sake of the tail.
     let patience = machine.settings.patience * 3 / 2;
     let started = Instant::now();
@@ -172,10 +159,8 @@ fn measure(machine: &Machine) -> Result<Outcome> {
             if manners[side] == Manner::OnDemand && round % 8 != 0 {
                 continue;
             }
-            match Ranges::new(&machine.device, &machine.stream, manners[side])? {
-                Some(ranges) => ranges.run(&mut steps[side])?,
-                None => can_prefetch = false,
-            }
+            let ranges = Ranges::new(&machine.device, &machine.stream, manners[side])?;
+            ranges.run(&mut steps[side])?;
         }
     }
     let [before, ahead, on_demand] = steps;
@@ -183,20 +168,13 @@ fn measure(machine: &Machine) -> Result<Outcome> {
     let on_demand = Samples::from_iter(on_demand.growing);
     let mut outcome = Outcome::default();
     let worst_us = before.max_ns() / 1e3;
-    if can_prefetch {
-        let ahead = Samples::from_iter(ahead.growing);
-        outcome.add(&WORST, ahead.max_ns() / 1e3, Some(worst_us));
-        let tail_us = |samples: &Samples| samples.quantile_ns(999) / 1e3;
-        outcome.add(&TAIL, tail_us(&ahead), Some(tail_us(&before)));
-        outcome.measured.push("growth steps, prefetched", ahead);
-    } else {
-        outcome.add_unmeasured(&WORST, features::NO_PREFETCH);
-        outcome.add_unmeasured(&TAIL, features::NO_PREFETCH);
-    }
-    match calls_while_stepping(machine)? {
-        Some(calls) => outcome.add(&CALLS, calls as f64, None),
-        None => outcome.add_unmeasured(&CALLS, features::NO_PREFETCH),
-    }
+    let ahead = Samples::from_iter(ahead.growing);
+    outcome.add(&WORST, ahead.max_ns() / 1e3, Some(worst_us));
+    let tail_us = |samples: &Samples| samples.quantile_ns(999) / 1e3;
+    outcome.add(&TAIL, tail_us(&ahead), Some(tail_us(&before)));
+    outcome.measured.push("growth steps, prefetched", ahead);
+    let calls = calls_while_stepping(machine)?;
+    outcome.add(&CALLS, calls as f64, None);
     outcome.add(&ON_DEMAND, on_demand.max_ns() / 1e3, Some(worst_us));
     outcome
         .measured
