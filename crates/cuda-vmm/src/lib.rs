@@ -56,7 +56,7 @@ pub use capture::CaptureGuard;
 pub use cuda_vmm_sys as sys;
 pub use device::Device;
 pub use driver::{Driver, DriverKind, DriverVersion};
-pub use engine::{Engine, EngineOptions, EngineStats, StepReport, WorkerMode};
+pub use engine::{CompactReport, Engine, EngineOptions, EngineStats, StepReport, WorkerMode};
 pub use error::{CloseError, DriverError, Result, VmmError};
 pub use fence::Fence;
 pub use mapping::{Access, Mapping};

@@ -120,7 +120,7 @@ impl Inner {
         for (id, first, mapping) in mapped {
             bytes += self.unmap(id, first, mapping).unwrap_or_default();
         }
-        bytes
+        bytes + self.retry_relocations()
     }
 
     /// Gives up what can be spared, because the device has run out of memory.

@@ -4,6 +4,7 @@
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
+mod compact;
 mod drain;
 mod fill;
 mod intervals;
@@ -16,6 +17,7 @@ mod retire;
 mod stats;
 mod worker;
 
+pub use compact::CompactReport;
 pub(crate) use ledger::Quota;
 pub use options::EngineOptions;
 pub(crate) use pages::Parts;
@@ -27,6 +29,7 @@ use crate::quarantine::Stuck;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, VmmError};
+use compact::Relocations;
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
@@ -60,6 +63,8 @@ struct State {
     unreleased: Vec<(AccountId, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
     releasing: Vec<(AccountId, usize)>,
+    /// Chunks that are being moved, and what that has left.
+    relocations: Relocations,
     /// Threads that wait for `changed`.
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
@@ -83,6 +88,8 @@ impl State {
                 .sum(),
             ..EngineStats::default()
         };
+        stats.filling_bytes = self.relocations.moving_bytes(None);
+        stats.quarantined_bytes += self.relocations.quarantined_bytes(None);
         for range in self.ranges.values() {
             let parts = range.pages.parts();
             stats.live_bytes += parts.live_bytes;
@@ -131,6 +138,7 @@ impl Engine {
                 queue: Queue::default(),
                 unreleased: Vec::new(),
                 releasing: Vec::new(),
+                relocations: Relocations::default(),
                 waiting: 0,
                 recording: 0,
                 ending: Vec::new(),
@@ -415,6 +423,7 @@ impl Drop for Inner {
         // was declared and no worker could wait for its end. The device may still use it, so it is not
         // unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.relocations.abandon(&self.device);
         for range in state.ranges.values_mut() {
             let (in_use, finished) = range.pages.take_all();
             self.device.quarantine(|quarantine| {

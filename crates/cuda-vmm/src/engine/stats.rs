@@ -21,7 +21,8 @@ pub struct EngineStats {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
-    /// Refused by the driver when it was to be given back; retried.
+    /// Refused by the driver when it was to be given back, or mapped again by
+    /// [`compact`](crate::VirtualMemoryPool::compact); retried.
     pub quarantined_bytes: usize,
     /// Ranges, those included that are closing.
     pub ranges: usize,

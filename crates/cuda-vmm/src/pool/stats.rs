@@ -28,7 +28,8 @@ pub struct PoolStats {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
-    /// Refused by the driver when it was to be given back; retried.
+    /// Refused by the driver when it was to be given back, or mapped again by
+    /// [`compact`](crate::VirtualMemoryPool::compact); retried.
     pub quarantined_bytes: usize,
     /// Mappings.
     pub chunks: usize,
