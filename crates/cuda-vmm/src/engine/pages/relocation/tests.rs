@@ -22,7 +22,10 @@ fn free(pages: &mut Pages<usize>, bytes: Range<usize>) -> Vec<usize> {
     let gaps: Vec<_> = pages.live().gaps(bytes.clone()).collect();
     let mut unused = Vec::new();
     let mut at = bytes.start;
-    for gap in gaps.into_iter().chain(core::iter::once(bytes.end..bytes.end)) {
+    for gap in gaps
+        .into_iter()
+        .chain(core::iter::once(bytes.end..bytes.end))
+    {
         if at < gap.start {
             unused.extend(pages.release(&(at..gap.start)));
         }
