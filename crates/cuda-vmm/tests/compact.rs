@@ -65,7 +65,7 @@ fn a_run_of_live_pages_stays_in_as_few_chunks_as_it_can() {
     let _turn = turn();
     let mut fixture = Fixture::new(roomy(), true);
     // Three quarters of the first chunk, and all of the second.
-    fixture.keep(|page| page >= CHUNK / 4 && page < 2 * CHUNK);
+    fixture.keep(|page| (CHUNK / 4..2 * CHUNK).contains(&page));
     let report = fixture.pool.compact().expect("room");
     assert_eq!(numbers(report), [CHUNK * 3 / 4, CHUNK / 4, 0, 2, 3]);
     fixture.check();

@@ -106,7 +106,7 @@ impl Fixture {
         for stats in [self.engine.stats(), self.shared.stats()] {
             assert_eq!(
                 stats.committed_bytes,
-                stats.live_bytes + stats.parked_bytes,
+                stats.live_bytes + stats.slack_bytes + stats.parked_bytes,
                 "{what}: settled {stats}"
             );
         }
@@ -145,6 +145,15 @@ fn cases() -> Vec<Case> {
     let full_of_retiring: fn(&Fixture) -> Result<()> = |f| {
         f.pool().allocate(0, limit())?;
         f.pool().deallocate(0, limit() - page())
+    };
+    let slack_in_two_chunks: fn(&Fixture) -> Result<()> = |f| {
+        f.pool().allocate(0, limit())?;
+        f.pool().deallocate(page(), page())?;
+        f.pool().deallocate(4 * page(), page())?;
+        // Room for what is held twice.
+        f.pool().deallocate(8 * page(), 8 * page())?;
+        f.engine.step();
+        Ok(())
     };
     vec![
         case("open a pool", NOTHING, |f| {
@@ -224,6 +233,23 @@ fn cases() -> Vec<Case> {
             },
             |f| f.pool().trim().map(drop),
         ),
+        Case {
+            options: options().chunk_bytes_max(4 * page()),
+            ..back("compact", slack_in_two_chunks, |f| {
+                f.pool
+                    .as_mut()
+                    .map_or(Ok(()), |pool| pool.compact().map(drop))
+            })
+        },
+        Case {
+            options: options().chunk_bytes_max(4 * page()),
+            streams: 2,
+            ..back("compact behind streams", slack_in_two_chunks, |f| {
+                f.pool
+                    .as_mut()
+                    .map_or(Ok(()), |pool| pool.compact().map(drop))
+            })
+        },
         back("close a pool", three_live, |f| {
             f.pool.take().map_or(Ok(()), VirtualMemoryPool::close)
         }),
