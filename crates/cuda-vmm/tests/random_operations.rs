@@ -288,7 +288,7 @@ fn run(
             }
             Operation::Trim => prop_assert!(pools.shared.trim().is_ok() || faulty),
             Operation::Compact => {
-let outcome = pools.own.as_mut().map(|own| own.compact());
+                let outcome = pools.own.as_mut().map(|own| own.compact());
                 if let (Some(Ok(report)), Some(own)) = (&outcome, &pools.own) {
                     prop_assert_eq!(report.skipped_bytes, own.stats().slack_bytes);
                 }

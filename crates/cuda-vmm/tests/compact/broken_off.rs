@@ -77,6 +77,11 @@ fn every_pair_of_calls_fails_so_that_a_call_fails_with_its_undo() {
 /// A pool whose first chunk is neither moved nor in its place: making it accessible failed, for the new memory, for the
 /// old, and `more` times after that.
 fn stranded(more: u64) -> Fixture {
+    stranded_with(more, None)
+}
+
+/// The same, where the `refused`th unmapping fails as well.
+fn stranded_with(more: u64, refused: Option<u64>) -> Fixture {
     let mut fixture = Fixture::new(manual().limit_bytes(2 * PAGES * PAGE), true);
     fixture.keep(|page| page < CHUNK && page.is_multiple_of(2));
     let pieces = CHUNK as u64 / 2;
@@ -86,6 +91,10 @@ fn stranded(more: u64) -> Fixture {
             nth,
             CUDA_ERROR_OPERATING_SYSTEM,
         );
+        fixture.simulated.simulator.inject(fault);
+    }
+    if let Some(nth) = refused {
+        let fault = Fault::nth_of(DriverFunction::cuMemUnmap, nth, CUDA_ERROR_OPERATING_SYSTEM);
         fixture.simulated.simulator.inject(fault);
     }
     fixture.pool.compact().expect_err("two calls fail");
@@ -133,6 +142,22 @@ fn each_way_of_trying_again_puts_stranded_bytes_right() {
     let mut fixture = stranded(0);
     fixture.take(1..2);
     fixture.check();
+}
+
+#[test]
+fn memory_that_is_in_its_place_but_not_accessible_is_made_so_by_a_retry() {
+    let _turn = turn();
+    // The pieces at scratch addresses, the old memory, the new memory, and then the old again.
+    let fixture = stranded_with(0, Some(CHUNK as u64 / 2 + 3));
+    assert_eq!(fixture.simulated.books().mappings, 1);
+    assert_eq!(fixture.engine.stats().quarantined_bytes, CHUNK * PAGE);
+    fixture.check_books();
+    fixture.simulated.simulator.start_trace();
+    assert_eq!(fixture.engine.step().quarantined_bytes, 0);
+    let trace = fixture.simulated.simulator.take_trace();
+    assert_eq!(trace, [DriverFunction::cuMemSetAccess]);
+    fixture.check();
+    fixture.end();
 }
 
 #[test]
