@@ -39,7 +39,8 @@ fn declared() -> MutexGuard<'static, Declared> {
 pub struct CaptureGuard(());
 
 impl CaptureGuard {
-    /// Declares a capture. Waits for a context synchronise of this crate that is under way.
+    /// Declares a capture. Waits for a context synchronise of this crate that is under way, and for a
+    /// [`compact`](crate::VirtualMemoryPool::compact).
     pub fn new() -> Self {
         let mut state = declared();
         state.captures += 1;

@@ -142,7 +142,8 @@ pub enum VmmError {
         /// The most that could be granted, in bytes.
         available_bytes: usize,
     },
-    /// The bytes lie in memory that the driver failed to unmap; it is retried, and not handed out.
+    /// The bytes lie in memory that the driver failed to unmap, or, when it was compacted, to map again. It is retried,
+    /// and until then neither handed out nor taken back.
     #[error("the {bytes} bytes at offset {offset} touch quarantined memory")]
     Quarantined {
         /// First byte.

@@ -5,6 +5,8 @@
 
 mod common;
 
+#[path = "device/compact.rs"]
+mod compact;
 #[path = "device/graph.rs"]
 mod graph;
 #[path = "device/pools.rs"]

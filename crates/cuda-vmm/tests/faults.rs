@@ -153,6 +153,15 @@ fn cases() -> Vec<Case> {
         f.pool().allocate(0, limit())?;
         f.pool().deallocate(0, limit() - page())
     };
+    let slack_in_two_chunks: fn(&Fixture) -> Result<()> = |f| {
+        f.pool().allocate(0, limit())?;
+        f.pool().deallocate(page(), page())?;
+        f.pool().deallocate(4 * page(), page())?;
+        // Room for what is held twice.
+        f.pool().deallocate(8 * page(), 8 * page())?;
+        f.engine.step();
+        Ok(())
+    };
     vec![
         case("open a pool", NOTHING, |f| {
             f.made = Some(VirtualMemoryPool::on_engine(&f.engine, 4 * page(), page())?);
@@ -288,6 +297,23 @@ fn cases() -> Vec<Case> {
             },
             |f| f.pool().trim().map(drop),
         ),
+        Case {
+            options: options().chunk_bytes_max(4 * page()),
+            ..back("compact", slack_in_two_chunks, |f| {
+                f.pool
+                    .as_mut()
+                    .map_or(Ok(()), |pool| pool.compact().map(drop))
+            })
+        },
+        Case {
+            options: options().chunk_bytes_max(4 * page()),
+            streams: 2,
+            ..back("compact behind streams", slack_in_two_chunks, |f| {
+                f.pool
+                    .as_mut()
+                    .map_or(Ok(()), |pool| pool.compact().map(drop))
+            })
+        },
         back("close a pool", three_live, |f| {
             f.pool.take().map_or(Ok(()), VirtualMemoryPool::close)
         }),

@@ -3,18 +3,23 @@
 //! The model keeps one flag for each quarter of a page. An allocation is refused for want of memory only if
 //! the live pages and the new ones exceed the limit: all else can be given up.
 
+#[path = "random_operations/model.rs"]
+mod model;
+
 use cuda_vmm::sim::{Books, Fault, SimConfig};
 use cuda_vmm::sys::CUDA_ERROR_OPERATING_SYSTEM;
 use cuda_vmm::{
-    Driver, EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError,
-    WorkerMode,
+    Driver, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError, WorkerMode,
 };
+use model::{Model, Pools};
 use proptest::prelude::*;
 
 const PAGE: usize = 2 << 20;
 const UNIT: usize = PAGE / 4;
 const UNITS: usize = 4 * 24;
-const MODELS: usize = 3;
+const MODELS: usize = 4;
+/// The first of them share a pool.
+const SHARED: usize = 3;
 const LIMIT_PAGES: usize = 32;
 /// What the first model is guaranteed.
 const GUARANTEE_PAGES: usize = 6;
@@ -47,6 +52,7 @@ enum Operation {
     },
     TakeStep,
     Trim,
+    Compact,
     /// The nth call from now fails.
     Fault(u64),
 }
@@ -64,43 +70,29 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => model.prop_map(|model| Operation::Unregister { model }),
         8 => Just(Operation::TakeStep),
         2 => Just(Operation::Trim),
+        4 => Just(Operation::Compact),
         3 => (1..12u64).prop_map(Operation::Fault),
     ]
 }
 
-/// The plain account: which quarters of which pages of which models are live.
-#[derive(Default)]
-struct Model(Vec<Option<[bool; UNITS]>>);
-
-impl Model {
-    fn live_pages(units: &[bool; UNITS]) -> usize {
-        units.chunks(4).filter(|page| page.contains(&true)).count()
-    }
-
-    fn all_live_pages(&self) -> usize {
-        self.0.iter().flatten().map(Self::live_pages).sum()
-    }
-
-    /// Pages that would be live besides if these units were.
-    fn need(units: &[bool; UNITS], at: usize, count: usize) -> usize {
-        let mut after = *units;
-        after[at..at + count].fill(true);
-        Self::live_pages(&after) - Self::live_pages(units)
-    }
-
-    /// Pages that a model may grow by, beside the unused guarantee of the first.
-    fn room(&self, model: usize) -> usize {
-        let guaranteed = match &self.0[0] {
-            Some(units) if model != 0 => GUARANTEE_PAGES.saturating_sub(Self::live_pages(units)),
-            _ => 0,
-        };
-        LIMIT_PAGES.saturating_sub(self.all_live_pages() + guaranteed)
-    }
-
-    /// The lowest run of units that are not live.
-    fn place(units: &[bool; UNITS], count: usize) -> Option<usize> {
-        (0..UNITS).find(|at| at + count <= UNITS && !units[*at..at + count].contains(&true))
-    }
+/// Operations that belong together: mostly one, and sometimes what it takes to have much to compact.
+fn operations() -> impl Strategy<Value = Vec<Operation>> {
+    let faults = prop::collection::vec(1..40u64, 0..3);
+    let freed = prop::collection::vec(0..UNITS / 4, 1..16);
+    prop_oneof![
+        40 => operation().prop_map(|operation| vec![operation]),
+        1 => (freed, faults).prop_map(|(freed, faults)| {
+            let all = (0..MODELS).map(|model| Operation::DeallocateAll { model });
+            let free = |page| Operation::Deallocate { model: SHARED, at: 4 * page, units: 4 };
+            let taken = [
+                Operation::Register { model: SHARED },
+                Operation::Allocate { model: SHARED, at: 0, units: UNITS, wait: true },
+            ];
+            let faults = faults.into_iter().map(Operation::Fault);
+            let rest = freed.into_iter().map(free).chain(faults);
+            all.chain(taken).chain(rest).chain([Operation::Compact]).collect()
+        }),
+    ]
 }
 
 /// With chunks of several pages a partial free leaves slack, which only compaction gives up: the pool says how much.
@@ -118,7 +110,7 @@ fn run(
     let engine = options
         .limit_bytes(LIMIT_PAGES * PAGE)
         .worker(WorkerMode::Manual);
-    let pool = SharedMemoryPool::with_options(
+    let shared = SharedMemoryPool::with_options(
         &device,
         SharedPoolOptions {
             engine,
@@ -126,11 +118,12 @@ fn run(
         },
     )
     .expect("pool");
-    let names: Vec<_> = (0..MODELS).map(|model| format!("model {model}")).collect();
+    let mut pools = Pools::new(shared, ahead_bytes_max);
     let mut model = Model(vec![None; MODELS]);
     let mut faulty = false;
     for step in steps {
         let what = format!("{step:?}");
+        let compacts = matches!(step, Operation::Compact);
         match step {
             Operation::Allocate {
                 model: who,
@@ -139,21 +132,16 @@ fn run(
                 wait,
             } => {
                 let (offset, bytes) = (at * UNIT, count * UNIT);
-                let outcome = pool.model(&names[who]).and_then(|range| {
+                let outcome = pools.with(who, |range| {
                     if wait {
                         range.allocate(offset, bytes)
                     } else {
                         range.try_allocate(offset, bytes)
                     }
                 });
-                let (room, slack_pages) = (model.room(who), pool.stats().slack_bytes / PAGE);
+                let (room, slack_pages) = (model.room(who), pools.slack_pages());
                 let Some(units) = &mut model.0[who] else {
-                    prop_assert_eq!(
-                        outcome,
-                        Err(VmmError::ModelNotFound {
-                            model: names[who].clone()
-                        })
-                    );
+                    prop_assert_eq!(outcome, Err(pools.not_found(who)));
                     continue;
                 };
                 if at + count > UNITS {
@@ -174,8 +162,7 @@ fn run(
                             prop_assert!(need <= room, "{what}: admitted beyond the limit");
                             prop_assert_eq!(
                                 Some(address),
-                                pool.model_base_address(&names[who])
-                                    .map(|base| base + offset as u64)
+                                pools.base_address(who).map(|base| base + offset as u64)
                             );
                             units[at..at + count].fill(true);
                         }
@@ -188,7 +175,7 @@ fn run(
                             prop_assert!(
                                 need + slack_pages > room || !wait || faulty,
                                 "{what}: {error}; need {need} room {room} slack {slack_pages}; {}",
-                                pool.stats()
+                                pools.shared.stats()
                             );
                         }
                     }
@@ -198,15 +185,10 @@ fn run(
                 model: who,
                 units: count,
             } => {
-                let outcome = pool.allocate_for_model(&names[who], count * UNIT);
-                let (room, slack_pages) = (model.room(who), pool.stats().slack_bytes / PAGE);
+                let outcome = pools.allocate_anywhere(who, count * UNIT);
+                let (room, slack_pages) = (model.room(who), pools.slack_pages());
                 let Some(units) = &mut model.0[who] else {
-                    prop_assert_eq!(
-                        outcome,
-                        Err(VmmError::ModelNotFound {
-                            model: names[who].clone()
-                        })
-                    );
+                    prop_assert_eq!(outcome, Err(pools.not_found(who)));
                     continue;
                 };
                 match (Model::place(units, count), outcome) {
@@ -218,7 +200,8 @@ fn run(
                         prop_assert!(Model::need(units, at, count) <= room);
                         prop_assert_eq!(
                             Some(address),
-                            pool.model_base_address(&names[who])
+                            pools
+                                .base_address(who)
                                 .map(|base| base + (at * UNIT) as u64)
                         );
                         units[at..at + count].fill(true);
@@ -241,11 +224,9 @@ fn run(
                 units: count,
             } => {
                 let (offset, bytes) = (at * UNIT, count * UNIT);
-                let outcome = pool.deallocate_for_model(&names[who], offset, bytes);
+                let outcome = pools.deallocate(who, offset, bytes);
                 let expected = match &mut model.0[who] {
-                    None => Err(VmmError::ModelNotFound {
-                        model: names[who].clone(),
-                    }),
+                    None => Err(pools.not_found(who)),
                     Some(_) if at + count > UNITS => Err(VmmError::OutOfRange {
                         offset,
                         bytes,
@@ -264,26 +245,18 @@ fn run(
             Operation::DeallocateAll { model: who } => {
                 if let Some(units) = &mut model.0[who] {
                     for at in (0..UNITS).filter(|at| units[*at]) {
-                        prop_assert_eq!(
-                            pool.deallocate_for_model(&names[who], at * UNIT, UNIT),
-                            Ok(())
-                        );
+                        prop_assert_eq!(pools.deallocate(who, at * UNIT, UNIT), Ok(()));
                     }
                     units.fill(false);
                 }
             }
             Operation::Register { model: who } => {
-                let quota = ModelOptions {
-                    guarantee_bytes: if who == 0 { GUARANTEE_PAGES * PAGE } else { 0 },
-                    ahead_bytes_max,
-                    ..ModelOptions::new(UNITS * UNIT)
-                };
-                let outcome = pool.register_model_with(&names[who], quota);
+                let outcome = pools.register(who);
                 if model.0[who].is_some() {
                     prop_assert_eq!(
                         outcome,
                         Err(VmmError::ModelAlreadyRegistered {
-                            model: names[who].clone()
+                            model: pools.names[who].clone()
                         })
                     );
                 } else {
@@ -291,8 +264,8 @@ fn run(
                         Ok(()) => {
                             model.0[who] = Some([false; UNITS]);
                             if streams {
-                                pool.model(&names[who])
-                                    .and_then(|range| range.use_stream(&stream))
+                                pools
+                                    .with(who, |range| range.use_stream(&stream))
                                     .expect("same device");
                             }
                         }
@@ -303,21 +276,26 @@ fn run(
                 }
             }
             Operation::Unregister { model: who } => {
-                let outcome = pool.unregister_model(&names[who]);
+                let outcome = pools.unregister(who);
                 match model.0[who].take() {
-                    None => prop_assert_eq!(
-                        outcome,
-                        Err(VmmError::ModelNotFound {
-                            model: names[who].clone()
-                        })
-                    ),
+                    None => prop_assert_eq!(outcome, Err(pools.not_found(who))),
                     Some(_) => prop_assert!(outcome.is_ok() || faulty, "{what}: {outcome:?}"),
                 }
             }
             Operation::TakeStep => {
-                pool.engine().step();
+                pools.shared.engine().step();
             }
-            Operation::Trim => prop_assert!(pool.trim().is_ok() || faulty),
+            Operation::Trim => prop_assert!(pools.shared.trim().is_ok() || faulty),
+            Operation::Compact => {
+                let outcome = pools.own.as_mut().map(|own| own.compact());
+                if let (Some(Ok(report)), Some(own)) = (&outcome, &pools.own) {
+                    prop_assert_eq!(report.skipped_bytes, own.stats().slack_bytes);
+                }
+                prop_assert!(
+                    !matches!(outcome, Some(Err(_))) || faulty,
+                    "{what}: {outcome:?}"
+                );
+            }
             Operation::Fault(nth) => {
                 simulator.inject(Fault::nth_call(nth, CUDA_ERROR_OPERATING_SYSTEM));
                 faulty = true;
@@ -325,7 +303,7 @@ fn run(
                 continue;
             }
         }
-        let stats = pool.stats();
+        let stats = pools.shared.stats();
         prop_assert_eq!(
             stats.parts_bytes(),
             stats.committed_bytes,
@@ -333,12 +311,16 @@ fn run(
             what,
             stats
         );
-        prop_assert_eq!(
-            stats.live_bytes,
-            model.all_live_pages() * PAGE,
-            "{}: {}",
-            what,
-            stats
+        // What two faults have stranded is live, but in quarantine.
+        let stranded_bytes = if compacts && faulty {
+            stats.quarantined_bytes
+        } else {
+            0
+        };
+        let live_bytes = model.all_live_pages() * PAGE;
+        prop_assert!(
+            stats.live_bytes <= live_bytes && live_bytes <= stats.live_bytes + stranded_bytes,
+            "{what}: {stats}"
         );
         prop_assert!(
             stats.committed_bytes <= LIMIT_PAGES * PAGE,
@@ -356,15 +338,16 @@ fn run(
             simulator.clear_faults();
             faulty = false;
             for _ in 0..3 {
-                pool.engine().step();
+                pools.shared.engine().step();
             }
             device.retry_quarantine();
-            let stats = pool.stats();
+            let stats = pools.shared.stats();
             prop_assert_eq!(stats.quarantined_bytes, 0, "{}: {}", what, stats);
+            prop_assert_eq!(stats.live_bytes, live_bytes, "{}: {}", what, stats);
         }
     }
     simulator.clear_faults();
-    drop((pool, stream, device, driver));
+    drop((pools, stream, device, driver));
     prop_assert_eq!(simulator.books(0), Books::default());
     Ok(())
 }
@@ -379,7 +362,7 @@ proptest! {
 
     #[test]
     fn both_pools_agree_with_a_plain_model(
-        steps in prop::collection::vec(operation(), 1_000),
+        steps in prop::collection::vec(operations(), 1_000),
         park in prop::bool::ANY,
         streams in prop::bool::ANY,
         cache in prop::bool::ANY,
@@ -390,6 +373,6 @@ proptest! {
             .park_bytes_max(if park { 8 * PAGE } else { 0 })
             .cache_bytes_max(if cache { 8 * PAGE } else { 0 })
             .chunk_bytes_max(if chunked { 4 * PAGE } else { 0 });
-        run(steps, options, streams, if ahead { 3 * PAGE } else { 0 })?;
+        run(steps.concat(), options, streams, if ahead { 3 * PAGE } else { 0 })?;
     }
 }

@@ -113,15 +113,22 @@ impl VirtualMemoryPool {
         self.pool.is_mapped(offset, size)
     }
 
-    /// Gives back memory that is mapped and backs no live byte.
+    /// Gives back memory that is mapped and backs no live byte: what is kept for the next request, and pages that are
+    /// mapped in one piece with live ones, which are moved.
     ///
-    /// Addresses and contents of live bytes stay. No work on the range may be under way or be launched
-    /// during the call, which is why it takes `&mut self`.
+    /// Addresses and contents of live bytes stay. No work on the range may be launched during the call, which is why
+    /// it takes `&mut self`; work that was launched before is waited for where something is to be moved. While a
+    /// [`CaptureGuard`](cuda_vmm::CaptureGuard) lives, and where the device has no room for the move, that memory
+    /// stays. [`detailed_stats`](Self::detailed_stats) has it as slack.
     ///
     /// # Errors
-    /// [`Vmm`](VmmError::Vmm) if a driver call fails; live memory is as it was.
+    /// [`Vmm`](VmmError::Vmm) if a driver call fails; live memory is as it was, or kept in quarantine if it could not
+    /// be put back ([`cuda_vmm::VirtualMemoryPool::compact`]).
     pub fn compact(&mut self) -> Result<()> {
+        // Both, whichever the driver refuses.
+        let compacted = self.pool.compact();
         self.pool.trim()?;
+        compacted?;
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use super::ledger::AccountId;
 use super::pages::{ChunkState, Contents};
 use super::range::Range;
 use super::retire::Until;
-use super::{EngineStats, Inner, RangeId, State};
+use super::{EngineStats, Inner, RangeId, State, take_out};
 use crate::sync::{Arc, MutexGuard};
 use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
 
@@ -257,18 +257,20 @@ impl Inner {
             let unmapped = self.unmap(id, first, mapping, To::Driver);
             bytes += unmapped.unwrap_or_default();
         }
-        bytes
+        bytes + self.retry_relocations()
     }
 
     /// Releases memory that is mapped nowhere, and that `releasing` names. What the driver refuses is tried again
     /// later.
-    fn release(&self, account: Option<AccountId>, memory: PhysicalMemory) -> Result<usize> {
+    pub(super) fn release(
+        self: &Arc<Self>,
+        account: Option<AccountId>,
+        memory: PhysicalMemory,
+    ) -> Result<usize> {
         let bytes = memory.bytes();
         let outcome = memory.close();
         let mut state = self.lock();
-        let mut releasing = state.releasing.iter();
-        let out = releasing.position(|held| *held == (account, bytes));
-        out.map(|at| state.releasing.swap_remove(at));
+        take_out(&mut state.releasing, account, bytes);
         let outcome = match (outcome, account) {
             (Ok(()), Some(account)) => {
                 state.ledger.refund(account, bytes);
@@ -284,6 +286,9 @@ impl Inner {
             }
         };
         self.unlock_changed(state);
+        if outcome.is_err() {
+            self.worker.wake(self, false);
+        }
         outcome
     }
 

@@ -164,6 +164,16 @@ impl Ledger {
         in_budget.min(account.below_ceiling())
     }
 
+    /// What the account could be charged now: the budget's room and its own.
+    pub(crate) fn room(&self, id: AccountId) -> Refusal {
+        let account = self.accounts.get(&id);
+        Refusal {
+            free_bytes: account.map_or(0, |account| self.free_bytes(account)),
+            below_ceiling_bytes: account.map_or(0, Account::below_ceiling),
+            limit_bytes: self.account_limit_bytes(id),
+        }
+    }
+
     /// The most that an account may ever hold, in bytes: its ceiling, and what others are not guaranteed.
     pub(crate) fn account_limit_bytes(&self, id: AccountId) -> usize {
         let others = self.accounts.iter().filter(|(other, _)| **other != id);

@@ -5,6 +5,7 @@
 //! is unmapped that the device may still use.
 
 mod cache;
+mod compact;
 mod drain;
 mod fill;
 mod intervals;
@@ -20,6 +21,7 @@ mod retire;
 mod stats;
 mod worker;
 
+pub use compact::CompactReport;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
@@ -33,6 +35,7 @@ use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
 use cache::Cache;
+use compact::Relocations;
 use ledger::{AccountId, Ledger};
 use range::Range;
 use retire::{Queue, Until};
@@ -71,6 +74,8 @@ struct State {
     unreleased: Vec<(Option<AccountId>, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
     releasing: Vec<(Option<AccountId>, usize)>,
+    /// Chunks that are being moved, and what that has left.
+    relocations: Relocations,
     /// Threads that wait for `changed`.
     waiting: usize,
     /// Freed chunks whose fences are being recorded now.
@@ -100,6 +105,8 @@ impl State {
                 .sum(),
             ..EngineStats::default()
         };
+        stats.filling_bytes = self.relocations.moving_bytes(None);
+        stats.quarantined_bytes += self.relocations.quarantined_bytes(None);
         for range in self.ranges.values() {
             let parts = range.pages.parts();
             stats.live_bytes += parts.live_bytes;
@@ -113,6 +120,12 @@ impl State {
         }
         stats
     }
+}
+
+/// Takes one such entry out of a list.
+fn take_out<A: Copy + PartialEq>(list: &mut Vec<(A, usize)>, account: A, bytes: usize) {
+    let at = list.iter().position(|held| *held == (account, bytes));
+    at.map(|at| list.swap_remove(at));
 }
 
 impl Engine {
@@ -152,6 +165,7 @@ impl Engine {
                 scrubbing: None,
                 unreleased: Vec::new(),
                 releasing: Vec::new(),
+                relocations: Relocations::default(),
                 waiting: 0,
                 recording: 0,
                 ending: Vec::new(),
@@ -447,6 +461,7 @@ impl Drop for Inner {
         // was declared and no worker could wait for its end. The device may still use it, so it is not
         // unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.relocations.abandon(&self.device);
         for range in state.ranges.values_mut() {
             let (in_use, finished) = range.pages.take_all();
             self.device.quarantine(|quarantine| {

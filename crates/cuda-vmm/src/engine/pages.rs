@@ -6,6 +6,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+mod relocation;
+
+pub(crate) use relocation::PartlyLive;
+
 use super::intervals::{Around, Intervals};
 use core::ops::Range;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +29,11 @@ pub(crate) enum ChunkState {
     Draining,
     /// The driver refused to unmap it. Never handed out; retried.
     Quarantined,
+    /// Its live pages are being moved to other memory; the pages are the reservation of that work.
+    Relocating,
+    /// A move was broken off and the driver would not map it again. Its bytes are live and safe, and nobody
+    /// reaches them; retried.
+    Stranded,
 }
 
 /// What is in a chunk in which nobody has a byte.
@@ -49,7 +58,7 @@ struct Chunk<M> {
     contents: Contents,
     /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
     ahead: bool,
-    /// Absent while Filling or Draining, when it is with whoever does that work.
+    /// Absent while Filling, Draining, Relocating or Stranded, when it is with whoever does that work.
     memory: Option<M>,
 }
 
@@ -70,7 +79,7 @@ impl<M> Chunk<M> {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Parts {
     pub(crate) filling_bytes: usize,
-    /// Pages with live bytes.
+    /// Pages with live bytes that can be reached.
     pub(crate) live_bytes: usize,
     /// Backed pages without.
     pub(crate) slack_bytes: usize,
@@ -91,7 +100,7 @@ pub(crate) struct Survey {
     pub(crate) parked: Vec<usize>,
     /// Whether some pages are retiring.
     pub(crate) retiring: bool,
-    /// Whether some pages are being filled or drained by someone else.
+    /// Whether some pages are being filled, drained or moved by someone else.
     pub(crate) busy: bool,
     /// Whether some pages are in quarantine.
     pub(crate) quarantined: bool,
@@ -118,7 +127,7 @@ pub(crate) struct Pages<M> {
     ahead_pages: usize,
     live_pages: usize,
     /// Pages by chunk state, in the order of the enum.
-    by_state: [usize; 6],
+    by_state: [usize; 8],
 }
 
 impl<M> Pages<M> {
@@ -132,7 +141,7 @@ impl<M> Pages<M> {
             ahead: BTreeSet::new(),
             ahead_pages: 0,
             live_pages: 0,
-            by_state: [0; 6],
+            by_state: [0; 8],
         }
     }
 
@@ -150,15 +159,16 @@ impl<M> Pages<M> {
 
     pub(crate) fn parts(&self) -> Parts {
         let bytes = |state: ChunkState| self.by_state[state as usize] * self.page_bytes;
-        let live_bytes = self.live_pages * self.page_bytes;
+        let backed_bytes = bytes(ChunkState::Backed) + bytes(ChunkState::Relocating);
+        let live_bytes = (self.live_pages - self.stranded_live_pages()) * self.page_bytes;
         Parts {
             filling_bytes: bytes(ChunkState::Filling),
             live_bytes,
-            slack_bytes: bytes(ChunkState::Backed) - live_bytes,
+            slack_bytes: backed_bytes - live_bytes,
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
             parked_bytes: bytes(ChunkState::Parked) - self.ahead_pages * self.page_bytes,
             ahead_bytes: self.ahead_pages * self.page_bytes,
-            quarantined_bytes: bytes(ChunkState::Quarantined),
+            quarantined_bytes: bytes(ChunkState::Quarantined) + bytes(ChunkState::Stranded),
         }
     }
 
@@ -305,8 +315,10 @@ impl<M> Pages<M> {
                 ChunkState::Backed => {}
                 ChunkState::Parked => survey.parked.push(first),
                 ChunkState::Retiring => survey.retiring = true,
-                ChunkState::Filling | ChunkState::Draining => survey.busy = true,
-                ChunkState::Quarantined => survey.quarantined = true,
+                ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating => {
+                    survey.busy = true;
+                }
+                ChunkState::Quarantined | ChunkState::Stranded => survey.quarantined = true,
             }
         }
         if at < pages.end {

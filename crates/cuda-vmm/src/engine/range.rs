@@ -166,6 +166,9 @@ impl Inner {
             .filter(|(account, _)| *account == Some(range.account))
             .map(|(_, bytes)| bytes)
             .sum::<usize>();
+        let account = Some(range.account);
+        parts.filling_bytes += state.relocations.moving_bytes(account);
+        parts.quarantined_bytes += state.relocations.quarantined_bytes(account);
         Ok(RangeStats {
             parts,
             live_bytes: live.total(),
@@ -368,6 +371,9 @@ impl Inner {
         if !range.pages.live().contains(&extent.range()) {
             return Err(VmmError::NotMapped { offset, bytes });
         }
+        if range.pages.is_stranded(&extent.range()) {
+            return Err(VmmError::Quarantined { offset, bytes });
+        }
         let unused = range.pages.release(&extent.range());
         self.retire(state, id, unused);
         Ok(())
@@ -388,8 +394,8 @@ impl Inner {
         };
         // What it was guaranteed others may have now; what it holds is on its account until it is given back.
         state.ledger.close(account);
-        // An allocation of another thread that is under way ends first.
-        while (state.ranges.get(&id)).is_some_and(|range| range.pages.parts().filling_bytes > 0) {
+        // An allocation of another thread that is under way ends first, and so does a move.
+        while (state.ranges.get(&id)).is_some_and(|range| range.pages.is_worked_on()) {
             state = self.wait(state);
         }
         let mut unused = Vec::new();

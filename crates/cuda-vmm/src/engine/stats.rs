@@ -25,7 +25,8 @@ pub struct EngineStats {
     pub ahead_bytes: usize,
     /// Clean and mapped nowhere, to be mapped again; on no range's account.
     pub cached_bytes: usize,
-    /// Refused by the driver when it was to be given back; retried.
+    /// Refused by the driver when it was to be given back, or mapped again by
+    /// [`compact`](crate::VirtualMemoryPool::compact); retried.
     pub quarantined_bytes: usize,
     /// Ranges, those included that are closing.
     pub ranges: usize,

@@ -1,7 +1,9 @@
 //! One elastic range.
 
 use super::PoolStats;
-use crate::engine::{Engine, EngineOptions, GraphPin, Place, PoolOptions, Quota, RangeId};
+use crate::engine::{
+    CompactReport, Engine, EngineOptions, GraphPin, Place, PoolOptions, Quota, RangeId,
+};
 use crate::{Device, Result, Stream};
 
 /// A range of device addresses that is backed by memory only where it is in use.
@@ -218,6 +220,40 @@ impl VirtualMemoryPool {
     /// As [`Engine::trim`].
     pub fn trim(&self) -> Result<usize> {
         self.engine.trim()
+    }
+
+    /// Gives back slack, pages without live bytes in chunks that have others, by moving the live pages to chunks that
+    /// fit. Addresses and contents of live bytes stay.
+    ///
+    /// A chunk has pages of its own unless [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) is
+    /// above the page, and then there is no slack. Otherwise, for each chunk that is live in part: new memory is made
+    /// (`cuMemCreate`) and mapped at addresses aside, the live pages are copied (`cuMemcpyDtoDAsync` on a stream of
+    /// its own) and waited for, the old memory is unmapped and the new is mapped in its place (`cuMemUnmap`, `cuMemMap`,
+    /// `cuMemSetAccess`); only then is the old memory released (`cuMemRelease`).
+    ///
+    /// No work may be launched on the pool's memory meanwhile, which is why this takes `&mut self`; all that is queued
+    /// on the streams that were named, or on any where none was, is waited for first. Other pools go on, and so do
+    /// other threads that free bytes of this one.
+    ///
+    /// The budget must have room for the live pages of one chunk, which are held twice for a moment; parked memory is
+    /// given up for that. A chunk for which there is no room stays as it is. While a [`CaptureGuard`](crate::CaptureGuard)
+    /// lives, or a stream that was named is captured, nothing is moved.
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed),
+    /// [`VmmError::Forked`](crate::VmmError::Forked). After an error live bytes are where they were, with their
+    /// contents. Only if the driver also refuses to undo what it did, they are kept in quarantine: `allocate` and
+    /// `deallocate` of them answer [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used,
+    /// until a later `compact`, [`trim`](Self::trim) or step has mapped them again.
+    pub fn compact(&mut self) -> Result<CompactReport> {
+        self.engine.inner().compact(self.range)
+    }
+
+    /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was closed. Makes no driver
+    /// calls.
+    pub fn compact_report(&self) -> CompactReport {
+        let report = self.engine.inner().compact_report(self.range);
+        report.unwrap_or_default()
     }
 
     /// The engine.

@@ -30,7 +30,8 @@ pub struct PoolStats {
     pub parked_bytes: usize,
     /// Made before anyone asked for it, and given up first.
     pub ahead_bytes: usize,
-    /// Refused by the driver when it was to be given back; retried.
+    /// Refused by the driver when it was to be given back, or mapped again by
+    /// [`compact`](crate::VirtualMemoryPool::compact); retried.
     pub quarantined_bytes: usize,
     /// Mappings.
     pub chunks: usize,

@@ -1,0 +1,136 @@
+//! What moves now, and what a move that was broken off has left.
+
+use super::relocation::Relocation;
+use crate::engine::ledger::AccountId;
+use crate::engine::{Inner, take_out};
+use crate::sync::Arc;
+use crate::{Device, Mapping};
+
+/// The books of an engine's relocations.
+#[derive(Debug, Default)]
+pub(crate) struct Relocations {
+    /// Bytes that are charged for new memory of chunks that move now.
+    moving: Vec<(AccountId, usize)>,
+    /// Chunks that are neither moved nor in their place.
+    stranded: Vec<Relocation>,
+    /// Memory at scratch addresses that the driver would not unmap.
+    stuck: Vec<(AccountId, Mapping)>,
+}
+
+impl Relocations {
+    /// A chunk moves, and so many bytes are charged for that.
+    pub(super) fn begin(&mut self, account: AccountId, charged_bytes: usize) {
+        self.moving.push((account, charged_bytes));
+    }
+
+    /// It moves no more.
+    pub(super) fn end(&mut self, account: AccountId, charged_bytes: usize) {
+        take_out(&mut self.moving, account, charged_bytes);
+    }
+
+    /// Bytes held for chunks that move, of one account or of all.
+    pub(crate) fn moving_bytes(&self, only: Option<AccountId>) -> usize {
+        let moving = self.moving.iter();
+        let moving = moving.filter(|(account, _)| only.is_none_or(|only| only == *account));
+        moving.map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Bytes that the driver would not take back, of one account or of all, beside the chunks themselves.
+    pub(crate) fn quarantined_bytes(&self, only: Option<AccountId>) -> usize {
+        let stranded = self.stranded.iter();
+        let stranded =
+            stranded.map(|relocation| (relocation.place.account, relocation.new_bytes()));
+        let stuck = (self.stuck.iter()).map(|(account, mapping)| (*account, mapping.bytes()));
+        let all = stranded.chain(stuck);
+        let of_account = all.filter(|(account, _)| only.is_none_or(|only| only == *account));
+        of_account.map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Hands over what must not be unmapped yet to the device, at the end of the engine; all else is dropped.
+    pub(crate) fn abandon(&mut self, device: &Device) {
+        for relocation in core::mem::take(&mut self.stranded) {
+            let unfinished = relocation.into_unfinished();
+            device.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
+        }
+    }
+}
+
+impl Inner {
+    /// Ends a move that was broken off, or that is tried again: everything goes back where it was, so far as the
+    /// driver lets it. The rest stays charged and is retried.
+    pub(super) fn put_back(self: &Arc<Self>, mut relocation: Relocation) {
+        let left = relocation.back();
+        let account = relocation.place.account;
+        let (id, first) = (relocation.place.range, relocation.first);
+        let charged_bytes = relocation.charged_bytes;
+        relocation.charged_bytes = relocation.new_bytes();
+        let kept_bytes = relocation.charged_bytes + left.bytes();
+        let mut state = self.lock();
+        state.relocations.end(account, charged_bytes);
+        state.ledger.refund(account, charged_bytes - kept_bytes);
+        let stuck = left.mapped.into_iter().map(|mapping| (account, mapping));
+        state.relocations.stuck.extend(stuck);
+        let unreleased = left.unreleased.into_iter();
+        state
+            .unreleased
+            .extend(unreleased.map(|memory| (Some(account), memory)));
+        let (mut unused, mut is_refused) = (Vec::new(), kept_bytes > 0);
+        // The range cannot have gone: closing waits for what moves.
+        if let Some(range) = state.ranges.get_mut(&id) {
+            if let Some(mapping) = relocation.take_home() {
+                // First, so that the memory is the mapping's alone.
+                drop(relocation);
+                unused = range.pages.come_back(first, mapping);
+            } else {
+                range.pages.strand(first);
+                state.relocations.stranded.push(relocation);
+                is_refused = true;
+            }
+        }
+        self.retire(state, id, unused);
+        if is_refused {
+            self.worker.wake(self, false);
+        }
+    }
+
+    /// Tries again to put back what moves have left; returns the bytes that went to the driver.
+    pub(in crate::engine) fn retry_relocations(self: &Arc<Self>) -> usize {
+        let (stranded, stuck) = {
+            let mut state = self.lock();
+            let stranded = core::mem::take(&mut state.relocations.stranded);
+            let stuck = core::mem::take(&mut state.relocations.stuck);
+            for relocation in &stranded {
+                let place = &relocation.place;
+                (state.relocations).begin(place.account, relocation.charged_bytes);
+                if let Some(range) = state.ranges.get_mut(&place.range) {
+                    range.pages.resume(relocation.first);
+                }
+            }
+            let releasing = stuck.iter();
+            let releasing = releasing.map(|(account, mapping)| (Some(*account), mapping.bytes()));
+            state.releasing.extend(releasing);
+            (stranded, stuck)
+        };
+        let mut bytes = 0;
+        for (account, mapping) in stuck {
+            let mapped_bytes = mapping.bytes();
+            match mapping.unmap() {
+                Ok(memory) => {
+                    let released =
+                        Arc::into_inner(memory).map(|memory| self.release(Some(account), memory));
+                    bytes += released.and_then(Result::ok).unwrap_or_default();
+                }
+                Err(failure) => {
+                    let mut state = self.lock();
+                    take_out(&mut state.releasing, Some(account), mapped_bytes);
+                    state.relocations.stuck.push((account, failure.object));
+                    self.unlock_changed(state);
+                }
+            }
+        }
+        for relocation in stranded {
+            self.put_back(relocation);
+        }
+        bytes
+    }
+}

@@ -1,0 +1,144 @@
+//! Live pages of a chunk that move to other memory, at unchanged addresses.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::{ChunkState, Pages};
+use crate::engine::policy::cut;
+use core::ops::Range;
+
+/// A chunk that holds pages with live bytes and pages without, and may be moved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PartlyLive {
+    /// Its first page, by which it is known.
+    pub(crate) first: usize,
+    pub(crate) live_bytes: usize,
+    pub(crate) slack_bytes: usize,
+    /// The pages with live bytes, cut into the chunks that are to hold them.
+    pub(crate) pieces: Vec<Range<usize>>,
+}
+
+impl<M> Pages<M> {
+    /// All chunks that may be moved, in the order of their pages.
+    pub(crate) fn partly_live(&self) -> impl Iterator<Item = PartlyLive> + '_ {
+        (self.chunks.keys()).filter_map(|first| self.partly_live_at(*first))
+    }
+
+    /// The chunk that begins at this page, if it is partly live and may be moved: nobody works on it, or is about to
+    /// take bytes of it. Whatever else is to hold a chunk where it is, is asked here.
+    pub(crate) fn partly_live_at(&self, first: usize) -> Option<PartlyLive> {
+        let chunk = self.chunks.get(&first)?;
+        let pages = first..first + chunk.pages();
+        let is_partly_live = chunk.live_pages > 0 && chunk.live_pages < chunk.pages;
+        if chunk.state != ChunkState::Backed
+            || !is_partly_live
+            || self.pending.overlaps(&self.bytes_of(&pages))
+        {
+            return None;
+        }
+        let live_bytes = chunk.live_pages as usize * self.page_bytes;
+        let largest = 1 << pages.len().ilog2();
+        let mut pieces = Vec::new();
+        let mut at = pages.start;
+        while at < pages.end {
+            let live = (at..pages.end).take_while(|page| self.is_page_live(*page));
+            let run = at..at + live.count();
+            at = run.end + 1;
+            pieces.extend(cut(run, largest));
+        }
+        Some(PartlyLive {
+            first,
+            live_bytes,
+            slack_bytes: pages.len() * self.page_bytes - live_bytes,
+            pieces,
+        })
+    }
+
+    /// Hands out the memory of a chunk whose pages are to be moved. They stay live and may be freed meanwhile.
+    pub(crate) fn depart(&mut self, first: usize) -> Option<M> {
+        if self.state_of(first)? != ChunkState::Backed {
+            return None;
+        }
+        self.set_state(first, ChunkState::Relocating);
+        self.chunks.get_mut(&first)?.memory.take()
+    }
+
+    /// Puts chunks of other memory in the place of one that was moved. Returns those that nobody uses because their
+    /// bytes were freed meanwhile; they are now retiring.
+    pub(crate) fn arrive(
+        &mut self,
+        first: usize,
+        chunks: impl IntoIterator<Item = (Range<usize>, M)>,
+    ) -> Vec<usize> {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
+        let Some(old) = self.chunks.remove(&first) else {
+            return Vec::new();
+        };
+        self.by_state[old.state as usize] -= old.pages();
+        let place = self.bytes_of(&(first..first + old.pages()));
+        for (pages, memory) in chunks {
+            let live = pages.clone().filter(|page| self.is_page_live(*page));
+            let live_pages = u32::try_from(live.count()).unwrap_or(u32::MAX);
+            let first = pages.start;
+            self.insert(pages, ChunkState::Backed, Some(memory));
+            if let Some(chunk) = self.chunks.get_mut(&first) {
+                chunk.live_pages = live_pages;
+            }
+        }
+        self.retire_unused(&place)
+    }
+
+    /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if nobody uses it, because
+    /// its bytes were freed meanwhile; it is now retiring.
+    pub(crate) fn come_back(&mut self, first: usize, memory: M) -> Vec<usize> {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
+        self.set_state(first, ChunkState::Backed);
+        let Some(chunk) = self.chunks.get_mut(&first) else {
+            return Vec::new();
+        };
+        chunk.memory = Some(memory);
+        let place = first..first + chunk.pages();
+        self.retire_unused(&self.bytes_of(&place))
+    }
+
+    /// Ends a move that failed, whose memory is not in its place again.
+    pub(crate) fn strand(&mut self, first: usize) {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
+        self.set_state(first, ChunkState::Stranded);
+    }
+
+    /// Marks a stranded chunk as being worked on.
+    pub(crate) fn resume(&mut self, first: usize) {
+        debug_assert_eq!(self.state_of(first), Some(ChunkState::Stranded));
+        self.set_state(first, ChunkState::Relocating);
+    }
+
+    /// Whether pages are being made or moved, which whoever closes the range waits for.
+    pub(crate) fn is_worked_on(&self) -> bool {
+        self.by_state[ChunkState::Filling as usize] + self.by_state[ChunkState::Relocating as usize]
+            > 0
+    }
+
+    /// Whether some of the bytes lie in a stranded chunk.
+    pub(crate) fn is_stranded(&self, bytes: &Range<usize>) -> bool {
+        let pages = self.pages_of(bytes);
+        let is_stranded = |chunk: &super::Chunk<M>| chunk.state == ChunkState::Stranded;
+        self.by_state[ChunkState::Stranded as usize] > 0
+            && (self.chunks)
+                .range(self.first_at_or_after(pages.start)..pages.end)
+                .any(|(_, chunk)| is_stranded(chunk))
+    }
+
+    /// Live pages that nobody reaches.
+    pub(super) fn stranded_live_pages(&self) -> usize {
+        let stranded = self.in_state(ChunkState::Stranded).into_iter();
+        let live = stranded.filter_map(|first| self.chunks.get(&first));
+        live.map(|chunk| chunk.live_pages as usize).sum()
+    }
+
+    fn is_page_live(&self, page: usize) -> bool {
+        self.live.overlaps(&self.bytes_of(&(page..page + 1)))
+    }
+}
+
+#[cfg(test)]
+mod tests;
