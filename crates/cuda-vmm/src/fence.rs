@@ -73,7 +73,7 @@ impl Fence {
     /// Whether the device is past it (`cuEventQuery`). Never waits.
     ///
     /// # Errors
-    /// [`VmmError::Driver`], also for work that failed earlier.
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also for work that failed earlier.
     pub fn is_complete(&self) -> Result<bool> {
         let _current = self.device.make_current()?;
         let _relaxed = Relaxed::new(self.device.driver())?;
@@ -92,7 +92,7 @@ impl Fence {
     /// Waits until the device is past it (`cuEventSynchronize`).
     ///
     /// # Errors
-    /// [`VmmError::Driver`], also for work that failed earlier.
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also for work that failed earlier.
     pub fn wait(&self) -> Result<()> {
         let _current = self.device.make_current()?;
         let _relaxed = Relaxed::new(self.device.driver())?;

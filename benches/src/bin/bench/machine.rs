@@ -96,9 +96,9 @@ impl Machine {
     }
 }
 
-/// The engine's options for whatever is not about one of them: as large chunks as it likes.
+/// The engine's options for whatever is not about one of them.
 pub fn options() -> EngineOptions {
-    EngineOptions::new().chunk_bytes_max(128 << 20)
+    EngineOptions::new()
 }
 
 /// For how long something may be waited for.

@@ -3,7 +3,6 @@
 mod arguments;
 mod bare;
 mod demand;
-mod features;
 mod machine;
 mod recorder;
 mod report;

@@ -1,6 +1,7 @@
 //! How an engine and a range on it are made.
 
 use super::WorkerMode;
+use super::policy::CHUNK_BYTES_MAX;
 
 /// How an engine is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,23 +20,24 @@ pub struct EngineOptions {
     /// made. It is overwritten with zeros on the device before, so that no range finds another's bytes in it, and
     /// given up before an allocation is refused. 0 keeps nothing.
     pub cache_bytes_max: usize,
-    /// The largest chunk in bytes; never more than 128 MiB. A page is the smallest chunk whatever this says, so
-    /// with 0, the default, each page has a chunk of its own and can be given back alone. Larger chunks take
-    /// fewer driver calls, and a chunk is only given back whole: what it holds without being live is slack.
+    /// The largest chunk in bytes; never more than 128 MiB, which is the default. A page is the smallest chunk whatever
+    /// this says, so with 0 each page has a chunk of its own and can be given back alone. Larger chunks take fewer
+    /// driver calls, and a chunk is only given back whole: what it holds without being live is slack, which
+    /// [`compact`](crate::VirtualMemoryPool::compact) gives back.
     pub chunk_bytes_max: usize,
     /// Who takes the steps.
     pub worker: WorkerMode,
 }
 
 impl EngineOptions {
-    /// The defaults: the device's total, no headroom, nothing parked or cached, a chunk a page, a worker thread.
+    /// The defaults: the device's total, no headroom, nothing parked or cached, chunks of up to 128 MiB, a worker thread.
     pub const fn new() -> Self {
         Self {
             limit_bytes: None,
             headroom_bytes: 0,
             park_bytes_max: 0,
             cache_bytes_max: 0,
-            chunk_bytes_max: 0,
+            chunk_bytes_max: CHUNK_BYTES_MAX,
             worker: WorkerMode::Thread,
         }
     }

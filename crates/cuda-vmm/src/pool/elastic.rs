@@ -225,8 +225,8 @@ impl VirtualMemoryPool {
     /// Gives back slack, pages without live bytes in chunks that have others, by moving the live pages to chunks that
     /// fit. Addresses and contents of live bytes stay.
     ///
-    /// A chunk has pages of its own unless [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) is
-    /// above the page, and then there is no slack. Otherwise, for each chunk that is live in part: new memory is made
+    /// Where [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) makes each page a chunk there is no
+    /// slack. Otherwise, for each chunk that is live in part: new memory is made
     /// (`cuMemCreate`) and mapped at addresses aside, the live pages are copied (`cuMemcpyDtoDAsync` on a stream of
     /// its own) and waited for, the old memory is unmapped and the new is mapped in its place (`cuMemUnmap`, `cuMemMap`,
     /// `cuMemSetAccess`); only then is the old memory released (`cuMemRelease`).

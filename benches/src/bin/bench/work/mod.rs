@@ -81,11 +81,6 @@ impl Outcome {
         self.add(demand, ours, Some(peer));
         Ok(())
     }
-
-    /// Adds a figure that cannot be measured, and why.
-    pub fn add_unmeasured(&mut self, demand: &Demand, note: &str) {
-        self.findings.push(demand.unmeasured(note));
-    }
 }
 
 impl Work {

@@ -2,7 +2,6 @@
 
 use super::{Outcome, Work};
 use crate::demand::{Demand, Reach};
-use crate::features;
 use crate::machine::{self, Machine};
 use anyhow::Result;
 use cuda_vmm::VirtualMemoryPool;
@@ -57,13 +56,8 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         pool.deallocate((hole + 1) * page_bytes, 7 * page_bytes)?;
     }
     machine.stream.synchronize()?;
-    match features::compact(&mut pool) {
-        Some(compacted) => {
-            compacted?;
-            let (slack_bytes, allowed_bytes) = slack(&pool);
-            outcome.add(&COMPACTED, slack_bytes, Some(allowed_bytes));
-        }
-        None => outcome.add_unmeasured(&COMPACTED, features::NO_COMPACTION),
-    }
+    pool.compact()?;
+    let (slack_bytes, allowed_bytes) = slack(&pool);
+    outcome.add(&COMPACTED, slack_bytes, Some(allowed_bytes));
     Ok(outcome)
 }
