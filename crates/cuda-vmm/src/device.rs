@@ -8,7 +8,8 @@
 use crate::driver::{Driver, call};
 use crate::engine::Engine;
 use crate::quarantine::Quarantine;
-use crate::sync::{Arc, Mutex, PoisonError, Weak};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, PoisonError, Weak, thread};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
@@ -34,6 +35,8 @@ pub(crate) struct Inner {
     exports: bool,
     quarantine: Mutex<Quarantine>,
     engines: Mutex<Vec<Weak<crate::engine::Inner>>>,
+    /// Threads that call the driver for someone who waits for memory.
+    callers: AtomicUsize,
 }
 
 // SAFETY: the context is used through the driver's calls only, which may be made from any thread.
@@ -100,6 +103,7 @@ impl Device {
             exports,
             quarantine: Mutex::default(),
             engines: Mutex::default(),
+            callers: AtomicUsize::new(0),
         })))
     }
 
@@ -256,6 +260,22 @@ impl Device {
         engines.push(Arc::downgrade(engine));
     }
 
+    /// Counts this thread among those that call the driver for someone who waits, until the guard is dropped.
+    pub(crate) fn call_for_someone(&self) -> CallsForSomeone<'_> {
+        self.0.callers.fetch_add(1, Ordering::Relaxed);
+        CallsForSomeone(self)
+    }
+
+    /// Lets those go first, for a while, who call the driver for someone who waits: it does one call at a time.
+    pub(crate) fn give_way(&self) {
+        for _ in 0..TURNS_GIVEN {
+            if self.0.callers.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            thread::yield_now();
+        }
+    }
+
     /// The engines of this device in this process.
     pub(crate) fn engines(&self) -> Vec<Engine> {
         self.0
@@ -336,6 +356,18 @@ impl Drop for Inner {
             // SAFETY: releases what `open` retained, once.
             let _ = unsafe { call!(&self.driver, cuDevicePrimaryCtxRelease(self.raw)) };
         }
+    }
+}
+
+/// How often a thread that nobody waits for looks whether it may go on.
+const TURNS_GIVEN: usize = if cfg!(shuttle) { 3 } else { 1_000 };
+
+/// Counted among the threads that call the driver for someone who waits.
+pub(crate) struct CallsForSomeone<'a>(&'a Device);
+
+impl Drop for CallsForSomeone<'_> {
+    fn drop(&mut self) {
+        self.0.0.callers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

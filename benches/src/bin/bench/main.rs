@@ -3,6 +3,7 @@
 mod arguments;
 mod bare;
 mod demand;
+mod kernel;
 mod machine;
 mod recorder;
 mod report;

@@ -59,6 +59,11 @@ impl Measured {
         self.0.push((name, samples));
     }
 
+    /// Takes in what was measured in turns of its own.
+    pub fn extend(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
     /// One side's measurements.
     pub fn samples(&self, name: &str) -> Result<&Samples> {
         let side = self.0.iter().find(|(side, _)| *side == name);

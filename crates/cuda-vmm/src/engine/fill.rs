@@ -27,8 +27,27 @@ pub(super) struct Made {
 }
 
 impl State {
-    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them.
+    /// Charges an account for all that a plan backs, and takes from the cache what serves it.
     pub(super) fn charge(
+        &mut self,
+        account: AccountId,
+        plan: &Plan,
+        page_bytes: usize,
+    ) -> Result<Vec<PhysicalMemory>, Refusal> {
+        let need_bytes = plan.pages() * page_bytes;
+        let cannot_help = |cached_bytes: usize| {
+            cached_bytes == 0 || need_bytes > self.ledger.room(account).free_bytes + cached_bytes
+        };
+        // Then without looking at each chunk.
+        if cannot_help(self.cache.bytes()) {
+            return self.ledger.charge(account, need_bytes).map(|()| Vec::new());
+        }
+        let chunks = plan.chunks().into_iter();
+        self.charge_chunks(account, chunks.map(|chunk| chunk.len() * page_bytes))
+    }
+
+    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them.
+    pub(super) fn charge_chunks(
         &mut self,
         account: AccountId,
         chunks: impl Iterator<Item = usize>,
@@ -154,7 +173,10 @@ impl Inner {
         range.pages.begin(&bytes, survey, &runs);
         let target = Target::of(range);
         drop(state);
-        let made = self.back(&target, &plan, &mut supply);
+        let made = {
+            let _caller = self.device.call_for_someone();
+            self.back(&target, &plan, &mut supply)
+        };
         let mut state = self.lock();
         // The range cannot have gone: closing waits for what is filling.
         let Some(range) = state.ranges.get_mut(&id) else {
@@ -213,7 +235,7 @@ impl Inner {
         let mut done: Vec<Made> = Vec::with_capacity(left.len());
         let mut relieved = false;
         while let Some(pages) = left.pop() {
-            let mut failure = match self.make(target, &pages, supply) {
+            let mut failure = match self.make(target, &pages, supply, || ()) {
                 Ok(made) => {
                     done.push(made);
                     continue;
@@ -251,20 +273,26 @@ impl Inner {
         Ok(done)
     }
 
-    /// Makes one chunk, of memory from the supply if some fits.
+    /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls of the driver that
+    /// take long.
     pub(super) fn make(
         &self,
         target: &Target,
         pages: &Range<usize>,
         supply: &mut Vec<PhysicalMemory>,
+        before: impl Fn(),
     ) -> Result<Made, Failure> {
         let bytes = pages.len() * target.page_bytes;
         let fitting = supply.iter().position(|memory| memory.bytes() == bytes);
         let from_cache = fitting.is_some();
         let memory = match fitting {
             Some(at) => Ok(supply.swap_remove(at)),
-            None => PhysicalMemory::new(&self.device, bytes),
+            None => {
+                before();
+                PhysicalMemory::new(&self.device, bytes)
+            }
         };
+        before();
         let memory = memory.map(Arc::new).map_err(Failure::new)?;
         let offset = pages.start * target.page_bytes;
         match Mapping::try_new(&target.reservation, offset, &memory, &target.access) {

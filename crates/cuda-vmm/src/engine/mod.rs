@@ -217,7 +217,7 @@ impl Engine {
     /// In a forked process it does nothing.
     pub fn step(&self) -> StepReport {
         match self.0.check_process() {
-            Ok(()) => self.0.step(),
+            Ok(()) => self.0.step(false),
             Err(_) => StepReport::default(),
         }
     }
@@ -287,7 +287,7 @@ impl Inner {
                 .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some())
     }
 
-    fn step(self: &Arc<Self>) -> StepReport {
+    fn step(self: &Arc<Self>, is_worker: bool) -> StepReport {
         let mut retired_bytes = self.poll();
         if !self.lock().queue.unsynchronised(None).is_empty() {
             let outcome = CaptureGuard::try_none().map(|_no_capture| self.synchronise());
@@ -301,7 +301,7 @@ impl Inner {
         }
         let retried_bytes = self.retry();
         let drained_bytes = self.give_back();
-        let prefetched_bytes = self.prefetch();
+        let prefetched_bytes = self.prefetch(is_worker);
         self.finish_closing();
         let stats = self.lock().parts();
         StepReport {

@@ -6,13 +6,15 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+mod counts;
 mod relocation;
 
 pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
 use core::ops::Range;
-use std::collections::{BTreeMap, BTreeSet};
+use counts::Counts;
+use std::collections::BTreeMap;
 
 /// What is happening to a chunk: one physical allocation behind one or many pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,11 @@ struct Chunk<M> {
 impl<M> Chunk<M> {
     fn pages(&self) -> usize {
         self.pages as usize
+    }
+
+    /// Whether it is parked and someone had bytes in it before, so that it was not made ahead.
+    fn is_parked(&self) -> bool {
+        self.state == ChunkState::Parked && !self.ahead
     }
 
     /// Someone has bytes in it now.
@@ -120,14 +127,8 @@ pub(crate) struct Pages<M> {
     /// Bytes that are about to be live: their pages are being filled.
     pending: Intervals,
     chunks: BTreeMap<usize, Chunk<M>>,
-    /// First pages of the parked chunks, but for those made ahead.
-    parked: BTreeSet<usize>,
-    /// First pages of the chunks made ahead that nobody has taken.
-    ahead: BTreeSet<usize>,
-    ahead_pages: usize,
     live_pages: usize,
-    /// Pages by chunk state, in the order of the enum.
-    by_state: [usize; 8],
+    counts: Counts,
 }
 
 impl<M> Pages<M> {
@@ -137,11 +138,8 @@ impl<M> Pages<M> {
             live: Intervals::default(),
             pending: Intervals::default(),
             chunks: BTreeMap::new(),
-            parked: BTreeSet::new(),
-            ahead: BTreeSet::new(),
-            ahead_pages: 0,
             live_pages: 0,
-            by_state: [0; 8],
+            counts: Counts::default(),
         }
     }
 
@@ -158,7 +156,8 @@ impl<M> Pages<M> {
     }
 
     pub(crate) fn parts(&self) -> Parts {
-        let bytes = |state: ChunkState| self.by_state[state as usize] * self.page_bytes;
+        let bytes = |state: ChunkState| self.counts.pages(state) * self.page_bytes;
+        let ahead_bytes = self.counts.ahead_pages() * self.page_bytes;
         let backed_bytes = bytes(ChunkState::Backed) + bytes(ChunkState::Relocating);
         let live_bytes = (self.live_pages - self.stranded_live_pages()) * self.page_bytes;
         Parts {
@@ -166,8 +165,8 @@ impl<M> Pages<M> {
             live_bytes,
             slack_bytes: backed_bytes - live_bytes,
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
-            parked_bytes: bytes(ChunkState::Parked) - self.ahead_pages * self.page_bytes,
-            ahead_bytes: self.ahead_pages * self.page_bytes,
+            parked_bytes: bytes(ChunkState::Parked) - ahead_bytes,
+            ahead_bytes,
             quarantined_bytes: bytes(ChunkState::Quarantined) + bytes(ChunkState::Stranded),
         }
     }
@@ -214,18 +213,19 @@ impl<M> Pages<M> {
 
     /// First pages of the chunks made ahead.
     pub(crate) fn ahead(&self) -> impl DoubleEndedIterator<Item = usize> + '_ {
-        self.ahead.iter().copied()
+        self.counts.ahead().iter().copied()
     }
 
     /// A chunk made ahead that lies wholly outside these pages.
     pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
-        let before = self.ahead.first().copied();
+        let before = self.counts.ahead().first().copied();
         let before = before.filter(|first| {
             let chunk = self.chunks.get(first);
             chunk.is_some_and(|chunk| first + chunk.pages() <= pages.start)
         });
         let after = || {
-            self.ahead
+            self.counts
+                .ahead()
                 .last()
                 .copied()
                 .filter(|first| *first >= pages.end)
@@ -233,14 +233,24 @@ impl<M> Pages<M> {
         before.or_else(after)
     }
 
-    /// First pages of the parked chunks, but for those made ahead.
+    /// First pages of the parked chunks, but for those made ahead; the one parked first before the others. Some may be
+    /// named twice.
     pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
-        self.parked.iter().copied()
+        let maybe = self.counts.maybe_parked();
+        maybe.filter(|first| self.chunks.get(first).is_some_and(Chunk::is_parked))
+    }
+
+    /// The chunk that was parked before all others, but for those made ahead.
+    pub(crate) fn first_parked(&mut self) -> Option<usize> {
+        let chunks = &self.chunks;
+        self.counts
+            .forget_while(|first| !chunks.get(&first).is_some_and(Chunk::is_parked));
+        self.counts.maybe_parked().next()
     }
 
     /// First pages of the chunks in this state. Walks all chunks: for rare states.
     pub(crate) fn in_state(&self, state: ChunkState) -> Vec<usize> {
-        if self.by_state[state as usize] == 0 {
+        if self.counts.pages(state) == 0 {
             return Vec::new();
         }
         let of_state = self.chunks.iter().filter(|(_, chunk)| chunk.state == state);
@@ -348,42 +358,22 @@ impl<M> Pages<M> {
         let Some((&first, chunk)) = self.chunks.range_mut(..=pages.start).next_back() else {
             return false;
         };
-        let is_parked = match chunk.state {
-            ChunkState::Backed => false,
-            ChunkState::Parked => true,
-            _ => return false,
-        };
-        if first + chunk.pages() < pages.end {
+        let is_there = matches!(chunk.state, ChunkState::Backed | ChunkState::Parked);
+        if !is_there || first + chunk.pages() < pages.end {
             return false;
         }
         let Some(around) = self.live.around(bytes) else {
             return false;
         };
-        if is_parked {
-            self.set_state(first, ChunkState::Backed);
+        let fresh = around.fresh_pages(&pages, self.page_bytes).len();
+        if chunk.state == ChunkState::Parked {
+            self.counts.change(first, chunk, ChunkState::Backed);
         }
-        let fresh = self.fresh_pages(&pages, &around).len();
-        if let Some(chunk) = self.chunks.get_mut(&first) {
-            chunk.live_pages += fresh as u32;
-            chunk.taken();
-        }
+        chunk.live_pages += fresh as u32;
+        chunk.taken();
         self.live_pages += fresh;
         self.live.insert_between(bytes.clone(), &around);
         true
-    }
-
-    /// The pages of bytes that are not live which no neighbour keeps live.
-    fn fresh_pages(&self, pages: &Range<usize>, around: &Around) -> Range<usize> {
-        let mut fresh = pages.clone();
-        let page_bytes = self.page_bytes;
-        if (around.before.as_ref()).is_some_and(|before| before.end > fresh.start * page_bytes) {
-            fresh.start += 1;
-        }
-        let after = around.after.as_ref();
-        if !fresh.is_empty() && after.is_some_and(|after| after.start < fresh.end * page_bytes) {
-            fresh.end -= 1;
-        }
-        fresh
     }
 
     /// Takes bytes for which no page is missing.
@@ -592,7 +582,6 @@ impl<M> Pages<M> {
     }
 
     fn insert(&mut self, pages: Range<usize>, state: ChunkState, memory: Option<M>) {
-        self.by_state[state as usize] += pages.len();
         let chunk = Chunk {
             // A run of 2^32 pages of 64 KiB is more than an address space holds.
             pages: u32::try_from(pages.len()).unwrap_or(u32::MAX),
@@ -603,43 +592,43 @@ impl<M> Pages<M> {
             ahead: false,
             memory,
         };
+        self.counts.add(&chunk);
         let before = self.chunks.insert(pages.start, chunk);
         debug_assert!(before.is_none(), "two chunks at page {}", pages.start);
     }
 
     fn remove(&mut self, first: usize) {
         if let Some(chunk) = self.chunks.remove(&first) {
-            self.by_state[chunk.state as usize] -= chunk.pages();
+            self.counts.remove(first, &chunk);
             debug_assert_eq!(chunk.live_pages, 0);
         }
     }
 
     fn set_state(&mut self, first: usize, state: ChunkState) {
-        let Some(chunk) = self.chunks.get_mut(&first) else {
-            return;
-        };
-        self.by_state[chunk.state as usize] -= chunk.pages();
-        self.by_state[state as usize] += chunk.pages();
-        let was_parked = core::mem::replace(&mut chunk.state, state) == ChunkState::Parked;
-        let is_parked = state == ChunkState::Parked;
-        if was_parked == is_parked {
-            return;
+        if let Some(chunk) = self.chunks.get_mut(&first) {
+            self.counts.change(first, chunk, state);
         }
-        let parked = if chunk.ahead {
-            &mut self.ahead
-        } else {
-            &mut self.parked
-        };
-        match (is_parked, chunk.ahead) {
-            (true, true) => self.ahead_pages += chunk.pages(),
-            (false, true) => self.ahead_pages -= chunk.pages(),
-            (_, false) => {}
+        if self.counts.is_overgrown() {
+            let chunks = &self.chunks;
+            self.counts
+                .tidy(|first| chunks.get(&first).is_some_and(Chunk::is_parked));
         }
-        if is_parked {
-            parked.insert(first);
-        } else {
-            parked.remove(&first);
+    }
+}
+
+impl Around {
+    /// Those of the pages of a range that nobody around it keeps live.
+    fn fresh_pages(&self, pages: &Range<usize>, page_bytes: usize) -> Range<usize> {
+        let mut fresh = pages.clone();
+        let before = self.before.as_ref();
+        if before.is_some_and(|before| before.end > fresh.start * page_bytes) {
+            fresh.start += 1;
         }
+        let after = self.after.as_ref();
+        if !fresh.is_empty() && after.is_some_and(|after| after.start < fresh.end * page_bytes) {
+            fresh.end -= 1;
+        }
+        fresh
     }
 }
 

@@ -6,6 +6,7 @@ use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Result, VmmError};
 use core::ops;
+use std::collections::BTreeSet;
 
 /// Keeps the memory behind a range of addresses mapped while it lives; made by
 /// [`VirtualMemoryPool::pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph).
@@ -31,10 +32,12 @@ impl Range {
     }
 
     /// A parked chunk that may be unmapped.
-    pub(super) fn spare_parked(&self) -> Option<usize> {
-        self.pages
-            .parked()
-            .find(|first| !self.is_chunk_pinned(*first))
+    pub(super) fn spare_parked(&mut self) -> Option<usize> {
+        if self.pins.is_empty() {
+            return self.pages.first_parked();
+        }
+        let mut parked = self.pages.parked();
+        parked.find(|first| !self.is_chunk_pinned(*first))
     }
 
     /// What is parked and may be unmapped, in bytes.
@@ -43,7 +46,8 @@ impl Range {
         if self.pins.is_empty() {
             return parked_bytes;
         }
-        let pinned = self.pages.parked();
+        let parked: BTreeSet<_> = self.pages.parked().collect();
+        let pinned = parked.into_iter();
         let pinned = pinned.filter(|first| self.is_chunk_pinned(*first));
         let pinned = pinned.map(|first| self.pages.chunk_bytes(first));
         parked_bytes - pinned.sum::<usize>()

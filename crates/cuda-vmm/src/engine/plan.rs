@@ -78,12 +78,6 @@ impl Plan {
         }
     }
 
-    /// Their sizes in bytes.
-    pub(super) fn sizes(&self, page_bytes: usize) -> impl Iterator<Item = usize> + use<> {
-        let chunks = self.chunks().into_iter();
-        chunks.map(move |chunk| chunk.len() * page_bytes)
-    }
-
     /// Whether a chunk may be made as two halves, where the device has no memory for it whole.
     pub(super) fn may_halve(&self, chunk: &ops::Range<usize>) -> bool {
         self.largest.is_some() && chunk.len() > 1

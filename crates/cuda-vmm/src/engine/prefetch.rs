@@ -5,8 +5,13 @@ use super::policy::{chunk_pages, grown_end};
 use super::range::Range;
 use super::{Inner, RangeId, State};
 use crate::Mapping;
-use crate::sync::Arc;
+use crate::sync::{Arc, thread};
 use core::ops;
+use std::time::Duration;
+
+/// How long the worker leaves the driver to others between two chunks. The driver's lock is not a fair one: without
+/// this a thread that launches work could wait for it many times over.
+const REST: Duration = Duration::from_micros(50);
 
 impl Range {
     /// The pages that are to be backed ahead. None where each allocation is to have a handle of its own.
@@ -66,11 +71,14 @@ impl State {
 }
 
 impl Inner {
-    /// Makes what is to be there ahead, a chunk at a time; returns the bytes made.
-    pub(super) fn prefetch(self: &Arc<Self>) -> usize {
+    /// Makes what is to be there ahead, a chunk at a time; returns the bytes made. The worker's thread rests in between.
+    pub(super) fn prefetch(self: &Arc<Self>, is_worker: bool) -> usize {
         let mut made_bytes = 0;
         while let Some(bytes) = self.prefetch_one() {
             made_bytes += bytes;
+            if is_worker && bytes > 0 {
+                thread::sleep(REST);
+            }
         }
         made_bytes
     }
@@ -86,7 +94,7 @@ impl Inner {
         };
         let (account, bytes) = (range.account, run.len() * range.page_bytes);
         let target = Target::of(range);
-        let Ok(mut supply) = state.charge(account, [bytes].into_iter()) else {
+        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
             return Some(0);
@@ -95,7 +103,8 @@ impl Inner {
             range.pages.begin_ahead(run.clone());
         }
         drop(state);
-        let made = self.make(&target, &run, &mut supply);
+        let give_way = || self.device.give_way();
+        let made = self.make(&target, &run, &mut supply, give_way);
         let mut state = self.lock();
         let (chunk, failure) = match made {
             Ok(made) => (Some((made.pages, made.mapping)), None),

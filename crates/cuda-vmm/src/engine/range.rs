@@ -1,6 +1,6 @@
 //! One elastic range of an engine: its addresses, and taking and giving back bytes of it.
 
-use super::ledger::{AccountId, Quota};
+use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages};
 use super::plan::Plan;
 use super::{Inner, Parts, PoolOptions, State};
@@ -254,9 +254,12 @@ impl Inner {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
-                let charged = state.charge(account, plan.sizes(page_bytes)).or_else(|_| {
+                let charged = state.charge(account, &plan, page_bytes).or_else(|refusal| {
+                    if plan.spare_pages == 0 {
+                        return Err(refusal);
+                    }
                     plan.spare_pages = 0;
-                    state.charge(account, plan.sizes(page_bytes))
+                    state.charge(account, &plan, page_bytes)
                 });
                 match charged {
                     Ok(supply) => {
@@ -268,7 +271,8 @@ impl Inner {
             };
             // Something is in the way. Cheapest first: what the device has finished with meanwhile, what
             // is parked, and then, if the caller will wait, what comes back by itself.
-            if !polled {
+            let may_help = |refusal: &Refusal| need_bytes <= refusal.limit_bytes;
+            if !polled && refusal.as_ref().is_none_or(may_help) {
                 polled = true;
                 drop(state);
                 self.poll();

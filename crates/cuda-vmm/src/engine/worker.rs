@@ -173,7 +173,7 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
         let Some(engine) = engine.upgrade() else {
             return;
         };
-        let report = engine.step();
+        let report = engine.step(true);
         if engine.has_work() {
             let mut signal = shared.lock();
             signal.work = true;

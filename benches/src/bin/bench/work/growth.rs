@@ -2,11 +2,12 @@
 
 use super::{Outcome, Work};
 use crate::demand::{Demand, Reach};
+use crate::kernel::Fill;
 use crate::machine::{self, Machine, watch};
 use crate::recorder;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
-use cuda_vmm::{Device, Engine, PoolOptions, Stream, VirtualMemoryPool};
+use cuda_vmm::{Engine, PoolOptions, Stream, VirtualMemoryPool};
 use std::time::{Duration, Instant};
 
 const WORST: Demand = Demand::time(
@@ -66,12 +67,14 @@ struct Steps {
 struct Ranges {
     pools: Vec<VirtualMemoryPool>,
     stream: Stream,
+    fill: Fill,
     manner: Manner,
 }
 
 impl Ranges {
     /// Ranges in which the bytes of the first step are live.
-    fn new(device: &Device, stream: &Stream, manner: Manner) -> Result<Self> {
+    fn new(stream: &Stream, fill: Fill, manner: Manner) -> Result<Self> {
+        let device = stream.device();
         let page_bytes = device.granularity_bytes();
         let capacity_bytes = PAGES * page_bytes;
         let engine = Engine::new(device, machine::options())?;
@@ -100,6 +103,7 @@ impl Ranges {
         Ok(Self {
             pools,
             stream: stream.clone(),
+            fill,
             manner,
         })
     }
@@ -115,11 +119,9 @@ impl Ranges {
                 if self.manner != Manner::Before {
                     pool.allocate(offset, step_bytes)?;
                 }
+                let target = pool.base_address() + offset as u64;
                 // SAFETY: the bytes are live, and stay so until the stream was synchronised.
-                unsafe {
-                    self.stream
-                        .memset(pool.base_address() + offset as u64, 1, step_bytes)
-                }?;
+                unsafe { self.fill.launch(&self.stream, target, step_bytes) }?;
             }
             self.stream.synchronize()?;
             let elapsed = started.elapsed();
@@ -135,7 +137,7 @@ impl Ranges {
 /// VMM calls that this thread makes while prefetched ranges grow.
 fn calls_while_stepping(machine: &Machine) -> Result<usize> {
     let stream = Stream::new(&machine.recorded)?;
-    let ranges = Ranges::new(&machine.recorded, &stream, Manner::Ahead)?;
+    let ranges = Ranges::new(&stream, Fill::new(&machine.recorded)?, Manner::Ahead)?;
     let me = std::thread::current().id();
     let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
     ran?;
@@ -144,6 +146,7 @@ fn calls_while_stepping(machine: &Machine) -> Result<usize> {
 }
 
 fn measure(machine: &Machine) -> Result<Outcome> {
+    let fill = Fill::new(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
     // Half as long again as other work, for the sake of the tail.
@@ -159,7 +162,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
             if manners[side] == Manner::OnDemand && round % 8 != 0 {
                 continue;
             }
-            let ranges = Ranges::new(&machine.device, &machine.stream, manners[side])?;
+            let ranges = Ranges::new(&machine.stream, fill, manners[side])?;
             ranges.run(&mut steps[side])?;
         }
     }

@@ -73,7 +73,7 @@ impl<M> Pages<M> {
         let Some(old) = self.chunks.remove(&first) else {
             return Vec::new();
         };
-        self.by_state[old.state as usize] -= old.pages();
+        self.counts.remove(first, &old);
         let place = self.bytes_of(&(first..first + old.pages()));
         for (pages, memory) in chunks {
             let live = pages.clone().filter(|page| self.is_page_live(*page));
@@ -114,15 +114,14 @@ impl<M> Pages<M> {
 
     /// Whether pages are being made or moved, which whoever closes the range waits for.
     pub(crate) fn is_worked_on(&self) -> bool {
-        self.by_state[ChunkState::Filling as usize] + self.by_state[ChunkState::Relocating as usize]
-            > 0
+        self.counts.pages(ChunkState::Filling) + self.counts.pages(ChunkState::Relocating) > 0
     }
 
     /// Whether some of the bytes lie in a stranded chunk.
     pub(crate) fn is_stranded(&self, bytes: &Range<usize>) -> bool {
         let pages = self.pages_of(bytes);
         let is_stranded = |chunk: &super::Chunk<M>| chunk.state == ChunkState::Stranded;
-        self.by_state[ChunkState::Stranded as usize] > 0
+        self.counts.pages(ChunkState::Stranded) > 0
             && (self.chunks)
                 .range(self.first_at_or_after(pages.start)..pages.end)
                 .any(|(_, chunk)| is_stranded(chunk))

@@ -1,0 +1,97 @@
+//! Work for a stream, as a program that serves models queues it: a kernel that writes.
+//!
+//! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits while another
+//! thread maps. A kernel's launch does not.
+
+use anyhow::{Result, ensure};
+use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule};
+use cuda_vmm::{Device, DriverKind, Stream};
+use std::ffi::c_void;
+use std::ptr::null_mut;
+
+/// Writes `words` words of four bytes from `target` on.
+const SOURCE: &str = "
+.version 7.0
+.target sm_70
+.address_size 64
+
+.visible .entry fill(.param .u64 target, .param .u32 words)
+{
+    .reg .pred %done;
+    .reg .b32 %words, %at, %step;
+    .reg .b64 %target, %place;
+
+    ld.param.u64 %target, [target];
+    ld.param.u32 %words, [words];
+    mov.u32 %at, %tid.x;
+    mov.u32 %step, %ntid.x;
+NEXT:
+    setp.ge.u32 %done, %at, %words;
+    @%done bra END;
+    mul.wide.u32 %place, %at, 4;
+    add.s64 %place, %target, %place;
+    st.global.u32 [%place], %at;
+    add.u32 %at, %at, %step;
+    bra NEXT;
+END:
+    ret;
+}
+\0";
+
+/// The kernel, loaded for the process's life.
+#[derive(Clone, Copy)]
+pub struct Fill(Option<CUfunction>);
+
+impl Fill {
+    /// Loads it; the simulated driver has no kernels, and a memset stands for it there.
+    pub fn new(device: &Device) -> Result<Self> {
+        let table = device.driver().table();
+        // SAFETY: the device retains its context; the thread has no other that it needs.
+        let code = unsafe { (table.cuCtxSetCurrent)(device.raw_context()) };
+        ensure!(code == CUDA_SUCCESS, "cuCtxSetCurrent answered {code}");
+        if device.driver().kind() == DriverKind::Simulated {
+            return Ok(Self(None));
+        }
+        let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
+        // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
+        let code = unsafe { (table.cuModuleLoadData)(&mut module, SOURCE.as_ptr().cast()) };
+        ensure!(code == CUDA_SUCCESS, "cuModuleLoadData answered {code}");
+        // SAFETY: `function` is a valid place, and the module was just loaded.
+        let code = unsafe { (table.cuModuleGetFunction)(&mut function, module, c"fill".as_ptr()) };
+        ensure!(code == CUDA_SUCCESS, "cuModuleGetFunction answered {code}");
+        Ok(Self(Some(function)))
+    }
+
+    /// Queues it on a stream of the device, whose context is current on this thread since [`new`](Self::new).
+    ///
+    /// # Safety
+    /// The bytes are live until the stream is past this.
+    pub unsafe fn launch(self, stream: &Stream, mut target: u64, bytes: usize) -> Result<()> {
+        let Some(function) = self.0 else {
+            // SAFETY: the caller's promise.
+            return Ok(unsafe { stream.memset(target, 1, bytes) }?);
+        };
+        let mut words = (bytes / 4) as u32;
+        let mut parameters: [*mut c_void; 2] = [(&raw mut target).cast(), (&raw mut words).cast()];
+        let launch = stream.device().driver().table().cuLaunchKernel;
+        // SAFETY: the parameters are those that the kernel declares, and are read before the call returns; the memory
+        // is the caller's promise.
+        let code = unsafe {
+            launch(
+                function,
+                1,
+                1,
+                1,
+                128,
+                1,
+                1,
+                0,
+                stream.raw(),
+                parameters.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        ensure!(code == CUDA_SUCCESS, "cuLaunchKernel answered {code}");
+        Ok(())
+    }
+}
