@@ -80,7 +80,8 @@ impl Other<'_> {
             pool.allocate(self.end, ahead_bytes)?;
             self.end += ahead_bytes;
             watch(self.engine, "the thread to begin", |stats| {
-                stats.filling_bytes > 0 || stats.ahead_bytes >= ahead_bytes
+                let there = stats.ahead_bytes + stats.slack_bytes;
+                stats.filling_bytes > 0 || there >= ahead_bytes
             })?;
             if self.engine.stats().filling_bytes > 0 {
                 return Ok(());
@@ -92,7 +93,9 @@ impl Other<'_> {
 
 fn measure(machine: &Machine) -> Result<Outcome> {
     let page_bytes = machine.page_bytes;
-    let engine = Engine::new(&machine.device, machine::options())?;
+    // A chunk a page, so that the thread calls the driver as often as it can.
+    let options = machine::options().chunk_bytes_max(0);
+    let engine = Engine::new(&machine.device, options)?;
     let pool = VirtualMemoryPool::on_engine(&engine, page_bytes, page_bytes)?;
     pool.use_stream(&machine.stream)?;
     let idle = machine.pool(machine::options(), page_bytes)?;
