@@ -7,11 +7,10 @@ use super::{Inner, RangeId, State};
 use crate::Mapping;
 use crate::sync::{Arc, thread};
 use core::ops;
-use std::time::Duration;
 
-/// How long the worker leaves the driver to others between two chunks. The driver's lock is not a fair one: without
-/// this a thread that launches work could wait for it many times over.
-const REST: Duration = Duration::from_micros(50);
+/// For how many turns the worker leaves the driver to others between two chunks, some microseconds. The driver's lock is
+/// not a fair one: without this a thread that wants it could wait many times over.
+const REST_TURNS: usize = if cfg!(shuttle) { 1 } else { 20 };
 
 impl Range {
     /// The pages that are to be backed ahead. None where each allocation is to have a handle of its own.
@@ -77,7 +76,7 @@ impl Inner {
         while let Some(bytes) = self.prefetch_one() {
             made_bytes += bytes;
             if is_worker && bytes > 0 {
-                thread::sleep(REST);
+                (0..REST_TURNS).for_each(|_| thread::yield_now());
             }
         }
         made_bytes

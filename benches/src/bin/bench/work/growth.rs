@@ -44,7 +44,7 @@ const STEPS_OF_A_PAGE: usize = 32;
 /// How far each range grows in a round.
 const PAGES: usize = 16;
 /// What is made ahead for each range, in pages.
-const PAGES_AHEAD: usize = 2;
+const PAGES_AHEAD: usize = 4;
 
 /// How the ranges get their memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -97,7 +97,7 @@ impl Ranges {
         }
         if manner == Manner::Ahead {
             watch(&engine, "memory to be made ahead", |stats| {
-                stats.ahead_bytes >= RANGES * page_bytes
+                stats.ahead_bytes >= RANGES * PAGES_AHEAD * page_bytes
             })?;
         }
         Ok(Self {
