@@ -7,7 +7,7 @@
 
 mod common;
 
-use common::{UnderTest, manual, turn, under_test};
+use common::{UnderTest, manual, turn, under_test_without_contents as under_test};
 use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{

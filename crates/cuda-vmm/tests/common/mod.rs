@@ -6,7 +6,7 @@ mod kernel;
 mod under_test;
 
 pub use kernel::{Gather, Rows};
-pub use under_test::{PATIENCE, UnderTest, number, turn, under_test};
+pub use under_test::{PATIENCE, UnderTest, number, turn, under_test, under_test_without_contents};
 
 use cuda_vmm::sim::{Books, SimConfig, Simulator};
 use cuda_vmm::{Device, Driver, DriverKind, EngineOptions, WorkerMode};

@@ -50,9 +50,15 @@ pub struct Holdings {
 
 /// The driver under test, one for each process. The first to ask is told which on the standard output.
 pub fn under_test() -> &'static UnderTest {
-    static UNDER_TEST: OnceLock<UnderTest> = OnceLock::new();
-    UNDER_TEST.get_or_init(UnderTest::open)
+    UNDER_TEST.get_or_init(|| UnderTest::open(SimConfig::new()))
 }
+
+/// The same where no test looks at what is in the memory: a simulated driver keeps books only.
+pub fn under_test_without_contents() -> &'static UnderTest {
+    UNDER_TEST.get_or_init(|| UnderTest::open(SimConfig::new().unbacked()))
+}
+
+static UNDER_TEST: OnceLock<UnderTest> = OnceLock::new();
 
 /// Keeps tests apart that look at what the whole process holds.
 pub fn turn() -> MutexGuard<'static, ()> {
@@ -68,7 +74,7 @@ pub fn number(variable: &str) -> Option<usize> {
 }
 
 impl UnderTest {
-    fn open() -> Self {
+    fn open(config: SimConfig) -> Self {
         let count = number(DEVICES).unwrap_or(1);
         assert!(
             [1, 2].contains(&count),
@@ -77,13 +83,13 @@ impl UnderTest {
         let chosen = std::env::var(DRIVER).ok();
         let detected = match chosen.as_deref() {
             Some("real") => Driver::cuda().expect("the real driver was demanded"),
-            Some("simulated") => simulated(count),
+            Some("simulated") => simulated(config, count),
             Some(other) => panic!("{DRIVER}={other} is neither real nor simulated"),
             None => {
                 let detected = Driver::detect().expect("a GPU that fails to answer is an error");
                 match detected.kind() {
                     DriverKind::Real => detected,
-                    DriverKind::Simulated => simulated(count),
+                    DriverKind::Simulated => simulated(config, count),
                 }
             }
         };
@@ -199,8 +205,8 @@ impl UnderTest {
     }
 }
 
-fn simulated(devices: usize) -> Driver {
-    let mut config = SimConfig::new().devices(devices);
+fn simulated(config: SimConfig, devices: usize) -> Driver {
+    let mut config = config.devices(devices);
     if let Some(bytes) = number(GRANULARITY_BYTES) {
         config = config.granularity_bytes(bytes);
     }

@@ -8,10 +8,13 @@ const PAGES: usize = 64;
 /// Pages of a chunk: an eighth of what is asked for.
 const CHUNK: usize = 8;
 
-/// What a page holds: other bytes in each.
+/// What a page holds: other bytes in each, repeated at a length that no page is a multiple of.
 fn pattern(at: usize) -> Vec<u8> {
     let byte = |index: usize| (at * 131 + index * 7 + index / 251) as u8;
-    (0..page()).map(byte).collect()
+    let once: Vec<u8> = (0..4099).map(byte).collect();
+    let mut whole = once.repeat(page().div_ceil(once.len()));
+    whole.truncate(page());
+    whole
 }
 
 /// A pool of which every other page was freed; what is left has its pattern.
