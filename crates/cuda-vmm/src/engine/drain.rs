@@ -52,12 +52,13 @@ impl Inner {
                 return given_bytes;
             };
             drop(state);
-            given_bytes += match next {
+            match next {
                 Next::Unmap(id, first, mapping, to) => {
-                    self.unmap(id, first, mapping, to).unwrap_or_default()
+                    let unmapped = self.unmap(id, first, mapping, to);
+                    given_bytes += unmapped.unwrap_or_default();
                 }
                 Next::Scrub(id, first, mapping) => self.scrub(id, first, mapping),
-            };
+            }
         }
     }
 
@@ -88,16 +89,16 @@ impl Inner {
     }
 
     /// Overwrites a draining chunk with zeros on a stream of the engine's own; it is retiring until that is past, and
-    /// then parked and clean. Where it cannot be overwritten it is parked for the driver. Returns that no byte
-    /// went.
-    fn scrub(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) -> usize {
+    /// then parked and clean. Where it cannot be overwritten it is parked for the driver.
+    fn scrub(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) {
         let fence = self
             .scrubbing_stream()
             .and_then(|stream| mapping.scrub(&stream));
         let bytes = mapping.bytes();
         let mut state = self.lock();
+        // The range cannot have gone: it ends with its last chunk.
         let Some(range) = state.ranges.get_mut(&id) else {
-            return 0;
+            return;
         };
         range.pages.retire_drained(first, mapping, fence.is_ok());
         match fence {
@@ -113,21 +114,25 @@ impl Inner {
         }
         self.unlock_changed(state);
         self.worker.wake(self, false);
-        0
     }
 
     fn scrubbing_stream(&self) -> Result<Stream> {
         if let Some(stream) = &self.lock().scrubbing {
             return Ok(stream.clone());
         }
-        // Two threads may each make one; the second is destroyed again.
+        // Two threads may each make one. The second is destroyed again, which calls the driver, without the lock.
         let stream = Stream::new(&self.device)?;
-        Ok(self.lock().scrubbing.get_or_insert(stream).clone())
+        let kept = self
+            .lock()
+            .scrubbing
+            .get_or_insert_with(|| stream.clone())
+            .clone();
+        Ok(kept)
     }
 
     /// Gives back what can be spared, one piece after the other, until it is enough: what was made ahead, what is
-    /// cached, unless only one range's memory would help, and then what is parked. Returns the bytes that went, and the last error if the
-    /// driver refused some.
+    /// cached, unless only one range's memory would help, and then what is parked. Returns the bytes that went, and the
+    /// last error if the driver refused some.
     pub(super) fn give_up(
         self: &Arc<Self>,
         only: Option<RangeId>,

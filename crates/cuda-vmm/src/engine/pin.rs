@@ -2,7 +2,6 @@
 
 use super::range::Range;
 use super::{Inner, RangeId};
-use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Result, VmmError};
 use core::ops;
@@ -75,10 +74,7 @@ impl Inner {
             Some(range) if !range.closed => range,
             _ => return Err(VmmError::Closed),
         };
-        let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
-        if !range.pages.live().contains(&extent.range()) {
-            return Err(VmmError::NotMapped { offset, bytes });
-        }
+        let extent = range.live_extent(offset, bytes)?;
         range.pins.insert(number, extent.pages(range.page_bytes));
         Ok(GraphPin {
             engine: self.clone(),

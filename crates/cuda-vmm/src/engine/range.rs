@@ -53,6 +53,17 @@ pub(crate) struct RangeStats {
     pub(crate) largest_unused_run_bytes: usize,
 }
 
+impl Range {
+    /// Checks bytes that must all be live.
+    pub(super) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
+        let extent = Extent::new(offset, bytes, self.capacity_bytes)?;
+        if !self.pages.live().contains(&extent.range()) {
+            return Err(VmmError::NotMapped { offset, bytes });
+        }
+        Ok(extent)
+    }
+}
+
 impl Inner {
     /// Reserves addresses for a new range with an account of its own.
     pub(crate) fn open_range(
@@ -371,10 +382,7 @@ impl Inner {
             Some(range) if !range.closed => range,
             _ => return Err(VmmError::Closed),
         };
-        let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
-        if !range.pages.live().contains(&extent.range()) {
-            return Err(VmmError::NotMapped { offset, bytes });
-        }
+        let extent = range.live_extent(offset, bytes)?;
         if range.pages.is_stranded(&extent.range()) {
             return Err(VmmError::Quarantined { offset, bytes });
         }
