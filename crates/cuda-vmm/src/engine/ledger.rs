@@ -31,6 +31,8 @@ impl Default for Quota {
 struct Account {
     quota: Quota,
     committed_bytes: usize,
+    /// It goes with the last of what it is charged for.
+    closed: bool,
 }
 
 impl Account {
@@ -135,6 +137,7 @@ impl Ledger {
             Account {
                 quota,
                 committed_bytes: 0,
+                closed: false,
             },
         );
         Ok(id)
@@ -148,6 +151,7 @@ impl Ledger {
                 guarantee_bytes: 0,
                 ceiling_bytes: 0,
             };
+            account.closed = true;
             if account.committed_bytes == 0 {
                 self.accounts.remove(&id);
             }
@@ -214,7 +218,7 @@ impl Ledger {
         if self
             .accounts
             .get(&id)
-            .is_some_and(|account| account.quota.ceiling_bytes == 0 && account.committed_bytes == 0)
+            .is_some_and(|account| account.closed && account.committed_bytes == 0)
         {
             self.accounts.remove(&id);
         }
@@ -301,6 +305,22 @@ mod tests {
         ledger.refund(id, 60);
         assert_eq!(ledger.committed_bytes(), 0);
         assert!(ledger.accounts.is_empty());
+    }
+
+    #[test]
+    fn an_account_with_a_ceiling_of_zero_stays_open_when_nothing_is_refunded() {
+        let mut ledger = Ledger::new(100);
+        let quota = Quota {
+            guarantee_bytes: 0,
+            ceiling_bytes: 0,
+        };
+        let id = ledger.open(quota).expect("fits");
+        ledger.refund(id, 0);
+        assert_eq!(ledger.charge(id, 0), Ok(()));
+        assert_eq!(
+            ledger.charge(id, 1).map_err(|refusal| refusal.limit_bytes),
+            Err(0)
+        );
     }
 
     proptest! {
