@@ -151,6 +151,15 @@ pub enum VmmError {
         /// Length in bytes.
         bytes: usize,
     },
+    /// The bytes were freed, and something outside still uses them; see
+    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
+    #[error("some of the {bytes} bytes at offset {offset} are leased")]
+    Leased {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
     /// No model of this name is registered.
     #[error("no model named {model:?}")]
     ModelNotFound {

@@ -57,8 +57,8 @@ pub use cuda_vmm_sys as sys;
 pub use device::Device;
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
-    CompactReport, Engine, EngineOptions, EngineStats, GraphPin, PoolOptions, StepReport,
-    WorkerMode,
+    CompactReport, Engine, EngineOptions, EngineStats, GraphPin, LeaseToken, PoolOptions,
+    StepReport, WorkerMode,
 };
 pub use error::{CloseError, DriverError, Result, VmmError};
 pub use fence::Fence;

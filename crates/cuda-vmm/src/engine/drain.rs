@@ -302,5 +302,6 @@ impl Inner {
         self.poll();
         self.retry();
         let _ = self.give_up(None, |_| false);
+        self.finish_closing();
     }
 }

@@ -127,6 +127,19 @@ impl Intervals {
         })
     }
 
+    /// How many points of `range` are in the set.
+    pub(crate) fn within(&self, range: &Range<usize>) -> usize {
+        let first = self.at_or_after(range.start);
+        let first = first.map_or(range.end, |found| found.start);
+        let stored = self
+            .0
+            .range(first..)
+            .take_while(|(start, _)| **start < range.end);
+        stored
+            .map(|(start, end)| range.end.min(*end) - range.start.max(*start))
+            .sum()
+    }
+
     /// The sum of the lengths.
     pub(crate) fn total(&self) -> usize {
         self.0.iter().map(|(start, end)| end - start).sum()
@@ -155,6 +168,7 @@ mod tests {
                 let inside = range.clone().filter(|point| points.contains(point)).count();
                 prop_assert_eq!(intervals.overlaps(&range), inside > 0);
                 prop_assert_eq!(intervals.contains(&range), inside == range.len());
+                prop_assert_eq!(intervals.within(&range), inside);
                 if add && inside == 0 {
                     intervals.insert(range.clone());
                     points.extend(range);

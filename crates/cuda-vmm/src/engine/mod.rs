@@ -9,6 +9,7 @@ mod compact;
 mod drain;
 mod fill;
 mod intervals;
+mod lease;
 mod ledger;
 mod options;
 mod pages;
@@ -22,6 +23,7 @@ mod stats;
 mod worker;
 
 pub use compact::CompactReport;
+pub use lease::LeaseToken;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
@@ -82,6 +84,9 @@ struct State {
     recording: usize,
     /// Ranges that are gone from `ranges` and whose addresses are being freed now.
     ending: Vec<RangeId>,
+    /// The engine itself, while closed ranges are left of which memory was leased: nobody else may be. Without a worker, a
+    /// step finds the leases over, or another engine of the device that is short of memory.
+    kept: Option<Arc<Inner>>,
     /// Why the last context synchronise of a step failed, for a thread that waits for it.
     refused: Option<VmmError>,
 }
@@ -108,8 +113,9 @@ impl State {
         stats.filling_bytes = self.relocations.moving_bytes(None);
         stats.quarantined_bytes += self.relocations.quarantined_bytes(None);
         for range in self.ranges.values() {
-            let parts = range.pages.parts();
+            let parts = range.parts();
             stats.live_bytes += parts.live_bytes;
+            stats.leased_bytes += parts.leased_bytes;
             stats.slack_bytes += parts.slack_bytes;
             stats.filling_bytes += parts.filling_bytes;
             stats.retiring_bytes += parts.retiring_bytes;
@@ -169,6 +175,7 @@ impl Engine {
                 waiting: 0,
                 recording: 0,
                 ending: Vec::new(),
+                kept: None,
                 refused: None,
             }),
             changed: Condvar::new(),
@@ -281,6 +288,7 @@ impl Inner {
         let state = self.lock();
         let stats = state.parts();
         !state.queue.is_empty()
+            || state.ranges.values().any(Range::waits_for_leases)
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
             || (state.ranges.values())
@@ -313,9 +321,11 @@ impl Inner {
         }
     }
 
-    /// Parks the chunks that the device has finished with, as far as fences tell; returns their bytes.
+    /// Looks which leases are over, and parks the chunks that the device has finished with, as far as fences tell; returns
+    /// their bytes.
     /// Never waits.
-    fn poll(&self) -> usize {
+    fn poll(self: &Arc<Self>) -> usize {
+        self.sweep_leases();
         let (mut past, mut useless) = (Vec::new(), Vec::new());
         let conditions = self.lock().queue.conditions();
         for (id, until) in conditions {

@@ -88,6 +88,8 @@ pub(crate) struct Parts {
     pub(crate) filling_bytes: usize,
     /// Pages with live bytes that can be reached.
     pub(crate) live_bytes: usize,
+    /// Pages of which all bytes that are still there were freed, and are leased.
+    pub(crate) leased_bytes: usize,
     /// Backed pages without.
     pub(crate) slack_bytes: usize,
     /// Retiring and draining.
@@ -163,6 +165,8 @@ impl<M> Pages<M> {
         Parts {
             filling_bytes: bytes(ChunkState::Filling),
             live_bytes,
+            // The books of pages know no leases.
+            leased_bytes: 0,
             slack_bytes: backed_bytes - live_bytes,
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
             parked_bytes: bytes(ChunkState::Parked) - ahead_bytes,

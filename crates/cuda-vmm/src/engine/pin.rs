@@ -24,10 +24,17 @@ impl Range {
         pins.any(|pin| pin.start < pages.end && pages.start < pin.end)
     }
 
-    /// Whether a pin keeps the chunk that begins at this page from being unmapped or moved.
+    /// Whether a pin keeps the chunk that begins at this page from being unmapped.
     pub(super) fn is_chunk_pinned(&self, first: usize) -> bool {
         let pages = self.pages.chunk_bytes(first) / self.page_bytes;
         self.is_pinned(&(first..first + pages))
+    }
+
+    /// Whether a pin or a lease keeps the chunk that begins at this page from being moved.
+    pub(super) fn is_chunk_held(&self, first: usize) -> bool {
+        let pages = self.pages.chunk_bytes(first) / self.page_bytes;
+        let pages = first..first + pages;
+        self.is_pinned(&pages) || self.is_leased(&pages)
     }
 
     /// A parked chunk that may be unmapped.
@@ -52,9 +59,9 @@ impl Range {
         parked_bytes - pinned.sum::<usize>()
     }
 
-    /// Whether it is closed and can be ended: no pin keeps what is left of it.
+    /// Whether it is closed and can be ended: no pin or lease keeps what is left of it.
     pub(super) fn is_ending(&self) -> bool {
-        self.closed && self.pins.is_empty()
+        self.closed && self.pins.is_empty() && !self.waits_for_leases()
     }
 }
 

@@ -1,5 +1,6 @@
 //! One elastic range of an engine: its addresses, and taking and giving back bytes of it.
 
+use super::lease::Leases;
 use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages};
 use super::plan::Plan;
@@ -27,6 +28,8 @@ pub(super) struct Range {
     pub(super) is_hungry: bool,
     /// Pages that graphs name, by number.
     pub(super) pins: BTreeMap<u64, core::ops::Range<usize>>,
+    /// What is used outside, whether the owner frees it or not.
+    pub(super) leases: Leases,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -57,7 +60,7 @@ impl Range {
     /// Checks bytes that must all be live.
     pub(super) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
         let extent = Extent::new(offset, bytes, self.capacity_bytes)?;
-        if !self.pages.live().contains(&extent.range()) {
+        if !self.is_live(&extent.range()) {
             return Err(VmmError::NotMapped { offset, bytes });
         }
         Ok(extent)
@@ -110,6 +113,7 @@ impl Inner {
                 frontier_bytes: 0,
                 is_hungry: options.ahead_bytes_max > 0,
                 pins: BTreeMap::new(),
+                leases: Leases::default(),
                 capacity_bytes,
                 page_bytes,
                 closed: false,
@@ -123,7 +127,11 @@ impl Inner {
     }
 
     /// Looks at a range that is open.
-    fn with_range<T>(&self, id: RangeId, look: impl FnOnce(&mut Range) -> T) -> Result<T> {
+    pub(super) fn with_range<T>(
+        &self,
+        id: RangeId,
+        look: impl FnOnce(&mut Range) -> T,
+    ) -> Result<T> {
         self.check_process()?;
         match self.lock().ranges.get_mut(&id) {
             Some(range) if !range.closed => Ok(look(range)),
@@ -148,13 +156,13 @@ impl Inner {
     pub(crate) fn is_live(&self, id: RangeId, offset: usize, bytes: usize) -> bool {
         self.with_range(id, |range| {
             Extent::new(offset, bytes, range.capacity_bytes)
-                .is_ok_and(|extent| range.pages.live().contains(&extent.range()))
+                .is_ok_and(|extent| range.is_live(&extent.range()))
         })
         .unwrap_or(false)
     }
 
     pub(crate) fn live_pages(&self, id: RangeId) -> usize {
-        self.with_range(id, |range| range.pages.live_pages())
+        self.with_range(id, |range| range.owned_pages())
             .unwrap_or_default()
     }
 
@@ -164,7 +172,7 @@ impl Inner {
         let range = state.ranges.get(&id).ok_or(VmmError::Closed)?;
         let live = range.pages.live();
         let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
-        let mut parts = range.pages.parts();
+        let mut parts = range.parts();
         parts.quarantined_bytes += state
             .unreleased
             .iter()
@@ -182,8 +190,8 @@ impl Inner {
         parts.quarantined_bytes += state.relocations.quarantined_bytes(account);
         Ok(RangeStats {
             parts,
-            live_bytes: live.total(),
-            live_pages: range.pages.live_pages(),
+            live_bytes: range.owned_bytes(),
+            live_pages: range.owned_pages(),
             committed_bytes: state.ledger.account_bytes(range.account),
             chunks: range.pages.chunks(),
             unused_bytes: gaps().sum(),
@@ -242,10 +250,19 @@ impl Inner {
                 }
             };
             let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
-            let survey = range
-                .pages
-                .survey(&extent.range())
-                .ok_or(VmmError::AlreadyMapped { offset, bytes })?;
+            let Some(survey) = range.pages.survey(&extent.range()) else {
+                if !range.is_held_by_lease(&extent.range()) {
+                    return Err(VmmError::AlreadyMapped { offset, bytes });
+                }
+                if polled {
+                    return Err(VmmError::Leased { offset, bytes });
+                }
+                polled = true;
+                drop(state);
+                self.poll();
+                state = self.lock();
+                continue;
+            };
             let mut plan = Plan::new(range, &extent, survey, self.options.chunk_bytes_max);
             let survey = &plan.survey;
             let need_bytes = survey.missing_pages() * range.page_bytes;
@@ -386,8 +403,14 @@ impl Inner {
         if range.pages.is_stranded(&extent.range()) {
             return Err(VmmError::Quarantined { offset, bytes });
         }
-        let unused = range.pages.release(&extent.range());
+        let released = range.take_released();
+        let unused = range.free(&extent.range());
+        let waits = range.waits_for_leases();
         self.retire(state, id, unused);
+        drop(released);
+        if waits {
+            self.worker.wake(self, false);
+        }
         Ok(())
     }
 
@@ -410,14 +433,22 @@ impl Inner {
         while (state.ranges.get(&id)).is_some_and(|range| range.pages.is_worked_on()) {
             state = self.wait(state);
         }
-        let mut unused = Vec::new();
+        let (mut unused, mut released) = (Vec::new(), Vec::new());
+        let mut leased = false;
         if let Some(range) = state.ranges.get_mut(&id) {
-            let live: Vec<_> = range.pages.live().iter().collect();
-            for bytes in live {
-                unused.extend(range.pages.release(&bytes));
-            }
+            released = range.take_released();
+            unused = range.free_all();
+            leased = range.waits_for_leases();
+        }
+        if leased {
+            // Now, since another thread may find the last lease over, and then nobody else may be left to finish.
+            state.kept = Some(self.clone());
         }
         self.retire(state, id, unused);
+        drop(released);
+        if leased {
+            self.worker.wake(self, false);
+        }
         self.poll();
         let mut drained = Ok(());
         loop {
@@ -477,6 +508,12 @@ impl Inner {
         drop(done);
         let mut state = self.lock();
         state.ending.retain(|id| !empty.contains(id));
+        // The last owner may be the engine itself, for the sake of these ranges.
+        let kept = match state.ranges.values().any(|range| range.closed) {
+            true => None,
+            false => state.kept.take(),
+        };
         self.unlock_changed(state);
+        drop(kept);
     }
 }

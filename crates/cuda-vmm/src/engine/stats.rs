@@ -13,6 +13,9 @@ pub struct EngineStats {
     pub committed_bytes: usize,
     /// Pages with live bytes.
     pub live_bytes: usize,
+    /// Pages whose bytes were all freed, and some of which are leased; see
+    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
+    pub leased_bytes: usize,
     /// Pages without live bytes in chunks that have others.
     pub slack_bytes: usize,
     /// Being made.
@@ -38,6 +41,7 @@ impl EngineStats {
     /// The sum of the parts, which is `committed_bytes`.
     pub fn parts_bytes(&self) -> usize {
         self.live_bytes
+            + self.leased_bytes
             + self.slack_bytes
             + self.filling_bytes
             + self.retiring_bytes
@@ -59,11 +63,12 @@ impl fmt::Display for EngineStats {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} committed of {}: {} live, {} slack, {} filling, {} retiring, {} parked, {} ahead, {} cached, {} quarantined; \
+            "{} committed of {}: {} live, {} leased, {} slack, {} filling, {} retiring, {} parked, {} ahead, {} cached, {} quarantined; \
              {} ranges, {} mappings",
             Readable(self.committed_bytes),
             Readable(self.limit_bytes),
             Readable(self.live_bytes),
+            Readable(self.leased_bytes),
             Readable(self.slack_bytes),
             Readable(self.filling_bytes),
             Readable(self.retiring_bytes),

@@ -2,7 +2,7 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, Place, PoolOptions, Quota, RangeId,
+    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, RangeId,
 };
 use crate::{Device, Result, Stream};
 
@@ -102,7 +102,8 @@ impl VirtualMemoryPool {
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
-    /// [`VmmError::AlreadyMapped`](crate::VmmError::AlreadyMapped) if some of the bytes are live;
+    /// [`VmmError::AlreadyMapped`](crate::VmmError::AlreadyMapped) if some of the bytes are live,
+    /// [`VmmError::Leased`](crate::VmmError::Leased) if some were freed while they were leased and still are;
     /// [`VmmError::OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory) if the budget has no room,
     /// [`VmmError::Driver`](crate::VmmError::Driver) if the device has none or a call failed;
     /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), [`VmmError::Closed`](crate::VmmError::Closed).
@@ -175,6 +176,32 @@ impl VirtualMemoryPool {
     /// some of the bytes are not live.
     pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
         self.engine.inner().pin(self.range, offset, bytes)
+    }
+
+    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until `token` is released:
+    /// mapped, at its addresses, and nobody else's.
+    ///
+    /// For memory that was handed to something which tells of its end by a value that is shared no longer, such as a
+    /// tensor of a framework. The bytes can be freed at any time, and the pool dropped. What is leased then is counted as
+    /// [`leased_bytes`](PoolStats::leased_bytes), its allocation answers [`VmmError::Leased`](crate::VmmError::Leased), and
+    /// it retires when the engine finds the token released: behind a fence recorded then, since a token says nothing of
+    /// work that is queued. Several leases may cover the same bytes. The token is looked at by the engine's steps, and by
+    /// calls that need memory; it is dropped soon after it is released, on any thread.
+    ///
+    /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
+    /// some of the bytes are not live. The token is then dropped.
+    pub fn lease(&self, offset: usize, bytes: usize, token: impl LeaseToken) -> Result<()> {
+        let token = Box::new(token);
+        self.engine.inner().lease(self.range, offset, bytes, token)
+    }
+
+    /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
+    pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
+        self.engine.inner().is_leased(self.range, offset, bytes)
     }
 
     /// Addresses in bytes, as given.

@@ -20,6 +20,9 @@ pub struct PoolStats {
     pub live_page_bytes: usize,
     /// What the device really holds for the pool, in bytes: the sum of `live_page_bytes` and the parts below.
     pub committed_bytes: usize,
+    /// Pages whose bytes were all freed, and some of which are leased; see
+    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
+    pub leased_bytes: usize,
     /// Pages without live bytes in chunks that have others.
     pub slack_bytes: usize,
     /// Being made.
@@ -50,6 +53,7 @@ impl PoolStats {
             live_pages: range.live_pages,
             live_page_bytes: range.parts.live_bytes,
             committed_bytes: range.committed_bytes,
+            leased_bytes: range.parts.leased_bytes,
             slack_bytes: range.parts.slack_bytes,
             filling_bytes: range.parts.filling_bytes,
             retiring_bytes: range.parts.retiring_bytes,
@@ -67,13 +71,14 @@ impl fmt::Display for PoolStats {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             formatter,
-            "{} live in {} pages of {} over {} of addresses; {} committed: {} slack, {} filling, {} retiring, \
+            "{} live in {} pages of {} over {} of addresses; {} committed: {} leased, {} slack, {} filling, {} retiring, \
              {} parked, {} ahead, {} quarantined",
             Readable(self.live_bytes),
             self.live_pages,
             Readable(self.page_bytes),
             Readable(self.capacity_bytes),
             Readable(self.committed_bytes),
+            Readable(self.leased_bytes),
             Readable(self.slack_bytes),
             Readable(self.filling_bytes),
             Readable(self.retiring_bytes),

@@ -12,6 +12,7 @@ mod closing;
 mod driver;
 mod explore;
 mod faults;
+mod leases;
 mod neighbours;
 mod never_waits;
 mod planted;

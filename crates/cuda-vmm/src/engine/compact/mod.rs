@@ -23,7 +23,7 @@ impl State {
         let Some(range) = self.ranges.get(&id).filter(|range| !range.closed) else {
             return Default::default();
         };
-        let parts = range.pages.parts();
+        let parts = range.parts();
         let plan = if CaptureGuard::any() {
             Plan::default()
         } else {
@@ -35,7 +35,7 @@ impl State {
             let in_budget = room.free_bytes.saturating_add(spare_bytes);
             let below_ceiling = room.below_ceiling_bytes.saturating_add(own_bytes);
             let chunks = range.pages.partly_live();
-            let chunks = chunks.filter(|chunk| !range.is_chunk_pinned(chunk.first));
+            let chunks = chunks.filter(|chunk| !range.is_chunk_held(chunk.first));
             Plan::new(chunks, in_budget.min(below_ceiling))
         };
         let report = CompactReport {
@@ -132,7 +132,7 @@ impl Inner {
             let range = ranges.get_mut(&id).ok_or(VmmError::Closed)?;
             let chunk = range.pages.partly_live_at(first);
             let fits = |chunk: &PartlyLive| chunk.live_bytes <= bytes_max;
-            let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_pinned(first))
+            let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))
             else {
                 return Ok(None);
             };
