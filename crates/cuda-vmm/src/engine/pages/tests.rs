@@ -55,6 +55,7 @@ impl Model {
             Parts {
                 filling_bytes: 0,
                 live_bytes: live_pages * PAGE,
+                leased_bytes: 0,
                 slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
                 retiring_bytes: count(ChunkState::Retiring),
                 parked_bytes: count(ChunkState::Parked) - ahead_bytes,
