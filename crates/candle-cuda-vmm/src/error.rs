@@ -276,7 +276,7 @@ impl From<VmmError> for candle_core::Error {
     fn from(error: VmmError) -> Self {
         match error {
             VmmError::CandleError(error) => error,
-            error => Self::wrap(error),
+            error => Self::Wrapped(Box::new(error)),
         }
     }
 }

@@ -52,9 +52,16 @@ impl Sizes {
     }
 
     fn of_shapes(q: &Shape, k: &Shape, v: &Shape, causal: bool) -> Result<Self> {
-        let (batch, heads, queries, dim) = q.dims4()?;
-        let (k_batch, kv_heads, keys, k_dim) = k.dims4()?;
-        v.dims4()?;
+        let four = |shape: &Shape| {
+            <[usize; 4]>::try_from(shape.dims()).map_err(|_| Error::UnexpectedNumberOfDims {
+                expected: 4,
+                got: shape.rank(),
+                shape: shape.clone(),
+            })
+        };
+        let [batch, heads, queries, dim] = four(q)?;
+        let [k_batch, kv_heads, keys, k_dim] = four(k)?;
+        four(v)?;
         let mismatch = |lhs: &Shape, rhs: &Shape| Error::ShapeMismatchBinaryOp {
             lhs: lhs.clone(),
             rhs: rhs.clone(),
