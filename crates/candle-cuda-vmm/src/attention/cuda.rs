@@ -263,12 +263,7 @@ static ZERO: f32 = 0.;
 
 /// What the queries give each key, `[batch, query_heads, queries, keys]`, from the scores.
 fn weights(sizes: &Sizes, causal: bool, scores: CudaStorage, dtype: DType) -> Result<Tensor> {
-    let shape = (
-        sizes.batch,
-        sizes.query_heads(),
-        sizes.queries,
-        sizes.keys,
-    );
+    let shape = (sizes.batch, sizes.query_heads(), sizes.queries, sizes.keys);
     let scores = Tensor::from_storage(Storage::Cuda(scores), shape, BackpropOp::none(), false);
     let scores = match causal && sizes.queries > 1 {
         true => masked(sizes, &scores)?,

@@ -203,9 +203,6 @@ mod tests {
     #[test]
     fn no_queries_give_nothing() {
         let (q, kv) = (random((1, 2, 0, 4)), random((1, 2, 3, 4)));
-        assert_eq!(
-            gqa(&q, &kv, &kv, 1., true).unwrap().dims(),
-            [1, 2, 0, 4]
-        );
+        assert_eq!(gqa(&q, &kv, &kv, 1., true).unwrap().dims(), [1, 2, 0, 4]);
     }
 }

@@ -112,12 +112,7 @@ impl Sizes {
         Error::MatMulUnexpectedStriding(Box::new(MatMulUnexpectedStriding {
             lhs_l: q.clone(),
             rhs_l: other.clone(),
-            bmnk: (
-                self.batch * self.kv_heads,
-                self.rows(),
-                self.keys,
-                self.dim,
-            ),
+            bmnk: (self.batch * self.kv_heads, self.rows(), self.keys, self.dim),
             msg,
         }))
     }

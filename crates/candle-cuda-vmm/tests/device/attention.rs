@@ -129,11 +129,7 @@ fn difference(left: &Tensor, right: &Tensor) -> Result<f32> {
 fn every_shape_in_every_place_is_what_repeated_heads_give() {
     let test = open();
     // How far sums of a few hundred numbers around 1, with weights of that type, may be off.
-    for (dtype, allowed) in [
-        (DType::F32, 2e-5),
-        (DType::F16, 4e-3),
-        (DType::BF16, 3e-2),
-    ] {
+    for (dtype, allowed) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         for case in CASES {
             for place in Place::ALL {
                 for causal in [true, false] {
@@ -167,10 +163,7 @@ fn queries_may_stand_anywhere_and_k_and_v_in_different_places() {
     let q = Tensor::randn(0f32, 1., (2, 4, 8, 32), &test.device).unwrap();
     let q = q.transpose(1, 2).unwrap();
     let random = |place: Place| place.random(case, DType::F32, &test.device).unwrap();
-    let (k, v) = (
-        random(Place::TokenMajorPart),
-        random(Place::HeadMajorPart),
-    );
+    let (k, v) = (random(Place::TokenMajorPart), random(Place::HeadMajorPart));
     let ours = gqa(&q, &k, &v, 0.2, true).unwrap();
     let expected = reference(&q, &k, &v, 0.2, true).unwrap();
     assert!(difference(&ours, &expected).unwrap() <= 2e-5);
@@ -259,7 +252,10 @@ fn what_does_not_fit_is_refused_by_name() {
     }
     match error(&q, &kv, &f32(&[1, 2, 4, 8])) {
         Error::ShapeMismatchBinaryOp { lhs, rhs, op: NAME } => {
-            assert_eq!((lhs.dims(), rhs.dims()), (&[1, 2, 3, 8][..], &[1, 2, 4, 8][..]));
+            assert_eq!(
+                (lhs.dims(), rhs.dims()),
+                (&[1, 2, 3, 8][..], &[1, 2, 4, 8][..])
+            );
         }
         other => panic!("{other}"),
     }

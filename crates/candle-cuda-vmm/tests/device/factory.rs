@@ -37,7 +37,11 @@ fn tokens(numbers: &[u32], token_major: bool, device: &Device) -> Tensor {
         false => (
             (1, HEADS, numbers.len(), HEAD_DIM),
             (0..HEADS)
-                .flat_map(|head| numbers.iter().flat_map(move |&number| elements(number, head)))
+                .flat_map(|head| {
+                    numbers
+                        .iter()
+                        .flat_map(move |&number| elements(number, head))
+                })
                 .collect(),
         ),
     };
