@@ -269,3 +269,14 @@ impl From<cuda_vmm::VmmError> for VmmError {
         }
     }
 }
+
+/// So that a function which answers Candle's `Result` takes this crate's errors with `?`. An error that came from Candle
+/// is that error again; of any other Candle keeps the message only.
+impl From<VmmError> for candle_core::Error {
+    fn from(error: VmmError) -> Self {
+        match error {
+            VmmError::CandleError(error) => error,
+            error => Self::Wrapped(Box::new(error)),
+        }
+    }
+}

@@ -30,6 +30,8 @@
 //! - [`virtual_memory`]: the two pools and their statistics.
 //! - [`device`]: which driver serves which Candle device.
 //! - [`error`]: what can go wrong.
+//! - [`kv_cache`]: what a model asks of a KV cache, and who makes one for each layer.
+//! - [`attention`]: grouped-query attention over K and V where they stand.
 //! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
 //!   the other by hand.
 //! - [`cuda_ffi`]: the driver's calls, nearly as they are.
@@ -50,9 +52,11 @@
 
 #![deny(unsafe_code)]
 
+pub mod attention;
 pub mod cuda_ffi;
 pub mod device;
 pub mod error;
+pub mod kv_cache;
 pub mod mapping;
 pub mod physical_memory;
 pub mod virtual_memory;

@@ -5,8 +5,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod attention;
 mod bytes;
 mod elastic;
+mod factory;
 mod leak;
 mod mapping;
 mod memory;

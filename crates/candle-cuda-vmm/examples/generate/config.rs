@@ -1,0 +1,308 @@
+//! The model's configuration, as `config.json` of Hugging Face has it.
+
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+/// The fields that a Llama-shaped model is made from. Others are left alone, as long as they do not ask for another model.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+pub struct Config {
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// As many as attention heads, where it is not there.
+    num_key_value_heads: Option<usize>,
+    /// `hidden_size / num_attention_heads`, where it is not there.
+    head_dim: Option<usize>,
+    #[serde(default = "default_rms_norm_eps")]
+    pub rms_norm_eps: f32,
+    #[serde(default = "default_rope_theta")]
+    pub rope_theta: f32,
+    pub rope_scaling: Option<RopeScaling>,
+    #[serde(default = "default_max_position_embeddings")]
+    pub max_position_embeddings: usize,
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    model_type: Option<String>,
+    hidden_act: Option<String>,
+    #[serde(default)]
+    attention_bias: bool,
+    #[serde(default)]
+    mlp_bias: bool,
+    sliding_window: Option<usize>,
+    rope_parameters: Option<serde_json::Value>,
+}
+
+/// How positions are stretched beyond those that the model was first trained on.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+#[serde(tag = "rope_type", rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// Not at all.
+    Default,
+    /// Low frequencies by `factor`, high ones not, and those between in part.
+    Llama3 {
+        factor: f32,
+        low_freq_factor: f32,
+        high_freq_factor: f32,
+        original_max_position_embeddings: usize,
+    },
+}
+
+fn default_rms_norm_eps() -> f32 {
+    1e-6
+}
+
+fn default_rope_theta() -> f32 {
+    10_000.
+}
+
+fn default_max_position_embeddings() -> usize {
+    2048
+}
+
+/// Why a configuration is of no use.
+#[derive(Debug)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    File(PathBuf, std::io::Error),
+    /// It is not the JSON of a configuration: a field is missing, or of another type.
+    Json(serde_json::Error),
+    /// A field's value cannot be.
+    Invalid {
+        field: &'static str,
+        value: usize,
+        reason: &'static str,
+    },
+    /// A field asks for what this model has not.
+    Unsupported { field: &'static str, value: String },
+}
+
+impl std::fmt::Display for ConfigError {
+    fn fmt(&self, to: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::File(path, error) => write!(to, "{}: {error}", path.display()),
+            Self::Json(error) => write!(to, "the configuration: {error}"),
+            Self::Invalid {
+                field,
+                value,
+                reason,
+            } => write!(to, "{field} is {value}; {reason}"),
+            Self::Unsupported { field, value } => {
+                write!(to, "{field} is {value}, which this model does not have")
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl Config {
+    /// The one of a file.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| ConfigError::File(path.to_owned(), error))?;
+        Self::parse(&text)
+    }
+
+    /// The one of a text.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_str(text).map_err(ConfigError::Json)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// A model that generates some tokens a second on two cores.
+    pub fn small() -> Result<Self, ConfigError> {
+        Self::parse(include_str!("small.json"))
+    }
+
+    pub fn kv_heads(&self) -> usize {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+            .unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.kv_heads()),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ] {
+            if value == 0 {
+                let reason = "it must be at least 1";
+                return Err(ConfigError::Invalid {
+                    field,
+                    value,
+                    reason,
+                });
+            }
+        }
+        let invalid = |field, value, reason| {
+            Err(ConfigError::Invalid {
+                field,
+                value,
+                reason,
+            })
+        };
+        if self.num_attention_heads % self.kv_heads() != 0 {
+            let reason = "it must divide num_attention_heads";
+            return invalid("num_key_value_heads", self.kv_heads(), reason);
+        }
+        if self.head_dim.is_none() && self.hidden_size % self.num_attention_heads != 0 {
+            let reason = "without head_dim, num_attention_heads must divide it";
+            return invalid("hidden_size", self.hidden_size, reason);
+        }
+        if self.head_dim() == 0 || self.head_dim() % 2 != 0 {
+            return invalid("head_dim", self.head_dim(), "it must be even, and not 0");
+        }
+        let unsupported = |field, value: &dyn std::fmt::Display| {
+            let value = value.to_string();
+            Err(ConfigError::Unsupported { field, value })
+        };
+        match (&self.model_type, &self.hidden_act) {
+            (Some(other), _) if !["llama", "mistral"].contains(&other.as_str()) => {
+                return unsupported("model_type", other);
+            }
+            (_, Some(other)) if other != "silu" => return unsupported("hidden_act", other),
+            _ => {}
+        }
+        for (field, set) in [
+            ("attention_bias", self.attention_bias),
+            ("mlp_bias", self.mlp_bias),
+        ] {
+            if set {
+                return unsupported(field, &set);
+            }
+        }
+        if let Some(window) = self.sliding_window {
+            return unsupported("sliding_window", &window);
+        }
+        // A newer place for rope_theta and rope_scaling: without it the model would be another one.
+        if let Some(parameters) = &self.rope_parameters {
+            return unsupported("rope_parameters", parameters);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn with(field: &str, value: Value) -> Result<Config, ConfigError> {
+        let mut config: Value = serde_json::from_str(include_str!("small.json")).unwrap();
+        config[field] = value;
+        Config::parse(&config.to_string())
+    }
+
+    #[test]
+    fn what_is_not_there_has_the_usual_value() {
+        let config = Config::parse(
+            r#"{ "vocab_size": 10, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                 "num_attention_heads": 4, "architectures": ["LlamaForCausalLM"] }"#,
+        )
+        .unwrap();
+        assert_eq!((config.kv_heads(), config.head_dim()), (4, 8));
+        assert_eq!((config.rms_norm_eps, config.rope_theta), (1e-6, 10_000.));
+        assert_eq!(config.max_position_embeddings, 2048);
+        assert!(!config.tie_word_embeddings && config.rope_scaling.is_none());
+    }
+
+    #[test]
+    fn what_is_there_is_taken() {
+        let scaling = json!({ "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192 });
+        assert_eq!(
+            with("rope_scaling", scaling).unwrap().rope_scaling,
+            Some(RopeScaling::Llama3 {
+                factor: 32.,
+                low_freq_factor: 1.,
+                high_freq_factor: 4.,
+                original_max_position_embeddings: 8192
+            })
+        );
+        assert_eq!(with("head_dim", json!(128)).unwrap().head_dim(), 128);
+        assert_eq!(with("rope_theta", json!(5e5)).unwrap().rope_theta, 5e5);
+        assert!(with("sliding_window", Value::Null).is_ok());
+        assert!(with("model_type", json!("mistral")).is_ok());
+    }
+
+    #[test]
+    fn what_is_missing_or_of_another_type_is_named() {
+        for (text, name) in [
+            ("{", "EOF"),
+            ("{}", "vocab_size"),
+            (r#"{ "vocab_size": "ten" }"#, "ten"),
+        ] {
+            match Config::parse(text).unwrap_err() {
+                ConfigError::Json(error) => assert!(error.to_string().contains(name), "{error}"),
+                other => panic!("{other:?}"),
+            }
+        }
+        let scaling = json!({ "rope_type": "yarn", "factor": 2.0 });
+        match with("rope_scaling", scaling).unwrap_err() {
+            ConfigError::Json(error) => assert!(error.to_string().contains("yarn"), "{error}"),
+            other => panic!("{other:?}"),
+        }
+        let path = Path::new("there/is/no/such/config.json");
+        match Config::read(path).unwrap_err() {
+            ConfigError::File(named, error) => {
+                assert_eq!(named, path);
+                assert_eq!(error.kind(), std::io::ErrorKind::NotFound);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_value() {
+        for (name, bad) in [
+            ("vocab_size", 0),
+            ("num_hidden_layers", 0),
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", 0),
+            ("num_key_value_heads", 3),
+            ("head_dim", 7),
+            ("hidden_size", 33),
+        ] {
+            match with(name, json!(bad)).unwrap_err() {
+                ConfigError::Invalid { field, value, .. } => {
+                    assert_eq!((field, value), (name, bad))
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_this_model_has_not_is_refused_with_its_value() {
+        for (name, asked, text) in [
+            ("model_type", json!("gpt2"), "gpt2"),
+            ("hidden_act", json!("gelu"), "gelu"),
+            ("attention_bias", json!(true), "true"),
+            ("mlp_bias", json!(true), "true"),
+            ("sliding_window", json!(4096), "4096"),
+            (
+                "rope_parameters",
+                json!({ "rope_theta": 1 }),
+                r#"{"rope_theta":1}"#,
+            ),
+        ] {
+            match with(name, asked).unwrap_err() {
+                ConfigError::Unsupported { field, value } => {
+                    assert_eq!((field, value.as_str()), (name, text));
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Greedy decoding, and what it took.
+
+use crate::caches::Measured;
+use crate::model::Decoder;
+use candle_core::{DType, Device, Result, Tensor};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::Serialize;
+use std::time::Instant;
+
+/// What was generated, and how.
+#[derive(Debug, Serialize)]
+pub struct Generation {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// From the prompt to the first token.
+    pub prompt_seconds: f64,
+    /// For the tokens after the first.
+    pub decode_seconds: f64,
+    /// Of the tokens after the first.
+    pub tokens_per_second: f64,
+    /// Through the sequence, the end among them.
+    pub samples: Vec<Sample>,
+    /// What was generated.
+    pub tokens: Vec<u32>,
+}
+
+/// The state at a moment.
+#[derive(Debug, Serialize)]
+pub struct Sample {
+    /// Tokens in the caches.
+    pub cached_tokens: usize,
+    /// Since the sample before; 0 in the first.
+    pub tokens_per_second: f64,
+    /// Bytes that the cached tokens take.
+    pub live_bytes: usize,
+    /// Bytes of memory behind the caches.
+    pub held_bytes: usize,
+}
+
+/// Random tokens for a prompt.
+pub fn prompt(vocab_size: usize, tokens: usize, seed: u64) -> Vec<u32> {
+    let mut random = StdRng::seed_from_u64(seed);
+    (0..tokens)
+        .map(|_| random.random_range(0..vocab_size as u32))
+        .collect()
+}
+
+/// Generates `count` tokens after the prompt, the likeliest each time, with about `samples` samples on the way.
+pub fn generate<F: Measured>(
+    decoder: &mut Decoder<F::Cache>,
+    factory: &F,
+    token_bytes: usize,
+    prompt: &[u32],
+    count: usize,
+    samples: usize,
+) -> Result<Generation> {
+    let sample = |decoder: &Decoder<F::Cache>, tokens_per_second| Sample {
+        cached_tokens: decoder.tokens(),
+        tokens_per_second,
+        live_bytes: decoder.tokens() * token_bytes,
+        held_bytes: factory.held_bytes(decoder.caches()),
+    };
+    let start = Instant::now();
+    // Reading the token back waits for the device.
+    let mut tokens = vec![likeliest(&decoder.forward(prompt)?)?];
+    let decode_start = Instant::now();
+    let mut taken = vec![sample(decoder, 0.)];
+    let stretch = count.saturating_sub(1).div_ceil(samples.max(1)).max(1);
+    let (mut since, mut since_tokens) = (decode_start, 0);
+    let mut last = tokens[0];
+    for step in 1..count {
+        last = likeliest(&decoder.forward(&[last])?)?;
+        tokens.push(last);
+        if step % stretch == 0 || step == count - 1 {
+            let speed = (step - since_tokens) as f64 / since.elapsed().as_secs_f64();
+            taken.push(sample(decoder, speed));
+            (since, since_tokens) = (Instant::now(), step);
+        }
+    }
+    let decode_seconds = decode_start.elapsed().as_secs_f64();
+    Ok(Generation {
+        prompt_tokens: prompt.len(),
+        prompt_seconds: (decode_start - start).as_secs_f64(),
+        decode_seconds,
+        tokens_per_second: match count {
+            1 => 0.,
+            _ => (count - 1) as f64 / decode_seconds,
+        },
+        samples: taken,
+        tokens,
+    })
+}
+
+/// The token of the largest logit.
+fn likeliest(logits: &Tensor) -> Result<u32> {
+    // The CPU has no order for some types, and a GPU takes the same way.
+    let logits = logits.to_dtype(DType::F32)?;
+    logits.argmax(0)?.to_device(&Device::Cpu)?.to_scalar()
+}

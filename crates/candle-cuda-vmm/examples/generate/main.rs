@@ -1,0 +1,197 @@
+//! A Llama-shaped decoder over a KV cache of your choice, with greedy decoding.
+//!
+//! `cargo run --release --example generate -- --help` lists the options. Without any it runs a small model with random
+//! weights; `--config` takes the `config.json` of a model of Hugging Face, and `--weights` its safetensors files.
+
+mod caches;
+mod config;
+mod generation;
+mod model;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+use caches::{Kind, Measured};
+use candle_core::{DType, Device};
+use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
+use clap::{Parser, ValueEnum};
+use config::Config;
+use generation::Generation;
+use model::{Attention, Decoder};
+use serde_json::json;
+use std::error::Error;
+use std::fmt::Write;
+use std::path::PathBuf;
+use weights::{Source, Weights};
+
+/// Generate tokens with a Llama-shaped model, and show speed and memory
+#[derive(Parser)]
+struct Arguments {
+    /// The model's config.json; a small model without
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Safetensors files, or a folder of them; random weights without
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    weights: Vec<PathBuf>,
+    /// The KV cache
+    #[arg(long, value_enum, default_value_t = Kind::Kv)]
+    cache: Kind,
+    /// How queries meet keys and values
+    #[arg(long, value_enum, default_value_t = Attention::Stock)]
+    attention: Attention,
+    /// Length of the prompt, which is random
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
+    prompt_tokens: usize,
+    /// How many tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
+    tokens: usize,
+    /// What the caches are told to be ready for; the model's own maximum without
+    #[arg(long, value_name = "N")]
+    max_seq_len: Option<usize>,
+    /// Seed of the prompt and of random weights
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    seed: u64,
+    /// Type of weights, keys and values
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    dtype: Precision,
+    /// Where to run; the GPU without, if this was built with the feature `cuda`
+    #[arg(long, value_enum)]
+    device: Option<Place>,
+    /// Write all results to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Precision {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Place {
+    Cpu,
+    Cuda,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments = Arguments::parse();
+    match arguments.cache {
+        Kind::Kv => run(&arguments, &PreallocatedCaches),
+        Kind::Concat => run(&arguments, &ConcatCaches),
+    }
+}
+
+/// Makes the model with caches of this factory, generates, and tells.
+fn run<F: Measured>(arguments: &Arguments, factory: &F) -> Result<(), Box<dyn Error>> {
+    let config = match &arguments.config {
+        Some(path) => Config::read(path)?,
+        None => Config::small()?,
+    };
+    let positions = config.max_position_embeddings;
+    // The last token that is generated is not fed back.
+    let needed = arguments.prompt_tokens.checked_add(arguments.tokens - 1);
+    if needed.is_none_or(|needed| needed > positions) {
+        let (prompt, tokens) = (arguments.prompt_tokens, arguments.tokens);
+        let message = format!("{prompt} and {tokens} tokens are more than the model's {positions}");
+        return Err(message.into());
+    }
+    let dtype = match arguments.dtype {
+        Precision::F32 => DType::F32,
+        Precision::F16 => DType::F16,
+        Precision::Bf16 => DType::BF16,
+    };
+    let device = match arguments.device {
+        Some(Place::Cpu) => Device::Cpu,
+        Some(Place::Cuda) => Device::new_cuda(0)?,
+        None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
+        None => Device::Cpu,
+    };
+    let source = match arguments.weights.as_slice() {
+        [] => Source::Random(arguments.seed),
+        paths => Source::Files(weights::read(paths)?),
+    };
+    let weights = Weights::new(source, dtype, &device);
+    let max_seq_len = arguments.max_seq_len.unwrap_or(positions);
+    let mut decoder = Decoder::new(&config, weights, factory, max_seq_len, arguments.attention)?;
+    let prompt = generation::prompt(config.vocab_size, arguments.prompt_tokens, arguments.seed);
+    let generation = generation::generate(
+        &mut decoder,
+        factory,
+        token_bytes(&config, dtype),
+        &prompt,
+        arguments.tokens,
+        8,
+    )?;
+    print!("{}", describe(&generation));
+    if let Some(path) = &arguments.json {
+        let report = json!({
+            "cache": name(arguments.cache),
+            "attention": name(arguments.attention),
+            "dtype": name(arguments.dtype),
+            "device": format!("{:?}", device.location()),
+            "seed": arguments.seed,
+            "max_seq_len": max_seq_len,
+            "generation": generation,
+        });
+        std::fs::write(path, format!("{report:#}\n"))?;
+    }
+    Ok(())
+}
+
+/// Bytes of a token's keys and values in all layers.
+fn token_bytes(config: &Config, dtype: DType) -> usize {
+    let elements = 2 * config.num_hidden_layers * config.kv_heads() * config.head_dim();
+    elements * dtype.size_in_bytes()
+}
+
+/// The word of the command line for a value.
+fn name(value: impl ValueEnum) -> String {
+    let value = value.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+/// The results as text.
+fn describe(generation: &Generation) -> String {
+    const MIB: f64 = (1 << 20) as f64;
+    let mut text = format!(
+        "prompt: {} tokens in {:.3} s\n{:>13}  {:>8}  {:>12}  {:>12}\n",
+        generation.prompt_tokens,
+        generation.prompt_seconds,
+        "cached tokens",
+        "tokens/s",
+        "live MiB",
+        "held MiB"
+    );
+    for sample in &generation.samples {
+        let speed = match sample.tokens_per_second {
+            0. => "-".to_owned(),
+            speed => format!("{speed:.1}"),
+        };
+        // Writing to a text cannot fail.
+        let _ = writeln!(
+            text,
+            "{:>13}  {speed:>8}  {:>12.3}  {:>12.3}",
+            sample.cached_tokens,
+            sample.live_bytes as f64 / MIB,
+            sample.held_bytes as f64 / MIB
+        );
+    }
+    let _ = writeln!(
+        text,
+        "generated: {} tokens, {:.1} a second\ntokens: {:?}",
+        generation.tokens.len(),
+        generation.tokens_per_second,
+        generation.tokens
+    );
+    text
+}

@@ -1,0 +1,110 @@
+//! The model's weights: from safetensors files, or random.
+
+use candle_core::{DType, Device, Error, Result, Tensor};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+/// Where weights come from.
+pub enum Source {
+    /// By name, from files.
+    Files(HashMap<String, Tensor>),
+    /// Made from this seed and each weight's name, so that they do not depend on the order in which they are asked for.
+    Random(u64),
+}
+
+/// Weights of one dtype on one device.
+pub struct Weights {
+    source: Source,
+    dtype: DType,
+    device: Device,
+}
+
+impl Weights {
+    pub fn new(source: Source, dtype: DType, device: &Device) -> Self {
+        Self {
+            source,
+            dtype,
+            device: device.clone(),
+        }
+    }
+
+    /// A matrix `[out, in]`. Random ones keep the size of what goes through them.
+    pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Tensor> {
+        self.get(name, &[outputs, inputs], |random| {
+            let largest = (3. / inputs as f32).sqrt();
+            random.random_range(-largest..largest)
+        })
+    }
+
+    /// The factors of a norm, around 1.
+    pub fn norm(&mut self, name: &str, size: usize) -> Result<Tensor> {
+        self.get(name, &[size], |random| random.random_range(0.9..1.1))
+    }
+
+    fn get(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        mut element: impl FnMut(&mut StdRng) -> f32,
+    ) -> Result<Tensor> {
+        let tensor = match &mut self.source {
+            Source::Files(tensors) => {
+                let tensor = tensors.remove(name).ok_or_else(|| {
+                    let path = name.to_owned();
+                    Error::CannotFindTensor { path }
+                })?;
+                if tensor.dims() != shape {
+                    return Err(Error::UnexpectedShape {
+                        msg: name.to_owned(),
+                        expected: shape.into(),
+                        got: tensor.shape().clone(),
+                    });
+                }
+                tensor
+            }
+            Source::Random(seed) => {
+                let mut random = StdRng::seed_from_u64(*seed ^ hash(name));
+                let count = shape.iter().product();
+                let elements = (0..count).map(|_| element(&mut random)).collect();
+                Tensor::from_vec::<_, f32>(elements, shape, &Device::Cpu)?
+            }
+        };
+        // First narrower, so that less goes to the device.
+        tensor.to_dtype(self.dtype)?.to_device(&self.device)
+    }
+}
+
+/// Reads files, and all `.safetensors` files of folders.
+pub fn read(paths: &[PathBuf]) -> Result<HashMap<String, Tensor>> {
+    let mut tensors = HashMap::new();
+    for path in paths {
+        for file in files(path)? {
+            tensors.extend(candle_core::safetensors::load(file, &Device::Cpu)?);
+        }
+    }
+    Ok(tensors)
+}
+
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in path.read_dir()? {
+        let file = entry?.path();
+        if file.extension().is_some_and(|end| end == "safetensors") {
+            files.push(file);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// FNV-1a, which is the same everywhere.
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}

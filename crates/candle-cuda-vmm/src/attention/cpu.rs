@@ -1,0 +1,228 @@
+//! Attention on the CPU: loops over K and V as they stand, sums in F32.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::sizes::{NAME, Sizes};
+use candle_core::{CpuStorage, Error, Layout, Result, WithDType};
+use half::{bf16, f16};
+
+/// A type of element that can be made wider and narrower.
+trait Element: WithDType {
+    fn widen(self) -> f32;
+    fn narrow(wide: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn widen(self) -> f32 {
+        self
+    }
+
+    fn narrow(wide: f32) -> Self {
+        wide
+    }
+}
+
+impl Element for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn narrow(wide: f32) -> Self {
+        Self::from_f32(wide)
+    }
+}
+
+impl Element for bf16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+
+    fn narrow(wide: f32) -> Self {
+        Self::from_f32(wide)
+    }
+}
+
+/// The attention of q, K and V, of which q is contiguous.
+pub fn attend(
+    sizes: &Sizes,
+    scale: f32,
+    causal: bool,
+    [q, k, v]: [(&CpuStorage, &Layout); 3],
+) -> Result<CpuStorage> {
+    match q.0 {
+        CpuStorage::F32(_) => attend_typed::<f32>(sizes, scale, causal, [q, k, v]),
+        CpuStorage::F16(_) => attend_typed::<f16>(sizes, scale, causal, [q, k, v]),
+        CpuStorage::BF16(_) => attend_typed::<bf16>(sizes, scale, causal, [q, k, v]),
+        other => {
+            use candle_core::backend::BackendStorage;
+            Err(Error::UnsupportedDTypeForOp(other.dtype(), NAME))
+        }
+    }
+}
+
+fn attend_typed<T: Element>(
+    sizes: &Sizes,
+    scale: f32,
+    causal: bool,
+    [q, k, v]: [(&CpuStorage, &Layout); 3],
+) -> Result<CpuStorage> {
+    let per_head = sizes.rows() * sizes.dim;
+    let queries = &T::cpu_storage_as_slice(q.0)?[q.1.start_offset()..];
+    let (k, v) = (Heads::<T>::new(k)?, Heads::<T>::new(v)?);
+    let mut result = Vec::with_capacity(sizes.batch * sizes.kv_heads * per_head);
+    let mut scores = vec![0.; sizes.rows() * sizes.keys];
+    for batch in 0..sizes.batch {
+        for head in 0..sizes.kv_heads {
+            let first = result.len();
+            let queries: Vec<f32> = queries[first..first + per_head]
+                .iter()
+                .map(|element| element.widen())
+                .collect();
+            let keys = |key| k.row(batch, head, key, sizes.dim);
+            score(sizes, scale, causal, &queries, keys, &mut scores);
+            let values = |key| v.row(batch, head, key, sizes.dim);
+            let mixed = mix(sizes, causal, &scores, values);
+            result.extend(mixed.into_iter().map(T::narrow));
+        }
+    }
+    Ok(T::to_cpu_storage_owned(result))
+}
+
+/// The heads of K or V in memory of any strides whose last is 1.
+struct Heads<'a, T> {
+    elements: &'a [T],
+    start: usize,
+    strides: [usize; 3],
+}
+
+impl<'a, T: Element> Heads<'a, T> {
+    fn new((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Self> {
+        let strides = layout.stride();
+        Ok(Self {
+            elements: T::cpu_storage_as_slice(storage)?,
+            start: layout.start_offset(),
+            strides: [strides[0], strides[1], strides[2]],
+        })
+    }
+
+    fn row(&self, batch: usize, head: usize, key: usize, dim: usize) -> &'a [T] {
+        let [batch_stride, head_stride, key_stride] = self.strides;
+        let first = self.start + batch * batch_stride + head * head_stride + key * key_stride;
+        &self.elements[first..first + dim]
+    }
+}
+
+/// Whether the query of this row sees this key.
+fn sees(sizes: &Sizes, causal: bool, row: usize, key: usize) -> bool {
+    !causal || key < sizes.keys_seen(row % sizes.queries)
+}
+
+/// The weight of each key for each row of queries, `[rows, keys]`: a softmax over the keys that it sees, and 0
+/// for the others.
+fn score<'a, T: Element>(
+    sizes: &Sizes,
+    scale: f32,
+    causal: bool,
+    queries: &[f32],
+    keys: impl Fn(usize) -> &'a [T],
+    scores: &mut [f32],
+) {
+    // Key by key, so that each is read once for all rows.
+    let mut wide = vec![0.; sizes.dim];
+    for key in 0..sizes.keys {
+        widen(keys(key), &mut wide);
+        for (row, query) in queries.chunks_exact(sizes.dim).enumerate() {
+            scores[row * sizes.keys + key] = match sees(sizes, causal, row, key) {
+                true => dot(query, &wide) * scale,
+                false => f32::NEG_INFINITY,
+            };
+        }
+    }
+    for row in scores.chunks_exact_mut(sizes.keys) {
+        let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let mut sum = 0.;
+        for score in &mut *row {
+            *score = (*score - largest).exp();
+            sum += *score;
+        }
+        row.iter_mut().for_each(|score| *score /= sum);
+    }
+}
+
+/// The weighted sums of values, `[rows, dim]`.
+fn mix<'a, T: Element>(
+    sizes: &Sizes,
+    causal: bool,
+    weights: &[f32],
+    values: impl Fn(usize) -> &'a [T],
+) -> Vec<f32> {
+    let mut result = vec![0.; sizes.rows() * sizes.dim];
+    let mut wide = vec![0.; sizes.dim];
+    for key in 0..sizes.keys {
+        widen(values(key), &mut wide);
+        for (row, result) in result.chunks_exact_mut(sizes.dim).enumerate() {
+            // Half of a prompt's keys are not seen.
+            if sees(sizes, causal, row, key) {
+                let weight = weights[row * sizes.keys + key];
+                for (sum, value) in result.iter_mut().zip(&wide) {
+                    *sum += weight * value;
+                }
+            }
+        }
+    }
+    result
+}
+
+fn widen<T: Element>(narrow: &[T], wide: &mut [f32]) {
+    for (wide, narrow) in wide.iter_mut().zip(narrow) {
+        *wide = narrow.widen();
+    }
+}
+
+fn dot(left: &[f32], right: &[f32]) -> f32 {
+    // Several sums, which the compiler can keep in one vector.
+    const LANES: usize = 16;
+    let mut sums = [0.; LANES];
+    let (lefts, rights) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
+    let rest = lefts.remainder().iter().zip(rights.remainder());
+    let rest: f32 = rest.map(|(left, right)| left * right).sum();
+    for (left, right) in lefts.zip(rights) {
+        for ((sum, left), right) in sums.iter_mut().zip(left).zip(right) {
+            *sum += left * right;
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dot_product_of_any_length() {
+        for length in [1, 15, 16, 17, 40] {
+            let left: Vec<f32> = (0..length).map(|index| index as f32).collect();
+            let right: Vec<f32> = (0..length).map(|index| (index % 3) as f32).collect();
+            let expected: f32 = left.iter().zip(&right).map(|(a, b)| a * b).sum();
+            assert_eq!(dot(&left, &right), expected, "{length}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_not_seen_has_no_weight() {
+        let sizes = Sizes {
+            batch: 1,
+            kv_heads: 1,
+            group: 1,
+            queries: 2,
+            keys: 2,
+            dim: 1,
+        };
+        let memory = [1., 1000.];
+        let keys = |key: usize| &memory[key..=key];
+        let mut weights = [0.; 4];
+        score(&sizes, 1., true, &[1., 1.], keys, &mut weights);
+        assert_eq!(weights, [1., 0., 0., 1.]);
+        assert_eq!(mix(&sizes, true, &weights, keys), memory);
+    }
+}

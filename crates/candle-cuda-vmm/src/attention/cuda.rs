@@ -1,0 +1,312 @@
+//! Attention on a GPU: two strided-batched products of cuBLAS with Candle's softmax between them.
+//!
+//! # Safety
+//! cuBLAS reads and writes where pointers, sizes and strides say. What it reads of a tensor is a view that begins
+//! at the tensor's first element and ends at its last one, which is checked to lie within the tensor's memory;
+//! what it writes was allocated here for exactly the sizes of the product. Both stay borrowed until the
+//! product is queued, on the stream that orders the device's allocations.
+#![allow(unsafe_code)]
+
+use super::sizes::{NAME, Sizes};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda::cudarc::cublas::{result::gemm_strided_batched_ex, sys};
+use candle_core::cuda::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
+use candle_core::cuda::{CudaDType, WrapErr, gemm_reduced_precision_f32};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CudaDevice, CudaStorage, D, DType, Error, Layout, Result, Storage, Tensor, WithDType,
+};
+use half::{bf16, f16};
+use std::ffi::{c_int, c_longlong, c_void};
+
+/// A type of element that cuBLAS multiplies.
+trait Element: DeviceRepr + CudaDType + WithDType {
+    /// cuBLAS's word for it.
+    const TYPE: sys::cudaDataType;
+}
+
+impl Element for f32 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_32F;
+}
+
+impl Element for f16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16F;
+}
+
+impl Element for bf16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
+}
+
+/// The attention of q, K and V, of which q is contiguous.
+pub fn attend(
+    sizes: &Sizes,
+    scale: f32,
+    causal: bool,
+    inputs: [(&CudaStorage, &Layout); 3],
+) -> Result<CudaStorage> {
+    match inputs[0].0.dtype() {
+        DType::F32 => attend_typed::<f32>(sizes, scale, causal, inputs),
+        DType::F16 => attend_typed::<f16>(sizes, scale, causal, inputs),
+        DType::BF16 => attend_typed::<bf16>(sizes, scale, causal, inputs),
+        other => Err(Error::UnsupportedDTypeForOp(other, NAME)),
+    }
+}
+
+fn attend_typed<T: Element>(
+    sizes: &Sizes,
+    scale: f32,
+    causal: bool,
+    [q, k, v]: [(&CudaStorage, &Layout); 3],
+) -> Result<CudaStorage> {
+    let device = &q.0.device;
+    let queries = extent::<T>(sizes, q.1, q)?;
+    let keys = Heads::<T>::new(sizes, q.1, k)?;
+    let values = Heads::<T>::new(sizes, q.1, v)?;
+    let scores = multiply::<T, f32>(device, sizes, Product::Scores { scale }, &keys, &queries)?;
+    let weights = weights(sizes, causal, wrap(scores, device), T::DTYPE)?;
+    let (storage, layout) = weights.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
+    };
+    let weights = extent::<T>(sizes, q.1, (storage, layout))?;
+    let result = multiply::<T, T>(device, sizes, Product::Mixed, &values, &weights)?;
+    Ok(CudaStorage::wrap_cuda_slice(result, device.clone()))
+}
+
+/// The elements of a tensor from its first to its last.
+fn extent<'a, T: Element>(
+    sizes: &Sizes,
+    q: &Layout,
+    (storage, layout): (&'a CudaStorage, &Layout),
+) -> Result<CudaView<'a, T>> {
+    let first = layout.start_offset();
+    let steps = layout.dims().iter().zip(layout.stride());
+    let last = steps.fold(Some(first), |last, (&size, &stride)| {
+        last?.checked_add(size.checked_sub(1)?.checked_mul(stride)?)
+    });
+    last.and_then(|last| storage.as_cuda_slice::<T>().ok()?.try_slice(first..=last))
+        .ok_or_else(|| sizes.unexpected_strides(q, layout, "the tensor reaches beyond its memory"))
+}
+
+/// The heads of K or V.
+struct Heads<'a, T> {
+    elements: CudaView<'a, T>,
+    /// Elements from one key to the next.
+    key_stride: c_int,
+    walk: Walk,
+}
+
+impl<'a, T: Element> Heads<'a, T> {
+    fn new(sizes: &Sizes, q: &Layout, from: (&'a CudaStorage, &Layout)) -> Result<Self> {
+        let strides = from.1.stride();
+        let key_stride = match sizes.keys {
+            // Never taken, but cuBLAS looks at it.
+            1 => sizes.dim,
+            _ => strides[2],
+        };
+        if key_stride < sizes.dim {
+            let msg = "a key's stride must be at least the head's dimension";
+            return Err(sizes.unexpected_strides(q, from.1, msg));
+        }
+        Ok(Self {
+            elements: extent(sizes, q, from)?,
+            key_stride: count(key_stride)?,
+            walk: Walk::new(sizes, strides[0], strides[1]),
+        })
+    }
+}
+
+/// How the heads of all sequences are gone through: so many calls of so many matrices each, as one call has one
+/// stride from matrix to matrix.
+struct Walk {
+    calls: Steps,
+    matrices: Steps,
+}
+
+/// How many, and what lies between one and the next: elements in K and V, and heads in what is contiguous.
+#[derive(Clone, Copy)]
+struct Steps {
+    count: usize,
+    elements: usize,
+    heads: usize,
+}
+
+impl Walk {
+    fn new(sizes: &Sizes, batch_stride: usize, head_stride: usize) -> Self {
+        let (batch, heads) = (sizes.batch, sizes.kv_heads);
+        let of_batch = Steps {
+            count: batch,
+            elements: batch_stride,
+            heads,
+        };
+        let of_heads = Steps {
+            count: heads,
+            elements: head_stride,
+            heads: 1,
+        };
+        if heads > 1 && batch > 1 && batch_stride == heads * head_stride {
+            let all = Steps {
+                count: batch * heads,
+                ..of_heads
+            };
+            let once = Steps {
+                count: 1,
+                ..of_batch
+            };
+            return Self {
+                calls: once,
+                matrices: all,
+            };
+        }
+        let (calls, matrices) = match batch <= heads {
+            true => (of_batch, of_heads),
+            false => (of_heads, of_batch),
+        };
+        Self { calls, matrices }
+    }
+}
+
+/// One of the two products, of each head of K or V with its rows.
+#[derive(Clone, Copy)]
+enum Product {
+    /// `[rows, keys] = scale · queries[rows, dim] · K[keys, dim]ᵀ`
+    Scores { scale: f32 },
+    /// `[rows, dim] = weights[rows, keys] · V[keys, dim]`
+    Mixed,
+}
+
+/// The product of all heads with their rows, contiguous `[batch, kv_heads, rows, keys or dim]`.
+fn multiply<T: Element, R: Element>(
+    device: &CudaDevice,
+    sizes: &Sizes,
+    product: Product,
+    heads: &Heads<T>,
+    rows: &CudaView<T>,
+) -> Result<CudaSlice<R>> {
+    // cuBLAS has columns where we have rows, so the product is the other way round: the heads come first.
+    let (transpose, across, along, scale) = match product {
+        Product::Scores { scale } => (
+            sys::cublasOperation_t::CUBLAS_OP_T,
+            sizes.keys,
+            sizes.dim,
+            scale,
+        ),
+        Product::Mixed => (
+            sys::cublasOperation_t::CUBLAS_OP_N,
+            sizes.dim,
+            sizes.keys,
+            1.,
+        ),
+    };
+    // Elements of one head's rows, and of their product.
+    let (rows_of_head, result_of_head) = (sizes.rows() * along, sizes.rows() * across);
+    let (m, n, k) = (count(across)?, count(sizes.rows())?, count(along)?);
+    let Walk { calls, matrices } = heads.walk;
+    let batch_count = count(matrices.count)?;
+    let heads_stride = stride(matrices.elements)?;
+    let rows_stride = stride(matrices.heads * rows_of_head)?;
+    let result_stride = stride(matrices.heads * result_of_head)?;
+    let compute_type = match T::DTYPE == DType::F32 && gemm_reduced_precision_f32() {
+        true => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+        false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+    };
+    let (stream, blas) = (device.cuda_stream(), device.cublas_handle());
+    // SAFETY: nobody reads it before the product, which writes all of it.
+    let mut result = unsafe { device.alloc::<R>(sizes.batch * sizes.kv_heads * result_of_head)? };
+    {
+        let (heads_at, _heads_read) = heads.elements.device_ptr(&stream);
+        let (rows_at, _rows_read) = rows.device_ptr(&stream);
+        let (result_at, _result_written) = result.device_ptr_mut(&stream);
+        for call in 0..calls.count {
+            let heads_at = heads_at + (call * calls.elements * size_of::<T>()) as u64;
+            let rows_at = rows_at + (call * calls.heads * rows_of_head * size_of::<T>()) as u64;
+            let result_at =
+                result_at + (call * calls.heads * result_of_head * size_of::<R>()) as u64;
+            // SAFETY: the calls and their matrices are the heads of all sequences, once each. The heads are read
+            // within their view, as the strides are the tensor's; rows and result have `rows_of_head` and
+            // `result_of_head` elements for each. The factors are read before the call returns.
+            unsafe {
+                gemm_strided_batched_ex(
+                    *blas.handle(),
+                    transpose,
+                    sys::cublasOperation_t::CUBLAS_OP_N,
+                    m,
+                    n,
+                    k,
+                    (&raw const scale).cast::<c_void>(),
+                    heads_at as *const c_void,
+                    T::TYPE,
+                    heads.key_stride,
+                    heads_stride,
+                    rows_at as *const c_void,
+                    T::TYPE,
+                    k,
+                    rows_stride,
+                    (&raw const ZERO).cast::<c_void>(),
+                    result_at as *mut c_void,
+                    R::TYPE,
+                    m,
+                    result_stride,
+                    batch_count,
+                    compute_type,
+                    sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+                )
+            }
+            .w()?;
+        }
+    }
+    Ok(result)
+}
+
+/// The factor of what was there before a product.
+static ZERO: f32 = 0.;
+
+/// What the queries give each key, `[batch, query_heads, queries, keys]`, from the scores.
+fn weights(sizes: &Sizes, causal: bool, scores: CudaStorage, dtype: DType) -> Result<Tensor> {
+    let shape = (sizes.batch, sizes.query_heads(), sizes.queries, sizes.keys);
+    let scores = Tensor::from_storage(Storage::Cuda(scores), shape, BackpropOp::none(), false);
+    let scores = match causal && sizes.queries > 1 {
+        true => masked(sizes, &scores)?,
+        false => scores,
+    };
+    softmax(&scores)?.to_dtype(dtype)
+}
+
+/// The scores, with `-inf` for keys that a query does not see.
+fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
+    let (device, keys) = (scores.device(), sizes.keys as u32);
+    let key = Tensor::arange(0, keys, device)?.reshape((1, sizes.keys))?;
+    let last_seen = Tensor::arange(keys - sizes.queries as u32, keys, device)?;
+    let seen = key.broadcast_le(&last_seen.reshape((sizes.queries, 1))?)?;
+    let unseen = Tensor::full(f32::NEG_INFINITY, (), device)?.broadcast_as(scores.shape())?;
+    seen.broadcast_as(scores.shape())?
+        .where_cond(scores, &unseen)
+}
+
+/// The softmax over the last dimension.
+///
+/// Candle's own kernel for it has one warp go through each row, three times. That is right for many rows. Few long
+/// ones leave the GPU idle, and there Candle's reductions, a block of threads to a row, come first.
+fn softmax(scores: &Tensor) -> Result<Tensor> {
+    const FEW_ROWS: usize = 1024;
+    const LONG_ROW: usize = 4096;
+    let keys = scores.dim(D::Minus1)?;
+    match keys >= LONG_ROW && scores.elem_count() / keys <= FEW_ROWS {
+        true => candle_nn::ops::softmax(scores, D::Minus1),
+        false => candle_nn::ops::softmax_last_dim(scores),
+    }
+}
+
+fn wrap(scores: CudaSlice<f32>, device: &CudaDevice) -> CudaStorage {
+    CudaStorage::wrap_cuda_slice(scores, device.clone())
+}
+
+/// A number as cuBLAS takes it.
+fn count(number: usize) -> Result<c_int> {
+    number.try_into().map_err(Error::wrap)
+}
+
+/// A stride from matrix to matrix as cuBLAS takes it.
+fn stride(elements: usize) -> Result<c_longlong> {
+    elements.try_into().map_err(Error::wrap)
+}

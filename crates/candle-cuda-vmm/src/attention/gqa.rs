@@ -1,0 +1,208 @@
+//! Grouped-query attention.
+
+use super::cpu;
+use super::sizes::{NAME, Sizes};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+/// What the scores may take at once, in bytes. Longer prompts are done part by part.
+const SCORES_BYTES_MAX: usize = 256 << 20;
+
+/// Grouped-query attention, `softmax(scale · q · kᵀ) · v`, over K and V where they stand.
+///
+/// `q` is `[batch, query_heads, queries, dim]`, `k` and `v` are `[batch, kv_heads, keys, dim]`; the result
+/// has `q`'s shape and is contiguous. Query heads `g · kv_head` to `g · kv_head + g - 1` share a head of K
+/// and V, `g` being `query_heads / kv_heads`: what Candle's models do by repeating K and V. All are F16, BF16
+/// or F32, alike, on one device. Scores and sums are F32 in any case; on a GPU the weights that V is
+/// multiplied with have the tensors' own type.
+///
+/// K and V may have any strides whose last is 1, and are not copied: a transposed view of token-major memory
+/// `[batch, keys, kv_heads, dim]` will do, and so will a part of a longer reservation. On a GPU a key's stride must
+/// be at least `dim`. `q` is copied if it is not contiguous.
+///
+/// With `causal`, the last query sees all keys, and each before it one less: right for a prompt, whether or
+/// not there are keys from before. A single query sees all keys either way. Scores take at most 256 MiB at once,
+/// or what one query's take; longer prompts are done part by part, each over the keys that it sees.
+///
+/// On a GPU this is `cublasGemmStridedBatchedEx` with the real strides, Candle's softmax, and the same again,
+/// on the device's stream. No gradient flows through it.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_cuda_vmm::attention::gqa;
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let q = Tensor::randn(0f32, 1., (1, 32, 1, 128), &Device::Cpu)?;
+/// let token_major = Tensor::randn(0f32, 1., (1, 500, 8, 128), &Device::Cpu)?;
+/// let kv = token_major.transpose(1, 2)?;
+/// let out = gqa(&q, &kv, &kv, 1. / 128f32.sqrt(), true)?;
+/// assert_eq!(out.dims(), q.dims());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Candle's own, each with the values and `gqa` as the operation where it names one:
+/// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims`.
+/// - `ShapeMismatchBinaryOp` if `k` and `v` differ, if batch or dim do, if `query_heads` is not a multiple of
+///   `kv_heads`, or with `causal` if there are more queries than keys.
+/// - `EmptyTensor` if any size but `queries` is 0.
+/// - `MatMulUnexpectedStriding` for strides that cannot be used.
+/// - `Cuda` if memory runs out or cuBLAS fails.
+pub fn gqa(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
+    in_parts(q, k, v, scale, causal, SCORES_BYTES_MAX)
+}
+
+fn in_parts(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f32,
+    causal: bool,
+    scores_bytes_max: usize,
+) -> Result<Tensor> {
+    let sizes = Sizes::of(q, k, v, causal)?;
+    if sizes.queries == 0 {
+        return q.zeros_like();
+    }
+    let bytes_of_query = sizes.batch * sizes.query_heads() * sizes.keys * size_of::<f32>();
+    let part = (scores_bytes_max / bytes_of_query).clamp(1, sizes.queries);
+    let mut results = Vec::new();
+    for first in (0..sizes.queries).step_by(part) {
+        let queries = part.min(sizes.queries - first);
+        let keys = match causal {
+            true => sizes.keys_seen(first + queries - 1),
+            false => sizes.keys,
+        };
+        let attention = Attention {
+            scale,
+            causal,
+            sizes: Sizes {
+                queries,
+                keys,
+                ..sizes
+            },
+        };
+        let q = q.narrow(2, first, queries)?.contiguous()?;
+        let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
+        results.push(q.apply_op3_no_bwd(&k, &v, &attention)?);
+    }
+    match results.len() {
+        1 => Ok(results.remove(0)),
+        _ => Tensor::cat(&results, 2),
+    }
+}
+
+/// The operation on queries whose scores are all there at once.
+struct Attention {
+    scale: f32,
+    causal: bool,
+    sizes: Sizes,
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let result = cpu::attend(&self.sizes, self.scale, self.causal, inputs)?;
+        Ok((result, self.sizes.shape()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        q: &candle_core::CudaStorage,
+        q_layout: &Layout,
+        k: &candle_core::CudaStorage,
+        k_layout: &Layout,
+        v: &candle_core::CudaStorage,
+        v_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
+        let result = super::cuda::attend(&self.sizes, self.scale, self.causal, inputs)?;
+        Ok((result, self.sizes.shape()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn random(shape: (usize, usize, usize, usize)) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_alike(left: &Tensor, right: &Tensor) {
+        assert_eq!(left.dims(), right.dims());
+        let difference = (left - right).unwrap().abs().unwrap();
+        let largest = difference.flatten_all().unwrap().max(0).unwrap();
+        let largest = largest.to_scalar::<f32>().unwrap();
+        assert!(largest < 1e-5, "{largest}");
+    }
+
+    #[test]
+    fn parts_make_the_whole() {
+        let (q, kv) = (random((2, 4, 7, 8)), random((2, 9, 2, 8)));
+        let k = kv.transpose(1, 2).unwrap();
+        let v = (&k * 0.5).unwrap();
+        let bytes_of_query = 2 * 4 * 9 * 4;
+        for causal in [true, false] {
+            let whole = gqa(&q, &k, &v, 0.3, causal).unwrap();
+            for part in [0, 1, 2, 3, 6, 7] {
+                let parts = in_parts(&q, &k, &v, 0.3, causal, part * bytes_of_query).unwrap();
+                assert_alike(&whole, &parts);
+            }
+        }
+    }
+
+    #[test]
+    fn a_query_of_a_prompt_gets_what_it_gets_alone() {
+        let (q, k, v) = (
+            random((1, 6, 5, 16)),
+            random((1, 3, 8, 16)),
+            random((1, 3, 8, 16)),
+        );
+        let prompt = gqa(&q, &k, &v, 0.25, true).unwrap();
+        for query in 0..5 {
+            let keys = 8 - 5 + query + 1;
+            let alone = gqa(
+                &q.narrow(2, query, 1).unwrap(),
+                &k.narrow(2, 0, keys).unwrap(),
+                &v.narrow(2, 0, keys).unwrap(),
+                0.25,
+                true,
+            );
+            assert_alike(&prompt.narrow(2, query, 1).unwrap(), &alone.unwrap());
+        }
+    }
+
+    #[test]
+    fn one_key_gives_its_value_and_equal_keys_the_mean() {
+        let v = random((1, 1, 4, 3));
+        let k = Tensor::zeros((1, 1, 4, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let q = random((1, 2, 1, 3));
+        let mean = v.mean_keepdim(2).unwrap().expand((1, 2, 1, 3)).unwrap();
+        assert_alike(&gqa(&q, &k, &v, 1., false).unwrap(), &mean);
+        let (k, v) = (k.narrow(2, 1, 1).unwrap(), v.narrow(2, 1, 1).unwrap());
+        let value = v.expand((1, 2, 1, 3)).unwrap();
+        assert_alike(&gqa(&q, &k, &v, 1., true).unwrap(), &value);
+    }
+
+    #[test]
+    fn no_queries_give_nothing() {
+        let (q, kv) = (random((1, 2, 0, 4)), random((1, 2, 3, 4)));
+        assert_eq!(gqa(&q, &kv, &kv, 1., true).unwrap().dims(), [1, 2, 0, 4]);
+    }
+}

@@ -1,0 +1,58 @@
+//! Candle's preallocated cache.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::{KvCache, KvCacheFactory, check_truncate};
+use crate::error::Result;
+use candle_core::Tensor;
+use candle_nn::kv_cache;
+
+/// Makes [`candle_nn::kv_cache::KvCache`]s.
+///
+/// Such a cache takes memory for `max_seq_len` tokens at the first append. When it has more, it is copied whole into
+/// memory for as many again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PreallocatedCaches;
+
+impl KvCacheFactory for PreallocatedCaches {
+    type Cache = kv_cache::KvCache;
+
+    fn layer(&self, _layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
+        Ok(kv_cache::KvCache::new(dim, max_seq_len))
+    }
+}
+
+/// `truncate` copies what stays into new memory, as this cache has no way to shorten itself.
+impl KvCache for kv_cache::KvCache {
+    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        Ok(self.append(&k.contiguous()?, &v.contiguous()?)?)
+    }
+
+    fn current_seq_len(&self) -> usize {
+        self.current_seq_len()
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        check_truncate(self.current_seq_len(), len)?;
+        if len == self.current_seq_len() {
+            return Ok(());
+        }
+        let kept = match (self.k()?, self.v()?) {
+            (Some(k), Some(v)) if len > 0 => {
+                let (k_dim, v_dim) = (self.k_cache().dim(), self.v_cache().dim());
+                let (k, v) = (k.narrow(k_dim, 0, len)?, v.narrow(v_dim, 0, len)?);
+                Some((k.contiguous()?, v.contiguous()?))
+            }
+            _ => None,
+        };
+        self.reset();
+        if let Some((k, v)) = kept {
+            self.append(&k, &v)?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.reset();
+    }
+}
