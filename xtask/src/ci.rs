@@ -9,7 +9,7 @@ use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 11] = [
     ("test", tests::run),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
@@ -20,6 +20,8 @@ const STEPS: [Step; 10] = [
     ("packaging", package::run),
     ("consumers", consumers::run),
     ("headers", headers::run),
+    // Last, as a machine that has never done it builds Candle's kernels for many minutes.
+    ("test --cuda", test_cuda),
 ];
 
 /// Runs the steps, tells the time of each, and prints a table at the end.
@@ -79,6 +81,10 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
         "gpu-test without a GPU did not skip every row: {report}"
     );
     Ok(())
+}
+
+fn test_cuda(workspace: &Workspace) -> Result<()> {
+    workspace::run(&mut workspace.cargo(&["xtask", "test", "--cuda"]))
 }
 
 /// The task `gpu-test`, as one types it: this program's own file may have been built anew since it was started.

@@ -53,7 +53,12 @@ enum Task {
         arguments: Vec<OsString>,
     },
     /// Run every test that needs no GPU
-    Test,
+    Test {
+        /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
+        /// takes minutes
+        #[arg(long)]
+        cuda: bool,
+    },
     /// Measure what the bookkeeping costs, or with --gpu what the pools cost on the GPU of this machine
     ///
     /// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
@@ -75,7 +80,7 @@ enum Task {
         #[arg(long, value_name = "FOLDER", conflicts_with_all = ["driver", "devices", "only", "list", "json", "stress_seconds", "sanitize"])]
         bundle: Option<PathBuf>,
         /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
-        #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u32).range(53..1000))]
+        #[arg(long, default_value_t = gpu_test::COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
         compute_cap: u32,
     },
     /// Run the matrix of tests that need a GPU, or the same on the simulator
@@ -138,7 +143,8 @@ fn start(task: Task) -> Result<ExitCode> {
             let code = status.code().and_then(|code| u8::try_from(code).ok());
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
         }
-        Task::Test => tests::run(&Workspace::find()?)?,
+        Task::Test { cuda: false } => tests::run(&Workspace::find()?)?,
+        Task::Test { cuda: true } => gpu_test::without_gpu(&Workspace::find()?)?,
         Task::Bench(arguments) => {
             return Ok(ExitCode::from(bench::run(&Workspace::find()?, &arguments)?));
         }

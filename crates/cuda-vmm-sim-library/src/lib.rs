@@ -122,6 +122,10 @@ macro_rules! export {
 
 cuda_vmm_sys::driver_functions!(define_exports);
 
+// Programs that are linked with CUDA 13's library know these by newer names, which mean the same here.
+export!(@as cuDeviceGetUuid_v2 = cuDeviceGetUuid(uuid: *mut CUuuid, device: CUdevice));
+export!(@as cuEventElapsedTime_v2 = cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent));
+
 /// The exported functions by the names of the table.
 mod exports {
     pub(super) use super::cuDevicePrimaryCtxRelease_v2 as cuDevicePrimaryCtxRelease;

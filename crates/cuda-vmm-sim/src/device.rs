@@ -25,6 +25,8 @@ pub(crate) fn attribute(config: &SimConfig, attribute: CUdevice_attribute) -> An
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR => Ok(0),
         CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED => Ok(1),
         CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED => Ok(config.backed.into()),
+        // `cuMemAllocAsync` and `cuMemFreeAsync` are there.
+        CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED => Ok(1),
         _ => Err(CUDA_ERROR_INVALID_VALUE),
     }
 }

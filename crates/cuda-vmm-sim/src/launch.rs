@@ -2,6 +2,9 @@
 //!
 //! The driver looks at a memset's or a copy's addresses when it is called and refuses what is not mapped
 //! and open. Work that passed and finds its memory changed when it runs is an illegal access.
+//!
+//! All host memory here is pageable. So a copy from it takes the bytes at the call, and a copy to it returns when
+//! it is done, as the driver's do (CUDA Driver API, "API synchronization behavior").
 
 use crate::address_space::AddressSpace;
 use crate::capture::{Endpoint, Node};
@@ -25,7 +28,23 @@ impl State {
         }
         inner.check_implicit(key)?;
         let work = inner.resolve(&node, true, self.config.backed);
-        self.enqueue(&mut inner, key, work)?;
+        let sequence = self.enqueue(&mut inner, key, work)?;
+        let to_host = |node: &Node| {
+            matches!(
+                node,
+                Node::Copy {
+                    to: Endpoint::Host(_),
+                    bytes: 1..,
+                    ..
+                }
+            )
+        };
+        if to_host(&node) {
+            let stream = inner.streams.get(key)?;
+            let (device, clock_ns) = (stream.device, stream.clock_ns);
+            let inner = self.wait_for(inner, device, &[(key, sequence)])?;
+            inner.thread_reaches(clock_ns);
+        }
         Ok(())
     }
 

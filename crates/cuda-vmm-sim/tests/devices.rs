@@ -66,10 +66,14 @@ fn devices_describe_themselves() {
     let mut bytes = 0;
     call!(driver, cuDeviceTotalMem(&mut bytes, 0)).unwrap();
     assert_eq!(bytes, 3 << 30);
-    let mut value = 0;
-    let attribute = CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED;
-    call!(driver, cuDeviceGetAttribute(&mut value, attribute, 0)).unwrap();
-    assert_eq!(value, 1);
+    for attribute in [
+        CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+        CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED,
+    ] {
+        let mut value = 0;
+        call!(driver, cuDeviceGetAttribute(&mut value, attribute, 0)).unwrap();
+        assert_eq!(value, 1);
+    }
     let peer = |device, peer| {
         let mut can_access = -1;
         call!(driver, cuDeviceCanAccessPeer(&mut can_access, device, peer)).map(|()| can_access)

@@ -86,6 +86,22 @@ fn a_stream_keeps_its_order() {
 }
 
 #[test]
+fn an_asynchronous_copy_to_the_host_is_over_when_the_call_returns() {
+    let (driver, address) = page();
+    let stream = driver.stream().unwrap();
+    driver.memset_async(address, 9, PAGE, stream).unwrap();
+    let mut seen = vec![0u8; PAGE];
+    let place = seen.as_mut_ptr().cast();
+    call!(driver, cuMemcpyDtoHAsync(place, address, PAGE, stream)).unwrap();
+    assert!(seen.iter().all(|&byte| byte == 9));
+    driver.simulator.hold_work();
+    driver.memset_async(address, 8, 1, stream).unwrap();
+    // Nothing to copy is nothing to wait for.
+    call!(driver, cuMemcpyDtoHAsync(place, address, 0, stream)).unwrap();
+    driver.simulator.release_work();
+}
+
+#[test]
 fn copies_move_bytes_across_mappings() {
     let (driver, address) = page();
     driver.back(address + PAGE as u64, PAGE).unwrap();

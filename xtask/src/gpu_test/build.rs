@@ -1,5 +1,6 @@
 //! Building the test programs, for this machine or for a bundle.
 
+use super::arguments::COMPUTE_CAP;
 use super::cell::{Cell, Driver};
 use super::manifest::Manifest;
 use super::program::{Program, Programs};
@@ -14,6 +15,8 @@ use std::process::{Command, Stdio};
 
 /// The features of the core's programs.
 const CORE_FEATURES: [&str; 4] = ["--package", Program::CORE, "--features", "simulator"];
+/// The package that is the simulated driver as a shared library.
+const LIBRARY: &str = "cuda-vmm-sim-library";
 /// The example that a bundle holds.
 const DEMO: &str = "demo";
 
@@ -75,6 +78,45 @@ pub fn real(
         programs.extend(built);
     }
     Ok(programs)
+}
+
+/// Builds the simulated driver as a shared library.
+pub fn simulated_library(workspace: &Workspace, target: &Path) -> Result<PathBuf> {
+    let builder = Builder {
+        workspace,
+        target,
+        compute_cap: COMPUTE_CAP,
+    };
+    let mut command = builder.cargo(&["build", "--package", LIBRARY])?;
+    let messages = messages(&mut command)?;
+    let files = messages
+        .iter()
+        .filter(|message| message["target"]["name"] == LIBRARY.replace('-', "_"))
+        .flat_map(|message| array(&message["filenames"]));
+    files
+        .filter_map(Value::as_str)
+        .map(PathBuf::from)
+        .find(|path| path.extension().is_some_and(|kind| kind == "so"))
+        .with_context(|| format!("{LIBRARY} made no shared library"))
+}
+
+/// The facade's lints with Candle's feature `cuda`, in the build that [`real`] has made.
+pub fn clippy(workspace: &Workspace, target: &Path) -> Result<()> {
+    let builder = Builder {
+        workspace,
+        target,
+        compute_cap: COMPUTE_CAP,
+    };
+    let mut command = builder.cargo(&["clippy", "--package", Program::FACADE])?;
+    command.args([
+        "--features",
+        "cuda",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]);
+    workspace::run(&mut command)
 }
 
 /// Builds all that a bundle holds.

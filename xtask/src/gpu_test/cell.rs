@@ -7,20 +7,29 @@ use super::program::Program;
 pub enum Driver {
     /// NVIDIA's, with a GPU behind it.
     Real,
-    /// The one of `cuda-vmm-sim`.
+    /// The one of `cuda-vmm-sim`, called from within the program.
     Simulated,
+    /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has
+    /// the facade's CUDA programs run on it.
+    SimulatedLibrary,
 }
 
 impl Driver {
-    /// Both, in order.
+    /// Those of the matrix, in order.
     pub const ALL: [Self; 2] = [Self::Real, Self::Simulated];
 
-    /// How the row names it, and the tests' variable too.
+    /// How the row names it.
     pub fn word(self) -> &'static str {
         match self {
             Self::Real => "real",
             Self::Simulated => "simulated",
+            Self::SimulatedLibrary => "simulated-library",
         }
+    }
+
+    /// Whether its programs open a `libcuda.so.1`.
+    pub fn is_library(self) -> bool {
+        matches!(self, Self::Real | Self::SimulatedLibrary)
     }
 }
 
@@ -77,7 +86,7 @@ impl CandleDevice {
     /// The kinds that there are on a driver.
     fn of(driver: Driver) -> &'static [Self] {
         match driver {
-            Driver::Real => &[Self::DefaultStream, Self::OwnStream],
+            Driver::Real | Driver::SimulatedLibrary => &[Self::DefaultStream, Self::OwnStream],
             Driver::Simulated => &[Self::Cpu],
         }
     }
@@ -128,11 +137,12 @@ impl Suite {
         }
     }
 
-    /// The package and the test targets in it.
-    fn targets(self) -> (&'static str, &'static [&'static str]) {
+    /// The package and the test targets in it that there are for a driver.
+    fn targets(self, driver: Driver) -> (&'static str, &'static [&'static str]) {
         match self {
             Self::Core => (Program::CORE, &["conformance", "share"]),
             Self::Pools => (Program::CORE, &["device", "faults"]),
+            Self::Facade if driver.is_library() => (Program::FACADE, &["device", "cuda"]),
             Self::Facade => (Program::FACADE, &["device"]),
             Self::Leaks => (Program::CORE, &["leaks"]),
             Self::Stress => (Program::CORE, &["stress"]),
@@ -187,6 +197,24 @@ impl Cell {
         cells
     }
 
+    /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with two.
+    pub fn simulated_library() -> Vec<Self> {
+        let mut cells = Vec::new();
+        for devices in [1, 2] {
+            for &kind in CandleDevice::of(Driver::SimulatedLibrary) {
+                cells.push(Self {
+                    driver: Driver::SimulatedLibrary,
+                    devices,
+                    page: Page::Granularity,
+                    candle_device: Some(kind),
+                    suite: Suite::Facade,
+                    sanitized: false,
+                });
+            }
+        }
+        cells
+    }
+
     fn exists(&self) -> bool {
         // Candle has one CPU device.
         let one_too_many = self.candle_device == Some(CandleDevice::Cpu) && self.devices > 1;
@@ -226,7 +254,7 @@ impl Cell {
 
     /// The test programs, in order.
     pub fn programs(&self) -> Vec<Program> {
-        let (package, targets) = self.suite.targets();
+        let (package, targets) = self.suite.targets(self.driver);
         targets
             .iter()
             .map(|&target| Program {
@@ -249,17 +277,25 @@ impl Cell {
 
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> Vec<(&'static str, String)> {
+        // The programs take for real what they open as a library.
+        let driver = match self.driver.is_library() {
+            true => Driver::Real,
+            false => self.driver,
+        };
         let mut variables = vec![
-            ("CUDA_VMM_TEST_DRIVER", self.driver.word().to_owned()),
+            ("CUDA_VMM_TEST_DRIVER", driver.word().to_owned()),
             ("CUDA_VMM_TEST_DEVICES", self.devices.to_string()),
         ];
+        if self.driver == Driver::SimulatedLibrary {
+            variables.push(("CUDA_VMM_SIM_DEVICES", self.devices.to_string()));
+        }
         if let Some(bytes) = self.page.bytes() {
             variables.push(("CUDA_VMM_TEST_PAGE_BYTES", bytes.to_string()));
         } else if self.driver == Driver::Simulated && self.suite != Suite::Facade {
             // Small, so that a test which takes 2 MiB for granted fails.
             variables.push(("CUDA_VMM_TEST_GRANULARITY_BYTES", "65536".to_owned()));
         }
-        if let (Driver::Real, Some(kind)) = (self.driver, self.candle_device) {
+        if let (true, Some(kind)) = (self.driver.is_library(), self.candle_device) {
             variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.word().to_owned()));
         }
         if self.suite == Suite::Stress {
@@ -293,6 +329,45 @@ mod tests {
         assert_eq!(Cell::all(true).len(), 2 * 4);
         let names: BTreeSet<String> = cells.iter().map(Cell::name).collect();
         assert_eq!(names.len(), cells.len());
+    }
+
+    #[test]
+    fn the_simulated_library_is_not_of_the_matrix_and_its_programs_take_it_for_real() {
+        let cells = Cell::simulated_library();
+        let names: Vec<String> = cells.iter().map(Cell::name).collect();
+        assert_eq!(
+            names,
+            [
+                "simulated-library/1/granularity/default-stream/facade",
+                "simulated-library/1/granularity/own-stream/facade",
+                "simulated-library/2/granularity/default-stream/facade",
+                "simulated-library/2/granularity/own-stream/facade",
+            ]
+        );
+        let all = Cell::all(false);
+        assert!(!all.iter().any(|cell| names.contains(&cell.name())));
+        let variables = cells[3].variables(0);
+        for expected in [
+            ("CUDA_VMM_TEST_DRIVER", "real"),
+            ("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream"),
+            ("CUDA_VMM_SIM_DEVICES", "2"),
+        ] {
+            let (name, value) = expected;
+            assert!(
+                variables.contains(&(name, value.to_owned())),
+                "{variables:?}"
+            );
+        }
+        let targets = |cell: &Cell| -> Vec<_> {
+            let programs = cell.programs().into_iter();
+            programs.map(|program| program.target).collect()
+        };
+        assert_eq!(targets(&cells[0]), ["device", "cuda"]);
+        assert_eq!(
+            targets(&cell("real/1/2MiB/own-stream/facade")),
+            ["device", "cuda"]
+        );
+        assert_eq!(targets(&cell("simulated/1/2MiB/cpu/facade")), ["device"]);
     }
 
     #[test]

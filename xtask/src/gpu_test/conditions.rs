@@ -29,7 +29,7 @@ impl Conditions {
 
     /// Why a cell cannot be run here, and whether that is a failure.
     pub fn obstacle(&self, cell: &Cell) -> Option<(State, String)> {
-        if cell.driver == Driver::Simulated {
+        if cell.driver != Driver::Real {
             return None;
         }
         let skipped = |reason: String| Some((State::Skipped, reason));

@@ -17,10 +17,13 @@ mod row;
 mod runner;
 mod sanitizer;
 mod selection;
+mod stand_ins;
 mod stubs;
 mod summary;
+mod without_gpu;
 
-pub use arguments::{Arguments, BundleArguments, Usage};
+pub use arguments::{Arguments, BundleArguments, COMPUTE_CAP, Usage};
+pub use without_gpu::run as without_gpu;
 
 use crate::workspace::Workspace;
 use anyhow::{Context, Result};

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const SOURCE: &str = include_str!("probe.c");
+/// How the names of simulated devices begin.
+const SIMULATED: &str = "Simulated device ";
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,9 +75,14 @@ pub fn ask(program: &Path) -> Result<Answer> {
             .map(|value| value.trim().to_owned())
     };
     let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
+    let name = value("name").unwrap_or_default();
     Ok(match output.status.code() {
+        // Rows of the real driver are not for the simulator, by whatever name it was opened.
+        Some(0) if name.starts_with(SIMULATED) => {
+            Answer::NoGpu("the libcuda.so.1 that is found here is the simulated one".to_owned())
+        }
         Some(0) => Answer::Gpu(Gpu {
-            name: value("name").unwrap_or_default(),
+            name,
             count: value("devices")
                 .and_then(|count| count.parse().ok())
                 .context("the probe does not tell the number of GPUs")?,

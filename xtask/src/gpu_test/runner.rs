@@ -14,6 +14,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so these are left
+/// out where a CUDA program runs on one.
+pub const KERNELS: &str = "kernels::";
+
 /// What all rows have in common.
 pub struct Runner<'a> {
     /// The executables.
@@ -83,14 +87,13 @@ impl Runner<'_> {
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tests::count(&text);
         let summary = sanitizer::summary(&text).filter(|_| cell.sanitized);
-        let is_real = cell.driver == Driver::Real;
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
             Ok(End::Stopped) => Some(format!("stopped after {} s", seconds.as_secs())),
             Ok(End::Exited(status)) if !status.success() => Some(failure(status, cell, counts)),
             Ok(End::Exited(_)) if counts.passed == 0 => Some("no test passed".to_owned()),
-            Ok(End::Exited(_)) if is_real && !opened_driver(folder)? => {
-                Some("it did not open the real driver".to_owned())
+            Ok(End::Exited(_)) if !self.opened_driver(cell, folder)? => {
+                Some(format!("it did not open the {} driver", cell.driver.word()))
             }
             Ok(End::Exited(_)) if cell.sanitized && summary.is_none() => {
                 Some("compute-sanitizer gave no summary".to_owned())
@@ -121,14 +124,17 @@ impl Runner<'_> {
             }
         }
         command.envs(cell.variables(self.stress_seconds));
-        if cell.driver == Driver::Real {
+        if cell.driver == Driver::SimulatedLibrary {
+            command.args(["--skip", KERNELS]);
+        }
+        if cell.driver.is_library() {
             // The dynamic loader writes down what each process opens.
             command
                 .env("LD_DEBUG", "files")
                 .env("LD_DEBUG_OUTPUT", opened(folder).join("process"));
             files::make(&opened(folder))?;
         }
-        if cell.driver == Driver::Real && cell.suite == Suite::Facade {
+        if cell.driver.is_library() && cell.suite == Suite::Facade {
             let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
             let mut folders = self.conditions.libraries.folders.clone();
             folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
@@ -137,6 +143,19 @@ impl Runner<'_> {
         }
         Ok(command)
     }
+
+    /// Whether the program opened the driver that it should, where that is a library.
+    fn opened_driver(&self, cell: &Cell, folder: &Path) -> Result<bool> {
+        if !cell.driver.is_library() {
+            return Ok(true);
+        }
+        let opened = opened_drivers(folder)?;
+        let is_ours = |path: &PathBuf| {
+            let folders = &self.conditions.libraries.folders;
+            cell.driver == Driver::Real || folders.iter().any(|folder| path.starts_with(folder))
+        };
+        Ok(!opened.is_empty() && opened.iter().all(is_ours))
+    }
 }
 
 /// Where the dynamic loader writes.
@@ -144,20 +163,21 @@ fn opened(folder: &Path) -> PathBuf {
     folder.join("opened")
 }
 
-/// Whether a process of the program initialised the CUDA driver's library.
-fn opened_driver(folder: &Path) -> Result<bool> {
+/// The libraries of CUDA drivers that processes of the program initialised.
+fn opened_drivers(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut drivers = Vec::new();
     for (_, path) in files::entries(&opened(folder))? {
         let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
         let text = String::from_utf8_lossy(&text);
-        let initialised = |line: &str| {
-            line.split_once("calling init:")
-                .is_some_and(|(_, library)| library.contains("libcuda.so.1"))
-        };
-        if text.lines().any(initialised) {
-            return Ok(true);
-        }
+        let initialised = text.lines().filter_map(|line| {
+            let (_, library) = line.split_once("calling init:")?;
+            library
+                .contains("libcuda.so.1")
+                .then(|| library.trim().into())
+        });
+        drivers.extend(initialised);
     }
-    Ok(false)
+    Ok(drivers)
 }
 
 /// What to say of a program that ended without success.

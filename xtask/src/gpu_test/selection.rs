@@ -40,7 +40,7 @@ fn cells(arguments: &Arguments, devices: u32) -> Vec<Cell> {
     cells.retain(|cell| {
         let most = match cell.driver {
             Driver::Real => devices,
-            Driver::Simulated => arguments.devices.unwrap_or(2),
+            Driver::Simulated | Driver::SimulatedLibrary => arguments.devices.unwrap_or(2),
         };
         let words_are_true = if arguments.only.is_empty() {
             is_due(arguments, cell, &[])

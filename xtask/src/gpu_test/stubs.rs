@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What `-l` calls a library, its name at run time in CUDA 13, and how its symbols begin.
-const LIBRARIES: [(&str, &str, &[&str]); 6] = [
+pub const LIBRARIES: [(&str, &str, &[&str]); 6] = [
     ("cublasLt", "libcublasLt.so.13", &["cublasLt"]),
     ("cublas", "libcublas.so.13", &["cublas"]),
     ("curand", "libcurand.so.10", &["curand"]),
@@ -20,18 +20,11 @@ const LIBRARIES: [(&str, &str, &[&str]); 6] = [
 /// Makes the libraries in `folder` for the symbols that `archives` leave undefined.
 pub fn make(folder: &Path, archives: &BTreeSet<PathBuf>) -> Result<()> {
     files::make(folder)?;
-    let output = Command::new("nm")
-        .args(["-u", "-P"])
-        .args(archives)
-        .output()
-        .context("nm, of the binutils, could not be started")?;
-    // nm complains of the members that are not object files, and goes on.
-    let symbols = undefined(&String::from_utf8_lossy(&output.stdout));
+    let symbols = symbols(Symbols::Undefined, archives)?;
     ensure!(
         symbols.iter().any(|symbol| owner(symbol) == Some("cuda")),
-        "nm found no symbol of the CUDA driver in {} archives:\n{}",
-        archives.len(),
-        String::from_utf8_lossy(&output.stderr)
+        "nm found no symbol of the CUDA driver in {} archives",
+        archives.len()
     );
     for (name, soname, _) in LIBRARIES {
         let text: String = symbols
@@ -39,23 +32,64 @@ pub fn make(folder: &Path, archives: &BTreeSet<PathBuf>) -> Result<()> {
             .filter(|symbol| owner(symbol) == Some(name))
             .map(|symbol| format!("void {symbol}(void) {{}}\n"))
             .collect();
-        let source = folder.join(format!("{name}.c"));
-        std::fs::write(&source, text).with_context(|| format!("writing {}", source.display()))?;
-        let output = Command::new("cc")
-            .args(["-shared", "-fPIC", "-fno-builtin", "-o"])
-            .arg(folder.join(format!("lib{name}.so")))
-            .arg(format!("-Wl,-soname,{soname}"))
-            .arg(&source)
-            .output()
-            .context("the C compiler cc could not be started")?;
-        ensure!(
-            output.status.success(),
-            "cc could not compile {}:\n{}",
-            source.display(),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let source = format!("{name}.c");
+        std::fs::write(folder.join(&source), text).with_context(|| format!("writing {source}"))?;
+        compile(folder, &format!("lib{name}.so"), soname, &[&source], &[])?;
     }
     Ok(())
+}
+
+/// Compiles C sources in `folder` to a library that is called `soname` at run time.
+pub fn compile(
+    folder: &Path,
+    library: &str,
+    soname: &str,
+    sources: &[&String],
+    link: &[&str],
+) -> Result<()> {
+    let output = Command::new("cc")
+        .current_dir(folder)
+        .args(["-shared", "-fPIC", "-fno-builtin", "-o", library])
+        .arg(format!("-Wl,-soname,{soname}"))
+        .args(sources)
+        .args(link)
+        .output()
+        .context("the C compiler cc could not be started")?;
+    ensure!(
+        output.status.success(),
+        "cc could not compile {library} in {}:\n{}",
+        folder.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
+
+/// Which symbols are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Symbols {
+    /// Those that object files and archives leave to others.
+    Undefined,
+    /// Those that programs and shared libraries ask of others when they are started.
+    Asked,
+    /// Those that shared libraries have for others.
+    Exported,
+}
+
+/// The symbols of CUDA libraries in these files.
+pub fn symbols(which: Symbols, files: &BTreeSet<PathBuf>) -> Result<BTreeSet<String>> {
+    let (arguments, kind): (&[&str], _) = match which {
+        Symbols::Undefined => (&["-u"], "U"),
+        Symbols::Asked => (&["-D", "-u"], "U"),
+        Symbols::Exported => (&["-D", "--defined-only"], "T"),
+    };
+    let output = Command::new("nm")
+        .arg("-P")
+        .args(arguments)
+        .args(files)
+        .output()
+        .context("nm, of the binutils, could not be started")?;
+    // nm complains of the members that are not object files, and goes on.
+    Ok(listed(&String::from_utf8_lossy(&output.stdout), kind))
 }
 
 /// The run-time names of the CUDA libraries that `executable` needs, the driver's left out.
@@ -92,19 +126,19 @@ fn cuda_libraries(text: &str) -> Vec<String> {
     libraries
 }
 
-/// The symbols of CUDA libraries in what `nm -u -P` prints.
-fn undefined(text: &str) -> BTreeSet<String> {
+/// The symbols of CUDA libraries in what `nm -P` prints, of one kind.
+fn listed(text: &str, kind: &str) -> BTreeSet<String> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.split_whitespace();
             let symbol = words.next()?;
-            (words.next() == Some("U") && owner(symbol).is_some()).then(|| symbol.to_owned())
+            (words.next() == Some(kind) && owner(symbol).is_some()).then(|| symbol.to_owned())
         })
         .collect()
 }
 
 /// Which library a symbol belongs to, by how it begins.
-fn owner(symbol: &str) -> Option<&'static str> {
+pub fn owner(symbol: &str) -> Option<&'static str> {
     if !symbol
         .bytes()
         .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
@@ -147,9 +181,10 @@ mod tests {
     }
 
     #[test]
-    fn only_undefined_symbols_count() {
+    fn symbols_are_of_one_kind() {
         let text = "libx.rlib[x.o]:\ncuInit U         \ncuLocal T 0 0\nmemcpy U\ncuInit U\n";
-        assert_eq!(undefined(text), BTreeSet::from(["cuInit".to_owned()]));
+        assert_eq!(listed(text, "U"), BTreeSet::from(["cuInit".to_owned()]));
+        assert_eq!(listed(text, "T"), BTreeSet::from(["cuLocal".to_owned()]));
     }
 
     #[test]

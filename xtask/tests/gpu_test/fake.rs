@@ -23,7 +23,7 @@ pub const BAD: &str = "echo 'what went wrong'\n\
     echo 'test result: FAILED. 3 passed; 1 failed; 0 ignored'\nexit 101\n";
 pub const EMPTY: &str = "echo 'test result: ok. 0 passed; 0 failed; 4 ignored'\n";
 
-const PROGRAMS: [&str; 8] = [
+const PROGRAMS: [&str; 9] = [
     "cuda-vmm-conformance",
     "cuda-vmm-share",
     "cuda-vmm-device",
@@ -31,6 +31,7 @@ const PROGRAMS: [&str; 8] = [
     "cuda-vmm-leaks",
     "cuda-vmm-stress",
     "candle-cuda-vmm-device-real",
+    "candle-cuda-vmm-cuda-real",
     "candle-cuda-vmm-device-simulated",
 ];
 

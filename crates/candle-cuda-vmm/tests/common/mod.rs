@@ -180,10 +180,17 @@ fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
     let core = core_device(device).unwrap();
     assert_eq!(core.driver().kind(), kind);
     assert_eq!(core.granularity_bytes(), GRANULE);
+    // A program cannot tell whose library it has opened but by what the devices are called.
+    let driver = match kind {
+        DriverKind::Real if core.name().starts_with("Simulated device ") => {
+            "simulated driver's libcuda.so.1".to_owned()
+        }
+        _ => kind.to_string(),
+    };
     // Written past the test harness, which would swallow it.
     let _ = writeln!(
         std::io::stderr(),
-        "device: {} ({}) on the {kind}, CUDA {}; pages of {} MiB",
+        "device: {} ({}) on the {driver}, CUDA {}; pages of {} MiB",
         core.ordinal(),
         core.name(),
         core.driver().version(),
