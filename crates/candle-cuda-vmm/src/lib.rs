@@ -55,16 +55,23 @@
 pub mod attention;
 pub mod cuda_ffi;
 pub mod device;
+mod elastic_tensor;
 pub mod error;
 pub mod kv_cache;
+#[cfg(feature = "cuda")]
+mod lease;
 pub mod mapping;
 pub mod physical_memory;
+mod tensor_pool;
 pub mod virtual_memory;
 
 pub use cuda_ffi::AccessFlags;
+pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, VmmError};
+pub use kv_cache::{ElasticCache, ElasticKvCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
+pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
 
 /// The core crate, for its types: statistics, devices, streams.

@@ -39,9 +39,11 @@
 //! ```
 
 mod concat;
+mod elastic;
 mod preallocated;
 
 pub use concat::ConcatCaches;
+pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
 
 use crate::error::Result;

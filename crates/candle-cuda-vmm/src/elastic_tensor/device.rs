@@ -1,0 +1,217 @@
+//! Rows in a range of addresses of their own, backed where they are.
+
+use crate::error::{Result, VmmError};
+use crate::lease;
+use crate::tensor_pool::DeviceMemory;
+use candle_core::{DType, Tensor};
+use cuda_vmm::{PoolOptions, VirtualMemoryPool};
+use std::iter;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A range of addresses, and the bytes of it that are live: whole pages, so that most rows take no call.
+#[derive(Debug)]
+struct Space {
+    range: VirtualMemoryPool,
+    live: Range<usize>,
+}
+
+impl Space {
+    fn new(memory: &DeviceMemory) -> Result<Self> {
+        let range = VirtualMemoryPool::with_options(
+            &memory.engine,
+            memory.reservation_bytes,
+            memory.page_bytes,
+            PoolOptions::new().ahead_bytes_max(memory.ahead_bytes_max),
+        )?;
+        range.use_stream(&memory.stream)?;
+        Ok(Self { range, live: 0..0 })
+    }
+
+    /// Makes the bytes up to `end` live.
+    fn extend(&mut self, end: usize) -> cuda_vmm::Result<()> {
+        if end <= self.live.end {
+            return Ok(());
+        }
+        let capacity_bytes = self.range.capacity_bytes();
+        let end = end
+            .next_multiple_of(self.range.page_bytes())
+            .min(capacity_bytes);
+        self.range.allocate(self.live.end, end - self.live.end)?;
+        self.live.end = end;
+        Ok(())
+    }
+
+    /// Frees live bytes at one of the ends. They are live, so it works; were they not, there is nothing to free.
+    fn free(&mut self, bytes: Range<usize>) {
+        if bytes.is_empty() {
+            return;
+        }
+        let freed = self.range.deallocate(bytes.start, bytes.len());
+        debug_assert_eq!(freed, Ok(()));
+        if bytes.start == self.live.start {
+            self.live.start = bytes.end;
+        } else {
+            self.live.end = bytes.start;
+        }
+    }
+}
+
+/// Rows of one shape, one behind the other in a range.
+#[derive(Debug)]
+pub(super) struct DeviceRows {
+    memory: Arc<DeviceMemory>,
+    row: Vec<usize>,
+    dtype: DType,
+    row_bytes: usize,
+    space: Option<Space>,
+    /// Those that are there, by their places in the range.
+    rows: Range<usize>,
+}
+
+impl DeviceRows {
+    pub(super) fn new(
+        memory: &Arc<DeviceMemory>,
+        row: Vec<usize>,
+        dtype: DType,
+        row_bytes: usize,
+    ) -> Self {
+        Self {
+            memory: memory.clone(),
+            row,
+            dtype,
+            row_bytes,
+            space: None,
+            rows: 0..0,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    fn bytes(&self, rows: &Range<usize>) -> Range<usize> {
+        rows.start * self.row_bytes..rows.end * self.row_bytes
+    }
+
+    /// Whether there is room for so many rows more behind the last, which is in no view; makes it, if memory is all that it
+    /// takes.
+    fn extend(&mut self, more: usize) -> Result<bool> {
+        let bytes = self.bytes(&(self.rows.end..self.rows.end + more));
+        let Some(space) = &mut self.space else {
+            return Ok(false);
+        };
+        if bytes.end > space.range.capacity_bytes()
+            || space.range.is_leased(bytes.start, bytes.len())
+        {
+            return Ok(false);
+        }
+        match space.extend(bytes.end) {
+            // The page was freed under a view.
+            Err(cuda_vmm::VmmError::Leased { .. }) => Ok(false),
+            extended => Ok(extended.map(|()| true)?),
+        }
+    }
+
+    /// Moves the rows to a fresh range with room for more behind them; views stay with the old one. After an error everything
+    /// is as before.
+    fn move_to_fresh(&mut self, more: usize) -> Result<()> {
+        let len = self.rows.len();
+        let capacity = self.memory.reservation_bytes;
+        let bytes = (len + more) * self.row_bytes;
+        if bytes > capacity {
+            let offset = len * self.row_bytes;
+            return Err(VmmError::InvalidOffset {
+                offset,
+                size: bytes - offset,
+                capacity,
+            });
+        }
+        let mut fresh = Space::new(&self.memory)?;
+        fresh.extend(bytes)?;
+        if let Some(rows) = self.view(0..len)? {
+            self.memory.leases.write(&fresh.range, 0, &rows)?;
+        }
+        // The old range goes, but for what views hold of it.
+        self.space = Some(fresh);
+        self.rows = 0..len;
+        Ok(())
+    }
+
+    /// Room for so many rows more, and where it begins in bytes.
+    fn room(&mut self, count: usize) -> Result<Option<(&VirtualMemoryPool, usize)>> {
+        if !self.extend(count)? {
+            self.move_to_fresh(count)?;
+        }
+        let offset = self.rows.end * self.row_bytes;
+        Ok(self.space.as_ref().map(|space| (&space.range, offset)))
+    }
+
+    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
+        let count = rows.dim(0)?;
+        let memory = self.memory.clone();
+        if let Some((range, offset)) = self.room(count)? {
+            memory.leases.write(range, offset, rows)?;
+        }
+        self.rows.end += count;
+        Ok(())
+    }
+
+    pub(super) fn grow(&mut self, count: usize) -> Result<()> {
+        let (memory, bytes) = (self.memory.clone(), count * self.row_bytes);
+        if let Some((range, offset)) = self.room(count)? {
+            lease::zero(&memory.stream, range, offset, bytes)?;
+        }
+        self.rows.end += count;
+        Ok(())
+    }
+
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.rows.end = self.rows.start + len;
+        if len == 0 {
+            return self.clear();
+        }
+        let end = self.rows.end * self.row_bytes;
+        if let Some(space) = &mut self.space {
+            // The page behind stays, so that a length that moves to and fro over its edge makes no calls.
+            let page_bytes = space.range.page_bytes();
+            let keep = (end.next_multiple_of(page_bytes) + page_bytes).min(space.live.end);
+            space.free(keep..space.live.end);
+        }
+    }
+
+    pub(super) fn release_front(&mut self, count: usize) {
+        self.rows.start += count;
+        if self.rows.is_empty() {
+            return self.clear();
+        }
+        let start = self.rows.start * self.row_bytes;
+        if let Some(space) = &mut self.space {
+            let page_bytes = space.range.page_bytes();
+            space.free(space.live.start..start / page_bytes * page_bytes);
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        if let Some(space) = &mut self.space {
+            space.free(space.live.clone());
+            space.live = 0..0;
+        }
+        self.rows = 0..0;
+    }
+
+    /// A view of some of the rows, counted from the first.
+    pub(super) fn view(&self, rows: Range<usize>) -> Result<Option<Tensor>> {
+        let Some(space) = self.space.as_ref().filter(|_| !rows.is_empty()) else {
+            return Ok(None);
+        };
+        let shape: Vec<_> = iter::once(rows.len())
+            .chain(self.row.iter().copied())
+            .collect();
+        let leases = &self.memory.leases;
+        let offset = (self.rows.start + rows.start) * self.row_bytes;
+        leases
+            .tensor(&space.range, offset, &shape, self.dtype)
+            .map(Some)
+    }
+}

@@ -1,0 +1,313 @@
+//! A tensor that grows where it stands.
+
+#[cfg(feature = "cuda")]
+mod device;
+mod host;
+
+use crate::error::{Result, VmmError};
+use crate::tensor_pool::{Memory, TensorPool};
+use candle_core::{DType, Device, Error, Shape, Tensor};
+#[cfg(feature = "cuda")]
+use device::DeviceRows;
+use host::HostRows;
+use std::ops::Range;
+
+/// A tensor `[rows, row…]` whose first dimension grows and shrinks, with memory for the rows that are there.
+///
+/// [`view`](Self::view) hands out ordinary tensors of exactly the rows that there are. Such a view is a snapshot: what
+/// is appended, truncated or dropped afterwards does not change it, and its memory stays until it and all that was
+/// made of it are dropped. Writing to it in place (`slice_set`) writes to the rows.
+///
+/// On a CUDA device rows never move while they can stay: appending copies the new rows only, and asks the driver for
+/// memory page by page or less. They move to a range of fresh addresses where a view still shows what would be written
+/// over, and where a window that was moved forward by [`release_front`](Self::release_front) has reached the end of
+/// its addresses. Work is queued on Candle's own stream.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cuda_vmm::TensorPool;
+///
+/// # fn main() -> candle_cuda_vmm::Result<()> {
+/// let pool = TensorPool::new(&Device::Cpu)?;
+/// let mut rows = pool.tensor((2, 3), DType::F32)?;
+/// rows.append(&Tensor::ones((4, 2, 3), DType::F32, &Device::Cpu)?)?;
+/// let before = rows.view()?;
+/// rows.truncate(1)?;
+/// rows.grow(1)?;
+/// assert_eq!(rows.view()?.dims(), [2, 2, 3]);
+/// assert_eq!(before.dims(), [4, 2, 3]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct ElasticTensor {
+    pool: TensorPool,
+    row: Vec<usize>,
+    dtype: DType,
+    rows: Rows,
+}
+
+#[derive(Debug)]
+enum Rows {
+    Host(HostRows),
+    #[cfg(feature = "cuda")]
+    Device(DeviceRows),
+}
+
+/// Calls the same on either kind of rows.
+macro_rules! on {
+    ($rows:expr, $name:ident => $act:expr) => {
+        match $rows {
+            Rows::Host($name) => $act,
+            #[cfg(feature = "cuda")]
+            Rows::Device($name) => $act,
+        }
+    };
+}
+
+impl ElasticTensor {
+    /// A tensor without rows; each of its rows has this shape, and no shape is one number. Takes no memory.
+    ///
+    /// # Errors
+    /// - [`CandleError`](VmmError::CandleError) with `UnsupportedDTypeForOp` for a type of which Candle has no tensors
+    ///   that it computes with.
+    /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` for a row without elements, and with `Overflow` for one whose bytes cannot
+    ///   be counted.
+    pub fn new(pool: &TensorPool, row_shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        let row = row_shape.into().into_dims();
+        if matches!(
+            dtype,
+            DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
+        ) {
+            return Err(Error::UnsupportedDTypeForOp(dtype, "elastic-tensor").into());
+        }
+        let row_bytes = (row.iter())
+            .try_fold(dtype.size_in_bytes(), |bytes, dim| bytes.checked_mul(*dim))
+            .ok_or(cuda_vmm::VmmError::Overflow {
+                offset: 0,
+                bytes: usize::MAX,
+            })?;
+        if row_bytes == 0 {
+            return Err(cuda_vmm::VmmError::ZeroSize { what: "row" }.into());
+        }
+        let rows = match &pool.inner().memory {
+            Memory::Host(budget) => Rows::Host(HostRows::new(budget, row.clone(), dtype)),
+            #[cfg(feature = "cuda")]
+            Memory::Device(memory) => {
+                Rows::Device(DeviceRows::new(memory, row.clone(), dtype, row_bytes))
+            }
+        };
+        Ok(Self {
+            pool: pool.clone(),
+            row,
+            dtype,
+            rows,
+        })
+    }
+
+    /// How many rows there are.
+    pub fn len(&self) -> usize {
+        on!(&self.rows, rows => rows.len())
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The shape of one row.
+    pub fn row_dims(&self) -> &[usize] {
+        &self.row
+    }
+
+    /// One row in bytes.
+    pub fn row_bytes(&self) -> usize {
+        self.row.iter().product::<usize>() * self.dtype.size_in_bytes()
+    }
+
+    /// So many rows at most: those for which the pool reserves addresses.
+    pub fn rows_max(&self) -> usize {
+        self.pool.inner().options.reservation_bytes / self.row_bytes()
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        self.pool.device()
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &TensorPool {
+        &self.pool
+    }
+
+    fn shape(&self, rows: usize) -> Shape {
+        let dims: Vec<_> = std::iter::once(rows)
+            .chain(self.row.iter().copied())
+            .collect();
+        Shape::from(dims)
+    }
+
+    fn check_room(&self, more: usize) -> Result<()> {
+        let (len, row_bytes) = (self.len(), self.row_bytes());
+        if more > self.rows_max().saturating_sub(len) {
+            return Err(VmmError::InvalidOffset {
+                offset: len * row_bytes,
+                size: more.saturating_mul(row_bytes),
+                capacity: self.pool.inner().options.reservation_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    /// Appends rows `[count, row…]`, of any strides, which are copied.
+    ///
+    /// # Errors
+    /// After an error the tensor is as before.
+    /// - [`CandleError`](VmmError::CandleError) with `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`,
+    ///   `UnexpectedNumberOfDims` or `ShapeMismatchBinaryOp` for rows that are not like these.
+    /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if they do not fit in the addresses that the pool reserves.
+    /// - [`OutOfPhysicalMemory`](VmmError::OutOfPhysicalMemory) if the budget has no room; [`Vmm`](VmmError::Vmm) if a
+    ///   driver call fails.
+    pub fn append(&mut self, rows: &Tensor) -> Result<()> {
+        const OP: &str = "elastic-append";
+        if rows.dtype() != self.dtype {
+            let (lhs, rhs, op) = (self.dtype, rows.dtype(), OP);
+            return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op }.into());
+        }
+        let (lhs, rhs, op) = (self.device().location(), rows.device().location(), OP);
+        if lhs != rhs {
+            return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op }.into());
+        }
+        if rows.rank() != self.row.len() + 1 {
+            let (expected, got) = (self.row.len() + 1, rows.rank());
+            let shape = rows.shape().clone();
+            return Err(Error::UnexpectedNumberOfDims {
+                expected,
+                got,
+                shape,
+            }
+            .into());
+        }
+        if rows.dims()[1..] != self.row {
+            let (lhs, rhs, op) = (self.shape(self.len()), rows.shape().clone(), OP);
+            return Err(Error::ShapeMismatchBinaryOp { lhs, rhs, op }.into());
+        }
+        let count = rows.dims()[0];
+        self.check_room(count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        on!(&mut self.rows, all => all.append(rows))
+    }
+
+    /// Appends so many rows of zeros.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append).
+    pub fn grow(&mut self, rows: usize) -> Result<()> {
+        self.check_room(rows)?;
+        if rows == 0 {
+            return Ok(());
+        }
+        on!(&mut self.rows, all => all.grow(rows))
+    }
+
+    /// Keeps the first `len` rows. Memory of the others goes back by whole pages, but for one page, so that a length that
+    /// goes to and fro makes no calls; with no rows left all of it does.
+    ///
+    /// # Errors
+    /// [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` if there are fewer; then nothing changes.
+    pub fn truncate(&mut self, len: usize) -> Result<()> {
+        self.check_rows(&(0..len), "truncate beyond the rows")?;
+        on!(&mut self.rows, rows => rows.truncate(len));
+        Ok(())
+    }
+
+    /// Forgets the last rows but `rows` of them: [`truncate`](Self::truncate) by the rows that go.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shrink(&mut self, rows: usize) -> Result<()> {
+        self.check_rows(&(0..rows), "shrink by more than the rows")?;
+        self.truncate(self.len() - rows)
+    }
+
+    /// Forgets the first `count` rows, as a sliding window does. Their memory goes back by whole pages.
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate).
+    pub fn release_front(&mut self, count: usize) -> Result<()> {
+        self.check_rows(&(0..count), "release more than the rows")?;
+        on!(&mut self.rows, rows => rows.release_front(count));
+        Ok(())
+    }
+
+    /// Forgets all rows and gives their memory back.
+    pub fn clear(&mut self) {
+        on!(&mut self.rows, rows => rows.clear());
+    }
+
+    /// All rows, `[rows, row…]`, contiguous.
+    ///
+    /// # Errors
+    /// [`CandleError`](VmmError::CandleError), [`Vmm`](VmmError::Vmm).
+    pub fn view(&self) -> Result<Tensor> {
+        self.view_rows(0..self.len())
+    }
+
+    /// Some rows, `[rows, row…]`, contiguous.
+    ///
+    /// # Errors
+    /// As [`view`](Self::view), and [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` for rows that are not
+    /// there.
+    pub fn view_rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        self.check_rows(&rows, "view of rows that are not there")?;
+        let view = on!(&self.rows, all => all.view(rows.clone()))?;
+        match view {
+            Some(view) => Ok(view),
+            None => Ok(Tensor::zeros(self.shape(0), self.dtype, self.device())?),
+        }
+    }
+
+    /// A copy of all rows in memory of Candle's own, `[rows, row…]`.
+    ///
+    /// # Errors
+    /// As [`view`](Self::view).
+    pub fn to_owned(&self) -> Result<Tensor> {
+        // Not `copy`, whose result would share the lease.
+        Ok(self.view()?.force_contiguous()?)
+    }
+
+    /// A tensor of the same pool with copies of the rows.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append) and [`view`](Self::view).
+    pub fn try_clone(&self) -> Result<Self> {
+        let mut clone = Self::new(&self.pool, self.row.as_slice(), self.dtype)?;
+        if !self.is_empty() {
+            clone.append(&self.view()?)?;
+        }
+        Ok(clone)
+    }
+
+    fn check_rows(&self, rows: &Range<usize>, msg: &'static str) -> Result<()> {
+        if rows.start > rows.end || rows.end > self.len() {
+            let (start, len) = (rows.start, rows.end.saturating_sub(rows.start));
+            let shape = self.shape(self.len());
+            return Err(Error::NarrowInvalidArgs {
+                shape,
+                dim: 0,
+                start,
+                len,
+                msg,
+            }
+            .into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! Memory of a pool as a Candle tensor: the one place that knows how.
+//!
+//! Each tensor handed out is over a `CudaSlice` of exactly its extent, made on a stream object of its own in a context
+//! object of its own (cudarc's; both stand for Candle's stream in the primary context). The stream object is the lease's
+//! token: every slice, view and clone holds it, so it is ours alone when none is left. Dropping the slice calls
+//! `cuMemFreeAsync`, which the driver refuses for such memory; cudarc parks the refusal in the private context object,
+//! where Candle never looks, and whence it is taken when the token comes back.
+//!
+//! # Safety
+//! Slices are made of memory that is mapped and leased to their token, or that is written and let go within one call
+//! while the pool is borrowed. All work on them is queued on Candle's stream, or by Candle behind it.
+#![allow(unsafe_code)]
+
+use crate::error::{Result, VmmError};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
+use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, DType, Storage, Tensor};
+use cuda_vmm::{LeaseToken, Stream, VirtualMemoryPool};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Candle's stream, as the core knows streams.
+pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &CudaDevice) -> Stream {
+    let raw = candle.cuda_stream().cu_stream();
+    // SAFETY: the stream lives as long as Candle's device, of which whoever holds the result has a clone.
+    unsafe { Stream::borrow(core, raw.cast()) }
+}
+
+/// Makes tensors over memory of pools, on one Candle device, and keeps tokens to be used again.
+pub(crate) struct Leases {
+    device: CudaDevice,
+    free: Mutex<Vec<Arc<CudaStream>>>,
+}
+
+impl fmt::Debug for Leases {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("Leases")
+    }
+}
+
+impl Leases {
+    /// So many free tokens are kept at most.
+    const FREE_MAX: usize = 256;
+
+    pub(crate) fn new(device: &CudaDevice) -> Arc<Self> {
+        Arc::new(Self {
+            device: device.clone(),
+            free: Mutex::default(),
+        })
+    }
+
+    fn token(self: &Arc<Self>) -> Result<Token> {
+        let free = self
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let stream = match free {
+            Some(stream) => stream,
+            None => self.make()?,
+        };
+        Ok(Token {
+            stream,
+            home: self.clone(),
+        })
+    }
+
+    fn make(&self) -> Result<Arc<CudaStream>> {
+        let candle = self.device.cuda_stream();
+        let failed = |error: DriverError| VmmError::from(candle_core::Error::wrap(error));
+        let context = CudaContext::new(candle.context().ordinal()).map_err(failed)?;
+        // SAFETY: all that uses slices of this context object is on Candle's one stream, or ordered behind it by Candle,
+        // so no events are needed between streams.
+        unsafe { context.disable_event_tracking() };
+        // SAFETY: both context objects are of the primary context, which `core_device` has checked for Candle's; the
+        // stream lives while Candle's device does, and `home` holds a clone of that beside every token, as Candle's
+        // storage does beside every slice.
+        Ok(unsafe { context.wrap_borrowed_stream(candle.cu_stream()) })
+    }
+
+    /// A tensor of this shape over live bytes of the pool at `offset`, which are leased until nothing is left of it.
+    pub(crate) fn tensor(
+        self: &Arc<Self>,
+        pool: &VirtualMemoryPool,
+        offset: usize,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let token = self.token()?;
+        let elements: usize = shape.iter().product();
+        let stream = token.stream.clone();
+        pool.lease(offset, elements * dtype.size_in_bytes(), token)?;
+        // SAFETY: the bytes are live, and stay mapped while the stream object is shared, which the slice does.
+        let slice = unsafe {
+            slice(
+                &stream,
+                pool.base_address() + offset as u64,
+                elements,
+                dtype,
+            )
+        }?;
+        let storage = CudaStorage {
+            slice,
+            device: self.device.clone(),
+        };
+        Ok(Tensor::from_storage(
+            Storage::Cuda(storage),
+            shape,
+            BackpropOp::none(),
+            false,
+        ))
+    }
+
+    /// Queues a copy of a tensor, of any strides, to live bytes of the pool at `offset`, in the order of its elements.
+    pub(crate) fn write(
+        self: &Arc<Self>,
+        pool: &VirtualMemoryPool,
+        offset: usize,
+        source: &Tensor,
+    ) -> Result<()> {
+        let token = self.token()?;
+        let address = pool.base_address() + offset as u64;
+        // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream.
+        let slice = unsafe { slice(&token.stream, address, source.elem_count(), source.dtype()) }?;
+        let mut target = CudaStorage {
+            slice,
+            device: self.device.clone(),
+        };
+        let (storage, layout) = source.storage_and_layout();
+        let outcome = match &*storage {
+            Storage::Cuda(storage) => storage
+                .copy_strided_src(&mut target, 0, layout)
+                .map_err(VmmError::from),
+            _ => Err(VmmError::UnsupportedDevice),
+        };
+        // Not dropped, which would ask the driver for what it refuses.
+        leak(target.slice);
+        outcome
+    }
+}
+
+/// Queues zeros over live bytes of the pool at `offset`, on Candle's stream.
+pub(crate) fn zero(
+    stream: &Stream,
+    pool: &VirtualMemoryPool,
+    offset: usize,
+    bytes: usize,
+) -> Result<()> {
+    // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream.
+    Ok(unsafe { stream.memset(pool.base_address() + offset as u64, 0, bytes) }?)
+}
+
+/// A slice on this stream.
+///
+/// # Safety
+/// The memory is mapped while the slice, or anything made of it, lives.
+unsafe fn slice(
+    stream: &Arc<CudaStream>,
+    address: u64,
+    elements: usize,
+    dtype: DType,
+) -> Result<Slice> {
+    macro_rules! slices {
+        ($($dtype:ident)*) => {
+            match dtype {
+                // SAFETY: the caller's promise; any bits are a value of these types.
+                $(DType::$dtype => Slice::$dtype(unsafe { stream.upgrade_device_ptr(address, elements) }),)*
+                other => return Err(unsupported(other)),
+            }
+        };
+    }
+    Ok(slices!(U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3))
+}
+
+/// The error for a type of which Candle has no tensors on CUDA that can be computed with.
+pub(crate) fn unsupported(dtype: DType) -> VmmError {
+    candle_core::Error::UnsupportedDTypeForOp(dtype, "elastic-tensor").into()
+}
+
+/// Lets a slice go without freeing its address.
+fn leak(slice: Slice) {
+    macro_rules! leaks {
+        ($($dtype:ident)*) => { match slice { $(Slice::$dtype(slice) => { slice.leak(); })* } };
+    }
+    leaks!(U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3 F6E2M3 F6E3M2 F4 F8E8M0);
+}
+
+/// A stream object that is shared by what uses one lease, and by nothing else.
+#[derive(Debug)]
+struct Token {
+    stream: Arc<CudaStream>,
+    home: Arc<Leases>,
+}
+
+impl LeaseToken for Token {
+    fn is_released(&mut self) -> bool {
+        Arc::get_mut(&mut self.stream).is_some()
+    }
+}
+
+impl Drop for Token {
+    fn drop(&mut self) {
+        if Arc::get_mut(&mut self.stream).is_none() {
+            // Something is left that was made on it: the next lease must not share it.
+            return;
+        }
+        // The refusals of the frees; nobody else is to see them.
+        let _ = self.stream.context().check_err();
+        let mut free = self
+            .home
+            .free
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if free.len() < Leases::FREE_MAX {
+            free.push(self.stream.clone());
+        }
+    }
+}
