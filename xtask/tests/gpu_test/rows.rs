@@ -51,7 +51,7 @@ fn the_json_report_has_every_field() {
     assert_eq!(row["suite"], "facade");
     assert_eq!(row["state"], "PASS");
     assert!(row["seconds"].is_f64());
-    assert_eq!(row["tests_passed"], 7);
+    assert_eq!(row["tests_passed"], 14);
     assert_eq!(row["tests_failed"], 0);
     assert_eq!(row["note"], "");
     let row = ran.row("real/2/2MiB/-/core");
@@ -115,6 +115,14 @@ fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
     );
     ran.expect("simulated/1/2MiB/-/core", "PASS", "");
     ran.expect("simulated/1/2MiB/-/pools", "PASS", "");
+}
+
+#[test]
+fn a_simulated_device_is_no_gpu() {
+    let simulated = "printf 'cuda=13.0\\ndevices=1\\nname=Simulated device 0\\n'\n";
+    let ran = Fake::new(simulated).run(ONE);
+    assert_eq!(ran.code, 2, "{}", ran.printed);
+    ran.expect(ROW, "SKIPPED", "is the simulated one");
 }
 
 #[test]

@@ -96,6 +96,23 @@ pub fn cases() -> Vec<Case> {
             },
         ),
         Case::new(
+            "an asynchronous copy to pageable host memory is done when the call returns",
+            &["SUCCESS", "reads 2"],
+            |kit| {
+                let stage = Stage::new(kit);
+                let (page, stream) = (kit.page, stage.alone.raw());
+                let mut host = vec![0u8; page];
+                let place = host.as_mut_ptr().cast();
+                stage.memset(kit, stage.first, 2, stage.alone);
+                let code = call!(kit, cuMemcpyDtoHAsync(place, stage.first, page, stream));
+                kit.answer(code);
+                let done = host.iter().all(|&byte| byte == 2);
+                kit.note(if done { "reads 2" } else { "not yet" });
+                // A driver that does otherwise must not write after the bytes are gone.
+                kit.must(call!(kit, cuStreamSynchronize(stream)));
+            },
+        ),
+        Case::new(
             "an event that was never recorded is complete",
             &["SUCCESS", "SUCCESS"],
             |kit| {
