@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod consumers;
 mod files;
+mod generate;
 mod gpu_test;
 mod headers;
 mod machine;
@@ -52,6 +53,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Generate tokens with a language model over a KV cache; what follows goes to the example
+    #[command(disable_help_flag = true)]
+    Generate(generate::Arguments),
     /// Run every test that needs no GPU
     Test,
     /// Measure what the bookkeeping costs, or with --gpu what the pools cost on the GPU of this machine
@@ -137,6 +141,12 @@ fn start(task: Task) -> Result<ExitCode> {
             // Cargo has said what went wrong, and hands on the demo's own exit code.
             let code = status.code().and_then(|code| u8::try_from(code).ok());
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
+        }
+        Task::Generate(arguments) => {
+            return Ok(ExitCode::from(generate::run(
+                &Workspace::find()?,
+                &arguments,
+            )?));
         }
         Task::Test => tests::run(&Workspace::find()?)?,
         Task::Bench(arguments) => {
