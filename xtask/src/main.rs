@@ -4,6 +4,7 @@ mod bench;
 mod ci;
 mod consumers;
 mod files;
+mod generate;
 mod gpu_test;
 mod headers;
 mod machine;
@@ -52,6 +53,9 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Generate tokens with a language model over a KV cache; what follows goes to the example
+    #[command(disable_help_flag = true)]
+    Generate(generate::Arguments),
     /// Run every test that needs no GPU
     Test {
         /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
@@ -142,6 +146,12 @@ fn start(task: Task) -> Result<ExitCode> {
             // Cargo has said what went wrong, and hands on the demo's own exit code.
             let code = status.code().and_then(|code| u8::try_from(code).ok());
             return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
+        }
+        Task::Generate(arguments) => {
+            return Ok(ExitCode::from(generate::run(
+                &Workspace::find()?,
+                &arguments,
+            )?));
         }
         Task::Test { cuda: false } => tests::run(&Workspace::find()?)?,
         Task::Test { cuda: true } => gpu_test::without_gpu(&Workspace::find()?)?,

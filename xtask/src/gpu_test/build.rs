@@ -17,8 +17,10 @@ use std::process::{Command, Stdio};
 const CORE_FEATURES: [&str; 4] = ["--package", Program::CORE, "--features", "simulator"];
 /// The package that is the simulated driver as a shared library.
 const LIBRARY: &str = "cuda-vmm-sim-library";
-/// The example that a bundle holds.
+/// The core's example that a bundle holds.
 const DEMO: &str = "demo";
+/// The facade's.
+pub const GENERATE: &str = "generate";
 
 /// What a bundle holds.
 pub struct Everything {
@@ -139,10 +141,31 @@ pub fn everything(workspace: &Workspace, target: &Path, compute_cap: u32) -> Res
     programs.extend(builder.facade_without_cuda(&facade)?);
     Ok(Everything {
         programs,
-        others: vec![(DEMO, builder.demo()?), (bench::PROGRAM, builder.bench()?)],
+        others: vec![
+            (DEMO, builder.demo()?),
+            (GENERATE, builder.generate()?),
+            (bench::PROGRAM, builder.bench()?),
+        ],
         xtask: builder.xtask()?,
         manifest,
     })
+}
+
+/// Builds the facade's example for the real driver; answers it, and the CUDA libraries that it needs.
+pub fn generate(
+    workspace: &Workspace,
+    target: &Path,
+    compute_cap: u32,
+) -> Result<(PathBuf, Vec<String>)> {
+    setup::ensure(workspace, true, false)?;
+    let builder = Builder {
+        workspace,
+        target,
+        compute_cap,
+    };
+    let executable = builder.generate()?;
+    let libraries = stubs::needed(&executable)?;
+    Ok((executable, libraries.into_iter().collect()))
 }
 
 /// Builds for release, with the pinned CUDA compiler.
@@ -160,19 +183,29 @@ impl Builder<'_> {
         pick(wanted, &messages(&mut command)?)
     }
 
-    /// The facade's tests, linked against libraries that are made here for what they ask for.
+    /// The facade's tests.
     fn candle(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let mut command = self.cargo(&["test", "--no-run"])?;
+        command.args(named(wanted));
+        pick(wanted, &self.messages_with_cuda(&mut command)?)
+    }
+
+    /// The facade's example.
+    fn generate(&self) -> Result<PathBuf> {
+        let mut command = self.cargo(&["build", "--example", GENERATE])?;
+        let messages = self.messages_with_cuda(&mut command)?;
+        executable(&messages, Program::FACADE, "example", GENERATE)
+            .with_context(|| format!("{} has no example named {GENERATE}", Program::FACADE))
+    }
+
+    /// Runs cargo for the facade with CUDA, to link against libraries that are made here for what it asks for.
+    fn messages_with_cuda(&self, command: &mut Command) -> Result<Vec<Value>> {
         let cuda = ["--package", Program::FACADE, "--features", "cuda"];
         let messages_of_build = messages(self.cargo(&["build"])?.args(cuda))?;
         let folder = self.target.join("stubs");
         stubs::make(&folder, &archives(&messages_of_build))?;
-        let mut command = self.cargo(&["test", "--no-run"])?;
-        command
-            .args(cuda)
-            .args(named(wanted))
-            // The C compiler, which links, searches there after what it is told on its command line.
-            .env("LIBRARY_PATH", folder);
-        pick(wanted, &messages(&mut command)?)
+        // The C compiler, which links, searches there after what it is told on its command line.
+        messages(command.args(cuda).env("LIBRARY_PATH", folder))
     }
 
     /// The facade's tests for CPU devices, which start on any machine.

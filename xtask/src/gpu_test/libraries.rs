@@ -1,6 +1,8 @@
 //! Where this machine has the CUDA libraries that Candle links.
 
+use anyhow::{Context, Result};
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -43,6 +45,14 @@ impl Libraries {
             }
         }
         found
+    }
+
+    /// `LD_LIBRARY_PATH` for a program that links them: their folders, and after them what it says already.
+    pub fn path(&self) -> Result<OsString> {
+        let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let mut folders = self.folders.clone();
+        folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
+        std::env::join_paths(folders).context("the folders of CUDA libraries")
     }
 
     /// One line for the report.

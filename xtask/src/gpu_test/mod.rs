@@ -91,6 +91,15 @@ pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Re
     Ok(code)
 }
 
+/// A command that runs the facade's example `generate` on the real driver; builds it for GPUs of `compute_cap` and newer.
+pub fn generate(workspace: &Workspace, compute_cap: u32) -> Result<Command> {
+    let target = workspace.target.join("gpu-test");
+    let (program, libraries) = build::generate(workspace, &target, compute_cap)?;
+    let mut command = Command::new(program);
+    command.env("LD_LIBRARY_PATH", Libraries::find(&libraries).path()?);
+    Ok(command)
+}
+
 /// Whether this machine has a CUDA driver with a GPU, be it one that fails.
 pub fn has_gpu(workspace: &Workspace) -> Result<bool> {
     let program = probe::compile(&workspace.target.join("gpu-test"))?;
@@ -134,8 +143,12 @@ fn list(arguments: &Arguments) -> Result<u8> {
 }
 
 fn run_other(unpacked: &Unpacked, name: &str, arguments: &[OsString]) -> Result<u8> {
-    let program = unpacked.other(name)?;
-    let status = Command::new(&program)
+    let mut command = Command::new(unpacked.other(name)?);
+    if name == build::GENERATE {
+        let libraries = Libraries::find(&unpacked.manifest()?.libraries);
+        command.env("LD_LIBRARY_PATH", libraries.path()?);
+    }
+    let status = command
         .args(arguments)
         .status()
         .with_context(|| format!("{name} could not be started"))?;

@@ -135,11 +135,7 @@ impl Runner<'_> {
             files::make(&opened(folder))?;
         }
         if cell.driver.is_library() && cell.suite == Suite::Facade {
-            let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-            let mut folders = self.conditions.libraries.folders.clone();
-            folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
-            let joined = std::env::join_paths(folders).context("the folders of CUDA libraries")?;
-            command.env("LD_LIBRARY_PATH", joined);
+            command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
         }
         Ok(command)
     }

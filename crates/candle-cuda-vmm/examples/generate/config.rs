@@ -152,15 +152,15 @@ impl Config {
                 reason,
             })
         };
-        if self.num_attention_heads % self.kv_heads() != 0 {
+        if !self.num_attention_heads.is_multiple_of(self.kv_heads()) {
             let reason = "it must divide num_attention_heads";
             return invalid("num_key_value_heads", self.kv_heads(), reason);
         }
-        if self.head_dim.is_none() && self.hidden_size % self.num_attention_heads != 0 {
+        if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             let reason = "without head_dim, num_attention_heads must divide it";
             return invalid("hidden_size", self.hidden_size, reason);
         }
-        if self.head_dim() == 0 || self.head_dim() % 2 != 0 {
+        if self.head_dim() == 0 || !self.head_dim().is_multiple_of(2) {
             return invalid("head_dim", self.head_dim(), "it must be even, and not 0");
         }
         let unsupported = |field, value: &dyn std::fmt::Display| {

@@ -80,9 +80,9 @@ fn extent<'a, T: Element>(
     (storage, layout): (&'a CudaStorage, &Layout),
 ) -> Result<CudaView<'a, T>> {
     let first = layout.start_offset();
-    let steps = layout.dims().iter().zip(layout.stride());
-    let last = steps.fold(Some(first), |last, (&size, &stride)| {
-        last?.checked_add(size.checked_sub(1)?.checked_mul(stride)?)
+    let mut steps = layout.dims().iter().zip(layout.stride());
+    let last = steps.try_fold(first, |last, (&size, &stride)| {
+        last.checked_add(size.checked_sub(1)?.checked_mul(stride)?)
     });
     last.and_then(|last| storage.as_cuda_slice::<T>().ok()?.try_slice(first..=last))
         .ok_or_else(|| sizes.unexpected_strides(q, layout, "the tensor reaches beyond its memory"))

@@ -74,7 +74,7 @@ impl Sizes {
             return Err(Error::EmptyTensor { op: NAME });
         }
         let too_many_queries = causal && queries > keys;
-        if (batch, dim) != (k_batch, k_dim) || heads % kv_heads != 0 || too_many_queries {
+        if (batch, dim) != (k_batch, k_dim) || !heads.is_multiple_of(kv_heads) || too_many_queries {
             return Err(mismatch(q, k));
         }
         Ok(Self {

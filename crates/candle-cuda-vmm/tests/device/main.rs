@@ -5,10 +5,10 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod attention;
 mod bytes;
 mod elastic;
-mod factory;
+mod growth;
+mod kernels;
 mod leak;
 mod mapping;
 mod memory;

@@ -1,0 +1,4 @@
+//! What launches Candle's kernels on a CUDA device: `cargo xtask test --cuda` leaves this module out by its name.
+
+mod attention;
+mod factory;
