@@ -101,16 +101,21 @@ impl Leases {
                 dtype,
             )
         }?;
-        let storage = CudaStorage {
-            slice,
-            device: self.device.clone(),
-        };
-        Ok(Tensor::from_storage(
-            Storage::Cuda(storage),
-            shape,
-            BackpropOp::none(),
-            false,
-        ))
+        Ok(self.wrap(slice, shape))
+    }
+
+    /// A tensor of this shape without elements, over no memory: the driver allocates none of no size.
+    pub(crate) fn empty(self: &Arc<Self>, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let token = self.token()?;
+        // SAFETY: there is nothing to be mapped.
+        let slice = unsafe { slice(&token.stream, 0, 0, dtype) }?;
+        Ok(self.wrap(slice, shape))
+    }
+
+    fn wrap(&self, slice: Slice, shape: &[usize]) -> Tensor {
+        let device = self.device.clone();
+        let storage = Storage::Cuda(CudaStorage { slice, device });
+        Tensor::from_storage(storage, shape, BackpropOp::none(), false)
     }
 
     /// Queues a copy of a tensor, of any strides, to live bytes of the pool at `offset`, in the order of its elements.

@@ -367,8 +367,10 @@ calls! {
     }
 
     fn cuGraphInstantiateWithFlags(sim, exec: *mut CUgraphExec, graph: CUgraph, flags: c_ulonglong) {
+        /// Frees what the graph's own nodes allocated; there are none here that do.
+        const AUTO_FREE_ON_LAUNCH: c_ulonglong = 1;
         let exec = out!(exec);
-        no_flags(flags)?;
+        no_flags(flags & !AUTO_FREE_ON_LAUNCH)?;
         exec.set(sim.graph_instantiate(graph)?)
     }
     fn cuGraphLaunch(sim, graph: CUgraphExec, stream: CUstream) {

@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 use candle_nn::kv_cache::{ConcatKvCache, KvCache};
 
 /// Which cache: each a factory for which `main` has an arm.
@@ -11,6 +12,8 @@ pub enum Kind {
     Kv,
     /// Candle's `ConcatKvCache`, which copies itself at every token
     Concat,
+    /// `ElasticKvCache`, with memory for the tokens that are there
+    Elastic,
 }
 
 /// A factory that knows what its caches take.
@@ -38,6 +41,13 @@ impl Measured for ConcatCaches {
             .flatten()
             .map(bytes)
             .sum()
+    }
+}
+
+impl Measured for TensorPool {
+    /// All that the pool holds: the caches are all that it is for.
+    fn held_bytes<'a>(&self, _caches: impl Iterator<Item = &'a ElasticKvCache>) -> usize {
+        self.committed_bytes()
     }
 }
 

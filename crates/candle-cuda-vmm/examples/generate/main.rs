@@ -14,6 +14,7 @@ mod weights;
 use caches::{Kind, Measured};
 use candle_core::{DType, Device};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
+use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::{Parser, ValueEnum};
 use config::Config;
 use generation::Generation;
@@ -85,14 +86,33 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
+    let device = match arguments.device {
+        Some(Place::Cpu) => Device::Cpu,
+        Some(Place::Cuda) => Device::new_cuda(0)?,
+        None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
+        None => Device::Cpu,
+    };
     match arguments.cache {
-        Kind::Kv => run(&arguments, &PreallocatedCaches),
-        Kind::Concat => run(&arguments, &ConcatCaches),
+        Kind::Kv => run(&arguments, &PreallocatedCaches, device),
+        Kind::Concat => run(&arguments, &ConcatCaches, device),
+        Kind::Elastic => {
+            // Two pages ahead, so that no token waits for the driver.
+            let options = TensorPoolOptions::new().ahead_bytes_max(4 << 20);
+            run(
+                &arguments,
+                &TensorPool::with_options(&device, options)?,
+                device,
+            )
+        }
     }
 }
 
 /// Makes the model with caches of this factory, generates, and tells.
-fn run<F: Measured>(arguments: &Arguments, factory: &F) -> Result<(), Box<dyn Error>> {
+fn run<F: Measured>(
+    arguments: &Arguments,
+    factory: &F,
+    device: Device,
+) -> Result<(), Box<dyn Error>> {
     let config = match &arguments.config {
         Some(path) => Config::read(path)?,
         None => Config::small()?,
@@ -109,12 +129,6 @@ fn run<F: Measured>(arguments: &Arguments, factory: &F) -> Result<(), Box<dyn Er
         Precision::F32 => DType::F32,
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
-    };
-    let device = match arguments.device {
-        Some(Place::Cpu) => Device::Cpu,
-        Some(Place::Cuda) => Device::new_cuda(0)?,
-        None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
-        None => Device::Cpu,
     };
     let source = match arguments.weights.as_slice() {
         [] => Source::Random(arguments.seed),

@@ -7,6 +7,7 @@ use crate::model::{Attention, Decoder};
 use crate::token_bytes;
 use crate::weights::{Source, Weights, read};
 use candle_core::{DType, Device, Error, Tensor};
+use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
 use std::collections::HashMap;
 
@@ -48,11 +49,13 @@ fn every_cache_and_attention_gives_the_same_tokens() {
         let expected = run(&PreallocatedCaches, Attention::Stock, seed, DType::F32).tokens;
         assert_eq!(expected.len(), TOKENS);
         for attention in [Attention::Stock, Attention::Gqa] {
-            // A cache of another kind is one more line here.
             let preallocated = run(&PreallocatedCaches, attention, seed, DType::F32);
             assert_eq!(preallocated.tokens, expected, "{attention:?}");
             let concatenated = run(&ConcatCaches, attention, seed, DType::F32);
             assert_eq!(concatenated.tokens, expected, "{attention:?}");
+            let pool = TensorPool::new(&Device::Cpu).unwrap();
+            let elastic = run(&pool, attention, seed, DType::F32);
+            assert_eq!(elastic.tokens, expected, "{attention:?}");
         }
     }
 }

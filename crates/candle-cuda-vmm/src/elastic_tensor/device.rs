@@ -129,7 +129,8 @@ impl DeviceRows {
         }
         let mut fresh = Space::new(&self.memory)?;
         fresh.extend(bytes)?;
-        if let Some(rows) = self.view(0..len)? {
+        if len > 0 {
+            let rows = self.view(0..len)?;
             self.memory.leases.write(&fresh.range, 0, &rows)?;
         }
         // The old range goes, but for what views hold of it.
@@ -201,17 +202,16 @@ impl DeviceRows {
     }
 
     /// A view of some of the rows, counted from the first.
-    pub(super) fn view(&self, rows: Range<usize>) -> Result<Option<Tensor>> {
-        let Some(space) = self.space.as_ref().filter(|_| !rows.is_empty()) else {
-            return Ok(None);
-        };
-        let shape: Vec<_> = iter::once(rows.len())
-            .chain(self.row.iter().copied())
-            .collect();
+    pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
+        let row = self.row.iter().copied();
+        let shape: Vec<_> = iter::once(rows.len()).chain(row).collect();
         let leases = &self.memory.leases;
-        let offset = (self.rows.start + rows.start) * self.row_bytes;
-        leases
-            .tensor(&space.range, offset, &shape, self.dtype)
-            .map(Some)
+        match &self.space {
+            Some(space) if !rows.is_empty() => {
+                let offset = (self.rows.start + rows.start) * self.row_bytes;
+                leases.tensor(&space.range, offset, &shape, self.dtype)
+            }
+            _ => leases.empty(&shape, self.dtype),
+        }
     }
 }

@@ -129,16 +129,13 @@ impl HostRows {
     }
 
     /// A view of some of the rows, counted from the first.
-    pub(super) fn view(&self, rows: Range<usize>) -> Result<Option<Tensor>> {
+    pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
         let Some(buffer) = &self.buffer else {
-            return Ok(None);
+            let shape: Vec<_> = iter::once(0).chain(self.row.iter().copied()).collect();
+            return Ok(Tensor::zeros(shape, self.dtype, &Device::Cpu)?);
         };
-        let end = self.rows.start + rows.end;
+        let (start, end) = (self.rows.start + rows.start, self.rows.start + rows.end);
         self.unseen.fetch_max(end, Ordering::Relaxed);
-        Ok(Some(buffer.data.narrow(
-            0,
-            self.rows.start + rows.start,
-            rows.len(),
-        )?))
+        Ok(buffer.data.narrow(0, start, rows.len())?)
     }
 }

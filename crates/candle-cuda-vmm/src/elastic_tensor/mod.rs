@@ -23,6 +23,10 @@ use std::ops::Range;
 /// over, and where a window that was moved forward by [`release_front`](Self::release_front) has reached the end of
 /// its addresses. Work is queued on Candle's own stream.
 ///
+/// [`to_owned`](Self::to_owned) copies into memory of Candle's own. Candle's `Tensor::copy` of a view on a CUDA device does
+/// so too, but shares more with the view than it should: its memory is held as long as the copy, and after the view
+/// is dropped the first read of the copy reports an `INVALID_VALUE` that is not its own.
+///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_cuda_vmm::TensorPool;
@@ -267,11 +271,7 @@ impl ElasticTensor {
     /// there.
     pub fn view_rows(&self, rows: Range<usize>) -> Result<Tensor> {
         self.check_rows(&rows, "view of rows that are not there")?;
-        let view = on!(&self.rows, all => all.view(rows.clone()))?;
-        match view {
-            Some(view) => Ok(view),
-            None => Ok(Tensor::zeros(self.shape(0), self.dtype, self.device())?),
-        }
+        on!(&self.rows, all => all.view(rows))
     }
 
     /// A copy of all rows in memory of Candle's own, `[rows, row…]`.

@@ -68,15 +68,20 @@ impl ElasticCache {
     /// As [`ElasticTensor::view`].
     pub fn current_data(&self) -> candle_core::Result<Option<Tensor>> {
         self.check()?;
-        let dim = self.dim;
-        match &self.rows {
-            Some(rows) if !rows.is_empty() => {
-                let rank = rows.row_dims().len() + 1;
-                let order: Vec<_> = (1..=dim).chain([0]).chain(dim + 1..rank).collect();
-                rows.view()?.permute(order).map(Some)
-            }
-            _ => Ok(None),
+        match self.current_seq_len() {
+            0 => Ok(None),
+            _ => self.all().map(Some),
         }
+    }
+
+    /// All tokens, whose shape is known.
+    fn all(&self) -> candle_core::Result<Tensor> {
+        let Some(rows) = &self.rows else {
+            return Err(Error::Msg("no tokens were appended".to_owned()));
+        };
+        let (dim, rank) = (self.dim, rows.row_dims().len() + 1);
+        let order: Vec<_> = (1..=dim).chain([0]).chain(dim + 1..rank).collect();
+        rows.view()?.permute(order)
     }
 
     /// Appends tokens, of any strides. The first ones tell shape and type.
@@ -134,11 +139,7 @@ impl ElasticCache {
         }
     }
 
-    /// A cache of the same pool with copies of the tokens.
-    ///
-    /// # Errors
-    /// As [`ElasticTensor::try_clone`].
-    pub fn try_clone(&self) -> Result<Self> {
+    fn try_clone(&self) -> Result<Self> {
         self.check()?;
         let mut clone = Self::new(&self.pool, self.dim, self.max_seq_len);
         clone.rows = self
@@ -147,17 +148,6 @@ impl ElasticCache {
             .map(ElasticTensor::try_clone)
             .transpose()?;
         Ok(clone)
-    }
-}
-
-/// Copies the tokens. Where that fails, for want of memory for instance, the clone answers the error until it is
-/// [`reset`](ElasticCache::reset).
-impl Clone for ElasticCache {
-    fn clone(&self) -> Self {
-        self.try_clone().unwrap_or_else(|error| Self {
-            failed: Some(Arc::new(error)),
-            ..Self::new(&self.pool, self.dim, self.max_seq_len)
-        })
     }
 }
 
@@ -185,7 +175,7 @@ impl Clone for ElasticCache {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ElasticKvCache {
     k: ElasticCache,
     v: ElasticCache,
@@ -245,7 +235,7 @@ impl ElasticKvCache {
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         let len = self.k.current_seq_len();
         self.k.append(k)?;
-        let outcome = self.v.append(v).and_then(|()| self.both(k, v));
+        let outcome = self.v.append(v).and_then(|()| self.both());
         if outcome.is_err() {
             // They were there, so they can go.
             let _ = self.k.truncate(len);
@@ -254,17 +244,9 @@ impl ElasticKvCache {
         outcome
     }
 
-    /// All there is; tensors without tokens, shaped like these, if nothing is.
-    fn both(&self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        let none = |like: &Tensor, dim: usize| {
-            let mut dims = like.dims().to_vec();
-            dims[dim] = 0;
-            Tensor::zeros(dims, like.dtype(), like.device())
-        };
-        let dim = self.k.dim;
-        let keys = self.k.current_data()?.map_or_else(|| none(k, dim), Ok)?;
-        let values = self.v.current_data()?.map_or_else(|| none(v, dim), Ok)?;
-        Ok((keys, values))
+    /// All there is, once tokens, or none of a shape, were appended.
+    fn both(&self) -> candle_core::Result<(Tensor, Tensor)> {
+        Ok((self.k.all()?, self.v.all()?))
     }
 
     /// Tokens in the cache.
@@ -304,6 +286,21 @@ impl ElasticKvCache {
         Ok(Self {
             k: self.k.try_clone()?,
             v: self.v.try_clone()?,
+        })
+    }
+}
+
+/// Copies the tokens. Where that fails, for want of memory for instance, the clone answers the error until it is
+/// [`reset`](Self::reset).
+impl Clone for ElasticKvCache {
+    fn clone(&self) -> Self {
+        self.try_clone().unwrap_or_else(|error| {
+            let error = Arc::new(error);
+            let [k, v] = [&self.k, &self.v].map(|cache| ElasticCache {
+                failed: Some(error.clone()),
+                ..ElasticCache::new(&cache.pool, cache.dim, cache.max_seq_len)
+            });
+            Self { k, v }
         })
     }
 }

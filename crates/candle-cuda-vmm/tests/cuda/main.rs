@@ -13,4 +13,5 @@ mod common;
 mod copies;
 mod dropped;
 mod kernels;
+mod lease;
 mod token;

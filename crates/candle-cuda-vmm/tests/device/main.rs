@@ -9,6 +9,7 @@ mod bytes;
 mod elastic;
 mod growth;
 mod kernels;
+mod kv_cache;
 mod leak;
 mod mapping;
 mod memory;

@@ -4,8 +4,8 @@
 
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
-use candle_cuda_vmm::VmmError;
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::{TensorPool, VmmError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -19,6 +19,7 @@ macro_rules! every_kind {
     ($check:ident, $device:expr) => {
         $check(&PreallocatedCaches, $device);
         $check(&ConcatCaches, $device);
+        $check(&TensorPool::new($device).unwrap(), $device);
     };
 }
 
@@ -130,7 +131,7 @@ fn what_is_refused_changes_nothing() {
 }
 
 #[test]
-fn candles_caches_say_how_many_tokens_there_are_to_truncate() {
+fn caches_say_how_many_tokens_there_are_to_truncate() {
     fn check<F: KvCacheFactory>(factory: &F, device: &Device) {
         let mut cache = factory.layer(0, 2, MAX_SEQ_LEN).unwrap();
         let two = tokens(&[1, 2], false, device);

@@ -1,0 +1,127 @@
+//! Tensors that a pool has handed out, and Candle, which must not notice how they are freed.
+
+use crate::common::open;
+use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::{DType, Device, Tensor};
+use candle_cuda_vmm::cuda_vmm::CaptureGuard;
+use candle_cuda_vmm::{ElasticTensor, TensorPool};
+
+/// A tensor of two rows, and its numbers.
+fn two_rows(device: &Device) -> (TensorPool, ElasticTensor, [[f32; 3]; 2]) {
+    let pool = TensorPool::new(device).unwrap();
+    let mut tensor = pool.tensor(3, DType::F32).unwrap();
+    let numbers = [[1., 2., 3.], [4., 5., 6.]];
+    let rows = Tensor::new(&numbers, &Device::Cpu).unwrap();
+    tensor.append(&rows.to_device(device).unwrap()).unwrap();
+    (pool, tensor, numbers)
+}
+
+/// What Candle would raise at its next call, for which nobody is to blame but a lease.
+#[track_caller]
+fn expect_candle_undisturbed(device: &Device) {
+    let candle = device.as_cuda_device().unwrap();
+    assert!(candle.cuda_stream().context().check_err().is_ok());
+    let values = Tensor::new(&[3u8, 1, 4], device).and_then(|tensor| tensor.to_vec1::<u8>());
+    assert_eq!(values.unwrap(), [3, 1, 4]);
+}
+
+#[test]
+fn dropping_one_view_disturbs_neither_another_nor_candle() {
+    let test = open();
+    let (_pool, tensor, numbers) = two_rows(&test.device);
+    for _ in 0..20 {
+        let [dropped, read] = [tensor.view().unwrap(), tensor.view().unwrap()];
+        drop(dropped);
+        expect_candle_undisturbed(&test.device);
+        assert_eq!(read.to_vec2::<f32>().unwrap(), numbers);
+        drop(read);
+        expect_candle_undisturbed(&test.device);
+    }
+}
+
+#[test]
+fn views_dropped_on_other_threads_come_back() {
+    let test = open();
+    let (_pool, tensor, numbers) = two_rows(&test.device);
+    for _ in 0..10 {
+        let views: Vec<_> = (0..16).map(|_| tensor.view().unwrap()).collect();
+        std::thread::scope(|scope| {
+            for view in views {
+                scope.spawn(move || drop(view));
+            }
+        });
+        expect_candle_undisturbed(&test.device);
+    }
+    assert_eq!(tensor.view().unwrap().to_vec2::<f32>().unwrap(), numbers);
+}
+
+#[test]
+fn a_view_that_is_dropped_during_a_capture_leaves_the_capture_alone() {
+    let test = open();
+    let (pool, tensor, numbers) = two_rows(&test.device);
+    let stream = test.device.as_cuda_device().unwrap().cuda_stream();
+    for mode in [
+        CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL,
+        CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+    ] {
+        let view = tensor.view().unwrap();
+        test.device.synchronize().unwrap();
+        let guard = CaptureGuard::new();
+        stream.begin_capture(mode).unwrap();
+        drop(view);
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        stream
+            .end_capture(flags)
+            .unwrap_or_else(|error| panic!("{mode:?}: {error}"));
+        drop(guard);
+        expect_candle_undisturbed(&test.device);
+        assert_eq!(tensor.view().unwrap().to_vec2::<f32>().unwrap(), numbers);
+    }
+    let engine = pool.engine().unwrap().clone();
+    drop((tensor, pool));
+    test.device.synchronize().unwrap();
+    engine.step();
+    engine.step();
+    assert_eq!(engine.stats().committed_bytes, 0);
+}
+
+#[test]
+fn an_owned_copy_outlives_everything() {
+    let test = open();
+    let (pool, tensor, numbers) = two_rows(&test.device);
+    let owned = tensor.to_owned().unwrap();
+    drop((tensor, pool));
+    expect_candle_undisturbed(&test.device);
+    assert_eq!(owned.to_vec2::<f32>().unwrap(), numbers);
+    drop(owned);
+    expect_candle_undisturbed(&test.device);
+}
+
+#[test]
+fn candles_copy_of_a_view_holds_the_lease_and_hears_once_of_the_refused_free() {
+    let test = open();
+    let (pool, tensor, numbers) = two_rows(&test.device);
+    let copy = tensor.view().unwrap().copy().unwrap();
+    expect_candle_undisturbed(&test.device);
+    // It is on the stream object of the view, whose free was refused; its memory is its own.
+    assert!(copy.to_vec2::<f32>().is_err());
+    assert_eq!(copy.to_vec2::<f32>().unwrap(), numbers);
+    drop((tensor, pool));
+    assert_eq!(copy.to_vec2::<f32>().unwrap(), numbers);
+    drop(copy);
+    expect_candle_undisturbed(&test.device);
+}
+
+#[test]
+fn a_pool_serves_a_tensor_of_its_own_device_only() {
+    let test = open();
+    let (_pool, mut tensor, numbers) = two_rows(&test.device);
+    for other in test.all() {
+        let rows = Tensor::zeros((1, 3), DType::F32, &other).unwrap();
+        let same = other.location() == test.device.location();
+        assert_eq!(tensor.append(&rows).is_ok(), same);
+    }
+    tensor.truncate(2).unwrap();
+    assert_eq!(tensor.view().unwrap().to_vec2::<f32>().unwrap(), numbers);
+}
