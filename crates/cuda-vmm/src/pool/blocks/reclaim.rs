@@ -6,6 +6,8 @@
 //! so a page beside an emptied one becomes cheaper, and runs of pages grow.
 //!
 //! A block that is moved goes to a block of no value that stays: first to the pages that would cost the most to empty.
+//! Pages of nothing but such blocks cost nothing and go first, so where much is asked for there may be no room left to
+//! move to. Then the search is done again with that room kept back, and let go block by block from the other end.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -38,7 +40,7 @@ pub(super) struct Reclaim {
     pub(super) pages: Vec<Vec<usize>>,
 }
 
-/// Chooses so that `bytes` bytes are free, or as many as there are. Blocks are moved if that has a cost, and where
+/// Chooses so that `bytes` bytes are free, or as many as it finds. Blocks are moved if that has a cost, and where
 /// evicting them costs more.
 pub(super) fn reclaim(
     layout: &Layout,
@@ -46,17 +48,24 @@ pub(super) fn reclaim(
     bytes: usize,
     move_cost: Option<f64>,
 ) -> Reclaim {
-    let chosen = Search::new(layout, candidates, move_cost).run(bytes);
-    if move_cost.is_none() || chosen.freed_bytes >= bytes {
-        return chosen;
+    let search =
+        |move_cost, reserve| Search::new(layout, candidates, move_cost, reserve).run(bytes);
+    let mut best = search(move_cost, false);
+    if move_cost.is_some() {
+        // Blocks of no value went first, and with them room to move to. So keep that room; and where all that was moved
+        // into keeps pages from emptying, move nothing.
+        for (move_cost, reserve) in [(move_cost, true), (None, false)] {
+            if best.freed_bytes >= bytes {
+                break;
+            }
+            let other = search(move_cost, reserve);
+            let is_cheaper = other.freed_bytes == best.freed_bytes && other.cost < best.cost;
+            if other.freed_bytes > best.freed_bytes || is_cheaper {
+                best = other;
+            }
+        }
     }
-    // Blocks of no value that others are moved into stay, and may have kept cheap pages from emptying.
-    let evicting = Search::new(layout, candidates, None).run(bytes);
-    if evicting.freed_bytes > chosen.freed_bytes {
-        evicting
-    } else {
-        chosen
-    }
+    best
 }
 
 /// All that is left in one page.
@@ -117,12 +126,19 @@ struct Search<'a> {
     targets: BTreeSet<(Reverse<u64>, BlockId)>,
     /// What the pages of the largest class cost for each byte at first, as in `targets`.
     worth: Vec<u64>,
+    /// Whether blocks of no value are kept for others to be moved into, until nothing else is left.
+    reserve: bool,
     heap: BinaryHeap<Entry>,
     chosen: Reclaim,
 }
 
 impl<'a> Search<'a> {
-    fn new(layout: &'a Layout, candidates: &[Candidate], move_cost: Option<f64>) -> Self {
+    fn new(
+        layout: &'a Layout,
+        candidates: &[Candidate],
+        move_cost: Option<f64>,
+        reserve: bool,
+    ) -> Self {
         let mut search = Self {
             layout,
             blocks: candidates.to_vec(),
@@ -130,6 +146,7 @@ impl<'a> Search<'a> {
             held: Vec::new(),
             targets: BTreeSet::new(),
             worth: Vec::new(),
+            reserve,
             heap: BinaryHeap::new(),
             chosen: Reclaim {
                 pages: vec![Vec::new(); layout.classes.len()],
@@ -170,6 +187,23 @@ impl<'a> Search<'a> {
                 self.targets.insert(self.target(block));
             }
         }
+        if self.reserve {
+            // No more than there are blocks to move.
+            let blocks = self.blocks.iter();
+            let movable = blocks.filter(|candidate| match candidate {
+                Candidate::Held { evict: Some(price) } => {
+                    self.move_cost.is_some_and(|cost| *price > cost)
+                }
+                Candidate::Held { evict: None } => true,
+                _ => false,
+            });
+            for _ in movable.count()..self.targets.len() {
+                self.targets.pop_last();
+            }
+            for (_, block) in &self.targets {
+                self.blocks[*block] = Candidate::Fixed;
+            }
+        }
     }
 
     fn target(&self, block: BlockId) -> (Reverse<u64>, BlockId) {
@@ -184,9 +218,13 @@ impl<'a> Search<'a> {
     }
 
     fn run(mut self, bytes: usize) -> Reclaim {
-        while self.chosen.freed_bytes < bytes
-            && let Some(entry) = self.heap.pop()
-        {
+        while self.chosen.freed_bytes < bytes {
+            let Some(entry) = self.heap.pop() else {
+                if self.reserve && self.release_target() {
+                    continue;
+                }
+                break;
+            };
             let Some(offer) = self.offer(entry.class, entry.page, self.targets.len()) else {
                 continue;
             };
@@ -200,6 +238,19 @@ impl<'a> Search<'a> {
         self.chosen.evicted.sort_unstable();
         self.chosen.moves.sort_unstable();
         self.chosen
+    }
+
+    /// Lets the block of no value go that would be moved into last; says whether there was one.
+    fn release_target(&mut self) -> bool {
+        let Some((_, block)) = self.targets.pop_last() else {
+            return false;
+        };
+        self.blocks[block] = Candidate::Held { evict: Some(0.0) };
+        for class in 0..self.layout.classes.len() {
+            let pages = self.layout.classes[class].pages_of(&(block..block + 1));
+            self.look_at(class, pages);
+        }
+        true
     }
 
     fn look_at(&mut self, class: usize, pages: Range<usize>) {
@@ -241,7 +292,7 @@ impl<'a> Search<'a> {
                     evict.push(block);
                 }
                 (Some(price), Some(move_cost)) if price <= move_cost => {
-                    free += usize::from(price == 0.0);
+                    free += usize::from(price == 0.0 && !self.reserve);
                     cost += price;
                     evict.push(block);
                 }
@@ -302,7 +353,7 @@ impl<'a> Search<'a> {
         let going = || offer.evict.iter().chain(&offer.relocate).copied();
         let mut touched: Vec<BlockId> = going().collect();
         for block in going() {
-            if self.move_cost.is_some() && self.is_free(block) {
+            if self.move_cost.is_some() && !self.reserve && self.is_free(block) {
                 self.targets.remove(&self.target(block));
             }
             self.blocks[block] = Candidate::Absent;
