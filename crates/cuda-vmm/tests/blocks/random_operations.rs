@@ -140,7 +140,7 @@ proptest! {
                     }
                     for (from, to) in plan.moves() {
                         prop_assert!(!pinned.contains(from) && !pinned.contains(to));
-                        prop_assert_eq!(cost(*to), Some(0.0));
+                        prop_assert!(cost(*to).is_some());
                         prop_assert!(backed.remove(from) && backed.contains(to));
                     }
                     let after: Vec<_> = backed.iter().copied().collect();

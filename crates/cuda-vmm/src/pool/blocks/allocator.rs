@@ -100,7 +100,7 @@ impl BlockAllocator {
     }
 
     /// As [`BlockBacking::reclaim_candidates_with_moves`]; free blocks cost nothing, and `cost` is asked for the others
-    /// only. Blocks that are handed out are moved into free ones, and never into each other.
+    /// only.
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -112,16 +112,15 @@ impl BlockAllocator {
     }
 
     fn cost(&self, block: BlockId, cost: &impl Fn(BlockId) -> Option<f64>) -> Option<f64> {
-        if !self.is_allocated(block) {
-            return Some(0.0);
+        if self.is_allocated(block) {
+            cost(block)
+        } else {
+            Some(0.0)
         }
-        // A block of no value that is handed out is still its owner's, and nothing may be moved into it.
-        let cost = cost(block).filter(|cost| cost.is_finite());
-        cost.map(|cost| cost.max(f64::MIN_POSITIVE))
     }
 
     /// As [`BlockBacking::commit`]. Evicted blocks are free then; of a move the first block is free, and the second handed
-    /// out in its place. Until it has returned, the plan's blocks cannot be freed.
+    /// out in its place, to the first's owner. Until it has returned, the plan's blocks cannot be freed.
     ///
     /// # Errors
     /// As there.

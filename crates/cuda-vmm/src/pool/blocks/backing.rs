@@ -153,9 +153,10 @@ impl BlockBacking {
         self.0.plan(bytes, None, cost)
     }
 
-    /// As [`reclaim_candidates`](Self::reclaim_candidates), but a block whose eviction costs more than `move_cost`, those
-    /// in use among them, may be moved into a backed block of no value instead, for `move_cost`. Blocks that can
-    /// neither be evicted nor moved are to be [pinned](Self::pin).
+    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, those in use among them, for
+    /// `move_cost` each: into backed blocks of no value where that is cheaper than evicting them, and, where not enough
+    /// can be freed so, into blocks that can be evicted. Blocks that can neither be evicted nor moved are to be
+    /// [pinned](Self::pin).
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -176,8 +177,8 @@ impl BlockBacking {
     /// # Errors
     /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the plan's blocks, or of its
     /// pages, was used since the plan was made; [`BlockError::Capturing`]; [`VmmError::WrongDevice`],
-    /// [`VmmError::WrongDriver`], [`VmmError::Driver`], [`VmmError::Forked`]. After an error all is as before, but for
-    /// the contents of the blocks of no value that others were to be moved into.
+    /// [`VmmError::WrongDriver`], [`VmmError::Driver`], [`VmmError::Forked`]. After an error all is as before, but the
+    /// blocks that others were to be moved into may hold anything.
     pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
         self.0.commit(plan, stream, |_| Ok(()), |_| {})
     }

@@ -163,16 +163,10 @@ impl Packing {
 
     /// Keeps the blocks of a plan from being handed out or taken back. All of them have memory.
     pub(super) fn begin(&mut self, plan: &ReclaimPlan) -> Result<(), BlockError> {
-        // Moved into a block that is not free, contents would be lost.
-        for (from, to) in plan.moves().iter().copied() {
-            for (block, is_right) in [
-                (from, self.is_taken(from)),
-                (to, self.blocks[to].state == Use::Free),
-            ] {
-                if !is_right {
-                    return Err(BlockError::StalePlan { block });
-                }
-            }
+        // What moves is somebody's, who is told where it is afterwards.
+        let mut sources = plan.moves().iter().map(|(from, _)| *from);
+        if let Some(block) = sources.find(|from| !self.is_taken(*from)) {
+            return Err(BlockError::StalePlan { block });
         }
         for block in blocks_of(plan) {
             let was_taken = self.is_taken(block);

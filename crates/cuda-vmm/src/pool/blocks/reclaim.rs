@@ -7,7 +7,8 @@
 //!
 //! A block that is moved goes to a block of no value that stays: first to the pages that would cost the most to empty.
 //! Pages of nothing but such blocks cost nothing and go first, so where much is asked for there may be no room left to
-//! move to. Then the search is done again with that room kept back, and let go block by block from the other end.
+//! move to. Then the search is done again with that room kept back, at the low end where it can be, and let go block by block
+//! from the other end.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -24,8 +25,7 @@ pub(super) enum Candidate {
     Absent,
     /// Nothing: it must stay where it is.
     Fixed,
-    /// Evict it at this cost, finite and not below zero; or, if it is to be kept, move it. At no cost, others may be moved
-    /// into it.
+    /// Evict it at this cost, finite and not below zero, and perhaps move another into it; or move it.
     Held { evict: Option<f64> },
 }
 
@@ -48,24 +48,60 @@ pub(super) fn reclaim(
     bytes: usize,
     move_cost: Option<f64>,
 ) -> Reclaim {
-    let search =
-        |move_cost, reserve| Search::new(layout, candidates, move_cost, reserve).run(bytes);
-    let mut best = search(move_cost, false);
-    if move_cost.is_some() {
-        // Blocks of no value went first, and with them room to move to. So keep that room; and where all that was moved
-        // into keeps pages from emptying, move nothing.
-        for (move_cost, reserve) in [(move_cost, true), (None, false)] {
-            if best.freed_bytes >= bytes {
-                break;
-            }
-            let other = search(move_cost, reserve);
-            let is_cheaper = other.freed_bytes == best.freed_bytes && other.cost < best.cost;
-            if other.freed_bytes > best.freed_bytes || is_cheaper {
-                best = other;
-            }
+    let search = |candidates: &[Candidate], move_cost, reserve| {
+        Search::new(layout, candidates, move_cost, reserve).run(bytes)
+    };
+    let mut best = search(candidates, move_cost, false);
+    if best.freed_bytes >= bytes || move_cost.is_none() {
+        return best;
+    }
+    // Blocks of no value went first, and with them room to move to: so keep that room. What was moved into keeps pages
+    // from emptying: so move nothing. And last, what could be evicted is room as well.
+    let of_no_value: Vec<_> = candidates.iter().map(Candidate::without_cost).collect();
+    let searches = [
+        (candidates, move_cost, true),
+        (candidates, None, false),
+        (&of_no_value, move_cost, true),
+    ];
+    for (given, move_cost, reserve) in searches {
+        let mut other = search(given, move_cost, reserve);
+        other.cost = other.cost_of(candidates, move_cost);
+        let is_cheaper = other.freed_bytes == best.freed_bytes && other.cost < best.cost;
+        if other.freed_bytes > best.freed_bytes || is_cheaper {
+            best = other;
+        }
+        if best.freed_bytes >= bytes {
+            break;
         }
     }
     best
+}
+
+impl Candidate {
+    /// The same, if it cost nothing to evict it where that can be done.
+    fn without_cost(&self) -> Self {
+        match self {
+            Self::Held { evict: Some(_) } => Self::Held { evict: Some(0.0) },
+            other => *other,
+        }
+    }
+
+    fn price(&self) -> f64 {
+        match self {
+            Self::Held { evict } => evict.unwrap_or_default(),
+            _ => 0.0,
+        }
+    }
+}
+
+impl Reclaim {
+    /// What it costs, where blocks have these prices.
+    fn cost_of(&self, candidates: &[Candidate], move_cost: Option<f64>) -> f64 {
+        let targets = self.moves.iter().map(|(_, to)| to);
+        let given_up = self.evicted.iter().chain(targets);
+        let prices: f64 = given_up.map(|block| candidates[*block].price()).sum();
+        prices + move_cost.unwrap_or_default() * self.moves.len() as f64
+    }
 }
 
 /// All that is left in one page.
@@ -146,7 +182,7 @@ impl<'a> Search<'a> {
             held: Vec::new(),
             targets: BTreeSet::new(),
             worth: Vec::new(),
-            reserve,
+            reserve: false,
             heap: BinaryHeap::new(),
             chosen: Reclaim {
                 pages: vec![Vec::new(); layout.classes.len()],
@@ -165,7 +201,7 @@ impl<'a> Search<'a> {
             search.held.push(held);
         }
         if move_cost.is_some() {
-            search.find_targets();
+            search.find_targets(reserve);
         }
         for class in 0..layout.classes.len() {
             search.look_at(class, 0..layout.classes[class].pages());
@@ -173,7 +209,7 @@ impl<'a> Search<'a> {
         search
     }
 
-    fn find_targets(&mut self) {
+    fn find_targets(&mut self, reserve: bool) {
         // What a page costs does not yet depend on where its blocks could go: as if there were room for all.
         let largest = self.layout.largest();
         let pages = 0..self.layout.classes[largest].pages();
@@ -182,6 +218,7 @@ impl<'a> Search<'a> {
             offer.map_or(f64::INFINITY, |offer| offer.cost_per_byte())
         });
         self.worth = worth.map(f64::to_bits).collect();
+        self.reserve = reserve;
         for block in 0..self.blocks.len() {
             if self.is_free(block) {
                 self.targets.insert(self.target(block));
@@ -208,9 +245,16 @@ impl<'a> Search<'a> {
 
     fn target(&self, block: BlockId) -> (Reverse<u64>, BlockId) {
         let class = &self.layout.classes[self.layout.largest()];
-        let pages = class.pages_of(&(block..block + 1));
-        let worth = self.worth[pages].iter().copied().max();
-        (Reverse(worth.unwrap_or_default()), block)
+        let mut worth = self.worth[class.pages_of(&(block..block + 1))]
+            .iter()
+            .copied();
+        let worth = if self.reserve {
+            // Into pages that stay in any case, and else close together.
+            u64::from(worth.all(|worth| worth == f64::INFINITY.to_bits()))
+        } else {
+            worth.max().unwrap_or_default()
+        };
+        (Reverse(worth), block)
     }
 
     fn is_free(&self, block: BlockId) -> bool {
@@ -311,6 +355,9 @@ impl<'a> Search<'a> {
         }
         cost += self.move_cost.unwrap_or_default() * relocate.len() as f64;
         let relocate: Vec<_> = relocate.into_iter().map(|(_, block)| block).collect();
+        if self.reserve && !self.moves_down(&relocate) {
+            return None;
+        }
         let pages = self.emptied(&evict, &relocate);
         let classes = self.layout.classes.iter().zip(&pages);
         let freed_bytes = classes.map(|(class, pages)| pages.len() * class.page_bytes());
@@ -321,6 +368,15 @@ impl<'a> Search<'a> {
             cost,
             pages,
         })
+    }
+
+    /// Whether there are places for all of these blocks that are better than their own: else what one page is rid of
+    /// keeps others from emptying.
+    fn moves_down(&self, relocate: &[BlockId]) -> bool {
+        let best = relocate.iter().map(|block| self.target(*block)).min();
+        let last = relocate.len().checked_sub(1);
+        let place = last.and_then(|last| self.targets.iter().nth(last).copied());
+        best.is_none_or(|best| place.is_some_and(|place| place < best))
     }
 
     /// The pages that empty, for each class, when these blocks go.
