@@ -1,5 +1,6 @@
 //! What can go wrong, with the values that went wrong.
 
+use crate::pool::blocks::BlockError;
 use crate::sys::{self, CUresult, DriverFunction};
 
 /// Result of this crate's operations.
@@ -183,6 +184,9 @@ pub enum VmmError {
     /// Two things that must belong to one driver belong to two.
     #[error("the objects belong to different drivers")]
     WrongDriver,
+    /// Blocks of a paged cache cannot be had as asked.
+    #[error(transparent)]
+    Block(#[from] BlockError),
     /// The range was closed.
     #[error("the range is closed")]
     Closed,
@@ -250,6 +254,7 @@ impl VmmError {
                 ..
             } => asked_bytes > limit_bytes,
             Self::Driver(_) => self.is_poisoned(),
+            Self::Block(error) => error.is_never(),
             Self::OutOfVirtualMemory { .. }
             | Self::AlreadyMapped { .. }
             | Self::NotMapped { .. }

@@ -13,6 +13,7 @@
 //! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps what
 //!   the device may still use, and loses nothing when a call fails.
 //! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one limit.
+//! - [`pool::blocks`]: memory behind the block tables of paged caches.
 //!
 //! ```
 //! # #[cfg(feature = "simulator")] {
@@ -43,7 +44,7 @@ mod error;
 mod fence;
 mod mapping;
 mod physical;
-mod pool;
+pub mod pool;
 mod quarantine;
 mod reservation;
 #[cfg(unix)]

@@ -1,5 +1,6 @@
-//! What callers hold: one elastic range, or many models under one limit.
+//! What callers hold: one elastic range, many models under one limit, or the blocks of a paged cache.
 
+pub mod blocks;
 mod elastic;
 mod shared;
 mod stats;

@@ -1,0 +1,132 @@
+//! Handing out block numbers so that pages empty out.
+
+use super::packing::Packing;
+use super::runs::Runs;
+use super::{BlockBacking, BlockError, BlockId, ReclaimPlan};
+use crate::sync::{Mutex, MutexGuard, PoisonError};
+use crate::{Result, Stream};
+use std::collections::BTreeSet;
+
+/// Hands out the blocks of a [`BlockBacking`], for engines that have no allocator of their own.
+///
+/// It takes from the fullest pages that have memory first, so that a cache that shrinks leaves pages empty. A block that
+/// is freed stays backed, with its contents, until it is handed out again or a plan gives it up. A prefix cache
+/// keeps the blocks it wants to find again, and offers them for what they are worth when memory is wanted.
+///
+/// All methods take `&self`. Blocks are to be backed and given up through the allocator only.
+#[derive(Debug)]
+pub struct BlockAllocator {
+    backing: BlockBacking,
+    packing: Mutex<Packing>,
+}
+
+impl BlockAllocator {
+    /// An allocator of all blocks of a backing of which nothing is backed yet.
+    pub fn new(backing: BlockBacking) -> Self {
+        let packing = Mutex::new(Packing::new(&backing.inner().layout));
+        Self { backing, packing }
+    }
+
+    /// The backing.
+    pub fn backing(&self) -> &BlockBacking {
+        &self.backing
+    }
+
+    fn packing(&self) -> MutexGuard<'_, Packing> {
+        self.packing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands out `count` blocks, all of them backed; what is in them is undefined.
+    ///
+    /// # Errors
+    /// [`BlockError::OutOfBlocks`]; otherwise as [`BlockBacking::back`]. After an error none is handed out.
+    pub fn allocate(&self, count: usize) -> Result<Vec<BlockId>> {
+        self.take(count, true)
+    }
+
+    /// As [`allocate`](Self::allocate), but never waits for the device.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate) and [`BlockBacking::try_back`].
+    pub fn try_allocate(&self, count: usize) -> Result<Vec<BlockId>> {
+        self.take(count, false)
+    }
+
+    fn take(&self, count: usize, wait: bool) -> Result<Vec<BlockId>> {
+        let inner = self.backing.inner();
+        inner.check_process()?;
+        // In one step with the books, so that no plan of an earlier moment is carried out in between.
+        let blocks = inner.change(|books| {
+            let blocks = self.packing().take(count)?;
+            books.used(&Runs::of(blocks.iter().copied()));
+            Ok::<_, BlockError>(blocks)
+        })?;
+        let backed = inner.back(&Runs::of(blocks.iter().copied()), wait);
+        backed.inspect_err(|_| {
+            let backed = blocks.iter().copied();
+            let backed = backed.filter(|block| self.backing.is_backed(*block));
+            let backed: BTreeSet<_> = backed.collect();
+            self.packing().untake(&blocks, &backed);
+        })?;
+        Ok(blocks)
+    }
+
+    /// Takes blocks back; one may be named twice. They stay backed.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`], [`BlockError::NotAllocated`], and then none is taken back.
+    pub fn free(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        let blocks = blocks.into_iter().collect();
+        Ok(self.packing().put(&blocks)?)
+    }
+
+    /// How many blocks are handed out.
+    pub fn allocated(&self) -> usize {
+        self.packing().taken()
+    }
+
+    /// Whether a block is handed out.
+    pub fn is_allocated(&self, block: BlockId) -> bool {
+        self.packing().is_taken(block)
+    }
+
+    /// As [`BlockBacking::reclaim_candidates`]; free blocks cost nothing, and `cost` is asked for the others only.
+    pub fn reclaim_candidates(
+        &self,
+        bytes: usize,
+        cost: impl Fn(BlockId) -> Option<f64>,
+    ) -> ReclaimPlan {
+        (self.backing).reclaim_candidates(bytes, |block| self.cost(block, &cost))
+    }
+
+    /// As [`BlockBacking::reclaim_candidates_with_moves`]; free blocks cost nothing, and `cost` is asked for the others
+    /// only.
+    pub fn reclaim_candidates_with_moves(
+        &self,
+        bytes: usize,
+        move_cost: f64,
+        cost: impl Fn(BlockId) -> Option<f64>,
+    ) -> ReclaimPlan {
+        let cost = |block| self.cost(block, &cost);
+        (self.backing).reclaim_candidates_with_moves(bytes, move_cost, cost)
+    }
+
+    fn cost(&self, block: BlockId, cost: &impl Fn(BlockId) -> Option<f64>) -> Option<f64> {
+        if self.is_allocated(block) {
+            cost(block)
+        } else {
+            Some(0.0)
+        }
+    }
+
+    /// As [`BlockBacking::commit`]. Evicted blocks are free then; of a move the first block is free, and the second handed
+    /// out in its place, to the first's owner. Until it has returned, the plan's blocks cannot be freed.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
+        let begin = |plan: &ReclaimPlan| Ok(self.packing().begin(plan)?);
+        let end = |is_done| self.packing().end(plan, is_done);
+        self.backing.inner().commit(plan, stream, begin, end)
+    }
+}

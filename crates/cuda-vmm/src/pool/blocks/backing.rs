@@ -1,0 +1,389 @@
+//! The tensors of a specification, and the memory behind their blocks.
+
+use super::books::{Arrival, Books};
+use super::layout::Layout;
+use super::plan::ReclaimPlan;
+use super::reclaim::{Candidate, reclaim};
+use super::runs::Runs;
+use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec};
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::{Engine, Result, Stream, VmmError};
+use core::ops::Range;
+
+/// Memory behind the blocks of a paged cache; a cheap clone.
+///
+/// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is *backed* from
+/// [`back`](Self::back) until it is given up, in all tensors at once: what it holds is undefined until written, and then
+/// stays, whatever becomes of its neighbours. Reading or writing through the addresses is the caller's, and only backed
+/// blocks may be touched.
+///
+/// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of them may be
+/// the one that empties. Where kernels read and write much, take pages of 16 or 32 MiB; where blocks come and go, small
+/// ones.
+///
+/// A block that is given up leaves at once, and the memory of pages that are then empty when the device has
+/// finished with them: after the work then queued on the streams that were named by [`use_stream`](Self::use_stream),
+/// or, where none was, after all work of the context. A block that is given up and backed again in a page which a
+/// neighbour kept may find earlier work still running on it, as in
+/// [`VirtualMemoryPool`](crate::VirtualMemoryPool).
+///
+/// All methods take `&self`. A call that meets a block that another thread is backing or giving up waits for it.
+#[derive(Debug, Clone)]
+pub struct BlockBacking(Arc<Inner>);
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    engine: Engine,
+    pub(super) tensors: Vec<BlockTensor>,
+    pub(super) layout: Layout,
+    page_bytes: usize,
+    books: Mutex<Books>,
+    changed: Condvar,
+    /// Whether freed memory waits for named streams only.
+    names_streams: AtomicBool,
+}
+
+impl BlockBacking {
+    /// Reserves `blocks` blocks of addresses for each tensor. It takes no memory.
+    ///
+    /// `page_bytes` is a power of two of at least the device's granularity.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; otherwise as
+    /// [`VirtualMemoryPool::on_engine`](crate::VirtualMemoryPool::on_engine).
+    pub fn new(engine: &Engine, spec: LayerSpec, blocks: usize, page_bytes: usize) -> Result<Self> {
+        if blocks == 0 {
+            return Err(VmmError::ZeroSize {
+                what: "number of blocks",
+            });
+        }
+        let granularity_bytes = engine.device().granularity_bytes();
+        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
+            return Err(VmmError::InvalidPageSize {
+                page_bytes,
+                granularity_bytes,
+            });
+        }
+        let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
+        let tensors = spec.into_tensors().into_iter().zip(class_of);
+        let tensors = tensors
+            .map(|(spec, class)| BlockTensor::new(engine, spec, blocks, class, page_bytes))
+            .collect::<Result<_>>()?;
+        Ok(Self(Arc::new(Inner {
+            engine: engine.clone(),
+            tensors,
+            layout,
+            page_bytes,
+            books: Mutex::new(Books::new(blocks)),
+            changed: Condvar::new(),
+            names_streams: AtomicBool::new(false),
+        })))
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Backs blocks in all tensors, or, if that fails, none of them. Blocks that are backed already stay as they are, with
+    /// their contents; a block may be named twice. Every page that holds none of the backed blocks yet is made
+    /// (`cuMemCreate`, `cuMemMap`, `cuMemSetAccess`).
+    ///
+    /// Call it whenever a block is put to use again, backed or not: it makes stale every plan that would give the block
+    /// up. Waits only for retiring memory, and only if that satisfies it.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`]; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where
+    /// that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
+    /// blocks are backed as before, with their contents; pages that were made on the way retire.
+    pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        self.0.back(&Runs::of(blocks), true)
+    }
+
+    /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
+    /// [`is_later`](VmmError::is_later) holds.
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        self.0.back(&Runs::of(blocks), false)
+    }
+
+    /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
+    ///
+    /// Pages empty only where all their blocks go, so rather let blocks that are not in use be and have
+    /// [`reclaim_candidates`](Self::reclaim_candidates) choose.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is given up;
+    /// [`VmmError::Forked`].
+    pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        let runs = Runs::of(blocks);
+        let mut books = self.0.settled(&runs)?;
+        books.leave(&runs)?;
+        drop(books);
+        self.0.give(&runs);
+        self.0.change(|books| books.left(&runs));
+        Ok(())
+    }
+
+    /// Keeps blocks, all of them backed, where they are until the pin is dropped: no plan names them, and
+    /// [`unback`](Self::unback) refuses them.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned; [`VmmError::Forked`].
+    pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
+        let runs = Runs::of(blocks);
+        self.0.settled(&runs)?.pin(&runs)?;
+        Ok(BlockPin::new(self.0.clone(), runs))
+    }
+
+    /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty, at the least cost that a greedy search
+    /// finds. Changes nothing.
+    ///
+    /// `cost` says what it costs to evict a block, in any unit: 0, and anything below, for a block of no value; `None`,
+    /// or no finite number, for a block in use. It is asked once for each block that is backed and not pinned, with no
+    /// lock held. The plan never evicts a block whose page would stay. Where less can be freed than was asked for, it
+    /// frees that, and [`is_enough`](ReclaimPlan::is_enough) is false.
+    pub fn reclaim_candidates(
+        &self,
+        bytes: usize,
+        cost: impl Fn(BlockId) -> Option<f64>,
+    ) -> ReclaimPlan {
+        self.0.plan(bytes, None, cost)
+    }
+
+    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, those in use among them, for
+    /// `move_cost` each: into backed blocks of no value where that is cheaper than evicting them, and, where not enough
+    /// can be freed so, into blocks that can be evicted. Blocks that can neither be evicted nor moved are to be
+    /// [pinned](Self::pin).
+    pub fn reclaim_candidates_with_moves(
+        &self,
+        bytes: usize,
+        move_cost: f64,
+        cost: impl Fn(BlockId) -> Option<f64>,
+    ) -> ReclaimPlan {
+        let move_cost = Some(move_cost.max(0.0)).filter(|cost| cost.is_finite());
+        self.0.plan(bytes, move_cost, cost)
+    }
+
+    /// Carries out a plan: copies what moves (`cuMemcpyDtoDAsync`) behind what is queued on `stream`, and gives up
+    /// what is evicted and what was moved away. Pages retire behind the copies. Never waits for the device.
+    ///
+    /// When it has returned, tables must name the blocks' new places, and work that reads them must be ordered behind the
+    /// copies; work queued before may still read the old places. Writes to a moved block must be ordered before the
+    /// call, on `stream`. If streams were named for the backing, `stream` is named too.
+    ///
+    /// # Errors
+    /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the plan's blocks, or of its
+    /// pages, was used since the plan was made; [`BlockError::Capturing`]; [`VmmError::WrongDevice`],
+    /// [`VmmError::WrongDriver`], [`VmmError::Driver`], [`VmmError::Forked`]. After an error all is as before, but the
+    /// blocks that others were to be moved into may hold anything.
+    pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
+        self.0.commit(plan, stream, |_| Ok(()), |_| {})
+    }
+
+    /// Names a stream whose work uses the blocks. Freed memory then waits for the named streams only. Name all that
+    /// use it, before they do: work on others is not waited for.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
+    pub fn use_stream(&self, stream: &Stream) -> Result<()> {
+        self.0.engine.device().expect_same(stream.device())?;
+        self.0.names_streams.store(true, Ordering::SeqCst);
+        self.0.name_stream(stream)
+    }
+
+    /// Whether a block is backed; false for numbers that no block has, and in a forked process.
+    pub fn is_backed(&self, block: BlockId) -> bool {
+        self.0.look(|books| books.is_backed(block)).unwrap_or(false)
+    }
+
+    /// How many blocks, from block 0 on, are backed without a gap.
+    pub fn backed_prefix(&self) -> usize {
+        self.0.look(Books::backed_prefix).unwrap_or_default()
+    }
+
+    /// The pages that a block touches, backed or not, in each tensor in order. Blocks of which a page is the same share it.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`].
+    pub fn pages_of(&self, block: BlockId) -> Result<Vec<Range<usize>>> {
+        let blocks = self.blocks();
+        if block >= blocks {
+            return Err(BlockError::Invalid { block, blocks }.into());
+        }
+        let pages = |tensor: &BlockTensor| {
+            self.0.layout.classes[tensor.class()].pages_of(&(block..block + 1))
+        };
+        Ok(self.0.tensors.iter().map(pages).collect())
+    }
+
+    /// The tensors, in the order of the specification.
+    pub fn tensors(&self) -> &[BlockTensor] {
+        &self.0.tensors
+    }
+
+    /// How many blocks there are.
+    pub fn blocks(&self) -> usize {
+        self.0.layout.blocks
+    }
+
+    /// The page of every tensor in bytes.
+    pub fn page_bytes(&self) -> usize {
+        self.0.page_bytes
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine {
+        &self.0.engine
+    }
+
+    /// Its numbers; in a forked process only those that do not change.
+    pub fn stats(&self) -> BlockStats {
+        let layout = &self.0.layout;
+        let counted = self.0.look(|books| BlockStats {
+            backed_blocks: books.backed(),
+            pinned_blocks: books.pinned(),
+            page_bytes: books.page_bytes(layout),
+            ..BlockStats::default()
+        });
+        let tensors = self.0.tensors.iter();
+        BlockStats {
+            blocks: layout.blocks,
+            block_bytes: layout.block_bytes(),
+            committed_bytes: tensors.map(|tensor| tensor.stats().committed_bytes).sum(),
+            ..counted.unwrap_or_default()
+        }
+    }
+}
+
+impl Inner {
+    pub(super) fn check_process(&self) -> Result<()> {
+        self.engine.device().driver().check_process()
+    }
+
+    pub(super) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look<T>(&self, look: impl FnOnce(&Books) -> T) -> Result<T> {
+        self.check_process()?;
+        Ok(look(&self.lock()))
+    }
+
+    /// Changes the books and wakes those who wait for that.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
+        let outcome = change(&mut self.lock());
+        self.changed.notify_all();
+        outcome
+    }
+
+    /// The books, once nobody is backing or giving up any of the blocks.
+    fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
+        self.check_process()?;
+        let mut books = self.lock();
+        books.check(runs)?;
+        while !books.is_settled(runs) {
+            books = self
+                .changed
+                .wait(books)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(books)
+    }
+
+    pub(super) fn back(&self, runs: &Runs, wait: bool) -> Result<()> {
+        let mut books = self.settled(runs)?;
+        let missing_bytes = books.missing_bytes(&self.layout, runs);
+        let arrival = books.arrive(runs);
+        drop(books);
+        let outcome = match arrival.missing.is_empty() {
+            true => Ok(()),
+            false => self.take(&arrival, missing_bytes, wait),
+        };
+        self.change(|books| books.arrived(&arrival, outcome.is_ok()));
+        outcome
+    }
+
+    /// Takes the blocks in all tensors, or frees again what it has taken.
+    fn take(&self, arrival: &Arrival, missing_bytes: usize, wait: bool) -> Result<()> {
+        self.expect_room(missing_bytes)?;
+        let wanted = || {
+            let tensors = self.tensors.iter();
+            tensors.flat_map(|tensor| arrival.missing.iter().map(move |run| (tensor, run)))
+        };
+        for (done, (tensor, run)) in wanted().enumerate() {
+            if let Err(error) = tensor.take(&run, wait) {
+                for (tensor, run) in wanted().take(done) {
+                    tensor.give(&run);
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses at once what the engine's budget cannot hold even if all that nobody uses is given up.
+    fn expect_room(&self, asked_bytes: usize) -> Result<()> {
+        if asked_bytes == 0 {
+            return Ok(());
+        }
+        let stats = self.engine.stats();
+        let used_bytes =
+            stats.live_bytes + stats.slack_bytes + stats.filling_bytes + stats.quarantined_bytes;
+        if asked_bytes <= stats.limit_bytes.saturating_sub(used_bytes) {
+            return Ok(());
+        }
+        Err(VmmError::OutOfPhysicalMemory {
+            asked_bytes,
+            free_bytes: stats.limit_bytes.saturating_sub(stats.committed_bytes),
+            retiring_bytes: stats.retiring_bytes,
+            reclaimable_bytes: stats.parked_bytes + stats.ahead_bytes + stats.cached_bytes,
+            limit_bytes: stats.limit_bytes,
+        })
+    }
+
+    /// Frees blocks in all tensors.
+    pub(super) fn give(&self, runs: &Runs) {
+        for tensor in &self.tensors {
+            for run in runs.iter() {
+                tensor.give(&run);
+            }
+        }
+    }
+
+    fn plan(
+        self: &Arc<Self>,
+        bytes: usize,
+        move_cost: Option<f64>,
+        cost: impl Fn(BlockId) -> Option<f64>,
+    ) -> ReclaimPlan {
+        // A forked process has no plans: the lock may be held for good.
+        let candidates = self.look(Books::candidates);
+        let (mut candidates, clock) = candidates.unwrap_or_default();
+        candidates.resize(self.layout.blocks, Candidate::Absent);
+        for (block, candidate) in candidates.iter_mut().enumerate() {
+            if let Candidate::Held { evict } = candidate {
+                *evict = cost(block)
+                    .filter(|cost| cost.is_finite())
+                    .map(|cost| cost.max(0.0));
+            }
+        }
+        let reclaim = reclaim(&self.layout, &candidates, bytes, move_cost);
+        ReclaimPlan::new(reclaim, bytes, clock, Arc::downgrade(self))
+    }
+
+    pub(super) fn names_streams(&self) -> bool {
+        self.names_streams.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn name_stream(&self, stream: &Stream) -> Result<()> {
+        let mut tensors = self.tensors.iter();
+        tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
+    }
+}

@@ -1,0 +1,322 @@
+//! Which blocks are backed, who holds them, and when each was last used.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::layout::Layout;
+use super::reclaim::Candidate;
+use super::runs::Runs;
+use super::{BlockError, BlockId, ReclaimPlan};
+use core::ops::Range;
+use std::collections::BTreeSet;
+
+/// What is behind a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Unbacked,
+    /// Being backed; the block is the reservation of that work.
+    Arriving,
+    Backed,
+    /// Being given up; the block is the reservation of that work.
+    Leaving,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Block {
+    state: State,
+    /// Pins and calls under way that keep it where it is.
+    pins: u32,
+    /// The clock when it was last named by a call that uses it.
+    used: u64,
+}
+
+/// The books of all blocks.
+#[derive(Debug)]
+pub(super) struct Books {
+    blocks: Vec<Block>,
+    clock: u64,
+    backed: usize,
+    pinned: usize,
+}
+
+/// What a call that backs blocks has to do.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    /// Blocks to be backed.
+    pub(super) missing: Runs,
+    /// Blocks that are backed already, and held meanwhile.
+    held: Runs,
+}
+
+/// What the commit of a plan has to do.
+#[derive(Debug)]
+pub(super) struct Departure {
+    /// Blocks to be given up.
+    pub(super) leaving: Runs,
+    /// Blocks that others are moved into, held meanwhile.
+    targets: Runs,
+}
+
+impl Books {
+    pub(super) fn new(blocks: usize) -> Self {
+        let block = Block {
+            state: State::Unbacked,
+            pins: 0,
+            used: 0,
+        };
+        Self {
+            blocks: vec![block; blocks],
+            clock: 0,
+            backed: 0,
+            pinned: 0,
+        }
+    }
+
+    /// Fails for numbers that no block has.
+    pub(super) fn check(&self, runs: &Runs) -> Result<(), BlockError> {
+        let blocks = self.blocks.len();
+        match runs.last() {
+            Some(last) if last >= blocks => {
+                // The first of those that are wrong.
+                let first = runs.iter().find(|run| run.end > blocks);
+                let block = first.map_or(last, |run| run.start.max(blocks));
+                Err(BlockError::Invalid { block, blocks })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether none of the blocks is being backed or given up.
+    pub(super) fn is_settled(&self, runs: &Runs) -> bool {
+        runs.blocks()
+            .all(|block| matches!(self.blocks[block].state, State::Unbacked | State::Backed))
+    }
+
+    pub(super) fn is_backed(&self, block: BlockId) -> bool {
+        let found = self.blocks.get(block);
+        found.is_some_and(|found| found.state == State::Backed)
+    }
+
+    /// How many blocks from the first on are backed without a gap.
+    pub(super) fn backed_prefix(&self) -> usize {
+        let gap = self
+            .blocks
+            .iter()
+            .position(|block| block.state != State::Backed);
+        gap.unwrap_or(self.blocks.len())
+    }
+
+    pub(super) fn backed(&self) -> usize {
+        self.backed
+    }
+
+    pub(super) fn pinned(&self) -> usize {
+        self.pinned
+    }
+
+    fn hold(&mut self, block: BlockId) {
+        let found = &mut self.blocks[block];
+        self.pinned += usize::from(found.pins == 0);
+        found.pins += 1;
+    }
+
+    fn let_go(&mut self, block: BlockId) {
+        let found = &mut self.blocks[block];
+        found.pins -= 1;
+        self.pinned -= usize::from(found.pins == 0);
+    }
+
+    fn set(&mut self, block: BlockId, state: State) {
+        let found = &mut self.blocks[block];
+        self.backed -= usize::from(found.state == State::Backed);
+        self.backed += usize::from(state == State::Backed);
+        found.state = state;
+    }
+
+    fn set_all(&mut self, runs: &Runs, state: State) {
+        for block in runs.blocks() {
+            self.set(block, state);
+        }
+    }
+
+    /// Makes plans stale that name the blocks or empty their pages.
+    pub(super) fn used(&mut self, runs: &Runs) {
+        self.clock += 1;
+        for block in runs.blocks() {
+            self.blocks[block].used = self.clock;
+        }
+    }
+
+    /// Pages of which no block has memory, and that the blocks would need, in bytes.
+    pub(super) fn missing_bytes(&self, layout: &Layout, runs: &Runs) -> usize {
+        let is_bare = |block: BlockId| self.blocks[block].state == State::Unbacked;
+        let mut bytes: usize = 0;
+        for class in &layout.classes {
+            let mut next = 0;
+            for run in runs.iter() {
+                let pages = class.pages_of(&run);
+                let first = pages.start.max(next);
+                next = pages.end.max(next);
+                let missing = (first..pages.end).filter(|page| class.blocks_of(*page).all(is_bare));
+                bytes = bytes.saturating_add(missing.count().saturating_mul(class.page_bytes()));
+            }
+        }
+        bytes
+    }
+
+    /// Reserves the blocks, all of them settled, for a call that backs what is missing.
+    pub(super) fn arrive(&mut self, runs: &Runs) -> Arrival {
+        self.used(runs);
+        let is_backed = |block: &BlockId| self.is_backed(*block);
+        let arrival = Arrival {
+            missing: Runs::of_ordered(runs.blocks().filter(|block| !is_backed(block))),
+            held: Runs::of_ordered(runs.blocks().filter(is_backed)),
+        };
+        self.set_all(&arrival.missing, State::Arriving);
+        for block in arrival.held.blocks() {
+            self.hold(block);
+        }
+        arrival
+    }
+
+    /// Ends what [`arrive`](Self::arrive) began.
+    pub(super) fn arrived(&mut self, arrival: &Arrival, is_done: bool) {
+        let state = if is_done {
+            State::Backed
+        } else {
+            State::Unbacked
+        };
+        self.set_all(&arrival.missing, state);
+        for block in arrival.held.blocks() {
+            self.let_go(block);
+        }
+    }
+
+    /// Reserves the blocks, all of them settled, for a call that gives them up.
+    pub(super) fn leave(&mut self, runs: &Runs) -> Result<(), BlockError> {
+        for block in runs.blocks() {
+            self.expect_backed(block)?;
+            if self.blocks[block].pins > 0 {
+                return Err(BlockError::Pinned { block });
+            }
+        }
+        self.used(runs);
+        self.set_all(runs, State::Leaving);
+        Ok(())
+    }
+
+    /// Ends what [`leave`](Self::leave) began.
+    pub(super) fn left(&mut self, runs: &Runs) {
+        self.set_all(runs, State::Unbacked);
+    }
+
+    fn expect_backed(&self, block: BlockId) -> Result<(), BlockError> {
+        match self.is_backed(block) {
+            true => Ok(()),
+            false => Err(BlockError::NotBacked { block }),
+        }
+    }
+
+    /// Holds blocks, all of them settled, where they are.
+    pub(super) fn pin(&mut self, runs: &Runs) -> Result<(), BlockError> {
+        runs.blocks()
+            .try_for_each(|block| self.expect_backed(block))?;
+        self.used(runs);
+        for block in runs.blocks() {
+            self.hold(block);
+        }
+        Ok(())
+    }
+
+    /// Lets go what was pinned.
+    pub(super) fn unpin(&mut self, runs: &Runs) {
+        for block in runs.blocks() {
+            self.let_go(block);
+        }
+    }
+
+    /// What a plan may do with each block, before anyone is asked what it costs; and the clock.
+    pub(super) fn candidates(&self) -> (Vec<Candidate>, u64) {
+        let candidate = |block: &Block| match block.state {
+            State::Unbacked => Candidate::Absent,
+            State::Backed if block.pins == 0 => Candidate::Held { evict: None },
+            _ => Candidate::Fixed,
+        };
+        (self.blocks.iter().map(candidate).collect(), self.clock)
+    }
+
+    /// Checks that a plan is still true, and reserves its blocks.
+    pub(super) fn depart(
+        &mut self,
+        layout: &Layout,
+        plan: &ReclaimPlan,
+    ) -> Result<Departure, BlockError> {
+        let moves = plan.moves().iter();
+        let targets: BTreeSet<BlockId> = moves.clone().map(|(_, to)| *to).collect();
+        let sources = moves.map(|(from, _)| *from);
+        let leaving: BTreeSet<BlockId> = plan.evicted().iter().copied().chain(sources).collect();
+        for block in leaving.iter().chain(&targets).copied() {
+            if self.blocks[block].pins > 0 {
+                return Err(BlockError::Pinned { block });
+            }
+            self.expect_unused(block, plan)?;
+        }
+        // Nobody else may have come to a page that is to empty.
+        for (class, pages) in layout.classes.iter().zip(plan.pages()) {
+            for page in pages {
+                class
+                    .blocks_of(*page)
+                    .filter(|block| self.blocks[*block].state != State::Unbacked)
+                    .filter(|block| !leaving.contains(block))
+                    .try_for_each(|block| Err(BlockError::StalePlan { block }))?;
+            }
+        }
+        let departure = Departure {
+            leaving: Runs::of_ordered(leaving),
+            targets: Runs::of_ordered(targets),
+        };
+        self.set_all(&departure.leaving, State::Leaving);
+        for block in departure.targets.blocks() {
+            self.hold(block);
+        }
+        Ok(departure)
+    }
+
+    fn expect_unused(&self, block: BlockId, plan: &ReclaimPlan) -> Result<(), BlockError> {
+        let found = &self.blocks[block];
+        if found.state != State::Backed || found.used > plan.clock() {
+            return Err(BlockError::StalePlan { block });
+        }
+        Ok(())
+    }
+
+    /// Ends what [`depart`](Self::depart) began. With `is_done` the plan cannot be committed again.
+    pub(super) fn departed(&mut self, departure: &Departure, is_done: bool) {
+        for block in departure.targets.blocks() {
+            self.let_go(block);
+        }
+        if is_done {
+            self.used(&departure.leaving);
+            self.used(&departure.targets);
+            self.set_all(&departure.leaving, State::Unbacked);
+        } else {
+            self.set_all(&departure.leaving, State::Backed);
+        }
+    }
+
+    /// The pages that hold a block with memory, in bytes.
+    pub(super) fn page_bytes(&self, layout: &Layout) -> usize {
+        let held = |run: &Range<BlockId>| {
+            (run.clone()).filter(|block| self.blocks[*block].state != State::Unbacked)
+        };
+        let mut bytes = 0;
+        for class in &layout.classes {
+            let mut next = 0;
+            for block in held(&(0..self.blocks.len())) {
+                let pages = class.pages_of(&(block..block + 1));
+                bytes += (pages.start.max(next)..pages.end).len() * class.page_bytes();
+                next = pages.end.max(next);
+            }
+        }
+        bytes
+    }
+}

@@ -1,0 +1,76 @@
+//! Carrying out a plan.
+//!
+//! # Safety
+//! The one unsafe call queues copies on the caller's stream. While they are queued the books have both blocks: the
+//! source is leaving, the target is held, so nobody else gives them up. Afterwards their memory retires behind the
+//! stream: it is named where any is, and otherwise all work of the context is waited for.
+#![allow(unsafe_code)]
+
+use super::backing::Inner;
+use super::{BlockError, BlockId, ReclaimPlan};
+use crate::sync::Arc;
+use crate::{Result, Stream};
+
+impl Inner {
+    /// `begin` is called when the plan was found true and its blocks are reserved, and can still refuse it; `end` when it
+    /// was carried out, or when it failed after that, with whether it was. Both are called with the books locked.
+    pub(super) fn commit(
+        self: &Arc<Self>,
+        plan: &ReclaimPlan,
+        stream: &Stream,
+        begin: impl FnOnce(&ReclaimPlan) -> Result<()>,
+        end: impl FnOnce(bool),
+    ) -> Result<()> {
+        self.check_process()?;
+        self.engine().device().expect_same(stream.device())?;
+        if !plan.is_of(&Arc::downgrade(self)) {
+            return Err(BlockError::ForeignPlan.into());
+        }
+        let moves = plan.moves();
+        if !moves.is_empty() && stream.is_capturing()? {
+            let moves = moves.len();
+            return Err(BlockError::Capturing { moves }.into());
+        }
+        let departure = self.change(|books| {
+            let departure = books.depart(&self.layout, plan)?;
+            match begin(plan) {
+                Ok(()) => Ok(departure),
+                Err(error) => {
+                    books.departed(&departure, false);
+                    Err(error)
+                }
+            }
+        })?;
+        let moved = self.copy(moves, stream);
+        if moved.is_ok() {
+            self.give(&departure.leaving);
+        } else {
+            // Some copies may be queued, and the blocks they write are free again. What cannot be waited for on a context
+            // that is beyond use does not run either.
+            let _ = stream.synchronize();
+        }
+        self.change(|books| {
+            books.departed(&departure, moved.is_ok());
+            end(moved.is_ok());
+        });
+        moved
+    }
+
+    fn copy(&self, moves: &[(BlockId, BlockId)], stream: &Stream) -> Result<()> {
+        if moves.is_empty() {
+            return Ok(());
+        }
+        if self.names_streams() {
+            self.name_stream(stream)?;
+        }
+        for tensor in &self.tensors {
+            for (from, to) in moves {
+                let (from, to) = (tensor.address(*from), tensor.address(*to));
+                // SAFETY: both blocks are backed and reserved by this commit, and what is freed of them later is
+                // unmapped behind the stream, as above.
+                unsafe { stream.copy(to, from, tensor.block_bytes()) }?;
+            }
+        }
+        Ok(())
+    }
+}

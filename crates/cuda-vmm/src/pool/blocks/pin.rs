@@ -1,0 +1,39 @@
+//! Keeping blocks where they are.
+
+use super::BlockId;
+use super::backing::Inner;
+use super::runs::Runs;
+use crate::sync::Arc;
+
+/// Keeps blocks backed, at their addresses, while it lives; made by [`BlockBacking::pin`](super::BlockBacking::pin).
+///
+/// It owns a part in the backing, so the memory stays mapped whichever of the two is dropped first. The last to be
+/// dropped gives everything back, and waits for the device to do so. Hold one for the life of a graph that names the
+/// blocks, or of a tensor made over them.
+#[derive(Debug)]
+#[must_use = "the blocks are kept only while the pin lives"]
+pub struct BlockPin {
+    backing: Arc<Inner>,
+    runs: Runs,
+}
+
+impl BlockPin {
+    /// Of blocks that the books have pinned.
+    pub(super) fn new(backing: Arc<Inner>, runs: Runs) -> Self {
+        Self { backing, runs }
+    }
+
+    /// The blocks, in order.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
+        self.runs.blocks()
+    }
+}
+
+impl Drop for BlockPin {
+    fn drop(&mut self) {
+        // In a forked process the lock may be held for good.
+        if self.backing.check_process().is_ok() {
+            self.backing.change(|books| books.unpin(&self.runs));
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! One tensor whose blocks are backed where they are in use.
+
+use super::{BlockId, ElementSize, TensorSpec};
+use crate::pool::{PoolStats, VirtualMemoryPool};
+use crate::{Engine, PoolOptions, Result};
+use core::ops::Range;
+
+/// One tensor of a [`BlockBacking`](super::BlockBacking): `[num_blocks, block_shape…]`, contiguous, at addresses that
+/// stay while the backing lives.
+#[derive(Debug)]
+pub struct BlockTensor {
+    spec: TensorSpec,
+    blocks: usize,
+    /// Which of the layout's classes it is of.
+    class: usize,
+    /// All its addresses. Nobody else takes or frees bytes of it.
+    pool: VirtualMemoryPool,
+}
+
+impl BlockTensor {
+    /// Reserves the addresses; that `blocks` blocks fit in an address was checked.
+    pub(super) fn new(
+        engine: &Engine,
+        spec: TensorSpec,
+        blocks: usize,
+        class: usize,
+        page_bytes: usize,
+    ) -> Result<Self> {
+        // Pages are asked for one by one, so with one handle for each ask a chunk is a page, and goes back alone.
+        let options = PoolOptions::new().single_handle(true);
+        let capacity_bytes = blocks * spec.block_bytes();
+        let pool = VirtualMemoryPool::with_options(engine, capacity_bytes, page_bytes, options)?;
+        Ok(Self {
+            spec,
+            blocks,
+            class,
+            pool,
+        })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.spec.name()
+    }
+
+    /// Its shape: `[num_blocks, block_shape…]`.
+    pub fn shape(&self) -> Vec<usize> {
+        let mut shape = vec![self.blocks];
+        shape.extend(self.spec.block_shape());
+        shape
+    }
+
+    /// The shape of one block.
+    pub fn block_shape(&self) -> &[usize] {
+        self.spec.block_shape()
+    }
+
+    /// The size of its elements.
+    pub fn element(&self) -> ElementSize {
+        self.spec.element()
+    }
+
+    /// One block of it in bytes, and the distance of one block from the next.
+    pub fn block_bytes(&self) -> usize {
+        self.spec.block_bytes()
+    }
+
+    /// The address of block 0.
+    pub fn base_address(&self) -> u64 {
+        self.pool.base_address()
+    }
+
+    /// Its addresses in bytes.
+    pub fn capacity_bytes(&self) -> usize {
+        self.pool.capacity_bytes()
+    }
+
+    /// What is held for it.
+    pub fn stats(&self) -> PoolStats {
+        self.pool.stats()
+    }
+
+    pub(super) fn class(&self) -> usize {
+        self.class
+    }
+
+    pub(super) fn pool(&self) -> &VirtualMemoryPool {
+        &self.pool
+    }
+
+    /// The address of a block, which exists.
+    pub(super) fn address(&self, block: BlockId) -> u64 {
+        self.base_address() + (block * self.block_bytes()) as u64
+    }
+
+    fn bytes(&self, blocks: &Range<BlockId>) -> Range<usize> {
+        blocks.start * self.block_bytes()..blocks.end * self.block_bytes()
+    }
+
+    /// Makes a run of blocks live; after an error none of it is.
+    pub(super) fn take(&self, blocks: &Range<BlockId>, wait: bool) -> Result<()> {
+        let bytes = self.bytes(blocks);
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let page_end = (at / self.pool.page_bytes() + 1).saturating_mul(self.pool.page_bytes());
+            let end = page_end.min(bytes.end);
+            let taken = if wait {
+                self.pool.allocate(at, end - at)
+            } else {
+                self.pool.try_allocate(at, end - at)
+            };
+            if let Err(error) = taken {
+                self.free(bytes.start..at);
+                return Err(error);
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Ends the life of a run of blocks, which are live.
+    pub(super) fn give(&self, blocks: &Range<BlockId>) {
+        self.free(self.bytes(blocks));
+    }
+
+    fn free(&self, bytes: Range<usize>) {
+        if bytes.is_empty() {
+            return;
+        }
+        // The bytes are live, nobody compacts the pool, and it closes after the last use of it: what is left is a
+        // process that was forked meanwhile, whose memory is the parent's.
+        if let Err(error) = self.pool.deallocate(bytes.start, bytes.len()) {
+            tracing::warn!(%error, tensor = self.name(), "blocks could not be freed");
+        }
+    }
+}
