@@ -1,6 +1,6 @@
 //! One budget on one device: who holds which physical memory.
 //!
-//! `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
+//! `sorted`, `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
@@ -18,6 +18,7 @@ mod policy;
 mod prefetch;
 mod range;
 mod retire;
+mod sorted;
 mod stats;
 mod worker;
 

@@ -12,9 +12,9 @@ mod relocation;
 pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
+use super::sorted::SortedMap;
 use core::ops::Range;
 use counts::Counts;
-use std::collections::BTreeMap;
 
 /// What is happening to a chunk: one physical allocation behind one or many pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +126,7 @@ pub(crate) struct Pages<M> {
     live: Intervals,
     /// Bytes that are about to be live: their pages are being filled.
     pending: Intervals,
-    chunks: BTreeMap<usize, Chunk<M>>,
+    chunks: SortedMap<Chunk<M>>,
     live_pages: usize,
     counts: Counts,
 }
@@ -137,7 +137,7 @@ impl<M> Pages<M> {
             page_bytes,
             live: Intervals::default(),
             pending: Intervals::default(),
-            chunks: BTreeMap::new(),
+            chunks: SortedMap::default(),
             live_pages: 0,
             counts: Counts::default(),
         }
@@ -174,7 +174,7 @@ impl<M> Pages<M> {
     /// The first page of `pages` that nothing backs or is about to.
     pub(crate) fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
         let mut at = pages.start;
-        for (&first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
+        for (first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
             if at < first {
                 break;
             }
@@ -204,7 +204,7 @@ impl<M> Pages<M> {
         }
         let first = pages.start;
         self.insert(pages, ChunkState::Filling, Some(memory));
-        if let Some(chunk) = self.chunks.get_mut(&first) {
+        if let Some(chunk) = self.chunks.get_mut(first) {
             chunk.ahead = true;
             chunk.contents = Contents::Clean;
         }
@@ -220,7 +220,7 @@ impl<M> Pages<M> {
     pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
         let before = self.counts.ahead().first().copied();
         let before = before.filter(|first| {
-            let chunk = self.chunks.get(first);
+            let chunk = self.chunks.get(*first);
             chunk.is_some_and(|chunk| first + chunk.pages() <= pages.start)
         });
         let after = || {
@@ -237,14 +237,14 @@ impl<M> Pages<M> {
     /// named twice.
     pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
         let maybe = self.counts.maybe_parked();
-        maybe.filter(|first| self.chunks.get(first).is_some_and(Chunk::is_parked))
+        maybe.filter(|first| self.chunks.get(*first).is_some_and(Chunk::is_parked))
     }
 
     /// The chunk that was parked before all others, but for those made ahead.
     pub(crate) fn first_parked(&mut self) -> Option<usize> {
         let chunks = &self.chunks;
         self.counts
-            .forget_while(|first| !chunks.get(&first).is_some_and(Chunk::is_parked));
+            .forget_while(|first| !chunks.get(first).is_some_and(Chunk::is_parked));
         self.counts.maybe_parked().next()
     }
 
@@ -254,22 +254,25 @@ impl<M> Pages<M> {
             return Vec::new();
         }
         let of_state = self.chunks.iter().filter(|(_, chunk)| chunk.state == state);
-        of_state.map(|(first, _)| *first).collect()
+        of_state.map(|(first, _)| first).collect()
     }
 
     /// The size of the chunk that begins at this page, in bytes.
     pub(crate) fn chunk_bytes(&self, first: usize) -> usize {
         self.chunks
-            .get(&first)
+            .get(first)
             .map_or(0, |chunk| chunk.pages() * self.page_bytes)
     }
 
     pub(crate) fn state_of(&self, first: usize) -> Option<ChunkState> {
-        self.chunks.get(&first).map(|chunk| chunk.state)
+        self.chunks.get(first).map(|chunk| chunk.state)
     }
 
     fn pages_of(&self, bytes: &Range<usize>) -> Range<usize> {
-        bytes.start / self.page_bytes..bytes.end.div_ceil(self.page_bytes)
+        // A page is a power of two bytes.
+        let shift = self.page_bytes.trailing_zeros();
+        let end = (bytes.end + self.page_bytes - 1) >> shift;
+        bytes.start >> shift..end
     }
 
     fn bytes_of(&self, pages: &Range<usize>) -> Range<usize> {
@@ -278,11 +281,11 @@ impl<M> Pages<M> {
 
     /// The first page of the chunk that backs `page`, or else of the next chunk.
     fn first_at_or_after(&self, page: usize) -> usize {
-        self.chunks
-            .range(..=page)
-            .next_back()
-            .filter(|(first, chunk)| **first + chunk.pages() > page)
-            .map_or(page, |(first, _)| *first)
+        let before = self.chunks.at_or_before(page);
+        before
+            .map(|place| self.chunks.entry(place))
+            .filter(|(first, chunk)| first + chunk.pages() > page)
+            .map_or(page, |(first, _)| first)
     }
 
     /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below `capacity`;
@@ -313,7 +316,7 @@ impl<M> Pages<M> {
         let pages = self.pages_of(bytes);
         let mut survey = Survey::default();
         let mut at = pages.start;
-        for (&first, chunk) in self
+        for (first, chunk) in self
             .chunks
             .range(self.first_at_or_after(pages.start)..pages.end)
         {
@@ -344,8 +347,8 @@ impl<M> Pages<M> {
 
     /// The first page at or after `page` that a chunk backs, or `end`.
     pub(crate) fn next_chunk(&self, page: usize, end: usize) -> usize {
-        let next = self.chunks.range(page..).next();
-        next.map_or(end, |(first, _)| end.min(*first))
+        let next = self.chunks.range(page..end).next();
+        next.map_or(end, |(first, _)| first)
     }
 
     /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says whether they do. The short
@@ -355,9 +358,10 @@ impl<M> Pages<M> {
             return false;
         }
         let pages = self.pages_of(bytes);
-        let Some((&first, chunk)) = self.chunks.range_mut(..=pages.start).next_back() else {
+        let Some(place) = self.chunks.at_or_before(pages.start) else {
             return false;
         };
+        let (first, chunk) = self.chunks.entry(place);
         let is_there = matches!(chunk.state, ChunkState::Backed | ChunkState::Parked);
         if !is_there || first + chunk.pages() < pages.end {
             return false;
@@ -366,6 +370,7 @@ impl<M> Pages<M> {
             return false;
         };
         let fresh = around.fresh_pages(&pages, self.page_bytes).len();
+        let chunk = self.chunks.value_mut(place);
         if chunk.state == ChunkState::Parked {
             self.counts.change(first, chunk, ChunkState::Backed);
         }
@@ -393,7 +398,7 @@ impl<M> Pages<M> {
         }
         for first in &survey.parked {
             self.set_state(*first, ChunkState::Backed);
-            if let Some(chunk) = self.chunks.get_mut(first) {
+            if let Some(chunk) = self.chunks.get_mut(*first) {
                 chunk.untouched = true;
             }
         }
@@ -446,7 +451,8 @@ impl<M> Pages<M> {
         }
         for first in &survey.parked {
             // What a neighbour used meanwhile retires instead, behind a fence of its own.
-            if self.chunks.get(first).is_some_and(|chunk| chunk.untouched) && self.is_unused(*first)
+            if self.chunks.get(*first).is_some_and(|chunk| chunk.untouched)
+                && self.is_unused(*first)
             {
                 self.set_state(*first, ChunkState::Parked);
             }
@@ -466,7 +472,7 @@ impl<M> Pages<M> {
         let unused: Vec<_> = self
             .chunks
             .range(self.first_at_or_after(pages.start)..pages.end)
-            .map(|(first, _)| *first)
+            .map(|(first, _)| first)
             .filter(|first| self.is_unused(*first))
             .collect();
         for first in &unused {
@@ -477,7 +483,7 @@ impl<M> Pages<M> {
 
     /// Whether a chunk is backed and nobody has or is about to have a byte in it.
     fn is_unused(&self, first: usize) -> bool {
-        self.chunks.get(&first).is_some_and(|chunk| {
+        self.chunks.get(first).is_some_and(|chunk| {
             chunk.state == ChunkState::Backed
                 && !self.is_taken(&self.bytes_of(&(first..first + chunk.pages())))
         })
@@ -499,7 +505,7 @@ impl<M> Pages<M> {
     pub(crate) fn retire_drained(&mut self, first: usize, memory: M, overwritten: bool) {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
         self.set_state(first, ChunkState::Retiring);
-        if let Some(chunk) = self.chunks.get_mut(&first) {
+        if let Some(chunk) = self.chunks.get_mut(first) {
             chunk.memory = Some(memory);
             chunk.contents = if overwritten {
                 Contents::Clean
@@ -511,7 +517,7 @@ impl<M> Pages<M> {
 
     /// What is in a parked chunk.
     pub(crate) fn contents(&self, first: usize) -> Contents {
-        let chunk = self.chunks.get(&first);
+        let chunk = self.chunks.get(first);
         chunk.map_or(Contents::Unknown, |chunk| chunk.contents)
     }
 
@@ -522,7 +528,7 @@ impl<M> Pages<M> {
             return None;
         }
         self.set_state(first, ChunkState::Draining);
-        self.chunks.get_mut(&first)?.memory.take()
+        self.chunks.get_mut(first)?.memory.take()
     }
 
     /// The draining chunk was unmapped.
@@ -535,7 +541,7 @@ impl<M> Pages<M> {
     pub(crate) fn quarantine(&mut self, first: usize, memory: M) {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
         self.set_state(first, ChunkState::Quarantined);
-        if let Some(chunk) = self.chunks.get_mut(&first) {
+        if let Some(chunk) = self.chunks.get_mut(first) {
             chunk.memory = Some(memory);
         }
     }
@@ -571,7 +577,7 @@ impl<M> Pages<M> {
         }
         let from = self.first_at_or_after(pages.start);
         for (first, chunk) in self.chunks.range_mut(from..pages.end) {
-            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(*first);
+            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(first);
             chunk.live_pages = chunk
                 .live_pages
                 .saturating_add_signed((sign * overlap as isize) as i32);
@@ -598,20 +604,20 @@ impl<M> Pages<M> {
     }
 
     fn remove(&mut self, first: usize) {
-        if let Some(chunk) = self.chunks.remove(&first) {
+        if let Some(chunk) = self.chunks.remove(first) {
             self.counts.remove(first, &chunk);
             debug_assert_eq!(chunk.live_pages, 0);
         }
     }
 
     fn set_state(&mut self, first: usize, state: ChunkState) {
-        if let Some(chunk) = self.chunks.get_mut(&first) {
+        if let Some(chunk) = self.chunks.get_mut(first) {
             self.counts.change(first, chunk, state);
         }
         if self.counts.is_overgrown() {
             let chunks = &self.chunks;
             self.counts
-                .tidy(|first| chunks.get(&first).is_some_and(Chunk::is_parked));
+                .tidy(|first| chunks.get(first).is_some_and(Chunk::is_parked));
         }
     }
 }

@@ -66,7 +66,7 @@ impl Model {
             pages.live().total(),
             self.live.iter().filter(|live| **live).count()
         );
-        for chunk in pages.chunks.values() {
+        for (_, chunk) in pages.chunks.iter() {
             prop_assert_eq!(chunk.live_pages <= chunk.pages, true);
         }
         Ok(())
