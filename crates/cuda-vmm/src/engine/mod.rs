@@ -134,8 +134,9 @@ impl Engine {
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if the headroom leaves
-    /// nothing.
+    /// nothing, or if `park_bytes_min` is above `park_bytes_max`.
     pub fn new(device: &Device, options: EngineOptions) -> Result<Self> {
+        options.check()?;
         let limit_bytes = options.limit_bytes.unwrap_or(device.total_bytes());
         if limit_bytes == 0 {
             return Err(VmmError::ZeroSize { what: "limit" });

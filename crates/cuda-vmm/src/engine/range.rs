@@ -84,6 +84,7 @@ impl Inner {
         if capacity_bytes == 0 {
             return Err(VmmError::ZeroSize { what: "capacity" });
         }
+        options.check()?;
         let bytes =
             capacity_bytes
                 .checked_next_multiple_of(page_bytes)

@@ -58,7 +58,8 @@ impl VirtualMemoryPool {
     /// As [`on_engine`](Self::on_engine), as the options say.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new); [`VmmError::QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable) if
+    /// `ahead_bytes_min` is above `ahead_bytes_max`.
     pub fn with_options(
         engine: &Engine,
         capacity_bytes: usize,

@@ -30,6 +30,8 @@ pub struct ModelOptions {
     /// How much memory in bytes is made ahead of its latest allocation; see
     /// [`PoolOptions::ahead_bytes_max`].
     pub ahead_bytes_max: usize,
+    /// When the worker begins again to make memory ahead; see [`PoolOptions::ahead_bytes_min`].
+    pub ahead_bytes_min: Option<usize>,
 }
 
 impl ModelOptions {
@@ -40,6 +42,7 @@ impl ModelOptions {
             guarantee_bytes: 0,
             ceiling_bytes: None,
             ahead_bytes_max: 0,
+            ahead_bytes_min: None,
         }
     }
 }
@@ -105,7 +108,7 @@ impl SharedMemoryPool {
     ///
     /// # Errors
     /// As [`register_model`](Self::register_model); [`VmmError::QuotaUnsatisfiable`] if the guarantee is
-    /// above the ceiling or cannot hold beside the others.
+    /// above the ceiling or cannot hold beside the others, or if `ahead_bytes_min` is above `ahead_bytes_max`.
     pub fn register_model_with(&self, model: &str, options: ModelOptions) -> Result<()> {
         let already = || VmmError::ModelAlreadyRegistered {
             model: model.to_owned(),
@@ -117,11 +120,13 @@ impl SharedMemoryPool {
             guarantee_bytes: options.guarantee_bytes,
             ceiling_bytes: options.ceiling_bytes.unwrap_or(usize::MAX),
         };
+        let mut ahead = PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max);
+        ahead.ahead_bytes_min = options.ahead_bytes_min;
         let pool = VirtualMemoryPool::with_quota(
             &self.engine,
             options.capacity_bytes,
             self.page_bytes,
-            PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max),
+            ahead,
             quota,
         )?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
