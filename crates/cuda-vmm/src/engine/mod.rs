@@ -8,6 +8,7 @@ mod cache;
 mod compact;
 mod drain;
 mod fill;
+mod follow;
 mod intervals;
 mod ledger;
 mod options;

@@ -105,8 +105,8 @@ pub(crate) struct Survey {
     pub(crate) missing: Vec<Range<usize>>,
     /// First pages of parked chunks.
     pub(crate) parked: Vec<usize>,
-    /// Whether some pages are retiring.
-    pub(crate) retiring: bool,
+    /// First pages of retiring chunks. Taking such bytes is right only where what uses them comes after the device's work.
+    pub(crate) retiring: Vec<usize>,
     /// Whether some pages are being filled, drained or moved by someone else.
     pub(crate) busy: bool,
     /// Whether some pages are in quarantine.
@@ -327,7 +327,7 @@ impl<M> Pages<M> {
             match chunk.state {
                 ChunkState::Backed => {}
                 ChunkState::Parked => survey.parked.push(first),
-                ChunkState::Retiring => survey.retiring = true,
+                ChunkState::Retiring => survey.retiring.push(first),
                 ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating => {
                     survey.busy = true;
                 }
@@ -383,14 +383,14 @@ impl<M> Pages<M> {
 
     /// Takes bytes for which no page is missing.
     pub(crate) fn take(&mut self, bytes: &Range<usize>, survey: &Survey) {
-        for first in &survey.parked {
+        for first in survey.parked.iter().chain(&survey.retiring) {
             self.set_state(*first, ChunkState::Backed);
         }
         self.make_live(bytes);
     }
 
     /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones, as being filled
-    /// and the parked ones as backed.
+    /// and the parked and retiring ones as backed.
     pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey, runs: &[Range<usize>]) {
         self.pending.insert(bytes.clone());
         for run in runs {
@@ -401,6 +401,9 @@ impl<M> Pages<M> {
             if let Some(chunk) = self.chunks.get_mut(*first) {
                 chunk.untouched = true;
             }
+        }
+        for first in &survey.retiring {
+            self.set_state(*first, ChunkState::Backed);
         }
     }
 
@@ -433,8 +436,8 @@ impl<M> Pages<M> {
     }
 
     /// Ends a filling that failed: everything is as before, but for chunks that could not be undone.
-    /// Returns the chunks that nobody uses any more because a neighbour freed its bytes meanwhile;
-    /// they are now retiring.
+    /// Returns the chunks that nobody uses any more because they were retiring before or a neighbour freed its bytes
+    /// meanwhile; they are now retiring.
     pub(crate) fn abort(
         &mut self,
         bytes: &Range<usize>,
