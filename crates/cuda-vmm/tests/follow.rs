@@ -85,8 +85,7 @@ impl Fixture {
     fn calls(&self, act: impl FnOnce()) -> Vec<DriverFunction> {
         self.simulated.simulator.start_trace();
         act();
-        let trace = self.simulated.simulator.take_trace();
-        trace
+        self.simulated.simulator.take_trace()
     }
 
     fn take(&self) -> Result<u64, cuda_vmm::VmmError> {
