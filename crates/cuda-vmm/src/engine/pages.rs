@@ -6,81 +6,20 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+mod ahead;
+mod chunk;
 mod counts;
+mod draining;
 mod relocation;
 
+pub(crate) use chunk::{ChunkState, Contents};
 pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
 use super::sorted::SortedMap;
+use chunk::Chunk;
 use core::ops::Range;
 use counts::Counts;
-
-/// What is happening to a chunk: one physical allocation behind one or many pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ChunkState {
-    /// Being made; the pages are the reservation of that work.
-    Filling,
-    /// Mapped and accessible. Its pages without live bytes are slack.
-    Backed,
-    /// No byte is live, but the device may still use it.
-    Retiring,
-    /// No byte is live and the device has finished, but it is still mapped.
-    Parked,
-    /// Being unmapped; the pages are the reservation of that work.
-    Draining,
-    /// The driver refused to unmap it. Never handed out; retried.
-    Quarantined,
-    /// Its live pages are being moved to other memory; the pages are the reservation of that work.
-    Relocating,
-    /// A move was broken off and the driver would not map it again. Its bytes are live and safe, and nobody
-    /// reaches them; retried.
-    Stranded,
-}
-
-/// What is in a chunk in which nobody has a byte.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Contents {
-    /// What its last users left.
-    Unknown,
-    /// Nobody's: it was overwritten, or will be when it is parked, or nobody ever had it.
-    Clean,
-    /// What its last users left, and it could not be overwritten.
-    Stuck,
-}
-
-#[derive(Debug)]
-struct Chunk<M> {
-    /// Counts of pages, kept small: there can be a chunk for every page.
-    pages: u32,
-    live_pages: u32,
-    state: ChunkState,
-    /// Whether it was parked, and nobody has had a byte in it since.
-    untouched: bool,
-    contents: Contents,
-    /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
-    ahead: bool,
-    /// Absent while Filling, Draining, Relocating or Stranded, when it is with whoever does that work.
-    memory: Option<M>,
-}
-
-impl<M> Chunk<M> {
-    fn pages(&self) -> usize {
-        self.pages as usize
-    }
-
-    /// Whether it is parked and someone had bytes in it before, so that it was not made ahead.
-    fn is_parked(&self) -> bool {
-        self.state == ChunkState::Parked && !self.ahead
-    }
-
-    /// Someone has bytes in it now.
-    fn taken(&mut self) {
-        self.untouched = false;
-        self.contents = Contents::Unknown;
-        self.ahead = false;
-    }
-}
 
 /// Bytes of a range by what they are. Every charged byte is in exactly one part.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -181,56 +120,6 @@ impl<M> Pages<M> {
             at = first + chunk.pages();
         }
         (at < pages.end).then_some(at)
-    }
-
-    /// A run of pages that nothing backs is being made ahead.
-    pub(crate) fn begin_ahead(&mut self, run: Range<usize>) {
-        self.insert(run, ChunkState::Filling, None);
-    }
-
-    /// It was made, or what could not be undone is left, or nothing.
-    pub(crate) fn finish_ahead(
-        &mut self,
-        first: usize,
-        made: Option<(Range<usize>, M)>,
-        works: bool,
-    ) {
-        self.remove(first);
-        let Some((pages, memory)) = made else {
-            return;
-        };
-        if !works {
-            return self.insert(pages, ChunkState::Quarantined, Some(memory));
-        }
-        let first = pages.start;
-        self.insert(pages, ChunkState::Filling, Some(memory));
-        if let Some(chunk) = self.chunks.get_mut(first) {
-            chunk.ahead = true;
-            chunk.contents = Contents::Clean;
-        }
-        self.set_state(first, ChunkState::Parked);
-    }
-
-    /// First pages of the chunks made ahead.
-    pub(crate) fn ahead(&self) -> impl DoubleEndedIterator<Item = usize> + '_ {
-        self.counts.ahead().iter().copied()
-    }
-
-    /// A chunk made ahead that lies wholly outside these pages.
-    pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
-        let before = self.counts.ahead().first().copied();
-        let before = before.filter(|first| {
-            let chunk = self.chunks.get(*first);
-            chunk.is_some_and(|chunk| first + chunk.pages() <= pages.start)
-        });
-        let after = || {
-            self.counts
-                .ahead()
-                .last()
-                .copied()
-                .filter(|first| *first >= pages.end)
-        };
-        before.or_else(after)
     }
 
     /// First pages of the parked chunks, but for those made ahead; the one parked first before the others. Some may be
@@ -502,66 +391,6 @@ impl<M> Pages<M> {
         if self.state_of(first) == Some(ChunkState::Retiring) {
             self.set_state(first, ChunkState::Parked);
         }
-    }
-
-    /// A draining chunk is to be parked again when the device has overwritten it, or done whatever it does.
-    pub(crate) fn retire_drained(&mut self, first: usize, memory: M, overwritten: bool) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.set_state(first, ChunkState::Retiring);
-        if let Some(chunk) = self.chunks.get_mut(first) {
-            chunk.memory = Some(memory);
-            chunk.contents = if overwritten {
-                Contents::Clean
-            } else {
-                Contents::Stuck
-            };
-        }
-    }
-
-    /// What is in a parked chunk.
-    pub(crate) fn contents(&self, first: usize) -> Contents {
-        let chunk = self.chunks.get(first);
-        chunk.map_or(Contents::Unknown, |chunk| chunk.contents)
-    }
-
-    /// Hands out the memory of a parked or quarantined chunk to be unmapped.
-    pub(crate) fn drain(&mut self, first: usize) -> Option<M> {
-        let state = self.state_of(first)?;
-        if !matches!(state, ChunkState::Parked | ChunkState::Quarantined) {
-            return None;
-        }
-        self.set_state(first, ChunkState::Draining);
-        self.chunks.get_mut(first)?.memory.take()
-    }
-
-    /// The draining chunk was unmapped.
-    pub(crate) fn drained(&mut self, first: usize) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.remove(first);
-    }
-
-    /// The draining chunk could not be unmapped.
-    pub(crate) fn quarantine(&mut self, first: usize, memory: M) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.set_state(first, ChunkState::Quarantined);
-        if let Some(chunk) = self.chunks.get_mut(first) {
-            chunk.memory = Some(memory);
-        }
-    }
-
-    /// Empties the books and hands out all memory that is in them: what the device may still use, and what it has
-    /// finished with.
-    pub(crate) fn take_all(&mut self) -> (Vec<M>, Vec<M>) {
-        let page_bytes = self.page_bytes;
-        let all = core::mem::replace(self, Self::new(page_bytes));
-        let (mut in_use, mut finished) = (Vec::new(), Vec::new());
-        for chunk in all.chunks.into_values() {
-            match chunk.state {
-                ChunkState::Parked | ChunkState::Quarantined => finished.extend(chunk.memory),
-                _ => in_use.extend(chunk.memory),
-            }
-        }
-        (in_use, finished)
     }
 
     /// Adds or takes the pages of these bytes to or from the counts of live pages. The bytes are not in
