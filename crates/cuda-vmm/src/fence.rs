@@ -19,9 +19,12 @@ use core::ptr::null_mut;
 pub struct Fence {
     device: Device,
     event: CUevent,
+    /// The stream whose work it ends, by its handle; none for a whole context.
+    stream: Option<CUstream>,
 }
 
-// SAFETY: the event is used through the driver's calls only, which may be made from any thread.
+// SAFETY: the event is used through the driver's calls only, which may be made from any thread; the stream is only
+// compared.
 unsafe impl Send for Fence {}
 // SAFETY: as above.
 unsafe impl Sync for Fence {}
@@ -39,6 +42,7 @@ impl Fence {
         Ok(Self {
             device: device.clone(),
             event,
+            stream: None,
         })
     }
 
@@ -48,7 +52,8 @@ impl Fence {
     /// `stream` must be a live stream of the device's context.
     pub(crate) unsafe fn on_stream(device: &Device, stream: CUstream) -> Result<Self> {
         let _current = device.make_current()?;
-        let fence = Self::create(device)?;
+        let mut fence = Self::create(device)?;
+        fence.stream = Some(stream);
         // SAFETY: the event is new and the stream alive, as the caller promises.
         unsafe { call!(device.driver(), cuEventRecord(fence.event, stream)) }?;
         Ok(fence)
@@ -105,6 +110,12 @@ impl Fence {
         &self.device
     }
 
+    /// Whether it was recorded on this stream, so that later work of the stream comes after it anyway. The caller knows
+    /// that the stream it was recorded on is still there: handles of streams that are gone come again.
+    pub(crate) fn is_on(&self, stream: CUstream) -> bool {
+        self.stream == Some(stream)
+    }
+
     pub(crate) fn raw(&self) -> CUevent {
         self.event
     }
@@ -124,6 +135,7 @@ impl Drop for Fence {
             Stuck::Fence(Self {
                 device: self.device.clone(),
                 event: self.event,
+                stream: self.stream,
             })
         });
     }

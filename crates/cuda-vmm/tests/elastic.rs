@@ -206,6 +206,29 @@ fn parked_memory_is_taken_back_without_a_driver_call() {
 }
 
 #[test]
+fn what_is_parked_above_the_limit_goes_down_to_the_low_watermark() {
+    for (low_bytes, left) in [
+        (None, 3),
+        (Some(4 * PAGE), 4),
+        (Some(PAGE), 1),
+        (Some(0), 0),
+    ] {
+        let mut options = manual().park_bytes_max(4 * PAGE);
+        options.park_bytes_min = low_bytes;
+        // A chunk a page, so that it goes back a page at a time.
+        let fixture = Fixture::with(options.chunk_bytes_max(0), CAPACITY);
+        let parked = |pages: usize| {
+            fixture.pool.allocate(0, pages * PAGE).expect("room");
+            fixture.pool.deallocate(0, pages * PAGE).expect("live");
+            fixture.engine.step();
+            fixture.engine.stats().parked_bytes / PAGE
+        };
+        assert_eq!(parked(4), 4, "what may be parked is not too much");
+        assert_eq!(parked(5), left, "{low_bytes:?}");
+    }
+}
+
+#[test]
 fn closing_and_dropping_give_everything_back() {
     let simulated = Simulated::default();
     simulated.unchanged(|| {
@@ -270,17 +293,17 @@ fn the_numbers_read_well() {
     fixture.pool.allocate(0, 3 * PAGE / 2).expect("room");
     assert_eq!(
         fixture.pool.stats().to_string(),
-        "3 MiB live in 2 pages of 2 MiB over 16 MiB of addresses; 4 MiB committed: 0 B slack, \
+        "3 MiB live in 2 pages of 2 MiB over 16 MiB of addresses; 4 MiB committed: 0 B leased, 0 B slack, \
          0 B filling, 0 B retiring, 0 B parked, 0 B ahead, 0 B quarantined"
     );
     assert_eq!(
         fixture.engine.stats().to_string(),
-        "4 MiB committed of 8 MiB: 4 MiB live, 0 B slack, 0 B filling, 0 B retiring, 0 B parked, \
+        "4 MiB committed of 8 MiB: 4 MiB live, 0 B leased, 0 B slack, 0 B filling, 0 B retiring, 0 B parked, \
          0 B ahead, 0 B cached, 0 B quarantined; 1 ranges, 2 mappings"
     );
     assert_eq!(
         PoolStats::default().to_string(),
-        "0 B live in 0 pages of 0 B over 0 B of addresses; 0 B committed: 0 B slack, \
+        "0 B live in 0 pages of 0 B over 0 B of addresses; 0 B committed: 0 B leased, 0 B slack, \
          0 B filling, 0 B retiring, 0 B parked, 0 B ahead, 0 B quarantined"
     );
 }

@@ -265,10 +265,22 @@ fn cases() -> Vec<Case> {
             )
         },
         Case {
-            streams: 1,
+            streams: 2,
             ..case("try to allocate what is retiring", full_of_retiring, |f| {
                 f.pool().try_allocate(0, 2 * page()).map(drop)
             })
+        },
+        Case {
+            streams: 1,
+            ..case(
+                "name a stream behind what was taken back",
+                |f| {
+                    f.pool().allocate(0, page())?;
+                    f.pool().deallocate(0, page())?;
+                    f.pool().allocate(0, page()).map(drop)
+                },
+                |f| f.pool().use_stream(&Stream::new(&f.device)?),
+            )
         },
         back("deallocate", three_live, |f| {
             f.pool().deallocate(0, 3 * page())

@@ -287,3 +287,51 @@ fn trim_gives_back_what_is_parked() {
     assert_eq!(pool.stats().committed_bytes, PAGE);
     assert_eq!(pool.trim(), Ok(0));
 }
+
+#[test]
+fn a_model_is_compacted_while_others_go_on() {
+    let simulated = Simulated::default();
+    let options = SharedPoolOptions {
+        engine: manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE),
+        page_bytes: Some(PAGE),
+    };
+    let pool = SharedMemoryPool::with_options(&simulated.device, options).expect("a pool");
+    for model in ["a", "b"] {
+        pool.register_model(model, 64 * PAGE).expect("a new name");
+        pool.allocate_for_model_at(model, 0, 32 * PAGE)
+            .expect("room");
+    }
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    let address = pool.model_base_address("a").expect("registered");
+    // SAFETY: the page is live, and written before anything is moved.
+    unsafe { stream.write(address + 3 * PAGE as u64, &[7; 64]) }.expect("written");
+    for page in (0..32).filter(|page| page % 4 != 3) {
+        pool.deallocate_for_model("a", page * PAGE, PAGE)
+            .expect("live");
+    }
+    let planned = pool.model_compact_report("a").expect("registered");
+    assert_eq!(
+        (planned.moved_bytes, planned.returned_bytes),
+        (8 * PAGE, 24 * PAGE)
+    );
+    let before = pool.stats();
+    // SAFETY: nobody launches anything.
+    let report = unsafe { pool.compact_model("a") }.expect("room");
+    assert_eq!(report, planned);
+    assert_eq!(
+        pool.stats().committed_bytes,
+        before.committed_bytes - 24 * PAGE
+    );
+    assert_eq!(pool.model_stats("a").expect("registered").slack_bytes, 0);
+    let mut bytes = [0; 64];
+    // SAFETY: the page is live, and nothing runs on it.
+    unsafe { stream.read(address + 3 * PAGE as u64, &mut bytes) }.expect("mapped");
+    assert_eq!(bytes, [7; 64]);
+    // SAFETY: as above.
+    let nothing = unsafe { pool.compact_model("b") }.expect("nothing to do");
+    assert_eq!((nothing.moved_bytes, nothing.returned_bytes), (0, 0));
+    assert_eq!(pool.model_compact_report("c"), None);
+    // SAFETY: there is no such model.
+    let unknown = unsafe { pool.compact_model("c") };
+    assert_eq!(unknown, Err(VmmError::ModelNotFound { model: "c".into() }));
+}

@@ -35,8 +35,8 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are thirteen pieces, and all shall end within two minutes
-    /// and a half.
+    /// How long each piece of work is measured. There are thirteen pieces, two of which take up to four times as long, and all
+    /// shall end within three minutes.
     pub fn settings(&self) -> Settings {
         Settings {
             rounds: self.rounds as usize,

@@ -20,6 +20,16 @@ pub struct Settings {
     pub patience: Duration,
 }
 
+impl Settings {
+    /// With so many times the time, for work whose rounds are long and whose figure is near its reach.
+    pub fn patient(&self, times: u32) -> Self {
+        Self {
+            patience: self.patience * times,
+            ..*self
+        }
+    }
+}
+
 /// A device with nothing else to do.
 pub struct Machine {
     /// The device, with its context current on this thread.

@@ -32,9 +32,8 @@ impl Inner {
     /// Gives back parked chunks of ranges that are closed, and, where more is parked than may be, of others too;
     /// returns the bytes that are no longer parked.
     pub(super) fn give_back(self: &Arc<Self>) -> usize {
-        let max_bytes = self.options.park_bytes_max;
-        // Once it is too much, down to three quarters: else each free would call the driver for itself.
-        let mut keep_bytes = max_bytes;
+        // Once it is too much, down to the low watermark: else each free would call the driver for itself.
+        let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {
             let mut state = self.lock();
@@ -46,7 +45,7 @@ impl Inner {
             }
             let too_much = state.spare_parked_bytes() > keep_bytes;
             if too_much {
-                keep_bytes = max_bytes - max_bytes / 4;
+                keep_bytes = self.options.park_low_bytes();
             }
             let Some(next) = self.next_parked(&mut state, too_much) else {
                 return given_bytes;

@@ -156,10 +156,11 @@ impl Inner {
         mut supply: Vec<PhysicalMemory>,
     ) -> Result<()> {
         let bytes = extent.range();
+        let survey = &plan.survey;
+        state.queue.follow(id, &survey.retiring);
         let Some(range) = state.ranges.get_mut(&id) else {
             return Err(VmmError::Closed);
         };
-        let survey = &plan.survey;
         if survey.missing.is_empty() {
             range.pages.take(&bytes, survey);
             let hungry = range.advance(bytes.end);

@@ -2,37 +2,55 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::sorted::{Place, SortedMap};
 use core::ops::Range;
-use std::collections::BTreeMap;
 
-/// Merged, disjoint, non-empty intervals: neighbours that touch are one.
+/// Merged, disjoint, non-empty intervals: neighbours that touch are one. Ends by their starts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Intervals(BTreeMap<usize, usize>);
+pub(crate) struct Intervals(SortedMap<usize>);
 
 /// The stored intervals before and after a range that is not in the set.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Around {
     pub(crate) before: Option<Range<usize>>,
     pub(crate) after: Option<Range<usize>>,
+    /// Where the one before is stored, until the set changes.
+    place: Option<Place>,
 }
 
 impl Intervals {
+    fn stored(&self, place: Place) -> Range<usize> {
+        let (start, end) = self.0.entry(place);
+        start..*end
+    }
+
+    /// Where the stored interval is that holds `point`, or else the next one after it.
+    fn place_at_or_after(&self, point: usize) -> Option<Place> {
+        let before = self.0.at_or_before(point);
+        before
+            .filter(|place| self.stored(*place).end > point)
+            .or_else(|| self.0.next(before))
+    }
+
     /// The stored interval that holds `point`, or else the next one after it.
     fn at_or_after(&self, point: usize) -> Option<Range<usize>> {
-        self.0
-            .range(..=point)
-            .next_back()
-            .filter(|(_, end)| **end > point)
-            .or_else(|| self.0.range(point..).next())
-            .map(|(start, end)| *start..*end)
+        self.place_at_or_after(point)
+            .map(|place| self.stored(place))
+    }
+
+    /// The stored interval that begins before `point` and after all others that do.
+    fn before(&self, point: usize) -> Option<Place> {
+        point
+            .checked_sub(1)
+            .and_then(|last| self.0.at_or_before(last))
     }
 
     /// The length of the stored interval that ends at `point`; 0 if none does.
     pub(crate) fn length_before(&self, point: usize) -> usize {
-        let before = self.0.range(..point).next_back();
+        let before = self.before(point).map(|place| self.stored(place));
         before
-            .filter(|(_, end)| **end == point)
-            .map_or(0, |(start, end)| end - start)
+            .filter(|before| before.end == point)
+            .map_or(0, |before| before.len())
     }
 
     /// Whether any point of `range` is in the set.
@@ -48,18 +66,22 @@ impl Intervals {
     }
 
     /// What is next to a range; `None` if it overlaps the set.
+    #[inline]
     pub(crate) fn around(&self, range: &Range<usize>) -> Option<Around> {
-        let before = self.0.range(..range.end).next_back();
-        let before = before.map(|(start, end)| *start..*end);
+        let place = self.before(range.end);
+        let before = place.map(|place| self.stored(place));
         if before
             .as_ref()
             .is_some_and(|before| before.end > range.start)
         {
             return None;
         }
-        let after = self.0.range(range.end..).next();
-        let after = after.map(|(start, end)| *start..*end);
-        Some(Around { before, after })
+        let after = self.0.next(place).map(|place| self.stored(place));
+        Some(Around {
+            before,
+            after,
+            place,
+        })
     }
 
     /// Adds a non-empty range that does not overlap the set.
@@ -70,21 +92,25 @@ impl Intervals {
     }
 
     /// Adds a non-empty range, of which is known what is around it.
+    #[inline]
     pub(crate) fn insert_between(&mut self, range: Range<usize>, around: &Around) {
         debug_assert!(!range.is_empty() && self.around(&range).as_ref() == Some(around));
-        let (mut start, mut end) = (range.start, range.end);
-        if let Some(before) = &around.before
-            && before.end == start
-        {
-            start = before.start;
+        let touched_before = around.before.as_ref().map(|before| before.end) == Some(range.start);
+        let touched_before = around.place.filter(|_| touched_before);
+        let touched_after = around
+            .after
+            .as_ref()
+            .filter(|after| after.start == range.end);
+        let next = touched_after.and_then(|_| self.0.next(around.place));
+        match (touched_before, touched_after, next) {
+            (Some(before), Some(after), Some(next)) => {
+                *self.0.value_mut(before) = after.end;
+                self.0.remove_at(next);
+            }
+            (Some(before), ..) => *self.0.value_mut(before) = range.end,
+            (None, _, Some(next)) => self.0.rename(next, range.start),
+            _ => self.0.insert_after(around.place, range.start, range.end),
         }
-        if let Some(after) = &around.after
-            && after.start == end
-        {
-            self.0.remove(&after.start);
-            end = after.end;
-        }
-        self.0.insert(start, end);
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -94,13 +120,19 @@ impl Intervals {
     /// Takes out a non-empty range that lies wholly in the set.
     pub(crate) fn remove(&mut self, range: &Range<usize>) {
         debug_assert!(!range.is_empty() && self.contains(range));
-        if let Some(found) = self.at_or_after(range.start) {
-            self.0.remove(&found.start);
-            if found.start < range.start {
-                self.0.insert(found.start, range.start);
+        let Some(place) = self.place_at_or_after(range.start) else {
+            return;
+        };
+        let found = self.stored(place);
+        match (found.start < range.start, range.end < found.end) {
+            (false, false) => {
+                self.0.remove_at(place);
             }
-            if range.end < found.end {
-                self.0.insert(range.end, found.end);
+            (false, true) => self.0.rename(place, range.end),
+            (true, false) => *self.0.value_mut(place) = range.start,
+            (true, true) => {
+                *self.0.value_mut(place) = range.start;
+                self.0.insert_after(Some(place), range.end, found.end);
             }
         }
     }
@@ -111,12 +143,12 @@ impl Intervals {
         let first = self
             .at_or_after(within.start)
             .map_or(within.end, |found| found.start);
-        let mut stored = self.0.range(first..);
+        let mut stored = self.0.range(first..usize::MAX);
         core::iter::from_fn(move || {
             while at < within.end {
                 let (start, end) = stored
                     .next()
-                    .map_or((within.end, usize::MAX), |(start, end)| (*start, *end));
+                    .map_or((within.end, usize::MAX), |(start, end)| (start, *end));
                 let gap = at..start.min(within.end);
                 at = end.min(within.end);
                 if !gap.is_empty() {
@@ -131,12 +163,9 @@ impl Intervals {
     pub(crate) fn within(&self, range: &Range<usize>) -> usize {
         let first = self.at_or_after(range.start);
         let first = first.map_or(range.end, |found| found.start);
-        let stored = self
-            .0
-            .range(first..)
-            .take_while(|(start, _)| **start < range.end);
+        let stored = self.0.range(first..range.end);
         stored
-            .map(|(start, end)| range.end.min(*end) - range.start.max(*start))
+            .map(|(start, end)| range.end.min(*end) - range.start.max(start))
             .sum()
     }
 
@@ -147,7 +176,7 @@ impl Intervals {
 
     /// The stored intervals in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = Range<usize>> + '_ {
-        self.0.iter().map(|(start, end)| *start..*end)
+        self.0.iter().map(|(start, end)| start..*end)
     }
 }
 

@@ -1,6 +1,6 @@
 //! One budget on one device: who holds which physical memory.
 //!
-//! `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
+//! `sorted`, `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
@@ -8,6 +8,7 @@ mod cache;
 mod compact;
 mod drain;
 mod fill;
+mod follow;
 mod intervals;
 mod lease;
 mod ledger;
@@ -19,6 +20,7 @@ mod policy;
 mod prefetch;
 mod range;
 mod retire;
+mod sorted;
 mod stats;
 mod worker;
 
@@ -139,8 +141,9 @@ impl Engine {
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if the headroom leaves
-    /// nothing.
+    /// nothing, or if `park_bytes_min` is above `park_bytes_max`.
     pub fn new(device: &Device, options: EngineOptions) -> Result<Self> {
+        options.check()?;
         let limit_bytes = options.limit_bytes.unwrap_or(device.total_bytes());
         if limit_bytes == 0 {
             return Err(VmmError::ZeroSize { what: "limit" });

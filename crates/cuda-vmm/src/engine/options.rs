@@ -2,6 +2,7 @@
 
 use super::WorkerMode;
 use super::policy::CHUNK_BYTES_MAX;
+use crate::{Result, VmmError};
 
 /// How an engine is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,9 +14,12 @@ pub struct EngineOptions {
     /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the process.
     pub headroom_bytes: usize,
     /// How much freed memory stays mapped, in bytes, to be taken back without a driver call. Where more is freed,
-    /// it is given back down to three quarters of this, so that a range that breathes does not call the driver at
-    /// each breath. 0 keeps nothing.
+    /// it is given back down to [`park_bytes_min`](Self::park_bytes_min). 0 keeps nothing.
     pub park_bytes_max: usize,
+    /// Down to how many bytes freed memory is given back once it is more than
+    /// [`park_bytes_max`](Self::park_bytes_max), so that a range that breathes does not call the driver at each
+    /// breath. Three quarters of that where none is given; never more than that.
+    pub park_bytes_min: Option<usize>,
     /// How much memory that is no longer mapped is kept, in bytes, to be mapped again anywhere without being
     /// made. It is overwritten with zeros on the device before, so that no range finds another's bytes in it, and
     /// given up before an allocation is refused. 0 keeps nothing.
@@ -36,6 +40,7 @@ impl EngineOptions {
             limit_bytes: None,
             headroom_bytes: 0,
             park_bytes_max: 0,
+            park_bytes_min: None,
             cache_bytes_max: 0,
             chunk_bytes_max: CHUNK_BYTES_MAX,
             worker: WorkerMode::Thread,
@@ -60,6 +65,12 @@ impl EngineOptions {
         self
     }
 
+    /// With freed memory given back down to this many bytes, once it is too much.
+    pub const fn park_bytes_min(mut self, bytes: usize) -> Self {
+        self.park_bytes_min = Some(bytes);
+        self
+    }
+
     /// With unmapped memory kept, up to this many bytes.
     pub const fn cache_bytes_max(mut self, bytes: usize) -> Self {
         self.cache_bytes_max = bytes;
@@ -76,6 +87,18 @@ impl EngineOptions {
     pub const fn worker(mut self, worker: WorkerMode) -> Self {
         self.worker = worker;
         self
+    }
+
+    /// Down to how many bytes parked memory is given back once it is too much.
+    pub(super) fn park_low_bytes(&self) -> usize {
+        let max_bytes = self.park_bytes_max;
+        self.park_bytes_min.unwrap_or(max_bytes - max_bytes / 4)
+    }
+
+    /// Checks that the watermarks hold together.
+    pub(super) fn check(&self) -> Result<()> {
+        let what = "park_bytes_min above park_bytes_max";
+        check_watermarks(what, self.park_bytes_min, self.park_bytes_max)
     }
 }
 
@@ -94,10 +117,14 @@ pub struct PoolOptions {
     /// whole.
     pub single_handle: bool,
     /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in bytes, before it is
-    /// asked for, so that a range that grows step by step calls no driver on the way. It begins again when half of it is
-    /// used up. What is made ahead is on the range's account, never takes another's guarantee, and is given up
-    /// first when memory is short. 0, the default, makes none.
+    /// asked for, so that a range that grows step by step calls no driver on the way. What is made ahead is on the
+    /// range's account, never takes another's guarantee, and is given up first when memory is short. 0, the default,
+    /// makes none.
     pub ahead_bytes_max: usize,
+    /// The worker begins again when fewer than so many bytes are left ahead, in whole pages and at least one. Near
+    /// [`ahead_bytes_max`](Self::ahead_bytes_max) it works in small pieces and often; near 0 it may come too late. Half
+    /// of that where none is given; never more than that.
+    pub ahead_bytes_min: Option<usize>,
 }
 
 impl PoolOptions {
@@ -106,6 +133,7 @@ impl PoolOptions {
         Self {
             single_handle: false,
             ahead_bytes_max: 0,
+            ahead_bytes_min: None,
         }
     }
 
@@ -115,9 +143,32 @@ impl PoolOptions {
         self
     }
 
+    /// With the worker beginning again when fewer than this many bytes are left ahead.
+    pub const fn ahead_bytes_min(mut self, bytes: usize) -> Self {
+        self.ahead_bytes_min = Some(bytes);
+        self
+    }
+
+    /// Checks that the watermarks hold together.
+    pub(super) fn check(&self) -> Result<()> {
+        let what = "ahead_bytes_min above ahead_bytes_max";
+        check_watermarks(what, self.ahead_bytes_min, self.ahead_bytes_max)
+    }
+
     /// With one handle for each allocation.
     pub const fn single_handle(mut self, single: bool) -> Self {
         self.single_handle = single;
         self
+    }
+}
+
+fn check_watermarks(what: &'static str, low: Option<usize>, high_bytes: usize) -> Result<()> {
+    match low {
+        Some(low_bytes) if low_bytes > high_bytes => Err(VmmError::QuotaUnsatisfiable {
+            what,
+            asked_bytes: low_bytes,
+            available_bytes: high_bytes,
+        }),
+        _ => Ok(()),
     }
 }

@@ -6,81 +6,20 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+mod ahead;
+mod chunk;
 mod counts;
+mod draining;
 mod relocation;
 
+pub(crate) use chunk::{ChunkState, Contents};
 pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
+use super::sorted::SortedMap;
+use chunk::Chunk;
 use core::ops::Range;
 use counts::Counts;
-use std::collections::BTreeMap;
-
-/// What is happening to a chunk: one physical allocation behind one or many pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ChunkState {
-    /// Being made; the pages are the reservation of that work.
-    Filling,
-    /// Mapped and accessible. Its pages without live bytes are slack.
-    Backed,
-    /// No byte is live, but the device may still use it.
-    Retiring,
-    /// No byte is live and the device has finished, but it is still mapped.
-    Parked,
-    /// Being unmapped; the pages are the reservation of that work.
-    Draining,
-    /// The driver refused to unmap it. Never handed out; retried.
-    Quarantined,
-    /// Its live pages are being moved to other memory; the pages are the reservation of that work.
-    Relocating,
-    /// A move was broken off and the driver would not map it again. Its bytes are live and safe, and nobody
-    /// reaches them; retried.
-    Stranded,
-}
-
-/// What is in a chunk in which nobody has a byte.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Contents {
-    /// What its last users left.
-    Unknown,
-    /// Nobody's: it was overwritten, or will be when it is parked, or nobody ever had it.
-    Clean,
-    /// What its last users left, and it could not be overwritten.
-    Stuck,
-}
-
-#[derive(Debug)]
-struct Chunk<M> {
-    /// Counts of pages, kept small: there can be a chunk for every page.
-    pages: u32,
-    live_pages: u32,
-    state: ChunkState,
-    /// Whether it was parked, and nobody has had a byte in it since.
-    untouched: bool,
-    contents: Contents,
-    /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
-    ahead: bool,
-    /// Absent while Filling, Draining, Relocating or Stranded, when it is with whoever does that work.
-    memory: Option<M>,
-}
-
-impl<M> Chunk<M> {
-    fn pages(&self) -> usize {
-        self.pages as usize
-    }
-
-    /// Whether it is parked and someone had bytes in it before, so that it was not made ahead.
-    fn is_parked(&self) -> bool {
-        self.state == ChunkState::Parked && !self.ahead
-    }
-
-    /// Someone has bytes in it now.
-    fn taken(&mut self) {
-        self.untouched = false;
-        self.contents = Contents::Unknown;
-        self.ahead = false;
-    }
-}
 
 /// Bytes of a range by what they are. Every charged byte is in exactly one part.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -107,8 +46,8 @@ pub(crate) struct Survey {
     pub(crate) missing: Vec<Range<usize>>,
     /// First pages of parked chunks.
     pub(crate) parked: Vec<usize>,
-    /// Whether some pages are retiring.
-    pub(crate) retiring: bool,
+    /// First pages of retiring chunks. Taking such bytes is right only where what uses them comes after the device's work.
+    pub(crate) retiring: Vec<usize>,
     /// Whether some pages are being filled, drained or moved by someone else.
     pub(crate) busy: bool,
     /// Whether some pages are in quarantine.
@@ -128,7 +67,7 @@ pub(crate) struct Pages<M> {
     live: Intervals,
     /// Bytes that are about to be live: their pages are being filled.
     pending: Intervals,
-    chunks: BTreeMap<usize, Chunk<M>>,
+    chunks: SortedMap<Chunk<M>>,
     live_pages: usize,
     counts: Counts,
 }
@@ -139,7 +78,7 @@ impl<M> Pages<M> {
             page_bytes,
             live: Intervals::default(),
             pending: Intervals::default(),
-            chunks: BTreeMap::new(),
+            chunks: SortedMap::default(),
             live_pages: 0,
             counts: Counts::default(),
         }
@@ -178,7 +117,7 @@ impl<M> Pages<M> {
     /// The first page of `pages` that nothing backs or is about to.
     pub(crate) fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
         let mut at = pages.start;
-        for (&first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
+        for (first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
             if at < first {
                 break;
             }
@@ -187,68 +126,18 @@ impl<M> Pages<M> {
         (at < pages.end).then_some(at)
     }
 
-    /// A run of pages that nothing backs is being made ahead.
-    pub(crate) fn begin_ahead(&mut self, run: Range<usize>) {
-        self.insert(run, ChunkState::Filling, None);
-    }
-
-    /// It was made, or what could not be undone is left, or nothing.
-    pub(crate) fn finish_ahead(
-        &mut self,
-        first: usize,
-        made: Option<(Range<usize>, M)>,
-        works: bool,
-    ) {
-        self.remove(first);
-        let Some((pages, memory)) = made else {
-            return;
-        };
-        if !works {
-            return self.insert(pages, ChunkState::Quarantined, Some(memory));
-        }
-        let first = pages.start;
-        self.insert(pages, ChunkState::Filling, Some(memory));
-        if let Some(chunk) = self.chunks.get_mut(&first) {
-            chunk.ahead = true;
-            chunk.contents = Contents::Clean;
-        }
-        self.set_state(first, ChunkState::Parked);
-    }
-
-    /// First pages of the chunks made ahead.
-    pub(crate) fn ahead(&self) -> impl DoubleEndedIterator<Item = usize> + '_ {
-        self.counts.ahead().iter().copied()
-    }
-
-    /// A chunk made ahead that lies wholly outside these pages.
-    pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
-        let before = self.counts.ahead().first().copied();
-        let before = before.filter(|first| {
-            let chunk = self.chunks.get(first);
-            chunk.is_some_and(|chunk| first + chunk.pages() <= pages.start)
-        });
-        let after = || {
-            self.counts
-                .ahead()
-                .last()
-                .copied()
-                .filter(|first| *first >= pages.end)
-        };
-        before.or_else(after)
-    }
-
     /// First pages of the parked chunks, but for those made ahead; the one parked first before the others. Some may be
     /// named twice.
     pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
         let maybe = self.counts.maybe_parked();
-        maybe.filter(|first| self.chunks.get(first).is_some_and(Chunk::is_parked))
+        maybe.filter(|first| self.chunks.get(*first).is_some_and(Chunk::is_parked))
     }
 
     /// The chunk that was parked before all others, but for those made ahead.
     pub(crate) fn first_parked(&mut self) -> Option<usize> {
         let chunks = &self.chunks;
         self.counts
-            .forget_while(|first| !chunks.get(&first).is_some_and(Chunk::is_parked));
+            .forget_while(|first| !chunks.get(first).is_some_and(Chunk::is_parked));
         self.counts.maybe_parked().next()
     }
 
@@ -258,22 +147,25 @@ impl<M> Pages<M> {
             return Vec::new();
         }
         let of_state = self.chunks.iter().filter(|(_, chunk)| chunk.state == state);
-        of_state.map(|(first, _)| *first).collect()
+        of_state.map(|(first, _)| first).collect()
     }
 
     /// The size of the chunk that begins at this page, in bytes.
     pub(crate) fn chunk_bytes(&self, first: usize) -> usize {
         self.chunks
-            .get(&first)
+            .get(first)
             .map_or(0, |chunk| chunk.pages() * self.page_bytes)
     }
 
     pub(crate) fn state_of(&self, first: usize) -> Option<ChunkState> {
-        self.chunks.get(&first).map(|chunk| chunk.state)
+        self.chunks.get(first).map(|chunk| chunk.state)
     }
 
     fn pages_of(&self, bytes: &Range<usize>) -> Range<usize> {
-        bytes.start / self.page_bytes..bytes.end.div_ceil(self.page_bytes)
+        // A page is a power of two bytes.
+        let shift = self.page_bytes.trailing_zeros();
+        let end = (bytes.end + self.page_bytes - 1) >> shift;
+        bytes.start >> shift..end
     }
 
     fn bytes_of(&self, pages: &Range<usize>) -> Range<usize> {
@@ -282,11 +174,11 @@ impl<M> Pages<M> {
 
     /// The first page of the chunk that backs `page`, or else of the next chunk.
     fn first_at_or_after(&self, page: usize) -> usize {
-        self.chunks
-            .range(..=page)
-            .next_back()
-            .filter(|(first, chunk)| **first + chunk.pages() > page)
-            .map_or(page, |(first, _)| *first)
+        let before = self.chunks.at_or_before(page);
+        before
+            .map(|place| self.chunks.entry(place))
+            .filter(|(first, chunk)| first + chunk.pages() > page)
+            .map_or(page, |(first, _)| first)
     }
 
     /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below `capacity`;
@@ -317,7 +209,7 @@ impl<M> Pages<M> {
         let pages = self.pages_of(bytes);
         let mut survey = Survey::default();
         let mut at = pages.start;
-        for (&first, chunk) in self
+        for (first, chunk) in self
             .chunks
             .range(self.first_at_or_after(pages.start)..pages.end)
         {
@@ -328,7 +220,7 @@ impl<M> Pages<M> {
             match chunk.state {
                 ChunkState::Backed => {}
                 ChunkState::Parked => survey.parked.push(first),
-                ChunkState::Retiring => survey.retiring = true,
+                ChunkState::Retiring => survey.retiring.push(first),
                 ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating => {
                     survey.busy = true;
                 }
@@ -348,8 +240,8 @@ impl<M> Pages<M> {
 
     /// The first page at or after `page` that a chunk backs, or `end`.
     pub(crate) fn next_chunk(&self, page: usize, end: usize) -> usize {
-        let next = self.chunks.range(page..).next();
-        next.map_or(end, |(first, _)| end.min(*first))
+        let next = self.chunks.range(page..end).next();
+        next.map_or(end, |(first, _)| first)
     }
 
     /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says whether they do. The short
@@ -359,9 +251,10 @@ impl<M> Pages<M> {
             return false;
         }
         let pages = self.pages_of(bytes);
-        let Some((&first, chunk)) = self.chunks.range_mut(..=pages.start).next_back() else {
+        let Some(place) = self.chunks.at_or_before(pages.start) else {
             return false;
         };
+        let (first, chunk) = self.chunks.entry(place);
         let is_there = matches!(chunk.state, ChunkState::Backed | ChunkState::Parked);
         if !is_there || first + chunk.pages() < pages.end {
             return false;
@@ -370,6 +263,7 @@ impl<M> Pages<M> {
             return false;
         };
         let fresh = around.fresh_pages(&pages, self.page_bytes).len();
+        let chunk = self.chunks.value_mut(place);
         if chunk.state == ChunkState::Parked {
             self.counts.change(first, chunk, ChunkState::Backed);
         }
@@ -382,14 +276,14 @@ impl<M> Pages<M> {
 
     /// Takes bytes for which no page is missing.
     pub(crate) fn take(&mut self, bytes: &Range<usize>, survey: &Survey) {
-        for first in &survey.parked {
+        for first in survey.parked.iter().chain(&survey.retiring) {
             self.set_state(*first, ChunkState::Backed);
         }
         self.make_live(bytes);
     }
 
     /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones, as being filled
-    /// and the parked ones as backed.
+    /// and the parked and retiring ones as backed.
     pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey, runs: &[Range<usize>]) {
         self.pending.insert(bytes.clone());
         for run in runs {
@@ -397,9 +291,12 @@ impl<M> Pages<M> {
         }
         for first in &survey.parked {
             self.set_state(*first, ChunkState::Backed);
-            if let Some(chunk) = self.chunks.get_mut(first) {
+            if let Some(chunk) = self.chunks.get_mut(*first) {
                 chunk.untouched = true;
             }
+        }
+        for first in &survey.retiring {
+            self.set_state(*first, ChunkState::Backed);
         }
     }
 
@@ -432,8 +329,8 @@ impl<M> Pages<M> {
     }
 
     /// Ends a filling that failed: everything is as before, but for chunks that could not be undone.
-    /// Returns the chunks that nobody uses any more because a neighbour freed its bytes meanwhile;
-    /// they are now retiring.
+    /// Returns the chunks that nobody uses any more because they were retiring before or a neighbour freed its bytes
+    /// meanwhile; they are now retiring.
     pub(crate) fn abort(
         &mut self,
         bytes: &Range<usize>,
@@ -450,7 +347,8 @@ impl<M> Pages<M> {
         }
         for first in &survey.parked {
             // What a neighbour used meanwhile retires instead, behind a fence of its own.
-            if self.chunks.get(first).is_some_and(|chunk| chunk.untouched) && self.is_unused(*first)
+            if self.chunks.get(*first).is_some_and(|chunk| chunk.untouched)
+                && self.is_unused(*first)
             {
                 self.set_state(*first, ChunkState::Parked);
             }
@@ -470,7 +368,7 @@ impl<M> Pages<M> {
         let unused: Vec<_> = self
             .chunks
             .range(self.first_at_or_after(pages.start)..pages.end)
-            .map(|(first, _)| *first)
+            .map(|(first, _)| first)
             .filter(|first| self.is_unused(*first))
             .collect();
         for first in &unused {
@@ -481,7 +379,7 @@ impl<M> Pages<M> {
 
     /// Whether a chunk is backed and nobody has or is about to have a byte in it.
     fn is_unused(&self, first: usize) -> bool {
-        self.chunks.get(&first).is_some_and(|chunk| {
+        self.chunks.get(first).is_some_and(|chunk| {
             chunk.state == ChunkState::Backed
                 && !self.is_taken(&self.bytes_of(&(first..first + chunk.pages())))
         })
@@ -497,66 +395,6 @@ impl<M> Pages<M> {
         if self.state_of(first) == Some(ChunkState::Retiring) {
             self.set_state(first, ChunkState::Parked);
         }
-    }
-
-    /// A draining chunk is to be parked again when the device has overwritten it, or done whatever it does.
-    pub(crate) fn retire_drained(&mut self, first: usize, memory: M, overwritten: bool) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.set_state(first, ChunkState::Retiring);
-        if let Some(chunk) = self.chunks.get_mut(&first) {
-            chunk.memory = Some(memory);
-            chunk.contents = if overwritten {
-                Contents::Clean
-            } else {
-                Contents::Stuck
-            };
-        }
-    }
-
-    /// What is in a parked chunk.
-    pub(crate) fn contents(&self, first: usize) -> Contents {
-        let chunk = self.chunks.get(&first);
-        chunk.map_or(Contents::Unknown, |chunk| chunk.contents)
-    }
-
-    /// Hands out the memory of a parked or quarantined chunk to be unmapped.
-    pub(crate) fn drain(&mut self, first: usize) -> Option<M> {
-        let state = self.state_of(first)?;
-        if !matches!(state, ChunkState::Parked | ChunkState::Quarantined) {
-            return None;
-        }
-        self.set_state(first, ChunkState::Draining);
-        self.chunks.get_mut(&first)?.memory.take()
-    }
-
-    /// The draining chunk was unmapped.
-    pub(crate) fn drained(&mut self, first: usize) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.remove(first);
-    }
-
-    /// The draining chunk could not be unmapped.
-    pub(crate) fn quarantine(&mut self, first: usize, memory: M) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
-        self.set_state(first, ChunkState::Quarantined);
-        if let Some(chunk) = self.chunks.get_mut(&first) {
-            chunk.memory = Some(memory);
-        }
-    }
-
-    /// Empties the books and hands out all memory that is in them: what the device may still use, and what it has
-    /// finished with.
-    pub(crate) fn take_all(&mut self) -> (Vec<M>, Vec<M>) {
-        let page_bytes = self.page_bytes;
-        let all = core::mem::replace(self, Self::new(page_bytes));
-        let (mut in_use, mut finished) = (Vec::new(), Vec::new());
-        for chunk in all.chunks.into_values() {
-            match chunk.state {
-                ChunkState::Parked | ChunkState::Quarantined => finished.extend(chunk.memory),
-                _ => in_use.extend(chunk.memory),
-            }
-        }
-        (in_use, finished)
     }
 
     /// Adds or takes the pages of these bytes to or from the counts of live pages. The bytes are not in
@@ -575,7 +413,7 @@ impl<M> Pages<M> {
         }
         let from = self.first_at_or_after(pages.start);
         for (first, chunk) in self.chunks.range_mut(from..pages.end) {
-            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(*first);
+            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(first);
             chunk.live_pages = chunk
                 .live_pages
                 .saturating_add_signed((sign * overlap as isize) as i32);
@@ -602,20 +440,20 @@ impl<M> Pages<M> {
     }
 
     fn remove(&mut self, first: usize) {
-        if let Some(chunk) = self.chunks.remove(&first) {
+        if let Some(chunk) = self.chunks.remove(first) {
             self.counts.remove(first, &chunk);
             debug_assert_eq!(chunk.live_pages, 0);
         }
     }
 
     fn set_state(&mut self, first: usize, state: ChunkState) {
-        if let Some(chunk) = self.chunks.get_mut(&first) {
+        if let Some(chunk) = self.chunks.get_mut(first) {
             self.counts.change(first, chunk, state);
         }
         if self.counts.is_overgrown() {
             let chunks = &self.chunks;
             self.counts
-                .tidy(|first| chunks.get(&first).is_some_and(Chunk::is_parked));
+                .tidy(|first| chunks.get(first).is_some_and(Chunk::is_parked));
         }
     }
 }

@@ -36,8 +36,14 @@ impl Range {
         }
         self.frontier_bytes = end_bytes;
         let window = self.window();
-        // Only when half is used up, so that the worker is not woken for every page.
-        let low = window.start..window.start + window.len().div_ceil(2);
+        // Only when so little is left, so that the worker is not woken for every page.
+        let low_pages = match self.options.ahead_bytes_min {
+            None => window.len().div_ceil(2),
+            Some(bytes) => bytes
+                .div_ceil(self.page_bytes)
+                .clamp(1, window.len().max(1)),
+        };
+        let low = window.start..window.end.min(window.start + low_pages);
         self.is_hungry |= self.pages.first_missing(low).is_some();
         self.is_hungry || self.stale_ahead().is_some()
     }

@@ -87,6 +87,7 @@ impl Inner {
         if capacity_bytes == 0 {
             return Err(VmmError::ZeroSize { what: "capacity" });
         }
+        options.check()?;
         let bytes =
             capacity_bytes
                 .checked_next_multiple_of(page_bytes)
@@ -142,15 +143,8 @@ impl Inner {
     /// Names a stream whose work uses the range.
     pub(crate) fn use_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
         self.device.expect_same(stream.device())?;
-        self.with_range(id, |range| {
-            if range
-                .streams
-                .iter()
-                .all(|known| known.raw() != stream.raw())
-            {
-                range.streams.push(stream.clone());
-            }
-        })
+        self.check_process()?;
+        self.add_stream(id, stream)
     }
 
     pub(crate) fn is_live(&self, id: RangeId, offset: usize, bytes: usize) -> bool {
@@ -212,6 +206,7 @@ impl Inner {
         self.check_process()?;
         let mut retried = false;
         let mut polled = false;
+        let mut followed = false;
         // Why the driver would not take back what was given up for this.
         let mut refused = None;
         let mut state = self.lock();
@@ -277,8 +272,11 @@ impl Inner {
                 continue;
             }
             let (account, page_bytes) = (range.account, range.page_bytes);
-            let (retiring, busy) = (survey.retiring, survey.busy);
-            let refusal = if retiring || busy {
+            let busy = survey.busy;
+            let retiring = !survey.retiring.is_empty() && !state.may_follow(id, &survey.retiring);
+            // Where nobody takes steps, or not often, what is past is looked for now and then.
+            let overgrown = !survey.retiring.is_empty() && state.queue.is_overgrown();
+            let refusal = if retiring || busy || (overgrown && !polled) {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
@@ -305,6 +303,12 @@ impl Inner {
                 drop(state);
                 self.poll();
                 state = self.lock();
+                state.queue.was_looked_through();
+                continue;
+            }
+            if retiring && !busy && !followed {
+                followed = true;
+                state = self.make_follow(state, id, &plan.survey.retiring);
                 continue;
             }
             if busy && wait {

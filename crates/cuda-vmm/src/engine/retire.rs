@@ -65,11 +65,16 @@ impl Until {
 pub(super) struct Entry {
     pub(super) id: u64,
     pub(super) range: RangeId,
-    /// First pages.
+    /// First pages, rising.
     pub(super) chunks: Vec<usize>,
     pub(super) until: Until,
     /// How much of it is overwritten by then, in bytes.
     pub(super) scrubbed_bytes: usize,
+    /// How many of the range's streams, in the order in which they were named, come after the fences.
+    pub(super) followers: usize,
+    /// Whether chunks of it were taken back before its fences were past. Then it stays until they are, even without
+    /// chunks: a stream that is named meanwhile must come after them too.
+    pub(super) followed: bool,
 }
 
 /// Entries in the order in which they were made.
@@ -77,6 +82,8 @@ pub(super) struct Entry {
 pub(super) struct Queue {
     entries: Vec<Entry>,
     next: u64,
+    /// Entries that were left when somebody last looked which are past.
+    left: usize,
 }
 
 impl Queue {
@@ -98,6 +105,8 @@ impl Queue {
             chunks,
             until,
             scrubbed_bytes,
+            followers: 0,
+            followed: false,
         });
     }
 
@@ -118,9 +127,10 @@ impl Queue {
             .collect()
     }
 
-    /// The first entry that fences end, of one range or of all.
+    /// The first entry whose chunks come back when fences are past, of one range or of all.
     pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Fence>>)> {
-        self.of(only).find_map(|entry| match &entry.until {
+        let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
+        entries.find_map(|entry| match &entry.until {
             Until::Fences(fences) => Some((entry.id, fences.clone())),
             Until::Synchronised => None,
         })
@@ -132,6 +142,24 @@ impl Queue {
             .filter(|entry| matches!(entry.until, Until::Synchronised))
             .map(|entry| entry.id)
             .collect()
+    }
+
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        self.entries.iter_mut()
+    }
+
+    /// Whether so many entries have come that somebody should look which are past, if no step does.
+    pub(super) fn is_overgrown(&self) -> bool {
+        self.entries.len() > 2 * self.left + 64
+    }
+
+    /// Somebody has looked.
+    pub(super) fn was_looked_through(&mut self) {
+        self.left = self.entries.len();
     }
 
     fn of(&self, only: Option<RangeId>) -> impl Iterator<Item = &Entry> {

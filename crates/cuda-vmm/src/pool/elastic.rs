@@ -58,7 +58,8 @@ impl VirtualMemoryPool {
     /// As [`on_engine`](Self::on_engine), as the options say.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// As [`new`](Self::new); [`VmmError::QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable) if
+    /// `ahead_bytes_min` is above `ahead_bytes_max`.
     pub fn with_options(
         engine: &Engine,
         capacity_bytes: usize,
@@ -97,7 +98,10 @@ impl VirtualMemoryPool {
     /// Makes `bytes` bytes at `offset` live and returns their address. Edges need not be aligned to pages:
     /// exactly the bytes named are live, and every page that they touch is backed.
     ///
-    /// Waits only for retiring memory, and only if that satisfies it.
+    /// Waits only for retiring memory, and only if that satisfies it. Where streams are named by
+    /// [`use_stream`](Self::use_stream), pages that are retiring at these very addresses are taken back at once: the streams
+    /// are made to wait for what the device still does with them (`cuStreamWaitEvent`; no call where one stream is named),
+    /// so new work on any named stream comes after it. While a [`CaptureGuard`](crate::CaptureGuard) lives, the caller waits.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
@@ -273,6 +277,11 @@ impl VirtualMemoryPool {
     /// `deallocate` of them answer [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used,
     /// until a later `compact`, [`trim`](Self::trim) or step has mapped them again.
     pub fn compact(&mut self) -> Result<CompactReport> {
+        self.compact_promised()
+    }
+
+    /// As [`compact`](Self::compact), for callers who were promised that nobody launches work meanwhile.
+    pub(super) fn compact_promised(&self) -> Result<CompactReport> {
         self.engine.inner().compact(self.range)
     }
 

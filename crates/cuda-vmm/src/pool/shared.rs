@@ -1,7 +1,12 @@
 //! Many models under one physical limit.
+//!
+//! # Safety
+//! Nothing unsafe is done here. [`SharedMemoryPool::compact_model`] is unsafe to call, as its caller promises what the
+//! `&mut` of [`VirtualMemoryPool::compact`] stands for: others may have the model too.
+#![allow(unsafe_code)]
 
 use super::{PoolStats, VirtualMemoryPool};
-use crate::engine::{Engine, EngineOptions, EngineStats, PoolOptions, Quota};
+use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions, Quota};
 use crate::sync::{Arc, PoisonError, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
@@ -30,6 +35,8 @@ pub struct ModelOptions {
     /// How much memory in bytes is made ahead of its latest allocation; see
     /// [`PoolOptions::ahead_bytes_max`].
     pub ahead_bytes_max: usize,
+    /// When the worker begins again to make memory ahead; see [`PoolOptions::ahead_bytes_min`].
+    pub ahead_bytes_min: Option<usize>,
 }
 
 impl ModelOptions {
@@ -40,6 +47,7 @@ impl ModelOptions {
             guarantee_bytes: 0,
             ceiling_bytes: None,
             ahead_bytes_max: 0,
+            ahead_bytes_min: None,
         }
     }
 }
@@ -105,7 +113,7 @@ impl SharedMemoryPool {
     ///
     /// # Errors
     /// As [`register_model`](Self::register_model); [`VmmError::QuotaUnsatisfiable`] if the guarantee is
-    /// above the ceiling or cannot hold beside the others.
+    /// above the ceiling or cannot hold beside the others, or if `ahead_bytes_min` is above `ahead_bytes_max`.
     pub fn register_model_with(&self, model: &str, options: ModelOptions) -> Result<()> {
         let already = || VmmError::ModelAlreadyRegistered {
             model: model.to_owned(),
@@ -117,11 +125,13 @@ impl SharedMemoryPool {
             guarantee_bytes: options.guarantee_bytes,
             ceiling_bytes: options.ceiling_bytes.unwrap_or(usize::MAX),
         };
+        let mut ahead = PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max);
+        ahead.ahead_bytes_min = options.ahead_bytes_min;
         let pool = VirtualMemoryPool::with_quota(
             &self.engine,
             options.capacity_bytes,
             self.page_bytes,
-            PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max),
+            ahead,
             quota,
         )?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
@@ -246,6 +256,28 @@ impl SharedMemoryPool {
     /// As [`Engine::trim`].
     pub fn trim(&self) -> Result<usize> {
         self.engine.trim()
+    }
+
+    /// Gives back a model's slack by moving its live pages to chunks that fit, at unchanged addresses; see
+    /// [`VirtualMemoryPool::compact`]. Other models go on meanwhile.
+    ///
+    /// There is slack only where [`EngineOptions::chunk_bytes_max`] of the pool is more than a page; with
+    /// [`new`](Self::new) it is not.
+    ///
+    /// # Errors
+    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::compact`].
+    ///
+    /// # Safety
+    /// No work that uses the model's memory may be launched, by anyone, from the beginning of the call to its end: pages are
+    /// unmapped for a moment, and what is written to the old memory after it was copied is lost. Work that was queued
+    /// before, on the streams that were named for the model or on any where none was, is waited for.
+    pub unsafe fn compact_model(&self, model: &str) -> Result<CompactReport> {
+        self.find(model)?.compact_promised()
+    }
+
+    /// What [`compact_model`](Self::compact_model) would move and give back now. Makes no driver calls.
+    pub fn model_compact_report(&self, model: &str) -> Option<CompactReport> {
+        self.find(model).ok().map(|pool| pool.compact_report())
     }
 
     /// The engine behind the pool, on which further ranges can be made.

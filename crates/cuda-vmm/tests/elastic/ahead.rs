@@ -69,6 +69,31 @@ fn a_range_that_grows_finds_its_memory_there() {
 }
 
 #[test]
+fn the_low_watermark_says_when_memory_is_made_again() {
+    // How much is made behind each of the pages that are taken.
+    for (low_bytes, made) in [
+        (None, [0, 0, 3, 0, 0, 3]),
+        (Some(0), [0, 0, 0, 4, 0, 0]),
+        (Some(1), [0, 0, 0, 4, 0, 0]),
+        (Some(3 * PAGE), [0, 2, 0, 2, 0, 2]),
+        (Some(4 * PAGE), [1, 1, 1, 1, 1, 1]),
+    ] {
+        let simulated = Simulated::default();
+        let engine = Engine::new(&simulated.device, manual()).expect("an engine");
+        let mut options = PoolOptions::new().ahead_bytes_max(4 * PAGE);
+        options.ahead_bytes_min = low_bytes;
+        let pool = VirtualMemoryPool::with_options(&engine, 64 * PAGE, PAGE, options);
+        let pool = pool.expect("a pool");
+        engine.step();
+        let pages = made.iter().enumerate().map(|(page, _)| {
+            pool.allocate(page * PAGE, PAGE).expect("there already");
+            engine.step().prefetched_bytes / PAGE
+        });
+        assert_eq!(pages.collect::<Vec<_>>(), made, "{low_bytes:?}");
+    }
+}
+
+#[test]
 fn what_was_made_ahead_is_given_up_first_and_nothing_is_given_up_for_it() {
     let fixture = Fixture::new(manual());
     fixture.engine.step();

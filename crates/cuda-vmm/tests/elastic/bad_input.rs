@@ -4,7 +4,7 @@ use crate::common::{PAGE, Simulated, failure, manual};
 use crate::{CAPACITY, Fixture, LIMIT};
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::sys::DriverFunction;
-use cuda_vmm::{Engine, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{Engine, PoolOptions, Stream, VirtualMemoryPool, VmmError};
 
 #[test]
 fn a_pool_is_refused_bad_pages_and_capacities() {
@@ -78,6 +78,33 @@ fn an_engine_is_refused_limits_that_leave_nothing() {
             }
         );
     }
+}
+
+#[test]
+fn watermarks_that_do_not_hold_together_are_refused() {
+    let simulated = Simulated::default();
+    let refused = |what| VmmError::QuotaUnsatisfiable {
+        what,
+        asked_bytes: PAGE + 1,
+        available_bytes: PAGE,
+    };
+    let options = manual().park_bytes_max(PAGE).park_bytes_min(PAGE + 1);
+    assert_eq!(
+        simulated
+            .unchanged(|| Engine::new(&simulated.device, options))
+            .err(),
+        Some(refused("park_bytes_min above park_bytes_max"))
+    );
+    let engine = Engine::new(&simulated.device, options.park_bytes_min(PAGE)).expect("they hold");
+    let options = PoolOptions::new()
+        .ahead_bytes_max(PAGE)
+        .ahead_bytes_min(PAGE + 1);
+    let open = |options| VirtualMemoryPool::with_options(&engine, PAGE, PAGE, options);
+    assert_eq!(
+        simulated.unchanged(|| open(options)).err(),
+        Some(refused("ahead_bytes_min above ahead_bytes_max"))
+    );
+    open(options.ahead_bytes_min(PAGE)).expect("they hold");
 }
 
 #[test]

@@ -113,6 +113,18 @@ fn registration_is_refused_quotas_that_cannot_hold() {
             }
         );
     }
+    let watermarks = ModelOptions {
+        ahead_bytes_min: Some(PAGE),
+        ..ModelOptions::new(CAPACITY)
+    };
+    assert_eq!(
+        fixture.refused(|pool| pool.register_model_with("c", watermarks)),
+        VmmError::QuotaUnsatisfiable {
+            what: "ahead_bytes_min above ahead_bytes_max",
+            asked_bytes: PAGE,
+            available_bytes: 0
+        }
+    );
     let pool = &fixture.pool;
     pool.allocate_for_model("a", 3 * PAGE).expect("room");
     pool.register_model_with("c", options(4 * PAGE, None))

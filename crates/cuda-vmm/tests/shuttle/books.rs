@@ -35,6 +35,8 @@ struct Work {
     stream: usize,
     /// Addresses that it uses; none for a mark in the queue.
     addresses: Range<u64>,
+    /// Work that must be finished before.
+    after: Vec<u64>,
 }
 
 #[derive(Debug)]
@@ -57,6 +59,9 @@ struct Fault {
 #[derive(Debug, Default)]
 pub struct Books {
     last: u64,
+    /// Whether work on the same bytes must come one after the other. Not where bytes of a page that a neighbour keeps live
+    /// go from one stream to another: there the caller orders them.
+    pub in_order: bool,
     /// Bytes by handle.
     memory: BTreeMap<u64, u64>,
     mappings: BTreeMap<u64, Mapped>,
@@ -295,8 +300,53 @@ impl Books {
                 }
             }
         }
+        let overlaps = |work: &Work| {
+            work.addresses.start < addresses.end && addresses.start < work.addresses.end
+        };
+        let others = self.work.iter();
+        let others = others.filter(|(_, work)| work.stream != stream && overlaps(work));
+        let racing: Vec<_> = others.map(|(id, _)| *id).collect();
+        if self.in_order && racing.iter().any(|id| !self.comes_after(stream, *id)) {
+            self.forbid(format!(
+                "work on {:#x} that other work still uses",
+                addresses.start
+            ));
+        }
         let id = self.number();
-        self.work.insert(id, Work { stream, addresses });
+        let work = Work {
+            stream,
+            addresses,
+            after: Vec::new(),
+        };
+        self.work.insert(id, work);
+    }
+
+    /// Whether what is queued on a stream from now on waits for this work of another.
+    fn comes_after(&self, stream: usize, id: u64) -> bool {
+        let queued = self.work.values().filter(|work| work.stream == stream);
+        let mut before: Vec<u64> = queued.flat_map(|work| work.after.clone()).collect();
+        let mut seen = BTreeSet::new();
+        while let Some(next) = before.pop() {
+            if next == id {
+                return true;
+            }
+            if let Some(work) = self.work.get(&next).filter(|_| seen.insert(next)) {
+                before.extend(&work.after);
+            }
+        }
+        false
+    }
+
+    /// Has a stream wait for what an event marks.
+    pub fn wait(&mut self, stream: usize, event: usize) {
+        let after = self.until(event);
+        let id = self.number();
+        let mark = Work {
+            stream,
+            addresses: 0..0,
+            after,
+        };
+        self.work.insert(id, mark);
     }
 
     /// What is queued now, on one stream or on all.
@@ -314,17 +364,19 @@ impl Books {
     /// Finishes the first work of some stream; false if there is none, or the device is paused. `choose` picks
     /// one of so many streams.
     pub fn finish_one(&mut self, choose: impl FnOnce(usize) -> usize) -> bool {
-        let streams: BTreeSet<_> = self.work.values().map(|work| work.stream).collect();
-        if self.paused || streams.is_empty() {
-            return false;
-        }
-        let stream = streams.iter().nth(choose(streams.len()));
-        let first = self
+        // The first work of each stream, if it waits for nothing.
+        let mut streams = BTreeSet::new();
+        let firsts = self
             .work
             .iter()
-            .find(|(_, work)| Some(&work.stream) == stream)
-            .map(|(id, _)| *id);
-        first.is_some_and(|id| self.work.remove(&id).is_some())
+            .filter(|(_, work)| streams.insert(work.stream));
+        let ready = firsts.filter(|(_, work)| self.is_past(&work.after));
+        let ready: Vec<_> = ready.map(|(id, _)| *id).collect();
+        if self.paused || ready.is_empty() {
+            return false;
+        }
+        let first = ready[choose(ready.len())];
+        self.work.remove(&first).is_some()
     }
 
     pub fn open_event(&mut self) -> usize {
@@ -348,6 +400,7 @@ impl Books {
         let mark = Work {
             stream: stream.unwrap_or_default(),
             addresses: 0..0,
+            after: Vec::new(),
         };
         self.work.insert(id, mark);
         let until = self.queued(stream);

@@ -292,6 +292,39 @@ unsafe extern "C" fn set_bytes(
     code
 }
 
+unsafe extern "C" fn copy_bytes(
+    target: CUdeviceptr,
+    source: CUdeviceptr,
+    bytes: usize,
+    stream: CUstream,
+) -> CUresult {
+    let code = call_in_context(DriverFunction::cuMemcpyDtoDAsync, |books| {
+        for address in [source, target] {
+            books.launch(stream.addr(), address..address + bytes as u64);
+        }
+    });
+    ring();
+    code
+}
+
+unsafe extern "C" fn stream_synchronise(stream: CUstream) -> CUresult {
+    let mut until = Vec::new();
+    let code = call_in_context(DriverFunction::cuStreamSynchronize, |books| {
+        expect_relaxed(books, DriverFunction::cuStreamSynchronize);
+        until = books.queued(Some(stream.addr()));
+    });
+    until_past(&until);
+    code
+}
+
+unsafe extern "C" fn stream_wait(stream: CUstream, event: CUevent, _: c_uint) -> CUresult {
+    let code = call_in_context(DriverFunction::cuStreamWaitEvent, |books| {
+        books.wait(stream.addr(), event.addr());
+    });
+    ring();
+    code
+}
+
 unsafe extern "C" fn event_create(event: *mut CUevent, _: c_uint) -> CUresult {
     call_in_context(DriverFunction::cuEventCreate, |books| {
         // SAFETY: as above.
@@ -377,6 +410,9 @@ pub fn open(new: bool) -> Driver {
         cuMemSetAccess: set_access,
         cuMemUnmap: unmap,
         cuMemsetD8Async: set_bytes,
+        cuMemcpyDtoDAsync: copy_bytes,
+        cuStreamSynchronize: stream_synchronise,
+        cuStreamWaitEvent: stream_wait,
         cuStreamCreate: stream_create,
         cuStreamDestroy: stream_destroy,
         cuStreamIsCapturing: is_capturing,

@@ -9,6 +9,12 @@ use shuttle::thread::{self, JoinHandle};
 /// How often the end looks whether all is back.
 const PATIENCE: usize = 5_000;
 
+/// So many pages in bytes, which the device must never exceed.
+pub fn limit(pages: usize) -> usize {
+    books(|books| books.limit_bytes = Some((pages * PAGE) as u64));
+    pages * PAGE
+}
+
 /// A device, with the task that finishes its work.
 pub struct World {
     pub device: Device,
@@ -26,9 +32,12 @@ impl World {
 
     /// An engine with a budget of so many pages, which the device must never exceed.
     pub fn engine(&self, limit_pages: usize, mode: WorkerMode) -> Engine {
-        let limit_bytes = limit_pages * PAGE;
-        books(|books| books.limit_bytes = Some(limit_bytes as u64));
-        let options = EngineOptions::new().limit_bytes(limit_bytes).worker(mode);
+        self.engine_with(limit_pages, EngineOptions::new().worker(mode))
+    }
+
+    /// The same, as the options say.
+    pub fn engine_with(&self, limit_pages: usize, options: EngineOptions) -> Engine {
+        let options = options.limit_bytes(limit(limit_pages));
         Engine::new(&self.device, options).expect("a limit above nothing")
     }
 

@@ -160,7 +160,8 @@ fn measure_parked(machine: &Machine) -> Result<Outcome> {
         take()?;
         take()
     });
-    let measured = sides.measure(&machine.settings, machine.settings.rounds * 5)?;
+    // A round takes less than a millisecond.
+    let measured = sides.measure(&machine.settings, machine.settings.rounds * 25)?;
     let mut outcome = Outcome::new(measured);
     let ours_ns = outcome
         .measured

@@ -20,13 +20,13 @@ pub(crate) struct PartlyLive {
 impl<M> Pages<M> {
     /// All chunks that may be moved, in the order of their pages.
     pub(crate) fn partly_live(&self) -> impl Iterator<Item = PartlyLive> + '_ {
-        (self.chunks.keys()).filter_map(|first| self.partly_live_at(*first))
+        (self.chunks.iter()).filter_map(|(first, _)| self.partly_live_at(first))
     }
 
     /// The chunk that begins at this page, if it is partly live and may be moved: nobody works on it, or is about to
     /// take bytes of it. Whatever else is to hold a chunk where it is, is asked here.
     pub(crate) fn partly_live_at(&self, first: usize) -> Option<PartlyLive> {
-        let chunk = self.chunks.get(&first)?;
+        let chunk = self.chunks.get(first)?;
         let pages = first..first + chunk.pages();
         let is_partly_live = chunk.live_pages > 0 && chunk.live_pages < chunk.pages;
         if chunk.state != ChunkState::Backed
@@ -59,7 +59,7 @@ impl<M> Pages<M> {
             return None;
         }
         self.set_state(first, ChunkState::Relocating);
-        self.chunks.get_mut(&first)?.memory.take()
+        self.chunks.get_mut(first)?.memory.take()
     }
 
     /// Puts chunks of other memory in the place of one that was moved. Returns those that nobody uses because their
@@ -70,7 +70,7 @@ impl<M> Pages<M> {
         chunks: impl IntoIterator<Item = (Range<usize>, M)>,
     ) -> Vec<usize> {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
-        let Some(old) = self.chunks.remove(&first) else {
+        let Some(old) = self.chunks.remove(first) else {
             return Vec::new();
         };
         self.counts.remove(first, &old);
@@ -80,7 +80,7 @@ impl<M> Pages<M> {
             let live_pages = u32::try_from(live.count()).unwrap_or(u32::MAX);
             let first = pages.start;
             self.insert(pages, ChunkState::Backed, Some(memory));
-            if let Some(chunk) = self.chunks.get_mut(&first) {
+            if let Some(chunk) = self.chunks.get_mut(first) {
                 chunk.live_pages = live_pages;
             }
         }
@@ -92,7 +92,7 @@ impl<M> Pages<M> {
     pub(crate) fn come_back(&mut self, first: usize, memory: M) -> Vec<usize> {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
         self.set_state(first, ChunkState::Backed);
-        let Some(chunk) = self.chunks.get_mut(&first) else {
+        let Some(chunk) = self.chunks.get_mut(first) else {
             return Vec::new();
         };
         chunk.memory = Some(memory);
@@ -130,7 +130,7 @@ impl<M> Pages<M> {
     /// Live pages that nobody reaches.
     pub(super) fn stranded_live_pages(&self) -> usize {
         let stranded = self.in_state(ChunkState::Stranded).into_iter();
-        let live = stranded.filter_map(|first| self.chunks.get(&first));
+        let live = stranded.filter_map(|first| self.chunks.get(first));
         live.map(|chunk| chunk.live_pages as usize).sum()
     }
 

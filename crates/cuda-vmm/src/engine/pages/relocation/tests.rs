@@ -43,8 +43,8 @@ fn live_pages(pages: &Pages<usize>) -> Vec<usize> {
 fn check(pages: &Pages<usize>) -> Result<(), TestCaseError> {
     let live = live_pages(pages);
     prop_assert_eq!(pages.live_pages(), live.len());
-    for (first, chunk) in &pages.chunks {
-        let own = (*first..first + chunk.pages()).filter(|page| live.contains(page));
+    for (first, chunk) in pages.chunks.iter() {
+        let own = (first..first + chunk.pages()).filter(|page| live.contains(page));
         prop_assert_eq!(chunk.live_pages as usize, own.count());
     }
     Ok(())

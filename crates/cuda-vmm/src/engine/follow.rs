@@ -1,0 +1,233 @@
+//! Taking back memory before the device has finished with it: the streams that will use it wait, not the caller.
+//!
+//! A chunk retires behind fences. Where all streams that are named for its range come after these fences, whatever they
+//! are given to do from now on does too, so the chunk may be used again at once. A stream comes after a fence of its own
+//! anyway; it is made to come after another's by `cuStreamWaitEvent`. So with one stream no call is made.
+//!
+//! When the chunk is freed again, the new fences on the same streams end the earlier work as well, for each of
+//! these streams came after it.
+
+use super::retire::{Entry, Queue, Until};
+use super::{Inner, RangeId, State};
+use crate::sync::{Arc, MutexGuard};
+use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
+
+/// Streams that are to come after the fences of an entry of the queue.
+struct Following {
+    entry: u64,
+    fences: Arc<Vec<Fence>>,
+    /// How many streams had been named.
+    followers: usize,
+    streams: Vec<Stream>,
+}
+
+impl Following {
+    /// Has the streams wait for those fences that are not past and not their own.
+    ///
+    /// A stream that is being captured is not made to wait for anything outside, and no stream for an event that belongs
+    /// to a capture, which would draw it in; asking whether the fence is past finds those out.
+    fn run(&self) -> Result<bool> {
+        for stream in &self.streams {
+            let others = self
+                .fences
+                .iter()
+                .filter(|fence| !fence.is_on(stream.raw()));
+            for fence in others {
+                if fence.is_complete()? {
+                    continue;
+                }
+                if stream.is_capturing()? {
+                    return Ok(false);
+                }
+                stream.wait_for(fence)?;
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Entry {
+    fn fences(&self) -> Option<&Arc<Vec<Fence>>> {
+        match &self.until {
+            Until::Fences(fences) => Some(fences),
+            Until::Synchronised => None,
+        }
+    }
+
+    /// Those of the streams that do not come after the fences yet.
+    fn strangers<'a>(&'a self, streams: &'a [Stream]) -> impl Iterator<Item = &'a Stream> {
+        let fences = self.fences().map_or(&[][..], |fences| fences.as_slice());
+        let rest = streams.iter().skip(self.followers);
+        rest.filter(move |stream| fences.iter().any(|fence| !fence.is_on(stream.raw())))
+    }
+}
+
+impl Queue {
+    /// The entry that holds a retiring chunk, if fences end it.
+    fn holder(&self, id: RangeId, first: usize) -> Option<&Entry> {
+        let mut entries = self.entries();
+        entries.find(|entry| {
+            entry.range == id
+                && entry.fences().is_some()
+                && entry.chunks.binary_search(&first).is_ok()
+        })
+    }
+
+    /// Takes chunks out that are used again before their fences are past.
+    pub(super) fn follow(&mut self, id: RangeId, chunks: &[usize]) {
+        for first in chunks {
+            for entry in self.entries_mut().filter(|entry| entry.range == id) {
+                if let Ok(at) = entry.chunks.binary_search(first) {
+                    entry.chunks.remove(at);
+                    entry.followed = true;
+                    entry.scrubbed_bytes = 0;
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Notes that so many of the range's streams come after an entry's fences.
+    fn add_followers(&mut self, id: u64, followers: usize) {
+        let entry = self.entries_mut().find(|entry| entry.id == id);
+        if let Some(entry) = entry {
+            entry.followers = entry.followers.max(followers);
+        }
+    }
+}
+
+impl State {
+    /// Whether retiring chunks may be used again now: all streams that are named for the range come after their fences.
+    /// Not while a capture is declared: it could be one of these streams'.
+    pub(super) fn may_follow(&self, id: RangeId, chunks: &[usize]) -> bool {
+        let Some(streams) = self.followers_of(id).filter(|_| !CaptureGuard::any()) else {
+            return false;
+        };
+        chunks.iter().all(|first| {
+            let holder = self.queue.holder(id, *first);
+            holder.is_some_and(|entry| entry.strangers(streams).next().is_none())
+        })
+    }
+
+    /// The streams that are named for a range, if they can come after fences. The per-thread default stream cannot: it
+    /// is another one for each thread.
+    fn followers_of(&self, id: RangeId) -> Option<&[Stream]> {
+        let streams = self.ranges.get(&id)?.streams.as_slice();
+        let usable = !streams.is_empty() && !streams.iter().any(Stream::is_per_thread);
+        usable.then_some(streams)
+    }
+
+    /// What would let these chunks be used again; `None` if some have no fences.
+    fn following(&self, id: RangeId, chunks: &[usize]) -> Option<Vec<Following>> {
+        let streams = self.followers_of(id).filter(|_| !CaptureGuard::any())?;
+        let mut needed: Vec<Following> = Vec::new();
+        for first in chunks {
+            let entry = self.queue.holder(id, *first)?;
+            if needed.iter().all(|known| known.entry != entry.id) {
+                needed.push(Following {
+                    entry: entry.id,
+                    fences: entry.fences()?.clone(),
+                    followers: streams.len(),
+                    streams: entry.strangers(streams).cloned().collect(),
+                });
+            }
+        }
+        Some(needed)
+    }
+}
+
+impl Inner {
+    /// Has the named streams of a range come after the fences of these chunks, without waiting for the device. Where that
+    /// cannot be done all is as before, and the caller may wait instead.
+    pub(super) fn make_follow<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        id: RangeId,
+        chunks: &[usize],
+    ) -> MutexGuard<'a, State> {
+        let Some(needed) = state.following(id, chunks) else {
+            return state;
+        };
+        drop(state);
+        // The pages need not be kept for this: what is noted is about the entry, and holds for whoever takes its chunks. If
+        // it is gone meanwhile, the streams wait for what is over.
+        let done: Vec<_> = needed.iter().map(Following::run).collect();
+        let mut state = self.lock();
+        for (following, done) in needed.iter().zip(&done) {
+            match done {
+                Ok(true) => {
+                    let Following {
+                        entry, followers, ..
+                    } = following;
+                    state.queue.add_followers(*entry, *followers);
+                }
+                Ok(false) => {}
+                Err(error) => tracing::debug!(%error, "a stream could not be made to wait"),
+            }
+        }
+        drop(state);
+        // Without the lock: these may be the last to hold the fences and streams, and dropping one calls the driver.
+        drop(needed);
+        self.lock()
+    }
+
+    /// Names another stream for a range. Where memory was taken back for which the other streams wait, this one does too;
+    /// if it cannot be made to, the caller does.
+    pub(super) fn add_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
+        let mut known: Vec<u64> = Vec::new();
+        loop {
+            let (followed, streams) = {
+                let mut state = self.lock();
+                let State { ranges, queue, .. } = &mut *state;
+                let range = match ranges.get_mut(&id) {
+                    Some(range) if !range.closed => range,
+                    _ => return Err(VmmError::Closed),
+                };
+                let is_named = |named: &Stream| named.raw() == stream.raw();
+                if range.streams.iter().any(is_named) {
+                    return Ok(());
+                }
+                let followed: Vec<_> = queue
+                    .entries()
+                    .filter(|entry| entry.range == id && entry.followed)
+                    .filter(|entry| !known.contains(&entry.id))
+                    .map(|entry| (entry.id, entry.fences().cloned()))
+                    .collect();
+                if followed.is_empty() {
+                    let followers = range.streams.len();
+                    let known = |entry: &&mut Entry| known.contains(&entry.id);
+                    for entry in queue.entries_mut().filter(known) {
+                        if entry.followers == followers {
+                            entry.followers += 1;
+                        }
+                    }
+                    range.streams.push(stream.clone());
+                    return Ok(());
+                }
+                (followed, range.streams.clone())
+            };
+            for (entry, fences) in followed {
+                let fences = match fences {
+                    Some(fences) => fences,
+                    // They turned out to be of no use. What is queued now ends what they stood for.
+                    None => Arc::new(streams.iter().map(Stream::record).collect::<Result<_>>()?),
+                };
+                for fence in fences.iter() {
+                    if !fence.is_on(stream.raw()) && !fence.is_complete()? {
+                        come_after(stream, fence)?;
+                    }
+                }
+                known.push(entry);
+            }
+        }
+    }
+}
+
+/// Has a stream, or else the caller, wait for a fence.
+fn come_after(stream: &Stream, fence: &Fence) -> Result<()> {
+    let can_wait = !stream.is_per_thread() && !stream.is_capturing().unwrap_or(true);
+    match can_wait && stream.wait_for(fence).is_ok() {
+        true => Ok(()),
+        false => fence.wait(),
+    }
+}
