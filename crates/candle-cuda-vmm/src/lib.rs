@@ -26,7 +26,11 @@
 //! # }
 //! ```
 //!
+//! Tensors come from a [`TensorPool`]: an [`ElasticTensor`] grows by rows where it stands, and an
+//! [`ElasticKvCache`] is one of keys and one of values, with the methods of Candle's own cache.
+//!
 //! # Where things are
+//! - [`TensorPool`], [`ElasticTensor`], [`ElasticKvCache`]: tensors and caches that grow.
 //! - [`virtual_memory`]: the two pools and their statistics.
 //! - [`device`]: which driver serves which Candle device.
 //! - [`error`]: what can go wrong.
@@ -47,8 +51,8 @@
 //! A CUDA device never gets the simulated driver, and a GPU that fails to answer is an error.
 //!
 //! # What this crate does not do
-//! The pools hand out addresses, not tensors. Reading or writing through an address is the caller's,
-//! and unsafe.
+//! [`VirtualMemoryPool`] and [`SharedMemoryPool`] hand out addresses, not tensors. Reading or writing through an address is
+//! the caller's, and unsafe.
 
 #![deny(unsafe_code)]
 
