@@ -6,10 +6,11 @@
 #[path = "random_operations/model.rs"]
 mod model;
 
-use cuda_vmm::sim::{Books, Fault, SimConfig};
+use cuda_vmm::sim::{Books, Fault, SimConfig, Simulator};
 use cuda_vmm::sys::CUDA_ERROR_OPERATING_SYSTEM;
 use cuda_vmm::{
-    Driver, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError, WorkerMode,
+    CaptureGuard, Driver, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError,
+    WorkerMode,
 };
 use model::{Model, Pools};
 use proptest::prelude::*;
@@ -53,6 +54,13 @@ enum Operation {
     TakeStep,
     Trim,
     Compact,
+    /// Queues a write to a page and lets no work run, until something would wait for it.
+    HoldWork {
+        model: usize,
+        at: usize,
+    },
+    /// Declares a capture, or ends it.
+    Capture,
     /// The nth call from now fails.
     Fault(u64),
 }
@@ -67,6 +75,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         25 => (model.clone(), 0..UNITS, 1..24usize).prop_map(|(model, at, units)| Operation::Deallocate { model, at, units }),
         6 => model.clone().prop_map(|model| Operation::DeallocateAll { model }),
         4 => model.clone().prop_map(|model| Operation::Register { model }),
+        3 => (model.clone(), 0..UNITS).prop_map(|(model, at)| Operation::HoldWork { model, at }),
+        1 => Just(Operation::Capture),
         1 => model.prop_map(|model| Operation::Unregister { model }),
         8 => Just(Operation::TakeStep),
         2 => Just(Operation::Trim),
@@ -95,6 +105,15 @@ fn operations() -> impl Strategy<Value = Vec<Operation>> {
     ]
 }
 
+/// Lets held work run when a case ends, well or badly: pools wait for it when they are dropped.
+struct Release(Simulator);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        self.0.release_work();
+    }
+}
+
 /// With chunks of several pages a partial free leaves slack, which only compaction gives up: the pool says how much.
 fn run(
     steps: Vec<Operation>,
@@ -121,8 +140,25 @@ fn run(
     let mut pools = Pools::new(shared, ahead_bytes_max);
     let mut model = Model(vec![None; MODELS]);
     let mut faulty = false;
+    let (mut held, mut capture) = (false, None);
+    let _in_the_end = Release(simulator.clone());
     for step in steps {
         let what = format!("{step:?}");
+        let waits = match &step {
+            Operation::Allocate { wait, .. } => *wait,
+            Operation::AllocateAnywhere { .. }
+            | Operation::Register { .. }
+            | Operation::Unregister { .. }
+            | Operation::Compact
+            | Operation::Fault(_) => true,
+            _ => false,
+        };
+        if held && waits {
+            simulator.release_work();
+            held = false;
+        }
+        // Where no stream is named, what retires waits for the capture's end.
+        let may_be_stuck = capture.is_some();
         let compacts = matches!(step, Operation::Compact);
         match step {
             Operation::Allocate {
@@ -173,7 +209,7 @@ fn run(
                             prop_assert!(error.is_out_of_memory(), "{what}: {error}");
                             // Without a wait, what retires may be in the way.
                             prop_assert!(
-                                need + slack_pages > room || !wait || faulty,
+                                need + slack_pages > room || !wait || faulty || may_be_stuck,
                                 "{what}: {error}; need {need} room {room} slack {slack_pages}; {}",
                                 pools.shared.stats()
                             );
@@ -212,7 +248,9 @@ fn run(
                     (Some(at), Err(error)) => {
                         prop_assert!(error.is_out_of_memory(), "{what}: {error}");
                         prop_assert!(
-                            Model::need(units, at, count) + slack_pages > room || faulty,
+                            Model::need(units, at, count) + slack_pages > room
+                                || faulty
+                                || may_be_stuck,
                             "{what}: {error}"
                         );
                     }
@@ -285,6 +323,25 @@ fn run(
             Operation::TakeStep => {
                 pools.shared.engine().step();
             }
+            Operation::HoldWork { model: who, at } => {
+                let is_live = model.0[who].as_ref().is_some_and(|units| units[at]);
+                // Where no stream is named, steps synchronise, which would wait for what is held.
+                if let Some(base_address) = pools.base_address(who).filter(|_| streams && is_live) {
+                    simulator.hold_work();
+                    held = true;
+                    let address = base_address + (at * UNIT) as u64;
+                    // SAFETY: the unit is live, and its page stays mapped until the work has run, which is what is
+                    // tested: the simulator would poison the context.
+                    let written = unsafe { stream.memset(address, 7, UNIT) };
+                    prop_assert!(written.is_ok() || faulty, "{what}: {written:?}");
+                }
+            }
+            Operation::Capture => {
+                capture = match capture.take() {
+                    Some(_over) => None,
+                    None => Some(CaptureGuard::new()),
+                }
+            }
             Operation::Trim => prop_assert!(pools.shared.trim().is_ok() || faulty),
             Operation::Compact => {
                 let outcome = pools.own.as_mut().map(|own| own.compact());
@@ -337,6 +394,7 @@ fn run(
         if faulty {
             simulator.clear_faults();
             faulty = false;
+            drop(capture.take());
             for _ in 0..3 {
                 pools.shared.engine().step();
             }
@@ -347,6 +405,13 @@ fn run(
         }
     }
     simulator.clear_faults();
+    simulator.release_work();
+    drop(capture);
+    // Models that went during a capture are still there.
+    for _ in 0..3 {
+        pools.shared.engine().step();
+    }
+    prop_assert!(!simulator.is_poisoned(0));
     drop((pools, stream, device, driver));
     prop_assert_eq!(simulator.books(0), Books::default());
     Ok(())

@@ -24,8 +24,11 @@ impl Range {
         start..(start + pages).min(end)
     }
 
-    /// A chunk made ahead of where allocations go no longer.
+    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed.
     pub(super) fn stale_ahead(&self) -> Option<usize> {
+        if self.closed {
+            return self.pages.ahead().next();
+        }
         self.pages.ahead_outside(&self.window())
     }
 
