@@ -55,6 +55,7 @@
 pub mod attention;
 pub mod cuda_ffi;
 pub mod device;
+mod elastic_blocks;
 mod elastic_tensor;
 pub mod error;
 pub mod kv_cache;
@@ -66,6 +67,7 @@ mod tensor_pool;
 pub mod virtual_memory;
 
 pub use cuda_ffi::AccessFlags;
+pub use elastic_blocks::ElasticBlocks;
 pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache};
