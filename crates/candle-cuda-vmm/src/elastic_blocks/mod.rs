@@ -222,10 +222,10 @@ impl ElasticBlocks {
     /// - Kernels and copies touch backed blocks only: from before they are queued until they have run, nobody gives those
     ///   blocks up, by [`unback`](Self::unback) or [`commit`](Self::commit), unless the work is on Candle's stream and
     ///   was queued before. [`check_table`](Self::check_table) finds mistakes; [`pin`](Self::pin) prevents them.
-    /// - No operation takes a tensor as a whole while one of its blocks is not backed: not `to_vec*`, `to_device`,
-    ///   `copy`, `contiguous` or `force_contiguous` of something that is not the backed part, `to_dtype`, arithmetic,
-    ///   printing. A `narrow` to backed blocks may be used as any tensor, but for `Tensor::copy`, whose result shares the
-    ///   stream object of this one.
+    /// - No operation takes the whole storage while one of its blocks is not backed. Of the tensor itself that is nearly
+    ///   every one: arithmetic, `to_dtype`, `contiguous`, printing. Candle's `to_vec*`, `to_scalar`, `to_device` and
+    ///   `copy` take the whole storage even of a `narrow` to backed blocks: call `force_contiguous` on that first.
+    ///   `slice_set`, `index_select` and `gather` along dimension 0 touch only the blocks that they are told.
     ///
     /// Touching a block that is not backed is an access to an unmapped address: the context is beyond use after it.
     #[allow(unsafe_code)]

@@ -97,7 +97,7 @@ impl BlockBacking {
     /// is leased; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
     /// blocks are backed as before, with their contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&Runs::of(blocks), true)
+        self.0.back(&self.0.runs(blocks)?, true)
     }
 
     /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
@@ -106,7 +106,7 @@ impl BlockBacking {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&Runs::of(blocks), false)
+        self.0.back(&self.0.runs(blocks)?, false)
     }
 
     /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
@@ -118,7 +118,7 @@ impl BlockBacking {
     /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is given up;
     /// [`VmmError::Forked`].
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        let runs = Runs::of(blocks);
+        let runs = self.0.runs(blocks)?;
         let mut books = self.0.settled(&runs)?;
         books.leave(&runs)?;
         drop(books);
@@ -133,7 +133,7 @@ impl BlockBacking {
     /// # Errors
     /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned; [`VmmError::Forked`].
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
-        let runs = Runs::of(blocks);
+        let runs = self.0.runs(blocks)?;
         self.0.settled(&runs)?.pin(&runs)?;
         Ok(BlockPin::new(self.0.clone(), runs))
     }
@@ -317,6 +317,21 @@ impl Inner {
 
     pub(super) fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// These blocks, all of which there are.
+    fn runs(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<Runs> {
+        let blocks: Vec<_> = blocks.into_iter().collect();
+        let all = self.layout.blocks;
+        // Here, since behind the largest number there is none to end a run.
+        match blocks.iter().filter(|block| **block >= all).min() {
+            Some(block) => Err(BlockError::Invalid {
+                block: *block,
+                blocks: all,
+            }
+            .into()),
+            None => Ok(Runs::of(blocks)),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Books> {
