@@ -31,6 +31,7 @@
 //! - [`device`]: which driver serves which Candle device.
 //! - [`error`]: what can go wrong.
 //! - [`kv_cache`]: what a model asks of a KV cache, and who makes one for each layer.
+//! - [`ElasticBlocks`]: the tensors of a paged cache, with memory for the blocks in use.
 //! - [`attention`]: grouped-query attention over K and V where they stand.
 //! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
 //!   the other by hand.

@@ -106,7 +106,8 @@ impl Memory {
                         tensor.slice_set(&block, 0, *to)?;
                     }
                 }
-                Ok(())
+                // As everything on the CPU, it has been done when the call returns.
+                Ok(stream.synchronize()?)
             }
             #[cfg(feature = "cuda")]
             Place::Device { memory, .. } => Ok(self.backing.commit(plan, &memory.stream)?),

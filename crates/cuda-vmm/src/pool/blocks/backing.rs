@@ -354,7 +354,6 @@ impl Inner {
     fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
         self.check_process()?;
         let mut books = self.lock();
-        books.check(runs)?;
         while !books.is_settled(runs) {
             books = self
                 .changed
