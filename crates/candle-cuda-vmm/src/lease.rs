@@ -17,9 +17,10 @@ use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
 use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Storage, Tensor};
+use cuda_vmm::pool::blocks::{BlockBacking, BlockTensor};
 use cuda_vmm::{LeaseToken, Stream, VirtualMemoryPool};
-use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, iter};
 
 /// Candle's stream, as the core knows streams.
 pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &CudaDevice) -> Stream {
@@ -102,6 +103,47 @@ impl Leases {
             )
         }?;
         Ok(self.wrap(slice, shape))
+    }
+
+    /// The first blocks of a tensor of block tables, `[blocks, block shape…]`, all of them backed, which are leased until
+    /// nothing is left of the result.
+    pub(crate) fn first_blocks(
+        self: &Arc<Self>,
+        backing: &BlockBacking,
+        tensor: usize,
+        blocks: usize,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let token = self.token()?;
+        let stream = token.stream.clone();
+        backing.lease(tensor, 0..blocks, token)?;
+        let tensor = &backing.tensors()[tensor];
+        let shape: Vec<_> = iter::once(blocks)
+            .chain(tensor.block_shape().iter().copied())
+            .collect();
+        let elements = shape.iter().product();
+        // SAFETY: the blocks are backed, and stay mapped while the stream object is shared, which the slice does. The
+        // tensor has them one behind the other, of elements of this type's size.
+        let slice = unsafe { slice(&stream, tensor.base_address(), elements, dtype) }?;
+        Ok(self.wrap(slice, &shape))
+    }
+
+    /// A tensor over all addresses of a tensor of block tables, `[num_blocks, block shape…]`, and the token that tells
+    /// whether something is left of it.
+    ///
+    /// # Safety
+    /// Only backed blocks are touched through it, and while anything is left of it the addresses stay reserved.
+    pub(crate) unsafe fn reserved(
+        self: &Arc<Self>,
+        tensor: &BlockTensor,
+        dtype: DType,
+    ) -> Result<(Tensor, Token)> {
+        let token = self.token()?;
+        let shape = tensor.shape();
+        let elements = shape.iter().product();
+        // SAFETY: the caller's promise.
+        let slice = unsafe { slice(&token.stream, tensor.base_address(), elements, dtype) }?;
+        Ok((self.wrap(slice, &shape), token))
     }
 
     /// A tensor of this shape without elements, over no memory: the driver allocates none of no size.
@@ -194,7 +236,7 @@ fn leak(slice: Slice) {
 
 /// A stream object that is shared by what uses one lease, and by nothing else.
 #[derive(Debug)]
-struct Token {
+pub(crate) struct Token {
     stream: Arc<CudaStream>,
     home: Arc<Leases>,
 }

@@ -35,6 +35,7 @@
 //! - [`device`]: which driver serves which Candle device.
 //! - [`error`]: what can go wrong.
 //! - [`kv_cache`]: what a model asks of a KV cache, and who makes one for each layer.
+//! - [`ElasticBlocks`]: the tensors of a paged cache, with memory for the blocks in use.
 //! - [`attention`]: grouped-query attention over K and V where they stand.
 //! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
 //!   the other by hand.
@@ -59,6 +60,7 @@
 pub mod attention;
 pub mod cuda_ffi;
 pub mod device;
+mod elastic_blocks;
 mod elastic_tensor;
 pub mod error;
 pub mod kv_cache;
@@ -70,6 +72,7 @@ mod tensor_pool;
 pub mod virtual_memory;
 
 pub use cuda_ffi::AccessFlags;
+pub use elastic_blocks::ElasticBlocks;
 pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache};

@@ -1,7 +1,7 @@
 //! Where tensors that grow get their memory: one budget on one Candle device.
 
 use crate::error::{Result, VmmError};
-use crate::{ElasticKvCache, ElasticTensor};
+use crate::{ElasticBlocks, ElasticKvCache, ElasticTensor};
 use candle_core::{DType, Device, Shape};
 use cuda_vmm::{Engine, EngineOptions};
 use std::fmt;
@@ -244,6 +244,18 @@ impl TensorPool {
     /// As [`ElasticTensor::new`].
     pub fn tensor(&self, row_shape: impl Into<Shape>, dtype: DType) -> Result<ElasticTensor> {
         ElasticTensor::new(self, row_shape, dtype)
+    }
+
+    /// The tensors of a paged cache; see [`ElasticBlocks::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn blocks<N: Into<String>, S: Into<Shape>>(
+        &self,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+    ) -> Result<ElasticBlocks> {
+        ElasticBlocks::new(self, num_blocks, entries)
     }
 
     /// An empty KV cache whose sequence is dimension `dim`; see [`ElasticKvCache::new`].

@@ -9,6 +9,8 @@ mod common;
 mod faults;
 #[path = "blocks/fixture.rs"]
 mod fixture;
+#[path = "blocks/leases.rs"]
+mod leases;
 #[path = "blocks/prefix_cache.rs"]
 mod prefix_cache;
 #[path = "blocks/random_operations.rs"]

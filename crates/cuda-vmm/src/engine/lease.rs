@@ -165,6 +165,12 @@ impl Range {
         !self.leases.freed.is_empty()
     }
 
+    /// The bytes under each lease.
+    fn leased(&self) -> Vec<ops::Range<usize>> {
+        let leases = self.leases.leases.iter();
+        leases.map(|lease| lease.bytes.clone()).collect()
+    }
+
     /// Whether any of these pages is leased.
     pub(super) fn is_leased(&self, pages: &ops::Range<usize>) -> bool {
         let bytes = pages.start * self.page_bytes..pages.end * self.page_bytes;
@@ -257,6 +263,15 @@ impl Inner {
             (range.leases.overlaps(&(offset..end)), released)
         });
         look.is_ok_and(|(leased, _released)| leased)
+    }
+
+    /// The bytes under each lease whose token is not released; they may overlap.
+    pub(crate) fn leased(&self, id: RangeId) -> Vec<ops::Range<usize>> {
+        let look = self.with_range(id, |range| {
+            let released = range.leases.take_released();
+            (range.leased(), released)
+        });
+        look.map_or(Vec::new(), |(leased, _released)| leased)
     }
 
     /// Lets go what was freed while it was leased and is leased no longer: it retires, behind a fence of now.

@@ -5,6 +5,7 @@ use crate::engine::{
     CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, RangeId,
 };
 use crate::{Device, Result, Stream};
+use core::ops;
 
 /// A range of device addresses that is backed by memory only where it is in use.
 ///
@@ -206,6 +207,11 @@ impl VirtualMemoryPool {
     /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
         self.engine.inner().is_leased(self.range, offset, bytes)
+    }
+
+    /// The bytes under each lease whose token is not released, freed or not.
+    pub(super) fn leased(&self) -> Vec<ops::Range<usize>> {
+        self.engine.inner().leased(self.range)
     }
 
     /// Addresses in bytes, as given.

@@ -60,6 +60,7 @@ fn blocks_that_are_not_there_or_not_backed_are_refused() {
     let (block, blocks) = (8, 8);
     let invalid = || BlockError::Invalid { block, blocks };
     refused(fixture.backing.back([3, 9, 8]), invalid());
+    refused(fixture.backing.back([usize::MAX, 8]), invalid());
     refused(fixture.backing.try_back([8]), invalid());
     refused(fixture.backing.unback([1, 8]), invalid());
     refused(fixture.backing.pin(1..9), invalid());

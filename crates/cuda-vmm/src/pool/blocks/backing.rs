@@ -8,7 +8,7 @@ use super::runs::Runs;
 use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec};
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use crate::{Engine, Result, Stream, VmmError};
+use crate::{Engine, LeaseToken, Result, Stream, VmmError};
 use core::ops::Range;
 
 /// Memory behind the blocks of a paged cache; a cheap clone.
@@ -93,11 +93,11 @@ impl BlockBacking {
     /// up. Waits only for retiring memory, and only if that satisfies it.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`]; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where
-    /// that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
+    /// [`BlockError::Invalid`]; [`VmmError::Leased`] for a block that was given up under a [lease](Self::lease) and still
+    /// is leased; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
     /// blocks are backed as before, with their contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&Runs::of(blocks), true)
+        self.0.back(&self.0.runs(blocks)?, true)
     }
 
     /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
@@ -106,7 +106,7 @@ impl BlockBacking {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&Runs::of(blocks), false)
+        self.0.back(&self.0.runs(blocks)?, false)
     }
 
     /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
@@ -118,7 +118,7 @@ impl BlockBacking {
     /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is given up;
     /// [`VmmError::Forked`].
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        let runs = Runs::of(blocks);
+        let runs = self.0.runs(blocks)?;
         let mut books = self.0.settled(&runs)?;
         books.leave(&runs)?;
         drop(books);
@@ -133,9 +133,49 @@ impl BlockBacking {
     /// # Errors
     /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned; [`VmmError::Forked`].
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
-        let runs = Runs::of(blocks);
+        let runs = self.0.runs(blocks)?;
         self.0.settled(&runs)?.pin(&runs)?;
         Ok(BlockPin::new(self.0.clone(), runs))
+    }
+
+    /// Keeps the memory of neighbouring blocks, all of them backed, in one tensor, until `token` is released: mapped, at its
+    /// addresses, and nobody else's, as [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease) says. For a
+    /// framework's tensor over them. Unlike a [pin](Self::pin) it ends by itself, and does not keep the backing alive.
+    ///
+    /// While the token is not released no plan evicts the blocks, moves them, or moves others into them.
+    /// [`unback`](Self::unback) does give them up: their memory stays as it is until the token is released and then
+    /// retires, and till then [`back`](Self::back) of them answers [`VmmError::Leased`]. The backing may be dropped as well.
+    ///
+    /// # Errors
+    /// [`BlockError::InvalidTensor`], [`BlockError::Invalid`], [`BlockError::NotBacked`]; [`VmmError::ZeroSize`] for no
+    /// blocks; [`VmmError::Forked`]. The token is then dropped.
+    pub fn lease(
+        &self,
+        tensor: usize,
+        blocks: Range<BlockId>,
+        token: impl LeaseToken,
+    ) -> Result<()> {
+        let tensors = self.tensors().len();
+        let of_tensor = self.tensors().get(tensor);
+        let of_tensor = of_tensor.ok_or(BlockError::InvalidTensor { tensor, tensors })?;
+        if blocks.is_empty() {
+            return Err(VmmError::ZeroSize {
+                what: "number of blocks",
+            });
+        }
+        // A plan that was made before is stale by the pin; one that is made later sees the pin, or the lease.
+        let _pin = self.pin_run(blocks.clone())?;
+        of_tensor.lease(&blocks, token)
+    }
+
+    fn pin_run(&self, blocks: Range<BlockId>) -> Result<BlockPin> {
+        let all = self.blocks();
+        // Before a run of any length is counted.
+        if blocks.end > all {
+            let block = blocks.start.max(all);
+            return Err(BlockError::Invalid { block, blocks: all }.into());
+        }
+        self.pin(blocks)
     }
 
     /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty, at the least cost that a greedy search
@@ -224,6 +264,18 @@ impl BlockBacking {
         &self.0.tensors
     }
 
+    /// The index among them of the tensor of this name.
+    ///
+    /// # Errors
+    /// [`BlockError::UnknownTensor`].
+    pub fn index_of(&self, name: &str) -> Result<usize> {
+        let index = (self.tensors().iter()).position(|tensor| tensor.name() == name);
+        let unknown = || BlockError::UnknownTensor {
+            tensor: name.to_owned(),
+        };
+        Ok(index.ok_or_else(unknown)?)
+    }
+
     /// How many blocks there are.
     pub fn blocks(&self) -> usize {
         self.0.layout.blocks
@@ -267,6 +319,21 @@ impl Inner {
         &self.engine
     }
 
+    /// These blocks, all of which there are.
+    fn runs(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<Runs> {
+        let blocks: Vec<_> = blocks.into_iter().collect();
+        let all = self.layout.blocks;
+        // Here, since behind the largest number there is none to end a run.
+        match blocks.iter().filter(|block| **block >= all).min() {
+            Some(block) => Err(BlockError::Invalid {
+                block: *block,
+                blocks: all,
+            }
+            .into()),
+            None => Ok(Runs::of(blocks)),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -287,7 +354,6 @@ impl Inner {
     fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
         self.check_process()?;
         let mut books = self.lock();
-        books.check(runs)?;
         while !books.is_settled(runs) {
             books = self
                 .changed
@@ -367,6 +433,11 @@ impl Inner {
         let candidates = self.look(Books::candidates);
         let (mut candidates, clock) = candidates.unwrap_or_default();
         candidates.resize(self.layout.blocks, Candidate::Absent);
+        // Looked at after the books: a lease that is made meanwhile makes the plan stale. Blocks that were given up under a
+        // lease keep their pages too.
+        for blocks in self.tensors.iter().flat_map(BlockTensor::leased) {
+            candidates[blocks].fill(Candidate::Fixed);
+        }
         for (block, candidate) in candidates.iter_mut().enumerate() {
             if let Candidate::Held { evict } = candidate {
                 *evict = cost(block)

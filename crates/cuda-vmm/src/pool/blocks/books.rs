@@ -71,20 +71,6 @@ impl Books {
         }
     }
 
-    /// Fails for numbers that no block has.
-    pub(super) fn check(&self, runs: &Runs) -> Result<(), BlockError> {
-        let blocks = self.blocks.len();
-        match runs.last() {
-            Some(last) if last >= blocks => {
-                // The first of those that are wrong.
-                let first = runs.iter().find(|run| run.end > blocks);
-                let block = first.map_or(last, |run| run.start.max(blocks));
-                Err(BlockError::Invalid { block, blocks })
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Whether none of the blocks is being backed or given up.
     pub(super) fn is_settled(&self, runs: &Runs) -> bool {
         runs.blocks()

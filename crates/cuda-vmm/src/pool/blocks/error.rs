@@ -14,6 +14,20 @@ pub enum BlockError {
         /// How many blocks there are.
         blocks: usize,
     },
+    /// No tensor has this index.
+    #[error("no tensor {tensor}: there are {tensors}")]
+    InvalidTensor {
+        /// The index asked for.
+        tensor: usize,
+        /// How many tensors there are.
+        tensors: usize,
+    },
+    /// No tensor has this name.
+    #[error("no tensor is named {tensor:?}")]
+    UnknownTensor {
+        /// The name asked for.
+        tensor: String,
+    },
     /// The block has no memory behind it.
     #[error("block {block} is not backed")]
     NotBacked {
@@ -80,6 +94,8 @@ impl BlockError {
     pub(crate) fn is_never(&self) -> bool {
         match self {
             Self::Invalid { .. }
+            | Self::InvalidTensor { .. }
+            | Self::UnknownTensor { .. }
             | Self::StalePlan { .. }
             | Self::ForeignPlan
             | Self::DuplicateTensor { .. }

@@ -39,10 +39,6 @@ impl Runs {
         self.iter().flatten()
     }
 
-    pub(super) fn last(&self) -> Option<BlockId> {
-        self.0.last().map(|run| run.end - 1)
-    }
-
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -59,7 +55,6 @@ mod tests {
         fn runs_are_the_set_of_what_was_named(blocks in prop::collection::vec(0..40usize, 0..60)) {
             let runs = Runs::of(blocks.clone());
             let set: BTreeSet<_> = blocks.into_iter().collect();
-            prop_assert_eq!(runs.last(), set.last().copied());
             prop_assert!(runs.blocks().eq(set.into_iter()));
             let bounds: Vec<_> = runs.iter().collect();
             prop_assert!(bounds.windows(2).all(|pair| pair[0].end < pair[1].start));

@@ -2,7 +2,7 @@
 
 use super::{BlockId, ElementSize, TensorSpec};
 use crate::pool::{PoolStats, VirtualMemoryPool};
-use crate::{Engine, PoolOptions, Result};
+use crate::{Engine, LeaseToken, PoolOptions, Result};
 use core::ops::Range;
 
 /// One tensor of a [`BlockBacking`](super::BlockBacking): `[num_blocks, block_shape…]`, contiguous, at addresses that
@@ -91,6 +91,19 @@ impl BlockTensor {
     /// The address of a block, which exists.
     pub(super) fn address(&self, block: BlockId) -> u64 {
         self.base_address() + (block * self.block_bytes()) as u64
+    }
+
+    /// Keeps blocks, all of them backed, for whoever has the token.
+    pub(super) fn lease(&self, blocks: &Range<BlockId>, token: impl LeaseToken) -> Result<()> {
+        let bytes = self.bytes(blocks);
+        self.pool.lease(bytes.start, bytes.len(), token)
+    }
+
+    /// Runs of blocks whose memory is leased, backed or not.
+    pub(super) fn leased(&self) -> impl Iterator<Item = Range<BlockId>> {
+        let block_bytes = self.block_bytes();
+        let leased = self.pool.leased().into_iter();
+        leased.map(move |bytes| bytes.start / block_bytes..bytes.end.div_ceil(block_bytes))
     }
 
     fn bytes(&self, blocks: &Range<BlockId>) -> Range<usize> {
