@@ -18,7 +18,7 @@ pub enum Reach {
 /// What a figure is worth on a simulated driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It is a time, or a ratio of times, which only a GPU can tell.
+    /// It is a time, a ratio of times, or hangs on who is first: only a GPU can tell.
     Time,
     /// It is a count, which is right on any driver.
     Count,
