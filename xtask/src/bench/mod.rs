@@ -5,17 +5,31 @@ mod finding;
 mod memory;
 
 use crate::workspace::Workspace;
-use crate::{setup, table};
+use crate::{gpu_test, setup, table};
 use anyhow::{Context, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use finding::Finding;
+use serde_json::Value;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The package of the benches.
 pub const PACKAGE: &str = "cuda-vmm-benches";
 /// Its program that measures on a GPU.
 pub const PROGRAM: &str = "bench";
+
+/// The same for tensors and caches, with Candle on CUDA devices.
+pub const CANDLE_PROGRAM: &str = "bench-candle";
+
+/// What is measured on a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// The pools
+    Pools,
+    /// Tensors and caches that grow
+    Candle,
+}
 
 /// What is to be measured.
 #[derive(Args, Debug)]
@@ -23,10 +37,16 @@ pub struct Arguments {
     /// Measure on the GPU of this machine
     #[arg(long)]
     gpu: bool,
+    /// Measure only this part; all without, but the pools if arguments are given
+    #[arg(long, value_enum, requires = "gpu")]
+    part: Option<Part>,
+    /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
+    #[arg(long, default_value_t = 90, value_parser = clap::value_parser!(u32).range(53..1000), requires = "gpu")]
+    compute_cap: u32,
     /// Write a list of `name`, `ours`, `peer`, `ratio`, `reach`, `pass`, `unit`, `note` to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Arguments of the measuring program (`--gpu -- --help` lists them)
+    /// Arguments of the part's measuring program (`--gpu -- --help` lists them)
     #[arg(last = true, requires = "gpu")]
     arguments: Vec<OsString>,
 }
@@ -38,23 +58,75 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     let json = arguments.json.as_deref().map(std::path::absolute);
     let json = json.transpose().context("the path of the JSON file")?;
     match arguments.gpu {
-        true => on_gpu(workspace, json.as_deref(), &arguments.arguments),
+        true => on_gpu(workspace, json.as_deref(), arguments),
         false => on_cpu(workspace, json.as_deref()),
     }
 }
 
-/// Runs the measuring program, which prints and writes all by itself.
-fn on_gpu(workspace: &Workspace, json: Option<&Path>, arguments: &[OsString]) -> Result<u8> {
-    let mut command = workspace.cargo(&["run", "--release", "--package", PACKAGE]);
-    command.args(["--bin", PROGRAM, "--"]);
-    if let Some(json) = json {
-        command.arg("--json").arg(json);
+/// Runs the measuring programs, which print and write all by themselves.
+fn on_gpu(workspace: &Workspace, json: Option<&Path>, arguments: &Arguments) -> Result<u8> {
+    let mut codes = Vec::new();
+    let mut findings = Vec::new();
+    for part in parts(arguments.part, !arguments.arguments.is_empty()) {
+        let mut command = match part {
+            Part::Pools => by_cargo(workspace, PROGRAM),
+            Part::Candle if gpu_test::has_gpu(workspace)? => {
+                gpu_test::bench_candle(workspace, arguments.compute_cap)?
+            }
+            // It says that no GPU answers, for which Candle's kernels need not be compiled.
+            Part::Candle => by_cargo(workspace, CANDLE_PROGRAM),
+        };
+        if let Some(json) = json {
+            // A list of an earlier run is not to be taken for this one's.
+            if json.exists() {
+                std::fs::remove_file(json)
+                    .with_context(|| format!("removing {}", json.display()))?;
+            }
+            command.arg("--json").arg(json);
+        }
+        command.args(&arguments.arguments);
+        let status = command
+            .status()
+            .context("the measuring program could not be started")?;
+        // What went wrong has been said.
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        codes.push(code.unwrap_or(1));
+        if let Some(text) = json.and_then(|json| std::fs::read_to_string(json).ok()) {
+            let list: Vec<Value> = serde_json::from_str(&text).context("the list of figures")?;
+            findings.extend(list);
+        }
     }
-    command.args(arguments);
-    let status = command.status().context("cargo could not be started")?;
-    // Cargo has said what went wrong, and hands on the program's own exit code.
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    Ok(code.unwrap_or(1))
+    if let Some(json) = json {
+        write(json, &findings)?;
+    }
+    Ok(worst(&codes))
+}
+
+/// Has cargo build a program and run it.
+fn by_cargo(workspace: &Workspace, program: &str) -> Command {
+    let mut command = workspace.cargo(&["run", "--release", "--package", PACKAGE]);
+    command.args(["--bin", program, "--"]);
+    command
+}
+
+/// Which parts are measured. Arguments are one program's.
+fn parts(part: Option<Part>, has_arguments: bool) -> Vec<Part> {
+    match (part, has_arguments) {
+        (Some(part), _) => vec![part],
+        (None, true) => vec![Part::Pools],
+        (None, false) => vec![Part::Pools, Part::Candle],
+    }
+}
+
+/// The exit code of all: of one that failed, otherwise of one for which no GPU answers.
+fn worst(codes: &[u8]) -> u8 {
+    let failed = codes.iter().find(|code| ![0, 2].contains(*code));
+    *failed.or(codes.iter().max()).unwrap_or(&0)
+}
+
+fn write<T: serde::Serialize>(json: &Path, findings: &[T]) -> Result<()> {
+    let text = serde_json::to_string_pretty(findings)?;
+    std::fs::write(json, text + "\n").with_context(|| format!("writing {}", json.display()))
 }
 
 /// Runs the criterion benches and the test of the bookkeeping's memory.
@@ -65,8 +137,33 @@ fn on_cpu(workspace: &Workspace, json: Option<&Path>) -> Result<u8> {
     let rows: Vec<_> = findings.iter().map(Finding::cells).collect();
     print!("\n{}", table::render(&head, &rows, &[1, 2, 3, 4]));
     if let Some(json) = json {
-        let text = serde_json::to_string_pretty(&findings)?;
-        std::fs::write(json, text + "\n").with_context(|| format!("writing {}", json.display()))?;
+        write(json, &findings)?;
     }
     Ok(u8::from(findings.iter().any(Finding::has_failed)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_for_one_part() {
+        assert_eq!(parts(None, false), [Part::Pools, Part::Candle]);
+        assert_eq!(parts(None, true), [Part::Pools]);
+        assert_eq!(parts(Some(Part::Candle), true), [Part::Candle]);
+        assert_eq!(parts(Some(Part::Pools), false), [Part::Pools]);
+    }
+
+    #[test]
+    fn a_failure_counts_for_more_than_no_gpu() {
+        for (codes, code) in [
+            (&[0, 0][..], 0),
+            (&[0, 2], 2),
+            (&[2, 1], 1),
+            (&[64, 2], 64),
+            (&[], 0),
+        ] {
+            assert_eq!(worst(codes), code, "{codes:?}");
+        }
+    }
 }

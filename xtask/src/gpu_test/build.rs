@@ -145,6 +145,7 @@ pub fn everything(workspace: &Workspace, target: &Path, compute_cap: u32) -> Res
             (DEMO, builder.demo()?),
             (GENERATE, builder.generate()?),
             (bench::PROGRAM, builder.bench()?),
+            (bench::CANDLE_PROGRAM, builder.bench_candle()?),
         ],
         xtask: builder.xtask()?,
         manifest,
@@ -163,7 +164,25 @@ pub fn generate(
         target,
         compute_cap,
     };
-    let executable = builder.generate()?;
+    with_libraries(builder.generate()?)
+}
+
+/// Builds the measuring program of Candle's part for the real driver; answers it, and the CUDA libraries that it needs.
+pub fn bench_candle(
+    workspace: &Workspace,
+    target: &Path,
+    compute_cap: u32,
+) -> Result<(PathBuf, Vec<String>)> {
+    setup::ensure(workspace, true, false)?;
+    let builder = Builder {
+        workspace,
+        target,
+        compute_cap,
+    };
+    with_libraries(builder.bench_candle()?)
+}
+
+fn with_libraries(executable: PathBuf) -> Result<(PathBuf, Vec<String>)> {
     let libraries = stubs::needed(&executable)?;
     Ok((executable, libraries.into_iter().collect()))
 }
@@ -187,25 +206,38 @@ impl Builder<'_> {
     fn candle(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
         let mut command = self.cargo(&["test", "--no-run"])?;
         command.args(named(wanted));
-        pick(wanted, &self.messages_with_cuda(&mut command)?)
+        pick(
+            wanted,
+            &self.messages_with_cuda(&mut command, Program::FACADE)?,
+        )
     }
 
     /// The facade's example.
     fn generate(&self) -> Result<PathBuf> {
         let mut command = self.cargo(&["build", "--example", GENERATE])?;
-        let messages = self.messages_with_cuda(&mut command)?;
+        let messages = self.messages_with_cuda(&mut command, Program::FACADE)?;
         executable(&messages, Program::FACADE, "example", GENERATE)
             .with_context(|| format!("{} has no example named {GENERATE}", Program::FACADE))
     }
 
-    /// Runs cargo for the facade with CUDA, to link against libraries that are made here for what it asks for.
-    fn messages_with_cuda(&self, command: &mut Command) -> Result<Vec<Value>> {
-        let cuda = ["--package", Program::FACADE, "--features", "cuda"];
-        let messages_of_build = messages(self.cargo(&["build"])?.args(cuda))?;
+    /// The measuring program of Candle's part.
+    fn bench_candle(&self) -> Result<PathBuf> {
+        let (package, name) = (bench::PACKAGE, bench::CANDLE_PROGRAM);
+        let mut command = self.cargo(&["build", "--bin", name])?;
+        let messages = self.messages_with_cuda(&mut command, package)?;
+        executable(&messages, package, "bin", name)
+            .with_context(|| format!("{package} has no program named {name}"))
+    }
+
+    /// Runs cargo for a package with CUDA, to link against libraries that are made here for what the facade asks for.
+    fn messages_with_cuda(&self, command: &mut Command, package: &str) -> Result<Vec<Value>> {
+        let facade = ["--package", Program::FACADE, "--features", "cuda"];
+        let messages_of_build = messages(self.cargo(&["build"])?.args(facade))?;
         let folder = self.target.join("stubs");
         stubs::make(&folder, &archives(&messages_of_build))?;
         // The C compiler, which links, searches there after what it is told on its command line.
-        messages(command.args(cuda).env("LIBRARY_PATH", folder))
+        command.args(["--package", package, "--features", "cuda"]);
+        messages(command.env("LIBRARY_PATH", folder))
     }
 
     /// The facade's tests for CPU devices, which start on any machine.

@@ -25,6 +25,7 @@ mod without_gpu;
 pub use arguments::{Arguments, BundleArguments, COMPUTE_CAP, Usage};
 pub use without_gpu::run as without_gpu;
 
+use crate::bench;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result};
 use arguments::Other;
@@ -94,7 +95,17 @@ pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Re
 /// A command that runs the facade's example `generate` on the real driver; builds it for GPUs of `compute_cap` and newer.
 pub fn generate(workspace: &Workspace, compute_cap: u32) -> Result<Command> {
     let target = workspace.target.join("gpu-test");
-    let (program, libraries) = build::generate(workspace, &target, compute_cap)?;
+    with_libraries(build::generate(workspace, &target, compute_cap)?)
+}
+
+/// A command that runs the measuring program of Candle's part on the real driver; builds it for GPUs of `compute_cap` and
+/// newer.
+pub fn bench_candle(workspace: &Workspace, compute_cap: u32) -> Result<Command> {
+    let target = workspace.target.join("gpu-test");
+    with_libraries(build::bench_candle(workspace, &target, compute_cap)?)
+}
+
+fn with_libraries((program, libraries): (PathBuf, Vec<String>)) -> Result<Command> {
     let mut command = Command::new(program);
     command.env("LD_LIBRARY_PATH", Libraries::find(&libraries).path()?);
     Ok(command)
@@ -144,7 +155,7 @@ fn list(arguments: &Arguments) -> Result<u8> {
 
 fn run_other(unpacked: &Unpacked, name: &str, arguments: &[OsString]) -> Result<u8> {
     let mut command = Command::new(unpacked.other(name)?);
-    if name == build::GENERATE {
+    if [build::GENERATE, bench::CANDLE_PROGRAM].contains(&name) {
         let libraries = Libraries::find(&unpacked.manifest()?.libraries);
         command.env("LD_LIBRARY_PATH", libraries.path()?);
     }

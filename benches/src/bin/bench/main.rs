@@ -2,6 +2,7 @@
 
 mod arguments;
 mod bare;
+mod course;
 mod demand;
 mod kernel;
 mod machine;
@@ -11,17 +12,13 @@ mod samples;
 mod sides;
 mod work;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use arguments::{Arguments, Choice};
 use clap::Parser;
 use cuda_vmm_benches::CountingAllocator;
-use demand::Finding;
 use machine::Machine;
 use std::process::ExitCode;
-use work::Work;
 
-/// The exit code where no GPU answers.
-const NO_GPU: u8 = 2;
 /// The exit code of a usage error.
 const USAGE: u8 = 64;
 
@@ -51,48 +48,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let word = arguments.only.as_deref().unwrap_or_default();
-    let wanted: Vec<&Work> = work::ALL
-        .iter()
-        .filter(|work| work.is_meant_by(word))
-        .collect();
-    ensure!(
-        !wanted.is_empty(),
-        "no work and no figure has {word:?} in its name"
-    );
-    let machine = match Machine::open(arguments.driver, arguments.settings()) {
-        Ok(machine) => machine,
+    let wanted = course::chosen(work::ALL, arguments.only.as_deref())?;
+    let json = arguments.json.as_deref();
+    match Machine::open(arguments.driver, arguments.settings()) {
+        Ok(machine) => course::measure(&wanted, &machine, json),
         Err(error) if arguments.driver == Choice::Real => {
-            let note = format!("no GPU answers: {error:#}");
-            let findings: Vec<Finding> = wanted
-                .iter()
-                .flat_map(|work| work.unmeasured(&note))
-                .collect();
-            report_end(arguments, &findings)?;
-            eprintln!("bench: nothing was measured, for {note}");
-            return Ok(ExitCode::from(NO_GPU));
+            course::without_gpu(&wanted, &format!("{error:#}"), json)
         }
-        Err(error) => return Err(error),
-    };
-    report::print_head(&machine);
-    let mut findings = Vec::new();
-    for work in wanted {
-        let (measured, found) = work.run(&machine);
-        report::print_sides(work.name, &measured);
-        findings.extend(found);
-    }
-    report_end(arguments, &findings)?;
-    let has_failed = findings.iter().any(|finding| finding.pass == Some(false));
-    Ok(match has_failed {
-        true => ExitCode::FAILURE,
-        false => ExitCode::SUCCESS,
-    })
-}
-
-fn report_end(arguments: &Arguments, findings: &[Finding]) -> Result<()> {
-    report::print_findings(findings);
-    match &arguments.json {
-        Some(path) => report::write(path, findings),
-        None => Ok(()),
+        Err(error) => Err(error),
     }
 }

@@ -25,7 +25,8 @@ pub struct Decoder<C> {
     head: Tensor,
     rope: Rope,
     norm_eps: f32,
-    attention: Attention,
+    /// How it attends from the next tokens on.
+    pub attention: Attention,
 }
 
 struct Layer<C> {
@@ -160,7 +161,7 @@ impl<C: KvCache> Layer<C> {
 }
 
 /// Causal attention as Candle's models have it.
-fn stock(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+pub fn stock(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let (_, query_heads, queries, _) = q.dims4()?;
     let (batch, kv_heads, keys, dim) = k.dims4()?;
     let group = query_heads / kv_heads;

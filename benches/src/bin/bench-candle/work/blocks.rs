@@ -1,0 +1,197 @@
+//! A paged cache that was busy and is idle, with a prefix cache that is still warm.
+
+use super::{Outcome, Work};
+use crate::demand::{Demand, Reach};
+use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS};
+use crate::machine::Machine;
+use anyhow::{Result, ensure};
+use cuda_vmm::pool::blocks::{
+    BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
+};
+use cuda_vmm::{Engine, EngineOptions, Stream};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+const RECLAIMED: Demand = Demand::count(
+    "blocks, busy, idle, reclaimed, prefix cache warm before: live and pinned",
+    "bytes",
+    Reach::AtMostTimes(1.1),
+);
+const WARM: Demand = Demand::count(
+    "blocks, busy, idle, nothing reclaimed: live and pinned",
+    "bytes",
+    Reach::Open,
+);
+
+/// Against what is in use.
+pub const WORK: Work = Work {
+    name: "blocks",
+    demands: &[RECLAIMED, WARM],
+    measure,
+};
+
+/// Tokens of a block.
+const BLOCK_TOKENS: usize = 16;
+/// Blocks of a prefix that all sequences share, which graphs refer to and so is pinned.
+const PINNED: usize = 100;
+/// Of so many sequences one goes on when the others end.
+const ONE_OF: usize = 8;
+const SEED: u64 = 7;
+/// For how long memory may be on its way.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Bytes over time.
+#[derive(Default)]
+struct Curve(Vec<(Duration, usize)>);
+
+impl Curve {
+    /// About as many points as this, of those there are.
+    const POINTS: usize = 40;
+
+    /// The points as text. Of many, every so manieth and the last.
+    fn text(&self) -> String {
+        let every = self.0.len().div_ceil(Self::POINTS).max(1);
+        let last = self.0.len().saturating_sub(1);
+        let points = self.0.iter().enumerate();
+        let points = points.filter(|(index, _)| index % every == 0 || *index == last);
+        let points = points
+            .map(|(_, (time, bytes))| format!("{:.3} s {} MiB", time.as_secs_f64(), bytes >> 20));
+        points.collect::<Vec<_>>().join(", ")
+    }
+}
+
+fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
+    let engine = Engine::new(&machine.device, EngineOptions::new())?;
+    let element = ElementSize::new(DTYPE.size_in_bytes())?;
+    let mut tensors = Vec::new();
+    for layer in 0..machine.sizes.paged_layers {
+        for part in ["k", "v"] {
+            let shape = [BLOCK_TOKENS, KV_HEADS, HEAD_DIM];
+            tensors.push(TensorSpec::new(format!("{layer}.{part}"), &shape, element)?);
+        }
+    }
+    let page_bytes = machine.device.granularity_bytes();
+    let spec = LayerSpec::new(tensors)?;
+    Ok(BlockBacking::new(&engine, spec, blocks, page_bytes)?)
+}
+
+fn measure(machine: &Machine) -> Result<Outcome> {
+    let sizes = &machine.sizes;
+    let blocks = (PINNED + 3 * sizes.blocks * sizes.sequences).next_power_of_two();
+    let backing = backing(machine, blocks)?;
+    let stream = Stream::new(&machine.device)?;
+    backing.use_stream(&stream)?;
+    let allocator = BlockAllocator::new(backing.clone());
+    let started = Instant::now();
+    let mut curve = Curve::default();
+    let mut look = || {
+        let bytes = backing.stats().committed_bytes;
+        curve.0.push((started.elapsed(), bytes));
+    };
+
+    let prefix = allocator.allocate(PINNED)?;
+    let pin = backing.pin(prefix.iter().copied())?;
+    // Sequences of many lengths that grow side by side, so that their blocks are mixed.
+    let mut random = StdRng::seed_from_u64(SEED);
+    let mut length = || random.random_range(sizes.blocks..=3 * sizes.blocks);
+    let lengths: Vec<_> = (0..sizes.sequences).map(|_| length()).collect();
+    let mut sequences: Vec<Vec<BlockId>> = vec![Vec::new(); sizes.sequences];
+    for step in 0..3 * sizes.blocks {
+        for (sequence, length) in sequences.iter_mut().zip(&lengths) {
+            if step < *length {
+                sequence.extend(allocator.allocate(1)?);
+            }
+        }
+        look();
+    }
+
+    // Most end. The prefix cache keeps their blocks, the longest unused of which are worth the least.
+    let mut cached = VecDeque::new();
+    let mut live = Vec::new();
+    for (index, sequence) in sequences.into_iter().enumerate() {
+        match index % ONE_OF {
+            0 => live.extend(sequence),
+            _ => cached.extend(sequence),
+        }
+        look();
+    }
+    let used_bytes = (live.len() + PINNED) * backing.stats().block_bytes;
+    let warm_bytes = backing.stats().committed_bytes;
+
+    // Idle: all that is not in use may go.
+    let worth: BTreeMap<BlockId, f64> = cached
+        .iter()
+        .enumerate()
+        .map(|(age, block)| (*block, 1.0 + age as f64))
+        .collect();
+    let plan_started = Instant::now();
+    // Moving a block costs less than losing any.
+    let plan = allocator
+        .reclaim_candidates_with_moves(usize::MAX, 0.5, |block| worth.get(&block).copied());
+    let planned = plan_started.elapsed();
+    allocator.commit(&plan, &stream)?;
+    rewrite(&mut live, &plan);
+    stream.synchronize()?;
+    let engine = backing.engine();
+    let wait_started = Instant::now();
+    while engine.stats().retiring_bytes > 0 {
+        let waited = wait_started.elapsed();
+        ensure!(waited < PATIENCE, "memory does not go back");
+        engine.step();
+        look();
+    }
+    engine.trim()?;
+    look();
+    let mut in_use = live.iter().copied().chain(pin.blocks());
+    ensure!(
+        in_use.all(|block| backing.is_backed(block)),
+        "a block in use has no memory"
+    );
+    let left_bytes = backing.stats().committed_bytes as f64;
+    let note = format!(
+        "{} blocks live, {PINNED} pinned, {} in the prefix cache before; planned in {:.1} ms; {} evicted, {} moved; \
+         committed: {}",
+        live.len(),
+        cached.len(),
+        planned.as_secs_f64() * 1e3,
+        plan.evicted().len(),
+        plan.moves().len(),
+        curve.text()
+    );
+    let mut outcome = Outcome::default();
+    outcome.add_noted(&RECLAIMED, left_bytes, Some(used_bytes as f64), note);
+    outcome.add(&WARM, warm_bytes as f64, Some(used_bytes as f64));
+    Ok(outcome)
+}
+
+/// Has a table name its blocks' new places.
+fn rewrite(table: &mut [BlockId], plan: &ReclaimPlan) {
+    let moves: BTreeMap<_, _> = plan.moves().iter().copied().collect();
+    for block in table {
+        *block = moves.get(block).copied().unwrap_or(*block);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_of_many_points_is_told_by_some_and_the_last() {
+        let point = |index: usize| (Duration::from_millis(index as u64), index << 20);
+        let text = Curve((0..100).map(point).collect()).text();
+        assert!(text.starts_with("0.000 s 0 MiB, 0.003 s 3 MiB, "), "{text}");
+        assert!(text.ends_with(", 0.099 s 99 MiB"), "{text}");
+        assert_eq!(text.split(", ").count(), 34);
+        assert_eq!(
+            Curve((0..101).map(point).collect())
+                .text()
+                .split(", ")
+                .count(),
+            35
+        );
+        assert_eq!(Curve::default().text(), "");
+    }
+}

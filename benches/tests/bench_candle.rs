@@ -1,0 +1,76 @@
+//! The measuring program of Candle's part runs to its end on a CPU, and says so where there is no GPU.
+
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+/// Runs the program, and answers what it put out and the list that it wrote.
+fn run(name: &str, arguments: &[&str]) -> (Output, Vec<Value>) {
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("candle-{name}.json"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-candle"));
+    command.args(arguments).arg("--json").arg(&file);
+    let output = command.output().expect("the program starts");
+    let text = std::fs::read(&file).unwrap_or_else(|_| panic!("no list: {output:?}"));
+    let list = serde_json::from_slice(&text).expect("JSON");
+    (output, list)
+}
+
+#[test]
+fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
+    let (output, list) = run("cpu", &["--device", "cpu"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(list.len(), 17, "{list:?}");
+    let mut judged = Vec::new();
+    for finding in &list {
+        let name = finding["name"].as_str().expect("a name");
+        assert!(
+            finding["ours"].as_f64().is_some_and(|ours| ours > 0.0),
+            "{finding}"
+        );
+        assert!(
+            name.contains("view") || finding["ratio"].is_number(),
+            "{finding}"
+        );
+        if !finding["pass"].is_null() {
+            judged.push((name, finding["pass"] == true));
+        }
+    }
+    let reclaimed = "blocks, busy, idle, reclaimed, prefix cache warm before: live and pinned";
+    assert_eq!(judged, [(reclaimed, true)]);
+}
+
+#[test]
+fn the_curve_of_blocks_goes_up_and_comes_down() {
+    let (output, list) = run("blocks", &["--device", "cpu", "--only", "blocks"]);
+    assert!(output.status.success(), "{output:?}");
+    let note = list[0]["note"].as_str().expect("a note");
+    let (_, curve) = note.split_once("committed: ").expect("a curve");
+    let mebibytes: Vec<u32> = curve
+        .split(", ")
+        .map(|point| point.split(' ').nth(2).expect("a size").parse())
+        .collect::<Result<_, _>>()
+        .expect("numbers");
+    let most = *mebibytes.iter().max().expect("points");
+    let (first, last) = (mebibytes[0], mebibytes[mebibytes.len() - 1]);
+    assert!(first < most && last < most / 2, "{curve}");
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
+    let (output, list) = run("nowhere", &[]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    assert_eq!(list.len(), 17);
+    for finding in &list {
+        assert!(finding["pass"].is_null() && finding["ours"].is_null());
+        let note = finding["note"].as_str().expect("a note");
+        assert!(note.contains("no GPU answers"), "{note}");
+    }
+}
+
+#[test]
+fn wrong_usage_has_an_exit_code_of_its_own() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-candle"));
+    let output = command.args(["--device", "abacus"]).output();
+    assert_eq!(output.expect("the program starts").status.code(), Some(64));
+}
