@@ -205,6 +205,7 @@ fn errors_keep_their_variants_and_constructors() {
 fn types_cross_threads() {
     fn crosses<T: Send + Sync + 'static>() {}
     crosses::<VirtualMemoryPool>();
+    crosses::<candle_cuda_vmm::ElasticBlocks>();
     crosses::<SharedMemoryPool>();
     crosses::<PhysicalMemoryHandle>();
     crosses::<VirtualAddressRange>();

@@ -217,6 +217,9 @@ impl ElasticBlocks {
     /// They are for kernels that follow block tables. Should one of them outlive this object and all its clones, then the
     /// addresses, and the memory of blocks that were backed, are never given back.
     ///
+    /// # Errors
+    /// [`CandleError`](crate::VmmError::CandleError).
+    ///
     /// # Safety
     /// On a CUDA device, for as long as one of the tensors, or a view or clone of it, lives:
     /// - Kernels and copies touch backed blocks only: from before they are queued until they have run, nobody gives those

@@ -125,3 +125,38 @@ fn a_pool_serves_a_tensor_of_its_own_device_only() {
     tensor.truncate(2).unwrap();
     assert_eq!(tensor.view().unwrap().to_vec2::<f32>().unwrap(), numbers);
 }
+
+#[test]
+fn tensors_of_blocks_come_and_go_without_candle_noticing() {
+    let test = open();
+    let pool = TensorPool::new(&test.device).unwrap();
+    let blocks = pool.blocks(1 << 16, [("k", (16, 64), DType::F16)]).unwrap();
+    for backed in [0, 1, 1000] {
+        blocks.back(0..backed).unwrap();
+        // SAFETY: no block is touched.
+        let reserved = unsafe { blocks.reserved_tensors() }.unwrap();
+        assert_eq!(reserved[0].dims(), [1 << 16, 16, 64]);
+        let prefix = blocks.prefix("k").unwrap();
+        // The first page may be there or not, and a whole tensor have memory in part only.
+        for tensor in [reserved[0].clone(), prefix.clone()] {
+            drop(tensor);
+            expect_candle_undisturbed(&test.device);
+        }
+        drop(reserved);
+        expect_candle_undisturbed(&test.device);
+        let elsewhere = std::thread::spawn(move || drop(prefix));
+        elsewhere.join().unwrap();
+        expect_candle_undisturbed(&test.device);
+    }
+    // The memory of a prefix outlives the blocks.
+    let prefix = blocks.prefix("k").unwrap();
+    let engine = blocks.engine().clone();
+    drop((blocks, pool));
+    expect_candle_undisturbed(&test.device);
+    drop(prefix);
+    expect_candle_undisturbed(&test.device);
+    engine.step();
+    test.device.synchronize().unwrap();
+    engine.step();
+    assert_eq!(engine.stats().committed_bytes, 0);
+}

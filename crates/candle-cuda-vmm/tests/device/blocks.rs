@@ -138,16 +138,16 @@ fn a_prefix_ends_at_the_first_gap_and_shows_what_is_written() {
             write(&test, tensor, block, 100 * index + block);
         }
     }
-    for index in 0..2 {
+    for (index, whole) in all.iter().enumerate() {
         let prefix = blocks.prefix_of(index).unwrap();
         assert_eq!(prefix.dims()[0], 4);
         for block in 0..4 {
             expect(&prefix, block, 100 * index + block);
         }
         // The view has the addresses of the whole, and what is written in one is in the other.
-        assert_eq!(address(&prefix), address(&all[index]));
+        assert_eq!(address(&prefix), address(whole));
         write(&test, &prefix, 2, 7);
-        expect(&all[index], 2, 7);
+        expect(whole, 2, 7);
     }
     // The gap is closed, and what lay behind it is there.
     blocks.back([4]).unwrap();
@@ -179,7 +179,7 @@ fn memory_follows_what_is_backed_and_moved_blocks_keep_what_they_hold() {
     }
     let busy_bytes = blocks.stats().committed_bytes;
     assert!(busy_bytes >= 64 * blocks.stats().block_bytes);
-    let cost = |block: usize| (block % 4 != 0).then_some(0.0);
+    let cost = |block: usize| (!block.is_multiple_of(4)).then_some(0.0);
     let plan = blocks.reclaim_candidates_with_moves(usize::MAX, 1.0, cost);
     assert!(!plan.moves().is_empty());
     blocks.commit(&plan).unwrap();
