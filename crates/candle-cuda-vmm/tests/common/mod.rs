@@ -31,6 +31,16 @@ pub fn page() -> usize {
     Settings::of_process().page_bytes.unwrap_or(GRANULE)
 }
 
+/// The page of block tables, in bytes. On a CPU device tensors of blocks are plain ones of all blocks, so that large pages
+/// would only make them large.
+pub fn block_page() -> usize {
+    if cfg!(feature = "cuda") {
+        page()
+    } else {
+        GRANULE
+    }
+}
+
 /// Fails unless the result is an error of this very pattern.
 #[macro_export]
 macro_rules! refused {

@@ -1,7 +1,7 @@
 //! Tensors of paged caches. Nothing here launches kernels: on a GPU blocks are written as bytes.
 
 use crate::bytes;
-use crate::common::{UnderTest, open, page};
+use crate::common::{UnderTest, block_page, open};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::pool::blocks::BlockError;
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream};
@@ -9,7 +9,7 @@ use candle_cuda_vmm::{ElasticBlocks, TensorPool, TensorPoolOptions, VmmError};
 use std::time::{Duration, Instant};
 
 fn options() -> TensorPoolOptions {
-    TensorPoolOptions::new().page_bytes(page())
+    TensorPoolOptions::new().page_bytes(block_page())
 }
 
 pub fn pool(test: &UnderTest) -> TensorPool {
@@ -18,7 +18,7 @@ pub fn pool(test: &UnderTest) -> TensorPool {
 
 /// A shape of one block whose bytes, as `f32`, are a third of a page and a little more.
 pub fn wide() -> (usize, usize) {
-    (page() / 4 / 3 / 8 + 3, 8)
+    (block_page() / 4 / 3 / 8 + 3, 8)
 }
 
 /// Lets the engine give back what is on its way.
@@ -198,7 +198,7 @@ fn memory_follows_what_is_backed_and_moved_blocks_keep_what_they_hold() {
     settle(&blocks, busy_bytes - plan.freed_bytes());
     // The sixteen in use, and a page or two at either end of them in both tensors.
     let least = 16 * blocks.stats().block_bytes;
-    assert!(blocks.stats().committed_bytes <= least + 4 * page());
+    assert!(blocks.stats().committed_bytes <= least + 4 * block_page());
     let last = blocks.reclaim_candidates(usize::MAX, |_| Some(0.0));
     blocks.commit(&last).unwrap();
     settle(&blocks, 0);
@@ -229,7 +229,7 @@ fn what_a_living_prefix_shows_stays_and_what_it_has_is_nobodys() {
     assert!(plan.evicted().iter().chain(to).all(|block| *block >= 12));
     blocks.commit(&plan).unwrap();
     blocks.unback(0..12).unwrap();
-    settle(&blocks, 25 * page());
+    settle(&blocks, 25 * block_page());
     let refused = blocks.back([5]).unwrap_err();
     assert!(
         matches!(refused, VmmError::Vmm(cuda_vmm::VmmError::Leased { .. })),
@@ -283,7 +283,7 @@ fn expect_block(outcome: Result<(), VmmError>, error: BlockError) {
 #[test]
 fn what_cannot_be_is_refused_by_its_values() {
     let test = open();
-    let limit = EngineOptions::new().limit_bytes(8 * page());
+    let limit = EngineOptions::new().limit_bytes(8 * block_page());
     let pool = TensorPool::with_options(&test.device, options().engine(limit)).unwrap();
     let made = |blocks, shape: &[usize], dtype| {
         let entries = [("k", Shape::from(shape), dtype)];

@@ -1,19 +1,28 @@
 //! Tensors that grow, and what was handed out of them before.
 
-use crate::common::{GRANULE, UnderTest, open, page};
+use crate::common::{GRANULE, KIB, UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions};
 use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
 use std::time::{Duration, Instant};
 
-fn options() -> TensorPoolOptions {
+/// What memory comes in, in bytes: pages, or on a CPU device, which has none, something small.
+fn unit(test: &UnderTest) -> usize {
+    if test.device.is_cuda() {
+        page()
+    } else {
+        64 * KIB
+    }
+}
+
+fn options(test: &UnderTest) -> TensorPoolOptions {
     TensorPoolOptions::new()
         .page_bytes(page())
-        .reservation_bytes(64 * page())
+        .reservation_bytes(64 * unit(test))
 }
 
 fn pool(test: &UnderTest) -> TensorPool {
-    TensorPool::with_options(&test.device, options()).unwrap()
+    TensorPool::with_options(&test.device, options(test)).unwrap()
 }
 
 /// Rows of `columns` numbers that count on from `first`.
@@ -49,21 +58,21 @@ fn settle(pool: &TensorPool, bytes_max: usize) {
     }
 }
 
-/// So many columns of numbers that three rows take a page and more.
-fn wide() -> usize {
-    page() / 4 / 3 + 17
+/// So many columns of numbers that three rows take a unit and more.
+fn wide(test: &UnderTest) -> usize {
+    unit(test) / 4 / 3 + 17
 }
 
 #[test]
 fn rows_stay_where_they_are_while_more_are_appended() {
     let test = open();
     let pool = pool(&test);
-    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
     assert!(tensor.is_empty() && pool.committed_bytes() == 0);
-    assert_eq!(tensor.view().unwrap().dims(), [0, wide()]);
+    assert_eq!(tensor.view().unwrap().dims(), [0, wide(&test)]);
     let mut views = Vec::new();
     for len in (0..12).step_by(2) {
-        tensor.append(&rows(&test, len, 2, wide())).unwrap();
+        tensor.append(&rows(&test, len, 2, wide(&test))).unwrap();
         views.push(tensor.view().unwrap());
     }
     for (index, view) in views.iter().enumerate() {
@@ -89,15 +98,15 @@ fn a_view_is_a_snapshot_whatever_becomes_of_the_rows() {
         |tensor| tensor.release_front(6).unwrap(),
     ];
     for change in ways {
-        let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
-        tensor.append(&rows(&test, 0, 7, wide())).unwrap();
+        let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+        tensor.append(&rows(&test, 0, 7, wide(&test))).unwrap();
         let before = tensor.view().unwrap();
         change(&mut tensor);
         let left = tensor.len();
-        tensor.append(&rows(&test, 100, 7, wide())).unwrap();
+        tensor.append(&rows(&test, 100, 7, wide(&test))).unwrap();
         expect(&before, 0, 7);
         let after = tensor.view().unwrap();
-        assert_eq!(after.dims(), [left + 7, wide()]);
+        assert_eq!(after.dims(), [left + 7, wide(&test)]);
         expect(&after.narrow(0, left, 7).unwrap(), 100, 7);
         drop(tensor);
         expect(&before, 0, 7);
@@ -131,8 +140,8 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
     for order in 0..6 {
         let pool = pool(&test);
         let watch = pool.engine().cloned();
-        let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
-        tensor.append(&rows(&test, 0, 5, wide())).unwrap();
+        let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+        tensor.append(&rows(&test, 0, 5, wide(&test))).unwrap();
         let view = tensor.view().unwrap();
         let part = view.narrow(0, 2, 3).unwrap();
         let (mut pool, mut tensor, mut view) = (Some(pool), Some(tensor), Some(view));
@@ -164,13 +173,13 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
 fn a_window_that_slides_takes_memory_for_the_window_only() {
     let test = open();
     let pool = pool(&test);
-    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
     let window = 9;
     let window_bytes = (window + 1) * tensor.row_bytes();
     // Three times through the addresses.
-    let steps = 3 * 64 * page() / tensor.row_bytes();
+    let steps = 3 * 64 * unit(&test) / tensor.row_bytes();
     for step in 0..steps {
-        tensor.append(&rows(&test, step, 1, wide())).unwrap();
+        tensor.append(&rows(&test, step, 1, wide(&test))).unwrap();
         if tensor.len() > window {
             tensor.release_front(1).unwrap();
         }
@@ -178,7 +187,7 @@ fn a_window_that_slides_takes_memory_for_the_window_only() {
             let first = (step + 1).saturating_sub(window);
             expect(&tensor.view().unwrap(), first, tensor.len());
             // What was let go may be on its way; and a window that moves to fresh addresses is there twice.
-            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * page());
+            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * unit(&test));
         }
     }
 }
@@ -227,12 +236,12 @@ fn every_type_that_candle_computes_with_grows() {
 fn a_copy_owns_its_memory() {
     let test = open();
     let pool = pool(&test);
-    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
-    tensor.append(&rows(&test, 0, 4, wide())).unwrap();
+    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+    tensor.append(&rows(&test, 0, 4, wide(&test))).unwrap();
     let (copy, mut clone) = (tensor.to_owned().unwrap(), tensor.try_clone().unwrap());
     tensor.truncate(1).unwrap();
-    tensor.append(&rows(&test, 50, 3, wide())).unwrap();
-    clone.append(&rows(&test, 4, 1, wide())).unwrap();
+    tensor.append(&rows(&test, 50, 3, wide(&test))).unwrap();
+    clone.append(&rows(&test, 4, 1, wide(&test))).unwrap();
     expect(&copy, 0, 4);
     expect(&clone.view().unwrap(), 0, 5);
     drop((tensor, clone));
@@ -243,16 +252,16 @@ fn a_copy_owns_its_memory() {
 #[test]
 fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
     let test = open();
-    let limit = EngineOptions::new().limit_bytes(8 * page());
-    let pool = TensorPool::with_options(&test.device, options().engine(limit)).unwrap();
-    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
-    tensor.append(&rows(&test, 0, 4, wide())).unwrap();
+    let limit = EngineOptions::new().limit_bytes(8 * unit(&test));
+    let pool = TensorPool::with_options(&test.device, options(&test).engine(limit)).unwrap();
+    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+    tensor.append(&rows(&test, 0, 4, wide(&test))).unwrap();
     let row_bytes = tensor.row_bytes();
     let too_many = tensor.rows_max() - 3;
     let error = tensor.grow(too_many).unwrap_err();
     assert!(
         matches!(error, VmmError::InvalidOffset { offset, size, capacity }
-            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * page()),
+            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * unit(&test)),
         "{error}"
     );
     assert!(matches!(
@@ -273,7 +282,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
             );
         };
     }
-    let bytes = Tensor::zeros((1, wide()), DType::U8, &test.device).unwrap();
+    let bytes = Tensor::zeros((1, wide(&test)), DType::U8, &test.device).unwrap();
     refused!(
         tensor.append(&bytes),
         Error::DTypeMismatchBinaryOp {
@@ -289,7 +298,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
             ..
         }
     );
-    let flat = Tensor::zeros(wide(), DType::F32, &test.device).unwrap();
+    let flat = Tensor::zeros(wide(&test), DType::F32, &test.device).unwrap();
     refused!(
         tensor.append(&flat),
         Error::UnexpectedNumberOfDims {
@@ -331,7 +340,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
         }
     );
     if test.device.is_cuda() {
-        let elsewhere = Tensor::zeros((1, wide()), DType::F32, &Device::Cpu).unwrap();
+        let elsewhere = Tensor::zeros((1, wide(&test)), DType::F32, &Device::Cpu).unwrap();
         refused!(
             tensor.append(&elsewhere),
             Error::DeviceMismatchBinaryOp {
@@ -341,7 +350,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
         );
     }
     expect(&tensor.view().unwrap(), 0, 4);
-    tensor.append(&rows(&test, 4, 1, wide())).unwrap();
+    tensor.append(&rows(&test, 4, 1, wide(&test))).unwrap();
     expect(&tensor.view().unwrap(), 0, 5);
 }
 
@@ -351,9 +360,9 @@ fn pools_that_cannot_be_are_refused() {
     let with = |options| TensorPool::with_options(&test.device, options).map(drop);
     let zero = |what| VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what });
     for (options, error) in [
-        (options().reservation_bytes(0), zero("reservation")),
+        (options(&test).reservation_bytes(0), zero("reservation")),
         (
-            options().engine(EngineOptions::new().limit_bytes(0)),
+            options(&test).engine(EngineOptions::new().limit_bytes(0)),
             zero("limit"),
         ),
     ] {
@@ -363,7 +372,7 @@ fn pools_that_cannot_be_are_refused() {
         );
     }
     if test.device.is_cuda() {
-        let odd = with(options().page_bytes(GRANULE / 2));
+        let odd = with(options(&test).page_bytes(GRANULE / 2));
         assert!(matches!(odd, Err(VmmError::InvalidPageSize(bytes)) if bytes == GRANULE / 2));
     }
     let pool = pool(&test);
