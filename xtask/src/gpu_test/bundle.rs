@@ -14,8 +14,8 @@ use std::process::Command;
 
 /// The script that unpacks the bundle and starts it.
 const RUN: &str = include_str!("run.sh");
-/// The most that a packed bundle may weigh.
-const LIMIT_BYTES: u64 = 60_000_000;
+/// The most that a packed bundle may weigh. Four of its programs have Candle's kernels, 11 to 13 MB each.
+const LIMIT_BYTES: u64 = 64_000_000;
 
 /// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
