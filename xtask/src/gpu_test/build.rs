@@ -158,13 +158,7 @@ pub fn generate(
     target: &Path,
     compute_cap: u32,
 ) -> Result<(PathBuf, Vec<String>)> {
-    setup::ensure(workspace, true, false)?;
-    let builder = Builder {
-        workspace,
-        target,
-        compute_cap,
-    };
-    with_libraries(builder.generate()?)
+    with_libraries(workspace, target, compute_cap, |builder| builder.generate())
 }
 
 /// Builds the measuring program of Candle's part for the real driver; answers it, and the CUDA libraries that it needs.
@@ -173,16 +167,23 @@ pub fn bench_candle(
     target: &Path,
     compute_cap: u32,
 ) -> Result<(PathBuf, Vec<String>)> {
+    with_libraries(workspace, target, compute_cap, |builder| {
+        builder.bench_candle()
+    })
+}
+
+fn with_libraries(
+    workspace: &Workspace,
+    target: &Path,
+    compute_cap: u32,
+    build: impl FnOnce(&Builder) -> Result<PathBuf>,
+) -> Result<(PathBuf, Vec<String>)> {
     setup::ensure(workspace, true, false)?;
-    let builder = Builder {
+    let executable = build(&Builder {
         workspace,
         target,
         compute_cap,
-    };
-    with_libraries(builder.bench_candle()?)
-}
-
-fn with_libraries(executable: PathBuf) -> Result<(PathBuf, Vec<String>)> {
+    })?;
     let libraries = stubs::needed(&executable)?;
     Ok((executable, libraries.into_iter().collect()))
 }

@@ -37,32 +37,11 @@ mod work;
 
 use anyhow::Result;
 use arguments::{Arguments, Place};
-use clap::Parser;
 use machine::Machine;
 use std::process::ExitCode;
 
-/// The exit code of a usage error.
-const USAGE: u8 = 64;
-
 fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Telling why can only fail if there is nobody left to tell.
-            let _ = error.print();
-            return match error.exit_code() {
-                0 => ExitCode::SUCCESS,
-                _ => ExitCode::from(USAGE),
-            };
-        }
-    };
-    match run(&arguments) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("bench-candle: error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    course::start("bench-candle", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {

@@ -14,37 +14,16 @@ mod work;
 
 use anyhow::Result;
 use arguments::{Arguments, Choice};
-use clap::Parser;
 use cuda_vmm_benches::CountingAllocator;
 use machine::Machine;
 use std::process::ExitCode;
-
-/// The exit code of a usage error.
-const USAGE: u8 = 64;
 
 /// Counts only while the bookkeeping's memory is measured.
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
 fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Telling why can only fail if there is nobody left to tell.
-            let _ = error.print();
-            return match error.exit_code() {
-                0 => ExitCode::SUCCESS,
-                _ => ExitCode::from(USAGE),
-            };
-        }
-    };
-    match run(&arguments) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("bench: error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    course::start("bench", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {

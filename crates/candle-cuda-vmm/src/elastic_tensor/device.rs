@@ -1,6 +1,6 @@
 //! Rows in a range of addresses of their own, backed where they are.
 
-use crate::error::{Result, VmmError};
+use crate::error::Result;
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
 use candle_core::{DType, Tensor};
@@ -117,16 +117,8 @@ impl DeviceRows {
     /// is as before.
     fn move_to_fresh(&mut self, more: usize) -> Result<()> {
         let len = self.rows.len();
-        let capacity = self.memory.reservation_bytes;
+        // Within the addresses: `ElasticTensor` has counted the rows.
         let bytes = (len + more) * self.row_bytes;
-        if bytes > capacity {
-            let offset = len * self.row_bytes;
-            return Err(VmmError::InvalidOffset {
-                offset,
-                size: bytes - offset,
-                capacity,
-            });
-        }
         let mut fresh = Space::new(&self.memory)?;
         fresh.extend(bytes)?;
         if len > 0 {

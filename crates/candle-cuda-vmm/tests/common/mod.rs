@@ -74,6 +74,15 @@ pub struct UnderTest {
 }
 
 impl UnderTest {
+    /// What memory of tensors that grow comes in, in bytes: pages, or on a CPU device, which has none, something small.
+    pub fn unit(&self) -> usize {
+        if self.device.is_cuda() {
+            page()
+        } else {
+            64 * KIB
+        }
+    }
+
     /// Memory of the device that is not in use, in bytes.
     pub fn free_bytes(&self) -> usize {
         self.core.free_bytes().unwrap()

@@ -1,24 +1,15 @@
 //! Tensors that grow, and what was handed out of them before.
 
-use crate::common::{GRANULE, KIB, UnderTest, open, page};
+use crate::common::{GRANULE, UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions};
 use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
 use std::time::{Duration, Instant};
 
-/// What memory comes in, in bytes: pages, or on a CPU device, which has none, something small.
-fn unit(test: &UnderTest) -> usize {
-    if test.device.is_cuda() {
-        page()
-    } else {
-        64 * KIB
-    }
-}
-
 fn options(test: &UnderTest) -> TensorPoolOptions {
     TensorPoolOptions::new()
         .page_bytes(page())
-        .reservation_bytes(64 * unit(test))
+        .reservation_bytes(64 * test.unit())
 }
 
 fn pool(test: &UnderTest) -> TensorPool {
@@ -60,7 +51,7 @@ fn settle(pool: &TensorPool, bytes_max: usize) {
 
 /// So many columns of numbers that three rows take a unit and more.
 fn wide(test: &UnderTest) -> usize {
-    unit(test) / 4 / 3 + 17
+    test.unit() / 4 / 3 + 17
 }
 
 #[test]
@@ -177,7 +168,7 @@ fn a_window_that_slides_takes_memory_for_the_window_only() {
     let window = 9;
     let window_bytes = (window + 1) * tensor.row_bytes();
     // Three times through the addresses.
-    let steps = 3 * 64 * unit(&test) / tensor.row_bytes();
+    let steps = 3 * 64 * test.unit() / tensor.row_bytes();
     for step in 0..steps {
         tensor.append(&rows(&test, step, 1, wide(&test))).unwrap();
         if tensor.len() > window {
@@ -187,7 +178,7 @@ fn a_window_that_slides_takes_memory_for_the_window_only() {
             let first = (step + 1).saturating_sub(window);
             expect(&tensor.view().unwrap(), first, tensor.len());
             // What was let go may be on its way; and a window that moves to fresh addresses is there twice.
-            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * unit(&test));
+            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * test.unit());
         }
     }
 }
@@ -252,7 +243,7 @@ fn a_copy_owns_its_memory() {
 #[test]
 fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
     let test = open();
-    let limit = EngineOptions::new().limit_bytes(8 * unit(&test));
+    let limit = EngineOptions::new().limit_bytes(8 * test.unit());
     let pool = TensorPool::with_options(&test.device, options(&test).engine(limit)).unwrap();
     let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
     tensor.append(&rows(&test, 0, 4, wide(&test))).unwrap();
@@ -261,7 +252,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
     let error = tensor.grow(too_many).unwrap_err();
     assert!(
         matches!(error, VmmError::InvalidOffset { offset, size, capacity }
-            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * unit(&test)),
+            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * test.unit()),
         "{error}"
     );
     assert!(matches!(

@@ -1,7 +1,7 @@
 //! KV caches that grow where they stand. Tokens come token-major, as models have them after a transposition, so that no
 //! kernel is needed to lay them down.
 
-use crate::common::{KIB, UnderTest, open, page};
+use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::cuda_vmm::EngineOptions;
 use candle_cuda_vmm::{ElasticKvCache, TensorPool, TensorPoolOptions};
@@ -141,13 +141,7 @@ fn a_reset_leaves_what_was_answered_alone() {
 #[test]
 fn a_clone_has_tokens_of_its_own_and_says_so_if_it_could_not() {
     let test = open();
-    // A CPU device has no pages.
-    let unit = if test.device.is_cuda() {
-        page()
-    } else {
-        64 * KIB
-    };
-    let limit = EngineOptions::new().limit_bytes(6 * unit);
+    let limit = EngineOptions::new().limit_bytes(6 * test.unit());
     let options = TensorPoolOptions::new().page_bytes(page()).engine(limit);
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.kv_cache(2, 64);
@@ -159,7 +153,7 @@ fn a_clone_has_tokens_of_its_own_and_says_so_if_it_could_not() {
     expect(&clone.k().unwrap().unwrap(), &[0, 1, 2, 3, 4, 50]);
     drop(clone);
     // Two of them for keys and for values each: a second such pair is more than the limit.
-    let count = 2 * unit / (HEADS * DIM * 4);
+    let count = 2 * test.unit() / (HEADS * DIM * 4);
     append(&test, &mut cache, 6..count);
     let mut clone = cache.clone();
     let error = clone
