@@ -57,6 +57,8 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(feature = "cuda")]
+mod append;
 pub mod attention;
 pub mod cuda_ffi;
 pub mod device;

@@ -21,6 +21,9 @@ pub struct TensorPoolOptions {
     /// How much memory in bytes is made ahead of each tensor's end, so that it grows without a driver call;
     /// [`cuda_vmm::PoolOptions::ahead_bytes_max`].
     pub ahead_bytes_max: usize,
+    /// Whether an append to a KV cache answers contiguous copies of all tokens instead of views; see
+    /// [`contiguous_answers`](Self::contiguous_answers).
+    pub contiguous_answers: bool,
 }
 
 impl TensorPoolOptions {
@@ -32,6 +35,7 @@ impl TensorPoolOptions {
             page_bytes: None,
             reservation_bytes: 16 << 30,
             ahead_bytes_max: 0,
+            contiguous_answers: false,
         }
     }
 
@@ -56,6 +60,16 @@ impl TensorPoolOptions {
     /// With memory made ahead of each tensor's end, up to this many bytes.
     pub const fn ahead_bytes_max(mut self, bytes: usize) -> Self {
         self.ahead_bytes_max = bytes;
+        self
+    }
+
+    /// With appends to KV caches that answer contiguous copies of all tokens instead of views of token-major memory.
+    ///
+    /// That is for models which repeat K and V for each group of heads as Candle's do (`repeat_kv`): of a contiguous tensor
+    /// Candle does it by plain copies, of a transposed view element by element, which takes longer than copying first. The
+    /// copies are memory of Candle's, for as long as the model keeps them. [`gqa`](crate::attention::gqa) needs none.
+    pub const fn contiguous_answers(mut self, contiguous: bool) -> Self {
+        self.contiguous_answers = contiguous;
         self
     }
 }
@@ -110,6 +124,7 @@ pub(crate) struct DeviceMemory {
     pub(crate) engine: Engine,
     pub(crate) stream: cuda_vmm::Stream,
     pub(crate) leases: Arc<crate::lease::Leases>,
+    pub(crate) append: crate::append::Append,
     pub(crate) page_bytes: usize,
     pub(crate) reservation_bytes: usize,
     pub(crate) ahead_bytes_max: usize,
@@ -188,6 +203,7 @@ impl TensorPool {
                     engine: Engine::new(&core, options.engine)?,
                     stream: crate::lease::stream_of(&core, cuda),
                     leases: crate::lease::Leases::new(cuda),
+                    append: crate::append::Append::new(cuda),
                     page_bytes,
                     reservation_bytes: options.reservation_bytes,
                     ahead_bytes_max: options.ahead_bytes_max,

@@ -72,9 +72,14 @@ impl Machine {
         self.is_real
     }
 
+    /// How pools for tensors and caches that grow are made.
+    pub fn pool_options(&self) -> TensorPoolOptions {
+        TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES)
+    }
+
     /// A pool for tensors and caches that grow.
     pub fn pool(&self) -> Result<TensorPool> {
-        let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
+        let options = self.pool_options();
         Ok(TensorPool::with_options(&self.candle, options)?)
     }
 

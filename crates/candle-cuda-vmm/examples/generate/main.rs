@@ -97,7 +97,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         Kind::Concat => run(&arguments, &ConcatCaches, device),
         Kind::Elastic => {
             // Two pages ahead, so that no token waits for the driver.
-            let options = TensorPoolOptions::new().ahead_bytes_max(4 << 20);
+            let is_stock = arguments.attention == Attention::Stock;
+            let options = TensorPoolOptions::new()
+                .ahead_bytes_max(4 << 20)
+                .contiguous_answers(is_stock);
             run(
                 &arguments,
                 &TensorPool::with_options(&device, options)?,

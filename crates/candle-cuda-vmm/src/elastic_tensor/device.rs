@@ -1,6 +1,12 @@
 //! Rows in a range of addresses of their own, backed where they are.
+//!
+//! # Safety
+//! One launch writes to rows for which room was made just before, as [`Append`](crate::append::Append) wants it.
 
-use crate::error::Result;
+#![allow(unsafe_code)]
+
+use crate::append::{Queued, Side};
+use crate::error::{Result, VmmError};
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
 use candle_core::{DType, Tensor};
@@ -8,12 +14,15 @@ use cuda_vmm::{PoolOptions, VirtualMemoryPool};
 use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A range of addresses, and the bytes of it that are live: whole pages, so that most rows take no call.
 #[derive(Debug)]
 struct Space {
     range: VirtualMemoryPool,
     live: Range<usize>,
+    /// No view shows bytes from here on.
+    unseen: AtomicUsize,
 }
 
 impl Space {
@@ -25,7 +34,11 @@ impl Space {
             PoolOptions::new().ahead_bytes_max(memory.ahead_bytes_max),
         )?;
         range.use_stream(&memory.stream)?;
-        Ok(Self { range, live: 0..0 })
+        Ok(Self {
+            range,
+            live: 0..0,
+            unseen: AtomicUsize::new(0),
+        })
     }
 
     /// Makes the bytes up to `end` live.
@@ -40,6 +53,12 @@ impl Space {
         self.range.allocate(self.live.end, end - self.live.end)?;
         self.live.end = end;
         Ok(())
+    }
+
+    /// Whether a view shows any of these bytes.
+    fn is_seen(&mut self, bytes: &Range<usize>) -> bool {
+        // What is appended lies behind all views unless rows were forgotten, and then nobody is asked.
+        bytes.start < *self.unseen.get_mut() && self.range.is_leased(bytes.start, bytes.len())
     }
 
     /// Frees live bytes at one of the ends.
@@ -101,9 +120,7 @@ impl DeviceRows {
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if bytes.end > space.range.capacity_bytes()
-            || space.range.is_leased(bytes.start, bytes.len())
-        {
+        if bytes.end > space.range.capacity_bytes() || space.is_seen(&bytes) {
             return Ok(false);
         }
         match space.extend(bytes.end) {
@@ -148,6 +165,37 @@ impl DeviceRows {
         }
         self.rows.end += count;
         Ok(())
+    }
+
+    /// Appends keys and values by one launch, and answers all of them contiguous if that is wanted; both are of one shape and
+    /// type, their sequence is dimension `dim`, and both have as many rows. [`Queued::Not`] if it takes more than that.
+    pub(super) fn append_both(
+        [keys, values]: [(&mut Self, &Tensor); 2],
+        dim: usize,
+        wants_answers: bool,
+    ) -> Result<Queued> {
+        let memory = keys.0.memory.clone();
+        let (old, count) = (keys.0.len(), keys.1.dim(dim)?);
+        let side = |(rows, tokens): (&mut Self, _)| {
+            rows.room(count)?;
+            let base = rows
+                .space
+                .as_ref()
+                .map_or(0, |space| space.range.base_address());
+            let rows = base + (rows.rows.start * rows.row_bytes) as u64;
+            Ok::<_, VmmError>(Side { tokens, rows })
+        };
+        let sides = [
+            side((&mut *keys.0, keys.1))?,
+            side((&mut *values.0, values.1))?,
+        ];
+        // SAFETY: there is room now for all rows and those that come, and none of the new ones is in a view.
+        let queued = unsafe { memory.append.queue(sides, dim, old, wants_answers) }?;
+        if !matches!(queued, Queued::Not) {
+            keys.0.rows.end += count;
+            values.0.rows.end += count;
+        }
+        Ok(queued)
     }
 
     pub(super) fn grow(&mut self, count: usize) -> Result<()> {
@@ -201,6 +249,8 @@ impl DeviceRows {
         match &self.space {
             Some(space) if !rows.is_empty() => {
                 let offset = (self.rows.start + rows.start) * self.row_bytes;
+                let end = offset + rows.len() * self.row_bytes;
+                space.unseen.fetch_max(end, Ordering::Relaxed);
                 leases.tensor(&space.range, offset, &shape, self.dtype)
             }
             _ => leases.empty(&shape, self.dtype),

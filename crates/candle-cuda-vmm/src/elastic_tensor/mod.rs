@@ -4,6 +4,8 @@
 mod device;
 mod host;
 
+#[cfg(feature = "cuda")]
+use crate::append::Queued;
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::{Memory, TensorPool};
 use candle_core::{DType, Device, Error, Shape, Tensor};
@@ -207,6 +209,45 @@ impl ElasticTensor {
             return Ok(());
         }
         on!(&mut self.rows, all => all.append(rows))
+    }
+
+    /// Whether [`append_both`](Self::append_both) takes such tokens, of a sequence in dimension `dim`.
+    #[cfg(feature = "cuda")]
+    fn takes(&self, tokens: &Tensor, dim: usize) -> bool {
+        let dims = tokens.dims();
+        !self.is_empty()
+            && tokens.rank() == self.row.len() + 1
+            && (dims[..dim] == self.row[..dim] && dims[dim + 1..] == self.row[dim..])
+            && dims[dim] > 0
+            && tokens.dtype() == self.dtype
+            && self.check_room(dims[dim]).is_ok()
+    }
+
+    /// Appends the tokens of keys and of values, whose sequence is dimension `dim`, by one launch, and answers all of them
+    /// as contiguous tensors if that is wanted. [`Queued::Not`] if that cannot be done with these; then both are as before,
+    /// and [`append`](Self::append) says why or does it another way.
+    ///
+    /// # Errors
+    /// As [`append`](Self::append); then both are as before.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn append_both(
+        [keys, values]: [(&mut Self, &Tensor); 2],
+        dim: usize,
+        wants_answers: bool,
+    ) -> Result<Queued> {
+        let are_alike = keys.1.dims() == values.1.dims()
+            && keys.0.dtype == values.0.dtype
+            && keys.0.len() == values.0.len();
+        if !(are_alike && keys.0.takes(keys.1, dim) && values.0.takes(values.1, dim)) {
+            return Ok(Queued::Not);
+        }
+        match (&mut keys.0.rows, &mut values.0.rows) {
+            (Rows::Device(first), Rows::Device(second)) => {
+                let pair = [(first, keys.1), (second, values.1)];
+                DeviceRows::append_both(pair, dim, wants_answers)
+            }
+            _ => Ok(Queued::Not),
+        }
     }
 
     /// Appends so many rows of zeros.

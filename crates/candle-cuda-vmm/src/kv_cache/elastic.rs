@@ -1,6 +1,8 @@
 //! A KV cache that grows where it stands.
 
 use super::{KvCache, KvCacheFactory, check_truncate};
+#[cfg(feature = "cuda")]
+use crate::append::Queued;
 use crate::elastic_tensor::ElasticTensor;
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
@@ -50,6 +52,10 @@ impl ElasticCache {
     /// The tokens, token-major, once a first append has told their shape.
     pub fn rows(&self) -> Option<&ElasticTensor> {
         self.rows.as_ref()
+    }
+
+    fn answers_are_contiguous(&self) -> bool {
+        self.pool.inner().options.contiguous_answers
     }
 
     fn check(&self) -> candle_core::Result<()> {
@@ -156,9 +162,13 @@ impl ElasticCache {
 ///
 /// What [`append`](Self::append) answers is of shape `[batch, heads, seq, head_dim]` (for a sequence in dimension 2), and a
 /// transposed view of token-major memory, which [`gqa`](crate::attention::gqa) reads where it stands. Candle's `matmul` wants
-/// its operands contiguous: call `contiguous()` before it, which copies. Tensors that were answered are snapshots: they
+/// its operands contiguous: call `contiguous()` before it, which copies, or let the pool answer
+/// [contiguous copies](crate::TensorPoolOptions::contiguous_answers). Tensors that were answered are snapshots: they
 /// stay as they are whatever happens to the cache afterwards, and hold their memory until they are dropped; see
 /// [`ElasticTensor`].
+///
+/// On a CUDA device the tokens of a decode step are appended by one launch for keys and values together, if both are of one
+/// shape and type, and each head's elements lie together in whole pieces of 16 bytes.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -233,6 +243,10 @@ impl ElasticKvCache {
     /// # Errors
     /// As [`ElasticCache::append`]. After an error the cache is as before.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        if let Some(outcome) = self.append_at_once(k, v) {
+            return outcome;
+        }
         let len = self.k.current_seq_len();
         self.k.append(k)?;
         let outcome = self.v.append(v).and_then(|()| self.both());
@@ -244,9 +258,35 @@ impl ElasticKvCache {
         outcome
     }
 
+    /// Appends keys and values by one launch, where these can be.
+    #[cfg(feature = "cuda")]
+    fn append_at_once(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> Option<candle_core::Result<(Tensor, Tensor)>> {
+        let (dim, len) = (self.k.dim, self.k.current_seq_len());
+        let wants_answers = self.k.answers_are_contiguous();
+        let (Some(keys), Some(values)) = (&mut self.k.rows, &mut self.v.rows) else {
+            return None;
+        };
+        match ElasticTensor::append_both([(keys, k), (values, v)], dim, wants_answers) {
+            Err(error) => Some(Err(error.into())),
+            Ok(Queued::Not) => None,
+            Ok(Queued::Answers([k, v])) => Some(Ok((k, v))),
+            Ok(Queued::Rows) => Some(self.both().inspect_err(|_| {
+                let _ = self.truncate(len);
+            })),
+        }
+    }
+
     /// All there is, once tokens, or none of a shape, were appended.
     fn both(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        Ok((self.k.all()?, self.v.all()?))
+        let (k, v) = (self.k.all()?, self.v.all()?);
+        match self.k.answers_are_contiguous() {
+            true => Ok((k.force_contiguous()?, v.force_contiguous()?)),
+            false => Ok((k, v)),
+        }
     }
 
     /// Tokens in the cache.

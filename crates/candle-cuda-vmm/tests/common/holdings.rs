@@ -17,6 +17,8 @@ pub struct Holdings {
 impl Holdings {
     /// What the device holds now.
     pub fn of(device: &Device) -> Self {
+        // What Candle freed in the order of a stream goes back to the device when that is waited for.
+        device.synchronize().unwrap();
         let simulator = device.driver().simulator();
         Self {
             device: device.clone(),

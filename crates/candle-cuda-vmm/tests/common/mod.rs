@@ -132,6 +132,9 @@ impl UnderTest {
 
 impl Drop for UnderTest {
     fn drop(&mut self) {
+        // With Candle's devices go the libraries that were opened for them, and what these have taken.
+        self.device = Device::Cpu;
+        self.all.clear();
         // A test that has failed may have left anything.
         if !std::thread::panicking() {
             self.expect_no_leak_after(PATIENCE);

@@ -11,14 +11,20 @@ use crate::sides::Sides;
 use crate::weights::{Source, Weights};
 use anyhow::Result;
 use candle_core::DType;
+use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::kv_cache::PreallocatedCaches;
 use std::cell::RefCell;
 use std::time::Duration;
 
 const STOCK: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, stock attention: the same with KvCache",
+    "decoder of a 1B shape, bf16, 8k context, stock attention over contiguous answers: the same with KvCache",
     "tokens/s",
     Reach::AtLeastTimes(1.0),
+);
+const VIEWS: Demand = Demand::time(
+    "decoder of a 1B shape, bf16, 8k context, stock attention over views: the same with KvCache",
+    "tokens/s",
+    Reach::Open,
 );
 const GQA: Demand = Demand::time(
     "decoder of a 1B shape, bf16, 8k context, gqa: the same with KvCache",
@@ -26,7 +32,7 @@ const GQA: Demand = Demand::time(
     Reach::Open,
 );
 const ADDED: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, gqa: stock attention, both with ElasticKvCache",
+    "decoder of a 1B shape, bf16, 8k context, gqa: stock attention over contiguous answers",
     "tokens/s",
     Reach::Open,
 );
@@ -34,7 +40,7 @@ const ADDED: Demand = Demand::time(
 /// Against Candle's preallocated cache.
 pub const WORK: Work = Work {
     name: "whole decoder",
-    demands: &[STOCK, GQA, ADDED],
+    demands: &[STOCK, VIEWS, GQA, ADDED],
     measure,
 };
 
@@ -50,6 +56,11 @@ const SMALL: &str = r#"{ "vocab_size": 160, "hidden_size": 48, "intermediate_siz
 const PART: usize = 512;
 const SEED: u64 = 0;
 
+/// Of the caches whose answers are contiguous.
+const CONTIGUOUS: (&str, Attention) = (
+    "ElasticKvCache, contiguous answers, stock attention",
+    Attention::Stock,
+);
 const SIDES: [(&str, Attention); 2] = [
     ("ElasticKvCache, stock attention", Attention::Stock),
     ("ElasticKvCache, gqa", Attention::Gqa),
@@ -103,9 +114,13 @@ impl<'a, F: Measured> Subject<'a, F> {
 fn measure(machine: &Machine) -> Result<Outcome> {
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
     let pool = machine.pool()?;
+    let options = machine.pool_options().contiguous_answers(true);
+    let copying_pool = TensorPool::with_options(&machine.candle, options)?;
     let elastic = RefCell::new(Subject::new(machine, &config, &pool)?);
+    let mut copying = Subject::new(machine, &config, &copying_pool)?;
     let preallocated = RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
     let mut sides = Sides::new();
+    sides.add(CONTIGUOUS.0, || copying.timed(machine, CONTIGUOUS.1));
     for (name, attention) in SIDES {
         let elastic = &elastic;
         sides.add(name, move || elastic.borrow_mut().timed(machine, attention));
@@ -119,7 +134,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
     let rounds = machine.sizes.decoder_rounds;
     let mut outcome = Outcome::new(sides.measure(&machine.settings.whole(), rounds)?);
     let speed = |side: (&str, Attention)| anyhow::Ok(1e6 / outcome.measured.median_us(side.0)?);
-    let [stock, gqa] = [speed(SIDES[0])?, speed(SIDES[1])?];
+    let [stock, views, gqa] = [speed(CONTIGUOUS)?, speed(SIDES[0])?, speed(SIDES[1])?];
     let [peer_stock, peer_gqa] = [speed(PEERS[0])?, speed(PEERS[1])?];
     let (from, to) = (machine.sizes.context, elastic.borrow().decoder.tokens());
     let note = format!(
@@ -127,6 +142,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         machine.sizes.generated
     );
     outcome.add_noted(&STOCK, stock, Some(peer_stock), note);
+    outcome.add(&VIEWS, views, Some(peer_stock));
     outcome.add(&GQA, gqa, Some(peer_gqa));
     outcome.add(&ADDED, gqa, Some(stock));
     Ok(outcome)

@@ -5,7 +5,7 @@
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory, PreallocatedCaches};
-use candle_cuda_vmm::{TensorPool, VmmError};
+use candle_cuda_vmm::{TensorPool, TensorPoolOptions, VmmError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -20,6 +20,11 @@ macro_rules! every_kind {
         $check(&PreallocatedCaches, $device);
         $check(&ConcatCaches, $device);
         $check(&TensorPool::new($device).unwrap(), $device);
+        let contiguous = TensorPoolOptions::new().contiguous_answers(true);
+        $check(
+            &TensorPool::with_options($device, contiguous).unwrap(),
+            $device,
+        );
     };
 }
 
