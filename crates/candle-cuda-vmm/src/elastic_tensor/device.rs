@@ -13,12 +13,25 @@ use candle_core::{DType, Tensor};
 use cuda_vmm::{PoolOptions, VirtualMemoryPool};
 use std::iter;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A tensor over the rows that lie in whole pages around all that there are, leased as one.
+///
+/// Handing out a part of it takes no lease, and dropping that part asks the driver for nothing. It holds no page that a
+/// tensor of exactly the rows would not hold. While it is here nobody can tell whether parts of it live: it is let go before
+/// that is asked.
+#[derive(Debug)]
+struct Base {
+    tensor: Tensor,
+    rows: Range<usize>,
+}
 
 /// A range of addresses, and the bytes of it that are live: whole pages, so that most rows take no call.
 #[derive(Debug)]
 struct Space {
+    /// What views of all rows are parts of. It goes before the range does.
+    base: Mutex<Option<Base>>,
     range: VirtualMemoryPool,
     live: Range<usize>,
     /// No view shows bytes from here on.
@@ -35,6 +48,7 @@ impl Space {
         )?;
         range.use_stream(&memory.stream)?;
         Ok(Self {
+            base: Mutex::default(),
             range,
             live: 0..0,
             unseen: AtomicUsize::new(0),
@@ -58,7 +72,15 @@ impl Space {
     /// Whether a view shows any of these bytes.
     fn is_seen(&mut self, bytes: &Range<usize>) -> bool {
         // What is appended lies behind all views unless rows were forgotten, and then nobody is asked.
-        bytes.start < *self.unseen.get_mut() && self.range.is_leased(bytes.start, bytes.len())
+        if bytes.start >= *self.unseen.get_mut() {
+            return false;
+        }
+        self.let_base_go();
+        self.range.is_leased(bytes.start, bytes.len())
+    }
+
+    fn let_base_go(&mut self) {
+        *self.base.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Frees live bytes at one of the ends.
@@ -66,6 +88,7 @@ impl Space {
         if bytes.is_empty() {
             return;
         }
+        self.let_base_go();
         // They are live, so it only fails where there is nothing to free any more: in a forked process.
         let _ = self.range.deallocate(bytes.start, bytes.len());
         if bytes.start == self.live.start {
@@ -243,17 +266,55 @@ impl DeviceRows {
 
     /// A view of some of the rows, counted from the first.
     pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
-        let row = self.row.iter().copied();
-        let shape: Vec<_> = iter::once(rows.len()).chain(row).collect();
-        let leases = &self.memory.leases;
         match &self.space {
             Some(space) if !rows.is_empty() => {
-                let offset = (self.rows.start + rows.start) * self.row_bytes;
-                let end = offset + rows.len() * self.row_bytes;
+                let is_all = rows == (0..self.len());
+                let rows = self.rows.start + rows.start..self.rows.start + rows.end;
+                let end = rows.end * self.row_bytes;
                 space.unseen.fetch_max(end, Ordering::Relaxed);
-                leases.tensor(&space.range, offset, &shape, self.dtype)
+                match is_all {
+                    true => self.part_of_base(space, rows),
+                    false => self.lease(space, rows),
+                }
             }
-            _ => leases.empty(&shape, self.dtype),
+            _ => self
+                .memory
+                .leases
+                .empty(&self.shape(rows.len()), self.dtype),
+        }
+    }
+
+    fn shape(&self, rows: usize) -> Vec<usize> {
+        iter::once(rows).chain(self.row.iter().copied()).collect()
+    }
+
+    /// A tensor of its own over some rows, by their places.
+    fn lease(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
+        let (shape, offset) = (self.shape(rows.len()), rows.start * self.row_bytes);
+        (self.memory.leases).tensor(&space.range, offset, &shape, self.dtype)
+    }
+
+    /// A part of the base over some rows, by their places. The base is made anew where it has not the pages of just these.
+    fn part_of_base(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
+        let page_bytes = space.range.page_bytes();
+        let first = (rows.start * self.row_bytes / page_bytes * page_bytes)
+            .max(space.live.start)
+            .div_ceil(self.row_bytes);
+        let end = (rows.end * self.row_bytes).next_multiple_of(page_bytes);
+        let whole = first..end.min(space.live.end) / self.row_bytes;
+        let mut base = space.base.lock().unwrap_or_else(PoisonError::into_inner);
+        if base.as_ref().is_none_or(|base| base.rows != whole) {
+            let tensor = self.lease(space, whole.clone())?;
+            *base = Some(Base {
+                tensor,
+                rows: whole.clone(),
+            });
+        }
+        match &*base {
+            Some(base) => Ok(base
+                .tensor
+                .narrow(0, rows.start - whole.start, rows.len())?),
+            None => self.lease(space, rows),
         }
     }
 }

@@ -25,9 +25,12 @@ use std::ops::Range;
 /// over, and where a window that was moved forward by [`release_front`](Self::release_front) has reached the end of
 /// its addresses. Work is queued on Candle's own stream.
 ///
+/// On a CUDA device views of all rows are parts of one storage, which reaches over the whole pages around them: making and
+/// dropping one asks the driver for nothing, and it holds the pages that its rows are in.
+///
 /// [`to_owned`](Self::to_owned) copies into memory of Candle's own. Candle's `Tensor::copy` of a view on a CUDA device does
-/// so too, but shares more with the view than it should: its memory is held as long as the copy, and after the view
-/// is dropped the first read of the copy reports an `INVALID_VALUE` that is not its own.
+/// so too, but copies the whole pages, and shares more with the view than it should: the rows' memory is held as long as the
+/// copy, and once it would have gone the first read of the copy reports an `INVALID_VALUE` that is not its own.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -220,6 +223,7 @@ impl ElasticTensor {
             && (dims[..dim] == self.row[..dim] && dims[dim + 1..] == self.row[dim..])
             && dims[dim] > 0
             && tokens.dtype() == self.dtype
+            && tokens.device().location() == self.device().location()
             && self.check_room(dims[dim]).is_ok()
     }
 

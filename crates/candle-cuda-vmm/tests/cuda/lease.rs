@@ -102,14 +102,19 @@ fn an_owned_copy_outlives_everything() {
 fn candles_copy_of_a_view_holds_the_lease_and_hears_once_of_the_refused_free() {
     let test = open();
     let (pool, tensor, numbers) = two_rows(&test.device);
-    let copy = tensor.view().unwrap().copy().unwrap();
+    let copy_of_part = tensor.view_rows(1..2).unwrap().copy().unwrap();
+    let copy_of_all = tensor.view().unwrap().copy().unwrap();
     expect_candle_undisturbed(&test.device);
     // It is on the stream object of the view, whose free was refused; its memory is its own.
-    assert!(copy.to_vec2::<f32>().is_err());
-    assert_eq!(copy.to_vec2::<f32>().unwrap(), numbers);
+    assert!(copy_of_part.to_vec2::<f32>().is_err());
+    assert_eq!(copy_of_part.to_vec2::<f32>().unwrap(), numbers[1..]);
+    // Views of all rows are parts of one tensor, which is freed when the rows are.
+    assert_eq!(copy_of_all.to_vec2::<f32>().unwrap(), numbers);
     drop((tensor, pool));
-    assert_eq!(copy.to_vec2::<f32>().unwrap(), numbers);
-    drop(copy);
+    assert!(copy_of_all.to_vec2::<f32>().is_err());
+    assert_eq!(copy_of_all.to_vec2::<f32>().unwrap(), numbers);
+    assert_eq!(copy_of_part.to_vec2::<f32>().unwrap(), numbers[1..]);
+    drop((copy_of_part, copy_of_all));
     expect_candle_undisturbed(&test.device);
 }
 

@@ -1,5 +1,5 @@
-//! What an append answers, beside Candle's own concatenation on the CPU: in every dtype, for shapes, strides and offsets
-//! that one launch takes and for those that it does not.
+//! What an append answers, beside Candle's own concatenation on the CPU: for shapes, strides and offsets that one launch
+//! takes and for those that it does not, in types of which Candle has copies of any strides.
 
 use crate::common::open;
 use candle_core::{DType, Device, Tensor};
@@ -66,14 +66,7 @@ fn expect(answer: &Tensor, expected: &Tensor, what: &str) {
 #[test]
 fn answers_are_what_candle_concatenates() {
     let test = open();
-    let dtypes = [
-        DType::F32,
-        DType::F16,
-        DType::BF16,
-        DType::F64,
-        DType::U8,
-        DType::F8E4M3,
-    ];
+    let dtypes = [DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8];
     // The last is not of whole pieces in any of the types.
     let shapes = [(1, 8, 128), (2, 3, 16), (1, 1, 64), (2, 2, 5)];
     for contiguous in [false, true] {
