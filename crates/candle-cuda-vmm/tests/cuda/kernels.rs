@@ -1,7 +1,11 @@
 //! What launches kernels, and so runs on GPUs only: `cargo xtask test --cuda` leaves this module out by its name.
 
+use crate::common::{open, page};
 use crate::token::{Page, Token};
-use candle_core::Tensor;
+use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::{DType, Tensor};
+use candle_cuda_vmm::TensorPool;
+use candle_cuda_vmm::cuda_vmm::CaptureGuard;
 
 #[test]
 fn candle_computes_on_memory_of_a_pool() {
@@ -19,4 +23,88 @@ fn candle_computes_on_memory_of_a_pool() {
     tensor.slice_set(&halves, 0, 10).unwrap();
     let written = tensor.to_vec1::<f32>().unwrap();
     assert_eq!(written[9..13], [9.0, 0.5, 1.5, 12.0]);
+}
+
+/// A step is captured once and replayed while blocks come and go under it: what it reads is said by the table alone.
+#[test]
+fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
+    let test = open();
+    let candle = test.device.as_cuda_device().unwrap();
+    // SAFETY: all work is on Candle's one stream, so no events are needed, which would lead out of the capture.
+    unsafe { candle.disable_event_tracking() };
+    let stream = candle.cuda_stream();
+    let pool = TensorPool::new(&test.device).unwrap();
+    let width = page() / size_of::<f32>();
+    let blocks = pool.blocks(64, [("k", width, DType::F32)]).unwrap();
+    // SAFETY: only backed blocks are read and written, on Candle's stream.
+    let k = unsafe { blocks.reserved_tensors() }.unwrap().remove(0);
+    let table = Tensor::zeros(2, DType::U32, &test.device).unwrap();
+    let out = Tensor::zeros((2, width), DType::F32, &test.device).unwrap();
+    let write = |block: usize| {
+        let number = Tensor::new(block as f32, &test.device).unwrap();
+        let block_of = number
+            .broadcast_as((1, width))
+            .unwrap()
+            .contiguous()
+            .unwrap();
+        k.slice_set(&block_of, 0, block).unwrap();
+    };
+    let tell = |read: [usize; 2]| {
+        blocks.check_table(read).unwrap();
+        let ids = Tensor::new(&read.map(|block| block as u32), &test.device).unwrap();
+        table.slice_set(&ids, 0, 0).unwrap();
+    };
+    let step = || {
+        let found = k.index_select(&table, 0).unwrap();
+        out.slice_set(&found, 0, 0).unwrap();
+    };
+
+    blocks.back([0, 3]).unwrap();
+    [0, 3].into_iter().for_each(write);
+    tell([3, 0]);
+    let cached = candle.enable_cuda_graph_htod_cache();
+    // Once before, so that kernels are loaded and what they are told is on the device.
+    step();
+    test.device.synchronize().unwrap();
+    let guard = CaptureGuard::new();
+    let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    stream.begin_capture(mode).unwrap();
+    step();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream
+        .end_capture(flags)
+        .unwrap()
+        .expect("work was captured");
+    drop((guard, cached));
+
+    let expect = |read: [usize; 2]| {
+        let nothing = Tensor::zeros((2, width), DType::F32, &test.device).unwrap();
+        out.slice_set(&nothing, 0, 0).unwrap();
+        graph.launch().unwrap();
+        let found = [0, 1].map(|row| {
+            let ends = out.narrow(0, row, 1).unwrap();
+            let ends = [0, width - 1].map(|at| ends.narrow(1, at, 1).unwrap());
+            ends.map(|end| end.sum_all().unwrap().to_scalar::<f32>().unwrap())
+        });
+        assert_eq!(found, read.map(|block| [block as f32; 2]));
+    };
+    expect([3, 0]);
+    // Grown, and told of other blocks.
+    blocks.back([50, 63]).unwrap();
+    [50, 63].into_iter().for_each(write);
+    tell([63, 50]);
+    expect([63, 50]);
+    // What no table names goes back; what is pinned stays.
+    let pin = blocks.pin_for_graph([63, 50]).unwrap();
+    blocks.unback([0, 3]).unwrap();
+    test.device.synchronize().unwrap();
+    pool.trim().unwrap();
+    assert!(!blocks.is_backed(0) && blocks.is_backed(63));
+    expect([63, 50]);
+    drop(pin);
+    // The same places again, with other memory behind them.
+    blocks.back([0]).unwrap();
+    write(0);
+    tell([0, 50]);
+    expect([0, 50]);
 }

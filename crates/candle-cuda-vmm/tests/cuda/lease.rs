@@ -30,12 +30,15 @@ fn dropping_one_view_disturbs_neither_another_nor_candle() {
     let test = open();
     let (_pool, tensor, numbers) = two_rows(&test.device);
     for _ in 0..20 {
-        let [dropped, read] = [tensor.view().unwrap(), tensor.view().unwrap()];
+        // Those of some rows have leases of their own, and those of all rows one together.
+        let views = [0..1, 1..2, 0..2].map(|rows| tensor.view_rows(rows).unwrap());
+        let [dropped, read, all] = views;
         drop(dropped);
         expect_candle_undisturbed(&test.device);
-        assert_eq!(read.to_vec2::<f32>().unwrap(), numbers);
+        assert_eq!(read.to_vec2::<f32>().unwrap(), numbers[1..]);
         drop(read);
         expect_candle_undisturbed(&test.device);
+        assert_eq!(all.to_vec2::<f32>().unwrap(), numbers);
     }
 }
 
@@ -44,7 +47,8 @@ fn views_dropped_on_other_threads_come_back() {
     let test = open();
     let (_pool, tensor, numbers) = two_rows(&test.device);
     for _ in 0..10 {
-        let views: Vec<_> = (0..16).map(|_| tensor.view().unwrap()).collect();
+        let views = (0..16).map(|row| tensor.view_rows(row % 2..row % 2 + 1).unwrap());
+        let views: Vec<_> = views.collect();
         std::thread::scope(|scope| {
             for view in views {
                 scope.spawn(move || drop(view));
@@ -65,7 +69,8 @@ fn a_view_that_is_dropped_during_a_capture_leaves_the_capture_alone() {
         CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
         CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
     ] {
-        let view = tensor.view().unwrap();
+        // It has a lease of its own, and so is freed.
+        let view = tensor.view_rows(0..1).unwrap();
         test.device.synchronize().unwrap();
         let guard = CaptureGuard::new();
         stream.begin_capture(mode).unwrap();
