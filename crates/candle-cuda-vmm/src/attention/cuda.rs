@@ -1,4 +1,4 @@
-//! Attention on a GPU: two strided-batched products of cuBLAS with Candle's softmax between them.
+//! Attention on a GPU: two strided-batched products of cuBLAS with a softmax between them.
 //!
 //! # Safety
 //! cuBLAS reads and writes where pointers, sizes and strides say. What it reads of a tensor is a view that begins
@@ -8,13 +8,14 @@
 #![allow(unsafe_code)]
 
 use super::sizes::{NAME, Sizes};
+use super::softmax;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::cublas::{result::gemm_strided_batched_ex, sys};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
 use candle_core::cuda::{CudaDType, WrapErr, gemm_reduced_precision_f32};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CudaDevice, CudaStorage, D, DType, Error, Layout, Result, Storage, Tensor, WithDType,
+    CudaDevice, CudaStorage, DType, Error, Layout, Result, Storage, Tensor, WithDType,
 };
 use half::{bf16, f16};
 use std::ffi::{c_int, c_longlong, c_void};
@@ -23,18 +24,23 @@ use std::ffi::{c_int, c_longlong, c_void};
 trait Element: DeviceRepr + CudaDType + WithDType {
     /// cuBLAS's word for it.
     const TYPE: sys::cudaDataType;
+    /// The softmax that ends in it.
+    const SOFTMAX: &str;
 }
 
 impl Element for f32 {
     const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_32F;
+    const SOFTMAX: &str = "softmax_f32";
 }
 
 impl Element for f16 {
     const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16F;
+    const SOFTMAX: &str = "softmax_f16";
 }
 
 impl Element for bf16 {
     const TYPE: sys::cudaDataType = sys::cudaDataType::CUDA_R_16BF;
+    const SOFTMAX: &str = "softmax_bf16";
 }
 
 /// The attention of q, K and V, of which q is contiguous.
@@ -63,7 +69,7 @@ fn attend_typed<T: Element>(
     let keys = Heads::<T>::new(sizes, q.1, k)?;
     let values = Heads::<T>::new(sizes, q.1, v)?;
     let scores = multiply::<T, f32>(device, sizes, Product::Scores { scale }, &keys, &queries)?;
-    let weights = weights(sizes, causal, wrap(scores, device), T::DTYPE)?;
+    let weights = weights::<T>(sizes, causal, wrap(sizes, scores, device))?;
     let (storage, layout) = weights.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
@@ -261,15 +267,30 @@ fn multiply<T: Element, R: Element>(
 /// The factor of what was there before a product.
 static ZERO: f32 = 0.;
 
-/// What the queries give each key, `[batch, query_heads, queries, keys]`, from the scores.
-fn weights(sizes: &Sizes, causal: bool, scores: CudaStorage, dtype: DType) -> Result<Tensor> {
+/// One number for each query and key, contiguous.
+fn wrap<T: Element>(sizes: &Sizes, slice: CudaSlice<T>, device: &CudaDevice) -> Tensor {
     let shape = (sizes.batch, sizes.query_heads(), sizes.queries, sizes.keys);
-    let scores = Tensor::from_storage(Storage::Cuda(scores), shape, BackpropOp::none(), false);
+    let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// What the queries give each key, from the scores.
+fn weights<T: Element>(sizes: &Sizes, causal: bool, scores: Tensor) -> Result<Tensor> {
     let scores = match causal && sizes.queries > 1 {
         true => masked(sizes, &scores)?,
         false => scores,
     };
-    softmax(&scores)?.to_dtype(dtype)
+    let device = scores.device().as_cuda_device()?;
+    let Some(kernel) = softmax::kernel(device, T::SOFTMAX) else {
+        return candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(T::DTYPE);
+    };
+    let (storage, _contiguous) = scores.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
+    };
+    let scores = storage.as_cuda_slice::<f32>()?;
+    let weights = softmax::softmax::<T>(device, &kernel, scores, sizes.keys)?;
+    Ok(wrap(sizes, weights, device))
 }
 
 /// The scores, with `-inf` for keys that a query does not see.
@@ -281,24 +302,6 @@ fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
     let unseen = Tensor::full(f32::NEG_INFINITY, (), device)?.broadcast_as(scores.shape())?;
     seen.broadcast_as(scores.shape())?
         .where_cond(scores, &unseen)
-}
-
-/// The softmax over the last dimension.
-///
-/// Candle's own kernel for it has one warp go through each row, three times. That is right for many rows. Few long
-/// ones leave the GPU idle, and there Candle's reductions, a block of threads to a row, come first.
-fn softmax(scores: &Tensor) -> Result<Tensor> {
-    const FEW_ROWS: usize = 1024;
-    const LONG_ROW: usize = 4096;
-    let keys = scores.dim(D::Minus1)?;
-    match keys >= LONG_ROW && scores.elem_count() / keys <= FEW_ROWS {
-        true => candle_nn::ops::softmax(scores, D::Minus1),
-        false => candle_nn::ops::softmax_last_dim(scores),
-    }
-}
-
-fn wrap(scores: CudaSlice<f32>, device: &CudaDevice) -> CudaStorage {
-    CudaStorage::wrap_cuda_slice(scores, device.clone())
 }
 
 /// A number as cuBLAS takes it.

@@ -23,8 +23,8 @@ const SCORES_BYTES_MAX: usize = 256 << 20;
 /// not there are keys from before. A single query sees all keys either way. Scores take at most 256 MiB at once,
 /// or what one query's take; longer prompts are done part by part, each over the keys that it sees.
 ///
-/// On a GPU this is `cublasGemmStridedBatchedEx` with the real strides, Candle's softmax, and the same again,
-/// on the device's stream. No gradient flows through it.
+/// On a GPU this is `cublasGemmStridedBatchedEx` with the real strides, a softmax of one launch, and the same
+/// again, on the device's stream. No gradient flows through it.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

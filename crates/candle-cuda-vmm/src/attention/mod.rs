@@ -8,5 +8,7 @@ mod cpu;
 mod cuda;
 mod gqa;
 mod sizes;
+#[cfg(feature = "cuda")]
+mod softmax;
 
 pub use gqa::gqa;
