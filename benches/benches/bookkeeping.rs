@@ -7,7 +7,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use cuda_vmm::{
     Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode,
 };
-use cuda_vmm_benches::{GRANULARITY, no_op_driver};
+use cuda_vmm_benches::{GRANULARITY, ParkedModels, no_op_driver};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,19 @@ fn take_back_parked(device: &Device, pages: u64) -> Duration {
         left -= round;
     }
     elapsed
+}
+
+/// Pages that each of several models has parked at a time. To take them takes long beside starting a thread.
+const PARKED_OF_EACH: usize = 4096;
+
+/// The time in which each of so many threads takes back so many pages of its own model, in whole rounds; the time of one
+/// page stays as it is with one thread if threads do not disturb each other.
+fn take_back_at_a_time(models: &ParkedModels, threads: usize, pages: u64) -> Duration {
+    let rounds = pages.div_ceil(PARKED_OF_EACH as u64);
+    let elapsed: Duration = (0..rounds)
+        .map(|_| models.take(threads).expect("parked"))
+        .sum();
+    elapsed.mul_f64(pages as f64 / (rounds * PARKED_OF_EACH as u64) as f64)
 }
 
 /// The time of growing by so many tokens whose pages are live already.
@@ -103,6 +116,18 @@ fn bookkeeping(criterion: &mut Criterion) {
     group.bench_function("take back a parked page", |bencher| {
         bencher.iter_custom(|pages| take_back_parked(&device, pages));
     });
+
+    let stream = Stream::new(&device).expect("stream");
+    let models = ParkedModels::new(&device, &stream, 2, PARKED_OF_EACH).expect("room");
+    for (threads, name) in [
+        (1, "take back a parked page of a model, one thread"),
+        (2, "take back a parked page of a model, each of two threads"),
+    ] {
+        group.bench_function(name, |bencher| {
+            bencher.iter_custom(|pages| take_back_at_a_time(&models, threads, pages));
+        });
+    }
+    drop(models);
 
     let engine = Engine::new(&device, EngineOptions::new()).expect("engine");
     let tokens = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");

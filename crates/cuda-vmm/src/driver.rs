@@ -58,8 +58,7 @@ struct Inner {
     table: DriverTable,
     kind: DriverKind,
     version: DriverVersion,
-    /// The generation of the process that opened the driver.
-    process: u32,
+    process: Process,
     devices: Mutex<Vec<Weak<device::Inner>>>,
     #[cfg(feature = "simulator")]
     simulator: Option<Simulator>,
@@ -160,7 +159,7 @@ impl Driver {
             table,
             kind,
             version: DriverVersion { major: 0, minor: 0 },
-            process: fork::generation(),
+            process: Process(fork::generation()),
             devices: Mutex::default(),
             #[cfg(feature = "simulator")]
             simulator,
@@ -251,11 +250,12 @@ impl Driver {
     /// # Errors
     /// [`VmmError::Forked`].
     pub fn check_process(&self) -> Result<()> {
-        if fork::generation() == self.0.process {
-            Ok(())
-        } else {
-            Err(VmmError::Forked)
-        }
+        self.0.process.check()
+    }
+
+    /// The process that opened the driver.
+    pub(crate) fn process(&self) -> Process {
+        self.0.process
     }
 
     /// The one door from a driver's code to a result: success, or an error with the call, the code and the
@@ -265,6 +265,22 @@ impl Driver {
     /// [`VmmError::Driver`] for every code but success.
     pub fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
         self.0.check(call, code)
+    }
+}
+
+/// The process that opened a driver, by its generation; for those who ask often, and do not want to look it up in the
+/// driver.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Process(u32);
+
+impl Process {
+    /// Fails in another process.
+    pub(crate) fn check(self) -> Result<()> {
+        if fork::generation() == self.0 {
+            Ok(())
+        } else {
+            Err(VmmError::Forked)
+        }
     }
 }
 
@@ -301,11 +317,13 @@ impl fmt::Debug for Driver {
 /// Which process this is: a number that differs after a fork, cheaper to ask than the process's id.
 #[cfg(unix)]
 mod fork {
+    use crate::sync::Apart;
     use std::sync::Once;
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    static GENERATION: AtomicU32 = AtomicU32::new(0);
-    static REGISTERED: Once = Once::new();
+    // Asked by every call, so apart from what others write.
+    static GENERATION: Apart<AtomicU32> = Apart(AtomicU32::new(0));
+    static REGISTERED: Apart<Once> = Apart(Once::new());
 
     extern "C" fn in_the_child() {
         GENERATION.fetch_add(1, Ordering::Relaxed);

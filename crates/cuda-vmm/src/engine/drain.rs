@@ -37,7 +37,8 @@ impl Inner {
         let mut given_bytes = 0;
         loop {
             let mut state = self.lock();
-            if let Some((id, first, mapping)) = state.take_ahead(None, Range::stale_ahead) {
+            let stale = state.take_ahead(None, Range::stale_ahead);
+            if let Some((id, first, mapping)) = stale {
                 drop(state);
                 let unmapped = self.unmap(id, first, mapping, To::Driver);
                 given_bytes += unmapped.unwrap_or_default();
@@ -67,22 +68,22 @@ impl Inner {
             .options
             .cache_bytes_max
             .saturating_sub(state.cache.bytes() + state.queue.scrubbing_bytes());
-        let ranges = state.ranges.iter_mut();
+        let ranges = state.ranges.iter();
         ranges
             .filter(|(_, range)| too_much || range.closed)
-            .find_map(|(id, range)| {
+            .find_map(|(id, mut range)| {
                 let first = range.spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
                 let contents = range.pages.contents(first);
                 let mapping = range.pages.drain(first)?;
                 Some(match contents {
                     Contents::Unknown if bytes <= room_bytes && !range.closed => {
-                        Next::Scrub(*id, first, mapping)
+                        Next::Scrub(id, first, mapping)
                     }
                     Contents::Clean if bytes <= room_bytes => {
-                        Next::Unmap(*id, first, mapping, To::Cache)
+                        Next::Unmap(id, first, mapping, To::Cache)
                     }
-                    _ => Next::Unmap(*id, first, mapping, To::Driver),
+                    _ => Next::Unmap(id, first, mapping, To::Driver),
                 })
             })
     }
@@ -96,10 +97,11 @@ impl Inner {
         let bytes = mapping.bytes();
         let mut state = self.lock();
         // The range cannot have gone: it ends with its last chunk.
-        let Some(range) = state.ranges.get_mut(&id) else {
+        let Some(mut range) = state.ranges.get(id) else {
             return;
         };
         range.pages.retire_drained(first, mapping, fence.is_ok());
+        drop(range);
         match fence {
             Ok(fence) => {
                 let until = Until::Fences(Arc::new(vec![fence]));
@@ -170,14 +172,14 @@ impl Inner {
             drop(state);
             return Some(self.release(None, memory));
         }
-        let mut ranges = state
-            .ranges
-            .iter_mut()
-            .filter(|(id, _)| only.is_none_or(|only| **id == only));
-        let (id, first, mapping) = ranges.find_map(|(id, range)| {
+        let ranges = state.ranges.iter();
+        let mut ranges = ranges.filter(|(id, _)| only.is_none_or(|only| *id == only));
+        let spare = ranges.find_map(|(id, mut range)| {
             let first = range.spare_parked()?;
-            Some((*id, first, range.pages.drain(first)?))
-        })?;
+            Some((id, first, range.pages.drain(first)?))
+        });
+        drop(ranges);
+        let (id, first, mapping) = spare?;
         drop(state);
         Some(self.unmap(id, first, mapping, To::Driver))
     }
@@ -201,7 +203,14 @@ impl Inner {
             Err(failure) => Err(failure),
         };
         let mut state = self.lock();
-        let Some(range) = state.ranges.get_mut(&id) else {
+        let State {
+            ranges,
+            ledger,
+            cache,
+            unreleased,
+            ..
+        } = &mut *state;
+        let Some(mut range) = ranges.get(id) else {
             return Ok(0);
         };
         let account = range.account;
@@ -214,21 +223,22 @@ impl Inner {
                 range.pages.drained(first);
                 match released {
                     Some(Released::Cached(memory)) => {
-                        state.ledger.put_in_cache(account, bytes);
-                        state.cache.put(bytes, memory);
+                        ledger.put_in_cache(account, bytes);
+                        cache.put(bytes, memory);
                         Ok(bytes)
                     }
                     Some(Released::Closed(Err(failure))) => {
-                        state.unreleased.push((Some(account), failure.object));
+                        unreleased.push((Some(account), failure.object));
                         Err(failure.error)
                     }
                     Some(Released::Closed(Ok(()))) | None => {
-                        state.ledger.refund(account, bytes);
+                        ledger.refund(account, bytes);
                         Ok(bytes)
                     }
                 }
             }
         };
+        drop(range);
         self.unlock_changed(state);
         if outcome.is_err() {
             self.worker.wake(self, false);
@@ -246,9 +256,9 @@ impl Inner {
                 .map(|(account, memory)| (*account, memory.bytes()));
             state.releasing.extend(releasing);
             let mut mapped = Vec::new();
-            for (id, range) in &mut state.ranges {
+            for (id, mut range) in state.ranges.iter() {
                 for first in range.pages.in_state(ChunkState::Quarantined) {
-                    mapped.extend(range.pages.drain(first).map(|memory| (*id, first, memory)));
+                    mapped.extend(range.pages.drain(first).map(|memory| (id, first, memory)));
                 }
             }
             (unreleased, mapped)

@@ -135,12 +135,13 @@ pub(super) struct Target {
 }
 
 impl Target {
-    pub(super) fn of(range: &super::range::Range) -> Self {
-        Self {
-            reservation: range.reservation.clone(),
+    /// `None` if the range has ended.
+    pub(super) fn of(range: &super::range::Range) -> Option<Self> {
+        Some(Self {
+            reservation: range.reservation.clone()?,
             access: range.access.clone(),
             page_bytes: range.page_bytes,
-        }
+        })
     }
 }
 
@@ -150,6 +151,7 @@ impl Inner {
     pub(super) fn fill(
         self: &Arc<Self>,
         mut state: MutexGuard<'_, State>,
+        mut range: MutexGuard<'_, super::range::Range>,
         id: RangeId,
         extent: Extent,
         plan: Plan,
@@ -158,42 +160,38 @@ impl Inner {
         let bytes = extent.range();
         let survey = &plan.survey;
         state.queue.follow(id, &survey.retiring);
-        let Some(range) = state.ranges.get_mut(&id) else {
-            return Err(VmmError::Closed);
-        };
         if survey.missing.is_empty() {
             range.pages.take(&bytes, survey);
             let hungry = range.advance(bytes.end);
-            drop(state);
+            drop((range, state));
             if hungry {
                 self.worker.wake(self, false);
             }
             return Ok(());
         }
+        let Some(target) = Target::of(&range) else {
+            return Err(VmmError::Closed);
+        };
         let runs: Vec<_> = plan.runs().collect();
         range.pages.begin(&bytes, survey, &runs);
-        let target = Target::of(range);
-        drop(state);
+        drop((range, state));
         let made = {
             let _caller = self.device.call_for_someone();
             self.back(&target, &plan, &mut supply)
         };
         let mut state = self.lock();
+        let State { ranges, ledger, .. } = &mut *state;
         // The range cannot have gone: closing waits for what is filling.
-        let Some(range) = state.ranges.get_mut(&id) else {
+        let Some(mut range) = ranges.get(id) else {
             return Err(VmmError::Closed);
         };
         match made {
             Ok(chunks) => {
                 let made_pages: usize = chunks.iter().map(|made| made.pages.len()).sum();
-                let account = range.account;
                 let chunks = chunks.into_iter().map(|made| (made.pages, made.mapping));
                 range.pages.finish(&bytes, &runs, chunks);
                 let unmade_bytes = (plan.pages() - made_pages) * target.page_bytes;
-                state.ledger.refund(account, unmade_bytes);
-                let Some(range) = state.ranges.get_mut(&id) else {
-                    return Err(VmmError::Closed);
-                };
+                ledger.refund(range.account, unmade_bytes);
                 let hungry = range.advance(bytes.end);
                 // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
                 let outcome = if range.closed {
@@ -201,6 +199,7 @@ impl Inner {
                 } else {
                     Ok(())
                 };
+                drop(range);
                 self.unlock_changed(state);
                 if hungry {
                     self.worker.wake(self, false);
@@ -213,6 +212,7 @@ impl Inner {
                 let kept = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
                 let kept_bytes = kept.sum();
                 let orphans = (range.pages).abort(&bytes, survey, &runs, still_mapped);
+                drop(range);
                 let charged_bytes = plan.pages() * target.page_bytes;
                 state.settle(account, charged_bytes, kept_bytes, &mut failure, supply);
                 self.retire(state, id, orphans);

@@ -7,6 +7,7 @@
 //! When the chunk is freed again, the new fences on the same streams end the earlier work as well, for each of
 //! these streams came after it.
 
+use super::range::Range;
 use super::retire::{Entry, Queue, Until};
 use super::{Inner, RangeId, State};
 use crate::sync::{Arc, MutexGuard};
@@ -96,11 +97,20 @@ impl Queue {
     }
 }
 
+impl Range {
+    /// The streams that are named for it, if they can come after fences. The per-thread default stream cannot: it
+    /// is another one for each thread.
+    fn followers(&self) -> Option<&[Stream]> {
+        let usable = !self.streams.is_empty() && !self.streams.iter().any(Stream::is_per_thread);
+        usable.then_some(&self.streams)
+    }
+}
+
 impl State {
     /// Whether retiring chunks may be used again now: all streams that are named for the range come after their fences.
     /// Not while a capture is declared: it could be one of these streams'.
-    pub(super) fn may_follow(&self, id: RangeId, chunks: &[usize]) -> bool {
-        let Some(streams) = self.followers_of(id).filter(|_| !CaptureGuard::any()) else {
+    pub(super) fn may_follow(&self, id: RangeId, range: &Range, chunks: &[usize]) -> bool {
+        let Some(streams) = range.followers().filter(|_| !CaptureGuard::any()) else {
             return false;
         };
         chunks.iter().all(|first| {
@@ -109,17 +119,10 @@ impl State {
         })
     }
 
-    /// The streams that are named for a range, if they can come after fences. The per-thread default stream cannot: it
-    /// is another one for each thread.
-    fn followers_of(&self, id: RangeId) -> Option<&[Stream]> {
-        let streams = self.ranges.get(&id)?.streams.as_slice();
-        let usable = !streams.is_empty() && !streams.iter().any(Stream::is_per_thread);
-        usable.then_some(streams)
-    }
-
     /// What would let these chunks be used again; `None` if some have no fences.
     fn following(&self, id: RangeId, chunks: &[usize]) -> Option<Vec<Following>> {
-        let streams = self.followers_of(id).filter(|_| !CaptureGuard::any())?;
+        let range = self.ranges.get(id)?;
+        let streams = range.followers().filter(|_| !CaptureGuard::any())?;
         let mut needed: Vec<Following> = Vec::new();
         for first in chunks {
             let entry = self.queue.holder(id, *first)?;
@@ -179,7 +182,7 @@ impl Inner {
             let (followed, streams) = {
                 let mut state = self.lock();
                 let State { ranges, queue, .. } = &mut *state;
-                let range = match ranges.get_mut(&id) {
+                let mut range = match ranges.get(id) {
                     Some(range) if !range.closed => range,
                     _ => return Err(VmmError::Closed),
                 };
@@ -201,7 +204,8 @@ impl Inner {
                             entry.followers += 1;
                         }
                     }
-                    range.streams.push(stream.clone());
+                    let named = range.streams.iter().chain([stream]);
+                    range.streams = named.cloned().collect();
                     return Ok(());
                 }
                 (followed, range.streams.clone())

@@ -2,7 +2,7 @@
 
 use super::intervals::Intervals;
 use super::range::Range;
-use super::{Inner, Parts, RangeId};
+use super::{Handle, Inner, Parts};
 use crate::sync::Arc;
 use crate::{Result, VmmError};
 use core::{fmt, ops};
@@ -13,7 +13,7 @@ use core::{fmt, ops};
 pub trait LeaseToken: fmt::Debug + Send + 'static {
     /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued already may still run.
     ///
-    /// Asked again and again, from any thread, with the engine's lock held: it must be quick, and call neither the
+    /// Asked again and again, from any thread, with a lock of the pool's held: it must be quick, and call neither the
     /// pool nor the driver. After it has answered `true` the token is dropped, without the lock.
     fn is_released(&mut self) -> bool;
 }
@@ -24,7 +24,7 @@ impl<T: ?Sized + fmt::Debug + Send + Sync + 'static> LeaseToken for std::sync::A
     }
 }
 
-/// Tokens that were released, to be dropped without the engine's lock.
+/// Tokens that were released, to be dropped without a lock.
 pub(super) type Released = Vec<Box<dyn LeaseToken>>;
 
 #[derive(Debug)]
@@ -236,29 +236,30 @@ impl Range {
 impl Inner {
     /// Leases live bytes until the token is released.
     pub(crate) fn lease(
-        self: &Arc<Self>,
-        id: RangeId,
+        &self,
+        handle: &Handle,
         offset: usize,
         bytes: usize,
         token: Box<dyn LeaseToken>,
     ) -> Result<()> {
-        self.check_process()?;
-        let mut state = self.lock();
-        let range = match state.ranges.get_mut(&id) {
-            Some(range) if !range.closed => range,
-            _ => return Err(VmmError::Closed),
-        };
+        handle.check_process()?;
+        // The token comes from outside, so where it is refused it is dropped after the lock, as are those that are
+        // released.
+        let mut range = handle.lock();
+        if range.closed {
+            return Err(VmmError::Closed);
+        }
         let extent = range.live_extent(offset, bytes)?;
         let released = range.leases.add(extent.range(), token);
-        drop(state);
+        drop(range);
         drop(released);
         Ok(())
     }
 
     /// Whether a token that is not released covers any of the bytes.
-    pub(crate) fn is_leased(&self, id: RangeId, offset: usize, bytes: usize) -> bool {
+    pub(crate) fn is_leased(&self, handle: &Handle, offset: usize, bytes: usize) -> bool {
         let end = offset.saturating_add(bytes);
-        let look = self.with_range(id, |range| {
+        let look = self.with_range(handle, |range| {
             let released = range.leases.take_released();
             (range.leases.overlaps(&(offset..end)), released)
         });
@@ -266,8 +267,8 @@ impl Inner {
     }
 
     /// The bytes under each lease whose token is not released; they may overlap.
-    pub(crate) fn leased(&self, id: RangeId) -> Vec<ops::Range<usize>> {
-        let look = self.with_range(id, |range| {
+    pub(crate) fn leased(&self, handle: &Handle) -> Vec<ops::Range<usize>> {
+        let look = self.with_range(handle, |range| {
             let released = range.leases.take_released();
             (range.leased(), released)
         });
@@ -279,13 +280,14 @@ impl Inner {
         let mut state = self.lock();
         let waiting: Vec<_> = (state.ranges.iter())
             .filter(|(_, range)| range.waits_for_leases())
-            .map(|(id, _)| *id)
+            .map(|(id, _)| id)
             .collect();
         for id in waiting {
-            let Some(range) = state.ranges.get_mut(&id) else {
+            let Some(mut range) = state.ranges.get(id) else {
                 continue;
             };
             let (unused, released) = range.sweep_leases();
+            drop(range);
             self.retire(state, id, unused);
             drop(released);
             state = self.lock();

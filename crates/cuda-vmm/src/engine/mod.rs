@@ -19,6 +19,7 @@ mod plan;
 mod policy;
 mod prefetch;
 mod range;
+mod ranges;
 mod retire;
 mod sorted;
 mod stats;
@@ -30,20 +31,21 @@ pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
 pub use pin::GraphPin;
-pub(crate) use range::{Place, RangeId, RangeStats};
+pub(crate) use range::{Place, RangeStats};
+pub(crate) use ranges::{Handle, RangeId};
 pub use stats::{EngineStats, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::{Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
 use cache::Cache;
 use compact::Relocations;
 use ledger::{AccountId, Ledger};
-use range::Range;
+use ranges::Ranges;
 use retire::{Queue, Until};
-use std::collections::BTreeMap;
 use worker::Worker;
 
 /// One budget on one device, shared by the ranges that are made on it; a cheap clone.
@@ -61,13 +63,22 @@ pub(crate) struct Inner {
     state: Mutex<State>,
     changed: Condvar,
     worker: Worker,
+    signals: Apart<Signals>,
+}
+
+/// What those who free memory look at without the engine's lock. It is written seldom.
+#[derive(Debug, Default)]
+struct Signals {
+    /// Whether ranges may have freed chunks that are not in the queue yet.
+    freed: AtomicBool,
+    /// Threads that wait for `changed`.
+    waiting: AtomicUsize,
 }
 
 #[derive(Debug)]
 struct State {
     ledger: Ledger,
-    ranges: BTreeMap<RangeId, Range>,
-    next_range: u64,
+    ranges: Ranges,
     next_pin: u64,
     queue: Queue,
     cache: Cache<PhysicalMemory>,
@@ -80,10 +91,6 @@ struct State {
     releasing: Vec<(Option<AccountId>, usize)>,
     /// Chunks that are being moved, and what that has left.
     relocations: Relocations,
-    /// Threads that wait for `changed`.
-    waiting: usize,
-    /// Freed chunks whose fences are being recorded now.
-    recording: usize,
     /// Ranges that are gone from `ranges` and whose addresses are being freed now.
     ending: Vec<RangeId>,
     /// The engine itself, while closed ranges are left of which memory was leased: nobody else may be. Without a worker, a
@@ -96,7 +103,20 @@ struct State {
 impl State {
     /// What is parked and may be unmapped, in bytes.
     fn spare_parked_bytes(&self) -> usize {
-        self.ranges.values().map(Range::spare_parked_bytes).sum()
+        let ranges = self.ranges.values();
+        ranges.map(|range| range.spare_parked_bytes()).sum()
+    }
+
+    /// Puts chunks that were freed under their range's lock into the queue; says whether there were any.
+    fn collect_freed(&mut self) -> bool {
+        let mut any = false;
+        for (id, mut range) in self.ranges.iter() {
+            for (chunks, until) in range.freed.drain(..) {
+                self.queue.push(id, chunks, until);
+                any = true;
+            }
+        }
+        any
     }
 
     fn parts(&self) -> EngineStats {
@@ -166,8 +186,7 @@ impl Engine {
             limit_bytes,
             state: Mutex::new(State {
                 ledger: Ledger::new(budget_bytes),
-                ranges: BTreeMap::new(),
-                next_range: 0,
+                ranges: Ranges::default(),
                 next_pin: 0,
                 queue: Queue::default(),
                 cache: Cache::default(),
@@ -175,14 +194,13 @@ impl Engine {
                 unreleased: Vec::new(),
                 releasing: Vec::new(),
                 relocations: Relocations::default(),
-                waiting: 0,
-                recording: 0,
                 ending: Vec::new(),
                 kept: None,
                 refused: None,
             }),
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
+            signals: Apart::default(),
         });
         device.register_engine(&inner);
         Ok(Self(inner))
@@ -263,23 +281,33 @@ impl Inner {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let state = self.state.lock();
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        let signals = &self.signals;
+        if signals.freed.load(Ordering::SeqCst) && signals.freed.swap(false, Ordering::SeqCst) {
+            state.collect_freed();
+        }
+        state
     }
 
     /// Waits until something about the engine's memory has changed.
     fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        state.waiting += 1;
-        let mut state = self
-            .changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.waiting -= 1;
+        self.signals.waiting.fetch_add(1, Ordering::SeqCst);
+        // What was freed since the lock was taken, by those who did not see yet that somebody waits. Whoever frees from
+        // now on does, and takes the lock to say so.
+        if !state.collect_freed() {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        self.signals.waiting.fetch_sub(1, Ordering::SeqCst);
         state
     }
 
     /// Lets go of the lock and wakes those who wait for a change.
     fn unlock_changed(&self, state: MutexGuard<'_, State>) {
-        let waiting = state.waiting > 0;
+        let waiting = self.signals.waiting.load(Ordering::SeqCst) > 0;
         drop(state);
         if waiting {
             self.changed.notify_all();
@@ -291,7 +319,7 @@ impl Inner {
         let state = self.lock();
         let stats = state.parts();
         !state.queue.is_empty()
-            || state.ranges.values().any(Range::waits_for_leases)
+            || (state.ranges.values()).any(|range| range.waits_for_leases())
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
             || (state.ranges.values())
@@ -369,7 +397,7 @@ impl Inner {
         let mut bytes = 0;
         let entries = state.queue.take(ids);
         for entry in &entries {
-            if let Some(range) = state.ranges.get_mut(&entry.range) {
+            if let Some(mut range) = state.ranges.get(entry.range) {
                 for first in &entry.chunks {
                     bytes += range.pages.chunk_bytes(*first);
                     range.pages.park(*first);
@@ -383,21 +411,31 @@ impl Inner {
     }
 
     /// Records when the freed chunks of a range will be free of the device, and has it looked at.
-    fn retire(self: &Arc<Self>, mut state: MutexGuard<'_, State>, id: RangeId, chunks: Vec<usize>) {
-        if chunks.is_empty() {
-            return self.unlock_changed(state);
-        }
-        let streams = state
-            .ranges
-            .get(&id)
-            .map_or_else(Vec::new, |range| range.streams.clone());
-        state.recording += 1;
-        drop(state);
-        let until = Until::now(&self.device, &streams);
-        let mut state = self.lock();
-        state.recording -= 1;
-        state.queue.push(id, chunks, until);
+    fn retire(self: &Arc<Self>, state: MutexGuard<'_, State>, id: RangeId, chunks: Vec<usize>) {
+        let freed = state.ranges.handle(id).filter(|_| !chunks.is_empty());
+        let freed = freed.cloned();
         self.unlock_changed(state);
+        if let Some(handle) = freed {
+            let streams = handle.lock().streams.clone();
+            self.record(&handle, &streams, chunks);
+        }
+    }
+
+    /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until somebody looks at the
+    /// queue.
+    fn record(self: &Arc<Self>, handle: &Handle, streams: &[Stream], chunks: Vec<usize>) {
+        let until = Until::now(&self.device, streams);
+        let mut range = handle.lock();
+        range.freed.push((chunks, until));
+        // With the range's lock, so that whoever takes the flag away finds this. Written only if it is not set, as all
+        // ranges look at it.
+        if !self.signals.freed.load(Ordering::SeqCst) {
+            self.signals.freed.store(true, Ordering::SeqCst);
+        }
+        drop(range);
+        if self.signals.waiting.load(Ordering::SeqCst) > 0 {
+            self.unlock_changed(self.lock());
+        }
         self.worker.wake(self, false);
     }
 
@@ -456,7 +494,8 @@ impl Inner {
             return Ok(Some(state));
         }
         let stats = state.parts();
-        if state.recording > 0 || stats.filling_bytes + stats.retiring_bytes > 0 {
+        // What is freed now and has no fence yet is retiring too.
+        if stats.filling_bytes + stats.retiring_bytes > 0 {
             return Ok(Some(self.wait(state)));
         }
         drop(state);
@@ -475,7 +514,7 @@ impl Drop for Inner {
         // unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.relocations.abandon(&self.device);
-        for range in state.ranges.values_mut() {
+        for mut range in state.ranges.values() {
             let (in_use, finished) = range.pages.take_all();
             self.device.quarantine(|quarantine| {
                 quarantine.push_unfinished(in_use);

@@ -58,6 +58,11 @@ impl Survey {
     pub(crate) fn missing_pages(&self) -> usize {
         self.missing.iter().map(Range::len).sum()
     }
+
+    /// Whether all pages are backed or parked, and nobody works on them.
+    pub(crate) fn is_there(&self) -> bool {
+        self.missing.is_empty() && self.retiring.is_empty() && !self.busy && !self.quarantined
+    }
 }
 
 #[derive(Debug)]

@@ -77,12 +77,13 @@ impl Inner {
         let mut state = self.lock();
         let number = state.next_pin;
         state.next_pin += 1;
-        let range = match state.ranges.get_mut(&id) {
+        let mut range = match state.ranges.get(id) {
             Some(range) if !range.closed => range,
             _ => return Err(VmmError::Closed),
         };
         let extent = range.live_extent(offset, bytes)?;
-        range.pins.insert(number, extent.pages(range.page_bytes));
+        let pages = extent.pages(range.page_bytes);
+        range.pins.insert(number, pages);
         Ok(GraphPin {
             engine: self.clone(),
             range: id,
@@ -96,12 +97,13 @@ impl Drop for GraphPin {
         if self.engine.check_process().is_err() {
             return;
         }
-        let mut state = self.engine.lock();
-        let Some(range) = state.ranges.get_mut(&self.range) else {
+        let state = self.engine.lock();
+        let Some(mut range) = state.ranges.get(self.range) else {
             return;
         };
         range.pins.remove(&self.number);
         let ends = range.is_ending();
+        drop(range);
         drop(state);
         if ends {
             // Its pool is gone, and waited for nothing but this.

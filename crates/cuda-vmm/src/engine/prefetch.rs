@@ -66,14 +66,14 @@ impl Range {
 impl State {
     /// Takes out a chunk made ahead, of one range or of all, to be unmapped.
     pub(super) fn take_ahead(
-        &mut self,
+        &self,
         only: Option<RangeId>,
         pick: impl Fn(&Range) -> Option<usize>,
     ) -> Option<(RangeId, usize, Mapping)> {
-        let mut ranges = self.ranges.iter_mut();
-        ranges.find_map(|(id, range)| {
-            let first = pick(range).filter(|_| only.is_none_or(|only| only == *id))?;
-            Some((*id, first, range.pages.drain(first)?))
+        let mut ranges = self.ranges.iter();
+        ranges.find_map(|(id, mut range)| {
+            let first = pick(&range).filter(|_| only.is_none_or(|only| only == id))?;
+            Some((id, first, range.pages.drain(first)?))
         })
     }
 }
@@ -94,20 +94,23 @@ impl Inner {
     /// Looks after one range that wants memory ahead; `None` if none does.
     fn prefetch_one(self: &Arc<Self>) -> Option<usize> {
         let mut state = self.lock();
-        let mut ranges = state.ranges.iter_mut();
-        let (&id, range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
-        let Some(run) = range.next_ahead(self.options.chunk_bytes_max) else {
+        let mut ranges = state.ranges.iter();
+        let (id, mut range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
+        drop(ranges);
+        let run = range.next_ahead(self.options.chunk_bytes_max);
+        let (Some(run), Some(target)) = (run, Target::of(&range)) else {
             range.is_hungry = false;
             return Some(0);
         };
         let (account, bytes) = (range.account, run.len() * range.page_bytes);
-        let target = Target::of(range);
+        // Nobody else makes pages of it, which takes the engine's lock.
+        drop(range);
         let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
             return Some(0);
         };
-        if let Some(range) = state.ranges.get_mut(&id) {
+        if let Some(mut range) = state.ranges.get(id) {
             range.pages.begin_ahead(run.clone());
         }
         drop(state);
@@ -120,16 +123,16 @@ impl Inner {
         };
         let made_bytes = if failure.is_none() { bytes } else { 0 };
         // The range cannot have gone: closing waits for what is filling.
-        if let Some(range) = state.ranges.get_mut(&id) {
-            let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
+        let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
+        if let Some(mut range) = state.ranges.get(id) {
             range
                 .pages
                 .finish_ahead(run.start, chunk, failure.is_none());
-            if let Some(mut failure) = failure {
-                tracing::debug!(error = %failure.error, "memory could not be made ahead");
-                state.settle(account, bytes, kept_bytes, &mut failure, supply);
-                state.stop_prefetching(id);
-            }
+        }
+        if let Some(mut failure) = failure {
+            tracing::debug!(error = %failure.error, "memory could not be made ahead");
+            state.settle(account, bytes, kept_bytes, &mut failure, supply);
+            state.stop_prefetching(id);
         }
         self.unlock_changed(state);
         Some(made_bytes)
@@ -137,8 +140,8 @@ impl Inner {
 }
 
 impl State {
-    fn stop_prefetching(&mut self, id: RangeId) {
-        if let Some(range) = self.ranges.get_mut(&id) {
+    fn stop_prefetching(&self, id: RangeId) {
+        if let Some(mut range) = self.ranges.get(id) {
             range.is_hungry = false;
         }
     }

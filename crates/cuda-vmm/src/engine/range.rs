@@ -2,25 +2,25 @@
 
 use super::lease::Leases;
 use super::ledger::{AccountId, Quota, Refusal};
-use super::pages::{ChunkState, Pages};
+use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
-use super::{Inner, Parts, PoolOptions, State};
+use super::retire::Until;
+use super::{Handle, Inner, Parts, PoolOptions, RangeId, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
 use std::collections::BTreeMap;
 
-/// Names a range of an engine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct RangeId(u64);
-
 #[derive(Debug)]
-pub(super) struct Range {
-    pub(super) reservation: Arc<Reservation>,
+pub(crate) struct Range {
+    /// Its addresses; none when the range has ended.
+    pub(super) reservation: Option<Arc<Reservation>>,
     pub(super) access: Arc<[(Device, Access)]>,
     pub(super) pages: Pages<Mapping>,
     pub(super) account: AccountId,
-    pub(super) streams: Vec<Stream>,
+    pub(super) streams: Arc<[Stream]>,
+    /// Chunks that were freed and are not in the engine's queue yet, and until when they retire.
+    pub(super) freed: Vec<(Vec<usize>, Until)>,
     pub(super) options: PoolOptions,
     /// Where the latest allocation ended, in bytes.
     pub(super) frontier_bytes: usize,
@@ -65,6 +65,62 @@ impl Range {
         }
         Ok(extent)
     }
+
+    /// Makes bytes live if all their pages are there and nobody works on them; `None` if that takes more. The errors are
+    /// those that [`Inner::allocate`] would have.
+    fn take(&mut self, place: Place, bytes: usize) -> Result<Option<usize>> {
+        if self.closed {
+            return Err(VmmError::Closed);
+        }
+        let offset = self.place(place, bytes)?;
+        let extent = Extent::new(offset, bytes, self.capacity_bytes)?.range();
+        if self.pages.take_within_chunk(&extent) {
+            return Ok(Some(offset));
+        }
+        let survey = self.pages.survey(&extent);
+        let Some(survey) = survey.filter(Survey::is_there) else {
+            return Ok(None);
+        };
+        self.pages.take(&extent, &survey);
+        Ok(Some(offset))
+    }
+
+    /// The offset that a place stands for.
+    fn place(&self, place: Place, bytes: usize) -> Result<usize> {
+        let alignment = match place {
+            Place::At(offset) => return Ok(offset),
+            Place::FirstFit { .. } if bytes == 0 => {
+                return Err(VmmError::ZeroSize { what: "size" });
+            }
+            Place::FirstFit { alignment } => alignment,
+        };
+        let placed = self.pages.place(bytes, alignment, self.capacity_bytes);
+        placed.map_err(|largest_free_bytes| VmmError::OutOfVirtualMemory {
+            asked_bytes: bytes,
+            largest_free_bytes,
+        })
+    }
+
+    /// Ends it. What it is left with is to be dropped without a lock.
+    pub(super) fn end(&mut self) -> Remains {
+        Remains {
+            _pages: core::mem::replace(&mut self.pages, Pages::new(self.page_bytes)),
+            _streams: core::mem::replace(&mut self.streams, [].into()),
+            _freed: core::mem::take(&mut self.freed),
+            _leases: core::mem::take(&mut self.leases),
+            _reservation: self.reservation.take(),
+        }
+    }
+}
+
+/// What a range that has ended leaves; its addresses go last.
+#[derive(Debug)]
+pub(super) struct Remains {
+    _pages: Pages<Mapping>,
+    _streams: Arc<[Stream]>,
+    _freed: Vec<(Vec<usize>, Until)>,
+    _leases: Leases,
+    _reservation: Option<Arc<Reservation>>,
 }
 
 impl Inner {
@@ -75,7 +131,7 @@ impl Inner {
         page_bytes: usize,
         options: PoolOptions,
         quota: Quota,
-    ) -> Result<(RangeId, u64)> {
+    ) -> Result<(Handle, u64)> {
         self.check_process()?;
         let granularity_bytes = self.device.granularity_bytes();
         if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
@@ -99,44 +155,41 @@ impl Inner {
         let reservation = Reservation::with_alignment(&self.device, bytes, page_bytes)
             .inspect_err(|_| self.lock().ledger.close(account))?;
         let address = reservation.address();
-        let mut state = self.lock();
-        let id = RangeId(state.next_range);
-        state.next_range += 1;
-        state.ranges.insert(
-            id,
-            Range {
-                reservation: Arc::new(reservation),
-                access: [(self.device.clone(), Access::ReadWrite)].into(),
-                pages: Pages::new(page_bytes),
-                account,
-                streams: Vec::new(),
-                options,
-                frontier_bytes: 0,
-                is_hungry: options.ahead_bytes_max > 0,
-                pins: BTreeMap::new(),
-                leases: Leases::default(),
-                capacity_bytes,
-                page_bytes,
-                closed: false,
-            },
-        );
-        drop(state);
+        let range = Range {
+            reservation: Some(Arc::new(reservation)),
+            access: [(self.device.clone(), Access::ReadWrite)].into(),
+            pages: Pages::new(page_bytes),
+            account,
+            streams: [].into(),
+            freed: Vec::new(),
+            options,
+            frontier_bytes: 0,
+            is_hungry: options.ahead_bytes_max > 0,
+            pins: BTreeMap::new(),
+            leases: Leases::default(),
+            capacity_bytes,
+            page_bytes,
+            closed: false,
+        };
+        let process = self.device.driver().process();
+        let handle = self.lock().ranges.insert(range, process);
         if options.ahead_bytes_max > 0 {
             self.worker.wake(self, false);
         }
-        Ok((id, address))
+        Ok((handle, address))
     }
 
     /// Looks at a range that is open.
     pub(super) fn with_range<T>(
         &self,
-        id: RangeId,
+        handle: &Handle,
         look: impl FnOnce(&mut Range) -> T,
     ) -> Result<T> {
-        self.check_process()?;
-        match self.lock().ranges.get_mut(&id) {
-            Some(range) if !range.closed => Ok(look(range)),
-            _ => Err(VmmError::Closed),
+        handle.check_process()?;
+        let mut range = handle.lock();
+        match range.closed {
+            false => Ok(look(&mut range)),
+            true => Err(VmmError::Closed),
         }
     }
 
@@ -147,23 +200,23 @@ impl Inner {
         self.add_stream(id, stream)
     }
 
-    pub(crate) fn is_live(&self, id: RangeId, offset: usize, bytes: usize) -> bool {
-        self.with_range(id, |range| {
+    pub(crate) fn is_live(&self, handle: &Handle, offset: usize, bytes: usize) -> bool {
+        self.with_range(handle, |range| {
             Extent::new(offset, bytes, range.capacity_bytes)
                 .is_ok_and(|extent| range.is_live(&extent.range()))
         })
         .unwrap_or(false)
     }
 
-    pub(crate) fn live_pages(&self, id: RangeId) -> usize {
-        self.with_range(id, |range| range.owned_pages())
+    pub(crate) fn live_pages(&self, handle: &Handle) -> usize {
+        self.with_range(handle, |range| range.owned_pages())
             .unwrap_or_default()
     }
 
     pub(crate) fn range_stats(&self, id: RangeId) -> Result<RangeStats> {
         self.check_process()?;
         let state = self.lock();
-        let range = state.ranges.get(&id).ok_or(VmmError::Closed)?;
+        let range = state.ranges.get(id).ok_or(VmmError::Closed)?;
         let live = range.pages.live();
         let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
         let mut parts = range.parts();
@@ -198,52 +251,46 @@ impl Inner {
     /// With `wait` it waits for memory that is retiring, if that is what is missing.
     pub(crate) fn allocate(
         self: &Arc<Self>,
-        id: RangeId,
+        handle: &Handle,
         place: Place,
         bytes: usize,
         wait: bool,
     ) -> Result<usize> {
-        self.check_process()?;
+        handle.check_process()?;
+        let mut range = handle.lock();
+        if let Some(offset) = range.take(place, bytes)? {
+            let hungry = range.advance(offset + bytes);
+            drop(range);
+            if hungry {
+                self.worker.wake(self, false);
+            }
+            return Ok(offset);
+        }
+        drop(range);
+        self.allocate_more(handle, place, bytes, wait)
+    }
+
+    /// As [`allocate`](Self::allocate), with the engine's lock, for what takes more than the range has.
+    fn allocate_more(
+        self: &Arc<Self>,
+        handle: &Handle,
+        place: Place,
+        bytes: usize,
+        wait: bool,
+    ) -> Result<usize> {
+        let id = handle.id();
         let mut retried = false;
         let mut polled = false;
         let mut followed = false;
         // Why the driver would not take back what was given up for this.
         let mut refused = None;
         let mut state = self.lock();
-        if let Place::At(offset) = place
-            && let Some(range) = state.ranges.get_mut(&id)
-            && !range.closed
-        {
-            let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
-            if range.pages.take_within_chunk(&extent.range()) {
-                let hungry = range.advance(extent.range().end);
-                drop(state);
-                if hungry {
-                    self.worker.wake(self, false);
-                }
-                return Ok(offset);
-            }
-        }
         loop {
-            let range = match state.ranges.get(&id) {
-                Some(range) if !range.closed => range,
-                _ => return Err(VmmError::Closed),
-            };
-            let offset = match place {
-                Place::At(offset) => offset,
-                Place::FirstFit { alignment } => {
-                    if bytes == 0 {
-                        return Err(VmmError::ZeroSize { what: "size" });
-                    }
-                    range
-                        .pages
-                        .place(bytes, alignment, range.capacity_bytes)
-                        .map_err(|largest_free_bytes| VmmError::OutOfVirtualMemory {
-                            asked_bytes: bytes,
-                            largest_free_bytes,
-                        })?
-                }
-            };
+            let range = handle.lock();
+            if range.closed {
+                return Err(VmmError::Closed);
+            }
+            let offset = range.place(place, bytes)?;
             let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
             let Some(survey) = range.pages.survey(&extent.range()) else {
                 if !range.is_held_by_lease(&extent.range()) {
@@ -253,12 +300,12 @@ impl Inner {
                     return Err(VmmError::Leased { offset, bytes });
                 }
                 polled = true;
-                drop(state);
+                drop((range, state));
                 self.poll();
                 state = self.lock();
                 continue;
             };
-            let mut plan = Plan::new(range, &extent, survey, self.options.chunk_bytes_max);
+            let mut plan = Plan::new(&range, &extent, survey, self.options.chunk_bytes_max);
             let survey = &plan.survey;
             let need_bytes = survey.missing_pages() * range.page_bytes;
             if survey.quarantined {
@@ -266,14 +313,14 @@ impl Inner {
                     return Err(VmmError::Quarantined { offset, bytes });
                 }
                 retried = true;
-                drop(state);
+                drop((range, state));
                 self.retry();
                 state = self.lock();
                 continue;
             }
             let (account, page_bytes) = (range.account, range.page_bytes);
             let busy = survey.busy;
-            let retiring = !survey.retiring.is_empty() && !state.may_follow(id, &survey.retiring);
+            let retiring = !survey.retiring.is_empty() && !state.may_follow(id, &range, &survey.retiring);
             // Where nobody takes steps, or not often, what is past is looked for now and then.
             let overgrown = !survey.retiring.is_empty() && state.queue.is_overgrown();
             let refusal = if retiring || busy || (overgrown && !polled) {
@@ -289,12 +336,13 @@ impl Inner {
                 });
                 match charged {
                     Ok(supply) => {
-                        let outcome = self.fill(state, id, extent, plan, supply);
+                        let outcome = self.fill(state, range, id, extent, plan, supply);
                         return outcome.map(|()| offset);
                     }
                     Err(refusal) => Some(refusal),
                 }
             };
+            drop(range);
             // Something is in the way. Cheapest first: what the device has finished with meanwhile, what
             // is parked, and then, if the caller will wait, what comes back by itself.
             let may_help = |refusal: &Refusal| need_bytes <= refusal.limit_bytes;
@@ -340,15 +388,16 @@ impl Inner {
             }
             // At its own ceiling a range is helped by its own memory only.
             let only = (need_bytes > refusal.below_ceiling_bytes).then_some(id);
-            let (spare_bytes, retiring_bytes) = match (only, state.ranges.get(&id)) {
-                (Some(_), Some(range)) => {
+            let (spare_bytes, retiring_bytes) = match only {
+                Some(_) => {
+                    let range = handle.lock();
                     let own = range.pages.parts();
                     (
                         range.spare_parked_bytes() + own.ahead_bytes,
                         own.retiring_bytes,
                     )
                 }
-                _ => {
+                None => {
                     let spare_bytes = stats.ahead_bytes + stats.cached_bytes;
                     (
                         state.spare_parked_bytes() + spare_bytes,
@@ -376,7 +425,7 @@ impl Inner {
     /// Some of the pages asked for are retiring or being worked on, and cannot be had now.
     fn in_the_way(&self, state: &State, id: RangeId, extent: Extent) -> VmmError {
         let stats = state.parts();
-        let (asked_bytes, limit_bytes) = state.ranges.get(&id).map_or((extent.bytes, 0), |range| {
+        let (asked_bytes, limit_bytes) = state.ranges.get(id).map_or((extent.bytes, 0), |range| {
             let pages = extent.pages(range.page_bytes).len();
             let limit_bytes = state.ledger.account_limit_bytes(range.account);
             (pages * range.page_bytes, limit_bytes)
@@ -393,16 +442,15 @@ impl Inner {
     /// Ends the life of bytes. Never waits for the device: pages without live bytes retire.
     pub(crate) fn deallocate(
         self: &Arc<Self>,
-        id: RangeId,
+        handle: &Handle,
         offset: usize,
         bytes: usize,
     ) -> Result<()> {
-        self.check_process()?;
-        let mut state = self.lock();
-        let range = match state.ranges.get_mut(&id) {
-            Some(range) if !range.closed => range,
-            _ => return Err(VmmError::Closed),
-        };
+        handle.check_process()?;
+        let mut range = handle.lock();
+        if range.closed {
+            return Err(VmmError::Closed);
+        }
         let extent = range.live_extent(offset, bytes)?;
         if range.pages.is_stranded(&extent.range()) {
             return Err(VmmError::Quarantined { offset, bytes });
@@ -410,7 +458,11 @@ impl Inner {
         let released = range.take_released();
         let unused = range.free(&extent.range());
         let waits = range.waits_for_leases();
-        self.retire(state, id, unused);
+        let streams = (!unused.is_empty()).then(|| range.streams.clone());
+        drop(range);
+        if let Some(streams) = streams {
+            self.record(handle, &streams, unused);
+        }
         drop(released);
         if waits {
             self.worker.wake(self, false);
@@ -424,8 +476,8 @@ impl Inner {
     pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
         self.check_process()?;
         let mut state = self.lock();
-        let account = match state.ranges.get_mut(&id) {
-            Some(range) if !range.closed => {
+        let account = match state.ranges.get(id) {
+            Some(mut range) if !range.closed => {
                 range.closed = true;
                 range.account
             }
@@ -434,12 +486,12 @@ impl Inner {
         // What it was guaranteed others may have now; what it holds is on its account until it is given back.
         state.ledger.close(account);
         // An allocation of another thread that is under way ends first, and so does a move.
-        while (state.ranges.get(&id)).is_some_and(|range| range.pages.is_worked_on()) {
+        while (state.ranges.get(id)).is_some_and(|range| range.pages.is_worked_on()) {
             state = self.wait(state);
         }
         let (mut unused, mut released) = (Vec::new(), Vec::new());
         let mut leased = false;
-        if let Some(range) = state.ranges.get_mut(&id) {
+        if let Some(mut range) = state.ranges.get(id) {
             released = range.take_released();
             unused = range.free_all();
             leased = range.waits_for_leases();
@@ -457,11 +509,13 @@ impl Inner {
         let mut drained = Ok(());
         loop {
             let mut state = self.lock();
-            let Some(range) = state.ranges.get(&id) else {
+            let Some(range) = state.ranges.get(id) else {
                 break;
             };
             let parts = range.pages.parts();
-            if !range.pages.in_state(ChunkState::Retiring).is_empty() {
+            let retires = !range.pages.in_state(ChunkState::Retiring).is_empty();
+            drop(range);
+            if retires {
                 match self.await_progress(state, Some(id))? {
                     Some(_) => {}
                     // A capture is declared: the worker finishes when it is over.
@@ -497,14 +551,14 @@ impl Inner {
             .ranges
             .iter()
             .filter(|(_, range)| range.closed && range.pages.chunks() == 0)
-            .map(|(id, _)| *id)
+            .map(|(id, _)| id)
             .collect();
         if empty.is_empty() {
             return;
         }
-        let done: Vec<Range> = empty
+        let done: Vec<Remains> = empty
             .iter()
-            .filter_map(|id| state.ranges.remove(id))
+            .filter_map(|id| state.ranges.remove(*id))
             .collect();
         state.ending.extend(&empty);
         drop(state);
@@ -513,7 +567,8 @@ impl Inner {
         let mut state = self.lock();
         state.ending.retain(|id| !empty.contains(id));
         // The last owner may be the engine itself, for the sake of these ranges.
-        let kept = match state.ranges.values().any(|range| range.closed) {
+        let any_closed = state.ranges.values().any(|range| range.closed);
+        let kept = match any_closed {
             true => None,
             false => state.kept.take(),
         };

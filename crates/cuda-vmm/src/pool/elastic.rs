@@ -2,7 +2,7 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, RangeId,
+    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, Handle,
 };
 use crate::{Device, Result, Stream};
 use core::ops;
@@ -25,7 +25,7 @@ use core::ops;
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     engine: Engine,
-    range: RangeId,
+    range: Handle,
     base_address: u64,
     capacity_bytes: usize,
     page_bytes: usize,
@@ -141,7 +141,7 @@ impl VirtualMemoryPool {
 
     fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
         let inner = self.engine.inner();
-        let offset = inner.allocate(self.range, place, bytes, wait)?;
+        let offset = inner.allocate(&self.range, place, bytes, wait)?;
         Ok(self.base_address + offset as u64)
     }
 
@@ -154,7 +154,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
     /// is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
-        self.engine.inner().deallocate(self.range, offset, bytes)
+        self.engine.inner().deallocate(&self.range, offset, bytes)
     }
 
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
@@ -164,7 +164,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.inner().use_stream(self.range, stream)
+        self.engine.inner().use_stream(self.range.id(), stream)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for
@@ -180,7 +180,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
     /// some of the bytes are not live.
     pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
-        self.engine.inner().pin(self.range, offset, bytes)
+        self.engine.inner().pin(self.range.id(), offset, bytes)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until `token` is released:
@@ -201,17 +201,17 @@ impl VirtualMemoryPool {
     /// some of the bytes are not live. The token is then dropped.
     pub fn lease(&self, offset: usize, bytes: usize, token: impl LeaseToken) -> Result<()> {
         let token = Box::new(token);
-        self.engine.inner().lease(self.range, offset, bytes, token)
+        self.engine.inner().lease(&self.range, offset, bytes, token)
     }
 
     /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
-        self.engine.inner().is_leased(self.range, offset, bytes)
+        self.engine.inner().is_leased(&self.range, offset, bytes)
     }
 
     /// The bytes under each lease whose token is not released, freed or not.
     pub(super) fn leased(&self) -> Vec<ops::Range<usize>> {
-        self.engine.inner().leased(self.range)
+        self.engine.inner().leased(&self.range)
     }
 
     /// Addresses in bytes, as given.
@@ -231,17 +231,17 @@ impl VirtualMemoryPool {
 
     /// Pages with live bytes, in bytes.
     pub fn physical_memory_usage(&self) -> usize {
-        self.engine.inner().live_pages(self.range) * self.page_bytes
+        self.engine.inner().live_pages(&self.range) * self.page_bytes
     }
 
     /// Whether all of the bytes are live; false for none and for bytes outside the pool.
     pub fn is_mapped(&self, offset: usize, bytes: usize) -> bool {
-        self.engine.inner().is_live(self.range, offset, bytes)
+        self.engine.inner().is_live(&self.range, offset, bytes)
     }
 
     /// One moment's numbers; all zero but capacity and page if the pool was closed.
     pub fn stats(&self) -> PoolStats {
-        match self.engine.inner().range_stats(self.range) {
+        match self.engine.inner().range_stats(self.range.id()) {
             Ok(range) => PoolStats::new(self.capacity_bytes, self.page_bytes, range),
             Err(_) => PoolStats {
                 capacity_bytes: self.capacity_bytes,
@@ -288,13 +288,13 @@ impl VirtualMemoryPool {
 
     /// As [`compact`](Self::compact), for callers who were promised that nobody launches work meanwhile.
     pub(super) fn compact_promised(&self) -> Result<CompactReport> {
-        self.engine.inner().compact(self.range)
+        self.engine.inner().compact(self.range.id())
     }
 
     /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was closed. Makes no driver
     /// calls.
     pub fn compact_report(&self) -> CompactReport {
-        let report = self.engine.inner().compact_report(self.range);
+        let report = self.engine.inner().compact_report(self.range.id());
         report.unwrap_or_default()
     }
 
@@ -312,7 +312,7 @@ impl VirtualMemoryPool {
     }
 
     pub(super) fn shut(&self) -> Result<()> {
-        self.engine.inner().close_range(self.range)
+        self.engine.inner().close_range(self.range.id())
     }
 }
 

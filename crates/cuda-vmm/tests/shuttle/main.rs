@@ -18,5 +18,6 @@ mod kept;
 mod leases;
 mod neighbours;
 mod never_waits;
+mod parked;
 mod planted;
 mod world;

@@ -7,6 +7,7 @@ mod foreground;
 mod growth;
 mod kind;
 mod limits;
+mod models;
 mod one_shot;
 mod page;
 mod slack;
@@ -20,6 +21,7 @@ pub const ALL: &[Work] = &[
     one_shot::OVERHEAD,
     page::CACHED,
     page::PARKED,
+    models::WORK,
     deallocation::WORK,
     growth::WORK,
     foreground::WORK,

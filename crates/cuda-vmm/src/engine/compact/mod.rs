@@ -20,17 +20,17 @@ use relocation::{Place, Relocation};
 impl State {
     /// What can be moved of a range now, and what that would come to.
     fn plan(&self, id: RangeId) -> (Plan, CompactReport) {
-        let Some(range) = self.ranges.get(&id).filter(|range| !range.closed) else {
+        // What can be spared is given up for it.
+        let stats = self.parts();
+        let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
+        let Some(range) = self.ranges.get(id).filter(|range| !range.closed) else {
             return Default::default();
         };
         let parts = range.parts();
         let plan = if CaptureGuard::any() {
             Plan::default()
         } else {
-            // What can be spared is given up for it.
             let room = self.ledger.room(range.account);
-            let stats = self.parts();
-            let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
             let own_bytes = parts.ahead_bytes + range.spare_parked_bytes();
             let in_budget = room.free_bytes.saturating_add(spare_bytes);
             let below_ceiling = room.below_ceiling_bytes.saturating_add(own_bytes);
@@ -65,12 +65,12 @@ impl Inner {
         let no_capture = CaptureGuard::try_none();
         let (streams, page_bytes, plan, mut report) = {
             let state = self.lock();
-            let range = match state.ranges.get(&id) {
-                Some(range) if !range.closed => range,
+            let (streams, page_bytes) = match state.ranges.get(id) {
+                Some(range) if !range.closed => (range.streams.clone(), range.page_bytes),
                 _ => return Err(VmmError::Closed),
             };
             let (plan, report) = state.plan(id);
-            (range.streams.clone(), range.page_bytes, plan, report)
+            (streams, page_bytes, plan, report)
         };
         report.skipped_bytes += core::mem::take(&mut report.returned_bytes);
         report.moved_bytes = 0;
@@ -78,7 +78,7 @@ impl Inner {
         if no_capture.is_none() || plan.moves.is_empty() {
             return Ok(report);
         }
-        for stream in &streams {
+        for stream in streams.iter() {
             if !stream.is_per_thread() && stream.is_capturing()? {
                 return Ok(report);
             }
@@ -94,7 +94,7 @@ impl Inner {
                 report.moved_bytes += moved_bytes;
             }
         }
-        if let Some(range) = self.lock().ranges.get(&id) {
+        if let Some(range) = self.lock().ranges.get(id) {
             report.skipped_bytes = range.pages.parts().slack_bytes;
             report.chunks_after = range.pages.chunks();
         }
@@ -129,18 +129,19 @@ impl Inner {
                 relocations,
                 ..
             } = &mut *state;
-            let range = ranges.get_mut(&id).ok_or(VmmError::Closed)?;
+            let mut range = ranges.get(id).ok_or(VmmError::Closed)?;
             let chunk = range.pages.partly_live_at(first);
             let fits = |chunk: &PartlyLive| chunk.live_bytes <= bytes_max;
             let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))
             else {
                 return Ok(None);
             };
+            let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
             let Err(refusal) = ledger.charge(range.account, chunk.live_bytes) else {
                 let place = Place {
                     range: id,
                     account: range.account,
-                    reservation: range.reservation.clone(),
+                    reservation,
                     access: range.access.clone(),
                     page_bytes: range.page_bytes,
                 };
@@ -150,6 +151,7 @@ impl Inner {
                     Relocation::new(place, first, chunk.pieces, chunk.live_bytes, mapping)
                 }));
             };
+            drop(range);
             // At its own ceiling a range is helped by its own memory only.
             let only = (chunk.live_bytes > refusal.below_ceiling_bytes).then_some(id);
             if !polled {
@@ -187,8 +189,8 @@ impl Inner {
         let (chunks, old) = relocation.into_arrived();
         let old_bytes = old.bytes();
         let mut state = self.lock();
-        let unused = (state.ranges.get_mut(&id))
-            .map_or_else(Vec::new, |range| range.pages.arrive(first, chunks));
+        let unused = (state.ranges.get(id))
+            .map_or_else(Vec::new, |mut range| range.pages.arrive(first, chunks));
         state.relocations.end(account, charged_bytes);
         state.releasing.push((Some(account), old_bytes));
         self.retire(state, id, unused);

@@ -2,7 +2,7 @@
 
 use super::relocation::Relocation;
 use crate::engine::ledger::AccountId;
-use crate::engine::{Inner, take_out};
+use crate::engine::{Inner, State, take_out};
 use crate::sync::Arc;
 use crate::{Device, Mapping};
 
@@ -76,14 +76,19 @@ impl Inner {
             .extend(unreleased.map(|memory| (Some(account), memory)));
         let (mut unused, mut is_refused) = (Vec::new(), kept_bytes > 0);
         // The range cannot have gone: closing waits for what moves.
-        if let Some(range) = state.ranges.get_mut(&id) {
+        let State {
+            ranges,
+            relocations,
+            ..
+        } = &mut *state;
+        if let Some(mut range) = ranges.get(id) {
             if let Some(mapping) = relocation.take_home() {
                 // First, so that the memory is the mapping's alone.
                 drop(relocation);
                 unused = range.pages.come_back(first, mapping);
             } else {
                 range.pages.strand(first);
-                state.relocations.stranded.push(relocation);
+                relocations.stranded.push(relocation);
                 is_refused = true;
             }
         }
@@ -102,7 +107,7 @@ impl Inner {
             for relocation in &stranded {
                 let place = &relocation.place;
                 (state.relocations).begin(place.account, relocation.charged_bytes);
-                if let Some(range) = state.ranges.get_mut(&place.range) {
+                if let Some(mut range) = state.ranges.get(place.range) {
                     range.pages.resume(relocation.first);
                 }
             }
