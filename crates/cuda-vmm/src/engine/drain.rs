@@ -102,6 +102,7 @@ impl Inner {
         range.pages.retire_drained(first, mapping, fence.is_ok());
         match fence {
             Ok(fence) => {
+                state.counters.scrubbed_bytes += bytes as u64;
                 let until = Until::Fences(Arc::new(vec![fence]));
                 state.queue.push_scrub(id, first, bytes, until);
             }
@@ -230,7 +231,8 @@ impl Inner {
             }
         };
         self.unlock_changed(state);
-        if outcome.is_err() {
+        if let Err(error) = &outcome {
+            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
             self.worker.wake(self, false);
         }
         outcome
@@ -251,8 +253,13 @@ impl Inner {
                     mapped.extend(range.pages.drain(first).map(|memory| (*id, first, memory)));
                 }
             }
+            state.counters.retries += (unreleased.len() + mapped.len()) as u64;
             (unreleased, mapped)
         };
+        let pieces = unreleased.len() + mapped.len();
+        if pieces > 0 {
+            tracing::debug!(pieces, "the driver is asked again to take memory back");
+        }
         let mut bytes = 0;
         for (account, memory) in unreleased {
             bytes += self.release(account, memory).unwrap_or_default();
@@ -290,7 +297,8 @@ impl Inner {
             }
         };
         self.unlock_changed(state);
-        if outcome.is_err() {
+        if let Err(error) = &outcome {
+            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
             self.worker.wake(self, false);
         }
         outcome

@@ -163,6 +163,7 @@ impl Inner {
         };
         if survey.missing.is_empty() {
             range.pages.take(&bytes, survey);
+            range.counters.allocations += 1;
             let hungry = range.advance(bytes.end);
             drop(state);
             if hungry {
@@ -172,8 +173,15 @@ impl Inner {
         }
         let runs: Vec<_> = plan.runs().collect();
         range.pages.begin(&bytes, survey, &runs);
+        let is_late = range.options.ahead_bytes_max > 0;
+        range.counters.late_prefetches += u64::from(is_late);
         let target = Target::of(range);
         drop(state);
+        let span = tracing::debug_span!("fill", offset = bytes.start, bytes = bytes.len());
+        let _span = span.enter();
+        if is_late {
+            tracing::debug!("memory that was to be made ahead is not there yet");
+        }
         let made = {
             let _caller = self.device.call_for_someone();
             self.back(&target, &plan, &mut supply)
@@ -194,6 +202,7 @@ impl Inner {
                 let Some(range) = state.ranges.get_mut(&id) else {
                     return Err(VmmError::Closed);
                 };
+                range.counters.allocations += 1;
                 let hungry = range.advance(bytes.end);
                 // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
                 let outcome = if range.closed {
@@ -249,6 +258,9 @@ impl Inner {
                 // can spare, once, and then smaller chunks may still find room.
                 if !relieved {
                     relieved = true;
+                    self.lock().counters.device_shortages += 1;
+                    let error = &failure.error;
+                    tracing::warn!(%error, bytes = pages.len() * target.page_bytes, "the device has no memory though the budget has room");
                     self.device
                         .engines()
                         .iter()

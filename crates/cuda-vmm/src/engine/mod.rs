@@ -6,6 +6,7 @@
 
 mod cache;
 mod compact;
+mod counters;
 mod drain;
 mod fill;
 mod follow;
@@ -20,18 +21,21 @@ mod policy;
 mod prefetch;
 mod range;
 mod retire;
+mod snapshot;
 mod sorted;
 mod stats;
 mod worker;
 
 pub use compact::CompactReport;
+pub use counters::{EngineCounters, PoolCounters};
 pub use lease::LeaseToken;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use pages::Parts;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeId, RangeStats};
-pub use stats::{EngineStats, StepReport};
+pub(crate) use snapshot::Look;
+pub use stats::{EngineStats, MemoryParts, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
@@ -66,6 +70,8 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 struct State {
     ledger: Ledger,
+    /// What has happened, but for what ranges that are there count themselves.
+    counters: EngineCounters,
     ranges: BTreeMap<RangeId, Range>,
     next_range: u64,
     next_pin: u64,
@@ -166,6 +172,7 @@ impl Engine {
             limit_bytes,
             state: Mutex::new(State {
                 ledger: Ledger::new(budget_bytes),
+                counters: EngineCounters::default(),
                 ranges: BTreeMap::new(),
                 next_range: 0,
                 next_pin: 0,
@@ -215,6 +222,16 @@ impl Engine {
         };
         stats.limit_bytes = self.0.limit_bytes;
         stats
+    }
+
+    /// What has happened so far; one moment's numbers. All zero in a forked process but for what the device counts.
+    pub fn counters(&self) -> EngineCounters {
+        let mut counters = match self.0.check_process() {
+            Ok(()) => self.0.lock().counters(),
+            Err(_) => EngineCounters::default(),
+        };
+        counters.device_calls = self.0.device.memory_calls();
+        counters
     }
 
     /// Does the work that is due: looks which freed memory the device has finished with, synchronises the
@@ -269,6 +286,7 @@ impl Inner {
     /// Waits until something about the engine's memory has changed.
     fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.waiting += 1;
+        state.counters.waits += 1;
         let mut state = self
             .changed
             .wait(state)
@@ -315,13 +333,15 @@ impl Inner {
         let prefetched_bytes = self.prefetch(is_worker);
         self.finish_closing();
         let stats = self.lock().parts();
-        StepReport {
+        let report = StepReport {
             retired_bytes,
             drained_bytes: retried_bytes + drained_bytes,
             prefetched_bytes,
             retiring_bytes: stats.retiring_bytes,
             quarantined_bytes: stats.quarantined_bytes,
-        }
+        };
+        tracing::trace!(?report, is_worker, "took a step");
+        report
     }
 
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far as fences tell; returns
@@ -409,7 +429,9 @@ impl Inner {
         only: Option<RangeId>,
     ) -> Result<Option<MutexGuard<'a, State>>> {
         if let Some((id, fences)) = state.queue.first_fences(only) {
+            state.counters.waits += 1;
             drop(state);
+            tracing::debug!("waits for the device");
             let waited = fences.iter().map(Fence::wait).find(|waited| match waited {
                 Err(error) => !error.is_poisoned(),
                 Ok(()) => false,

@@ -105,6 +105,8 @@ impl Inner {
         let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
+            drop(state);
+            tracing::debug!(bytes, "the budget has no room for memory made ahead");
             return Some(0);
         };
         if let Some(range) = state.ranges.get_mut(&id) {
@@ -119,6 +121,7 @@ impl Inner {
             Err(mut failure) => (failure.still_mapped.pop(), Some(failure)),
         };
         let made_bytes = if failure.is_none() { bytes } else { 0 };
+        let mut refused = None;
         // The range cannot have gone: closing waits for what is filling.
         if let Some(range) = state.ranges.get_mut(&id) {
             let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
@@ -126,12 +129,15 @@ impl Inner {
                 .pages
                 .finish_ahead(run.start, chunk, failure.is_none());
             if let Some(mut failure) = failure {
-                tracing::debug!(error = %failure.error, "memory could not be made ahead");
                 state.settle(account, bytes, kept_bytes, &mut failure, supply);
                 state.stop_prefetching(id);
+                refused = Some(failure.error);
             }
         }
         self.unlock_changed(state);
+        if let Some(error) = refused {
+            tracing::debug!(%error, bytes, "memory could not be made ahead");
+        }
         Some(made_bytes)
     }
 }

@@ -4,7 +4,7 @@ use super::lease::Leases;
 use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages};
 use super::plan::Plan;
-use super::{Inner, Parts, PoolOptions, State};
+use super::{Inner, Parts, PoolCounters, PoolOptions, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
@@ -30,6 +30,7 @@ pub(super) struct Range {
     pub(super) pins: BTreeMap<u64, core::ops::Range<usize>>,
     /// What is used outside, whether the owner frees it or not.
     pub(super) leases: Leases,
+    pub(super) counters: PoolCounters,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -54,6 +55,8 @@ pub(crate) struct RangeStats {
     pub(crate) chunks: usize,
     pub(crate) unused_bytes: usize,
     pub(crate) largest_unused_run_bytes: usize,
+    pub(crate) quota: Quota,
+    pub(crate) counters: PoolCounters,
 }
 
 impl Range {
@@ -115,6 +118,7 @@ impl Inner {
                 is_hungry: options.ahead_bytes_max > 0,
                 pins: BTreeMap::new(),
                 leases: Leases::default(),
+                counters: PoolCounters::default(),
                 capacity_bytes,
                 page_bytes,
                 closed: false,
@@ -164,33 +168,7 @@ impl Inner {
         self.check_process()?;
         let state = self.lock();
         let range = state.ranges.get(&id).ok_or(VmmError::Closed)?;
-        let live = range.pages.live();
-        let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
-        let mut parts = range.parts();
-        parts.quarantined_bytes += state
-            .unreleased
-            .iter()
-            .filter(|(account, _)| *account == Some(range.account))
-            .map(|(_, memory)| memory.bytes())
-            .sum::<usize>();
-        parts.retiring_bytes += state
-            .releasing
-            .iter()
-            .filter(|(account, _)| *account == Some(range.account))
-            .map(|(_, bytes)| bytes)
-            .sum::<usize>();
-        let account = Some(range.account);
-        parts.filling_bytes += state.relocations.moving_bytes(account);
-        parts.quarantined_bytes += state.relocations.quarantined_bytes(account);
-        Ok(RangeStats {
-            parts,
-            live_bytes: range.owned_bytes(),
-            live_pages: range.owned_pages(),
-            committed_bytes: state.ledger.account_bytes(range.account),
-            chunks: range.pages.chunks(),
-            unused_bytes: gaps().sum(),
-            largest_unused_run_bytes: gaps().max().unwrap_or_default(),
-        })
+        Ok(state.range_stats(range))
     }
 
     /// Makes bytes live, backing the pages that are not; returns their offset.
@@ -216,6 +194,7 @@ impl Inner {
         {
             let extent = Extent::new(offset, bytes, range.capacity_bytes)?;
             if range.pages.take_within_chunk(&extent.range()) {
+                range.counters.allocations += 1;
                 let hungry = range.advance(extent.range().end);
                 drop(state);
                 if hungry {
@@ -373,6 +352,19 @@ impl Inner {
         }
     }
 
+    /// Notes that an allocation answered an error.
+    #[cold]
+    pub(crate) fn refused(&self, id: RangeId, place: Place, bytes: usize, error: &VmmError) {
+        if !error.is_out_of_memory() {
+            return;
+        }
+        if let Some(range) = self.lock().ranges.get_mut(&id) {
+            range.counters.refusals += 1;
+        }
+        let is_later = error.is_later();
+        tracing::debug!(?place, bytes, %error, is_later, "memory was refused");
+    }
+
     /// Some of the pages asked for are retiring or being worked on, and cannot be had now.
     fn in_the_way(&self, state: &State, id: RangeId, extent: Extent) -> VmmError {
         let stats = state.parts();
@@ -408,6 +400,7 @@ impl Inner {
             return Err(VmmError::Quarantined { offset, bytes });
         }
         let released = range.take_released();
+        range.counters.deallocations += 1;
         let unused = range.free(&extent.range());
         let waits = range.waits_for_leases();
         self.retire(state, id, unused);
@@ -506,6 +499,9 @@ impl Inner {
             .iter()
             .filter_map(|id| state.ranges.remove(id))
             .collect();
+        for range in &done {
+            state.counters.ranges.add(&range.counters);
+        }
         state.ending.extend(&empty);
         drop(state);
         // Dropped without the lock: what the driver refuses goes to the device's quarantine.

@@ -2,7 +2,8 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, RangeId,
+    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolCounters, PoolOptions,
+    Quota, RangeId,
 };
 use crate::{Device, Result, Stream};
 use core::ops;
@@ -141,7 +142,8 @@ impl VirtualMemoryPool {
 
     fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
         let inner = self.engine.inner();
-        let offset = inner.allocate(self.range, place, bytes, wait)?;
+        let outcome = inner.allocate(self.range, place, bytes, wait);
+        let offset = outcome.inspect_err(|error| inner.refused(self.range, place, bytes, error))?;
         Ok(self.base_address + offset as u64)
     }
 
@@ -249,6 +251,17 @@ impl VirtualMemoryPool {
                 ..PoolStats::default()
             },
         }
+    }
+
+    /// What has happened so far; all zero if the pool was closed.
+    pub fn counters(&self) -> PoolCounters {
+        let stats = self.engine.inner().range_stats(self.range);
+        stats.map_or(PoolCounters::default(), |stats| stats.counters)
+    }
+
+    /// Its range, with the bytes of its addresses and of a page.
+    pub(super) fn key(&self) -> (RangeId, usize, usize) {
+        (self.range, self.capacity_bytes, self.page_bytes)
     }
 
     /// Gives back what the engine holds, is not live, and the device has finished with; returns the bytes.
