@@ -24,12 +24,16 @@ impl Range {
         start..(start + pages).min(end)
     }
 
-    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed.
+    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed. While nothing is wanted where
+    /// they go now, it stays: who takes back what was freed at one place comes again to where his memory ends.
     pub(super) fn stale_ahead(&self) -> Option<usize> {
         if self.closed {
             return self.pages.ahead().next();
         }
-        self.pages.ahead_outside(&self.window())
+        match self.is_hungry {
+            true => self.pages.ahead_outside(&self.window()),
+            false => None,
+        }
     }
 
     /// Notes where the latest allocation ended; says whether that gives the worker something to do.
@@ -48,7 +52,7 @@ impl Range {
         };
         let low = window.start..window.end.min(window.start + low_pages);
         self.is_hungry |= self.pages.first_missing(low).is_some();
-        self.is_hungry || self.stale_ahead().is_some()
+        self.is_hungry
     }
 
     /// The next pages to make ahead, as one chunk.

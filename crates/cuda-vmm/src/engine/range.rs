@@ -59,6 +59,18 @@ pub(crate) struct RangeStats {
     pub(crate) counters: PoolCounters,
 }
 
+/// A part that begins within one that begins before it, or with it. None is empty, and none too long.
+fn overlapping(parts: &[(usize, usize)]) -> Option<(usize, usize)> {
+    if parts.len() < 2 {
+        return None;
+    }
+    let mut sorted = parts.to_vec();
+    sorted.sort_unstable();
+    let pairs = sorted.windows(2);
+    let is_within = |pair: &&[(usize, usize)]| pair[1].0 < pair[0].0 + pair[0].1;
+    pairs.filter(is_within).map(|pair| pair[1]).next()
+}
+
 impl Range {
     /// Checks bytes that must all be live.
     pub(super) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
@@ -382,12 +394,12 @@ impl Inner {
         }
     }
 
-    /// Ends the life of bytes. Never waits for the device: pages without live bytes retire.
+    /// Ends the life of bytes: of each part, given by offset and size, or after an error of none. Never waits for the
+    /// device: pages without live bytes retire, all behind the same fences.
     pub(crate) fn deallocate(
         self: &Arc<Self>,
         id: RangeId,
-        offset: usize,
-        bytes: usize,
+        parts: &[(usize, usize)],
     ) -> Result<()> {
         self.check_process()?;
         let mut state = self.lock();
@@ -395,13 +407,25 @@ impl Inner {
             Some(range) if !range.closed => range,
             _ => return Err(VmmError::Closed),
         };
-        let extent = range.live_extent(offset, bytes)?;
-        if range.pages.is_stranded(&extent.range()) {
-            return Err(VmmError::Quarantined { offset, bytes });
+        for (offset, bytes) in parts.iter().copied() {
+            let extent = range.live_extent(offset, bytes)?;
+            if range.pages.is_stranded(&extent.range()) {
+                return Err(VmmError::Quarantined { offset, bytes });
+            }
+        }
+        if let Some((offset, bytes)) = overlapping(parts) {
+            // What is freed with another part is not live any more.
+            return Err(VmmError::NotMapped { offset, bytes });
         }
         let released = range.take_released();
         range.counters.deallocations += 1;
-        let unused = range.free(&extent.range());
+        let mut unused = Vec::new();
+        for (offset, bytes) in parts.iter().copied() {
+            unused.append(&mut range.free(&(offset..offset + bytes)));
+        }
+        if parts.len() > 1 {
+            unused.sort_unstable();
+        }
         let waits = range.waits_for_leases();
         self.retire(state, id, unused);
         drop(released);

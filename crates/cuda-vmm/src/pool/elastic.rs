@@ -156,7 +156,25 @@ impl VirtualMemoryPool {
     /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
     /// is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
-        self.engine.inner().deallocate(self.range, offset, bytes)
+        let parts = [(offset, bytes)];
+        self.engine.inner().deallocate(self.range, &parts)
+    }
+
+    /// Ends the life of several parts at once, each given by its offset and its bytes, in any order. Never waits for the
+    /// device.
+    ///
+    /// Their memory retires behind the same fences: one event on each stream that was named, however many parts there are.
+    /// So who frees what came to its end in a step of a model records once. For no parts nothing is done.
+    ///
+    /// # Errors
+    /// As [`deallocate`](Self::deallocate), for the first part of which it holds;
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) also for a part that has bytes in common with one before it in
+    /// the order of addresses. After an error none is freed.
+    pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
+        match parts.is_empty() {
+            true => Ok(()),
+            false => self.engine.inner().deallocate(self.range, parts),
+        }
     }
 
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
