@@ -8,8 +8,8 @@ use std::ffi::OsString;
 use std::process::Command;
 use std::time::Instant;
 
-/// What turns on the simulator wherever it is optional.
-pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator"];
+/// What turns on the simulator wherever it is optional, and what else of the core is.
+pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator,cuda-vmm/serde"];
 
 /// Runs the workspace's tests, then the long property test and the model checker's scenarios in release builds.
 pub fn run(workspace: &Workspace) -> Result<()> {

@@ -47,6 +47,7 @@
 //!
 //! # Features
 //! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
+//! - `serde`: the pools' snapshots can be written and read ([`cuda_vmm::Snapshot`]).
 //! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`, which needs `nvcc`.
 //!
 //! A CUDA device never gets the simulated driver, and a GPU that fails to answer is an error.

@@ -8,7 +8,7 @@
 use crate::driver::{Driver, call};
 use crate::engine::Engine;
 use crate::quarantine::Quarantine;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError, Weak, thread};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
@@ -37,6 +37,8 @@ pub(crate) struct Inner {
     engines: Mutex<Vec<Weak<crate::engine::Inner>>>,
     /// Threads that call the driver for someone who waits for memory.
     callers: AtomicUsize,
+    /// Calls that manage memory.
+    memory_calls: AtomicU64,
 }
 
 // SAFETY: the context is used through the driver's calls only, which may be made from any thread.
@@ -104,6 +106,7 @@ impl Device {
             quarantine: Mutex::default(),
             engines: Mutex::default(),
             callers: AtomicUsize::new(0),
+            memory_calls: AtomicU64::new(0),
         })))
     }
 
@@ -128,6 +131,18 @@ impl Device {
     /// The driver that it belongs to.
     pub fn driver(&self) -> &Driver {
         &self.0.driver
+    }
+
+    /// The driver, for a call that reserves, makes, maps, opens, unmaps, releases or frees memory or addresses: it is
+    /// counted.
+    pub(crate) fn counted_driver(&self) -> &Driver {
+        self.0.memory_calls.fetch_add(1, Ordering::Relaxed);
+        &self.0.driver
+    }
+
+    /// So many such calls were made.
+    pub(crate) fn memory_calls(&self) -> u64 {
+        self.0.memory_calls.load(Ordering::Relaxed)
     }
 
     /// The driver's own handle of the device.

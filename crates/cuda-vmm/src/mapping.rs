@@ -108,7 +108,7 @@ impl Mapping {
         // is owned by the memory that it keeps alive too.
         unsafe {
             call!(
-                device.driver(),
+                device.counted_driver(),
                 cuMemMap(address, memory.bytes(), 0, memory.handle(), 0)
             )
         }?;
@@ -144,7 +144,7 @@ impl Mapping {
         // SAFETY: the range is exactly this mapping, and the descriptors are alive during the call.
         unsafe {
             call!(
-                self.device().driver(),
+                self.device().counted_driver(),
                 cuMemSetAccess(
                     self.address(),
                     self.bytes(),
@@ -224,7 +224,7 @@ impl Mapping {
         // SAFETY: the range is exactly this mapping, which is undone once.
         unsafe {
             call!(
-                self.device().driver(),
+                self.device().counted_driver(),
                 cuMemUnmap(self.address(), self.bytes())
             )
         }?;

@@ -54,7 +54,7 @@ impl PhysicalMemory {
         // SAFETY: `handle` is a valid place and the properties are alive during the call.
         unsafe {
             call!(
-                device.driver(),
+                device.counted_driver(),
                 cuMemCreate(&mut handle, bytes, &properties, 0)
             )
         }?;
@@ -125,7 +125,7 @@ impl PhysicalMemory {
 
     fn release(&self) -> Result<()> {
         // SAFETY: this object owns one reference to the handle and gives it up here, once.
-        unsafe { call!(self.device.driver(), cuMemRelease(self.handle)) }?;
+        unsafe { call!(self.device.counted_driver(), cuMemRelease(self.handle)) }?;
         tracing::debug!(target: "cuda_vmm::driver", handle = self.handle, bytes = self.bytes, "released memory");
         Ok(())
     }

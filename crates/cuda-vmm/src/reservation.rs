@@ -54,7 +54,7 @@ impl Reservation {
         // SAFETY: `address` is a valid place for the answer.
         unsafe {
             call!(
-                device.driver(),
+                device.counted_driver(),
                 cuMemAddressReserve(&mut address, bytes, alignment, 0, 0)
             )
         }?;
@@ -124,7 +124,7 @@ impl Reservation {
         // nothing of ours is mapped there any more.
         unsafe {
             call!(
-                self.device.driver(),
+                self.device.counted_driver(),
                 cuMemAddressFree(self.address, self.bytes)
             )
         }?;

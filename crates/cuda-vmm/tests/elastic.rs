@@ -10,6 +10,8 @@ mod bad_input;
 mod cache;
 #[path = "elastic/chunks.rs"]
 mod chunks;
+#[path = "elastic/many.rs"]
+mod many;
 
 use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Fault, SimConfig};

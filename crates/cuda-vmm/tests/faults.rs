@@ -285,6 +285,26 @@ fn cases() -> Vec<Case> {
         back("deallocate", three_live, |f| {
             f.pool().deallocate(0, 3 * page())
         }),
+        back("deallocate several parts", three_live, |f| {
+            f.pool()
+                .deallocate_many(&[(2 * page(), page()), (0, page())])
+        }),
+        Case {
+            streams: 2,
+            ..back(
+                "deallocate several parts behind streams, and step",
+                three_live,
+                |f| {
+                    f.pool().deallocate_many(&[
+                        (2 * page(), page()),
+                        (0, page() / 2),
+                        (page() / 2, page()),
+                    ])?;
+                    f.engine.step();
+                    Ok(())
+                },
+            )
+        },
         Case {
             streams: 2,
             ..back("deallocate behind streams, and step", three_live, |f| {

@@ -104,6 +104,7 @@ impl Inner {
         drop(range);
         match fence {
             Ok(fence) => {
+                state.counters.scrubbed_bytes += bytes as u64;
                 let until = Until::Fences(Arc::new(vec![fence]));
                 state.queue.push_scrub(id, first, bytes, until);
             }
@@ -240,7 +241,8 @@ impl Inner {
         };
         drop(range);
         self.unlock_changed(state);
-        if outcome.is_err() {
+        if let Err(error) = &outcome {
+            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
             self.worker.wake(self, false);
         }
         outcome
@@ -261,8 +263,13 @@ impl Inner {
                     mapped.extend(range.pages.drain(first).map(|memory| (id, first, memory)));
                 }
             }
+            state.counters.retries += (unreleased.len() + mapped.len()) as u64;
             (unreleased, mapped)
         };
+        let pieces = unreleased.len() + mapped.len();
+        if pieces > 0 {
+            tracing::debug!(pieces, "the driver is asked again to take memory back");
+        }
         let mut bytes = 0;
         for (account, memory) in unreleased {
             bytes += self.release(account, memory).unwrap_or_default();
@@ -300,7 +307,8 @@ impl Inner {
             }
         };
         self.unlock_changed(state);
-        if outcome.is_err() {
+        if let Err(error) = &outcome {
+            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
             self.worker.wake(self, false);
         }
         outcome

@@ -162,6 +162,7 @@ impl Inner {
         state.queue.follow(id, &survey.retiring);
         if survey.missing.is_empty() {
             range.pages.take(&bytes, survey);
+            range.counters.allocations += 1;
             let hungry = range.advance(bytes.end);
             drop((range, state));
             if hungry {
@@ -174,7 +175,14 @@ impl Inner {
         };
         let runs: Vec<_> = plan.runs().collect();
         range.pages.begin(&bytes, survey, &runs);
+        let is_late = range.options.ahead_bytes_max > 0;
+        range.counters.late_prefetches += u64::from(is_late);
         drop((range, state));
+        let span = tracing::debug_span!("fill", offset = bytes.start, bytes = bytes.len());
+        let _span = span.enter();
+        if is_late {
+            tracing::debug!("memory that was to be made ahead is not there yet");
+        }
         let made = {
             let _caller = self.device.call_for_someone();
             self.back(&target, &plan, &mut supply)
@@ -192,6 +200,7 @@ impl Inner {
                 range.pages.finish(&bytes, &runs, chunks);
                 let unmade_bytes = (plan.pages() - made_pages) * target.page_bytes;
                 ledger.refund(range.account, unmade_bytes);
+                range.counters.allocations += 1;
                 let hungry = range.advance(bytes.end);
                 // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
                 let outcome = if range.closed {
@@ -249,6 +258,9 @@ impl Inner {
                 // can spare, once, and then smaller chunks may still find room.
                 if !relieved {
                     relieved = true;
+                    self.lock().counters.device_shortages += 1;
+                    let error = &failure.error;
+                    tracing::warn!(%error, bytes = pages.len() * target.page_bytes, "the device has no memory though the budget has room");
                     self.device
                         .engines()
                         .iter()

@@ -18,6 +18,14 @@ pub(crate) struct Quota {
     pub(crate) ceiling_bytes: usize,
 }
 
+impl Quota {
+    /// Of an account that is closed.
+    const NOTHING: Self = Self {
+        guarantee_bytes: 0,
+        ceiling_bytes: 0,
+    };
+}
+
 impl Default for Quota {
     fn default() -> Self {
         Self {
@@ -147,10 +155,7 @@ impl Ledger {
     pub(crate) fn close(&mut self, id: AccountId) {
         if let Some(account) = self.accounts.get_mut(&id) {
             self.unused_guarantee_bytes -= account.unused_guarantee();
-            account.quota = Quota {
-                guarantee_bytes: 0,
-                ceiling_bytes: 0,
-            };
+            account.quota = Quota::NOTHING;
             account.closed = true;
             if account.committed_bytes == 0 {
                 self.accounts.remove(&id);
@@ -222,6 +227,12 @@ impl Ledger {
         {
             self.accounts.remove(&id);
         }
+    }
+
+    /// What an account may hold; nothing where there is none.
+    pub(crate) fn quota(&self, id: AccountId) -> Quota {
+        let account = self.accounts.get(&id);
+        account.map_or(Quota::NOTHING, |account| account.quota)
     }
 
     /// What is charged to an account, in bytes.

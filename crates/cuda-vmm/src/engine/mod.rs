@@ -6,6 +6,7 @@
 
 mod cache;
 mod compact;
+mod counters;
 mod drain;
 mod fill;
 mod follow;
@@ -21,11 +22,13 @@ mod prefetch;
 mod range;
 mod ranges;
 mod retire;
+mod snapshot;
 mod sorted;
 mod stats;
 mod worker;
 
 pub use compact::CompactReport;
+pub use counters::{EngineCounters, PoolCounters};
 pub use lease::LeaseToken;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
@@ -33,7 +36,8 @@ pub(crate) use pages::Parts;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeStats};
 pub(crate) use ranges::{Handle, RangeId};
-pub use stats::{EngineStats, StepReport};
+pub(crate) use snapshot::Look;
+pub use stats::{EngineStats, MemoryParts, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
@@ -78,6 +82,8 @@ struct Signals {
 #[derive(Debug)]
 struct State {
     ledger: Ledger,
+    /// What has happened, but for what ranges that are there count themselves.
+    counters: EngineCounters,
     ranges: Ranges,
     next_pin: u64,
     queue: Queue,
@@ -120,6 +126,12 @@ impl State {
     }
 
     fn parts(&self) -> EngineStats {
+        self.parts_seen(|_, _| ())
+    }
+
+    /// What it all is, and a look at each range in the same moment: a range's memory may change from one part to another
+    /// under the range's lock alone.
+    fn parts_seen(&self, mut see: impl FnMut(RangeId, &range::Range)) -> EngineStats {
         let mut stats = EngineStats {
             committed_bytes: self.ledger.committed_bytes(),
             ranges: self.ranges.len(),
@@ -134,7 +146,8 @@ impl State {
         };
         stats.filling_bytes = self.relocations.moving_bytes(None);
         stats.quarantined_bytes += self.relocations.quarantined_bytes(None);
-        for range in self.ranges.values() {
+        for (id, range) in self.ranges.iter() {
+            see(id, &range);
             let parts = range.parts();
             stats.live_bytes += parts.live_bytes;
             stats.leased_bytes += parts.leased_bytes;
@@ -186,6 +199,7 @@ impl Engine {
             limit_bytes,
             state: Mutex::new(State {
                 ledger: Ledger::new(budget_bytes),
+                counters: EngineCounters::default(),
                 ranges: Ranges::default(),
                 next_pin: 0,
                 queue: Queue::default(),
@@ -233,6 +247,16 @@ impl Engine {
         };
         stats.limit_bytes = self.0.limit_bytes;
         stats
+    }
+
+    /// What has happened so far; one moment's numbers. All zero in a forked process but for what the device counts.
+    pub fn counters(&self) -> EngineCounters {
+        let mut counters = match self.0.check_process() {
+            Ok(()) => self.0.lock().look().counters,
+            Err(_) => EngineCounters::default(),
+        };
+        counters.device_calls = self.0.device.memory_calls();
+        counters
     }
 
     /// Does the work that is due: looks which freed memory the device has finished with, synchronises the
@@ -293,6 +317,7 @@ impl Inner {
     /// Waits until something about the engine's memory has changed.
     fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         self.signals.waiting.fetch_add(1, Ordering::SeqCst);
+        state.counters.waits += 1;
         // What was freed since the lock was taken, by those who did not see yet that somebody waits. Whoever frees from
         // now on does, and takes the lock to say so.
         if !state.collect_freed() {
@@ -343,13 +368,15 @@ impl Inner {
         let prefetched_bytes = self.prefetch(is_worker);
         self.finish_closing();
         let stats = self.lock().parts();
-        StepReport {
+        let report = StepReport {
             retired_bytes,
             drained_bytes: retried_bytes + drained_bytes,
             prefetched_bytes,
             retiring_bytes: stats.retiring_bytes,
             quarantined_bytes: stats.quarantined_bytes,
-        }
+        };
+        tracing::trace!(?report, is_worker, "took a step");
+        report
     }
 
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far as fences tell; returns
@@ -447,7 +474,9 @@ impl Inner {
         only: Option<RangeId>,
     ) -> Result<Option<MutexGuard<'a, State>>> {
         if let Some((id, fences)) = state.queue.first_fences(only) {
+            state.counters.waits += 1;
             drop(state);
+            tracing::debug!("waits for the device");
             let waited = fences.iter().map(Fence::wait).find(|waited| match waited {
                 Err(error) => !error.is_poisoned(),
                 Ok(()) => false,

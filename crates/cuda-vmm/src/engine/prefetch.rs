@@ -24,12 +24,16 @@ impl Range {
         start..(start + pages).min(end)
     }
 
-    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed.
+    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed. While nothing is wanted where
+    /// they go now, it stays: who takes back what was freed at one place comes again to where his memory ends.
     pub(super) fn stale_ahead(&self) -> Option<usize> {
         if self.closed {
             return self.pages.ahead().next();
         }
-        self.pages.ahead_outside(&self.window())
+        match self.is_hungry {
+            true => self.pages.ahead_outside(&self.window()),
+            false => None,
+        }
     }
 
     /// Notes where the latest allocation ended; says whether that gives the worker something to do.
@@ -48,7 +52,7 @@ impl Range {
         };
         let low = window.start..window.end.min(window.start + low_pages);
         self.is_hungry |= self.pages.first_missing(low).is_some();
-        self.is_hungry || self.stale_ahead().is_some()
+        self.is_hungry
     }
 
     /// The next pages to make ahead, as one chunk.
@@ -108,6 +112,8 @@ impl Inner {
         let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
+            drop(state);
+            tracing::debug!(bytes, "the budget has no room for memory made ahead");
             return Some(0);
         };
         if let Some(mut range) = state.ranges.get(id) {
@@ -122,6 +128,7 @@ impl Inner {
             Err(mut failure) => (failure.still_mapped.pop(), Some(failure)),
         };
         let made_bytes = if failure.is_none() { bytes } else { 0 };
+        let mut refused = None;
         // The range cannot have gone: closing waits for what is filling.
         let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
         if let Some(mut range) = state.ranges.get(id) {
@@ -130,11 +137,14 @@ impl Inner {
                 .finish_ahead(run.start, chunk, failure.is_none());
         }
         if let Some(mut failure) = failure {
-            tracing::debug!(error = %failure.error, "memory could not be made ahead");
             state.settle(account, bytes, kept_bytes, &mut failure, supply);
             state.stop_prefetching(id);
+            refused = Some(failure.error);
         }
         self.unlock_changed(state);
+        if let Some(error) = refused {
+            tracing::debug!(%error, bytes, "memory could not be made ahead");
+        }
         Some(made_bytes)
     }
 }

@@ -5,7 +5,7 @@ use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
 use super::retire::Until;
-use super::{Handle, Inner, Parts, PoolOptions, RangeId, State};
+use super::{Handle, Inner, Parts, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
@@ -30,6 +30,7 @@ pub(crate) struct Range {
     pub(super) pins: BTreeMap<u64, core::ops::Range<usize>>,
     /// What is used outside, whether the owner frees it or not.
     pub(super) leases: Leases,
+    pub(super) counters: PoolCounters,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -54,6 +55,20 @@ pub(crate) struct RangeStats {
     pub(crate) chunks: usize,
     pub(crate) unused_bytes: usize,
     pub(crate) largest_unused_run_bytes: usize,
+    pub(crate) quota: Quota,
+    pub(crate) counters: PoolCounters,
+}
+
+/// A part that begins within one that begins before it, or with it. None is empty, and none too long.
+fn overlapping(parts: &[(usize, usize)]) -> Option<(usize, usize)> {
+    if parts.len() < 2 {
+        return None;
+    }
+    let mut sorted = parts.to_vec();
+    sorted.sort_unstable();
+    let pairs = sorted.windows(2);
+    let is_within = |pair: &&[(usize, usize)]| pair[1].0 < pair[0].0 + pair[0].1;
+    pairs.filter(is_within).map(|pair| pair[1]).next()
 }
 
 impl Range {
@@ -75,6 +90,7 @@ impl Range {
         let offset = self.place(place, bytes)?;
         let extent = Extent::new(offset, bytes, self.capacity_bytes)?.range();
         if self.pages.take_within_chunk(&extent) {
+            self.counters.allocations += 1;
             return Ok(Some(offset));
         }
         let survey = self.pages.survey(&extent);
@@ -82,6 +98,7 @@ impl Range {
             return Ok(None);
         };
         self.pages.take(&extent, &survey);
+        self.counters.allocations += 1;
         Ok(Some(offset))
     }
 
@@ -104,6 +121,7 @@ impl Range {
     /// Ends it. What it is left with is to be dropped without a lock.
     pub(super) fn end(&mut self) -> Remains {
         Remains {
+            counters: self.counters,
             _pages: core::mem::replace(&mut self.pages, Pages::new(self.page_bytes)),
             _streams: core::mem::replace(&mut self.streams, [].into()),
             _freed: core::mem::take(&mut self.freed),
@@ -116,6 +134,7 @@ impl Range {
 /// What a range that has ended leaves; its addresses go last.
 #[derive(Debug)]
 pub(super) struct Remains {
+    counters: PoolCounters,
     _pages: Pages<Mapping>,
     _streams: Arc<[Stream]>,
     _freed: Vec<(Vec<usize>, Until)>,
@@ -167,6 +186,7 @@ impl Inner {
             is_hungry: options.ahead_bytes_max > 0,
             pins: BTreeMap::new(),
             leases: Leases::default(),
+            counters: PoolCounters::default(),
             capacity_bytes,
             page_bytes,
             closed: false,
@@ -217,33 +237,7 @@ impl Inner {
         self.check_process()?;
         let state = self.lock();
         let range = state.ranges.get(id).ok_or(VmmError::Closed)?;
-        let live = range.pages.live();
-        let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
-        let mut parts = range.parts();
-        parts.quarantined_bytes += state
-            .unreleased
-            .iter()
-            .filter(|(account, _)| *account == Some(range.account))
-            .map(|(_, memory)| memory.bytes())
-            .sum::<usize>();
-        parts.retiring_bytes += state
-            .releasing
-            .iter()
-            .filter(|(account, _)| *account == Some(range.account))
-            .map(|(_, bytes)| bytes)
-            .sum::<usize>();
-        let account = Some(range.account);
-        parts.filling_bytes += state.relocations.moving_bytes(account);
-        parts.quarantined_bytes += state.relocations.quarantined_bytes(account);
-        Ok(RangeStats {
-            parts,
-            live_bytes: range.owned_bytes(),
-            live_pages: range.owned_pages(),
-            committed_bytes: state.ledger.account_bytes(range.account),
-            chunks: range.pages.chunks(),
-            unused_bytes: gaps().sum(),
-            largest_unused_run_bytes: gaps().max().unwrap_or_default(),
-        })
+        Ok(state.range_stats(&range))
     }
 
     /// Makes bytes live, backing the pages that are not; returns their offset.
@@ -320,7 +314,8 @@ impl Inner {
             }
             let (account, page_bytes) = (range.account, range.page_bytes);
             let busy = survey.busy;
-            let retiring = !survey.retiring.is_empty() && !state.may_follow(id, &range, &survey.retiring);
+            let retiring =
+                !survey.retiring.is_empty() && !state.may_follow(id, &range, &survey.retiring);
             // Where nobody takes steps, or not often, what is past is looked for now and then.
             let overgrown = !survey.retiring.is_empty() && state.queue.is_overgrown();
             let refusal = if retiring || busy || (overgrown && !polled) {
@@ -422,6 +417,17 @@ impl Inner {
         }
     }
 
+    /// Notes that an allocation answered an error.
+    #[cold]
+    pub(crate) fn refused(&self, handle: &Handle, place: Place, bytes: usize, error: &VmmError) {
+        if !error.is_out_of_memory() {
+            return;
+        }
+        handle.lock().counters.refusals += 1;
+        let is_later = error.is_later();
+        tracing::debug!(?place, bytes, %error, is_later, "memory was refused");
+    }
+
     /// Some of the pages asked for are retiring or being worked on, and cannot be had now.
     fn in_the_way(&self, state: &State, id: RangeId, extent: Extent) -> VmmError {
         let stats = state.parts();
@@ -439,24 +445,37 @@ impl Inner {
         }
     }
 
-    /// Ends the life of bytes. Never waits for the device: pages without live bytes retire.
+    /// Ends the life of bytes: of each part, given by offset and size, or after an error of none. Never waits for the
+    /// device: pages without live bytes retire, all behind the same fences.
     pub(crate) fn deallocate(
         self: &Arc<Self>,
         handle: &Handle,
-        offset: usize,
-        bytes: usize,
+        parts: &[(usize, usize)],
     ) -> Result<()> {
         handle.check_process()?;
         let mut range = handle.lock();
         if range.closed {
             return Err(VmmError::Closed);
         }
-        let extent = range.live_extent(offset, bytes)?;
-        if range.pages.is_stranded(&extent.range()) {
-            return Err(VmmError::Quarantined { offset, bytes });
+        for (offset, bytes) in parts.iter().copied() {
+            let extent = range.live_extent(offset, bytes)?;
+            if range.pages.is_stranded(&extent.range()) {
+                return Err(VmmError::Quarantined { offset, bytes });
+            }
+        }
+        if let Some((offset, bytes)) = overlapping(parts) {
+            // What is freed with another part is not live any more.
+            return Err(VmmError::NotMapped { offset, bytes });
         }
         let released = range.take_released();
-        let unused = range.free(&extent.range());
+        range.counters.deallocations += 1;
+        let mut unused = Vec::new();
+        for (offset, bytes) in parts.iter().copied() {
+            unused.append(&mut range.free(&(offset..offset + bytes)));
+        }
+        if parts.len() > 1 {
+            unused.sort_unstable();
+        }
         let waits = range.waits_for_leases();
         let streams = (!unused.is_empty()).then(|| range.streams.clone());
         drop(range);
@@ -560,6 +579,9 @@ impl Inner {
             .iter()
             .filter_map(|id| state.ranges.remove(*id))
             .collect();
+        for range in &done {
+            state.counters.ranges.add(&range.counters);
+        }
         state.ending.extend(&empty);
         drop(state);
         // Dropped without the lock: what the driver refuses goes to the device's quarantine.

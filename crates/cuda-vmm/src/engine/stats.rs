@@ -3,8 +3,73 @@
 use crate::size::Readable;
 use core::fmt;
 
+/// Memory by what it is, in bytes. Every charged byte is in exactly one part.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
+#[non_exhaustive]
+pub struct MemoryParts {
+    /// Pages with live bytes.
+    pub live_bytes: usize,
+    /// Pages whose bytes were all freed, and some of which are leased.
+    pub leased_bytes: usize,
+    /// Pages without live bytes in chunks that have others.
+    pub slack_bytes: usize,
+    /// Being made.
+    pub filling_bytes: usize,
+    /// Freed, but the device may still use it, or it is being unmapped.
+    pub retiring_bytes: usize,
+    /// Freed and still mapped.
+    pub parked_bytes: usize,
+    /// Made before anyone asked for it.
+    pub ahead_bytes: usize,
+    /// Clean and mapped nowhere; on no range's account.
+    pub cached_bytes: usize,
+    /// Refused by the driver when it was to be given back.
+    pub quarantined_bytes: usize,
+}
+
+impl MemoryParts {
+    /// All of it, in bytes.
+    pub fn committed_bytes(&self) -> usize {
+        self.named().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// The parts by name.
+    pub(crate) fn named(&self) -> [(&'static str, usize); 9] {
+        [
+            ("live", self.live_bytes),
+            ("leased", self.leased_bytes),
+            ("slack", self.slack_bytes),
+            ("filling", self.filling_bytes),
+            ("retiring", self.retiring_bytes),
+            ("parked", self.parked_bytes),
+            ("ahead", self.ahead_bytes),
+            ("cached", self.cached_bytes),
+            ("quarantined", self.quarantined_bytes),
+        ]
+    }
+
+    /// What is left when some of it is looked at apart.
+    pub(crate) fn without(&self, some: &Self) -> Self {
+        Self {
+            live_bytes: self.live_bytes.saturating_sub(some.live_bytes),
+            leased_bytes: self.leased_bytes.saturating_sub(some.leased_bytes),
+            slack_bytes: self.slack_bytes.saturating_sub(some.slack_bytes),
+            filling_bytes: self.filling_bytes.saturating_sub(some.filling_bytes),
+            retiring_bytes: self.retiring_bytes.saturating_sub(some.retiring_bytes),
+            parked_bytes: self.parked_bytes.saturating_sub(some.parked_bytes),
+            ahead_bytes: self.ahead_bytes.saturating_sub(some.ahead_bytes),
+            cached_bytes: self.cached_bytes.saturating_sub(some.cached_bytes),
+            quarantined_bytes: (self.quarantined_bytes).saturating_sub(some.quarantined_bytes),
+        }
+    }
+}
+
 /// What an engine holds. The parts add up to [`committed_bytes`](Self::committed_bytes) in every snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct EngineStats {
     /// The budget in bytes.
@@ -40,15 +105,22 @@ pub struct EngineStats {
 impl EngineStats {
     /// The sum of the parts, which is `committed_bytes`.
     pub fn parts_bytes(&self) -> usize {
-        self.live_bytes
-            + self.leased_bytes
-            + self.slack_bytes
-            + self.filling_bytes
-            + self.retiring_bytes
-            + self.parked_bytes
-            + self.ahead_bytes
-            + self.cached_bytes
-            + self.quarantined_bytes
+        self.parts().committed_bytes()
+    }
+
+    /// The parts alone.
+    pub fn parts(&self) -> MemoryParts {
+        MemoryParts {
+            live_bytes: self.live_bytes,
+            leased_bytes: self.leased_bytes,
+            slack_bytes: self.slack_bytes,
+            filling_bytes: self.filling_bytes,
+            retiring_bytes: self.retiring_bytes,
+            parked_bytes: self.parked_bytes,
+            ahead_bytes: self.ahead_bytes,
+            cached_bytes: self.cached_bytes,
+            quarantined_bytes: self.quarantined_bytes,
+        }
     }
 }
 
@@ -84,6 +156,8 @@ impl fmt::Display for EngineStats {
 
 /// What one step of an engine did, and what is left to do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct StepReport {
     /// Bytes that the device was seen to have finished with.

@@ -154,6 +154,12 @@ impl Drop for Worker {
 }
 
 fn run(shared: &Shared, engine: &Weak<Inner>) {
+    tracing::debug!("the worker thread starts");
+    take_steps(shared, engine);
+    tracing::debug!("the worker thread ends");
+}
+
+fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
     let mut delay = DELAY;
     loop {
         let mut signal = shared.lock();

@@ -2,7 +2,8 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, Handle,
+    CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Place, PoolCounters,
+    PoolOptions, Quota, RangeId,
 };
 use crate::{Device, Result, Stream};
 use core::ops;
@@ -141,7 +142,9 @@ impl VirtualMemoryPool {
 
     fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
         let inner = self.engine.inner();
-        let offset = inner.allocate(&self.range, place, bytes, wait)?;
+        let outcome = inner.allocate(&self.range, place, bytes, wait);
+        let offset =
+            outcome.inspect_err(|error| inner.refused(&self.range, place, bytes, error))?;
         Ok(self.base_address + offset as u64)
     }
 
@@ -154,7 +157,25 @@ impl VirtualMemoryPool {
     /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
     /// is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
-        self.engine.inner().deallocate(&self.range, offset, bytes)
+        let parts = [(offset, bytes)];
+        self.engine.inner().deallocate(&self.range, &parts)
+    }
+
+    /// Ends the life of several parts at once, each given by its offset and its bytes, in any order. Never waits for the
+    /// device.
+    ///
+    /// Their memory retires behind the same fences: one event on each stream that was named, however many parts there are.
+    /// So who frees what came to its end in a step of a model records once. For no parts nothing is done.
+    ///
+    /// # Errors
+    /// As [`deallocate`](Self::deallocate), for the first part of which it holds;
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) also for a part that has bytes in common with one before it in
+    /// the order of addresses. After an error none is freed.
+    pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
+        match parts.is_empty() {
+            true => Ok(()),
+            false => self.engine.inner().deallocate(&self.range, parts),
+        }
     }
 
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
@@ -249,6 +270,17 @@ impl VirtualMemoryPool {
                 ..PoolStats::default()
             },
         }
+    }
+
+    /// What has happened so far; all zero if the pool was closed.
+    pub fn counters(&self) -> PoolCounters {
+        let stats = self.engine.inner().range_stats(self.range.id());
+        stats.map_or(PoolCounters::default(), |stats| stats.counters)
+    }
+
+    /// Its range, with the bytes of its addresses and of a page.
+    pub(super) fn key(&self) -> (RangeId, usize, usize) {
+        (self.range.id(), self.capacity_bytes, self.page_bytes)
     }
 
     /// Gives back what the engine holds, is not live, and the device has finished with; returns the bytes.

@@ -2,9 +2,13 @@
 
 pub mod blocks;
 mod elastic;
+mod prometheus;
 mod shared;
+mod snapshot;
 mod stats;
 
 pub use elastic::VirtualMemoryPool;
+pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
 pub use shared::{ModelOptions, SharedMemoryPool, SharedPoolOptions};
+pub use snapshot::{ModelSnapshot, Snapshot};
 pub use stats::PoolStats;

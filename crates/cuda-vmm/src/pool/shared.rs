@@ -5,7 +5,7 @@
 //! `&mut` of [`VirtualMemoryPool::compact`] stands for: others may have the model too.
 #![allow(unsafe_code)]
 
-use super::{PoolStats, VirtualMemoryPool};
+use super::{PoolStats, Snapshot, VirtualMemoryPool};
 use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions, Quota};
 use crate::sync::{Arc, PoisonError, RwLock};
 use crate::{Device, Result, VmmError};
@@ -233,6 +233,18 @@ impl SharedMemoryPool {
     pub fn models(&self) -> Vec<String> {
         let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
         models.keys().cloned().collect()
+    }
+
+    /// The numbers of the budget and of every model at one moment: no call of another thread comes between, so that
+    /// what the models hold and what is no model's add up to what the engine holds.
+    ///
+    /// Makes no driver calls. Takes the engine's lock for as long as it takes to count the runs of live bytes.
+    pub fn snapshot(&self) -> Snapshot {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let names = models.iter().map(|(name, pool)| (name.clone(), pool.key()));
+        let names: Vec<_> = names.collect();
+        drop(models);
+        Snapshot::of(self.engine.inner(), names)
     }
 
     /// The numbers of the budget.

@@ -1,11 +1,13 @@
 //! Numbers of one pool, taken in one moment.
 
-use crate::engine::RangeStats;
+use crate::engine::{MemoryParts, RangeStats};
 use crate::size::Readable;
 use core::fmt;
 
 /// What a pool holds, and how its addresses are used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct PoolStats {
     /// Addresses in bytes.
@@ -63,6 +65,23 @@ impl PoolStats {
             chunks: range.chunks,
             unused_bytes: range.unused_bytes,
             largest_unused_run_bytes: range.largest_unused_run_bytes,
+        }
+    }
+}
+
+impl PoolStats {
+    /// The parts alone, in whole pages.
+    pub fn parts(&self) -> MemoryParts {
+        MemoryParts {
+            live_bytes: self.live_page_bytes,
+            leased_bytes: self.leased_bytes,
+            slack_bytes: self.slack_bytes,
+            filling_bytes: self.filling_bytes,
+            retiring_bytes: self.retiring_bytes,
+            parked_bytes: self.parked_bytes,
+            ahead_bytes: self.ahead_bytes,
+            cached_bytes: 0,
+            quarantined_bytes: self.quarantined_bytes,
         }
     }
 }

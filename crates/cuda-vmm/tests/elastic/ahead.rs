@@ -137,6 +137,34 @@ fn what_lies_ahead_of_where_nobody_goes_any_more_is_given_back() {
 }
 
 #[test]
+fn what_was_freed_can_be_taken_back_without_losing_what_is_ahead() {
+    let fixture = Fixture::new(manual().park_bytes_max(LIMIT));
+    let pool = &fixture.pool;
+    for page in 0..8 {
+        pool.allocate(page * PAGE, PAGE).expect("room");
+        fixture.engine.step();
+    }
+    let there = fixture.ahead_pages();
+    assert!(there >= 2, "{there}");
+    pool.deallocate_many(&[(0, PAGE), (PAGE, PAGE)])
+        .expect("live");
+    fixture
+        .simulated
+        .device
+        .synchronize()
+        .expect("nothing runs");
+    fixture.engine.step();
+    // Behind it the pages are there, so nothing is wanted, and what is ahead of the end stays.
+    pool.allocate(0, PAGE).expect("parked");
+    let report = fixture.engine.step();
+    assert_eq!((report.drained_bytes, report.prefetched_bytes), (0, 0));
+    let simulator = &fixture.simulated.simulator;
+    simulator.start_trace();
+    pool.allocate(8 * PAGE, 2 * PAGE).expect("there already");
+    assert_eq!(simulator.take_trace(), []);
+}
+
+#[test]
 fn a_driver_that_has_no_memory_ahead_is_not_asked_again_until_there_is_need() {
     let fixture = Fixture::new(manual());
     let simulator = &fixture.simulated.simulator;

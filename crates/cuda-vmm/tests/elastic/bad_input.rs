@@ -272,8 +272,23 @@ fn deallocate_is_refused_what_is_not_live_and_then_frees_nothing() {
     ] {
         let error = fixture.refused(|pool| pool.deallocate(offset, bytes));
         assert_eq!(error, expected);
+        let parts = [(PAGE, 8), (offset, bytes)];
+        let error = fixture.refused(|pool| pool.deallocate_many(&parts));
+        assert_eq!(error, expected);
         assert!(fixture.pool.is_mapped(PAGE, PAGE));
     }
+    // Parts that are live, but not twice.
+    for (parts, (offset, bytes)) in [
+        ([(PAGE, 8), (PAGE, 8)], (PAGE, 8)),
+        ([(PAGE, 9), (PAGE + 8, 8)], (PAGE + 8, 8)),
+        ([(PAGE + 8, 8), (PAGE, 9)], (PAGE + 8, 8)),
+        ([(PAGE, PAGE), (PAGE + 8, 8)], (PAGE + 8, 8)),
+    ] {
+        let error = fixture.refused(|pool| pool.deallocate_many(&parts));
+        assert_eq!(error, VmmError::NotMapped { offset, bytes });
+    }
+    fixture.pool.deallocate_many(&[]).expect("nothing to do");
+    assert!(fixture.pool.is_mapped(PAGE, PAGE));
     fixture.pool.deallocate(PAGE, PAGE).expect("live");
     assert_eq!(
         fixture.refused(|pool| pool.deallocate(PAGE, PAGE)),

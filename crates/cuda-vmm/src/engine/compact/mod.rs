@@ -60,6 +60,7 @@ impl Inner {
     /// range meanwhile.
     pub(crate) fn compact(self: &Arc<Self>, id: RangeId) -> Result<CompactReport> {
         self.check_process()?;
+        let _span = tracing::debug_span!("compact").entered();
         self.retry();
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();

@@ -5,6 +5,8 @@ use core::fmt;
 
 /// What [`compact`](crate::VirtualMemoryPool::compact) did, or would do.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct CompactReport {
     /// Bytes of live pages that were copied to other memory.

@@ -386,7 +386,7 @@ impl Inner {
         for (done, (tensor, run)) in wanted().enumerate() {
             if let Err(error) = tensor.take(&run, wait) {
                 for (tensor, run) in wanted().take(done) {
-                    tensor.give(&run);
+                    tensor.give([run]);
                 }
                 return Err(error);
             }
@@ -417,9 +417,7 @@ impl Inner {
     /// Frees blocks in all tensors.
     pub(super) fn give(&self, runs: &Runs) {
         for tensor in &self.tensors {
-            for run in runs.iter() {
-                tensor.give(&run);
-            }
+            tensor.give(runs.iter());
         }
     }
 

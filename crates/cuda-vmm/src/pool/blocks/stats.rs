@@ -6,6 +6,8 @@ use core::fmt;
 /// What a backing has, and what the device holds for it. The blocks are counted in one moment, the memory of each
 /// tensor a little later, one after the other.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct BlockStats {
     /// How many blocks there are.

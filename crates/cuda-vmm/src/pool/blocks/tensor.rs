@@ -123,7 +123,7 @@ impl BlockTensor {
                 self.pool.try_allocate(at, end - at)
             };
             if let Err(error) = taken {
-                self.free(bytes.start..at);
+                self.free(&[(bytes.start, at - bytes.start)]);
                 return Err(error);
             }
             at = end;
@@ -131,18 +131,22 @@ impl BlockTensor {
         Ok(())
     }
 
-    /// Ends the life of a run of blocks, which are live.
-    pub(super) fn give(&self, blocks: &Range<BlockId>) {
-        self.free(self.bytes(blocks));
+    /// Ends the life of runs of blocks, which are live, behind the same fences.
+    pub(super) fn give(&self, runs: impl IntoIterator<Item = Range<BlockId>>) {
+        let parts = runs.into_iter().map(|run| {
+            let bytes = self.bytes(&run);
+            (bytes.start, bytes.len())
+        });
+        self.free(&parts.collect::<Vec<_>>());
     }
 
-    fn free(&self, bytes: Range<usize>) {
-        if bytes.is_empty() {
+    fn free(&self, parts: &[(usize, usize)]) {
+        if parts.iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
         // The bytes are live, nobody compacts the pool, and it closes after the last use of it: what is left is a
         // process that was forked meanwhile, whose memory is the parent's.
-        if let Err(error) = self.pool.deallocate(bytes.start, bytes.len()) {
+        if let Err(error) = self.pool.deallocate_many(parts) {
             tracing::warn!(%error, tensor = self.name(), "blocks could not be freed");
         }
     }

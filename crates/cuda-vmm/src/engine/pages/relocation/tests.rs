@@ -116,7 +116,8 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
     assert!(pages.is_stranded(&(3 * PAGE..5 * PAGE)));
     assert!(!pages.is_stranded(&(4 * PAGE..5 * PAGE)));
     assert!(pages.survey(&(0..PAGE)).expect("free").quarantined);
-    assert_eq!(pages.release(&(PAGE..4 * PAGE)), [], "kept to be retried");
+    let released = pages.release(&(PAGE..4 * PAGE));
+    assert!(released.is_empty(), "kept to be retried");
     pages.resume(0);
     assert!(pages.is_worked_on());
     assert_eq!(pages.come_back(0, 0), [0], "nobody uses it any more");

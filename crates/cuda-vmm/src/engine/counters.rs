@@ -1,0 +1,52 @@
+//! What has happened, counted. Numbers only rise.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+/// What has happened on one range since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
+#[non_exhaustive]
+pub struct PoolCounters {
+    /// Calls that made bytes live.
+    pub allocations: u64,
+    /// Calls that ended the life of bytes.
+    pub deallocations: u64,
+    /// Calls that made none live because memory could not be had
+    /// ([`is_out_of_memory`](crate::VmmError::is_out_of_memory)).
+    pub refusals: u64,
+    /// Allocations on a range with memory made ahead of need that called the driver all the same.
+    pub late_prefetches: u64,
+}
+
+impl PoolCounters {
+    /// Adds what has happened on another range.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.allocations += other.allocations;
+        self.deallocations += other.deallocations;
+        self.refusals += other.refusals;
+        self.late_prefetches += other.late_prefetches;
+    }
+}
+
+/// What has happened on an engine since it was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
+#[non_exhaustive]
+pub struct EngineCounters {
+    /// On all its ranges, those included that are gone.
+    pub ranges: PoolCounters,
+    /// How often a thread has waited for the device, or for what another thread does with the same memory.
+    pub waits: u64,
+    /// How often the device had no memory although the budget had room.
+    pub device_shortages: u64,
+    /// Pieces of memory that the driver was asked again to take back.
+    pub retries: u64,
+    /// Bytes overwritten with zeros before others may have them.
+    pub scrubbed_bytes: u64,
+    /// Calls that reserve, make, map, open, unmap, release or free memory or addresses of the device, refused ones and
+    /// those outside engines included: everyone's in this process who goes through the same
+    /// [`Device`](crate::Device).
+    pub device_calls: u64,
+}

@@ -1,0 +1,282 @@
+//! Snapshots as Prometheus reads them.
+//!
+//! The text format, version 0.0.4: <https://prometheus.io/docs/instrumenting/exposition_formats/>.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::{ModelSnapshot, Snapshot};
+use core::fmt::Write;
+
+/// The `Content-Type` of an answer with the text.
+pub const PROMETHEUS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// Some snapshots in Prometheus's text format, version 0.0.4, each under the name that its samples have as the label
+/// `pool`.
+///
+/// Names of the engine's numbers begin with `cuda_vmm_engine_`; those with the label `model` are a model's. Bytes are
+/// bytes. What is no model's is `cuda_vmm_other_bytes`, by parts, so that for each part the models and the others make up
+/// the engine. Samples of one name stand together however many pools there are, as the format demands; so two pools of
+/// one process belong in one call, under different names.
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use cuda_vmm::{Driver, SharedMemoryPool, pool};
+///
+/// let device = Driver::detect()?.device(0)?;
+/// let shared = SharedMemoryPool::new(&device, 1 << 30)?;
+/// shared.register_model("chat", 64 << 30)?;
+/// let text = pool::prometheus([("gpu0", &shared.snapshot())]);
+/// assert!(text.contains("cuda_vmm_live_bytes{pool=\"gpu0\",model=\"chat\"} 0\n"));
+/// # }
+/// # Ok::<(), cuda_vmm::VmmError>(())
+/// ```
+pub fn prometheus<'a>(pools: impl IntoIterator<Item = (&'a str, &'a Snapshot)>) -> String {
+    let pools = pools.into_iter();
+    let pools: Vec<_> = pools.map(|(name, pool)| (Some(name), pool)).collect();
+    text(&pools)
+}
+
+/// As [`prometheus`], where a pool may be without a name.
+pub(super) fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
+    let mut families = Vec::new();
+    engine_families(pools, &mut families);
+    model_families(pools, &mut families);
+    families.concat()
+}
+
+/// What kind of number it is.
+#[derive(Clone, Copy)]
+enum Kind {
+    Gauge,
+    Counter,
+}
+
+/// A number with the labels that it has besides its pool's.
+type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
+
+/// All samples of one name, with what the name means; nothing where there are none.
+fn family<'a>(
+    name: &str,
+    kind: Kind,
+    help: &str,
+    pools: &[(Option<&'a str>, &'a Snapshot)],
+    samples: impl Fn(&'a Snapshot) -> Vec<Sample<'a>>,
+) -> String {
+    let kind = match kind {
+        Kind::Gauge => "gauge",
+        Kind::Counter => "counter",
+    };
+    let mut text = String::new();
+    for (pool, snapshot) in pools {
+        for (labels, value) in samples(snapshot) {
+            let named = pool.map(|pool| ("pool", pool));
+            let labels: Vec<_> = named.into_iter().chain(labels).collect();
+            text += &format!("cuda_vmm_{name}{} {value}\n", Labels(&labels));
+        }
+    }
+    match text.is_empty() {
+        true => text,
+        false => {
+            format!("# HELP cuda_vmm_{name} {help}\n# TYPE cuda_vmm_{name} {kind}\n{text}")
+        }
+    }
+}
+
+/// What is written between a name and its number.
+struct Labels<'a>(&'a [(&'a str, &'a str)]);
+
+impl core::fmt::Display for Labels<'_> {
+    fn fmt(&self, formatter: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        for (index, (name, value)) in self.0.iter().enumerate() {
+            formatter.write_char(if index == 0 { '{' } else { ',' })?;
+            write!(formatter, "{name}=\"")?;
+            for character in value.chars() {
+                match character {
+                    '\\' => formatter.write_str("\\\\")?,
+                    '"' => formatter.write_str("\\\"")?,
+                    '\n' => formatter.write_str("\\n")?,
+                    other => formatter.write_char(other)?,
+                }
+            }
+            formatter.write_char('"')?;
+        }
+        match self.0.is_empty() {
+            true => Ok(()),
+            false => formatter.write_char('}'),
+        }
+    }
+}
+
+/// What a part is.
+fn meaning(part: &str) -> &'static str {
+    match part {
+        "live" => "Pages with live bytes.",
+        "leased" => "Pages whose bytes were all freed, and some of which are leased.",
+        "slack" => "Pages without live bytes in chunks that have others.",
+        "filling" => "Being made.",
+        "retiring" => "Freed, but the device may still use it, or it is being unmapped.",
+        "parked" => "Freed and still mapped, to be taken back without a driver call.",
+        "ahead" => "Made before anyone asked for it.",
+        "cached" => "Clean and mapped nowhere.",
+        _ => "Refused by the driver when it was to be given back; retried.",
+    }
+}
+
+fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
+    use Kind::{Counter, Gauge};
+    type Number = fn(&Snapshot) -> u64;
+    let gauges: [(&str, &str, Number); 4] = [
+        ("limit_bytes", "The budget.", |of| {
+            of.engine.limit_bytes as u64
+        }),
+        (
+            "committed_bytes",
+            "What the device holds: the sum of the parts.",
+            |of| of.engine.committed_bytes as u64,
+        ),
+        ("ranges", "Ranges of addresses.", |of| {
+            of.engine.ranges as u64
+        }),
+        ("mappings", "Mappings.", |of| of.engine.chunks as u64),
+    ];
+    let counters: [(&str, &str, Number); 9] = [
+        ("allocations", "Calls that made bytes live.", |of| {
+            of.counters.ranges.allocations
+        }),
+        ("deallocations", "Calls that freed bytes.", |of| {
+            of.counters.ranges.deallocations
+        }),
+        (
+            "refusals",
+            "Allocations refused for want of memory.",
+            |of| of.counters.ranges.refusals,
+        ),
+        (
+            "late_prefetches",
+            "Allocations that had to call the driver although memory is made ahead.",
+            |of| of.counters.ranges.late_prefetches,
+        ),
+        (
+            "waits",
+            "Waits for the device or for another thread.",
+            |of| of.counters.waits,
+        ),
+        (
+            "device_shortages",
+            "Times the device had no memory although the budget had room.",
+            |of| of.counters.device_shortages,
+        ),
+        (
+            "retries",
+            "Pieces of memory that the driver was asked again to take back.",
+            |of| of.counters.retries,
+        ),
+        ("scrubbed_bytes", "Bytes overwritten with zeros.", |of| {
+            of.counters.scrubbed_bytes
+        }),
+        (
+            "device_calls",
+            "Calls of the driver that manage memory, on the device, in this process.",
+            |of| of.counters.device_calls,
+        ),
+    ];
+    let mut add = |name: &str, kind, help, value: &dyn Fn(&Snapshot) -> u64| {
+        families.push(family(name, kind, help, pools, |of| {
+            vec![(Vec::new(), value(of))]
+        }));
+    };
+    for (name, help, value) in gauges {
+        add(&format!("engine_{name}"), Gauge, help, &value);
+    }
+    for (index, (part, _)) in Snapshot::default().others.named().iter().enumerate() {
+        let value = |of: &Snapshot| of.engine.parts().named()[index].1 as u64;
+        add(
+            &format!("engine_{part}_bytes"),
+            Gauge,
+            meaning(part),
+            &value,
+        );
+    }
+    for (name, help, value) in counters {
+        add(&format!("engine_{name}_total"), Counter, help, &value);
+    }
+    let help =
+        "What is no model's: the cache, other ranges, and what models that are gone have left.";
+    families.push(family("other_bytes", Gauge, help, pools, |of| {
+        let parts = of.others.named().into_iter();
+        parts
+            .map(|(part, bytes)| (vec![("part", part)], bytes as u64))
+            .collect()
+    }));
+}
+
+fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
+    use Kind::{Counter, Gauge};
+    type Number = fn(&ModelSnapshot) -> Option<u64>;
+    let gauges: [(&str, &str, Number); 6] = [
+        ("capacity_bytes", "Addresses.", |of| {
+            Some(of.stats.capacity_bytes as u64)
+        }),
+        (
+            "guarantee_bytes",
+            "Memory that is always to be had.",
+            |of| Some(of.guarantee_bytes as u64),
+        ),
+        (
+            "ceiling_bytes",
+            "The most memory that may be held, where there is a limit.",
+            |of| of.ceiling_bytes.map(|bytes| bytes as u64),
+        ),
+        (
+            "committed_bytes",
+            "What the device holds: the sum of the parts.",
+            |of| Some(of.stats.committed_bytes as u64),
+        ),
+        (
+            "requested_bytes",
+            "Bytes that were asked for and not given back.",
+            |of| Some(of.stats.live_bytes as u64),
+        ),
+        ("mappings", "Mappings.", |of| Some(of.stats.chunks as u64)),
+    ];
+    let counters: [(&str, &str, Number); 4] = [
+        ("allocations", "Calls that made bytes live.", |of| {
+            Some(of.counters.allocations)
+        }),
+        ("deallocations", "Calls that freed bytes.", |of| {
+            Some(of.counters.deallocations)
+        }),
+        (
+            "refusals",
+            "Allocations refused for want of memory.",
+            |of| Some(of.counters.refusals),
+        ),
+        (
+            "late_prefetches",
+            "Allocations that had to call the driver although memory is made ahead.",
+            |of| Some(of.counters.late_prefetches),
+        ),
+    ];
+    let mut add = |name: &str, kind, help, value: &dyn Fn(&ModelSnapshot) -> Option<u64>| {
+        families.push(family(name, kind, help, pools, |of| {
+            let models = of.models.iter();
+            let samples = models.map(|model| (vec![("model", &*model.model)], value(model)));
+            samples
+                .filter_map(|(labels, value)| Some((labels, value?)))
+                .collect()
+        }));
+    };
+    for (name, help, value) in gauges {
+        add(name, Gauge, help, &value);
+    }
+    for (index, (part, _)) in Snapshot::default().others.named().iter().enumerate() {
+        // Cached memory is nobody's.
+        if *part != "cached" {
+            let value = |of: &ModelSnapshot| Some(of.stats.parts().named()[index].1 as u64);
+            add(&format!("{part}_bytes"), Gauge, meaning(part), &value);
+        }
+    }
+    for (name, help, value) in counters {
+        add(&format!("{name}_total"), Counter, help, &value);
+    }
+}

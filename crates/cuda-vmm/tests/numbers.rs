@@ -1,0 +1,380 @@
+//! Numbers for operators: they add up at every moment, and count what they say.
+
+mod common;
+
+#[path = "numbers/events.rs"]
+mod events;
+#[path = "numbers/prometheus.rs"]
+mod text;
+
+use common::{PAGE, Simulated, manual};
+use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
+use cuda_vmm::{
+    Device, EngineOptions, MemoryParts, ModelOptions, SharedMemoryPool, SharedPoolOptions,
+    Snapshot, Stream, VirtualMemoryPool, VmmError,
+};
+use proptest::prelude::*;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const CAPACITY: usize = 64 * PAGE;
+/// A name that every format has to take care of.
+const NAME: &str = "a \"b\"\\c\nd";
+
+fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+    let options = SharedPoolOptions {
+        engine: options.chunk_bytes_max(0),
+        page_bytes: None,
+    };
+    SharedMemoryPool::with_options(device, options).expect("a pool")
+}
+
+/// The parts of models and others, one by one, are the engine's; and each sum is what is charged.
+#[track_caller]
+fn adds_up(snapshot: &Snapshot) {
+    let engine = &snapshot.engine;
+    assert_eq!(engine.parts_bytes(), engine.committed_bytes, "{snapshot:?}");
+    assert!(engine.committed_bytes <= engine.limit_bytes);
+    let mut sum = snapshot.others;
+    for model in &snapshot.models {
+        let parts = model.stats.parts();
+        let committed_bytes = model.stats.committed_bytes;
+        assert_eq!(parts.committed_bytes(), committed_bytes, "{snapshot:?}");
+        assert!(model.stats.live_bytes <= parts.live_bytes);
+        sum.live_bytes += parts.live_bytes;
+        sum.leased_bytes += parts.leased_bytes;
+        sum.slack_bytes += parts.slack_bytes;
+        sum.filling_bytes += parts.filling_bytes;
+        sum.retiring_bytes += parts.retiring_bytes;
+        sum.parked_bytes += parts.parked_bytes;
+        sum.ahead_bytes += parts.ahead_bytes;
+        sum.cached_bytes += parts.cached_bytes;
+        sum.quarantined_bytes += parts.quarantined_bytes;
+    }
+    assert_eq!(sum, engine.parts(), "{snapshot:?}");
+}
+
+/// What is no model's, where the cache is all that can be: nothing but that.
+#[track_caller]
+fn only_the_cache_is_nobodys(snapshot: &Snapshot) {
+    let mut cache = MemoryParts::default();
+    cache.cached_bytes = snapshot.engine.cached_bytes;
+    assert_eq!(snapshot.others, cache, "{snapshot:?}");
+}
+
+#[test]
+fn the_parts_add_up_while_threads_allocate_and_free() {
+    const MODELS: usize = 3;
+    let simulated = Simulated::new(SimConfig::new().unbacked());
+    let options = EngineOptions::new().limit_bytes(24 * PAGE);
+    let options = options.park_bytes_max(2 * PAGE).cache_bytes_max(2 * PAGE);
+    let pool = pool(&simulated.device, options);
+    for number in 0..MODELS {
+        let mut options = ModelOptions::new(CAPACITY);
+        options.guarantee_bytes = number * PAGE;
+        options.ahead_bytes_max = number * PAGE;
+        let registered = pool.register_model_with(&format!("model {number}"), options);
+        registered.expect("a new name");
+    }
+    let done = AtomicBool::new(false);
+    let taken = std::thread::scope(|scope| {
+        let looks = scope.spawn(|| {
+            let mut taken = 0;
+            let mut before = Snapshot::default();
+            while !done.load(Ordering::SeqCst) {
+                let now = pool.snapshot();
+                adds_up(&now);
+                only_the_cache_is_nobodys(&now);
+                assert_eq!(now.models.len(), MODELS);
+                let (was, is) = (before.counters, now.counters);
+                assert!(was.ranges.allocations <= is.ranges.allocations);
+                assert!(was.ranges.deallocations <= is.ranges.deallocations);
+                assert!(was.device_calls <= is.device_calls);
+                before = now;
+                taken += 1;
+            }
+            taken
+        });
+        let work: Vec<_> = (0..MODELS)
+            .map(|number| {
+                let model = pool.model(&format!("model {number}")).expect("registered");
+                scope.spawn(move || {
+                    let mut random = SmallRng::seed_from_u64(number as u64);
+                    let mut held: Vec<(usize, usize)> = Vec::new();
+                    for _ in 0..3_000 {
+                        let bytes = random.random_range(1..2 * PAGE);
+                        let offset = random.random_range(0..CAPACITY - bytes);
+                        if held.len() > 6 || (!held.is_empty() && random.random_bool(0.3)) {
+                            let at = random.random_range(0..held.len());
+                            let (offset, bytes) = held.swap_remove(at);
+                            model.deallocate(offset, bytes).expect("live");
+                        } else {
+                            match model.try_allocate(offset, bytes) {
+                                Ok(_) => held.push((offset, bytes)),
+                                Err(VmmError::AlreadyMapped { .. }) => {}
+                                Err(error) => assert!(error.is_later(), "{error}"),
+                            }
+                        }
+                    }
+                })
+            })
+            .collect();
+        for thread in work {
+            thread.join().expect("no panic");
+        }
+        done.store(true, Ordering::SeqCst);
+        looks.join().expect("every look added up")
+    });
+    assert!(taken > 0);
+}
+
+#[test]
+fn what_is_no_models_is_told_apart() {
+    let simulated = Simulated::default();
+    let options = manual().limit_bytes(16 * PAGE).park_bytes_max(16 * PAGE);
+    let pool = pool(&simulated.device, options);
+    pool.register_model("a", CAPACITY).expect("a new name");
+    pool.allocate_for_model("a", 2 * PAGE).expect("room");
+    let beside = VirtualMemoryPool::on_engine(pool.engine(), CAPACITY, PAGE).expect("a range");
+    beside.allocate(0, 3 * PAGE).expect("room");
+    beside.deallocate(0, PAGE).expect("live");
+    let snapshot = pool.snapshot();
+    adds_up(&snapshot);
+    let mut others = MemoryParts::default();
+    (others.live_bytes, others.retiring_bytes) = (2 * PAGE, PAGE);
+    assert_eq!(snapshot.others, others);
+    assert_eq!(snapshot.models[0].stats.committed_bytes, 2 * PAGE);
+
+    // To the engine alone everything is nobody's.
+    let alone = pool.engine().snapshot();
+    adds_up(&alone);
+    assert_eq!(
+        (alone.engine, alone.others),
+        (snapshot.engine, snapshot.engine.parts())
+    );
+    assert_eq!(alone.models, []);
+
+    // A model that is gone while the driver keeps its memory has left it to the engine.
+    simulated.simulator.inject(Fault::always(
+        DriverFunction::cuMemUnmap,
+        CUDA_ERROR_UNKNOWN,
+    ));
+    pool.unregister_model("a").expect_err("the driver refuses");
+    let snapshot = pool.snapshot();
+    adds_up(&snapshot);
+    assert_eq!(snapshot.models, []);
+    assert_eq!(snapshot.others.quarantined_bytes, 2 * PAGE);
+    simulated.simulator.clear_faults();
+}
+
+#[test]
+fn a_snapshot_has_the_quotas_of_a_model() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(16 * PAGE));
+    let mut options = ModelOptions::new(CAPACITY);
+    options.guarantee_bytes = PAGE;
+    options.ceiling_bytes = Some(3 * PAGE);
+    pool.register_model_with("b", options).expect("a new name");
+    pool.register_model("a", 2 * PAGE).expect("a new name");
+    let models = pool.snapshot().models;
+    let quotas = models.iter().map(|of| {
+        let capacity_bytes = of.stats.capacity_bytes;
+        (
+            &*of.model,
+            of.guarantee_bytes,
+            of.ceiling_bytes,
+            capacity_bytes,
+        )
+    });
+    assert_eq!(
+        quotas.collect::<Vec<_>>(),
+        [
+            ("a", 0, None, 2 * PAGE),
+            ("b", PAGE, Some(3 * PAGE), CAPACITY)
+        ]
+    );
+}
+
+#[test]
+fn each_counter_counts_what_it_says() {
+    let simulated = Simulated::default();
+    let options = manual().limit_bytes(4 * PAGE).cache_bytes_max(PAGE);
+    let pool = pool(&simulated.device, options);
+    let mut options = ModelOptions::new(CAPACITY);
+    options.ahead_bytes_max = PAGE;
+    pool.register_model_with("a", options).expect("a new name");
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    let a = pool.model("a").expect("registered");
+    a.use_stream(&stream).expect("of the device");
+    let traced = |act: &dyn Fn()| {
+        let before = pool.snapshot().counters;
+        act();
+        (before, pool.snapshot().counters)
+    };
+
+    // Nobody has taken a step, so nothing is there yet: create, map and set access.
+    let (before, after) = traced(&|| a.allocate(0, PAGE).map(drop).expect("room"));
+    assert_eq!(after.device_calls - before.device_calls, 3);
+    assert_eq!(after.ranges.allocations, 1);
+    assert_eq!(after.ranges.late_prefetches, 1);
+    // The page behind is made by the step, and then there.
+    pool.engine().step();
+    let (before, after) = traced(&|| a.allocate(PAGE, PAGE).map(drop).expect("there"));
+    assert_eq!(after.device_calls, before.device_calls);
+    assert_eq!(after.ranges.late_prefetches, 1);
+    // Bytes within a page.
+    a.deallocate(PAGE, 8).expect("live");
+    a.allocate(PAGE, 8).expect("there");
+    assert_eq!(a.counters().allocations, 3);
+    assert_eq!(a.counters().deallocations, 1);
+
+    // What is refused, but not what is wrong.
+    a.allocate(8 * PAGE, 5 * PAGE)
+        .expect_err("more than the limit");
+    a.try_allocate(8 * PAGE, 3 * PAGE)
+        .expect_err("more than is free");
+    a.allocate(0, PAGE).expect_err("live already");
+    assert_eq!(a.counters().refusals, 2);
+
+    // The device has none, although the budget has room; and then it has.
+    let fault = Fault::nth_of(DriverFunction::cuMemCreate, 1, CUDA_ERROR_OUT_OF_MEMORY);
+    simulated.simulator.inject(fault);
+    a.allocate(8 * PAGE, PAGE).expect("at the second try");
+    assert_eq!(pool.snapshot().counters.device_shortages, 1);
+
+    // Freed, overwritten for the cache, and refused once when it goes on from there.
+    let held = simulated.hold_work();
+    // SAFETY: live, and mapped until the engine has seen the fence.
+    unsafe { stream.memset(a.base_address(), 1, PAGE) }.expect("queued");
+    a.deallocate(0, PAGE).expect("live");
+    assert_eq!(pool.snapshot().counters.scrubbed_bytes, 0);
+    drop(held);
+    stream.synchronize().expect("done");
+    pool.engine().step();
+    assert_eq!(pool.snapshot().counters.scrubbed_bytes, PAGE as u64);
+    assert_eq!(pool.snapshot().counters.retries, 0);
+    simulated.device.synchronize().expect("done");
+    pool.engine().step();
+    let fault = Fault::nth_of(DriverFunction::cuMemRelease, 1, CUDA_ERROR_UNKNOWN);
+    simulated.simulator.inject(fault);
+    pool.trim().expect_err("refused");
+    pool.trim().expect("not again");
+    assert_eq!(pool.snapshot().counters.retries, 1);
+
+    // What has happened on a range stays in the engine's numbers when the range is gone.
+    let before = pool.snapshot().counters.ranges;
+    assert_eq!(before, a.counters());
+    pool.unregister_model("a").expect("registered");
+    assert_eq!(pool.snapshot().counters.ranges, before);
+    assert_eq!(a.counters(), cuda_vmm::PoolCounters::default());
+}
+
+#[test]
+fn who_waits_for_the_device_is_counted() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(2 * PAGE));
+    pool.register_model("a", CAPACITY).expect("a new name");
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    let a = pool.model("a").expect("registered");
+    a.use_stream(&stream).expect("of the device");
+    a.allocate(0, 2 * PAGE).expect("room");
+    let held = simulated.hold_work();
+    // SAFETY: live, and mapped until the engine has seen the fence.
+    unsafe { stream.memset(a.base_address(), 1, PAGE) }.expect("queued");
+    a.deallocate(0, 2 * PAGE).expect("live");
+    a.try_allocate(8 * PAGE, PAGE).expect_err("still in use");
+    assert_eq!(pool.snapshot().counters.waits, 0);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| a.allocate(8 * PAGE, PAGE));
+        while pool.snapshot().counters.waits == 0 {
+            std::thread::yield_now();
+        }
+        drop(held);
+        waits.join().expect("no panic").expect("the device is done");
+    });
+    assert!(pool.snapshot().counters.waits >= 1);
+}
+
+#[cfg(feature = "serde")]
+#[test]
+fn a_snapshot_can_be_written_and_read() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(16 * PAGE));
+    let mut options = ModelOptions::new(CAPACITY);
+    options.ceiling_bytes = Some(9 * PAGE);
+    pool.register_model_with(NAME, options).expect("a new name");
+    pool.register_model("other", CAPACITY).expect("a new name");
+    pool.allocate_for_model(NAME, 3).expect("room");
+    let snapshot = pool.snapshot();
+    let text = serde_json::to_string(&snapshot).expect("JSON");
+    assert_eq!(
+        serde_json::from_str::<Snapshot>(&text).expect("the same"),
+        snapshot
+    );
+    let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(value["engine"]["live_bytes"], PAGE);
+    assert_eq!(value["counters"]["ranges"]["allocations"], 1);
+    assert_eq!(value["models"][0]["model"], NAME);
+    assert_eq!(value["models"][0]["stats"]["live_bytes"], 3);
+    assert_eq!(value["models"][0]["ceiling_bytes"], 9 * PAGE);
+    assert!(value["models"][1]["ceiling_bytes"].is_null());
+    // Written by a version that knew less.
+    let old = serde_json::from_str::<Snapshot>("{\"models\": [{\"model\": \"a\"}]}");
+    let old = old.expect("what is missing is zero");
+    assert_eq!((&*old.models[0].model, old.engine.live_bytes), ("a", 0));
+}
+
+#[derive(Debug, Clone)]
+enum Act {
+    Allocate(usize, usize, usize),
+    Free(usize, usize, usize),
+    Step,
+    Trim,
+    Unregister(usize),
+    Fail(u64),
+}
+
+fn act() -> impl Strategy<Value = Act> {
+    let place = (0..2usize, 0..24usize, 1..8usize);
+    prop_oneof![
+        6 => place.clone().prop_map(|(model, at, size)| Act::Allocate(model, at, size)),
+        4 => place.prop_map(|(model, at, size)| Act::Free(model, at, size)),
+        2 => Just(Act::Step),
+        1 => Just(Act::Trim),
+        1 => (0..2usize).prop_map(Act::Unregister),
+        2 => (1..6u64).prop_map(Act::Fail),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn the_parts_add_up_whatever_happens(acts in prop::collection::vec(act(), 1..60)) {
+        let simulated = Simulated::new(SimConfig::new().unbacked());
+        let options = manual().limit_bytes(9 * PAGE).park_bytes_max(PAGE).cache_bytes_max(2 * PAGE);
+        let pool = pool(&simulated.device, options);
+        let model = |number: usize| if number == 0 { "a" } else { "b" };
+        for act in acts {
+            for number in 0..2 {
+                let mut options = ModelOptions::new(CAPACITY);
+                options.ahead_bytes_max = number * 2 * PAGE;
+                let _ = pool.register_model_with(model(number), options);
+            }
+            // Some of it is wrong, some fails; the numbers hold all the same.
+            let half = PAGE / 2;
+            match act {
+                Act::Allocate(of, at, size) => drop(pool.allocate_for_model_at(model(of), at * half, size * half)),
+                Act::Free(of, at, size) => drop(pool.deallocate_for_model(model(of), at * half, size * half)),
+                Act::Step => drop(pool.engine().step()),
+                Act::Trim => drop(pool.trim()),
+                Act::Unregister(of) => drop(pool.unregister_model(model(of))),
+                Act::Fail(nth) => simulated.simulator.inject(Fault::nth_call(nth, CUDA_ERROR_UNKNOWN)),
+            }
+            adds_up(&pool.snapshot());
+        }
+        simulated.simulator.clear_faults();
+    }
+}

@@ -1,0 +1,185 @@
+//! What the pools tell `tracing`, to a subscriber of the test's own.
+
+use super::{CAPACITY, pool};
+use crate::common::{PAGE, Simulated, manual};
+use cuda_vmm::sim::Fault;
+use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
+use cuda_vmm::{Engine, EngineOptions, ModelOptions, VirtualMemoryPool};
+use std::fmt::Debug;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// What was told: the level, and the message with its fields.
+#[derive(Debug, Clone, Default)]
+struct Told(Arc<Mutex<Vec<(Level, String)>>>);
+
+/// Keeps the events, and the names of the spans, of the engine.
+#[derive(Default)]
+struct Keeper {
+    told: Told,
+    spans: AtomicU64,
+}
+
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.0 += &match field.name() {
+            "message" => format!("{value:?};"),
+            name => format!(" {name}={value:?}"),
+        };
+    }
+}
+
+impl Subscriber for Keeper {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target().starts_with("cuda_vmm::engine")
+    }
+
+    fn new_span(&self, attributes: &Attributes<'_>) -> Id {
+        let mut text = Text(format!("span {};", attributes.metadata().name()));
+        attributes.record(&mut text);
+        let level = *attributes.metadata().level();
+        self.told.0.lock().expect("no panic").push((level, text.0));
+        Id::from_u64(self.spans.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut text = Text(String::new());
+        event.record(&mut text);
+        let level = *event.metadata().level();
+        self.told.0.lock().expect("no panic").push((level, text.0));
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+/// What this thread is told meanwhile.
+fn told(act: impl FnOnce()) -> Vec<(Level, String)> {
+    let keeper = Keeper::default();
+    let told = keeper.told.clone();
+    tracing::subscriber::with_default(keeper, act);
+    let told = told.0.lock().expect("no panic");
+    told.clone()
+}
+
+#[track_caller]
+fn has(told: &[(Level, String)], level: Level, parts: &[&str]) {
+    let is_it =
+        |(of, text): &(Level, String)| *of == level && parts.iter().all(|part| text.contains(part));
+    assert!(told.iter().any(is_it), "no {parts:?} in {told:#?}");
+}
+
+#[test]
+fn a_refusal_is_told_with_what_was_asked_for() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(2 * PAGE));
+    pool.register_model("a", CAPACITY).expect("a new name");
+    let told = told(|| {
+        pool.allocate_for_model_at("a", PAGE, 3 * PAGE)
+            .expect_err("more than the limit");
+    });
+    let bytes = format!("bytes={}", 3 * PAGE);
+    let at = format!("At({PAGE})");
+    has(
+        &told,
+        Level::DEBUG,
+        &["memory was refused;", &at, &bytes, "is_later=false"],
+    );
+}
+
+#[test]
+fn what_calls_no_driver_tells_nothing() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().park_bytes_max(4 * PAGE));
+    pool.register_model("a", CAPACITY).expect("a new name");
+    pool.allocate_for_model_at("a", 0, PAGE).expect("room");
+    let told = told(|| {
+        pool.deallocate_for_model("a", 0, PAGE / 2).expect("live");
+        pool.allocate_for_model_at("a", 0, PAGE / 2).expect("there");
+        pool.allocate_for_model_at("a", 0, 1).expect_err("live");
+    });
+    assert_eq!(told, []);
+}
+
+#[test]
+fn what_the_driver_would_not_do_is_told() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual());
+    let mut options = ModelOptions::new(CAPACITY);
+    options.ahead_bytes_max = PAGE;
+    pool.register_model_with("a", options).expect("a new name");
+    let nth = |function, code| simulated.simulator.inject(Fault::nth_of(function, 1, code));
+
+    nth(DriverFunction::cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY);
+    let short = told(|| {
+        pool.allocate_for_model_at("a", 0, PAGE).expect("room");
+    });
+    has(&short, Level::DEBUG, &["span fill;", "offset=0"]);
+    has(&short, Level::DEBUG, &["made ahead is not there yet"]);
+    has(
+        &short,
+        Level::WARN,
+        &["the device has no memory", "OUT_OF_MEMORY"],
+    );
+
+    nth(DriverFunction::cuMemCreate, CUDA_ERROR_UNKNOWN);
+    let ahead = told(|| {
+        pool.engine().step();
+    });
+    has(
+        &ahead,
+        Level::DEBUG,
+        &["could not be made ahead", "cuMemCreate"],
+    );
+
+    pool.deallocate_for_model("a", 0, PAGE).expect("live");
+    simulated.device.synchronize().expect("done");
+    nth(DriverFunction::cuMemUnmap, CUDA_ERROR_UNKNOWN);
+    let kept = told(|| drop(pool.trim().expect_err("refused")));
+    has(&kept, Level::WARN, &["quarantined", "cuMemUnmap"]);
+    let again = told(|| pool.trim().map(drop).expect("not again"));
+    has(&again, Level::DEBUG, &["asked again", "pieces=1"]);
+}
+
+/// The worker is another thread, so the subscriber is the process's, which is one of its own.
+#[test]
+fn the_worker_tells_when_it_starts_and_ends() {
+    const TEST: &str = "events::the_worker_tells_when_it_starts_and_ends";
+    if crate::common::role().is_none() {
+        crate::common::run_alone(&mut crate::common::alone(TEST, "told"));
+        return;
+    }
+    let keeper = Keeper::default();
+    let told = keeper.told.clone();
+    tracing::subscriber::set_global_default(keeper).expect("the first");
+    let simulated = Simulated::default();
+    let engine = Engine::new(&simulated.device, EngineOptions::new()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, CAPACITY, PAGE).expect("a range");
+    pool.allocate(0, PAGE).expect("room");
+    pool.deallocate(0, PAGE).expect("live");
+    while engine.stats().committed_bytes > 0 {
+        std::thread::yield_now();
+    }
+    drop((pool, engine));
+    let is_over = || {
+        let told = told.0.lock().expect("no panic");
+        told.iter()
+            .any(|(_, text)| text.contains("the worker thread ends"))
+    };
+    // The engine may end on the worker itself, a moment later.
+    let started = std::time::Instant::now();
+    while !is_over() {
+        assert!(started.elapsed() < crate::common::PATIENCE, "{told:?}");
+        std::thread::yield_now();
+    }
+    let told = told.0.lock().expect("no panic");
+    has(&told, Level::DEBUG, &["the worker thread starts"]);
+    has(&told, Level::TRACE, &["took a step", "is_worker=true"]);
+}
