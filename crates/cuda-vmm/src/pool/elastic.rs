@@ -2,7 +2,7 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, Handle,
+    CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Place, PoolOptions, Quota,
 };
 use crate::{Device, Result, Stream};
 use core::ops;

@@ -63,7 +63,9 @@ fn measure(machine: &Machine) -> Result<Outcome> {
     }
     match eight {
         Some(eight) => outcome.add_noted(&EIGHT, eight, Some(one), note),
-        None => (outcome.findings).push(EIGHT.unmeasured(format!("eight cores are needed: {note}"))),
+        None => {
+            (outcome.findings).push(EIGHT.unmeasured(format!("eight cores are needed: {note}")))
+        }
     }
     Ok(outcome)
 }
