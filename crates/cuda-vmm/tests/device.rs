@@ -9,6 +9,8 @@ mod common;
 mod compact;
 #[path = "device/graph.rs"]
 mod graph;
+#[path = "device/handover.rs"]
+mod handover;
 #[path = "device/pools.rs"]
 mod pools;
 #[path = "device/rules.rs"]

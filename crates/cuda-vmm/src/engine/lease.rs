@@ -278,17 +278,16 @@ impl Inner {
     /// Lets go what was freed while it was leased and is leased no longer: it retires, behind a fence of now.
     pub(super) fn sweep_leases(self: &Arc<Self>) {
         let mut state = self.lock();
-        let waiting: Vec<_> = (state.ranges.iter())
-            .filter(|(_, range)| range.waits_for_leases())
-            .map(|(id, _)| id)
-            .collect();
-        for id in waiting {
-            let Some(mut range) = state.ranges.get(id) else {
+        let waiting: Vec<_> = state.ranges.with_news().cloned().collect();
+        for handle in waiting {
+            let mut range = handle.lock();
+            if !range.waits_for_leases() {
                 continue;
-            };
+            }
             let (unused, released) = range.sweep_leases();
+            handle.note(&range);
             drop(range);
-            self.retire(state, id, unused);
+            self.retire(state, handle.id(), unused);
             drop(released);
             state = self.lock();
         }

@@ -41,7 +41,7 @@ pub use stats::{EngineStats, MemoryParts, StepReport};
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
@@ -67,16 +67,8 @@ pub(crate) struct Inner {
     state: Mutex<State>,
     changed: Condvar,
     worker: Worker,
-    signals: Apart<Signals>,
-}
-
-/// What those who free memory look at without the engine's lock. It is written seldom.
-#[derive(Debug, Default)]
-struct Signals {
-    /// Whether ranges may have freed chunks that are not in the queue yet.
-    freed: AtomicBool,
-    /// Threads that wait for `changed`.
-    waiting: AtomicUsize,
+    /// Threads that wait for `changed`: asked without the lock by all who free memory, and changed seldom.
+    waiting: Apart<AtomicUsize>,
 }
 
 #[derive(Debug)]
@@ -116,11 +108,11 @@ impl State {
     /// Puts chunks that were freed under their range's lock into the queue; says whether there were any.
     fn collect_freed(&mut self) -> bool {
         let mut any = false;
-        for (id, mut range) in self.ranges.iter() {
-            for (chunks, until) in range.freed.drain(..) {
-                self.queue.push(id, chunks, until);
-                any = true;
-            }
+        for handle in self.ranges.with_news() {
+            let mut range = handle.lock();
+            any |= !range.freed.is_empty();
+            self.queue.collect(handle.id(), &mut range);
+            handle.note(&range);
         }
         any
     }
@@ -214,7 +206,7 @@ impl Engine {
             }),
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
-            signals: Apart::default(),
+            waiting: Apart::default(),
         });
         device.register_engine(&inner);
         Ok(Self(inner))
@@ -305,18 +297,12 @@ impl Inner {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        let state = self.state.lock();
-        let mut state = state.unwrap_or_else(PoisonError::into_inner);
-        let signals = &self.signals;
-        if signals.freed.load(Ordering::SeqCst) && signals.freed.swap(false, Ordering::SeqCst) {
-            state.collect_freed();
-        }
-        state
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until something about the engine's memory has changed.
     fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.signals.waiting.fetch_add(1, Ordering::SeqCst);
+        self.waiting.fetch_add(1, Ordering::SeqCst);
         state.counters.waits += 1;
         // What was freed since the lock was taken, by those who did not see yet that somebody waits. Whoever frees from
         // now on does, and takes the lock to say so.
@@ -326,13 +312,13 @@ impl Inner {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        self.signals.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
         state
     }
 
     /// Lets go of the lock and wakes those who wait for a change.
     fn unlock_changed(&self, state: MutexGuard<'_, State>) {
-        let waiting = self.signals.waiting.load(Ordering::SeqCst) > 0;
+        let waiting = self.waiting.load(Ordering::SeqCst) > 0;
         drop(state);
         if waiting {
             self.changed.notify_all();
@@ -344,7 +330,7 @@ impl Inner {
         let state = self.lock();
         let stats = state.parts();
         !state.queue.is_empty()
-            || (state.ranges.values()).any(|range| range.waits_for_leases())
+            || state.ranges.with_news().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
             || (state.ranges.values())
@@ -385,7 +371,11 @@ impl Inner {
     fn poll(self: &Arc<Self>) -> usize {
         self.sweep_leases();
         let (mut past, mut useless) = (Vec::new(), Vec::new());
-        let conditions = self.lock().queue.conditions();
+        let conditions = {
+            let mut state = self.lock();
+            state.collect_freed();
+            state.queue.conditions()
+        };
         for (id, until) in conditions {
             match until.is_past() {
                 Ok(true) => past.push(id),
@@ -454,13 +444,10 @@ impl Inner {
         let until = Until::now(&self.device, streams);
         let mut range = handle.lock();
         range.freed.push((chunks, until));
-        // With the range's lock, so that whoever takes the flag away finds this. Written only if it is not set, as all
-        // ranges look at it.
-        if !self.signals.freed.load(Ordering::SeqCst) {
-            self.signals.freed.store(true, Ordering::SeqCst);
-        }
+        handle.note(&range);
         drop(range);
-        if self.signals.waiting.load(Ordering::SeqCst) > 0 {
+        // Whoever waits said so before he looked at the ranges: he saw the note, or is seen here.
+        if self.waiting.load(Ordering::SeqCst) > 0 {
             self.unlock_changed(self.lock());
         }
         self.worker.wake(self, false);
@@ -473,6 +460,7 @@ impl Inner {
         mut state: MutexGuard<'a, State>,
         only: Option<RangeId>,
     ) -> Result<Option<MutexGuard<'a, State>>> {
+        state.collect_freed();
         if let Some((id, fences)) = state.queue.first_fences(only) {
             state.counters.waits += 1;
             drop(state);

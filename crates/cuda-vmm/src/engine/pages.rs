@@ -279,6 +279,17 @@ impl<M> Pages<M> {
         true
     }
 
+    /// Whether a chunk backs the first of the pages of these bytes, and not all of them.
+    pub(crate) fn is_beyond_chunk(&self, bytes: &Range<usize>) -> bool {
+        let pages = self.pages_of(bytes);
+        let place = self.chunks.at_or_before(pages.start);
+        place.is_some_and(|place| {
+            let (first, chunk) = self.chunks.entry(place);
+            let end = first + chunk.pages();
+            end > pages.start && end < pages.end
+        })
+    }
+
     /// Takes bytes for which no page is missing.
     pub(crate) fn take(&mut self, bytes: &Range<usize>, survey: &Survey) {
         for first in survey.parked.iter().chain(&survey.retiring) {

@@ -93,6 +93,9 @@ impl Range {
             self.counters.allocations += 1;
             return Ok(Some(offset));
         }
+        if !self.pages.is_beyond_chunk(&extent) {
+            return Ok(None);
+        }
         let survey = self.pages.survey(&extent);
         let Some(survey) = survey.filter(Survey::is_there) else {
             return Ok(None);
@@ -116,6 +119,11 @@ impl Range {
             asked_bytes: bytes,
             largest_free_bytes,
         })
+    }
+
+    /// Whether a step has something to look after: what was freed is to be queued, or waits for leases to end.
+    pub(super) fn has_news(&self) -> bool {
+        !self.freed.is_empty() || self.waits_for_leases()
     }
 
     /// Ends it. What it is left with is to be dropped without a lock.
@@ -280,7 +288,11 @@ impl Inner {
         let mut refused = None;
         let mut state = self.lock();
         loop {
-            let range = handle.lock();
+            let mut range = handle.lock();
+            if !range.freed.is_empty() {
+                state.queue.collect(id, &mut range);
+                handle.note(&range);
+            }
             if range.closed {
                 return Err(VmmError::Closed);
             }
@@ -477,6 +489,9 @@ impl Inner {
             unused.sort_unstable();
         }
         let waits = range.waits_for_leases();
+        if waits {
+            handle.note(&range);
+        }
         let streams = (!unused.is_empty()).then(|| range.streams.clone());
         drop(range);
         if let Some(streams) = streams {
@@ -510,10 +525,12 @@ impl Inner {
         }
         let (mut unused, mut released) = (Vec::new(), Vec::new());
         let mut leased = false;
-        if let Some(mut range) = state.ranges.get(id) {
+        if let Some(handle) = state.ranges.handle(id) {
+            let mut range = handle.lock();
             released = range.take_released();
             unused = range.free_all();
             leased = range.waits_for_leases();
+            handle.note(&range);
         }
         if leased {
             // Now, since another thread may find the last lease over, and then nobody else may be left to finish.

@@ -9,6 +9,7 @@
 use super::range::{Range, Remains};
 use crate::Result;
 use crate::driver::Process;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Apart, Arc, Mutex, MutexGuard, PoisonError};
 use std::collections::BTreeMap;
 
@@ -21,7 +22,15 @@ pub(crate) struct RangeId(u64);
 pub(crate) struct Handle {
     id: RangeId,
     process: Process,
-    range: Arc<Apart<Mutex<Range>>>,
+    place: Arc<Apart<Place>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    range: Mutex<Range>,
+    /// Whether the range has something for a step to look after; changed under its lock, and asked without, as there may
+    /// be many ranges.
+    has_news: AtomicBool,
 }
 
 impl Handle {
@@ -35,7 +44,20 @@ impl Handle {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Range> {
-        self.range.lock().unwrap_or_else(PoisonError::into_inner)
+        let range = self.place.range.lock();
+        range.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says whether the range has something for a step to look after, with its lock, after what may have changed that.
+    pub(super) fn note(&self, range: &Range) {
+        let has_news = range.has_news();
+        if self.has_news() != has_news {
+            self.place.has_news.store(has_news, Ordering::SeqCst);
+        }
+    }
+
+    fn has_news(&self) -> bool {
+        self.place.has_news.load(Ordering::SeqCst)
     }
 }
 
@@ -50,8 +72,11 @@ impl Ranges {
     pub(super) fn insert(&mut self, range: Range, process: Process) -> Handle {
         let id = RangeId(self.next);
         self.next += 1;
-        let range = Arc::new(Apart(Mutex::new(range)));
-        let handle = Handle { id, process, range };
+        let place = Arc::new(Apart(Place {
+            range: Mutex::new(range),
+            has_news: AtomicBool::new(false),
+        }));
+        let handle = Handle { id, process, place };
         self.by_id.insert(id, handle.clone());
         handle
     }
@@ -75,6 +100,11 @@ impl Ranges {
     /// Locks one range.
     pub(super) fn get(&self, id: RangeId) -> Option<MutexGuard<'_, Range>> {
         self.by_id.get(&id).map(Handle::lock)
+    }
+
+    /// The ranges that have something for a step to look after.
+    pub(super) fn with_news(&self) -> impl Iterator<Item = &Handle> {
+        self.by_id.values().filter(|handle| handle.has_news())
     }
 
     /// Locks one range after the other, in the order in which they were made.

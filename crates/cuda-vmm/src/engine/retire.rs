@@ -1,6 +1,7 @@
 //! Chunks that wait until the device has finished with them.
 
 use super::RangeId;
+use super::range::Range;
 use crate::sync::Arc;
 use crate::{CaptureGuard, Device, Fence, Result, Stream};
 
@@ -89,6 +90,13 @@ pub(super) struct Queue {
 impl Queue {
     pub(super) fn push(&mut self, range: RangeId, chunks: Vec<usize>, until: Until) {
         self.add(range, chunks, until, 0);
+    }
+
+    /// What was freed of a range under its own lock.
+    pub(super) fn collect(&mut self, id: RangeId, range: &mut Range) {
+        for (chunks, until) in range.freed.drain(..) {
+            self.push(id, chunks, until);
+        }
     }
 
     /// A chunk that is being overwritten.

@@ -10,6 +10,7 @@ mod limits;
 mod models;
 mod one_shot;
 mod page;
+mod scrub;
 mod slack;
 mod tear_down;
 
@@ -29,6 +30,7 @@ pub const ALL: &[Work] = &[
     limits::REFUSED,
     limits::FILLED,
     tear_down::WORK,
+    scrub::WORK,
     slack::WORK,
     bookkeeping::WORK,
 ];
