@@ -9,10 +9,12 @@ mod kind;
 mod limits;
 mod one_shot;
 mod page;
+mod serving;
 mod slack;
 mod tear_down;
 
 pub use kind::{Outcome, Work};
+pub use serving::ReplaySettings;
 
 /// All of it.
 pub const ALL: &[Work] = &[
@@ -22,6 +24,8 @@ pub const ALL: &[Work] = &[
     page::PARKED,
     deallocation::WORK,
     growth::WORK,
+    serving::DECODE,
+    serving::REPLAY,
     foreground::WORK,
     copies::WORK,
     limits::REFUSED,
