@@ -1,6 +1,7 @@
 //! What the program is asked to do.
 
 use crate::machine::Settings;
+use crate::work::ReplaySettings;
 use clap::{Parser, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -32,11 +33,14 @@ pub struct Arguments {
     /// How many rounds work gets that takes some milliseconds; shorter work gets more, longer work fewer
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
+    /// How the replay of a server's work is made
+    #[command(flatten)]
+    pub replay: ReplaySettings,
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are thirteen pieces, two of which take up to four times as long, and all
-    /// shall end within three minutes.
+    /// How long each piece of work is measured. There are fifteen pieces, three of which take up to four times as long; all but
+    /// the replay, which says itself how long it takes, shall end within four minutes.
     pub fn settings(&self) -> Settings {
         Settings {
             rounds: self.rounds as usize,

@@ -6,11 +6,11 @@
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule};
 use cuda_vmm::{Device, DriverKind, Stream};
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::ptr::null_mut;
 
 /// Writes `words` words of four bytes from `target` on.
-const SOURCE: &str = "
+const SOURCE: &CStr = c"
 .version 7.0
 .target sm_70
 .address_size 64
@@ -36,7 +36,58 @@ NEXT:
 END:
     ret;
 }
-\0";
+";
+
+/// Loads a kernel out of PTX that ends with a zero, for the process's life, and makes the device's context current on
+/// this thread. The simulated driver has no kernels.
+pub fn load(device: &Device, source: &'static CStr, name: &CStr) -> Result<Option<CUfunction>> {
+    let table = device.driver().table();
+    // SAFETY: the device retains its context; the thread has no other that it needs.
+    let code = unsafe { (table.cuCtxSetCurrent)(device.raw_context()) };
+    ensure!(code == CUDA_SUCCESS, "cuCtxSetCurrent answered {code}");
+    if device.driver().kind() == DriverKind::Simulated {
+        return Ok(None);
+    }
+    let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
+    // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
+    let code = unsafe { (table.cuModuleLoadData)(&mut module, source.as_ptr().cast()) };
+    ensure!(code == CUDA_SUCCESS, "cuModuleLoadData answered {code}");
+    // SAFETY: `function` is a valid place, and the module was just loaded.
+    let code = unsafe { (table.cuModuleGetFunction)(&mut function, module, name.as_ptr()) };
+    ensure!(code == CUDA_SUCCESS, "cuModuleGetFunction answered {code}");
+    Ok(Some(function))
+}
+
+/// Launches a kernel in one dimension.
+///
+/// # Safety
+/// The parameters are those that the kernel declares, and what it does with memory is right until the stream is past it.
+pub unsafe fn launch(
+    function: CUfunction,
+    stream: &Stream,
+    (blocks, threads): (u32, u32),
+    parameters: &mut [*mut c_void],
+) -> Result<()> {
+    let launch = stream.device().driver().table().cuLaunchKernel;
+    // SAFETY: the caller's promise; the parameters are read before the call returns.
+    let code = unsafe {
+        launch(
+            function,
+            blocks,
+            1,
+            1,
+            threads,
+            1,
+            1,
+            0,
+            stream.raw(),
+            parameters.as_mut_ptr(),
+            null_mut(),
+        )
+    };
+    ensure!(code == CUDA_SUCCESS, "cuLaunchKernel answered {code}");
+    Ok(())
+}
 
 /// The kernel, loaded for the process's life.
 #[derive(Clone, Copy)]
@@ -45,21 +96,7 @@ pub struct Fill(Option<CUfunction>);
 impl Fill {
     /// Loads it; the simulated driver has no kernels, and a memset stands for it there.
     pub fn new(device: &Device) -> Result<Self> {
-        let table = device.driver().table();
-        // SAFETY: the device retains its context; the thread has no other that it needs.
-        let code = unsafe { (table.cuCtxSetCurrent)(device.raw_context()) };
-        ensure!(code == CUDA_SUCCESS, "cuCtxSetCurrent answered {code}");
-        if device.driver().kind() == DriverKind::Simulated {
-            return Ok(Self(None));
-        }
-        let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
-        // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
-        let code = unsafe { (table.cuModuleLoadData)(&mut module, SOURCE.as_ptr().cast()) };
-        ensure!(code == CUDA_SUCCESS, "cuModuleLoadData answered {code}");
-        // SAFETY: `function` is a valid place, and the module was just loaded.
-        let code = unsafe { (table.cuModuleGetFunction)(&mut function, module, c"fill".as_ptr()) };
-        ensure!(code == CUDA_SUCCESS, "cuModuleGetFunction answered {code}");
-        Ok(Self(Some(function)))
+        load(device, SOURCE, c"fill").map(Self)
     }
 
     /// Queues it on a stream of the device, whose context is current on this thread since [`new`](Self::new).
@@ -73,25 +110,7 @@ impl Fill {
         };
         let mut words = (bytes / 4) as u32;
         let mut parameters: [*mut c_void; 2] = [(&raw mut target).cast(), (&raw mut words).cast()];
-        let launch = stream.device().driver().table().cuLaunchKernel;
-        // SAFETY: the parameters are those that the kernel declares, and are read before the call returns; the memory
-        // is the caller's promise.
-        let code = unsafe {
-            launch(
-                function,
-                1,
-                1,
-                1,
-                128,
-                1,
-                1,
-                0,
-                stream.raw(),
-                parameters.as_mut_ptr(),
-                null_mut(),
-            )
-        };
-        ensure!(code == CUDA_SUCCESS, "cuLaunchKernel answered {code}");
-        Ok(())
+        // SAFETY: the parameters are those that the kernel declares; the memory is the caller's promise.
+        unsafe { launch(function, stream, (1, 128), &mut parameters) }
     }
 }

@@ -1,6 +1,7 @@
 //! The driver and the device on which everything is measured.
 
 use crate::arguments::Choice;
+use crate::work::ReplaySettings;
 use crate::{bare, recorder};
 use anyhow::{Context, Result, ensure};
 use cuda_vmm::{
@@ -42,13 +43,15 @@ pub struct Machine {
     pub page_bytes: usize,
     /// How long each piece of work is measured.
     pub settings: Settings,
+    /// How the replay of a server's work is made.
+    pub replay: ReplaySettings,
     /// Behind the tables of the drivers above, so that it must go last.
     _simulator: Option<Simulator>,
 }
 
 impl Machine {
     /// Opens the driver that is asked for, and no other.
-    pub fn open(choice: Choice, settings: Settings) -> Result<Self> {
+    pub fn open(choice: Choice, settings: Settings, replay: ReplaySettings) -> Result<Self> {
         let simulator = match choice {
             Choice::Real => None,
             Choice::Simulated => Some(Simulator::new(SimConfig::new())?),
@@ -70,6 +73,7 @@ impl Machine {
             page_bytes: device.granularity_bytes(),
             device,
             settings,
+            replay,
             _simulator: simulator,
         })
     }

@@ -10,6 +10,7 @@ mod recorder;
 mod report;
 mod samples;
 mod sides;
+mod traffic;
 mod work;
 
 use anyhow::Result;
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let wanted = course::chosen(work::ALL, arguments.only.as_deref())?;
     let json = arguments.json.as_deref();
-    match Machine::open(arguments.driver, arguments.settings()) {
+    match Machine::open(arguments.driver, arguments.settings(), arguments.replay) {
         Ok(machine) => course::measure(&wanted, &machine, json),
         Err(error) if arguments.driver == Choice::Real => {
             course::without_gpu(&wanted, &format!("{error:#}"), json)

@@ -11,10 +11,12 @@ mod models;
 mod one_shot;
 mod page;
 mod scrub;
+mod serving;
 mod slack;
 mod tear_down;
 
 pub use kind::{Outcome, Work};
+pub use serving::ReplaySettings;
 
 /// All of it.
 pub const ALL: &[Work] = &[
@@ -25,6 +27,8 @@ pub const ALL: &[Work] = &[
     models::WORK,
     deallocation::WORK,
     growth::WORK,
+    serving::DECODE,
+    serving::REPLAY,
     foreground::WORK,
     copies::WORK,
     limits::REFUSED,

@@ -1,0 +1,104 @@
+//! How the replay is made.
+
+use clap::Args;
+use core::fmt;
+use std::time::Duration;
+
+/// The trace, which part of it is replayed, and how long a step of a model takes.
+#[derive(Clone, Copy, Debug, PartialEq, Args)]
+pub struct ReplaySettings {
+    /// Requests a second to which each model's rate climbs, by one each second
+    #[arg(long = "replay-peak", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub peak: u32,
+    /// Where in the trace the replay begins, in seconds; half way up the first model's climb where it is not given
+    #[arg(long = "replay-from", value_name = "SECONDS", value_parser = at_least_zero)]
+    pub from_s: Option<f64>,
+    /// How many seconds are replayed, in real time: once with the pool, and once with everything allocated before
+    #[arg(long = "replay-seconds", value_name = "SECONDS", default_value_t = 60.0, value_parser = at_least_zero)]
+    pub seconds: f64,
+    /// A decode step without its sequences, in milliseconds
+    #[arg(long = "replay-step-ms", value_name = "MS", default_value_t = 25.5, value_parser = at_least_zero)]
+    pub step_ms: f64,
+    /// What each sequence adds to it, in milliseconds
+    #[arg(long = "replay-sequence-ms", value_name = "MS", default_value_t = 0.18, value_parser = at_least_zero)]
+    pub sequence_ms: f64,
+    /// What a prompt's token takes, in milliseconds
+    #[arg(long = "replay-prompt-token-ms", value_name = "MS", default_value_t = 0.103, value_parser = at_least_zero)]
+    pub prompt_token_ms: f64,
+    /// Tokens whose keys and values all models together may hold, 131,072 bytes each
+    #[arg(
+        long = "replay-tokens",
+        value_name = "TOKENS",
+        default_value_t = 213_000
+    )]
+    pub tokens: usize,
+}
+
+/// A number of at most a day's seconds that is not negative.
+fn at_least_zero(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    match (0.0..=86_400.0).contains(&value) {
+        true => Ok(value),
+        false => Err(format!("{value} is not between 0 and 86400")),
+    }
+}
+
+impl ReplaySettings {
+    /// The part of the trace that is replayed, in seconds.
+    pub fn window_s(&self) -> (f64, f64) {
+        let from_s = self.from_s.unwrap_or(f64::from(self.peak) / 2.0);
+        (from_s, from_s + self.seconds)
+    }
+
+    /// How long a step of so many sequences and prompt tokens takes.
+    pub fn step_time(&self, sequences: usize, prompt_tokens: usize) -> Duration {
+        let decode_ms = match sequences {
+            0 => 0.0,
+            count => self.step_ms + self.sequence_ms * count as f64,
+        };
+        let prompt_ms = self.prompt_token_ms * prompt_tokens as f64;
+        Duration::from_secs_f64((decode_ms + prompt_ms) / 1e3)
+    }
+}
+
+impl fmt::Display for ReplaySettings {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from_s, to_s) = self.window_s();
+        write!(
+            formatter,
+            "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a sequence, {} ms a \
+             prompt's token",
+            self.peak, self.step_ms, self.sequence_ms, self.prompt_token_ms
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        replay: ReplaySettings,
+    }
+
+    #[test]
+    fn the_window_holds_two_ramps_unless_told() {
+        let replay = Arguments::parse_from(["bench"]).replay;
+        assert_eq!(replay.window_s(), (8.0, 68.0));
+        assert_eq!(replay.step_time(0, 0), Duration::ZERO);
+        assert_eq!(replay.step_time(100, 0), Duration::from_micros(43_500));
+        assert_eq!(replay.step_time(0, 1000), Duration::from_millis(103));
+        let told = ["bench", "--replay-from", "3", "--replay-seconds", "0.5"];
+        assert_eq!(Arguments::parse_from(told).replay.window_s(), (3.0, 3.5));
+        for wrong in ["-1", "NaN", "inf", "86401", "x"] {
+            let told = format!("--replay-seconds={wrong}");
+            assert!(
+                Arguments::try_parse_from(["bench", &told]).is_err(),
+                "{wrong}"
+            );
+        }
+    }
+}
