@@ -1,0 +1,181 @@
+//! Ours: each model is a range of a [`SharedMemoryPool`], and a block is a page of it.
+//!
+//! Freed blocks stay parked up to a watermark, blocks beyond the last one are made ahead, and the worker's step has a thread
+//! and a clock of its own. What one model has parked another takes back by asking for memory.
+
+use super::{BLOCK_BYTES, Memory};
+use crate::card::{Card, Costs};
+use anyhow::Result;
+use cuda_vmm::{
+    EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    WorkerMode,
+};
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// How the pool is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Freed memory that stays mapped, for all models together, in bytes.
+    pub park_bytes_max: usize,
+    /// Memory made ahead of each model, in bytes.
+    pub ahead_bytes_max: usize,
+    /// The largest chunk in bytes.
+    pub chunk_bytes_max: usize,
+}
+
+impl Settings {
+    /// What serves all workloads here.
+    pub const DEFAULT: Self = Self {
+        park_bytes_max: 1 << 30,
+        ahead_bytes_max: 256 << 20,
+        chunk_bytes_max: 32 << 20,
+    };
+}
+
+/// One model's range.
+struct Model {
+    range: Arc<VirtualMemoryPool>,
+    /// Blocks that are not live.
+    unused: BTreeSet<u32>,
+}
+
+/// Models that share a budget.
+pub struct Elastic {
+    models: Vec<Model>,
+    pool: SharedMemoryPool,
+    limit: usize,
+    /// Calls on the stepping thread.
+    calls: u64,
+    card: Card,
+}
+
+impl Elastic {
+    /// A pool with a budget in bytes for so many models.
+    ///
+    /// # Errors
+    /// If there is no simulator here, or the pool refuses its options.
+    pub fn new(limit_bytes: usize, models: usize, costs: Costs, settings: Settings) -> Result<Self> {
+        let mut card = Card::new(costs)?;
+        let limit = limit_bytes / BLOCK_BYTES;
+        let engine = EngineOptions::new()
+            .limit_bytes(limit_bytes)
+            .park_bytes_max(settings.park_bytes_max)
+            .chunk_bytes_max(settings.chunk_bytes_max)
+            .worker(WorkerMode::Manual);
+        let options = SharedPoolOptions {
+            engine,
+            page_bytes: Some(BLOCK_BYTES),
+        };
+        let pool = SharedMemoryPool::with_options(&card.device, options)?;
+        let models = (0..models).map(|model| {
+            let name = model.to_string();
+            let options = ModelOptions {
+                ahead_bytes_max: settings.ahead_bytes_max,
+                ..ModelOptions::new(limit * BLOCK_BYTES)
+            };
+            pool.register_model_with(&name, options)?;
+            let range = pool.model(&name)?;
+            range.use_stream(&Stream::new(&card.device)?)?;
+            let unused = (0..limit as u32).collect();
+            Ok(Model { range, unused })
+        });
+        let models = models.collect::<Result<_>>()?;
+        card.begin();
+        Ok(Self {
+            models,
+            pool,
+            limit,
+            calls: 0,
+            card,
+        })
+    }
+
+    /// The pool itself.
+    pub fn pool(&self) -> &SharedMemoryPool {
+        &self.pool
+    }
+}
+
+/// Neighbours among rising numbers, as ranges of bytes.
+fn runs(blocks: &[u32]) -> impl Iterator<Item = Range<usize>> + '_ {
+    let runs = blocks.chunk_by(|one, next| one + 1 == *next);
+    runs.map(|run| {
+        let start = run[0] as usize * BLOCK_BYTES;
+        start..start + run.len() * BLOCK_BYTES
+    })
+}
+
+impl Model {
+    /// Makes the lowest unused blocks live, or none where there is no memory for them.
+    fn take(&mut self, count: usize) -> Result<Option<Vec<u32>>> {
+        let chosen: Vec<_> = self.unused.iter().copied().take(count).collect();
+        if chosen.len() < count {
+            return Ok(None);
+        }
+        let mut taken = Vec::new();
+        for run in runs(&chosen) {
+            match self.range.allocate(run.start, run.len()) {
+                Ok(_) => taken.push(run),
+                Err(error) if error.is_out_of_memory() => {
+                    for run in taken {
+                        self.range.deallocate(run.start, run.len())?;
+                    }
+                    return Ok(None);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        chosen.iter().for_each(|block| drop(self.unused.remove(block)));
+        Ok(Some(chosen))
+    }
+}
+
+impl Memory for Elastic {
+    fn most_blocks(&self, _: usize) -> usize {
+        self.limit
+    }
+
+    /// All but what is live, and the slack of others, which they have to themselves.
+    fn free_blocks(&self, model: usize) -> usize {
+        let all = self.pool.stats();
+        let own = self.models[model].range.stats();
+        let gone = all.live_bytes + all.slack_bytes - own.slack_bytes + all.quarantined_bytes;
+        self.limit - gone / BLOCK_BYTES
+    }
+
+    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize, blocks: &mut Vec<u32>) -> Result<bool> {
+        let before = self.card.memory_calls();
+        let own = &mut self.models[model];
+        let taken = self.card.call(now_ns, || own.take(count))?;
+        self.calls += self.card.memory_calls() - before;
+        let has = taken.is_some();
+        blocks.extend(taken.into_iter().flatten());
+        Ok(has)
+    }
+
+    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: &mut Vec<u32>) -> Result<()> {
+        blocks.sort_unstable();
+        let own = &mut self.models[model];
+        self.card.call(now_ns, || {
+            runs(blocks).try_for_each(|run| own.range.deallocate(run.start, run.len()))
+        })?;
+        own.unused.extend(blocks.drain(..));
+        Ok(())
+    }
+
+    fn work(&mut self, now_ns: u64) -> Result<()> {
+        let engine = self.pool.engine().clone();
+        self.card.behind(now_ns, move || engine.step())?;
+        Ok(())
+    }
+
+    fn held_bytes(&self, model: usize) -> u64 {
+        self.models[model].range.stats().committed_bytes as u64
+    }
+
+    fn memory_calls(&self) -> u64 {
+        self.calls
+    }
+}
