@@ -49,7 +49,7 @@ impl Pool {
             Self::PageAtATime => Box::new(PageAtATime::new(shared, models, costs)?),
             Self::Ours => {
                 let limit_bytes = sizes.shared_tokens * TOKEN_BYTES;
-                Box::new(Elastic::new(limit_bytes, models, costs, Settings::DEFAULT)?)
+                Box::new(Elastic::new(limit_bytes, models, costs, Settings::of(limit_bytes, models))?)
             }
             Self::Ideal => Box::new(Ideal::new(shared, models)),
         })

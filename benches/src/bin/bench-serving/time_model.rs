@@ -28,8 +28,8 @@ impl TimeModel {
     /// The constants that `fit` found, to the published static curve as a whole:
     /// `cargo xtask bench serving -- fit`.
     pub const FITTED: Self = Self {
-        step_ns: 25_500_000,
-        sequence_ns: 180_000,
+        step_ns: 24_000_000,
+        sequence_ns: 200_000,
     };
 
     /// A step of so many prompt tokens and so many sequences that decode; 0 for none of either.

@@ -24,10 +24,3 @@ pub struct Workload {
     /// The requests of each model.
     pub models: Vec<Vec<Request>>,
 }
-
-impl Workload {
-    /// How many requests there are.
-    pub fn requests(&self) -> usize {
-        self.models.iter().map(Vec::len).sum()
-    }
-}

@@ -25,13 +25,20 @@ pub struct Settings {
     pub chunk_bytes_max: usize,
 }
 
+/// One part in so many of the budget is parked at most, and one is made ahead for all models together.
+const SHARE: usize = 16;
+/// So large that the whole pool changes hands within a tenth of a second, so small that a chunk seldom stays for one block.
+const CHUNK_BYTES_MAX: usize = 32 << 20;
+
 impl Settings {
     /// What serves all workloads here.
-    pub const DEFAULT: Self = Self {
-        park_bytes_max: 1 << 30,
-        ahead_bytes_max: 256 << 20,
-        chunk_bytes_max: 32 << 20,
-    };
+    pub fn of(limit_bytes: usize, models: usize) -> Self {
+        Self {
+            park_bytes_max: limit_bytes / SHARE,
+            ahead_bytes_max: limit_bytes / SHARE / models,
+            chunk_bytes_max: CHUNK_BYTES_MAX,
+        }
+    }
 }
 
 /// One model's range.
@@ -39,6 +46,10 @@ struct Model {
     range: Arc<VirtualMemoryPool>,
     /// Blocks that are not live.
     unused: BTreeSet<u32>,
+    /// Beyond the highest block that was ever live.
+    end: u32,
+    /// Whether blocks were taken below it since memory was last made ahead.
+    has_strayed: bool,
 }
 
 /// Models that share a budget.
@@ -79,9 +90,16 @@ impl Elastic {
             let range = pool.model(&name)?;
             range.use_stream(&Stream::new(&card.device)?)?;
             let unused = (0..limit as u32).collect();
-            Ok(Model { range, unused })
+            Ok(Model {
+                range,
+                unused,
+                end: 0,
+                has_strayed: false,
+            })
         });
         let models = models.collect::<Result<_>>()?;
+        // What is ahead of the first request is made before it comes, as an engine's start does it.
+        pool.engine().step();
         card.begin();
         Ok(Self {
             models,
@@ -90,11 +108,6 @@ impl Elastic {
             calls: 0,
             card,
         })
-    }
-
-    /// The pool itself.
-    pub fn pool(&self) -> &SharedMemoryPool {
-        &self.pool
     }
 }
 
@@ -108,6 +121,17 @@ fn runs(blocks: &[u32]) -> impl Iterator<Item = Range<usize>> + '_ {
 }
 
 impl Model {
+    /// Where the range grows next, if its latest allocation was elsewhere.
+    ///
+    /// The pool makes memory ahead of the latest allocation and gives back what is ahead of earlier ones. For a block table only
+    /// the place beyond its highest block counts, so that is allocated and freed again before the worker's step.
+    fn end(&mut self) -> Option<(Arc<VirtualMemoryPool>, usize)> {
+        let has_strayed = std::mem::take(&mut self.has_strayed);
+        let offset = self.end as usize * BLOCK_BYTES;
+        let wanted = has_strayed && offset < self.range.capacity_bytes();
+        wanted.then(|| (self.range.clone(), offset))
+    }
+
     /// Makes the lowest unused blocks live, or none where there is no memory for them.
     fn take(&mut self, count: usize) -> Result<Option<Vec<u32>>> {
         let chosen: Vec<_> = self.unused.iter().copied().take(count).collect();
@@ -127,7 +151,11 @@ impl Model {
                 Err(error) => return Err(error.into()),
             }
         }
-        chosen.iter().for_each(|block| drop(self.unused.remove(block)));
+        for block in &chosen {
+            self.unused.remove(block);
+            self.has_strayed = *block < self.end;
+            self.end = self.end.max(*block + 1);
+        }
         Ok(Some(chosen))
     }
 }
@@ -167,8 +195,17 @@ impl Memory for Elastic {
 
     fn work(&mut self, now_ns: u64) -> Result<()> {
         let engine = self.pool.engine().clone();
-        self.card.behind(now_ns, move || engine.step())?;
-        Ok(())
+        let ends: Vec<_> = self.models.iter_mut().filter_map(Model::end).collect();
+        self.card.behind(now_ns, move || {
+            for (range, offset) in ends {
+                // Where there is no memory for it, none is made ahead either.
+                if range.allocate(offset, BLOCK_BYTES).is_ok() {
+                    range.deallocate(offset, BLOCK_BYTES)?;
+                }
+            }
+            engine.step();
+            Ok(())
+        })?
     }
 
     fn held_bytes(&self, model: usize) -> u64 {

@@ -51,7 +51,7 @@ fn hand_back(memory: &mut dyn Memory) -> Result<f64> {
 /// If a pool fails.
 pub fn judge(course: &Course) -> Result<Vec<Finding>> {
     let limit_bytes = SIZES.shared_tokens * TOKEN_BYTES;
-    let mut ours = Elastic::new(limit_bytes, 2, Costs::Measured, Settings::DEFAULT)?;
+    let mut ours = Elastic::new(limit_bytes, 2, Costs::Measured, Settings::of(limit_bytes, 2))?;
     let mut peer = PageAtATime::new(blocks_within(SIZES.shared_tokens), 2, Costs::Measured)?;
     let name = "a busy model goes idle: until the other has all of its memory: page at a time";
     let demand = demand(name.to_owned(), "ms", Reach::AtMost(REACH_MS));

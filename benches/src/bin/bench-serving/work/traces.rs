@@ -11,7 +11,7 @@ use std::path::PathBuf;
 
 /// How many times later each request arrives than in the trace. The two services together ask for more prompt tokens than one
 /// A100 of the time model computes.
-const STRETCH: u64 = 2;
+const STRETCH: u64 = 4;
 /// How much of a trace a quick run takes, in nanoseconds of its own time.
 const QUICK_NS: u64 = 60_000_000_000;
 
