@@ -65,7 +65,10 @@ mod tests {
     #[test]
     fn a_ramp_has_as_many_requests_as_a_plain_count() {
         for peak in [2, 12, 14, 15, 16, 17, 18, 20] {
-            for requests in [0, 1, PHASES - 1].map(|phase| staggered_ramps(3, peak, phase)).concat() {
+            for requests in [0, 1, PHASES - 1]
+                .map(|phase| staggered_ramps(3, peak, phase))
+                .concat()
+            {
                 assert_eq!(requests.len(), counted(peak), "peak {peak}");
                 assert_eq!(requests.len(), (peak * peak) as usize);
             }
@@ -86,7 +89,10 @@ mod tests {
             assert!(arrivals(model).eq(arrivals(0).map(|ns| ns + begin_ns)));
         }
         let later = staggered_ramps(1, 4, PHASES / 2);
-        let later: Vec<_> = later[0].iter().map(|request| request.arrival_ns / 1_000_000).collect();
+        let later: Vec<_> = later[0]
+            .iter()
+            .map(|request| request.arrival_ns / 1_000_000)
+            .collect();
         assert_eq!(later[..3], [1500, 2250, 2750], "half a share later");
     }
 

@@ -28,7 +28,12 @@ pub enum Pool {
 
 impl Pool {
     /// All of them, in the order of the tables.
-    pub const ALL: [Self; 4] = [Self::StaticSplit, Self::PageAtATime, Self::Ours, Self::Ideal];
+    pub const ALL: [Self; 4] = [
+        Self::StaticSplit,
+        Self::PageAtATime,
+        Self::Ours,
+        Self::Ideal,
+    ];
 
     /// As it is told.
     pub fn name(self) -> &'static str {
@@ -49,7 +54,12 @@ impl Pool {
             Self::PageAtATime => Box::new(PageAtATime::new(shared, models, costs)?),
             Self::Ours => {
                 let limit_bytes = sizes.shared_tokens * TOKEN_BYTES;
-                Box::new(Elastic::new(limit_bytes, models, costs, Settings::of(limit_bytes, models))?)
+                Box::new(Elastic::new(
+                    limit_bytes,
+                    models,
+                    costs,
+                    Settings::of(limit_bytes, models),
+                )?)
             }
             Self::Ideal => Box::new(Ideal::new(shared, models)),
         })

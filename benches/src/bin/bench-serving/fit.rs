@@ -19,10 +19,7 @@ use std::ops::RangeInclusive;
 /// A grid: both constants from, to, and by steps, in nanoseconds.
 type Axis = (RangeInclusive<u64>, u64);
 
-const COARSE: (Axis, Axis) = (
-    (10_000_000..=40_000_000, 2_000_000),
-    (0..=300_000, 20_000),
-);
+const COARSE: (Axis, Axis) = ((10_000_000..=40_000_000, 2_000_000), (0..=300_000, 20_000));
 const FINE_STEPS: (u64, u64) = (250_000, 5_000);
 /// Every so many phases is tried.
 const PHASE_STEP: Phase = 2;
@@ -50,7 +47,9 @@ fn attempt(ramps: &[Vec<Workload>], time: TimeModel, limits: Limits) -> Result<T
         p99_ms.push(times.percentile_ms(99));
     }
     let errors = CURVES.iter().zip(&p99_ms);
-    let error = errors.map(|(point, ms)| (ms / point.static_ms).ln().powi(2)).sum();
+    let error = errors
+        .map(|(point, ms)| (ms / point.static_ms).ln().powi(2))
+        .sum();
     Ok(Try {
         error,
         time,
@@ -78,7 +77,10 @@ fn search(ramps: &[Vec<Workload>], limits: Limits, (step, sequence): &(Axis, Axi
 
 /// Around a value, as far as the coarse grid's step.
 fn around(value: u64, coarse_step: u64, step: u64) -> Axis {
-    (value.saturating_sub(coarse_step)..=value + coarse_step, step)
+    (
+        value.saturating_sub(coarse_step)..=value + coarse_step,
+        step,
+    )
 }
 
 /// Fits, and prints what was found for each order of prompts.
@@ -89,8 +91,15 @@ pub fn run() -> Result<()> {
     let workload = |peak, phase| Workload {
         models: staggered_ramps(MODELS, peak, phase),
     };
-    let variants = |peak| (0..PHASES).step_by(PHASE_STEP as usize).map(move |phase| workload(peak, phase));
-    let ramps: Vec<Vec<_>> = CURVES.iter().map(|point| variants(point.peak).collect()).collect();
+    let variants = |peak| {
+        (0..PHASES)
+            .step_by(PHASE_STEP as usize)
+            .map(move |phase| workload(peak, phase))
+    };
+    let ramps: Vec<Vec<_>> = CURVES
+        .iter()
+        .map(|point| variants(point.peak).collect())
+        .collect();
     for order in [Order::Mixed, Order::PromptsFirst] {
         let limits = Limits {
             order,
@@ -102,9 +111,15 @@ pub fn run() -> Result<()> {
             around(coarse.time.sequence_ns, COARSE.1.1, FINE_STEPS.1),
         );
         let best = search(&ramps, limits, &fine)?;
-        println!("{order:?}: {:?}, sum of squared logarithms {:.3}", best.time, best.error);
+        println!(
+            "{order:?}: {:?}, sum of squared logarithms {:.3}",
+            best.time, best.error
+        );
         for (point, ms) in CURVES.iter().zip(&best.p99_ms) {
-            println!("  peak {}: {ms:.0} ms, published {:.0} ms", point.peak, point.static_ms);
+            println!(
+                "  peak {}: {ms:.0} ms, published {:.0} ms",
+                point.peak, point.static_ms
+            );
         }
     }
     Ok(())

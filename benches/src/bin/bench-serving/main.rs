@@ -18,6 +18,8 @@ mod arrivals;
 mod card;
 mod contest;
 mod fit;
+#[cfg(test)]
+mod invariants;
 mod outcome;
 mod plots;
 mod pools;
@@ -48,7 +50,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         quick: arguments.quick,
     };
     let ramps = ramps::hold(&course)?;
-    ramps.iter().for_each(|(_, contest)| tables::print_contest(contest));
+    ramps
+        .iter()
+        .for_each(|(_, contest)| tables::print_contest(contest));
     tables::print_curves(&ramps);
     let traces = traces::hold(&course, &arguments.trace)?;
     let idle = idle::hold(&course)?;
@@ -65,8 +69,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     if let Some(folder) = &arguments.plots {
         let mut drawn = vec![("idle", &idle), ("single", &single)];
         drawn.extend(traces.iter().map(|contest| ("traces", contest)));
-        let names: Vec<_> = ramps.iter().map(|(point, _)| format!("ramps-{}", point.peak)).collect();
-        drawn.extend(names.iter().map(String::as_str).zip(ramps.iter().map(|(_, contest)| contest)));
+        let names: Vec<_> = ramps
+            .iter()
+            .map(|(point, _)| format!("ramps-{}", point.peak))
+            .collect();
+        drawn.extend(
+            names
+                .iter()
+                .map(String::as_str)
+                .zip(ramps.iter().map(|(_, contest)| contest)),
+        );
         plots::draw(folder, &ramps, &drawn)?;
         println!("Plots: {}", folder.display());
     }

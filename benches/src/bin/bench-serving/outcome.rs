@@ -105,7 +105,10 @@ mod tests {
     #[test]
     fn percentiles_are_times_that_were_seen() {
         let times = Times::new((1..=200).rev().map(|ms| ms * 1_000_000).collect());
-        assert_eq!([50, 99, 100].map(|percent| times.percentile_ms(percent)), [100.0, 198.0, 200.0]);
+        assert_eq!(
+            [50, 99, 100].map(|percent| times.percentile_ms(percent)),
+            [100.0, 198.0, 200.0]
+        );
         assert_eq!(times.mean_ms(), 100.5);
         assert!(Times::default().percentile_ms(99).is_nan());
     }

@@ -54,7 +54,10 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
     root.fill(&WHITE)?;
     let title = "Three models on one GPU: p99 time to first token";
     let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
-    let (first, last) = (peaks().fold(f64::MAX, f64::min), peaks().fold(0.0, f64::max));
+    let (first, last) = (
+        peaks().fold(f64::MAX, f64::min),
+        peaks().fold(0.0, f64::max),
+    );
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 24))
         .margin(12)
@@ -86,12 +89,18 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
         (
             "static, published",
             Pool::StaticSplit,
-            ramps.iter().map(|(point, _)| (f64::from(point.peak), point.static_ms)).collect(),
+            ramps
+                .iter()
+                .map(|(point, _)| (f64::from(point.peak), point.static_ms))
+                .collect(),
         ),
         (
             "KVCached, published",
             Pool::PageAtATime,
-            ramps.iter().map(|(point, _)| (f64::from(point.peak), point.elastic_ms)).collect(),
+            ramps
+                .iter()
+                .map(|(point, _)| (f64::from(point.peak), point.elastic_ms))
+                .collect(),
         ),
     ];
     for (label, pool, points) in published {
@@ -118,10 +127,16 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
     let root = SVGBackend::new(path, STACK_SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let title = format!("{}: memory held by each model", contest.name);
-    let charts = root.titled(&title, ("sans-serif", 24))?.split_evenly((Pool::ALL.len(), 1));
+    let charts = root
+        .titled(&title, ("sans-serif", 24))?
+        .split_evenly((Pool::ALL.len(), 1));
     let outcomes = Pool::ALL.map(|pool| contest.of(pool));
-    let end = outcomes.iter().filter_map(|outcome| outcome.over_time.last());
-    let end_seconds = end.map(|moment| moment.at_ns as f64 / 1e9).fold(1.0, f64::max);
+    let end = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.over_time.last());
+    let end_seconds = end
+        .map(|moment| moment.at_ns as f64 / 1e9)
+        .fold(1.0, f64::max);
     let most = outcomes.iter().map(|outcome| outcome.held_bytes_max).max();
     let most_gib = most.unwrap_or_default() as f64 / GIB;
     for (pool, area) in Pool::ALL.into_iter().zip(&charts) {
@@ -138,12 +153,17 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
             .label_style(("sans-serif", 14))
             .light_line_style(WHITE.mix(0.0))
             .draw()?;
-        let models = contest.of(pool).over_time.first().map_or(0, |moment| moment.held_bytes.len());
+        let models = contest
+            .of(pool)
+            .over_time
+            .first()
+            .map_or(0, |moment| moment.held_bytes.len());
         // Stacked areas, the highest first, so that the lower ones cover it.
         for model in (0..models).rev() {
             let colour = MODEL_COLOURS[model % MODEL_COLOURS.len()];
             let points = stacked(contest.of(pool), model);
-            chart.draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(colour))?;
+            chart
+                .draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(colour))?;
         }
     }
     root.present()?;

@@ -126,11 +126,6 @@ impl Scheduler {
         !(self.waiting.is_empty() && self.running.is_empty())
     }
 
-    /// Blocks that its sequences hold.
-    pub fn blocks(&self) -> usize {
-        self.running.iter().map(|sequence| sequence.blocks.len()).sum()
-    }
-
     /// Chooses the next step and takes its blocks; an empty step if no block can be had.
     ///
     /// # Errors
@@ -158,7 +153,8 @@ impl Scheduler {
         let reserve = memory.most_blocks(self.model) / self.limits.watermark_divisor;
         while let Some(next) = self.waiting.front_mut() {
             let (tokens, need) = (next.tokens(), blocks_of(next.tokens()));
-            let over = step.prompt_tokens + tokens > self.limits.prompt_tokens_max && step.prompts > 0;
+            let over =
+                step.prompt_tokens + tokens > self.limits.prompt_tokens_max && step.prompts > 0;
             if over || self.running.len() >= self.limits.sequences_max {
                 break;
             }
@@ -200,7 +196,12 @@ impl Scheduler {
     ///
     /// # Errors
     /// If the memory fails.
-    pub fn finish(&mut self, step: Step, memory: &mut dyn Memory, now_ns: &mut u64) -> Result<Vec<Sequence>> {
+    pub fn finish(
+        &mut self,
+        step: Step,
+        memory: &mut dyn Memory,
+        now_ns: &mut u64,
+    ) -> Result<Vec<Sequence>> {
         let ready_ns = *now_ns;
         let first_prompt = self.running.len() - step.prompts;
         let stepped = self.running.iter_mut().enumerate();
@@ -208,9 +209,13 @@ impl Scheduler {
             sequence.generated += 1;
             sequence.first_ns.get_or_insert(ready_ns);
         }
-        let is_over = |sequence: &mut Sequence| sequence.generated >= sequence.request.generated_tokens;
+        let is_over =
+            |sequence: &mut Sequence| sequence.generated >= sequence.request.generated_tokens;
         let mut ended: Vec<_> = self.running.extract_if(.., is_over).collect();
-        let mut blocks: Vec<u32> = ended.iter_mut().flat_map(|sequence| sequence.blocks.drain(..)).collect();
+        let mut blocks: Vec<u32> = ended
+            .iter_mut()
+            .flat_map(|sequence| sequence.blocks.drain(..))
+            .collect();
         if !blocks.is_empty() {
             memory.give(now_ns, self.model, &mut blocks)?;
         }

@@ -38,13 +38,22 @@ struct Simulation<'a> {
 ///
 /// # Errors
 /// If the memory fails, or if requests are left that nobody can go on with.
-pub fn run(workload: &Workload, memory: &mut dyn Memory, time: TimeModel, limits: Limits) -> Result<Outcome> {
+pub fn run(
+    workload: &Workload,
+    memory: &mut dyn Memory,
+    time: TimeModel,
+    limits: Limits,
+) -> Result<Outcome> {
     let models = 0..workload.models.len();
     let simulation = Simulation {
         memory,
         time,
         engines: models.map(|model| Scheduler::new(model, limits)).collect(),
-        to_come: workload.models.iter().map(|requests| requests.iter()).collect(),
+        to_come: workload
+            .models
+            .iter()
+            .map(|requests| requests.iter())
+            .collect(),
         now_ns: 0,
         look_ns: 0,
         first_token: Vec::new(),
@@ -91,7 +100,11 @@ impl Simulation<'_> {
     /// Takes in what has arrived by now.
     fn arrive(&mut self) {
         for (engine, requests) in self.engines.iter_mut().zip(&mut self.to_come) {
-            while let Some(next) = requests.as_slice().first().filter(|next| next.arrival_ns <= self.now_ns) {
+            while let Some(next) = requests
+                .as_slice()
+                .first()
+                .filter(|next| next.arrival_ns <= self.now_ns)
+            {
                 let taken = engine.arrive(*next, &*self.memory);
                 self.outcome.refused += usize::from(!taken);
                 requests.next();
@@ -100,7 +113,10 @@ impl Simulation<'_> {
     }
 
     fn next_arrival_ns(&self) -> Option<u64> {
-        let next = self.to_come.iter().filter_map(|requests| requests.as_slice().first());
+        let next = self
+            .to_come
+            .iter()
+            .filter_map(|requests| requests.as_slice().first());
         next.map(|request| request.arrival_ns).min()
     }
 
@@ -129,9 +145,11 @@ impl Simulation<'_> {
             self.outcome.calls_ns_max = self.outcome.calls_ns_max.max(calls_ns);
             for sequence in ended {
                 let first_ns = sequence.first_ns.unwrap_or(ready_ns);
-                self.first_token.push(first_ns - sequence.request.arrival_ns);
+                self.first_token
+                    .push(first_ns - sequence.request.arrival_ns);
                 let later = u64::from(sequence.request.generated_tokens.saturating_sub(1));
-                self.per_token.extend((ready_ns - first_ns).checked_div(later));
+                self.per_token
+                    .extend((ready_ns - first_ns).checked_div(later));
                 self.outcome.served += 1;
                 self.outcome.end_ns = ready_ns;
             }

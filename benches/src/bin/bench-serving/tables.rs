@@ -57,8 +57,14 @@ pub fn print_contest(contest: &Contest) {
             outcome.refused.to_string(),
             outcome.preemptions.to_string(),
             format!("{:.1}", outcome.tokens_per_second()),
-            format!("{:.2}", outcome.held_bytes_max as f64 / (1_u64 << 30) as f64),
-            format!("{:.2}", outcome.calls_ns as f64 / 1e3 / outcome.steps as f64),
+            format!(
+                "{:.2}",
+                outcome.held_bytes_max as f64 / (1_u64 << 30) as f64
+            ),
+            format!(
+                "{:.2}",
+                outcome.calls_ns as f64 / 1e3 / outcome.steps as f64
+            ),
             format!("{:.0}", outcome.calls_ns_max as f64 / 1e3),
         ]);
         table.add_row(row);

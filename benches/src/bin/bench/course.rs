@@ -2,8 +2,8 @@
 
 use crate::demand::Finding;
 use crate::machine::Machine;
-use crate::{listing, report};
 use crate::work::Work;
+use crate::{listing, report};
 use anyhow::{Result, ensure};
 use std::path::Path;
 use std::process::ExitCode;

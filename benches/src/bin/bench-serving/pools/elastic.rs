@@ -2,6 +2,11 @@
 //!
 //! Freed blocks stay parked up to a watermark, blocks beyond the last one are made ahead, and the worker's step has a thread
 //! and a clock of its own. What one model has parked another takes back by asking for memory.
+//!
+//! # Safety
+//! `compact_model` asks that nobody launches work on the model's memory meanwhile. No work is launched here at all: the card
+//! is simulated, and only its memory is used.
+#![allow(unsafe_code)]
 
 use super::{BLOCK_BYTES, Memory};
 use crate::card::{Card, Costs};
@@ -31,11 +36,15 @@ const SHARE: usize = 16;
 const CHUNK_BYTES_MAX: usize = 32 << 20;
 
 impl Settings {
-    /// What serves all workloads here.
+    /// What serves all workloads here. What is parked or made ahead is in nobody's way where there is one model only.
     pub fn of(limit_bytes: usize, models: usize) -> Self {
+        let share_bytes = match models {
+            1 => limit_bytes,
+            _ => limit_bytes / SHARE,
+        };
         Self {
-            park_bytes_max: limit_bytes / SHARE,
-            ahead_bytes_max: limit_bytes / SHARE / models,
+            park_bytes_max: share_bytes,
+            ahead_bytes_max: share_bytes / models,
             chunk_bytes_max: CHUNK_BYTES_MAX,
         }
     }
@@ -67,7 +76,12 @@ impl Elastic {
     ///
     /// # Errors
     /// If there is no simulator here, or the pool refuses its options.
-    pub fn new(limit_bytes: usize, models: usize, costs: Costs, settings: Settings) -> Result<Self> {
+    pub fn new(
+        limit_bytes: usize,
+        models: usize,
+        costs: Costs,
+        settings: Settings,
+    ) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let limit = limit_bytes / BLOCK_BYTES;
         let engine = EngineOptions::new()
@@ -108,6 +122,21 @@ impl Elastic {
             calls: 0,
             card,
         })
+    }
+}
+
+impl Elastic {
+    /// Has the background give back what an idle model holds beside its live blocks.
+    ///
+    /// # Errors
+    /// If the driver refuses.
+    pub fn go_idle(&mut self, model: usize, now_ns: u64) -> Result<()> {
+        let pool = self.pool.clone();
+        self.card.behind(now_ns, move || {
+            // SAFETY: nobody launches work; see the module's documentation.
+            unsafe { pool.compact_model(&model.to_string()) }
+        })??;
+        Ok(())
     }
 }
 
@@ -173,7 +202,13 @@ impl Memory for Elastic {
         self.limit - gone / BLOCK_BYTES
     }
 
-    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize, blocks: &mut Vec<u32>) -> Result<bool> {
+    fn take(
+        &mut self,
+        now_ns: &mut u64,
+        model: usize,
+        count: usize,
+        blocks: &mut Vec<u32>,
+    ) -> Result<bool> {
         let before = self.card.memory_calls();
         let own = &mut self.models[model];
         let taken = self.card.call(now_ns, || own.take(count))?;

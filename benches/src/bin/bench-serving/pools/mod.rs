@@ -40,8 +40,13 @@ pub trait Memory {
     ///
     /// # Errors
     /// If the driver refuses what must succeed.
-    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize, blocks: &mut Vec<u32>)
-    -> Result<bool>;
+    fn take(
+        &mut self,
+        now_ns: &mut u64,
+        model: usize,
+        count: usize,
+        blocks: &mut Vec<u32>,
+    ) -> Result<bool>;
 
     /// Gives back blocks of a model, of which the device is past.
     ///

@@ -86,7 +86,13 @@ impl Memory for PageAtATime {
         self.limit - self.held() + self.models[model].reserve.len()
     }
 
-    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize, blocks: &mut Vec<u32>) -> Result<bool> {
+    fn take(
+        &mut self,
+        now_ns: &mut u64,
+        model: usize,
+        count: usize,
+        blocks: &mut Vec<u32>,
+    ) -> Result<bool> {
         if count > self.free_blocks(model) {
             return Ok(false);
         }
@@ -98,7 +104,10 @@ impl Memory for PageAtATime {
                 let page = match own.reserve.pop() {
                     Some(page) => page,
                     None => {
-                        let page = own.unmapped.pop_first().expect("as many pages as the limit has");
+                        let page = own
+                            .unmapped
+                            .pop_first()
+                            .expect("as many pages as the limit has");
                         own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
                         page
                     }
@@ -140,10 +149,15 @@ impl Memory for PageAtATime {
             }
             let wanted = (RESERVE_MAX - own.reserve.len()).min(room);
             let pages: Vec<_> = own.unmapped.iter().copied().take(wanted).collect();
-            let (device, reservation, asked) =
-                (self.card.device.clone(), own.reservation.clone(), pages.clone());
+            let (device, reservation, asked) = (
+                self.card.device.clone(),
+                own.reservation.clone(),
+                pages.clone(),
+            );
             let made = self.card.behind(now_ns, move || {
-                let made = asked.into_iter().map(|page| map(&device, &reservation, page));
+                let made = asked
+                    .into_iter()
+                    .map(|page| map(&device, &reservation, page));
                 made.collect::<cuda_vmm::Result<Vec<_>>>()
             })??;
             for (page, mapping) in pages.into_iter().zip(made) {

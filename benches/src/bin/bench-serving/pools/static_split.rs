@@ -30,7 +30,13 @@ impl Memory for StaticSplit {
         self.limit - self.used[model]
     }
 
-    fn take(&mut self, _: &mut u64, model: usize, count: usize, blocks: &mut Vec<u32>) -> Result<bool> {
+    fn take(
+        &mut self,
+        _: &mut u64,
+        model: usize,
+        count: usize,
+        blocks: &mut Vec<u32>,
+    ) -> Result<bool> {
         if count > self.free_blocks(model) {
             return Ok(false);
         }

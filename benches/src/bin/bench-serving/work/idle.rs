@@ -26,10 +26,18 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// # Errors
 /// If a pool fails.
 pub fn hold(course: &Course) -> Result<Contest> {
-    let (phases, seconds) = if course.quick { (1, 10) } else { (PHASES, BUSY_SECONDS) };
+    let (phases, seconds) = if course.quick {
+        (1, 10)
+    } else {
+        (PHASES, BUSY_SECONDS)
+    };
     let variants = (0..phases).map(|phase| {
         let idle = (0..IDLE as u64).map(|model| {
-            paced(model * APART_SECONDS * SECOND_NS, phase, IDLE_RATES.into_iter())
+            paced(
+                model * APART_SECONDS * SECOND_NS,
+                phase,
+                IDLE_RATES.into_iter(),
+            )
         });
         let from_ns = IDLE as u64 * APART_SECONDS * SECOND_NS;
         let busy = paced(from_ns, phase, std::iter::repeat_n(BUSY_RATE, seconds));

@@ -54,11 +54,19 @@ pub fn judge(course: &Course, ramps: &Ramps) -> Result<Vec<Finding>> {
         let ours = p99_ms(contest, Pool::Ours);
         let against = |pool: Pool, reach| {
             let name = format!("{}: p99 time to first token: {}", contest.name, pool.name());
-            course.judge(&demand(name, "ms", reach), ours, Some(p99_ms(contest, pool)))
+            course.judge(
+                &demand(name, "ms", reach),
+                ours,
+                Some(p99_ms(contest, pool)),
+            )
         };
         findings.push(against(Pool::Ideal, Reach::AtMostTimes(IDEAL_TIMES)));
         let is_ample = AMPLE_PEAKS.contains(&point.peak);
-        let reach = if is_ample { Reach::AtMostTimes(STATIC_TIMES) } else { Reach::Open };
+        let reach = if is_ample {
+            Reach::AtMostTimes(STATIC_TIMES)
+        } else {
+            Reach::Open
+        };
         findings.push(against(Pool::StaticSplit, reach));
         findings.extend(never_slower(course, contest));
     }
@@ -68,7 +76,11 @@ pub fn judge(course: &Course, ramps: &Ramps) -> Result<Vec<Finding>> {
             ("static", Pool::StaticSplit, point.static_ms),
             ("KVCached", Pool::PageAtATime, point.elastic_ms),
         ] {
-            let name = format!("(a) peak {}: simulated {}: published {curve}", point.peak, pool.name());
+            let name = format!(
+                "(a) peak {}: simulated {}: published {curve}",
+                point.peak,
+                pool.name()
+            );
             let simulated_ms = p99_ms(contest, pool);
             findings.push(demand(name, "ms", Reach::Open).judge(simulated_ms, Some(published_ms)));
         }
@@ -78,22 +90,37 @@ pub fn judge(course: &Course, ramps: &Ramps) -> Result<Vec<Finding>> {
 
 /// The peak at which the static split is the farthest behind.
 fn best(course: &Course, ramps: &Ramps) -> Result<Finding> {
-    let times = |contest: &Contest, pool| p99_ms(contest, Pool::StaticSplit) / p99_ms(contest, pool);
+    let times =
+        |contest: &Contest, pool| p99_ms(contest, Pool::StaticSplit) / p99_ms(contest, pool);
     let farthest = |pool| {
-        let peaks = ramps.iter().map(move |(point, contest)| (times(contest, pool), point.peak));
-        peaks.max_by(|one, other| one.0.total_cmp(&other.0)).context("no peaks")
+        let peaks = ramps
+            .iter()
+            .map(move |(point, contest)| (times(contest, pool), point.peak));
+        peaks
+            .max_by(|one, other| one.0.total_cmp(&other.0))
+            .context("no peaks")
     };
     let ((ours, peak), (ideal, ideal_peak)) = (farthest(Pool::Ours)?, farthest(Pool::Ideal)?);
     let reach = match ideal >= BEST_TIMES {
         true => Reach::AtLeastTimes(BEST_TIMES),
         false => Reach::Open,
     };
-    let contest = ramps.iter().find(|(point, _)| point.peak == peak).map(|(_, contest)| contest);
+    let contest = ramps
+        .iter()
+        .find(|(point, _)| point.peak == peak)
+        .map(|(_, contest)| contest);
     let contest = contest.context("no peaks")?;
     // Turned round, as a static split that is so many times slower is what is demanded.
-    let demand = demand("(a) best peak: p99 time to first token of the static split: of ours".to_owned(), "ms", reach);
-    let mut finding =
-        course.judge(&demand, p99_ms(contest, Pool::StaticSplit), Some(p99_ms(contest, Pool::Ours)));
+    let demand = demand(
+        "(a) best peak: p99 time to first token of the static split: of ours".to_owned(),
+        "ms",
+        reach,
+    );
+    let mut finding = course.judge(
+        &demand,
+        p99_ms(contest, Pool::StaticSplit),
+        Some(p99_ms(contest, Pool::Ours)),
+    );
     let note = format!(
         "static ÷ ours is {ours:.1} at peak {peak}; static ÷ ideal {ideal:.1} at peak {ideal_peak}; KVCached published 28.2 at 16"
     );

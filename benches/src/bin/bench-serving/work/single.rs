@@ -20,7 +20,11 @@ const PROMPT_TOKENS: u32 = 1024;
 /// # Errors
 /// If a pool fails.
 pub fn hold(course: &Course) -> Result<Contest> {
-    let (phases, seconds) = if course.quick { (1, 10) } else { (PHASES / 4, SECONDS) };
+    let (phases, seconds) = if course.quick {
+        (1, 10)
+    } else {
+        (PHASES / 4, SECONDS)
+    };
     let variants = (0..phases).map(|phase| {
         let mut requests = paced(0, phase, std::iter::repeat_n(RATE, seconds));
         for request in &mut requests {
@@ -34,7 +38,11 @@ pub fn hold(course: &Course) -> Result<Contest> {
         static_tokens: SIZES.shared_tokens,
         ..SIZES
     };
-    Contest::hold("single model, whole card", &variants.collect::<Vec<_>>(), sizes)
+    Contest::hold(
+        "single model, whole card",
+        &variants.collect::<Vec<_>>(),
+        sizes,
+    )
 }
 
 /// Judges it.
@@ -45,5 +53,8 @@ pub fn judge(course: &Course, contest: &Contest) -> Vec<Finding> {
         let demand = demand(name, "tokens/s", Reach::AtLeastTimes(least));
         course.judge(&demand, throughput(Pool::Ours), Some(throughput(pool)))
     };
-    vec![against(Pool::StaticSplit, 1.0), against(Pool::PageAtATime, 1.0)]
+    vec![
+        against(Pool::StaticSplit, 1.0),
+        against(Pool::PageAtATime, 1.0),
+    ]
 }
