@@ -63,7 +63,7 @@ enum Task {
         #[arg(long)]
         cuda: bool,
     },
-    /// Measure what the bookkeeping costs, or with --gpu what the pools cost on the GPU of this machine
+    /// Measure what the bookkeeping costs, with --gpu what the pools cost on the GPU of this machine, or simulate serving
     ///
     /// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
     Bench(bench::Arguments),

@@ -1,13 +1,14 @@
-//! `bench`: what the bookkeeping costs on the CPU, or what the pools cost on a GPU.
+//! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
 
 mod criterion;
 mod finding;
 mod memory;
+mod serving;
 
 use crate::workspace::Workspace;
 use crate::{gpu_test, setup, table};
 use anyhow::{Context, Result};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use finding::Finding;
 use serde_json::Value;
 use std::ffi::OsString;
@@ -31,9 +32,24 @@ enum Part {
     Candle,
 }
 
+/// What is simulated.
+#[derive(Debug, Subcommand)]
+enum Simulated {
+    /// Simulate serving several models on one GPU, in four pools; what follows goes to the program
+    #[command(disable_help_flag = true)]
+    Serving {
+        /// Arguments of the program (`--help` lists them)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
 /// What is to be measured.
 #[derive(Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Arguments {
+    #[command(subcommand)]
+    simulated: Option<Simulated>,
     /// Measure on the GPU of this machine
     #[arg(long)]
     gpu: bool,
@@ -54,6 +70,9 @@ pub struct Arguments {
 /// Measures, and answers with the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
+    if let Some(Simulated::Serving { arguments }) = &arguments.simulated {
+        return serving::run(workspace, arguments);
+    }
     // The path is from where the caller is, and cargo runs elsewhere.
     let json = arguments.json.as_deref().map(std::path::absolute);
     let json = json.transpose().context("the path of the JSON file")?;

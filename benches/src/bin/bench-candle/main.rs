@@ -5,6 +5,8 @@
 mod course;
 #[path = "../bench/demand.rs"]
 mod demand;
+#[path = "../bench/listing.rs"]
+mod listing;
 #[path = "../bench/report.rs"]
 mod report;
 #[path = "../bench/samples.rs"]
@@ -12,6 +14,8 @@ mod samples;
 #[allow(dead_code)]
 #[path = "../bench/sides.rs"]
 mod sides;
+#[path = "../bench/start.rs"]
+mod start;
 
 // The decoder is the one of the facade's example, which also reads what is not needed here.
 #[allow(dead_code)]
@@ -41,7 +45,7 @@ use machine::Machine;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    course::start("bench-candle", run)
+    start::start("bench-candle", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {

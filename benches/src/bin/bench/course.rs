@@ -2,39 +2,14 @@
 
 use crate::demand::Finding;
 use crate::machine::Machine;
-use crate::report;
 use crate::work::Work;
+use crate::{listing, report};
 use anyhow::{Result, ensure};
-use clap::Parser;
 use std::path::Path;
 use std::process::ExitCode;
 
 /// The exit code where no GPU answers.
 const NO_GPU: u8 = 2;
-/// The exit code of a usage error.
-const USAGE: u8 = 64;
-
-/// Reads the arguments of the program of this name and runs it; answers its exit code.
-pub fn start<A: Parser>(program: &str, run: impl FnOnce(&A) -> Result<ExitCode>) -> ExitCode {
-    let arguments = match A::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Telling why can only fail if there is nobody left to tell.
-            let _ = error.print();
-            return match error.exit_code() {
-                0 => ExitCode::SUCCESS,
-                _ => ExitCode::from(USAGE),
-            };
-        }
-    };
-    match run(&arguments) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("{program}: error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
 
 /// The work that a word means; all of it without one.
 ///
@@ -79,9 +54,9 @@ pub fn without_gpu(wanted: &[&Work], reason: &str, json: Option<&Path>) -> Resul
 }
 
 fn end(json: Option<&Path>, findings: &[Finding]) -> Result<()> {
-    report::print_findings(findings);
+    listing::print_findings(findings);
     match json {
-        Some(path) => report::write(path, findings),
+        Some(path) => listing::write(path, findings),
         None => Ok(()),
     }
 }

@@ -5,11 +5,13 @@ mod bare;
 mod course;
 mod demand;
 mod kernel;
+mod listing;
 mod machine;
 mod recorder;
 mod report;
 mod samples;
 mod sides;
+mod start;
 mod traffic;
 mod work;
 
@@ -24,7 +26,7 @@ use std::process::ExitCode;
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
 fn main() -> ExitCode {
-    course::start("bench", run)
+    start::start("bench", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {

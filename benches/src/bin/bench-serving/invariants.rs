@@ -1,0 +1,192 @@
+//! What holds of every schedule, whatever the requests, in every pool.
+
+use crate::card::Costs;
+use crate::outcome::Outcome;
+use crate::pools::elastic::{Elastic, Settings};
+use crate::pools::ideal::Ideal;
+use crate::pools::page_at_a_time::PageAtATime;
+use crate::pools::static_split::StaticSplit;
+use crate::pools::{BLOCK_BYTES, Memory, blocks_of};
+use crate::scheduler::{Limits, Order};
+use crate::simulation;
+use crate::time_model::TimeModel;
+use crate::workload::{Request, Workload};
+use anyhow::Result;
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+
+/// A pool whose every answer is checked.
+struct Checked {
+    pool: Box<dyn Memory>,
+    limit: usize,
+    /// Blocks in use, of each model; names may be the same where a pool only counts.
+    used: Vec<Vec<u32>>,
+    has_names: bool,
+}
+
+impl Memory for Checked {
+    fn most_blocks(&self, model: usize) -> usize {
+        self.pool.most_blocks(model)
+    }
+
+    fn free_blocks(&self, model: usize) -> usize {
+        self.pool.free_blocks(model)
+    }
+
+    fn take(
+        &mut self,
+        now_ns: &mut u64,
+        model: usize,
+        count: usize,
+        blocks: &mut Vec<u32>,
+    ) -> Result<bool> {
+        let before = blocks.len();
+        let (began_ns, free) = (*now_ns, self.free_blocks(model));
+        let has = self.pool.take(now_ns, model, count, blocks)?;
+        assert!(*now_ns >= began_ns, "time goes on");
+        assert!(!has || count <= free, "{count} of {free}");
+        let taken = &blocks[before..];
+        assert_eq!(taken.len(), if has { count } else { 0 }, "all or none");
+        self.used[model].extend(taken);
+        assert!(self.used.iter().map(Vec::len).sum::<usize>() <= self.limit);
+        if self.has_names {
+            let names: BTreeSet<_> = self.used[model].iter().collect();
+            assert_eq!(names.len(), self.used[model].len(), "no block twice");
+        }
+        Ok(has)
+    }
+
+    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: &mut Vec<u32>) -> Result<()> {
+        for block in blocks.iter() {
+            let at = self.used[model].iter().position(|used| used == block);
+            self.used[model].swap_remove(at.expect("only what was taken is given"));
+        }
+        self.pool.give(now_ns, model, blocks)?;
+        assert!(blocks.is_empty());
+        Ok(())
+    }
+
+    fn work(&mut self, now_ns: u64) -> Result<()> {
+        self.pool.work(now_ns)
+    }
+
+    fn held_bytes(&self, model: usize) -> u64 {
+        let bytes = self.pool.held_bytes(model);
+        assert!(bytes >= (self.used[model].len() * BLOCK_BYTES) as u64);
+        bytes
+    }
+}
+
+const POOLS: usize = 4;
+
+/// The pools, with so much memory for all models; the static one gives each as much of it.
+fn pool(which: usize, limit: usize, models: usize, costs: Costs) -> Checked {
+    // Nothing of it stands beyond a fraction of so small a pool.
+    let settings = Settings {
+        park_bytes_max: limit * BLOCK_BYTES / 8,
+        ahead_bytes_max: limit * BLOCK_BYTES / 8,
+        chunk_bytes_max: 4 * BLOCK_BYTES,
+    };
+    let pool: Box<dyn Memory> = match which {
+        0 => Box::new(StaticSplit::new(limit / models, models)),
+        1 => Box::new(PageAtATime::new(limit, models, costs).unwrap()),
+        2 => Box::new(Elastic::new(limit * BLOCK_BYTES, models, costs, settings).unwrap()),
+        _ => Box::new(Ideal::new(limit, models)),
+    };
+    Checked {
+        pool,
+        limit,
+        used: vec![Vec::new(); models],
+        has_names: which == 1 || which == 2,
+    }
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    let request = (0..2_000_u64, 1..400_u32, 1..80_u32);
+    let request = request.prop_map(|(arrival_ms, prompt_tokens, generated_tokens)| Request {
+        arrival_ns: arrival_ms * 1_000_000,
+        prompt_tokens,
+        generated_tokens,
+    });
+    prop::collection::vec(request, 0..25).prop_map(|mut requests| {
+        requests.sort_by_key(|request| request.arrival_ns);
+        requests
+    })
+}
+
+fn run(workload: &Workload, memory: &mut Checked, order: Order) -> Outcome {
+    let limits = Limits {
+        order,
+        sequences_max: 8,
+        prompt_tokens_max: 512,
+        watermark_divisor: 50,
+    };
+    simulation::run(workload, memory, TimeModel::FITTED, limits).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_request_ends_or_is_refused_and_no_token_is_lost(
+        models in prop::collection::vec(requests(), 1..4), limit in 12..80_usize, mixed: bool,
+    ) {
+        let order = if mixed { Order::Mixed } else { Order::PromptsFirst };
+        let workload = Workload { models };
+        for which in 0..POOLS {
+            let mut memory = pool(which, limit, workload.models.len(), Costs::Measured);
+            let outcome = run(&workload, &mut memory, order);
+            let most = memory.most_blocks(0);
+            let all = workload.models.iter().flatten();
+            let (served, refused): (Vec<_>, Vec<_>) =
+                all.partition(|request| blocks_of(request.tokens_max()) <= most);
+            prop_assert_eq!((outcome.served, outcome.refused), (served.len(), refused.len()));
+            let tokens: u32 = served.iter().map(|request| request.generated_tokens).sum();
+            prop_assert_eq!(outcome.tokens, u64::from(tokens));
+            prop_assert!(memory.used.iter().all(Vec::is_empty), "all blocks were given back");
+            prop_assert!(outcome.held_bytes_max <= (limit * BLOCK_BYTES) as u64);
+        }
+    }
+
+    #[test]
+    fn pools_of_one_size_whose_calls_cost_nothing_give_the_same_schedule(
+        requests in requests(), limit in 12..80_usize,
+    ) {
+        let workload = Workload { models: vec![requests] };
+        let outcome = |which| {
+            let outcome = run(&workload, &mut pool(which, limit, 1, Costs::Free), Order::Mixed);
+            // All but what tells of the pool itself.
+            Outcome { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
+        };
+        let ideal = outcome(POOLS - 1);
+        for which in 0..POOLS - 1 {
+            prop_assert_eq!(&outcome(which), &ideal, "pool {}", which);
+        }
+    }
+
+    #[test]
+    fn a_run_is_the_same_again(models in prop::collection::vec(requests(), 2..4), limit in 12..80_usize) {
+        let workload = Workload { models };
+        for which in [1, 2] {
+            let again = || run(&workload, &mut pool(which, limit, workload.models.len(), Costs::Measured), Order::Mixed);
+            prop_assert_eq!(again(), again());
+        }
+    }
+}
+
+#[test]
+fn memory_that_is_short_preempts_and_computes_again() {
+    let request = Request {
+        arrival_ns: 0,
+        prompt_tokens: 64,
+        generated_tokens: 65,
+    };
+    let workload = Workload {
+        models: vec![vec![request; 3]],
+    };
+    // Three prompts of four blocks fit, but not what they grow to.
+    let outcome = run(&workload, &mut pool(3, 14, 1, Costs::Free), Order::Mixed);
+    assert_eq!((outcome.served, outcome.refused), (3, 0));
+    assert!(outcome.preemptions > 0);
+    assert_eq!(outcome.tokens, 3 * 65);
+}

@@ -1,0 +1,179 @@
+//! Plots as SVG.
+
+use crate::contest::{Contest, Pool};
+use crate::outcome::Outcome;
+use crate::work::ramps::Ramps;
+use anyhow::{Context, Result, anyhow};
+use plotters::prelude::*;
+use std::path::Path;
+
+const SIZE: (u32, u32) = (1_000, 640);
+const STACK_SIZE: (u32, u32) = (1_000, 1_100);
+const MODEL_COLOURS: [RGBColor; 4] = [
+    RGBColor(78, 121, 167),
+    RGBColor(242, 142, 43),
+    RGBColor(118, 183, 178),
+    RGBColor(176, 122, 161),
+];
+const GIB: f64 = (1_u64 << 30) as f64;
+
+type Failure = Box<dyn std::error::Error>;
+type Points = Vec<(f64, f64)>;
+
+fn colour(pool: Pool) -> RGBColor {
+    match pool {
+        Pool::StaticSplit => RGBColor(200, 30, 30),
+        Pool::PageAtATime => RGBColor(200, 130, 20),
+        Pool::Ours => RGBColor(40, 130, 60),
+        Pool::Ideal => RGBColor(40, 40, 40),
+    }
+}
+
+/// Draws all plots into a folder: the curves of workload (a), and memory over time of some contests.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(&str, &Contest)]) -> Result<()> {
+    std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let curves = folder.join("ramps.svg");
+    draw_curves(ramps, &curves).map_err(|error| failed(&curves, &*error))?;
+    for (name, contest) in contests {
+        let path = folder.join(format!("{name}.svg"));
+        draw_memory(contest, &path).map_err(|error| failed(&path, &*error))?;
+    }
+    Ok(())
+}
+
+fn failed(path: &Path, error: &dyn std::error::Error) -> anyhow::Error {
+    anyhow!("cannot draw {}: {error}", path.display())
+}
+
+/// p99 time to first token by peak, simulated and published.
+fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
+    let root = SVGBackend::new(path, SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let title = "Three models on one GPU: p99 time to first token";
+    let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
+    let (first, last) = (
+        peaks().fold(f64::MAX, f64::min),
+        peaks().fold(0.0, f64::max),
+    );
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 24))
+        .margin(12)
+        .x_label_area_size(44)
+        .y_label_area_size(72)
+        .build_cartesian_2d(first..last, (50.0..100_000.0).log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc("peak of each ramp (requests a second)")
+        .y_desc("milliseconds")
+        .x_label_formatter(&|value| format!("{value:.0}"))
+        .y_label_formatter(&|value| format!("{value:.0}"))
+        .label_style(("sans-serif", 15))
+        .axis_desc_style(("sans-serif", 17))
+        .light_line_style(WHITE.mix(0.0))
+        .draw()?;
+    for pool in Pool::ALL {
+        let style = colour(pool).stroke_width(2);
+        let points = ramps.iter().map(|(point, contest)| {
+            let p99_ms = contest.of(pool).first_token.percentile_ms(99);
+            (f64::from(point.peak), p99_ms)
+        });
+        chart
+            .draw_series(LineSeries::new(points, style))?
+            .label(pool.name())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
+    }
+    let published: [(_, _, Points); 2] = [
+        (
+            "static, published",
+            Pool::StaticSplit,
+            ramps
+                .iter()
+                .map(|(point, _)| (f64::from(point.peak), point.static_ms))
+                .collect(),
+        ),
+        (
+            "KVCached, published",
+            Pool::PageAtATime,
+            ramps
+                .iter()
+                .map(|(point, _)| (f64::from(point.peak), point.elastic_ms))
+                .collect(),
+        ),
+    ];
+    for (label, pool, points) in published {
+        let style = colour(pool).filled();
+        let marks = points.into_iter().map(|point| Circle::new(point, 5, style));
+        chart
+            .draw_series(marks)?
+            .label(label)
+            .legend(move |(x, y)| Circle::new((x + 10, y), 5, style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK)
+        .label_font(("sans-serif", 15))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
+
+/// What each model held over time, a chart for each pool.
+fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
+    let root = SVGBackend::new(path, STACK_SIZE).into_drawing_area();
+    root.fill(&WHITE)?;
+    let title = format!("{}: memory held by each model", contest.name);
+    let charts = root
+        .titled(&title, ("sans-serif", 24))?
+        .split_evenly((Pool::ALL.len(), 1));
+    let outcomes = Pool::ALL.map(|pool| contest.of(pool));
+    let end = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.over_time.last());
+    let end_seconds = end
+        .map(|moment| moment.at_ns as f64 / 1e9)
+        .fold(1.0, f64::max);
+    let most = outcomes.iter().map(|outcome| outcome.held_bytes_max).max();
+    let most_gib = most.unwrap_or_default() as f64 / GIB;
+    for (pool, area) in Pool::ALL.into_iter().zip(&charts) {
+        let mut chart = ChartBuilder::on(area)
+            .caption(pool.name(), ("sans-serif", 18))
+            .margin(8)
+            .x_label_area_size(36)
+            .y_label_area_size(56)
+            .build_cartesian_2d(0.0..end_seconds, 0.0..most_gib * 1.05)?;
+        chart
+            .configure_mesh()
+            .x_desc("simulated seconds")
+            .y_desc("GiB")
+            .label_style(("sans-serif", 14))
+            .light_line_style(WHITE.mix(0.0))
+            .draw()?;
+        let models = contest
+            .of(pool)
+            .over_time
+            .first()
+            .map_or(0, |moment| moment.held_bytes.len());
+        // Stacked areas, the highest first, so that the lower ones cover it.
+        for model in (0..models).rev() {
+            let colour = MODEL_COLOURS[model % MODEL_COLOURS.len()];
+            let points = stacked(contest.of(pool), model);
+            chart
+                .draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(colour))?;
+        }
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// What the models up to one held, in GiB, over seconds.
+fn stacked(outcome: &Outcome, model: usize) -> impl Iterator<Item = (f64, f64)> + '_ {
+    outcome.over_time.iter().map(move |moment| {
+        let bytes: u64 = moment.held_bytes[..=model].iter().sum();
+        (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
+    })
+}

@@ -1,0 +1,78 @@
+//! How long a step of a model takes on the GPU.
+//!
+//! A decode step costs a constant and so much for each sequence in it; both constants are fitted ([`crate::fit`]). Prompt tokens
+//! follow a roofline: the floating-point operations of the weights at a stated share of the card's peak, but never less than
+//! the time in which the weights are read once.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+/// Parameters of the model, Llama 3.1 8B.
+const PARAMETERS: f64 = 8.03e9;
+/// The peak of an A100 in bf16 without sparsity, in floating-point operations a second.
+const PEAK_FLOPS: f64 = 312e12;
+/// The share of the peak that the products of a prompt reach.
+const EFFICIENCY: f64 = 0.5;
+/// The bandwidth of an 80 GB A100 (SXM), in bytes a second.
+const BANDWIDTH: f64 = 2.039e12;
+
+/// Time on the GPU, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeModel {
+    /// A decode step without its sequences.
+    pub step_ns: u64,
+    /// What each sequence adds to it.
+    pub sequence_ns: u64,
+}
+
+impl TimeModel {
+    /// The constants that `fit` found, to the published static curve as a whole:
+    /// `cargo xtask bench serving -- fit`.
+    pub const FITTED: Self = Self {
+        step_ns: 24_000_000,
+        sequence_ns: 200_000,
+    };
+
+    /// A step of so many prompt tokens and so many sequences that decode; 0 for none of either.
+    pub fn step(&self, prompt_tokens: u32, sequences: usize) -> u64 {
+        let decode_ns = match sequences {
+            0 => 0,
+            count => self.step_ns + self.sequence_ns * count as u64,
+        };
+        decode_ns + prompt_ns(prompt_tokens)
+    }
+}
+
+/// Prompt tokens by the roofline.
+fn prompt_ns(tokens: u32) -> u64 {
+    if tokens == 0 {
+        return 0;
+    }
+    let compute = f64::from(tokens) * 2.0 * PARAMETERS / (PEAK_FLOPS * EFFICIENCY);
+    let memory = 2.0 * PARAMETERS / BANDWIDTH;
+    (compute.max(memory) * 1e9) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_prompt_tokens_take_as_long_as_reading_the_weights() {
+        assert_eq!(prompt_ns(0), 0);
+        assert_eq!(prompt_ns(1) / 1000, 7_876);
+        assert_eq!(prompt_ns(76), prompt_ns(1));
+        assert_eq!(prompt_ns(256) / 1000, 26_354);
+        assert_eq!(prompt_ns(512), 2 * prompt_ns(256));
+    }
+
+    #[test]
+    fn a_decode_step_grows_with_its_sequences() {
+        let model = TimeModel {
+            step_ns: 1000,
+            sequence_ns: 10,
+        };
+        assert_eq!(model.step(0, 0), 0);
+        assert_eq!(model.step(0, 1), 1010);
+        assert_eq!(model.step(256, 3), 1030 + prompt_ns(256));
+    }
+}

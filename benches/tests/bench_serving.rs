@@ -1,0 +1,133 @@
+//! The simulation of serving runs to its end in its short form, and tells every figure.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const PEAKS: [u32; 7] = [12, 14, 15, 16, 17, 18, 20];
+
+fn folder(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("serving-{name}"));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    folder
+}
+
+fn start(arguments: &[&str], folder: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-serving"));
+    command.arg("--quick").args(arguments);
+    command.arg("--json").arg(folder.join("list.json"));
+    command.arg("--plots").arg(folder.join("plots"));
+    command.output().expect("the program starts")
+}
+
+/// Runs it, and answers its list of figures.
+fn list(arguments: &[&str], folder: &Path) -> Vec<Value> {
+    let output = start(arguments, folder);
+    assert!(output.status.success(), "{output:?}");
+    let text = std::fs::read(folder.join("list.json")).expect("a list");
+    serde_json::from_slice(&text).expect("JSON")
+}
+
+fn names(list: &[Value]) -> Vec<&str> {
+    list.iter()
+        .map(|finding| finding["name"].as_str().expect("a name"))
+        .collect()
+}
+
+#[test]
+fn every_workload_has_its_rows_which_a_short_run_does_not_judge() {
+    let folder = folder("all");
+    let list = list(&[], &folder);
+    let names = names(&list);
+    let mut expected = Vec::new();
+    for peak in PEAKS {
+        let workload = format!("(a) peak {peak}");
+        expected.push(format!("{workload}: p99 time to first token: ideal"));
+        expected.push(format!("{workload}: p99 time to first token: static split"));
+        expected.push(format!(
+            "{workload}: simulated static split: published static"
+        ));
+        expected.push(format!(
+            "{workload}: simulated page at a time: published KVCached"
+        ));
+        expected.extend(never_slower(&workload));
+    }
+    expected.push("(a) best peak: p99 time to first token of the static split: of ours".to_owned());
+    expected.push("(b) traces".to_owned());
+    let idle = "(c) 7 idle models and a busy one";
+    expected.extend(never_slower(idle));
+    for pool in ["static split", "ideal"] {
+        expected.push(format!("{idle}: p99 time to first token: {pool}"));
+    }
+    for pool in ["static split", "page at a time"] {
+        expected.push(format!("single model, whole card: tokens a second: {pool}"));
+    }
+    let idle = "a busy model goes idle: until the other has all that is not live: page at a time";
+    expected.push(idle.to_owned());
+    for name in &expected {
+        assert!(
+            names.contains(&name.as_str()),
+            "{name} is missing: {names:?}"
+        );
+    }
+    assert_eq!(names.len(), expected.len(), "{names:?}");
+    for finding in &list {
+        assert!(finding["pass"].is_null(), "{finding}");
+        let is_run = finding["name"] != "(b) traces";
+        assert_eq!(
+            finding["ratio"].as_f64().is_some_and(|ratio| ratio > 0.0),
+            is_run,
+            "{finding}"
+        );
+    }
+    let absent = list
+        .iter()
+        .find(|finding| finding["name"] == "(b) traces")
+        .expect("it is told");
+    assert_eq!(absent["note"], "not run: no trace was given (--trace FILE)");
+    for plot in ["ramps", "ramps-12", "ramps-20", "idle", "single"] {
+        let svg = std::fs::read_to_string(folder.join("plots").join(format!("{plot}.svg")));
+        assert!(svg.expect("a plot").contains("</svg>"), "{plot}");
+    }
+}
+
+fn never_slower(workload: &str) -> [String; 3] {
+    [
+        "mean time to first token",
+        "p99 time to first token",
+        "mean time per token",
+    ]
+    .map(|figure| format!("{workload}: {figure}: page at a time"))
+}
+
+#[test]
+fn traces_are_replayed_and_a_run_is_the_same_again() {
+    let folder = folder("traces");
+    let trace = folder.join("trace.csv");
+    let mut text = "TIMESTAMP,ContextTokens,GeneratedTokens\n".to_owned();
+    for second in 10..40 {
+        text += &format!("2023-11-16 18:15:{second}.5,{},{}\n", 100 * second, second);
+    }
+    std::fs::write(&trace, text).expect("a trace");
+    let trace = trace.to_str().expect("a path");
+    let arguments = ["--trace", trace, "--trace", trace];
+    let first = list(&arguments, &folder);
+    for name in never_slower("(b) 2 traces, 4 times as slow") {
+        assert!(names(&first).contains(&name.as_str()), "{name} is missing");
+    }
+    assert_eq!(first, list(&arguments, &folder));
+}
+
+#[test]
+fn a_trace_that_cannot_be_read_is_an_error_that_names_it() {
+    let output = start(&["--trace", "/nowhere/trace.csv"], &folder("missing"));
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        errors.contains("cannot open the trace /nowhere/trace.csv"),
+        "{errors}"
+    );
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-serving"));
+    let output = command.arg("--nonsense").output().expect("it starts");
+    assert_eq!(output.status.code(), Some(64));
+}
