@@ -58,14 +58,16 @@ pub use cuda_vmm_sys as sys;
 pub use device::Device;
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
-    CompactReport, Engine, EngineOptions, EngineStats, GraphPin, LeaseToken, PoolOptions,
+    CompactReport, Engine, EngineOptions, EngineStats, GraphPin, LeaseToken, MakeRoom, PoolOptions,
     StepReport, WorkerMode,
 };
 pub use error::{CloseError, DriverError, Result, VmmError};
 pub use fence::Fence;
 pub use mapping::{Access, Mapping};
 pub use physical::PhysicalMemory;
-pub use pool::{ModelOptions, PoolStats, SharedMemoryPool, SharedPoolOptions, VirtualMemoryPool};
+pub use pool::{
+    ModelOptions, ModelQuota, PoolStats, SharedMemoryPool, SharedPoolOptions, VirtualMemoryPool,
+};
 pub use reservation::Reservation;
 pub use stream::Stream;
 

@@ -1,6 +1,6 @@
 //! One budget on one device: who holds which physical memory.
 //!
-//! `sorted`, `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
+//! `sorted`, `intervals`, `pages`, `policy`, `pressure` and `ledger` are pure bookkeeping. This file joins them to the driver under three
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
@@ -13,25 +13,32 @@ mod intervals;
 mod lease;
 mod ledger;
 mod options;
+mod owed;
 mod pages;
 mod pin;
 mod plan;
 mod policy;
 mod prefetch;
+mod pressure;
 mod range;
+mod relief;
 mod retire;
 mod sorted;
 mod stats;
+mod waiting;
 mod worker;
 
 pub use compact::CompactReport;
 pub use lease::LeaseToken;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
+pub(crate) use owed::Owed;
 pub(crate) use pages::Parts;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeId, RangeStats};
+pub use relief::MakeRoom;
 pub use stats::{EngineStats, StepReport};
+pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
@@ -91,6 +98,8 @@ struct State {
     kept: Option<Arc<Inner>>,
     /// Why the last context synchronise of a step failed, for a thread that waits for it.
     refused: Option<VmmError>,
+    /// Whether anyone owed anything when that was last worked out.
+    is_pressing: bool,
 }
 
 impl State {
@@ -180,6 +189,7 @@ impl Engine {
                 ending: Vec::new(),
                 kept: None,
                 refused: None,
+                is_pressing: false,
             }),
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
@@ -277,13 +287,15 @@ impl Inner {
         state
     }
 
-    /// Lets go of the lock and wakes those who wait for a change.
-    fn unlock_changed(&self, state: MutexGuard<'_, State>) {
+    /// Lets go of the lock and wakes those who wait for a change, and owners who have come to owe more.
+    fn unlock_changed(&self, mut state: MutexGuard<'_, State>) {
+        let owing = state.share_out();
         let waiting = state.waiting > 0;
         drop(state);
         if waiting {
             self.changed.notify_all();
         }
+        owed::wake(owing);
     }
 
     /// Whether a step would find something to do.
@@ -294,6 +306,7 @@ impl Inner {
             || state.ranges.values().any(Range::waits_for_leases)
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
+            || state.spare_above_ceiling().is_some()
             || (state.ranges.values())
                 .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some())
     }

@@ -96,13 +96,18 @@ impl Inner {
         let mut state = self.lock();
         let mut ranges = state.ranges.iter_mut();
         let (&id, range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
-        let Some(run) = range.next_ahead(self.options.chunk_bytes_max) else {
+        let next = match range.owes() {
+            // What it is asked to give back is not made anew.
+            true => None,
+            false => range.next_ahead(self.options.chunk_bytes_max),
+        };
+        let Some(run) = next else {
             range.is_hungry = false;
             return Some(0);
         };
         let (account, bytes) = (range.account, run.len() * range.page_bytes);
         let target = Target::of(range);
-        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
+        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter(), None) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
             return Some(0);

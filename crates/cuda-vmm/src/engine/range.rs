@@ -4,7 +4,8 @@ use super::lease::Leases;
 use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages};
 use super::plan::Plan;
-use super::{Inner, Parts, PoolOptions, State};
+use super::pressure::Ticket;
+use super::{Inner, Owed, Parts, Patience, PoolOptions, State};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
@@ -30,6 +31,7 @@ pub(super) struct Range {
     pub(super) pins: BTreeMap<u64, core::ops::Range<usize>>,
     /// What is used outside, whether the owner frees it or not.
     pub(super) leases: Leases,
+    pub(super) owed: Arc<Owed>,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -115,6 +117,7 @@ impl Inner {
                 is_hungry: options.ahead_bytes_max > 0,
                 pins: BTreeMap::new(),
                 leases: Leases::default(),
+                owed: Arc::default(),
                 capacity_bytes,
                 page_bytes,
                 closed: false,
@@ -195,15 +198,32 @@ impl Inner {
 
     /// Makes bytes live, backing the pages that are not; returns their offset.
     ///
-    /// With `wait` it waits for memory that is retiring, if that is what is missing.
+    /// Waits as `patience` says. Who waits for more than the budget has stands in a line until it is served.
     pub(crate) fn allocate(
         self: &Arc<Self>,
         id: RangeId,
         place: Place,
         bytes: usize,
-        wait: bool,
+        patience: &Patience,
+    ) -> Result<usize> {
+        let mut ticket = None;
+        let outcome = self.allocate_in_turn(id, place, bytes, patience, &mut ticket);
+        if let Some(ticket) = ticket {
+            self.leave_line(ticket);
+        }
+        outcome
+    }
+
+    fn allocate_in_turn(
+        self: &Arc<Self>,
+        id: RangeId,
+        place: Place,
+        bytes: usize,
+        patience: &Patience,
+        ticket: &mut Option<Ticket>,
     ) -> Result<usize> {
         self.check_process()?;
+        let wait = patience.waits();
         let mut retried = false;
         let mut polled = false;
         let mut followed = false;
@@ -280,13 +300,16 @@ impl Inner {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
-                let charged = state.charge(account, &plan, page_bytes).or_else(|refusal| {
-                    if plan.spare_pages == 0 {
-                        return Err(refusal);
-                    }
-                    plan.spare_pages = 0;
-                    state.charge(account, &plan, page_bytes)
-                });
+                let charged =
+                    state
+                        .charge(account, &plan, page_bytes, *ticket)
+                        .or_else(|refusal| {
+                            if plan.spare_pages == 0 {
+                                return Err(refusal);
+                            }
+                            plan.spare_pages = 0;
+                            state.charge(account, &plan, page_bytes, *ticket)
+                        });
                 match charged {
                     Ok(supply) => {
                         let outcome = self.fill(state, id, extent, plan, supply);
@@ -313,7 +336,10 @@ impl Inner {
             }
             if busy && wait {
                 // Someone is making or unmapping these very pages, and says when it is done.
-                state = self.wait(state);
+                match self.wait_patiently(state, patience) {
+                    Some(again) => state = again,
+                    None => return Err(self.in_the_way(&self.lock(), id, extent)),
+                }
                 continue;
             }
             let stats = state.parts();
@@ -322,7 +348,7 @@ impl Inner {
                 if !wait {
                     return Err(error);
                 }
-                match self.await_progress(state, Some(id))? {
+                match self.await_patiently(state, Some(id), patience)? {
                     Some(again) => state = again,
                     None => return Err(error),
                 }
@@ -363,12 +389,27 @@ impl Inner {
                 state = self.lock();
                 continue;
             }
-            if !wait || retiring_bytes + refusal.free_bytes < need_bytes {
-                return Err(refused.unwrap_or(error));
+            let in_vain = match patience {
+                Patience::None => true,
+                Patience::Retiring => retiring_bytes + refusal.free_bytes < need_bytes,
+                Patience::Until(_) => false,
+            };
+            if in_vain {
+                let error = refused.unwrap_or(error);
+                return Err(match only {
+                    Some(_) => error,
+                    None => self.refuse(state, ticket, account, need_bytes, error),
+                });
             }
-            match self.await_progress(state, only)? {
+            if only.is_none() && state.ledger.awaited_bytes(*ticket) != Some(need_bytes) {
+                self.stand_in_line(state, ticket, account, need_bytes);
+                state = self.lock();
+                continue;
+            }
+            match self.await_patiently(state, only, patience)? {
                 Some(again) => state = again,
-                None => return Err(error),
+                None if only.is_some() => return Err(error),
+                None => return Err(self.refuse(self.lock(), ticket, account, need_bytes, error)),
             }
         }
     }

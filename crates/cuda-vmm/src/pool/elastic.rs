@@ -2,8 +2,10 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Place, PoolOptions, Quota, RangeId,
+    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Owed, Patience, Place, PoolOptions,
+    Quota, RangeId,
 };
+use crate::sync::Arc;
 use crate::{Device, Result, Stream};
 use core::ops;
 
@@ -25,7 +27,8 @@ use core::ops;
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     engine: Engine,
-    range: RangeId,
+    pub(super) range: RangeId,
+    pub(super) owed: Arc<Owed>,
     base_address: u64,
     capacity_bytes: usize,
     page_bytes: usize,
@@ -90,6 +93,7 @@ impl VirtualMemoryPool {
         Ok(Self {
             engine: engine.clone(),
             range,
+            owed: engine.inner().owed(range)?,
             base_address,
             capacity_bytes,
             page_bytes,
@@ -114,7 +118,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), [`VmmError::Closed`](crate::VmmError::Closed).
     /// After an error everything is as before.
     pub fn allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
-        self.take(Place::At(offset), bytes, true)
+        self.take(Place::At(offset), bytes, &Patience::Retiring)
     }
 
     /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is an
@@ -123,7 +127,7 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`allocate`](Self::allocate).
     pub fn try_allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
-        self.take(Place::At(offset), bytes, false)
+        self.take(Place::At(offset), bytes, &Patience::None)
     }
 
     /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of `alignment` bytes
@@ -136,12 +140,12 @@ impl VirtualMemoryPool {
         if alignment == 0 {
             return Err(crate::VmmError::ZeroSize { what: "alignment" });
         }
-        self.take(Place::FirstFit { alignment }, bytes, true)
+        self.take(Place::FirstFit { alignment }, bytes, &Patience::Retiring)
     }
 
-    fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
+    pub(super) fn take(&self, place: Place, bytes: usize, patience: &Patience) -> Result<u64> {
         let inner = self.engine.inner();
-        let offset = inner.allocate(self.range, place, bytes, wait)?;
+        let offset = inner.allocate(self.range, place, bytes, patience)?;
         Ok(self.base_address + offset as u64)
     }
 

@@ -2,9 +2,12 @@
 
 pub mod blocks;
 mod elastic;
+mod pressure;
+mod quota;
 mod shared;
 mod stats;
 
 pub use elastic::VirtualMemoryPool;
+pub use quota::ModelQuota;
 pub use shared::{ModelOptions, SharedMemoryPool, SharedPoolOptions};
 pub use stats::PoolStats;

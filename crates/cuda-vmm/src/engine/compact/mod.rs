@@ -9,6 +9,7 @@ pub use report::CompactReport;
 pub(super) use stranded::Relocations;
 
 use super::pages::PartlyLive;
+use super::relief::Relief;
 use super::retire::Until;
 use super::{Inner, RangeId, State};
 use crate::capture::CaptureGuard;
@@ -28,7 +29,7 @@ impl State {
             Plan::default()
         } else {
             // What can be spared is given up for it.
-            let room = self.ledger.room(range.account);
+            let room = self.ledger.room(range.account, None);
             let stats = self.parts();
             let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
             let own_bytes = parts.ahead_bytes + range.spare_parked_bytes();
@@ -136,7 +137,7 @@ impl Inner {
             else {
                 return Ok(None);
             };
-            let Err(refusal) = ledger.charge(range.account, chunk.live_bytes) else {
+            let Err(refusal) = ledger.charge(range.account, chunk.live_bytes, None) else {
                 let place = Place {
                     range: id,
                     account: range.account,
@@ -198,18 +199,14 @@ impl Inner {
         Ok(old_bytes - charged_bytes)
     }
 
-    /// Makes memory for which the budget has room. If the device has none, all its engines give up what they can
-    /// spare, and then it is asked once more.
+    /// Makes memory for which the budget has room. If the device has none, it is relieved and asked again.
     fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
-        match PhysicalMemory::new(&self.device, bytes) {
-            Err(error) if error.is_out_of_memory() => {
-                for engine in self.device.engines() {
-                    engine.inner().relieve();
-                }
-                self.device.retry_refused();
-                PhysicalMemory::new(&self.device, bytes)
+        let mut relief = Relief::default();
+        loop {
+            match PhysicalMemory::new(&self.device, bytes) {
+                Err(error) if error.is_out_of_memory() && relief.next(&self.device, bytes) => {}
+                outcome => return outcome,
             }
-            outcome => outcome,
         }
     }
 }

@@ -1,0 +1,168 @@
+//! What a range owes, where its owner can see it without a lock, and whom to wake when it comes to owe more.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::{Inner, Range, RangeId, State};
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::{Arc, Mutex, PoisonError};
+use crate::{Result, VmmError};
+use core::task::Waker;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// What one range owes.
+#[derive(Debug, Default)]
+pub(crate) struct Owed {
+    bytes: AtomicUsize,
+    /// Shared, so that the owner's code that clones it is never called with a lock held.
+    waker: Mutex<Option<Arc<Waker>>>,
+}
+
+impl Owed {
+    /// What is owed now, in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::SeqCst)
+    }
+
+    /// Notes what is owed now; says whether it is more than before.
+    fn set(&self, bytes: usize) -> bool {
+        self.bytes.swap(bytes, Ordering::SeqCst) < bytes
+    }
+
+    /// Says whom to wake from now on. What was there before is dropped here, without the lock.
+    pub(crate) fn set_waker(&self, waker: Option<Waker>) {
+        let waker = waker.map(Arc::new);
+        let mut held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = core::mem::replace(&mut *held, waker);
+        drop(held);
+        drop_quietly(before);
+    }
+
+    fn wake(&self) {
+        let held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        let waker = held.clone();
+        drop(held);
+        if let Some(waker) = &waker
+            && catch_unwind(AssertUnwindSafe(|| waker.wake_by_ref())).is_err()
+        {
+            tracing::warn!("a waker panicked");
+        }
+        // It may be the last one that holds it.
+        drop_quietly(waker);
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let waker = self.waker.get_mut().unwrap_or_else(PoisonError::into_inner);
+        drop_quietly(waker.take());
+    }
+}
+
+/// Drops what is not ours, which may panic.
+fn drop_quietly(waker: Option<Arc<Waker>>) {
+    if catch_unwind(AssertUnwindSafe(|| drop(waker))).is_err() {
+        tracing::warn!("a waker panicked when it was dropped");
+    }
+}
+
+/// Tells the owners of ranges that they owe more. The caller holds no lock.
+pub(super) fn wake(owing: Vec<Arc<Owed>>) {
+    owing.iter().for_each(|owed| owed.wake());
+}
+
+impl State {
+    /// What comes back of each account without its owner's doing, in bytes: what retires, and what is given up for who
+    /// asks.
+    fn coming(&self) -> BTreeMap<super::AccountId, usize> {
+        let mut coming = BTreeMap::new();
+        for range in self.ranges.values() {
+            let parts = range.pages.parts();
+            let bytes = parts.retiring_bytes + parts.ahead_bytes + range.spare_parked_bytes();
+            *coming.entry(range.account).or_default() += bytes;
+        }
+        for (account, bytes) in &self.releasing {
+            if let Some(account) = account {
+                *coming.entry(*account).or_default() += bytes;
+            }
+        }
+        coming
+    }
+
+    /// Works out anew what each range owes, where anyone may owe anything; returns those that owe more than before, to
+    /// be told when the lock is let go.
+    pub(super) fn share_out(&mut self) -> Vec<Arc<Owed>> {
+        if self.ledger.is_calm() && !self.is_pressing {
+            return Vec::new();
+        }
+        let coming = self.coming();
+        let come = |account| coming.get(&account).copied().unwrap_or_default();
+        let owed = self.ledger.owed(come);
+        self.is_pressing = !self.ledger.is_calm();
+        let ranges = self.ranges.values();
+        ranges
+            .filter(|range| {
+                let bytes = owed.get(&range.account).copied().unwrap_or_default();
+                range.owed.set(bytes)
+            })
+            .map(|range| range.owed.clone())
+            .collect()
+    }
+
+    /// A range that holds more than it may, and some of it to spare.
+    pub(super) fn spare_above_ceiling(&self) -> Option<RangeId> {
+        if self.ledger.is_calm() {
+            return None;
+        }
+        let mut ranges = self.ranges.iter();
+        let found = ranges.find(|(_, range)| {
+            self.ledger.is_above_ceiling(range.account)
+                && range.spare_parked_bytes() + range.pages.parts().ahead_bytes > 0
+        });
+        found.map(|(id, _)| *id)
+    }
+}
+
+impl Range {
+    /// Whether its owner is asked for memory.
+    pub(super) fn owes(&self) -> bool {
+        self.owed.bytes() > 0
+    }
+}
+
+impl Inner {
+    /// What a range owes.
+    pub(crate) fn owed(&self, id: RangeId) -> Result<Arc<Owed>> {
+        self.with_range(id, |range| range.owed.clone())
+    }
+
+    /// Gives back to the driver what a range holds and does not use; returns the bytes. Waits for nothing.
+    pub(crate) fn give_back_own(self: &Arc<Self>, id: RangeId) -> Result<usize> {
+        self.with_range(id, |_| ())?;
+        self.poll();
+        let (bytes, outcome) = self.give_up(Some(id), |_| false);
+        self.unlock_changed(self.lock());
+        outcome.map(|()| bytes)
+    }
+
+    /// Changes what a range may hold.
+    pub(crate) fn set_quota(self: &Arc<Self>, id: RangeId, quota: super::Quota) -> Result<()> {
+        self.check_process()?;
+        let mut state = self.lock();
+        let account = match state.ranges.get(&id) {
+            Some(range) if !range.closed => range.account,
+            _ => return Err(VmmError::Closed),
+        };
+        state.ledger.set_quota(account, quota)?;
+        self.unlock_changed(state);
+        // What it has to spare above its ceiling goes with the next step.
+        self.worker.wake(self, false);
+        Ok(())
+    }
+
+    /// What a range may hold.
+    pub(crate) fn quota(&self, id: RangeId) -> Result<super::Quota> {
+        let account = self.with_range(id, |range| range.account)?;
+        self.lock().ledger.quota(account).ok_or(VmmError::Closed)
+    }
+}
