@@ -6,6 +6,9 @@ use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{Result, VmmError};
 use std::collections::BTreeMap;
 
+/// What cannot be had where a guarantee has no room beside what is held and guaranteed.
+pub(super) const NO_ROOM: &str = "guarantee";
+
 /// Names an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct AccountId(u64);
@@ -173,7 +176,7 @@ impl Ledger {
             return Ok(());
         }
         Err(VmmError::QuotaUnsatisfiable {
-            what: "guarantee",
+            what: NO_ROOM,
             asked_bytes,
             available_bytes,
         })

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::ledger::{Ledger, NO_ROOM};
 use super::{Inner, Range, RangeId, State};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError};
@@ -147,17 +148,44 @@ impl Inner {
 
     /// Changes what a range may hold.
     pub(crate) fn set_quota(self: &Arc<Self>, id: RangeId, quota: super::Quota) -> Result<()> {
-        self.check_process()?;
-        let mut state = self.lock();
-        let account = match state.ranges.get(&id) {
-            Some(range) if !range.closed => range.account,
-            _ => return Err(VmmError::Closed),
-        };
-        state.ledger.set_quota(account, quota)?;
-        self.unlock_changed(state);
+        let account = self.with_range(id, |range| range.account)?;
+        self.make_room_for(|ledger| ledger.set_quota(account, quota))?;
         // What it has to spare above its ceiling goes with the next step.
         self.worker.wake(self, false);
         Ok(())
+    }
+
+    /// Has the ledger give a guarantee; what can be spared is given up for it, if that is what is missing.
+    pub(super) fn make_room_for<T>(
+        self: &Arc<Self>,
+        guarantee: impl Fn(&mut Ledger) -> Result<T>,
+    ) -> Result<T> {
+        let mut polled = false;
+        loop {
+            let mut state = self.lock();
+            let outcome = guarantee(&mut state.ledger);
+            let Err(VmmError::QuotaUnsatisfiable {
+                what: NO_ROOM,
+                asked_bytes,
+                available_bytes,
+            }) = outcome
+            else {
+                self.unlock_changed(state);
+                return outcome;
+            };
+            if !polled {
+                polled = true;
+                drop(state);
+                self.poll();
+                continue;
+            }
+            let spare_bytes = state.spare_parked_bytes() + state.parts().ahead_bytes;
+            if asked_bytes - available_bytes > spare_bytes
+                || self.give_up_one(state, None).is_none()
+            {
+                return outcome;
+            }
+        }
     }
 
     /// What a range may hold.

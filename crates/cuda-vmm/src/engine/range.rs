@@ -97,7 +97,7 @@ impl Inner {
                     offset: 0,
                     bytes: capacity_bytes,
                 })?;
-        let account = self.lock().ledger.open(quota)?;
+        let account = self.make_room_for(|ledger| ledger.open(quota))?;
         let reservation = Reservation::with_alignment(&self.device, bytes, page_bytes)
             .inspect_err(|_| self.lock().ledger.close(account))?;
         let address = reservation.address();

@@ -141,3 +141,39 @@ fn what_is_parked_above_a_lowered_ceiling_goes_with_the_next_step() {
     );
     assert_eq!(pool.engine().step().drained_bytes, 0);
 }
+
+#[test]
+fn what_others_have_parked_is_given_up_for_a_guarantee() {
+    let simulated = Simulated::default();
+    let options = manual().limit_bytes(LIMIT).park_bytes_max(LIMIT);
+    let pool = pool(&simulated.device, options);
+    for model in ["a", "b"] {
+        pool.register_model(model, CAPACITY).expect("addresses");
+    }
+    pool.allocate_for_model("a", 8 * PAGE).expect("room");
+    pool.deallocate_for_model("a", 0, 6 * PAGE).expect("live");
+    let error = pool.set_quota("b", pages(7, 8)).expect_err("two are live");
+    assert_eq!(
+        error,
+        VmmError::QuotaUnsatisfiable {
+            what: "guarantee",
+            asked_bytes: 7 * PAGE,
+            available_bytes: 0
+        }
+    );
+    assert_eq!(
+        pool.stats().parked_bytes,
+        6 * PAGE,
+        "it would not have helped"
+    );
+    pool.set_quota("b", pages(2, 8)).expect("six are parked");
+    assert_eq!(pool.stats().parked_bytes, 4 * PAGE, "as much as was needed");
+    let options = ModelOptions {
+        guarantee_bytes: 4 * PAGE,
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("c", options)
+        .expect("four are parked");
+    pool.allocate_for_model("c", 4 * PAGE).expect("guaranteed");
+    pool.allocate_for_model("b", 2 * PAGE).expect("guaranteed");
+}

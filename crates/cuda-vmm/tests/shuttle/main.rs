@@ -19,4 +19,5 @@ mod leases;
 mod neighbours;
 mod never_waits;
 mod planted;
+mod waiting;
 mod world;
