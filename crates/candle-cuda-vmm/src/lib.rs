@@ -80,8 +80,8 @@ pub use error::{Result, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
-pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use relief::{let_candle_make_room, trim_candle_memory};
+pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
 
 /// The core crate, for its types: statistics, devices, streams.

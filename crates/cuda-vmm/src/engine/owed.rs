@@ -161,6 +161,8 @@ impl Inner {
         guarantee: impl Fn(&mut Ledger) -> Result<T>,
     ) -> Result<T> {
         let mut polled = false;
+        // Why the driver would not take back what was given up for this.
+        let mut refused = None;
         loop {
             let mut state = self.lock();
             let outcome = guarantee(&mut state.ledger);
@@ -180,10 +182,13 @@ impl Inner {
                 continue;
             }
             let spare_bytes = state.spare_parked_bytes() + state.parts().ahead_bytes;
-            if asked_bytes - available_bytes > spare_bytes
-                || self.give_up_one(state, None).is_none()
-            {
-                return outcome;
+            if asked_bytes - available_bytes > spare_bytes {
+                return refused.map_or(outcome, Err);
+            }
+            match self.give_up_one(state, None) {
+                Some(Err(error)) => refused = Some(error),
+                Some(Ok(_)) => {}
+                None => return refused.map_or(outcome, Err),
             }
         }
     }
