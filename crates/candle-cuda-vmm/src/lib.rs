@@ -37,13 +37,14 @@
 //! - [`kv_cache`]: what a model asks of a KV cache, and who makes one for each layer.
 //! - [`ElasticBlocks`]: the tensors of a paged cache, with memory for the blocks in use.
 //! - [`attention`]: grouped-query attention over K and V where they stand.
+//! - [`relief`]: making room between Candle's own allocations and the pools.
 //! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
 //!   the other by hand.
 //! - [`cuda_ffi`]: the driver's calls, nearly as they are.
 //!
 //! The pools are those of [`cuda_vmm`], which knows nothing of Candle; [`VirtualMemoryPool::core`] and
 //! [`SharedMemoryPool::core`] lead there. Only [`cuda_ffi`] and [`mapping`] call the
-//! driver themselves, through the core's table.
+//! driver themselves, through the core's table, and [`relief`], which trims Candle's memory by Candle's own cudarc.
 //!
 //! # Features
 //! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
@@ -71,6 +72,7 @@ pub mod kv_cache;
 mod lease;
 pub mod mapping;
 pub mod physical_memory;
+pub mod relief;
 mod tensor_pool;
 pub mod virtual_memory;
 
@@ -81,6 +83,7 @@ pub use error::{Result, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
+pub use relief::{let_candle_make_room, trim_candle_memory};
 pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
 

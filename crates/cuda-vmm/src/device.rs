@@ -6,10 +6,10 @@
 #![allow(unsafe_code)]
 
 use crate::driver::{Driver, call};
-use crate::engine::Engine;
+use crate::engine::{Engine, MakeRoom};
 use crate::quarantine::Quarantine;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, PoisonError, Weak, thread};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, thread};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
@@ -35,6 +35,8 @@ pub(crate) struct Inner {
     exports: bool,
     quarantine: Mutex<Quarantine>,
     engines: Mutex<Vec<Weak<crate::engine::Inner>>>,
+    /// What others do to make room.
+    make_room: Mutex<Option<std::sync::Arc<MakeRoom>>>,
     /// Threads that call the driver for someone who waits for memory.
     callers: AtomicUsize,
     /// Calls that manage memory.
@@ -105,6 +107,7 @@ impl Device {
             exports,
             quarantine: Mutex::default(),
             engines: Mutex::default(),
+            make_room: Mutex::default(),
             callers: AtomicUsize::new(0),
             memory_calls: AtomicU64::new(0),
         })))
@@ -273,6 +276,30 @@ impl Device {
             .unwrap_or_else(PoisonError::into_inner);
         engines.retain(|engine| engine.strong_count() > 0);
         engines.push(Arc::downgrade(engine));
+    }
+
+    /// Says what others in the process do to make room on this device, such as trimming a framework's pool; `None` for
+    /// nothing. There is one for each device, whichever engine runs out.
+    ///
+    /// It is called where the driver has no memory for an allocation although the budget had room, and after all engines of
+    /// the device have given up what they can spare; then the driver is asked once more. It gets the bytes that are
+    /// wanted, runs on the thread that allocates, no lock is held, and a panic in it is caught. It must not
+    /// allocate from a pool of this device, which would call it again.
+    pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
+        let mut held = self.held_make_room();
+        let before = core::mem::replace(&mut *held, make_room);
+        drop(held);
+        // Without the lock: it is not ours.
+        drop(before);
+    }
+
+    pub(crate) fn make_room(&self) -> Option<std::sync::Arc<MakeRoom>> {
+        self.held_make_room().clone()
+    }
+
+    fn held_make_room(&self) -> MutexGuard<'_, Option<std::sync::Arc<MakeRoom>>> {
+        let held = self.0.make_room.lock();
+        held.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts this thread among those that call the driver for someone who waits, until the guard is dropped.

@@ -59,15 +59,15 @@ pub use device::Device;
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
     CompactReport, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin, LeaseToken,
-    MemoryParts, PoolCounters, PoolOptions, StepReport, WorkerMode,
+    MakeRoom, MemoryParts, PoolCounters, PoolOptions, StepReport, WorkerMode,
 };
 pub use error::{CloseError, DriverError, Result, VmmError};
 pub use fence::Fence;
 pub use mapping::{Access, Mapping};
 pub use physical::PhysicalMemory;
 pub use pool::{
-    ModelOptions, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions, Snapshot,
-    VirtualMemoryPool,
+    ModelOptions, ModelQuota, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions,
+    Snapshot, VirtualMemoryPool,
 };
 pub use reservation::Reservation;
 pub use stream::Stream;

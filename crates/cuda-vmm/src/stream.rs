@@ -80,7 +80,10 @@ impl Stream {
     }
 
     /// Whether the stream is being captured, or its capture has failed (`cuStreamIsCapturing`).
-    pub(crate) fn is_capturing(&self) -> Result<bool> {
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also where it is the legacy default stream and another is captured.
+    pub fn is_capturing(&self) -> Result<bool> {
         let _current = self.0.device.make_current()?;
         let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
         // SAFETY: `status` is a valid place and the stream alive.

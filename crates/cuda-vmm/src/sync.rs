@@ -52,6 +52,72 @@ macro_rules! statics {
 }
 pub(crate) use statics;
 
+/// When a wait is over.
+#[cfg(not(shuttle))]
+#[derive(Debug)]
+pub(crate) struct Deadline(Option<std::time::Instant>);
+
+#[cfg(not(shuttle))]
+impl Deadline {
+    /// So long from now; never, if the clock does not reach so far.
+    pub(crate) fn after(timeout: Duration) -> Self {
+        Self(std::time::Instant::now().checked_add(timeout))
+    }
+
+    /// How long there still is; `Duration::MAX` where it never comes, `None` when it is past.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        let Some(end) = self.0 else {
+            return Some(Duration::MAX);
+        };
+        let left = end.saturating_duration_since(std::time::Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+}
+
+/// The model checker knows no time: a second is one wait.
+#[cfg(shuttle)]
+#[derive(Debug)]
+pub(crate) struct Deadline(core::cell::Cell<u64>);
+
+#[cfg(shuttle)]
+impl Deadline {
+    pub(crate) fn after(timeout: Duration) -> Self {
+        Self(core::cell::Cell::new(timeout.as_secs()))
+    }
+
+    pub(crate) fn left(&self) -> Option<Duration> {
+        let waits = self.0.get();
+        if waits == u64::MAX {
+            return Some(Duration::MAX);
+        }
+        self.0.set(waits.checked_sub(1)?);
+        Some(Duration::from_secs(1))
+    }
+}
+
+/// Waits to be notified, for so long at most. `guard` is that of `mutex`.
+#[cfg(not(shuttle))]
+pub(crate) fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    _mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    timeout: Duration,
+) -> MutexGuard<'a, T> {
+    let waited = condvar.wait_timeout(guard, timeout);
+    waited.unwrap_or_else(PoisonError::into_inner).0
+}
+
+/// As [`wait_timeout_while`]: others go first, and the checker says when the time is over.
+#[cfg(shuttle)]
+pub(crate) fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    mutex: &'a Mutex<T>,
+    guard: MutexGuard<'a, T>,
+    timeout: Duration,
+) -> MutexGuard<'a, T> {
+    wait_timeout_while(condvar, mutex, guard, timeout, |_| true)
+}
+
 /// Waits while the condition holds, for so long at most. `guard` is that of `mutex`.
 #[cfg(not(shuttle))]
 #[inline]

@@ -11,9 +11,10 @@ use common::{UnderTest, manual, turn, under_test_without_contents as under_test}
 use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{
-    Device, Engine, EngineOptions, ModelOptions, PoolOptions, Result, SharedMemoryPool,
+    Device, Engine, EngineOptions, ModelOptions, ModelQuota, PoolOptions, Result, SharedMemoryPool,
     SharedPoolOptions, Stream, VirtualMemoryPool,
 };
+use std::time::Duration;
 
 fn page() -> usize {
     under_test().page_bytes
@@ -365,6 +366,41 @@ fn cases() -> Vec<Case> {
         case("allocate for a model", NOTHING, |f| {
             f.shared.allocate_for_model("old", 3 * page()).map(drop)
         }),
+        case("allocate for a model, with a time", NOTHING, |f| {
+            let time = Duration::from_secs(5);
+            f.shared
+                .allocate_for_model_timeout("old", 3 * page(), time)
+                .map(drop)
+        }),
+        Case {
+            options: options().park_bytes_max(limit()),
+            ..back("give back what is parked", eight_parked, |f| {
+                f.shared.model("old")?.give_back().map(drop)
+            })
+        },
+        Case {
+            options: options().park_bytes_max(limit()),
+            ..back("relieve", eight_parked, |f| {
+                f.shared.relieve(5 * page());
+                Ok(())
+            })
+        },
+        Case {
+            options: options().park_bytes_max(limit()),
+            ..back("guarantee what is parked", eight_parked, |f| {
+                let quota = ModelQuota::new().guarantee_bytes(37 * page());
+                f.shared.set_quota("new", quota)
+            })
+        },
+        Case {
+            options: options().park_bytes_max(limit()),
+            ..back("lower a ceiling", eight_parked, |f| {
+                let quota = ModelQuota::new().ceiling_bytes(2 * page());
+                f.shared.set_quota("old", quota)?;
+                f.shared.engine().step();
+                Ok(())
+            })
+        },
         back(
             "deallocate for a model by address",
             |f| f.shared.allocate_for_model("old", page()).map(drop),
@@ -379,6 +415,17 @@ fn cases() -> Vec<Case> {
             |f| f.shared.unregister_model("old"),
         ),
     ]
+}
+
+/// One model has eight pages parked, and there is another.
+fn eight_parked(f: &Fixture) -> Result<()> {
+    f.shared.register_model("new", page())?;
+    f.shared.allocate_for_model_at("old", 0, 8 * page())?;
+    f.shared.deallocate_for_model("old", 0, 8 * page())?;
+    f.device.synchronize()?;
+    f.shared.engine().step();
+    assert_eq!(f.shared.stats().parked_bytes, 8 * page());
+    Ok(())
 }
 
 /// Runs a case with the calls of these numbers failing; says how many calls it made. Everything is given back at

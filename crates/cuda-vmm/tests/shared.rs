@@ -4,6 +4,18 @@ mod common;
 
 #[path = "shared/bad_input.rs"]
 mod bad_input;
+#[path = "shared/life_cycle.rs"]
+mod life_cycle;
+#[path = "shared/pressure.rs"]
+mod pressure;
+#[path = "shared/quota.rs"]
+mod quota;
+#[path = "shared/random.rs"]
+mod random;
+#[path = "shared/relief.rs"]
+mod relief;
+#[path = "shared/waiting.rs"]
+mod waiting;
 
 use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Books, SimConfig};

@@ -4,6 +4,9 @@ use crate::device::core_device;
 use crate::error::{Result, VmmError};
 use crate::virtual_memory::{GlobalMemoryStats, MemoryStats, whole_pages};
 use candle_core::Device;
+use cuda_vmm::{ModelOptions, ModelQuota};
+use std::task::Waker;
+use std::time::Duration;
 
 /// Models that share one limit of physical memory on one device, each in a range of addresses of its own.
 ///
@@ -55,6 +58,34 @@ impl SharedMemoryPool {
         Ok(self.pool.register_model(model_id, capacity)?)
     }
 
+    /// As [`register_model`](Self::register_model), with a guarantee, a ceiling and a priority. New in 0.2.0.
+    ///
+    /// # Errors
+    /// As there; [`Vmm`](VmmError::Vmm) with `QuotaUnsatisfiable` if the guarantee is above the ceiling or cannot hold beside
+    /// what others hold and are guaranteed.
+    pub fn register_model_with(&mut self, model_id: &str, options: ModelOptions) -> Result<()> {
+        let options = ModelOptions {
+            capacity_bytes: whole_pages(options.capacity_bytes, self.pool.page_bytes()),
+            ..options
+        };
+        Ok(self.pool.register_model_with(model_id, options)?)
+    }
+
+    /// Changes a model's guarantee, ceiling and priority while it runs; see [`cuda_vmm::SharedMemoryPool::set_quota`]. New in
+    /// 0.2.0.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](VmmError::ModelNotFound); [`Vmm`](VmmError::Vmm) with `QuotaUnsatisfiable` for what cannot hold, and
+    /// then nothing has changed.
+    pub fn set_quota(&self, model_id: &str, quota: ModelQuota) -> Result<()> {
+        Ok(self.pool.set_quota(model_id, quota)?)
+    }
+
+    /// A model's guarantee, ceiling and priority; `None` if there is no such model. New in 0.2.0.
+    pub fn quota(&self, model_id: &str) -> Option<ModelQuota> {
+        self.pool.quota(model_id)
+    }
+
     /// Allocates `size` bytes for a model and returns their address, a multiple of 256. A model may
     /// allocate as often as it likes; what it has stays where it is.
     ///
@@ -70,6 +101,56 @@ impl SharedMemoryPool {
     pub fn allocate_for_model(&mut self, model_id: &str, size: usize) -> Result<usize> {
         let address = self.pool.allocate_for_model(model_id, size)?;
         Ok(address as usize)
+    }
+
+    /// As [`allocate_for_model`](Self::allocate_for_model), but waits up to `timeout` for memory, also for what other models are
+    /// asked to give back; served by priority, then in the order in which they came. New in 0.2.0.
+    ///
+    /// It takes `&self`, so that others can use the pool meanwhile; they free what is theirs through [`core`](Self::core).
+    ///
+    /// # Errors
+    /// As there, [`OutOfPhysicalMemory`](VmmError::OutOfPhysicalMemory) when the time is over; at once for what can never be
+    /// had, and where the device has no memory although the limit has room.
+    pub fn allocate_for_model_timeout(
+        &self,
+        model_id: &str,
+        size: usize,
+        timeout: Duration,
+    ) -> Result<usize> {
+        let pool = &self.pool;
+        let address = pool.allocate_for_model_timeout(model_id, size, timeout)?;
+        Ok(address as usize)
+    }
+
+    /// How many bytes a model is asked to give back, to others that want memory or because its ceiling was lowered; `None`
+    /// if there is no such model. See [`cuda_vmm::VirtualMemoryPool::owed_bytes`], which takes no lock. New in 0.2.0.
+    pub fn owed_bytes(&self, model_id: &str) -> Option<usize> {
+        self.pool.model_owed_bytes(model_id)
+    }
+
+    /// Has `waker` woken each time a model has come to owe more; `None` for nobody. See
+    /// [`cuda_vmm::VirtualMemoryPool::set_owed_waker`]. New in 0.2.0.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](VmmError::ModelNotFound).
+    pub fn set_owed_waker(&self, model_id: &str, waker: Option<Waker>) -> Result<()> {
+        self.pool.model(model_id)?.set_owed_waker(waker);
+        Ok(())
+    }
+
+    /// Gives back to the driver what a model holds and does not use; returns the bytes. See
+    /// [`cuda_vmm::VirtualMemoryPool::give_back`]. New in 0.2.0.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](VmmError::ModelNotFound); [`Vmm`](VmmError::Vmm) if a driver call fails.
+    pub fn give_back(&self, model_id: &str) -> Result<usize> {
+        Ok(self.pool.model(model_id)?.give_back()?)
+    }
+
+    /// Gives at least `bytes` bytes back to the driver, if so much can be spared, for when Candle has run out of memory beside
+    /// the pool; returns the bytes that went. See [`relief`](crate::relief). New in 0.2.0.
+    pub fn relieve(&self, bytes: usize) -> usize {
+        self.pool.relieve(bytes)
     }
 
     /// Frees `size` live bytes at `offset` from the model's base address: all of an allocation, part of
@@ -142,8 +223,8 @@ impl SharedMemoryPool {
         self.pool.stats()
     }
 
-    /// The pool of [`cuda_vmm`] inside, which has more: guarantees, ceilings, placement by offset, the
-    /// streams that use a range. What it allocates and frees is this pool's.
+    /// The pool of [`cuda_vmm`] inside, which has more: placement by offset, the streams that use a
+    /// range. What it allocates and frees is this pool's.
     pub fn core(&self) -> &cuda_vmm::SharedMemoryPool {
         &self.pool
     }

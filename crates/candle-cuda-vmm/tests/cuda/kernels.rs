@@ -1,5 +1,7 @@
 //! What launches kernels, and so runs on GPUs only: `cargo xtask test --cuda` leaves this module out by its name.
 
+mod relief;
+
 use crate::common::{open, page};
 use crate::token::{Page, Token};
 use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};

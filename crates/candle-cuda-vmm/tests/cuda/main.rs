@@ -14,4 +14,5 @@ mod copies;
 mod dropped;
 mod kernels;
 mod lease;
+mod relief;
 mod token;

@@ -44,6 +44,13 @@ impl Inner {
                 given_bytes += unmapped.unwrap_or_default();
                 continue;
             }
+            if let Some(id) = state.spare_above_ceiling() {
+                match self.give_up_one(state, Some(id)) {
+                    Some(outcome) => given_bytes += outcome.unwrap_or_default(),
+                    None => return given_bytes,
+                }
+                continue;
+            }
             let too_much = state.spare_parked_bytes() > keep_bytes;
             if too_much {
                 keep_bytes = self.options.park_low_bytes();
@@ -312,13 +319,5 @@ impl Inner {
             self.worker.wake(self, false);
         }
         outcome
-    }
-
-    /// Gives up what can be spared, because the device has run out of memory.
-    pub(super) fn relieve(self: &Arc<Self>) {
-        self.poll();
-        self.retry();
-        let _ = self.give_up(None, |_| false);
-        self.finish_closing();
     }
 }

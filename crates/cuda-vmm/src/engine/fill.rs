@@ -2,6 +2,8 @@
 
 use super::ledger::{AccountId, Refusal};
 use super::plan::Plan;
+use super::pressure::Ticket;
+use super::relief::Relief;
 use super::{Inner, RangeId, State};
 use crate::mapping::MapFailure;
 use crate::size::Extent;
@@ -27,23 +29,27 @@ pub(super) struct Made {
 }
 
 impl State {
-    /// Charges an account for all that a plan backs, and takes from the cache what serves it.
+    /// Charges an account for all that a plan backs, in its turn, and takes from the cache what serves it.
     pub(super) fn charge(
         &mut self,
         account: AccountId,
         plan: &Plan,
         page_bytes: usize,
+        ticket: Option<Ticket>,
     ) -> Result<Vec<PhysicalMemory>, Refusal> {
         let need_bytes = plan.pages() * page_bytes;
         let cannot_help = |cached_bytes: usize| {
-            cached_bytes == 0 || need_bytes > self.ledger.room(account).free_bytes + cached_bytes
+            cached_bytes == 0
+                || need_bytes > self.ledger.room(account, ticket).free_bytes + cached_bytes
         };
         // Then without looking at each chunk.
         if cannot_help(self.cache.bytes()) {
-            return self.ledger.charge(account, need_bytes).map(|()| Vec::new());
+            let charged = self.ledger.charge(account, need_bytes, ticket);
+            return charged.map(|()| Vec::new());
         }
         let chunks = plan.chunks().into_iter();
-        self.charge_chunks(account, chunks.map(|chunk| chunk.len() * page_bytes))
+        let chunks = chunks.map(|chunk| chunk.len() * page_bytes);
+        self.charge_chunks(account, chunks, ticket)
     }
 
     /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them.
@@ -51,6 +57,7 @@ impl State {
         &mut self,
         account: AccountId,
         chunks: impl Iterator<Item = usize>,
+        ticket: Option<Ticket>,
     ) -> Result<Vec<PhysicalMemory>, Refusal> {
         let (mut supply, mut supply_bytes, mut need_bytes) = (Vec::new(), 0, 0);
         for bytes in chunks {
@@ -61,7 +68,7 @@ impl State {
             }
         }
         self.ledger.take_from_cache(supply_bytes);
-        match self.ledger.charge(account, need_bytes) {
+        match self.ledger.charge(account, need_bytes, ticket) {
             Ok(()) => Ok(supply),
             Err(refusal) => {
                 self.restock(supply);
@@ -164,7 +171,9 @@ impl Inner {
             range.pages.take(&bytes, survey);
             range.counters.allocations += 1;
             let hungry = range.advance(bytes.end);
-            drop((range, state));
+            drop(range);
+            // What was parked is in use again.
+            self.unlock_changed(state);
             if hungry {
                 self.worker.wake(self, false);
             }
@@ -243,7 +252,7 @@ impl Inner {
         let mut left = plan.chunks();
         left.reverse();
         let mut done: Vec<Made> = Vec::with_capacity(left.len());
-        let mut relieved = false;
+        let mut relief = Relief::default();
         while let Some(pages) = left.pop() {
             let mut failure = match self.make(target, &pages, supply, || ()) {
                 Ok(made) => {
@@ -254,18 +263,14 @@ impl Inner {
             };
             let nothing_stuck = failure.still_mapped.is_empty() && failure.unreleased.is_empty();
             if failure.error.is_out_of_memory() && nothing_stuck {
-                // The budget had room but the device has not: all engines of the device give up what they
-                // can spare, once, and then smaller chunks may still find room.
-                if !relieved {
-                    relieved = true;
+                if relief.is_first() {
                     self.lock().counters.device_shortages += 1;
-                    let error = &failure.error;
-                    tracing::warn!(%error, bytes = pages.len() * target.page_bytes, "the device has no memory though the budget has room");
-                    self.device
-                        .engines()
-                        .iter()
-                        .for_each(|engine| engine.inner().relieve());
-                    self.device.retry_refused();
+                    let (error, bytes) = (&failure.error, pages.len() * target.page_bytes);
+                    tracing::warn!(%error, bytes, "the device has no memory though the budget has room");
+                }
+                // The budget had room but the device has not: all engines of the device give up what they
+                // can spare, then others in the process do, each once, and then smaller chunks may still find room.
+                if relief.next(&self.device, pages.len() * target.page_bytes) {
                     supply.append(&mut failure.cached);
                     left.push(pages);
                     continue;

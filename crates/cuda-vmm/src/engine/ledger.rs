@@ -2,8 +2,12 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{Result, VmmError};
 use std::collections::BTreeMap;
+
+/// What cannot be had where a guarantee has no room beside what is held and guaranteed.
+pub(super) const NO_ROOM: &str = "guarantee";
 
 /// Names an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,14 +20,8 @@ pub(crate) struct Quota {
     pub(crate) guarantee_bytes: usize,
     /// The most that it may hold.
     pub(crate) ceiling_bytes: usize,
-}
-
-impl Quota {
-    /// Of an account that is closed.
-    const NOTHING: Self = Self {
-        guarantee_bytes: 0,
-        ceiling_bytes: 0,
-    };
+    /// Who is served first and asked last: the higher.
+    pub(crate) priority: i32,
 }
 
 impl Default for Quota {
@@ -31,7 +29,22 @@ impl Default for Quota {
         Self {
             guarantee_bytes: 0,
             ceiling_bytes: usize::MAX,
+            priority: 0,
         }
+    }
+}
+
+impl Quota {
+    /// Checks that the guarantee is not above the ceiling.
+    fn check(&self) -> Result<()> {
+        if self.guarantee_bytes <= self.ceiling_bytes {
+            return Ok(());
+        }
+        Err(VmmError::QuotaUnsatisfiable {
+            what: "guarantee above its ceiling",
+            asked_bytes: self.guarantee_bytes,
+            available_bytes: self.ceiling_bytes,
+        })
     }
 }
 
@@ -55,6 +68,10 @@ impl Account {
             .guarantee_bytes
             .saturating_sub(self.committed_bytes)
     }
+
+    fn is_above_ceiling(&self) -> bool {
+        self.committed_bytes > self.quota.ceiling_bytes && !self.closed
+    }
 }
 
 /// A charge that was refused.
@@ -71,7 +88,8 @@ pub(crate) struct Refusal {
 /// One budget in bytes, divided among accounts.
 ///
 /// A charge within an account's guarantee always fits; one beyond it is admitted only if it leaves room
-/// for the unused guarantees of all others. That, not reclaiming, is what makes a guarantee hold.
+/// for the unused guarantees of all others. That, not reclaiming, is what makes a guarantee hold. Those who wait for more
+/// than theirs stand in a line, and what comes free is for those who stand further ahead.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     limit_bytes: usize,
@@ -80,8 +98,11 @@ pub(crate) struct Ledger {
     /// Held on nobody's account, and given up before anyone is refused.
     cached_bytes: usize,
     unused_guarantee_bytes: usize,
+    /// How many accounts hold more than they may.
+    above_ceiling: usize,
     accounts: BTreeMap<AccountId, Account>,
     next: u64,
+    wants: Wants<AccountId>,
 }
 
 impl Ledger {
@@ -91,8 +112,10 @@ impl Ledger {
             committed_bytes: 0,
             cached_bytes: 0,
             unused_guarantee_bytes: 0,
+            above_ceiling: 0,
             accounts: BTreeMap::new(),
             next: 0,
+            wants: Wants::default(),
         }
     }
 
@@ -119,24 +142,8 @@ impl Ledger {
 
     /// Opens an account, if its guarantee can hold beside what is committed and guaranteed already.
     pub(crate) fn open(&mut self, quota: Quota) -> Result<AccountId> {
-        if quota.ceiling_bytes < quota.guarantee_bytes {
-            return Err(VmmError::QuotaUnsatisfiable {
-                what: "guarantee above its ceiling",
-                asked_bytes: quota.guarantee_bytes,
-                available_bytes: quota.ceiling_bytes,
-            });
-        }
-        let available_bytes = self
-            .limit_bytes
-            .saturating_sub(self.committed_bytes)
-            .saturating_sub(self.unused_guarantee_bytes);
-        if quota.guarantee_bytes > available_bytes {
-            return Err(VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
-                asked_bytes: quota.guarantee_bytes,
-                available_bytes,
-            });
-        }
+        quota.check()?;
+        self.check_guarantee(quota.guarantee_bytes, 0, 0)?;
         let id = AccountId(self.next);
         self.next += 1;
         self.unused_guarantee_bytes += quota.guarantee_bytes;
@@ -151,33 +158,103 @@ impl Ledger {
         Ok(id)
     }
 
+    /// Whether an account that holds `held_bytes`, and whose guarantee leaves `unused_bytes` to it until now, can be
+    /// guaranteed so much beside what others hold and are guaranteed.
+    fn check_guarantee(
+        &self,
+        asked_bytes: usize,
+        held_bytes: usize,
+        unused_bytes: usize,
+    ) -> Result<()> {
+        let unused_by_others = self.unused_guarantee_bytes - unused_bytes;
+        let room_bytes = self
+            .limit_bytes
+            .saturating_sub(self.committed_bytes)
+            .saturating_sub(unused_by_others);
+        let available_bytes = held_bytes + room_bytes;
+        if asked_bytes <= available_bytes {
+            return Ok(());
+        }
+        Err(VmmError::QuotaUnsatisfiable {
+            what: NO_ROOM,
+            asked_bytes,
+            available_bytes,
+        })
+    }
+
+    /// Changes what an account may hold, if its guarantee can hold beside what is committed and guaranteed already; else
+    /// nothing changes. The ceiling may be below what it holds.
+    pub(crate) fn set_quota(&mut self, id: AccountId, quota: Quota) -> Result<()> {
+        quota.check()?;
+        let account = self.accounts.get(&id).ok_or(VmmError::Closed)?;
+        let (held_bytes, unused_bytes) = (account.committed_bytes, account.unused_guarantee());
+        self.check_guarantee(quota.guarantee_bytes, held_bytes, unused_bytes)?;
+        self.change(id, |account| account.quota = quota);
+        Ok(())
+    }
+
+    /// What an account may hold.
+    pub(crate) fn quota(&self, id: AccountId) -> Option<Quota> {
+        self.accounts.get(&id).map(|account| account.quota)
+    }
+
     /// Gives up an account's guarantee; what it still holds stays charged until it is refunded.
     pub(crate) fn close(&mut self, id: AccountId) {
-        if let Some(account) = self.accounts.get_mut(&id) {
-            self.unused_guarantee_bytes -= account.unused_guarantee();
-            account.quota = Quota::NOTHING;
+        self.change(id, |account| {
+            account.quota.guarantee_bytes = 0;
+            account.quota.ceiling_bytes = 0;
             account.closed = true;
-            if account.committed_bytes == 0 {
-                self.accounts.remove(&id);
-            }
+        });
+        self.wants.close(id);
+        self.forget_empty(id);
+    }
+
+    fn forget_empty(&mut self, id: AccountId) {
+        let account = self.accounts.get(&id);
+        if account.is_some_and(|account| account.closed && account.committed_bytes == 0) {
+            self.accounts.remove(&id);
         }
     }
 
-    /// Bytes that the account could be charged now.
-    fn free_bytes(&self, account: &Account) -> usize {
-        let others = self.unused_guarantee_bytes - account.unused_guarantee();
+    /// Bytes that the account could be charged now, by one who stands there in the line, or in none.
+    fn free_bytes(&self, account: &Account, ticket: Option<Ticket>) -> usize {
+        let own_bytes = account.unused_guarantee();
+        let others = self.unused_guarantee_bytes - own_bytes;
         let in_budget = self
             .limit_bytes
             .saturating_sub(self.committed_bytes())
             .saturating_sub(others);
-        in_budget.min(account.below_ceiling())
+        let ahead_bytes = self.claimed_ahead(account, ticket);
+        // Nobody waits behind others for what is guaranteed.
+        in_budget
+            .saturating_sub(ahead_bytes)
+            .max(own_bytes.min(in_budget))
+            .min(account.below_ceiling())
+    }
+
+    /// What those who stand further ahead wait for, beyond what they are guaranteed, in bytes.
+    fn claimed_ahead(&self, account: &Account, ticket: Option<Ticket>) -> usize {
+        if self.wants.is_empty() {
+            return 0;
+        }
+        let turn = pressure::turn(account.quota.priority, ticket);
+        let waiting = self.wants.iter().filter(|(_, want)| want.waits);
+        waiting
+            .filter_map(|(ticket, want)| {
+                let asker = self.accounts.get(&want.account)?;
+                // At its own ceiling, an account is helped by its own memory only.
+                let is_ahead = pressure::turn(asker.quota.priority, Some(ticket)) < turn
+                    && want.bytes <= asker.below_ceiling();
+                is_ahead.then(|| want.bytes.saturating_sub(asker.unused_guarantee()))
+            })
+            .sum()
     }
 
     /// What the account could be charged now: the budget's room and its own.
-    pub(crate) fn room(&self, id: AccountId) -> Refusal {
+    pub(crate) fn room(&self, id: AccountId, ticket: Option<Ticket>) -> Refusal {
         let account = self.accounts.get(&id);
         Refusal {
-            free_bytes: account.map_or(0, |account| self.free_bytes(account)),
+            free_bytes: account.map_or(0, |account| self.free_bytes(account, ticket)),
             below_ceiling_bytes: account.map_or(0, Account::below_ceiling),
             limit_bytes: self.account_limit_bytes(id),
         }
@@ -194,15 +271,20 @@ impl Ledger {
             .min(ceiling_bytes)
     }
 
-    /// Charges an account, or says what it could have had.
-    pub(crate) fn charge(&mut self, id: AccountId, bytes: usize) -> Result<(), Refusal> {
+    /// Charges an account, or says what it could have had. With a ticket it is in its turn, and leaves the line.
+    pub(crate) fn charge(
+        &mut self,
+        id: AccountId,
+        bytes: usize,
+        ticket: Option<Ticket>,
+    ) -> Result<(), Refusal> {
         let none = Refusal {
             free_bytes: 0,
             below_ceiling_bytes: 0,
             limit_bytes: 0,
         };
         let account = self.accounts.get(&id).ok_or(none)?;
-        let free_bytes = self.free_bytes(account);
+        let free_bytes = self.free_bytes(account, ticket);
         if bytes > free_bytes {
             return Err(Refusal {
                 free_bytes,
@@ -210,29 +292,103 @@ impl Ledger {
                 limit_bytes: self.account_limit_bytes(id),
             });
         }
-        self.change(id, |committed| committed + bytes);
+        self.change(id, |account| account.committed_bytes += bytes);
         self.committed_bytes += bytes;
+        if let Some(ticket) = ticket {
+            self.wants.remove(ticket);
+        }
+        if bytes > 0 {
+            self.wants.forget(id);
+        }
         Ok(())
     }
 
     /// Takes back a charge.
     pub(crate) fn refund(&mut self, id: AccountId, bytes: usize) {
         debug_assert!(self.account_bytes(id) >= bytes);
-        self.change(id, |committed| committed - bytes);
+        self.change(id, |account| account.committed_bytes -= bytes);
         self.committed_bytes -= bytes;
-        if self
-            .accounts
-            .get(&id)
-            .is_some_and(|account| account.closed && account.committed_bytes == 0)
-        {
-            self.accounts.remove(&id);
-        }
+        self.forget_empty(id);
     }
 
-    /// What an account may hold; nothing where there is none.
-    pub(crate) fn quota(&self, id: AccountId) -> Quota {
-        let account = self.accounts.get(&id);
-        account.map_or(Quota::NOTHING, |account| account.quota)
+    /// Puts an account in the line for so much more.
+    pub(crate) fn line_up(&mut self, id: AccountId, bytes: usize) -> Ticket {
+        self.wants.push(id, bytes, true)
+    }
+
+    /// How much is waited for in this place of the line.
+    pub(crate) fn awaited_bytes(&self, ticket: Option<Ticket>) -> Option<usize> {
+        self.wants.bytes(ticket?)
+    }
+
+    /// Notes how much is waited for now.
+    pub(crate) fn wait_for(&mut self, ticket: Ticket, bytes: usize) {
+        self.wants.set_bytes(ticket, bytes);
+    }
+
+    /// Takes a place in the line out; says whether it was still there.
+    pub(crate) fn leave_line(&mut self, ticket: Ticket) -> bool {
+        self.wants.remove(ticket)
+    }
+
+    /// Remembers that an account was refused so much, and does not wait for it.
+    pub(crate) fn refuse(&mut self, id: AccountId, bytes: usize) {
+        self.wants.push(id, bytes, false);
+    }
+
+    /// Whether nobody wants more than there was, and nobody holds more than it may.
+    pub(crate) fn is_calm(&self) -> bool {
+        self.wants.is_empty() && self.above_ceiling == 0
+    }
+
+    /// Whether an account holds more than it may.
+    pub(crate) fn is_above_ceiling(&self, id: AccountId) -> bool {
+        self.above_ceiling > 0
+            && self
+                .accounts
+                .get(&id)
+                .is_some_and(Account::is_above_ceiling)
+    }
+
+    /// What each account owes, in bytes; the second argument is what comes back of it without its doing.
+    pub(crate) fn owed(
+        &mut self,
+        coming: impl Fn(AccountId) -> usize,
+    ) -> BTreeMap<AccountId, usize> {
+        let has_room = |want: &Want<AccountId>| {
+            let room = self.accounts.get(&want.account);
+            let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, None));
+            want.bytes <= free_bytes.saturating_add(self.cached_bytes)
+        };
+        let had_room: Vec<_> = self
+            .wants
+            .iter()
+            .filter(|(_, want)| !want.waits && has_room(want))
+            .map(|(ticket, _)| ticket)
+            .collect();
+        for ticket in had_room {
+            self.wants.remove(ticket);
+        }
+        let (mut holders, mut closed_bytes) = (Vec::new(), 0);
+        for (id, account) in &self.accounts {
+            let used_bytes = account.committed_bytes.saturating_sub(coming(*id));
+            if account.closed {
+                // Nobody is there to be asked for it.
+                closed_bytes += used_bytes;
+                continue;
+            }
+            holders.push(Holder {
+                account: *id,
+                priority: account.quota.priority,
+                guarantee_bytes: account.quota.guarantee_bytes,
+                ceiling_bytes: account.quota.ceiling_bytes,
+                used_bytes,
+            });
+        }
+        let limit_bytes = self.limit_bytes.saturating_sub(closed_bytes);
+        let owed = pressure::divide(limit_bytes, &holders, self.wants.iter());
+        let accounts = holders.iter().map(|holder| holder.account);
+        accounts.zip(owed).collect()
     }
 
     /// What is charged to an account, in bytes.
@@ -242,138 +398,16 @@ impl Ledger {
             .map_or(0, |account| account.committed_bytes)
     }
 
-    fn change(&mut self, id: AccountId, change: impl FnOnce(usize) -> usize) {
+    fn change(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
         if let Some(account) = self.accounts.get_mut(&id) {
             self.unused_guarantee_bytes -= account.unused_guarantee();
-            account.committed_bytes = change(account.committed_bytes);
+            self.above_ceiling -= usize::from(account.is_above_ceiling());
+            change(account);
             self.unused_guarantee_bytes += account.unused_guarantee();
+            self.above_ceiling += usize::from(account.is_above_ceiling());
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_refusal_says_what_there_was() {
-        let mut ledger = Ledger::new(100);
-        let quota = |guarantee_bytes| Quota {
-            guarantee_bytes,
-            ..Quota::default()
-        };
-        let first = ledger.open(quota(30)).expect("fits");
-        let second = ledger.open(quota(0)).expect("fits");
-        assert_eq!(
-            ledger.charge(second, 71),
-            Err(Refusal {
-                free_bytes: 70,
-                below_ceiling_bytes: usize::MAX,
-                limit_bytes: 70
-            })
-        );
-        assert_eq!(ledger.charge(second, 70), Ok(()));
-        assert_eq!(ledger.charge(first, 30), Ok(()));
-        assert!(ledger.charge(first, 1).is_err());
-        assert_eq!(
-            ledger.open(quota(1)),
-            Err(VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
-                asked_bytes: 1,
-                available_bytes: 0
-            })
-        );
-    }
-
-    #[test]
-    fn a_ceiling_below_the_guarantee_is_refused() {
-        let quota = Quota {
-            guarantee_bytes: 2,
-            ceiling_bytes: 1,
-        };
-        assert_eq!(
-            Ledger::new(100).open(quota),
-            Err(VmmError::QuotaUnsatisfiable {
-                what: "guarantee above its ceiling",
-                asked_bytes: 2,
-                available_bytes: 1
-            })
-        );
-    }
-
-    #[test]
-    fn a_closed_account_keeps_its_charge_until_it_is_refunded() {
-        let mut ledger = Ledger::new(100);
-        let id = ledger.open(Quota::default()).expect("fits");
-        assert_eq!(ledger.charge(id, 60), Ok(()));
-        ledger.close(id);
-        assert_eq!(ledger.committed_bytes(), 60);
-        assert!(
-            ledger.charge(id, 1).is_err(),
-            "closed accounts grow no more"
-        );
-        ledger.refund(id, 60);
-        assert_eq!(ledger.committed_bytes(), 0);
-        assert!(ledger.accounts.is_empty());
-    }
-
-    #[test]
-    fn an_account_with_a_ceiling_of_zero_stays_open_when_nothing_is_refunded() {
-        let mut ledger = Ledger::new(100);
-        let quota = Quota {
-            guarantee_bytes: 0,
-            ceiling_bytes: 0,
-        };
-        let id = ledger.open(quota).expect("fits");
-        ledger.refund(id, 0);
-        assert_eq!(ledger.charge(id, 0), Ok(()));
-        assert_eq!(
-            ledger.charge(id, 1).map_err(|refusal| refusal.limit_bytes),
-            Err(0)
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn a_guarantee_always_holds_and_the_limit_is_never_passed(
-            quotas in prop::collection::vec((0..60usize, 0..120usize), 1..6),
-            steps in prop::collection::vec((0..6usize, 0..80usize, any::<bool>()), 0..200),
-        ) {
-            let mut ledger = Ledger::new(100);
-            let mut accounts = Vec::new();
-            for (guarantee_bytes, above) in quotas {
-                let quota = Quota { guarantee_bytes, ceiling_bytes: guarantee_bytes + above };
-                if let Ok(id) = ledger.open(quota) {
-                    accounts.push((id, quota, 0));
-                }
-            }
-            for (who, bytes, take) in steps {
-                let count = accounts.len().max(1);
-                let Some((id, quota, held)) = accounts.get_mut(who % count) else { continue };
-                if take {
-                    let outcome = ledger.charge(*id, bytes);
-                    if *held + bytes <= quota.guarantee_bytes {
-                        prop_assert_eq!(outcome, Ok(()), "within the guarantee");
-                    }
-                    prop_assert!(outcome.is_err() || *held + bytes <= quota.ceiling_bytes);
-                    if let Err(refusal) = outcome {
-                        prop_assert!(refusal.free_bytes < bytes);
-                        prop_assert!(refusal.free_bytes == 0 || ledger.charge(*id, refusal.free_bytes).is_ok());
-                        *held += refusal.free_bytes;
-                    } else {
-                        *held += bytes;
-                    }
-                } else {
-                    let bytes = bytes.min(*held);
-                    ledger.refund(*id, bytes);
-                    *held -= bytes;
-                }
-                let total: usize = accounts.iter().map(|(_, _, held)| held).sum();
-                prop_assert_eq!(ledger.committed_bytes(), total);
-                let owed: usize = accounts.iter().map(|(_, quota, held)| quota.guarantee_bytes.saturating_sub(*held)).sum();
-                prop_assert!(total + owed <= 100);
-            }
-        }
-    }
-}
+mod tests;

@@ -1,6 +1,6 @@
 //! One budget on one device: who holds which physical memory.
 //!
-//! `sorted`, `intervals`, `pages`, `policy` and `ledger` are pure bookkeeping. This file joins them to the driver under three
+//! `sorted`, `intervals`, `pages`, `policy`, `pressure` and `ledger` are pure bookkeeping. This file joins them to the driver under three
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
@@ -14,17 +14,21 @@ mod intervals;
 mod lease;
 mod ledger;
 mod options;
+mod owed;
 mod pages;
 mod pin;
 mod plan;
 mod policy;
 mod prefetch;
+mod pressure;
 mod range;
 mod ranges;
+mod relief;
 mod retire;
 mod snapshot;
 mod sorted;
 mod stats;
+mod waiting;
 mod worker;
 
 pub use compact::CompactReport;
@@ -32,16 +36,19 @@ pub use counters::{EngineCounters, PoolCounters};
 pub use lease::LeaseToken;
 pub(crate) use ledger::Quota;
 pub use options::{EngineOptions, PoolOptions};
+pub(crate) use owed::Owed;
 pub(crate) use pages::Parts;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeStats};
 pub(crate) use ranges::{Handle, RangeId};
+pub use relief::MakeRoom;
 pub(crate) use snapshot::Look;
 pub use stats::{EngineStats, MemoryParts, StepReport};
+pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
-use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
@@ -69,6 +76,8 @@ pub(crate) struct Inner {
     worker: Worker,
     /// Threads that wait for `changed`: asked without the lock by all who free memory, and changed seldom.
     waiting: Apart<AtomicUsize>,
+    /// Whether anyone owes memory, or wants more than there is: as `waiting`.
+    is_pressing: Apart<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -207,6 +216,7 @@ impl Engine {
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
             waiting: Apart::default(),
+            is_pressing: Apart::default(),
         });
         device.register_engine(&inner);
         Ok(Self(inner))
@@ -316,13 +326,15 @@ impl Inner {
         state
     }
 
-    /// Lets go of the lock and wakes those who wait for a change.
-    fn unlock_changed(&self, state: MutexGuard<'_, State>) {
+    /// Lets go of the lock and wakes those who wait for a change, and owners who have come to owe more.
+    fn unlock_changed(&self, mut state: MutexGuard<'_, State>) {
+        let owing = state.share_out(&self.is_pressing);
         let waiting = self.waiting.load(Ordering::SeqCst) > 0;
         drop(state);
         if waiting {
             self.changed.notify_all();
         }
+        owed::wake(owing);
     }
 
     /// Whether a step would find something to do.
@@ -333,6 +345,7 @@ impl Inner {
             || state.ranges.with_news().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || stats.quarantined_bytes > 0
+            || state.spare_above_ceiling().is_some()
             || (state.ranges.values())
                 .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some())
     }
@@ -446,8 +459,8 @@ impl Inner {
         range.freed.push((chunks, until));
         handle.note(&range);
         drop(range);
-        // Whoever waits said so before he looked at the ranges: he saw the note, or is seen here.
-        if self.waiting.load(Ordering::SeqCst) > 0 {
+        // Whoever waits, or is short of memory, said so before he looked at the ranges: he saw the note, or is seen here.
+        if self.waiting.load(Ordering::SeqCst) > 0 || self.is_pressing.load(Ordering::SeqCst) {
             self.unlock_changed(self.lock());
         }
         self.worker.wake(self, false);

@@ -101,7 +101,11 @@ impl Inner {
         let mut ranges = state.ranges.iter();
         let (id, mut range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
         drop(ranges);
-        let run = range.next_ahead(self.options.chunk_bytes_max);
+        let run = match range.owes() {
+            // What it is asked to give back is not made anew.
+            true => None,
+            false => range.next_ahead(self.options.chunk_bytes_max),
+        };
         let (Some(run), Some(target)) = (run, Target::of(&range)) else {
             range.is_hungry = false;
             return Some(0);
@@ -109,7 +113,7 @@ impl Inner {
         let (account, bytes) = (range.account, run.len() * range.page_bytes);
         // Nobody else makes pages of it, which takes the engine's lock.
         drop(range);
-        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter()) else {
+        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter(), None) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
             drop(state);

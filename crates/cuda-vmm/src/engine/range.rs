@@ -4,10 +4,12 @@ use super::lease::Leases;
 use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
+use super::pressure::Ticket;
 use super::retire::Until;
-use super::{Handle, Inner, Parts, PoolCounters, PoolOptions, RangeId, State};
+use super::{Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::Extent;
 use crate::sync::Arc;
+use crate::sync::atomic::Ordering;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
 use std::collections::BTreeMap;
 
@@ -31,6 +33,7 @@ pub(crate) struct Range {
     /// What is used outside, whether the owner frees it or not.
     pub(super) leases: Leases,
     pub(super) counters: PoolCounters,
+    pub(super) owed: Arc<Owed>,
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
@@ -178,7 +181,7 @@ impl Inner {
                     offset: 0,
                     bytes: capacity_bytes,
                 })?;
-        let account = self.lock().ledger.open(quota)?;
+        let account = self.make_room_for(|ledger| ledger.open(quota))?;
         let reservation = Reservation::with_alignment(&self.device, bytes, page_bytes)
             .inspect_err(|_| self.lock().ledger.close(account))?;
         let address = reservation.address();
@@ -195,6 +198,7 @@ impl Inner {
             pins: BTreeMap::new(),
             leases: Leases::default(),
             counters: PoolCounters::default(),
+            owed: Arc::default(),
             capacity_bytes,
             page_bytes,
             closed: false,
@@ -250,17 +254,21 @@ impl Inner {
 
     /// Makes bytes live, backing the pages that are not; returns their offset.
     ///
-    /// With `wait` it waits for memory that is retiring, if that is what is missing.
+    /// Waits as `patience` says. Who waits for more than the budget has stands in a line until it is served.
     pub(crate) fn allocate(
         self: &Arc<Self>,
         handle: &Handle,
         place: Place,
         bytes: usize,
-        wait: bool,
+        patience: &Patience,
     ) -> Result<usize> {
         handle.check_process()?;
         let mut range = handle.lock();
-        if let Some(offset) = range.take(place, bytes)? {
+        // Who is short of memory has set this before it looked at the range. Then what is parked counts as coming back, and
+        // to take it changes what is owed.
+        if !self.is_pressing.load(Ordering::SeqCst)
+            && let Some(offset) = range.take(place, bytes)?
+        {
             let hungry = range.advance(offset + bytes);
             drop(range);
             if hungry {
@@ -269,18 +277,25 @@ impl Inner {
             return Ok(offset);
         }
         drop(range);
-        self.allocate_more(handle, place, bytes, wait)
+        let mut ticket = None;
+        let outcome = self.allocate_in_turn(handle, place, bytes, patience, &mut ticket);
+        if let Some(ticket) = ticket {
+            self.leave_line(ticket);
+        }
+        outcome
     }
 
     /// As [`allocate`](Self::allocate), with the engine's lock, for what takes more than the range has.
-    fn allocate_more(
+    fn allocate_in_turn(
         self: &Arc<Self>,
         handle: &Handle,
         place: Place,
         bytes: usize,
-        wait: bool,
+        patience: &Patience,
+        ticket: &mut Option<Ticket>,
     ) -> Result<usize> {
         let id = handle.id();
+        let wait = patience.waits();
         let mut retried = false;
         let mut polled = false;
         let mut followed = false;
@@ -334,13 +349,16 @@ impl Inner {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
-                let charged = state.charge(account, &plan, page_bytes).or_else(|refusal| {
-                    if plan.spare_pages == 0 {
-                        return Err(refusal);
-                    }
-                    plan.spare_pages = 0;
-                    state.charge(account, &plan, page_bytes)
-                });
+                let charged =
+                    state
+                        .charge(account, &plan, page_bytes, *ticket)
+                        .or_else(|refusal| {
+                            if plan.spare_pages == 0 {
+                                return Err(refusal);
+                            }
+                            plan.spare_pages = 0;
+                            state.charge(account, &plan, page_bytes, *ticket)
+                        });
                 match charged {
                     Ok(supply) => {
                         let outcome = self.fill(state, range, id, extent, plan, supply);
@@ -368,7 +386,10 @@ impl Inner {
             }
             if busy && wait {
                 // Someone is making or unmapping these very pages, and says when it is done.
-                state = self.wait(state);
+                match self.wait_patiently(state, patience) {
+                    Some(again) => state = again,
+                    None => return Err(self.in_the_way(&self.lock(), id, extent)),
+                }
                 continue;
             }
             let stats = state.parts();
@@ -377,7 +398,7 @@ impl Inner {
                 if !wait {
                     return Err(error);
                 }
-                match self.await_progress(state, Some(id))? {
+                match self.await_patiently(state, Some(id), patience)? {
                     Some(again) => state = again,
                     None => return Err(error),
                 }
@@ -419,12 +440,27 @@ impl Inner {
                 state = self.lock();
                 continue;
             }
-            if !wait || retiring_bytes + refusal.free_bytes < need_bytes {
-                return Err(refused.unwrap_or(error));
+            let in_vain = match patience {
+                Patience::None => true,
+                Patience::Retiring => retiring_bytes + refusal.free_bytes < need_bytes,
+                Patience::Until(_) => false,
+            };
+            if in_vain {
+                let error = refused.unwrap_or(error);
+                return Err(match only {
+                    Some(_) => error,
+                    None => self.refuse(state, ticket, account, need_bytes, error),
+                });
             }
-            match self.await_progress(state, only)? {
+            if only.is_none() && state.ledger.awaited_bytes(*ticket) != Some(need_bytes) {
+                self.stand_in_line(state, ticket, account, need_bytes);
+                state = self.lock();
+                continue;
+            }
+            match self.await_patiently(state, only, patience)? {
                 Some(again) => state = again,
-                None => return Err(error),
+                None if only.is_some() => return Err(error),
+                None => return Err(self.refuse(self.lock(), ticket, account, need_bytes, error)),
             }
         }
     }

@@ -61,7 +61,7 @@ impl State {
             chunks: range.pages.chunks(),
             unused_bytes: gaps().sum(),
             largest_unused_run_bytes: gaps().max().unwrap_or_default(),
-            quota: self.ledger.quota(range.account),
+            quota: self.ledger.quota(range.account).unwrap_or_default(),
             counters: range.counters,
         }
     }

@@ -2,9 +2,10 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Place, PoolCounters,
-    PoolOptions, Quota, RangeId,
+    CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Owed, Patience, Place,
+    PoolCounters, PoolOptions, Quota, RangeId,
 };
+use crate::sync::Arc;
 use crate::{Device, Result, Stream};
 use core::ops;
 
@@ -26,7 +27,8 @@ use core::ops;
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     engine: Engine,
-    range: Handle,
+    pub(super) range: Handle,
+    pub(super) owed: Arc<Owed>,
     base_address: u64,
     capacity_bytes: usize,
     page_bytes: usize,
@@ -88,9 +90,11 @@ impl VirtualMemoryPool {
             engine
                 .inner()
                 .open_range(capacity_bytes, page_bytes, options, quota)?;
+        let owed = engine.inner().owed(&range)?;
         Ok(Self {
             engine: engine.clone(),
             range,
+            owed,
             base_address,
             capacity_bytes,
             page_bytes,
@@ -115,7 +119,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), [`VmmError::Closed`](crate::VmmError::Closed).
     /// After an error everything is as before.
     pub fn allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
-        self.take(Place::At(offset), bytes, true)
+        self.take(Place::At(offset), bytes, &Patience::Retiring)
     }
 
     /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is an
@@ -124,7 +128,7 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`allocate`](Self::allocate).
     pub fn try_allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
-        self.take(Place::At(offset), bytes, false)
+        self.take(Place::At(offset), bytes, &Patience::None)
     }
 
     /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of `alignment` bytes
@@ -137,12 +141,12 @@ impl VirtualMemoryPool {
         if alignment == 0 {
             return Err(crate::VmmError::ZeroSize { what: "alignment" });
         }
-        self.take(Place::FirstFit { alignment }, bytes, true)
+        self.take(Place::FirstFit { alignment }, bytes, &Patience::Retiring)
     }
 
-    fn take(&self, place: Place, bytes: usize, wait: bool) -> Result<u64> {
+    pub(super) fn take(&self, place: Place, bytes: usize, patience: &Patience) -> Result<u64> {
         let inner = self.engine.inner();
-        let outcome = inner.allocate(&self.range, place, bytes, wait);
+        let outcome = inner.allocate(&self.range, place, bytes, patience);
         let offset =
             outcome.inspect_err(|error| inner.refused(&self.range, place, bytes, error))?;
         Ok(self.base_address + offset as u64)

@@ -2,13 +2,16 @@
 
 pub mod blocks;
 mod elastic;
+mod pressure;
 mod prometheus;
+mod quota;
 mod shared;
 mod snapshot;
 mod stats;
 
 pub use elastic::VirtualMemoryPool;
 pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
+pub use quota::ModelQuota;
 pub use shared::{ModelOptions, SharedMemoryPool, SharedPoolOptions};
 pub use snapshot::{ModelSnapshot, Snapshot};
 pub use stats::PoolStats;

@@ -5,14 +5,14 @@
 //! `&mut` of [`VirtualMemoryPool::compact`] stands for: others may have the model too.
 #![allow(unsafe_code)]
 
-use super::{PoolStats, Snapshot, VirtualMemoryPool};
-use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions, Quota};
+use super::{ModelQuota, PoolStats, Snapshot, VirtualMemoryPool};
+use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions};
 use crate::sync::{Arc, PoisonError, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
 
 /// Addresses that are placed for a model begin at a multiple of this many bytes, as those of `cuMemAlloc` do.
-const ALIGNMENT: usize = 256;
+pub(super) const ALIGNMENT: usize = 256;
 
 /// How a shared pool is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +32,9 @@ pub struct ModelOptions {
     pub guarantee_bytes: usize,
     /// The most memory in bytes that it may hold, if less than the pool's limit.
     pub ceiling_bytes: Option<usize>,
+    /// Who is served first when several wait for memory, and asked last to give some back: the higher. 0 unless told
+    /// otherwise; any number.
+    pub priority: i32,
     /// How much memory in bytes is made ahead of its latest allocation; see
     /// [`PoolOptions::ahead_bytes_max`].
     pub ahead_bytes_max: usize,
@@ -40,12 +43,13 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// Addresses, no guarantee, no ceiling, nothing made ahead.
+    /// Addresses, no guarantee, no ceiling, priority 0, nothing made ahead.
     pub const fn new(capacity_bytes: usize) -> Self {
         Self {
             capacity_bytes,
             guarantee_bytes: 0,
             ceiling_bytes: None,
+            priority: 0,
             ahead_bytes_max: 0,
             ahead_bytes_min: None,
         }
@@ -109,7 +113,7 @@ impl SharedMemoryPool {
         self.register_model_with(model, ModelOptions::new(capacity_bytes))
     }
 
-    /// Registers a model with a guarantee and a ceiling.
+    /// Registers a model with a guarantee, a ceiling and a priority.
     ///
     /// # Errors
     /// As [`register_model`](Self::register_model); [`VmmError::QuotaUnsatisfiable`] if the guarantee is
@@ -121,9 +125,10 @@ impl SharedMemoryPool {
         if self.find(model).is_ok() {
             return Err(already());
         }
-        let quota = Quota {
+        let quota = ModelQuota {
             guarantee_bytes: options.guarantee_bytes,
-            ceiling_bytes: options.ceiling_bytes.unwrap_or(usize::MAX),
+            ceiling_bytes: options.ceiling_bytes,
+            priority: options.priority,
         };
         let mut ahead = PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max);
         ahead.ahead_bytes_min = options.ahead_bytes_min;
@@ -132,7 +137,7 @@ impl SharedMemoryPool {
             options.capacity_bytes,
             self.page_bytes,
             ahead,
-            quota,
+            quota.into(),
         )?;
         let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
         if models.contains_key(model) {
@@ -160,7 +165,7 @@ impl SharedMemoryPool {
         removed.ok_or_else(|| not_found(model))?.shut()
     }
 
-    fn find(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
+    pub(super) fn find(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
         self.models
             .read()
             .unwrap_or_else(PoisonError::into_inner)

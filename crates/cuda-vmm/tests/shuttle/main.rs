@@ -20,4 +20,5 @@ mod neighbours;
 mod never_waits;
 mod parked;
 mod planted;
+mod waiting;
 mod world;

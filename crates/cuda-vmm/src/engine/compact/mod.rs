@@ -9,6 +9,7 @@ pub use report::CompactReport;
 pub(super) use stranded::Relocations;
 
 use super::pages::PartlyLive;
+use super::relief::Relief;
 use super::retire::Until;
 use super::{Inner, RangeId, State};
 use crate::capture::CaptureGuard;
@@ -30,7 +31,7 @@ impl State {
         let plan = if CaptureGuard::any() {
             Plan::default()
         } else {
-            let room = self.ledger.room(range.account);
+            let room = self.ledger.room(range.account, None);
             let own_bytes = parts.ahead_bytes + range.spare_parked_bytes();
             let in_budget = room.free_bytes.saturating_add(spare_bytes);
             let below_ceiling = room.below_ceiling_bytes.saturating_add(own_bytes);
@@ -138,7 +139,7 @@ impl Inner {
                 return Ok(None);
             };
             let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
-            let Err(refusal) = ledger.charge(range.account, chunk.live_bytes) else {
+            let Err(refusal) = ledger.charge(range.account, chunk.live_bytes, None) else {
                 let place = Place {
                     range: id,
                     account: range.account,
@@ -201,18 +202,14 @@ impl Inner {
         Ok(old_bytes - charged_bytes)
     }
 
-    /// Makes memory for which the budget has room. If the device has none, all its engines give up what they can
-    /// spare, and then it is asked once more.
+    /// Makes memory for which the budget has room. If the device has none, it is relieved and asked again.
     fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
-        match PhysicalMemory::new(&self.device, bytes) {
-            Err(error) if error.is_out_of_memory() => {
-                for engine in self.device.engines() {
-                    engine.inner().relieve();
-                }
-                self.device.retry_refused();
-                PhysicalMemory::new(&self.device, bytes)
+        let mut relief = Relief::default();
+        loop {
+            match PhysicalMemory::new(&self.device, bytes) {
+                Err(error) if error.is_out_of_memory() && relief.next(&self.device, bytes) => {}
+                outcome => return outcome,
             }
-            outcome => outcome,
         }
     }
 }

@@ -1,0 +1,87 @@
+//! Candle allocating beside a pool, on a device that has not enough for both.
+
+use crate::common::{GIB, MIB, UnderTest, open};
+use candle_core::CudaDevice;
+use candle_core::cuda::cudarc::driver::CudaSlice;
+use candle_cuda_vmm::cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
+use candle_cuda_vmm::cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions};
+use candle_cuda_vmm::let_candle_make_room;
+
+/// What is left free of the device, in bytes, where all but a little is taken. A driver takes more for tables of its own.
+pub const LEFT: usize = GIB;
+
+pub fn candle(test: &UnderTest) -> CudaDevice {
+    test.device.as_cuda_device().unwrap().clone()
+}
+
+/// Bytes of Candle's own.
+pub fn take(candle: &CudaDevice, bytes: usize) -> candle_core::Result<CudaSlice<u8>> {
+    // SAFETY: nobody reads them.
+    unsafe { candle.alloc::<u8>(bytes) }
+}
+
+/// A pool whose limit is more than the device has, and which keeps what is freed, with a model that has so many addresses.
+pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
+    let options = SharedPoolOptions {
+        engine: EngineOptions::new()
+            .limit_bytes(usize::MAX / 2)
+            .park_bytes_max(usize::MAX / 2),
+        page_bytes: None,
+    };
+    let pool = SharedMemoryPool::with_options(&test.core, options).unwrap();
+    pool.register_model("model", capacity_bytes).unwrap();
+    pool
+}
+
+/// Waits until all that was freed is parked.
+fn settle(pool: &SharedMemoryPool) {
+    while pool.stats().retiring_bytes > 0 {
+        pool.engine().step();
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn candle_that_runs_out_is_relieved_with_what_a_pool_keeps() {
+    let test = open();
+    let candle = candle(&test);
+    let most_bytes = (test.free_bytes() - LEFT) / MIB * MIB;
+    let pool = greedy(&test, most_bytes);
+    pool.allocate_for_model_at("model", 0, most_bytes).unwrap();
+    pool.deallocate_for_model("model", 0, most_bytes).unwrap();
+    settle(&pool);
+    let wanted_bytes = 4 * GIB;
+    let refused = take(&candle, wanted_bytes).unwrap_err();
+    assert!(
+        refused.to_string().contains("CUDA_ERROR_OUT_OF_MEMORY"),
+        "{refused}"
+    );
+    let given_bytes = pool.relieve(wanted_bytes);
+    assert!(given_bytes >= wanted_bytes, "{given_bytes}");
+    let parked_bytes = pool.stats().parked_bytes;
+    assert!(parked_bytes > 0, "not more than was asked for");
+    let taken = take(&candle, wanted_bytes).unwrap();
+    drop(taken);
+    test.device.synchronize().unwrap();
+}
+
+#[test]
+fn a_pool_that_runs_out_has_candle_asked_and_then_the_drivers_own_error() {
+    let test = open();
+    let_candle_make_room(&test.device).unwrap();
+    let capacity_bytes = test.core.total_bytes() * 2;
+    let pool = greedy(&test, capacity_bytes);
+    let outcome = pool.allocate_for_model("model", capacity_bytes);
+    let error = outcome.unwrap_err();
+    assert_eq!(error.driver_code(), Some(CUDA_ERROR_OUT_OF_MEMORY));
+    assert!(
+        error
+            .to_string()
+            .contains(&DriverFunction::cuMemCreate.to_string()),
+        "{error}"
+    );
+    assert_eq!(pool.stats().committed_bytes, 0);
+    // It keeps a clone of Candle's device, and would be called by tests that follow.
+    test.core.set_make_room(None);
+    pool.allocate_for_model("model", 2 * MIB).unwrap();
+}

@@ -1,0 +1,368 @@
+use super::*;
+use proptest::prelude::*;
+
+#[test]
+fn a_refusal_says_what_there_was() {
+    let mut ledger = Ledger::new(100);
+    let quota = |guarantee_bytes| Quota {
+        guarantee_bytes,
+        ..Quota::default()
+    };
+    let first = ledger.open(quota(30)).expect("fits");
+    let second = ledger.open(quota(0)).expect("fits");
+    assert_eq!(
+        ledger.charge(second, 71, None),
+        Err(Refusal {
+            free_bytes: 70,
+            below_ceiling_bytes: usize::MAX,
+            limit_bytes: 70
+        })
+    );
+    assert_eq!(ledger.charge(second, 70, None), Ok(()));
+    assert_eq!(ledger.charge(first, 30, None), Ok(()));
+    assert!(ledger.charge(first, 1, None).is_err());
+    assert_eq!(
+        ledger.open(quota(1)),
+        Err(VmmError::QuotaUnsatisfiable {
+            what: "guarantee",
+            asked_bytes: 1,
+            available_bytes: 0
+        })
+    );
+}
+
+#[test]
+fn a_ceiling_below_the_guarantee_is_refused() {
+    let quota = Quota {
+        guarantee_bytes: 2,
+        ceiling_bytes: 1,
+        ..Quota::default()
+    };
+    assert_eq!(
+        Ledger::new(100).open(quota),
+        Err(VmmError::QuotaUnsatisfiable {
+            what: "guarantee above its ceiling",
+            asked_bytes: 2,
+            available_bytes: 1
+        })
+    );
+}
+
+#[test]
+fn a_closed_account_keeps_its_charge_until_it_is_refunded() {
+    let mut ledger = Ledger::new(100);
+    let id = ledger.open(Quota::default()).expect("fits");
+    assert_eq!(ledger.charge(id, 60, None), Ok(()));
+    ledger.close(id);
+    assert_eq!(ledger.committed_bytes(), 60);
+    assert!(
+        ledger.charge(id, 1, None).is_err(),
+        "closed accounts grow no more"
+    );
+    ledger.refund(id, 60);
+    assert_eq!(ledger.committed_bytes(), 0);
+    assert!(ledger.accounts.is_empty());
+}
+
+#[test]
+fn an_account_with_a_ceiling_of_zero_stays_open_when_nothing_is_refunded() {
+    let mut ledger = Ledger::new(100);
+    let quota = Quota {
+        ceiling_bytes: 0,
+        ..Quota::default()
+    };
+    let id = ledger.open(quota).expect("fits");
+    ledger.refund(id, 0);
+    assert_eq!(ledger.charge(id, 0, None), Ok(()));
+    assert_eq!(
+        ledger
+            .charge(id, 1, None)
+            .map_err(|refusal| refusal.limit_bytes),
+        Err(0)
+    );
+}
+
+fn quota(guarantee_bytes: usize, ceiling_bytes: usize, priority: i32) -> Quota {
+    Quota {
+        guarantee_bytes,
+        ceiling_bytes,
+        priority,
+    }
+}
+
+#[test]
+fn a_quota_that_cannot_hold_is_refused_and_changes_nothing() {
+    let mut ledger = Ledger::new(100);
+    let first = ledger.open(quota(30, 50, 1)).expect("fits");
+    let second = ledger.open(quota(20, 90, 0)).expect("fits");
+    assert_eq!(ledger.charge(second, 60, None), Ok(()));
+    let refused = |what, asked_bytes, available_bytes| {
+        Err(VmmError::QuotaUnsatisfiable {
+            what,
+            asked_bytes,
+            available_bytes,
+        })
+    };
+    // 60 are held by the other, and so 40 are left.
+    let outcome = ledger.set_quota(first, quota(41, 50, 7));
+    assert_eq!(outcome, refused("guarantee", 41, 40));
+    let outcome = ledger.set_quota(first, quota(40, 39, 7));
+    assert_eq!(outcome, refused("guarantee above its ceiling", 40, 39));
+    assert_eq!(ledger.quota(first), Some(quota(30, 50, 1)));
+    // What is held counts towards a guarantee.
+    assert_eq!(
+        ledger.set_quota(second, quota(71, 90, 0)),
+        refused("guarantee", 71, 70)
+    );
+    assert_eq!(ledger.set_quota(second, quota(70, 90, 0)), Ok(()));
+    assert_eq!(
+        ledger.set_quota(first, quota(31, 50, 1)),
+        refused("guarantee", 31, 30)
+    );
+    assert_eq!(ledger.set_quota(second, quota(0, 90, 0)), Ok(()));
+    assert_eq!(ledger.set_quota(first, quota(40, 50, 1)), Ok(()));
+    assert_eq!(ledger.charge(first, 40, None), Ok(()));
+    ledger.close(first);
+    assert_eq!(
+        ledger.set_quota(AccountId(9), quota(0, 1, 0)),
+        Err(VmmError::Closed)
+    );
+}
+
+#[test]
+fn who_holds_more_than_its_lowered_ceiling_owes_it_and_gets_no_more() {
+    let mut ledger = Ledger::new(100);
+    let id = ledger.open(Quota::default()).expect("fits");
+    assert_eq!(ledger.charge(id, 60, None), Ok(()));
+    assert!(ledger.is_calm());
+    assert_eq!(ledger.set_quota(id, quota(10, 45, 0)), Ok(()));
+    assert!(!ledger.is_calm() && ledger.is_above_ceiling(id));
+    assert_eq!(ledger.owed(|_| 0)[&id], 15);
+    assert_eq!(ledger.owed(|_| 6)[&id], 9, "less what comes back anyhow");
+    assert!(ledger.charge(id, 1, None).is_err());
+    ledger.refund(id, 15);
+    assert!(ledger.is_calm());
+    assert_eq!(ledger.owed(|_| 0)[&id], 0);
+    assert_eq!(ledger.set_quota(id, quota(0, 0, 0)), Ok(()));
+    assert!(!ledger.is_calm());
+    ledger.close(id);
+    assert!(ledger.is_calm(), "nobody is there to be asked");
+    assert!(ledger.owed(|_| 0).is_empty());
+}
+
+#[test]
+fn what_comes_free_is_for_the_highest_priority_and_then_for_the_first() {
+    let mut ledger = Ledger::new(100);
+    let holder = ledger.open(Quota::default()).expect("fits");
+    let low = ledger.open(quota(0, 100, -1)).expect("fits");
+    let [first, second] = [(); 2].map(|()| ledger.open(quota(0, 100, 3)).expect("fits"));
+    assert_eq!(ledger.charge(holder, 100, None), Ok(()));
+    let low_ticket = ledger.line_up(low, 10);
+    let first_ticket = ledger.line_up(first, 20);
+    let second_ticket = ledger.line_up(second, 10);
+    ledger.refund(holder, 20);
+    let free = |ledger: &Ledger, id, ticket| ledger.room(id, ticket).free_bytes;
+    assert_eq!(free(&ledger, holder, None), 0, "who comes now stands last");
+    assert_eq!(free(&ledger, low, Some(low_ticket)), 0);
+    assert_eq!(free(&ledger, second, Some(second_ticket)), 0);
+    assert_eq!(free(&ledger, second, None), 0);
+    assert_eq!(free(&ledger, first, Some(first_ticket)), 20);
+    ledger.wait_for(first_ticket, 15);
+    assert_eq!(free(&ledger, second, Some(second_ticket)), 5);
+    // A priority that changes meanwhile counts at once.
+    assert_eq!(ledger.set_quota(low, quota(0, 100, 4)), Ok(()));
+    assert_eq!(free(&ledger, low, Some(low_ticket)), 20);
+    assert_eq!(ledger.charge(low, 10, Some(low_ticket)), Ok(()));
+    assert!(!ledger.leave_line(low_ticket), "it was served");
+    assert!(ledger.charge(first, 15, Some(first_ticket)).is_err());
+    assert!(ledger.leave_line(first_ticket));
+    assert_eq!(ledger.charge(second, 10, Some(second_ticket)), Ok(()));
+    assert!(ledger.is_calm());
+}
+
+#[test]
+fn a_guarantee_does_not_wait_behind_others() {
+    let mut ledger = Ledger::new(100);
+    let sure = ledger.open(quota(40, 100, -9)).expect("fits");
+    let holder = ledger.open(quota(0, 100, 0)).expect("fits");
+    let urgent = ledger.open(quota(0, 100, 9)).expect("fits");
+    assert_eq!(ledger.charge(holder, 50, None), Ok(()));
+    ledger.line_up(urgent, 30);
+    assert_eq!(ledger.room(sure, None).free_bytes, 40);
+    assert_eq!(
+        ledger.charge(sure, 41, None).map_err(|r| r.free_bytes),
+        Err(40)
+    );
+    assert_eq!(ledger.charge(sure, 40, None), Ok(()));
+}
+
+#[test]
+fn a_refused_want_is_over_when_there_was_room_for_it() {
+    let mut ledger = Ledger::new(100);
+    let holder = ledger.open(Quota::default()).expect("fits");
+    let asker = ledger.open(Quota::default()).expect("fits");
+    assert_eq!(ledger.charge(holder, 90, None), Ok(()));
+    ledger.refuse(asker, 30);
+    assert_eq!(ledger.owed(|_| 0)[&holder], 20);
+    ledger.refuse(asker, 40);
+    assert_eq!(
+        ledger.owed(|_| 0)[&holder],
+        30,
+        "in place of the earlier one"
+    );
+    assert_eq!(ledger.charge(holder, 10, None), Ok(()), "nobody waits");
+    assert_eq!(ledger.owed(|_| 0)[&holder], 40);
+    ledger.refund(holder, 40);
+    assert_eq!(ledger.owed(|_| 0)[&holder], 0);
+    assert!(ledger.is_calm());
+    assert_eq!(ledger.charge(holder, 40, None), Ok(()));
+    ledger.refuse(asker, 1);
+    ledger.refund(holder, 1);
+    assert_eq!(ledger.charge(asker, 1, None), Ok(()));
+    assert!(ledger.is_calm(), "it got memory");
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Take {
+        who: usize,
+        bytes: usize,
+        in_line: bool,
+    },
+    Give {
+        who: usize,
+        bytes: usize,
+        to_cache: bool,
+    },
+    SetQuota {
+        who: usize,
+        quota: Quota,
+    },
+    LeaveLine,
+    Close {
+        who: usize,
+    },
+}
+
+fn quotas() -> impl Strategy<Value = Quota> {
+    (0..60usize, 0..120usize, -2..3i32)
+        .prop_map(|(guarantee, above, priority)| quota(guarantee, guarantee + above, priority))
+}
+
+fn steps() -> impl Strategy<Value = Step> {
+    let any_quota = (0..60usize, 0..120usize, -2..3i32).prop_map(|(g, c, p)| quota(g, c, p));
+    prop_oneof![
+        5 => (0..6usize, 0..80usize, any::<bool>())
+            .prop_map(|(who, bytes, in_line)| Step::Take { who, bytes, in_line }),
+        4 => (0..6usize, 0..80usize, any::<bool>())
+            .prop_map(|(who, bytes, to_cache)| Step::Give { who, bytes, to_cache }),
+        2 => (0..6usize, any_quota).prop_map(|(who, quota)| Step::SetQuota { who, quota }),
+        1 => Just(Step::LeaveLine),
+        1 => (0..6usize).prop_map(|who| Step::Close { who }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_guarantee_always_holds_and_the_limit_is_never_passed(
+        quotas in prop::collection::vec(quotas(), 1..6),
+        steps in prop::collection::vec(steps(), 0..200),
+    ) {
+        const LIMIT: usize = 100;
+        let mut ledger = Ledger::new(LIMIT);
+        let mut accounts = Vec::new();
+        for quota in quotas {
+            if let Ok(id) = ledger.open(quota) {
+                accounts.push((id, quota, 0));
+            }
+        }
+        let mut line: Vec<(AccountId, Ticket)> = Vec::new();
+        let mut cached = 0;
+        for step in steps {
+            let count = accounts.len();
+            let who = match step {
+                Step::Take { who, .. } | Step::Give { who, .. } => who,
+                Step::SetQuota { who, .. } | Step::Close { who } => who,
+                Step::LeaveLine => 0,
+            };
+            if count == 0 { break }
+            let others: usize = accounts
+                .iter()
+                .enumerate()
+                .filter(|(index, _)| *index != who % count)
+                .map(|(_, (_, quota, held))| quota.guarantee_bytes.max(*held))
+                .sum();
+            let (id, quota, held) = &mut accounts[who % count];
+            match step {
+                Step::Take { bytes, in_line, .. } => {
+                    // The cache is given up before anyone is refused.
+                    ledger.take_from_cache(cached);
+                    cached = 0;
+                    let outcome = ledger.charge(*id, bytes, None);
+                    if *held + bytes <= quota.guarantee_bytes {
+                        prop_assert_eq!(outcome, Ok(()), "within the guarantee, whoever waits");
+                    }
+                    if bytes > 0 {
+                        prop_assert!(outcome.is_err() || *held + bytes <= quota.ceiling_bytes);
+                    }
+                    match outcome {
+                        Ok(()) => *held += bytes,
+                        Err(refusal) => {
+                            prop_assert!(refusal.free_bytes < bytes);
+                            let ticket = in_line.then(|| ledger.line_up(*id, bytes));
+                            line.extend(ticket.map(|ticket| (*id, ticket)));
+                            let free_bytes = ledger.room(*id, ticket).free_bytes;
+                            prop_assert!(free_bytes == refusal.free_bytes, "the last in the line");
+                            if !in_line {
+                                prop_assert_eq!(ledger.charge(*id, free_bytes, None), Ok(()));
+                                *held += free_bytes;
+                            }
+                        }
+                    }
+                }
+                Step::Give { bytes, to_cache, .. } => {
+                    let bytes = bytes.min(*held);
+                    *held -= bytes;
+                    if to_cache {
+                        ledger.put_in_cache(*id, bytes);
+                        cached += bytes;
+                    } else {
+                        ledger.refund(*id, bytes);
+                    }
+                }
+                Step::SetQuota { quota: new, .. } => {
+                    let holds = new.guarantee_bytes <= new.ceiling_bytes
+                        && others + new.guarantee_bytes.max(*held) <= LIMIT;
+                    let outcome = ledger.set_quota(*id, new);
+                    prop_assert_eq!(outcome.is_ok(), holds, "{:?}", outcome);
+                    if holds { *quota = new }
+                    prop_assert_eq!(ledger.quota(*id), Some(*quota));
+                }
+                Step::LeaveLine => {
+                    if let Some((_, ticket)) = line.pop() {
+                        ledger.leave_line(ticket);
+                    }
+                }
+                Step::Close { .. } => {
+                    ledger.refund(*id, *held);
+                    ledger.close(*id);
+                    let id = *id;
+                    accounts.retain(|(other, ..)| *other != id);
+                    line.retain(|(other, _)| *other != id);
+                }
+            }
+            let total: usize = accounts.iter().map(|(_, _, held)| held).sum();
+            prop_assert_eq!(ledger.committed_bytes(), total + cached);
+            let unused: usize = accounts.iter().map(|(_, quota, held)| quota.guarantee_bytes.saturating_sub(*held)).sum();
+            prop_assert!(total + unused <= LIMIT);
+            let above = accounts.iter().filter(|(_, quota, held)| *held > quota.ceiling_bytes).count();
+            prop_assert_eq!(ledger.above_ceiling, above);
+            let owed = ledger.owed(|_| 0);
+            for (id, quota, held) in &accounts {
+                let owes = owed[id];
+                prop_assert!(owes <= held.saturating_sub(quota.guarantee_bytes), "below a guarantee");
+                prop_assert!(owes >= held.saturating_sub(quota.ceiling_bytes));
+            }
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Who wants memory, in which order they are served, and what that asks of those who hold it. Pure.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use core::cmp::Reverse;
+use std::collections::BTreeMap;
+
+/// When an allocation came; who came first is served first among those of one priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Ticket(u64);
+
+/// Where an allocation stands: higher priority first, then who came first, and last who does not wait.
+pub(super) type Turn = (Reverse<i32>, bool, Option<Ticket>);
+
+pub(super) fn turn(priority: i32, ticket: Option<Ticket>) -> Turn {
+    (Reverse(priority), ticket.is_none(), ticket)
+}
+
+/// Memory that an account `A` was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Want<A> {
+    pub(super) account: A,
+    pub(super) bytes: usize,
+    /// Whether someone still waits for it.
+    pub(super) waits: bool,
+}
+
+/// What was refused and is still wanted, by ticket.
+///
+/// A want that nobody waits for stays until there was room for it, until its account gets memory or is refused again,
+/// or until it is closed; so an account has one of those at most.
+#[derive(Debug)]
+pub(super) struct Wants<A> {
+    wants: BTreeMap<Ticket, Want<A>>,
+    next: u64,
+}
+
+impl<A> Default for Wants<A> {
+    fn default() -> Self {
+        Self {
+            wants: BTreeMap::new(),
+            next: 0,
+        }
+    }
+}
+
+impl<A: Copy + PartialEq> Wants<A> {
+    pub(super) fn is_empty(&self) -> bool {
+        self.wants.is_empty()
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (Ticket, Want<A>)> + '_ {
+        self.wants.iter().map(|(ticket, want)| (*ticket, *want))
+    }
+
+    /// Puts a new want behind all others of its priority.
+    pub(super) fn push(&mut self, account: A, bytes: usize, waits: bool) -> Ticket {
+        if !waits {
+            self.forget(account);
+        }
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        let want = Want {
+            account,
+            bytes,
+            waits,
+        };
+        self.wants.insert(ticket, want);
+        ticket
+    }
+
+    /// How much is wanted there.
+    pub(super) fn bytes(&self, ticket: Ticket) -> Option<usize> {
+        self.wants.get(&ticket).map(|want| want.bytes)
+    }
+
+    /// Notes how much is wanted now; other threads may have done a part of it.
+    pub(super) fn set_bytes(&mut self, ticket: Ticket, bytes: usize) {
+        if let Some(want) = self.wants.get_mut(&ticket) {
+            want.bytes = bytes;
+        }
+    }
+
+    /// Takes a want out; says whether it was there.
+    pub(super) fn remove(&mut self, ticket: Ticket) -> bool {
+        self.wants.remove(&ticket).is_some()
+    }
+
+    /// Takes out what the account was refused and nobody waits for.
+    pub(super) fn forget(&mut self, account: A) {
+        if !self.wants.is_empty() {
+            self.wants
+                .retain(|_, want| want.waits || want.account != account);
+        }
+    }
+
+    /// Takes out all wants of an account.
+    pub(super) fn close(&mut self, account: A) {
+        self.wants.retain(|_, want| want.account != account);
+    }
+}
+
+/// An account as it bears on what others want.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Holder<A> {
+    pub(super) account: A,
+    pub(super) priority: i32,
+    pub(super) guarantee_bytes: usize,
+    pub(super) ceiling_bytes: usize,
+    /// What it holds, less what comes back without its doing.
+    pub(super) used_bytes: usize,
+}
+
+impl<A> Holder<A> {
+    fn unused_guarantee(&self) -> usize {
+        self.guarantee_bytes.saturating_sub(self.used_bytes)
+    }
+}
+
+/// What each holder owes, in their order: what it holds above its ceiling; and, for each want in its turn, what is missing
+/// for it although all that comes back by itself is there.
+///
+/// It is owed by holders of no higher priority than who wants it, those of the lowest first, and among those of one
+/// priority the furthest above its guarantee first; never below a guarantee, never by who wants more himself and comes first.
+/// What nobody can owe is left out.
+pub(super) fn divide<A: Copy + PartialEq>(
+    limit_bytes: usize,
+    holders: &[Holder<A>],
+    wants: impl IntoIterator<Item = (Ticket, Want<A>)>,
+) -> Vec<usize> {
+    let above_ceiling = |holder: &Holder<A>| holder.used_bytes.saturating_sub(holder.ceiling_bytes);
+    let mut owed: Vec<usize> = holders.iter().map(above_ceiling).collect();
+    let spoken_for = holders
+        .iter()
+        .map(|holder| holder.used_bytes.max(holder.guarantee_bytes));
+    let spoken_for: usize = spoken_for.sum();
+    let owed_anyhow: usize = owed.iter().sum();
+    // Saturating: where memory in quarantine is on no open account, less is there than the limit.
+    let mut room_bytes = (limit_bytes + owed_anyhow).saturating_sub(spoken_for);
+
+    let at = |account: A| holders.iter().position(|holder| holder.account == account);
+    let mut wants: Vec<_> = wants
+        .into_iter()
+        .filter_map(|(ticket, want)| {
+            let asker = at(want.account)?;
+            Some((turn(holders[asker].priority, Some(ticket)), asker, want))
+        })
+        .collect();
+    wants.sort_by_key(|(turn, ..)| *turn);
+    let mut askers = Vec::new();
+    for (_, asker, want) in wants {
+        let asks = &holders[asker];
+        askers.push(asker);
+        let below_ceiling = asks.ceiling_bytes.saturating_sub(asks.used_bytes);
+        if want.bytes > below_ceiling {
+            continue;
+        }
+        let beyond_bytes = want.bytes.saturating_sub(asks.unused_guarantee());
+        let mut short_bytes = beyond_bytes.saturating_sub(room_bytes);
+        room_bytes = room_bytes.saturating_sub(beyond_bytes);
+        let spare = |index: usize, owed: &[usize]| {
+            let left_bytes = holders[index].used_bytes - owed[index];
+            left_bytes.saturating_sub(holders[index].guarantee_bytes)
+        };
+        let mut givers: Vec<_> = (0..holders.len())
+            .filter(|index| !askers.contains(index) && holders[*index].priority <= asks.priority)
+            .collect();
+        givers.sort_by_key(|index| (holders[*index].priority, Reverse(spare(*index, &owed))));
+        for index in givers {
+            let bytes = short_bytes.min(spare(index, &owed));
+            owed[index] += bytes;
+            short_bytes -= bytes;
+        }
+    }
+    owed
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,241 @@
+//! Models of one pool wait for what others are asked to give back.
+
+use crate::books::PAGE;
+use crate::explore::explore;
+use crate::world::{World, assert_adds_up, limit, settle, write};
+use cuda_vmm::{
+    EngineOptions, ModelOptions, ModelQuota, SharedMemoryPool, SharedPoolOptions,
+    VirtualMemoryPool, VmmError, WorkerMode,
+};
+use shuttle::thread::{self, Thread};
+use std::sync::Arc;
+use std::task::Wake;
+use std::time::Duration;
+
+const FOREVER: Duration = Duration::MAX;
+
+/// Wakes a thread of the checker.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Sleeps until the model owes so many pages; what is missed here is a thread that nothing wakes any more.
+fn sleep_until_owed(model: &VirtualMemoryPool, pages: usize) {
+    model.set_owed_waker(Some(Arc::new(Unpark(thread::current())).into()));
+    while model.owed_bytes() != pages * PAGE {
+        thread::park();
+    }
+    model.set_owed_waker(None);
+}
+
+/// A pool of so many pages, which keeps what is freed until it is asked for.
+fn shared(world: &World, limit_pages: usize, mode: WorkerMode) -> SharedMemoryPool {
+    let engine = EngineOptions::new()
+        .limit_bytes(limit(limit_pages))
+        .park_bytes_max(limit_pages * PAGE)
+        .chunk_bytes_max(0)
+        .worker(mode);
+    let options = SharedPoolOptions {
+        engine,
+        page_bytes: Some(PAGE),
+    };
+    SharedMemoryPool::with_options(&world.device, options).expect("no call fails")
+}
+
+fn register(pool: &SharedMemoryPool, model: &str, priority: i32) -> Arc<VirtualMemoryPool> {
+    let options = ModelOptions {
+        priority,
+        ..ModelOptions::new(4 * PAGE)
+    };
+    pool.register_model_with(model, options)
+        .expect("no call fails");
+    pool.model(model).expect("registered")
+}
+
+/// One model has all, and work runs on it. Another waits, the first is woken, gives back, and the other is served.
+fn served_by_who_owes(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 2, mode);
+    let [holds, wants] = ["holds", "wants"].map(|model| register(&pool, model, 0));
+    let stream = world.stream();
+    holds.use_stream(&stream).expect("same device");
+    let address = holds.allocate(0, 2 * PAGE).expect("room");
+    write(&stream, address, 2 * PAGE);
+    let waits = thread::spawn(move || {
+        let outcome = wants.allocate_timeout(0, 2 * PAGE, FOREVER);
+        outcome.expect("it is given back");
+    });
+    sleep_until_owed(&holds, 2);
+    holds.deallocate(0, PAGE).expect("live");
+    holds.give_back().expect("no call fails");
+    holds.deallocate(PAGE, PAGE).expect("live");
+    assert_adds_up(pool.engine());
+    waits.join().expect("it is served");
+    drop((holds, stream, pool));
+    world.end();
+}
+
+/// Two wait for a page each, and one page comes free: it is for the higher priority, whoever is awake first.
+fn by_priority(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 2, mode);
+    let holds = register(&pool, "holds", 0);
+    holds.allocate(0, 2 * PAGE).expect("room");
+    let [low, high] = [("low", 1), ("high", 2)].map(|(name, priority)| {
+        let model = register(&pool, name, priority);
+        thread::spawn(move || {
+            let outcome = model.allocate_timeout(0, PAGE, FOREVER);
+            outcome.expect("it is given back");
+        })
+    });
+    sleep_until_owed(&holds, 2);
+    holds.deallocate(0, PAGE).expect("live");
+    let late = holds.try_allocate(2 * PAGE, PAGE);
+    assert!(late.expect_err("it is for another").is_later());
+    high.join().expect("it is served first");
+    holds.deallocate(PAGE, PAGE).expect("live");
+    low.join().expect("it is served then");
+    drop((holds, pool));
+    world.end();
+}
+
+/// What a model has just been guaranteed it gets at once, though others take, wait and give back.
+fn guarantees_that_change(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 3, mode);
+    let sure = register(&pool, "sure", -1);
+    let greedy = ["a", "b"].map(|name| {
+        let model = register(&pool, name, 1);
+        thread::spawn(move || {
+            // Three waits long at most.
+            match model.allocate_timeout(0, 2 * PAGE, Duration::from_secs(3)) {
+                Ok(_) => model.deallocate(0, 2 * PAGE).expect("live"),
+                Err(error) => assert!(error.is_out_of_memory(), "{error}"),
+            }
+            assert_adds_up(model.engine());
+        })
+    });
+    let mut held = 0;
+    for page in 0..2 {
+        let quota = ModelQuota::new().guarantee_bytes((page + 1) * PAGE);
+        match pool.set_quota("sure", quota) {
+            Ok(()) => {
+                sure.try_allocate(page * PAGE, PAGE).expect("guaranteed");
+                held += 1;
+            }
+            Err(error) => {
+                assert!(
+                    matches!(error, VmmError::QuotaUnsatisfiable { .. }),
+                    "{error}"
+                );
+                break;
+            }
+        }
+    }
+    // Others may take it now, but what it holds is above its ceiling and owed.
+    let nothing = ModelQuota::new().ceiling_bytes(0);
+    pool.set_quota("sure", nothing).expect("no guarantee");
+    assert_eq!(sure.owed_bytes(), held * PAGE);
+    (0..held).for_each(|page| sure.deallocate(page * PAGE, PAGE).expect("live"));
+    assert_eq!(sure.owed_bytes(), 0);
+    for thread in greedy {
+        thread.join().expect("no thread fails");
+    }
+    drop((sure, pool));
+    world.end();
+}
+
+/// The time of a wait is over at any moment, while another gives back: it is served, or nothing is left of it.
+fn time_that_runs_out(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 2, mode);
+    let [holds, wants] = ["holds", "wants"].map(|model| register(&pool, model, 0));
+    holds.allocate(0, 2 * PAGE).expect("room");
+    let waits =
+        thread::spawn(
+            move || match wants.allocate_timeout(0, PAGE, Duration::from_secs(4)) {
+                Ok(_) => wants.deallocate(0, PAGE).expect("live"),
+                Err(error) => assert!(error.is_later(), "{error}"),
+            },
+        );
+    thread::yield_now();
+    holds.deallocate(0, 2 * PAGE).expect("live");
+    holds.give_back().expect("no call fails");
+    waits.join().expect("no thread fails");
+    // Nobody stands in the line any more.
+    holds
+        .allocate_timeout(2 * PAGE, 2 * PAGE, FOREVER)
+        .expect("all is back");
+    holds.deallocate(2 * PAGE, 2 * PAGE).expect("live");
+    holds.give_back().expect("no call fails");
+    let engine = pool.engine().clone();
+    while engine.stats().committed_bytes > 0 {
+        engine.trim().expect("no call fails");
+        thread::yield_now();
+    }
+    settle(&engine, mode);
+    drop((holds, pool, engine));
+    world.end();
+}
+
+/// A model is unregistered while threads wait on it, or are about to: they are told that it is closed, and who stands
+/// behind them goes on.
+fn closed_while_waiting(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 2, mode);
+    let [holds, ahead, behind] =
+        ["holds", "ahead", "behind"].map(|model| register(&pool, model, 0));
+    holds.allocate(0, PAGE).expect("room");
+    let first = thread::spawn(move || {
+        let outcome = ahead.allocate_timeout(0, 2 * PAGE, FOREVER);
+        assert_eq!(outcome, Err(VmmError::Closed));
+    });
+    let second = thread::spawn(move || {
+        let outcome = behind.allocate_timeout(0, PAGE, FOREVER);
+        outcome.expect("there is room");
+    });
+    pool.unregister_model("ahead").expect("registered");
+    first.join().expect("it is told");
+    second.join().expect("it goes on");
+    drop((holds, pool));
+    world.end();
+}
+
+#[test]
+fn who_waits_is_served_by_who_owes() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || served_by_who_owes(mode));
+    }
+}
+
+#[test]
+fn the_higher_priority_is_served_first() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || by_priority(mode));
+    }
+}
+
+#[test]
+fn a_guarantee_holds_from_the_moment_it_is_given() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || guarantees_that_change(mode));
+    }
+}
+
+#[test]
+fn a_wait_whose_time_runs_out_leaves_nothing_behind() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || time_that_runs_out(mode));
+    }
+}
+
+#[test]
+fn who_waits_on_a_model_that_goes_is_told() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || closed_while_waiting(mode));
+    }
+}
