@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::path::Path;
 
 /// The benches' names, and how many microseconds each may take, if that is demanded.
-const DEMANDS: [(&str, Option<f64>); 6] = [
+const DEMANDS: [(&str, Option<f64>); 8] = [
     (
         "allocate and deallocate one page, no stream named",
         Some(2.0),
@@ -23,9 +23,34 @@ const DEMANDS: [(&str, Option<f64>); 6] = [
         Some(2.0),
     ),
     ("take back a parked page", None),
+    (ONE_THREAD, None),
+    (TWO_THREADS, None),
     ("allocate and deallocate a token in a live page", None),
     ("allocate a token in a live page", None),
 ];
+
+/// What a page takes one thread, and each of two threads at the same time.
+const ONE_THREAD: &str = "take back a parked page of a model, one thread";
+const TWO_THREADS: &str = "take back a parked page of a model, each of two threads";
+
+/// So many times as many pages two threads together are to take back as one does.
+const TWO_THREADS_LEAST: f64 = 1.7;
+
+/// What two threads do together, against one; nothing where there is one core only.
+fn two_against_one(estimates: &[(String, f64)], cores: usize) -> Option<Finding> {
+    let us = |name: &str| {
+        let found = estimates.iter().find(|(bench, _)| bench == name);
+        found.map(|(_, us)| *us)
+    };
+    let (one, two) = us(ONE_THREAD).zip(us(TWO_THREADS)).filter(|_| cores > 1)?;
+    Some(Finding::at_least(
+        "take back parked pages: two threads on two models, one thread on one".to_owned(),
+        2.0 / two,
+        1.0 / one,
+        "pages/µs",
+        TWO_THREADS_LEAST,
+    ))
+}
 
 /// Runs all benches and answers with their figures.
 pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
@@ -43,6 +68,8 @@ pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
             Finding::at_most((*name).to_owned(), estimate, "µs", *most)
         })
         .collect();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    findings.extend(two_against_one(&estimates, cores));
     let others = estimates
         .into_iter()
         .filter(|(bench, _)| DEMANDS.iter().all(|(name, _)| name != bench));
@@ -106,6 +133,20 @@ mod tests {
         let mut found = estimates(folder.path()).unwrap();
         found.sort_by(|a, b| a.0.cmp(&b.0));
         assert_eq!(found, [("one".to_owned(), 1.5), ("two".to_owned(), 1.6)]);
+    }
+
+    #[test]
+    fn two_threads_that_take_as_long_as_one_do_twice_as_much() {
+        let estimates = [(ONE_THREAD, 0.5), (TWO_THREADS, 0.5)];
+        let estimates = estimates.map(|(name, us)| (name.to_owned(), us));
+        let finding = two_against_one(&estimates, 2).unwrap();
+        assert_eq!((finding.ratio, finding.pass), (Some(2.0), Some(true)));
+        let estimates = [(ONE_THREAD, 0.5), (TWO_THREADS, 1.0)];
+        let estimates = estimates.map(|(name, us)| (name.to_owned(), us));
+        let finding = two_against_one(&estimates, 2).unwrap();
+        assert_eq!((finding.ratio, finding.pass), (Some(1.0), Some(false)));
+        assert_eq!(two_against_one(&estimates, 1), None);
+        assert_eq!(two_against_one(&estimates[..1], 2), None);
     }
 
     #[test]

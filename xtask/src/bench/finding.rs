@@ -50,6 +50,18 @@ impl Finding {
         }
     }
 
+    /// A figure that is to be so many times the other, at least.
+    pub fn at_least(name: String, ours: f64, peer: f64, unit: &'static str, least: f64) -> Self {
+        let ratio = ours / peer;
+        Self {
+            peer: Some(peer),
+            ratio: Some(ratio),
+            reach: Some(format!("≥ {least} ×")),
+            pass: Some(ratio >= least),
+            ..Self::at_most(name, Some(ours), unit, None)
+        }
+    }
+
     /// Whether something is demanded and not reached.
     pub fn has_failed(&self) -> bool {
         self.pass == Some(false)

@@ -275,21 +275,27 @@ impl Inner {
         look.map_or(Vec::new(), |(leased, _released)| leased)
     }
 
-    /// Lets go what was freed while it was leased and is leased no longer: it retires, behind a fence of now.
-    pub(super) fn sweep_leases(self: &Arc<Self>) {
+    /// Puts what was freed into the queue, and lets go what was freed while it was leased and is leased no longer: it
+    /// retires, behind a fence of now.
+    pub(super) fn look_at_news(self: &Arc<Self>) {
         let mut state = self.lock();
-        let waiting: Vec<_> = state.ranges.with_news().cloned().collect();
-        for handle in waiting {
+        let mut any_swept = false;
+        let news: Vec<_> = state.ranges.with_news().cloned().collect();
+        for handle in news {
             let mut range = handle.lock();
-            if !range.waits_for_leases() {
-                continue;
-            }
-            let (unused, released) = range.sweep_leases();
+            state.queue.collect(handle.id(), &mut range);
+            let swept = range.waits_for_leases().then(|| range.sweep_leases());
             handle.note(&range);
             drop(range);
-            self.retire(state, handle.id(), unused);
-            drop(released);
-            state = self.lock();
+            if let Some((unused, released)) = swept {
+                any_swept |= !unused.is_empty();
+                self.retire(state, handle.id(), unused);
+                drop(released);
+                state = self.lock();
+            }
+        }
+        if any_swept {
+            state.collect_freed();
         }
     }
 }

@@ -382,13 +382,9 @@ impl Inner {
     /// their bytes.
     /// Never waits.
     fn poll(self: &Arc<Self>) -> usize {
-        self.sweep_leases();
+        self.look_at_news();
         let (mut past, mut useless) = (Vec::new(), Vec::new());
-        let conditions = {
-            let mut state = self.lock();
-            state.collect_freed();
-            state.queue.conditions()
-        };
+        let conditions = self.lock().queue.conditions();
         for (id, until) in conditions {
             match until.is_past() {
                 Ok(true) => past.push(id),

@@ -60,6 +60,11 @@ impl ModelOptions {
 ///
 /// A model's memory is charged to it until the device holds it no longer. What one model gives back, any
 /// other can have.
+///
+/// What comes to another model by way of the cache ([`EngineOptions::cache_bytes_max`]) is overwritten with zeros before,
+/// behind the last work of the first. All else goes back to the driver and is made anew; drivers clear it, and CUDA does not
+/// promise that they do. So no model finds another's bytes where it allocates. That is no wall between models: they share a
+/// context, in which a kernel can use any mapped address.
 #[derive(Debug, Clone)]
 pub struct SharedMemoryPool {
     engine: Engine,
