@@ -381,14 +381,19 @@ impl<M> Pages<M> {
 
     fn retire_unused(&mut self, bytes: &Range<usize>) -> Vec<usize> {
         let pages = self.pages_of(bytes);
-        let unused: Vec<_> = self
-            .chunks
-            .range(self.first_at_or_after(pages.start)..pages.end)
-            .map(|(first, _)| first)
-            .filter(|first| self.is_unused(*first))
-            .collect();
-        for first in &unused {
-            self.set_state(*first, ChunkState::Retiring);
+        let from = self.first_at_or_after(pages.start);
+        let mut unused = Vec::new();
+        for (first, chunk) in self.chunks.range_mut(from..pages.end) {
+            if chunk.state != ChunkState::Backed || chunk.live_pages > 0 {
+                continue;
+            }
+            let end = first + chunk.pages();
+            let bytes = first * self.page_bytes..end * self.page_bytes;
+            debug_assert!(!self.live.overlaps(&bytes));
+            if !self.pending.overlaps(&bytes) {
+                self.counts.change(first, chunk, ChunkState::Retiring);
+                unused.push(first);
+            }
         }
         unused
     }

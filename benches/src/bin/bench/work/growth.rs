@@ -97,8 +97,10 @@ impl Ranges {
             pools.push(pool);
         }
         if manner == Manner::Ahead {
+            // A page less for each range whose first page was made ahead before it was taken: so little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
-                stats.ahead_bytes >= RANGES * PAGES_AHEAD * page_bytes
+                let least_bytes = RANGES * (PAGES_AHEAD - 1) * page_bytes;
+                stats.filling_bytes == 0 && stats.ahead_bytes >= least_bytes
             })?;
         }
         Ok(Self {

@@ -16,9 +16,19 @@ const GENERATED_TOKENS: usize = 256;
 /// Prompts that one step takes at most.
 const PROMPTS_MAX: usize = 8;
 
+/// A request that waits for its prompt's step.
+#[derive(Clone, Copy)]
+struct Waiting {
+    arrival: Arrival,
+    /// Whether there was no memory for it once.
+    was_refused: bool,
+    /// Whether it had begun, and gave its memory back.
+    is_again: bool,
+}
+
 /// A request that is being served.
 struct Sequence {
-    arrival: Arrival,
+    waited: Waiting,
     tokens: usize,
     blocks: Vec<usize>,
 }
@@ -33,20 +43,20 @@ impl Sequence {
 /// One model: its blocks, what waits for its prompt's step, and what it generates.
 struct Model {
     cache: Cache,
-    waiting: VecDeque<Arrival>,
+    waiting: VecDeque<Waiting>,
     running: Vec<Sequence>,
 }
 
 /// What came of a replay.
 #[derive(Default)]
 pub struct Course {
-    /// The time that the pool's calls took in each step in which there were any or could have been.
+    /// The time that the pool's calls took in each step.
     pub own_times: Vec<Duration>,
     /// What each step took in all.
     pub whole_times: Vec<Duration>,
     /// From a request's arrival to its first token.
     pub first_tokens: Vec<Duration>,
-    /// Prompts that had to wait for another step for want of memory, counted at each.
+    /// Prompts that had to wait for want of memory.
     pub refused_prompts: usize,
     /// Sequences that gave all their blocks back for want of one more, to begin again later.
     pub preemptions: usize,
@@ -105,7 +115,11 @@ impl<'a> Scheduler<'a> {
         let now_s = || from_s + started.elapsed().as_secs_f64() * speed;
         while now_s() < to_s {
             while let Some(arrival) = arrivals.next_if(|arrival| arrival.at_s <= now_s()) {
-                self.models[arrival.model].waiting.push_back(arrival);
+                self.models[arrival.model].waiting.push_back(Waiting {
+                    arrival,
+                    was_refused: false,
+                    is_again: false,
+                });
             }
             let mut is_idle = true;
             for index in 0..MODELS {
@@ -124,7 +138,7 @@ impl<'a> Scheduler<'a> {
         Ok(course)
     }
 
-    /// One step of a model: prompts that have room, and a token for each sequence. False if it has none of either.
+    /// One step of a model: prompts that have room, and a token for each sequence. False if there is none of either.
     fn step(
         &mut self,
         index: usize,
@@ -141,19 +155,21 @@ impl<'a> Scheduler<'a> {
         let mut touched = model.grow(self.block_bytes, course)?;
         let decoding = model.running.len();
         let prompts = model.admit(self.block_bytes, &mut touched, course)?;
+        if decoding + prompts == 0 {
+            return Ok(false);
+        }
         for block in touched {
             let target = model.cache.address(block);
             // SAFETY: the block is live until it is given back, which is after this step's work: the stream is synchronised below.
             unsafe { self.traffic.touch(self.stream, target, self.block_bytes) }?;
         }
-        if decoding + prompts > 0 {
-            let time = self.settings.step_time(decoding, prompts * PROMPT_TOKENS);
-            self.traffic.queue_for(self.stream, time)?;
-        }
+        let time = (self.settings).step_time(decoding, prompts * PROMPT_TOKENS);
+        self.traffic.queue_for(self.stream, time)?;
         self.stream.synchronize()?;
         let end_s = now_s();
-        for sequence in &model.running[decoding..] {
-            let waited_s = (end_s - sequence.arrival.at_s).max(0.0) / speed;
+        let begun = model.running[decoding..].iter();
+        for sequence in begun.filter(|sequence| !sequence.waited.is_again) {
+            let waited_s = (end_s - sequence.waited.arrival.at_s).max(0.0) / speed;
             course.first_tokens.push(Duration::from_secs_f64(waited_s));
         }
         for sequence in &mut model.running[..decoding] {
@@ -195,7 +211,10 @@ impl Model {
                 course.preemptions += 1;
                 taken.retain(|block| !last.blocks.contains(block));
                 self.cache.give(last.blocks)?;
-                self.waiting.push_front(last.arrival);
+                self.waiting.push_front(Waiting {
+                    is_again: true,
+                    ..last.waited
+                });
             }
         }
         Ok(taken)
@@ -211,16 +230,18 @@ impl Model {
         let wanted = (PROMPT_TOKENS * TOKEN_BYTES).div_ceil(block_bytes);
         let mut prompts = 0;
         while prompts < PROMPTS_MAX
-            && let Some(arrival) = self.waiting.front().copied()
+            && let Some(first) = self.waiting.front_mut()
         {
             let Some(blocks) = self.cache.take(wanted)? else {
-                course.refused_prompts += 1;
+                course.refused_prompts += usize::from(!first.was_refused);
+                first.was_refused = true;
                 break;
             };
+            let waited = *first;
             self.waiting.pop_front();
             touched.extend(&blocks);
             self.running.push(Sequence {
-                arrival,
+                waited,
                 tokens: PROMPT_TOKENS,
                 blocks,
             });

@@ -17,10 +17,10 @@ pub struct ReplaySettings {
     #[arg(long = "replay-seconds", value_name = "SECONDS", default_value_t = 60.0, value_parser = at_least_zero)]
     pub seconds: f64,
     /// A decode step without its sequences, in milliseconds
-    #[arg(long = "replay-step-ms", value_name = "MS", default_value_t = 25.5, value_parser = at_least_zero)]
+    #[arg(long = "replay-step-ms", value_name = "MS", default_value_t = 24.0, value_parser = at_least_zero)]
     pub step_ms: f64,
     /// What each sequence adds to it, in milliseconds
-    #[arg(long = "replay-sequence-ms", value_name = "MS", default_value_t = 0.18, value_parser = at_least_zero)]
+    #[arg(long = "replay-sequence-ms", value_name = "MS", default_value_t = 0.2, value_parser = at_least_zero)]
     pub sequence_ms: f64,
     /// What a prompt's token takes, in milliseconds
     #[arg(long = "replay-prompt-token-ms", value_name = "MS", default_value_t = 0.103, value_parser = at_least_zero)]
@@ -89,7 +89,7 @@ mod tests {
         let replay = Arguments::parse_from(["bench"]).replay;
         assert_eq!(replay.window_s(), (8.0, 68.0));
         assert_eq!(replay.step_time(0, 0), Duration::ZERO);
-        assert_eq!(replay.step_time(100, 0), Duration::from_micros(43_500));
+        assert_eq!(replay.step_time(100, 0), Duration::from_millis(44));
         assert_eq!(replay.step_time(0, 1000), Duration::from_millis(103));
         let told = ["bench", "--replay-from", "3", "--replay-seconds", "0.5"];
         assert_eq!(Arguments::parse_from(told).replay.window_s(), (3.0, 3.5));
