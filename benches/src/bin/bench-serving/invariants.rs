@@ -138,7 +138,7 @@ proptest! {
             let outcome = run(&workload, &mut memory, order);
             let most = memory.most_blocks(0);
             let all = workload.models.iter().flatten();
-            let (served, refused): (Vec<_>, Vec<_>) =
+            let (served, refused): (Vec<&Request>, Vec<&Request>) =
                 all.partition(|request| blocks_of(request.tokens_max()) <= most);
             prop_assert_eq!((outcome.served, outcome.refused), (served.len(), refused.len()));
             let tokens: u32 = served.iter().map(|request| request.generated_tokens).sum();
