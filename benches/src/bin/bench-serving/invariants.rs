@@ -125,7 +125,7 @@ fn run(workload: &Workload, memory: &mut Checked, order: Order) -> Outcome {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_ends_or_is_refused_and_no_token_is_lost(

@@ -126,7 +126,10 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
 fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
     let root = SVGBackend::new(path, STACK_SIZE).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = format!("{}: memory held by each model", contest.name);
+    let title = format!(
+        "{}: memory held by each model, the first at the bottom",
+        contest.name
+    );
     let charts = root
         .titled(&title, ("sans-serif", 24))?
         .split_evenly((Pool::ALL.len(), 1));

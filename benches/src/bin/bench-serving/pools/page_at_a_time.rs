@@ -1,7 +1,8 @@
 //! An elastic pool as KVCached is one: pages of 2 MiB with a handle each, mapped when they are needed.
 //!
 //! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a thread in the background maps
-//! more. What is freed beyond that is unmapped and released at once, on the thread that frees it.
+//! more. What is freed beyond that is unmapped and released at once, on the thread that frees it. Only where another model's
+//! memory would not do otherwise, it gives up what it keeps.
 
 use super::{BLOCK_BYTES, Memory};
 use crate::card::{Card, Costs};
@@ -29,6 +30,14 @@ struct Model {
 impl Model {
     fn held(&self) -> usize {
         self.mapped.len() - self.unmapped.len()
+    }
+
+    fn unmap(&mut self, page: u32) -> cuda_vmm::Result<()> {
+        if let Some(mapping) = self.mapped[page as usize].take() {
+            mapping.close().map_err(|failure| failure.error)?;
+        }
+        self.unmapped.insert(page);
+        Ok(())
     }
 }
 
@@ -75,6 +84,24 @@ impl PageAtATime {
     fn held(&self) -> usize {
         self.models.iter().map(Model::held).sum()
     }
+
+    /// Unmaps what other models keep in reserve, as far as a model cannot have its pages without.
+    fn take_back(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<()> {
+        let to_map = count.saturating_sub(self.models[model].reserve.len());
+        let mut missing = (self.held() + to_map).saturating_sub(self.limit);
+        for (_, other) in (0..)
+            .zip(&mut self.models)
+            .filter(|(other, _)| *other != model)
+        {
+            let pages = other.reserve.len().min(missing);
+            missing -= pages;
+            let pages: Vec<_> = other.reserve.drain(..pages).collect();
+            self.card.call(now_ns, || {
+                pages.into_iter().try_for_each(|page| other.unmap(page))
+            })?;
+        }
+        Ok(())
+    }
 }
 
 impl Memory for PageAtATime {
@@ -82,8 +109,9 @@ impl Memory for PageAtATime {
         self.limit
     }
 
-    fn free_blocks(&self, model: usize) -> usize {
-        self.limit - self.held() + self.models[model].reserve.len()
+    fn free_blocks(&self, _: usize) -> usize {
+        let reserves = self.models.iter().map(|model| model.reserve.len());
+        self.limit - self.held() + reserves.sum::<usize>()
     }
 
     fn take(
@@ -97,6 +125,7 @@ impl Memory for PageAtATime {
             return Ok(false);
         }
         let before = self.card.memory_calls();
+        self.take_back(now_ns, model, count)?;
         let device = self.card.device.clone();
         let own = &mut self.models[model];
         self.card.call(now_ns, || {
@@ -129,10 +158,7 @@ impl Memory for PageAtATime {
                     own.reserve.push(page);
                     continue;
                 }
-                if let Some(mapping) = own.mapped[page as usize].take() {
-                    mapping.close().map_err(|failure| failure.error)?;
-                }
-                own.unmapped.insert(page);
+                own.unmap(page)?;
             }
             Ok::<_, anyhow::Error>(())
         })?;

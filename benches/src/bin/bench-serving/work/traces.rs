@@ -9,8 +9,8 @@ use crate::workload::Workload;
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// How many times later each request arrives than in the trace. The two services together ask for more prompt tokens than one
-/// A100 of the time model computes.
+/// How many times later each request arrives than in the trace. At the traces' own speed the prompts of the two services alone take
+/// 1.2 times the time that one A100 of the time model has.
 const STRETCH: u64 = 4;
 /// How much of a trace a quick run takes, in nanoseconds of its own time.
 const QUICK_NS: u64 = 60_000_000_000;
