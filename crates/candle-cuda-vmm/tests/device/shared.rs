@@ -3,8 +3,12 @@
 use crate::common::{GIB, GRANULE, KIB, MIB, open};
 use crate::refused;
 use candle_core::Device;
-use candle_cuda_vmm::cuda_vmm::VmmError as Core;
-use candle_cuda_vmm::{SharedMemoryPool, VmmError};
+use candle_cuda_vmm::cuda_vmm::{ModelOptions, VmmError as Core};
+use candle_cuda_vmm::{SharedMemoryPool, VmmError, let_candle_make_room, trim_candle_memory};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Wake;
+use std::time::Duration;
 
 const LIMIT: usize = 64 * MIB;
 const CAPACITY: usize = 128 * MIB;
@@ -347,4 +351,117 @@ fn each_device_has_its_own_limit() {
     for pool in &pools {
         assert_eq!(pool.global_stats().physical_usage, LIMIT);
     }
+}
+
+#[test]
+fn quotas_hold_and_are_changed_while_models_run() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let sure = ModelOptions {
+        guarantee_bytes: 16 * MIB,
+        ceiling_bytes: Some(32 * MIB),
+        priority: 2,
+        ..ModelOptions::new(CAPACITY - 1)
+    };
+    pool.register_model_with("sure", sure).unwrap();
+    assert_eq!(
+        pool.get_model_stats("sure").unwrap().virtual_capacity,
+        CAPACITY,
+        "whole pages"
+    );
+    let quota = pool.quota("sure").unwrap();
+    assert_eq!((quota.guarantee_bytes, quota.priority), (16 * MIB, 2));
+    refused!(
+        pool.allocate_for_model("model", 50 * MIB),
+        VmmError::OutOfPhysicalMemory { .. }
+    );
+    pool.allocate_for_model("model", 48 * MIB).unwrap();
+    pool.allocate_for_model("sure", 16 * MIB).unwrap();
+    refused!(
+        pool.set_quota("sure", quota.guarantee_bytes(18 * MIB)),
+        VmmError::Vmm(Core::QuotaUnsatisfiable { asked_bytes, available_bytes, .. })
+            if (asked_bytes, available_bytes) == (18 * MIB, 16 * MIB)
+    );
+    assert_eq!(pool.quota("sure"), Some(quota));
+    pool.set_quota("sure", quota.guarantee_bytes(0).ceiling_bytes(10 * MIB))
+        .unwrap();
+    assert_eq!(pool.owed_bytes("sure"), Some(6 * MIB));
+    refused!(pool.set_quota("none", quota), VmmError::ModelNotFound(_));
+    refused!(
+        pool.register_model_with("model", sure),
+        VmmError::ModelAlreadyExists(_)
+    );
+    assert_eq!((pool.quota("none"), pool.owed_bytes("none")), (None, None));
+}
+
+/// Counts how often it is woken.
+#[derive(Default)]
+struct Woken(AtomicUsize);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_model_that_waits_is_served_by_one_that_is_told_what_it_owes() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    pool.register_model("waits", CAPACITY).unwrap();
+    pool.allocate_for_model("model", LIMIT).unwrap();
+    let woken = Arc::new(Woken::default());
+    pool.set_owed_waker("model", Some(woken.clone().into()))
+        .unwrap();
+    refused!(
+        pool.allocate_for_model_timeout("waits", 4 * MIB, Duration::ZERO),
+        VmmError::OutOfPhysicalMemory {
+            requested,
+            available: 0
+        } if requested == 4 * MIB
+    );
+    assert_eq!(woken.0.load(Ordering::SeqCst), 1);
+    assert_eq!(pool.owed_bytes("model"), Some(4 * MIB));
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| {
+            let pool = &pool;
+            pool.allocate_for_model_timeout("waits", 8 * MIB, Duration::MAX)
+        });
+        while pool.owed_bytes("model") != Some(8 * MIB) {
+            std::thread::yield_now();
+        }
+        let core = pool.core();
+        core.deallocate_for_model("model", 0, 8 * MIB).unwrap();
+        pool.give_back("model").unwrap();
+        let base = pool.model_base_address("waits").unwrap();
+        assert_eq!(waits.join().unwrap().unwrap(), base);
+    });
+    assert_eq!(pool.owed_bytes("model"), Some(0));
+    pool.set_owed_waker("model", None).unwrap();
+    assert_eq!(Arc::strong_count(&woken), 1);
+    refused!(pool.give_back("none"), VmmError::ModelNotFound(_));
+    refused!(
+        pool.set_owed_waker("none", None),
+        VmmError::ModelNotFound(_)
+    );
+    refused!(
+        pool.allocate_for_model_timeout("none", 1, Duration::MAX),
+        VmmError::ModelNotFound(_)
+    );
+}
+
+#[test]
+fn only_a_cuda_device_has_memory_of_candle_that_can_be_trimmed() {
+    refused!(
+        trim_candle_memory(&Device::Cpu),
+        VmmError::UnsupportedDevice
+    );
+    refused!(
+        let_candle_make_room(&Device::Cpu),
+        VmmError::UnsupportedDevice
+    );
+    let test = open();
+    let mut pool = pool(&test.device);
+    pool.allocate_for_model("model", LIMIT).unwrap();
+    assert_eq!(pool.relieve(usize::MAX), 0, "all is in use");
 }

@@ -27,8 +27,8 @@ pub(super) struct Want<A> {
 
 /// What was refused and is still wanted, by ticket.
 ///
-/// A want that nobody waits for stays until there was room for it, until its account gets memory or is refused again,
-/// or until it is closed; so an account has one of those at most.
+/// A want that nobody waits for stays until there was room for it, until its account gets memory or asks again, or until it
+/// is closed; so an account has one of those at most.
 #[derive(Debug)]
 pub(super) struct Wants<A> {
     wants: BTreeMap<Ticket, Want<A>>,
@@ -55,9 +55,8 @@ impl<A: Copy + PartialEq> Wants<A> {
 
     /// Puts a new want behind all others of its priority.
     pub(super) fn push(&mut self, account: A, bytes: usize, waits: bool) -> Ticket {
-        if !waits {
-            self.forget(account);
-        }
+        // It asks again for what it was refused before.
+        self.forget(account);
         let ticket = Ticket(self.next);
         self.next += 1;
         let want = Want {

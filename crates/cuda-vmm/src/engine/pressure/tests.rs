@@ -101,7 +101,9 @@ fn an_account_has_one_want_that_nobody_waits_for() {
     wants.forget(7);
     assert_eq!(bytes(&wants), [9, 3]);
     assert!(wants.remove(waits) && !wants.remove(waits));
+    wants.push(7, 5, false);
     wants.push(7, 2, true);
+    assert_eq!(bytes(&wants), [3, 2], "it asks again");
     wants.close(7);
     assert_eq!(bytes(&wants), [3]);
     wants.close(8);
