@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-const FOREVER: Duration = Duration::MAX;
+/// Longer than any wait here is; a test that fails ends all the same.
+const FOREVER: Duration = Duration::from_secs(60);
 
 fn two_models(simulated: &Simulated, worker: WorkerMode) -> SharedMemoryPool {
     let options = EngineOptions::new().limit_bytes(LIMIT).worker(worker);

@@ -9,7 +9,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-const FOREVER: Duration = Duration::MAX;
+/// Longer than any wait here is; a test that fails ends all the same.
+const FOREVER: Duration = Duration::from_secs(60);
 
 /// Returns when the model owes just so many pages, which others have been told then.
 fn until_owed(model: &VirtualMemoryPool, pages: usize) {
