@@ -4,7 +4,9 @@ mod relief;
 
 use crate::common::{open, page};
 use crate::token::{Page, Token};
-use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda::cudarc::driver::sys::{
+    CUgraphInstantiate_flags, CUstreamCaptureMode, cuDeviceGraphMemTrim,
+};
 use candle_core::{DType, Tensor};
 use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::cuda_vmm::CaptureGuard;
@@ -109,4 +111,10 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
     write(0);
     tell([0, 50]);
     expect([0, 50]);
+    // What the graph allocated stays with the driver until it is told to give it back.
+    drop(graph);
+    test.device.synchronize().unwrap();
+    // SAFETY: Candle has opened the device.
+    let trimmed = unsafe { cuDeviceGraphMemTrim(stream.context().cu_device()) };
+    trimmed.result().unwrap();
 }
