@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use cuda_vmm::{
     Device, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    WorkerMode,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,13 +13,11 @@ use std::time::{Duration, Instant};
 /// For how long the device may work on pages that were freed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Models of one shared pool, whose pages are parked, each a chunk of its own.
+/// Models of one shared pool, whose pages are taken back, each a chunk of its own.
 #[derive(Debug)]
 pub struct ParkedModels {
-    shared: SharedMemoryPool,
     models: Vec<Arc<VirtualMemoryPool>>,
     stream: Stream,
-    pages: usize,
 }
 
 impl ParkedModels {
@@ -33,7 +32,8 @@ impl ParkedModels {
         let options = SharedPoolOptions {
             engine: EngineOptions::new()
                 .chunk_bytes_max(0)
-                .park_bytes_max(count * bytes),
+                .park_bytes_max(count * bytes)
+                .worker(WorkerMode::Manual),
             page_bytes: Some(page_bytes),
         };
         let shared = SharedMemoryPool::with_options(device, options)?;
@@ -46,65 +46,67 @@ impl ParkedModels {
             model.allocate(0, bytes)?;
             models.push(model);
         }
-        let parked = Self {
-            shared,
-            models,
-            stream: stream.clone(),
-            pages,
-        };
-        parked.park(count)?;
-        Ok(parked)
+        let stream = stream.clone();
+        Ok(Self { models, stream })
     }
 
     /// As many threads as are asked for take all pages back, one by one, each those of one model; the time from when the
-    /// first began until the last ended. Then they are parked again.
+    /// first began until the last ended.
+    ///
+    /// Before that each thread parks these pages itself, one thread after the other. Else the books of some models would
+    /// lie in the cache of another core, whoever parked them, and what was measured were the ways between cores.
     ///
     /// # Errors
     ///
     /// The pool's.
     pub fn take(&self, threads: usize) -> Result<Duration> {
-        let ready = AtomicUsize::new(0);
-        let take = |model: &VirtualMemoryPool| {
-            ready.fetch_add(1, Ordering::SeqCst);
-            while ready.load(Ordering::SeqCst) < threads {
-                thread::yield_now();
+        let parked = AtomicUsize::new(0);
+        // Without sleeping or yielding: a thread that does may find itself on the same core as another.
+        let wait_for = |least: usize| {
+            while parked.load(Ordering::SeqCst) < least {
+                std::hint::spin_loop();
             }
+        };
+        let take = |number: usize, model: &VirtualMemoryPool| {
+            wait_for(number);
+            let outcome = self.park(model);
+            // Also where it failed, so that nobody waits for ever.
+            parked.fetch_add(1, Ordering::SeqCst);
+            wait_for(threads);
+            outcome?;
             let started = Instant::now();
-            for page in 0..self.pages {
-                model.allocate(page * model.page_bytes(), model.page_bytes())?;
+            for offset in (0..model.capacity_bytes()).step_by(model.page_bytes()) {
+                model.allocate(offset, model.page_bytes())?;
             }
             anyhow::Ok((started, Instant::now()))
         };
         let spans = thread::scope(|scope| {
-            let models = self.models[..threads].iter();
-            let threads: Vec<_> = models.map(|model| scope.spawn(|| take(model))).collect();
+            let models = self.models[..threads].iter().enumerate();
+            let take = &take;
+            let threads: Vec<_> = models
+                .map(|(number, model)| scope.spawn(move || take(number, model)))
+                .collect();
             let spans = threads.into_iter().map(|thread| match thread.join() {
                 Ok(span) => span,
                 Err(panic) => std::panic::resume_unwind(panic),
             });
             spans.collect::<Result<Vec<_>>>()
         })?;
-        self.park(threads)?;
         let first = spans.iter().map(|(started, _)| *started).min();
         let last = spans.iter().map(|(_, ended)| *ended).max();
         let span = first.zip(last).map(|(first, last)| last - first);
         span.context("no thread")
     }
 
-    /// Frees all pages of the first models, and waits until they are parked.
-    fn park(&self, count: usize) -> Result<()> {
-        for model in &self.models[..count] {
-            model.deallocate(0, model.capacity_bytes())?;
-        }
+    /// Frees all pages of a model, and waits until they are parked.
+    fn park(&self, model: &VirtualMemoryPool) -> Result<()> {
+        model.deallocate(0, model.capacity_bytes())?;
         self.stream.synchronize()?;
         let started = Instant::now();
-        loop {
-            let stats = self.shared.stats();
-            if stats.parked_bytes == stats.committed_bytes {
-                return Ok(());
-            }
+        while model.stats().parked_bytes < model.capacity_bytes() {
             ensure!(started.elapsed() < PATIENCE, "pages are not parked");
-            self.shared.engine().step();
+            model.engine().step();
         }
+        Ok(())
     }
 }
