@@ -27,6 +27,11 @@ impl Holdings {
         }
     }
 
+    /// What the same device holds now.
+    pub fn again(&self) -> Self {
+        Self::of(&self.device)
+    }
+
     /// What is left on the device that was not there at that moment, in words; `None` if nothing is.
     ///
     /// A simulated device must hold exactly what it held. A GPU may have more free, and less by what its

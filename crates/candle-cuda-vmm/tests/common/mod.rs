@@ -116,6 +116,13 @@ impl UnderTest {
         self.all.clone()
     }
 
+    /// Takes what the devices hold now for what they held when the test began: what Candle has made meanwhile and keeps for
+    /// as long as the process lives is no leak.
+    pub fn begin_again(&mut self) {
+        let held = |before: &Holdings| before.again();
+        self.before = self.before.iter().map(held).collect();
+    }
+
     /// What the devices hold beyond what they held when the test began, after this much patience.
     pub fn leak_after(&self, patience: Duration) -> Option<String> {
         let leak = |before: &Holdings| before.leak_after(patience);

@@ -29,17 +29,32 @@ fn candle_computes_on_memory_of_a_pool() {
     assert_eq!(written[9..13], [9.0, 0.5, 1.5, 12.0]);
 }
 
+/// Blocks of a page each.
+const BLOCKS: usize = 64;
+
 /// A step is captured once and replayed while blocks come and go under it: what it reads is said by the table alone.
 #[test]
 fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
-    let test = open();
-    let candle = test.device.as_cuda_device().unwrap();
+    let mut test = open();
+    let candle = test.device.as_cuda_device().unwrap().clone();
     // SAFETY: all work is on Candle's one stream, so no events are needed, which would lead out of the capture.
     unsafe { candle.disable_event_tracking() };
     let stream = candle.cuda_stream();
-    let pool = TensorPool::new(&test.device).unwrap();
     let width = page() / size_of::<f32>();
-    let blocks = pool.blocks(64, [("k", width, DType::F32)]).unwrap();
+    let step = |k: &Tensor, table: &Tensor, out: &Tensor| {
+        let found = k.index_select(table, 0).unwrap();
+        out.slice_set(&found, 0, 0).unwrap();
+    };
+    let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &test.device).unwrap();
+    let table = Tensor::zeros(2, DType::U32, &test.device).unwrap();
+    // Once before, so that kernels are loaded and what they are told is on the device, where Candle keeps it for good.
+    let cached = candle.enable_cuda_graph_htod_cache();
+    step(&zeros((BLOCKS, width)), &table, &zeros((2, width)));
+    drop(table);
+    test.begin_again();
+
+    let pool = TensorPool::new(&test.device).unwrap();
+    let blocks = pool.blocks(BLOCKS, [("k", width, DType::F32)]).unwrap();
     // SAFETY: only backed blocks are read and written, on Candle's stream.
     let k = unsafe { blocks.reserved_tensors() }.unwrap().remove(0);
     let table = Tensor::zeros(2, DType::U32, &test.device).unwrap();
@@ -58,22 +73,15 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
         let ids = Tensor::new(&read.map(|block| block as u32), &test.device).unwrap();
         table.slice_set(&ids, 0, 0).unwrap();
     };
-    let step = || {
-        let found = k.index_select(&table, 0).unwrap();
-        out.slice_set(&found, 0, 0).unwrap();
-    };
 
     blocks.back([0, 3]).unwrap();
     [0, 3].into_iter().for_each(write);
     tell([3, 0]);
-    let cached = candle.enable_cuda_graph_htod_cache();
-    // Once before, so that kernels are loaded and what they are told is on the device.
-    step();
     test.device.synchronize().unwrap();
     let guard = CaptureGuard::new();
     let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
     stream.begin_capture(mode).unwrap();
-    step();
+    step(&k, &table, &out);
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream
         .end_capture(flags)
