@@ -19,7 +19,7 @@ fn run(name: &str, arguments: &[&str]) -> (Output, Vec<Value>) {
 fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
     let (output, list) = run("cpu", &["--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(list.len(), 17, "{list:?}");
+    assert_eq!(list.len(), 18, "{list:?}");
     let mut judged = Vec::new();
     for finding in &list {
         let name = finding["name"].as_str().expect("a name");
@@ -60,7 +60,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
     let (output, list) = run("nowhere", &[]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert_eq!(list.len(), 17);
+    assert_eq!(list.len(), 18);
     for finding in &list {
         assert!(finding["pass"].is_null() && finding["ours"].is_null());
         let note = finding["note"].as_str().expect("a note");
