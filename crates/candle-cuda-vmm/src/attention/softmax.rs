@@ -14,6 +14,36 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::{CudaDevice, Error, Result};
 
+/// Joins what the lanes of a warp have: the largest element, and the sum of the powers beside it. The label is the loop's.
+macro_rules! over_lanes {
+    ($label:literal) => {
+        concat!(
+            $label,
+            ":
+    shfl.sync.bfly.b32 %other_max, %max, %bits, 31, 0xffffffff;
+    shfl.sync.bfly.b32 %other_sum, %sum, %bits, 31, 0xffffffff;
+    max.f32 %both, %max, %other_max;
+    setp.eq.f32 %nothing, %both, 0fFF800000;
+    selp.f32 %safe, 0f00000000, %both, %nothing;
+    sub.f32 %old, %max, %safe;
+    mul.f32 %old, %old, 0f3FB8AA3B;
+    ex2.approx.f32 %old, %old;
+    sub.f32 %new, %other_max, %safe;
+    mul.f32 %new, %new, 0f3FB8AA3B;
+    ex2.approx.f32 %new, %new;
+    mul.f32 %sum, %sum, %old;
+    fma.rn.f32 %sum, %other_sum, %new, %sum;
+    mov.f32 %max, %both;
+    shr.u32 %bits, %bits, 1;
+    setp.ne.u32 %over, %bits, 0;
+    @%over bra ",
+            $label,
+            ";
+"
+        )
+    };
+}
+
 /// Makes an entry point for a type: its name, the binary logarithm of the type's bytes, and how F32 is stored as it.
 ///
 /// `0fFF800000` is `-inf`, and `0f3FB8AA3B` the binary logarithm of e.
@@ -74,25 +104,9 @@ READ:
     bra READ;
 HAVE_READ:
     mov.u32 %bits, 16;
-WITHIN_WARP:
-    shfl.sync.bfly.b32 %other_max, %max, %bits, 31, 0xffffffff;
-    shfl.sync.bfly.b32 %other_sum, %sum, %bits, 31, 0xffffffff;
-    max.f32 %both, %max, %other_max;
-    setp.eq.f32 %nothing, %both, 0fFF800000;
-    selp.f32 %safe, 0f00000000, %both, %nothing;
-    sub.f32 %old, %max, %safe;
-    mul.f32 %old, %old, 0f3FB8AA3B;
-    ex2.approx.f32 %old, %old;
-    sub.f32 %new, %other_max, %safe;
-    mul.f32 %new, %new, 0f3FB8AA3B;
-    ex2.approx.f32 %new, %new;
-    mul.f32 %sum, %sum, %old;
-    fma.rn.f32 %sum, %other_sum, %new, %sum;
-    mov.f32 %max, %both;
-    shr.u32 %bits, %bits, 1;
-    setp.ne.u32 %over, %bits, 0;
-    @%over bra WITHIN_WARP;
-
+",
+            over_lanes!("WITHIN_WARP"),
+            "
     and.b32 %lane, %thread, 31;
     shr.u32 %warp, %thread, 5;
     shr.u32 %warps, %threads, 5;
@@ -121,25 +135,9 @@ WRITTEN:
 HAVE_WARP:
     bar.warp.sync 0xffffffff;
     mov.u32 %bits, 16;
-BETWEEN_WARPS:
-    shfl.sync.bfly.b32 %other_max, %max, %bits, 31, 0xffffffff;
-    shfl.sync.bfly.b32 %other_sum, %sum, %bits, 31, 0xffffffff;
-    max.f32 %both, %max, %other_max;
-    setp.eq.f32 %nothing, %both, 0fFF800000;
-    selp.f32 %safe, 0f00000000, %both, %nothing;
-    sub.f32 %old, %max, %safe;
-    mul.f32 %old, %old, 0f3FB8AA3B;
-    ex2.approx.f32 %old, %old;
-    sub.f32 %new, %other_max, %safe;
-    mul.f32 %new, %new, 0f3FB8AA3B;
-    ex2.approx.f32 %new, %new;
-    mul.f32 %sum, %sum, %old;
-    fma.rn.f32 %sum, %other_sum, %new, %sum;
-    mov.f32 %max, %both;
-    shr.u32 %bits, %bits, 1;
-    setp.ne.u32 %over, %bits, 0;
-    @%over bra BETWEEN_WARPS;
-
+",
+            over_lanes!("BETWEEN_WARPS"),
+            "
     rcp.rn.f32 %scale, %sum;
     mov.u32 %at, %thread;
 WRITE:
