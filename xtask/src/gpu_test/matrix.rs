@@ -8,12 +8,14 @@ use super::manifest::Manifest;
 use super::probe::Answer;
 use super::program::Programs;
 use super::report::Report;
+use super::row::Row;
 use super::runner::Runner;
 use super::{process, row, selection, summary};
 use crate::files;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The exit code of what was interrupted, as a shell has it.
@@ -101,15 +103,7 @@ impl Matrix<'_> {
             limit: Duration::from_secs(self.arguments.limit_seconds),
         };
         let facts = Facts::gather(self.command, &self.conditions, &self.manifest);
-        let mut rows = Vec::new();
-        for cell in &self.plan.cells {
-            let row = runner.run(*cell)?;
-            if process::is_interrupted() {
-                break;
-            }
-            summary::print_row(&row);
-            rows.push(row);
-        }
+        let rows = run_all(&runner, &self.plan.cells)?;
         let is_whole = rows.len() == self.plan.cells.len();
         let report = Report {
             facts,
@@ -137,6 +131,33 @@ impl Matrix<'_> {
             false => INTERRUPTED,
         })
     }
+}
+
+/// Runs `cells`, those of one driver after another, and the drivers side by side: what a GPU is asked does not depend on what
+/// the simulator does meanwhile. Answers the rows in the order of `cells`, without those that an interrupt kept from ending.
+fn run_all(runner: &Runner<'_>, cells: &[Cell]) -> Result<Vec<Row>> {
+    let run = |driver: Driver| {
+        let mut rows = Vec::new();
+        for cell in cells.iter().filter(|cell| cell.driver == driver) {
+            // A machine that fails at files fails the whole run, and the other driver's rows with it.
+            let row = runner.run(*cell).inspect_err(|_| process::interrupt())?;
+            if process::is_interrupted() {
+                break;
+            }
+            summary::print_row(&row);
+            rows.push(row);
+        }
+        Ok(rows)
+    };
+    let sides = thread::scope(|scope| {
+        let run = &run;
+        let threads = Driver::ALL.map(|driver| scope.spawn(move || run(driver)));
+        threads.map(|thread| thread.join().expect("rows do not panic"))
+    });
+    let rows: Result<Vec<Vec<Row>>> = sides.into_iter().collect();
+    let mut rows = rows?.concat();
+    rows.sort_by_key(|row| cells.iter().position(|cell| *cell == row.cell));
+    Ok(rows)
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

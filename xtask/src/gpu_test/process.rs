@@ -1,6 +1,7 @@
-//! Runs a process for a limited time, and stops it with all that it has started.
+//! Runs processes for a limited time, and stops them with all that they have started.
 
 use anyhow::{Context, Result, ensure};
+use std::collections::BTreeSet;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,27 +18,27 @@ pub enum End {
 
 /// What an interrupt must know and tell.
 struct Interrupts {
-    /// The process that runs now.
-    running: Option<u32>,
+    /// The processes that run now.
+    running: BTreeSet<u32>,
     /// Whether there was one.
     came: bool,
 }
 
 static INTERRUPTS: Mutex<Interrupts> = Mutex::new(Interrupts {
-    running: None,
+    running: BTreeSet::new(),
     came: false,
 });
 
-/// From now on an interrupt stops the process that runs, and lets no other start; this one goes on.
+/// From now on an interrupt stops the processes that run, and lets no other start; this one goes on.
 pub fn heed_interrupts() -> Result<()> {
-    ctrlc::set_handler(|| {
-        let mut interrupts = interrupts();
-        interrupts.came = true;
-        if let Some(process) = interrupts.running {
-            stop_group(process);
-        }
-    })
-    .context("no handler for interrupts could be set")
+    ctrlc::set_handler(interrupt).context("no handler for interrupts could be set")
+}
+
+/// Does what an interrupt does.
+pub fn interrupt() {
+    let mut interrupts = interrupts();
+    interrupts.came = true;
+    interrupts.running.iter().copied().for_each(stop_group);
 }
 
 /// Whether an interrupt came.
@@ -58,11 +59,11 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<End> {
         let child = command
             .spawn()
             .with_context(|| format!("{} could not be started", command.get_program().display()))?;
-        interrupts.running = Some(child.id());
+        interrupts.running.insert(child.id());
         child
     };
     let end = wait(&mut child, limit);
-    interrupts().running = None;
+    interrupts().running.remove(&child.id());
     end
 }
 

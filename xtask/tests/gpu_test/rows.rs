@@ -147,6 +147,34 @@ fn without_a_gpu_real_rows_are_skipped_and_simulated_rows_run() {
 }
 
 #[test]
+fn rows_of_both_drivers_run_side_by_side_and_are_told_in_order() {
+    let fake = Fake::new(GPU);
+    // Each waits for the other driver's.
+    let folder = fake.path().display();
+    let meets = format!(
+        "touch {folder}/$CUDA_VMM_TEST_DRIVER\n\
+         for round in $(seq 300); do\n\
+         if [ -e {folder}/real ] && [ -e {folder}/simulated ]; then\n{OPENS}{CLOSED}exit 0\nfi\n\
+         sleep 0.1\ndone\n{BAD}"
+    );
+    fake.program("cuda-vmm-leaks", &meets);
+    let ran = fake.run("--driver all --devices 1 --only leaks,2MiB --only leaks,16MiB");
+    assert_eq!(ran.code, 0, "{}", ran.printed);
+    let names: Vec<_> = ran
+        .rows()
+        .iter()
+        .map(|row| row["name"].as_str().unwrap())
+        .collect();
+    let expected = [
+        "real/1/2MiB",
+        "real/1/16MiB",
+        "simulated/1/2MiB",
+        "simulated/1/16MiB",
+    ];
+    assert_eq!(names, expected.map(|place| format!("{place}/-/leaks")));
+}
+
+#[test]
 fn the_simulated_driver_needs_no_probe() {
     let fake = Fake::new("exit 1\n");
     let ran = fake.run("--driver simulated --only leaks");
