@@ -7,14 +7,18 @@ use cuda_vmm::{
 };
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longer than any wait here is; a test that fails ends all the same.
 const FOREVER: Duration = Duration::from_secs(60);
 
 /// Returns when the model owes just so many pages, which others have been told then.
+#[track_caller]
 fn until_owed(model: &VirtualMemoryPool, pages: usize) {
+    let deadline = Instant::now() + FOREVER;
     while model.owed_bytes() != pages * PAGE {
+        let owed_bytes = model.owed_bytes();
+        assert!(Instant::now() < deadline, "{owed_bytes} bytes are owed");
         thread::yield_now();
     }
 }
