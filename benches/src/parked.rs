@@ -51,7 +51,9 @@ impl ParkedModels {
     }
 
     /// As many threads as are asked for take all pages back, one by one, each those of one model; the time from when the
-    /// first began until the last ended.
+    /// first began until a thread ended, the mean of all.
+    ///
+    /// Not until the last ended: threads do not end together, and what a core is kept from by others would count for all.
     ///
     /// Before that each thread parks these pages itself, one thread after the other. Else the books of some models would
     /// lie in the cache of another core, whoever parked them, and what was measured were the ways between cores.
@@ -93,9 +95,9 @@ impl ParkedModels {
             spans.collect::<Result<Vec<_>>>()
         })?;
         let first = spans.iter().map(|(started, _)| *started).min();
-        let last = spans.iter().map(|(_, ended)| *ended).max();
-        let span = first.zip(last).map(|(first, last)| last - first);
-        span.context("no thread")
+        let first = first.context("no thread")?;
+        let sum: Duration = spans.iter().map(|(_, ended)| *ended - first).sum();
+        Ok(sum / spans.len() as u32)
     }
 
     /// Frees all pages of a model, and waits until they are parked.

@@ -39,7 +39,7 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are fifteen pieces, three of which take up to four times as long; all but
+    /// How long each piece of work is measured. There are fifteen pieces, three of which take up to eight times as long; all but
     /// the replay, which says itself how long it takes, shall end within four minutes.
     pub fn settings(&self) -> Settings {
         Settings {

@@ -69,7 +69,7 @@ impl Inner {
         }
     }
 
-    /// Takes one parked chunk: of a closed range, or, if there is too much, of any.
+    /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none that is attended.
     fn next_parked(&self, state: &mut State, too_much: bool) -> Option<Next> {
         let room_bytes = self
             .options
@@ -77,7 +77,7 @@ impl Inner {
             .saturating_sub(state.cache.bytes() + state.queue.scrubbing_bytes());
         let ranges = state.ranges.iter();
         ranges
-            .filter(|(_, range)| too_much || range.closed)
+            .filter(|(_, range)| !range.attended && (too_much || range.closed))
             .find_map(|(id, mut range)| {
                 let first = range.spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);

@@ -198,15 +198,14 @@ impl Range {
         parts
     }
 
-    /// Frees bytes that are live, but for those that are leased. Returns the chunks that nobody uses any more.
-    pub(super) fn free(&mut self, bytes: &ops::Range<usize>) -> Vec<usize> {
+    /// Frees bytes that are live, but for those that are leased. Adds the chunks that nobody uses any more to `unused`.
+    pub(super) fn free(&mut self, bytes: &ops::Range<usize>, unused: &mut Vec<usize>) {
         if self.leases.is_empty() {
-            return self.pages.release(bytes);
+            return self.pages.release(bytes, unused);
         }
-        let now = self.leases.free(bytes);
-        now.iter()
-            .flat_map(|part| self.pages.release(part))
-            .collect()
+        for part in self.leases.free(bytes) {
+            self.pages.release(&part, unused);
+        }
     }
 
     /// Frees all that the owner has, but for what is leased.
@@ -215,7 +214,9 @@ impl Range {
         let owned: Vec<_> = (live.into_iter())
             .flat_map(|part| self.leases.freed.gaps(part).collect::<Vec<_>>())
             .collect();
-        owned.iter().flat_map(|part| self.free(part)).collect()
+        let mut unused = Vec::new();
+        owned.iter().for_each(|part| self.free(part, &mut unused));
+        unused
     }
 
     /// Takes out the tokens that are released, to be dropped without the lock.
@@ -228,8 +229,11 @@ impl Range {
     fn sweep_leases(&mut self) -> (Vec<usize>, Released) {
         let released = self.leases.take_released();
         let parts = self.leases.sweep();
-        let unused = parts.iter().flat_map(|part| self.pages.release(part));
-        (unused.collect(), released)
+        let mut unused = Vec::new();
+        for part in &parts {
+            self.pages.release(part, &mut unused);
+        }
+        (unused, released)
     }
 }
 

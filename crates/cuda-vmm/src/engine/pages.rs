@@ -16,7 +16,7 @@ pub(crate) use chunk::{ChunkState, Contents};
 pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
-use super::sorted::SortedMap;
+use super::sorted::{Place, SortedMap};
 use chunk::Chunk;
 use core::ops::Range;
 use counts::Counts;
@@ -177,13 +177,20 @@ impl<M> Pages<M> {
         pages.start * self.page_bytes..pages.end * self.page_bytes
     }
 
-    /// The first page of the chunk that backs `page`, or else of the next chunk.
+    /// The first page of the chunk that backs `page`, or else `page`.
     fn first_at_or_after(&self, page: usize) -> usize {
+        let place = self.place_at_or_after(page);
+        place.map_or(page, |place| self.chunks.entry(place).0.min(page))
+    }
+
+    /// Where the chunk is that backs `page`, or else the next one after it.
+    fn place_at_or_after(&self, page: usize) -> Option<Place> {
         let before = self.chunks.at_or_before(page);
-        before
-            .map(|place| self.chunks.entry(place))
-            .filter(|(first, chunk)| first + chunk.pages() > page)
-            .map_or(page, |(first, _)| first)
+        let backs = |place: &Place| {
+            let (first, chunk) = self.chunks.entry(*place);
+            first + chunk.pages() > page
+        };
+        before.filter(backs).or_else(|| self.chunks.next(before))
     }
 
     /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below `capacity`;
@@ -336,11 +343,13 @@ impl<M> Pages<M> {
     /// Bytes whose pages are all backed become live.
     fn make_live(&mut self, bytes: &Range<usize>) {
         let touched = self.pages_of(bytes);
-        let from = self.first_at_or_after(touched.start);
-        for (_, chunk) in self.chunks.range_mut(from..touched.end) {
+        let fresh = self.unshared_pages(bytes);
+        self.live_pages += fresh.len();
+        let from = self.place_at_or_after(touched.start);
+        self.chunks.visit_mut(from, touched.end, |first, chunk| {
             chunk.taken();
-        }
-        self.count_live(bytes, 1);
+            chunk.live_pages += common_pages(&fresh, first, chunk);
+        });
         self.live.insert(bytes.clone());
     }
 
@@ -369,33 +378,43 @@ impl<M> Pages<M> {
                 self.set_state(*first, ChunkState::Parked);
             }
         }
-        self.retire_unused(bytes)
-    }
-
-    /// Ends the life of live bytes. Returns the chunks that nobody uses any more; they are retiring.
-    pub(crate) fn release(&mut self, bytes: &Range<usize>) -> Vec<usize> {
-        self.live.remove(bytes);
-        self.count_live(bytes, -1);
-        self.retire_unused(bytes)
-    }
-
-    fn retire_unused(&mut self, bytes: &Range<usize>) -> Vec<usize> {
-        let pages = self.pages_of(bytes);
-        let from = self.first_at_or_after(pages.start);
         let mut unused = Vec::new();
-        for (first, chunk) in self.chunks.range_mut(from..pages.end) {
+        self.retire_unused(bytes, &(0..0), &mut unused);
+        unused
+    }
+
+    /// Ends the life of live bytes. Adds the chunks that nobody uses any more to `unused`; they are retiring.
+    pub(crate) fn release(&mut self, bytes: &Range<usize>, unused: &mut Vec<usize>) {
+        self.live.remove(bytes);
+        let ended = self.unshared_pages(bytes);
+        self.live_pages -= ended.len();
+        self.retire_unused(bytes, &ended, unused);
+    }
+
+    /// Takes pages of these bytes from the counts of live ones, and has those chunks retire that nobody uses any more.
+    fn retire_unused(
+        &mut self,
+        bytes: &Range<usize>,
+        ended: &Range<usize>,
+        unused: &mut Vec<usize>,
+    ) {
+        let pages = self.pages_of(bytes);
+        let from = self.place_at_or_after(pages.start);
+        let (page_bytes, counts) = (self.page_bytes, &mut self.counts);
+        let pending = (!self.pending.is_empty()).then_some(&self.pending);
+        self.chunks.visit_mut(from, pages.end, |first, chunk| {
+            chunk.live_pages -= common_pages(ended, first, chunk);
             if chunk.state != ChunkState::Backed || chunk.live_pages > 0 {
-                continue;
+                return;
             }
             let end = first + chunk.pages();
-            let bytes = first * self.page_bytes..end * self.page_bytes;
+            let bytes = first * page_bytes..end * page_bytes;
             debug_assert!(!self.live.overlaps(&bytes));
-            if !self.pending.overlaps(&bytes) {
-                self.counts.change(first, chunk, ChunkState::Retiring);
+            if pending.is_none_or(|pending| !pending.overlaps(&bytes)) {
+                counts.change(first, chunk, ChunkState::Retiring);
                 unused.push(first);
             }
-        }
-        unused
+        });
     }
 
     /// Whether a chunk is backed and nobody has or is about to have a byte in it.
@@ -418,30 +437,18 @@ impl<M> Pages<M> {
         }
     }
 
-    /// Adds or takes the pages of these bytes to or from the counts of live pages. The bytes are not in
-    /// `live`, so a page at an edge counts only if no neighbour keeps it live.
-    fn count_live(&mut self, bytes: &Range<usize>, sign: isize) {
+    /// Those of the pages of these bytes, which are not in `live`, that no neighbour keeps live.
+    fn unshared_pages(&self, bytes: &Range<usize>) -> Range<usize> {
         let mut pages = self.pages_of(bytes);
-        let shared = |page: usize| self.live.overlaps(&self.bytes_of(&(page..page + 1)));
-        if shared(pages.start) {
+        let whole = self.bytes_of(&pages);
+        if whole.start < bytes.start && self.live.overlaps(&(whole.start..bytes.start)) {
             pages.start += 1;
         }
-        if !pages.is_empty() && shared(pages.end - 1) {
+        if bytes.end < whole.end && !pages.is_empty() && self.live.overlaps(&(bytes.end..whole.end))
+        {
             pages.end -= 1;
         }
-        if pages.is_empty() {
-            return;
-        }
-        let from = self.first_at_or_after(pages.start);
-        for (first, chunk) in self.chunks.range_mut(from..pages.end) {
-            let overlap = pages.end.min(first + chunk.pages()) - pages.start.max(first);
-            chunk.live_pages = chunk
-                .live_pages
-                .saturating_add_signed((sign * overlap as isize) as i32);
-        }
-        self.live_pages = self
-            .live_pages
-            .saturating_add_signed(sign * pages.len() as isize);
+        pages
     }
 
     fn insert(&mut self, pages: Range<usize>, state: ChunkState, memory: Option<M>) {
@@ -477,6 +484,13 @@ impl<M> Pages<M> {
                 .tidy(|first| chunks.get(first).is_some_and(Chunk::is_parked));
         }
     }
+}
+
+/// How many of some pages a chunk backs that begins at `first`.
+fn common_pages<M>(pages: &Range<usize>, first: usize, chunk: &Chunk<M>) -> u32 {
+    let end = pages.end.min(first + chunk.pages());
+    // No more than the chunk has.
+    end.saturating_sub(pages.start.max(first)) as u32
 }
 
 impl Around {

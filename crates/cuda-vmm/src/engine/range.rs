@@ -37,6 +37,23 @@ pub(crate) struct Range {
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
+    /// Whether the thread that closed it is giving back what it has. Steps leave that alone: two threads that call the
+    /// driver in turns are slower than one.
+    pub(super) attended: bool,
+}
+
+/// Says that a closed range is not attended any more when it is dropped.
+struct Attendance<'a> {
+    engine: &'a Inner,
+    id: RangeId,
+}
+
+impl Drop for Attendance<'_> {
+    fn drop(&mut self) {
+        if let Some(mut range) = self.engine.lock().ranges.get(self.id) {
+            range.attended = false;
+        }
+    }
 }
 
 /// Where bytes are wanted.
@@ -202,6 +219,7 @@ impl Inner {
             capacity_bytes,
             page_bytes,
             closed: false,
+            attended: false,
         };
         let process = self.device.driver().process();
         let handle = self.lock().ranges.insert(range, process);
@@ -519,7 +537,7 @@ impl Inner {
         range.counters.deallocations += 1;
         let mut unused = Vec::new();
         for (offset, bytes) in parts.iter().copied() {
-            unused.append(&mut range.free(&(offset..offset + bytes)));
+            range.free(&(offset..offset + bytes), &mut unused);
         }
         if parts.len() > 1 {
             unused.sort_unstable();
@@ -548,11 +566,12 @@ impl Inner {
         let mut state = self.lock();
         let account = match state.ranges.get(id) {
             Some(mut range) if !range.closed => {
-                range.closed = true;
+                (range.closed, range.attended) = (true, true);
                 range.account
             }
             _ => return Ok(()),
         };
+        let attendance = Attendance { engine: self, id };
         // What it was guaranteed others may have now; what it holds is on its account until it is given back.
         state.ledger.close(account);
         // An allocation of another thread that is under way ends first, and so does a move.
@@ -592,6 +611,7 @@ impl Inner {
                     Some(_) => {}
                     // A capture is declared: the worker finishes when it is over.
                     None => {
+                        drop(attendance);
                         self.worker.keep(self);
                         return Ok(());
                     }
@@ -606,6 +626,7 @@ impl Inner {
                 break;
             }
         }
+        drop(attendance);
         self.finish_closing();
         let mut state = self.lock();
         // Someone else may be freeing the addresses.

@@ -273,18 +273,25 @@ impl<V> SortedMap<V> {
         entries.take_while(move |(key, _)| *key < keys.end)
     }
 
-    /// The entries with these keys, in order.
-    pub(super) fn range_mut(
+    /// Uses the entries from this place on whose keys are below `end`, in order.
+    pub(super) fn visit_mut(
         &mut self,
-        keys: Range<usize>,
-    ) -> impl Iterator<Item = (usize, &mut V)> {
-        let from = self.from(keys.start);
-        let blocks = self.blocks.iter_mut().enumerate().skip(from.block);
-        let entries = blocks.flat_map(move |(block, Block { keys, values })| {
-            let at = if block == from.block { from.at } else { 0 };
-            keys[at..].iter().copied().zip(&mut values[at..])
-        });
-        entries.take_while(move |(key, _)| *key < keys.end)
+        from: Option<Place>,
+        end: usize,
+        mut visit: impl FnMut(usize, &mut V),
+    ) {
+        let Some(Place { block, mut at }) = from else {
+            return;
+        };
+        for Block { keys, values } in &mut self.blocks[block..] {
+            for (key, value) in keys[at..].iter().zip(&mut values[at..]) {
+                if *key >= end {
+                    return;
+                }
+                visit(*key, value);
+            }
+            at = 0;
+        }
     }
 
     /// All entries in order.
@@ -352,9 +359,12 @@ mod tests {
                         prop_assert_eq!(map.get_mut(key).map(|of| core::mem::replace(of, value)),
                             model.get_mut(&key).map(|of| core::mem::replace(of, value)));
                     }
-                    8 => for (_, of) in map.range_mut(key..key + many) {
-                        *of += 1;
-                    },
+                    8 => {
+                        let before = map.at_or_before(key);
+                        let at = before.filter(|place| map.entry(*place).0 == key);
+                        let from = at.or_else(|| map.next(before));
+                        map.visit_mut(from, key + many, |_, of| *of += 1);
+                    }
                     _ => {
                         // An entry moves half the way to the next one.
                         if let Some(place) = map.at_or_before(key) {

@@ -68,6 +68,8 @@ pub struct Books {
     /// Bytes by address.
     reservations: BTreeMap<u64, u64>,
     streams: BTreeSet<usize>,
+    /// Tasks that have unmapped something.
+    pub unmapping: BTreeSet<usize>,
     /// The work that each event waits for, once it is recorded.
     events: BTreeMap<usize, Option<Vec<u64>>>,
     work: BTreeMap<u64, Work>,
@@ -261,6 +263,7 @@ impl Books {
     }
 
     pub fn unmap(&mut self, address: u64, bytes: u64) {
+        self.unmapping.insert(task());
         let mapped = self.mappings.remove(&address);
         if mapped.is_none_or(|mapped| mapped.bytes != bytes) {
             self.forbid(format!("{address:#x} was unmapped but is no mapping"));

@@ -1,6 +1,6 @@
 //! Pools, models and engines end while other threads use what they share.
 
-use crate::books::{PAGE, books};
+use crate::books::{PAGE, books, task};
 use crate::explore::explore;
 use crate::world::{World, insist, pool, write};
 use cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions, VmmError, WorkerMode};
@@ -92,6 +92,28 @@ fn owners_go(new_driver: bool) {
     drop((first, engine));
     thread.join().expect("no thread fails");
     world.end();
+}
+
+/// Whoever ends a pool unmaps all that it has; the worker has been woken for it, and calls the driver for nothing of it.
+fn one_unmaps(new_driver: bool) {
+    let world = World::new(new_driver);
+    let engine = world.engine(4, WorkerMode::Thread);
+    let (ending, stream) = (pool(&engine, 4), world.stream());
+    for page in 0..4 {
+        ending.allocate(page * PAGE, PAGE).expect("room");
+    }
+    write(&stream, ending.base_address(), 4 * PAGE);
+    drop(ending);
+    let unmapping = books(|books| books.unmapping.clone());
+    assert_eq!(unmapping, [task()].into());
+    drop((stream, engine));
+    world.end();
+}
+
+#[test]
+fn a_pool_that_ends_is_unmapped_by_one_thread() {
+    explore(|| one_unmaps(true));
+    explore(|| one_unmaps(false));
 }
 
 #[test]

@@ -153,7 +153,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
     // Longer than other work: the thousandth of the growth steps is to be more than the worst of them.
-    let patience = machine.settings.patience * 4;
+    let patience = machine.settings.patience * 8;
     let started = Instant::now();
     for round in 0..machine.settings.rounds {
         if round >= machine.settings.rounds_min && started.elapsed() > patience {
@@ -170,21 +170,27 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         }
     }
     let [before, ahead, on_demand] = steps;
+    let before_growing: Samples = before.growing.iter().copied().collect();
     let before: Samples = before.growing.into_iter().chain(before.resting).collect();
     let on_demand = Samples::from_iter(on_demand.growing);
     let mut outcome = Outcome::default();
     let worst_us = before.max_ns() / 1e3;
+    let ahead_resting = Samples::from_iter(ahead.resting);
     let ahead = Samples::from_iter(ahead.growing);
     outcome.add(&WORST, ahead.max_ns() / 1e3, Some(worst_us));
     let tail_us = |samples: &Samples| samples.quantile_ns(999) / 1e3;
     outcome.add(&TAIL, tail_us(&ahead), Some(tail_us(&before)));
     outcome.measured.push("growth steps, prefetched", ahead);
+    let others = "steps between them, prefetched";
+    outcome.measured.push(others, ahead_resting);
     let calls = calls_while_stepping(machine)?;
     outcome.add(&CALLS, calls as f64, None);
     outcome.add(&ON_DEMAND, on_demand.max_ns() / 1e3, Some(worst_us));
     outcome
         .measured
         .push("growth steps, not prefetched", on_demand);
+    let same = "the same steps, everything allocated before";
+    outcome.measured.push(same, before_growing);
     outcome
         .measured
         .push("all steps, everything allocated before", before);

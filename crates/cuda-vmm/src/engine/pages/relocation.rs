@@ -84,7 +84,9 @@ impl<M> Pages<M> {
                 chunk.live_pages = live_pages;
             }
         }
-        self.retire_unused(&place)
+        let mut unused = Vec::new();
+        self.retire_unused(&place, &(0..0), &mut unused);
+        unused
     }
 
     /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if nobody uses it, because
@@ -97,7 +99,9 @@ impl<M> Pages<M> {
         };
         chunk.memory = Some(memory);
         let place = first..first + chunk.pages();
-        self.retire_unused(&self.bytes_of(&place))
+        let mut unused = Vec::new();
+        self.retire_unused(&self.bytes_of(&place), &(0..0), &mut unused);
+        unused
     }
 
     /// Ends a move that failed, whose memory is not in its place again.

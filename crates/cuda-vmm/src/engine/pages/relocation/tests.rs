@@ -27,7 +27,7 @@ fn free(pages: &mut Pages<usize>, bytes: Range<usize>) -> Vec<usize> {
         .chain(core::iter::once(bytes.end..bytes.end))
     {
         if at < gap.start {
-            unused.extend(pages.release(&(at..gap.start)));
+            pages.release(&(at..gap.start), &mut unused);
         }
         at = gap.end;
     }
@@ -101,7 +101,7 @@ proptest! {
 #[test]
 fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
     let mut pages = full(4);
-    pages.release(&(0..PAGE));
+    pages.released(&(0..PAGE));
     pages.depart(0);
     pages.strand(0);
     assert_eq!(
@@ -116,7 +116,7 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
     assert!(pages.is_stranded(&(3 * PAGE..5 * PAGE)));
     assert!(!pages.is_stranded(&(4 * PAGE..5 * PAGE)));
     assert!(pages.survey(&(0..PAGE)).expect("free").quarantined);
-    let released = pages.release(&(PAGE..4 * PAGE));
+    let released = pages.released(&(PAGE..4 * PAGE));
     assert!(released.is_empty(), "kept to be retried");
     pages.resume(0);
     assert!(pages.is_worked_on());
@@ -126,7 +126,7 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
 #[test]
 fn a_chunk_of_which_bytes_are_being_taken_stays() {
     let mut pages = full(4);
-    pages.release(&(0..PAGE));
+    pages.released(&(0..PAGE));
     let survey = pages.survey(&(0..3)).expect("free");
     pages.begin(&(0..3), &survey, &survey.missing);
     assert_eq!(pages.partly_live_at(0), None);
