@@ -163,12 +163,14 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
 #[test]
 fn a_window_that_slides_takes_memory_for_the_window_only() {
     let test = open();
-    let pool = pool(&test);
+    let units = 16;
+    let options = options(&test).reservation_bytes(units * test.unit());
+    let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
     let window = 9;
     let window_bytes = (window + 1) * tensor.row_bytes();
     // Three times through the addresses.
-    let steps = 3 * 64 * test.unit() / tensor.row_bytes();
+    let steps = 3 * units * test.unit() / tensor.row_bytes();
     for step in 0..steps {
         tensor.append(&rows(&test, step, 1, wide(&test))).unwrap();
         if tensor.len() > window {

@@ -1,10 +1,12 @@
 //! The shared pool.
 
-use crate::common::{GIB, GRANULE, KIB, MIB, open};
+use crate::common::{GIB, GRANULE, KIB, MIB, open, page};
 use crate::refused;
 use candle_core::Device;
 use candle_cuda_vmm::cuda_vmm::{ModelOptions, VmmError as Core};
-use candle_cuda_vmm::{SharedMemoryPool, VmmError, let_candle_make_room, trim_candle_memory};
+use candle_cuda_vmm::{
+    SharedMemoryPool, VirtualMemoryPool, VmmError, let_candle_make_room, trim_candle_memory,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Wake;
@@ -106,6 +108,11 @@ fn the_limit_holds_and_what_is_freed_can_be_had_again() {
 #[test]
 fn a_limit_may_exceed_the_device_and_is_reported_as_given() {
     let test = open();
+    // In large chunks, so that not so many pages are left, of which each is made and given back by itself.
+    let taken = (test.free_bytes() - 2 * GIB) / GIB * GIB;
+    let mut most = VirtualMemoryPool::new(taken, page(), test.device.clone()).unwrap();
+    most.allocate(0, taken).unwrap();
+
     let limit = 3 * test.core.total_bytes() + 12345;
     let mut pool = SharedMemoryPool::new(limit, test.device.clone()).unwrap();
     pool.register_model("model", limit).unwrap();
