@@ -392,8 +392,8 @@ mod unit {
 
     #[test]
     fn programs_are_told_apart_by_package_kind_and_name() {
-        let core = "path+file:///work/crates/cuda-vmm#0.2.0";
-        let facade = "path+file:///work/crates/candle-cuda-vmm#0.2.0";
+        let core = "path+file:///checkout/crates/cuda-vmm#0.2.0";
+        let facade = "path+file:///checkout/crates/candle-cuda-vmm#0.2.0";
         let messages = [
             message(facade, "test", "device", true, "facade"),
             message(core, "example", "demo", true, "demo-tests"),

@@ -39,8 +39,8 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are fifteen pieces, three of which take up to eight times as long; all but
-    /// the replay, which says itself how long it takes, shall end within four minutes.
+    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to four times as long and one
+    /// eight times; all but the replay, which says itself how long it takes, shall end within five minutes.
     pub fn settings(&self) -> Settings {
         Settings {
             rounds: self.rounds as usize,

@@ -51,7 +51,10 @@ impl Inner {
                 }
                 continue;
             }
-            let too_much = state.spare_parked_bytes() > keep_bytes;
+            // What is attended goes by itself, and no other range has to give up anything for it.
+            let ranges = state.ranges.values().filter(|range| !range.attended);
+            let parked_bytes: usize = ranges.map(|range| range.spare_parked_bytes()).sum();
+            let too_much = parked_bytes > keep_bytes;
             if too_much {
                 keep_bytes = self.options.park_low_bytes();
             }

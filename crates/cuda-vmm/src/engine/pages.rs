@@ -387,7 +387,7 @@ impl<M> Pages<M> {
     pub(crate) fn release(&mut self, bytes: &Range<usize>, unused: &mut Vec<usize>) {
         self.live.remove(bytes);
         let ended = self.unshared_pages(bytes);
-        self.live_pages -= ended.len();
+        self.live_pages = self.live_pages.saturating_sub(ended.len());
         self.retire_unused(bytes, &ended, unused);
     }
 
@@ -403,7 +403,8 @@ impl<M> Pages<M> {
         let (page_bytes, counts) = (self.page_bytes, &mut self.counts);
         let pending = (!self.pending.is_empty()).then_some(&self.pending);
         self.chunks.visit_mut(from, pages.end, |first, chunk| {
-            chunk.live_pages -= common_pages(ended, first, chunk);
+            let ended_pages = common_pages(ended, first, chunk);
+            chunk.live_pages = chunk.live_pages.saturating_sub(ended_pages);
             if chunk.state != ChunkState::Backed || chunk.live_pages > 0 {
                 return;
             }

@@ -27,6 +27,9 @@ impl Range {
     /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed. While nothing is wanted where
     /// they go now, it stays: who takes back what was freed at one place comes again to where his memory ends.
     pub(super) fn stale_ahead(&self) -> Option<usize> {
+        if self.attended {
+            return None;
+        }
         if self.closed {
             return self.pages.ahead().next();
         }

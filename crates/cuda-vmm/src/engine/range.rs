@@ -37,20 +37,24 @@ pub(crate) struct Range {
     pub(super) capacity_bytes: usize,
     pub(super) page_bytes: usize,
     pub(super) closed: bool,
-    /// Whether the thread that closed it is giving back what it has. Steps leave that alone: two threads that call the
-    /// driver in turns are slower than one.
+    /// Whether the thread that closed it is giving back what it has. Steps leave that alone, but for what the driver refused
+    /// before: two threads that call the driver in turns are slower than one.
     pub(super) attended: bool,
 }
 
-/// Says that a closed range is not attended any more when it is dropped.
+/// Says that a range is not attended any more when it is dropped, which takes the engine's lock.
 struct Attendance<'a> {
     engine: &'a Inner,
-    id: RangeId,
+    /// The range, from when it is attended.
+    id: Option<RangeId>,
 }
 
 impl Drop for Attendance<'_> {
     fn drop(&mut self) {
-        if let Some(mut range) = self.engine.lock().ranges.get(self.id) {
+        let Some(id) = self.id else {
+            return;
+        };
+        if let Some(mut range) = self.engine.lock().ranges.get(id) {
             range.attended = false;
         }
     }
@@ -563,6 +567,11 @@ impl Inner {
     /// if the driver refuses, the engine keeps the range and finishes later.
     pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
         self.check_process()?;
+        // Before the guard of the lock, so that it is dropped after that, also where something panics.
+        let mut attendance = Attendance {
+            engine: self,
+            id: None,
+        };
         let mut state = self.lock();
         let account = match state.ranges.get(id) {
             Some(mut range) if !range.closed => {
@@ -571,7 +580,7 @@ impl Inner {
             }
             _ => return Ok(()),
         };
-        let attendance = Attendance { engine: self, id };
+        attendance.id = Some(id);
         // What it was guaranteed others may have now; what it holds is on its account until it is given back.
         state.ledger.close(account);
         // An allocation of another thread that is under way ends first, and so does a move.
@@ -599,13 +608,20 @@ impl Inner {
         self.poll();
         let mut drained = Ok(());
         loop {
+            // What the device has finished with does not wait for the rest.
+            drained = self.give_up(Some(id), |_| false).1.and(drained);
             let mut state = self.lock();
-            let Some(range) = state.ranges.get(id) else {
+            let Some(mut range) = state.ranges.get(id) else {
                 break;
             };
             let parts = range.pages.parts();
             let retires = !range.pages.in_state(ChunkState::Retiring).is_empty();
+            // Someone may have seen just now that more is past.
+            let has_spare = range.spare_parked().is_some() || parts.ahead_bytes > 0;
             drop(range);
+            if has_spare {
+                continue;
+            }
             if retires {
                 match self.await_progress(state, Some(id))? {
                     Some(_) => {}
@@ -617,16 +633,16 @@ impl Inner {
                     }
                 }
             } else if parts.retiring_bytes > 0 {
-                // Someone else, the worker for instance, is unmapping the last chunks.
+                // Someone else is unmapping the last chunks.
                 state = self.wait(state);
                 drop(state);
-            } else if let Some(given) = self.give_up_one(state, Some(id)) {
-                drained = given.map(drop).and(drained);
             } else {
                 break;
             }
         }
         drop(attendance);
+        // What others let go since the last look, and left because the range was attended.
+        drained = self.give_up(Some(id), |_| false).1.and(drained);
         self.finish_closing();
         let mut state = self.lock();
         // Someone else may be freeing the addresses.

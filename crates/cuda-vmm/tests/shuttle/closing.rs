@@ -110,6 +110,33 @@ fn one_unmaps(new_driver: bool) {
     world.end();
 }
 
+/// A pool and the last pin of its memory go at the same time; whoever comes second sees that all goes back.
+fn pool_and_pin_go(new_driver: bool, mode: WorkerMode) {
+    let world = World::new(new_driver);
+    let options = EngineOptions::new().park_bytes_max(2 * PAGE).worker(mode);
+    let engine = world.engine_with(2, options);
+    let (pool, stream) = (pool(&engine, 2), world.stream());
+    let address = pool.allocate(0, 2 * PAGE).expect("room");
+    write(&stream, address, 2 * PAGE);
+    let pin = pool.pin_for_graph(0, PAGE).expect("live");
+    pool.deallocate(PAGE, PAGE).expect("live");
+    let thread = thread::spawn(move || drop(pin));
+    drop(pool);
+    thread.join().expect("no thread fails");
+    let left = books(|books| books.is_reserved(address));
+    assert!(!left, "both are gone and the addresses are not");
+    assert_eq!(engine.stats().committed_bytes, 0);
+    drop((stream, engine));
+    world.end();
+}
+
+#[test]
+fn a_pool_ends_while_its_last_pin_does() {
+    explore(|| pool_and_pin_go(true, WorkerMode::Thread));
+    explore(|| pool_and_pin_go(true, WorkerMode::Manual));
+    explore(|| pool_and_pin_go(false, WorkerMode::Manual));
+}
+
 #[test]
 fn a_pool_that_ends_is_unmapped_by_one_thread() {
     explore(|| one_unmaps(true));

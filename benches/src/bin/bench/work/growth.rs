@@ -153,10 +153,10 @@ fn measure(machine: &Machine) -> Result<Outcome> {
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
     // Longer than other work: the thousandth of the growth steps is to be more than the worst of them.
-    let patience = machine.settings.patience * 8;
+    let settings = machine.settings.patient(8);
     let started = Instant::now();
-    for round in 0..machine.settings.rounds {
-        if round >= machine.settings.rounds_min && started.elapsed() > patience {
+    for round in 0..settings.rounds {
+        if round >= settings.rounds_min && started.elapsed() > settings.patience {
             break;
         }
         for turn in 0..manners.len() {
