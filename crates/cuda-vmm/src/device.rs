@@ -7,13 +7,14 @@
 
 use crate::driver::{Driver, call};
 use crate::engine::{Engine, MakeRoom};
-use crate::quarantine::Quarantine;
+use crate::quarantine::{Quarantine, Stuck};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, thread};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
 use core::ptr::null_mut;
+use std::sync::OnceLock;
 
 /// A GPU of a [`Driver`]; a cheap clone.
 ///
@@ -41,6 +42,8 @@ pub(crate) struct Inner {
     callers: AtomicUsize,
     /// Calls that manage memory.
     memory_calls: AtomicU64,
+    /// By which error the driver first refused to take something back because the context is beyond use.
+    lost: OnceLock<VmmError>,
 }
 
 // SAFETY: the context is used through the driver's calls only, which may be made from any thread.
@@ -110,6 +113,7 @@ impl Device {
             make_room: Mutex::default(),
             callers: AtomicUsize::new(0),
             memory_calls: AtomicU64::new(0),
+            lost: OnceLock::new(),
         })))
     }
 
@@ -255,6 +259,44 @@ impl Device {
         // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
         // puts itself back when it is dropped.
         drop(self.quarantine(Quarantine::take_refused));
+        if self.quarantine(Quarantine::is_over) {
+            tracing::info!("the driver has taken back all that was quarantined");
+        }
+    }
+
+    /// Keeps what could not be destroyed, because of this error if it is known, until it is retried.
+    pub(crate) fn keep(&self, stuck: Stuck, error: Option<&VmmError>) {
+        if self.is_lost() {
+            // Its drop asks nobody, and keeps nothing.
+            return drop(stuck);
+        }
+        let bytes = stuck.bytes();
+        if self.quarantine(|quarantine| quarantine.push(stuck)) {
+            match error {
+                Some(error) => {
+                    tracing::warn!(%error, bytes, "the driver did not take an object back, which is quarantined");
+                }
+                None => tracing::warn!(bytes, "an engine left memory, which is quarantined"),
+            }
+        }
+    }
+
+    /// Has the driver take something back. If it answers that the context is beyond use, it is asked no more: that answer
+    /// stands for all later calls of this kind.
+    pub(crate) fn give_to_driver(&self, call: impl FnOnce(&Driver) -> Result<()>) -> Result<()> {
+        if let Some(error) = self.0.lost.get() {
+            return Err(error.clone());
+        }
+        call(self.counted_driver()).inspect_err(|error| {
+            if error.is_poisoned() {
+                let _ = self.0.lost.set(error.clone());
+            }
+        })
+    }
+
+    /// Whether the driver takes nothing back any more, since the context is beyond use.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.0.lost.get().is_some()
     }
 
     pub(crate) fn quarantine<T>(&self, use_it: impl FnOnce(&mut Quarantine) -> T) -> T {

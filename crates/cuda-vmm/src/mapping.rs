@@ -222,12 +222,8 @@ impl Mapping {
 
     fn unmap_in_place(&self) -> Result<()> {
         // SAFETY: the range is exactly this mapping, which is undone once.
-        unsafe {
-            call!(
-                self.device().counted_driver(),
-                cuMemUnmap(self.address(), self.bytes())
-            )
-        }?;
+        let unmap = |driver: &_| unsafe { call!(driver, cuMemUnmap(self.address(), self.bytes())) };
+        self.device().give_to_driver(unmap)?;
         tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), "unmapped");
         Ok(())
     }

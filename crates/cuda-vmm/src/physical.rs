@@ -125,7 +125,8 @@ impl PhysicalMemory {
 
     fn release(&self) -> Result<()> {
         // SAFETY: this object owns one reference to the handle and gives it up here, once.
-        unsafe { call!(self.device.counted_driver(), cuMemRelease(self.handle)) }?;
+        let release = |driver: &_| unsafe { call!(driver, cuMemRelease(self.handle)) };
+        self.device.give_to_driver(release)?;
         tracing::debug!(target: "cuda_vmm::driver", handle = self.handle, bytes = self.bytes, "released memory");
         Ok(())
     }

@@ -29,7 +29,7 @@ pub(crate) fn after_drop(device: &Device, outcome: Result<()>, stuck: impl FnOnc
     match outcome {
         Ok(()) | Err(VmmError::Forked) => {}
         Err(error) if error.is_poisoned() => {}
-        Err(_) => device.quarantine(|quarantine| quarantine.push(stuck())),
+        Err(error) => device.keep(stuck(), Some(&error)),
     }
 }
 
@@ -43,11 +43,20 @@ pub(crate) struct Quarantine {
     refused: Vec<Stuck>,
     /// Mappings that the device may still use: nobody could wait for it when their owner was dropped.
     unfinished: Vec<Mapping>,
+    /// Whether it was told that something is in here.
+    is_told: bool,
 }
 
 impl Quarantine {
-    pub(crate) fn push(&mut self, stuck: Stuck) {
+    /// Adds an object; says whether that is news, so that it is told once however much follows.
+    pub(crate) fn push(&mut self, stuck: Stuck) -> bool {
         self.refused.push(stuck);
+        !core::mem::replace(&mut self.is_told, true)
+    }
+
+    /// Whether all that was told of has gone; says so once.
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.refused.is_empty() && core::mem::take(&mut self.is_told)
     }
 
     /// Adds mappings that must not be unmapped before a context synchronise.

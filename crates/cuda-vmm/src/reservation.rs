@@ -122,12 +122,9 @@ impl Reservation {
     fn free(&self) -> Result<()> {
         // SAFETY: this object owns the addresses, and mappings of this crate keep it alive, so
         // nothing of ours is mapped there any more.
-        unsafe {
-            call!(
-                self.device.counted_driver(),
-                cuMemAddressFree(self.address, self.bytes)
-            )
-        }?;
+        let free =
+            |driver: &_| unsafe { call!(driver, cuMemAddressFree(self.address, self.bytes)) };
+        self.device.give_to_driver(free)?;
         tracing::debug!(target: "cuda_vmm::driver", address = self.address, bytes = self.bytes, "freed addresses");
         Ok(())
     }

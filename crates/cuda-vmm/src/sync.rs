@@ -52,6 +52,22 @@ macro_rules! statics {
 }
 pub(crate) use statics;
 
+/// The time since some moment, for delays.
+#[cfg(not(shuttle))]
+pub(crate) fn now() -> Duration {
+    static START: std::sync::LazyLock<std::time::Instant> =
+        std::sync::LazyLock::new(std::time::Instant::now);
+    START.elapsed()
+}
+
+/// The model checker knows no time: an hour has passed at each look, so that each delay is over.
+#[cfg(shuttle)]
+pub(crate) fn now() -> Duration {
+    static LOOKS: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
+    let looks = LOOKS.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
+    Duration::from_secs(3600) * looks
+}
+
 /// When a wait is over.
 #[cfg(not(shuttle))]
 #[derive(Debug)]

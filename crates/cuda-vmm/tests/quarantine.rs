@@ -2,6 +2,9 @@
 
 mod common;
 
+#[path = "quarantine/again.rs"]
+mod again;
+
 use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{

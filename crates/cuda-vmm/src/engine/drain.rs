@@ -1,16 +1,15 @@
-//! Giving memory back, to the cache or to the driver, and trying again what the driver refused.
+//! Giving memory back, to the cache or to the driver.
 
-use super::ledger::AccountId;
-use super::pages::{ChunkState, Contents};
+use super::pages::Contents;
 use super::range::Range;
 use super::retire::Until;
-use super::{EngineStats, Inner, RangeId, State, take_out};
+use super::{EngineStats, Inner, RangeId, State};
 use crate::sync::{Arc, MutexGuard};
 use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
 
 /// Where the memory of a chunk goes when it is unmapped.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum To {
+pub(super) enum To {
     Cache,
     Driver,
 }
@@ -197,7 +196,7 @@ impl Inner {
 
     /// Unmaps one draining chunk and gives its memory to the cache or the driver. What the driver refuses stays
     /// charged, in quarantine.
-    fn unmap(
+    pub(super) fn unmap(
         self: &Arc<Self>,
         id: RangeId,
         first: usize,
@@ -250,77 +249,7 @@ impl Inner {
             }
         };
         drop(range);
-        self.unlock_changed(state);
-        if let Err(error) = &outcome {
-            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
-            self.worker.wake(self, false);
-        }
-        outcome
-    }
-
-    /// Tries again what the driver refused; returns the bytes that went.
-    pub(super) fn retry(self: &Arc<Self>) -> usize {
-        let (unreleased, mapped) = {
-            let mut state = self.lock();
-            let unreleased = core::mem::take(&mut state.unreleased);
-            let releasing = unreleased
-                .iter()
-                .map(|(account, memory)| (*account, memory.bytes()));
-            state.releasing.extend(releasing);
-            let mut mapped = Vec::new();
-            for (id, mut range) in state.ranges.iter() {
-                for first in range.pages.in_state(ChunkState::Quarantined) {
-                    mapped.extend(range.pages.drain(first).map(|memory| (id, first, memory)));
-                }
-            }
-            state.counters.retries += (unreleased.len() + mapped.len()) as u64;
-            (unreleased, mapped)
-        };
-        let pieces = unreleased.len() + mapped.len();
-        if pieces > 0 {
-            tracing::debug!(pieces, "the driver is asked again to take memory back");
-        }
-        let mut bytes = 0;
-        for (account, memory) in unreleased {
-            bytes += self.release(account, memory).unwrap_or_default();
-        }
-        for (id, first, mapping) in mapped {
-            let unmapped = self.unmap(id, first, mapping, To::Driver);
-            bytes += unmapped.unwrap_or_default();
-        }
-        bytes + self.retry_relocations()
-    }
-
-    /// Releases memory that is mapped nowhere, and that `releasing` names. What the driver refuses is tried again
-    /// later.
-    pub(super) fn release(
-        self: &Arc<Self>,
-        account: Option<AccountId>,
-        memory: PhysicalMemory,
-    ) -> Result<usize> {
-        let bytes = memory.bytes();
-        let outcome = memory.close();
-        let mut state = self.lock();
-        take_out(&mut state.releasing, account, bytes);
-        let outcome = match (outcome, account) {
-            (Ok(()), Some(account)) => {
-                state.ledger.refund(account, bytes);
-                Ok(bytes)
-            }
-            (Ok(()), None) => {
-                state.ledger.take_from_cache(bytes);
-                Ok(bytes)
-            }
-            (Err(failure), _) => {
-                state.unreleased.push((account, failure.object));
-                Err(failure.error)
-            }
-        };
-        self.unlock_changed(state);
-        if let Err(error) = &outcome {
-            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined");
-            self.worker.wake(self, false);
-        }
+        self.note_refusal(state, outcome.as_ref().err(), bytes);
         outcome
     }
 }

@@ -4,6 +4,7 @@
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
+mod backoff;
 mod cache;
 mod compact;
 mod counters;
@@ -23,6 +24,7 @@ mod prefetch;
 mod pressure;
 mod range;
 mod ranges;
+mod refused;
 mod relief;
 mod retire;
 mod snapshot;
@@ -54,8 +56,10 @@ use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
 use cache::Cache;
 use compact::Relocations;
+use core::time::Duration;
 use ledger::{AccountId, Ledger};
 use ranges::Ranges;
+use refused::{Refusals, Which};
 use retire::{Queue, Until};
 use worker::Worker;
 
@@ -98,6 +102,8 @@ struct State {
     releasing: Vec<(Option<AccountId>, usize)>,
     /// Chunks that are being moved, and what that has left.
     relocations: Relocations,
+    /// When what the driver refused is tried again.
+    refusals: Refusals,
     /// Ranges that are gone from `ranges` and whose addresses are being freed now.
     ending: Vec<RangeId>,
     /// The engine itself, while closed ranges are left of which memory was leased: nobody else may be. Without a worker, a
@@ -209,6 +215,7 @@ impl Engine {
                 unreleased: Vec::new(),
                 releasing: Vec::new(),
                 relocations: Relocations::default(),
+                refusals: Refusals::default(),
                 ending: Vec::new(),
                 kept: None,
                 refused: None,
@@ -293,7 +300,7 @@ impl Engine {
     pub fn trim_to(&self, bytes: usize) -> Result<usize> {
         self.0.check_process()?;
         self.0.poll();
-        let retried_bytes = self.0.retry();
+        let retried_bytes = self.0.retry(&Which::All);
         let (given_bytes, outcome) = self.0.give_up(None, |stats| stats.committed_bytes <= bytes);
         outcome.map(|()| retried_bytes + given_bytes)
     }
@@ -337,17 +344,21 @@ impl Inner {
         owed::wake(owing);
     }
 
-    /// Whether a step would find something to do.
-    fn has_work(&self) -> bool {
+    /// In how long a step would find something to do: at once, or when refused memory is to be tried again; `None` if
+    /// nothing is to be done.
+    fn next_work(&self) -> Option<Duration> {
         let state = self.lock();
-        let stats = state.parts();
-        !state.queue.is_empty()
+        let has_work = !state.queue.is_empty()
             || state.ranges.with_news().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
-            || stats.quarantined_bytes > 0
             || state.spare_above_ceiling().is_some()
             || (state.ranges.values())
-                .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some())
+                .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some());
+        match has_work {
+            true => Some(Duration::ZERO),
+            // In a context beyond use it is left alone.
+            false => state.retry_in().filter(|_| !self.device.is_lost()),
+        }
     }
 
     fn step(self: &Arc<Self>, is_worker: bool) -> StepReport {
@@ -362,7 +373,9 @@ impl Inner {
             // Also where nothing could be done: those who wait for it look whether it still can be.
             self.unlock_changed(state);
         }
-        let retried_bytes = self.retry();
+        // A step that somebody calls is a try; the worker's are many.
+        let due = if is_worker { Which::Due } else { Which::All };
+        let retried_bytes = self.retry(&due);
         let drained_bytes = self.give_back();
         let prefetched_bytes = self.prefetch(is_worker);
         self.finish_closing();
@@ -544,10 +557,10 @@ impl Drop for Inner {
             let (in_use, finished) = range.pages.take_all();
             self.device.quarantine(|quarantine| {
                 quarantine.push_unfinished(in_use);
-                finished
-                    .into_iter()
-                    .for_each(|mapping| quarantine.push(Stuck::Mapping(mapping)));
             });
+            for mapping in finished {
+                self.device.keep(Stuck::Mapping(mapping), None);
+            }
         }
     }
 }

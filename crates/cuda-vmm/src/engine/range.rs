@@ -5,6 +5,7 @@ use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
 use super::pressure::Ticket;
+use super::refused::Which;
 use super::retire::Until;
 use super::{Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::Extent;
@@ -356,8 +357,9 @@ impl Inner {
                     return Err(VmmError::Quarantined { offset, bytes });
                 }
                 retried = true;
+                let page_bytes = range.page_bytes;
                 drop((range, state));
-                self.retry();
+                self.retry(&Which::At(id, extent.pages(page_bytes)));
                 state = self.lock();
                 continue;
             }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::refused::Which;
 use super::{Engine, Inner};
 use crate::Device;
 use crate::sync::Arc;
@@ -30,7 +31,7 @@ impl Inner {
     /// Gives so many bytes back to the driver, or what can be spared; returns the bytes that went.
     pub(super) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
         self.poll();
-        let mut given_bytes = self.retry();
+        let mut given_bytes = self.retry(&Which::All);
         while given_bytes < bytes {
             let state = self.lock();
             match self.give_up_one(state, None) {

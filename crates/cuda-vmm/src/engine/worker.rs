@@ -161,8 +161,14 @@ fn run(shared: &Shared, engine: &Weak<Inner>) {
 
 fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
     let mut delay = DELAY;
+    // Until when to sleep although nothing was asked for: then memory that the driver refused is tried again.
+    let mut pause = None;
     loop {
         let mut signal = shared.lock();
+        if let Some(pause) = pause.take() {
+            signal = shared.wait_for(signal, pause, |signal| !signal.work && !signal.stop);
+            signal.work = true;
+        }
         while !signal.work && !signal.stop {
             signal = shared.wait(signal);
         }
@@ -180,13 +186,17 @@ fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
             return;
         };
         let report = engine.step(true);
-        if engine.has_work() {
+        if let Some(left) = engine.next_work() {
             let mut signal = shared.lock();
-            signal.work = true;
+            if left.is_zero() {
+                signal.work = true;
+                shared.awake.store(true, Ordering::SeqCst);
+            } else {
+                pause = Some(left);
+            }
             if signal.kept.is_none() {
                 signal.kept = kept;
             }
-            shared.awake.store(true, Ordering::SeqCst);
             drop(signal);
             delay = if report.retired_bytes + report.drained_bytes > 0 {
                 DELAY

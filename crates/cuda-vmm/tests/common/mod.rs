@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports, unused_macros)]
 
 mod kernel;
+pub mod told;
 mod under_test;
 
 pub use kernel::{Gather, Rows};

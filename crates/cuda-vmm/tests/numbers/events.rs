@@ -1,73 +1,12 @@
 //! What the pools tell `tracing`, to a subscriber of the test's own.
 
 use super::{CAPACITY, pool};
+use crate::common::told::{Keeper, told};
 use crate::common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
 use cuda_vmm::{Engine, EngineOptions, ModelOptions, VirtualMemoryPool};
-use std::fmt::Debug;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use tracing::field::{Field, Visit};
-use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Level, Metadata, Subscriber};
-
-/// What was told: the level, and the message with its fields.
-#[derive(Debug, Clone, Default)]
-struct Told(Arc<Mutex<Vec<(Level, String)>>>);
-
-/// Keeps the events, and the names of the spans, of the engine.
-#[derive(Default)]
-struct Keeper {
-    told: Told,
-    spans: AtomicU64,
-}
-
-struct Text(String);
-
-impl Visit for Text {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.0 += &match field.name() {
-            "message" => format!("{value:?};"),
-            name => format!(" {name}={value:?}"),
-        };
-    }
-}
-
-impl Subscriber for Keeper {
-    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target().starts_with("cuda_vmm::engine")
-    }
-
-    fn new_span(&self, attributes: &Attributes<'_>) -> Id {
-        let mut text = Text(format!("span {};", attributes.metadata().name()));
-        attributes.record(&mut text);
-        let level = *attributes.metadata().level();
-        self.told.0.lock().expect("no panic").push((level, text.0));
-        Id::from_u64(self.spans.fetch_add(1, Ordering::Relaxed) + 1)
-    }
-
-    fn event(&self, event: &Event<'_>) {
-        let mut text = Text(String::new());
-        event.record(&mut text);
-        let level = *event.metadata().level();
-        self.told.0.lock().expect("no panic").push((level, text.0));
-    }
-
-    fn record(&self, _: &Id, _: &Record<'_>) {}
-    fn record_follows_from(&self, _: &Id, _: &Id) {}
-    fn enter(&self, _: &Id) {}
-    fn exit(&self, _: &Id) {}
-}
-
-/// What this thread is told meanwhile.
-fn told(act: impl FnOnce()) -> Vec<(Level, String)> {
-    let keeper = Keeper::default();
-    let told = keeper.told.clone();
-    tracing::subscriber::with_default(keeper, act);
-    let told = told.0.lock().expect("no panic");
-    told.clone()
-}
+use tracing::Level;
 
 #[track_caller]
 fn has(told: &[(Level, String)], level: Level, parts: &[&str]) {

@@ -9,6 +9,7 @@ pub use report::CompactReport;
 pub(super) use stranded::Relocations;
 
 use super::pages::PartlyLive;
+use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
 use super::{Inner, RangeId, State};
@@ -62,7 +63,7 @@ impl Inner {
     pub(crate) fn compact(self: &Arc<Self>, id: RangeId) -> Result<CompactReport> {
         self.check_process()?;
         let _span = tracing::debug_span!("compact").entered();
-        self.retry();
+        self.retry(&Which::All);
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
         let (streams, page_bytes, plan, mut report) = {
@@ -179,7 +180,8 @@ impl Inner {
     ) -> Result<usize> {
         let create = |bytes| self.create(bytes);
         if let Err(error) = relocation.forward(create, scratch, stream) {
-            self.put_back(relocation);
+            // What could not be put back is retried.
+            let _ = self.put_back(relocation);
             return Err(error);
         }
         let charged_bytes = relocation.charged_bytes;

@@ -10,7 +10,7 @@ use super::super::RangeId;
 use super::super::ledger::AccountId;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
-use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream};
+use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
 use core::ops::Range;
 
 /// What a relocation needs to know of its range.
@@ -55,12 +55,15 @@ pub(super) struct Leftovers {
     /// At scratch addresses.
     pub(super) mapped: Vec<Mapping>,
     pub(super) unreleased: Vec<PhysicalMemory>,
+    /// Why the driver would not undo something.
+    pub(super) error: Option<VmmError>,
 }
 
 impl Leftovers {
     fn release(&mut self, memory: Arc<PhysicalMemory>) {
         if let Some(Err(failure)) = Arc::into_inner(memory).map(PhysicalMemory::close) {
             self.unreleased.push(failure.object);
+            self.error = Some(failure.error);
         }
     }
 
@@ -185,7 +188,10 @@ impl Relocation {
         let mut left = Leftovers::default();
         if let Some(stream) = &self.copying {
             // On a poisoned context nothing runs any more.
-            if (stream.synchronize()).is_err_and(|error| !error.is_poisoned()) {
+            if let Err(error) = stream.synchronize()
+                && !error.is_poisoned()
+            {
+                left.error = Some(error);
                 return left;
             }
             self.copying = None;
@@ -193,20 +199,26 @@ impl Relocation {
         for (_, mapping) in self.scratch.drain(..) {
             match mapping.unmap() {
                 Ok(memory) => left.release(memory),
-                Err(failure) => left.mapped.push(failure.object),
+                Err(failure) => {
+                    left.mapped.push(failure.object);
+                    left.error = Some(failure.error);
+                }
             }
         }
         for (pages, mapping) in core::mem::take(&mut self.placed) {
             match mapping.unmap() {
                 Ok(memory) => left.release(memory),
-                Err(failure) => self.placed.push((pages, failure.object)),
+                Err(failure) => {
+                    self.placed.push((pages, failure.object));
+                    left.error = Some(failure.error);
+                }
             }
         }
-        if self.placed.is_empty() {
-            let restored = self.restore();
-            if let Err(error) = restored {
-                tracing::warn!(%error, "live memory could not be mapped again and is kept");
-            }
+        if self.placed.is_empty()
+            && let Err(error) = self.restore()
+        {
+            tracing::debug!(%error, "live memory could not be mapped again and is kept");
+            left.error = Some(error);
         }
         for (_, memory) in self.loose.drain(..) {
             left.release(memory);

@@ -4,7 +4,7 @@ use super::relocation::Relocation;
 use crate::engine::ledger::AccountId;
 use crate::engine::{Inner, State, take_out};
 use crate::sync::Arc;
-use crate::{Device, Mapping};
+use crate::{Device, Mapping, Result};
 
 /// The books of an engine's relocations.
 #[derive(Debug, Default)]
@@ -46,6 +46,11 @@ impl Relocations {
         of_account.map(|(_, bytes)| bytes).sum()
     }
 
+    /// How many chunks are stranded, and how many mappings are left at scratch addresses.
+    pub(in crate::engine) fn left(&self) -> (usize, usize) {
+        (self.stranded.len(), self.stuck.len())
+    }
+
     /// Hands over what must not be unmapped yet to the device, at the end of the engine; all else is dropped.
     pub(crate) fn abandon(&mut self, device: &Device) {
         for relocation in core::mem::take(&mut self.stranded) {
@@ -57,9 +62,10 @@ impl Relocations {
 
 impl Inner {
     /// Ends a move that was broken off, or that is tried again: everything goes back where it was, so far as the
-    /// driver lets it. The rest stays charged and is retried.
-    pub(super) fn put_back(self: &Arc<Self>, mut relocation: Relocation) {
-        let left = relocation.back();
+    /// driver lets it. The rest stays charged and is retried; then the error is the driver's.
+    pub(super) fn put_back(self: &Arc<Self>, mut relocation: Relocation) -> Result<()> {
+        let mut left = relocation.back();
+        let error = left.error.take();
         let account = relocation.place.account;
         let (id, first) = (relocation.place.range, relocation.first);
         let charged_bytes = relocation.charged_bytes;
@@ -74,7 +80,7 @@ impl Inner {
         state
             .unreleased
             .extend(unreleased.map(|memory| (Some(account), memory)));
-        let (mut unused, mut is_refused) = (Vec::new(), kept_bytes > 0);
+        let mut unused = Vec::new();
         // The range cannot have gone: closing waits for what moves.
         let State {
             ranges,
@@ -89,53 +95,60 @@ impl Inner {
             } else {
                 range.pages.strand(first);
                 relocations.stranded.push(relocation);
-                is_refused = true;
             }
         }
         self.retire(state, id, unused);
-        if is_refused {
-            self.worker.wake(self, false);
+        match error {
+            Some(error) => {
+                self.note_refusal(self.lock(), Some(&error), kept_bytes);
+                Err(error)
+            }
+            None => Ok(()),
         }
     }
 
-    /// Tries again to put back what moves have left; returns the bytes that went to the driver.
-    pub(in crate::engine) fn retry_relocations(self: &Arc<Self>) -> usize {
-        let (stranded, stuck) = {
+    /// Tries again to put one stranded chunk back in its place.
+    pub(in crate::engine) fn retry_stranded(self: &Arc<Self>) -> Result<usize> {
+        let relocation = {
             let mut state = self.lock();
-            let stranded = core::mem::take(&mut state.relocations.stranded);
-            let stuck = core::mem::take(&mut state.relocations.stuck);
-            for relocation in &stranded {
-                let place = &relocation.place;
-                (state.relocations).begin(place.account, relocation.charged_bytes);
-                if let Some(mut range) = state.ranges.get(place.range) {
-                    range.pages.resume(relocation.first);
-                }
+            if state.relocations.stranded.is_empty() {
+                return Ok(0);
             }
-            let releasing = stuck.iter();
-            let releasing = releasing.map(|(account, mapping)| (Some(*account), mapping.bytes()));
-            state.releasing.extend(releasing);
-            (stranded, stuck)
+            let relocation = state.relocations.stranded.remove(0);
+            let place = &relocation.place;
+            (state.relocations).begin(place.account, relocation.charged_bytes);
+            if let Some(mut range) = state.ranges.get(place.range) {
+                range.pages.resume(relocation.first);
+            }
+            relocation
         };
-        let mut bytes = 0;
-        for (account, mapping) in stuck {
-            let mapped_bytes = mapping.bytes();
-            match mapping.unmap() {
-                Ok(memory) => {
-                    let released =
-                        Arc::into_inner(memory).map(|memory| self.release(Some(account), memory));
-                    bytes += released.and_then(Result::ok).unwrap_or_default();
-                }
-                Err(failure) => {
-                    let mut state = self.lock();
-                    take_out(&mut state.releasing, Some(account), mapped_bytes);
-                    state.relocations.stuck.push((account, failure.object));
-                    self.unlock_changed(state);
-                }
+        self.put_back(relocation).map(|()| 0)
+    }
+
+    /// Tries again to unmap what a move has left at scratch addresses; returns the bytes that went to the driver.
+    pub(in crate::engine) fn retry_stuck(self: &Arc<Self>) -> Result<usize> {
+        let (account, mapping) = {
+            let mut state = self.lock();
+            if state.relocations.stuck.is_empty() {
+                return Ok(0);
+            }
+            let (account, mapping) = state.relocations.stuck.remove(0);
+            state.releasing.push((Some(account), mapping.bytes()));
+            (account, mapping)
+        };
+        let bytes = mapping.bytes();
+        match mapping.unmap() {
+            Ok(memory) => match Arc::into_inner(memory) {
+                Some(memory) => self.release(Some(account), memory),
+                None => Ok(0),
+            },
+            Err(failure) => {
+                let mut state = self.lock();
+                take_out(&mut state.releasing, Some(account), bytes);
+                state.relocations.stuck.push((account, failure.object));
+                self.note_refusal(state, Some(&failure.error), bytes);
+                Err(failure.error)
             }
         }
-        for relocation in stranded {
-            self.put_back(relocation);
-        }
-        bytes
     }
 }
