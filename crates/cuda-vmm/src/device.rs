@@ -9,11 +9,12 @@ use crate::driver::{Driver, call};
 use crate::engine::{Engine, MakeRoom};
 use crate::quarantine::{Quarantine, Stuck};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, thread};
+use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, thread};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
 use core::ptr::null_mut;
+use core::time::Duration;
 use std::sync::OnceLock;
 
 /// A GPU of a [`Driver`]; a cheap clone.
@@ -44,6 +45,12 @@ pub(crate) struct Inner {
     memory_calls: AtomicU64,
     /// By which error the driver first refused to take something back because the context is beyond use.
     lost: OnceLock<VmmError>,
+    /// How often memory has come free.
+    memory_events: AtomicU64,
+    /// Threads that wait for memory of the device.
+    short: AtomicUsize,
+    shortage: Mutex<()>,
+    memory: Condvar,
 }
 
 // SAFETY: the context is used through the driver's calls only, which may be made from any thread.
@@ -114,6 +121,10 @@ impl Device {
             callers: AtomicUsize::new(0),
             memory_calls: AtomicU64::new(0),
             lost: OnceLock::new(),
+            memory_events: AtomicU64::new(0),
+            short: AtomicUsize::new(0),
+            shortage: Mutex::default(),
+            memory: Condvar::new(),
         })))
     }
 
@@ -254,14 +265,18 @@ impl Device {
         before.saturating_sub(self.quarantined_bytes())
     }
 
-    /// Tries again to give back what the driver refused. Waits for nothing.
-    pub(crate) fn retry_refused(&self) {
+    /// Tries again to give back what the driver refused; returns the bytes that went. Waits for nothing.
+    pub(crate) fn retry_refused(&self) -> usize {
         // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
         // puts itself back when it is dropped.
-        drop(self.quarantine(Quarantine::take_refused));
+        let refused = self.quarantine(Quarantine::take_refused);
+        let refused_bytes: usize = refused.iter().map(Stuck::bytes).sum();
+        drop(refused);
+        let left_bytes = self.quarantine(|quarantine| quarantine.refused_bytes());
         if self.quarantine(Quarantine::is_over) {
             tracing::info!("the driver has taken back all that was quarantined");
         }
+        refused_bytes.saturating_sub(left_bytes)
     }
 
     /// Keeps what could not be destroyed, because of this error if it is known, until it is retried.
@@ -294,6 +309,42 @@ impl Device {
         })
     }
 
+    /// Some memory of the device has come free, or can be given up now: those who wait for it ask again.
+    pub(crate) fn note_memory(&self) {
+        self.0.memory_events.fetch_add(1, Ordering::SeqCst);
+        if self.0.short.load(Ordering::SeqCst) > 0 {
+            // With the lock, so that a thread that is about to wait has seen the event or is woken.
+            drop(self.lock_shortage());
+            self.0.memory.notify_all();
+        }
+    }
+
+    /// How often memory has come free until now.
+    pub(crate) fn memory_events(&self) -> u64 {
+        self.0.memory_events.load(Ordering::SeqCst)
+    }
+
+    /// Waits until more memory has come free than `seen` says, for so long at most. The caller holds no lock.
+    pub(crate) fn await_memory(&self, seen: u64, at_most: Duration) {
+        self.0.short.fetch_add(1, Ordering::SeqCst);
+        let guard = self.lock_shortage();
+        let is_unchanged = |_: &mut ()| self.memory_events() == seen;
+        let waited = sync::wait_timeout_while(
+            &self.0.memory,
+            &self.0.shortage,
+            guard,
+            at_most,
+            is_unchanged,
+        );
+        drop(waited);
+        self.0.short.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn lock_shortage(&self) -> MutexGuard<'_, ()> {
+        let guard = self.0.shortage.lock();
+        guard.unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether the driver takes nothing back any more, since the context is beyond use.
     pub(crate) fn is_lost(&self) -> bool {
         self.0.lost.get().is_some()
@@ -323,9 +374,10 @@ impl Device {
     /// Says what others in the process do to make room on this device, such as trimming a framework's pool; `None` for
     /// nothing. There is one for each device, whichever engine runs out.
     ///
-    /// It is called where the driver has no memory for an allocation although the budget had room, and after all engines of
-    /// the device have given up what they can spare; then the driver is asked once more. It gets the bytes that are
-    /// wanted, runs on the thread that allocates, no lock is held, and a panic in it is caught. It must not
+    /// It is called if the driver has no memory for an allocation although the budget had room, after all engines of
+    /// the device have given up what they can spare; then the driver is asked again. While
+    /// [`allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout) waits for the device, it is called again now and then.
+    /// It gets the bytes that are wanted, runs on the thread that allocates, no lock is held, and a panic in it is caught. It must not
     /// allocate from a pool of this device, which would call it again.
     pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
         let mut held = self.held_make_room();

@@ -8,12 +8,21 @@
 
 use crate::driver::call;
 use crate::quarantine::{self, Stuck};
-use crate::sync::Arc;
+use crate::sync::{Arc, thread};
 use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
 use crate::{
     CloseError, Device, Fence, PhysicalMemory, Reservation, Result, Stream, VmmError, size,
 };
 use core::mem::ManuallyDrop;
+use core::time::Duration;
+
+/// How long to wait before access is set again, if the driver was not ready to (seen on WSL 2).
+const NOT_READY_PAUSES: [Duration; 4] = [
+    Duration::from_millis(1),
+    Duration::from_millis(2),
+    Duration::from_millis(4),
+    Duration::from_millis(8),
+];
 
 /// What a device may do with mapped memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -121,7 +130,7 @@ impl Mapping {
     }
 
     /// Sets what each device named may do with the memory (`cuMemSetAccess`). Devices not named keep
-    /// what they had.
+    /// what they had. If the driver is not ready (`CUDA_ERROR_NOT_READY`), it is asked four times more, within 15 ms.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] if no device is named; [`VmmError::WrongDriver`]; [`VmmError::Driver`].
@@ -141,18 +150,33 @@ impl Mapping {
                 flags: access.flags(),
             });
         }
-        // SAFETY: the range is exactly this mapping, and the descriptors are alive during the call.
-        unsafe {
-            call!(
-                self.device().counted_driver(),
-                cuMemSetAccess(
-                    self.address(),
-                    self.bytes(),
-                    descriptors.as_ptr(),
-                    descriptors.len(),
+        let set = || {
+            // SAFETY: the range is exactly this mapping, and the descriptors are alive during the call.
+            unsafe {
+                call!(
+                    self.device().counted_driver(),
+                    cuMemSetAccess(
+                        self.address(),
+                        self.bytes(),
+                        descriptors.as_ptr(),
+                        descriptors.len(),
+                    )
                 )
-            )
-        }?;
+            }
+        };
+        let is_not_ready = |outcome: &Result<()>| {
+            let error = outcome.as_ref().err();
+            error.and_then(VmmError::driver_code) == Some(sys::CUDA_ERROR_NOT_READY)
+        };
+        let mut outcome = set();
+        for pause in NOT_READY_PAUSES {
+            if !is_not_ready(&outcome) {
+                break;
+            }
+            thread::sleep(pause);
+            outcome = set();
+        }
+        outcome?;
         tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), devices = access.len(), "set access");
         Ok(())
     }

@@ -127,6 +127,7 @@ impl PhysicalMemory {
         // SAFETY: this object owns one reference to the handle and gives it up here, once.
         let release = |driver: &_| unsafe { call!(driver, cuMemRelease(self.handle)) };
         self.device.give_to_driver(release)?;
+        self.device.note_memory();
         tracing::debug!(target: "cuda_vmm::driver", handle = self.handle, bytes = self.bytes, "released memory");
         Ok(())
     }

@@ -72,10 +72,14 @@ impl Quarantine {
         core::mem::take(&mut self.unfinished)
     }
 
+    /// Bytes of memory that the driver refused.
+    pub(crate) fn refused_bytes(&self) -> usize {
+        self.refused.iter().map(Stuck::bytes).sum()
+    }
+
     /// Bytes of memory.
     pub(crate) fn bytes(&self) -> usize {
-        let refused = self.refused.iter().map(Stuck::bytes).sum::<usize>();
-        refused + self.unfinished.iter().map(Mapping::bytes).sum::<usize>()
+        self.refused_bytes() + self.unfinished.iter().map(Mapping::bytes).sum::<usize>()
     }
 
     /// Bytes of addresses in reservations.

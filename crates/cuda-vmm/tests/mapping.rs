@@ -2,10 +2,15 @@
 
 mod common;
 
-use common::{PAGE, Simulated, failure};
+use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Fault, SimConfig};
-use cuda_vmm::sys::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
-use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation, Stream, VmmError};
+use cuda_vmm::sys::{
+    CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_NOT_READY, CUDA_ERROR_OUT_OF_MEMORY, DriverFunction,
+};
+use cuda_vmm::{
+    Access, Device, Engine, Mapping, PhysicalMemory, Reservation, Stream, VirtualMemoryPool,
+    VmmError,
+};
 use std::sync::Arc;
 
 /// Addresses for four pages and memory for one.
@@ -337,4 +342,63 @@ fn memory_of_another_device_of_the_same_driver_can_be_mapped() {
     assert_eq!(simulated.simulator.books(1).mapped_bytes, PAGE);
     drop((mapping, memory));
     assert_eq!(simulated.simulator.books(1).physical_bytes, 0);
+}
+
+/// Lets so many calls that set access answer that the driver is not ready.
+fn not_ready(simulated: &Simulated, calls: u64) {
+    for nth in 1..=calls {
+        let fault = Fault::nth_of(DriverFunction::cuMemSetAccess, nth, CUDA_ERROR_NOT_READY);
+        simulated.simulator.inject(fault);
+    }
+}
+
+#[test]
+fn a_driver_that_is_not_ready_to_set_access_is_asked_a_few_times() {
+    let simulated = Simulated::default();
+    let everyone = [(simulated.device.clone(), Access::ReadWrite)];
+    let sets = || simulated.simulator.calls(DriverFunction::cuMemSetAccess);
+    simulated.unchanged(|| {
+        let (reservation, memory) = nouns(&simulated.device);
+        not_ready(&simulated, 4);
+        let before = sets();
+        let mapping = Mapping::new(&reservation, 0, &memory, &everyone).expect("the fifth time");
+        assert_eq!(sets() - before, 5);
+        drop(mapping);
+
+        not_ready(&simulated, 5);
+        let before = sets();
+        let error = Mapping::new(&reservation, 0, &memory, &everyone).expect_err("not for long");
+        assert_eq!(error, failure!(cuMemSetAccess, CUDA_ERROR_NOT_READY));
+        assert_eq!(sets() - before, 5);
+        assert_eq!(simulated.books().mappings, 0, "it is undone");
+
+        // Another refusal is not repeated.
+        let fault = Fault::nth_of(DriverFunction::cuMemSetAccess, 1, CUDA_ERROR_INVALID_VALUE);
+        simulated.simulator.inject(fault);
+        let before = sets();
+        Mapping::new(&reservation, 0, &memory, &everyone).expect_err("refused");
+        assert_eq!(sets() - before, 1);
+    });
+}
+
+#[test]
+fn an_allocation_goes_on_when_the_driver_is_ready_and_else_is_as_before() {
+    let simulated = Simulated::default();
+    let engine = Engine::new(&simulated.device, manual()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 8 * PAGE, PAGE).expect("a pool");
+    pool.allocate(0, 2 * PAGE).expect("room");
+    simulated.unchanged(|| {
+        not_ready(&simulated, 2);
+        pool.allocate(2 * PAGE, 2 * PAGE)
+            .expect("the driver is ready soon");
+        pool.deallocate(2 * PAGE, 2 * PAGE).expect("live");
+        pool.trim().expect("given back");
+        let before = engine.stats();
+        let always = Fault::always(DriverFunction::cuMemSetAccess, CUDA_ERROR_NOT_READY);
+        simulated.simulator.inject(always);
+        let error = pool.allocate(2 * PAGE, 2 * PAGE).expect_err("never ready");
+        assert_eq!(error, failure!(cuMemSetAccess, CUDA_ERROR_NOT_READY));
+        assert_eq!(engine.stats(), before);
+        simulated.simulator.clear_faults();
+    });
 }

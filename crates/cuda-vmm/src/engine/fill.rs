@@ -163,6 +163,7 @@ impl Inner {
         extent: Extent,
         plan: Plan,
         mut supply: Vec<PhysicalMemory>,
+        relief: &mut Relief,
     ) -> Result<()> {
         let bytes = extent.range();
         let survey = &plan.survey;
@@ -194,7 +195,7 @@ impl Inner {
         }
         let made = {
             let _caller = self.device.call_for_someone();
-            self.back(&target, &plan, &mut supply)
+            self.back(&target, &plan, &mut supply, relief)
         };
         let mut state = self.lock();
         let State { ranges, ledger, .. } = &mut *state;
@@ -247,12 +248,12 @@ impl Inner {
         target: &Target,
         plan: &Plan,
         supply: &mut Vec<PhysicalMemory>,
+        relief: &mut Relief,
     ) -> Result<Vec<Made>, Failure> {
         // Chunks still to be made, the next one last.
         let mut left = plan.chunks();
         left.reverse();
         let mut done: Vec<Made> = Vec::with_capacity(left.len());
-        let mut relief = Relief::default();
         while let Some(pages) = left.pop() {
             let mut failure = match self.make(target, &pages, supply, || ()) {
                 Ok(made) => {
@@ -263,14 +264,14 @@ impl Inner {
             };
             let nothing_stuck = failure.still_mapped.is_empty() && failure.unreleased.is_empty();
             if failure.error.is_out_of_memory() && nothing_stuck {
-                if relief.is_first() {
+                if relief.is_news() {
                     self.lock().counters.device_shortages += 1;
                     let (error, bytes) = (&failure.error, pages.len() * target.page_bytes);
                     tracing::warn!(%error, bytes, "the device has no memory though the budget has room");
                 }
-                // The budget had room but the device has not: all engines of the device give up what they
-                // can spare, then others in the process do, each once, and then smaller chunks may still find room.
-                if relief.next(&self.device, pages.len() * target.page_bytes) {
+                // The budget had room but the device has not: engines of the device give up what they can spare, a
+                // piece at a time, then others in the process do, and then smaller chunks may still find room.
+                if relief.next(self, pages.len() * target.page_bytes) {
                     supply.append(&mut failure.cached);
                     left.push(pages);
                     continue;

@@ -444,6 +444,10 @@ impl Inner {
             }
         }
         self.unlock_changed(state);
+        if bytes > 0 {
+            // An allocation for which the device has no memory can take it.
+            self.device.note_memory();
+        }
         // The fences go here, without the lock: dropping them calls the driver.
         drop(entries);
         bytes

@@ -6,7 +6,9 @@ use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
 use super::pressure::Ticket;
 use super::refused::Which;
+use super::relief::Relief;
 use super::retire::Until;
+use super::waiting;
 use super::{Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::Extent;
 use crate::sync::Arc;
@@ -324,6 +326,8 @@ impl Inner {
         let mut followed = false;
         // Why the driver would not take back what was given up for this.
         let mut refused = None;
+        let mut relief = Relief::default();
+        let mut backoff = waiting::device_backoff();
         let mut state = self.lock();
         loop {
             let mut range = handle.lock();
@@ -385,8 +389,20 @@ impl Inner {
                         });
                 match charged {
                     Ok(supply) => {
-                        let outcome = self.fill(state, range, id, extent, plan, supply);
-                        return outcome.map(|()| offset);
+                        // The charge took it out of the line.
+                        *ticket = None;
+                        let seen = self.device.memory_events();
+                        let filled = self.fill(state, range, id, extent, plan, supply, &mut relief);
+                        match filled {
+                            Err(error) if error.is_out_of_memory() => {
+                                self.await_device(error, patience, seen, &mut backoff)?;
+                                relief.begin_again();
+                                (polled, retried, followed) = (false, false, false);
+                                state = self.lock();
+                                continue;
+                            }
+                            outcome => return outcome.map(|()| offset),
+                        }
                     }
                     Err(refusal) => Some(refusal),
                 }

@@ -4,7 +4,6 @@
 
 use super::refused::Which;
 use super::{Engine, Inner};
-use crate::Device;
 use crate::sync::Arc;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -44,39 +43,79 @@ impl Inner {
     }
 }
 
+impl Inner {
+    /// Gives one piece of spare memory back to the driver; says whether it did. If the driver refuses, more is not tried.
+    fn give_a_piece(self: &Arc<Self>) -> bool {
+        let given = self.give_up_one(self.lock(), None);
+        self.finish_closing();
+        given.is_some_and(|outcome| outcome.is_ok())
+    }
+}
+
 /// What was done already for an allocation that the device has no memory for.
+///
+/// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes from others what is
+/// missing, and at most a piece more, and two that are short at once do not take everything.
 #[derive(Debug, Default)]
 pub(super) struct Relief {
-    engines: bool,
+    polled: bool,
+    retried: bool,
     others: bool,
+    is_told: bool,
 }
 
 impl Relief {
-    /// Whether nothing was done yet.
-    pub(super) fn is_first(&self) -> bool {
-        !self.engines
+    /// Whether it was not told yet that the device is short of memory. It is told now.
+    pub(super) fn is_news(&mut self) -> bool {
+        !core::mem::replace(&mut self.is_told, true)
+    }
+
+    /// The same allocation asks again, some time later: everything may help anew.
+    pub(super) fn begin_again(&mut self) {
+        *self = Self {
+            is_told: self.is_told,
+            ..Self::default()
+        };
     }
 
     /// Takes the next step; `false` if all were taken. The caller holds no lock.
-    pub(super) fn next(&mut self, device: &Device, bytes: usize) -> bool {
-        if !self.engines {
-            self.engines = true;
-            let engines = device.engines();
-            engines.iter().for_each(|engine| {
-                engine.inner().relieve(usize::MAX);
-            });
-            device.retry_refused();
+    ///
+    /// First the engine's own spare memory goes, then what the driver refused before, then what other engines of the device
+    /// can spare, and last what others in the process do.
+    pub(super) fn next(&mut self, engine: &Inner, bytes: usize) -> bool {
+        let device = &engine.device;
+        let engines = device.engines();
+        let is_own = |other: &&Engine| core::ptr::eq(Arc::as_ptr(other.inner()), engine);
+        if !core::mem::replace(&mut self.polled, true) {
+            for engine in &engines {
+                engine.inner().poll();
+            }
+        }
+        let mut own = engines.iter().filter(is_own);
+        if own.any(|engine| engine.inner().give_a_piece()) {
             return true;
         }
-        if !self.others {
-            self.others = true;
-            if let Some(make_room) = device.make_room() {
-                let called = AssertUnwindSafe(|| make_room(bytes));
-                if catch_unwind(called).is_err() {
-                    tracing::warn!("what makes room for the pools panicked");
-                }
+        if !core::mem::replace(&mut self.retried, true) {
+            let retried = engines
+                .iter()
+                .map(|engine| engine.inner().retry(&Which::All));
+            let retried_bytes = retried.fold(device.retry_refused(), usize::saturating_add);
+            if retried_bytes > 0 {
                 return true;
             }
+        }
+        let mut others = engines.iter().filter(|engine| !is_own(engine));
+        if others.any(|engine| engine.inner().give_a_piece()) {
+            return true;
+        }
+        if !core::mem::replace(&mut self.others, true)
+            && let Some(make_room) = device.make_room()
+        {
+            let called = AssertUnwindSafe(|| make_room(bytes));
+            if catch_unwind(called).is_err() {
+                tracing::warn!("what makes room for the pools panicked");
+            }
+            return true;
         }
         false
     }

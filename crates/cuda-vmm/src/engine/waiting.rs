@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::backoff::Backoff;
 use super::ledger::AccountId;
 use super::pressure::Ticket;
 use super::{Inner, RangeId, State, WorkerMode};
@@ -14,6 +15,15 @@ use core::time::Duration;
 /// looks anyway.
 const LOOK_BESIDE_WORKER: Duration = Duration::from_millis(16);
 const LOOK_ALONE: Duration = Duration::from_millis(1);
+
+/// How long a thread waits at first, and at most, before it asks the driver again for memory that the device did not
+/// have: another process does not say when it gives some back.
+const ASK: Duration = Duration::from_millis(1);
+const ASK_MAX: Duration = Duration::from_millis(64);
+
+pub(super) const fn device_backoff() -> Backoff {
+    Backoff::new(ASK, ASK_MAX)
+}
 
 /// How long an allocation waits.
 #[derive(Debug)]
@@ -99,6 +109,26 @@ impl Inner {
             }
         }
         Some(self.lock())
+    }
+
+    /// The budget had room, and the device had no memory: waits until some of the device's comes free in this process, or
+    /// until the next try is due, as long as there is patience; then the error. The caller holds no lock and no pages.
+    pub(super) fn await_device(
+        &self,
+        error: VmmError,
+        patience: &Patience,
+        seen: u64,
+        backoff: &mut Backoff,
+    ) -> Result<()> {
+        let Patience::Until(deadline) = patience else {
+            return Err(error);
+        };
+        let left = deadline.left().ok_or(error)?;
+        self.lock().counters.waits += 1;
+        let now = sync::now();
+        backoff.fail(now);
+        self.device.await_memory(seen, left.min(backoff.left(now)));
+        Ok(())
     }
 
     /// Waits until something about the engine's memory has changed, for so long at most.

@@ -14,15 +14,18 @@ impl VirtualMemoryPool {
     /// equals in the order in which they came. What comes free is not given to anyone who stands behind, or who comes later with
     /// the same priority or less, waiting or not. Memory within a model's guarantee never waits behind others.
     ///
-    /// Only for memory of the budget, and for pages at these addresses that retire, is there a wait: a driver that has none
-    /// is an error at once, after [`Device::set_make_room`](crate::Device::set_make_room). At its own ceiling a model waits for
+    /// If the budget has room and the device has no memory, since another process or a framework holds it, the driver is asked
+    /// again: when memory of the device comes free in this process, and otherwise with growing delays of up to 64 ms. Each
+    /// time all is tried that makes room, [`Device::set_make_room`](crate::Device::set_make_room) included, and nothing is
+    /// held in between. At its own ceiling a model waits for
     /// what it frees itself. With a `timeout` of zero everything is tried that takes no waiting. Where nobody but callers take
     /// steps ([`WorkerMode::Manual`](crate::WorkerMode::Manual)) and only a context synchronise tells what the device has
     /// finished with, that is made, and the wait may be longer.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate): after the time, [`VmmError::OutOfPhysicalMemory`] with what was asked, free, retiring
-    /// and reclaimable at that moment, and everything is as before; [`VmmError::Closed`] also if the pool is closed
+    /// and reclaimable at that moment, or [`VmmError::Driver`] with `CUDA_ERROR_OUT_OF_MEMORY` if it was the device that had
+    /// no memory, and everything is as before; [`VmmError::Closed`] also if the pool is closed
     /// meanwhile. What can never be had is refused at once.
     pub fn allocate_timeout(&self, offset: usize, bytes: usize, timeout: Duration) -> Result<u64> {
         self.take(Place::At(offset), bytes, &Patience::for_at_most(timeout))

@@ -2,13 +2,21 @@
 
 use crate::common::{PAGE, Simulated, failure, manual, with_context};
 use crate::{CAPACITY, pool};
-use cuda_vmm::sim::SimConfig;
-use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, CUdeviceptr, CUresult};
+use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::sys::{
+    CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, CUdeviceptr, CUresult,
+    DriverFunction,
+};
 use cuda_vmm::{
     Device, Engine, EngineOptions, ModelOptions, SharedMemoryPool, VirtualMemoryPool, VmmError,
 };
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longer than any wait here is; a test that fails ends all the same.
+const FOREVER: Duration = Duration::from_secs(60);
 
 /// What the device has.
 const MEMORY: usize = 8 * PAGE;
@@ -200,4 +208,190 @@ fn memory_made_ahead_asks_nobody_for_room() {
     pool.allocate_for_model_at("a", 0, 8 * PAGE).expect("room");
     assert_eq!(pool.engine().step().prefetched_bytes, 0);
     assert_eq!(CALLED.load(Ordering::SeqCst), 0);
+}
+
+/// An engine whose limit is far above the device's memory and which keeps all that is freed, with a pool on it.
+fn keeper(device: &Device, options: EngineOptions) -> (Engine, VirtualMemoryPool) {
+    let options = options.limit_bytes(1 << 40).park_bytes_max(1 << 40);
+    let engine = Engine::new(device, options).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("addresses");
+    (engine, pool)
+}
+
+#[test]
+fn a_missing_page_takes_one_page_from_another_engine_after_its_own() {
+    let simulated = small_device();
+    let device = &simulated.device;
+    let (own, asks) = keeper(device, manual().chunk_bytes_max(0));
+    let (other, kept) = keeper(device, manual().chunk_bytes_max(0));
+    kept.allocate(0, 5 * PAGE).expect("room");
+    kept.deallocate(0, 5 * PAGE).expect("live");
+    asks.allocate(0, 3 * PAGE).expect("room");
+    asks.deallocate(2 * PAGE, PAGE).expect("live");
+    own.step();
+    other.step();
+    let parked = || [&own, &other].map(|engine| engine.stats().parked_bytes / PAGE);
+    assert_eq!(parked(), [1, 5]);
+    asks.allocate(8 * PAGE, PAGE).expect("of its own");
+    assert_eq!(parked(), [0, 5]);
+    asks.allocate(9 * PAGE, PAGE).expect("of the other's");
+    assert_eq!(parked(), [0, 4]);
+    asks.allocate(10 * PAGE, 2 * PAGE).expect("of the other's");
+    assert_eq!(parked(), [0, 2]);
+    // More than there is takes all that can be spared, and gives back what it had.
+    asks.allocate(16 * PAGE, 3 * PAGE)
+        .expect_err("there is no more");
+    assert_eq!(parked(), [0, 0]);
+    assert_eq!(simulated.books().physical_bytes, 6 * PAGE);
+}
+
+#[test]
+fn a_large_chunk_takes_as_many_pages_as_are_missing() {
+    let simulated = Simulated::new(SimConfig::new().memory_bytes(40 * PAGE));
+    let (_own, asks) = keeper(&simulated.device, manual());
+    let (other, kept) = keeper(&simulated.device, manual().chunk_bytes_max(0));
+    kept.allocate(0, 38 * PAGE).expect("room");
+    kept.deallocate(0, 38 * PAGE).expect("live");
+    other.step();
+    let single = cuda_vmm::PoolOptions::new().single_handle(true);
+    let asks = VirtualMemoryPool::with_options(asks.engine(), 64 * PAGE, PAGE, single);
+    asks.expect("addresses")
+        .allocate(0, 8 * PAGE)
+        .expect("room");
+    assert_eq!(other.stats().parked_bytes, 32 * PAGE, "two were free");
+}
+
+#[test]
+fn threads_that_are_short_at_once_take_what_they_need() {
+    const THREADS: usize = 8;
+    let simulated = Simulated::new(SimConfig::new().memory_bytes(64 * PAGE));
+    let (other, kept) = keeper(&simulated.device, manual().chunk_bytes_max(0));
+    kept.allocate(0, 64 * PAGE).expect("room");
+    kept.deallocate(0, 64 * PAGE).expect("live");
+    other.step();
+    let barrier = Barrier::new(THREADS);
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let (_engine, pool) = keeper(&simulated.device, manual().chunk_bytes_max(0));
+                barrier.wait();
+                pool.allocate(0, PAGE).expect("what the other has parked");
+                barrier.wait();
+            });
+        }
+    });
+    let taken = 64 - other.stats().parked_bytes / PAGE;
+    // Each may give up a piece that another thread then has.
+    assert!((THREADS..=2 * THREADS).contains(&taken), "{taken} pages");
+}
+
+#[test]
+fn a_driver_that_takes_nothing_back_costs_another_engine_one_piece() {
+    let simulated = small_device();
+    let (_own, asks) = keeper(&simulated.device, manual());
+    let (other, kept) = keeper(&simulated.device, manual().chunk_bytes_max(0));
+    kept.allocate(0, 8 * PAGE).expect("room");
+    kept.deallocate(0, 8 * PAGE).expect("live");
+    other.step();
+    let refuse = Fault::always(DriverFunction::cuMemUnmap, CUDA_ERROR_OPERATING_SYSTEM);
+    simulated.simulator.inject(refuse);
+    let error = asks.allocate(0, PAGE).expect_err("nothing comes back");
+    assert_eq!(error, failure!(cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY));
+    let stats = other.stats();
+    assert_eq!(
+        (stats.parked_bytes, stats.quarantined_bytes),
+        (7 * PAGE, PAGE)
+    );
+    simulated.simulator.clear_faults();
+    asks.allocate(0, PAGE).expect("tried again");
+}
+
+#[test]
+fn a_wait_ends_when_the_device_has_memory_again() {
+    for options in [EngineOptions::new(), manual()] {
+        let simulated = small_device();
+        let device = &simulated.device;
+        let pool = greedy(device, options);
+        pool.register_model("b", CAPACITY).expect("addresses");
+        pool.allocate_for_model_at("b", 0, 2 * PAGE).expect("room");
+        let others = Plain::new(device, 5 * PAGE).expect("room");
+        let a = pool.model("a").expect("registered");
+        let error = a.allocate_timeout(0, 2 * PAGE, Duration::from_millis(5));
+        assert_eq!(error, Err(failure!(cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY)));
+        let (began, waits) = (Instant::now(), pool.snapshot().counters.waits);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| a.allocate_timeout(0, 2 * PAGE, FOREVER));
+            while pool.snapshot().counters.waits == waits {
+                assert!(began.elapsed() < FOREVER, "it waits");
+                thread::yield_now();
+            }
+            // Others of the same budget go on meanwhile, and nothing is held for the one that waits.
+            pool.model("b")
+                .and_then(|b| b.allocate_timeout(2 * PAGE, PAGE, FOREVER))
+                .expect("the last page");
+            pool.deallocate_for_model("b", 2 * PAGE, PAGE)
+                .expect("live");
+            while pool.stats().filling_bytes > 0 {
+                assert!(began.elapsed() < FOREVER, "between two tries");
+                thread::yield_now();
+            }
+            assert!(!waiting.is_finished());
+            drop(others);
+            waiting.join().expect("no panic").expect("it came free");
+        });
+        assert_eq!(a.stats().live_pages, 2);
+        assert_eq!(pool.model_owed_bytes("b"), Some(0), "the budget had room");
+    }
+}
+
+#[test]
+fn a_wait_for_the_device_ends_with_what_another_engine_frees() {
+    for frees in [
+        EngineOptions::new(),
+        EngineOptions::new().park_bytes_max(1 << 40),
+    ] {
+        let simulated = small_device();
+        let device = &simulated.device;
+        let other = Engine::new(device, frees).expect("an engine");
+        let held = VirtualMemoryPool::on_engine(&other, 8 * PAGE, PAGE).expect("addresses");
+        held.allocate(0, 8 * PAGE).expect("room");
+        let (engine, asks) = keeper(device, EngineOptions::new());
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| asks.allocate_timeout(0, PAGE, FOREVER));
+            while engine.counters().waits == 0 {
+                thread::yield_now();
+            }
+            held.deallocate(0, PAGE).expect("live");
+            waiting.join().expect("no panic").expect("it came free");
+        });
+        assert_eq!(asks.stats().live_pages, 1);
+    }
+}
+
+#[test]
+fn who_waits_for_the_device_asks_others_for_room_each_time_and_is_told_of_once() {
+    let simulated = small_device();
+    let pool = greedy(&simulated.device, manual());
+    let others = Mutex::new(Some(Plain::new(&simulated.device, 8 * PAGE).expect("room")));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let make_room = {
+        let asked = asked.clone();
+        move |_: usize| {
+            if asked.fetch_add(1, Ordering::SeqCst) == 3 {
+                others.lock().expect("no panic").take();
+            }
+        }
+    };
+    simulated.device.set_make_room(Some(Arc::new(make_room)));
+    let told = crate::common::told::told(|| {
+        pool.allocate_for_model_timeout("a", PAGE, FOREVER)
+            .expect("the fourth time");
+    });
+    assert_eq!(asked.load(Ordering::SeqCst), 4);
+    let warnings = told
+        .iter()
+        .filter(|(level, _)| *level == tracing::Level::WARN);
+    assert_eq!(warnings.count(), 1, "{told:?}");
+    assert_eq!(pool.snapshot().counters.device_shortages, 1);
+    simulated.device.set_make_room(None);
 }

@@ -209,7 +209,7 @@ impl Inner {
         let mut relief = Relief::default();
         loop {
             match PhysicalMemory::new(&self.device, bytes) {
-                Err(error) if error.is_out_of_memory() && relief.next(&self.device, bytes) => {}
+                Err(error) if error.is_out_of_memory() && relief.next(self, bytes) => {}
                 outcome => return outcome,
             }
         }
