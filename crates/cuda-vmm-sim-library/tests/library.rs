@@ -50,7 +50,8 @@ fn the_library_is_a_driver_for_other_programs() {
 }
 
 fn use_library(library: &Path) {
-    let driver = cuda_vmm_sys::load_from(library).expect("every entry point is found");
+    // SAFETY: the simulated driver keeps a driver's contracts.
+    let driver = unsafe { cuda_vmm_sys::load_from(library) }.expect("every entry point is found");
     // The dynamic loader knows the library by its name now, and finds no other.
     let by_name: DriverTable = cuda_vmm_sys::load().expect("it is called libcuda.so.1");
     assert_eq!(by_name.cuInit as usize, driver.cuInit as usize);

@@ -1,11 +1,12 @@
 //! Calls that are made to fail.
 
-use cuda_vmm_sys::{CUresult, DriverFunction};
+use cuda_vmm_sys::{CUDA_SUCCESS, CUresult, DriverFunction};
 
 /// One planned failure.
 ///
 /// Calls are counted from the moment the fault is added, starting at 1. A call that fails this way is
-/// counted and traced but has no other effect.
+/// counted and traced but has no other effect. A fault with the code `CUDA_SUCCESS` fails nothing: a call that claims
+/// success and does nothing would break what safe code relies on.
 #[derive(Clone, Debug)]
 pub struct Fault {
     calls: Calls,
@@ -72,7 +73,9 @@ pub(crate) struct FaultPlan {
 
 impl FaultPlan {
     pub(crate) fn add(&mut self, fault: Fault) {
-        self.faults.push(fault);
+        if fault.code != CUDA_SUCCESS {
+            self.faults.push(fault);
+        }
     }
 
     pub(crate) fn clear(&mut self) {

@@ -121,3 +121,19 @@ fn a_trace_holds_calls_in_order() {
         "a trace that was taken has ended"
     );
 }
+
+#[test]
+fn no_call_claims_success_without_having_it() {
+    let driver = Driver::small();
+    for fault in [
+        Fault::nth_call(1, CUDA_SUCCESS),
+        Fault::nth_of(DriverFunction::cuMemCreate, 1, CUDA_SUCCESS),
+        Fault::always(DriverFunction::cuMemCreate, CUDA_SUCCESS),
+    ] {
+        driver.simulator.inject(fault);
+        let before = driver.books();
+        let handle = driver.create(PAGE).unwrap();
+        assert_ne!(driver.books(), before, "it was made");
+        driver.release(handle).unwrap();
+    }
+}

@@ -50,6 +50,10 @@ impl fmt::Display for DriverVersion {
     }
 }
 
+/// The environment variable that forbids [`Driver::detect`] to simulate, unless it is empty or `0`.
+#[cfg(feature = "simulator")]
+pub const REQUIRE_GPU_VARIABLE: &str = "CUDA_VMM_REQUIRE_GPU";
+
 /// An opened driver; a cheap clone around its table of calls.
 #[derive(Clone)]
 pub struct Driver(Arc<Inner>);
@@ -65,13 +69,14 @@ struct Inner {
 }
 
 impl Driver {
-    /// Opens NVIDIA's driver: `CUDA_VMM_DRIVER_PATH`, or else `libcuda.so.1`, and `cuInit`.
+    /// Opens NVIDIA's driver ([`sys::load`]), and calls `cuInit`: the library that `CUDA_VMM_DRIVER_PATH` names, or else
+    /// `libcuda.so.1`, or else that of WSL 2.
     ///
     /// The driver is opened once; later calls return clones of the first.
     ///
     /// # Errors
-    /// [`VmmError::Load`] if the library or an entry point is missing, [`VmmError::Driver`] if
-    /// `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
+    /// [`VmmError::Load`] if the library or an entry point is missing, with the places where it was looked for;
+    /// [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
     pub fn cuda() -> Result<Self> {
         static OPENED: OnceLock<Driver> = OnceLock::new();
         static OPENING: std::sync::Mutex<()> = std::sync::Mutex::new(());
@@ -105,27 +110,45 @@ impl Driver {
         }
     }
 
-    /// The real driver where a GPU answers, otherwise a simulated one.
+    /// The real driver if a GPU answers, otherwise a simulated one, with a warning.
     ///
-    /// It simulates only where the driver library is missing or reports no device; any other failure
-    /// is returned. [`kind`](Self::kind) says what was chosen. Meant for demonstrations and tests: a
-    /// program that wants a GPU calls [`cuda`](Self::cuda).
+    /// It simulates only if there is no driver library, or if the driver reports no device; any other failure is
+    /// returned, also that `CUDA_VMM_DRIVER_PATH` names nothing usable. With [`REQUIRE_GPU_VARIABLE`] set it never
+    /// simulates. [`kind`](Self::kind) says what was chosen. Meant for demonstrations and tests: a program that wants a GPU
+    /// calls [`cuda`](Self::cuda).
     ///
     /// # Errors
-    /// As [`cuda`](Self::cuda), but for a missing library and for no device.
+    /// As [`cuda`](Self::cuda), except for a missing library and for no device; [`VmmError::GpuRequired`] for these, if
+    /// the variable is set.
     #[cfg(feature = "simulator")]
     pub fn detect() -> Result<Self> {
-        match Self::cuda().and_then(|driver| Ok((driver.device_count()?, driver))) {
-            Ok((count, driver)) if count > 0 => Ok(driver),
-            Ok(_) => Self::simulated(SimConfig::new()),
-            Err(VmmError::Load(
-                sys::LoadError::LibraryMissing { .. } | sys::LoadError::Unsupported,
-            )) => Self::simulated(SimConfig::new()),
-            Err(error) if error.driver_code() == Some(sys::CUDA_ERROR_NO_DEVICE) => {
-                Self::simulated(SimConfig::new())
-            }
-            Err(error) => Err(error),
+        let found = Self::cuda().and_then(|driver| match driver.device_count()? {
+            0 => Err(VmmError::InvalidDevice {
+                ordinal: 0,
+                count: 0,
+            }),
+            _ => Ok(driver),
+        });
+        let required = std::env::var_os(REQUIRE_GPU_VARIABLE);
+        Self::found_or_simulated(
+            found,
+            required.is_some_and(|value| !value.is_empty() && value != "0"),
+        )
+    }
+
+    #[cfg(feature = "simulator")]
+    fn found_or_simulated(found: Result<Self>, is_gpu_required: bool) -> Result<Self> {
+        let error = match found {
+            Err(error) if error.is_no_gpu() => error,
+            found => return found,
+        };
+        if is_gpu_required {
+            return Err(VmmError::GpuRequired {
+                reason: Box::new(error),
+            });
         }
+        tracing::warn!(target: "cuda_vmm::driver", reason = %error, "no GPU: the driver is simulated");
+        Self::simulated(SimConfig::new())
     }
 
     /// Makes a driver of any table, and calls its `cuInit`.
@@ -361,3 +384,121 @@ macro_rules! call {
     }};
 }
 pub(crate) use call;
+
+#[cfg(all(test, feature = "simulator"))]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+    use tracing::field::{Field, Visit};
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Event, Level, Metadata};
+
+    /// Keeps the warnings, with their fields.
+    #[derive(Default)]
+    struct Warnings(std::sync::Arc<Mutex<Vec<String>>>);
+
+    struct Text(String);
+
+    impl Visit for Text {
+        fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+            self.0 += &format!("{}={value:?};", field.name());
+        }
+    }
+
+    impl tracing::Subscriber for Warnings {
+        fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+            *metadata.level() == Level::WARN
+        }
+
+        fn event(&self, event: &Event<'_>) {
+            let mut text = Text(String::new());
+            event.record(&mut text);
+            self.0.lock().expect("no panic").push(text.0);
+        }
+
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+        fn enter(&self, _: &Id) {}
+        fn exit(&self, _: &Id) {}
+    }
+
+    /// What `detect` makes of what it found, and what it warns of.
+    fn choose(found: Result<Driver>, is_gpu_required: bool) -> (Result<Driver>, Vec<String>) {
+        let warnings = Warnings::default();
+        let told = warnings.0.clone();
+        let outcome = tracing::subscriber::with_default(warnings, || {
+            Driver::found_or_simulated(found, is_gpu_required)
+        });
+        let told = told.lock().expect("no panic").clone();
+        (outcome, told)
+    }
+
+    /// The ways in which there is no GPU.
+    fn no_gpu() -> [VmmError; 4] {
+        let not_found = sys::LoadError::NotFound {
+            attempts: vec![("libcuda.so.1".into(), "no such file".to_owned())],
+        };
+        let no_device = DriverError {
+            call: DriverFunction::cuInit,
+            code: sys::CUDA_ERROR_NO_DEVICE,
+            name: "CUDA_ERROR_NO_DEVICE".to_owned(),
+        };
+        [
+            not_found.into(),
+            sys::LoadError::Unsupported.into(),
+            no_device.into(),
+            VmmError::InvalidDevice {
+                ordinal: 0,
+                count: 0,
+            },
+        ]
+    }
+
+    #[test]
+    fn who_simulates_for_want_of_a_gpu_says_why() {
+        for error in no_gpu() {
+            let (outcome, warnings) = choose(Err(error.clone()), false);
+            assert_eq!(outcome.expect("simulated").kind(), DriverKind::Simulated);
+            let [warning] = &warnings[..] else {
+                panic!("{warnings:?}");
+            };
+            assert!(warning.contains(&error.to_string()), "{warning}");
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_is_required_is_not_simulated() {
+        for error in no_gpu() {
+            let (outcome, warnings) = choose(Err(error.clone()), true);
+            let refused = outcome.expect_err("no GPU");
+            let text = refused.to_string();
+            assert!(text.contains(REQUIRE_GPU_VARIABLE), "{text}");
+            assert!(text.contains(&error.to_string()), "{text}");
+            let reason = Box::new(error);
+            assert_eq!(refused, VmmError::GpuRequired { reason });
+            assert!(warnings.is_empty(), "{warnings:?}");
+        }
+    }
+
+    #[test]
+    fn any_other_failure_is_returned_and_a_driver_that_is_there_is_taken() {
+        let other = DriverError {
+            call: DriverFunction::cuInit,
+            code: sys::CUDA_ERROR_UNKNOWN,
+            name: "CUDA_ERROR_UNKNOWN".to_owned(),
+        };
+        for is_gpu_required in [false, true] {
+            let (outcome, warnings) = choose(Err(other.clone().into()), is_gpu_required);
+            assert_eq!(outcome.expect_err("unknown"), other.clone().into());
+            assert!(warnings.is_empty(), "{warnings:?}");
+            let driver = Driver::simulated(SimConfig::new().devices(3)).expect("a driver");
+            let (outcome, warnings) = choose(Ok(driver.clone()), is_gpu_required);
+            assert!(outcome.expect("a driver").is_same(&driver));
+            assert!(warnings.is_empty(), "{warnings:?}");
+        }
+    }
+}

@@ -28,6 +28,17 @@ pub enum VmmError {
     /// No driver could be opened.
     #[error(transparent)]
     Load(#[from] sys::LoadError),
+    /// No GPU answers, and `CUDA_VMM_REQUIRE_GPU` forbids to simulate one.
+    #[cfg(feature = "simulator")]
+    #[error(
+        "{} is set and there is no GPU: {reason}",
+        crate::driver::REQUIRE_GPU_VARIABLE
+    )]
+    GpuRequired {
+        /// Why there is none.
+        #[source]
+        reason: Box<VmmError>,
+    },
     /// The simulated driver could not be started.
     #[cfg(feature = "simulator")]
     #[error(transparent)]
@@ -209,6 +220,19 @@ impl VmmError {
         match self {
             Self::Driver(error) => Some(error.code),
             _ => None,
+        }
+    }
+
+    /// Whether there is no driver library where one is looked for, or no device.
+    #[cfg(feature = "simulator")]
+    pub(crate) fn is_no_gpu(&self) -> bool {
+        match self {
+            Self::Load(error) => matches!(
+                error,
+                sys::LoadError::NotFound { .. } | sys::LoadError::Unsupported
+            ),
+            Self::InvalidDevice { count, .. } => *count == 0,
+            error => error.driver_code() == Some(sys::CUDA_ERROR_NO_DEVICE),
         }
     }
 

@@ -56,6 +56,8 @@ mod sync;
 pub use capture::CaptureGuard;
 pub use cuda_vmm_sys as sys;
 pub use device::Device;
+#[cfg(feature = "simulator")]
+pub use driver::REQUIRE_GPU_VARIABLE;
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
     CompactReport, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin, LeaseToken,

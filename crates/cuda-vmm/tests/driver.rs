@@ -9,7 +9,7 @@ use cuda_vmm::sys::{
     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, CUDA_SUCCESS, CUdevice,
     CUdevice_attribute, CUresult, DRIVER_PATH_VARIABLE, DriverFunction, LoadError,
 };
-use cuda_vmm::{Driver, DriverKind, DriverVersion, PhysicalMemory, VmmError};
+use cuda_vmm::{Driver, DriverKind, DriverVersion, PhysicalMemory, REQUIRE_GPU_VARIABLE, VmmError};
 use std::path::PathBuf;
 
 #[test]
@@ -228,30 +228,50 @@ fn with_library(test: &str, path: &str, there: impl FnOnce()) {
     }
 }
 
+/// What `CUDA_VMM_DRIVER_PATH` names is used or is an error, whoever asks.
+fn is_refused(expected: LoadError) {
+    let expected = VmmError::Load(LoadError::Variable {
+        reason: Box::new(expected),
+    });
+    let error = Driver::cuda().expect_err("no driver");
+    assert_eq!(error, expected);
+    assert!(error.is_never() && !error.is_poisoned());
+    assert_eq!(error.driver_code(), None);
+    assert!(error.to_string().starts_with(DRIVER_PATH_VARIABLE));
+    assert_eq!(Driver::detect().expect_err("not simulated"), expected);
+}
+
 #[test]
-fn a_missing_library_is_named_and_only_then_simulated() {
+fn a_variable_that_names_no_library_is_an_error_and_not_a_reason_to_simulate() {
     const PATH: &str = "/nowhere/libcuda.so.1";
     with_library(
-        "a_missing_library_is_named_and_only_then_simulated",
+        "a_variable_that_names_no_library_is_an_error_and_not_a_reason_to_simulate",
         PATH,
         || {
-            let error = Driver::cuda().expect_err("no such library");
-            let VmmError::Load(LoadError::LibraryMissing { path, reason }) = &error else {
-                panic!("{error:?}");
+            let reason = match Driver::cuda() {
+                Err(VmmError::Load(LoadError::Variable { reason })) => match *reason {
+                    LoadError::LibraryMissing { reason, .. } => reason,
+                    reason => panic!("{reason:?}"),
+                },
+                outcome => panic!("{outcome:?}"),
             };
-            assert_eq!(path, &PathBuf::from(PATH));
             assert!(reason.contains(PATH), "the loader's own words: {reason}");
-            assert!(error.is_never() && !error.is_poisoned());
-            assert_eq!(error.driver_code(), None);
-            assert_eq!(
-                error.to_string(),
-                format!("the CUDA driver library {PATH} could not be opened: {reason}")
-            );
-            let detected = Driver::detect().expect("the simulator");
-            assert_eq!(detected.kind(), DriverKind::Simulated);
-            assert!(detected.simulator().is_some());
+            is_refused(LoadError::LibraryMissing {
+                path: PathBuf::from(PATH),
+                reason,
+            });
         },
     );
+}
+
+#[test]
+fn an_empty_variable_is_an_error() {
+    with_library("an_empty_variable_is_an_error", "", || {
+        is_refused(LoadError::LibraryMissing {
+            path: PathBuf::new(),
+            reason: "the path is empty".to_owned(),
+        });
+    });
 }
 
 #[test]
@@ -261,14 +281,33 @@ fn a_library_that_is_no_driver_is_an_error_and_not_a_reason_to_simulate() {
         "a_library_that_is_no_driver_is_an_error_and_not_a_reason_to_simulate",
         PATH,
         || {
-            let expected = VmmError::Load(LoadError::SymbolMissing {
+            is_refused(LoadError::SymbolMissing {
                 path: PathBuf::from(PATH),
                 symbol: "cuGetProcAddress",
             });
-            assert_eq!(Driver::cuda().expect_err("no driver"), expected);
-            assert_eq!(Driver::detect().expect_err("no driver"), expected);
         },
     );
+}
+
+#[test]
+fn with_the_variable_set_detect_never_simulates() {
+    const TEST: &str = "with_the_variable_set_detect_never_simulates";
+    match common::role() {
+        // Each of these is what a machine with or without a GPU must see.
+        Some(role) if role == TEST => match (Driver::cuda(), Driver::detect()) {
+            (Ok(_), Ok(driver)) => assert_eq!(driver.kind(), DriverKind::Real),
+            (Err(error), Err(VmmError::GpuRequired { reason })) => assert_eq!(*reason, error),
+            outcome => panic!("{outcome:?}"),
+        },
+        Some(_) => {}
+        None => {
+            let mut there = common::alone(TEST, TEST);
+            there
+                .env(REQUIRE_GPU_VARIABLE, "1")
+                .env_remove(DRIVER_PATH_VARIABLE);
+            common::run_alone(&mut there);
+        }
+    }
 }
 
 #[test]
