@@ -2,10 +2,14 @@
 
 use crate::common::{PAGE, Simulated, failure, manual, with_context};
 use crate::{CAPACITY, pool};
-use cuda_vmm::sim::SimConfig;
-use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, CUdeviceptr, CUresult};
+use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::sys::{
+    CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, CUdeviceptr, CUresult,
+    DriverFunction,
+};
 use cuda_vmm::{
-    Device, Engine, EngineOptions, ModelOptions, SharedMemoryPool, VirtualMemoryPool, VmmError,
+    Device, Engine, EngineOptions, ModelOptions, PhysicalMemory, SharedMemoryPool,
+    VirtualMemoryPool, VmmError,
 };
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -200,4 +204,33 @@ fn memory_made_ahead_asks_nobody_for_room() {
     pool.allocate_for_model_at("a", 0, 8 * PAGE).expect("room");
     assert_eq!(pool.engine().step().prefetched_bytes, 0);
     assert_eq!(CALLED.load(Ordering::SeqCst), 0);
+}
+
+/// What the driver refused to take back, from an engine or from a dropped object, is asked for again before an
+/// allocation is refused.
+#[test]
+fn a_pool_that_runs_out_retries_what_the_driver_refused() {
+    use DriverFunction::{cuMemRelease, cuMemUnmap};
+    for refused in [cuMemUnmap, cuMemRelease] {
+        let simulated = small_device();
+        let device = &simulated.device;
+        let other = Engine::new(device, manual().limit_bytes(MEMORY)).expect("an engine");
+        let parted = VirtualMemoryPool::on_engine(&other, 2 * PAGE, PAGE).expect("addresses");
+        parted.allocate(0, 2 * PAGE).expect("room");
+        parted.deallocate(0, 2 * PAGE).expect("live");
+        let dropped = PhysicalMemory::new(device, 3 * PAGE).expect("room");
+        for call in [refused, cuMemRelease] {
+            let fault = Fault::always(call, CUDA_ERROR_OPERATING_SYSTEM);
+            simulated.simulator.inject(fault);
+        }
+        drop(dropped);
+        other.step();
+        let held = (device.quarantined_bytes(), other.stats().quarantined_bytes);
+        assert_eq!(held, (3 * PAGE, 2 * PAGE));
+        simulated.simulator.clear_faults();
+        let pool = greedy(device, manual());
+        pool.allocate_for_model_at("a", 0, MEMORY)
+            .expect("the driver takes it back now");
+        assert_eq!(simulated.books().physical_bytes, MEMORY);
+    }
 }
