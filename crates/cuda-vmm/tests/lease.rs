@@ -422,3 +422,45 @@ fn each_driver_call_of_giving_leased_memory_back_may_fail() {
         }
     }
 }
+
+/// Nobody but the engine itself holds it, for the sake of two leases; the first that ends takes nothing from the second.
+#[test]
+fn an_engine_lives_until_the_last_lease_of_the_last_of_its_pools() {
+    let simulated = Simulated::new(cuda_vmm::sim::SimConfig::new().memory_bytes(4 * PAGE));
+    let (tokens, before) = ([Arc::new(()), Arc::new(())], simulated.books());
+    let engine = Engine::new(&simulated.device, manual()).expect("engine");
+    let pools = [(), ()].map(|()| VirtualMemoryPool::on_engine(&engine, PAGE, PAGE).expect("pool"));
+    for (pool, token) in pools.iter().zip(&tokens) {
+        pool.allocate(0, PAGE).expect("room");
+        pool.lease(0, PAGE, token.clone()).expect("live");
+    }
+    let stream = Stream::new(&simulated.device).expect("stream");
+    let address = pools[1].base_address();
+    write(&stream, address, 9);
+    drop((pools, engine, stream));
+    let engine = Engine::new(&simulated.device, manual()).expect("engine");
+    let other = VirtualMemoryPool::on_engine(&engine, 4 * PAGE, PAGE).expect("pool");
+    let [first, second] = tokens;
+    drop(first);
+    other.allocate(0, 3 * PAGE).expect("one lease is over");
+    assert_eq!(simulated.device.quarantined_bytes(), 0, "it has an owner");
+    simulated.device.retry_quarantine();
+    assert_eq!(read(&simulated.device, address), 9);
+    drop(second);
+    other.allocate(3 * PAGE, PAGE).expect("both are over");
+    drop((other, engine));
+    assert_eq!(simulated.books(), before);
+}
+
+#[test]
+fn bytes_that_are_freed_after_their_lease_do_not_wait_for_a_step() {
+    let fixture = Fixture::manual();
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let token = Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    drop(token);
+    pool.deallocate(0, PAGE).expect("live");
+    let stats = pool.stats();
+    assert_eq!((stats.leased_bytes, stats.retiring_bytes), (0, PAGE));
+}

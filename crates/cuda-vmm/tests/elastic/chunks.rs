@@ -2,6 +2,7 @@
 
 use crate::Fixture;
 use crate::common::{PAGE, Simulated, manual};
+use cuda_vmm::sim::SimConfig;
 use cuda_vmm::{Engine, PoolOptions, VirtualMemoryPool};
 
 #[test]
@@ -90,4 +91,26 @@ fn a_range_with_single_handles_has_one_for_each_allocation() {
     pool.deallocate(63 * PAGE, PAGE).expect("live");
     engine.step();
     assert_eq!(pool.stats().committed_bytes, PAGE);
+}
+
+/// The extent of 32 pages grows by a chunk of four, of which the device has memory for two or for one.
+#[test]
+fn spare_pages_that_the_device_has_no_memory_for_are_not_charged() {
+    for spare_pages in [1, 0] {
+        let memory_pages = 33 + spare_pages;
+        let config = SimConfig::new().memory_bytes(memory_pages * PAGE);
+        let simulated = Simulated::new(config);
+        let options = manual().chunk_bytes_max(128 << 20).limit_bytes(64 * PAGE);
+        let engine = Engine::new(&simulated.device, options).expect("an engine");
+        let pool = VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("a pool");
+        pool.allocate(0, 32 * PAGE).expect("room");
+        pool.allocate(32 * PAGE, PAGE)
+            .expect("the device has a page");
+        let stats = engine.stats();
+        assert_eq!(stats.committed_bytes, simulated.books().physical_bytes);
+        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(stats.slack_bytes, spare_pages * PAGE);
+        pool.close().expect("closed");
+        assert_eq!(engine.stats().committed_bytes, 0);
+    }
 }

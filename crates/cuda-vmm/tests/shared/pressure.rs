@@ -240,3 +240,46 @@ fn leased_memory_is_owed_until_its_lease_ends() {
     asks.try_allocate(0, 2 * PAGE).expect("the lease is over");
     assert_eq!(holds.owed_bytes(), 0);
 }
+
+#[test]
+fn what_a_model_owes_is_not_made_ahead_for_it() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let ahead = ModelOptions {
+        ahead_bytes_max: 2 * PAGE,
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("holds", ahead).expect("addresses");
+    pool.register_model("asks", CAPACITY).expect("addresses");
+    let [holds, asks] = ["holds", "asks"].map(|model| pool.model(model).expect("registered"));
+    holds.allocate(0, 5 * PAGE).expect("room");
+    asks.try_allocate(0, 4 * PAGE)
+        .expect_err("three pages are free");
+    assert_eq!(holds.owed_bytes(), PAGE);
+    assert_eq!(
+        pool.engine().step().prefetched_bytes,
+        0,
+        "though there is room"
+    );
+    holds.deallocate(4 * PAGE, PAGE).expect("live");
+    asks.try_allocate(0, 2 * PAGE).expect("there is room");
+    holds.allocate(4 * PAGE, PAGE).expect("there is room");
+    assert_eq!(holds.owed_bytes(), 0);
+    assert_eq!(pool.engine().step().prefetched_bytes, PAGE);
+}
+
+/// Parked memory counts as given back, so a model that takes it again owes it again, though that needs no other memory.
+#[test]
+fn parked_memory_that_is_taken_back_is_owed_again() {
+    let simulated = Simulated::default();
+    let options = manual().park_bytes_max(LIMIT);
+    let (pool, [holds, asks]) = models(&simulated, options, [("holds", 0), ("asks", 0)]);
+    holds.allocate(0, 8 * PAGE).expect("room");
+    asks.try_allocate(0, 4 * PAGE).expect_err("nothing is free");
+    holds.deallocate(0, 2 * PAGE).expect("live");
+    pool.engine().step();
+    assert_eq!(pool.stats().parked_bytes, 2 * PAGE);
+    assert_eq!(holds.owed_bytes(), 2 * PAGE);
+    holds.allocate(0, PAGE).expect("parked");
+    assert_eq!(holds.owed_bytes(), 3 * PAGE);
+}

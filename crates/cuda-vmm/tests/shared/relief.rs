@@ -8,7 +8,8 @@ use cuda_vmm::sys::{
     DriverFunction,
 };
 use cuda_vmm::{
-    Device, Engine, EngineOptions, ModelOptions, SharedMemoryPool, VirtualMemoryPool, VmmError,
+    Device, Engine, EngineOptions, ModelOptions, PhysicalMemory, SharedMemoryPool,
+    VirtualMemoryPool, VmmError,
 };
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
@@ -394,4 +395,32 @@ fn who_waits_for_the_device_asks_others_for_room_each_time_and_is_told_of_once()
     assert_eq!(warnings.count(), 1, "{told:?}");
     assert_eq!(pool.snapshot().counters.device_shortages, 1);
     simulated.device.set_make_room(None);
+
+/// What the driver refused to take back, from an engine or from a dropped object, is asked for again before an
+/// allocation is refused.
+#[test]
+fn a_pool_that_runs_out_retries_what_the_driver_refused() {
+    use DriverFunction::{cuMemRelease, cuMemUnmap};
+    for refused in [cuMemUnmap, cuMemRelease] {
+        let simulated = small_device();
+        let device = &simulated.device;
+        let other = Engine::new(device, manual().limit_bytes(MEMORY)).expect("an engine");
+        let parted = VirtualMemoryPool::on_engine(&other, 2 * PAGE, PAGE).expect("addresses");
+        parted.allocate(0, 2 * PAGE).expect("room");
+        parted.deallocate(0, 2 * PAGE).expect("live");
+        let dropped = PhysicalMemory::new(device, 3 * PAGE).expect("room");
+        for call in [refused, cuMemRelease] {
+            let fault = Fault::always(call, CUDA_ERROR_OPERATING_SYSTEM);
+            simulated.simulator.inject(fault);
+        }
+        drop(dropped);
+        other.step();
+        let held = (device.quarantined_bytes(), other.stats().quarantined_bytes);
+        assert_eq!(held, (3 * PAGE, 2 * PAGE));
+        simulated.simulator.clear_faults();
+        let pool = greedy(device, manual());
+        pool.allocate_for_model_at("a", 0, MEMORY)
+            .expect("the driver takes it back now");
+        assert_eq!(simulated.books().physical_bytes, MEMORY);
+    }
 }
