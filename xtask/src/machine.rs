@@ -1,8 +1,9 @@
 //! What the machine already has of what a build needs.
 
 use anyhow::{Result, bail};
-use places::{BELOW, OLDEST, USUAL, VARIABLES};
-use std::path::{Path, PathBuf};
+use places::Found;
+pub use places::cuda_version;
+use std::path::Path;
 
 #[path = "../../crates/cuda-vmm-sys/build/places.rs"]
 mod places;
@@ -34,35 +35,7 @@ pub fn libclang() -> Result<Option<String>> {
     }
 }
 
-/// The machine's own include folder with usable CUDA headers.
-pub fn headers() -> Option<PathBuf> {
-    let mut roots: Vec<PathBuf> = VARIABLES
-        .iter()
-        .filter_map(std::env::var_os)
-        .filter(|value| !value.is_empty())
-        .map(PathBuf::from)
-        .collect();
-    if let Some(environment) = std::env::var_os("VIRTUAL_ENV") {
-        let libraries = Path::new(&environment).join("lib");
-        for entry in libraries.read_dir().into_iter().flatten().flatten() {
-            roots.push(entry.path().join("site-packages"));
-        }
-    }
-    roots.extend(USUAL.map(PathBuf::from));
-    roots
-        .iter()
-        .flat_map(|root| BELOW.map(|below| root.join(below)))
-        .find(|include| {
-            include.join("cudaTypedefs.h").is_file()
-                && cuda_version(include).is_some_and(|version| version >= OLDEST)
-        })
-}
-
-/// `CUDA_VERSION` of the `cuda.h` in `include`, such as 13000 for CUDA 13.0.
-pub fn cuda_version(include: &Path) -> Option<u32> {
-    let text = std::fs::read(include.join("cuda.h")).ok()?;
-    String::from_utf8_lossy(&text)
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("#define CUDA_VERSION "))
-        .and_then(|version| version.trim().parse().ok())
+/// The machine's own include folder with usable CUDA headers, and the variables that name none.
+pub fn headers() -> Option<Found> {
+    places::search(&places::places(|name| std::env::var_os(name), &[])).ok()
 }

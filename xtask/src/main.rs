@@ -41,6 +41,8 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Task {
     /// Bring what the machine lacks for a build into the target folder; needs python3 with pip, but no root
+    ///
+    /// Prints on standard output what a program outside this checkout puts into its .cargo/config.toml.
     Setup {
         /// Bring the CUDA compiler too, which a build with Candle's `cuda` feature needs
         #[arg(long)]
@@ -131,7 +133,15 @@ fn main() -> ExitCode {
 
 fn start(task: Task) -> Result<ExitCode> {
     match task {
-        Task::Setup { cuda } => setup::ensure(&Workspace::find()?, cuda, true)?,
+        Task::Setup { cuda } => {
+            let workspace = Workspace::find()?;
+            setup::ensure(&workspace, cuda, true)?;
+            let configuration = setup::configuration(&workspace.setup_folder());
+            if !configuration.is_empty() {
+                eprintln!("xtask: for a program outside this checkout, in its .cargo/config.toml:");
+                print!("{configuration}");
+            }
+        }
         Task::Demo { arguments } => {
             let workspace = Workspace::find()?;
             setup::ensure(&workspace, false, false)?;

@@ -60,8 +60,14 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
     let headers = pins::select(RUNTIME)?;
     if is_made_from(&toolkit, &full) || (!cuda && is_made_from(&toolkit, &headers)) {
         say(format!("CUDA: {}", workspace.short(&toolkit)));
-    } else if let Some(path) = machine::headers().filter(|_| !cuda) {
-        say(format!("cuda.h: {}, the machine's own", path.display()));
+    } else if let Some(found) = machine::headers().filter(|_| !cuda) {
+        for wrong in found.wrong {
+            eprintln!("xtask: warning: {wrong}");
+        }
+        say(format!(
+            "cuda.h: {}, the machine's own",
+            found.include.display()
+        ));
     } else {
         make_toolkit(&setup, &toolkit, if cuda { &full } else { &headers })?;
         say(format!("CUDA: {}", workspace.short(&toolkit)));
@@ -79,6 +85,27 @@ pub fn ensure_headers(workspace: &Workspace, version: &str, key: &str) -> Result
         make_toolkit(&setup, &folder, &pins)?;
     }
     Ok(folder)
+}
+
+/// What a program outside the checkout puts into its `.cargo/config.toml` to be built with what the set-up folder holds;
+/// nothing if the machine has all of its own.
+pub fn configuration(setup: &Path) -> String {
+    let mut lines = String::new();
+    for (variable, folder, file) in [
+        ("CUDA_HOME", "cuda", "include/cuda.h"),
+        ("LIBCLANG_PATH", "libclang", "libclang.so"),
+    ] {
+        let folder = setup.join(folder);
+        if folder.join(file).is_file() {
+            let path = folder.display().to_string();
+            let path = path.replace('\\', "\\\\").replace('"', "\\\"");
+            lines += &format!("{variable} = \"{path}\"\n");
+        }
+    }
+    match lines.is_empty() {
+        true => lines,
+        false => format!("[env]\n{lines}"),
+    }
 }
 
 /// Keeps a second xtask out while one changes the set-up folder; freed when dropped.
@@ -129,4 +156,27 @@ fn make(
     }
     fs::rename(&stage, folder).with_context(|| format!("moving to {}", folder.display()))?;
     files::remove_tree(&work)
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn the_configuration_names_what_the_set_up_folder_holds() {
+        let base = tempfile::tempdir().unwrap();
+        let setup = base.path().join("a \"b\"");
+        assert_eq!(configuration(&setup), "");
+
+        files::make(&setup.join("cuda/include")).unwrap();
+        fs::write(setup.join("cuda/include/cuda.h"), "").unwrap();
+        let escaped = format!("{}/a \\\"b\\\"", base.path().display());
+        let cuda = format!("[env]\nCUDA_HOME = \"{escaped}/cuda\"\n");
+        assert_eq!(configuration(&setup), cuda);
+
+        files::make(&setup.join("libclang")).unwrap();
+        fs::write(setup.join("libclang/libclang.so"), "").unwrap();
+        let both = format!("{cuda}LIBCLANG_PATH = \"{escaped}/libclang\"\n");
+        assert_eq!(configuration(&setup), both);
+    }
 }

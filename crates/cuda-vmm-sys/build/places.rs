@@ -1,27 +1,164 @@
-//! Where CUDA's headers are looked for, and how old they may be: for the build script, and for the project's own set-up
-//! task, which asks whether the machine has them.
+//! Where CUDA's headers are looked for, and how old they may be: for the build script, for the tests, and for the
+//! project's own set-up task, which asks whether the machine has them. Reads the file system and nothing else.
 
-/// Variables that name a CUDA folder, in the order in which they are tried.
-pub const VARIABLES: [&str; 4] = [
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+/// Variables that name a CUDA folder or its include folder, in the order in which they are tried.
+pub const VARIABLES: [&str; 5] = [
     "CUDA_HOME",
     "CUDA_PATH",
     "CUDA_ROOT",
     "CUDA_TOOLKIT_ROOT_DIR",
+    "CUDA_TOOLKIT_PATH",
 ];
 
-/// Folders that installers use.
-pub const USUAL: [&str; 4] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"];
+/// Variables that name an activated Python or conda environment.
+pub const ENVIRONMENTS: [&str; 2] = ["VIRTUAL_ENV", "CONDA_PREFIX"];
 
-/// Where headers lie below a CUDA folder: a toolkit's own layouts, then those of the wheels.
-pub const BELOW: [&str; 7] = [
+/// Folders that installers use.
+const USUAL: [&str; 4] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"];
+
+/// Where headers lie below a CUDA folder: a toolkit's own layouts, then those of the wheels, then the include folder
+/// itself.
+const BELOW: [&str; 9] = [
     "include",
     "targets/x86_64-linux/include",
     "targets/sbsa-linux/include",
+    "targets/aarch64-linux/include",
     "cu13/include",
     "cuda_runtime/include",
     "nvidia/cu13/include",
     "nvidia/cuda_runtime/include",
+    "",
 ];
 
 /// The oldest header that declares all we use (`cuGetProcAddress`, `cuGraphInstantiateWithFlags`).
-pub const OLDEST: u32 = 11040;
+const OLDEST: u32 = 11040;
+
+/// A folder in and below which headers may lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The variable of [`VARIABLES`] that names it.
+    pub variable: Option<&'static str>,
+    /// The folder.
+    pub folder: PathBuf,
+}
+
+/// An include folder with usable headers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// It holds `cuda.h` and `cudaTypedefs.h`.
+    pub include: PathBuf,
+    /// Each variable that was tried first and names no usable headers, in words.
+    pub wrong: Vec<String>,
+}
+
+/// Every place, in order: those that variables name, the project's set-up folders, environments, the usual ones.
+pub fn places(variable: impl Fn(&str) -> Option<OsString>, set_up: &[PathBuf]) -> Vec<Place> {
+    let value = |name: &str| {
+        variable(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let mut places = Vec::new();
+    for name in VARIABLES {
+        places.extend(value(name).map(|folder| Place {
+            variable: Some(name),
+            folder,
+        }));
+    }
+    let mut other = |folder| {
+        places.push(Place {
+            variable: None,
+            folder,
+        });
+    };
+    for folder in set_up {
+        other(folder.join("cuda"));
+    }
+    for environment in ENVIRONMENTS.iter().filter_map(|name| value(name)) {
+        let libraries = environment.join("lib");
+        other(environment);
+        let mut pythons: Vec<PathBuf> = libraries
+            .read_dir()
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path().join("site-packages"))
+            .filter(|folder| folder.is_dir())
+            .collect();
+        pythons.sort();
+        pythons.into_iter().for_each(&mut other);
+    }
+    USUAL.map(PathBuf::from).into_iter().for_each(&mut other);
+    places
+}
+
+/// The first include folder with usable headers, or what to tell a user who has none.
+pub fn search(places: &[Place]) -> Result<Found, String> {
+    let mut wrong = Vec::new();
+    let mut looked = String::new();
+    for Place { variable, folder } in places {
+        let mut unusable = Vec::new();
+        for include in BELOW.map(|below| folder.join(below)) {
+            if !include.join("cuda.h").is_file() {
+                continue;
+            }
+            match usable(&include) {
+                Ok(()) => return Ok(Found { include, wrong }),
+                Err(reason) => unusable.push(format!("{}: {reason}", include.display())),
+            }
+        }
+        if unusable.is_empty() {
+            unusable.push(match folder.is_dir() {
+                true => "no cuda.h in or below it".to_owned(),
+                false => "no such folder".to_owned(),
+            });
+        }
+        let name = match variable {
+            Some(variable) => format!("{variable}={}", folder.display()),
+            None => folder.display().to_string(),
+        };
+        let line = format!("{name} ({})", unusable.join("; "));
+        looked += &format!("  {line}\n");
+        if variable.is_some() {
+            wrong.push(line);
+        }
+    }
+    Err(missing(&looked))
+}
+
+/// What to tell a user whose machine has no usable headers.
+fn missing(looked: &str) -> String {
+    format!(
+        "cuda-vmm-sys needs the CUDA headers cuda.h and cudaTypedefs.h, of CUDA 11.4 or newer.\n\
+         Looked in and below:\n{looked}\
+         To mend it, either\n  \
+         - in a checkout of this project run `cargo xtask setup`, which brings them into its target folder and prints what \
+         a program outside the checkout needs, or\n  \
+         - install the CUDA toolkit and set CUDA_HOME to its folder, or\n  \
+         - run `python3 -m pip install nvidia-cuda-runtime` and set CUDA_HOME to the `nvidia/cu13` folder it made."
+    )
+}
+
+/// Whether the header beside `cuda.h` is there too, and new enough.
+fn usable(include: &Path) -> Result<(), String> {
+    if !include.join("cudaTypedefs.h").is_file() {
+        return Err("cuda.h without cudaTypedefs.h".into());
+    }
+    match cuda_version(include) {
+        Some(version) if version >= OLDEST => Ok(()),
+        Some(version) => Err(format!("CUDA_VERSION {version}, older than {OLDEST}")),
+        None => Err("no CUDA_VERSION in cuda.h".into()),
+    }
+}
+
+/// `CUDA_VERSION` of the `cuda.h` in `include`, such as 13000 for CUDA 13.0.
+pub fn cuda_version(include: &Path) -> Option<u32> {
+    let text = std::fs::read(include.join("cuda.h")).ok()?;
+    String::from_utf8_lossy(&text)
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("#define CUDA_VERSION "))
+        .and_then(|version| version.trim().parse().ok())
+}
