@@ -34,6 +34,58 @@ fn declared() -> MutexGuard<'static, Declared> {
 /// `cuStreamBeginCapture` … `cuStreamEndCapture`: meanwhile this crate does nothing that would kill the
 /// capture. Memory that can only be given back after a context synchronise stays where it is until
 /// the guard is gone.
+///
+/// A graph keeps addresses and no memory. [`pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph) keeps memory behind
+/// them for as long as the graph can run:
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// # use cuda_vmm::{Device, sys::*};
+/// use cuda_vmm::{CaptureGuard, Driver, Stream, VirtualMemoryPool};
+/// # // Capturing and launching, for what calls the table.
+/// # unsafe fn capture(device: &Device, stream: &Stream, work: impl FnOnce()) -> (CUgraph, CUgraphExec) {
+/// #     let (table, mut graph, mut exec) = (device.driver().table(), std::ptr::null_mut(), std::ptr::null_mut());
+/// #     unsafe {
+/// #         assert_eq!((table.cuCtxSetCurrent)(device.raw_context()), CUDA_SUCCESS);
+/// #         let mode = CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+/// #         assert_eq!((table.cuStreamBeginCapture)(stream.raw(), mode), CUDA_SUCCESS);
+/// #         work();
+/// #         assert_eq!((table.cuStreamEndCapture)(stream.raw(), &mut graph), CUDA_SUCCESS);
+/// #         assert_eq!((table.cuGraphInstantiateWithFlags)(&mut exec, graph, 0), CUDA_SUCCESS);
+/// #     }
+/// #     (graph, exec)
+/// # }
+/// # unsafe fn launch(device: &Device, stream: &Stream, exec: CUgraphExec) {
+/// #     assert_eq!(unsafe { (device.driver().table().cuGraphLaunch)(exec, stream.raw()) }, CUDA_SUCCESS);
+/// # }
+/// let device = Driver::detect()?.device(0)?;
+/// let stream = Stream::new(&device)?;
+/// let pool = VirtualMemoryPool::new(&device, 1 << 30, device.granularity_bytes())?;
+/// pool.use_stream(&stream)?;
+/// let address = pool.allocate(0, 4096)?;
+///
+/// let pin = pool.pin_for_graph(0, 4096)?;
+/// // `capture` stands for cuStreamBeginCapture … cuStreamEndCapture and cuGraphInstantiate.
+/// let (graph, exec) = {
+///     let _guard = CaptureGuard::new();
+///     // SAFETY: the bytes are pinned until the graph has run for the last time.
+///     unsafe { capture(&device, &stream, || stream.memset(address, 7, 4096).unwrap()) }
+/// };
+///
+/// // The pool grows and shrinks meanwhile. Pinned memory stays at its addresses, freed or not.
+/// pool.allocate(4096, 256 << 20)?;
+/// pool.deallocate(0, 4096 + (256 << 20))?;
+/// // SAFETY: what the graph writes is pinned.
+/// unsafe { launch(&device, &stream, exec) };
+/// stream.synchronize()?;
+///
+/// drop(pin); // no launch comes any more
+/// # let table = device.driver().table();
+/// # assert_eq!(unsafe { (table.cuGraphExecDestroy)(exec) }, CUDA_SUCCESS);
+/// # assert_eq!(unsafe { (table.cuGraphDestroy)(graph) }, CUDA_SUCCESS);
+/// # }
+/// # Ok::<(), cuda_vmm::VmmError>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "the capture is declared only while the guard lives"]
 pub struct CaptureGuard(());

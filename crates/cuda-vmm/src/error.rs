@@ -19,6 +19,50 @@ pub struct DriverError {
 }
 
 /// An error of this crate.
+///
+/// A caller that gets no memory asks whether to try again, and how much must come back first:
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use cuda_vmm::{Driver, Result, VirtualMemoryPool};
+/// # use cuda_vmm::{Engine, EngineOptions};
+///
+/// /// Allocates; evicts sequences for as long as that helps.
+/// fn allocate(
+///     pool: &VirtualMemoryPool,
+///     (offset, bytes): (usize, usize),
+///     mut evict: impl FnMut(usize) -> Result<bool>,
+/// ) -> Result<u64> {
+///     loop {
+///         match pool.allocate(offset, bytes) {
+///             // At least so many bytes must come back; 0 if the driver does not say how many.
+///             Err(error) if error.is_later() && evict(error.later_bytes())? => continue,
+///             // Success; or too large for the budget (`is_never`), or nothing is left to evict.
+///             outcome => return outcome,
+///         }
+///     }
+/// }
+///
+/// # let device = Driver::detect()?.device(0)?;
+/// # let engine = Engine::new(&device, EngineOptions::new().limit_bytes(1 << 30))?;
+/// # let pool = VirtualMemoryPool::on_engine(&engine, 64 << 30, 2 << 20)?;
+/// // A budget of 1 GiB is full with four sequences.
+/// let mut sequences = vec![];
+/// for number in 0..4 {
+///     pool.allocate(number << 30, 256 << 20)?;
+///     sequences.push(number << 30);
+/// }
+/// allocate(&pool, (4 << 30, 300 << 20), |_bytes| match sequences.pop() {
+///     Some(offset) => pool.deallocate(offset, 256 << 20).map(|()| true),
+///     None => Ok(false),
+/// })?;
+/// assert_eq!(sequences.len(), 2);
+///
+/// let error = pool.allocate(8 << 30, 2 << 30).unwrap_err();
+/// assert!(error.is_out_of_memory() && error.is_never()); // more than the budget
+/// # }
+/// # Ok::<(), cuda_vmm::VmmError>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {

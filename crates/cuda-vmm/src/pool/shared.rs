@@ -58,6 +58,26 @@ impl ModelOptions {
 
 /// Models that share one budget, each with a range of addresses of its own; a cheap clone.
 ///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use cuda_vmm::{Driver, SharedMemoryPool};
+///
+/// let device = Driver::detect()?.device(0)?;
+/// let pool = SharedMemoryPool::new(&device, 8 << 30)?; // 8 GiB of memory for all models
+/// pool.register_model("chat", 64 << 30)?; // 64 GiB of addresses
+/// pool.register_model("code", 64 << 30)?;
+///
+/// let address = pool.allocate_for_model("chat", 6 << 30)?;
+/// let error = pool.allocate_for_model("code", 4 << 30).unwrap_err();
+/// assert!(error.is_later()); // it fits once `chat` has freed 2 GiB
+/// assert_eq!(error.later_bytes(), 2 << 30);
+///
+/// pool.deallocate_for_model_address("chat", address, 6 << 30)?;
+/// pool.allocate_for_model("code", 4 << 30)?;
+/// # }
+/// # Ok::<(), cuda_vmm::VmmError>(())
+/// ```
+///
 /// A model's memory is charged to it until the device holds it no longer. What one model gives back, any
 /// other can have.
 ///

@@ -13,6 +13,47 @@ use std::collections::BTreeSet;
 /// is freed stays backed, with its contents, until it is handed out again or a plan gives it up. A prefix cache
 /// keeps the blocks it wants to find again, and offers them for what they are worth when memory is wanted.
 ///
+/// Which number comes next decides how much memory is held. An engine that takes free blocks from a queue, first in, first
+/// out, goes through all of its numbers, and in the end every page is backed:
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use cuda_vmm::pool::blocks::{BlockAllocator, BlockBacking, ElementSize, LayerSpec, TensorSpec};
+/// use cuda_vmm::{Driver, Engine, EngineOptions, Result};
+/// use std::collections::VecDeque;
+///
+/// const BLOCKS: usize = 16_384; // 4 GiB in 8 tensors
+/// let device = Driver::detect()?.device(0)?;
+/// let backing = || -> Result<BlockBacking> {
+///     let engine = Engine::new(&device, EngineOptions::new())?;
+///     let tensor = |name| TensorSpec::new(name, &[16, 8, 128], ElementSize::new(2)?);
+///     let names = ["0.k", "0.v", "1.k", "1.v", "2.k", "2.v", "3.k", "3.v"];
+///     let spec = LayerSpec::new(names.map(tensor).into_iter().collect::<Result<Vec<_>>>()?)?;
+///     BlockBacking::new(&engine, spec, BLOCKS, 2 << 20)
+/// };
+/// // Sequences of 64 blocks come and go, eight at a time.
+/// let (queued, packed) = (backing()?, BlockAllocator::new(backing()?));
+/// let mut queue: VecDeque<_> = (0..BLOCKS).collect();
+/// let mut running = VecDeque::new();
+/// for _ in 0..300 {
+///     let first_in: Vec<_> = queue.drain(..64).collect();
+///     queued.back(first_in.iter().copied())?;
+///     running.push_back((first_in, packed.allocate(64)?));
+///     if running.len() > 8 {
+///         let (first_in, ours) = running.pop_front().unwrap();
+///         queue.extend(first_in);
+///         packed.free(ours)?;
+///     }
+/// }
+/// assert_eq!(queued.stats().committed_bytes, 4096 << 20); // all there is
+/// assert_eq!(packed.backing().stats().committed_bytes, 144 << 20); // the most that ran at once
+/// # }
+/// # Ok::<(), cuda_vmm::VmmError>(())
+/// ```
+///
+/// An engine that keeps its own allocator takes the free block with the lowest number, or the one freed last; or it gives
+/// memory back with [`reclaim_candidates`](BlockBacking::reclaim_candidates).
+///
 /// All methods take `&self`. Blocks are to be backed and given up through the allocator only.
 #[derive(Debug)]
 pub struct BlockAllocator {
