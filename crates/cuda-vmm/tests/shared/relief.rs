@@ -395,6 +395,7 @@ fn who_waits_for_the_device_asks_others_for_room_each_time_and_is_told_of_once()
     assert_eq!(warnings.count(), 1, "{told:?}");
     assert_eq!(pool.snapshot().counters.device_shortages, 1);
     simulated.device.set_make_room(None);
+}
 
 /// What the driver refused to take back, from an engine or from a dropped object, is asked for again before an
 /// allocation is refused.
