@@ -226,6 +226,46 @@ impl Device {
         unsafe { call!(self.driver(), cuCtxSynchronize()) }
     }
 
+    /// As [`synchronize_now`](Self::synchronize_now), or, where work of any device may count, of every device's context.
+    pub(crate) fn finish_work(&self, all: bool) -> Result<()> {
+        self.synchronize_now()?;
+        let peers = if all { self.peers()? } else { Vec::new() };
+        peers.iter().try_for_each(|peer| {
+            match peer.synchronize_now() {
+                // Nothing runs there any more.
+                Err(error) if error.is_poisoned() => Ok(()),
+                outcome => outcome,
+            }
+        })
+    }
+
+    /// The other devices whose primary context is in use in this process (`cuDevicePrimaryCtxGetState`), so that work of
+    /// theirs may read this one's memory.
+    pub(crate) fn peers(&self) -> Result<Vec<Self>> {
+        let mut peers = Vec::new();
+        for ordinal in (0..self.driver().device_count()?).filter(|at| *at != self.ordinal()) {
+            let (mut raw, mut flags, mut active) = (0, 0, 0);
+            // SAFETY: all are valid places; the ordinal is below the count.
+            unsafe {
+                call!(self.driver(), cuDeviceGet(&mut raw, ordinal as c_int))?;
+                call!(
+                    self.driver(),
+                    cuDevicePrimaryCtxGetState(raw, &mut flags, &mut active)
+                )?;
+            }
+            if active == 0 {
+                continue;
+            }
+            match self.driver().device(ordinal) {
+                Ok(device) => peers.push(device),
+                // It has no virtual memory management, and so cannot reach memory of ours.
+                Err(VmmError::UnsupportedDevice { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(peers)
+    }
+
     /// Bytes that the driver refused to take back when an object was dropped. They are retried by
     /// [`retry_quarantine`](Self::retry_quarantine) and never handed out.
     pub fn quarantined_bytes(&self) -> usize {
@@ -249,7 +289,7 @@ impl Device {
         let unfinished = self.quarantine(Quarantine::take_unfinished);
         if !unfinished.is_empty() {
             let finished = CaptureGuard::try_none().is_some_and(|_no_capture| {
-                match self.synchronize_now() {
+                match self.finish_work(true) {
                     Ok(()) => true,
                     // Nothing runs on a poisoned context any more.
                     Err(error) => error.is_poisoned(),

@@ -8,7 +8,9 @@
 use crate::capture::{NoCapture, Relaxed};
 use crate::driver::call;
 use crate::quarantine::{self, Stuck};
-use crate::sys::{CU_EVENT_DISABLE_TIMING, CUDA_ERROR_NOT_READY, CUevent, CUstream};
+use crate::stream::Handle;
+use crate::sync::{Arc, Weak};
+use crate::sys::{CU_EVENT_DISABLE_TIMING, CUDA_ERROR_NOT_READY, CUevent};
 use crate::{Device, Result};
 use core::ptr::null_mut;
 
@@ -19,12 +21,12 @@ use core::ptr::null_mut;
 pub struct Fence {
     device: Device,
     event: CUevent,
-    /// The stream whose work it ends, by its handle; none for a whole context.
-    stream: Option<CUstream>,
+    /// The stream whose work it ends; none for a whole context. It does not keep the stream alive, but tells it from one
+    /// that the driver gives the same handle later.
+    stream: Option<Weak<Handle>>,
 }
 
-// SAFETY: the event is used through the driver's calls only, which may be made from any thread; the stream is only
-// compared.
+// SAFETY: the event is used through the driver's calls only, which may be made from any thread.
 unsafe impl Send for Fence {}
 // SAFETY: as above.
 unsafe impl Sync for Fence {}
@@ -47,15 +49,13 @@ impl Fence {
     }
 
     /// Everything queued on the stream so far.
-    ///
-    /// # Safety
-    /// `stream` must be a live stream of the device's context.
-    pub(crate) unsafe fn on_stream(device: &Device, stream: CUstream) -> Result<Self> {
+    pub(crate) fn on_stream(stream: &Arc<Handle>) -> Result<Self> {
+        let device = stream.device();
         let _current = device.make_current()?;
         let mut fence = Self::create(device)?;
-        fence.stream = Some(stream);
-        // SAFETY: the event is new and the stream alive, as the caller promises.
-        unsafe { call!(device.driver(), cuEventRecord(fence.event, stream)) }?;
+        fence.stream = Some(Arc::downgrade(stream));
+        // SAFETY: the event is new, and the stream is alive while its handle is.
+        unsafe { call!(device.driver(), cuEventRecord(fence.event, stream.raw())) }?;
         Ok(fence)
     }
 
@@ -110,10 +110,10 @@ impl Fence {
         &self.device
     }
 
-    /// Whether it was recorded on this stream, so that later work of the stream comes after it anyway. The caller knows
-    /// that the stream it was recorded on is still there: handles of streams that are gone come again.
-    pub(crate) fn is_on(&self, stream: CUstream) -> bool {
-        self.stream == Some(stream)
+    /// Whether it was recorded on this stream, so that later work of the stream comes after it anyway.
+    pub(crate) fn is_on(&self, stream: &Arc<Handle>) -> bool {
+        let is_it = |own: &Weak<Handle>| core::ptr::eq(own.as_ptr(), Arc::as_ptr(stream));
+        self.stream.as_ref().is_some_and(is_it)
     }
 
     pub(crate) fn raw(&self) -> CUevent {
@@ -135,7 +135,7 @@ impl Drop for Fence {
             Stuck::Fence(Self {
                 device: self.device.clone(),
                 event: self.event,
-                stream: self.stream,
+                stream: self.stream.clone(),
             })
         });
     }

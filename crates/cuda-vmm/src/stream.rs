@@ -1,33 +1,65 @@
 //! Streams, so far as memory management needs them.
 //!
 //! # Safety
-//! A [`Stream`] either owns its stream, created here and destroyed once with its last clone, or borrows
-//! one whose owner promised to outlive it. All calls run with the device's context current.
+//! A stream is alive while its [`Handle`] is: the handle owns it, created here and destroyed once, or keeps its owner
+//! alive, or borrows it from an owner that promised to outlive it. All calls run with the device's context current.
 #![allow(unsafe_code)]
 
 use crate::capture::Relaxed;
 use crate::driver::call;
 use crate::quarantine::{self, Stuck};
-use crate::sync::Arc;
-use crate::sys::{CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUstream};
+use crate::sync::{Arc, Weak};
+use crate::sys::{
+    CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUDA_ERROR_NOT_READY, CUstream,
+};
 use crate::{Device, Fence, Result};
+use core::any::Any;
 use core::ptr::null_mut;
 
 /// A queue of work on a device; a cheap clone.
+///
+/// Pools for which it is [named](crate::VirtualMemoryPool::use_stream) hold it as well, but not as a clone does: when the
+/// last clone of a stream made by [`new`](Self::new) is dropped, pools let go of it, and it is destroyed. A handle taken
+/// by [`raw`](Self::raw) must not be used after that.
 #[derive(Clone, Debug)]
-pub struct Stream(Arc<Inner>);
+pub struct Stream {
+    handle: Arc<Handle>,
+    /// Shared by the clones, and by nothing else.
+    clones: Arc<()>,
+}
 
+/// What is known of a stream by all that hold it. Its place in memory is its identity: the driver's handles come again.
 #[derive(Debug)]
-struct Inner {
+pub(crate) struct Handle {
     device: Device,
     raw: CUstream,
     owned: bool,
+    /// What keeps a borrowed stream alive; dropped after its last use.
+    owner: Option<std::sync::Arc<dyn Any + Send + Sync>>,
+}
+
+/// A pool's hold on a stream that is named for it.
+#[derive(Clone, Debug)]
+pub(crate) struct Named {
+    handle: Arc<Handle>,
+    clones: Weak<()>,
+}
+
+impl Named {
+    pub(crate) fn handle(&self) -> &Arc<Handle> {
+        &self.handle
+    }
+
+    /// Whether nobody can queue work any more: all clones of a stream of our own are gone. It stays so.
+    pub(crate) fn is_let_go(&self) -> bool {
+        self.handle.owned && self.clones.strong_count() == 0
+    }
 }
 
 // SAFETY: the stream is used through the driver's calls only, which may be made from any thread.
-unsafe impl Send for Inner {}
+unsafe impl Send for Handle {}
 // SAFETY: as above.
-unsafe impl Sync for Inner {}
+unsafe impl Sync for Handle {}
 
 impl Stream {
     /// A new stream that does not synchronise with the legacy default stream (`cuStreamCreate`).
@@ -44,11 +76,19 @@ impl Stream {
                 cuStreamCreate(&mut raw, CU_STREAM_NON_BLOCKING as _)
             )
         }?;
-        Ok(Self(Arc::new(Inner {
+        Ok(Self::from_handle(Handle {
             device: device.clone(),
             raw,
             owned: true,
-        })))
+            owner: None,
+        }))
+    }
+
+    fn from_handle(handle: Handle) -> Self {
+        Self {
+            handle: Arc::new(handle),
+            clones: Arc::default(),
+        }
     }
 
     /// A stream that someone else owns. Null is the legacy default stream. 2 is the per-thread default stream, of
@@ -57,26 +97,54 @@ impl Stream {
     /// # Safety
     /// The stream must belong to the device's primary context and outlive every clone of the result.
     pub unsafe fn borrow(device: &Device, raw: CUstream) -> Self {
-        Self(Arc::new(Inner {
+        Self::from_handle(Handle {
             device: device.clone(),
             raw,
             owned: false,
-        }))
+            owner: None,
+        })
+    }
+
+    /// As [`borrow`](Self::borrow), of a stream that lives while `owner` does. The owner is held until the last clone is
+    /// gone and no pool asks the stream any more: by pools for which it is named, until they
+    /// [forget](crate::VirtualMemoryPool::forget_stream) it or end. It is dropped on whichever thread that is, with no lock
+    /// held.
+    ///
+    /// # Safety
+    /// The stream must belong to the device's primary context, and live while `owner` does.
+    pub unsafe fn borrow_with(
+        device: &Device,
+        raw: CUstream,
+        owner: std::sync::Arc<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self::from_handle(Handle {
+            device: device.clone(),
+            raw,
+            owned: false,
+            owner: Some(owner),
+        })
+    }
+
+    /// The hold of a pool for which it is named.
+    pub(crate) fn named(&self) -> Named {
+        Named {
+            handle: self.handle.clone(),
+            clones: Arc::downgrade(&self.clones),
+        }
+    }
+
+    pub(crate) fn handle(&self) -> &Arc<Handle> {
+        &self.handle
     }
 
     /// The driver's handle.
     pub fn raw(&self) -> CUstream {
-        self.0.raw
+        self.handle.raw
     }
 
     /// The device whose work it queues.
     pub fn device(&self) -> &Device {
-        &self.0.device
-    }
-
-    /// Whether the handle stands for each thread's own default stream.
-    pub(crate) fn is_per_thread(&self) -> bool {
-        self.0.raw.addr() == 2
+        &self.handle.device
     }
 
     /// Whether the stream is being captured, or its capture has failed (`cuStreamIsCapturing`).
@@ -84,16 +152,7 @@ impl Stream {
     /// # Errors
     /// [`VmmError::Driver`](crate::VmmError::Driver), also where it is the legacy default stream and another is captured.
     pub fn is_capturing(&self) -> Result<bool> {
-        let _current = self.0.device.make_current()?;
-        let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
-        // SAFETY: `status` is a valid place and the stream alive.
-        unsafe {
-            call!(
-                self.0.device.driver(),
-                cuStreamIsCapturing(self.0.raw, &mut status)
-            )
-        }?;
-        Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
+        self.handle.is_capturing()
     }
 
     /// Marks everything queued so far (`cuEventRecord`).
@@ -101,8 +160,7 @@ impl Stream {
     /// # Errors
     /// [`VmmError::Driver`](crate::VmmError::Driver).
     pub fn record(&self) -> Result<Fence> {
-        // SAFETY: the stream is alive while `self` is.
-        unsafe { Fence::on_stream(&self.0.device, self.0.raw) }
+        Fence::on_stream(&self.handle)
     }
 
     /// Lets later work of this stream wait for the fence (`cuStreamWaitEvent`); the caller does not.
@@ -112,17 +170,7 @@ impl Stream {
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver);
     /// [`VmmError::Driver`](crate::VmmError::Driver).
     pub fn wait_for(&self, fence: &Fence) -> Result<()> {
-        if !self.0.device.driver().is_same(fence.device().driver()) {
-            return Err(crate::VmmError::WrongDriver);
-        }
-        let _current = self.0.device.make_current()?;
-        // SAFETY: stream and event are alive.
-        unsafe {
-            call!(
-                self.0.device.driver(),
-                cuStreamWaitEvent(self.0.raw, fence.raw(), 0)
-            )
-        }
+        self.handle.wait_for(fence)
     }
 
     /// Waits for everything queued so far (`cuStreamSynchronize`).
@@ -130,10 +178,10 @@ impl Stream {
     /// # Errors
     /// [`VmmError::Driver`](crate::VmmError::Driver), also for work that failed.
     pub fn synchronize(&self) -> Result<()> {
-        let _current = self.0.device.make_current()?;
-        let _relaxed = Relaxed::new(self.0.device.driver())?;
+        let _current = self.handle.device.make_current()?;
+        let _relaxed = Relaxed::new(self.handle.device.driver())?;
         // SAFETY: the stream is alive.
-        unsafe { call!(self.0.device.driver(), cuStreamSynchronize(self.0.raw)) }
+        unsafe { call!(self.handle.device.driver(), cuStreamSynchronize(self.handle.raw)) }
     }
 
     /// Queues setting `bytes` bytes at `address` to `value` (`cuMemsetD8Async`).
@@ -144,12 +192,12 @@ impl Stream {
     /// # Safety
     /// The addresses must be mapped and writable until the work has run.
     pub unsafe fn memset(&self, address: u64, value: u8, bytes: usize) -> Result<()> {
-        let _current = self.0.device.make_current()?;
+        let _current = self.handle.device.make_current()?;
         // SAFETY: the caller vouches for the addresses.
         unsafe {
             call!(
-                self.0.device.driver(),
-                cuMemsetD8Async(address, value, bytes, self.0.raw)
+                self.handle.device.driver(),
+                cuMemsetD8Async(address, value, bytes, self.handle.raw)
             )
         }
     }
@@ -162,12 +210,12 @@ impl Stream {
     /// # Safety
     /// Both ranges must be mapped, the target writable, until the work has run.
     pub unsafe fn copy(&self, target: u64, source: u64, bytes: usize) -> Result<()> {
-        let _current = self.0.device.make_current()?;
+        let _current = self.handle.device.make_current()?;
         // SAFETY: the caller vouches for the addresses.
         unsafe {
             call!(
-                self.0.device.driver(),
-                cuMemcpyDtoDAsync(target, source, bytes, self.0.raw)
+                self.handle.device.driver(),
+                cuMemcpyDtoDAsync(target, source, bytes, self.handle.raw)
             )
         }
     }
@@ -181,13 +229,13 @@ impl Stream {
     /// The addresses must be mapped and writable.
     pub unsafe fn write(&self, target: u64, source: &[u8]) -> Result<()> {
         {
-            let _current = self.0.device.make_current()?;
+            let _current = self.handle.device.make_current()?;
             // SAFETY: the slice outlives the copy, which is waited for below; the caller vouches for
             // the addresses.
             unsafe {
                 call!(
-                    self.0.device.driver(),
-                    cuMemcpyHtoDAsync(target, source.as_ptr().cast(), source.len(), self.0.raw)
+                    self.handle.device.driver(),
+                    cuMemcpyHtoDAsync(target, source.as_ptr().cast(), source.len(), self.handle.raw)
                 )
             }?;
         }
@@ -203,19 +251,79 @@ impl Stream {
     /// The addresses must be mapped.
     pub unsafe fn read(&self, source: u64, target: &mut [u8]) -> Result<()> {
         self.synchronize()?;
-        let _current = self.0.device.make_current()?;
+        let _current = self.handle.device.make_current()?;
         // SAFETY: the copy is finished when the call returns, so the slice is not written later; the
         // caller vouches for the addresses.
         unsafe {
             call!(
-                self.0.device.driver(),
+                self.handle.device.driver(),
                 cuMemcpyDtoH(target.as_mut_ptr().cast(), source, target.len())
             )
         }
     }
 }
 
-impl Inner {
+impl Handle {
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub(crate) fn raw(&self) -> CUstream {
+        self.raw
+    }
+
+    /// Whether it stands for each thread's own default stream.
+    pub(crate) fn is_per_thread(&self) -> bool {
+        self.raw.addr() == 2
+    }
+
+    /// As [`Stream::is_capturing`].
+    pub(crate) fn is_capturing(&self) -> Result<bool> {
+        let _current = self.device.make_current()?;
+        let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: `status` is a valid place and the stream alive.
+        unsafe {
+            call!(
+                self.device.driver(),
+                cuStreamIsCapturing(self.raw, &mut status)
+            )
+        }?;
+        Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
+    /// Whether everything queued so far is done (`cuStreamQuery`). Never waits. False of the default streams: an event
+    /// recorded there comes after work of others too.
+    pub(crate) fn is_idle(&self) -> Result<bool> {
+        if self.raw.addr() <= 2 {
+            return Ok(false);
+        }
+        let _current = self.device.make_current()?;
+        let _relaxed = Relaxed::new(self.device.driver())?;
+        self.device.driver().check_process()?;
+        // SAFETY: the stream is alive.
+        let code = unsafe { (self.device.driver().table().cuStreamQuery)(self.raw) };
+        if code == CUDA_ERROR_NOT_READY {
+            return Ok(false);
+        }
+        (self.device.driver()).check(crate::sys::DriverFunction::cuStreamQuery, code)?;
+        Ok(true)
+    }
+
+    /// As [`Stream::wait_for`].
+    pub(crate) fn wait_for(&self, fence: &Fence) -> Result<()> {
+        if !self.device.driver().is_same(fence.device().driver()) {
+            return Err(crate::VmmError::WrongDriver);
+        }
+        let _current = self.device.make_current()?;
+        // SAFETY: stream and event are alive.
+        unsafe {
+            call!(
+                self.device.driver(),
+                cuStreamWaitEvent(self.raw, fence.raw(), 0)
+            )
+        }
+    }
+
     fn destroy(&self) -> Result<()> {
         let _current = self.device.make_current()?;
         // SAFETY: destroys the stream that `new` made; once it worked, nobody has it any more.
@@ -223,14 +331,16 @@ impl Inner {
     }
 }
 
-impl Drop for Inner {
+impl Drop for Handle {
     fn drop(&mut self) {
         if self.owned {
             quarantine::after_drop(&self.device, self.destroy(), || {
-                Stuck::Stream(Stream(Arc::new(Self {
+                Stuck::Stream(Stream::from_handle(Self {
                     device: self.device.clone(),
-                    ..*self
-                })))
+                    raw: self.raw,
+                    owned: true,
+                    owner: None,
+                }))
             });
         }
     }

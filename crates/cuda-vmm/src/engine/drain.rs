@@ -114,7 +114,7 @@ impl Inner {
         match fence {
             Ok(fence) => {
                 state.counters.scrubbed_bytes += bytes as u64;
-                let until = Until::Fences(Arc::new(vec![fence]));
+                let until = Until::Fences(Arc::new(vec![Arc::new(fence)]));
                 state.queue.push_scrub(id, first, bytes, until);
             }
             Err(error) => {

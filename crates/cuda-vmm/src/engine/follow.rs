@@ -10,16 +10,17 @@
 use super::range::Range;
 use super::retire::{Entry, Queue, Until};
 use super::{Inner, RangeId, State};
+use crate::stream::{Handle, Named};
 use crate::sync::{Arc, MutexGuard};
 use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
 
 /// Streams that are to come after the fences of an entry of the queue.
 struct Following {
     entry: u64,
-    fences: Arc<Vec<Fence>>,
-    /// How many streams had been named.
-    followers: usize,
-    streams: Vec<Stream>,
+    fences: Arc<Vec<Arc<Fence>>>,
+    /// The number of the naming after the last that was looked at.
+    followers: u64,
+    streams: Vec<Named>,
 }
 
 impl Following {
@@ -28,11 +29,9 @@ impl Following {
     /// A stream that is being captured is not made to wait for anything outside, and no stream for an event that belongs
     /// to a capture, which would draw it in; asking whether the fence is past finds those out.
     fn run(&self) -> Result<bool> {
-        for stream in &self.streams {
-            let others = self
-                .fences
-                .iter()
-                .filter(|fence| !fence.is_on(stream.raw()));
+        for named in &self.streams {
+            let stream = named.handle();
+            let others = self.fences.iter().filter(|fence| !fence.is_on(stream));
             for fence in others {
                 if fence.is_complete()? {
                     continue;
@@ -48,7 +47,7 @@ impl Following {
 }
 
 impl Entry {
-    fn fences(&self) -> Option<&Arc<Vec<Fence>>> {
+    fn fences(&self) -> Option<&Arc<Vec<Arc<Fence>>>> {
         match &self.until {
             Until::Fences(fences) => Some(fences),
             Until::Synchronised => None,
@@ -56,10 +55,11 @@ impl Entry {
     }
 
     /// Those of the streams that do not come after the fences yet.
-    fn strangers<'a>(&'a self, streams: &'a [Stream]) -> impl Iterator<Item = &'a Stream> {
+    fn strangers<'a>(&'a self, streams: &'a [(u64, Named)]) -> impl Iterator<Item = &'a Named> {
         let fences = self.fences().map_or(&[][..], |fences| fences.as_slice());
-        let rest = streams.iter().skip(self.followers);
-        rest.filter(move |stream| fences.iter().any(|fence| !fence.is_on(stream.raw())))
+        let rest = streams.iter().filter(|(at, _)| *at >= self.followers);
+        let rest = rest.map(|(_, named)| named);
+        rest.filter(move |named| fences.iter().any(|fence| !fence.is_on(named.handle())))
     }
 }
 
@@ -88,8 +88,8 @@ impl Queue {
         }
     }
 
-    /// Notes that so many of the range's streams come after an entry's fences.
-    fn add_followers(&mut self, id: u64, followers: usize) {
+    /// Notes that the range's streams of smaller numbers than this come after an entry's fences.
+    fn add_followers(&mut self, id: u64, followers: u64) {
         let entry = self.entries_mut().find(|entry| entry.id == id);
         if let Some(entry) = entry {
             entry.followers = entry.followers.max(followers);
@@ -97,20 +97,11 @@ impl Queue {
     }
 }
 
-impl Range {
-    /// The streams that are named for it, if they can come after fences. The per-thread default stream cannot: it
-    /// is another one for each thread.
-    fn followers(&self) -> Option<&[Stream]> {
-        let usable = !self.streams.is_empty() && !self.streams.iter().any(Stream::is_per_thread);
-        usable.then_some(&self.streams)
-    }
-}
-
 impl State {
     /// Whether retiring chunks may be used again now: all streams that are named for the range come after their fences.
     /// Not while a capture is declared: it could be one of these streams'.
     pub(super) fn may_follow(&self, id: RangeId, range: &Range, chunks: &[usize]) -> bool {
-        let Some(streams) = range.followers().filter(|_| !CaptureGuard::any()) else {
+        let Some(streams) = range.users.followers().filter(|_| !CaptureGuard::any()) else {
             return false;
         };
         chunks.iter().all(|first| {
@@ -122,7 +113,7 @@ impl State {
     /// What would let these chunks be used again; `None` if some have no fences.
     fn following(&self, id: RangeId, chunks: &[usize]) -> Option<Vec<Following>> {
         let range = self.ranges.get(id)?;
-        let streams = range.followers().filter(|_| !CaptureGuard::any())?;
+        let streams = range.users.followers().filter(|_| !CaptureGuard::any())?;
         let mut needed: Vec<Following> = Vec::new();
         for first in chunks {
             let entry = self.queue.holder(id, *first)?;
@@ -130,7 +121,7 @@ impl State {
                 needed.push(Following {
                     entry: entry.id,
                     fences: entry.fences()?.clone(),
-                    followers: streams.len(),
+                    followers: range.users.next(),
                     streams: entry.strangers(streams).cloned().collect(),
                 });
             }
@@ -177,17 +168,44 @@ impl Inner {
     /// Names another stream for a range. Where memory was taken back for which the other streams wait, this one does too;
     /// if it cannot be made to, the caller does.
     pub(super) fn add_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
+        self.come_after_taken_back(id, stream.handle(), |state| {
+            let State { ranges, queue, .. } = state;
+            let mut range = ranges.get(id)?;
+            let followers = range.users.next();
+            for entry in queue.entries_mut().filter(|entry| entry.range == id) {
+                if entry.followed && entry.followers == followers {
+                    entry.followers += 1;
+                }
+            }
+            Some(range.users.name(stream))
+        })?;
+        self.let_go_of(id);
+        Ok(())
+    }
+
+    /// Has a stream that is not named come after what is still done with memory of a range that was taken back.
+    pub(crate) fn order_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
+        self.come_after_taken_back(id, stream.handle(), |_| None)
+    }
+
+    /// Has a stream come after what is still done with memory of a range that was taken back. If it is not named,
+    /// `finish` is called in the moment when it does; what that returns is dropped without the lock.
+    fn come_after_taken_back(
+        &self,
+        id: RangeId,
+        stream: &Arc<Handle>,
+        finish: impl FnOnce(&mut State) -> Option<Arc<[(u64, Named)]>>,
+    ) -> Result<()> {
         let mut known: Vec<u64> = Vec::new();
         loop {
-            let (followed, streams) = {
+            let (followed, users) = {
                 let mut state = self.lock();
                 let State { ranges, queue, .. } = &mut *state;
-                let mut range = match ranges.get(id) {
+                let range = match ranges.get(id) {
                     Some(range) if !range.closed => range,
                     _ => return Err(VmmError::Closed),
                 };
-                let is_named = |named: &Stream| named.raw() == stream.raw();
-                if range.streams.iter().any(is_named) {
+                if range.users.is_named(stream) {
                     return Ok(());
                 }
                 let followed: Vec<_> = queue
@@ -196,28 +214,27 @@ impl Inner {
                     .filter(|entry| !known.contains(&entry.id))
                     .map(|entry| (entry.id, entry.fences().cloned()))
                     .collect();
+                let users = range.users.clone();
+                drop(range);
                 if followed.is_empty() {
-                    let followers = range.streams.len();
-                    let known = |entry: &&mut Entry| known.contains(&entry.id);
-                    for entry in queue.entries_mut().filter(known) {
-                        if entry.followers == followers {
-                            entry.followers += 1;
-                        }
-                    }
-                    let named = range.streams.iter().chain([stream]);
-                    range.streams = named.cloned().collect();
+                    let dropped = finish(&mut state);
+                    drop(state);
+                    drop((dropped, users));
                     return Ok(());
                 }
-                (followed, range.streams.clone())
+                (followed, users)
             };
             for (entry, fences) in followed {
                 let fences = match fences {
                     Some(fences) => fences,
                     // They turned out to be of no use. What is queued now ends what they stood for.
-                    None => Arc::new(streams.iter().map(Stream::record).collect::<Result<_>>()?),
+                    None => {
+                        let record = |stream| Fence::on_stream(stream).map(Arc::new);
+                        Arc::new(users.named().map(record).collect::<Result<_>>()?)
+                    }
                 };
                 for fence in fences.iter() {
-                    if !fence.is_on(stream.raw()) && !fence.is_complete()? {
+                    if !fence.is_on(stream) && !fence.is_complete()? {
                         come_after(stream, fence)?;
                     }
                 }
@@ -228,7 +245,7 @@ impl Inner {
 }
 
 /// Has a stream, or else the caller, wait for a fence.
-fn come_after(stream: &Stream, fence: &Fence) -> Result<()> {
+fn come_after(stream: &Handle, fence: &Fence) -> Result<()> {
     let can_wait = !stream.is_per_thread() && !stream.is_capturing().unwrap_or(true);
     match can_wait && stream.wait_for(fence).is_ok() {
         true => Ok(()),

@@ -255,6 +255,8 @@ impl Inner {
         }
         let extent = range.live_extent(offset, bytes)?;
         let released = range.leases.add(extent.range(), token);
+        // For good: what is queued by then may run long after the token is released.
+        range.users.open_to_all();
         drop(range);
         drop(released);
         Ok(())

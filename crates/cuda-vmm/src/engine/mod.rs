@@ -30,6 +30,7 @@ mod retire;
 mod snapshot;
 mod sorted;
 mod stats;
+mod users;
 mod waiting;
 mod worker;
 
@@ -53,7 +54,7 @@ use crate::quarantine::Stuck;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{CaptureGuard, Device, Fence, PhysicalMemory, Result, Stream, VmmError};
+use crate::{CaptureGuard, Device, PhysicalMemory, Result, Stream, VmmError};
 use cache::Cache;
 use compact::Relocations;
 use core::time::Duration;
@@ -61,6 +62,7 @@ use ledger::{AccountId, Ledger};
 use ranges::Ranges;
 use refused::{Refusals, Which};
 use retire::{Queue, Until};
+use users::Users;
 use worker::Worker;
 
 /// One budget on one device, shared by the ranges that are made on it; a cheap clone.
@@ -420,8 +422,12 @@ impl Inner {
     /// Waits for all work of the context, then parks what waited for that. The caller has made sure that
     /// no capture is declared.
     fn synchronise(&self) -> Result<usize> {
-        let waiting = self.lock().queue.unsynchronised(None);
-        match self.device.synchronize_now() {
+        let (waiting, all) = {
+            let state = self.lock();
+            let all = state.ranges.values().any(|range| range.users.are_all());
+            (state.queue.unsynchronised(None), all)
+        };
+        match self.device.finish_work(all) {
             Err(error) if !error.is_poisoned() => Err(error),
             // Done; or poisoned, and then nothing runs any more.
             _ => Ok(self.park(&waiting)),
@@ -459,15 +465,16 @@ impl Inner {
         let freed = freed.cloned();
         self.unlock_changed(state);
         if let Some(handle) = freed {
-            let streams = handle.lock().streams.clone();
-            self.record(&handle, &streams, chunks);
+            let users = handle.lock().users.clone();
+            self.record(&handle, users, chunks);
         }
     }
 
     /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until somebody looks at the
     /// queue.
-    fn record(self: &Arc<Self>, handle: &Handle, streams: &[Stream], chunks: Vec<usize>) {
-        let until = Until::now(&self.device, streams);
+    fn record(self: &Arc<Self>, handle: &Handle, users: Users, chunks: Vec<usize>) {
+        let users = self.users(handle, users);
+        let until = Until::now(&self.device, &users);
         let mut range = handle.lock();
         range.freed.push((chunks, until));
         handle.note(&range);
@@ -491,7 +498,7 @@ impl Inner {
             state.counters.waits += 1;
             drop(state);
             tracing::debug!("waits for the device");
-            let waited = fences.iter().map(Fence::wait).find(|waited| match waited {
+            let waited = fences.iter().map(|fence| fence.wait()).find(|waited| match waited {
                 Err(error) => !error.is_poisoned(),
                 Ok(()) => false,
             });

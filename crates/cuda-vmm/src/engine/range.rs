@@ -8,6 +8,7 @@ use super::pressure::Ticket;
 use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
+use super::users::Users;
 use super::waiting;
 use super::{Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::Extent;
@@ -23,7 +24,7 @@ pub(crate) struct Range {
     pub(super) access: Arc<[(Device, Access)]>,
     pub(super) pages: Pages<Mapping>,
     pub(super) account: AccountId,
-    pub(super) streams: Arc<[Stream]>,
+    pub(super) users: Users,
     /// Chunks that were freed and are not in the engine's queue yet, and until when they retire.
     pub(super) freed: Vec<(Vec<usize>, Until)>,
     pub(super) options: PoolOptions,
@@ -158,7 +159,7 @@ impl Range {
         Remains {
             counters: self.counters,
             _pages: core::mem::replace(&mut self.pages, Pages::new(self.page_bytes)),
-            _streams: core::mem::replace(&mut self.streams, [].into()),
+            _users: core::mem::take(&mut self.users),
             _freed: core::mem::take(&mut self.freed),
             _leases: core::mem::take(&mut self.leases),
             _reservation: self.reservation.take(),
@@ -171,7 +172,7 @@ impl Range {
 pub(super) struct Remains {
     counters: PoolCounters,
     _pages: Pages<Mapping>,
-    _streams: Arc<[Stream]>,
+    _users: Users,
     _freed: Vec<(Vec<usize>, Until)>,
     _leases: Leases,
     _reservation: Option<Arc<Reservation>>,
@@ -214,7 +215,7 @@ impl Inner {
             access: [(self.device.clone(), Access::ReadWrite)].into(),
             pages: Pages::new(page_bytes),
             account,
-            streams: [].into(),
+            users: Users::default(),
             freed: Vec::new(),
             options,
             frontier_bytes: 0,
@@ -568,10 +569,10 @@ impl Inner {
         if waits {
             handle.note(&range);
         }
-        let streams = (!unused.is_empty()).then(|| range.streams.clone());
+        let users = (!unused.is_empty()).then(|| range.users.clone());
         drop(range);
-        if let Some(streams) = streams {
-            self.record(handle, &streams, unused);
+        if let Some(users) = users {
+            self.record(handle, users, unused);
         }
         drop(released);
         if waits {

@@ -2,42 +2,69 @@
 
 use super::RangeId;
 use super::range::Range;
+use super::users::Users;
 use crate::sync::Arc;
-use crate::{CaptureGuard, Device, Fence, Result, Stream};
+use crate::{CaptureGuard, Device, Fence, Result};
 
 /// What must be past before a chunk may be unmapped.
 #[derive(Debug, Clone)]
 pub(super) enum Until {
     /// These fences.
-    Fences(Arc<Vec<Fence>>),
+    Fences(Arc<Vec<Arc<Fence>>>),
     /// A context synchronise that begins from now on.
     Synchronised,
 }
 
 impl Until {
-    /// The end of everything that can use the range now: the work queued on the streams that were named
-    /// for it, or, where none was, all work of the context. Queues at most one event for each stream and
-    /// waits for nothing. Where no fence can be had, a context synchronise later is as good.
+    /// The end of everything that can use the range now: the work queued on the streams that are named for it and the ends
+    /// of others' work; where none was named, all work of the context; and of a range that was leased, all work of every
+    /// context. Queues at most one event for each stream, or each context, and waits for nothing. Where no fence can be
+    /// had, a context synchronise later is as good.
     ///
     /// A stream that is being captured has no fence to give: an event recorded there belongs to the capture. And
     /// the per-thread default stream is another one for each thread, so the context answers for it.
-    pub(super) fn now(device: &Device, streams: &[Stream]) -> Self {
-        let fences: Result<Vec<_>> =
-            if streams.is_empty() || streams.iter().any(Stream::is_per_thread) {
-                match CaptureGuard::try_none().map(|none| Fence::on_context(device, &none)) {
-                    Some(Ok(Some(fence))) => Ok(vec![fence]),
-                    Some(Err(error)) => Err(error),
-                    Some(Ok(None)) | None => return Self::Synchronised,
-                }
-            } else if streams
-                .iter()
-                .any(|stream| stream.is_capturing().unwrap_or(true))
-            {
-                return Self::Synchronised;
-            } else {
-                streams.iter().map(Stream::record).collect()
-            };
-        fences.map_or(Self::Synchronised, |fences| Self::Fences(Arc::new(fences)))
+    pub(super) fn now(device: &Device, users: &Users) -> Self {
+        let is_captured = |stream: &Arc<_>| crate::stream::Handle::is_capturing(stream);
+        let mut shared = users.named().filter(|stream| !stream.is_per_thread());
+        if shared.any(|stream| is_captured(stream).unwrap_or(true)) {
+            return Self::Synchronised;
+        }
+        let fences = match users.streams() {
+            Some(streams) => {
+                let mut fences = users.ends().to_vec();
+                let several = streams.len() > 1;
+                let recorded = streams.iter().try_for_each(|(_, named)| {
+                    let stream = named.handle();
+                    if !(several && stream.is_idle()?) {
+                        fences.push(Arc::new(Fence::on_stream(stream)?));
+                    }
+                    Ok(())
+                });
+                recorded.map(|()| Some(fences))
+            }
+            None => Self::of_contexts(device, users.are_all()),
+        };
+        match fences {
+            Ok(Some(fences)) => Self::Fences(Arc::new(fences)),
+            Ok(None) | Err(_) => Self::Synchronised,
+        }
+    }
+
+    /// The end of all work of the device's context, or of those of all devices; `None` if a capture is declared, or the
+    /// driver is too old for it.
+    fn of_contexts(device: &Device, all: bool) -> Result<Option<Vec<Arc<Fence>>>> {
+        let Some(none) = CaptureGuard::try_none() else {
+            return Ok(None);
+        };
+        let peers = if all { device.peers()? } else { Vec::new() };
+        let mut fences = Vec::with_capacity(1 + peers.len());
+        for device in [device].into_iter().chain(&peers) {
+            match Fence::on_context(device, &none)? {
+                Some(fence) => fences.push(Arc::new(fence)),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(fences))
     }
 
     /// Whether it is past, as far as can be told without waiting.
@@ -71,8 +98,8 @@ pub(super) struct Entry {
     pub(super) until: Until,
     /// How much of it is overwritten by then, in bytes.
     pub(super) scrubbed_bytes: usize,
-    /// How many of the range's streams, in the order in which they were named, come after the fences.
-    pub(super) followers: usize,
+    /// The streams of the range whose namings have smaller numbers than this come after the fences.
+    pub(super) followers: u64,
     /// Whether chunks of it were taken back before its fences were past. Then it stays until they are, even without
     /// chunks: a stream that is named meanwhile must come after them too.
     pub(super) followed: bool,
@@ -136,7 +163,7 @@ impl Queue {
     }
 
     /// The first entry whose chunks come back when fences are past, of one range or of all.
-    pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Fence>>)> {
+    pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
         entries.find_map(|entry| match &entry.until {
             Until::Fences(fences) => Some((entry.id, fences.clone())),

@@ -6,7 +6,7 @@ use crate::engine::{
     PoolCounters, PoolOptions, Quota, RangeId,
 };
 use crate::sync::Arc;
-use crate::{Device, Result, Stream};
+use crate::{Device, Fence, Result, Stream};
 use core::ops;
 
 /// A range of device addresses that is backed by memory only where it is in use.
@@ -185,11 +185,38 @@ impl VirtualMemoryPool {
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
     /// only. Name all that use it, before they do: work on others is not waited for.
     ///
+    /// Each free asks each named stream, as any may have got work since: of one stream it records an event, of several only
+    /// on those that are not idle. When the last clone of a stream made by [`Stream::new`] is dropped, the pool lets it go:
+    /// it waits once for what is still queued there. [`forget_stream`](Self::forget_stream) does so for any other.
+    ///
     /// # Errors
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
         self.engine.inner().use_stream(self.range.id(), stream)
+    }
+
+    /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and for nothing that it is given
+    /// afterwards: from now on its work must not touch this pool's memory. For a stream that is not named nothing is done.
+    /// Once none is named, freed memory waits for all work of the context again.
+    ///
+    /// The pool holds the stream no longer. If it is being captured, or is the per-thread default stream, there is no telling
+    /// when its work ends: then freed memory waits for all work of the context from now on.
+    ///
+    /// # Errors
+    /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).
+    pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
+        self.engine.inner().forget_stream(&self.range, stream)
+    }
+
+    /// Has a stream that is not named come after what is still done with memory that was taken back.
+    pub(super) fn order_stream(&self, stream: &Stream) -> Result<()> {
+        self.engine.inner().order_stream(self.range.id(), stream)
+    }
+
+    /// Has frees wait for an end of work on a stream that is not named.
+    pub(super) fn add_end(&self, end: &Arc<Fence>) -> Result<()> {
+        self.engine.inner().add_end(&self.range, end)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for

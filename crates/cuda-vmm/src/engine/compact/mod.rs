@@ -12,10 +12,11 @@ use super::pages::PartlyLive;
 use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
+use super::users::Users;
 use super::{Inner, RangeId, State};
 use crate::capture::CaptureGuard;
 use crate::sync::Arc;
-use crate::{Fence, PhysicalMemory, Reservation, Result, Stream, VmmError};
+use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
 use plan::Plan;
 use relocation::{Place, Relocation};
 
@@ -66,14 +67,14 @@ impl Inner {
         self.retry(&Which::All);
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
-        let (streams, page_bytes, plan, mut report) = {
+        let (users, page_bytes, plan, mut report) = {
             let state = self.lock();
-            let (streams, page_bytes) = match state.ranges.get(id) {
-                Some(range) if !range.closed => (range.streams.clone(), range.page_bytes),
+            let (users, page_bytes) = match state.ranges.get(id) {
+                Some(range) if !range.closed => (range.users.clone(), range.page_bytes),
                 _ => return Err(VmmError::Closed),
             };
             let (plan, report) = state.plan(id);
-            (streams, page_bytes, plan, report)
+            (users, page_bytes, plan, report)
         };
         report.skipped_bytes += core::mem::take(&mut report.returned_bytes);
         report.moved_bytes = 0;
@@ -81,12 +82,12 @@ impl Inner {
         if no_capture.is_none() || plan.moves.is_empty() {
             return Ok(report);
         }
-        for stream in streams.iter() {
+        for stream in users.named() {
             if !stream.is_per_thread() && stream.is_capturing()? {
                 return Ok(report);
             }
         }
-        self.finish_work(&streams)?;
+        self.finish_work(&users)?;
         let stream = Stream::new(&self.device)?;
         let scratch = Reservation::with_alignment(&self.device, plan.scratch_bytes(), page_bytes)?;
         let scratch = Arc::new(scratch);
@@ -104,12 +105,11 @@ impl Inner {
         Ok(report)
     }
 
-    /// Waits for all work that can use a range for which these streams were named. The caller has made sure that no
-    /// capture is declared.
-    fn finish_work(&self, streams: &[Stream]) -> Result<()> {
-        match Until::now(&self.device, streams) {
-            Until::Fences(fences) => fences.iter().try_for_each(Fence::wait),
-            Until::Synchronised => self.device.synchronize_now(),
+    /// Waits for all work that can use a range. The caller has made sure that no capture is declared.
+    fn finish_work(&self, users: &Users) -> Result<()> {
+        match Until::now(&self.device, users) {
+            Until::Fences(fences) => fences.iter().try_for_each(|fence| fence.wait()),
+            Until::Synchronised => self.device.finish_work(users.are_all()),
         }
     }
 

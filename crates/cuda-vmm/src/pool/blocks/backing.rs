@@ -6,7 +6,6 @@ use super::plan::ReclaimPlan;
 use super::reclaim::{Candidate, reclaim};
 use super::runs::Runs;
 use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec};
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::{Engine, LeaseToken, Result, Stream, VmmError};
 use core::ops::Range;
@@ -40,8 +39,6 @@ pub(super) struct Inner {
     page_bytes: usize,
     books: Mutex<Books>,
     changed: Condvar,
-    /// Whether freed memory waits for named streams only.
-    names_streams: AtomicBool,
 }
 
 impl BlockBacking {
@@ -77,7 +74,6 @@ impl BlockBacking {
             page_bytes,
             books: Mutex::new(Books::new(blocks)),
             changed: Condvar::new(),
-            names_streams: AtomicBool::new(false),
         })))
     }
 
@@ -212,7 +208,8 @@ impl BlockBacking {
     ///
     /// When it has returned, tables must name the blocks' new places, and work that reads them must be ordered behind the
     /// copies; work queued before may still read the old places. Writes to a moved block must be ordered before the
-    /// call, on `stream`. If streams were named for the backing, `stream` is named too.
+    /// call, on `stream`. Freed memory waits for the copies, also if `stream` is not named, and for nothing else that it is
+    /// given.
     ///
     /// # Errors
     /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the plan's blocks, or of its
@@ -230,8 +227,18 @@ impl BlockBacking {
     /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
         self.0.engine.device().expect_same(stream.device())?;
-        self.0.names_streams.store(true, Ordering::SeqCst);
-        self.0.name_stream(stream)
+        let mut tensors = self.0.tensors.iter();
+        tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
+    }
+
+    /// Stops naming a stream, as [`VirtualMemoryPool::forget_stream`](crate::VirtualMemoryPool::forget_stream): from now on
+    /// its work must not touch the blocks.
+    ///
+    /// # Errors
+    /// As [`use_stream`](Self::use_stream).
+    pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
+        let mut tensors = self.0.tensors.iter();
+        tensors.try_for_each(|tensor| tensor.pool().forget_stream(stream))
     }
 
     /// Whether a block is backed; false for numbers that no block has, and in a forked process.
@@ -445,14 +452,5 @@ impl Inner {
         }
         let reclaim = reclaim(&self.layout, &candidates, bytes, move_cost);
         ReclaimPlan::new(reclaim, bytes, clock, Arc::downgrade(self))
-    }
-
-    pub(super) fn names_streams(&self) -> bool {
-        self.names_streams.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn name_stream(&self, stream: &Stream) -> Result<()> {
-        let mut tensors = self.tensors.iter();
-        tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! The one unsafe call queues copies on the caller's stream. While they are queued the books have both blocks: the
-//! source is leaving, the target is held, so nobody else gives them up. Afterwards their memory retires behind the
-//! stream: it is named where any is, and otherwise all work of the context is waited for.
+//! source is leaving, the target is held, so nobody else gives them up. Afterwards their memory retires behind an event
+//! recorded after the copies.
 #![allow(unsafe_code)]
 
 use super::backing::Inner;
@@ -60,8 +60,8 @@ impl Inner {
         if moves.is_empty() {
             return Ok(());
         }
-        if self.names_streams() {
-            self.name_stream(stream)?;
+        for tensor in &self.tensors {
+            tensor.pool().order_stream(stream)?;
         }
         for tensor in &self.tensors {
             for (from, to) in moves {
@@ -71,6 +71,9 @@ impl Inner {
                 unsafe { stream.copy(to, from, tensor.block_bytes()) }?;
             }
         }
-        Ok(())
+        // The stream is not named for this: what it is given otherwise is not ours.
+        let end = Arc::new(stream.record()?);
+        let mut tensors = self.tensors.iter();
+        tensors.try_for_each(|tensor| tensor.pool().add_end(&end))
     }
 }
