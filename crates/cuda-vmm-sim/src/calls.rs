@@ -283,6 +283,10 @@ calls! {
         if handle_type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
+        // Descriptor 0 is a null pointer here, which the driver refuses.
+        if os_handle.is_null() {
+            return Err(CUDA_ERROR_INVALID_VALUE);
+        }
         let descriptor = c_int::try_from(os_handle.addr()).map_err(|_| CUDA_ERROR_INVALID_VALUE)?;
         handle.set(sim.import(descriptor)?)
     }

@@ -8,7 +8,7 @@ mod common;
 use common::*;
 use std::ffi::c_void;
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
@@ -79,7 +79,10 @@ fn import_and_answer() {
     // SAFETY: this process was started with the socket as its standard error, and does not use it else.
     let mut exporter = unsafe { UnixStream::from_raw_fd(2) };
     let driver = Driver::new(SimConfig::new().memory_bytes(64 << 20));
-    let handle = import(&driver, 0).unwrap();
+    // It is number 0, which the driver takes for a null pointer.
+    assert_eq!(import(&driver, 0), Err(CUDA_ERROR_INVALID_VALUE));
+    let memory = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let handle = import(&driver, memory.as_raw_fd()).unwrap();
     let address = driver.reserve(2 * PAGE).unwrap();
     driver.map(address, 2 * PAGE, handle).unwrap();
     driver.open(address, 2 * PAGE).unwrap();

@@ -5,10 +5,10 @@
 mod common;
 
 use common::{PAGE, Simulated, manual, with_context};
-use cuda_vmm::sim::SimConfig;
+use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{
-    CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CUDA_SUCCESS,
-    CUstreamCaptureMode, DriverFunction,
+    CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CUDA_ERROR_ILLEGAL_ADDRESS,
+    CUDA_SUCCESS, CUstreamCaptureMode, DriverFunction,
 };
 use cuda_vmm::{CaptureGuard, Device, Engine, Stream, VirtualMemoryPool};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -196,6 +196,33 @@ fn an_engine_that_ends_during_a_capture_leaves_its_memory_to_the_device() {
         drop(guard);
         assert_eq!(simulated.device.retry_quarantine(), 3 * PAGE);
     });
+}
+
+/// Nothing runs on a poisoned context, so there is nothing to wait for: the memory goes at the first try, or went with the
+/// context, and the driver is not asked again.
+#[test]
+fn what_an_engine_left_is_not_waited_for_in_a_poisoned_context() {
+    use DriverFunction::{cuCtxSynchronize, cuMemAddressFree, cuMemUnmap};
+    let _turn = turn();
+    for poisoned in [
+        &[cuCtxSynchronize][..],
+        &[cuCtxSynchronize, cuMemUnmap, cuMemAddressFree],
+    ] {
+        let simulated = Simulated::default();
+        let (engine, pool) = pool(&simulated.device);
+        pool.allocate(0, 3 * PAGE).expect("room");
+        let guard = CaptureGuard::new();
+        drop((pool, engine));
+        drop(guard);
+        for call in poisoned {
+            let fault = Fault::always(*call, CUDA_ERROR_ILLEGAL_ADDRESS);
+            simulated.simulator.inject(fault);
+        }
+        assert_eq!(simulated.device.retry_quarantine(), 3 * PAGE);
+        simulated.simulator.start_trace();
+        assert_eq!(simulated.device.retry_quarantine(), 0);
+        assert_eq!(simulated.simulator.take_trace(), []);
+    }
 }
 
 #[test]
