@@ -3,6 +3,8 @@
 mod bench;
 mod ci;
 mod consumers;
+#[cfg(test)]
+mod errors_page;
 mod files;
 mod generate;
 mod gpu_test;

@@ -1,33 +1,28 @@
-//! Elastic GPU memory for [Candle](candle_core): reserve far more address space than there is memory,
-//! and back only the part in use.
+//! Tensors, KV caches and paged caches for [Candle](candle_core) that grow in place: addresses are there from the start and
+//! never move, and memory follows what is in use.
 //!
-//! A KV cache does not know how long it will get. [`VirtualMemoryPool`] reserves addresses for the
-//! longest and takes memory as tokens come; [`SharedMemoryPool`] does so for many models under one
-//! limit of physical memory. Addresses never move.
+//! A [`TensorPool`] is one budget of memory on one device. An [`ElasticKvCache`] of it has the methods of Candle's own
+//! cache, and grows where it stands:
 //!
 //! ```
-//! use candle_core::Device;
-//! use candle_cuda_vmm::{Result, VirtualMemoryPool};
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_cuda_vmm::{Result, TensorPool};
 //!
 //! # fn main() -> Result<()> {
-//! # #[cfg(feature = "simulator")] {
-//! // `Device::new_cuda(0)?` with the feature `cuda`. A CPU device is served by a simulated driver.
-//! let device = Device::Cpu;
-//! let mut pool = VirtualMemoryPool::new(
-//!     128 * 1024 * 1024 * 1024, // 128 GiB of addresses
-//!     2 * 1024 * 1024,          // in pages of 2 MiB
-//!     device,
-//! )?;
-//! let address = pool.allocate(0, 1024 * 1024 * 1024)?; // 1 GiB of memory
-//! println!("at {address:#x}, {} bytes in use", pool.physical_memory_usage());
-//! pool.deallocate(0, 1024 * 1024 * 1024)?;
-//! # }
+//! let device = Device::Cpu; // with the feature `cuda`: `Device::new_cuda(0)?`
+//! let pool = TensorPool::new(&device)?;
+//! let mut cache = pool.kv_cache(2, 131_072); // instead of `KvCache::new(2, 131_072)`
+//!
+//! let token = Tensor::ones((1, 8, 1, 128), DType::F32, &device)?;
+//! let (k, _v) = cache.append(&token, &token)?;
+//! assert_eq!(k.dims(), [1, 8, 1, 128]);
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! Tensors come from a [`TensorPool`]: an [`ElasticTensor`] grows by rows where it stands, and an
-//! [`ElasticKvCache`] is one of keys and one of values, with the methods of Candle's own cache.
+//! An [`ElasticTensor`] grows by rows, and [`ElasticBlocks`] are the tensors of a paged cache. For programs that launch
+//! their own kernels, [`VirtualMemoryPool`] hands out the addresses of one range, and [`SharedMemoryPool`] those of many
+//! models under one limit.
 //!
 //! # Where things are
 //! - [`TensorPool`], [`ElasticTensor`], [`ElasticKvCache`]: tensors and caches that grow.

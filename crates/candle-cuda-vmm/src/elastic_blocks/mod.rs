@@ -46,6 +46,52 @@ use std::sync::Arc;
 /// # }
 /// # Ok::<(), candle_cuda_vmm::VmmError>(())
 /// ```
+///
+/// An engine that has its own tables and its own allocator:
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use candle_core::{DType, Device};
+/// use candle_cuda_vmm::TensorPool;
+///
+/// let device = Device::Cpu; // or `Device::new_cuda(0)?`
+/// let pool = TensorPool::new(&device)?;
+///
+/// // Before: `Tensor::zeros((4096, 16, 8, 128), DType::F16, &device)?` for each of the four, 512 MiB in all.
+/// let shape = (16, 8, 128);
+/// let entries = ["0.k", "0.v", "1.k", "1.v"].map(|name| (name, shape, DType::F16));
+/// let cache = pool.blocks(4096, entries)?;
+/// // SAFETY: kernels get tables of backed blocks only, and nothing takes one of these tensors whole.
+/// # #[allow(unused_variables)]
+/// let tensors = unsafe { cache.reserved_tensors()? }; // [4096, 16, 8, 128] each, at the same addresses for life
+///
+/// // Sixteen sequences of 64 blocks. The engine's allocator has chosen them, and now they get memory.
+/// let mut tables: Vec<Vec<usize>> = (0..16).map(|at| (64 * at..64 * at + 64).collect()).collect();
+/// for table in &tables {
+///     cache.back(table.iter().copied())?;
+///     debug_assert!(cache.check_table(table.iter().copied()).is_ok());
+///     // Launch the kernels with `tensors` and this table, as before.
+/// }
+/// assert_eq!(cache.stats().committed_bytes, 128 << 20); // of 512 MiB
+///
+/// // All but two have ended. Their blocks keep what they hold, for a prompt that begins alike, until memory is wanted
+/// // elsewhere. Then the least valuable blocks go, and those in use may move.
+/// tables.truncate(2);
+/// let is_used = |block| tables.iter().flatten().any(|used| *used == block);
+/// let cost = |block| (!is_used(block)).then_some(0.0);
+/// let plan = cache.reclaim_candidates_with_moves(usize::MAX, 1.0, cost);
+/// cache.commit(&plan)?;
+/// for block in tables.iter_mut().flatten() {
+///     if let Some((_, to)) = plan.moves().iter().find(|(from, _)| from == block) {
+///         *block = *to;
+///     }
+/// }
+/// device.synchronize()?;
+/// cache.engine().step(); // a worker does so too, a little later
+/// assert_eq!(cache.stats().committed_bytes, 16 << 20);
+/// # }
+/// # Ok::<(), candle_cuda_vmm::VmmError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct ElasticBlocks(Arc<Inner>);
 

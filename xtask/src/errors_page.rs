@@ -1,0 +1,56 @@
+//! `docs/ERRORS.md` has every variant of every public error.
+
+use std::fs;
+use std::path::Path;
+
+/// Where the page has the error, and where the source has it.
+const ERRORS: [(&str, &str); 5] = [
+    ("cuda_vmm::VmmError", "cuda-vmm/src/error.rs"),
+    (
+        "cuda_vmm::pool::blocks::BlockError",
+        "cuda-vmm/src/pool/blocks/error.rs",
+    ),
+    ("candle_cuda_vmm::VmmError", "candle-cuda-vmm/src/error.rs"),
+    ("cuda_vmm_sys::LoadError", "cuda-vmm-sys/src/load.rs"),
+    ("cuda_vmm_sim::SimError", "cuda-vmm-sim/src/simulator.rs"),
+];
+
+/// The variants of a public enum, as rustfmt indents them.
+fn variants<'a>(source: &'a str, name: &str) -> Vec<&'a str> {
+    let body = source.split(&format!("pub enum {name} {{\n")).nth(1);
+    let body = body.and_then(|rest| rest.split("\n}\n").next());
+    let lines = body.unwrap_or_default().lines();
+    let lines = lines.filter_map(|line| line.strip_prefix("    "));
+    let words = lines.map(|line| line.split(['(', ' ', ',']).next().unwrap_or_default());
+    let words = words.filter(|word| word.starts_with(char::is_uppercase));
+    words.collect()
+}
+
+/// The first cell of each row of the tables under a heading.
+fn rows<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
+    let section = page.split(&format!("\n## `{heading}`\n")).nth(1);
+    let section = section.and_then(|rest| rest.split("\n## ").next());
+    let lines = section.unwrap_or_default().lines();
+    let cells = lines.filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    cells.collect()
+}
+
+#[test]
+fn the_page_of_errors_has_every_variant() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let page = fs::read_to_string(root.join("docs/ERRORS.md")).expect("the page is there");
+    for (path, file) in ERRORS {
+        let source = fs::read_to_string(root.join("crates").join(file)).expect("the source");
+        let name = path.rsplit("::").next().expect("a name");
+        let (variants, rows) = (variants(&source, name), rows(&page, path));
+        assert!(variants.len() > 3, "{path}: {variants:?}");
+        let missing: Vec<_> = variants
+            .iter()
+            .filter(|name| !rows.contains(name))
+            .collect();
+        assert!(
+            missing.is_empty(),
+            "docs/ERRORS.md, {path}: {missing:?} missing"
+        );
+    }
+}
