@@ -322,7 +322,7 @@ fn a_wait_ends_when_the_device_has_memory_again() {
         let (began, waits) = (Instant::now(), pool.snapshot().counters.waits);
         thread::scope(|scope| {
             let waiting = scope.spawn(|| a.allocate_timeout(0, 2 * PAGE, FOREVER));
-            while pool.snapshot().counters.waits == waits {
+            while pool.snapshot().counters.waits == waits && !waiting.is_finished() {
                 assert!(began.elapsed() < FOREVER, "it waits");
                 thread::yield_now();
             }
@@ -359,7 +359,7 @@ fn a_wait_for_the_device_ends_with_what_another_engine_frees() {
         let (engine, asks) = keeper(device, EngineOptions::new());
         thread::scope(|scope| {
             let waiting = scope.spawn(|| asks.allocate_timeout(0, PAGE, FOREVER));
-            while engine.counters().waits == 0 {
+            while engine.counters().waits == 0 && !waiting.is_finished() {
                 thread::yield_now();
             }
             held.deallocate(0, PAGE).expect("live");
