@@ -7,6 +7,7 @@
 
 use crate::driver::{Driver, call};
 use crate::engine::{Engine, MakeRoom};
+use crate::foreign::Foreign;
 use crate::quarantine::{Quarantine, Stuck};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, thread};
@@ -38,7 +39,7 @@ pub(crate) struct Inner {
     quarantine: Mutex<Quarantine>,
     engines: Mutex<Vec<Weak<crate::engine::Inner>>>,
     /// What others do to make room.
-    make_room: Mutex<Option<std::sync::Arc<MakeRoom>>>,
+    make_room: Mutex<Option<Foreign<std::sync::Arc<MakeRoom>>>>,
     /// Threads that call the driver for someone who waits for memory.
     callers: AtomicUsize,
     /// Calls that manage memory.
@@ -314,7 +315,7 @@ impl Device {
         drop(refused);
         let left_bytes = self.quarantine(|quarantine| quarantine.refused_bytes());
         if self.quarantine(Quarantine::is_over) {
-            tracing::info!("the driver has taken back all that was quarantined");
+            crate::events::info!("the driver has taken back all that was quarantined");
         }
         refused_bytes.saturating_sub(left_bytes)
     }
@@ -329,9 +330,9 @@ impl Device {
         if self.quarantine(|quarantine| quarantine.push(stuck)) {
             match error {
                 Some(error) => {
-                    tracing::warn!(%error, bytes, "the driver did not take an object back, which is quarantined");
+                    crate::events::warn!(%error, bytes, "the driver did not take an object back, which is quarantined");
                 }
-                None => tracing::warn!(bytes, "an engine left memory, which is quarantined"),
+                None => crate::events::warn!(bytes, "an engine left memory, which is quarantined"),
             }
         }
     }
@@ -421,17 +422,18 @@ impl Device {
     /// allocate from a pool of this device, which would call it again.
     pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
         let mut held = self.held_make_room();
-        let before = core::mem::replace(&mut *held, make_room);
+        let before = core::mem::replace(&mut *held, make_room.map(Foreign::new));
         drop(held);
         // Without the lock: it is not ours.
         drop(before);
     }
 
-    pub(crate) fn make_room(&self) -> Option<std::sync::Arc<MakeRoom>> {
-        self.held_make_room().clone()
+    pub(crate) fn make_room(&self) -> Option<Foreign<std::sync::Arc<MakeRoom>>> {
+        let held = self.held_make_room();
+        held.as_ref().map(|held| Foreign::new((**held).clone()))
     }
 
-    fn held_make_room(&self) -> MutexGuard<'_, Option<std::sync::Arc<MakeRoom>>> {
+    fn held_make_room(&self) -> MutexGuard<'_, Option<Foreign<std::sync::Arc<MakeRoom>>>> {
         let held = self.0.make_room.lock();
         held.unwrap_or_else(PoisonError::into_inner)
     }

@@ -147,7 +147,7 @@ impl Driver {
                 reason: Box::new(error),
             });
         }
-        tracing::warn!(target: "cuda_vmm::driver", reason = %error, "no GPU: the driver is simulated");
+        crate::events::warn!(target: "cuda_vmm::driver", reason = %error, "no GPU: the driver is simulated");
         Self::simulated(SimConfig::new())
     }
 
@@ -322,7 +322,7 @@ impl Inner {
                 "unknown error".to_owned()
             }
         };
-        tracing::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
+        crate::events::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
         Err(DriverError { call, code, name }.into())
     }
 }

@@ -121,7 +121,7 @@ impl Mapping {
                 cuMemMap(address, memory.bytes(), 0, memory.handle(), 0)
             )
         }?;
-        tracing::debug!(target: "cuda_vmm::driver", address, bytes = memory.bytes(), handle = memory.handle(), "mapped");
+        crate::events::debug!(target: "cuda_vmm::driver", address, bytes = memory.bytes(), handle = memory.handle(), "mapped");
         Ok(Self {
             reservation: reservation.clone(),
             memory: memory.clone(),
@@ -177,7 +177,7 @@ impl Mapping {
             outcome = set();
         }
         outcome?;
-        tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), devices = access.len(), "set access");
+        crate::events::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), devices = access.len(), "set access");
         Ok(())
     }
 
@@ -248,7 +248,7 @@ impl Mapping {
         // SAFETY: the range is exactly this mapping, which is undone once.
         let unmap = |driver: &_| unsafe { call!(driver, cuMemUnmap(self.address(), self.bytes())) };
         self.device().give_to_driver(unmap)?;
-        tracing::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), "unmapped");
+        crate::events::debug!(target: "cuda_vmm::driver", address = self.address(), bytes = self.bytes(), "unmapped");
         Ok(())
     }
 }

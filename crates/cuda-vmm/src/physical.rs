@@ -58,7 +58,7 @@ impl PhysicalMemory {
                 cuMemCreate(&mut handle, bytes, &properties, 0)
             )
         }?;
-        tracing::debug!(target: "cuda_vmm::driver", handle, bytes, exportable, "created memory");
+        crate::events::debug!(target: "cuda_vmm::driver", handle, bytes, exportable, "created memory");
         Ok(Self {
             device: device.clone(),
             handle,
@@ -128,7 +128,7 @@ impl PhysicalMemory {
         let release = |driver: &_| unsafe { call!(driver, cuMemRelease(self.handle)) };
         self.device.give_to_driver(release)?;
         self.device.note_memory();
-        tracing::debug!(target: "cuda_vmm::driver", handle = self.handle, bytes = self.bytes, "released memory");
+        crate::events::debug!(target: "cuda_vmm::driver", handle = self.handle, bytes = self.bytes, "released memory");
         Ok(())
     }
 }

@@ -58,7 +58,7 @@ impl Reservation {
                 cuMemAddressReserve(&mut address, bytes, alignment, 0, 0)
             )
         }?;
-        tracing::debug!(target: "cuda_vmm::driver", address, bytes, alignment, "reserved addresses");
+        crate::events::debug!(target: "cuda_vmm::driver", address, bytes, alignment, "reserved addresses");
         Ok(Self {
             device: device.clone(),
             address,
@@ -125,7 +125,7 @@ impl Reservation {
         let free =
             |driver: &_| unsafe { call!(driver, cuMemAddressFree(self.address, self.bytes)) };
         self.device.give_to_driver(free)?;
-        tracing::debug!(target: "cuda_vmm::driver", address = self.address, bytes = self.bytes, "freed addresses");
+        crate::events::debug!(target: "cuda_vmm::driver", address = self.address, bytes = self.bytes, "freed addresses");
         Ok(())
     }
 }

@@ -34,7 +34,7 @@ impl PhysicalMemory {
                 )
             )
         }?;
-        tracing::debug!(target: "cuda_vmm::driver", handle = self.handle(), descriptor, "exported memory");
+        crate::events::debug!(target: "cuda_vmm::driver", handle = self.handle(), descriptor, "exported memory");
         // SAFETY: the driver opened this descriptor for us and nobody else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
@@ -82,7 +82,7 @@ impl PhysicalMemory {
                 )
             )
         }?;
-        tracing::debug!(target: "cuda_vmm::driver", handle, bytes, "imported memory");
+        crate::events::debug!(target: "cuda_vmm::driver", handle, bytes, "imported memory");
         // SAFETY: the import made a reference that is ours; the caller vouches for size and device.
         Ok(unsafe { Self::from_raw(device, handle, bytes) })
     }

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 #[cfg(not(shuttle))]
+pub(crate) use std::thread_local;
+#[cfg(not(shuttle))]
 pub(crate) use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
     thread,
@@ -14,7 +16,7 @@ pub(crate) use std::{
 #[cfg(shuttle)]
 pub(crate) use shuttle::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
-    thread,
+    thread, thread_local,
 };
 
 use core::ops::Deref;

@@ -2,10 +2,32 @@
 
 use super::pages::Contents;
 use super::range::Range;
+use super::ranges::RangeGuard;
 use super::retire::Until;
-use super::{EngineStats, Inner, RangeId, State};
-use crate::sync::{Arc, MutexGuard};
+use super::{AtWork, EngineStats, Inner, Locked, RangeId, State};
+use crate::sync::Arc;
 use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
+
+/// A chunk that is draining, in the hands of the thread that gives it back.
+pub(super) struct Drained {
+    range: RangeId,
+    first: usize,
+    mapping: Mapping,
+    work: AtWork,
+}
+
+impl RangeGuard<'_> {
+    /// Takes out a parked or quarantined chunk. That serves nobody yet: what comes of it is told.
+    pub(super) fn drain(&mut self, id: RangeId, first: usize) -> Option<Drained> {
+        let mapping = self.quietly().pages.drain(first)?;
+        Some(Drained {
+            range: id,
+            first,
+            mapping,
+            work: AtWork::begin(),
+        })
+    }
+}
 
 /// Where the memory of a chunk goes when it is unmapped.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,9 +44,9 @@ enum Released {
 
 /// What is to be done with one parked chunk.
 enum Next {
-    Unmap(RangeId, usize, Mapping, To),
+    Unmap(Drained, To),
     /// Overwrite it, so that it can go to the cache.
-    Scrub(RangeId, usize, Mapping),
+    Scrub(Drained),
 }
 
 impl Inner {
@@ -35,11 +57,11 @@ impl Inner {
         let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {
-            let mut state = self.lock();
+            let state = self.lock();
             let stale = state.take_ahead(None, Range::stale_ahead);
-            if let Some((id, first, mapping)) = stale {
+            if let Some(chunk) = stale {
                 drop(state);
-                let unmapped = self.unmap(id, first, mapping, To::Driver);
+                let unmapped = self.unmap(chunk, To::Driver);
                 given_bytes += unmapped.unwrap_or_default();
                 continue;
             }
@@ -57,22 +79,22 @@ impl Inner {
             if too_much {
                 keep_bytes = self.options.park_low_bytes();
             }
-            let Some(next) = self.next_parked(&mut state, too_much) else {
+            let Some(next) = self.next_parked(&state, too_much) else {
                 return given_bytes;
             };
             drop(state);
             match next {
-                Next::Unmap(id, first, mapping, to) => {
-                    let unmapped = self.unmap(id, first, mapping, to);
+                Next::Unmap(chunk, to) => {
+                    let unmapped = self.unmap(chunk, to);
                     given_bytes += unmapped.unwrap_or_default();
                 }
-                Next::Scrub(id, first, mapping) => self.scrub(id, first, mapping),
+                Next::Scrub(chunk) => self.scrub(chunk),
             }
         }
     }
 
     /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none that is attended.
-    fn next_parked(&self, state: &mut State, too_much: bool) -> Option<Next> {
+    fn next_parked(&self, state: &State, too_much: bool) -> Option<Next> {
         let room_bytes = self
             .options
             .cache_bytes_max
@@ -81,25 +103,27 @@ impl Inner {
         ranges
             .filter(|(_, range)| !range.attended && (too_much || range.closed))
             .find_map(|(id, mut range)| {
-                let first = range.spare_parked()?;
+                let first = range.quietly().spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
                 let contents = range.pages.contents(first);
-                let mapping = range.pages.drain(first)?;
+                let chunk = range.drain(id, first)?;
                 Some(match contents {
-                    Contents::Unknown if bytes <= room_bytes && !range.closed => {
-                        Next::Scrub(id, first, mapping)
-                    }
-                    Contents::Clean if bytes <= room_bytes => {
-                        Next::Unmap(id, first, mapping, To::Cache)
-                    }
-                    _ => Next::Unmap(id, first, mapping, To::Driver),
+                    Contents::Unknown if bytes <= room_bytes && !range.closed => Next::Scrub(chunk),
+                    Contents::Clean if bytes <= room_bytes => Next::Unmap(chunk, To::Cache),
+                    _ => Next::Unmap(chunk, To::Driver),
                 })
             })
     }
 
     /// Overwrites a draining chunk with zeros on a stream of the engine's own; it is retiring until that is past, and
     /// then parked and clean. Where it cannot be overwritten it is parked for the driver.
-    fn scrub(self: &Arc<Self>, id: RangeId, first: usize, mapping: Mapping) {
+    fn scrub(self: &Arc<Self>, chunk: Drained) {
+        let Drained {
+            range: id,
+            first,
+            mapping,
+            work,
+        } = chunk;
         let fence = self
             .scrubbing_stream()
             .and_then(|stream| mapping.scrub(&stream));
@@ -111,6 +135,7 @@ impl Inner {
         };
         range.pages.retire_drained(first, mapping, fence.is_ok());
         drop(range);
+        let mut refused = None;
         match fence {
             Ok(fence) => {
                 state.counters.scrubbed_bytes += bytes as u64;
@@ -118,12 +143,15 @@ impl Inner {
                 state.queue.push_scrub(id, first, bytes, until);
             }
             Err(error) => {
-                tracing::debug!(%error, "memory could not be overwritten, and is not kept");
                 // The zeros may be queued without a fence.
                 state.queue.push(id, vec![first], Until::Synchronised);
+                refused = Some(error);
             }
         }
-        self.unlock_changed(state);
+        drop((work, state));
+        if let Some(error) = refused {
+            crate::events::debug!(%error, "memory could not be overwritten, and is not kept");
+        }
         self.worker.wake(self, false);
     }
 
@@ -167,42 +195,43 @@ impl Inner {
     /// Gives back one piece; `None` if there is none to spare.
     pub(super) fn give_up_one(
         self: &Arc<Self>,
-        mut state: MutexGuard<'_, State>,
+        mut state: Locked<'_>,
         only: Option<RangeId>,
     ) -> Option<Result<usize>> {
         let ahead = state.take_ahead(only, |range| range.pages.ahead().next_back());
-        if let Some((id, first, mapping)) = ahead {
+        if let Some(chunk) = ahead {
             drop(state);
-            return Some(self.unmap(id, first, mapping, To::Driver));
+            return Some(self.unmap(chunk, To::Driver));
         }
         if only.is_none()
             && let Some((bytes, memory)) = state.cache.take_largest()
         {
             state.releasing.push((None, bytes));
+            let _work = AtWork::begin();
             drop(state);
             return Some(self.release(None, memory));
         }
         let ranges = state.ranges.iter();
         let mut ranges = ranges.filter(|(id, _)| only.is_none_or(|only| *id == only));
         let spare = ranges.find_map(|(id, mut range)| {
-            let first = range.spare_parked()?;
-            Some((id, first, range.pages.drain(first)?))
+            let first = range.quietly().spare_parked()?;
+            range.drain(id, first)
         });
         drop(ranges);
-        let (id, first, mapping) = spare?;
+        let chunk = spare?;
         drop(state);
-        Some(self.unmap(id, first, mapping, To::Driver))
+        Some(self.unmap(chunk, To::Driver))
     }
 
     /// Unmaps one draining chunk and gives its memory to the cache or the driver. What the driver refuses stays
     /// charged, in quarantine.
-    pub(super) fn unmap(
-        self: &Arc<Self>,
-        id: RangeId,
-        first: usize,
-        mapping: Mapping,
-        to: To,
-    ) -> Result<usize> {
+    pub(super) fn unmap(self: &Arc<Self>, chunk: Drained, to: To) -> Result<usize> {
+        let Drained {
+            range: id,
+            first,
+            mapping,
+            work,
+        } = chunk;
         let bytes = mapping.bytes();
         let unmapped = mapping.unmap();
         let released = match unmapped {
@@ -248,7 +277,7 @@ impl Inner {
                 }
             }
         };
-        drop(range);
+        drop((work, range));
         self.note_refusal(state, outcome.as_ref().err(), bytes);
         outcome
     }

@@ -4,7 +4,8 @@ use super::ledger::{AccountId, Refusal};
 use super::plan::Plan;
 use super::pressure::Ticket;
 use super::relief::Relief;
-use super::{Inner, RangeId, State};
+use super::{AtWork, Inner, Locked, RangeId, State};
+use crate::events::Entered;
 use crate::mapping::MapFailure;
 use crate::size::Extent;
 use crate::sync::{Arc, MutexGuard};
@@ -28,7 +29,7 @@ pub(super) struct Made {
     from_cache: bool,
 }
 
-impl State {
+impl Locked<'_> {
     /// Charges an account for all that a plan backs, in its turn, and takes from the cache what serves it.
     pub(super) fn charge(
         &mut self,
@@ -44,39 +45,36 @@ impl State {
         };
         // Then without looking at each chunk.
         if cannot_help(self.cache.bytes()) {
-            let charged = self.ledger.charge(account, need_bytes, ticket);
-            return charged.map(|()| Vec::new());
+            self.ledger.admit(account, need_bytes, 0, ticket)?;
+            self.ledger.charge(account, need_bytes, ticket)?;
+            return Ok(Vec::new());
         }
         let chunks = plan.chunks().into_iter();
-        let chunks = chunks.map(|chunk| chunk.len() * page_bytes);
-        self.charge_chunks(account, chunks, ticket)
+        let chunks: Vec<_> = chunks.map(|chunk| chunk.len() * page_bytes).collect();
+        self.charge_chunks(account, &chunks, ticket)
     }
 
-    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them.
+    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them. A refusal changes
+    /// nothing, so that it wakes nobody.
     pub(super) fn charge_chunks(
         &mut self,
         account: AccountId,
-        chunks: impl Iterator<Item = usize>,
+        chunks: &[usize],
         ticket: Option<Ticket>,
     ) -> Result<Vec<PhysicalMemory>, Refusal> {
-        let (mut supply, mut supply_bytes, mut need_bytes) = (Vec::new(), 0, 0);
-        for bytes in chunks {
-            need_bytes += bytes;
-            if let Some(memory) = self.cache.take(bytes) {
-                supply_bytes += bytes;
-                supply.push(memory);
-            }
-        }
-        self.ledger.take_from_cache(supply_bytes);
-        match self.ledger.charge(account, need_bytes, ticket) {
-            Ok(()) => Ok(supply),
-            Err(refusal) => {
-                self.restock(supply);
-                Err(refusal)
-            }
-        }
+        let need_bytes = chunks.iter().sum();
+        let supply_bytes = self.cache.supply_bytes(chunks.iter().copied());
+        (self.ledger).admit(account, need_bytes, supply_bytes, ticket)?;
+        let state = &mut **self;
+        let supply = chunks.iter().filter_map(|bytes| state.cache.take(*bytes));
+        let supply = supply.collect();
+        state.ledger.take_from_cache(supply_bytes);
+        state.ledger.charge(account, need_bytes, ticket)?;
+        Ok(supply)
     }
+}
 
+impl State {
     /// Takes back the charge for what was not made, but for what is still mapped and what the driver would not release.
     pub(super) fn settle(
         &mut self,
@@ -112,6 +110,13 @@ impl Failure {
             unreleased: Vec::new(),
             cached: Vec::new(),
         }
+    }
+
+    /// Undoes what was made, for want of a use.
+    fn of(error: VmmError, made: Vec<Made>) -> Self {
+        let mut failure = Self::new(error);
+        (made.into_iter().rev()).for_each(|made| failure.undo(made));
+        failure
     }
 
     /// Undoes one chunk, or keeps what cannot be undone.
@@ -157,7 +162,7 @@ impl Inner {
     /// live. On failure the state is what it was, but for what the driver would not take back.
     pub(super) fn fill(
         self: &Arc<Self>,
-        mut state: MutexGuard<'_, State>,
+        mut state: Locked<'_>,
         mut range: MutexGuard<'_, super::range::Range>,
         id: RangeId,
         extent: Extent,
@@ -172,9 +177,8 @@ impl Inner {
             range.pages.take(&bytes, survey);
             range.counters.allocations += 1;
             let hungry = range.advance(bytes.end);
-            drop(range);
             // What was parked is in use again.
-            self.unlock_changed(state);
+            drop((range, state));
             if hungry {
                 self.worker.wake(self, false);
             }
@@ -187,19 +191,28 @@ impl Inner {
         range.pages.begin(&bytes, survey, &runs);
         let is_late = range.options.ahead_bytes_max > 0;
         range.counters.late_prefetches += u64::from(is_late);
+        let work = AtWork::begin();
         drop((range, state));
-        let span = tracing::debug_span!("fill", offset = bytes.start, bytes = bytes.len());
-        let _span = span.enter();
+        let _span = Entered::new(|| {
+            tracing::debug_span!("fill", offset = bytes.start, bytes = bytes.len())
+        });
         if is_late {
-            tracing::debug!("memory that was to be made ahead is not there yet");
+            crate::events::debug!("memory that was to be made ahead is not there yet");
         }
-        let made = {
+        let mut made = {
             let _caller = self.device.call_for_someone();
-            self.back(&target, &plan, &mut supply, relief)
+            self.back(id, &target, &plan, &mut supply, relief)
         };
         let mut state = self.lock();
+        let is_closed = |state: &State| state.ranges.get(id).is_none_or(|range| range.closed);
+        if made.is_ok() && is_closed(&state) {
+            // Nobody gets these pages. A thread that closed the range from within this work has not waited for it.
+            drop(state);
+            made = made.and_then(|chunks| Err(Failure::of(VmmError::Closed, chunks)));
+            state = self.lock();
+        }
         let State { ranges, ledger, .. } = &mut *state;
-        // The range cannot have gone: closing waits for what is filling.
+        // The range cannot have gone: it ends with its last chunk, and some are being filled.
         let Some(mut range) = ranges.get(id) else {
             return Err(VmmError::Closed);
         };
@@ -212,18 +225,12 @@ impl Inner {
                 ledger.refund(range.account, unmade_bytes);
                 range.counters.allocations += 1;
                 let hungry = range.advance(bytes.end);
-                // Whoever closed it meanwhile waits for this filling, and then frees these bytes too.
-                let outcome = if range.closed {
-                    Err(VmmError::Closed)
-                } else {
-                    Ok(())
-                };
-                drop(range);
-                self.unlock_changed(state);
+                drop((work, range));
+                drop(state);
                 if hungry {
                     self.worker.wake(self, false);
                 }
-                outcome
+                Ok(())
             }
             Err(mut failure) => {
                 let account = range.account;
@@ -231,10 +238,15 @@ impl Inner {
                 let kept = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
                 let kept_bytes = kept.sum();
                 let orphans = (range.pages).abort(&bytes, survey, &runs, still_mapped);
+                let is_left = range.closed && !range.attended;
                 drop(range);
                 let charged_bytes = plan.pages() * target.page_bytes;
                 state.settle(account, charged_bytes, kept_bytes, &mut failure, supply);
+                drop(work);
                 self.retire(state, id, orphans);
+                if is_left {
+                    self.go_on_closing();
+                }
                 // Something may be stuck, or parked again.
                 self.worker.wake(self, false);
                 Err(failure.error)
@@ -245,6 +257,7 @@ impl Inner {
     /// Makes chunks for all missing pages, or none. Spare pages may stay without.
     fn back(
         &self,
+        id: RangeId,
         target: &Target,
         plan: &Plan,
         supply: &mut Vec<PhysicalMemory>,
@@ -267,11 +280,11 @@ impl Inner {
                 if relief.is_news() {
                     self.lock().counters.device_shortages += 1;
                     let (error, bytes) = (&failure.error, pages.len() * target.page_bytes);
-                    tracing::warn!(%error, bytes, "the device has no memory though the budget has room");
+                    crate::events::warn!(%error, bytes, "the device has no memory though the budget has room");
                 }
                 // The budget had room but the device has not: engines of the device give up what they can spare, a
                 // piece at a time, then others in the process do, and then smaller chunks may still find room.
-                if relief.next(self, pages.len() * target.page_bytes) {
+                if relief.next(self, id, pages.len() * target.page_bytes) {
                     supply.append(&mut failure.cached);
                     left.push(pages);
                     continue;

@@ -9,9 +9,9 @@
 
 use super::range::Range;
 use super::retire::{Entry, Queue, Until};
-use super::{Inner, RangeId, State};
+use super::{Inner, Locked, RangeId, State};
 use crate::stream::{Handle, Named};
-use crate::sync::{Arc, MutexGuard};
+use crate::sync::Arc;
 use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
 
 /// Streams that are to come after the fences of an entry of the queue.
@@ -135,10 +135,10 @@ impl Inner {
     /// cannot be done all is as before, and the caller may wait instead.
     pub(super) fn make_follow<'a>(
         &'a self,
-        state: MutexGuard<'a, State>,
+        state: Locked<'a>,
         id: RangeId,
         chunks: &[usize],
-    ) -> MutexGuard<'a, State> {
+    ) -> Locked<'a> {
         let Some(needed) = state.following(id, chunks) else {
             return state;
         };
@@ -150,16 +150,17 @@ impl Inner {
         for (following, done) in needed.iter().zip(&done) {
             match done {
                 Ok(true) => {
-                    let Following {
-                        entry, followers, ..
-                    } = following;
-                    state.queue.add_followers(*entry, *followers);
+                    state
+                        .queue
+                        .add_followers(following.entry, following.followers);
                 }
-                Ok(false) => {}
-                Err(error) => tracing::debug!(%error, "a stream could not be made to wait"),
+                Ok(false) | Err(_) => {}
             }
         }
         drop(state);
+        for error in done.iter().filter_map(|done| done.as_ref().err()) {
+            crate::events::debug!(%error, "a stream could not be made to wait");
+        }
         // Without the lock: these may be the last to hold the fences and streams, and dropping one calls the driver.
         drop(needed);
         self.lock()
@@ -200,7 +201,7 @@ impl Inner {
         loop {
             let (followed, users) = {
                 let mut state = self.lock();
-                let State { ranges, queue, .. } = &mut *state;
+                let State { ranges, queue, .. } = state.quietly();
                 let range = match ranges.get(id) {
                     Some(range) if !range.closed => range,
                     _ => return Err(VmmError::Closed),

@@ -2,8 +2,10 @@
 
 use super::intervals::Intervals;
 use super::range::Range;
-use super::{Handle, Inner, Parts};
+use super::{AtWork, Handle, Inner, Parts};
+use crate::foreign::{self, Foreign};
 use crate::sync::Arc;
+use crate::sync::thread::{self, ThreadId};
 use crate::{Result, VmmError};
 use core::{fmt, ops};
 
@@ -13,8 +15,10 @@ use core::{fmt, ops};
 pub trait LeaseToken: fmt::Debug + Send + 'static {
     /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued already may still run.
     ///
-    /// Asked again and again, from any thread, with a lock of the pool's held: it must be quick, and call neither the
-    /// pool nor the driver. After it has answered `true` the token is dropped, without the lock.
+    /// The pools ask again and again, from any thread, with no lock held; so this may call them. While one thread asks, others
+    /// take the token for not released; those that need to know wait a tenth of a second at most. So it should be quick. After
+    /// it has returned `true` the token is dropped, on any thread. A token that panics here counts as not released; a
+    /// panic of its drop is caught.
     fn is_released(&mut self) -> bool;
 }
 
@@ -24,22 +28,39 @@ impl<T: ?Sized + fmt::Debug + Send + Sync + 'static> LeaseToken for std::sync::A
     }
 }
 
-/// Tokens that were released, to be dropped without a lock.
-pub(super) type Released = Vec<Box<dyn LeaseToken>>;
+type Token = Foreign<Box<dyn LeaseToken>>;
+
+/// A token that is out to be asked, by the number of its lease.
+type Asked = (u64, Token);
+
+/// What a thread does while another one asks the tokens of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Asker {
+    /// Takes them for not released.
+    Passing,
+    /// Waits for the answers, for a while.
+    Waiting,
+}
 
 #[derive(Debug)]
 struct Lease {
+    number: u64,
     bytes: ops::Range<usize>,
-    token: Box<dyn LeaseToken>,
+    /// None while it is being asked.
+    token: Option<Token>,
 }
 
 /// The leases of one range.
 #[derive(Debug, Default)]
 pub(super) struct Leases {
+    /// By rising number.
     leases: Vec<Lease>,
+    next: u64,
+    /// The thread that has tokens out to ask them.
+    asking: Option<ThreadId>,
     /// Bytes that were freed while they were leased. They are live in the books of pages, so that nobody gets them.
     freed: Intervals,
-    /// So many leases at least are looked at again before the list grows longer.
+    /// Tokens are asked before the list grows longer than this.
     look_at: usize,
 }
 
@@ -47,28 +68,57 @@ impl Leases {
     /// As few as are worth a look.
     const FEW: usize = 4;
 
-    fn add(&mut self, bytes: ops::Range<usize>, token: Box<dyn LeaseToken>) -> Released {
-        // Not at each, so that many views at once do not cost the square of their number.
-        let released = if self.leases.len() >= self.look_at.max(Self::FEW) {
-            let released = self.take_released();
-            self.look_at = 2 * self.leases.len();
-            released
-        } else {
-            Vec::new()
-        };
-        self.leases.push(Lease { bytes, token });
+    /// Adds a lease; says whether the tokens are to be asked again: not for each new one, so that many views at once do not cost
+    /// the square of their number.
+    fn add(&mut self, bytes: ops::Range<usize>, token: Token) -> bool {
+        let is_due = self.leases.len() >= self.look_at.max(Self::FEW);
+        self.leases.push(Lease {
+            number: self.next,
+            bytes,
+            token: Some(token),
+        });
+        self.next += 1;
+        is_due
+    }
+
+    /// Takes out the tokens, to be asked without the lock; none while a thread asks them.
+    fn take_tokens(&mut self) -> Vec<Asked> {
+        if self.asking.is_some() || self.leases.is_empty() {
+            return Vec::new();
+        }
+        self.asking = Some(thread::current().id());
+        let leases = self.leases.iter_mut();
+        let asked = leases.filter_map(|lease| Some((lease.number, lease.token.take()?)));
+        asked.collect()
+    }
+
+    /// Ends the leases of which the tokens are released, and puts the others back.
+    fn answer(&mut self, answers: Vec<(Asked, bool)>) -> Vec<Token> {
+        self.asking = None;
+        let mut answers = answers.into_iter().peekable();
+        let mut released = Vec::new();
+        self.leases.retain_mut(|lease| {
+            let is_its = |answer: &(Asked, bool)| answer.0.0 == lease.number;
+            let Some(((_, token), is_released)) = answers.next_if(is_its) else {
+                return true;
+            };
+            match is_released {
+                true => released.push(token),
+                false => lease.token = Some(token),
+            }
+            !is_released
+        });
+        self.look_at = 2 * self.leases.len();
         released
     }
 
-    /// Takes out the tokens that are released.
-    fn take_released(&mut self) -> Released {
-        let released = self
-            .leases
-            .extract_if(.., |lease| lease.token.is_released());
-        released.map(|lease| lease.token).collect()
+    /// Whether another thread asks the tokens now.
+    pub(super) fn is_asked_elsewhere(&self) -> bool {
+        self.asking
+            .is_some_and(|asking| asking != thread::current().id())
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.leases.is_empty()
     }
 
@@ -219,21 +269,15 @@ impl Range {
         unused
     }
 
-    /// Takes out the tokens that are released, to be dropped without the lock.
-    pub(super) fn take_released(&mut self) -> Released {
-        self.leases.take_released()
-    }
-
-    /// Frees what was freed before and is leased no longer. Returns the chunks that nobody uses any more, and tokens to
-    /// be dropped without the lock.
-    fn sweep_leases(&mut self) -> (Vec<usize>, Released) {
-        let released = self.leases.take_released();
+    /// Frees what was freed before and is leased no longer. Says whether there was any, and returns the chunks that nobody
+    /// uses any more.
+    fn sweep_leases(&mut self) -> (bool, Vec<usize>) {
         let parts = self.leases.sweep();
         let mut unused = Vec::new();
         for part in &parts {
             self.pages.release(part, &mut unused);
         }
-        (unused, released)
+        (!parts.is_empty(), unused)
     }
 }
 
@@ -246,62 +290,95 @@ impl Inner {
         bytes: usize,
         token: Box<dyn LeaseToken>,
     ) -> Result<()> {
+        // Before the lock, so that it is dropped after that if it is refused.
+        let token = Foreign::new(token);
         handle.check_process()?;
-        // The token comes from outside, so where it is refused it is dropped after the lock, as are those that are
-        // released.
         let mut range = handle.lock();
         if range.closed {
             return Err(VmmError::Closed);
         }
         let extent = range.live_extent(offset, bytes)?;
-        let released = range.leases.add(extent.range(), token);
+        let is_due = range.leases.add(extent.range(), token);
         // For good: what is queued by then may run long after the token is released.
         range.users.open_to_all();
         drop(range);
-        drop(released);
+        if is_due {
+            self.ask_tokens(handle, Asker::Passing);
+        }
         Ok(())
+    }
+
+    /// Asks the tokens of a range, and ends the leases of those that are released. The caller holds no lock: the tokens are
+    /// out of the range while they are asked, and the leases stay until they have answered.
+    pub(super) fn ask_tokens(&self, handle: &Handle, asker: Asker) {
+        let mut range = handle.lock();
+        if range.leases.is_empty() {
+            return;
+        }
+        if asker == Asker::Waiting && !AtWork::any() {
+            range = handle.await_answers(range);
+        }
+        let asked = range.leases.take_tokens();
+        drop(range);
+        if asked.is_empty() {
+            return;
+        }
+        let ask = |(number, mut token): Asked| {
+            let is_released = foreign::call(|| token.is_released());
+            if is_released.is_none() {
+                crate::events::debug!("a lease's token panicked, and counts as not released");
+            }
+            ((number, token), is_released.unwrap_or_default())
+        };
+        let answers = asked.into_iter().map(ask).collect();
+        let released = handle.lock().leases.answer(answers);
+        handle.tell_answers();
+        drop(released);
     }
 
     /// Whether a token that is not released covers any of the bytes.
     pub(crate) fn is_leased(&self, handle: &Handle, offset: usize, bytes: usize) -> bool {
         let end = offset.saturating_add(bytes);
-        let look = self.with_range(handle, |range| {
-            let released = range.leases.take_released();
-            (range.leases.overlaps(&(offset..end)), released)
-        });
-        look.is_ok_and(|(leased, _released)| leased)
+        if handle.check_process().is_ok() {
+            self.ask_tokens(handle, Asker::Waiting);
+        }
+        let look = self.with_range(handle, |range| range.leases.overlaps(&(offset..end)));
+        look.unwrap_or_default()
     }
 
     /// The bytes under each lease whose token is not released; they may overlap.
     pub(crate) fn leased(&self, handle: &Handle) -> Vec<ops::Range<usize>> {
-        let look = self.with_range(handle, |range| {
-            let released = range.leases.take_released();
-            (range.leased(), released)
-        });
-        look.map_or(Vec::new(), |(leased, _released)| leased)
+        if handle.check_process().is_ok() {
+            self.ask_tokens(handle, Asker::Waiting);
+        }
+        let look = self.with_range(handle, |range| range.leased());
+        look.unwrap_or_default()
     }
 
     /// Puts what was freed into the queue, and lets go what was freed while it was leased and is leased no longer: it
     /// retires, behind a fence of now.
     pub(super) fn look_at_news(self: &Arc<Self>) {
         let mut state = self.lock();
-        let mut any_swept = false;
-        let news: Vec<_> = state.ranges.with_news().cloned().collect();
-        for handle in news {
+        state.quietly().collect_freed();
+        // What has news still waits for leases.
+        let leased: Vec<_> = state.ranges.with_news().cloned().collect();
+        drop(state);
+        if leased.is_empty() {
+            return;
+        }
+        for handle in &leased {
+            self.ask_tokens(handle, Asker::Passing);
             let mut range = handle.lock();
-            state.queue.collect(handle.id(), &mut range);
-            let swept = range.waits_for_leases().then(|| range.sweep_leases());
+            let (any, unused) = range.sweep_leases();
             handle.note(&range);
+            let users = range.users.clone();
             drop(range);
-            if let Some((unused, released)) = swept {
-                any_swept |= !unused.is_empty();
-                self.retire(state, handle.id(), unused);
-                drop(released);
-                state = self.lock();
+            if !unused.is_empty() {
+                self.record(handle, users, unused);
+            } else if any {
+                self.tell();
             }
         }
-        if any_swept {
-            state.collect_freed();
-        }
+        self.lock().quietly().collect_freed();
     }
 }

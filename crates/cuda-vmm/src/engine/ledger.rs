@@ -216,13 +216,14 @@ impl Ledger {
         }
     }
 
-    /// Bytes that the account could be charged now, by one who stands there in the line, or in none.
-    fn free_bytes(&self, account: &Account, ticket: Option<Ticket>) -> usize {
+    /// Bytes that the account could be charged now, by one who stands there in the line, or in none, if so much comes out of the
+    /// cache.
+    fn free_bytes(&self, account: &Account, cached_bytes: usize, ticket: Option<Ticket>) -> usize {
         let own_bytes = account.unused_guarantee();
         let others = self.unused_guarantee_bytes - own_bytes;
         let in_budget = self
             .limit_bytes
-            .saturating_sub(self.committed_bytes())
+            .saturating_sub(self.committed_bytes() - cached_bytes)
             .saturating_sub(others);
         let ahead_bytes = self.claimed_ahead(account, ticket);
         // Nobody waits behind others for what is guaranteed.
@@ -254,7 +255,7 @@ impl Ledger {
     pub(crate) fn room(&self, id: AccountId, ticket: Option<Ticket>) -> Refusal {
         let account = self.accounts.get(&id);
         Refusal {
-            free_bytes: account.map_or(0, |account| self.free_bytes(account, ticket)),
+            free_bytes: account.map_or(0, |account| self.free_bytes(account, 0, ticket)),
             below_ceiling_bytes: account.map_or(0, Account::below_ceiling),
             limit_bytes: self.account_limit_bytes(id),
         }
@@ -271,11 +272,13 @@ impl Ledger {
             .min(ceiling_bytes)
     }
 
-    /// Charges an account, or says what it could have had. With a ticket it is in its turn, and leaves the line.
-    pub(crate) fn charge(
-        &mut self,
+    /// Whether an account can be charged so much now, of which some is in the cache; or what it could have had. With a
+    /// ticket it is in its turn.
+    pub(crate) fn admit(
+        &self,
         id: AccountId,
         bytes: usize,
+        cached_bytes: usize,
         ticket: Option<Ticket>,
     ) -> Result<(), Refusal> {
         let none = Refusal {
@@ -284,14 +287,25 @@ impl Ledger {
             limit_bytes: 0,
         };
         let account = self.accounts.get(&id).ok_or(none)?;
-        let free_bytes = self.free_bytes(account, ticket);
-        if bytes > free_bytes {
-            return Err(Refusal {
-                free_bytes,
-                below_ceiling_bytes: account.below_ceiling(),
-                limit_bytes: self.account_limit_bytes(id),
-            });
+        let free_bytes = self.free_bytes(account, cached_bytes, ticket);
+        if bytes <= free_bytes {
+            return Ok(());
         }
+        Err(Refusal {
+            free_bytes,
+            below_ceiling_bytes: account.below_ceiling(),
+            limit_bytes: self.account_limit_bytes(id),
+        })
+    }
+
+    /// Charges an account, or says what it could have had. With a ticket it is in its turn, and leaves the line.
+    pub(crate) fn charge(
+        &mut self,
+        id: AccountId,
+        bytes: usize,
+        ticket: Option<Ticket>,
+    ) -> Result<(), Refusal> {
+        self.admit(id, bytes, 0, ticket)?;
         self.change(id, |account| account.committed_bytes += bytes);
         self.committed_bytes += bytes;
         if let Some(ticket) = ticket {
@@ -357,7 +371,7 @@ impl Ledger {
     ) -> BTreeMap<AccountId, usize> {
         let has_room = |want: &Want<AccountId>| {
             let room = self.accounts.get(&want.account);
-            let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, None));
+            let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, 0, None));
             want.bytes <= free_bytes.saturating_add(self.cached_bytes)
         };
         let had_room: Vec<_> = self

@@ -4,8 +4,10 @@
 //! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
 //! is unmapped that the device may still use.
 
+mod at_work;
 mod backoff;
 mod cache;
+mod changes;
 mod compact;
 mod counters;
 mod drain;
@@ -51,13 +53,16 @@ pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
 use crate::quarantine::Stuck;
-use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use crate::sync::{Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sync::atomic::{AtomicBool, AtomicUsize};
+use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, PhysicalMemory, Result, Stream, VmmError};
+use at_work::AtWork;
 use cache::Cache;
+use changes::Locked;
 use compact::Relocations;
 use core::time::Duration;
+use drain::Drained;
 use ledger::{AccountId, Ledger};
 use ranges::Ranges;
 use refused::{Refusals, Which};
@@ -111,8 +116,6 @@ struct State {
     /// The engine itself, while closed ranges are left of which memory was leased: nobody else may be. Without a worker, a
     /// step finds the leases over, or another engine of the device that is short of memory.
     kept: Option<Arc<Inner>>,
-    /// Why the last context synchronise of a step failed, for a thread that waits for it.
-    refused: Option<VmmError>,
 }
 
 impl State {
@@ -220,7 +223,6 @@ impl Engine {
                 refusals: Refusals::default(),
                 ending: Vec::new(),
                 kept: None,
-                refused: None,
             }),
             changed: Condvar::new(),
             worker: Worker::new(options.worker),
@@ -315,37 +317,6 @@ impl Inner {
         self.device.driver().check_process()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until something about the engine's memory has changed.
-    fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        state.counters.waits += 1;
-        // What was freed since the lock was taken, by those who did not see yet that somebody waits. Whoever frees from
-        // now on does, and takes the lock to say so.
-        if !state.collect_freed() {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-        state
-    }
-
-    /// Lets go of the lock and wakes those who wait for a change, and owners who have come to owe more.
-    fn unlock_changed(&self, mut state: MutexGuard<'_, State>) {
-        let owing = state.share_out(&self.is_pressing);
-        let waiting = self.waiting.load(Ordering::SeqCst) > 0;
-        drop(state);
-        if waiting {
-            self.changed.notify_all();
-        }
-        owed::wake(owing);
-    }
-
     /// In how long a step would find something to do: at once, or when refused memory is to be tried again; `None` if
     /// nothing is to be done.
     fn next_work(&self) -> Option<Duration> {
@@ -365,16 +336,9 @@ impl Inner {
 
     fn step(self: &Arc<Self>, is_worker: bool) -> StepReport {
         let mut retired_bytes = self.poll();
-        if !self.lock().queue.unsynchronised(None).is_empty() {
-            let outcome = CaptureGuard::try_none().map(|_no_capture| self.synchronise());
-            let mut state = self.lock();
-            if let Some(outcome) = outcome {
-                retired_bytes += outcome.as_ref().copied().unwrap_or_default();
-                state.refused = outcome.err();
-            }
-            // Also where nothing could be done: those who wait for it look whether it still can be.
-            self.unlock_changed(state);
-        }
+        // What cannot be synchronised now is tried again at the next step.
+        let synchronised = self.synchronise(None).unwrap_or_default();
+        retired_bytes += synchronised.unwrap_or_default();
         // A step that somebody calls is a try; the worker's are many.
         let due = if is_worker { Which::Due } else { Which::All };
         let retried_bytes = self.retry(&due);
@@ -389,7 +353,7 @@ impl Inner {
             retiring_bytes: stats.retiring_bytes,
             quarantined_bytes: stats.quarantined_bytes,
         };
-        tracing::trace!(?report, is_worker, "took a step");
+        crate::events::trace!(?report, is_worker, "took a step");
         report
     }
 
@@ -419,18 +383,27 @@ impl Inner {
         self.park(&past)
     }
 
-    /// Waits for all work of the context, then parks what waited for that. The caller has made sure that
-    /// no capture is declared.
-    fn synchronise(&self) -> Result<usize> {
+    /// Waits for all work of the context, then parks what waited for that, of one range or of all; returns the bytes. `None` if
+    /// nothing waits for it, or if a capture is declared.
+    fn synchronise(&self, only: Option<RangeId>) -> Result<Option<usize>> {
         let (waiting, all) = {
             let state = self.lock();
             let all = state.ranges.values().any(|range| range.users.are_all());
-            (state.queue.unsynchronised(None), all)
+            (state.queue.unsynchronised(only), all)
         };
-        match self.device.finish_work(all) {
+        if waiting.is_empty() {
+            return Ok(None);
+        }
+        let Some(no_capture) = CaptureGuard::try_none() else {
+            return Ok(None);
+        };
+        let synchronised = self.device.finish_work(all);
+        // Before anyone is told: that may run code of others, which may begin a capture.
+        drop(no_capture);
+        match synchronised {
             Err(error) if !error.is_poisoned() => Err(error),
             // Done; or poisoned, and then nothing runs any more.
-            _ => Ok(self.park(&waiting)),
+            _ => Ok(Some(self.park(&waiting))),
         }
     }
 
@@ -449,7 +422,7 @@ impl Inner {
                 }
             }
         }
-        self.unlock_changed(state);
+        drop(state);
         if bytes > 0 {
             // An allocation for which the device has no memory can take it.
             self.device.note_memory();
@@ -460,10 +433,10 @@ impl Inner {
     }
 
     /// Records when the freed chunks of a range will be free of the device, and has it looked at.
-    fn retire(self: &Arc<Self>, state: MutexGuard<'_, State>, id: RangeId, chunks: Vec<usize>) {
+    fn retire(self: &Arc<Self>, state: Locked<'_>, id: RangeId, chunks: Vec<usize>) {
         let freed = state.ranges.handle(id).filter(|_| !chunks.is_empty());
         let freed = freed.cloned();
-        self.unlock_changed(state);
+        drop(state);
         if let Some(handle) = freed {
             let users = handle.lock().users.clone();
             self.record(&handle, users, chunks);
@@ -479,29 +452,29 @@ impl Inner {
         range.freed.push((chunks, until));
         handle.note(&range);
         drop(range);
-        // Whoever waits, or is short of memory, said so before he looked at the ranges: he saw the note, or is seen here.
-        if self.waiting.load(Ordering::SeqCst) > 0 || self.is_pressing.load(Ordering::SeqCst) {
-            self.unlock_changed(self.lock());
-        }
+        self.tell();
         self.worker.wake(self, false);
     }
 
     /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context synchronise,
-    /// or someone else's work. Says whether there was any, or why it cannot be waited for.
+    /// or another thread's work. Says whether there was any, or why it cannot be waited for.
     fn await_progress<'a>(
         self: &'a Arc<Self>,
-        mut state: MutexGuard<'a, State>,
+        mut state: Locked<'a>,
         only: Option<RangeId>,
-    ) -> Result<Option<MutexGuard<'a, State>>> {
-        state.collect_freed();
+    ) -> Result<Option<Locked<'a>>> {
+        state.quietly().collect_freed();
         if let Some((id, fences)) = state.queue.first_fences(only) {
-            state.counters.waits += 1;
+            state.quietly().counters.waits += 1;
             drop(state);
-            tracing::debug!("waits for the device");
-            let waited = fences.iter().map(|fence| fence.wait()).find(|waited| match waited {
-                Err(error) => !error.is_poisoned(),
-                Ok(()) => false,
-            });
+            crate::events::debug!("waits for the device");
+            let waited = fences
+                .iter()
+                .map(|fence| fence.wait())
+                .find(|waited| match waited {
+                    Err(error) => !error.is_poisoned(),
+                    Ok(()) => false,
+                });
             match waited {
                 // Not asked again: a driver that would not answer would have this wait for ever.
                 None | Some(Ok(())) => {
@@ -518,37 +491,19 @@ impl Inner {
             drop(fences);
             return Ok(Some(self.lock()));
         }
-        let unsynchronised = state.queue.unsynchronised(only);
-        if !unsynchronised.is_empty() {
-            state.refused = None;
+        if !state.queue.unsynchronised(only).is_empty() {
+            state.quietly().counters.waits += 1;
             drop(state);
-            if CaptureGuard::any() {
-                return Ok(None);
-            }
-            if !self.worker.wake(self, true) {
-                if let Some(_no_capture) = CaptureGuard::try_none() {
-                    self.synchronise()?;
-                }
-                return Ok(Some(self.lock()));
-            }
-            let mut state = self.lock();
-            while state.queue.has_any(&unsynchronised) {
-                if let Some(error) = state.refused.take() {
-                    return Err(error);
-                }
-                if CaptureGuard::any() {
-                    return Ok(None);
-                }
-                state = self.wait(state);
-            }
-            return Ok(Some(state));
+            // `None` also if another thread was faster: then the caller looks again.
+            let synchronised = self.synchronise(only)?.is_some();
+            let may_go_on = synchronised || !CaptureGuard::any();
+            return Ok(may_go_on.then(|| self.lock()));
         }
         let stats = state.parts();
         // What is freed now and has no fence yet is retiring too.
-        if stats.filling_bytes + stats.retiring_bytes > 0 {
+        if stats.filling_bytes + stats.retiring_bytes > 0 && !AtWork::any() {
             return Ok(Some(self.wait(state)));
         }
-        drop(state);
         Ok(None)
     }
 }

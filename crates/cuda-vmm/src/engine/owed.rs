@@ -5,19 +5,19 @@
 use super::ledger::{Ledger, NO_ROOM};
 use super::range::Range;
 use super::{Handle, Inner, RangeId, State};
+use crate::foreign::{self, Foreign};
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError};
 use crate::{Result, VmmError};
 use core::task::Waker;
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What one range owes.
 #[derive(Debug, Default)]
 pub(crate) struct Owed {
     bytes: AtomicUsize,
     /// Shared, so that the owner's code that clones it is never called with a lock held.
-    waker: Mutex<Option<Arc<Waker>>>,
+    waker: Mutex<Option<Arc<Foreign<Waker>>>>,
 }
 
 impl Owed {
@@ -33,38 +33,23 @@ impl Owed {
 
     /// Says whom to wake from now on. What was there before is dropped here, without the lock.
     pub(crate) fn set_waker(&self, waker: Option<Waker>) {
-        let waker = waker.map(Arc::new);
+        let waker = waker.map(|waker| Arc::new(Foreign::new(waker)));
         let mut held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core::mem::replace(&mut *held, waker);
         drop(held);
-        drop_quietly(before);
+        drop(before);
     }
 
     fn wake(&self) {
         let held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
         let waker = held.clone();
         drop(held);
-        if let Some(waker) = &waker
-            && catch_unwind(AssertUnwindSafe(|| waker.wake_by_ref())).is_err()
+        // Dropped here, without the lock: this may be the last that holds it.
+        if let Some(waker) = waker
+            && foreign::call(|| waker.wake_by_ref()).is_none()
         {
-            tracing::warn!("a waker panicked");
+            crate::events::warn!("a waker panicked");
         }
-        // It may be the last one that holds it.
-        drop_quietly(waker);
-    }
-}
-
-impl Drop for Owed {
-    fn drop(&mut self) {
-        let waker = self.waker.get_mut().unwrap_or_else(PoisonError::into_inner);
-        drop_quietly(waker.take());
-    }
-}
-
-/// Drops what is not ours, which may panic.
-fn drop_quietly(waker: Option<Arc<Waker>>) {
-    if catch_unwind(AssertUnwindSafe(|| drop(waker))).is_err() {
-        tracing::warn!("a waker panicked when it was dropped");
     }
 }
 
@@ -146,7 +131,8 @@ impl Inner {
         self.with_range(handle, |_| ())?;
         self.poll();
         let (bytes, outcome) = self.give_up(Some(handle.id()), |_| false);
-        self.unlock_changed(self.lock());
+        // Also if nothing went: what is owed is worked out anew.
+        self.lock().note_change();
         outcome.map(|()| bytes)
     }
 
@@ -176,7 +162,6 @@ impl Inner {
                 available_bytes,
             }) = outcome
             else {
-                self.unlock_changed(state);
                 return outcome;
             };
             if !polled {

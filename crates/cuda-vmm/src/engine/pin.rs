@@ -75,6 +75,8 @@ impl Inner {
     ) -> Result<GraphPin> {
         self.check_process()?;
         let mut state = self.lock();
+        // A pin that comes serves nobody.
+        let state = state.quietly();
         let number = state.next_pin;
         state.next_pin += 1;
         let mut range = match state.ranges.get(id) {
@@ -83,7 +85,7 @@ impl Inner {
         };
         let extent = range.live_extent(offset, bytes)?;
         let pages = extent.pages(range.page_bytes);
-        range.pins.insert(number, pages);
+        range.quietly().pins.insert(number, pages);
         Ok(GraphPin {
             engine: self.clone(),
             range: id,
@@ -103,13 +105,12 @@ impl Drop for GraphPin {
         };
         range.pins.remove(&self.number);
         let ends = range.is_ending();
+        // What it kept mapped may serve a thread that waits, which is told here.
         drop(range);
         drop(state);
         if ends {
             // Its pool is gone, and waited for nothing but this.
-            self.engine.poll();
-            self.engine.give_back();
-            self.engine.finish_closing();
+            self.engine.go_on_closing();
         }
         self.engine.worker.wake(&self.engine, false);
     }

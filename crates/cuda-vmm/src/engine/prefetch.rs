@@ -3,8 +3,7 @@
 use super::fill::Target;
 use super::policy::{chunk_pages, grown_end};
 use super::range::Range;
-use super::{Inner, RangeId, State};
-use crate::Mapping;
+use super::{AtWork, Drained, Inner, RangeId, State};
 use crate::sync::{Arc, thread};
 use core::ops;
 
@@ -76,11 +75,11 @@ impl State {
         &self,
         only: Option<RangeId>,
         pick: impl Fn(&Range) -> Option<usize>,
-    ) -> Option<(RangeId, usize, Mapping)> {
+    ) -> Option<Drained> {
         let mut ranges = self.ranges.iter();
         ranges.find_map(|(id, mut range)| {
             let first = pick(&range).filter(|_| only.is_none_or(|only| only == id))?;
-            Some((id, first, range.pages.drain(first)?))
+            range.drain(id, first)
         })
     }
 }
@@ -110,22 +109,23 @@ impl Inner {
             false => range.next_ahead(self.options.chunk_bytes_max),
         };
         let (Some(run), Some(target)) = (run, Target::of(&range)) else {
-            range.is_hungry = false;
+            range.quietly().is_hungry = false;
             return Some(0);
         };
         let (account, bytes) = (range.account, run.len() * range.page_bytes);
         // Nobody else makes pages of it, which takes the engine's lock.
         drop(range);
-        let Ok(mut supply) = state.charge_chunks(account, [bytes].into_iter(), None) else {
+        let Ok(mut supply) = state.charge_chunks(account, &[bytes], None) else {
             // Nothing is given up for what nobody has asked for.
             state.stop_prefetching(id);
             drop(state);
-            tracing::debug!(bytes, "the budget has no room for memory made ahead");
+            crate::events::debug!(bytes, "the budget has no room for memory made ahead");
             return Some(0);
         };
         if let Some(mut range) = state.ranges.get(id) {
-            range.pages.begin_ahead(run.clone());
+            range.quietly().pages.begin_ahead(run.clone());
         }
+        let work = AtWork::begin();
         drop(state);
         let give_way = || self.device.give_way();
         let made = self.make(&target, &run, &mut supply, give_way);
@@ -136,21 +136,26 @@ impl Inner {
         };
         let made_bytes = if failure.is_none() { bytes } else { 0 };
         let mut refused = None;
-        // The range cannot have gone: closing waits for what is filling.
         let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
+        // The range cannot have gone: it ends with its last chunk, and one is being filled.
+        let mut is_left = false;
         if let Some(mut range) = state.ranges.get(id) {
             range
                 .pages
                 .finish_ahead(run.start, chunk, failure.is_none());
+            is_left = range.closed && !range.attended;
         }
         if let Some(mut failure) = failure {
             state.settle(account, bytes, kept_bytes, &mut failure, supply);
             state.stop_prefetching(id);
             refused = Some(failure.error);
         }
-        self.unlock_changed(state);
+        drop((work, state));
+        if is_left {
+            self.go_on_closing();
+        }
         if let Some(error) = refused {
-            tracing::debug!(%error, bytes, "memory could not be made ahead");
+            crate::events::debug!(%error, bytes, "memory could not be made ahead");
         }
         Some(made_bytes)
     }
@@ -159,7 +164,7 @@ impl Inner {
 impl State {
     fn stop_prefetching(&self, id: RangeId) {
         if let Some(mut range) = self.ranges.get(id) {
-            range.is_hungry = false;
+            range.quietly().is_hungry = false;
         }
     }
 }

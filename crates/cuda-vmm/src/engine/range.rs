@@ -1,6 +1,6 @@
 //! One elastic range of an engine: its addresses, and taking and giving back bytes of it.
 
-use super::lease::Leases;
+use super::lease::{Asker, Leases};
 use super::ledger::{AccountId, Quota, Refusal};
 use super::pages::{ChunkState, Pages, Survey};
 use super::plan::Plan;
@@ -10,7 +10,9 @@ use super::relief::Relief;
 use super::retire::Until;
 use super::users::Users;
 use super::waiting;
-use super::{Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State};
+use super::{
+    AtWork, Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State,
+};
 use crate::size::Extent;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -44,6 +46,8 @@ pub(crate) struct Range {
     /// Whether the thread that closed it is giving back what it has. Steps leave that alone, but for what the driver refused
     /// before: two threads that call the driver in turns are slower than one.
     pub(super) attended: bool,
+    /// Allocations for which others are making room on the device now.
+    pub(super) making_room: usize,
 }
 
 /// Says that a range is not attended any more when it is dropped, which takes the engine's lock.
@@ -154,6 +158,12 @@ impl Range {
         !self.freed.is_empty() || self.waits_for_leases()
     }
 
+    /// Whether whoever closes it waits for work on it: not for this thread's own, nor for pages that wait for others to make
+    /// room, who may be waiting for it to close.
+    fn is_awaited_by_close(&self) -> bool {
+        self.pages.is_worked_on() && self.making_room == 0 && !AtWork::any()
+    }
+
     /// Ends it. What it is left with is to be dropped without a lock.
     pub(super) fn end(&mut self) -> Remains {
         Remains {
@@ -207,6 +217,7 @@ impl Inner {
                     bytes: capacity_bytes,
                 })?;
         let account = self.make_room_for(|ledger| ledger.open(quota))?;
+        // What was guaranteed to it may serve a thread that waits, which is told as the lock is let go.
         let reservation = Reservation::with_alignment(&self.device, bytes, page_bytes)
             .inspect_err(|_| self.lock().ledger.close(account))?;
         let address = reservation.address();
@@ -228,6 +239,7 @@ impl Inner {
             page_bytes,
             closed: false,
             attended: false,
+            making_room: 0,
         };
         let process = self.device.driver().process();
         let handle = self.lock().ranges.insert(range, process);
@@ -321,6 +333,11 @@ impl Inner {
         ticket: &mut Option<Ticket>,
     ) -> Result<usize> {
         let id = handle.id();
+        // A call from within this thread's own work would wait for that.
+        let patience = match AtWork::any() {
+            true => &Patience::None,
+            false => patience,
+        };
         let wait = patience.waits();
         let mut retried = false;
         let mut polled = false;
@@ -333,7 +350,7 @@ impl Inner {
         loop {
             let mut range = handle.lock();
             if !range.freed.is_empty() {
-                state.queue.collect(id, &mut range);
+                state.quietly().queue.collect(id, &mut range);
                 handle.note(&range);
             }
             if range.closed {
@@ -350,6 +367,7 @@ impl Inner {
                 }
                 polled = true;
                 drop((range, state));
+                self.ask_tokens(handle, Asker::Waiting);
                 self.poll();
                 state = self.lock();
                 continue;
@@ -417,7 +435,7 @@ impl Inner {
                 drop(state);
                 self.poll();
                 state = self.lock();
-                state.queue.was_looked_through();
+                state.quietly().queue.was_looked_through();
                 continue;
             }
             if retiring && !busy && !followed {
@@ -514,7 +532,7 @@ impl Inner {
         }
         handle.lock().counters.refusals += 1;
         let is_later = error.is_later();
-        tracing::debug!(?place, bytes, %error, is_later, "memory was refused");
+        crate::events::debug!(?place, bytes, %error, is_later, "memory was refused");
     }
 
     /// Some of the pages asked for are retiring or being worked on, and cannot be had now.
@@ -543,6 +561,11 @@ impl Inner {
     ) -> Result<()> {
         handle.check_process()?;
         let mut range = handle.lock();
+        if !range.leases.is_empty() {
+            drop(range);
+            self.ask_tokens(handle, Asker::Passing);
+            range = handle.lock();
+        }
         if range.closed {
             return Err(VmmError::Closed);
         }
@@ -556,7 +579,6 @@ impl Inner {
             // What is freed with another part is not live any more.
             return Err(VmmError::NotMapped { offset, bytes });
         }
-        let released = range.take_released();
         range.counters.deallocations += 1;
         let mut unused = Vec::new();
         for (offset, bytes) in parts.iter().copied() {
@@ -574,7 +596,6 @@ impl Inner {
         if let Some(users) = users {
             self.record(handle, users, unused);
         }
-        drop(released);
         if waits {
             self.worker.wake(self, false);
         }
@@ -582,8 +603,9 @@ impl Inner {
     }
 
     /// Ends a range: its bytes die, its memory goes back when the device has finished with it, its
-    /// addresses after that. Waits for the device, but not for the end of a declared capture: then, and
-    /// if the driver refuses, the engine keeps the range and finishes later.
+    /// addresses after that. Waits for the device and for other threads' work on the range, but not for the end of a declared
+    /// capture, nor for threads where that could be this thread's own work, or waits for this one: then, and if the driver
+    /// refuses, the engine keeps the range and finishes later.
     pub(crate) fn close_range(self: &Arc<Self>, id: RangeId) -> Result<()> {
         self.check_process()?;
         // Before the guard of the lock, so that it is dropped after that, also where something panics.
@@ -603,24 +625,26 @@ impl Inner {
         // What it was guaranteed others may have now; what it holds is on its account until it is given back.
         state.ledger.close(account);
         // An allocation of another thread that is under way ends first, and so does a move.
-        while (state.ranges.get(id)).is_some_and(|range| range.pages.is_worked_on()) {
+        while (state.ranges.get(id)).is_some_and(|range| range.is_awaited_by_close()) {
             state = self.wait(state);
         }
-        let (mut unused, mut released) = (Vec::new(), Vec::new());
+        let handle = state.ranges.handle(id).cloned();
+        drop(state);
         let mut leased = false;
-        if let Some(handle) = state.ranges.handle(id) {
+        if let Some(handle) = &handle {
+            self.ask_tokens(handle, Asker::Waiting);
+            let mut state = self.lock();
             let mut range = handle.lock();
-            released = range.take_released();
-            unused = range.free_all();
+            let unused = range.free_all();
             leased = range.waits_for_leases();
             handle.note(&range);
+            drop(range);
+            if leased {
+                // Now, since another thread may find the last lease over, and then nobody else may be left to finish.
+                state.kept = Some(self.clone());
+            }
+            self.retire(state, id, unused);
         }
-        if leased {
-            // Now, since another thread may find the last lease over, and then nobody else may be left to finish.
-            state.kept = Some(self.clone());
-        }
-        self.retire(state, id, unused);
-        drop(released);
         if leased {
             self.worker.wake(self, false);
         }
@@ -630,13 +654,14 @@ impl Inner {
             // What the device has finished with does not wait for the rest.
             drained = self.give_up(Some(id), |_| false).1.and(drained);
             let mut state = self.lock();
-            let Some(mut range) = state.ranges.get(id) else {
+            let Some(range) = state.ranges.get(id) else {
                 break;
             };
             let parts = range.pages.parts();
             let retires = !range.pages.in_state(ChunkState::Retiring).is_empty();
+            let is_worked_on = parts.retiring_bytes > 0 || range.pages.is_worked_on();
             // Someone may have seen just now that more is past.
-            let has_spare = range.spare_parked().is_some() || parts.ahead_bytes > 0;
+            let has_spare = range.spare_parked_bytes() + parts.ahead_bytes > 0;
             drop(range);
             if has_spare {
                 continue;
@@ -651,11 +676,15 @@ impl Inner {
                         return Ok(());
                     }
                 }
-            } else if parts.retiring_bytes > 0 {
+            } else if parts.retiring_bytes > 0 && !AtWork::any() {
                 // Someone else is unmapping the last chunks.
                 state = self.wait(state);
                 drop(state);
             } else {
+                if is_worked_on {
+                    // Work that is not waited for. Whoever does it goes on, or else the engine's next step.
+                    state.kept = Some(self.clone());
+                }
                 break;
             }
         }
@@ -665,11 +694,22 @@ impl Inner {
         self.finish_closing();
         let mut state = self.lock();
         // Someone else may be freeing the addresses.
-        while state.ending.contains(&id) {
+        while state.ending.contains(&id) && !AtWork::any() {
             state = self.wait(state);
         }
+        let is_kept = state.kept.is_some();
         drop(state);
+        if is_kept {
+            self.worker.wake(self, false);
+        }
         drained
+    }
+
+    /// Goes on with the closing of ranges that was left to this thread, as far as it goes without waiting.
+    pub(super) fn go_on_closing(self: &Arc<Self>) {
+        self.poll();
+        self.give_back();
+        self.finish_closing();
     }
 
     /// Frees the addresses of closed ranges that hold nothing any more.
@@ -703,7 +743,7 @@ impl Inner {
             true => None,
             false => state.kept.take(),
         };
-        self.unlock_changed(state);
+        drop(state);
         drop(kept);
     }
 }

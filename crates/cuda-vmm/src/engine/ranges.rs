@@ -10,7 +10,10 @@ use super::range::{Range, Remains};
 use crate::Result;
 use crate::driver::Process;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use crate::sync::{Apart, Arc, Mutex, MutexGuard, PoisonError};
+use crate::sync::{self, Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use core::cell::Cell;
+use core::ops::{Deref, DerefMut};
+use core::time::Duration;
 use std::collections::BTreeMap;
 
 /// Names a range of an engine.
@@ -31,6 +34,8 @@ struct Place {
     /// Whether the range has something for a step to look after; changed under its lock, and asked without, as there may
     /// be many ranges.
     has_news: AtomicBool,
+    /// The tokens of its leases have answered.
+    answered: Condvar,
 }
 
 impl Handle {
@@ -43,9 +48,25 @@ impl Handle {
         self.process.check()
     }
 
+    /// Locks it without the engine, or beside it: what is changed so is told by hand (`changes`).
     pub(super) fn lock(&self) -> MutexGuard<'_, Range> {
         let range = self.place.range.lock();
         range.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while another thread asks the tokens of the range's leases, but not for long: what they do is not ours.
+    pub(super) fn await_answers<'a>(
+        &'a self,
+        range: MutexGuard<'a, Range>,
+    ) -> MutexGuard<'a, Range> {
+        let (place, limit) = (&self.place, Duration::from_millis(100));
+        let is_asked = |range: &mut Range| range.leases.is_asked_elsewhere();
+        sync::wait_timeout_while(&place.answered, &place.range, range, limit, is_asked)
+    }
+
+    /// Tells those who wait for the tokens' answers that they are there.
+    pub(super) fn tell_answers(&self) {
+        self.place.answered.notify_all();
     }
 
     /// Says whether the range has something for a step to look after, with its lock, after what may have changed that.
@@ -61,11 +82,42 @@ impl Handle {
     }
 }
 
+/// A range that was locked by way of the engine's state. Each mutable access is a change, of which the engine's guard tells.
+#[derive(Debug)]
+pub(super) struct RangeGuard<'a> {
+    range: MutexGuard<'a, Range>,
+    is_changed: &'a Cell<bool>,
+}
+
+impl RangeGuard<'_> {
+    /// The range, for a change that can serve nobody and changes nothing that is owed.
+    pub(super) fn quietly(&mut self) -> &mut Range {
+        &mut self.range
+    }
+}
+
+impl Deref for RangeGuard<'_> {
+    type Target = Range;
+
+    fn deref(&self) -> &Range {
+        &self.range
+    }
+}
+
+impl DerefMut for RangeGuard<'_> {
+    fn deref_mut(&mut self) -> &mut Range {
+        self.is_changed.set(true);
+        &mut self.range
+    }
+}
+
 /// The ranges that are open or still hold something, by name.
 #[derive(Debug, Default)]
 pub(super) struct Ranges {
     by_id: BTreeMap<RangeId, Handle>,
     next: u64,
+    /// Whether a range was changed since the engine was locked.
+    is_changed: Cell<bool>,
 }
 
 impl Ranges {
@@ -75,6 +127,7 @@ impl Ranges {
         let place = Arc::new(Apart(Place {
             range: Mutex::new(range),
             has_news: AtomicBool::new(false),
+            answered: Condvar::new(),
         }));
         let handle = Handle { id, process, place };
         self.by_id.insert(id, handle.clone());
@@ -98,8 +151,24 @@ impl Ranges {
     }
 
     /// Locks one range.
-    pub(super) fn get(&self, id: RangeId) -> Option<MutexGuard<'_, Range>> {
-        self.by_id.get(&id).map(Handle::lock)
+    pub(super) fn get(&self, id: RangeId) -> Option<RangeGuard<'_>> {
+        self.by_id.get(&id).map(|handle| self.guard(handle))
+    }
+
+    fn guard<'a>(&'a self, handle: &'a Handle) -> RangeGuard<'a> {
+        RangeGuard {
+            range: handle.lock(),
+            is_changed: &self.is_changed,
+        }
+    }
+
+    pub(super) fn is_changed(&self) -> bool {
+        self.is_changed.get()
+    }
+
+    /// Whether a range was changed since this was asked.
+    pub(super) fn take_changed(&mut self) -> bool {
+        self.is_changed.take()
     }
 
     /// The ranges that have something for a step to look after.
@@ -108,12 +177,13 @@ impl Ranges {
     }
 
     /// Locks one range after the other, in the order in which they were made.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (RangeId, MutexGuard<'_, Range>)> {
-        self.by_id.iter().map(|(id, handle)| (*id, handle.lock()))
+    pub(super) fn iter(&self) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
+        let ranges = self.by_id.iter();
+        ranges.map(|(id, handle)| (*id, self.guard(handle)))
     }
 
     /// As [`iter`](Self::iter), without the names.
-    pub(super) fn values(&self) -> impl Iterator<Item = MutexGuard<'_, Range>> {
-        self.by_id.values().map(Handle::lock)
+    pub(super) fn values(&self) -> impl Iterator<Item = RangeGuard<'_>> {
+        self.by_id.values().map(|handle| self.guard(handle))
     }
 }

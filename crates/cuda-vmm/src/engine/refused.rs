@@ -12,8 +12,8 @@ use super::backoff::Backoff;
 use super::drain::To;
 use super::ledger::AccountId;
 use super::pages::ChunkState;
-use super::{Inner, RangeId, State, take_out};
-use crate::sync::{self, Arc, MutexGuard};
+use super::{AtWork, Inner, Locked, RangeId, State, take_out};
+use crate::sync::{self, Arc};
 use crate::{PhysicalMemory, Result, VmmError};
 use core::ops::Range;
 use core::time::Duration;
@@ -112,7 +112,7 @@ impl Inner {
     /// and the worker woken.
     pub(super) fn note_refusal(
         self: &Arc<Self>,
-        mut state: MutexGuard<'_, State>,
+        mut state: Locked<'_>,
         refusal: Option<&VmmError>,
         bytes: usize,
     ) {
@@ -121,18 +121,18 @@ impl Inner {
             state.refusals.is_told = true;
             state.refusals.backoff.fail(sync::now());
         }
-        self.unlock_changed(state);
+        drop(state);
         let Some(error) = refusal else {
             return;
         };
         if !is_news {
-            tracing::debug!(%error, bytes, "the driver did not take memory back");
+            crate::events::debug!(%error, bytes, "the driver did not take memory back");
             return;
         }
         if error.is_poisoned() {
-            tracing::warn!(%error, bytes, "the context is beyond use; its memory is left alone");
+            crate::events::warn!(%error, bytes, "the context is beyond use; its memory is left alone");
         } else {
-            tracing::warn!(%error, bytes, "the driver did not take memory back, which is quarantined and tried again");
+            crate::events::warn!(%error, bytes, "the driver did not take memory back, which is quarantined and tried again");
         }
         self.worker.wake(self, false);
     }
@@ -146,7 +146,7 @@ impl Inner {
         if pieces.is_empty() {
             return 0;
         }
-        tracing::debug!(
+        crate::events::debug!(
             pieces = pieces.len(),
             "the driver is asked again to take memory back"
         );
@@ -175,7 +175,7 @@ impl Inner {
         }
         drop(state);
         if is_over && was_told {
-            tracing::info!("the driver has taken back all that it had refused");
+            crate::events::info!("the driver has taken back all that it had refused");
         }
         bytes
     }
@@ -185,13 +185,13 @@ impl Inner {
             Piece::Chunk(id, first) => {
                 let state = self.lock();
                 let range = state.ranges.get(id);
-                let mapping = range.and_then(|mut range| {
+                let chunk = range.and_then(|mut range| {
                     let is_refused = range.pages.state_of(first) == Some(ChunkState::Quarantined);
-                    is_refused.then(|| range.pages.drain(first))?
+                    is_refused.then(|| range.drain(id, first))?
                 });
                 drop(state);
                 // Another thread may have been faster.
-                mapping.map_or(Ok(0), |mapping| self.unmap(id, first, mapping, To::Driver))
+                chunk.map_or(Ok(0), |chunk| self.unmap(chunk, To::Driver))
             }
             Piece::Unreleased => {
                 let mut state = self.lock();
@@ -200,6 +200,7 @@ impl Inner {
                 }
                 let (account, memory) = state.unreleased.remove(0);
                 state.releasing.push((account, memory.bytes()));
+                let _work = AtWork::begin();
                 drop(state);
                 self.release(account, memory)
             }

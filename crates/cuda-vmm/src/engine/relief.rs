@@ -3,9 +3,10 @@
 #![deny(clippy::unwrap_used)]
 
 use super::refused::Which;
-use super::{Engine, Inner};
-use crate::sync::Arc;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use super::{Engine, Inner, RangeId};
+use crate::foreign;
+use crate::sync::{Arc, thread_local};
+use core::cell::Cell;
 
 /// What others in the process do to make room on a device; see [`Device::set_make_room`]. It gets the bytes that are
 /// wanted.
@@ -52,6 +53,43 @@ impl Inner {
     }
 }
 
+thread_local! {
+    static MAKING_ROOM: Cell<bool> = const { Cell::new(false) };
+}
+
+/// This thread is in the function that makes room. What that allocates is refused rather than that it is called again, and
+/// whoever closes the range does not wait for its pages: the function may be waiting for that.
+struct MakingRoom<'a> {
+    engine: &'a Inner,
+    range: RangeId,
+}
+
+impl<'a> MakingRoom<'a> {
+    fn begin(engine: &'a Inner, range: RangeId) -> Self {
+        MAKING_ROOM.with(|here| here.set(true));
+        let this = Self { engine, range };
+        this.count(|making_room| *making_room += 1);
+        this
+    }
+
+    fn is_here() -> bool {
+        MAKING_ROOM.with(Cell::get)
+    }
+
+    fn count(&self, change: impl FnOnce(&mut usize)) {
+        if let Some(mut range) = self.engine.lock().ranges.get(self.range) {
+            change(&mut range.making_room);
+        }
+    }
+}
+
+impl Drop for MakingRoom<'_> {
+    fn drop(&mut self) {
+        self.count(|making_room| *making_room -= 1);
+        MAKING_ROOM.with(|here| here.set(false));
+    }
+}
+
 /// What was done already for an allocation that the device has no memory for.
 ///
 /// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes from others what is
@@ -78,11 +116,11 @@ impl Relief {
         };
     }
 
-    /// Takes the next step; `false` if all were taken. The caller holds no lock.
+    /// Takes the next step for pages of a range; `false` if all were taken. The caller holds no lock.
     ///
     /// First the engine's own spare memory goes, then what the driver refused before, then what other engines of the device
     /// can spare, and last what others in the process do.
-    pub(super) fn next(&mut self, engine: &Inner, bytes: usize) -> bool {
+    pub(super) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
         let device = &engine.device;
         let engines = device.engines();
         let is_own = |other: &&Engine| core::ptr::eq(Arc::as_ptr(other.inner()), engine);
@@ -108,12 +146,13 @@ impl Relief {
         if others.any(|engine| engine.inner().give_a_piece()) {
             return true;
         }
-        if !core::mem::replace(&mut self.others, true)
+        if !MakingRoom::is_here()
+            && !core::mem::replace(&mut self.others, true)
             && let Some(make_room) = device.make_room()
         {
-            let called = AssertUnwindSafe(|| make_room(bytes));
-            if catch_unwind(called).is_err() {
-                tracing::warn!("what makes room for the pools panicked");
+            let _making = MakingRoom::begin(engine, range);
+            if foreign::call(|| make_room(bytes)).is_none() {
+                crate::events::warn!("what makes room for the pools panicked");
             }
             return true;
         }

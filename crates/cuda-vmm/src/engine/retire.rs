@@ -163,7 +163,10 @@ impl Queue {
     }
 
     /// The first entry whose chunks come back when fences are past, of one range or of all.
-    pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+    pub(super) fn first_fences(
+        &self,
+        only: Option<RangeId>,
+    ) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
         entries.find_map(|entry| match &entry.until {
             Until::Fences(fences) => Some((entry.id, fences.clone())),
@@ -201,11 +204,6 @@ impl Queue {
         self.entries
             .iter()
             .filter(move |entry| only.is_none_or(|only| entry.range == only))
-    }
-
-    /// Whether any entry of these numbers is there.
-    pub(super) fn has_any(&self, ids: &[u64]) -> bool {
-        self.entries.iter().any(|entry| ids.contains(&entry.id))
     }
 
     /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands out the fences, which

@@ -5,10 +5,9 @@
 use super::backoff::Backoff;
 use super::ledger::AccountId;
 use super::pressure::Ticket;
-use super::{Inner, RangeId, State, WorkerMode};
-use crate::sync::atomic::Ordering;
-use crate::sync::{self, Arc, Deadline, MutexGuard};
-use crate::{CaptureGuard, Result, VmmError};
+use super::{Inner, Locked, RangeId};
+use crate::sync::{self, Arc, Deadline};
+use crate::{Result, VmmError};
 use core::time::Duration;
 
 /// How long a thread sleeps at most before it looks for itself what the device has finished with: long where a worker
@@ -51,9 +50,9 @@ impl Inner {
     /// Waits until something has changed, as long as there is patience; `None` if there is none left.
     pub(super) fn wait_patiently<'a>(
         &'a self,
-        state: MutexGuard<'a, State>,
+        state: Locked<'a>,
         patience: &Patience,
-    ) -> Option<MutexGuard<'a, State>> {
+    ) -> Option<Locked<'a>> {
         match patience {
             Patience::None => None,
             Patience::Retiring => Some(self.wait(state)),
@@ -68,10 +67,10 @@ impl Inner {
     /// or nothing that can be waited for.
     pub(super) fn await_patiently<'a>(
         self: &'a Arc<Self>,
-        state: MutexGuard<'a, State>,
+        state: Locked<'a>,
         only: Option<RangeId>,
         patience: &Patience,
-    ) -> Result<Option<MutexGuard<'a, State>>> {
+    ) -> Result<Option<Locked<'a>>> {
         match patience {
             Patience::None => Ok(None),
             Patience::Retiring => self.await_progress(state, only),
@@ -82,31 +81,27 @@ impl Inner {
     /// Waits for a change or for the moment to look what the device has finished with, and looks.
     fn await_until<'a>(
         self: &'a Arc<Self>,
-        mut state: MutexGuard<'a, State>,
+        mut state: Locked<'a>,
         deadline: &Deadline,
-    ) -> Option<MutexGuard<'a, State>> {
+    ) -> Option<Locked<'a>> {
         let left = deadline.left()?;
-        state.collect_freed();
-        let has_worker = self.options.worker == WorkerMode::Thread;
+        state.quietly().collect_freed();
         let is_coming = !state.queue.is_empty()
-            || (state.ranges.values()).any(|range| range.waits_for_leases());
+            || (state.ranges.values()).any(|range| range.waits_for_leases())
+            || state.parts().quarantined_bytes > 0;
         if !is_coming {
             // Whoever frees something says so.
             return Some(self.wait_for(state, left));
         }
-        let look = if has_worker {
-            LOOK_BESIDE_WORKER
-        } else {
-            LOOK_ALONE
+        let look = match self.worker.is_there() {
+            true => LOOK_BESIDE_WORKER,
+            false => LOOK_ALONE,
         };
         drop(self.wait_for(state, left.min(look)));
-        self.poll();
-        if !has_worker && !self.lock().queue.unsynchronised(None).is_empty() {
-            // A context that cannot be synchronised gives nothing back, and then the time passes.
-            let outcome = CaptureGuard::try_none().map(|_no_capture| self.synchronise());
-            if let Some(Err(error)) = outcome {
-                tracing::debug!(%error, "the context could not be synchronised");
-            }
+        // The worker may have died since. What it does not do, this thread does.
+        match self.worker.is_there() {
+            true => _ = self.poll(),
+            false => _ = self.step(true),
         }
         Some(self.lock())
     }
@@ -124,36 +119,17 @@ impl Inner {
             return Err(error);
         };
         let left = deadline.left().ok_or(error)?;
-        self.lock().counters.waits += 1;
+        self.lock().quietly().counters.waits += 1;
         let now = sync::now();
         backoff.fail(now);
         self.device.await_memory(seen, left.min(backoff.left(now)));
         Ok(())
     }
 
-    /// Waits until something about the engine's memory has changed, for so long at most.
-    fn wait_for<'a>(
-        &'a self,
-        mut state: MutexGuard<'a, State>,
-        left: Duration,
-    ) -> MutexGuard<'a, State> {
-        if left == Duration::MAX {
-            return self.wait(state);
-        }
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        state.counters.waits += 1;
-        // As in `wait`.
-        if !state.collect_freed() {
-            state = sync::wait_timeout(&self.changed, &self.state, state, left);
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-        state
-    }
-
     /// Puts an allocation in the line, or notes how much it needs now, and has others told what they owe for it.
     pub(super) fn stand_in_line(
         &self,
-        mut state: MutexGuard<'_, State>,
+        mut state: Locked<'_>,
         ticket: &mut Option<Ticket>,
         account: AccountId,
         bytes: usize,
@@ -162,21 +138,17 @@ impl Inner {
             Some(ticket) => state.ledger.wait_for(ticket, bytes),
             None => *ticket = Some(state.ledger.line_up(account, bytes)),
         }
-        self.unlock_changed(state);
     }
 
     /// Gives up a place in the line, if it was not served, so that those behind it may be.
     pub(super) fn leave_line(&self, ticket: Ticket) {
-        let mut state = self.lock();
-        if state.ledger.leave_line(ticket) {
-            self.unlock_changed(state);
-        }
+        self.lock().ledger.leave_line(ticket);
     }
 
     /// Remembers that an allocation was refused memory which others hold, so that they come to owe it.
     pub(super) fn refuse(
         &self,
-        mut state: MutexGuard<'_, State>,
+        mut state: Locked<'_>,
         ticket: &mut Option<Ticket>,
         account: AccountId,
         bytes: usize,
@@ -186,7 +158,6 @@ impl Inner {
             state.ledger.leave_line(ticket);
         }
         state.ledger.refuse(account, bytes);
-        self.unlock_changed(state);
         error
     }
 }

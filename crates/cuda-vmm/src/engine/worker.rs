@@ -1,6 +1,7 @@
 //! The thread that takes an engine's steps.
 
-use super::Inner;
+use super::{Inner, StepReport};
+use crate::foreign;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -21,6 +22,10 @@ pub enum WorkerMode {
 /// How long memory may wait after it was freed before the first look, so that a caller who takes it back
 /// at once finds it.
 const DELAY: Duration = Duration::from_millis(1);
+/// A thread that the system refuses is asked for again after up to two to this power of wake-ups.
+const REFUSALS_MAX: u32 = 10;
+/// How long the worker rests after a step that panicked.
+const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// How long between looks at most, while nothing comes of them.
 const DELAY_MAX: Duration = Duration::from_millis(16);
 
@@ -67,15 +72,25 @@ impl Shared {
 #[derive(Debug)]
 pub(super) struct Worker {
     shared: Arc<Shared>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    place: Mutex<Place>,
     mode: WorkerMode,
+}
+
+/// Where the thread is, if the system gave one.
+#[derive(Debug, Default)]
+struct Place {
+    thread: Option<JoinHandle<()>>,
+    /// How often it was refused in a row.
+    refusals: u32,
+    /// How often it is not tried before the next time.
+    rest: u32,
 }
 
 impl Worker {
     pub(super) fn new(mode: WorkerMode) -> Self {
         Self {
             shared: Arc::default(),
-            thread: Mutex::default(),
+            place: Mutex::default(),
             mode,
         }
     }
@@ -90,19 +105,9 @@ impl Worker {
         if !hurry && self.shared.awake.load(Ordering::SeqCst) {
             return true;
         }
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
-        if thread.is_none() {
-            let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
-            *thread = thread::Builder::new()
-                .name("cuda-vmm".into())
-                .spawn(move || run(&shared, &engine))
-                .inspect_err(|error| tracing::warn!(%error, "the worker thread could not start"))
-                .ok();
-        }
-        if thread.is_none() {
+        if !self.start(engine) {
             return false;
         }
-        drop(thread);
         let mut signal = self.shared.lock();
         let asleep = !signal.work || (hurry && !signal.hurry);
         signal.work = true;
@@ -113,6 +118,53 @@ impl Worker {
             self.shared.changed.notify_one();
         }
         true
+    }
+
+    /// Whether the thread is there.
+    pub(super) fn is_there(&self) -> bool {
+        self.place().thread.is_some()
+    }
+
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees to it that the thread is there; says whether it is. If the system refuses one, that is tried again later.
+    fn start(&self, engine: &Arc<Inner>) -> bool {
+        let mut place = self.place();
+        if place.thread.is_some() {
+            return true;
+        }
+        if place.rest > 0 {
+            place.rest -= 1;
+            return false;
+        }
+        let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
+        let started = thread::Builder::new()
+            .name("cuda-vmm".into())
+            .spawn(move || take_steps(&shared, &engine));
+        let is_first = place.refusals == 0;
+        let outcome = match started {
+            Ok(thread) => {
+                (place.thread, place.refusals) = (Some(thread), 0);
+                Ok(())
+            }
+            Err(error) => {
+                place.refusals = (place.refusals + 1).min(REFUSALS_MAX);
+                place.rest = 1 << place.refusals;
+                Err(error)
+            }
+        };
+        drop(place);
+        // Without the lock: a subscriber may free memory, which comes here again.
+        match &outcome {
+            Ok(()) => crate::events::debug!("the worker thread starts"),
+            Err(error) if is_first => {
+                crate::events::warn!(%error, "the worker thread could not start; calls do its work");
+            }
+            Err(_) => {}
+        }
+        outcome.is_ok()
     }
 
     /// Keeps the engine alive until it has no work left; in vain if there is no thread.
@@ -129,8 +181,9 @@ impl Worker {
     }
 
     fn take_thread(&mut self) -> Option<JoinHandle<()>> {
-        let thread = self.thread.get_mut();
-        thread.unwrap_or_else(PoisonError::into_inner).take()
+        let place = self.place.get_mut();
+        let place = place.unwrap_or_else(PoisonError::into_inner);
+        place.thread.take()
     }
 
     /// Forgets the thread, which a forked process does not have.
@@ -150,13 +203,9 @@ impl Drop for Worker {
         if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }
+        // Not on that thread: who ends the engine waits for it, maybe with a lock that a subscriber takes.
+        crate::events::debug!("the worker thread ends");
     }
-}
-
-fn run(shared: &Shared, engine: &Weak<Inner>) {
-    tracing::debug!("the worker thread starts");
-    take_steps(shared, engine);
-    tracing::debug!("the worker thread ends");
 }
 
 fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
@@ -178,15 +227,20 @@ fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
         }
         (signal.hurry, signal.work) = (false, false);
         shared.awake.store(false, Ordering::SeqCst);
-        let kept = signal.kept.take();
+        let mut kept = signal.kept.take();
         drop(signal);
         // Held during a step only, so that an engine ends with its last owner. If that is this step, the
         // engine ends here, on its own thread.
         let Some(engine) = engine.upgrade() else {
             return;
         };
-        let report = engine.step(true);
-        if let Some(left) = engine.next_work() {
+        // A step that panics is a fault of ours. The next may do what it left, and nobody else would.
+        let stepped = foreign::call(|| (engine.step(true), engine.next_work()));
+        let (report, next) = stepped.unwrap_or_else(|| {
+            crate::events::warn!("a step of the worker panicked");
+            (StepReport::default(), Some(AFTER_PANIC))
+        });
+        if let Some(left) = next {
             let mut signal = shared.lock();
             if left.is_zero() {
                 signal.work = true;
@@ -195,7 +249,7 @@ fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
                 pause = Some(left);
             }
             if signal.kept.is_none() {
-                signal.kept = kept;
+                signal.kept = kept.take();
             }
             drop(signal);
             delay = if report.retired_bytes + report.drained_bytes > 0 {
@@ -206,5 +260,7 @@ fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
         } else {
             delay = DELAY;
         }
+        // It may be the last owner; a panic as it ends must not take the thread along, which ends by itself.
+        _ = foreign::call(|| drop((engine, kept)));
     }
 }

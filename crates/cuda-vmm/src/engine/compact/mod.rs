@@ -13,8 +13,9 @@ use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
 use super::users::Users;
-use super::{Inner, RangeId, State};
+use super::{AtWork, Inner, RangeId, State};
 use crate::capture::CaptureGuard;
+use crate::events::Entered;
 use crate::sync::Arc;
 use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
 use plan::Plan;
@@ -63,7 +64,7 @@ impl Inner {
     /// range meanwhile.
     pub(crate) fn compact(self: &Arc<Self>, id: RangeId) -> Result<CompactReport> {
         self.check_process()?;
-        let _span = tracing::debug_span!("compact").entered();
+        let _span = Entered::new(|| tracing::debug_span!("compact"));
         self.retry(&Which::All);
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
@@ -91,6 +92,7 @@ impl Inner {
         let stream = Stream::new(&self.device)?;
         let scratch = Reservation::with_alignment(&self.device, plan.scratch_bytes(), page_bytes)?;
         let scratch = Arc::new(scratch);
+        let _work = AtWork::begin();
         for chunk in &plan.moves {
             if let Some(relocation) = self.depart(id, chunk.first, scratch.bytes())? {
                 let moved_bytes = relocation.charged_bytes;
@@ -178,18 +180,15 @@ impl Inner {
         scratch: &Arc<Reservation>,
         stream: &Stream,
     ) -> Result<usize> {
-        let create = |bytes| self.create(bytes);
+        let id = relocation.place.range;
+        let create = |bytes| self.create(id, bytes);
         if let Err(error) = relocation.forward(create, scratch, stream) {
             // What could not be put back is retried.
             let _ = self.put_back(relocation);
             return Err(error);
         }
         let charged_bytes = relocation.charged_bytes;
-        let (id, account, first) = (
-            relocation.place.range,
-            relocation.place.account,
-            relocation.first,
-        );
+        let (account, first) = (relocation.place.account, relocation.first);
         let (chunks, old) = relocation.into_arrived();
         let old_bytes = old.bytes();
         let mut state = self.lock();
@@ -205,11 +204,11 @@ impl Inner {
     }
 
     /// Makes memory for which the budget has room. If the device has none, it is relieved and asked again.
-    fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
+    fn create(&self, id: RangeId, bytes: usize) -> Result<PhysicalMemory> {
         let mut relief = Relief::default();
         loop {
             match PhysicalMemory::new(&self.device, bytes) {
-                Err(error) if error.is_out_of_memory() && relief.next(self, bytes) => {}
+                Err(error) if error.is_out_of_memory() && relief.next(self, id, bytes) => {}
                 outcome => return outcome,
             }
         }

@@ -217,7 +217,7 @@ impl Relocation {
         if self.placed.is_empty()
             && let Err(error) = self.restore()
         {
-            tracing::debug!(%error, "live memory could not be mapped again and is kept");
+            crate::events::debug!(%error, "live memory could not be mapped again and is kept");
             left.error = Some(error);
         }
         for (_, memory) in self.loose.drain(..) {

@@ -2,7 +2,7 @@
 
 use super::relocation::Relocation;
 use crate::engine::ledger::AccountId;
-use crate::engine::{Inner, State, take_out};
+use crate::engine::{AtWork, Inner, State, take_out};
 use crate::sync::Arc;
 use crate::{Device, Mapping, Result};
 
@@ -81,7 +81,7 @@ impl Inner {
             .unreleased
             .extend(unreleased.map(|memory| (Some(account), memory)));
         let mut unused = Vec::new();
-        // The range cannot have gone: closing waits for what moves.
+        // The range cannot have gone: it ends with its last chunk, and one moves.
         let State {
             ranges,
             relocations,
@@ -109,6 +109,7 @@ impl Inner {
 
     /// Tries again to put one stranded chunk back in its place.
     pub(in crate::engine) fn retry_stranded(self: &Arc<Self>) -> Result<usize> {
+        let _work = AtWork::begin();
         let relocation = {
             let mut state = self.lock();
             if state.relocations.stranded.is_empty() {
@@ -127,6 +128,7 @@ impl Inner {
 
     /// Tries again to unmap what a move has left at scratch addresses; returns the bytes that went to the driver.
     pub(in crate::engine) fn retry_stuck(self: &Arc<Self>) -> Result<usize> {
+        let _work = AtWork::begin();
         let (account, mapping) = {
             let mut state = self.lock();
             if state.relocations.stuck.is_empty() {

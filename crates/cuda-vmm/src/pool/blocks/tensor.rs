@@ -147,7 +147,7 @@ impl BlockTensor {
         // The bytes are live, nobody compacts the pool, and it closes after the last use of it: what is left is a
         // process that was forked meanwhile, whose memory is the parent's.
         if let Err(error) = self.pool.deallocate_many(parts) {
-            tracing::warn!(%error, tensor = self.name(), "blocks could not be freed");
+            crate::events::warn!(%error, tensor = self.name(), "blocks could not be freed");
         }
     }
 }
