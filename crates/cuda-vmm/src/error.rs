@@ -1,5 +1,6 @@
 //! What can go wrong, with the values that went wrong.
 
+use crate::engine::NO_ROOM;
 use crate::pool::blocks::BlockError;
 use crate::sys::{self, CUresult, DriverFunction};
 
@@ -286,18 +287,21 @@ impl VmmError {
             || self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY)
     }
 
-    /// Whether the same call can succeed later, when memory is back ([`later_bytes`](Self::later_bytes)).
+    /// Whether the same call can succeed later though the caller changes nothing: when memory is back that others hold, the
+    /// device still uses, or others are guaranteed ([`later_bytes`](Self::later_bytes)). What is larger than the pool's
+    /// limit or the caller's own ceiling is never that.
+    ///
+    /// Every error is one of three kinds:
+    ///
+    /// | kind | errors |
+    /// |---|---|
+    /// | later | [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) of at most its limit; [`Quarantined`](Self::Quarantined); [`Driver`](Self::Driver) with `CUDA_ERROR_OUT_OF_MEMORY`, except for addresses, and with `CUDA_ERROR_NOT_READY` from `cuMemSetAccess` |
+    /// | never | `OutOfPhysicalMemory` of more than its limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values of the same call exclude each other; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
+    /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors |
+    ///
+    /// The driver does not say how much memory it lacks, so what is larger than the whole device is later too.
     pub fn is_later(&self) -> bool {
-        match self {
-            Self::OutOfPhysicalMemory { .. } => !self.is_never(),
-            Self::Quarantined { .. } => true,
-            // Out of addresses, the driver answers the same code; memory does not help then.
-            Self::Driver(error) => {
-                error.code == sys::CUDA_ERROR_OUT_OF_MEMORY
-                    && error.call != DriverFunction::cuMemAddressReserve
-            }
-            _ => false,
-        }
+        self.prospect() == Prospect::Later
     }
 
     /// How many bytes must come back before a later try can succeed; 0 if that is not known.
@@ -312,26 +316,66 @@ impl VmmError {
         }
     }
 
-    /// Whether the same call fails for good, whatever else happens meanwhile. An error that is neither this nor
-    /// [`is_later`](Self::is_later) depends on what the program does: on bytes it frees, on models it registers.
+    /// Whether the same call fails for good, whatever others do meanwhile, as long as the options and quotas of the caller stay
+    /// as they are. What would fit if another model left, with its guarantee, is not never. The table is at
+    /// [`is_later`](Self::is_later); an error that is neither depends on what the program does.
     pub fn is_never(&self) -> bool {
+        self.prospect() == Prospect::Never
+    }
+
+    /// What becomes of the same call if it is made again. Without a wildcard, so that each new error is given a thought.
+    fn prospect(&self) -> Prospect {
         match self {
             Self::OutOfPhysicalMemory {
                 asked_bytes,
                 limit_bytes,
                 ..
-            } => asked_bytes > limit_bytes,
-            Self::Driver(_) => self.is_poisoned(),
-            Self::Block(error) => error.is_never(),
+            } => match asked_bytes > limit_bytes {
+                true => Prospect::Never,
+                false => Prospect::Later,
+            },
+            Self::Driver(_) if self.is_poisoned() => Prospect::Never,
+            // Out of addresses, the driver answers the same code; memory does not help then.
+            Self::Driver(error) => match (error.code, error.call) {
+                (sys::CUDA_ERROR_OUT_OF_MEMORY, DriverFunction::cuMemAddressReserve) => {
+                    Prospect::Depends
+                }
+                (sys::CUDA_ERROR_OUT_OF_MEMORY, _)
+                | (sys::CUDA_ERROR_NOT_READY, DriverFunction::cuMemSetAccess) => Prospect::Later,
+                _ => Prospect::Depends,
+            },
+            Self::Quarantined { .. } => Prospect::Later,
+            // The guarantees of others are in its way; all others are two values of one call.
+            Self::QuotaUnsatisfiable { what: NO_ROOM, .. } => Prospect::Depends,
+            Self::QuotaUnsatisfiable { .. } => Prospect::Never,
+            Self::Block(error) => match error.is_never() {
+                true => Prospect::Never,
+                false => Prospect::Depends,
+            },
             Self::OutOfVirtualMemory { .. }
             | Self::AlreadyMapped { .. }
             | Self::NotMapped { .. }
-            | Self::QuotaUnsatisfiable { .. }
-            | Self::Quarantined { .. }
+            | Self::Leased { .. }
             | Self::ModelNotFound { .. }
             | Self::ModelAlreadyRegistered { .. }
-            | Self::Descriptor { .. } => false,
-            _ => true,
+            | Self::Descriptor { .. } => Prospect::Depends,
+            #[cfg(feature = "simulator")]
+            Self::Simulator(cuda_vmm_sim::SimError::TooMany { .. }) => Prospect::Depends,
+            #[cfg(feature = "simulator")]
+            Self::Simulator(_) => Prospect::Never,
+            Self::Load(_)
+            | Self::GpuRequired { .. }
+            | Self::UnsupportedDevice { .. }
+            | Self::InvalidDevice { .. }
+            | Self::ZeroSize { .. }
+            | Self::Overflow { .. }
+            | Self::Misaligned { .. }
+            | Self::InvalidPageSize { .. }
+            | Self::OutOfRange { .. }
+            | Self::WrongDevice { .. }
+            | Self::WrongDriver
+            | Self::Closed
+            | Self::Forked => Prospect::Never,
         }
     }
 
@@ -355,6 +399,17 @@ impl VmmError {
             )
         })
     }
+}
+
+/// What becomes of a call that failed if it is made again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prospect {
+    /// It can succeed by itself.
+    Later,
+    /// It fails for good.
+    Never,
+    /// It depends on what the program does meanwhile.
+    Depends,
 }
 
 /// A close that failed: the error, and the object, which still owns what it owned.

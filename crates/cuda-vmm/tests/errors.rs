@@ -60,6 +60,57 @@ fn later_and_never_exclude_each_other_and_say_how_much() {
 }
 
 #[test]
+fn every_error_is_later_or_never_or_depends_on_the_program() {
+    let kinds = |kind: fn(&VmmError) -> bool| -> Vec<String> {
+        let of_kind = every_error().into_iter().filter(kind);
+        of_kind
+            .map(|error| {
+                let text = format!("{error:?}");
+                let end = text.find(|letter: char| !letter.is_alphanumeric());
+                text[..end.unwrap_or(text.len())].to_owned()
+            })
+            .collect()
+    };
+    assert_eq!(kinds(VmmError::is_later), ["Quarantined"]);
+    assert_eq!(
+        kinds(|error| !error.is_later() && !error.is_never()),
+        [
+            "Driver",
+            "Simulator",
+            "AlreadyMapped",
+            "NotMapped",
+            "OutOfVirtualMemory",
+            "QuotaUnsatisfiable",
+            "Leased",
+            "ModelNotFound",
+            "ModelAlreadyRegistered",
+            "Descriptor"
+        ]
+    );
+    let quota = |what| VmmError::QuotaUnsatisfiable {
+        what,
+        asked_bytes: 8,
+        available_bytes: 4,
+    };
+    assert!(quota("guarantee above its ceiling").is_never());
+    assert!(quota("headroom").is_never());
+    let of_call = |call, code| {
+        VmmError::Driver(DriverError {
+            call,
+            code,
+            name: String::new(),
+        })
+    };
+    let access = of_call(DriverFunction::cuMemSetAccess, CUDA_ERROR_NOT_READY);
+    assert!(access.is_later() && !access.is_never());
+    let addresses = of_call(
+        DriverFunction::cuMemAddressReserve,
+        CUDA_ERROR_OUT_OF_MEMORY,
+    );
+    assert!(!addresses.is_later() && !addresses.is_never());
+}
+
+#[test]
 fn a_poisoned_context_is_told_from_a_refusal() {
     for code in [
         CUDA_ERROR_DEINITIALIZED,
@@ -267,6 +318,13 @@ fn texts() -> Vec<(VmmError, &'static str)> {
                 bytes: 2,
             },
             "the 2 bytes at offset 1 touch quarantined memory",
+        ),
+        (
+            VmmError::Leased {
+                offset: 1,
+                bytes: 2,
+            },
+            "some of the 2 bytes at offset 1 are leased",
         ),
         (
             VmmError::ModelNotFound { model: model() },

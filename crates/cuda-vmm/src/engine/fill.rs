@@ -41,7 +41,8 @@ impl Locked<'_> {
         let need_bytes = plan.pages() * page_bytes;
         let cannot_help = |cached_bytes: usize| {
             cached_bytes == 0
-                || need_bytes > self.ledger.room(account, ticket).free_bytes + cached_bytes
+                || need_bytes
+                    > (self.ledger.room(account, ticket).free_bytes).saturating_add(cached_bytes)
         };
         // Then without looking at each chunk.
         if cannot_help(self.cache.bytes()) {

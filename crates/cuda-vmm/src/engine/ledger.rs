@@ -7,7 +7,7 @@ use crate::{Result, VmmError};
 use std::collections::BTreeMap;
 
 /// What cannot be had where a guarantee has no room beside what is held and guaranteed.
-pub(super) const NO_ROOM: &str = "guarantee";
+pub(crate) const NO_ROOM: &str = "guarantee";
 
 /// Names an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -81,6 +81,8 @@ pub(crate) struct Refusal {
     pub(crate) free_bytes: usize,
     /// What its ceiling leaves it, in bytes: with less than is needed, nobody else's memory would help.
     pub(crate) below_ceiling_bytes: usize,
+    /// The most that the account may hold while others have the guarantees that they have, in bytes.
+    pub(crate) beside_guarantees_bytes: usize,
     /// The most that the account may ever hold, in bytes.
     pub(crate) limit_bytes: usize,
 }
@@ -98,6 +100,8 @@ pub(crate) struct Ledger {
     /// Held on nobody's account, and given up before anyone is refused.
     cached_bytes: usize,
     unused_guarantee_bytes: usize,
+    /// What all accounts are guaranteed, used or not.
+    guaranteed_bytes: usize,
     /// How many accounts hold more than they may.
     above_ceiling: usize,
     accounts: BTreeMap<AccountId, Account>,
@@ -112,6 +116,7 @@ impl Ledger {
             committed_bytes: 0,
             cached_bytes: 0,
             unused_guarantee_bytes: 0,
+            guaranteed_bytes: 0,
             above_ceiling: 0,
             accounts: BTreeMap::new(),
             next: 0,
@@ -147,6 +152,7 @@ impl Ledger {
         let id = AccountId(self.next);
         self.next += 1;
         self.unused_guarantee_bytes += quota.guarantee_bytes;
+        self.guaranteed_bytes += quota.guarantee_bytes;
         self.accounts.insert(
             id,
             Account {
@@ -248,7 +254,7 @@ impl Ledger {
                     && want.bytes <= asker.below_ceiling();
                 is_ahead.then(|| want.bytes.saturating_sub(asker.unused_guarantee()))
             })
-            .sum()
+            .fold(0, usize::saturating_add)
     }
 
     /// What the account could be charged now: the budget's room and its own.
@@ -257,19 +263,45 @@ impl Ledger {
         Refusal {
             free_bytes: account.map_or(0, |account| self.free_bytes(account, 0, ticket)),
             below_ceiling_bytes: account.map_or(0, Account::below_ceiling),
+            beside_guarantees_bytes: account
+                .map_or(0, |account| self.beside_guarantees_bytes(account)),
             limit_bytes: self.account_limit_bytes(id),
         }
     }
 
-    /// The most that an account may ever hold, in bytes: its ceiling, and what others are not guaranteed.
+    /// The most that an account may ever hold, in bytes, as long as its quota stays. What others are guaranteed is not
+    /// taken off: they may leave.
     pub(crate) fn account_limit_bytes(&self, id: AccountId) -> usize {
-        let others = self.accounts.iter().filter(|(other, _)| **other != id);
-        let guaranteed: usize = others.map(|(_, other)| other.quota.guarantee_bytes).sum();
-        let ceiling_bytes =
-            (self.accounts.get(&id)).map_or(0, |account| account.quota.ceiling_bytes);
-        self.limit_bytes
-            .saturating_sub(guaranteed)
-            .min(ceiling_bytes)
+        let account = self.accounts.get(&id);
+        let ceiling_bytes = account.map_or(0, |account| account.quota.ceiling_bytes);
+        self.limit_bytes.min(ceiling_bytes)
+    }
+
+    fn beside_guarantees_bytes(&self, account: &Account) -> usize {
+        let others_bytes = self.guaranteed_bytes - account.quota.guarantee_bytes;
+        let beside_bytes = self.limit_bytes.saturating_sub(others_bytes);
+        beside_bytes.min(account.quota.ceiling_bytes)
+    }
+
+    /// What an account above its ceiling may take, in bytes, of what it has freed and the engine still holds for it, and of
+    /// new memory: nothing that brings what it uses above the ceiling. `coming_bytes` is what it holds and does not use.
+    /// `None` if it is not above its ceiling.
+    pub(crate) fn room_below_ceiling(
+        &self,
+        id: AccountId,
+        coming_bytes: impl FnOnce() -> usize,
+    ) -> Option<Refusal> {
+        if !self.is_above_ceiling(id) {
+            return None;
+        }
+        let account = self.accounts.get(&id)?;
+        let used_bytes = account.committed_bytes.saturating_sub(coming_bytes());
+        let room_bytes = account.quota.ceiling_bytes.saturating_sub(used_bytes);
+        Some(Refusal {
+            free_bytes: room_bytes,
+            below_ceiling_bytes: room_bytes,
+            ..self.room(id, None)
+        })
     }
 
     /// Whether an account can be charged so much now, of which some is in the cache; or what it could have had. With a
@@ -284,6 +316,7 @@ impl Ledger {
         let none = Refusal {
             free_bytes: 0,
             below_ceiling_bytes: 0,
+            beside_guarantees_bytes: 0,
             limit_bytes: 0,
         };
         let account = self.accounts.get(&id).ok_or(none)?;
@@ -294,6 +327,7 @@ impl Ledger {
         Err(Refusal {
             free_bytes,
             below_ceiling_bytes: account.below_ceiling(),
+            beside_guarantees_bytes: self.beside_guarantees_bytes(account),
             limit_bytes: self.account_limit_bytes(id),
         })
     }
@@ -415,9 +449,11 @@ impl Ledger {
     fn change(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
         if let Some(account) = self.accounts.get_mut(&id) {
             self.unused_guarantee_bytes -= account.unused_guarantee();
+            self.guaranteed_bytes -= account.quota.guarantee_bytes;
             self.above_ceiling -= usize::from(account.is_above_ceiling());
             change(account);
             self.unused_guarantee_bytes += account.unused_guarantee();
+            self.guaranteed_bytes += account.quota.guarantee_bytes;
             self.above_ceiling += usize::from(account.is_above_ceiling());
         }
     }

@@ -39,7 +39,7 @@ mod worker;
 pub use compact::CompactReport;
 pub use counters::{EngineCounters, PoolCounters};
 pub use lease::LeaseToken;
-pub(crate) use ledger::Quota;
+pub(crate) use ledger::{NO_ROOM, Quota};
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use owed::Owed;
 pub(crate) use pages::Parts;

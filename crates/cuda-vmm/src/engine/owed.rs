@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::ledger::{Ledger, NO_ROOM};
+use super::ledger::{Ledger, NO_ROOM, Refusal};
 use super::range::Range;
 use super::{Handle, Inner, RangeId, State};
 use crate::foreign::{self, Foreign};
@@ -64,9 +64,7 @@ impl State {
     fn coming(&self) -> BTreeMap<super::AccountId, usize> {
         let mut coming = BTreeMap::new();
         for range in self.ranges.values() {
-            let parts = range.pages.parts();
-            let bytes = parts.retiring_bytes + parts.ahead_bytes + range.spare_parked_bytes();
-            *coming.entry(range.account).or_default() += bytes;
+            *coming.entry(range.account).or_default() += range.coming_bytes();
         }
         for (account, bytes) in &self.releasing {
             if let Some(account) = account {
@@ -99,6 +97,16 @@ impl State {
             .collect()
     }
 
+    /// Whether a range holds more than it may, and what it may take then; see [`Ledger::room_below_ceiling`].
+    pub(super) fn room_below_ceiling(&self, range: &Range) -> Option<Refusal> {
+        self.ledger.room_below_ceiling(range.account, || {
+            let releasing = self.releasing.iter();
+            let releasing = releasing.filter(|(account, _)| *account == Some(range.account));
+            let releasing_bytes: usize = releasing.map(|(_, bytes)| bytes).sum();
+            range.coming_bytes() + releasing_bytes
+        })
+    }
+
     /// A range that holds more than it may, and some of it to spare.
     pub(super) fn spare_above_ceiling(&self) -> Option<RangeId> {
         if self.ledger.is_calm() {
@@ -114,6 +122,12 @@ impl State {
 }
 
 impl Range {
+    /// What comes back of it without its owner's doing, in bytes, but for what is being released.
+    fn coming_bytes(&self) -> usize {
+        let parts = self.pages.parts();
+        parts.retiring_bytes + parts.ahead_bytes + self.spare_parked_bytes()
+    }
+
     /// Whether its owner is asked for memory.
     pub(super) fn owes(&self) -> bool {
         self.owed.bytes() > 0

@@ -59,6 +59,11 @@ impl Survey {
         self.missing.iter().map(Range::len).sum()
     }
 
+    /// First pages of the chunks that are there and in which nobody has a byte.
+    pub(crate) fn unused(&self) -> impl Iterator<Item = usize> + '_ {
+        self.parked.iter().chain(&self.retiring).copied()
+    }
+
     /// Whether all pages are backed or parked, and nobody works on them.
     pub(crate) fn is_there(&self) -> bool {
         self.missing.is_empty() && self.retiring.is_empty() && !self.busy && !self.quarantined

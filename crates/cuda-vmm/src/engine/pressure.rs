@@ -132,10 +132,11 @@ pub(super) fn divide<A: Copy + PartialEq>(
     let spoken_for = holders
         .iter()
         .map(|holder| holder.used_bytes.max(holder.guarantee_bytes));
-    let spoken_for: usize = spoken_for.sum();
-    let owed_anyhow: usize = owed.iter().sum();
-    // Saturating: where memory in quarantine is on no open account, less is there than the limit.
-    let mut room_bytes = (limit_bytes + owed_anyhow).saturating_sub(spoken_for);
+    let spoken_for = spoken_for.fold(0, usize::saturating_add);
+    let owed_anyhow = owed.iter().copied().fold(0, usize::saturating_add);
+    // Saturating: where memory in quarantine is on no open account, less is there than the limit. What is owed is part of
+    // what is spoken for, and the limit may be the largest number.
+    let mut room_bytes = limit_bytes.saturating_sub(spoken_for.saturating_sub(owed_anyhow));
 
     let at = |account: A| holders.iter().position(|holder| holder.account == account);
     let mut wants: Vec<_> = wants

@@ -188,6 +188,20 @@ pub(super) struct Remains {
     _reservation: Option<Arc<Reservation>>,
 }
 
+impl State {
+    /// The error of an allocation for which the budget has no room.
+    fn out_of_memory(&self, asked_bytes: usize, room: &Refusal) -> VmmError {
+        let stats = self.parts();
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes,
+            free_bytes: room.free_bytes,
+            retiring_bytes: stats.retiring_bytes,
+            reclaimable_bytes: stats.reclaimable_bytes(),
+            limit_bytes: room.limit_bytes,
+        }
+    }
+}
+
 impl Inner {
     /// Reserves addresses for a new range with an account of its own.
     pub(crate) fn open_range(
@@ -374,7 +388,23 @@ impl Inner {
             };
             let mut plan = Plan::new(&range, &extent, survey, self.options.chunk_bytes_max);
             let survey = &plan.survey;
-            let need_bytes = survey.missing_pages() * range.page_bytes;
+            let missing_bytes = survey.missing_pages() * range.page_bytes;
+            let unused = survey.unused().map(|first| range.pages.chunk_bytes(first));
+            let more_bytes = missing_bytes + unused.sum::<usize>();
+            let whole_bytes = extent.pages(range.page_bytes).len() * range.page_bytes;
+            if more_bytes > 0 && whole_bytes > state.ledger.account_limit_bytes(range.account) {
+                let room = state.ledger.room(range.account, *ticket);
+                drop(range);
+                // Though a part of it may be there, it never is all at once.
+                return Err(state.out_of_memory(whole_bytes, &room));
+            }
+            // Above a lowered ceiling it may not use what it has freed again, though that is there.
+            let above_ceiling = state.room_below_ceiling(&range);
+            let above_ceiling = above_ceiling.filter(|room| more_bytes > room.free_bytes);
+            let need_bytes = match above_ceiling {
+                Some(_) => more_bytes,
+                None => missing_bytes,
+            };
             if survey.quarantined {
                 if retried {
                     return Err(VmmError::Quarantined { offset, bytes });
@@ -392,7 +422,11 @@ impl Inner {
                 !survey.retiring.is_empty() && !state.may_follow(id, &range, &survey.retiring);
             // Where nobody takes steps, or not often, what is past is looked for now and then.
             let overgrown = !survey.retiring.is_empty() && state.queue.is_overgrown();
-            let refusal = if retiring || busy || (overgrown && !polled) {
+            let refusal = if busy {
+                None
+            } else if above_ceiling.is_some() {
+                above_ceiling
+            } else if retiring || (overgrown && !polled) {
                 None
             } else {
                 // What would only be there for later is left out before anything is given up for it.
@@ -429,7 +463,7 @@ impl Inner {
             drop(range);
             // Something is in the way. Cheapest first: what the device has finished with meanwhile, what
             // is parked, and then, if the caller will wait, what comes back by itself.
-            let may_help = |refusal: &Refusal| need_bytes <= refusal.limit_bytes;
+            let may_help = |refusal: &Refusal| need_bytes <= refusal.beside_guarantees_bytes;
             if !polled && refusal.as_ref().is_none_or(may_help) {
                 polled = true;
                 drop(state);
@@ -438,7 +472,7 @@ impl Inner {
                 state.quietly().queue.was_looked_through();
                 continue;
             }
-            if retiring && !busy && !followed {
+            if retiring && !busy && !followed && refusal.is_none() {
                 followed = true;
                 state = self.make_follow(state, id, &plan.survey.retiring);
                 continue;
@@ -451,7 +485,6 @@ impl Inner {
                 }
                 continue;
             }
-            let stats = state.parts();
             let Some(refusal) = refusal else {
                 let error = self.in_the_way(&state, id, extent);
                 if !wait {
@@ -463,16 +496,25 @@ impl Inner {
                 }
                 continue;
             };
-            let error = VmmError::OutOfPhysicalMemory {
-                asked_bytes: need_bytes,
-                free_bytes: refusal.free_bytes,
-                retiring_bytes: stats.retiring_bytes,
-                reclaimable_bytes: stats.reclaimable_bytes(),
-                limit_bytes: refusal.limit_bytes,
-            };
-            if error.is_never() {
-                return Err(error);
+            let error = state.out_of_memory(need_bytes, &refusal);
+            if need_bytes > refusal.beside_guarantees_bytes {
+                // Only a guarantee that goes helps. Nobody owes memory for that, and nobody behind has to wait.
+                if let Some(ticket) = ticket.take() {
+                    state.ledger.leave_line(ticket);
+                    self.unlock_changed(state);
+                    state = self.lock();
+                    continue;
+                }
+                match patience {
+                    Patience::None | Patience::Retiring => return Err(error),
+                    Patience::Until(_) => match self.wait_patiently(state, patience) {
+                        Some(again) => state = again,
+                        None => return Err(error),
+                    },
+                }
+                continue;
             }
+            let stats = state.parts();
             // At its own ceiling a range is helped by its own memory only.
             let only = (need_bytes > refusal.below_ceiling_bytes).then_some(id);
             let (spare_bytes, retiring_bytes) = match only {
@@ -501,7 +543,11 @@ impl Inner {
             }
             let in_vain = match patience {
                 Patience::None => true,
-                Patience::Retiring => retiring_bytes + refusal.free_bytes < need_bytes,
+                // What retires is not what it uses too much of.
+                Patience::Retiring if above_ceiling.is_some() => true,
+                Patience::Retiring => {
+                    retiring_bytes.saturating_add(refusal.free_bytes) < need_bytes
+                }
                 Patience::Until(_) => false,
             };
             if in_vain {

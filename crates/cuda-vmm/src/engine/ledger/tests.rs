@@ -15,7 +15,8 @@ fn a_refusal_says_what_there_was() {
         Err(Refusal {
             free_bytes: 70,
             below_ceiling_bytes: usize::MAX,
-            limit_bytes: 70
+            beside_guarantees_bytes: 70,
+            limit_bytes: 100
         })
     );
     assert_eq!(ledger.charge(second, 70, None), Ok(()));
