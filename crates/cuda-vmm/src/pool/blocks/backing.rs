@@ -47,7 +47,7 @@ impl BlockBacking {
     /// `page_bytes` is a power of two of at least the device's granularity.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; otherwise as
+    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; [`BlockError::TooMany`]; otherwise as
     /// [`VirtualMemoryPool::on_engine`](crate::VirtualMemoryPool::on_engine).
     pub fn new(engine: &Engine, spec: LayerSpec, blocks: usize, page_bytes: usize) -> Result<Self> {
         if blocks == 0 {
@@ -63,6 +63,7 @@ impl BlockBacking {
             });
         }
         let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
+        let books = Books::new(blocks)?;
         let tensors = spec.into_tensors().into_iter().zip(class_of);
         let tensors = tensors
             .map(|(spec, class)| BlockTensor::new(engine, spec, blocks, class, page_bytes))
@@ -72,7 +73,7 @@ impl BlockBacking {
             tensors,
             layout,
             page_bytes,
-            books: Mutex::new(Books::new(blocks)),
+            books: Mutex::new(books),
             changed: Condvar::new(),
         })))
     }

@@ -57,18 +57,27 @@ pub(super) struct Departure {
 }
 
 impl Books {
-    pub(super) fn new(blocks: usize) -> Self {
+    /// Fails if the host has no memory for them: there may be far more blocks of addresses than the host can count.
+    pub(super) fn new(blocks: usize) -> Result<Self, BlockError> {
         let block = Block {
             state: State::Unbacked,
             pins: 0,
             used: 0,
         };
-        Self {
-            blocks: vec![block; blocks],
+        let mut list = Vec::new();
+        if list.try_reserve_exact(blocks).is_err() {
+            return Err(BlockError::TooMany {
+                blocks,
+                each_bytes: size_of::<Block>(),
+            });
+        }
+        list.resize(blocks, block);
+        Ok(Self {
+            blocks: list,
             clock: 0,
             backed: 0,
             pinned: 0,
-        }
+        })
     }
 
     /// Whether none of the blocks is being backed or given up.

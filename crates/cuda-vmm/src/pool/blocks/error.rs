@@ -77,6 +77,14 @@ pub enum BlockError {
         /// The name.
         tensor: String,
     },
+    /// The host has no memory for the books of so many blocks.
+    #[error("{blocks} blocks are too many: the host has no memory for {each_bytes} bytes for each")]
+    TooMany {
+        /// How many blocks were asked for.
+        blocks: usize,
+        /// What each takes in bytes.
+        each_bytes: usize,
+    },
     /// A product of sizes does not fit in an address.
     #[error("{what}: {count} times {each_bytes} bytes overflows")]
     Overflow {
@@ -104,6 +112,7 @@ impl BlockError {
             Self::NotBacked { .. }
             | Self::Pinned { .. }
             | Self::Capturing { .. }
+            | Self::TooMany { .. }
             | Self::NotAllocated { .. } => false,
         }
     }
