@@ -360,7 +360,10 @@ impl VmmError {
             | Self::ModelAlreadyRegistered { .. }
             | Self::Descriptor { .. } => Prospect::Depends,
             #[cfg(feature = "simulator")]
-            Self::Simulator(cuda_vmm_sim::SimError::TooMany { .. }) => Prospect::Depends,
+            Self::Simulator(
+                cuda_vmm_sim::SimError::TooMany { .. }
+                | cuda_vmm_sim::SimError::TooManyInterposers { .. },
+            ) => Prospect::Depends,
             #[cfg(feature = "simulator")]
             Self::Simulator(_) => Prospect::Never,
             Self::Load(_)

@@ -187,7 +187,7 @@ fn take(pool: &SharedMemoryPool, stream: &Stream, step: Step) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn pools_with_extreme_options_and_calls(

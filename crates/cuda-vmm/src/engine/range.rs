@@ -501,9 +501,6 @@ impl Inner {
                 // Only a guarantee that goes helps. Nobody owes memory for that, and nobody behind has to wait.
                 if let Some(ticket) = ticket.take() {
                     state.ledger.leave_line(ticket);
-                    self.unlock_changed(state);
-                    state = self.lock();
-                    continue;
                 }
                 match patience {
                     Patience::None | Patience::Retiring => return Err(error),
