@@ -464,3 +464,20 @@ fn bytes_that_are_freed_after_their_lease_do_not_wait_for_a_step() {
     let stats = pool.stats();
     assert_eq!((stats.leased_bytes, stats.retiring_bytes), (0, PAGE));
 }
+
+/// Until then the engine has had nothing to do, so that it has no thread yet.
+#[test]
+fn freeing_leased_bytes_wakes_the_worker() {
+    let fixture = Fixture::new(EngineOptions::new());
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let token = Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    pool.deallocate(0, PAGE).expect("live");
+    drop(token);
+    let patience = Instant::now() + Duration::from_secs(60);
+    while fixture.engine.stats().committed_bytes > 0 {
+        assert!(Instant::now() < patience, "{}", fixture.engine.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
