@@ -312,3 +312,25 @@ fn a_raised_ceiling_or_priority_serves_who_waits() {
             .expect("no ceiling any more");
     });
 }
+
+/// A part of what a model waits for was there when it began to wait, and goes to another.
+#[test]
+fn who_comes_to_need_more_while_it_waits_is_owed_more() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let [holds, waits] = ["holds", "waits"].map(|model| register(&pool, model, 0));
+    let urgent = register(&pool, "urgent", 1);
+    holds.allocate(0, 7 * PAGE).expect("room");
+    waits.allocate(0, 1).expect("room");
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| waits.allocate_timeout(1, 3 * PAGE - 1, FOREVER));
+        until_owed(&holds, 2);
+        waits.deallocate(0, 1).expect("live");
+        while urgent.try_allocate(0, PAGE).is_err() {
+            thread::yield_now();
+        }
+        until_owed(&holds, 3);
+        holds.deallocate(0, 3 * PAGE).expect("live");
+        waiting.join().expect("no panic").expect("its turn");
+    });
+}
