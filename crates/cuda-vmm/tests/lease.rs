@@ -11,7 +11,7 @@ use cuda_vmm::{
     Device, Engine, EngineOptions, LeaseToken, PoolOptions, Stream, VirtualMemoryPool, VmmError,
 };
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 struct Fixture {
@@ -329,6 +329,33 @@ fn tokens_are_dropped_without_the_lock() {
         act();
         let _ = pool.is_leased(0, 1);
         assert!(dropped.load(Ordering::SeqCst));
+    }
+}
+
+/// The next leases find out those that are over, though no step is taken and nothing is freed.
+#[test]
+fn released_tokens_do_not_pile_up() {
+    #[derive(Debug)]
+    struct Released(Arc<AtomicUsize>);
+    impl LeaseToken for Released {
+        fn is_released(&mut self) -> bool {
+            true
+        }
+    }
+    impl Drop for Released {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    let fixture = Fixture::manual();
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let kept = Arc::new(AtomicUsize::new(0));
+    for _ in 0..1000 {
+        kept.fetch_add(1, Ordering::SeqCst);
+        pool.lease(0, 1, Released(kept.clone())).expect("live");
+        let kept = kept.load(Ordering::SeqCst);
+        assert!(kept <= 16, "{kept} tokens are kept");
     }
 }
 

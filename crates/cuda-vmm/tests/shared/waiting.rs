@@ -161,6 +161,26 @@ fn a_wait_ends_with_the_work_that_freed_memory_was_waiting_for() {
 }
 
 #[test]
+fn a_wait_ends_with_the_lease_of_freed_memory() {
+    for options in engines() {
+        let simulated = Simulated::default();
+        let pool = pool(&simulated.device, options);
+        let [a, b] = ["a", "b"].map(|model| register(&pool, model, 0));
+        a.allocate(0, LIMIT).expect("room");
+        let token = Arc::new(());
+        a.lease(0, PAGE, token.clone()).expect("live");
+        a.deallocate(0, PAGE).expect("live");
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| b.allocate_timeout(0, PAGE, FOREVER));
+            // It waits, and nobody else looks at the token.
+            until_owed(&a, 1);
+            drop(token);
+            waits.join().expect("no panic").expect("the lease is over");
+        });
+    }
+}
+
+#[test]
 fn pages_that_retire_at_the_very_addresses_are_waited_for() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
