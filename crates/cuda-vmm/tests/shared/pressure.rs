@@ -317,3 +317,24 @@ fn giving_back_looks_what_the_device_has_finished_with() {
     simulated.device.synchronize().expect("nothing runs");
     assert_eq!(a.give_back(), Ok(2 * PAGE));
 }
+
+/// Parked memory that is pinned for a graph is given up for nobody, so its model owes it.
+#[test]
+fn what_a_pin_keeps_does_not_count_as_given_back() {
+    let simulated = Simulated::default();
+    let options = manual().park_bytes_max(LIMIT);
+    let (pool, [a]) = models(&simulated, options, [("a", 0)]);
+    a.allocate(0, 3 * PAGE).expect("room");
+    let pin = a.pin_for_graph(0, 2 * PAGE).expect("live");
+    a.deallocate(0, 3 * PAGE).expect("live");
+    simulated.device.synchronize().expect("nothing runs");
+    pool.engine().step();
+    assert_eq!(pool.stats().parked_bytes, 3 * PAGE);
+    let quota = pool.quota("a").expect("registered");
+    pool.set_quota("a", quota.ceiling_bytes(0))
+        .expect("downwards");
+    assert_eq!(a.owed_bytes(), 2 * PAGE);
+    drop(pin);
+    pool.engine().step();
+    assert_eq!((a.owed_bytes(), pool.stats().committed_bytes), (0, 0));
+}
