@@ -208,6 +208,23 @@ fn while_a_capture_is_declared_the_caller_waits() {
     fixture.take().expect("at once");
 }
 
+/// It could be one of these streams' capture, which an event of another would end.
+#[test]
+fn while_a_capture_is_declared_no_stream_is_made_to_wait() {
+    let fixture = Fixture::freed_under_a_write(2);
+    let waits = || {
+        let simulator = &fixture.simulated.simulator;
+        simulator.calls(DriverFunction::cuStreamWaitEvent)
+    };
+    let before = waits();
+    let capture = CaptureGuard::new();
+    fixture.refused();
+    assert_eq!(waits(), before);
+    drop(capture);
+    fixture.take().expect("at once");
+    assert!(waits() > before);
+}
+
 #[test]
 fn a_stream_that_is_captured_is_not_made_to_wait() {
     let fixture = Fixture::freed_under_a_write(2);

@@ -11,7 +11,7 @@ use cuda_vmm::{
     Device, Engine, EngineOptions, LeaseToken, PoolOptions, Stream, VirtualMemoryPool, VmmError,
 };
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 struct Fixture {
@@ -332,6 +332,33 @@ fn tokens_are_dropped_without_the_lock() {
     }
 }
 
+/// The next leases find out those that are over, though no step is taken and nothing is freed.
+#[test]
+fn released_tokens_do_not_pile_up() {
+    #[derive(Debug)]
+    struct Released(Arc<AtomicUsize>);
+    impl LeaseToken for Released {
+        fn is_released(&mut self) -> bool {
+            true
+        }
+    }
+    impl Drop for Released {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+    let fixture = Fixture::manual();
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let kept = Arc::new(AtomicUsize::new(0));
+    for _ in 0..1000 {
+        kept.fetch_add(1, Ordering::SeqCst);
+        pool.lease(0, 1, Released(kept.clone())).expect("live");
+        let kept = kept.load(Ordering::SeqCst);
+        assert!(kept <= 16, "{kept} tokens are kept");
+    }
+}
+
 #[test]
 fn bad_input_is_refused_by_its_values() {
     let fixture = Fixture::manual();
@@ -463,4 +490,21 @@ fn bytes_that_are_freed_after_their_lease_do_not_wait_for_a_step() {
     pool.deallocate(0, PAGE).expect("live");
     let stats = pool.stats();
     assert_eq!((stats.leased_bytes, stats.retiring_bytes), (0, PAGE));
+}
+
+/// Until then the engine has had nothing to do, so that it has no thread yet.
+#[test]
+fn freeing_leased_bytes_wakes_the_worker() {
+    let fixture = Fixture::new(EngineOptions::new());
+    let pool = fixture.pool();
+    pool.allocate(0, PAGE).expect("room");
+    let token = Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    pool.deallocate(0, PAGE).expect("live");
+    drop(token);
+    let patience = Instant::now() + Duration::from_secs(60);
+    while fixture.engine.stats().committed_bytes > 0 {
+        assert!(Instant::now() < patience, "{}", fixture.engine.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

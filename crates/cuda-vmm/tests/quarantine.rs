@@ -12,9 +12,11 @@ use cuda_vmm::sys::{
     DriverFunction,
 };
 use cuda_vmm::{
-    Access, Engine, Mapping, PhysicalMemory, Reservation, VirtualMemoryPool, VmmError, WorkerMode,
+    Access, Engine, EngineOptions, Mapping, PhysicalMemory, Reservation, VirtualMemoryPool,
+    VmmError, WorkerMode,
 };
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn refuse(simulated: &Simulated, calls: &[DriverFunction]) {
     for call in calls {
@@ -254,6 +256,29 @@ fn an_engine_that_ends_leaves_its_memory_to_the_device() {
         simulated.simulator.clear_faults();
         assert_eq!(simulated.device.retry_quarantine(), 3 * PAGE);
     });
+}
+
+/// Until then the engine has had nothing to do, so that it has no thread yet.
+#[test]
+fn what_a_failed_allocation_cannot_undo_wakes_the_worker() {
+    use DriverFunction::{cuMemSetAccess, cuMemUnmap};
+    let simulated = Simulated::default();
+    let options = EngineOptions::new().limit_bytes(3 * PAGE);
+    let engine = Engine::new(&simulated.device, options).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 4 * PAGE, PAGE).expect("a pool");
+    for call in [cuMemSetAccess, cuMemUnmap] {
+        let fault = Fault::nth_of(call, 1, CUDA_ERROR_OPERATING_SYSTEM);
+        simulated.simulator.inject(fault);
+    }
+    assert_eq!(
+        pool.allocate(0, PAGE),
+        Err(failure!(cuMemSetAccess, CUDA_ERROR_OPERATING_SYSTEM))
+    );
+    let until = Instant::now() + Duration::from_secs(60);
+    while engine.stats().committed_bytes > 0 {
+        assert!(Instant::now() < until, "{}", engine.stats());
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Both ways in which an engine learns that the device has finished refuse for as long as they are asked.

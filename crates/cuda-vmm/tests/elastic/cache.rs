@@ -63,6 +63,18 @@ fn memory_from_the_cache_is_mapped_without_being_made() {
 }
 
 #[test]
+fn no_more_is_overwritten_than_the_cache_has_room_for() {
+    let fixture = Fixture::with(options(), 64 * PAGE);
+    fixture.pool.allocate(0, 6 * PAGE).expect("room");
+    fixture.pool.deallocate(0, 6 * PAGE).expect("live");
+    let calls = fixture.calls(|| fixture.settle());
+    let zeros = calls
+        .iter()
+        .filter(|call| **call == DriverFunction::cuMemsetD8Async);
+    assert_eq!(zeros.count(), 4);
+}
+
+#[test]
 fn no_range_finds_another_ones_bytes_in_it() {
     let fixture = Fixture::with(options(), 64 * PAGE);
     let stream = Stream::new(&fixture.simulated.device).expect("a stream");

@@ -114,3 +114,13 @@ fn spare_pages_that_the_device_has_no_memory_for_are_not_charged() {
         assert_eq!(engine.stats().committed_bytes, 0);
     }
 }
+
+#[test]
+fn spare_pages_that_the_budget_has_no_room_for_are_left_out() {
+    let options = manual().chunk_bytes_max(128 << 20).limit_bytes(33 * PAGE);
+    let fixture = Fixture::with(options, 64 * PAGE);
+    fixture.pool.allocate(0, 32 * PAGE).expect("room");
+    // A chunk of four pages would be due.
+    fixture.pool.allocate(32 * PAGE, PAGE).expect("room for it");
+    assert_eq!(fixture.engine.stats().committed_bytes, 33 * PAGE);
+}

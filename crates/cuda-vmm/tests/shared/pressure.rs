@@ -283,3 +283,58 @@ fn parked_memory_that_is_taken_back_is_owed_again() {
     holds.allocate(0, PAGE).expect("parked");
     assert_eq!(holds.owed_bytes(), 3 * PAGE);
 }
+
+/// Memory that was made ahead for one model is given up for anyone, so nobody else owes more because of it.
+#[test]
+fn what_is_made_ahead_counts_as_free() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let ahead = ModelOptions {
+        ahead_bytes_max: 2 * PAGE,
+        priority: 1,
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("ahead", ahead).expect("addresses");
+    for model in ["holds", "asks"] {
+        pool.register_model(model, CAPACITY).expect("addresses");
+    }
+    pool.allocate_for_model("ahead", 2 * PAGE).expect("room");
+    pool.allocate_for_model("holds", 4 * PAGE).expect("room");
+    let asks = pool.model("asks").expect("registered");
+    asks.try_allocate(0, 5 * PAGE)
+        .expect_err("two pages are free");
+    assert_eq!(pool.model_owed_bytes("holds"), Some(3 * PAGE));
+    assert_eq!(pool.engine().step().prefetched_bytes, 2 * PAGE);
+    assert_eq!(pool.model_owed_bytes("holds"), Some(3 * PAGE));
+}
+
+#[test]
+fn giving_back_looks_what_the_device_has_finished_with() {
+    let simulated = Simulated::default();
+    let (_pool, [a]) = models(&simulated, manual(), [("a", 0)]);
+    a.allocate(0, 2 * PAGE).expect("room");
+    a.deallocate(0, 2 * PAGE).expect("live");
+    simulated.device.synchronize().expect("nothing runs");
+    assert_eq!(a.give_back(), Ok(2 * PAGE));
+}
+
+/// Parked memory that is pinned for a graph is given up for nobody, so its model owes it.
+#[test]
+fn what_a_pin_keeps_does_not_count_as_given_back() {
+    let simulated = Simulated::default();
+    let options = manual().park_bytes_max(LIMIT);
+    let (pool, [a]) = models(&simulated, options, [("a", 0)]);
+    a.allocate(0, 3 * PAGE).expect("room");
+    let pin = a.pin_for_graph(0, 2 * PAGE).expect("live");
+    a.deallocate(0, 3 * PAGE).expect("live");
+    simulated.device.synchronize().expect("nothing runs");
+    pool.engine().step();
+    assert_eq!(pool.stats().parked_bytes, 3 * PAGE);
+    let quota = pool.quota("a").expect("registered");
+    pool.set_quota("a", quota.ceiling_bytes(0))
+        .expect("downwards");
+    assert_eq!(a.owed_bytes(), 2 * PAGE);
+    drop(pin);
+    pool.engine().step();
+    assert_eq!((a.owed_bytes(), pool.stats().committed_bytes), (0, 0));
+}

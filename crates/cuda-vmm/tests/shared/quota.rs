@@ -2,7 +2,7 @@
 
 use crate::common::{PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool, unknown};
-use cuda_vmm::{ModelOptions, ModelQuota, VmmError};
+use cuda_vmm::{ModelOptions, ModelQuota, SharedMemoryPool, VmmError};
 
 fn pages(guarantee: usize, ceiling: usize) -> ModelQuota {
     ModelQuota::new()
@@ -176,5 +176,40 @@ fn what_others_have_parked_is_given_up_for_a_guarantee() {
     pool.register_model_with("c", options)
         .expect("four are parked");
     pool.allocate_for_model("c", 4 * PAGE).expect("guaranteed");
+    pool.allocate_for_model("b", 2 * PAGE).expect("guaranteed");
+}
+
+/// A pool whose model `a` has memory made ahead beside what it holds, and another model.
+fn made_ahead(simulated: &Simulated, live_pages: usize, ahead_pages: usize) -> SharedMemoryPool {
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let ahead = ModelOptions {
+        ahead_bytes_max: ahead_pages * PAGE,
+        ..ModelOptions::new(CAPACITY)
+    };
+    pool.register_model_with("a", ahead).expect("addresses");
+    pool.register_model("b", CAPACITY).expect("addresses");
+    pool.allocate_for_model_at("a", 0, live_pages * PAGE)
+        .expect("room");
+    assert_eq!(pool.engine().step().prefetched_bytes, ahead_pages * PAGE);
+    pool
+}
+
+#[test]
+fn what_was_made_ahead_above_a_lowered_ceiling_goes_with_the_next_step() {
+    let simulated = Simulated::default();
+    let pool = made_ahead(&simulated, 3, 2);
+    pool.set_quota("a", pages(0, 4))
+        .expect("below what is held");
+    assert_eq!(pool.engine().step().drained_bytes, PAGE);
+    let stats = pool.model_stats("a").expect("registered");
+    assert_eq!((stats.ahead_bytes, stats.committed_bytes), (PAGE, 4 * PAGE));
+}
+
+#[test]
+fn what_was_made_ahead_is_given_up_for_a_guarantee() {
+    let simulated = Simulated::default();
+    let pool = made_ahead(&simulated, 5, 2);
+    pool.set_quota("b", pages(2, 16))
+        .expect("one page is spare");
     pool.allocate_for_model("b", 2 * PAGE).expect("guaranteed");
 }

@@ -161,6 +161,26 @@ fn a_wait_ends_with_the_work_that_freed_memory_was_waiting_for() {
 }
 
 #[test]
+fn a_wait_ends_with_the_lease_of_freed_memory() {
+    for options in engines() {
+        let simulated = Simulated::default();
+        let pool = pool(&simulated.device, options);
+        let [a, b] = ["a", "b"].map(|model| register(&pool, model, 0));
+        a.allocate(0, LIMIT).expect("room");
+        let token = Arc::new(());
+        a.lease(0, PAGE, token.clone()).expect("live");
+        a.deallocate(0, PAGE).expect("live");
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| b.allocate_timeout(0, PAGE, FOREVER));
+            // It waits, and nobody else looks at the token.
+            until_owed(&a, 1);
+            drop(token);
+            waits.join().expect("no panic").expect("the lease is over");
+        });
+    }
+}
+
+#[test]
 fn pages_that_retire_at_the_very_addresses_are_waited_for() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
@@ -310,5 +330,27 @@ fn a_raised_ceiling_or_priority_serves_who_waits() {
             .join()
             .expect("no panic")
             .expect("no ceiling any more");
+    });
+}
+
+/// A part of what a model waits for was there when it began to wait, and goes to another.
+#[test]
+fn who_comes_to_need_more_while_it_waits_is_owed_more() {
+    let simulated = Simulated::default();
+    let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
+    let [holds, waits] = ["holds", "waits"].map(|model| register(&pool, model, 0));
+    let urgent = register(&pool, "urgent", 1);
+    holds.allocate(0, 7 * PAGE).expect("room");
+    waits.allocate(0, 1).expect("room");
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| waits.allocate_timeout(1, 3 * PAGE - 1, FOREVER));
+        until_owed(&holds, 2);
+        waits.deallocate(0, 1).expect("live");
+        while urgent.try_allocate(0, PAGE).is_err() {
+            thread::yield_now();
+        }
+        until_owed(&holds, 3);
+        holds.deallocate(0, 3 * PAGE).expect("live");
+        waiting.join().expect("no panic").expect("its turn");
     });
 }

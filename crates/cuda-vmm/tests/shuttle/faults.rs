@@ -4,7 +4,7 @@ use crate::books::{Books, PAGE, books};
 use crate::explore::explore;
 use crate::world::{World, assert_adds_up, pool, settle, write};
 use cuda_vmm::sys::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OUT_OF_MEMORY, CUresult, DriverFunction};
-use cuda_vmm::{VirtualMemoryPool, VmmError, WorkerMode};
+use cuda_vmm::{Engine, EngineOptions, VirtualMemoryPool, VmmError, WorkerMode};
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::thread;
 use std::sync::Arc;
@@ -81,6 +81,90 @@ fn dropped_with_a_refusal(call: DriverFunction) {
     }
     drop(device);
     world.end();
+}
+
+/// Where memory is that nobody uses.
+#[derive(Clone, Copy)]
+enum Kept {
+    Parked,
+    Cached,
+}
+
+/// Each way in which the driver may refuse memory that is given up.
+const REFUSALS: [(Kept, DriverFunction); 3] = [
+    (Kept::Parked, DriverFunction::cuMemUnmap),
+    (Kept::Parked, DriverFunction::cuMemRelease),
+    (Kept::Cached, DriverFunction::cuMemRelease),
+];
+
+/// An engine whose budget is one page, which it keeps for nobody, and the pool that had it.
+fn keeping(world: &World, mode: WorkerMode, kept: Kept) -> (Engine, VirtualMemoryPool) {
+    let options = EngineOptions::new().worker(mode);
+    let options = match kept {
+        Kept::Parked => options.park_bytes_max(PAGE),
+        Kept::Cached => options.cache_bytes_max(PAGE),
+    };
+    let engine = world.engine_with(1, options);
+    let pool = pool(&engine, 1);
+    pool.allocate(0, PAGE).expect("room");
+    pool.deallocate(0, PAGE).expect("live");
+    let is_kept = || match kept {
+        Kept::Parked => engine.stats().parked_bytes == PAGE,
+        Kept::Cached => engine.stats().cached_bytes == PAGE,
+    };
+    while !is_kept() {
+        if mode == WorkerMode::Manual {
+            engine.step();
+        }
+        thread::yield_now();
+    }
+    (engine, pool)
+}
+
+/// The driver refuses what a thread gives up and for which another one waits: that one is woken, though nothing came free.
+fn refused_while_another_waits(kept: Kept, call: DriverFunction) {
+    let world = World::new(true);
+    let (engine, had) = keeping(&world, WorkerMode::Manual, kept);
+    let wants = pool(&engine, 1);
+    books(|books| books.fail(call, 0, CUDA_ERROR_INVALID_VALUE));
+    let giving = thread::spawn({
+        let engine = engine.clone();
+        move || _ = engine.trim()
+    });
+    while let Err(error) = wants.allocate(0, PAGE) {
+        let known = matches!(error, VmmError::Driver(_)) || error.is_later();
+        assert!(known, "{error}");
+        engine.step();
+        thread::yield_now();
+    }
+    giving.join().expect("no thread fails");
+    drop((had, wants, engine));
+    world.end();
+}
+
+/// The driver refuses once what another thread than the worker gives up: the worker is woken, and tries again.
+fn refused_while_the_worker_sleeps(kept: Kept, call: DriverFunction) {
+    let world = World::new(true);
+    let (engine, had) = keeping(&world, WorkerMode::Thread, kept);
+    books(|books| books.fail(call, 0, CUDA_ERROR_INVALID_VALUE));
+    engine.trim().expect_err("it is refused");
+    settle(&engine, WorkerMode::Thread);
+    drop((had, engine));
+    world.end();
+}
+
+#[test]
+fn who_waits_for_what_the_driver_refuses_is_told() {
+    for (kept, call) in REFUSALS {
+        explore(move || refused_while_another_waits(kept, call));
+    }
+}
+
+#[test]
+fn what_the_driver_refuses_wakes_the_worker() {
+    for (kept, call) in REFUSALS {
+        explore(move || refused_while_the_worker_sleeps(kept, call));
+    }
 }
 
 #[test]

@@ -205,6 +205,45 @@ fn closed_while_waiting(mode: WorkerMode) {
     world.end();
 }
 
+/// A model waits for memory at addresses that another of its threads takes meanwhile: it is told, and leaves the line to
+/// who stands behind it, for whom there was room all along.
+fn told_while_waiting(mode: WorkerMode) {
+    let world = World::new(true);
+    let pool = shared(&world, 3, mode);
+    let [holds, ahead, behind] =
+        ["holds", "ahead", "behind"].map(|model| register(&pool, model, 0));
+    let half = PAGE / 2;
+    holds.allocate(0, PAGE).expect("room");
+    ahead.allocate(0, half).expect("room");
+    let first = thread::spawn({
+        let ahead = ahead.clone();
+        move || {
+            let outcome = ahead.allocate_timeout(half, 2 * PAGE, FOREVER);
+            let taken = VmmError::AlreadyMapped {
+                offset: half,
+                bytes: 2 * PAGE,
+            };
+            assert_eq!(outcome, Err(taken));
+        }
+    });
+    let second = thread::spawn(move || {
+        let outcome = behind.allocate_timeout(0, PAGE, FOREVER);
+        outcome.expect("there is room");
+    });
+    ahead.allocate(half, half).expect("the page is there");
+    first.join().expect("it is told");
+    second.join().expect("it goes on");
+    drop((holds, ahead, pool));
+    world.end();
+}
+
+#[test]
+fn who_waits_for_addresses_that_are_taken_lets_those_behind_it_go_on() {
+    for mode in [WorkerMode::Thread, WorkerMode::Manual] {
+        explore(move || told_while_waiting(mode));
+    }
+}
+
 #[test]
 fn who_waits_is_served_by_who_owes() {
     for mode in [WorkerMode::Thread, WorkerMode::Manual] {
