@@ -130,10 +130,9 @@ pub enum VmmError {
 
 impl VmmError {
     /// A [`CudaError`](Self::CudaError) from an error of the cudarc that Candle uses.
-    #[cfg(feature = "cuda")]
-    pub fn from_cuda_result(
-        result: candle_core::cuda::cudarc::driver::result::DriverError,
-    ) -> Self {
+    #[cfg(any(feature = "cuda", feature = "__docs"))]
+    #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
+    pub fn from_cuda_result(result: cudarc::driver::result::DriverError) -> Self {
         Self::CudaError(format!("{result:?}"))
     }
 

@@ -42,6 +42,8 @@
 //! driver themselves, through the core's table, and [`relief`], which trims Candle's memory by Candle's own cudarc.
 //!
 //! # Features
+//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build then needs, with
+//!   libclang. Without it they are declared by hand, the interface is the same, and the build needs no more than Candle's.
 //! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
 //! - `serde`: the pools' snapshots can be written and read ([`cuda_vmm::Snapshot`]).
 //! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`, which needs `nvcc`.
@@ -52,6 +54,7 @@
 //! [`VirtualMemoryPool`] and [`SharedMemoryPool`] hand out addresses, not tensors. Reading or writing through an address is
 //! the caller's, and unsafe.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 
 #[cfg(feature = "cuda")]

@@ -1,40 +1,26 @@
-//! What bindgen may generate: the types that the table's calls take, and the constants that we pass or
-//! compare with. Function-pointer types come from the list in `src/functions.rs`.
+//! What bindgen may generate: the types that the table's calls take, with their constants. `src/names.rs` has the names,
+//! and `src/functions.rs` those of function-pointer types.
 
-/// Types by name. The types that their fields and arguments need come along.
-pub const TYPES: &[&str] = &[
-    "CUresult",
-    "CUdevice",
-    "CUdeviceptr",
-    "CUcontext",
-    "CUstream",
-    "CUevent",
-    "CUgraph",
-    "CUgraphExec",
-    "CUmodule",
-    "CUfunction",
-    "CUuuid",
-    "CUhostFn",
-    "CUmemGenericAllocationHandle",
-    "CUmemAllocationProp",
-    "CUmemLocation",
-    "CUmemAccessDesc",
-    "PFN_cuGetProcAddress_v11030",
-    "CUdevice_attribute",
-    "CUmemLocationType",
-    "CUmemAllocationType",
-    "CUmemAllocationHandleType",
-    "CUmemAllocationGranularity_flags",
-    "CUmemAccess_flags",
-    "CUstreamCaptureStatus",
-    "CUstreamCaptureMode",
-    "CUstream_flags",
-    "CUevent_flags",
-    "CUdriverProcAddress_flags",
-];
+macro_rules! names_of_types {
+    ($($type:ident,)*) => { &[$(stringify!($type)),*] };
+}
+macro_rules! names_of_handles {
+    ($($pointer:ident = $pointee:ident;)*) => { &[$(stringify!($pointer)),*] };
+}
 
-/// The header's own version.
-pub const MACROS: &[&str] = &["CUDA_VERSION"];
+const TYPES: &[&str] = types!(names_of_types);
+const HANDLES: &[&str] = handles!(names_of_handles);
 
-/// Function-pointer types that `src/lib.rs` declares itself, because older headers lack them.
-pub const DECLARED: &[&str] = &["PFN_cuCtxRecordEvent_v12050"];
+/// Function-pointer types that older headers lack.
+const OPTIONAL: &[&str] = &["PFN_cuCtxRecordEvent_v12050"];
+
+/// Every type by name. The types that their fields and arguments need come along.
+pub fn types() -> impl Iterator<Item = &'static str> {
+    let functions = include_str!("../src/functions.rs")
+        .split(|character: char| !character.is_ascii_alphanumeric() && character != '_')
+        .filter(|word| word.starts_with("PFN_cu") && !OPTIONAL.contains(word));
+    let named = TYPES.iter().chain(HANDLES).copied();
+    named
+        .chain(["CUhostFn", "PFN_cuGetProcAddress_v11030"])
+        .chain(functions)
+}

@@ -1,6 +1,6 @@
 //! Runs bindgen over the headers with an explicit allowlist.
 
-use crate::allowlist;
+use crate::{allowlist, compiler};
 use bindgen::callbacks::{DeriveTrait, ImplementsTrait, ParseCallbacks};
 use std::path::{Path, PathBuf};
 
@@ -45,45 +45,28 @@ pub fn generate(include: &Path) -> Result<(), String> {
         .formatter(bindgen::Formatter::None)
         .layout_tests(true);
     // The wheel of libclang has no resource headers, so it borrows the C compiler's.
-    if let Some(folder) = compiler_include() {
+    let borrowed = compiler::include();
+    if let Some(folder) = &borrowed {
         builder = builder
             .clang_arg("-idirafter")
             .clang_arg(folder.display().to_string());
     }
-    for name in allowlist::TYPES.iter().copied().chain(function_types()) {
+    for name in allowlist::types() {
         builder = builder.allowlist_type(format!("^{name}$"));
-    }
-    for name in allowlist::MACROS {
-        builder = builder.allowlist_var(format!("^{name}$"));
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     builder
         .generate()
         .map_err(|error| {
+            let remedy = match borrowed {
+                Some(_) => String::new(),
+                None => format!("\n{}", compiler::missing()),
+            };
             format!(
-                "cuda-vmm-sys: bindgen could not read the headers in {}: {error}",
+                "cuda-vmm-sys: bindgen could not read the headers in {}: {error}{remedy}",
                 include.display()
             )
         })?
         .write_to_file(out.join("bindings.rs"))
         .map_err(|error| format!("cuda-vmm-sys: the bindings could not be written: {error}"))
-}
-
-/// The function-pointer types named in the one list of entry points.
-fn function_types() -> impl Iterator<Item = &'static str> {
-    println!("cargo::rerun-if-changed=src/functions.rs");
-    include_str!("../src/functions.rs")
-        .split(|character: char| !character.is_ascii_alphanumeric() && character != '_')
-        .filter(|word| word.starts_with("PFN_cu") && !allowlist::DECLARED.contains(word))
-}
-
-fn compiler_include() -> Option<PathBuf> {
-    let compiler = cc::Build::new().try_get_compiler().ok()?;
-    let output = compiler
-        .to_command()
-        .arg("-print-file-name=include")
-        .output()
-        .ok()?;
-    let folder = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
-    folder.is_dir().then_some(folder)
 }

@@ -1,5 +1,6 @@
 //! Makes sure that bindgen will find libclang.
 
+use crate::places::WITHOUT;
 use std::path::Path;
 
 /// Points `LIBCLANG_PATH` at the project's set-up folder where the machine has no libclang of its own.
@@ -32,10 +33,11 @@ pub fn find() -> Result<(), String> {
              Looked in:\n{named}{set_up}  llvm-config, and the usual library folders\n\
              The search said: {reason}\n\
              To mend it, either\n  \
-             - in a checkout of this project run `cargo xtask setup`, which brings it into its target folder; a program \
-             outside the checkout then needs LIBCLANG_PATH=CHECKOUT/target/cuda-vmm-setup/libclang, or\n  \
+             - in a checkout of this project run `cargo xtask setup`, which brings it into its target folder and prints what \
+             a program outside the checkout needs, or\n  \
              - install libclang (for example `apt-get install libclang-dev`), or\n  \
-             - run `python3 -m pip install libclang` and set LIBCLANG_PATH to its `clang/native` folder."
+             - run `python3 -m pip install libclang` and set LIBCLANG_PATH to its `clang/native` folder, or\n  \
+             - {WITHOUT}"
         )
     })
 }

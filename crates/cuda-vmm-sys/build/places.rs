@@ -129,6 +129,10 @@ pub fn search(places: &[Place]) -> Result<Found, String> {
     Err(missing(&looked))
 }
 
+/// How to be built without anything of CUDA.
+pub const WITHOUT: &str = "turn off the default features of cuda-vmm-sys (and of cuda-vmm or candle-cuda-vmm, if you depend \
+    on them): then the build needs no headers, no libclang and no C compiler.";
+
 /// What to tell a user whose machine has no usable headers.
 fn missing(looked: &str) -> String {
     format!(
@@ -138,7 +142,8 @@ fn missing(looked: &str) -> String {
          - in a checkout of this project run `cargo xtask setup`, which brings them into its target folder and prints what \
          a program outside the checkout needs, or\n  \
          - install the CUDA toolkit and set CUDA_HOME to its folder, or\n  \
-         - run `python3 -m pip install nvidia-cuda-runtime` and set CUDA_HOME to the `nvidia/cu13` folder it made."
+         - run `python3 -m pip install nvidia-cuda-runtime` and set CUDA_HOME to the `nvidia/cu13` folder it made, or\n  \
+         - {WITHOUT}"
     )
 }
 

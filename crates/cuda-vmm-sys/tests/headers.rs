@@ -1,5 +1,8 @@
-//! Where the build script looks for CUDA's headers, and what it says if it finds none.
+//! Where the build script looks for CUDA's headers and for a C compiler, and what it says if it finds none.
 
+#[path = "../build/compiler.rs"]
+#[allow(dead_code)]
+mod compiler;
 #[path = "../build/places.rs"]
 mod places;
 
@@ -168,7 +171,38 @@ fn without_headers_the_message_says_where_it_looked_and_what_to_do() {
         "`cargo xtask setup`".to_owned(),
         "set CUDA_HOME to its folder".to_owned(),
         "python3 -m pip install nvidia-cuda-runtime".to_owned(),
+        "turn off the default features of cuda-vmm-sys".to_owned(),
     ] {
         assert!(message.contains(&part), "{part:?} is not in:\n{message}");
+    }
+}
+
+#[test]
+fn a_c_compiler_may_be_named_with_a_wrapper_and_one_that_is_not_there_is_passed_over() {
+    let root = folder("headers-compiler");
+    let words = format!("env echo {} #", root.display());
+    let found = compiler::include_of(["no-such-compiler", "false", "", &words].into_iter());
+    assert_eq!(found, None, "echo prints more than the folder");
+    let script = root.join("compiler");
+    let text = format!(
+        "#!/bin/sh\n[ \"$2\" = -print-file-name=include ] && echo {}\n",
+        root.display()
+    );
+    std::fs::write(&script, text).unwrap();
+    let words = format!("sh {} -m64", script.display());
+    let found = compiler::include_of(["no-such-compiler", &words].into_iter());
+    assert_eq!(found, Some(root));
+}
+
+#[test]
+fn without_a_c_compiler_the_message_says_what_to_do() {
+    let message = compiler::missing();
+    for part in [
+        "No C compiler was found",
+        "the variable CC",
+        "apt-get install gcc",
+        "turn off the default features of cuda-vmm-sys",
+    ] {
+        assert!(message.contains(part), "{part:?} is not in:\n{message}");
     }
 }

@@ -29,11 +29,18 @@
 //! # Ok::<(), cuda_vmm::VmmError>(())
 //! ```
 //!
+//! # Features
+//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build then needs, with
+//!   libclang. Without it they are declared by hand, the interface is the same, and the build needs nothing of CUDA.
+//! - `simulator`: `Driver::simulated`, and `Driver::detect` finds a simulated driver if no GPU answers.
+//! - `serde`: [`Snapshot`] and its parts can be written and read.
+//!
 //! # What this crate does not do
 //! It launches no kernels, schedules nothing and knows no tensors; memory comes back as addresses.
 //! Reading or writing through an address is the caller's, and unsafe. No unified (managed) memory.
 //! Linux only: elsewhere the crate compiles and opening a driver is [`VmmError::Load`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 
 mod capture;
