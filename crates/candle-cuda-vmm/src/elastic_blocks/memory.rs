@@ -54,7 +54,7 @@ impl Memory {
         dtypes: &[DType],
     ) -> Result<Self> {
         match &pool.memory {
-            tensor_pool::Memory::Host(_) => {
+            tensor_pool::Memory::Host(budget) => {
                 let core = core_device(&pool.device)?;
                 let engine = Engine::new(&core, pool.options.engine)?;
                 let page_bytes = pool.options.page_bytes.unwrap_or(core.granularity_bytes());
@@ -62,9 +62,11 @@ impl Memory {
                 let stream = Stream::new(&core)?;
                 backing.use_stream(&stream)?;
                 let tensors = backing.tensors().iter().zip(dtypes);
-                let tensors = tensors
-                    .map(|(tensor, dtype)| Tensor::zeros(tensor.shape(), *dtype, &pool.device));
-                let tensors = Mutex::new(tensors.collect::<candle_core::Result<_>>()?);
+                let tensors = tensors.map(|(tensor, dtype)| {
+                    let zeros = crate::zeros::zeros(&tensor.shape(), *dtype)?;
+                    zeros.ok_or_else(|| budget.shortage(tensor.capacity_bytes(), 0))
+                });
+                let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
                 let place = Place::Host { tensors, stream };
                 Ok(Self { backing, place })
             }
