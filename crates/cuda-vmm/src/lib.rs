@@ -45,6 +45,7 @@ mod fence;
 mod mapping;
 mod physical;
 pub mod pool;
+mod process;
 mod quarantine;
 mod reservation;
 #[cfg(unix)]
@@ -71,6 +72,8 @@ pub use pool::{
     ModelOptions, ModelQuota, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions,
     Snapshot, VirtualMemoryPool,
 };
+#[doc(hidden)]
+pub use process::PerProcess;
 pub use reservation::Reservation;
 pub use stream::Stream;
 

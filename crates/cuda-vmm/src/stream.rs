@@ -181,7 +181,12 @@ impl Stream {
         let _current = self.handle.device.make_current()?;
         let _relaxed = Relaxed::new(self.handle.device.driver())?;
         // SAFETY: the stream is alive.
-        unsafe { call!(self.handle.device.driver(), cuStreamSynchronize(self.handle.raw)) }
+        unsafe {
+            call!(
+                self.handle.device.driver(),
+                cuStreamSynchronize(self.handle.raw)
+            )
+        }
     }
 
     /// Queues setting `bytes` bytes at `address` to `value` (`cuMemsetD8Async`).
@@ -235,7 +240,12 @@ impl Stream {
             unsafe {
                 call!(
                     self.handle.device.driver(),
-                    cuMemcpyHtoDAsync(target, source.as_ptr().cast(), source.len(), self.handle.raw)
+                    cuMemcpyHtoDAsync(
+                        target,
+                        source.as_ptr().cast(),
+                        source.len(),
+                        self.handle.raw
+                    )
                 )
             }?;
         }

@@ -163,7 +163,10 @@ impl Queue {
     }
 
     /// The first entry whose chunks come back when fences are past, of one range or of all.
-    pub(super) fn first_fences(&self, only: Option<RangeId>) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+    pub(super) fn first_fences(
+        &self,
+        only: Option<RangeId>,
+    ) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
         entries.find_map(|entry| match &entry.until {
             Until::Fences(fences) => Some((entry.id, fences.clone())),
