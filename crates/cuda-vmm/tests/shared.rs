@@ -6,6 +6,8 @@ mod common;
 mod bad_input;
 #[path = "shared/life_cycle.rs"]
 mod life_cycle;
+#[path = "shared/others.rs"]
+mod others;
 #[path = "shared/pressure.rs"]
 mod pressure;
 #[path = "shared/quota.rs"]
