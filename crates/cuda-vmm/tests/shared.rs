@@ -6,6 +6,8 @@ mod common;
 mod bad_input;
 #[path = "shared/life_cycle.rs"]
 mod life_cycle;
+#[path = "shared/no_worker.rs"]
+mod no_worker;
 #[path = "shared/others.rs"]
 mod others;
 #[path = "shared/pressure.rs"]
