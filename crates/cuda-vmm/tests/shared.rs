@@ -8,6 +8,10 @@ mod bad_input;
 mod ceiling;
 #[path = "shared/life_cycle.rs"]
 mod life_cycle;
+#[path = "shared/no_worker.rs"]
+mod no_worker;
+#[path = "shared/others.rs"]
+mod others;
 #[path = "shared/pressure.rs"]
 mod pressure;
 #[path = "shared/quota.rs"]
