@@ -6,6 +6,8 @@ mod common;
 mod bad_input;
 #[path = "shared/ceiling.rs"]
 mod ceiling;
+#[path = "shared/fairness.rs"]
+mod fairness;
 #[path = "shared/life_cycle.rs"]
 mod life_cycle;
 #[path = "shared/no_worker.rs"]
