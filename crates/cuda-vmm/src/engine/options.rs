@@ -119,9 +119,15 @@ impl Default for EngineOptions {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolOptions {
-    /// Whether each allocation that begins and ends with pages of its own gets one physical handle, whatever its size,
-    /// and nothing beyond it. For callers who register the memory with a network card or export it: but it goes back only
-    /// whole.
+    /// Whether each run of pages that an allocation finds without memory gets one physical handle, whatever its size, and
+    /// nothing beyond it. For callers that register the memory with a network card.
+    ///
+    /// So an allocation has a single handle if none of its pages has memory when it is made. Pages that a neighbour keeps,
+    /// and pages that were freed and are still parked or retiring, keep the handles that they have; a run of missing
+    /// pages on each side of them gets one each. If the device has no memory for a run as a whole, the allocation fails. A handle goes
+    /// back only whole, when none of its pages is live. Nothing is made ahead, whatever
+    /// [`ahead_bytes_max`](Self::ahead_bytes_max) says. [`compact`](crate::VirtualMemoryPool::compact) gives each run of live pages of
+    /// a partly live handle one of its own. The handles are the pool's: they cannot be exported.
     pub single_handle: bool,
     /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in bytes, before it is
     /// asked for, so that a range that grows step by step calls no driver on the way. What is made ahead is on the

@@ -93,6 +93,55 @@ fn a_range_with_single_handles_has_one_for_each_allocation() {
     assert_eq!(pool.stats().committed_bytes, PAGE);
 }
 
+/// Each sentence of the option's documentation.
+#[test]
+fn a_single_handle_is_for_pages_that_have_no_memory_yet() {
+    let simulated = Simulated::new(SimConfig::new().memory_bytes(48 * PAGE));
+    let options = manual().park_bytes_max(usize::MAX).limit_bytes(64 * PAGE);
+    let engine = Engine::new(&simulated.device, options).expect("an engine");
+    let options = PoolOptions::new()
+        .single_handle(true)
+        .ahead_bytes_max(8 * PAGE);
+    let pool = VirtualMemoryPool::with_options(&engine, 128 * PAGE, PAGE, options);
+    let mut pool = pool.expect("a pool");
+    let handles = || simulated.books().handles;
+    pool.allocate(0, 20 * PAGE).expect("room");
+    assert_eq!(handles(), 1);
+    assert_eq!(engine.step().prefetched_bytes, 0, "nothing is made ahead");
+
+    // A page that a neighbour keeps has the neighbour's handle.
+    pool.allocate(20 * PAGE, PAGE / 2).expect("room");
+    pool.allocate(20 * PAGE + PAGE / 2, 4 * PAGE).expect("room");
+    assert_eq!(handles(), 3);
+
+    // Pages that are still parked keep theirs, and part what is missing.
+    pool.allocate(36 * PAGE, 2 * PAGE).expect("room");
+    pool.deallocate(36 * PAGE, 2 * PAGE).expect("live");
+    simulated.device.synchronize().expect("done");
+    engine.step();
+    pool.allocate(34 * PAGE, 6 * PAGE).expect("room");
+    assert_eq!(handles(), 6);
+    pool.deallocate(34 * PAGE, 6 * PAGE).expect("live");
+    simulated.device.synchronize().expect("done");
+    pool.trim().expect("given back");
+    pool.allocate(34 * PAGE, 6 * PAGE).expect("room");
+    assert_eq!(handles(), 4, "all of it was missing");
+
+    // The device has memory for less than a run of it: halves would do, and are not made.
+    let before = simulated.books();
+    let error = pool.allocate(64 * PAGE, 18 * PAGE).expect_err("no room");
+    assert!(error.is_out_of_memory(), "{error}");
+    assert_eq!(simulated.books(), before);
+
+    // Only compaction parts one.
+    pool.deallocate(4 * PAGE, 4 * PAGE).expect("live");
+    pool.deallocate(12 * PAGE, 4 * PAGE).expect("live");
+    assert_eq!(handles(), 4, "it goes back whole");
+    pool.compact().expect("room");
+    assert_eq!(pool.stats().slack_bytes, 0);
+    assert_eq!(handles(), 6, "one for each run of live pages");
+}
+
 /// The extent of 32 pages grows by a chunk of four, of which the device has memory for two or for one.
 #[test]
 fn spare_pages_that_the_device_has_no_memory_for_are_not_charged() {
