@@ -134,13 +134,12 @@ impl Relief {
             return true;
         }
         if !core::mem::replace(&mut self.retried, true) {
-            let retried = engines
-                .iter()
-                .map(|engine| engine.inner().retry(&Which::All));
-            let retried_bytes = retried.fold(device.retry_refused(), usize::saturating_add);
-            if retried_bytes > 0 {
-                return true;
+            for engine in &engines {
+                engine.inner().retry(&Which::All);
             }
+            device.retry_refused();
+            // The driver is asked once more in any case: another process may have given some back.
+            return true;
         }
         let mut others = engines.iter().filter(|engine| !is_own(engine));
         if others.any(|engine| engine.inner().give_a_piece()) {
