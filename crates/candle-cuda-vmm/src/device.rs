@@ -56,14 +56,15 @@ pub fn default_driver() -> Result<Driver> {
     return Err(VmmError::UnsupportedDevice);
 }
 
-/// The one simulated driver of this process; started when it is first asked for.
+/// The one simulated driver of this process; started when it is first asked for. A forked process has its own.
 #[cfg(feature = "simulator")]
 fn simulated_driver() -> Result<Driver> {
+    use cuda_vmm::PerProcess;
     use std::sync::{Mutex, PoisonError};
 
     // Not a `OnceLock`: a start that failed may be tried again.
-    static STARTED: Mutex<Option<Driver>> = Mutex::new(None);
-    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    static STARTED: PerProcess<Mutex<Option<Driver>>> = PerProcess::new();
+    let mut started = STARTED.get().lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(driver) = &*started {
         return Ok(driver.clone());
     }

@@ -3,6 +3,7 @@
 //! The variants of 0.1.1 are all here, with their fields. [`VmmError::Vmm`] is new: it carries an
 //! error of the core crate, [`cuda_vmm`], for which 0.1.1 had no variant.
 
+use std::sync::Arc;
 use thiserror::Error;
 
 /// Result of this crate's operations.
@@ -16,7 +17,7 @@ pub type Result<T> = std::result::Result<T, VmmError>;
 /// | `cuda_vmm::VmmError` | here |
 /// |---|---|
 /// | `OutOfVirtualMemory` | [`OutOfVirtualMemory`](Self::OutOfVirtualMemory) |
-/// | `OutOfPhysicalMemory` | [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) |
+/// | `OutOfPhysicalMemory` | [`Vmm`](Self::Vmm), with all its numbers, from all that is new in 0.2.0: tensors, caches, blocks. [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) from [`VirtualMemoryPool`](crate::VirtualMemoryPool) and [`SharedMemoryPool`](crate::SharedMemoryPool), as in 0.1.1 |
 /// | `OutOfRange`, `Overflow` | [`InvalidOffset`](Self::InvalidOffset) |
 /// | `Misaligned` | [`InvalidAlignment`](Self::InvalidAlignment) |
 /// | `AlreadyMapped`, `NotMapped` | the same |
@@ -42,7 +43,7 @@ pub enum VmmError {
         available: usize,
     },
 
-    /// The budget has no room. Nothing was taken.
+    /// The budget has no room. Nothing was taken. [`shortage`](Self::shortage) says the same of this and of the core's error.
     #[error("out of physical memory: {requested} bytes requested, {available} available")]
     OutOfPhysicalMemory {
         /// Bytes of physical memory that the request still needed.
@@ -109,7 +110,7 @@ pub enum VmmError {
 
     /// An error of Candle.
     #[error("Candle error: {0}")]
-    CandleError(#[from] candle_core::Error),
+    CandleError(#[source] candle_core::Error),
 
     /// No model of this name is registered.
     #[error("model not found: {0}")]
@@ -146,9 +147,91 @@ impl VmmError {
         Self::Other(msg.into())
     }
 
+    /// The error of this crate that an error of Candle holds, however often it was wrapped on its way: by
+    /// [`context`](candle_core::Error::context), by [`bt`](candle_core::Error::bt), with a path, or in an error of a model
+    /// that names it as its source.
+    ///
+    /// ```
+    /// use candle_cuda_vmm::{VmmError, cuda_vmm};
+    ///
+    /// # let error = cuda_vmm::VmmError::OutOfPhysicalMemory {
+    /// #     asked_bytes: 2, free_bytes: 1, retiring_bytes: 1, reclaimable_bytes: 0, limit_bytes: 4,
+    /// # };
+    /// # let forward = || Err::<(), _>(candle_core::Error::from(VmmError::from(error)).context("layer 3"));
+    /// let error = forward().unwrap_err();
+    /// let cause = VmmError::find(&error).expect("the cache had no memory");
+    /// assert!(cause.is_out_of_memory());
+    /// assert_eq!(cause.shortage().and_then(|shortage| shortage.limit_bytes), Some(4));
+    /// ```
+    pub fn find(error: &candle_core::Error) -> Option<&Self> {
+        use candle_core::Error;
+        match error {
+            Error::WithBacktrace { inner, .. }
+            | Error::Context { inner, .. }
+            | Error::WithPath { inner, .. } => Self::find(inner),
+            Error::WrappedContext { wrapped, .. } => Self::find_source(&**wrapped),
+            Error::Cuda(inner) => Self::find_source(&**inner),
+            _ => None,
+        }
+    }
+
+    /// The error of this crate in a chain of sources.
+    fn find_source<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if let Some(error) = error.downcast_ref::<candle_core::Error>() {
+                return Self::find(error);
+            }
+            let shared = || error.downcast_ref::<Arc<Self>>().map(|error| &**error);
+            if let Some(found) = error.downcast_ref::<Self>().or_else(shared) {
+                return Some(found.cause());
+            }
+            next = error.source();
+        }
+        None
+    }
+
+    /// The error of this crate that was the cause, if it came back in one of Candle's.
+    fn cause(&self) -> &Self {
+        match self {
+            Self::CandleError(error) => Self::find(error).unwrap_or(self),
+            error => error,
+        }
+    }
+
+    /// What was missing, if memory of the budget ran out.
+    pub fn shortage(&self) -> Option<Shortage> {
+        match self.cause() {
+            Self::OutOfPhysicalMemory {
+                requested,
+                available,
+            } => Some(Shortage {
+                requested_bytes: *requested,
+                available_bytes: *available,
+                retiring_bytes: None,
+                reclaimable_bytes: None,
+                limit_bytes: None,
+            }),
+            Self::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory {
+                asked_bytes,
+                free_bytes,
+                retiring_bytes,
+                reclaimable_bytes,
+                limit_bytes,
+            }) => Some(Shortage {
+                requested_bytes: *asked_bytes,
+                available_bytes: *free_bytes,
+                retiring_bytes: Some(*retiring_bytes),
+                reclaimable_bytes: Some(*reclaimable_bytes),
+                limit_bytes: Some(*limit_bytes),
+            }),
+            _ => None,
+        }
+    }
+
     /// The driver's own code, if a driver call of this crate failed.
     pub fn driver_code(&self) -> Option<cuda_vmm::sys::CUresult> {
-        match self {
+        match self.cause() {
             Self::Vmm(error) => error.driver_code(),
             _ => None,
         }
@@ -156,7 +239,7 @@ impl VmmError {
 
     /// Whether physical memory ran out: the budget's, or the device's.
     pub fn is_out_of_memory(&self) -> bool {
-        match self {
+        match self.cause() {
             Self::OutOfPhysicalMemory { .. } => true,
             Self::Vmm(error) => error.is_out_of_memory(),
             _ => false,
@@ -166,11 +249,11 @@ impl VmmError {
     /// Whether the same call can succeed later, when memory is back
     /// ([`later_bytes`](Self::later_bytes)).
     ///
-    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this answers
-    /// `true` for it even where the request is larger than the limit: compare `requested` with
+    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this returns
+    /// `true` for it even if the request is larger than the limit: compare `requested` with
     /// `global_stats().physical_limit` before you wait.
     pub fn is_later(&self) -> bool {
-        match self {
+        match self.cause() {
             Self::OutOfPhysicalMemory { .. } => true,
             Self::Vmm(error) => error.is_later(),
             _ => false,
@@ -179,7 +262,7 @@ impl VmmError {
 
     /// How many bytes must come back before a later try can succeed; 0 if that is not known.
     pub fn later_bytes(&self) -> usize {
-        match self {
+        match self.cause() {
             Self::OutOfPhysicalMemory {
                 requested,
                 available,
@@ -194,7 +277,7 @@ impl VmmError {
     /// `false` for errors in words ([`CudaError`](Self::CudaError), [`Other`](Self::Other)) and for
     /// Candle's: nothing is known about those.
     pub fn is_never(&self) -> bool {
-        match self {
+        match self.cause() {
             Self::CudaError(_)
             | Self::Other(_)
             | Self::CandleError(_)
@@ -206,11 +289,42 @@ impl VmmError {
 
     /// Whether the device's context is beyond use: every later call on it fails too.
     pub fn is_poisoned(&self) -> bool {
-        match self {
+        match self.cause() {
             Self::Vmm(error) => error.is_poisoned(),
             _ => false,
         }
     }
+
+    /// As 0.1.1 said it: a budget without room is [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory).
+    pub(crate) fn as_in_0_1_1(error: cuda_vmm::VmmError) -> Self {
+        match Self::from(error) {
+            Self::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory {
+                asked_bytes,
+                free_bytes,
+                ..
+            }) => Self::OutOfPhysicalMemory {
+                requested: asked_bytes,
+                available: free_bytes,
+            },
+            error => error,
+        }
+    }
+}
+
+/// What was missing when memory of a budget ran out, in bytes; see [`VmmError::shortage`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Shortage {
+    /// What the request still needed.
+    pub requested_bytes: usize,
+    /// What could have been had at once.
+    pub available_bytes: usize,
+    /// What comes back when the device has finished with it. Not known from the pools of 0.1.1, as nor is what follows.
+    pub retiring_bytes: Option<usize>,
+    /// What is held but not in use, which others could give up.
+    pub reclaimable_bytes: Option<usize>,
+    /// The most that the asker may ever hold.
+    pub limit_bytes: Option<usize>,
 }
 
 impl From<cuda_vmm::VmmError> for VmmError {
@@ -223,14 +337,6 @@ impl From<cuda_vmm::VmmError> for VmmError {
             } => Self::OutOfVirtualMemory {
                 requested: asked_bytes,
                 available: largest_free_bytes,
-            },
-            Core::OutOfPhysicalMemory {
-                asked_bytes,
-                free_bytes,
-                ..
-            } => Self::OutOfPhysicalMemory {
-                requested: asked_bytes,
-                available: free_bytes,
             },
             Core::OutOfRange {
                 offset,
@@ -269,13 +375,34 @@ impl From<cuda_vmm::VmmError> for VmmError {
     }
 }
 
-/// So that a function which answers Candle's `Result` takes this crate's errors with `?`. An error that came from Candle
-/// is that error again; of any other Candle keeps the message only.
+/// An error of this crate that went through Candle comes back as what it was, unless something was said about it on the
+/// way; then [`VmmError::find`] has it.
+impl From<candle_core::Error> for VmmError {
+    fn from(error: candle_core::Error) -> Self {
+        match error {
+            candle_core::Error::WrappedContext { wrapped, context } => {
+                match wrapped.downcast::<Self>() {
+                    Ok(error) => *error,
+                    Err(wrapped) => {
+                        Self::CandleError(candle_core::Error::WrappedContext { wrapped, context })
+                    }
+                }
+            }
+            error => Self::CandleError(error),
+        }
+    }
+}
+
+/// So that a function that returns Candle's `Result` takes this crate's errors with `?`. An error that came from Candle
+/// is that error again; any other is kept whole, and [`VmmError::find`] finds it.
 impl From<VmmError> for candle_core::Error {
     fn from(error: VmmError) -> Self {
         match error {
             VmmError::CandleError(error) => error,
-            error => Self::Wrapped(Box::new(error)),
+            error => Self::WrappedContext {
+                context: error.to_string(),
+                wrapped: Box::new(error),
+            },
         }
     }
 }

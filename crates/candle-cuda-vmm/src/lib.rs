@@ -73,11 +73,12 @@ pub mod physical_memory;
 pub mod relief;
 mod tensor_pool;
 pub mod virtual_memory;
+mod zeros;
 
 pub use cuda_ffi::AccessFlags;
 pub use elastic_blocks::ElasticBlocks;
 pub use elastic_tensor::ElasticTensor;
-pub use error::{Result, VmmError};
+pub use error::{Result, Shortage, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;

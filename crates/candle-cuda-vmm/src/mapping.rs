@@ -15,7 +15,7 @@ use crate::cuda_ffi::{self, AccessFlags, DevicePtr};
 use crate::device::default_driver;
 use crate::error::{Result, VmmError};
 use crate::physical_memory::PhysicalMemoryHandle;
-use cuda_vmm::Driver;
+use cuda_vmm::{Driver, PerProcess};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -54,7 +54,7 @@ pub struct VirtualAddressRange {
 }
 
 /// Ranges that could not be given back when they were dropped.
-static REFUSED: Mutex<Vec<VirtualAddressRange>> = Mutex::new(Vec::new());
+static REFUSED: PerProcess<Mutex<Vec<VirtualAddressRange>>> = PerProcess::new();
 
 impl VirtualAddressRange {
     /// Reserves `size` bytes of addresses, a multiple of the granularity of device 0, at a multiple of
@@ -155,8 +155,10 @@ impl VirtualAddressRange {
         self.driver.as_ref().ok_or(VmmError::UnsupportedDevice)
     }
 
-    fn mapped(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What is mapped. Fails in a forked process, where the lock may be held for good.
+    fn mapped(&self) -> Result<MutexGuard<'_, BTreeMap<usize, usize>>> {
+        self.driver()?.check_process()?;
+        Ok(self.mapped.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Unmaps what was mapped here and frees the addresses; what failed is still owned.
@@ -188,10 +190,11 @@ impl Drop for VirtualAddressRange {
         tracing::warn!(address = self.ptr, bytes = self.size, %error, "addresses could not be freed; they will be tried again");
         let refused = Self {
             driver: self.driver.take(),
-            mapped: Mutex::new(std::mem::take(&mut *self.mapped())),
+            mapped: std::mem::take(&mut self.mapped),
             ..*self
         };
         REFUSED
+            .get()
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(refused);
@@ -200,7 +203,8 @@ impl Drop for VirtualAddressRange {
 
 /// Drops each refused range again; what fails once more comes back into the list.
 fn retry_refused() {
-    let refused = std::mem::take(&mut *REFUSED.lock().unwrap_or_else(PoisonError::into_inner));
+    let refused =
+        std::mem::take(&mut *REFUSED.get().lock().unwrap_or_else(PoisonError::into_inner));
     drop(refused);
 }
 
@@ -244,7 +248,7 @@ pub fn map_memory(
     }
     let ptr = virtual_range.ptr_at_offset(offset)?;
     // Held over the call, so that the record and the driver agree whoever else maps and unmaps.
-    let mut mapped = virtual_range.mapped();
+    let mut mapped = virtual_range.mapped()?;
     if overlapping(&mapped, offset, size).next().is_some() {
         return Err(VmmError::AlreadyMapped { offset, size });
     }
@@ -268,7 +272,7 @@ pub fn unmap_memory(virtual_range: &VirtualAddressRange, offset: usize, size: us
     within(offset, size, virtual_range.size)?;
     let driver = virtual_range.driver()?;
     let ptr = virtual_range.ptr_at_offset(offset)?;
-    let mut mapped = virtual_range.mapped();
+    let mut mapped = virtual_range.mapped()?;
     let found: Vec<(usize, usize)> = overlapping(&mapped, offset, size).collect();
     if found.is_empty() && !virtual_range.adopted {
         return Err(VmmError::NotMapped { offset, size });
@@ -307,7 +311,7 @@ pub fn set_memory_access(
     within(offset, size, virtual_range.size)?;
     let driver = virtual_range.driver()?;
     let ptr = virtual_range.ptr_at_offset(offset)?;
-    let mapped = virtual_range.mapped();
+    let mapped = virtual_range.mapped()?;
     if !virtual_range.adopted {
         let found: Vec<(usize, usize)> = overlapping(&mapped, offset, size).collect();
         if let Some((start, length)) = cut(&found, offset, size) {

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorPoolOptions {
-    /// The engine behind it: the limit, what stays parked, the largest chunk. On a CPU device only the limit counts.
+    /// The engine behind it: the limit, what stays parked, the largest chunk. On a CPU device only the limit counts; the
+    /// others are checked.
     pub engine: EngineOptions,
     /// The page in bytes; the device's granularity where none is given.
     pub page_bytes: Option<usize>,
@@ -147,16 +148,37 @@ impl HostBudget {
         let relaxed = Ordering::Relaxed;
         match self.used_bytes.fetch_update(relaxed, relaxed, take) {
             Ok(_) => Ok(()),
-            Err(used) => Err(VmmError::OutOfPhysicalMemory {
-                requested: bytes,
-                available: self.limit_bytes - used,
-            }),
+            Err(used) => Err(self.shortage(bytes, self.limit_bytes - used)),
         }
+    }
+
+    /// So many bytes are not to be had: the budget has no more than `free_bytes`, or the host none.
+    pub(crate) fn shortage(&self, asked_bytes: usize, free_bytes: usize) -> VmmError {
+        VmmError::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory {
+            asked_bytes,
+            free_bytes,
+            retiring_bytes: 0,
+            reclaimable_bytes: 0,
+            // No allocation of the host is larger.
+            limit_bytes: self.limit_bytes.min(isize::MAX as usize),
+        })
     }
 
     pub(crate) fn give_back(&self, bytes: usize) {
         self.used_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
+}
+
+/// The granularity of the simulated device that stands for a CPU.
+const HOST_GRANULARITY_BYTES: usize = 2 << 20;
+
+/// The page that was asked for, or the device's granularity.
+fn check_page(page_bytes: Option<usize>, granularity_bytes: usize) -> Result<usize> {
+    let page_bytes = page_bytes.unwrap_or(granularity_bytes);
+    if !page_bytes.is_power_of_two() || page_bytes < granularity_bytes {
+        return Err(VmmError::InvalidPageSize(page_bytes));
+    }
+    Ok(page_bytes)
 }
 
 impl TensorPool {
@@ -175,8 +197,8 @@ impl TensorPool {
     ///   `cuda`, a GPU with virtual memory management.
     /// - [`InvalidPageSize`](VmmError::InvalidPageSize) unless the page is a power of two and at least the
     ///   device's granularity.
-    /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` for a limit or a reservation of nothing; what
-    ///   [`core_device`](crate::device::core_device) returns for the device.
+    /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` for a limit or a reservation of nothing, with `QuotaUnsatisfiable` for
+    ///   watermarks or a headroom that cannot hold; what [`core_device`](crate::device::core_device) returns for the device.
     pub fn with_options(device: &Device, options: TensorPoolOptions) -> Result<Self> {
         if options.reservation_bytes == 0 {
             return Err(cuda_vmm::VmmError::ZeroSize {
@@ -184,21 +206,22 @@ impl TensorPool {
             }
             .into());
         }
-        if options.engine.limit_bytes == Some(0) {
-            return Err(cuda_vmm::VmmError::ZeroSize { what: "limit" }.into());
-        }
+        options.engine.check()?;
         let memory = match device {
-            Device::Cpu => Memory::Host(Arc::new(HostBudget {
-                used_bytes: AtomicUsize::new(0),
-                limit_bytes: options.engine.limit_bytes.unwrap_or(usize::MAX),
-            })),
+            Device::Cpu => {
+                check_page(options.page_bytes, HOST_GRANULARITY_BYTES)?;
+                // Refuses what it refuses for a GPU.
+                #[cfg(feature = "simulator")]
+                Engine::new(&crate::device::core_device(device)?, options.engine)?;
+                Memory::Host(Arc::new(HostBudget {
+                    used_bytes: AtomicUsize::new(0),
+                    limit_bytes: options.engine.limit_bytes.unwrap_or(usize::MAX),
+                }))
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => {
                 let core = crate::device::core_device(device)?;
-                let page_bytes = options.page_bytes.unwrap_or(core.granularity_bytes());
-                if !page_bytes.is_power_of_two() || page_bytes < core.granularity_bytes() {
-                    return Err(VmmError::InvalidPageSize(page_bytes));
-                }
+                let page_bytes = check_page(options.page_bytes, core.granularity_bytes())?;
                 Memory::Device(Arc::new(DeviceMemory {
                     engine: Engine::new(&core, options.engine)?,
                     stream: crate::lease::stream_of(&core, cuda),

@@ -1,5 +1,6 @@
 //! Errors of the core, and what they become here.
 
+use candle_core::{Context, Error};
 use candle_cuda_vmm::VmmError;
 use candle_cuda_vmm::cuda_vmm::{DriverError, VmmError as Core, sys};
 
@@ -9,6 +10,16 @@ fn driver(code: sys::CUresult) -> VmmError {
         code,
         name: "A_NAME".to_owned(),
     }))
+}
+
+fn out_of_memory() -> Core {
+    Core::OutOfPhysicalMemory {
+        asked_bytes: 8,
+        free_bytes: 4,
+        retiring_bytes: 2,
+        reclaimable_bytes: 1,
+        limit_bytes: 16,
+    }
 }
 
 #[test]
@@ -32,10 +43,7 @@ fn each_core_error_becomes_the_variant_that_says_the_same() {
                 reclaimable_bytes: 1,
                 limit_bytes: 16,
             },
-            VmmError::OutOfPhysicalMemory {
-                requested: 8,
-                available: 4,
-            },
+            VmmError::Vmm(out_of_memory()),
         ),
         (
             Core::OutOfRange {
@@ -228,4 +236,84 @@ fn messages_name_the_values() {
     assert!(text(VmmError::InvalidPageSize(11)).contains("11"));
     assert!(text(VmmError::ModelNotFound("gpt2".to_owned())).contains("gpt2"));
     assert_eq!(text(VmmError::other("as it is")), "as it is");
+}
+
+/// An error of a model that names its cause.
+#[derive(Debug, thiserror::Error)]
+#[error("layer {layer} failed")]
+struct LayerFailed<E: std::error::Error + 'static> {
+    layer: usize,
+    #[source]
+    source: E,
+}
+
+/// All ways in which a model and Candle wrap an error.
+fn wrapped(error: impl Fn() -> Error) -> Vec<Error> {
+    let failed = |source| LayerFailed { layer: 3, source };
+    vec![
+        error(),
+        error().bt(),
+        error().with_path("model.safetensors"),
+        error().context("layer 3"),
+        error().bt().context("layer 3").bt().context("the model"),
+        Err::<(), _>(error()).context("layer 3").unwrap_err(),
+        Err::<(), _>(failed(error())).context("step").unwrap_err(),
+        Error::from(VmmError::from(error())).context("once more"),
+    ]
+}
+
+#[test]
+fn an_error_of_this_crate_is_found_in_one_of_candles() {
+    for error in wrapped(|| VmmError::from(out_of_memory()).into()) {
+        let found = VmmError::find(&error).unwrap_or_else(|| panic!("{error:?}"));
+        assert!(
+            matches!(found, VmmError::Vmm(core) if *core == out_of_memory()),
+            "{found:?}"
+        );
+        let shortage = found.shortage().expect("memory ran out");
+        assert_eq!((shortage.requested_bytes, shortage.available_bytes), (8, 4));
+        assert_eq!(shortage.retiring_bytes, Some(2));
+        assert_eq!(shortage.reclaimable_bytes, Some(1));
+        assert_eq!(shortage.limit_bytes, Some(16));
+        let text = error.to_string();
+        assert!(text.contains("2 retiring"), "{text}");
+        // What was found can be asked through the wrapped one too.
+        let error = VmmError::from(error);
+        assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
+        assert_eq!((error.later_bytes(), error.shortage()), (4, Some(shortage)));
+    }
+    for error in wrapped(|| driver(sys::CUDA_ERROR_ILLEGAL_ADDRESS).into()) {
+        let error = VmmError::from(error);
+        assert!(error.is_poisoned() && error.is_never(), "{error:?}");
+        assert_eq!(error.driver_code(), Some(sys::CUDA_ERROR_ILLEGAL_ADDRESS));
+    }
+    for error in wrapped(|| Error::msg("words")) {
+        assert!(VmmError::find(&error).is_none(), "{error:?}");
+    }
+}
+
+#[test]
+fn an_error_that_went_through_candle_comes_back_as_it_was() {
+    let error = VmmError::from(Error::from(VmmError::from(out_of_memory())));
+    assert!(
+        matches!(&error, VmmError::Vmm(core) if *core == out_of_memory()),
+        "{error:?}"
+    );
+    let error = Error::from(VmmError::from(Error::msg("words")));
+    assert!(!matches!(error, Error::WrappedContext { .. }), "{error:?}");
+}
+
+#[test]
+fn the_shortage_of_0_1_1_knows_what_it_knew() {
+    let error = VmmError::OutOfPhysicalMemory {
+        requested: 8,
+        available: 3,
+    };
+    let shortage = error.shortage().expect("memory ran out");
+    assert_eq!((shortage.requested_bytes, shortage.available_bytes), (8, 3));
+    assert_eq!(
+        (shortage.retiring_bytes, shortage.limit_bytes),
+        (None, None)
+    );
+    assert!(VmmError::other("words").shortage().is_none());
 }

@@ -16,7 +16,7 @@ use crate::calls;
 use crate::state::{Answer, State};
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 
 /// How many simulators there may be at once in a process.
 pub(crate) const SLOTS: usize = 64;
@@ -26,7 +26,10 @@ static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) 
 /// Puts a simulator, made for the number of a free slot, into that slot.
 pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State>> {
     for (slot, place) in STATES.iter().enumerate() {
-        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        // A place that somebody reads is taken, or was until now; in a forked process its lock may be held for good.
+        let Some(mut place) = try_write(place) else {
+            continue;
+        };
         if place.is_none() {
             let state = make(slot);
             *place = Some(Arc::clone(&state));
@@ -34,6 +37,15 @@ pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State
         }
     }
     None
+}
+
+/// Locks, unless that would take waiting.
+pub(crate) fn try_write<T>(place: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>> {
+    match place.try_write() {
+        Ok(place) => Some(place),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// Frees a slot. The functions of its table answer `CUDA_ERROR_DEINITIALIZED` until it is taken again.

@@ -5,7 +5,12 @@
 #![allow(unsafe_code)]
 
 use crate::driver::{Driver, call};
-use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError, statics};
+#[cfg(not(shuttle))]
+use crate::process::PerProcess;
+use crate::process::Process;
+#[cfg(shuttle)]
+use crate::sync::statics;
+use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUstreamCaptureMode};
 use core::marker::PhantomData;
 
@@ -15,16 +20,47 @@ struct Declared {
     synchronising: usize,
 }
 
-statics! {
-    static DECLARED: Mutex<Declared> = Mutex::new(Declared {
-        captures: 0,
-        synchronising: 0,
-    });
-    static CHANGED: Condvar = Condvar::new();
+/// What is declared in one process.
+#[derive(Default)]
+struct Captures {
+    declared: Mutex<Declared>,
+    changed: Condvar,
 }
 
-fn declared() -> MutexGuard<'static, Declared> {
-    DECLARED.lock().unwrap_or_else(PoisonError::into_inner)
+#[cfg(not(shuttle))]
+fn captures() -> &'static Captures {
+    static CAPTURES: PerProcess<Captures> = PerProcess::new();
+    CAPTURES.get()
+}
+
+#[cfg(shuttle)]
+statics! {
+    static CAPTURES: Captures = Captures::default();
+}
+#[cfg(shuttle)]
+fn captures() -> &'static Captures {
+    &CAPTURES
+}
+
+impl Captures {
+    fn lock(&self) -> MutexGuard<'_, Declared> {
+        self.declared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, declared: MutexGuard<'a, Declared>) -> MutexGuard<'a, Declared> {
+        let waited = self.changed.wait(declared);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the number of those that one has ended of, in the process that began it: another has none of its threads,
+    /// and counts for itself.
+    fn end(process: Process, change: impl FnOnce(&mut Declared)) {
+        if process.check().is_ok() {
+            let captures = captures();
+            change(&mut captures.lock());
+            captures.changed.notify_all();
+        }
+    }
 }
 
 /// Declares that a stream is being captured into a graph, in this process, until it is dropped.
@@ -33,7 +69,7 @@ fn declared() -> MutexGuard<'static, Declared> {
 /// and the driver gives no way to ask whether there is one. So hold a guard around
 /// `cuStreamBeginCapture` … `cuStreamEndCapture`: meanwhile this crate does nothing that would kill the
 /// capture. Memory that can only be given back after a context synchronise stays where it is until
-/// the guard is gone.
+/// the guard is gone. A forked process has none of its parent's captures.
 ///
 /// A graph keeps addresses and no memory. [`pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph) keeps memory behind
 /// them for as long as the graph can run:
@@ -88,41 +124,43 @@ fn declared() -> MutexGuard<'static, Declared> {
 /// ```
 #[derive(Debug)]
 #[must_use = "the capture is declared only while the guard lives"]
-pub struct CaptureGuard(());
+pub struct CaptureGuard(Process);
 
 impl CaptureGuard {
     /// Declares a capture. Waits for a context synchronise of this crate that is under way, and for a
     /// [`compact`](crate::VirtualMemoryPool::compact).
     pub fn new() -> Self {
-        let mut state = declared();
+        let captures = captures();
+        let mut state = captures.lock();
         state.captures += 1;
         while state.synchronising > 0 {
-            state = CHANGED.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = captures.wait(state);
         }
-        Self(())
+        Self(Process::current())
     }
 
     /// Whether any capture is declared now.
     pub(crate) fn any() -> bool {
-        declared().captures > 0
+        captures().lock().captures > 0
     }
 
     /// Waits until no capture is declared, and holds new ones back while the result lives.
     pub(crate) fn wait_for_none() -> NoCapture {
-        let mut state = declared();
+        let captures = captures();
+        let mut state = captures.lock();
         while state.captures > 0 {
-            state = CHANGED.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = captures.wait(state);
         }
         state.synchronising += 1;
-        NoCapture(())
+        NoCapture(Process::current())
     }
 
     /// As [`wait_for_none`](Self::wait_for_none), or `None` if a capture is declared.
     pub(crate) fn try_none() -> Option<NoCapture> {
-        let mut state = declared();
+        let mut state = captures().lock();
         (state.captures == 0).then(|| {
             state.synchronising += 1;
-            NoCapture(())
+            NoCapture(Process::current())
         })
     }
 }
@@ -135,18 +173,16 @@ impl Default for CaptureGuard {
 
 impl Drop for CaptureGuard {
     fn drop(&mut self) {
-        declared().captures -= 1;
-        CHANGED.notify_all();
+        Captures::end(self.0, |declared| declared.captures -= 1);
     }
 }
 
 /// No capture is declared, and none will be while this lives.
-pub(crate) struct NoCapture(());
+pub(crate) struct NoCapture(Process);
 
 impl Drop for NoCapture {
     fn drop(&mut self) {
-        declared().synchronising -= 1;
-        CHANGED.notify_all();
+        Captures::end(self.0, |declared| declared.synchronising -= 1);
     }
 }
 

@@ -8,6 +8,7 @@
 use crate::driver::{Driver, call};
 use crate::engine::{Engine, MakeRoom};
 use crate::foreign::Foreign;
+use crate::process::Here;
 use crate::quarantine::{Quarantine, Stuck};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, thread};
@@ -36,8 +37,8 @@ pub(crate) struct Inner {
     granularity_bytes: usize,
     recommended_granularity_bytes: usize,
     exports: bool,
-    quarantine: Mutex<Quarantine>,
-    engines: Mutex<Vec<Weak<crate::engine::Inner>>>,
+    quarantine: Here<Mutex<Quarantine>>,
+    engines: Here<Mutex<Vec<Weak<crate::engine::Inner>>>>,
     /// What others do to make room.
     make_room: Mutex<Option<Foreign<std::sync::Arc<MakeRoom>>>>,
     /// Threads that call the driver for someone who waits for memory.
@@ -106,6 +107,7 @@ impl Device {
         // Last, so that nothing after it can fail and leave the context retained.
         // SAFETY: `context` is a valid place; `Drop` releases it.
         unsafe { call!(&driver, cuDevicePrimaryCtxRetain(&mut context, raw)) }?;
+        let process = driver.process();
         Ok(Self(Arc::new(Inner {
             driver,
             ordinal,
@@ -116,8 +118,8 @@ impl Device {
             granularity_bytes,
             recommended_granularity_bytes,
             exports,
-            quarantine: Mutex::default(),
-            engines: Mutex::default(),
+            quarantine: Here::new(process, Mutex::default()),
+            engines: Here::new(process, Mutex::default()),
             make_room: Mutex::default(),
             callers: AtomicUsize::new(0),
             memory_calls: AtomicU64::new(0),
@@ -268,7 +270,7 @@ impl Device {
     }
 
     /// Bytes that the driver refused to take back when an object was dropped. They are retried by
-    /// [`retry_quarantine`](Self::retry_quarantine) and never handed out.
+    /// [`retry_quarantine`](Self::retry_quarantine) and never handed out. 0 in a forked process.
     pub fn quarantined_bytes(&self) -> usize {
         self.quarantine(|quarantine| quarantine.bytes())
     }
@@ -391,25 +393,18 @@ impl Device {
         self.0.lost.get().is_some()
     }
 
-    pub(crate) fn quarantine<T>(&self, use_it: impl FnOnce(&mut Quarantine) -> T) -> T {
-        use_it(
-            &mut self
-                .0
-                .quarantine
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        )
+    /// Looks at the quarantine; a forked process has none.
+    pub(crate) fn quarantine<T: Default>(&self, use_it: impl FnOnce(&mut Quarantine) -> T) -> T {
+        let locked = self.0.quarantine.lock();
+        locked.map_or_else(|_| T::default(), |mut quarantine| use_it(&mut quarantine))
     }
 
     /// Remembers an engine, so that memory it can spare is given up when the device runs out.
-    pub(crate) fn register_engine(&self, engine: &Arc<crate::engine::Inner>) {
-        let mut engines = self
-            .0
-            .engines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+    pub(crate) fn register_engine(&self, engine: &Arc<crate::engine::Inner>) -> Result<()> {
+        let mut engines = self.0.engines.lock()?;
         engines.retain(|engine| engine.strong_count() > 0);
         engines.push(Arc::downgrade(engine));
+        Ok(())
     }
 
     /// Says what others in the process do to make room on this device, such as trimming a framework's pool; `None` for
@@ -420,7 +415,11 @@ impl Device {
     /// [`allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout) waits for the device, it is called again now and then.
     /// It gets the bytes that are wanted, runs on the thread that allocates, no lock is held, and a panic in it is caught. It must not
     /// allocate from a pool of this device, which would call it again.
+    /// In a forked process this does nothing.
     pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
+        if self.driver().check_process().is_err() {
+            return;
+        }
         let mut held = self.held_make_room();
         let before = core::mem::replace(&mut *held, make_room.map(Foreign::new));
         drop(held);
@@ -456,14 +455,11 @@ impl Device {
 
     /// The engines of this device in this process.
     pub(crate) fn engines(&self) -> Vec<Engine> {
-        self.0
-            .engines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .filter_map(Weak::upgrade)
-            .map(Engine::from_inner)
-            .collect()
+        let engines = self.0.engines.lock();
+        engines.map_or(Vec::new(), |engines| {
+            let engines = engines.iter().filter_map(Weak::upgrade);
+            engines.map(Engine::from_inner).collect()
+        })
     }
 
     /// Fails unless both are the same device of the same driver.

@@ -7,12 +7,12 @@
 #![allow(unsafe_code)]
 
 use crate::device::{self, Device};
+use crate::process::{Here, Opener, PerProcess, Process};
 use crate::sync::{Arc, Mutex, PoisonError, Weak};
 use crate::sys::{self, CUresult, DriverFunction, DriverTable};
 use crate::{DriverError, Result, VmmError};
 use core::ffi::CStr;
 use core::fmt;
-use std::sync::OnceLock;
 
 #[cfg(feature = "simulator")]
 use cuda_vmm_sim::{SimConfig, Simulator};
@@ -63,7 +63,7 @@ struct Inner {
     kind: DriverKind,
     version: DriverVersion,
     process: Process,
-    devices: Mutex<Vec<Weak<device::Inner>>>,
+    devices: Here<Mutex<Vec<Weak<device::Inner>>>>,
     #[cfg(feature = "simulator")]
     simulator: Option<Simulator>,
 }
@@ -78,19 +78,19 @@ impl Driver {
     /// [`VmmError::Load`] if the library or an entry point is missing, with the places where it was looked for;
     /// [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
     pub fn cuda() -> Result<Self> {
-        static OPENED: OnceLock<Driver> = OnceLock::new();
-        static OPENING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-        if let Some(driver) = OPENED.get() {
+        static OPENED: PerProcess<std::sync::Mutex<Option<Driver>>> = PerProcess::new();
+        // A process forked from one that opens, or has opened, the driver cannot have it any more.
+        static OPENED_BY: Opener = Opener::nobody();
+        let mut opened = OPENED.get().lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = &*opened {
             return Ok(driver.clone());
         }
-        let _opening = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(driver) = OPENED.get() {
-            return Ok(driver.clone());
-        }
+        let opener = OPENED_BY.begin()?;
         let table = sys::load()?;
         // SAFETY: `load` fills the table from the driver library and never unloads it.
         let driver = unsafe { Self::from_table(table, DriverKind::Real) }?;
-        Ok(OPENED.get_or_init(|| driver).clone())
+        opener.has_opened();
+        Ok(opened.insert(driver).clone())
     }
 
     /// Starts a simulated driver of its own memory and devices; it ends with its last clone.
@@ -182,8 +182,8 @@ impl Driver {
             table,
             kind,
             version: DriverVersion { major: 0, minor: 0 },
-            process: Process(fork::generation()),
-            devices: Mutex::default(),
+            process: Process::current(),
+            devices: Here::new(Process::current(), Mutex::default()),
             #[cfg(feature = "simulator")]
             simulator,
         };
@@ -229,14 +229,9 @@ impl Driver {
     /// [`VmmError::InvalidDevice`]; [`VmmError::UnsupportedDevice`] if it has no virtual memory
     /// management; [`VmmError::Driver`], [`VmmError::Forked`].
     pub fn device(&self, ordinal: usize) -> Result<Device> {
-        self.check_process()?;
         // Held while the device is opened, so that a device is opened once and its quarantine and
         // its engines are known in one place.
-        let mut devices = self
-            .0
-            .devices
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut devices = self.0.devices.lock()?;
         let count = self.device_count()?;
         if ordinal >= count {
             return Err(VmmError::InvalidDevice { ordinal, count });
@@ -291,22 +286,6 @@ impl Driver {
     }
 }
 
-/// The process that opened a driver, by its generation; for those who ask often, and do not want to look it up in the
-/// driver.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Process(u32);
-
-impl Process {
-    /// Fails in another process.
-    pub(crate) fn check(self) -> Result<()> {
-        if fork::generation() == self.0 {
-            Ok(())
-        } else {
-            Err(VmmError::Forked)
-        }
-    }
-}
-
 impl Inner {
     fn check(&self, call: DriverFunction, code: CUresult) -> Result<()> {
         if code == sys::CUDA_SUCCESS {
@@ -334,39 +313,6 @@ impl fmt::Debug for Driver {
             "Driver({}, CUDA {})",
             self.0.kind, self.0.version
         )
-    }
-}
-
-/// Which process this is: a number that differs after a fork, cheaper to ask than the process's id.
-#[cfg(unix)]
-mod fork {
-    use crate::sync::Apart;
-    use std::sync::Once;
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    // Asked by every call, so apart from what others write.
-    static GENERATION: Apart<AtomicU32> = Apart(AtomicU32::new(0));
-    static REGISTERED: Apart<Once> = Apart(Once::new());
-
-    extern "C" fn in_the_child() {
-        GENERATION.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn generation() -> u32 {
-        REGISTERED.call_once(|| {
-            // SAFETY: the handler is a plain function that adds to an atomic, which is all that may be
-            // done between fork and exec. Should the registration fail, a child is not told apart.
-            unsafe { libc::pthread_atfork(None, None, Some(in_the_child)) };
-        });
-        GENERATION.load(Ordering::Relaxed)
-    }
-}
-
-/// Systems without fork have one process.
-#[cfg(not(unix))]
-mod fork {
-    pub(super) fn generation() -> u32 {
-        0
     }
 }
 

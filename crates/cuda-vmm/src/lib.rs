@@ -54,6 +54,7 @@ mod foreign;
 mod mapping;
 mod physical;
 pub mod pool;
+mod process;
 mod quarantine;
 mod reservation;
 #[cfg(unix)]
@@ -80,6 +81,8 @@ pub use pool::{
     ModelOptions, ModelQuota, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions,
     Snapshot, VirtualMemoryPool,
 };
+#[doc(hidden)]
+pub use process::PerProcess;
 pub use reservation::Reservation;
 pub use stream::Stream;
 

@@ -9,13 +9,19 @@
 pub(crate) use std::thread_local;
 #[cfg(not(shuttle))]
 pub(crate) use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Weak, atomic,
+    },
     thread,
 };
 
 #[cfg(shuttle)]
 pub(crate) use shuttle::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak, atomic},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        Weak, atomic,
+    },
     thread, thread_local,
 };
 
@@ -39,19 +45,14 @@ impl<T> Deref for Apart<T> {
 /// Declares statics that hold what this module hands out.
 ///
 /// Under the model checker each execution begins with new ones: a thread of an execution that is over must not
-/// wait in the next.
-#[cfg(not(shuttle))]
-macro_rules! statics {
-    ($(static $name:ident: $type:ty = $value:expr;)*) => {
-        $(static $name: $type = $value;)*
-    };
-}
+/// wait in the next. Else they are [`PerProcess`](crate::PerProcess).
 #[cfg(shuttle)]
 macro_rules! statics {
     ($(static $name:ident: $type:ty = $value:expr;)*) => {
         shuttle::lazy_static! { $(static ref $name: $type = $value;)* }
     };
 }
+#[cfg(shuttle)]
 pub(crate) use statics;
 
 /// The time since some moment, for delays.

@@ -148,32 +148,12 @@ fn child(everything: Everything, before: Books) -> i32 {
 fn in_a_forked_process_calls_answer_forked_and_drops_do_nothing() {
     let everything = Everything::new();
     let before = everything.simulated.books();
-    // SAFETY: the child runs this thread alone. It calls what is under test, allocates, which the C library
-    // allows after a fork, and leaves by `_exit`.
-    let child_id = unsafe { libc::fork() };
-    if child_id == 0 {
-        // A child that hangs is ended by the signal, which the parent sees.
-        // SAFETY: the default action of the signal ends the process.
-        unsafe { libc::alarm(20) };
-        let status = child(everything, before);
-        // SAFETY: ends the child without running what belongs to the parent.
-        unsafe { libc::_exit(status) };
-    }
-    assert!(child_id > 0, "fork");
-    let mut status = 0;
-    // SAFETY: `status` is a valid place, and the child is ours.
-    let ended = unsafe { libc::waitpid(child_id, &mut status, 0) };
-    assert_eq!(ended, child_id);
-    assert!(
-        libc::WIFEXITED(status),
-        "the child hung: ended by signal {}",
-        libc::WTERMSIG(status)
-    );
-    assert_eq!(
-        libc::WEXITSTATUS(status),
-        FINE,
-        "{CALLS}: a call, {DROPS}: a drop"
-    );
+    let mut everything = Some(everything);
+    // SAFETY: the child calls what is under test, and allocates.
+    let status =
+        unsafe { common::in_a_child(|| everything.take().map_or(DROPS, |all| child(all, before))) };
+    let everything = everything.expect("taken in the child only");
+    assert_eq!(status, FINE, "{CALLS}: a call, {DROPS}: a drop");
     // The parent goes on as if nothing had been.
     assert_eq!(everything.simulated.books(), before);
     everything.pools[0]

@@ -6,8 +6,14 @@ mod common;
 mod bad_input;
 #[path = "shared/ceiling.rs"]
 mod ceiling;
+#[path = "shared/fairness.rs"]
+mod fairness;
 #[path = "shared/life_cycle.rs"]
 mod life_cycle;
+#[path = "shared/no_worker.rs"]
+mod no_worker;
+#[path = "shared/others.rs"]
+mod others;
 #[path = "shared/pressure.rs"]
 mod pressure;
 #[path = "shared/quota.rs"]

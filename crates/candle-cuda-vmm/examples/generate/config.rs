@@ -49,6 +49,29 @@ pub enum RopeScaling {
     },
 }
 
+impl RopeScaling {
+    /// Its numbers, by the names of their fields.
+    fn numbers(&self) -> Vec<(&'static str, f32)> {
+        match *self {
+            Self::Default => Vec::new(),
+            Self::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings: original,
+            } => vec![
+                ("factor", factor),
+                ("low_freq_factor", low_freq_factor),
+                ("high_freq_factor", high_freq_factor),
+                ("original_max_position_embeddings", original as f32),
+            ],
+        }
+    }
+}
+
+/// Far more than any model has of anything but tokens.
+const LARGEST: usize = 1 << 24;
+
 fn default_rms_norm_eps() -> f32 {
     1e-6
 }
@@ -74,6 +97,14 @@ pub enum ConfigError {
         value: usize,
         reason: &'static str,
     },
+    /// A field's number cannot be.
+    NotANumber {
+        field: &'static str,
+        value: f32,
+        reason: &'static str,
+    },
+    /// The weights have more elements than can be counted.
+    TooLarge,
     /// A field asks for what this model has not.
     Unsupported { field: &'static str, value: String },
 }
@@ -88,6 +119,14 @@ impl std::fmt::Display for ConfigError {
                 value,
                 reason,
             } => write!(to, "{field} is {value}; {reason}"),
+            Self::NotANumber {
+                field,
+                value,
+                reason,
+            } => write!(to, "{field} is {value}; {reason}"),
+            Self::TooLarge => {
+                write!(to, "the model has more weights than can be counted")
+            }
             Self::Unsupported { field, value } => {
                 write!(to, "{field} is {value}, which this model does not have")
             }
@@ -126,24 +165,85 @@ impl Config {
             .unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
+    /// The elements of all weights, and of the rotations of all positions; none if they cannot be counted in 32-bit
+    /// floating-point numbers.
+    pub fn elements(&self) -> Option<usize> {
+        let times = |factors: &[usize]| {
+            (factors.iter()).try_fold(1_usize, |all, factor| all.checked_mul(*factor))
+        };
+        let queries = times(&[self.num_attention_heads, self.head_dim()])?;
+        let keys = times(&[self.kv_heads(), self.head_dim()])?;
+        // Queries and output; keys and values; gate, up and down; two norms.
+        let rows = [queries, queries, keys, keys]
+            .into_iter()
+            .chain([self.intermediate_size; 3])
+            .chain([1, 1])
+            .try_fold(0_usize, usize::checked_add)?;
+        let layers = times(&[rows, self.hidden_size, self.num_hidden_layers])?;
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        let tables = times(&[tables, self.vocab_size, self.hidden_size])?;
+        let rotations = times(&[self.max_position_embeddings, self.head_dim()])?;
+        let all = [layers, tables, rotations, self.hidden_size];
+        let all = all.into_iter().try_fold(0_usize, usize::checked_add)?;
+        // As Candle counts: in bytes, and within half of the addresses.
+        let bytes = all.checked_mul(size_of::<f32>())?;
+        (bytes <= isize::MAX as usize).then_some(all)
+    }
+
     fn check(&self) -> Result<(), ConfigError> {
-        for (field, value) in [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.kv_heads()),
-            ("max_position_embeddings", self.max_position_embeddings),
+        for (field, value, most) in [
+            // Tokens are numbers of 32 bits.
+            ("vocab_size", self.vocab_size, u32::MAX as usize),
+            ("hidden_size", self.hidden_size, LARGEST),
+            ("intermediate_size", self.intermediate_size, LARGEST),
+            ("num_hidden_layers", self.num_hidden_layers, LARGEST),
+            ("num_attention_heads", self.num_attention_heads, LARGEST),
+            ("num_key_value_heads", self.kv_heads(), LARGEST),
+            (
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                u32::MAX as usize,
+            ),
         ] {
-            if value == 0 {
-                let reason = "it must be at least 1";
-                return Err(ConfigError::Invalid {
+            let reason = match value {
+                0 => "it must be at least 1",
+                value if value > most => "that is more than any model has",
+                _ => continue,
+            };
+            return Err(ConfigError::Invalid {
+                field,
+                value,
+                reason,
+            });
+        }
+        for (field, value) in [
+            ("rms_norm_eps", self.rms_norm_eps),
+            ("rope_theta", self.rope_theta),
+        ]
+        .into_iter()
+        .chain(self.rope_scaling.iter().flat_map(RopeScaling::numbers))
+        {
+            if !(value.is_finite() && value > 0.) {
+                let reason = "it must be a number above 0";
+                return Err(ConfigError::NotANumber {
                     field,
                     value,
                     reason,
                 });
             }
+        }
+        if let Some(RopeScaling::Llama3 {
+            low_freq_factor,
+            high_freq_factor,
+            ..
+        }) = self.rope_scaling
+            && high_freq_factor <= low_freq_factor
+        {
+            return Err(ConfigError::NotANumber {
+                field: "high_freq_factor",
+                value: high_freq_factor,
+                reason: "it must be above low_freq_factor",
+            });
         }
         let invalid = |field, value, reason| {
             Err(ConfigError::Invalid {
@@ -162,6 +262,10 @@ impl Config {
         }
         if self.head_dim() == 0 || !self.head_dim().is_multiple_of(2) {
             return invalid("head_dim", self.head_dim(), "it must be even, and not 0");
+        }
+        if self.head_dim() > LARGEST {
+            let reason = "that is more than any model has";
+            return invalid("head_dim", self.head_dim(), reason);
         }
         let unsupported = |field, value: &dyn std::fmt::Display| {
             let value = value.to_string();
@@ -189,7 +293,10 @@ impl Config {
         if let Some(parameters) = &self.rope_parameters {
             return unsupported("rope_parameters", parameters);
         }
-        Ok(())
+        match self.elements() {
+            Some(_) => Ok(()),
+            None => Err(ConfigError::TooLarge),
+        }
     }
 }
 
@@ -281,6 +388,72 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
+    }
+
+    #[test]
+    fn what_is_absurd_is_refused_at_once() {
+        for name in [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ] {
+            for bad in [0, usize::MAX, usize::MAX - 1, 1 << 40] {
+                match with(name, json!(bad)).unwrap_err() {
+                    ConfigError::Invalid { field, value, .. } => {
+                        assert_eq!((field, value), (name, bad))
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        for name in ["rms_norm_eps", "rope_theta"] {
+            for bad in [json!(0.0), json!(-1.0), json!(1e300)] {
+                match with(name, bad).unwrap_err() {
+                    ConfigError::NotANumber { field, value, .. } => {
+                        assert_eq!(field, name);
+                        assert!(!(value.is_finite() && value > 0.));
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            // JSON has no such number.
+            with(name, json!(f64::NAN)).unwrap_err();
+        }
+        let scaling = |factor: f64, low: f64, high: f64, original: usize| {
+            json!({ "rope_type": "llama3", "factor": factor, "low_freq_factor": low,
+                    "high_freq_factor": high, "original_max_position_embeddings": original })
+        };
+        for (bad, name) in [
+            (scaling(0., 1., 4., 8192), "factor"),
+            (scaling(8., -1., 4., 8192), "low_freq_factor"),
+            (scaling(8., 4., 4., 8192), "high_freq_factor"),
+            (scaling(8., 1., 4., 0), "original_max_position_embeddings"),
+        ] {
+            match with("rope_scaling", bad).unwrap_err() {
+                ConfigError::NotANumber { field, .. } => assert_eq!(field, name),
+                other => panic!("{other:?}"),
+            }
+        }
+        // Each of these may be, and together they may not.
+        let mut huge: Value = serde_json::from_str(include_str!("small.json")).unwrap();
+        for name in ["hidden_size", "intermediate_size", "num_hidden_layers"] {
+            huge[name] = json!(1 << 23);
+        }
+        let outcome = Config::parse(&huge.to_string());
+        assert!(matches!(outcome, Err(ConfigError::TooLarge)), "{outcome:?}");
+    }
+
+    #[test]
+    fn weights_are_counted() {
+        // 8 layers of 2 512 × 512, 2 512 × 128, 3 512 × 1408 and 2 512, a table, a norm, the rotations.
+        let layer = 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408 + 2 * 512;
+        let all = 8 * layer + 4096 * 512 + 512 + 4096 * 64;
+        assert_eq!(Config::small().unwrap().elements(), Some(all));
     }
 
     #[test]

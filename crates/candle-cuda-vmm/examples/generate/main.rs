@@ -5,6 +5,7 @@
 
 mod caches;
 mod config;
+mod demand;
 mod generation;
 mod model;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::{Parser, ValueEnum};
 use config::Config;
+use demand::Demand;
 use generation::Generation;
 use model::{Attention, Decoder};
 use serde_json::json;
@@ -47,7 +49,7 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
     tokens: usize,
     /// What the caches are told to be ready for; the model's own maximum without
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_seq_len: Option<usize>,
     /// Seed of the prompt and of random weights
     #[arg(long, value_name = "S", default_value_t = 0)]
@@ -120,25 +122,27 @@ fn run<F: Measured>(
         Some(path) => Config::read(path)?,
         None => Config::small()?,
     };
-    let positions = config.max_position_embeddings;
-    // The last token that is generated is not fed back.
-    let needed = arguments.prompt_tokens.checked_add(arguments.tokens - 1);
-    if needed.is_none_or(|needed| needed > positions) {
-        let (prompt, tokens) = (arguments.prompt_tokens, arguments.tokens);
-        let message = format!("{prompt} and {tokens} tokens are more than the model's {positions}");
-        return Err(message.into());
-    }
     let dtype = match arguments.dtype {
         Precision::F32 => DType::F32,
         Precision::F16 => DType::F16,
         Precision::Bf16 => DType::BF16,
     };
+    let positions = config.max_position_embeddings;
+    let max_seq_len = arguments.max_seq_len.unwrap_or(positions);
+    let (prompt_tokens, tokens) = (arguments.prompt_tokens, arguments.tokens);
+    Demand {
+        prompt_tokens,
+        tokens,
+        max_seq_len,
+        is_reserved: arguments.cache == Kind::Kv,
+        dtype,
+    }
+    .check(&config, &device)?;
     let source = match arguments.weights.as_slice() {
         [] => Source::Random(arguments.seed),
         paths => Source::Files(weights::read(paths)?),
     };
     let weights = Weights::new(source, dtype, &device);
-    let max_seq_len = arguments.max_seq_len.unwrap_or(positions);
     let mut decoder = Decoder::new(&config, weights, factory, max_seq_len, arguments.attention)?;
     let prompt = generation::prompt(config.vocab_size, arguments.prompt_tokens, arguments.seed);
     let generation = generation::generate(

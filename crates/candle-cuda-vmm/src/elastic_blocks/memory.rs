@@ -19,10 +19,6 @@ use cuda_vmm::pool::blocks::{BlockBacking, BlockId, LayerSpec, ReclaimPlan};
 use cuda_vmm::{Engine, Stream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Which blocks are backed, and the tensors.
 #[derive(Debug)]
 pub(super) struct Memory {
@@ -54,7 +50,7 @@ impl Memory {
         dtypes: &[DType],
     ) -> Result<Self> {
         match &pool.memory {
-            tensor_pool::Memory::Host(_) => {
+            tensor_pool::Memory::Host(budget) => {
                 let core = core_device(&pool.device)?;
                 let engine = Engine::new(&core, pool.options.engine)?;
                 let page_bytes = pool.options.page_bytes.unwrap_or(core.granularity_bytes());
@@ -62,9 +58,11 @@ impl Memory {
                 let stream = Stream::new(&core)?;
                 backing.use_stream(&stream)?;
                 let tensors = backing.tensors().iter().zip(dtypes);
-                let tensors = tensors
-                    .map(|(tensor, dtype)| Tensor::zeros(tensor.shape(), *dtype, &pool.device));
-                let tensors = Mutex::new(tensors.collect::<candle_core::Result<_>>()?);
+                let tensors = tensors.map(|(tensor, dtype)| {
+                    let zeros = crate::zeros::zeros(&tensor.shape(), *dtype)?;
+                    zeros.ok_or_else(|| budget.shortage(tensor.capacity_bytes(), 0))
+                });
+                let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
                 let place = Place::Host { tensors, stream };
                 Ok(Self { backing, place })
             }
@@ -79,6 +77,12 @@ impl Memory {
         }
     }
 
+    /// Locks one of its own. Fails in a forked process, where the lock may be held for good.
+    fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
+        self.backing.engine().device().driver().check_process()?;
+        Ok(mutex.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(super) fn backing(&self) -> &BlockBacking {
         &self.backing
     }
@@ -87,7 +91,7 @@ impl Memory {
         let blocks: Vec<_> = blocks.into_iter().collect();
         // Not while blocks are copied of which the books know already that they have moved.
         let _held = match &self.place {
-            Place::Host { tensors, .. } => Some(lock(tensors)),
+            Place::Host { tensors, .. } => Some(self.lock(tensors)?),
             #[cfg(feature = "cuda")]
             Place::Device { .. } => None,
         };
@@ -97,7 +101,7 @@ impl Memory {
     pub(super) fn commit(&self, plan: &ReclaimPlan) -> Result<()> {
         match &self.place {
             Place::Host { tensors, stream } => {
-                let tensors = lock(tensors);
+                let tensors = self.lock(tensors)?;
                 self.backing.commit(plan, stream)?;
                 for tensor in tensors.iter() {
                     for (from, to) in plan.moves() {
@@ -118,7 +122,7 @@ impl Memory {
     pub(super) fn prefix(&self, tensor: usize, blocks: usize, dtype: DType) -> Result<Tensor> {
         match &self.place {
             Place::Host { tensors, .. } => {
-                let tensors = lock(tensors);
+                let tensors = self.lock(tensors)?;
                 debug_assert_eq!(tensors[tensor].dtype(), dtype);
                 Ok(tensors[tensor].narrow(0, 0, blocks)?)
             }
@@ -143,12 +147,13 @@ impl Memory {
     pub(super) unsafe fn reserved(&self, dtypes: &[DType]) -> Result<Vec<Tensor>> {
         match &self.place {
             Place::Host { tensors, .. } => {
-                debug_assert_eq!(lock(tensors).len(), dtypes.len());
-                Ok(lock(tensors).clone())
+                let tensors = self.lock(tensors)?;
+                debug_assert_eq!(tensors.len(), dtypes.len());
+                Ok(tensors.clone())
             }
             #[cfg(feature = "cuda")]
             Place::Device { memory, reserved } => {
-                let mut reserved = lock(reserved);
+                let mut reserved = self.lock(reserved)?;
                 reserved.retain_mut(|token| !token.is_released());
                 let mut all = Vec::new();
                 for (tensor, dtype) in self.backing.tensors().iter().zip(dtypes) {

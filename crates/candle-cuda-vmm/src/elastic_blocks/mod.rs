@@ -144,8 +144,8 @@ impl ElasticBlocks {
     ///
     /// # Errors
     /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`], with `Leased` for a block that was given up
-    /// while a prefix showed it and still does, and if a driver call fails;
-    /// [`OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory) if the budget has no room.
+    /// while a prefix showed it and still does, with `OutOfPhysicalMemory` if the budget has no
+    /// room, and if a driver call fails.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         self.0.memory.back(blocks)
     }

@@ -302,6 +302,8 @@ impl DeviceRows {
             .div_ceil(self.row_bytes);
         let end = (rows.end * self.row_bytes).next_multiple_of(page_bytes);
         let whole = first..end.min(space.live.end) / self.row_bytes;
+        // In a forked process the lock may be held for good.
+        self.memory.engine.device().driver().check_process()?;
         let mut base = space.base.lock().unwrap_or_else(PoisonError::into_inner);
         if base.as_ref().is_none_or(|base| base.rows != whole) {
             let tensor = self.lease(space, whole.clone())?;

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::tensor_pool::HostBudget;
+use crate::zeros::zeros;
 use candle_core::{DType, Device, Tensor};
 use std::iter;
 use std::ops::Range;
@@ -15,23 +16,89 @@ struct Buffer {
     /// `[rows, row…]`.
     data: Tensor,
     rows: usize,
+    /// From this row on it is as it was made: zeros.
+    written: usize,
     bytes: usize,
 }
 
 impl Buffer {
+    /// How much is copied at once where rows cannot be copied as they stand.
+    const PIECE_BYTES: usize = 1 << 20;
+
     fn new(budget: &Arc<HostBudget>, rows: usize, row: &[usize], dtype: DType) -> Result<Self> {
-        let shape: Vec<_> = iter::once(rows).chain(row.iter().copied()).collect();
-        let bytes = shape.iter().product::<usize>() * dtype.size_in_bytes();
+        let row_bytes = row.iter().product::<usize>() * dtype.size_in_bytes();
+        let bytes = rows.saturating_mul(row_bytes);
         budget.take(bytes)?;
-        let data =
-            Tensor::zeros(shape, dtype, &Device::Cpu).inspect_err(|_| budget.give_back(bytes))?;
-        Ok(Self {
-            budget: budget.clone(),
-            data,
-            rows,
-            bytes,
-        })
+        match zeros(&with_rows(rows, row), dtype) {
+            Ok(Some(data)) => Ok(Self {
+                budget: budget.clone(),
+                data,
+                rows,
+                written: 0,
+                bytes,
+            }),
+            Ok(None) => {
+                budget.give_back(bytes);
+                Err(budget.shortage(bytes, 0))
+            }
+            Err(error) => {
+                budget.give_back(bytes);
+                Err(error.into())
+            }
+        }
     }
+
+    fn shares_storage(&self, other: &Tensor) -> bool {
+        let address = |tensor: &Tensor| {
+            let (storage, _) = tensor.storage_and_layout();
+            std::ptr::from_ref(&*storage).addr()
+        };
+        address(&self.data) == address(other)
+    }
+
+    /// Writes rows from row `at` on. Those that lie in this very buffer, and those whose elements do not follow one another,
+    /// are copied by pieces: Candle copies neither, and a copy of all might be larger than memory.
+    fn write(&mut self, at: usize, rows: &Tensor) -> Result<()> {
+        let count = rows.dim(0)?;
+        self.written = self.written.max(at + count);
+        if rows.is_contiguous() && !self.shares_storage(rows) {
+            return Ok(self.data.slice_set(rows, 0, at)?);
+        }
+        for piece in self.pieces(0..count) {
+            let rows = rows.narrow(0, piece.start, piece.len())?;
+            let rows = rows.force_contiguous()?;
+            self.data.slice_set(&rows, 0, at + piece.start)?;
+        }
+        Ok(())
+    }
+
+    /// Makes rows zero that may have been written.
+    fn zero(&mut self, rows: Range<usize>) -> Result<()> {
+        let dirty = rows.start..rows.end.min(self.written);
+        let mut all = None;
+        for piece in self.pieces(dirty) {
+            let zeros = match &all {
+                Some(zeros) => zeros,
+                None => all.insert(self.data.narrow(0, 0, piece.len())?.zeros_like()?),
+            };
+            self.data
+                .slice_set(&zeros.narrow(0, 0, piece.len())?, 0, piece.start)?;
+        }
+        Ok(())
+    }
+
+    /// Rows in pieces; the first is the longest.
+    fn pieces(&self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let step = (Self::PIECE_BYTES / (self.bytes / self.rows)).max(1);
+        let end = rows.end;
+        rows.step_by(step)
+            .map(move |start| start..end.min(start + step))
+    }
+}
+
+/// The shape of so many rows.
+fn with_rows(rows: usize, row: &[usize]) -> Vec<usize> {
+    iter::once(rows).chain(row.iter().copied()).collect()
 }
 
 impl Drop for Buffer {
@@ -72,16 +139,15 @@ impl HostRows {
     fn make_room(&mut self, more: usize) -> Result<()> {
         let (len, unseen) = (self.rows.len(), *self.unseen.get_mut());
         let has_room =
-            |buffer: &Buffer| self.rows.end + more <= buffer.rows && unseen <= self.rows.end;
+            |buffer: &Buffer| more <= buffer.rows - self.rows.end && unseen <= self.rows.end;
         let buffer = match self.buffer.take_if(|buffer| has_room(buffer)) {
             Some(buffer) => buffer,
             None => {
                 // Twice as much as is needed at once, so that growing row by row copies each row a few times only.
                 let new = |rows| Buffer::new(&self.budget, rows, &self.row, self.dtype);
-                let fresh = new((len + more).max(2 * len)).or_else(|_| new(len + more))?;
+                let mut fresh = new((len + more).max(2 * len)).or_else(|_| new(len + more))?;
                 if let Some(old) = self.buffer.as_ref().filter(|_| len > 0) {
-                    let rows = old.data.narrow(0, self.rows.start, len)?;
-                    fresh.data.slice_set(&rows, 0, 0)?;
+                    fresh.write(0, &old.data.narrow(0, self.rows.start, len)?)?;
                 }
                 self.rows = 0..len;
                 *self.unseen.get_mut() = len;
@@ -94,19 +160,36 @@ impl HostRows {
 
     pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
         let count = rows.dim(0)?;
-        let rows = rows.contiguous()?;
         self.make_room(count)?;
-        if let Some(buffer) = &self.buffer {
-            buffer.data.slice_set(&rows, 0, self.rows.end)?;
+        if let Some(buffer) = &mut self.buffer {
+            buffer.write(self.rows.end, rows)?;
         }
         self.rows.end += count;
         Ok(())
     }
 
     pub(super) fn grow(&mut self, count: usize) -> Result<()> {
-        // One row of zeros in memory, for all of them.
-        let zeros = Tensor::zeros(self.row.as_slice(), self.dtype, &Device::Cpu)?;
-        self.append(&zeros.broadcast_left(count)?)
+        self.make_room(count)?;
+        if let Some(buffer) = &mut self.buffer {
+            buffer.zero(self.rows.end..self.rows.end + count)?;
+        }
+        self.rows.end += count;
+        Ok(())
+    }
+
+    /// A copy of all rows in a buffer of its own, which no budget counts.
+    pub(super) fn to_owned(&self) -> Result<Tensor> {
+        let rows = self.view(0..self.len())?;
+        match zeros(rows.dims(), self.dtype)? {
+            Some(copy) => {
+                copy.slice_set(&rows, 0, 0)?;
+                Ok(copy)
+            }
+            None => {
+                let bytes = rows.elem_count() * self.dtype.size_in_bytes();
+                Err(self.budget.shortage(bytes, 0))
+            }
+        }
     }
 
     pub(super) fn truncate(&mut self, len: usize) {
@@ -131,8 +214,11 @@ impl HostRows {
     /// A view of some of the rows, counted from the first.
     pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
         let Some(buffer) = &self.buffer else {
-            let shape: Vec<_> = iter::once(0).chain(self.row.iter().copied()).collect();
-            return Ok(Tensor::zeros(shape, self.dtype, &Device::Cpu)?);
+            return Ok(Tensor::zeros(
+                with_rows(0, &self.row),
+                self.dtype,
+                &Device::Cpu,
+            )?);
         };
         let (start, end) = (self.rows.start + rows.start, self.rows.start + rows.end);
         self.unseen.fetch_max(end, Ordering::Relaxed);

@@ -180,8 +180,8 @@ impl ElasticTensor {
     /// - [`CandleError`](VmmError::CandleError) with `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`,
     ///   `UnexpectedNumberOfDims` or `ShapeMismatchBinaryOp` for rows that are not like these.
     /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if they do not fit in the addresses that the pool reserves.
-    /// - [`OutOfPhysicalMemory`](VmmError::OutOfPhysicalMemory) if the budget has no room; [`Vmm`](VmmError::Vmm) if a
-    ///   driver call fails.
+    /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the budget has no room, or the host no memory, and if a driver
+    ///   call fails.
     pub fn append(&mut self, rows: &Tensor) -> Result<()> {
         const OP: &str = "elastic-append";
         if rows.dtype() != self.dtype {
@@ -324,8 +324,12 @@ impl ElasticTensor {
     /// # Errors
     /// As [`view`](Self::view).
     pub fn to_owned(&self) -> Result<Tensor> {
-        // Not `copy`, whose result would share the lease.
-        Ok(self.view()?.force_contiguous()?)
+        match &self.rows {
+            Rows::Host(rows) => rows.to_owned(),
+            // Not `copy`, whose result would share the lease.
+            #[cfg(feature = "cuda")]
+            Rows::Device(_) => Ok(self.view()?.force_contiguous()?),
+        }
     }
 
     /// A tensor of the same pool with copies of the rows.

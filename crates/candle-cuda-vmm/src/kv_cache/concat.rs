@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{KvCache, KvCacheFactory, check_truncate};
+use super::{KvCache, KvCacheFactory, append_or_restore, check_pair, check_truncate};
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache::ConcatKvCache;
@@ -25,7 +25,8 @@ impl KvCacheFactory for ConcatCaches {
 /// `truncate` copies what stays, so that the memory of the rest is free.
 impl KvCache for ConcatKvCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(self.append(k, v)?)
+        check_pair(k, v, self.dim(), "concat-append")?;
+        append_or_restore(self, |cache| cache.append(k, v))
     }
 
     fn current_seq_len(&self) -> usize {

@@ -1,6 +1,6 @@
 //! A KV cache that grows where it stands.
 
-use super::{KvCache, KvCacheFactory, check_truncate};
+use super::{KvCache, KvCacheFactory, check_pair, check_truncate};
 #[cfg(feature = "cuda")]
 use crate::append::Queued;
 use crate::elastic_tensor::ElasticTensor;
@@ -60,9 +60,10 @@ impl ElasticCache {
 
     fn check(&self) -> candle_core::Result<()> {
         match &self.failed {
-            Some(reason) => {
-                Err(Error::wrap(reason.clone()).context("the cache could not be cloned"))
-            }
+            Some(reason) => Err(Error::WrappedContext {
+                wrapped: Box::new(reason.clone()),
+                context: format!("the cache could not be cloned: {reason}"),
+            }),
             None => Ok(()),
         }
     }
@@ -96,12 +97,17 @@ impl ElasticCache {
     /// As [`ElasticTensor::append`]; `DimOutOfRange` for a tensor without the sequence's dimension. After an error the
     /// cache is as before.
     pub fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
+        Ok(self.try_append(tokens)?)
+    }
+
+    /// As [`append`](Self::append), with this crate's errors.
+    fn try_append(&mut self, tokens: &Tensor) -> Result<()> {
         self.check()?;
         let (dim, rank) = (self.dim, tokens.rank());
         if dim >= rank {
             let (shape, op) = (tokens.shape().clone(), "elastic-append");
             let dim = i32::try_from(dim).unwrap_or(i32::MAX);
-            return Err(Error::DimOutOfRange { shape, dim, op });
+            return Err(Error::DimOutOfRange { shape, dim, op }.into());
         }
         let order: Vec<_> = [dim]
             .into_iter()
@@ -115,12 +121,24 @@ impl ElasticCache {
                 all.row_dims() == &rows.dims()[1..] && all.dtype() == rows.dtype()
             };
             if !self.rows.as_ref().is_some_and(is_alike) {
-                self.rows = Some(self.pool.tensor(&rows.dims()[1..], rows.dtype())?);
+                let mut fresh = self.pool.tensor(&rows.dims()[1..], rows.dtype())?;
+                fresh.append(&rows)?;
+                self.rows = Some(fresh);
+                return Ok(());
             }
         }
         match &mut self.rows {
-            Some(all) => Ok(all.append(&rows)?),
+            Some(all) => all.append(&rows),
             None => Ok(()),
+        }
+    }
+
+    /// Forgets what was appended since there were `len` tokens, of these rows. It cannot fail: they were there.
+    fn undo(&mut self, len: usize) {
+        if let Some(rows) = &mut self.rows
+            && rows.len() > len
+        {
+            let _ = rows.truncate(len);
         }
     }
 
@@ -241,42 +259,48 @@ impl ElasticKvCache {
     /// Appends the next tokens, and answers all keys and all values.
     ///
     /// # Errors
-    /// As [`ElasticCache::append`]. After an error the cache is as before.
+    /// As [`ElasticCache::append`]; `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` or `ShapeMismatchBinaryOp` for keys
+    /// and values that differ in dtype, device, or a dimension other than the last, the number of tokens for instance.
+    /// After an error keys and values are as before. [`VmmError::find`] has an error of this crate.
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-        #[cfg(feature = "cuda")]
-        if let Some(outcome) = self.append_at_once(k, v) {
-            return outcome;
-        }
-        let len = self.k.current_seq_len();
-        self.k.append(k)?;
-        let outcome = self.v.append(v).and_then(|()| self.both());
+        Ok(self.try_append(k, v)?)
+    }
+
+    /// As [`append`](Self::append), with this crate's errors.
+    fn try_append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        check_pair(k, v, self.k.dim, "elastic-append")?;
+        let (k_len, v_len) = (self.k.current_seq_len(), self.v.current_seq_len());
+        let outcome = self.append_or_fail(k, v);
         if outcome.is_err() {
-            // They were there, so they can go.
-            let _ = self.k.truncate(len);
-            let _ = self.v.truncate(len.min(self.v.current_seq_len()));
+            self.k.undo(k_len);
+            self.v.undo(v_len);
         }
         outcome
     }
 
+    /// Appends. After an error some of it may be there.
+    fn append_or_fail(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        #[cfg(feature = "cuda")]
+        match self.append_at_once(k, v)? {
+            Queued::Not => {}
+            Queued::Answers([k, v]) => return Ok((k, v)),
+            Queued::Rows => return Ok(self.both()?),
+        }
+        self.k.try_append(k)?;
+        self.v.try_append(v)?;
+        Ok(self.both()?)
+    }
+
     /// Appends keys and values by one launch, where these can be.
     #[cfg(feature = "cuda")]
-    fn append_at_once(
-        &mut self,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Option<candle_core::Result<(Tensor, Tensor)>> {
-        let (dim, len) = (self.k.dim, self.k.current_seq_len());
+    fn append_at_once(&mut self, k: &Tensor, v: &Tensor) -> Result<Queued> {
         let wants_answers = self.k.answers_are_contiguous();
-        let (Some(keys), Some(values)) = (&mut self.k.rows, &mut self.v.rows) else {
-            return None;
-        };
-        match ElasticTensor::append_both([(keys, k), (values, v)], dim, wants_answers) {
-            Err(error) => Some(Err(error.into())),
-            Ok(Queued::Not) => None,
-            Ok(Queued::Answers([k, v])) => Some(Ok((k, v))),
-            Ok(Queued::Rows) => Some(self.both().inspect_err(|_| {
-                let _ = self.truncate(len);
-            })),
+        let dim = self.k.dim;
+        match (&mut self.k.rows, &mut self.v.rows) {
+            (Some(keys), Some(values)) => {
+                ElasticTensor::append_both([(keys, k), (values, v)], dim, wants_answers)
+            }
+            _ => Ok(Queued::Not),
         }
     }
 
@@ -305,6 +329,8 @@ impl ElasticKvCache {
     /// # Errors
     /// As [`ElasticTensor::truncate`].
     pub fn truncate(&mut self, len: usize) -> Result<()> {
+        // Both first, so that none is shortened if the other cannot be.
+        check_truncate(self.v.current_seq_len(), len)?;
         self.k.truncate(len)?;
         self.v.truncate(len)
     }
@@ -314,6 +340,7 @@ impl ElasticKvCache {
     /// # Errors
     /// As [`ElasticTensor::release_front`].
     pub fn release_front(&mut self, tokens: usize) -> Result<()> {
+        check_truncate(self.v.current_seq_len(), tokens)?;
         self.k.release_front(tokens)?;
         self.v.release_front(tokens)
     }
@@ -347,7 +374,7 @@ impl Clone for ElasticKvCache {
 
 impl KvCache for ElasticKvCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(self.append(k, v)?)
+        self.try_append(k, v)
     }
 
     fn current_seq_len(&self) -> usize {

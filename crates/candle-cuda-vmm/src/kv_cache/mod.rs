@@ -47,7 +47,7 @@ pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
 
 use crate::error::Result;
-use candle_core::Tensor;
+use candle_core::{Error, Tensor};
 
 /// The keys and values of one layer, as a model uses them.
 ///
@@ -62,8 +62,10 @@ pub trait KvCache {
     /// whose operations want contiguous tensors calls `contiguous()`, which is free where there is nothing to do.
     ///
     /// # Errors
-    /// The cache's own: memory that is not to be had, or a shape, dtype or device unlike that of the tokens before. A
-    /// failed append may have changed the cache; what to do then, the implementation says.
+    /// The cache's own: memory that is not to be had, or a shape, dtype or device unlike that of the tokens before. For
+    /// all caches of this crate: keys and values that differ in dtype, device, or a dimension other than the last
+    /// (Candle's `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`, `ShapeMismatchBinaryOp`), and after any error keys and
+    /// values are as before.
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)>;
 
     /// Tokens in the cache.
@@ -100,7 +102,7 @@ fn check_truncate(tokens: usize, len: usize) -> Result<()> {
     if len <= tokens {
         return Ok(());
     }
-    Err(candle_core::Error::NarrowInvalidArgs {
+    Err(Error::NarrowInvalidArgs {
         shape: tokens.into(),
         dim: 0,
         start: 0,
@@ -108,4 +110,44 @@ fn check_truncate(tokens: usize, len: usize) -> Result<()> {
         msg: "truncate to more tokens than there are",
     }
     .into())
+}
+
+/// Refuses keys and values that do not belong together: of other types, devices or shapes, except for the size of a head.
+fn check_pair(k: &Tensor, v: &Tensor, dim: usize, op: &'static str) -> candle_core::Result<()> {
+    if dim >= k.rank() {
+        let dim = i32::try_from(dim).unwrap_or(i32::MAX);
+        let shape = k.shape().clone();
+        return Err(Error::DimOutOfRange { shape, dim, op });
+    }
+    if k.dtype() != v.dtype() {
+        let (lhs, rhs) = (k.dtype(), v.dtype());
+        return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op });
+    }
+    let (lhs, rhs) = (k.device().location(), v.device().location());
+    if lhs != rhs {
+        return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op });
+    }
+    // The last dimension is a head's, whose size may differ, unless it is the sequence.
+    let last = k.rank() - usize::from(dim + 1 < k.rank());
+    if k.rank() != v.rank() || k.dims()[..last] != v.dims()[..last] {
+        let (lhs, rhs) = (k.shape().clone(), v.shape().clone());
+        return Err(Error::ShapeMismatchBinaryOp { lhs, rhs, op });
+    }
+    Ok(())
+}
+
+/// Appends, and puts the cache back as it was if that fails.
+///
+/// For Candle's caches, which append keys before values. Cloning one copies no tokens, and what a failed append wrote lies
+/// behind the tokens that were there.
+fn append_or_restore<C: Clone>(
+    cache: &mut C,
+    append: impl FnOnce(&mut C) -> candle_core::Result<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
+    let before = cache.clone();
+    let outcome = append(cache);
+    if outcome.is_err() {
+        *cache = before;
+    }
+    Ok(outcome?)
 }

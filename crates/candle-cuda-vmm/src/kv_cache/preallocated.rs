@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{KvCache, KvCacheFactory, check_truncate};
+use super::{KvCache, KvCacheFactory, append_or_restore, check_pair, check_truncate};
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache;
@@ -17,7 +17,13 @@ pub struct PreallocatedCaches;
 impl KvCacheFactory for PreallocatedCaches {
     type Cache = kv_cache::KvCache;
 
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` for a length of 0: such a cache would grow by nothing for ever.
     fn layer(&self, _layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
+        if max_seq_len == 0 {
+            let what = "max_seq_len";
+            return Err(cuda_vmm::VmmError::ZeroSize { what }.into());
+        }
         Ok(kv_cache::KvCache::new(dim, max_seq_len))
     }
 }
@@ -25,7 +31,9 @@ impl KvCacheFactory for PreallocatedCaches {
 /// `truncate` copies what stays into new memory, as this cache has no way to shorten itself.
 impl KvCache for kv_cache::KvCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        Ok(self.append(&k.contiguous()?, &v.contiguous()?)?)
+        check_pair(k, v, self.k_cache().dim(), "kv-append")?;
+        let (k, v) = (k.contiguous()?, v.contiguous()?);
+        append_or_restore(self, |cache| cache.append(&k, &v))
     }
 
     fn current_seq_len(&self) -> usize {

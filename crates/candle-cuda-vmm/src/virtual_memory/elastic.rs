@@ -149,7 +149,7 @@ impl VirtualMemoryPool {
 
     /// The error of this crate, with the capacity where the core's does not have it.
     fn convert(&self, error: cuda_vmm::VmmError) -> VmmError {
-        match VmmError::from(error) {
+        match VmmError::as_in_0_1_1(error) {
             VmmError::InvalidOffset { offset, size, .. } => VmmError::InvalidOffset {
                 offset,
                 size,

@@ -99,8 +99,8 @@ impl SharedMemoryPool {
     ///   not suffice.
     /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn allocate_for_model(&mut self, model_id: &str, size: usize) -> Result<usize> {
-        let address = self.pool.allocate_for_model(model_id, size)?;
-        Ok(address as usize)
+        let address = self.pool.allocate_for_model(model_id, size);
+        Ok(address.map_err(VmmError::as_in_0_1_1)? as usize)
     }
 
     /// As [`allocate_for_model`](Self::allocate_for_model), but waits up to `timeout` for memory, also for what other models are
@@ -118,8 +118,8 @@ impl SharedMemoryPool {
         timeout: Duration,
     ) -> Result<usize> {
         let pool = &self.pool;
-        let address = pool.allocate_for_model_timeout(model_id, size, timeout)?;
-        Ok(address as usize)
+        let address = pool.allocate_for_model_timeout(model_id, size, timeout);
+        Ok(address.map_err(VmmError::as_in_0_1_1)? as usize)
     }
 
     /// How many bytes a model is asked to give back, to others that want memory or because its ceiling was lowered; `None`

@@ -337,7 +337,10 @@ fn what_cannot_be_is_refused_by_its_values() {
     );
     let error = blocks.back(0..64).unwrap_err();
     assert!(
-        matches!(error, VmmError::OutOfPhysicalMemory { .. }),
+        matches!(
+            error,
+            VmmError::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory { .. })
+        ),
         "{error}"
     );
     let plan = blocks.reclaim_candidates(usize::MAX, |_| Some(0.0));

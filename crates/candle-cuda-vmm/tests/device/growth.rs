@@ -263,7 +263,10 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
     ));
     let error = tensor.grow(40).unwrap_err();
     assert!(
-        matches!(error, VmmError::OutOfPhysicalMemory { .. }),
+        matches!(
+            error,
+            VmmError::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory { .. })
+        ),
         "{error}"
     );
     macro_rules! refused {

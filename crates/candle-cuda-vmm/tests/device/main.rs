@@ -11,6 +11,7 @@ mod elastic;
 mod growth;
 mod kernels;
 mod kv_cache;
+mod kv_errors;
 mod leak;
 mod mapping;
 mod memory;

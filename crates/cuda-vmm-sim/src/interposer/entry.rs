@@ -14,6 +14,7 @@
 
 use super::State;
 use super::holdings::{Handles, Holdings};
+use crate::slot::try_write;
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -25,7 +26,9 @@ static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) 
 
 pub(super) fn occupy(state: &Arc<State>) -> Option<usize> {
     STATES.iter().position(|place| {
-        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut place) = try_write(place) else {
+            return false;
+        };
         let free = place.is_none();
         if free {
             *place = Some(Arc::clone(state));

@@ -22,12 +22,17 @@ pub struct Interposer(Arc<Owner>);
 
 #[derive(Debug)]
 struct Owner {
+    process: u32,
     slot: usize,
     state: Arc<State>,
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        if self.process != std::process::id() {
+            // The lock may be held for good, and the place ends with the process.
+            return;
+        }
         entry::vacate(self.slot);
     }
 }
@@ -70,7 +75,11 @@ impl Interposer {
         });
         let slot = entry::occupy(&state);
         let slot = slot.ok_or(SimError::TooManyInterposers { limit: Self::LIMIT })?;
-        Ok(Self(Arc::new(Owner { slot, state })))
+        Ok(Self(Arc::new(Owner {
+            process: std::process::id(),
+            slot,
+            state,
+        })))
     }
 
     /// The functions to call instead of the driver's. They go on to the driver's while this or a clone of it

@@ -415,7 +415,7 @@ impl Ledger {
             .map(|(ticket, _)| ticket)
             .collect();
         for ticket in had_room {
-            self.wants.remove(ticket);
+            self.wants.had_room(ticket);
         }
         let (mut holders, mut closed_bytes) = (Vec::new(), 0);
         for (id, account) in &self.accounts {

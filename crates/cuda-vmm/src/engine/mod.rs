@@ -52,6 +52,7 @@ pub use stats::{EngineStats, MemoryParts, StepReport};
 pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
+use crate::process::Process;
 use crate::quarantine::Stuck;
 use crate::sync::atomic::{AtomicBool, AtomicUsize};
 use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError};
@@ -74,7 +75,7 @@ use worker::Worker;
 ///
 /// It lives until its last range is gone and its memory given back.
 #[derive(Clone, Debug)]
-pub struct Engine(Arc<Inner>);
+pub struct Engine(Arc<Inner>, Process);
 
 #[derive(Debug)]
 pub(crate) struct Inner {
@@ -229,16 +230,23 @@ impl Engine {
             waiting: Apart::default(),
             is_pressing: Apart::default(),
         });
-        device.register_engine(&inner);
-        Ok(Self(inner))
+        device.register_engine(&inner)?;
+        Ok(Self::from_inner(inner))
     }
 
     pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
-        Self(inner)
+        let process = inner.device.driver().process();
+        Self(inner, process)
     }
 
-    pub(crate) fn inner(&self) -> &Arc<Inner> {
+    /// For this module, whose public functions ask for the process themselves.
+    fn inner(&self) -> &Arc<Inner> {
         &self.0
+    }
+
+    /// The door for pools: fails in a forked process, where the locks behind it may be held for good.
+    pub(crate) fn open(&self) -> Result<&Arc<Inner>> {
+        self.1.check().map(|()| &self.0)
     }
 
     /// The device.
@@ -254,7 +262,7 @@ impl Engine {
     /// What it holds now; one moment's snapshot. All zero but the limit in a forked process.
     pub fn stats(&self) -> EngineStats {
         // In a forked process the lock may be held for good.
-        let mut stats = match self.0.check_process() {
+        let mut stats = match self.1.check() {
             Ok(()) => self.0.lock().parts(),
             Err(_) => EngineStats::default(),
         };
@@ -264,7 +272,7 @@ impl Engine {
 
     /// What has happened so far; one moment's numbers. All zero in a forked process but for what the device counts.
     pub fn counters(&self) -> EngineCounters {
-        let mut counters = match self.0.check_process() {
+        let mut counters = match self.1.check() {
             Ok(()) => self.0.lock().look().counters,
             Err(_) => EngineCounters::default(),
         };
@@ -281,7 +289,7 @@ impl Engine {
     ///
     /// In a forked process it does nothing.
     pub fn step(&self) -> StepReport {
-        match self.0.check_process() {
+        match self.1.check() {
             Ok(()) => self.0.step(false),
             Err(_) => StepReport::default(),
         }
@@ -302,7 +310,7 @@ impl Engine {
     /// # Errors
     /// As [`trim`](Self::trim).
     pub fn trim_to(&self, bytes: usize) -> Result<usize> {
-        self.0.check_process()?;
+        self.1.check()?;
         self.0.poll();
         let retried_bytes = self.0.retry(&Which::All);
         let (given_bytes, outcome) = self.0.give_up(None, |stats| stats.committed_bytes <= bytes);

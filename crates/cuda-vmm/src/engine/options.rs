@@ -95,8 +95,15 @@ impl EngineOptions {
         self.park_bytes_min.unwrap_or(max_bytes - max_bytes / 4)
     }
 
-    /// Checks that the watermarks hold together.
-    pub(super) fn check(&self) -> Result<()> {
+    /// Checks what can be told without a device, as [`Engine::new`](crate::Engine::new) does first.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if `park_bytes_min` is above
+    /// `park_bytes_max`.
+    pub fn check(&self) -> Result<()> {
+        if self.limit_bytes == Some(0) {
+            return Err(VmmError::ZeroSize { what: "limit" });
+        }
         let what = "park_bytes_min above park_bytes_max";
         check_watermarks(what, self.park_bytes_min, self.park_bytes_max)
     }

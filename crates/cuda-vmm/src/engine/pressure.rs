@@ -23,11 +23,17 @@ pub(super) struct Want<A> {
     pub(super) bytes: usize,
     /// Whether someone still waits for it.
     pub(super) waits: bool,
+    /// How often there was room for it, if nobody waits for it.
+    chances: u32,
 }
+
+/// How often a want that nobody waits for finds room before it is forgotten. Its model asks again at its next boundary, and
+/// another may have taken the room until then; a model that has moved on must not press others for ever.
+pub(super) const CHANCES: u32 = 64;
 
 /// What was refused and is still wanted, by ticket.
 ///
-/// A want that nobody waits for stays until there was room for it, until its account gets memory or asks again, or until it
+/// A want that nobody waits for stays until there was room for it a number of times, until its account gets memory or asks again, or until it
 /// is closed; so an account has one of those at most.
 #[derive(Debug)]
 pub(super) struct Wants<A> {
@@ -63,6 +69,7 @@ impl<A: Copy + PartialEq> Wants<A> {
             account,
             bytes,
             waits,
+            chances: 0,
         };
         self.wants.insert(ticket, want);
         ticket
@@ -83,6 +90,17 @@ impl<A: Copy + PartialEq> Wants<A> {
     /// Takes a want out; says whether it was there.
     pub(super) fn remove(&mut self, ticket: Ticket) -> bool {
         self.wants.remove(&ticket).is_some()
+    }
+
+    /// Notes that there was room for what nobody waits for; forgets it if that was so often enough.
+    pub(super) fn had_room(&mut self, ticket: Ticket) {
+        let Some(want) = self.wants.get_mut(&ticket) else {
+            return;
+        };
+        want.chances += 1;
+        if want.chances >= CHANCES {
+            self.wants.remove(&ticket);
+        }
     }
 
     /// Takes out what the account was refused and nobody waits for.
@@ -114,13 +132,18 @@ impl<A> Holder<A> {
     fn unused_guarantee(&self) -> usize {
         self.guarantee_bytes.saturating_sub(self.used_bytes)
     }
+
+    fn above_guarantee(&self) -> usize {
+        self.used_bytes.saturating_sub(self.guarantee_bytes)
+    }
 }
 
 /// What each holder owes, in their order: what it holds above its ceiling; and, for each want in its turn, what is missing
 /// for it although all that comes back by itself is there.
 ///
 /// It is owed by holders of no higher priority than who wants it, those of the lowest first, and among those of one
-/// priority the furthest above its guarantee first; never below a guarantee, never by who wants more himself and comes first.
+/// priority the furthest above its guarantee first; never below a guarantee. Of two of one priority, never by the one that
+/// holds less above its guarantee: so models that always want more come to hold the same.
 /// What nobody can owe is left out.
 pub(super) fn divide<A: Copy + PartialEq>(
     limit_bytes: usize,
@@ -147,6 +170,7 @@ pub(super) fn divide<A: Copy + PartialEq>(
         })
         .collect();
     wants.sort_by_key(|(turn, ..)| *turn);
+    let asking: Vec<_> = wants.iter().map(|(_, asker, _)| *asker).collect();
     let mut askers = Vec::new();
     for (_, asker, want) in wants {
         let asks = &holders[asker];
@@ -162,12 +186,28 @@ pub(super) fn divide<A: Copy + PartialEq>(
             let left_bytes = holders[index].used_bytes - owed[index];
             left_bytes.saturating_sub(holders[index].guarantee_bytes)
         };
+        // Of two of one priority, the one that holds more owes. If it stands further ahead for more itself, then only down
+        // to where both hold the same; if it stands behind one that waits, also where both hold the same, so that one of
+        // them is served.
+        let most = |index: usize, owed: &[usize]| {
+            let spare_bytes = spare(index, owed);
+            let giver = &holders[index];
+            if giver.priority < asks.priority {
+                return spare_bytes;
+            }
+            match giver.above_guarantee().checked_sub(asks.above_guarantee()) {
+                None => 0,
+                Some(more_bytes) if askers.contains(&index) => spare_bytes.min(more_bytes / 2),
+                Some(0) if !(want.waits && asking.contains(&index)) => 0,
+                Some(_) => spare_bytes,
+            }
+        };
         let mut givers: Vec<_> = (0..holders.len())
-            .filter(|index| !askers.contains(index) && holders[*index].priority <= asks.priority)
+            .filter(|index| *index != asker && holders[*index].priority <= asks.priority)
             .collect();
         givers.sort_by_key(|index| (holders[*index].priority, Reverse(spare(*index, &owed))));
         for index in givers {
-            let bytes = short_bytes.min(spare(index, &owed));
+            let bytes = short_bytes.min(most(index, &owed));
             owed[index] += bytes;
             short_bytes -= bytes;
         }

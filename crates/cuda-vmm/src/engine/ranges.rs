@@ -8,7 +8,7 @@
 
 use super::range::{Range, Remains};
 use crate::Result;
-use crate::driver::Process;
+use crate::process::Process;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{self, Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use core::cell::Cell;

@@ -1,7 +1,7 @@
 //! All numbers of an engine under one look.
 
 use super::range::{Range, RangeStats};
-use super::{EngineCounters, EngineStats, Inner, RangeId, State};
+use super::{Engine, EngineCounters, EngineStats, Inner, RangeId, State};
 
 /// What an engine and its open ranges hold, and what has happened, at one moment.
 #[derive(Debug, Default)]
@@ -12,9 +12,16 @@ pub(crate) struct Look {
     pub(crate) ranges: Vec<(RangeId, RangeStats)>,
 }
 
+impl Engine {
+    /// One look at everything. All zero but the limit in a forked process.
+    pub(crate) fn look(&self) -> Look {
+        self.inner().look()
+    }
+}
+
 impl Inner {
     /// One look at everything. All zero but the limit in a forked process, where the lock may be held for good.
-    pub(crate) fn look(&self) -> Look {
+    fn look(&self) -> Look {
         let mut look = match self.check_process() {
             Ok(()) => self.lock().look(),
             Err(_) => Look::default(),

@@ -3,8 +3,9 @@
 use super::PoolStats;
 use crate::engine::{
     CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Owed, Patience, Place,
-    PoolCounters, PoolOptions, Quota, RangeId,
+    PoolCounters, PoolOptions, Quota, RangeId, RangeStats,
 };
+use crate::process::Here;
 use crate::sync::Arc;
 use crate::{Device, Fence, Result, Stream};
 use core::ops;
@@ -28,7 +29,7 @@ use core::ops;
 pub struct VirtualMemoryPool {
     engine: Engine,
     pub(super) range: Handle,
-    pub(super) owed: Arc<Owed>,
+    pub(super) owed: Here<Arc<Owed>>,
     base_address: u64,
     capacity_bytes: usize,
     page_bytes: usize,
@@ -88,9 +89,10 @@ impl VirtualMemoryPool {
     ) -> Result<Self> {
         let (range, base_address) =
             engine
-                .inner()
+                .open()?
                 .open_range(capacity_bytes, page_bytes, options, quota)?;
-        let owed = engine.inner().owed(&range)?;
+        let process = engine.device().driver().process();
+        let owed = Here::new(process, engine.open()?.owed(&range)?);
         Ok(Self {
             engine: engine.clone(),
             range,
@@ -145,7 +147,7 @@ impl VirtualMemoryPool {
     }
 
     pub(super) fn take(&self, place: Place, bytes: usize, patience: &Patience) -> Result<u64> {
-        let inner = self.engine.inner();
+        let inner = self.engine.open()?;
         let outcome = inner.allocate(&self.range, place, bytes, patience);
         let offset =
             outcome.inspect_err(|error| inner.refused(&self.range, place, bytes, error))?;
@@ -162,7 +164,7 @@ impl VirtualMemoryPool {
     /// is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
         let parts = [(offset, bytes)];
-        self.engine.inner().deallocate(&self.range, &parts)
+        self.engine.open()?.deallocate(&self.range, &parts)
     }
 
     /// Ends the life of several parts at once, each given by its offset and its bytes, in any order. Never waits for the
@@ -178,7 +180,7 @@ impl VirtualMemoryPool {
     pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
         match parts.is_empty() {
             true => Ok(()),
-            false => self.engine.inner().deallocate(&self.range, parts),
+            false => self.engine.open()?.deallocate(&self.range, parts),
         }
     }
 
@@ -193,7 +195,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.inner().use_stream(self.range.id(), stream)
+        self.engine.open()?.use_stream(self.range.id(), stream)
     }
 
     /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and for nothing that it is given
@@ -206,17 +208,17 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).
     pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.inner().forget_stream(&self.range, stream)
+        self.engine.open()?.forget_stream(&self.range, stream)
     }
 
     /// Has a stream that is not named come after what is still done with memory that was taken back.
     pub(super) fn order_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.inner().order_stream(self.range.id(), stream)
+        self.engine.open()?.order_stream(self.range.id(), stream)
     }
 
     /// Has frees wait for an end of work on a stream that is not named.
     pub(super) fn add_end(&self, end: &Arc<Fence>) -> Result<()> {
-        self.engine.inner().add_end(&self.range, end)
+        self.engine.open()?.add_end(&self.range, end)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for
@@ -232,7 +234,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
     /// some of the bytes are not live.
     pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
-        self.engine.inner().pin(self.range.id(), offset, bytes)
+        self.engine.open()?.pin(self.range.id(), offset, bytes)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until `token` is released:
@@ -253,17 +255,19 @@ impl VirtualMemoryPool {
     /// some of the bytes are not live. The token is then dropped.
     pub fn lease(&self, offset: usize, bytes: usize, token: impl LeaseToken) -> Result<()> {
         let token = Box::new(token);
-        self.engine.inner().lease(&self.range, offset, bytes, token)
+        self.engine.open()?.lease(&self.range, offset, bytes, token)
     }
 
     /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
-        self.engine.inner().is_leased(&self.range, offset, bytes)
+        let engine = self.engine.open();
+        engine.is_ok_and(|engine| engine.is_leased(&self.range, offset, bytes))
     }
 
     /// The bytes under each lease whose token is not released, freed or not.
     pub(super) fn leased(&self) -> Vec<ops::Range<usize>> {
-        self.engine.inner().leased(&self.range)
+        let engine = self.engine.open();
+        engine.map_or(Vec::new(), |engine| engine.leased(&self.range))
     }
 
     /// Addresses in bytes, as given.
@@ -283,17 +287,19 @@ impl VirtualMemoryPool {
 
     /// Pages with live bytes, in bytes.
     pub fn physical_memory_usage(&self) -> usize {
-        self.engine.inner().live_pages(&self.range) * self.page_bytes
+        let engine = self.engine.open();
+        engine.map_or(0, |engine| engine.live_pages(&self.range)) * self.page_bytes
     }
 
     /// Whether all of the bytes are live; false for none and for bytes outside the pool.
     pub fn is_mapped(&self, offset: usize, bytes: usize) -> bool {
-        self.engine.inner().is_live(&self.range, offset, bytes)
+        let engine = self.engine.open();
+        engine.is_ok_and(|engine| engine.is_live(&self.range, offset, bytes))
     }
 
     /// One moment's numbers; all zero but capacity and page if the pool was closed.
     pub fn stats(&self) -> PoolStats {
-        match self.engine.inner().range_stats(self.range.id()) {
+        match self.range_stats() {
             Ok(range) => PoolStats::new(self.capacity_bytes, self.page_bytes, range),
             Err(_) => PoolStats {
                 capacity_bytes: self.capacity_bytes,
@@ -305,11 +311,15 @@ impl VirtualMemoryPool {
 
     /// What has happened so far; all zero if the pool was closed.
     pub fn counters(&self) -> PoolCounters {
-        let stats = self.engine.inner().range_stats(self.range.id());
+        let stats = self.range_stats();
         stats.map_or(PoolCounters::default(), |stats| stats.counters)
     }
 
     /// Its range, with the bytes of its addresses and of a page.
+    fn range_stats(&self) -> Result<RangeStats> {
+        self.engine.open()?.range_stats(self.range.id())
+    }
+
     pub(super) fn key(&self) -> (RangeId, usize, usize) {
         (self.range.id(), self.capacity_bytes, self.page_bytes)
     }
@@ -351,13 +361,14 @@ impl VirtualMemoryPool {
 
     /// As [`compact`](Self::compact), for callers who were promised that nobody launches work meanwhile.
     pub(super) fn compact_promised(&self) -> Result<CompactReport> {
-        self.engine.inner().compact(self.range.id())
+        self.engine.open()?.compact(self.range.id())
     }
 
     /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was closed. Makes no driver
     /// calls.
     pub fn compact_report(&self) -> CompactReport {
-        let report = self.engine.inner().compact_report(self.range.id());
+        let engine = self.engine.open();
+        let report = engine.and_then(|engine| engine.compact_report(self.range.id()));
         report.unwrap_or_default()
     }
 
@@ -375,7 +386,7 @@ impl VirtualMemoryPool {
     }
 
     pub(super) fn shut(&self) -> Result<()> {
-        self.engine.inner().close_range(self.range.id())
+        self.engine.open()?.close_range(self.range.id())
     }
 }
 

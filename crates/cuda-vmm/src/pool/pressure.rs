@@ -59,18 +59,20 @@ impl VirtualMemoryPool {
     /// guarantee. Asked for is also what it holds above a ceiling that was lowered. Nothing is taken by force: who does not
     /// give back keeps what it has, and gets no more meanwhile.
     ///
-    /// Meant to be read where giving back is easy, between two steps of a model for instance.
+    /// Meant to be read where giving back is easy, between two steps of a model for instance. 0 in a forked process.
     pub fn owed_bytes(&self) -> usize {
-        self.owed.bytes()
+        self.owed.get().map_or(0, |owed| owed.bytes())
     }
 
     /// Has `waker` woken each time [`owed_bytes`](Self::owed_bytes) has risen, in place of an earlier one; `None` for nobody.
     ///
     /// It is woken on whichever thread brought the rise about, with no lock held, and a panic in it is caught. That thread
     /// may be one that allocates, so the waker should do no more than wake. Read `owed_bytes` after this call: a rise
-    /// before it woke nobody.
+    /// before it woke nobody. In a forked process this does nothing.
     pub fn set_owed_waker(&self, waker: Option<Waker>) {
-        self.owed.set_waker(waker);
+        if let Ok(owed) = self.owed.get() {
+            owed.set_waker(waker);
+        }
     }
 
     /// Gives back to the driver what this pool holds and does not use, parked or made ahead; returns the bytes. What is
@@ -82,7 +84,7 @@ impl VirtualMemoryPool {
     /// # Errors
     /// The driver's, if it refused; what it refused is in quarantine. [`VmmError::Closed`], [`VmmError::Forked`].
     pub fn give_back(&self) -> Result<usize> {
-        self.engine().inner().give_back_own(&self.range)
+        self.engine().open()?.give_back_own(&self.range)
     }
 }
 
@@ -97,13 +99,14 @@ impl SharedMemoryPool {
     /// what the model holds and what others neither hold nor are guaranteed. Then nothing has changed.
     pub fn set_quota(&self, model: &str, quota: ModelQuota) -> Result<()> {
         let pool = self.find(model)?;
-        pool.engine().inner().set_quota(&pool.range, quota.into())
+        pool.engine().open()?.set_quota(&pool.range, quota.into())
     }
 
     /// What a model may hold, as it is now.
     pub fn quota(&self, model: &str) -> Option<ModelQuota> {
         let pool = self.find(model).ok()?;
-        let quota = pool.engine().inner().quota(&pool.range);
+        let engine = pool.engine().open();
+        let quota = engine.and_then(|engine| engine.quota(&pool.range));
         quota.ok().map(ModelQuota::from)
     }
 

@@ -7,7 +7,8 @@
 
 use super::{ModelQuota, PoolStats, Snapshot, VirtualMemoryPool};
 use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions};
-use crate::sync::{Arc, PoisonError, RwLock};
+use crate::process::Here;
+use crate::sync::{Arc, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
 
@@ -56,6 +57,8 @@ impl ModelOptions {
     }
 }
 
+type Models = BTreeMap<String, Arc<VirtualMemoryPool>>;
+
 /// Models that share one budget, each with a range of addresses of its own; a cheap clone.
 ///
 /// ```
@@ -89,7 +92,7 @@ impl ModelOptions {
 pub struct SharedMemoryPool {
     engine: Engine,
     page_bytes: usize,
-    models: Arc<RwLock<BTreeMap<String, Arc<VirtualMemoryPool>>>>,
+    models: Arc<Here<RwLock<Models>>>,
 }
 
 impl SharedMemoryPool {
@@ -126,7 +129,7 @@ impl SharedMemoryPool {
         Ok(Self {
             engine: Engine::new(device, options.engine)?,
             page_bytes,
-            models: Arc::default(),
+            models: Arc::new(Here::new(device.driver().process(), RwLock::default())),
         })
     }
 
@@ -147,7 +150,7 @@ impl SharedMemoryPool {
         let already = || VmmError::ModelAlreadyRegistered {
             model: model.to_owned(),
         };
-        if self.find(model).is_ok() {
+        if self.models.read()?.contains_key(model) {
             return Err(already());
         }
         let quota = ModelQuota {
@@ -164,7 +167,7 @@ impl SharedMemoryPool {
             ahead,
             quota.into(),
         )?;
-        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        let mut models = self.models.write()?;
         if models.contains_key(model) {
             // Another thread was faster. The pool is dropped, which calls the driver, after the lock.
             drop(models);
@@ -182,21 +185,13 @@ impl SharedMemoryPool {
     /// [`VmmError::ModelNotFound`]; the driver's, if it refused: the model is gone all the same, and what
     /// is left is retried.
     pub fn unregister_model(&self, model: &str) -> Result<()> {
-        let removed = self
-            .models
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(model);
+        let removed = self.models.write()?.remove(model);
         removed.ok_or_else(|| not_found(model))?.shut()
     }
 
     pub(super) fn find(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
-        self.models
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(model)
-            .cloned()
-            .ok_or_else(|| not_found(model))
+        let models = self.models.read()?;
+        models.get(model).cloned().ok_or_else(|| not_found(model))
     }
 
     /// The model's own range.
@@ -249,32 +244,32 @@ impl SharedMemoryPool {
         }
     }
 
-    /// The first address of a model's range.
+    /// The first address of a model's range; none in a forked process.
     pub fn model_base_address(&self, model: &str) -> Option<u64> {
         self.find(model).ok().map(|pool| pool.base_address())
     }
 
-    /// A model's numbers.
+    /// A model's numbers; none in a forked process.
     pub fn model_stats(&self, model: &str) -> Option<PoolStats> {
         self.find(model).ok().map(|pool| pool.stats())
     }
 
-    /// The names of the models, in order.
+    /// The names of the models, in order; none in a forked process.
     pub fn models(&self) -> Vec<String> {
-        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
-        models.keys().cloned().collect()
+        let models = self.models.read();
+        models.map_or(Vec::new(), |models| models.keys().cloned().collect())
     }
 
     /// The numbers of the budget and of every model at one moment: no call of another thread comes between, so that
     /// what the models hold and what is no model's add up to what the engine holds.
     ///
-    /// Makes no driver calls. Takes the engine's lock for as long as it takes to count the runs of live bytes.
+    /// Makes no driver calls. All zero except the limit in a forked process. Takes the engine's lock for as long as it takes to count the runs of live bytes.
     pub fn snapshot(&self) -> Snapshot {
-        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
-        let names = models.iter().map(|(name, pool)| (name.clone(), pool.key()));
-        let names: Vec<_> = names.collect();
-        drop(models);
-        Snapshot::of(self.engine.inner(), names)
+        let names = self.models.read().map_or(Vec::new(), |models| {
+            let names = models.iter().map(|(name, pool)| (name.clone(), pool.key()));
+            names.collect()
+        });
+        Snapshot::of(&self.engine, names)
     }
 
     /// The numbers of the budget.

@@ -4,7 +4,7 @@
 
 use super::{PoolStats, prometheus};
 use crate::engine::{
-    Engine, EngineCounters, EngineStats, Inner, Look, MemoryParts, PoolCounters, RangeId,
+    Engine, EngineCounters, EngineStats, Look, MemoryParts, PoolCounters, RangeId,
 };
 
 /// One model of a [`SharedMemoryPool`](crate::SharedMemoryPool), as a [`Snapshot`] has it.
@@ -49,7 +49,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Of an engine, some of whose ranges have names: with the bytes of their addresses and of a page.
-    pub(super) fn of(engine: &Inner, names: Vec<(String, (RangeId, usize, usize))>) -> Self {
+    pub(super) fn of(engine: &Engine, names: Vec<(String, (RangeId, usize, usize))>) -> Self {
         let Look {
             stats,
             counters,
@@ -92,6 +92,6 @@ impl Engine {
     /// What it holds and what has happened, at one moment. Nothing has a name here, so all of it is
     /// [`others`](Snapshot::others); [`SharedMemoryPool::snapshot`](crate::SharedMemoryPool::snapshot) knows the models.
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot::of(self.inner(), Vec::new())
+        Snapshot::of(self, Vec::new())
     }
 }

@@ -209,3 +209,33 @@ pub fn set_current_context(device: &Device, context: cuda_vmm::sys::CUcontext) {
     let code = unsafe { (device.driver().table().cuCtxSetCurrent)(context) };
     assert_eq!(code, cuda_vmm::sys::CUDA_SUCCESS, "cuCtxSetCurrent");
 }
+
+/// Runs this in a forked process, which has this thread alone, and returns its status. A child that hangs is ended, and
+/// then this fails.
+///
+/// # Safety
+/// Allocation must work in the child, as it does with the C library's allocator, and nothing that the child does may count
+/// on other threads.
+#[track_caller]
+pub unsafe fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
+    // SAFETY: the child leaves by `_exit`; the rest is the caller's promise.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: the default action of the signal ends the process.
+        unsafe { libc::alarm(20) };
+        let status = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).unwrap_or(99);
+        // SAFETY: ends the child without running what belongs to the parent.
+        unsafe { libc::_exit(status) };
+    }
+    assert!(child > 0, "fork");
+    let mut status = 0;
+    // SAFETY: `status` is a valid place, and the child is ours.
+    let ended = unsafe { libc::waitpid(child, &mut status, 0) };
+    assert_eq!(ended, child);
+    assert!(
+        libc::WIFEXITED(status),
+        "the child hung: ended by signal {}",
+        libc::WTERMSIG(status)
+    );
+    libc::WEXITSTATUS(status)
+}

@@ -8,6 +8,7 @@
 mod books;
 mod budget;
 mod captures;
+mod changes;
 mod closing;
 mod compaction;
 mod driver;

@@ -174,10 +174,14 @@ proptest! {
             if owed[index] == excess(holder) {
                 continue;
             }
-            // Someone of at least its priority wants more than there is, and comes before it in the line.
-            let mine = asks.iter().position(|account| *account == index);
-            let ahead = &list[..mine.unwrap_or(list.len())];
-            prop_assert!(ahead.iter().any(|(account, _)| holders[*account].priority >= holder.priority));
+            // Someone of a higher priority wants more than there is, or of its own who holds no more than it.
+            let may_ask = |account: usize| {
+                let asker = &holders[account];
+                let is_equal = asker.priority == holder.priority
+                    && asker.above_guarantee() <= holder.above_guarantee();
+                account != index && (asker.priority > holder.priority || is_equal)
+            };
+            prop_assert!(list.iter().any(|(account, _)| may_ask(*account)));
             // Everyone below it gives all that it can, unless it stands further ahead in the line.
             for (lower, other) in holders.iter().enumerate() {
                 let stands = asks.iter().position(|account| *account == lower);
@@ -194,9 +198,34 @@ proptest! {
         if missing(&holders, &owed, &list) > 0 {
             let lowest = list.iter().map(|(account, _)| holders[*account].priority).min();
             for (index, holder) in holders.iter().enumerate() {
-                if !asks.contains(&index) && Some(holder.priority) <= lowest {
+                if !asks.contains(&index) && Some(holder.priority) < lowest {
                     prop_assert_eq!(holder.used_bytes - owed[index], holder.guarantee_bytes.min(holder.used_bytes));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn of_two_equals_never_both_owe_and_never_the_one_that_holds_less(
+        used in (0..60usize, 0..60usize), guarantees in (0..20usize, 0..20usize),
+        asks in (0..60usize, 0..60usize), waits in any::<bool>(), first in 0..2usize,
+    ) {
+        let guarantees = [guarantees.0.min(LIMIT - 60), guarantees.1.min(LIMIT - 60)];
+        let used = [used.0, used.1.min(LIMIT - used.0.max(guarantees[0]))];
+        let holders = [0, 1].map(|index| holder(index, 0, guarantees[index], used[index]));
+        let asks = [asks.0, asks.1];
+        let mut wants = Wants::default();
+        for account in [first, 1 - first] {
+            if asks[account] > 0 {
+                wants.push(account, asks[account], waits);
+            }
+        }
+        let owed = divide(LIMIT, &holders, wants.iter());
+        prop_assert!(owed[0] == 0 || owed[1] == 0);
+        for index in 0..2 {
+            let (mine, other) = (&holders[index], &holders[1 - index]);
+            if mine.above_guarantee() < other.above_guarantee() {
+                prop_assert_eq!(owed[index], 0);
             }
         }
     }

@@ -2,9 +2,10 @@
 
 use super::packing::Packing;
 use super::runs::Runs;
-use super::{BlockBacking, BlockError, BlockId, ReclaimPlan};
-use crate::sync::{Mutex, MutexGuard, PoisonError};
-use crate::{Result, Stream};
+use super::{BlockBacking, BlockId, ReclaimPlan};
+use crate::process::Here;
+use crate::sync::Mutex;
+use crate::{Result, Stream, VmmError};
 use std::collections::BTreeSet;
 
 /// Hands out the blocks of a [`BlockBacking`], for engines that have no allocator of their own.
@@ -58,23 +59,20 @@ use std::collections::BTreeSet;
 #[derive(Debug)]
 pub struct BlockAllocator {
     backing: BlockBacking,
-    packing: Mutex<Packing>,
+    packing: Here<Mutex<Packing>>,
 }
 
 impl BlockAllocator {
     /// An allocator of all blocks of a backing of which nothing is backed yet.
     pub fn new(backing: BlockBacking) -> Self {
         let packing = Mutex::new(Packing::new(&backing.inner().layout));
+        let packing = Here::new(backing.engine().device().driver().process(), packing);
         Self { backing, packing }
     }
 
     /// The backing.
     pub fn backing(&self) -> &BlockBacking {
         &self.backing
-    }
-
-    fn packing(&self) -> MutexGuard<'_, Packing> {
-        self.packing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands out `count` blocks, all of them backed; what is in them is undefined.
@@ -95,19 +93,20 @@ impl BlockAllocator {
 
     fn take(&self, count: usize, wait: bool) -> Result<Vec<BlockId>> {
         let inner = self.backing.inner();
-        inner.check_process()?;
         // In one step with the books, so that no plan of an earlier moment is carried out in between.
         let blocks = inner.change(|books| {
-            let blocks = self.packing().take(count)?;
+            let blocks = self.packing.lock()?.take(count)?;
             books.used(&Runs::of(blocks.iter().copied()));
-            Ok::<_, BlockError>(blocks)
-        })?;
+            Ok::<_, VmmError>(blocks)
+        })??;
         let backed = inner.back(&Runs::of(blocks.iter().copied()), wait);
         backed.inspect_err(|_| {
             let backed = blocks.iter().copied();
             let backed = backed.filter(|block| self.backing.is_backed(*block));
             let backed: BTreeSet<_> = backed.collect();
-            self.packing().untake(&blocks, &backed);
+            if let Ok(mut packing) = self.packing.lock() {
+                packing.untake(&blocks, &backed);
+            }
         })?;
         Ok(blocks)
     }
@@ -118,17 +117,18 @@ impl BlockAllocator {
     /// [`BlockError::Invalid`], [`BlockError::NotAllocated`], and then none is taken back.
     pub fn free(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks = blocks.into_iter().collect();
-        Ok(self.packing().put(&blocks)?)
+        Ok(self.packing.lock()?.put(&blocks)?)
     }
 
-    /// How many blocks are handed out.
+    /// How many blocks are handed out; 0 in a forked process.
     pub fn allocated(&self) -> usize {
-        self.packing().taken()
+        self.packing.lock().map_or(0, |packing| packing.taken())
     }
 
-    /// Whether a block is handed out.
+    /// Whether a block is handed out; false in a forked process.
     pub fn is_allocated(&self, block: BlockId) -> bool {
-        self.packing().is_taken(block)
+        let packing = self.packing.lock();
+        packing.is_ok_and(|packing| packing.is_taken(block))
     }
 
     /// As [`BlockBacking::reclaim_candidates`]; free blocks cost nothing, and `cost` is asked for the others only.
@@ -166,8 +166,12 @@ impl BlockAllocator {
     /// # Errors
     /// As there.
     pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
-        let begin = |plan: &ReclaimPlan| Ok(self.packing().begin(plan)?);
-        let end = |is_done| self.packing().end(plan, is_done);
+        let begin = |plan: &ReclaimPlan| Ok(self.packing.lock()?.begin(plan)?);
+        let end = |is_done| {
+            if let Ok(mut packing) = self.packing.lock() {
+                packing.end(plan, is_done);
+            }
+        };
         self.backing.inner().commit(plan, stream, begin, end)
     }
 }

@@ -6,6 +6,7 @@ use super::plan::ReclaimPlan;
 use super::reclaim::{Candidate, reclaim};
 use super::runs::Runs;
 use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec};
+use crate::process::Here;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::{Engine, LeaseToken, Result, Stream, VmmError};
 use core::ops::Range;
@@ -37,7 +38,7 @@ pub(super) struct Inner {
     pub(super) tensors: Vec<BlockTensor>,
     pub(super) layout: Layout,
     page_bytes: usize,
-    books: Mutex<Books>,
+    books: Here<Mutex<Books>>,
     changed: Condvar,
 }
 
@@ -68,12 +69,13 @@ impl BlockBacking {
         let tensors = tensors
             .map(|(spec, class)| BlockTensor::new(engine, spec, blocks, class, page_bytes))
             .collect::<Result<_>>()?;
+        let process = engine.device().driver().process();
         Ok(Self(Arc::new(Inner {
             engine: engine.clone(),
             tensors,
             layout,
             page_bytes,
-            books: Mutex::new(books),
+            books: Here::new(process, Mutex::new(books)),
             changed: Condvar::new(),
         })))
     }
@@ -120,8 +122,7 @@ impl BlockBacking {
         books.leave(&runs)?;
         drop(books);
         self.0.give(&runs);
-        self.0.change(|books| books.left(&runs));
-        Ok(())
+        self.0.change(|books| books.left(&runs))
     }
 
     /// Keeps blocks, all of them backed, where they are until the pin is dropped: no plan names them, and
@@ -227,6 +228,7 @@ impl BlockBacking {
     /// # Errors
     /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
+        self.0.check_process()?;
         self.0.engine.device().expect_same(stream.device())?;
         let mut tensors = self.0.tensors.iter();
         tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
@@ -342,26 +344,20 @@ impl Inner {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn look<T>(&self, look: impl FnOnce(&Books) -> T) -> Result<T> {
-        self.check_process()?;
-        Ok(look(&self.lock()))
+        Ok(look(&*self.books.lock()?))
     }
 
     /// Changes the books and wakes those who wait for that.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> T {
-        let outcome = change(&mut self.lock());
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> Result<T> {
+        let outcome = change(&mut *self.books.lock()?);
         self.changed.notify_all();
-        outcome
+        Ok(outcome)
     }
 
     /// The books, once nobody is backing or giving up any of the blocks.
     fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
-        self.check_process()?;
-        let mut books = self.lock();
+        let mut books = self.books.lock()?;
         while !books.is_settled(runs) {
             books = self
                 .changed
@@ -380,7 +376,7 @@ impl Inner {
             true => Ok(()),
             false => self.take(&arrival, missing_bytes, wait),
         };
-        self.change(|books| books.arrived(&arrival, outcome.is_ok()));
+        self.change(|books| books.arrived(&arrival, outcome.is_ok()))?;
         outcome
     }
 

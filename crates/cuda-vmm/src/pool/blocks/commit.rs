@@ -40,7 +40,7 @@ impl Inner {
                     Err(error)
                 }
             }
-        })?;
+        })??;
         let moved = self.copy(moves, stream);
         if moved.is_ok() {
             self.give(&departure.leaving);
@@ -52,7 +52,7 @@ impl Inner {
         self.change(|books| {
             books.departed(&departure, moved.is_ok());
             end(moved.is_ok());
-        });
+        })?;
         moved
     }
 

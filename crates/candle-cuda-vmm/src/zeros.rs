@@ -1,0 +1,96 @@
+//! Zeros in host memory, or an error.
+//!
+//! # Safety
+//! A vector owns what the allocator handed out for exactly its elements. All their bytes are zero, which is a value of each
+//! of these types: integers, and floating-point numbers of all widths.
+#![allow(unsafe_code)]
+
+use candle_core::op::BackpropOp;
+use candle_core::{CpuStorage, DType, Error, Storage, Tensor};
+use std::alloc::{Layout, alloc_zeroed};
+
+/// A tensor of zeros on the CPU; `None` if the host has no memory for it. Candle's own ends the process then.
+pub(crate) fn zeros(shape: &[usize], dtype: DType) -> candle_core::Result<Option<Tensor>> {
+    let Some(count) = (shape.iter()).try_fold(1_usize, |count, dim| count.checked_mul(*dim)) else {
+        return Ok(None);
+    };
+    // SAFETY: each of these is an integer or a floating-point number.
+    let storage = unsafe {
+        match dtype {
+            DType::U8 => zeroed(count).map(CpuStorage::U8),
+            DType::U32 => zeroed(count).map(CpuStorage::U32),
+            DType::I16 => zeroed(count).map(CpuStorage::I16),
+            DType::I32 => zeroed(count).map(CpuStorage::I32),
+            DType::I64 => zeroed(count).map(CpuStorage::I64),
+            DType::BF16 => zeroed(count).map(CpuStorage::BF16),
+            DType::F16 => zeroed(count).map(CpuStorage::F16),
+            DType::F32 => zeroed(count).map(CpuStorage::F32),
+            DType::F64 => zeroed(count).map(CpuStorage::F64),
+            DType::F8E4M3 => zeroed(count).map(CpuStorage::F8E4M3),
+            _ => return Err(Error::UnsupportedDTypeForOp(dtype, "zeros")),
+        }
+    };
+    Ok(storage.map(|storage| {
+        let storage = Storage::Cpu(storage);
+        Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+    }))
+}
+
+/// So many elements whose bytes are all zero. Large ones cost no memory before they are written.
+///
+/// # Safety
+/// All bytes zero are a value of the type.
+unsafe fn zeroed<T>(count: usize) -> Option<Vec<T>> {
+    let layout = Layout::array::<T>(count).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the layout is not empty.
+    let elements = unsafe { alloc_zeroed(layout) };
+    if elements.is_null() {
+        return None;
+    }
+    // SAFETY: the allocator's, in the layout of a vector of as many elements, all of them zero; nobody else owns it.
+    Some(unsafe { Vec::from_raw_parts(elements.cast(), count, count) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn they_are_zeros_of_each_type() {
+        for dtype in [
+            DType::U8,
+            DType::U32,
+            DType::I16,
+            DType::I32,
+            DType::I64,
+            DType::BF16,
+            DType::F16,
+            DType::F32,
+            DType::F64,
+            DType::F8E4M3,
+        ] {
+            let tensor = zeros(&[2, 3], dtype).unwrap().unwrap();
+            assert_eq!((tensor.dims(), tensor.dtype()), (&[2, 3][..], dtype));
+            let values = tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+            assert_eq!(values.to_vec1::<f32>().unwrap(), [0.; 6]);
+            assert_eq!(zeros(&[0, 3], dtype).unwrap().unwrap().dims(), [0, 3]);
+        }
+        assert!(zeros(&[1], DType::F4).is_err());
+    }
+
+    #[test]
+    fn what_the_host_has_not_is_none() {
+        for shape in [
+            &[usize::MAX][..],
+            &[usize::MAX, 2],
+            &[isize::MAX as usize],
+            &[1 << 61],
+            &[1 << 46],
+        ] {
+            assert!(zeros(shape, DType::F64).unwrap().is_none(), "{shape:?}");
+        }
+    }
+}
