@@ -413,8 +413,15 @@ impl Device {
     /// It is called if the driver has no memory for an allocation although the budget had room, after all engines of
     /// the device have given up what they can spare; then the driver is asked again. While
     /// [`allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout) waits for the device, it is called again now and then.
-    /// It gets the bytes that are wanted, runs on the thread that allocates, no lock is held, and a panic in it is caught. It must not
-    /// allocate from a pool of this device, which would call it again.
+    /// It gets the bytes that are wanted, and runs on the thread that allocates, with no lock held. A panic in it, or in its drop, is
+    /// caught.
+    ///
+    /// It may call the pools, also to unregister the model for which it makes room: that allocation is then
+    /// [`VmmError::Closed`], and what is left of the model goes when it ends. What it allocates waits for no other thread, and if
+    /// there is no memory it is not called for that.
+    ///
+    /// The device keeps it until another takes its place. Capture a `Weak`, of an `Arc<SharedMemoryPool>` for
+    /// instance: a pool keeps its device, so with a pool in here neither would ever end.
     /// In a forked process this does nothing.
     pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
         if self.driver().check_process().is_err() {

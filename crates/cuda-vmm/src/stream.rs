@@ -7,6 +7,7 @@
 
 use crate::capture::Relaxed;
 use crate::driver::call;
+use crate::foreign::Foreign;
 use crate::quarantine::{self, Stuck};
 use crate::sync::{Arc, Weak};
 use crate::sys::{
@@ -35,7 +36,8 @@ pub(crate) struct Handle {
     raw: CUstream,
     owned: bool,
     /// What keeps a borrowed stream alive; dropped after its last use.
-    owner: Option<std::sync::Arc<dyn Any + Send + Sync>>,
+    #[allow(dead_code, reason = "owned to be dropped")]
+    owner: Option<Foreign<std::sync::Arc<dyn Any + Send + Sync>>>,
 }
 
 /// A pool's hold on a stream that is named for it.
@@ -121,7 +123,7 @@ impl Stream {
             device: device.clone(),
             raw,
             owned: false,
-            owner: Some(owner),
+            owner: Some(Foreign::new(owner)),
         })
     }
 

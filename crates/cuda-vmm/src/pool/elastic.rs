@@ -249,6 +249,8 @@ impl VirtualMemoryPool {
     ///
     /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
     ///
+    /// The engine keeps the token until then. One that owns the pool keeps it too; let it hold a `Weak`.
+    ///
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if

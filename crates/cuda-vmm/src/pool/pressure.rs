@@ -68,7 +68,10 @@ impl VirtualMemoryPool {
     ///
     /// It is woken on whichever thread brought the rise about, with no lock held, and a panic in it is caught. That thread
     /// may be one that allocates, so the waker should do no more than wake. Read `owed_bytes` after this call: a rise
-    /// before it woke nobody. In a forked process this does nothing.
+    /// before it woke nobody.
+    ///
+    /// The pool keeps the waker. One that owns the pool would keep it for ever; let it hold a `Weak`.
+    /// In a forked process this does nothing.
     pub fn set_owed_waker(&self, waker: Option<Waker>) {
         if let Ok(owed) = self.owed.get() {
             owed.set_waker(waker);

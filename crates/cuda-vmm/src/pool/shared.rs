@@ -177,7 +177,10 @@ impl SharedMemoryPool {
         Ok(())
     }
 
-    /// Forgets a model and gives back all that it holds, waiting for the device.
+    /// Forgets a model and gives back all that it holds, waiting for the device, and for allocations of other threads that are
+    /// under way. It does not wait for one that [makes room](Device::set_make_room) on the device, nor at all for other threads
+    /// if it is called from there or by a subscriber of `tracing` in the middle of an engine's work: what is left then goes
+    /// when that work ends.
     ///
     /// Handles from [`model`](Self::model) then answer [`VmmError::Closed`].
     ///

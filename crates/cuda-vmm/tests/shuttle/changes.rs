@@ -100,34 +100,6 @@ fn a_pin_goes() {
 #[test]
 fn a_registration_fails() {
     explore_both(|mode| {
-        let scene = Scene::new(2, parking(mode));
-        let reserve = DriverFunction::cuMemAddressReserve;
-        books(|books| books.fail(reserve, 0, CUDA_ERROR_OUT_OF_MEMORY));
-        let pool = scene.pool.clone();
-        let registers = thread::spawn(move || {
-            let options = ModelOptions {
-                guarantee_bytes: PAGE,
-                ..ModelOptions::new(PAGE)
-            };
-            pool.register_model_with("fails", options)
-                .expect_err("no addresses");
-        });
-        let wants = scene.wants.clone();
-        let waits = thread::spawn(move || {
-            // While the other is guaranteed a page, both pages are more than there can ever be.
-            while let Err(error) = wants.allocate_timeout(0, 2 * PAGE, FOREVER) {
-                assert!(error.is_out_of_memory(), "{error}");
-                thread::yield_now();
-            }
-        });
-        registers.join().expect("it is told");
-        scene.end(waits);
-    });
-}
-
-#[test]
-fn a_registration_fails_whose_guarantee_another_waits_beside() {
-    explore_both(|mode| {
         let scene = Scene::new(4, parking(mode));
         scene.holds.allocate(0, PAGE).expect("room");
         let reserve = DriverFunction::cuMemAddressReserve;

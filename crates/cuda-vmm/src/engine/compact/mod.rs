@@ -100,9 +100,14 @@ impl Inner {
                 report.moved_bytes += moved_bytes;
             }
         }
+        let mut is_left = false;
         if let Some(range) = self.lock().ranges.get(id) {
             report.skipped_bytes = range.pages.parts().slack_bytes;
             report.chunks_after = range.pages.chunks();
+            is_left = range.closed && !range.attended;
+        }
+        if is_left {
+            self.go_on_closing();
         }
         Ok(report)
     }
