@@ -35,6 +35,7 @@ pub(crate) struct Handle {
     raw: CUstream,
     owned: bool,
     /// What keeps a borrowed stream alive; dropped after its last use.
+    #[allow(dead_code, reason = "held")]
     owner: Option<std::sync::Arc<dyn Any + Send + Sync>>,
 }
 
