@@ -15,7 +15,7 @@ fn width() -> usize {
 }
 
 /// Rows of which each element tells the row.
-fn rows(first: usize, count: usize, device: &Device) -> Tensor {
+pub fn rows(first: usize, count: usize, device: &Device) -> Tensor {
     let numbers: Vec<_> = (first..first + count)
         .flat_map(|row| std::iter::repeat_n(row as f32, width()))
         .collect();
@@ -46,12 +46,12 @@ fn others(test: &UnderTest) -> Vec<Device> {
         .collect()
 }
 
-fn beside(test: &UnderTest) -> Device {
+pub fn beside(test: &UnderTest) -> Device {
     others(test).remove(0)
 }
 
 /// A tensor of four rows, on the device under test.
-fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
+pub fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
     let pool = TensorPool::new(&test.device).unwrap();
     let mut tensor = pool.tensor(width(), DType::F32).unwrap();
     tensor.append(&rows(0, 4, &test.device)).unwrap();
@@ -61,14 +61,14 @@ fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
 
 /// Whether both streams have done their work without harm.
 #[track_caller]
-fn expect_sound(devices: [&Device; 2]) {
+pub fn expect_sound(devices: [&Device; 2]) {
     for device in devices {
         device.synchronize().unwrap();
     }
 }
 
 /// Takes steps; says how many bytes are still held.
-fn after_steps(engine: &Engine) -> usize {
+pub fn after_steps(engine: &Engine) -> usize {
     for _ in 0..3 {
         engine.step();
     }
@@ -208,8 +208,6 @@ fn a_prefix_that_another_stream_still_reads_is_not_given_back() {
         let blocks = pool.blocks(64, [("k", width(), DType::F32)]).unwrap();
         blocks.back(0..4).unwrap();
         let prefix = blocks.prefix("k").unwrap();
-        prefix.slice_set(&rows(0, 4, &test.device), 0, 0).unwrap();
-        test.device.synchronize().unwrap();
         let gate = Gate::close(&other);
         let copy = prefix.to_device(&other);
         drop(prefix);
@@ -221,28 +219,7 @@ fn a_prefix_that_another_stream_still_reads_is_not_given_back() {
         gate.open();
         expect_sound([&test.device, &other]);
         assert_eq!(after_steps(&engine), 0);
-        if let Ok(copy) = copy {
-            expect_rows(&copy, &[0, 1, 2, 3]);
-        }
+        // What it shows was never written.
+        drop(copy);
     }
-}
-
-#[test]
-fn rows_that_another_device_object_writes_into_a_view_stay_mapped_until_it_has() {
-    let test = open();
-    let other = beside(&test);
-    let (engine, _pool, mut tensor) = four_rows(&test);
-    let come = rows(8, 1, &other);
-    other.synchronize().unwrap();
-    let gate = Gate::close(&other);
-    let view = tensor.view().unwrap();
-    // Candle queues it on the source's stream.
-    view.slice_set(&come, 0, 2).unwrap();
-    drop((view, come));
-    let held = engine.stats().committed_bytes;
-    tensor.clear();
-    assert_eq!(after_steps(&engine), held);
-    gate.open();
-    expect_sound([&test.device, &other]);
-    assert_eq!(after_steps(&engine), 0);
 }
