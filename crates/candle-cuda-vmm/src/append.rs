@@ -241,9 +241,8 @@ impl Append {
             return Err(VmmError::UnsupportedDevice);
         };
         // Others are copied, in turn with their streams.
-        let is_ours = |storage: &CudaStorage| {
-            storage.device.cuda_stream().cu_stream() == stream.cu_stream()
-        };
+        let is_ours =
+            |storage: &CudaStorage| storage.device.cuda_stream().cu_stream() == stream.cu_stream();
         if !(is_ours(first) && is_ours(second)) {
             return Ok(Queued::Not);
         }

@@ -274,11 +274,7 @@ impl Drop for Token {
         }
         // The refusals of the frees; nobody else is to see them.
         let _ = self.stream.context().check_err();
-        let mut free = self
-            .home
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
         if free.len() < Leases::FREE_MAX {
             free.push(self.stream.clone());
         }

@@ -53,10 +53,7 @@ pub fn attend(
 ) -> Result<CudaStorage> {
     // All work is queued on q's stream, in turn with those of K and V where they are others.
     let [stream, keys, values] = inputs.map(|(storage, _)| storage.device.cuda_stream());
-    let turns = [
-        InTurn::new(&stream, &keys)?,
-        InTurn::new(&stream, &values)?,
-    ];
+    let turns = [InTurn::new(&stream, &keys)?, InTurn::new(&stream, &values)?];
     let outcome = match inputs[0].0.dtype() {
         DType::F32 => attend_typed::<f32>(sizes, scale, causal, inputs),
         DType::F16 => attend_typed::<f16>(sizes, scale, causal, inputs),

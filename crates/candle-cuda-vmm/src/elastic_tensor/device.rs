@@ -153,9 +153,7 @@ impl DeviceRows {
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if bytes.end > space.range.capacity_bytes()
-            || space.is_seen(&bytes, &self.memory.stream)?
-        {
+        if bytes.end > space.range.capacity_bytes() || space.is_seen(&bytes, &self.memory.stream)? {
             return Ok(false);
         }
         match space.extend(bytes.end) {
