@@ -283,7 +283,8 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice), [`VmmError::WrongDriver`](crate::VmmError::WrongDriver),
     /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed).
     pub fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
-        (self.engine.inner()).order_after_leases(&self.range, stream)
+        let engine = self.engine.open()?;
+        engine.order_after_leases(&self.range, stream)
     }
 
     /// The bytes under each lease whose token is not released, freed or not.
