@@ -15,7 +15,7 @@ use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
 };
-use candle_core::cuda::{CudaStorageSlice as Slice, WrapErr};
+use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, Layout, Shape, Storage, Tensor};
 use std::fmt;
@@ -240,6 +240,12 @@ impl Append {
         let (Storage::Cuda(first), Storage::Cuda(second)) = (&*first, &*second) else {
             return Err(VmmError::UnsupportedDevice);
         };
+        // Others are copied, in turn with their streams.
+        let is_ours =
+            |storage: &CudaStorage| storage.device.cuda_stream().cu_stream() == stream.cu_stream();
+        if !(is_ours(first) && is_ours(second)) {
+            return Ok(Queued::Not);
+        }
         let dtype = sides[0].tokens.dtype();
         let element = dtype.size_in_bytes();
         let shapes = [first_layout, second_layout].map(|layout| Shaped::new(layout, dim, element));

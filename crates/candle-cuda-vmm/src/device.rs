@@ -29,7 +29,7 @@ pub fn core_device(device: &Device) -> Result<cuda_vmm::Device> {
         #[cfg(feature = "simulator")]
         Device::Cpu => Ok(simulated_driver()?.device(0)?),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => cuda_device(device),
+        Device::Cuda(device) => core_of(&device.cuda_stream()),
         _ => Err(VmmError::UnsupportedDevice),
     }
 }
@@ -73,8 +73,9 @@ fn simulated_driver() -> Result<Driver> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda_device(device: &candle_core::CudaDevice) -> Result<cuda_vmm::Device> {
-    let stream = device.cuda_stream();
+pub(crate) fn core_of(
+    stream: &candle_core::cuda::cudarc::driver::CudaStream,
+) -> Result<cuda_vmm::Device> {
     let context = stream.context();
     let core = Driver::cuda()?.device(context.ordinal())?;
     same_context(

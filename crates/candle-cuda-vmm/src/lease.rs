@@ -2,16 +2,20 @@
 //!
 //! Each tensor handed out is over a `CudaSlice` of exactly its extent, made on a stream object of its own in a context
 //! object of its own (cudarc's; both stand for Candle's stream in the primary context). The stream object is the lease's
-//! token: every slice, view and clone holds it, so it is ours alone when none is left. Dropping the slice calls
+//! token: every slice, view and clone holds it, so it is ours alone when none is left. Beside it the token holds Candle's
+//! stream, which it stands for, whatever else of Candle's device is gone. Dropping the slice calls
 //! `cuMemFreeAsync`, which the driver refuses for such memory; cudarc parks the refusal in the private context object,
 //! where Candle never looks, and whence it is taken when the token comes back.
 //!
 //! # Safety
 //! Slices are made of memory that is mapped and leased to their token, or that is written and let go within one call
-//! while the pool is borrowed. All work on them is queued on Candle's stream, or by Candle behind it.
+//! while the pool is borrowed. Our own work on them is queued on Candle's stream, or on that of a tensor of another device
+//! object in between. What others queue on leased memory may be on any stream of any device: the core frees memory that was
+//! leased behind all of them.
 #![allow(unsafe_code)]
 
 use crate::error::{Result, VmmError};
+use crate::order::InTurn;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
 use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
@@ -22,18 +26,24 @@ use cuda_vmm::{LeaseToken, Stream, VirtualMemoryPool};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, iter};
 
-/// Candle's stream, as the core knows streams.
-pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &CudaDevice) -> Stream {
-    let raw = candle.cuda_stream().cu_stream();
-    // SAFETY: the stream lives as long as Candle's device, of which whoever holds the result has a clone.
-    unsafe { Stream::borrow(core, raw.cast()) }
+/// Candle's stream, as the core knows streams. It is kept alive by whatever holds the result.
+pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &Arc<CudaStream>) -> Stream {
+    let raw = candle.cu_stream();
+    // SAFETY: the stream is destroyed with the last clone of the owner; it is of the primary context, which `core_device`
+    // has checked.
+    unsafe { Stream::borrow_with(core, raw.cast(), candle.clone()) }
 }
 
 /// Makes tensors over memory of pools, on one Candle device, and keeps tokens to be used again.
 pub(crate) struct Leases {
     device: CudaDevice,
-    free: Mutex<Vec<Arc<CudaStream>>>,
+    stream: Arc<CudaStream>,
+    free: Arc<Free>,
 }
+
+/// Stream objects that nothing shares. They may outlive Candle's device, and then nobody takes them.
+#[derive(Debug, Default)]
+struct Free(Mutex<Vec<Arc<CudaStream>>>);
 
 impl fmt::Debug for Leases {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -48,13 +58,15 @@ impl Leases {
     pub(crate) fn new(device: &CudaDevice) -> Arc<Self> {
         Arc::new(Self {
             device: device.clone(),
-            free: Mutex::default(),
+            stream: device.cuda_stream(),
+            free: Arc::default(),
         })
     }
 
-    fn token(self: &Arc<Self>) -> Result<Token> {
+    fn token(&self) -> Result<Token> {
         let free = self
             .free
+            .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .pop();
@@ -64,20 +76,20 @@ impl Leases {
         };
         Ok(Token {
             stream,
-            home: self.clone(),
+            _candle: self.stream.clone(),
+            home: self.free.clone(),
         })
     }
 
     fn make(&self) -> Result<Arc<CudaStream>> {
-        let candle = self.device.cuda_stream();
+        let candle = &self.stream;
         let failed = |error: DriverError| VmmError::from(candle_core::Error::wrap(error));
         let context = CudaContext::new(candle.context().ordinal()).map_err(failed)?;
-        // SAFETY: all that uses slices of this context object is on Candle's one stream, or ordered behind it by Candle,
-        // so no events are needed between streams.
+        // SAFETY: what is freed waits for every stream that may use slices of this context object, so that needs no events.
+        // Which of them reads what another writes is ordered by whoever hands tensors from one to another.
         unsafe { context.disable_event_tracking() };
         // SAFETY: both context objects are of the primary context, which `core_device` has checked for Candle's; the
-        // stream lives while Candle's device does, and `home` holds a clone of that beside every token, as Candle's
-        // storage does beside every slice.
+        // stream lives while its owner does, which each token holds, and so does Candle's storage beside every slice.
         Ok(unsafe { context.wrap_borrowed_stream(candle.cu_stream()) })
     }
 
@@ -169,7 +181,8 @@ impl Leases {
     ) -> Result<()> {
         let token = self.token()?;
         let address = pool.base_address() + offset as u64;
-        // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream.
+        // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream, which
+        // comes after the copy.
         let slice = unsafe { slice(&token.stream, address, source.elem_count(), source.dtype()) }?;
         let mut target = CudaStorage {
             slice,
@@ -177,8 +190,12 @@ impl Leases {
         };
         let (storage, layout) = source.storage_and_layout();
         let outcome = match &*storage {
-            Storage::Cuda(storage) => storage
-                .copy_strided_src(&mut target, 0, layout)
+            // Candle queues the copy on the source's stream.
+            Storage::Cuda(storage) => InTurn::new(&storage.device.cuda_stream(), &self.stream)
+                .and_then(|turn| {
+                    let copied = storage.copy_strided_src(&mut target, 0, layout);
+                    turn.end().and(copied)
+                })
                 .map_err(VmmError::from),
             _ => Err(VmmError::UnsupportedDevice),
         };
@@ -238,7 +255,9 @@ fn leak(slice: Slice) {
 #[derive(Debug)]
 pub(crate) struct Token {
     stream: Arc<CudaStream>,
-    home: Arc<Leases>,
+    /// What `stream` stands for: slices are freed on it. It goes after them.
+    _candle: Arc<CudaStream>,
+    home: Arc<Free>,
 }
 
 impl LeaseToken for Token {
@@ -255,11 +274,7 @@ impl Drop for Token {
         }
         // The refusals of the frees; nobody else is to see them.
         let _ = self.stream.context().check_err();
-        let mut free = self
-            .home
-            .free
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
         if free.len() < Leases::FREE_MAX {
             free.push(self.stream.clone());
         }

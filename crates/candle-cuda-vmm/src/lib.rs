@@ -69,6 +69,8 @@ pub mod kv_cache;
 #[cfg(feature = "cuda")]
 mod lease;
 pub mod mapping;
+#[cfg(feature = "cuda")]
+mod order;
 pub mod physical_memory;
 pub mod relief;
 mod tensor_pool;

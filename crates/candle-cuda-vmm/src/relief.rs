@@ -28,7 +28,7 @@ use candle_core::Device;
 pub fn trim_candle_memory(device: &Device) -> Result<()> {
     match device {
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => trim(device),
+        Device::Cuda(candle) => trim(&candle.cuda_stream()),
         _ => Err(VmmError::UnsupportedDevice),
     }
 }
@@ -37,7 +37,7 @@ pub fn trim_candle_memory(device: &Device) -> Result<()> {
 /// and after all pools of the device have given up what they can spare; then the driver is asked once more.
 ///
 /// It holds for all pools on the device, until the last of them is gone, in place of what was set before
-/// (`cuda_vmm::Device::set_make_room`; `None` there takes it away). It keeps a clone of the Candle device. A refusal to trim
+/// (`cuda_vmm::Device::set_make_room`; `None` there takes it away). It keeps the Candle device's stream alive. A refusal to trim
 /// is logged, and then the allocation fails as it would have.
 ///
 /// # Errors
@@ -48,7 +48,8 @@ pub fn let_candle_make_room(device: &Device) -> Result<()> {
         #[cfg(feature = "cuda")]
         Device::Cuda(candle) => {
             let core = crate::device::core_device(device)?;
-            let candle = candle.clone();
+            // No more of it: where this goes is where the last owner of the core's device does, on whichever thread.
+            let candle = candle.cuda_stream();
             core.set_make_room(Some(std::sync::Arc::new(move |_bytes| {
                 if let Err(error) = trim(&candle) {
                     tracing::warn!(%error, "Candle's memory could not be trimmed");
@@ -61,10 +62,10 @@ pub fn let_candle_make_room(device: &Device) -> Result<()> {
 }
 
 #[cfg(feature = "cuda")]
-fn trim(candle: &candle_core::CudaDevice) -> Result<()> {
+fn trim(candle: &std::sync::Arc<candle_core::cuda::cudarc::driver::CudaStream>) -> Result<()> {
     use candle_core::cuda::cudarc::driver::result;
 
-    let core = crate::device::core_device(&Device::Cuda(candle.clone()))?;
+    let core = crate::device::core_of(candle)?;
     // Through the core, since calls of Candle's own context object would raise, and so lose, what is parked there.
     let stream = crate::lease::stream_of(&core, candle);
     if stream.is_capturing()? {
@@ -72,7 +73,7 @@ fn trim(candle: &candle_core::CudaDevice) -> Result<()> {
     }
     stream.synchronize()?;
     // SAFETY: Candle has opened the device, and holds its context.
-    let pool = unsafe { result::device::get_mem_pool(candle.cuda_stream().context().cu_device()) };
+    let pool = unsafe { result::device::get_mem_pool(candle.context().cu_device()) };
     let pool = pool.map_err(VmmError::from_cuda_result)?;
     // SAFETY: the pool is the device's current one, so it is alive.
     unsafe { result::mem_pool::trim_to(pool, 0) }.map_err(VmmError::from_cuda_result)

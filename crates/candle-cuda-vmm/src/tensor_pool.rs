@@ -224,7 +224,7 @@ impl TensorPool {
                 let page_bytes = check_page(options.page_bytes, core.granularity_bytes())?;
                 Memory::Device(Arc::new(DeviceMemory {
                     engine: Engine::new(&core, options.engine)?,
-                    stream: crate::lease::stream_of(&core, cuda),
+                    stream: crate::lease::stream_of(&core, &cuda.cuda_stream()),
                     leases: crate::lease::Leases::new(cuda),
                     append: crate::append::Append::new(cuda),
                     page_bytes,

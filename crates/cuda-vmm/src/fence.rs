@@ -140,3 +140,27 @@ impl Drop for Fence {
         });
     }
 }
+
+#[cfg(all(test, feature = "simulator", not(shuttle)))]
+mod tests {
+    use crate::sim::SimConfig;
+    use crate::{Driver, Stream};
+
+    #[test]
+    fn a_stream_is_not_taken_for_one_that_had_its_handle_before() {
+        let driver = Driver::simulated(SimConfig::new()).expect("a simulator");
+        let device = driver.device(0).expect("a device");
+        let alive = Stream::new(&device).expect("a stream");
+        // SAFETY: it is alive to the end.
+        let borrow = || unsafe { Stream::borrow(&device, alive.raw()) };
+        let before = borrow();
+        let fence = before.record().expect("recorded");
+        assert!(fence.is_on(before.clone().handle()));
+        drop(before);
+        let after: Vec<_> = (0..100).map(|_| borrow()).collect();
+        for stream in &after {
+            assert_eq!(stream.raw(), alive.raw());
+            assert!(!fence.is_on(stream.handle()));
+        }
+    }
+}

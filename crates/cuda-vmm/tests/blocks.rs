@@ -5,6 +5,8 @@ mod allocator;
 #[path = "blocks/bad_input.rs"]
 mod bad_input;
 mod common;
+#[path = "blocks/copies.rs"]
+mod copies;
 #[path = "blocks/faults.rs"]
 mod faults;
 #[path = "blocks/fixture.rs"]

@@ -5,12 +5,16 @@
 mod common;
 
 use common::{PAGE, Simulated, manual, with_context};
-use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::sim::{Fault, SimConfig, Simulator};
 use cuda_vmm::sys::{
     CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CUDA_ERROR_ILLEGAL_ADDRESS,
-    CUDA_SUCCESS, CUstreamCaptureMode, DriverFunction,
+    CUDA_ERROR_NOT_READY, CUDA_SUCCESS, CUevent, CUresult, CUstream, CUstreamCaptureMode,
+    DriverFunction, DriverTable,
 };
-use cuda_vmm::{CaptureGuard, Device, Engine, Stream, VirtualMemoryPool};
+use cuda_vmm::{
+    CaptureGuard, Device, Driver, DriverKind, Engine, Stream, VirtualMemoryPool, VmmError,
+};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -243,4 +247,114 @@ fn questions_and_waits_leave_the_threads_capture_mode_as_it_was() {
     fence.wait().expect("done");
     stream.synchronize().expect("done");
     assert_eq!(exchange(before), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL);
+}
+
+#[test]
+fn memory_that_was_leased_waits_for_the_end_of_a_declared_capture() {
+    let _turn = turn();
+    let simulated = Simulated::default();
+    let (engine, pool) = pool(&simulated.device);
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    pool.use_stream(&stream).expect("of this device");
+    pool.allocate(0, PAGE).expect("room");
+    let token = std::sync::Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    drop(token);
+    let capture = CaptureGuard::new();
+    pool.deallocate(0, PAGE).expect("live");
+    let report = engine.step();
+    let bytes = (report.drained_bytes, report.retiring_bytes);
+    assert_eq!(bytes, (0, PAGE), "there is no telling");
+    drop(capture);
+    assert_eq!(engine.step().drained_bytes, PAGE);
+}
+
+/// The simulated driver's own functions, of the test that has its turn.
+static OWN: Mutex<Option<DriverTable>> = Mutex::new(None);
+/// Whether the next record comes just after a capture of its stream has begun.
+static CAPTURES_FIRST: AtomicBool = AtomicBool::new(false);
+/// So many queries of events say that there is no telling yet.
+static TELLS_LATER: AtomicUsize = AtomicUsize::new(0);
+
+fn own() -> DriverTable {
+    let own = OWN.lock().unwrap_or_else(PoisonError::into_inner);
+    (*own).expect("set before the driver is opened")
+}
+
+unsafe extern "C" fn record_in_a_capture(event: CUevent, stream: CUstream) -> CUresult {
+    let own = own();
+    if CAPTURES_FIRST.swap(false, Ordering::SeqCst) {
+        // SAFETY: the caller's stream, in its context.
+        let code = unsafe { (own.cuStreamBeginCapture)(stream, CU_STREAM_CAPTURE_MODE_GLOBAL) };
+        assert_eq!(code, CUDA_SUCCESS);
+    }
+    // SAFETY: the caller's promise.
+    unsafe { (own.cuEventRecord)(event, stream) }
+}
+
+unsafe extern "C" fn tell_later(event: CUevent) -> CUresult {
+    let later = TELLS_LATER.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1));
+    match later {
+        Ok(_) => CUDA_ERROR_NOT_READY,
+        // SAFETY: the caller's promise.
+        Err(_) => unsafe { (own().cuEventQuery)(event) },
+    }
+}
+
+/// A page that was freed behind a fence that belongs to a capture: it began when it was already known that there is none.
+fn freed_behind_a_captured_fence() -> (Simulator, Device, Engine, VirtualMemoryPool, Stream) {
+    let simulator = Simulator::new(SimConfig::new()).expect("a simulator");
+    let mut table = simulator.table();
+    *OWN.lock().unwrap_or_else(PoisonError::into_inner) = Some(table);
+    table.cuEventRecord = record_in_a_capture;
+    table.cuEventQuery = tell_later;
+    // SAFETY: the simulator outlives the driver, as tests drop it last.
+    let driver = unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("a driver");
+    let device = driver.device(0).expect("a device");
+    let options = manual().limit_bytes(PAGE);
+    let engine = Engine::new(&device, options).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 8 * PAGE, PAGE).expect("a pool");
+    let stream = Stream::new(&device).expect("a stream");
+    pool.use_stream(&stream).expect("of this device");
+    pool.allocate(0, PAGE).expect("room");
+    CAPTURES_FIRST.store(true, Ordering::SeqCst);
+    pool.deallocate(0, PAGE).expect("live");
+    assert!(!CAPTURES_FIRST.load(Ordering::SeqCst), "recorded");
+    assert_eq!(stream.is_capturing(), Ok(true));
+    (simulator, device, engine, pool, stream)
+}
+
+/// Ends a capture that was killed.
+fn end_killed(stream: &Stream) {
+    with_context(stream.device(), || {
+        let mut graph = core::ptr::null_mut();
+        // SAFETY: the stream is alive and `graph` a valid place for the answer.
+        let code = unsafe { (own().cuStreamEndCapture)(stream.raw(), &mut graph) };
+        assert_ne!(code, CUDA_SUCCESS);
+    });
+}
+
+#[test]
+fn a_fence_that_turns_out_to_be_captured_is_given_up_by_a_step() {
+    let _turn = turn();
+    let (_simulator, _device, engine, _pool, stream) = freed_behind_a_captured_fence();
+    engine.step();
+    end_killed(&stream);
+    engine.step();
+    assert_eq!(engine.stats().committed_bytes, 0);
+}
+
+#[test]
+fn a_fence_that_turns_out_to_be_captured_is_given_up_by_who_waits_for_it() {
+    let _turn = turn();
+    let (_simulator, _device, engine, pool, stream) = freed_behind_a_captured_fence();
+    // So that it is waited for, and not only asked.
+    TELLS_LATER.store(1, Ordering::SeqCst);
+    let error = (pool.allocate(4 * PAGE, PAGE)).expect_err("a capture that is not declared");
+    assert_eq!(TELLS_LATER.load(Ordering::SeqCst), 0);
+    let refused = |error: &VmmError| matches!(error, VmmError::Driver(error) if error.call == DriverFunction::cuCtxSynchronize);
+    assert!(refused(&error), "not the fence: {error}");
+    end_killed(&stream);
+    pool.allocate(4 * PAGE, PAGE).expect("the context answers");
+    assert_eq!(engine.stats().live_bytes, PAGE);
 }

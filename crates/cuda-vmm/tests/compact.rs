@@ -13,7 +13,7 @@ mod midway;
 
 use common::{Gate, manual, turn, with_context};
 use cuda_vmm::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUDA_SUCCESS};
-use cuda_vmm::{CaptureGuard, CompactReport, EngineOptions};
+use cuda_vmm::{CaptureGuard, CompactReport, EngineOptions, Stream};
 use fixture::{CHUNK, Fixture, PAGE, PAGES};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -217,4 +217,32 @@ proptest! {
         prop_assert_eq!(fixture.pool.compact().expect("room").moved_bytes, 0);
         fixture.check();
     }
+}
+
+#[test]
+fn chunks_that_were_leased_are_moved_only_after_work_of_the_lease() {
+    let _turn = turn();
+    let mut fixture = Fixture::new(manual(), true);
+    let token = std::sync::Arc::new(());
+    let leased = fixture.pool.lease(0, PAGE, token.clone());
+    leased.expect("live");
+    fixture.keep(|page| page % CHUNK == 0);
+    // Somebody who had the lease, on a stream that is not named.
+    let other = Stream::new(&fixture.simulated.device).expect("a stream");
+    let gate = Gate::close(&fixture.simulated.device, other.raw());
+    // SAFETY: the page is live; that it stays mapped until the work has run is what is tested.
+    unsafe { other.memset(fixture.address(0), 3, PAGE) }.expect("queued");
+    fixture.contents.insert(0, vec![3; PAGE]);
+    drop(token);
+    assert!(!fixture.pool.is_leased(0, PAGE));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            gate.open();
+        });
+        let report = fixture.pool.compact().expect("no call fails");
+        assert_eq!(report.moved_bytes, PAGES / CHUNK * PAGE);
+    });
+    other.synchronize().expect("legal work");
+    fixture.check();
 }

@@ -17,6 +17,8 @@ mod pools;
 mod rules;
 #[path = "device/running_work.rs"]
 mod running_work;
+#[path = "device/streams.rs"]
+mod streams;
 
 use common::{Gate, manual, under_test};
 use cuda_vmm::{Device, Engine, Stream, VirtualMemoryPool};

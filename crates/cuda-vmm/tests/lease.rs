@@ -5,7 +5,7 @@ mod common;
 mod random;
 
 use common::{Gate, PAGE, Simulated, manual, with_context};
-use cuda_vmm::sim::Fault;
+use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_SUCCESS, DriverFunction};
 use cuda_vmm::{
     Device, Engine, EngineOptions, LeaseToken, PoolOptions, Stream, VirtualMemoryPool, VmmError,
@@ -506,5 +506,62 @@ fn freeing_leased_bytes_wakes_the_worker() {
     while fixture.engine.stats().committed_bytes > 0 {
         assert!(Instant::now() < patience, "{}", fixture.engine.stats());
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A page that was leased and is freed with its lease over, while work that the lease's holder queued is behind a gate, on a
+/// stream of this device or another that nobody named.
+fn freed_after_a_lease(
+    devices: usize,
+    gated: usize,
+    version: i32,
+) -> (Simulated, Engine, [Stream; 2], VirtualMemoryPool, Gate) {
+    let config = SimConfig::new().devices(devices).driver_version(version);
+    let simulated = Simulated::new(config);
+    let engine = Engine::new(&simulated.device, manual()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, 16 * PAGE, PAGE).expect("a pool");
+    let named = Stream::new(&simulated.device).expect("a stream");
+    pool.use_stream(&named).expect("of this device");
+    pool.allocate(0, PAGE).expect("room");
+    let token = Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    let device = simulated.driver.device(gated).expect("a device");
+    let other = Stream::new(&device).expect("a stream");
+    let gate = Gate::close(&device, other.raw());
+    gate.wait_until_reached();
+    drop(token);
+    pool.deallocate(0, PAGE).expect("live");
+    (simulated, engine, [named, other], pool, gate)
+}
+
+#[test]
+fn work_of_a_lease_is_waited_for_on_whichever_stream_of_whichever_device_it_is() {
+    for (devices, gated) in [(1, 0), (2, 0), (2, 1), (3, 2)] {
+        let (simulated, engine, _streams, _pool, gate) = freed_after_a_lease(devices, gated, 13000);
+        for _ in 0..3 {
+            let report = engine.step();
+            let bytes = (report.drained_bytes, report.retiring_bytes);
+            assert_eq!(bytes, (0, PAGE), "{devices} devices, the work on {gated}");
+        }
+        gate.open();
+        let device = simulated.driver.device(gated).expect("a device");
+        device.synchronize().expect("done");
+        assert_eq!(engine.step().drained_bytes, PAGE);
+    }
+}
+
+#[test]
+fn without_fences_for_contexts_the_work_of_a_lease_is_waited_for_by_a_step() {
+    for (devices, gated) in [(1, 0), (2, 1)] {
+        let (_simulated, engine, _streams, _pool, gate) =
+            freed_after_a_lease(devices, gated, 12000);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(20));
+                gate.open();
+            });
+            assert_eq!(engine.step().drained_bytes, PAGE);
+            assert!(!gate.is_closed(), "the step waited");
+        });
     }
 }

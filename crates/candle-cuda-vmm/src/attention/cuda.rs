@@ -9,6 +9,7 @@
 
 use super::sizes::{NAME, Sizes};
 use super::softmax;
+use crate::order::InTurn;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::cublas::{result::gemm_strided_batched_ex, sys};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
@@ -50,12 +51,19 @@ pub fn attend(
     causal: bool,
     inputs: [(&CudaStorage, &Layout); 3],
 ) -> Result<CudaStorage> {
-    match inputs[0].0.dtype() {
+    // All work is queued on q's stream, in turn with those of K and V where they are others.
+    let [stream, keys, values] = inputs.map(|(storage, _)| storage.device.cuda_stream());
+    let turns = [InTurn::new(&stream, &keys)?, InTurn::new(&stream, &values)?];
+    let outcome = match inputs[0].0.dtype() {
         DType::F32 => attend_typed::<f32>(sizes, scale, causal, inputs),
         DType::F16 => attend_typed::<f16>(sizes, scale, causal, inputs),
         DType::BF16 => attend_typed::<bf16>(sizes, scale, causal, inputs),
         other => Err(Error::UnsupportedDTypeForOp(other, NAME)),
+    };
+    for turn in turns {
+        turn.end()?;
     }
+    outcome
 }
 
 fn attend_typed<T: Element>(

@@ -10,7 +10,7 @@ use crate::error::{Result, VmmError};
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
 use candle_core::{DType, Tensor};
-use cuda_vmm::{PoolOptions, VirtualMemoryPool};
+use cuda_vmm::{PoolOptions, Stream, VirtualMemoryPool};
 use std::iter;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -69,14 +69,24 @@ impl Space {
         Ok(())
     }
 
-    /// Whether a view shows any of these bytes.
-    fn is_seen(&mut self, bytes: &Range<usize>) -> bool {
+    /// Whether a view shows any of these bytes, or work on one that is gone may read them after what the stream is given
+    /// next.
+    fn is_seen(&mut self, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
         // What is appended lies behind all views unless rows were forgotten, and then nobody is asked.
-        if bytes.start >= *self.unseen.get_mut() {
-            return false;
+        let unseen = *self.unseen.get_mut();
+        if bytes.start >= unseen {
+            return Ok(false);
         }
         self.let_base_go();
-        self.range.is_leased(bytes.start, bytes.len())
+        if self.range.is_leased(bytes.start, bytes.len())
+            || !self.range.order_after_leases(stream)?
+        {
+            return Ok(true);
+        }
+        if !(self.range).is_leased(bytes.start, unseen.saturating_sub(bytes.start)) {
+            *self.unseen.get_mut() = bytes.start;
+        }
+        Ok(false)
     }
 
     fn let_base_go(&mut self) {
@@ -143,7 +153,7 @@ impl DeviceRows {
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if bytes.end > space.range.capacity_bytes() || space.is_seen(&bytes) {
+        if bytes.end > space.range.capacity_bytes() || space.is_seen(&bytes, &self.memory.stream)? {
             return Ok(false);
         }
         match space.extend(bytes.end) {

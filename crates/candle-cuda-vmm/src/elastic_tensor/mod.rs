@@ -23,7 +23,12 @@ use std::ops::Range;
 /// On a CUDA device rows never move while they can stay: appending copies the new rows only, and asks the driver for
 /// memory page by page or less. They move to a range of fresh addresses where a view still shows what would be written
 /// over, and where a window that was moved forward by [`release_front`](Self::release_front) has reached the end of
-/// its addresses. Work is queued on Candle's own stream.
+/// its addresses. Work is queued on Candle's own stream, the one of the pool's device object. Rows of another device object
+/// of the same GPU are copied on that one's stream, and each of the two streams waits for the other.
+///
+/// A view may be read by another device object, of this GPU or another: its memory stays until that has run, whatever is
+/// dropped meanwhile. But what it reads is what is there when it runs; synchronise the pool's device before, so that the rows
+/// are.
 ///
 /// On a CUDA device views of all rows are parts of one storage, which reaches over the whole pages around them: making and
 /// dropping one asks the driver for nothing, and it holds the pages that its rows are in.

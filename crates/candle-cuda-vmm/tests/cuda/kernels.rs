@@ -3,6 +3,8 @@
 mod relief;
 
 use crate::common::{open, page};
+use crate::gate::Gate;
+use crate::streams::{after_steps, beside, expect_sound, four_rows, rows};
 use crate::token::{Page, Token};
 use candle_core::cuda::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUstreamCaptureMode, cuDeviceGraphMemTrim,
@@ -125,4 +127,24 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
     // SAFETY: Candle has opened the device.
     let trimmed = unsafe { cuDeviceGraphMemTrim(stream.context().cu_device()) };
     trimmed.result().unwrap();
+}
+
+#[test]
+fn rows_that_another_device_object_writes_into_a_view_stay_mapped_until_it_has() {
+    let test = open();
+    let other = beside(&test);
+    let (engine, _pool, mut tensor) = four_rows(&test);
+    let come = rows(8, 1, &other);
+    other.synchronize().unwrap();
+    let gate = Gate::close(&other);
+    let view = tensor.view().unwrap();
+    // Candle queues it on the source's stream.
+    view.slice_set(&come, 0, 2).unwrap();
+    drop((view, come));
+    let held = engine.stats().committed_bytes;
+    tensor.clear();
+    assert_eq!(after_steps(&engine), held);
+    gate.open();
+    expect_sound([&test.device, &other]);
+    assert_eq!(after_steps(&engine), 0);
 }

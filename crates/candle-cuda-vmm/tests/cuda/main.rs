@@ -12,7 +12,10 @@ mod common;
 
 mod copies;
 mod dropped;
+mod gate;
 mod kernels;
 mod lease;
+mod owners;
 mod relief;
+mod streams;
 mod token;

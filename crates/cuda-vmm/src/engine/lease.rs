@@ -13,7 +13,8 @@ use core::{fmt, ops};
 ///
 /// An `Arc` is one: it is released when no other `Arc` or `Weak` shares its value.
 pub trait LeaseToken: fmt::Debug + Send + 'static {
-    /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued already may still run.
+    /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued already may still run, on any
+    /// stream of any device.
     ///
     /// The pools ask again and again, from any thread, with no lock held; so this may call them. While one thread asks, others
     /// take the token for not released; those that need to know wait a tenth of a second at most. So it should be quick. After

@@ -3,6 +3,7 @@
 use super::RangeId;
 use super::range::Range;
 use super::users::Users;
+use crate::capture::NoCapture;
 use crate::sync::Arc;
 use crate::{CaptureGuard, Device, Fence, Result};
 
@@ -42,7 +43,10 @@ impl Until {
                 });
                 recorded.map(|()| Some(fences))
             }
-            None => Self::of_contexts(device, users.are_all()),
+            None => match CaptureGuard::try_none() {
+                Some(none) => Self::of_contexts(device, users.are_all(), &none),
+                None => Ok(None),
+            },
         };
         match fences {
             Ok(Some(fences)) => Self::Fences(Arc::new(fences)),
@@ -50,16 +54,16 @@ impl Until {
         }
     }
 
-    /// The end of all work of the device's context, or of those of all devices; `None` if a capture is declared, or the
-    /// driver is too old for it.
-    fn of_contexts(device: &Device, all: bool) -> Result<Option<Vec<Arc<Fence>>>> {
-        let Some(none) = CaptureGuard::try_none() else {
-            return Ok(None);
-        };
+    /// The end of all work of the device's context, or of those of all devices; `None` if the driver is too old for it.
+    pub(super) fn of_contexts(
+        device: &Device,
+        all: bool,
+        none: &NoCapture,
+    ) -> Result<Option<Vec<Arc<Fence>>>> {
         let peers = if all { device.peers()? } else { Vec::new() };
         let mut fences = Vec::with_capacity(1 + peers.len());
         for device in [device].into_iter().chain(&peers) {
-            match Fence::on_context(device, &none)? {
+            match Fence::on_context(device, none)? {
                 Some(fence) => fences.push(Arc::new(fence)),
                 None => return Ok(None),
             }

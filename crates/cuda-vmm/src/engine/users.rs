@@ -12,11 +12,12 @@
 //! several are named, those that are idle then need no fence: all that was queued before the free is done. A stream of
 //! which only pools are left can get no more work: its end is final, and it is not named any more.
 
+use super::retire::Until;
 use super::{Handle, Inner, RangeId};
 use crate::stream::{self, Named};
 use crate::sync::Arc;
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{Fence, Result, Stream, VmmError};
+use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
 
 /// Whose work may be on a range's memory; a cheap clone. Clones are dropped without a lock: they may be the last to hold
 /// streams and fences, which calls the driver.
@@ -165,6 +166,29 @@ impl Inner {
         });
         // Its streams go without the lock.
         dropped.map(drop)
+    }
+
+    /// Has a stream come after all work that was queued under leases of a range. False if there is no telling.
+    pub(crate) fn order_after_leases(&self, handle: &Handle, stream: &Stream) -> Result<bool> {
+        self.device.expect_same(stream.device())?;
+        if !self.with_range(handle, |range| range.users.all)? {
+            return Ok(true);
+        }
+        let Some(none) = CaptureGuard::try_none() else {
+            return Ok(false);
+        };
+        if !stream.handle().is_per_thread() && stream.is_capturing()? {
+            return Ok(false);
+        }
+        let Some(fences) = Until::of_contexts(&self.device, true, &none)? else {
+            return self.device.finish_work(true).map(|()| true);
+        };
+        for fence in fences {
+            if !fence.is_complete()? {
+                stream.wait_for(&fence)?;
+            }
+        }
+        Ok(true)
     }
 
     /// Has frees of a range wait for an end of work on a stream that is not named.

@@ -187,6 +187,8 @@ impl VirtualMemoryPool {
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
     /// only. Name all that use it, before they do: work on others is not waited for.
     ///
+    /// Memory of a pool that was [leased](Self::lease) waits for others as well.
+    ///
     /// Each free asks each named stream, as any may have got work since: of one stream it records an event, of several only
     /// on those that are not idle. When the last clone of a stream made by [`Stream::new`] is dropped, the pool lets it go:
     /// it waits once for what is still queued there. [`forget_stream`](Self::forget_stream) does so for any other.
@@ -243,8 +245,13 @@ impl VirtualMemoryPool {
     /// For memory that was handed to something which tells of its end by a value that is shared no longer, such as a
     /// tensor of a framework. The bytes can be freed at any time, and the pool dropped. What is leased then is counted as
     /// [`leased_bytes`](PoolStats::leased_bytes), its allocation answers [`VmmError::Leased`](crate::VmmError::Leased), and
-    /// it retires when the engine finds the token released: behind a fence recorded then, since a token says nothing of
-    /// work that is queued. Several leases may cover the same bytes. The token is looked at by the engine's steps, and by
+    /// it retires when the engine finds the token released: behind fences recorded then, since a token says nothing of
+    /// work that is queued.
+    ///
+    /// That work may be on any stream of any device, of which nobody names all. So from the first lease on, whatever is freed
+    /// of this pool, leased or not, waits for all work of the context, and of the contexts of other devices in use in this
+    /// process, in place of the streams that are named: one event of each (`cuCtxRecordEvent`), and no other calls. While a
+    /// capture is declared, and with drivers before CUDA 12.5, it waits for a context synchronise. Several leases may cover the same bytes. The token is looked at by the engine's steps, and by
     /// calls that need memory; it is dropped soon after it is released, on any thread.
     ///
     /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
@@ -264,6 +271,22 @@ impl VirtualMemoryPool {
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
         let engine = self.engine.open();
         engine.is_ok_and(|engine| engine.is_leased(&self.range, offset, bytes))
+    }
+
+    /// Has `stream` come after all work that was queued under leases, so that it may write where one is over: the device
+    /// need not have finished with bytes when their token is released. Waits for nothing if the driver records events of
+    /// contexts (CUDA 12.5 or newer), and otherwise for the device.
+    ///
+    /// That takes an event of each context in use and a wait for those that are not past (`cuCtxRecordEvent`,
+    /// `cuStreamWaitEvent`), and nothing at all for a pool that was never leased. False if there is no telling, and then
+    /// nothing is done: a capture is declared, or `stream` is being captured.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice), [`VmmError::WrongDriver`](crate::VmmError::WrongDriver),
+    /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed).
+    pub fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
+        let engine = self.engine.open()?;
+        engine.order_after_leases(&self.range, stream)
     }
 
     /// The bytes under each lease whose token is not released, freed or not.

@@ -92,7 +92,7 @@ impl Fixture {
         assert_eq!(simulator.books(0), Books::default());
     }
 
-    fn address(&self, page: usize) -> u64 {
+    pub fn address(&self, page: usize) -> u64 {
         self.pool.base_address() + (page * PAGE) as u64
     }
 

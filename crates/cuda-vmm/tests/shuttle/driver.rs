@@ -317,6 +317,19 @@ unsafe extern "C" fn stream_synchronise(stream: CUstream) -> CUresult {
     code
 }
 
+unsafe extern "C" fn stream_query(stream: CUstream) -> CUresult {
+    let mut past = true;
+    let code = call_in_context(DriverFunction::cuStreamQuery, |books| {
+        expect_relaxed(books, DriverFunction::cuStreamQuery);
+        let queued = books.queued(Some(stream.addr()));
+        past = books.is_past(&queued);
+    });
+    match (code, past) {
+        (CUDA_SUCCESS, false) => CUDA_ERROR_NOT_READY,
+        (code, _) => code,
+    }
+}
+
 unsafe extern "C" fn stream_wait(stream: CUstream, event: CUevent, _: c_uint) -> CUresult {
     let code = call_in_context(DriverFunction::cuStreamWaitEvent, |books| {
         books.wait(stream.addr(), event.addr());
@@ -412,6 +425,7 @@ pub fn open(new: bool) -> Driver {
         cuMemsetD8Async: set_bytes,
         cuMemcpyDtoDAsync: copy_bytes,
         cuStreamSynchronize: stream_synchronise,
+        cuStreamQuery: stream_query,
         cuStreamWaitEvent: stream_wait,
         cuStreamCreate: stream_create,
         cuStreamDestroy: stream_destroy,

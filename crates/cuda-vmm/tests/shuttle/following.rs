@@ -3,9 +3,23 @@
 use crate::books::{PAGE, books};
 use crate::explore::explore;
 use crate::world::{World, assert_adds_up, insist, pool, settle, write};
-use cuda_vmm::WorkerMode;
+use cuda_vmm::{VirtualMemoryPool, VmmError, WorkerMode};
 use shuttle::thread;
 use std::sync::Arc;
+
+/// The only page, once nobody else has it.
+fn take(pool: &VirtualMemoryPool) -> u64 {
+    loop {
+        match pool.allocate(0, PAGE) {
+            Ok(address) => return address,
+            Err(error) => assert!(
+                error.is_later() || matches!(error, VmmError::AlreadyMapped { .. }),
+                "{error}"
+            ),
+        }
+        thread::yield_now();
+    }
+}
 
 /// Two threads, each with a stream of its own, hand the only page to and fro. What one launches on it must come after
 /// what the other did; the second stream is named only when the first may already have taken the page back.
@@ -19,17 +33,7 @@ fn one_page_two_streams(mode: WorkerMode) {
         thread::spawn(move || {
             pool.use_stream(&stream).expect("same device");
             for _ in 0..2 {
-                let address = loop {
-                    match pool.allocate(0, PAGE) {
-                        Ok(address) => break address,
-                        Err(error) => assert!(
-                            error.is_later()
-                                || matches!(error, cuda_vmm::VmmError::AlreadyMapped { .. }),
-                            "{error}"
-                        ),
-                    }
-                    thread::yield_now();
-                };
+                let address = take(&pool);
                 write(&stream, address, PAGE);
                 assert_adds_up(pool.engine());
                 pool.deallocate(0, PAGE).expect("live");
@@ -65,6 +69,45 @@ fn against_the_budget(mode: WorkerMode) {
     settle(&engine, mode);
     drop((own, stream, engine));
     world.end();
+}
+
+/// Threads with a stream each work on the only page in turn, and end: what they leave queued is waited for, whoever frees
+/// next, and their streams go.
+fn streams_come_and_go(forgets: bool, mode: WorkerMode) {
+    let world = World::new(true);
+    books(|books| books.in_order = true);
+    let engine = world.engine(1, mode);
+    let pool = Arc::new(pool(&engine, 1));
+    let threads = [(); 3].map(|()| {
+        let (pool, stream) = (pool.clone(), world.stream());
+        thread::spawn(move || {
+            pool.use_stream(&stream).expect("same device");
+            let address = take(&pool);
+            write(&stream, address, PAGE);
+            if forgets {
+                pool.forget_stream(&stream).expect("named");
+                pool.deallocate(0, PAGE).expect("live");
+            } else {
+                pool.deallocate(0, PAGE).expect("live");
+                drop(stream);
+            }
+            assert_adds_up(pool.engine());
+        })
+    });
+    for thread in threads {
+        thread.join().expect("no thread fails");
+    }
+    settle(&engine, mode);
+    drop((pool, engine));
+    world.end();
+}
+
+#[test]
+fn streams_that_come_and_go_leave_no_work_behind() {
+    for forgets in [true, false] {
+        explore(move || streams_come_and_go(forgets, WorkerMode::Thread));
+        explore(move || streams_come_and_go(forgets, WorkerMode::Manual));
+    }
 }
 
 #[test]
