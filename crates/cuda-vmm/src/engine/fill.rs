@@ -167,8 +167,7 @@ impl Inner {
         mut range: MutexGuard<'_, super::range::Range>,
         id: RangeId,
         extent: Extent,
-        plan: Plan,
-        mut supply: Vec<PhysicalMemory>,
+        (plan, mut supply): (Plan, Vec<PhysicalMemory>),
         relief: &mut Relief,
     ) -> Result<()> {
         let bytes = extent.range();

@@ -148,13 +148,9 @@ impl Inner {
         let done: Vec<_> = needed.iter().map(Following::run).collect();
         let mut state = self.lock();
         for (following, done) in needed.iter().zip(&done) {
-            match done {
-                Ok(true) => {
-                    state
-                        .queue
-                        .add_followers(following.entry, following.followers);
-                }
-                Ok(false) | Err(_) => {}
+            if matches!(done, Ok(true)) {
+                let (entry, followers) = (following.entry, following.followers);
+                state.queue.add_followers(entry, followers);
             }
         }
         drop(state);

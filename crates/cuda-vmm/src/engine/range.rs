@@ -445,7 +445,8 @@ impl Inner {
                         // The charge took it out of the line.
                         *ticket = None;
                         let seen = self.device.memory_events();
-                        let filled = self.fill(state, range, id, extent, plan, supply, &mut relief);
+                        let filled =
+                            self.fill(state, range, id, extent, (plan, supply), &mut relief);
                         match filled {
                             Err(error) if error.is_out_of_memory() => {
                                 self.await_device(error, patience, seen, &mut backoff)?;
