@@ -80,6 +80,18 @@ pub fn after_steps(engine: &Engine) -> usize {
     engine.stats().committed_bytes
 }
 
+/// Fails unless all goes back soon; the engine's own thread may be about to see to it.
+#[track_caller]
+pub fn expect_given_back(engine: &Engine) {
+    for _ in 0..5_000 {
+        if after_steps(engine) == 0 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    panic!("{}", engine.stats());
+}
+
 #[test]
 fn rows_of_another_device_object_are_appended_when_they_are_there() {
     let test = open();
@@ -142,7 +154,7 @@ fn memory_that_another_stream_still_writes_is_not_given_back() {
     assert_eq!(after_steps(&engine), held);
     gate.open();
     expect_sound([&test.device, &other]);
-    assert_eq!(after_steps(&engine), 0);
+    expect_given_back(&engine);
 }
 
 #[test]
@@ -164,7 +176,7 @@ fn memory_that_another_stream_still_reads_is_not_given_back() {
             assert_eq!(after_steps(&engine), held, "the copy is to come");
             gate.open();
             expect_sound([&test.device, &other]);
-            assert_eq!(after_steps(&engine), 0);
+            expect_given_back(&engine);
             if let Ok(copy) = copy {
                 expect_rows(&copy, &[0, 1, 2, 3][..copy.dims()[0]]);
             }
@@ -230,7 +242,7 @@ fn a_prefix_that_another_stream_still_reads_is_not_given_back() {
         assert_eq!(after_steps(&engine), held, "the copy is to come");
         gate.open();
         expect_sound([&test.device, &other]);
-        assert_eq!(after_steps(&engine), 0);
+        expect_given_back(&engine);
         // What it shows was never written.
         drop(copy);
     }
