@@ -7,13 +7,14 @@
 
 mod common;
 
-use common::{UnderTest, manual, turn, under_test_without_contents as under_test};
+use common::{Gate, UnderTest, manual, turn, under_test_without_contents as under_test};
 use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{
     Device, Engine, EngineOptions, ModelOptions, ModelQuota, PoolOptions, Result, SharedMemoryPool,
     SharedPoolOptions, Stream, VirtualMemoryPool,
 };
+use std::cell::RefCell;
 use std::time::Duration;
 
 fn page() -> usize {
@@ -34,6 +35,10 @@ struct Fixture {
     shared: SharedMemoryPool,
     /// Made by an operation, and closed by the next.
     made: Option<VirtualMemoryPool>,
+    /// Those that are named for the pool, which lets go of streams that nobody holds.
+    streams: Vec<Stream>,
+    /// Holds the first of them until the operation is over.
+    gate: RefCell<Option<Gate>>,
 }
 
 fn options() -> EngineOptions {
@@ -47,9 +52,11 @@ impl Fixture {
         let held_bytes = interposer.books().physical_bytes;
         let engine = Engine::new(&device, options).expect("engine");
         let pool = VirtualMemoryPool::on_engine(&engine, 64 * page(), page()).expect("pool");
-        for _ in 0..streams {
-            pool.use_stream(&Stream::new(&device).expect("stream"))
-                .expect("same device");
+        let streams: Vec<_> = (0..streams)
+            .map(|_| Stream::new(&device).expect("stream"))
+            .collect();
+        for stream in &streams {
+            pool.use_stream(stream).expect("same device");
         }
         let shared = SharedPoolOptions {
             engine: options,
@@ -64,7 +71,16 @@ impl Fixture {
             pool: Some(pool),
             shared,
             made: None,
+            streams,
+            gate: RefCell::new(None),
         }
+    }
+
+    /// Queues work on the first stream that lasts until the operation is over.
+    fn hold_first_stream(&self) {
+        let gate = Gate::close(&self.device, self.streams[0].raw());
+        gate.wait_until_reached();
+        self.gate.replace(Some(gate));
     }
 
     fn pool(&self) -> &VirtualMemoryPool {
@@ -151,6 +167,11 @@ fn cases() -> Vec<Case> {
     };
     let three_live: fn(&Fixture) -> Result<()> = |f| f.pool().allocate(0, 3 * page()).map(drop);
     let full_of_retiring: fn(&Fixture) -> Result<()> = |f| {
+        f.pool().allocate(0, limit())?;
+        f.pool().deallocate(0, limit() - page())
+    };
+    let full_behind_work: fn(&Fixture) -> Result<()> = |f| {
+        f.hold_first_stream();
         f.pool().allocate(0, limit())?;
         f.pool().deallocate(0, limit() - page())
     };
@@ -267,7 +288,7 @@ fn cases() -> Vec<Case> {
         },
         Case {
             streams: 2,
-            ..case("try to allocate what is retiring", full_of_retiring, |f| {
+            ..case("try to allocate what is retiring", full_behind_work, |f| {
                 f.pool().try_allocate(0, 2 * page()).map(drop)
             })
         },
@@ -457,6 +478,7 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
     }
     let outcome = (case.operate)(&mut fixture);
     let calls = fixture.interposer().take_trace().len();
+    fixture.gate.take();
     fixture.check(what);
     match outcome {
         Ok(()) => {}

@@ -46,9 +46,9 @@ fn a_backing_of_nothing_or_of_too_much_is_refused() {
         let byte = ElementSize::new(1).expect("not zero");
         let spec = TensorSpec::new("t", &[1], byte).expect("small");
         let spec = LayerSpec::new([spec]).expect("one tensor");
-        let bytes = usize::MAX;
-        let error = BlockBacking::new(&engine, spec, usize::MAX, PAGE).expect_err("no room");
-        assert_eq!(error, VmmError::Overflow { offset: 0, bytes });
+        let (blocks, each_bytes) = (usize::MAX, 16);
+        let error = BlockBacking::new(&engine, spec, blocks, PAGE).expect_err("no room");
+        assert_eq!(error, BlockError::TooMany { blocks, each_bytes }.into());
     });
 }
 
