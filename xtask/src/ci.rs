@@ -1,7 +1,9 @@
 //! `ci`: every check, in order, until one fails.
 
 use crate::workspace::{self, Workspace};
-use crate::{consumers, gpu_test, headers, package, progress, setup, table, tests};
+use crate::{
+    consumers, documentation, gpu_test, headers, licences, package, progress, setup, table, tests,
+};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::process::Command;
@@ -9,14 +11,15 @@ use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     ("test", tests::run),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
     ("formatting", formatting),
     ("clippy", clippy),
-    ("documentation", documentation),
-    ("documentation without CUDA", documentation_without_cuda),
+    ("documentation", documentation::workspace),
+    ("documentation as hosted", documentation::hosted),
+    ("licences", licences::run),
     ("packaging", package::run),
     ("consumers", consumers::run),
     ("headers", headers::run),
@@ -104,31 +107,5 @@ fn clippy(workspace: &Workspace) -> Result<()> {
             .cargo(&["clippy", "--workspace", "--all-targets"])
             .args(tests::FEATURES)
             .args(["--", "-D", "warnings"]),
-    )
-}
-
-fn documentation(workspace: &Workspace) -> Result<()> {
-    workspace::run(
-        workspace
-            .cargo(&["doc", "--workspace", "--no-deps"])
-            .args(tests::FEATURES)
-            .env("RUSTDOCFLAGS", "-D warnings"),
-    )
-}
-
-/// As documentation hosts build it, which have no `cuda.h`.
-fn documentation_without_cuda(workspace: &Workspace) -> Result<()> {
-    workspace::run(
-        workspace
-            .cargo(&[
-                "doc",
-                "--package",
-                "cuda-vmm-sys",
-                "--no-deps",
-                "--target-dir",
-            ])
-            .arg(workspace.target.join("documentation"))
-            .env("DOCS_RS", "1")
-            .env("RUSTDOCFLAGS", "-D warnings"),
     )
 }

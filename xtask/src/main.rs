@@ -3,12 +3,14 @@
 mod bench;
 mod ci;
 mod consumers;
+mod documentation;
 #[cfg(test)]
 mod errors_page;
 mod files;
 mod generate;
 mod gpu_test;
 mod headers;
+mod licences;
 mod machine;
 mod package;
 mod pins;
@@ -71,9 +73,9 @@ enum Task {
     ///
     /// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
     Bench(bench::Arguments),
-    /// Run every check: the tests, formatting, lints, documentation, packages, consumers, headers
+    /// Run every check: the tests, formatting, lints, documentation, licences, packages, consumers, headers
     Ci,
-    /// Pack the library crates, and build and run small programs that depend on the packages
+    /// Pack the library crates, build and run small programs that depend on the packages, and count what users depend on
     Consumers,
     /// Build and test the bindings against CUDA headers 11.8 to 13.5
     Headers,

@@ -17,6 +17,8 @@
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+// Not every list is needed in each kind of build.
+#[allow(unused_macros)]
 #[macro_use]
 mod names;
 mod function_types;

@@ -1,0 +1,1 @@
+//! Nothing: the programs are the examples of candle-cuda-vmm 0.1.1.
