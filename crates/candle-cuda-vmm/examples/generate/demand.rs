@@ -20,18 +20,18 @@ pub struct Demand {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DemandError {
     #[error("{prompt_tokens} and {tokens} tokens are more than the model's {positions}")]
-    TooManyTokens {
+    BeyondPositions {
         prompt_tokens: usize,
         tokens: usize,
         positions: usize,
     },
     #[error("caches for {max_seq_len} tokens are for more than the model's {positions}")]
-    TooLong {
+    CachesBeyondPositions {
         max_seq_len: usize,
         positions: usize,
     },
     #[error("weights and caches take {needed_bytes} bytes, and there are {memory_bytes}")]
-    TooLarge {
+    BeyondMemory {
         /// `usize::MAX` if they cannot be counted.
         needed_bytes: usize,
         memory_bytes: usize,
@@ -52,7 +52,7 @@ impl Demand {
         // The last token that is generated is not fed back.
         let needed = prompt_tokens.checked_add(tokens.saturating_sub(1));
         if needed.is_none_or(|needed| needed > positions) {
-            return Err(DemandError::TooManyTokens {
+            return Err(DemandError::BeyondPositions {
                 prompt_tokens,
                 tokens,
                 positions,
@@ -60,7 +60,7 @@ impl Demand {
         }
         let max_seq_len = self.max_seq_len;
         if max_seq_len > positions {
-            return Err(DemandError::TooLong {
+            return Err(DemandError::CachesBeyondPositions {
                 max_seq_len,
                 positions,
             });
@@ -77,7 +77,7 @@ impl Demand {
             .and_then(|(weights, caches)| weights.checked_add(caches))
             .unwrap_or(usize::MAX);
         match memory_bytes {
-            Some(memory_bytes) if needed_bytes > memory_bytes => Err(DemandError::TooLarge {
+            Some(memory_bytes) if needed_bytes > memory_bytes => Err(DemandError::BeyondMemory {
                 needed_bytes,
                 memory_bytes,
             }),
@@ -126,7 +126,7 @@ mod tests {
                 tokens,
                 ..ASKED
             };
-            let refused = DemandError::TooManyTokens {
+            let refused = DemandError::BeyondPositions {
                 prompt_tokens,
                 tokens,
                 positions: 4096,
@@ -142,7 +142,7 @@ mod tests {
                 max_seq_len,
                 ..ASKED
             };
-            let refused = DemandError::TooLong {
+            let refused = DemandError::CachesBeyondPositions {
                 max_seq_len,
                 positions: 4096,
             };
@@ -156,7 +156,7 @@ mod tests {
         // Keys and values of 8 layers, 2 heads of 64, in 4096 tokens.
         let needed_bytes = 4 * elements + 2 * 8 * 2 * 64 * 4096 * 4;
         check(ASKED, needed_bytes).unwrap();
-        let refused = DemandError::TooLarge {
+        let refused = DemandError::BeyondMemory {
             needed_bytes,
             memory_bytes: needed_bytes - 1,
         };
