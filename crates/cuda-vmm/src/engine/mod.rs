@@ -444,6 +444,8 @@ impl Inner {
     fn retire(self: &Arc<Self>, state: Locked<'_>, id: RangeId, chunks: Vec<usize>) {
         let freed = state.ranges.handle(id).filter(|_| !chunks.is_empty());
         let freed = freed.cloned();
+        // Before others are told: that runs their code.
+        let _work = AtWork::begin();
         drop(state);
         if let Some(handle) = freed {
             let users = handle.lock().users.clone();
@@ -454,12 +456,14 @@ impl Inner {
     /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until somebody looks at the
     /// queue.
     fn record(self: &Arc<Self>, handle: &Handle, users: Users, chunks: Vec<usize>) {
+        // In this thread's hands until the range has them: the driver is called, and owners of streams may be dropped.
+        let work = AtWork::begin();
         let users = self.users(handle, users);
         let until = Until::now(&self.device, &users);
         let mut range = handle.lock();
         range.freed.push((chunks, until));
         handle.note(&range);
-        drop(range);
+        drop((work, range));
         self.tell();
         self.worker.wake(self, false);
     }

@@ -2,8 +2,10 @@
 
 use crate::common::{PAGE, PATIENCE, Simulated, manual};
 use crate::{CAPACITY, pool};
-use cuda_vmm::sim::SimConfig;
-use cuda_vmm::{EngineOptions, LeaseToken, SharedMemoryPool, VirtualMemoryPool, VmmError};
+use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::{
+    EngineOptions, LeaseToken, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError, sys,
+};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -414,6 +416,43 @@ fn a_subscriber_may_allocate_free_register_and_step() {
             _ = pool.unregister_model("b");
         });
         until(|| simulated.books() == empty);
+    }
+}
+
+#[test]
+fn a_subscriber_may_allocate_when_a_free_has_no_fence() {
+    for options in modes() {
+        let simulated = Simulated::default();
+        let pool = pool(&simulated.device, options.limit_bytes(4 * PAGE));
+        for name in ["frees", "wants"] {
+            pool.register_model(name, CAPACITY).expect("a new name");
+        }
+        let [frees, wants] = ["frees", "wants"].map(|name| pool.model(name).expect("there"));
+        let stream = Stream::new(&simulated.device).expect("a stream");
+        frees.use_stream(&stream).expect("of the device");
+        frees.allocate(0, 4 * PAGE).expect("room");
+        let refused = sys::CUDA_ERROR_UNKNOWN;
+        let fault = Fault::always(sys::DriverFunction::cuEventRecord, refused);
+        simulated.simulator.inject(fault);
+        let asked = Arc::new(AtomicBool::new(false));
+        let acting = {
+            let (wants, asked) = (wants.clone(), asked.clone());
+            Acting(Mutex::new(Box::new(move |text| {
+                if text.contains("cuEventRecord") && !asked.swap(true, Ordering::SeqCst) {
+                    // What it would wait for is in this thread's own hands.
+                    let error = wants.allocate(0, PAGE).expect_err("not freed yet");
+                    assert!(error.is_later(), "{error}");
+                }
+            })))
+        };
+        let dispatch = tracing::Dispatch::new(acting);
+        let act = move || frees.deallocate(0, 4 * PAGE);
+        in_time(move || tracing::dispatcher::with_default(&dispatch, act)).expect("live");
+        assert!(asked.load(Ordering::SeqCst));
+        simulated.simulator.clear_faults();
+        in_time(move || wants.allocate(0, PAGE)).expect("it was freed");
+        drop(stream);
+        assert_nothing_left(simulated, pool);
     }
 }
 
