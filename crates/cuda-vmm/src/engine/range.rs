@@ -354,6 +354,7 @@ impl Inner {
         };
         let wait = patience.waits();
         let mut retried = false;
+        let mut asked_again = false;
         let mut polled = false;
         let mut followed = false;
         // Why the driver would not take back what was given up for this.
@@ -536,6 +537,14 @@ impl Inner {
                 if let Some(Err(error)) = self.give_up_one(state, only) {
                     refused = Some(error);
                 }
+                state = self.lock();
+                continue;
+            }
+            if stats.quarantined_bytes > 0 && !asked_again {
+                // The driver may take it by now, and the worker's next try may be far off.
+                asked_again = true;
+                drop(state);
+                self.retry(&Which::Wanted);
                 state = self.lock();
                 continue;
             }

@@ -4,7 +4,7 @@
 //! the back-off says so, one piece after the other, until the driver refuses one; so a driver that refuses all is asked once
 //! each time, however much there is. Each such try begins with another piece. When nothing is left, there is one message more.
 //!
-//! Calls that need the memory try at once. In a context that is beyond use nobody tries: [`Device::is_lost`] says so.
+//! Calls that need the memory try at once: about the pages in their way, or until the driver refuses a piece. In a context that is beyond use nobody tries: [`Device::is_lost`] says so.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -47,6 +47,8 @@ impl Default for Refusals {
 pub(super) enum Which {
     /// What is due, until the driver refuses a piece.
     Due,
+    /// Everything, now, until the driver refuses a piece.
+    Wanted,
     /// Everything, now.
     All,
     /// What is in the way at these pages of a range, now.
@@ -97,9 +99,7 @@ impl State {
             pieces.extend((0..stuck).map(|_| Piece::Stuck));
             pieces.extend(self.unreleased.iter().map(|_| Piece::Unreleased));
         }
-        if let Which::Due = which
-            && !pieces.is_empty()
-        {
+        if matches!(which, Which::Due | Which::Wanted) && !pieces.is_empty() {
             let turn = self.refusals.turn % pieces.len();
             pieces.rotate_left(turn);
         }
@@ -157,7 +157,7 @@ impl Inner {
                 Ok(given_bytes) => bytes += given_bytes,
                 Err(_) => {
                     is_refused = true;
-                    if let Which::Due = which {
+                    if matches!(which, Which::Due | Which::Wanted) {
                         break;
                     }
                 }
@@ -171,7 +171,10 @@ impl Inner {
             state.refusals = Refusals::default();
         } else if is_refused {
             state.refusals.turn = state.refusals.turn.wrapping_add(1);
-            state.refusals.backoff.fail(sync::now());
+            // Callers who want memory do not put off the worker's next try.
+            if !matches!(which, Which::Wanted) {
+                state.refusals.backoff.fail(sync::now());
+            }
         }
         drop(state);
         if is_over && was_told {

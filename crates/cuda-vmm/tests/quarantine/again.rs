@@ -155,6 +155,25 @@ fn an_allocation_asks_about_the_pages_in_its_way_and_no_others() {
 }
 
 #[test]
+fn an_allocation_that_lacks_memory_asks_about_all_until_a_piece_is_refused() {
+    for refused in [DriverFunction::cuMemUnmap, DriverFunction::cuMemRelease] {
+        let simulated = Simulated::default();
+        let (engine, pool) = full(&simulated, manual().limit_bytes(CHUNKS * PAGE));
+        let other = VirtualMemoryPool::on_engine(&engine, CHUNKS * PAGE, PAGE).expect("a pool");
+        refuse(&simulated, &[refused]);
+        pool.deallocate(0, CHUNKS * PAGE).expect("live");
+        engine.step();
+        let before = simulated.simulator.calls(refused);
+        let error = other.allocate(0, PAGE).expect_err("refused");
+        assert!(error.is_later(), "{error}");
+        assert_eq!(simulated.simulator.calls(refused) - before, 1);
+        simulated.simulator.clear_faults();
+        other.allocate(0, PAGE).expect("at once");
+        assert_eq!(engine.stats().quarantined_bytes, 0);
+    }
+}
+
+#[test]
 fn in_a_context_beyond_use_the_driver_is_asked_once_and_no_more() {
     for code in [CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_LAUNCH_FAILED] {
         for refused in [DriverFunction::cuMemUnmap, DriverFunction::cuMemRelease] {
