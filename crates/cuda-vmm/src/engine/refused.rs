@@ -1,10 +1,11 @@
 //! Memory that the driver refused to take back: kept on its account, tried again with growing delays, told of once.
 //!
-//! A refusal is news if nothing was refused before. Then there is one warning, and the worker is told. It tries again when
+//! A refusal is news if nothing was refused before. Then there is one warning. The worker hears of each, and tries again when
 //! the back-off says so, one piece after the other, until the driver refuses one; so a driver that refuses all is asked once
 //! each time, however much there is. Each such try begins with another piece. When nothing is left, there is one message more.
 //!
-//! Calls that need the memory try at once: about the pages in their way, or until the driver refuses a piece. In a context that is beyond use nobody tries: [`Device::is_lost`] says so.
+//! Calls that need the memory try at once: about the pages in their way, or until the driver refuses a piece. In a context
+//! that is beyond use nobody tries: [`Device::is_lost`] says so.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -26,7 +27,7 @@ const DELAY_MAX: Duration = Duration::from_secs(4);
 #[derive(Debug)]
 pub(super) struct Refusals {
     backoff: Backoff,
-    /// Whether it was told that memory is refused. Then the worker knows too.
+    /// Whether it was told that memory is refused.
     is_told: bool,
     /// With which of the pieces the next try begins.
     turn: usize,
@@ -108,8 +109,8 @@ impl State {
 }
 
 impl Inner {
-    /// Lets go of the lock, after memory was given back or the driver has refused to take it; the first refusal is told,
-    /// and the worker woken.
+    /// Lets go of the lock, after memory was given back or the driver has refused to take it; the first refusal is told, and
+    /// the worker woken for each.
     pub(super) fn note_refusal(
         self: &Arc<Self>,
         mut state: Locked<'_>,
@@ -127,13 +128,12 @@ impl Inner {
         };
         if !is_news {
             crate::events::debug!(%error, bytes, "the driver did not take memory back");
-            return;
-        }
-        if error.is_poisoned() {
+        } else if error.is_poisoned() {
             crate::events::warn!(%error, bytes, "the context is beyond use; its memory is left alone");
         } else {
             crate::events::warn!(%error, bytes, "the driver did not take memory back, which is quarantined and tried again");
         }
+        // Each time: it may have looked while this thread had the last of it in hand, and found nothing to try again.
         self.worker.wake(self, false);
     }
 
