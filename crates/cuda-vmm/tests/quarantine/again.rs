@@ -6,13 +6,13 @@ use crate::refuse;
 use cuda_vmm::sim::{Fault, SimConfig, Simulator};
 use cuda_vmm::sys::{
     CUDA_ERROR_ILLEGAL_ADDRESS, CUDA_ERROR_LAUNCH_FAILED, CUDA_ERROR_OPERATING_SYSTEM, CUdeviceptr,
-    CUresult, DriverFunction, DriverTable,
+    CUmemGenericAllocationHandle, CUresult, DriverFunction, DriverTable,
 };
 use cuda_vmm::{
     Access, Driver, DriverKind, Engine, EngineOptions, Mapping, PhysicalMemory, PoolOptions,
     Reservation, VirtualMemoryPool,
 };
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -152,6 +152,61 @@ fn an_allocation_asks_about_the_pages_in_its_way_and_no_others() {
     simulated.simulator.clear_faults();
     pool.allocate(3 * PAGE, 2 * PAGE).expect("at once");
     assert_eq!(engine.stats().quarantined_bytes, (CHUNKS - 2) * PAGE);
+}
+
+/// Whether the calls below refuse the engine's thread, or have refused the other one.
+static REFUSES_WORKER: AtomicBool = AtomicBool::new(false);
+static REFUSES_OTHER: AtomicBool = AtomicBool::new(false);
+static ITS_REAL: OnceLock<DriverTable> = OnceLock::new();
+
+fn is_worker() -> bool {
+    thread::current().name() == Some("cuda-vmm")
+}
+
+unsafe extern "C" fn unmap_unless_worker(address: CUdeviceptr, bytes: usize) -> CUresult {
+    if is_worker() && REFUSES_WORKER.load(Ordering::SeqCst) {
+        return CUDA_ERROR_OPERATING_SYSTEM;
+    }
+    let real = ITS_REAL.get().expect("set before the driver is made");
+    // SAFETY: as for this call.
+    unsafe { (real.cuMemUnmap)(address, bytes) }
+}
+
+unsafe extern "C" fn release_by_worker(handle: CUmemGenericAllocationHandle) -> CUresult {
+    if !is_worker() && REFUSES_OTHER.swap(false, Ordering::SeqCst) {
+        // The worker's next try is due meanwhile, and there is nothing to try.
+        thread::sleep(Duration::from_millis(300));
+        REFUSES_WORKER.store(false, Ordering::SeqCst);
+        return CUDA_ERROR_OPERATING_SYSTEM;
+    }
+    let real = ITS_REAL.get().expect("set before the driver is made");
+    // SAFETY: as for this call.
+    unsafe { (real.cuMemRelease)(handle) }
+}
+
+#[test]
+fn a_worker_that_found_nothing_while_another_had_it_in_hand_is_woken() {
+    let simulator = Simulator::new(SimConfig::new()).expect("a simulator");
+    let mut table = simulator.table();
+    ITS_REAL.get_or_init(|| simulator.table());
+    (table.cuMemUnmap, table.cuMemRelease) = (unmap_unless_worker, release_by_worker);
+    // SAFETY: the simulator outlives the driver.
+    let driver = unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("a driver");
+    let device = driver.device(0).expect("a device");
+    let engine = Engine::new(&device, EngineOptions::new()).expect("an engine");
+    let pool = VirtualMemoryPool::on_engine(&engine, PAGE, PAGE).expect("a pool");
+    pool.allocate(0, PAGE).expect("room");
+    REFUSES_WORKER.store(true, Ordering::SeqCst);
+    REFUSES_OTHER.store(true, Ordering::SeqCst);
+    pool.deallocate(0, PAGE).expect("live");
+    until("the worker is refused", || {
+        engine.stats().quarantined_bytes == PAGE
+    });
+    _ = engine.trim();
+    assert_eq!(engine.stats().quarantined_bytes, PAGE);
+    until("the worker tries again", || {
+        engine.stats().committed_bytes == 0
+    });
 }
 
 #[test]
