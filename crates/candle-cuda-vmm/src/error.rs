@@ -272,18 +272,30 @@ impl VmmError {
         }
     }
 
-    /// Whether no wait can make the same call succeed.
+    /// Whether the same call fails for good, whatever the program and others do meanwhile.
     ///
-    /// `false` for errors in words ([`CudaError`](Self::CudaError), [`Other`](Self::Other)) and for
-    /// Candle's: nothing is known about those.
+    /// An error that is neither this nor [`is_later`](Self::is_later) depends on what the program does: on bytes that it
+    /// allocates or frees, and on models. Nothing is known about errors in words ([`CudaError`](Self::CudaError),
+    /// [`Other`](Self::Other)) and about Candle's: those are neither.
     pub fn is_never(&self) -> bool {
+        // Without a wildcard, so that each new error is given a thought. A variant that the core has too is as there.
         match self.cause() {
+            Self::Vmm(error) => error.is_never(),
             Self::CudaError(_)
             | Self::Other(_)
             | Self::CandleError(_)
-            | Self::OutOfPhysicalMemory { .. } => false,
-            Self::Vmm(error) => error.is_never(),
-            _ => true,
+            | Self::OutOfPhysicalMemory { .. }
+            | Self::OutOfVirtualMemory { .. }
+            | Self::AlreadyMapped { .. }
+            | Self::NotMapped { .. }
+            | Self::ModelNotFound(_)
+            | Self::ModelAlreadyExists(_) => false,
+            Self::InvalidOffset { .. }
+            | Self::MappingFailed(_)
+            | Self::UnmappingFailed(_)
+            | Self::InvalidAlignment { .. }
+            | Self::InvalidPageSize(_)
+            | Self::UnsupportedDevice => true,
         }
     }
 

@@ -22,9 +22,9 @@ use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Storage, Tensor};
 use cuda_vmm::pool::blocks::{BlockBacking, BlockTensor};
-use cuda_vmm::{LeaseToken, Stream, VirtualMemoryPool};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::{fmt, iter};
+use cuda_vmm::{Driver, LeaseToken, Stream, VirtualMemoryPool};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{fmt, iter, mem};
 
 /// Candle's stream, as the core knows streams. It is kept alive by whatever holds the result.
 pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &Arc<CudaStream>) -> Stream {
@@ -42,8 +42,20 @@ pub(crate) struct Leases {
 }
 
 /// Stream objects that nothing shares. They may outlive Candle's device, and then nobody takes them.
-#[derive(Debug, Default)]
-struct Free(Mutex<Vec<Arc<CudaStream>>>);
+#[derive(Debug)]
+struct Free {
+    driver: Driver,
+    streams: Mutex<Vec<Arc<CudaStream>>>,
+}
+
+impl Free {
+    /// The one door to them. Fails in a forked process, where the lock may be held for good.
+    fn lock(&self) -> cuda_vmm::Result<MutexGuard<'_, Vec<Arc<CudaStream>>>> {
+        self.driver.check_process()?;
+        let locked = self.streams.lock();
+        Ok(locked.unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 impl fmt::Debug for Leases {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -55,28 +67,27 @@ impl Leases {
     /// So many free tokens are kept at most.
     const FREE_MAX: usize = 256;
 
-    pub(crate) fn new(device: &CudaDevice) -> Arc<Self> {
+    /// Of a Candle device, and the driver that serves it.
+    pub(crate) fn new(device: &CudaDevice, driver: &Driver) -> Arc<Self> {
         Arc::new(Self {
             device: device.clone(),
             stream: device.cuda_stream(),
-            free: Arc::default(),
+            free: Arc::new(Free {
+                driver: driver.clone(),
+                streams: Mutex::default(),
+            }),
         })
     }
 
     fn token(&self) -> Result<Token> {
-        let free = self
-            .free
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
+        let free = self.free.lock()?.pop();
         let stream = match free {
             Some(stream) => stream,
             None => self.make()?,
         };
         Ok(Token {
             stream,
-            _candle: self.stream.clone(),
+            candle: self.stream.clone(),
             home: self.free.clone(),
         })
     }
@@ -256,7 +267,7 @@ fn leak(slice: Slice) {
 pub(crate) struct Token {
     stream: Arc<CudaStream>,
     /// What `stream` stands for: slices are freed on it. It goes after them.
-    _candle: Arc<CudaStream>,
+    candle: Arc<CudaStream>,
     home: Arc<Free>,
 }
 
@@ -268,14 +279,20 @@ impl LeaseToken for Token {
 
 impl Drop for Token {
     fn drop(&mut self) {
+        if self.home.driver.check_process().is_err() {
+            // Both are the parent's: nothing is asked of the driver for the last of them.
+            mem::forget((self.stream.clone(), self.candle.clone()));
+            return;
+        }
         if Arc::get_mut(&mut self.stream).is_none() {
             // Something is left that was made on it: the next lease must not share it.
             return;
         }
         // The refusals of the frees; nobody else is to see them.
         let _ = self.stream.context().check_err();
-        let mut free = self.home.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.len() < Leases::FREE_MAX {
+        if let Ok(mut free) = self.home.lock()
+            && free.len() < Leases::FREE_MAX
+        {
             free.push(self.stream.clone());
         }
     }

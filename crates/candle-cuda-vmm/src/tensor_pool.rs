@@ -225,7 +225,7 @@ impl TensorPool {
                 Memory::Device(Arc::new(DeviceMemory {
                     engine: Engine::new(&core, options.engine)?,
                     stream: crate::lease::stream_of(&core, &cuda.cuda_stream()),
-                    leases: crate::lease::Leases::new(cuda),
+                    leases: crate::lease::Leases::new(cuda, core.driver()),
                     append: crate::append::Append::new(cuda),
                     page_bytes,
                     reservation_bytes: options.reservation_bytes,

@@ -118,10 +118,10 @@ fn each_core_error_becomes_the_variant_that_says_the_same() {
         ),
     ];
     for (core, expected) in pairs {
-        assert_eq!(
-            format!("{:?}", VmmError::from(core)),
-            format!("{expected:?}")
-        );
+        let error = VmmError::from(core.clone());
+        assert_eq!(format!("{error:?}"), format!("{expected:?}"));
+        assert_eq!(error.is_later(), core.is_later(), "{core:?}");
+        assert_eq!(error.is_never(), core.is_never(), "{core:?}");
     }
     for core in [
         Core::ZeroSize { what: "size" },
@@ -178,10 +178,6 @@ fn predicates_say_what_to_do() {
     });
     assert_eq!(say(&quarantined), (false, true, false, false, 0));
     for never in [
-        VmmError::OutOfVirtualMemory {
-            requested: 8,
-            available: 3,
-        },
         VmmError::InvalidOffset {
             offset: 0,
             size: 1,
@@ -193,24 +189,28 @@ fn predicates_say_what_to_do() {
             actual: 1,
             required: 2,
         },
-        VmmError::AlreadyMapped { offset: 0, size: 1 },
-        VmmError::NotMapped { offset: 0, size: 1 },
         VmmError::InvalidPageSize(1),
         VmmError::UnsupportedDevice,
-        VmmError::ModelNotFound(String::new()),
-        VmmError::ModelAlreadyExists(String::new()),
     ] {
         assert_eq!(say(&never), (false, false, true, false, 0), "{never:?}");
     }
-    for unknown in [
+    for depends in [
+        VmmError::OutOfVirtualMemory {
+            requested: 8,
+            available: 3,
+        },
+        VmmError::AlreadyMapped { offset: 0, size: 1 },
+        VmmError::NotMapped { offset: 0, size: 1 },
+        VmmError::ModelNotFound(String::new()),
+        VmmError::ModelAlreadyExists(String::new()),
         VmmError::cuda("words"),
         VmmError::other("words"),
         VmmError::from(candle_core::Error::msg("words")),
     ] {
         assert_eq!(
-            say(&unknown),
+            say(&depends),
             (false, false, false, false, 0),
-            "{unknown:?}"
+            "{depends:?}"
         );
     }
 }

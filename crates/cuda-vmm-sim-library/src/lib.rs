@@ -6,13 +6,16 @@
 //! The library holds one simulator, made at the first call, as `CUDA_VMM_SIM_DEVICES` and
 //! `CUDA_VMM_SIM_MEMORY_BYTES` ask for. It lives until the process ends.
 //!
+//! Beside the driver's functions it has two of its own, by which a test has a call fail: [`cuda_vmm_sim_fail_call`] and
+//! [`cuda_vmm_sim_end_faults`].
+//!
 //! # Safety
 //! The functions pass on what the caller of the driver's function of that name vouched for.
 
 #![cfg(target_os = "linux")]
 #![allow(non_snake_case)]
 
-use cuda_vmm_sim::{SimConfig, Simulator};
+use cuda_vmm_sim::{Fault, SimConfig, Simulator};
 use cuda_vmm_sys::*;
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::ptr::null_mut;
@@ -20,12 +23,16 @@ use std::sync::OnceLock;
 
 /// The process's simulator, which keeps its table valid.
 struct Process {
-    _simulator: Simulator,
+    simulator: Simulator,
     table: DriverTable,
 }
 
 /// The table that answers, or the code that every call answers because there is none.
 fn table() -> Result<&'static DriverTable, CUresult> {
+    process().map(|process| &process.table)
+}
+
+fn process() -> Result<&'static Process, CUresult> {
     static PROCESS: OnceLock<Result<Process, CUresult>> = OnceLock::new();
     let process = PROCESS.get_or_init(|| {
         let mut config = SimConfig::new();
@@ -38,13 +45,10 @@ fn table() -> Result<&'static DriverTable, CUresult> {
         let simulator = Simulator::new(config).map_err(|_| CUDA_ERROR_INVALID_VALUE)?;
         Ok(Process {
             table: simulator.table(),
-            _simulator: simulator,
+            simulator,
         })
     });
-    process
-        .as_ref()
-        .map(|process| &process.table)
-        .map_err(|code| *code)
+    process.as_ref().map_err(|code| *code)
 }
 
 fn variable(name: &str) -> Result<Option<usize>, CUresult> {
@@ -125,6 +129,29 @@ cuda_vmm_sys::driver_functions!(define_exports);
 // Programs that are linked with CUDA 13's library know these by newer names, which mean the same here.
 export!(@as cuDeviceGetUuid_v2 = cuDeviceGetUuid(uuid: *mut CUuuid, device: CUdevice));
 export!(@as cuEventElapsedTime_v2 = cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent));
+
+/// Has the `n`th call from now fail with `code`, once; the first is 1, and pure queries do not count.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuda_vmm_sim_fail_call(n: c_ulonglong, code: CUresult) -> CUresult {
+    let simulator = match process() {
+        Ok(process) => &process.simulator,
+        Err(code) => return code,
+    };
+    simulator.start_trace();
+    simulator.inject(Fault::nth_call(n, code));
+    CUDA_SUCCESS
+}
+
+/// Has no call fail any more. Returns how many calls there were since [`cuda_vmm_sim_fail_call`]: the one that was to fail
+/// has failed if there were as many.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuda_vmm_sim_end_faults() -> c_ulonglong {
+    let Ok(Process { simulator, .. }) = process() else {
+        return 0;
+    };
+    simulator.clear_faults();
+    simulator.take_trace().len() as c_ulonglong
+}
 
 /// The exported functions by the names of the table.
 mod exports {

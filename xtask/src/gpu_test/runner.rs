@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 /// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so these are left
 /// out where a CUDA program runs on one.
 pub const KERNELS: &str = "kernels::";
+/// How the names of the facade's tests begin that have the simulated library's calls fail, which a real driver cannot.
+const SIMULATED: &str = "simulated::";
 
 /// What all rows have in common.
 pub struct Runner<'a> {
@@ -124,9 +126,11 @@ impl Runner<'_> {
             }
         }
         command.envs(cell.variables(self.stress_seconds));
-        if cell.driver == Driver::SimulatedLibrary {
-            command.args(["--skip", KERNELS]);
-        }
+        match (cell.driver, cell.suite) {
+            (Driver::SimulatedLibrary, _) => command.args(["--skip", KERNELS]),
+            (Driver::Real, Suite::Facade) => command.args(["--skip", SIMULATED]),
+            _ => &mut command,
+        };
         if cell.driver.is_library() {
             // The dynamic loader writes down what each process opens.
             command

@@ -163,9 +163,8 @@ impl DeviceRows {
         }
     }
 
-    /// Moves the rows to a fresh range with room for more behind them; views stay with the old one. After an error everything
-    /// is as before.
-    fn move_to_fresh(&mut self, more: usize) -> Result<()> {
+    /// A fresh range with copies of the rows and room for more behind them.
+    fn moved(&self, more: usize) -> Result<Space> {
         let len = self.rows.len();
         // Within the addresses: `ElasticTensor` has counted the rows.
         let bytes = (len + more) * self.row_bytes;
@@ -175,33 +174,71 @@ impl DeviceRows {
             let rows = self.view(0..len)?;
             self.memory.leases.write(&fresh.range, 0, &rows)?;
         }
-        // The old range goes, but for what views hold of it.
+        Ok(fresh)
+    }
+
+    /// Takes a fresh range for the rows. The old one goes, but for what views hold of it.
+    fn settle(&mut self, fresh: Space) {
         self.space = Some(fresh);
-        self.rows = 0..len;
-        Ok(())
+        self.rows = 0..self.rows.len();
     }
 
-    /// Room for so many rows more, and where it begins in bytes.
-    fn room(&mut self, count: usize) -> Result<Option<(&VirtualMemoryPool, usize)>> {
-        if !self.extend(count)? {
-            self.move_to_fresh(count)?;
-        }
-        let offset = self.rows.end * self.row_bytes;
-        Ok(self.space.as_ref().map(|space| (&space.range, offset)))
-    }
-
-    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
-        let count = rows.dim(0)?;
-        let memory = self.memory.clone();
-        if let Some((range, offset)) = self.room(count)? {
-            memory.leases.write(range, offset, rows)?;
+    /// Adds so many rows, which `write` writes from an offset of a range on. After an error everything is as before, the
+    /// memory that is held too.
+    fn add(
+        &mut self,
+        count: usize,
+        write: impl FnOnce(&VirtualMemoryPool, usize) -> Result<()>,
+    ) -> Result<()> {
+        let live = self.live();
+        if self.extend(count)? {
+            let offset = self.rows.end * self.row_bytes;
+            let space = self.space.as_ref();
+            if let Err(error) = space.map_or(Ok(()), |space| write(&space.range, offset)) {
+                self.give_back_to(live);
+                return Err(error);
+            }
+        } else {
+            let fresh = self.moved(count)?;
+            write(&fresh.range, self.rows.len() * self.row_bytes)?;
+            self.settle(fresh);
         }
         self.rows.end += count;
         Ok(())
     }
 
+    /// The bytes that are live.
+    fn live(&self) -> Range<usize> {
+        self.space.as_ref().map_or(0..0, |space| space.live.clone())
+    }
+
+    /// Gives back what became live behind these bytes, which were.
+    fn give_back_to(&mut self, live: Range<usize>) {
+        if let Some(space) = &mut self.space {
+            space.free(live.end..space.live.end);
+            space.live = live;
+        }
+    }
+
+    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
+        let memory = self.memory.clone();
+        let write = |range: &_, offset| memory.leases.write(range, offset, rows);
+        self.add(rows.dim(0)?, write)
+    }
+
+    /// Makes room for so many rows more, for which the rows move if they must; the address of the first row then.
+    fn base_with_room(&mut self, count: usize) -> Result<u64> {
+        if !self.extend(count)? {
+            let fresh = self.moved(count)?;
+            self.settle(fresh);
+        }
+        let base = (self.space.as_ref()).map_or(0, |space| space.range.base_address());
+        Ok(base + (self.rows.start * self.row_bytes) as u64)
+    }
+
     /// Appends keys and values by one launch, and answers all of them contiguous if that is wanted; both are of one shape and
-    /// type, their sequence is dimension `dim`, and both have as many rows. [`Queued::Not`] if it takes more than that.
+    /// type, their sequence is dimension `dim`, and both have as many rows. [`Queued::Not`] if it takes more than that; room
+    /// may have been made then, as after an error, which [`undo`](Self::undo) gives back.
     pub(super) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,
@@ -210,12 +247,7 @@ impl DeviceRows {
         let memory = keys.0.memory.clone();
         let (old, count) = (keys.0.len(), keys.1.dim(dim)?);
         let side = |(rows, tokens): (&mut Self, _)| {
-            rows.room(count)?;
-            let base = rows
-                .space
-                .as_ref()
-                .map_or(0, |space| space.range.base_address());
-            let rows = base + (rows.rows.start * rows.row_bytes) as u64;
+            let rows = rows.base_with_room(count)?;
             Ok::<_, VmmError>(Side { tokens, rows })
         };
         let sides = [
@@ -233,11 +265,9 @@ impl DeviceRows {
 
     pub(super) fn grow(&mut self, count: usize) -> Result<()> {
         let (memory, bytes) = (self.memory.clone(), count * self.row_bytes);
-        if let Some((range, offset)) = self.room(count)? {
-            lease::zero(&memory.stream, range, offset, bytes)?;
-        }
-        self.rows.end += count;
-        Ok(())
+        self.add(count, |range, offset| {
+            lease::zero(&memory.stream, range, offset, bytes)
+        })
     }
 
     pub(super) fn truncate(&mut self, len: usize) {
@@ -251,6 +281,16 @@ impl DeviceRows {
             let page_bytes = space.range.page_bytes();
             let keep = (end.next_multiple_of(page_bytes) + page_bytes).min(space.live.end);
             space.free(keep..space.live.end);
+        }
+    }
+
+    /// Forgets what was appended since there were `len` rows, and gives back all pages behind them.
+    pub(super) fn undo(&mut self, len: usize) {
+        self.truncate(len);
+        let end = self.rows.end * self.row_bytes;
+        if let Some(space) = &mut self.space {
+            let keep = end.next_multiple_of(space.range.page_bytes());
+            space.free(keep.min(space.live.end)..space.live.end);
         }
     }
 

@@ -27,8 +27,19 @@ use std::ops::Range;
 /// of the same GPU are copied on that one's stream, and each of the two streams waits for the other.
 ///
 /// A view may be read by another device object, of this GPU or another: its memory stays until that has run, whatever is
-/// dropped meanwhile. But what it reads is what is there when it runs; synchronise the pool's device before, so that the rows
-/// are.
+/// dropped meanwhile. But what it reads is what is there when it runs: the other stream does not wait for what was appended. Have it
+/// wait, which blocks no thread, or synchronise the pool's device. On device objects of one GPU that is
+///
+/// ```
+/// # #[cfg(feature = "cuda")]
+/// # fn order(pool: &candle_core::Device, other: &candle_core::Device) -> candle_core::Result<()> {
+/// use candle_core::cuda::WrapErr;
+///
+/// let [pool, other] = [pool.as_cuda_device()?, other.as_cuda_device()?];
+/// other.cuda_stream().join(&pool.cuda_stream()).w()?;
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// On a CUDA device views of all rows are parts of one storage, which reaches over the whole pages around them: making and
 /// dropping one asks the driver for nothing, and it holds the pages that its rows are in.
@@ -233,11 +244,11 @@ impl ElasticTensor {
     }
 
     /// Appends the tokens of keys and of values, whose sequence is dimension `dim`, by one launch, and answers all of them
-    /// as contiguous tensors if that is wanted. [`Queued::Not`] if that cannot be done with these; then both are as before,
-    /// and [`append`](Self::append) says why or does it another way.
+    /// as contiguous tensors if that is wanted. [`Queued::Not`] if that cannot be done with these; then the rows are as
+    /// before, and [`append`](Self::append) says why or does it another way.
     ///
     /// # Errors
-    /// As [`append`](Self::append); then both are as before.
+    /// As [`append`](Self::append); then the rows are as before. Call [`undo`](Self::undo) to give back the room for more.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
@@ -280,6 +291,15 @@ impl ElasticTensor {
         self.check_rows(&(0..len), "truncate beyond the rows")?;
         on!(&mut self.rows, rows => rows.truncate(len));
         Ok(())
+    }
+
+    /// Forgets what was appended since there were `len` rows, and holds no more memory than they take.
+    pub(crate) fn undo(&mut self, len: usize) {
+        match &mut self.rows {
+            Rows::Host(rows) => rows.truncate(len),
+            #[cfg(feature = "cuda")]
+            Rows::Device(rows) => rows.undo(len),
+        }
     }
 
     /// Forgets the last rows but `rows` of them: [`truncate`](Self::truncate) by the rows that go.

@@ -133,12 +133,10 @@ impl ElasticCache {
         }
     }
 
-    /// Forgets what was appended since there were `len` tokens, of these rows. It cannot fail: they were there.
+    /// Forgets what was appended since there were `len` tokens, and the room that was made for more.
     fn undo(&mut self, len: usize) {
-        if let Some(rows) = &mut self.rows
-            && rows.len() > len
-        {
-            let _ = rows.truncate(len);
+        if let Some(rows) = &mut self.rows {
+            rows.undo(len);
         }
     }
 

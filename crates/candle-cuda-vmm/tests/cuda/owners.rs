@@ -65,13 +65,14 @@ impl Subscriber for Listener {
 }
 
 type Last = Box<dyn Any + Send>;
+type Make = fn(&Device) -> Last;
 
 fn filled(device: &Device) -> Tensor {
     Tensor::zeros((3000, 1024), DType::F32, device).unwrap()
 }
 
 /// What may be the last to hold a device, each made on it.
-const KINDS: [(&str, fn(&Device) -> Last); 9] = [
+const KINDS: [(&str, Make); 9] = [
     ("a tensor", |device| {
         let mut tensor = pool(device).tensor(1024, DType::F32).unwrap();
         tensor.append(&filled(device)).unwrap();

@@ -187,6 +187,26 @@ fn memory_that_another_stream_still_reads_is_not_given_back() {
 }
 
 #[test]
+fn another_stream_that_was_made_to_wait_reads_what_was_appended() {
+    let test = open();
+    let other = beside(&test);
+    let (_engine, _pool, mut tensor) = four_rows(&test);
+    let come = rows(4, 2, &test.device);
+    test.device.synchronize().unwrap();
+    let gate = Gate::close(&test.device);
+    tensor.append(&come).unwrap();
+    let [ours, theirs] =
+        [&test.device, &other].map(|device| device.as_cuda_device().unwrap().cuda_stream());
+    theirs.join(&ours).unwrap();
+    let copy = tensor.view().unwrap().to_device(&other).unwrap();
+    time_to_go_wrong();
+    assert!(gate.is_closed(), "nobody waits but the streams");
+    gate.open();
+    expect_rows(&copy, &[0, 1, 2, 3, 4, 5]);
+    expect_sound([&test.device, &other]);
+}
+
+#[test]
 fn a_tensor_that_another_stream_still_reads_may_be_dropped() {
     let test = open();
     for other in others(&test) {

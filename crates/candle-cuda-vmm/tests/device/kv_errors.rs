@@ -1,4 +1,7 @@
 //! What an append to a KV cache refuses, and what it leaves.
+//!
+//! The sequence is the first dimension with more than one element, and nothing is converted, so that Candle makes plain
+//! copies: simulated devices launch no kernels.
 
 use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
@@ -6,10 +9,18 @@ use candle_cuda_vmm::cuda_vmm::{EngineOptions, VmmError as Core};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions, VmmError};
 
-const SHAPE: [usize; 4] = [1, 2, 3, 4];
+/// The dimension of the sequence.
+const DIM: usize = 1;
+const SHAPE: [usize; 4] = [1, 3, 2, 4];
 
 fn zeros(test: &UnderTest, shape: [usize; 4]) -> Tensor {
     Tensor::zeros(&shape, DType::F32, &test.device).unwrap()
+}
+
+/// Tokens `[1, count, heads, 4]`. Candle allocates no tensor without elements on a GPU, so none of them is a part of one.
+fn tokens(test: &UnderTest, count: usize, heads: usize) -> Tensor {
+    let some = zeros(test, [1, count.max(1), heads, 4]);
+    some.narrow(DIM, 0, count).unwrap()
 }
 
 fn numbers(test: &UnderTest, shape: [usize; 4]) -> Tensor {
@@ -39,9 +50,9 @@ fn refuses<C: KvCache>(
     }
     assert_eq!(cache.current_seq_len(), len);
     if len > 0 {
-        let nothing = zeros(test, [1, 2, 0, 4]);
+        let nothing = tokens(test, 0, 2);
         let (k, v) = cache.append(&nothing, &nothing).unwrap();
-        assert_eq!((k.dims(), v.dims()), (&[1, 2, len, 4][..], k.dims()));
+        assert_eq!((k.dims(), v.dims()), (&[1, len, 2, 4][..], k.dims()));
         let expected: Vec<f32> = (0..2 * len as u32 * 4)
             .map(|number| number as f32)
             .collect();
@@ -51,19 +62,24 @@ fn refuses<C: KvCache>(
 }
 
 fn refuses_what_does_not_belong_together<F: KvCacheFactory>(test: &UnderTest, factory: &F) {
-    let mut cache = factory.layer(0, 2, 16).unwrap();
+    let mut cache = factory.layer(0, DIM, 16).unwrap();
     let like = zeros(test, SHAPE);
     for _ in 0..2 {
         let is_shape = |error: &Error| matches!(error, Error::ShapeMismatchBinaryOp { .. });
-        for other in [[1, 2, 2, 4], [2, 2, 3, 4], [1, 3, 3, 4], [1, 2, 0, 4]] {
-            let other = zeros(test, other);
+        let others = [
+            zeros(test, [1, 2, 2, 4]),
+            zeros(test, [2, 3, 2, 4]),
+            zeros(test, [1, 3, 3, 4]),
+            tokens(test, 0, 2),
+        ];
+        for other in others {
             refuses(test, &mut cache, &like, &other, is_shape);
             refuses(test, &mut cache, &other, &like, is_shape);
         }
         let flat = like.squeeze(0).unwrap();
         refuses(test, &mut cache, &like, &flat, is_shape);
-        let half = like.to_dtype(DType::F64).unwrap();
-        refuses(test, &mut cache, &like, &half, |error| {
+        let double = Tensor::zeros(&SHAPE, DType::F64, &test.device).unwrap();
+        refuses(test, &mut cache, &like, &double, |error| {
             matches!(error, Error::DTypeMismatchBinaryOp { .. })
         });
         let row = zeros(test, SHAPE).flatten_all().unwrap();
@@ -77,7 +93,7 @@ fn refuses_what_does_not_belong_together<F: KvCacheFactory>(test: &UnderTest, fa
         }
     }
     // The values are unlike those that are there, the keys not.
-    let wide = zeros(test, [1, 2, 3, 5]);
+    let wide = zeros(test, [1, 3, 2, 5]);
     refuses(test, &mut cache, &like, &wide, |_| true);
     refuses(test, &mut cache, &wide, &like, |_| true);
 }
@@ -99,18 +115,18 @@ fn keys_and_values_that_do_not_belong_together_are_refused() {
 fn heads_of_keys_and_values_may_differ_in_size() {
     let test = open();
     let pool = TensorPool::new(&test.device).unwrap();
-    let mut cache = pool.kv_cache(2, 16);
-    let (k, v) = (zeros(&test, [1, 2, 3, 6]), zeros(&test, [1, 2, 3, 4]));
+    let mut cache = pool.kv_cache(DIM, 16);
+    let (k, v) = (zeros(&test, [1, 3, 2, 6]), zeros(&test, SHAPE));
     let (k, v) = cache.append(&k, &v).unwrap();
-    assert_eq!((k.dims(), v.dims()), (&[1, 2, 3, 6][..], &[1, 2, 3, 4][..]));
+    assert_eq!((k.dims(), v.dims()), (&[1, 3, 2, 6][..], &SHAPE[..]));
 }
 
 #[test]
 fn a_cache_that_is_uneven_already_stays_as_it_is() {
     let test = open();
     let pool = TensorPool::new(&test.device).unwrap();
-    let mut cache = pool.kv_cache(2, 16);
-    let tokens = |heads, count| zeros(&test, [1, heads, count, 4]);
+    let mut cache = pool.kv_cache(DIM, 16);
+    let tokens = |heads, count| tokens(&test, count, heads);
     cache.append(&tokens(2, 2), &tokens(2, 2)).unwrap();
     cache.v_cache_mut().append(&tokens(2, 8)).unwrap();
     let lens = |cache: &candle_cuda_vmm::ElasticKvCache| {
@@ -133,9 +149,9 @@ fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
     let engine = EngineOptions::new().limit_bytes(2 * test.unit());
     let options = TensorPoolOptions::new().engine(engine).page_bytes(page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
-    let mut cache = pool.layer(0, 2, 16).unwrap();
+    let mut cache = pool.layer(0, DIM, 16).unwrap();
     // The keys have room, and then the values have none.
-    let many = zeros(&test, [1, 2, test.unit() / 16, 4]);
+    let many = tokens(&test, test.unit() / 16, 2);
     let error = KvCache::append(&mut cache, &many, &many).unwrap_err();
     let VmmError::Vmm(Core::OutOfPhysicalMemory { limit_bytes, .. }) = error else {
         panic!("{error:?}");
@@ -162,8 +178,8 @@ fn a_clone_that_failed_says_why() {
     let engine = EngineOptions::new().limit_bytes(2 * test.unit());
     let options = TensorPoolOptions::new().engine(engine).page_bytes(page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
-    let mut cache = pool.kv_cache(2, 16);
-    let tokens = zeros(&test, [1, 2, test.unit() / 32, 4]);
+    let mut cache = pool.kv_cache(DIM, 16);
+    let tokens = tokens(&test, test.unit() / 32, 2);
     cache.append(&tokens, &tokens).unwrap();
     let mut clone = cache.clone();
     let error = clone.k().unwrap_err();
