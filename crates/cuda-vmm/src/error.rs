@@ -287,16 +287,16 @@ impl VmmError {
             || self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY)
     }
 
-    /// Whether the same call can succeed later though the caller changes nothing: when memory is back that others hold, the
-    /// device still uses, or others are guaranteed ([`later_bytes`](Self::later_bytes)). What is larger than the pool's
-    /// limit or the caller's own ceiling is never that.
+    /// Whether the same call can succeed later with the same options and quotas: when memory is back that the device still
+    /// uses, that others hold or are guaranteed, or, at the caller's own ceiling, that the caller holds
+    /// ([`later_bytes`](Self::later_bytes)). What is larger than the pool's limit or the caller's own ceiling is never that.
     ///
     /// Every error is one of three kinds:
     ///
     /// | kind | errors |
     /// |---|---|
     /// | later | [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) of at most its limit; [`Quarantined`](Self::Quarantined); [`Driver`](Self::Driver) with `CUDA_ERROR_OUT_OF_MEMORY`, except for addresses, and with `CUDA_ERROR_NOT_READY` from `cuMemSetAccess` |
-    /// | never | `OutOfPhysicalMemory` of more than its limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values of the same call exclude each other; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
+    /// | never | `OutOfPhysicalMemory` of more than its limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values exclude each other, such as a guarantee and the limit; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
     /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors |
     ///
     /// The driver does not say how much memory it lacks, so what is larger than the whole device is later too.
@@ -345,7 +345,7 @@ impl VmmError {
                 _ => Prospect::Depends,
             },
             Self::Quarantined { .. } => Prospect::Later,
-            // The guarantees of others are in its way; all others are two values of one call.
+            // What others hold and are guaranteed is in its way. All others are two values that exclude each other.
             Self::QuotaUnsatisfiable { what: NO_ROOM, .. } => Prospect::Depends,
             Self::QuotaUnsatisfiable { .. } => Prospect::Never,
             Self::Block(error) => match error.is_never() {

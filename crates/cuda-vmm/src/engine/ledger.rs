@@ -172,6 +172,14 @@ impl Ledger {
         held_bytes: usize,
         unused_bytes: usize,
     ) -> Result<()> {
+        if asked_bytes > self.limit_bytes {
+            // However much others give back.
+            return Err(VmmError::QuotaUnsatisfiable {
+                what: "guarantee above the limit",
+                asked_bytes,
+                available_bytes: self.limit_bytes,
+            });
+        }
         let unused_by_others = self.unused_guarantee_bytes - unused_bytes;
         let room_bytes = self
             .limit_bytes

@@ -104,14 +104,17 @@ fn registration_is_refused_quotas_that_cannot_hold() {
         }
     );
     for asked_bytes in [LIMIT + 1, usize::MAX] {
+        let error =
+            fixture.refused(|pool| pool.register_model_with("c", options(asked_bytes, None)));
         assert_eq!(
-            fixture.refused(|pool| pool.register_model_with("c", options(asked_bytes, None))),
+            error,
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: "guarantee above the limit",
                 asked_bytes,
                 available_bytes: LIMIT
             }
         );
+        assert!(error.is_never(), "{error}");
     }
     let watermarks = ModelOptions {
         ahead_bytes_min: Some(PAGE),
