@@ -1,6 +1,7 @@
 //! Tensors that a pool has handed out, and Candle, which must not notice how they are freed.
 
 use crate::common::open;
+use crate::streams::expect_given_back;
 use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::CaptureGuard;
@@ -86,9 +87,7 @@ fn a_view_that_is_dropped_during_a_capture_leaves_the_capture_alone() {
     let engine = pool.engine().unwrap().clone();
     drop((tensor, pool));
     test.device.synchronize().unwrap();
-    engine.step();
-    engine.step();
-    assert_eq!(engine.stats().committed_bytes, 0);
+    expect_given_back(&engine);
 }
 
 #[test]
@@ -165,8 +164,6 @@ fn tensors_of_blocks_come_and_go_without_candle_noticing() {
     expect_candle_undisturbed(&test.device);
     drop(prefix);
     expect_candle_undisturbed(&test.device);
-    engine.step();
     test.device.synchronize().unwrap();
-    engine.step();
-    assert_eq!(engine.stats().committed_bytes, 0);
+    expect_given_back(&engine);
 }
