@@ -365,9 +365,8 @@ impl VmmError {
                 | cuda_vmm_sim::SimError::TooManyInterposers { .. },
             ) => Prospect::Depends,
             #[cfg(feature = "simulator")]
-            Self::Simulator(_) => Prospect::Never,
+            Self::Simulator(_) | Self::GpuRequired { .. } => Prospect::Never,
             Self::Load(_)
-            | Self::GpuRequired { .. }
             | Self::UnsupportedDevice { .. }
             | Self::InvalidDevice { .. }
             | Self::ZeroSize { .. }
