@@ -8,7 +8,7 @@ use crate::foreign;
 use crate::sync::{Arc, thread_local};
 use core::cell::Cell;
 
-/// What others in the process do to make room on a device; see [`Device::set_make_room`]. It gets the bytes that are
+/// What others in the process do to make room on a device; see [`Device::set_make_room`](crate::Device::set_make_room). It gets the bytes that are
 /// wanted.
 pub type MakeRoom = dyn Fn(usize) + Send + Sync;
 

@@ -78,7 +78,7 @@ impl BlockAllocator {
     /// Hands out `count` blocks, all of them backed; what is in them is undefined.
     ///
     /// # Errors
-    /// [`BlockError::OutOfBlocks`]; otherwise as [`BlockBacking::back`]. After an error none is handed out.
+    /// [`BlockError::OutOfBlocks`](crate::pool::blocks::BlockError::OutOfBlocks); otherwise as [`BlockBacking::back`]. After an error none is handed out.
     pub fn allocate(&self, count: usize) -> Result<Vec<BlockId>> {
         self.take(count, true)
     }
@@ -114,7 +114,7 @@ impl BlockAllocator {
     /// Takes blocks back; one may be named twice. They stay backed.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`], [`BlockError::NotAllocated`], and then none is taken back.
+    /// [`BlockError::Invalid`](crate::pool::blocks::BlockError::Invalid), [`BlockError::NotAllocated`](crate::pool::blocks::BlockError::NotAllocated), and then none is taken back.
     pub fn free(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks = blocks.into_iter().collect();
         Ok(self.packing.lock()?.put(&blocks)?)
