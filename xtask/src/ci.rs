@@ -11,8 +11,9 @@ use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 12] = [
+const STEPS: [Step; 13] = [
     ("test", tests::run),
+    ("long tests", tests::long),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
     ("formatting", formatting),

@@ -3,26 +3,27 @@
 use crate::workspace::{self, Workspace};
 use crate::{progress, setup};
 use anyhow::Result;
-use std::env;
-use std::ffi::OsString;
-use std::process::Command;
 use std::time::Instant;
 
 /// What turns on the simulator wherever it is optional, and what else of the core is.
 pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator,cuda-vmm/serde"];
 
-/// Runs the workspace's tests, then the long property test and the model checker's scenarios in release builds.
+/// Runs the workspace's tests, with nextest if it is installed: it runs the tests of all programs side by side.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     setup::ensure(workspace, false, false)?;
-    workspace::run(workspace.cargo(&["test", "--workspace"]).args(FEATURES))?;
-    workspace::run(
-        workspace
-            .cargo(&["test", "--release", "--package", "cuda-vmm"])
-            .args(["--features", "simulator", "--test", "random_operations"])
-            .args(["--", "--include-ignored"]),
-    )?;
-    workspace::run(&mut model_check(workspace))?;
+    match has_nextest(workspace) {
+        true => {
+            let mut nextest = workspace.cargo(&["nextest", "run", "--workspace"]);
+            nextest.args(["--status-level", "slow", "--final-status-level", "fail"]);
+            workspace::run(nextest.args(FEATURES))?;
+            let mut examples = workspace.cargo(&["test", "--doc", "--workspace"]);
+            // Its documentation is that of `cuda-vmm`.
+            examples.args(["--exclude", "cuda-vmm-model-check"]);
+            workspace::run(examples.args(FEATURES))?;
+        }
+        false => workspace::run(workspace.cargo(&["test", "--workspace"]).args(FEATURES))?,
+    }
     eprintln!(
         "xtask: test: PASS in {}",
         progress::seconds(started.elapsed())
@@ -30,33 +31,22 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// The model checker's scenarios. Its flag is one for the whole build, which so has a target folder of its own, or
-/// each build would throw the other's away.
-fn model_check(workspace: &Workspace) -> Command {
-    let mut command = workspace.cargo(&["test", "--release", "--package", "cuda-vmm"]);
-    command
-        .args(["--features", "simulator", "--test", "shuttle"])
-        .arg("--target-dir")
-        .arg(workspace.target.join("shuttle"));
-    // Where both are set, cargo looks at the encoded flags alone.
-    let (name, separator) = match env::var_os("CARGO_ENCODED_RUSTFLAGS") {
-        Some(_) => ("CARGO_ENCODED_RUSTFLAGS", "\u{1f}"),
-        None => ("RUSTFLAGS", " "),
-    };
-    let flags = env::var_os(name).unwrap_or_default();
-    command.env(name, with_flags(flags, separator, ["--cfg", "shuttle"]));
-    command
+/// Runs what takes longer: a thousand cases of the property test in a release build, and the model checker's scenarios in
+/// six times as many orders.
+pub fn long(workspace: &Workspace) -> Result<()> {
+    workspace::run(
+        workspace
+            .cargo(&["test", "--release", "--package", "cuda-vmm"])
+            .args(["--features", "simulator", "--test", "random_operations"]),
+    )?;
+    let mut model_check = workspace.cargo(&["test", "--package", "cuda-vmm-model-check"]);
+    workspace::run(model_check.env("SHUTTLE_ITERATIONS", "3000"))
 }
 
-/// The compiler's flags with some more behind them.
-fn with_flags(mut flags: OsString, separator: &str, more: [&str; 2]) -> OsString {
-    for flag in more {
-        if !flags.is_empty() {
-            flags.push(separator);
-        }
-        flags.push(flag);
-    }
-    flags
+fn has_nextest(workspace: &Workspace) -> bool {
+    let mut command = workspace.cargo(&["nextest", "--version"]);
+    let output = command.output();
+    output.is_ok_and(|output| output.status.success())
 }
 
 /// Sums of the runner's own summary lines.
@@ -90,16 +80,6 @@ pub fn count(text: &str) -> Counts {
 #[cfg(test)]
 mod unit {
     use super::*;
-
-    #[test]
-    fn flags_are_put_behind_those_that_are_set() {
-        let more = ["--cfg", "shuttle"];
-        assert_eq!(with_flags("".into(), " ", more), "--cfg shuttle");
-        assert_eq!(
-            with_flags("-C\u{1f}debuginfo=1".into(), "\u{1f}", more),
-            "-C\u{1f}debuginfo=1\u{1f}--cfg\u{1f}shuttle"
-        );
-    }
 
     #[test]
     fn summary_lines_are_added_up() {

@@ -5,10 +5,10 @@
 #![allow(unsafe_code)]
 
 use crate::driver::{Driver, call};
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 use crate::process::PerProcess;
 use crate::process::Process;
-#[cfg(shuttle)]
+#[cfg(model_check)]
 use crate::sync::statics;
 use crate::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUstreamCaptureMode};
@@ -27,17 +27,17 @@ struct Captures {
     changed: Condvar,
 }
 
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 fn captures() -> &'static Captures {
     static CAPTURES: PerProcess<Captures> = PerProcess::new();
     CAPTURES.get()
 }
 
-#[cfg(shuttle)]
+#[cfg(model_check)]
 statics! {
     static CAPTURES: Captures = Captures::default();
 }
-#[cfg(shuttle)]
+#[cfg(model_check)]
 fn captures() -> &'static Captures {
     &CAPTURES
 }

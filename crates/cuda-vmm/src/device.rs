@@ -541,7 +541,7 @@ impl Drop for Inner {
 }
 
 /// How often a thread that nobody waits for looks whether it may go on.
-const TURNS_GIVEN: usize = if cfg!(shuttle) { 3 } else { 1_000 };
+const TURNS_GIVEN: usize = if cfg!(model_check) { 3 } else { 1_000 };
 
 /// Counted among the threads that call the driver for someone who waits.
 pub(crate) struct CallsForSomeone<'a>(&'a Device);

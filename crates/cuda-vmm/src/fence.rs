@@ -141,7 +141,7 @@ impl Drop for Fence {
     }
 }
 
-#[cfg(all(test, feature = "simulator", not(shuttle)))]
+#[cfg(all(test, feature = "simulator", not(model_check)))]
 mod tests {
     use crate::sim::SimConfig;
     use crate::{Driver, Stream};

@@ -1,13 +1,13 @@
 //! The one place where locks, condition variables, atomics and threads come from.
 //!
-//! They are the standard library's. Under `--cfg shuttle` they are a model checker's, which decides at each of
-//! their operations which thread goes on; `tests/shuttle` explores the engine so. Out of that stays what has no
+//! They are the standard library's. Under `cfg(model_check)` they are a model checker's, which decides at each of
+//! their operations which thread goes on; the scenarios in `model-check` explore the engine so. Out of that stays what has no
 //! part in how threads meet: which process this is, and the driver library, which is opened once.
 #![forbid(unsafe_code)]
 
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 pub(crate) use std::thread_local;
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 pub(crate) use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -16,7 +16,7 @@ pub(crate) use std::{
     thread,
 };
 
-#[cfg(shuttle)]
+#[cfg(model_check)]
 pub(crate) use shuttle::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
@@ -46,17 +46,17 @@ impl<T> Deref for Apart<T> {
 ///
 /// Under the model checker each execution begins with new ones: a thread of an execution that is over must not
 /// wait in the next. Else they are [`PerProcess`](crate::PerProcess).
-#[cfg(shuttle)]
+#[cfg(model_check)]
 macro_rules! statics {
     ($(static $name:ident: $type:ty = $value:expr;)*) => {
         shuttle::lazy_static! { $(static ref $name: $type = $value;)* }
     };
 }
-#[cfg(shuttle)]
+#[cfg(model_check)]
 pub(crate) use statics;
 
 /// The time since some moment, for delays.
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 pub(crate) fn now() -> Duration {
     static START: std::sync::LazyLock<std::time::Instant> =
         std::sync::LazyLock::new(std::time::Instant::now);
@@ -64,7 +64,7 @@ pub(crate) fn now() -> Duration {
 }
 
 /// The model checker knows no time: an hour has passed at each look, so that each delay is over.
-#[cfg(shuttle)]
+#[cfg(model_check)]
 pub(crate) fn now() -> Duration {
     static LOOKS: core::sync::atomic::AtomicU32 = core::sync::atomic::AtomicU32::new(0);
     let looks = LOOKS.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
@@ -72,11 +72,11 @@ pub(crate) fn now() -> Duration {
 }
 
 /// When a wait is over.
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 #[derive(Debug)]
 pub(crate) struct Deadline(Option<std::time::Instant>);
 
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 impl Deadline {
     /// So long from now; never, if the clock does not reach so far.
     pub(crate) fn after(timeout: Duration) -> Self {
@@ -94,11 +94,11 @@ impl Deadline {
 }
 
 /// The model checker knows no time: a second is one wait.
-#[cfg(shuttle)]
+#[cfg(model_check)]
 #[derive(Debug)]
 pub(crate) struct Deadline(core::cell::Cell<u64>);
 
-#[cfg(shuttle)]
+#[cfg(model_check)]
 impl Deadline {
     pub(crate) fn after(timeout: Duration) -> Self {
         Self(core::cell::Cell::new(timeout.as_secs()))
@@ -115,7 +115,7 @@ impl Deadline {
 }
 
 /// Waits to be notified, for so long at most. `guard` is that of `mutex`.
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 pub(crate) fn wait_timeout<'a, T>(
     condvar: &Condvar,
     _mutex: &'a Mutex<T>,
@@ -127,7 +127,7 @@ pub(crate) fn wait_timeout<'a, T>(
 }
 
 /// As [`wait_timeout_while`]: others go first, and the checker says when the time is over.
-#[cfg(shuttle)]
+#[cfg(model_check)]
 pub(crate) fn wait_timeout<'a, T>(
     condvar: &Condvar,
     mutex: &'a Mutex<T>,
@@ -138,7 +138,7 @@ pub(crate) fn wait_timeout<'a, T>(
 }
 
 /// Waits while the condition holds, for so long at most. `guard` is that of `mutex`.
-#[cfg(not(shuttle))]
+#[cfg(not(model_check))]
 #[inline]
 pub(crate) fn wait_timeout_while<'a, T>(
     condvar: &Condvar,
@@ -153,7 +153,7 @@ pub(crate) fn wait_timeout_while<'a, T>(
 
 /// The model checker knows no time, and its condition variable never times out. Any delay may be over at any
 /// moment, so this lets everyone else go first and leaves it to the checker when that moment is.
-#[cfg(shuttle)]
+#[cfg(model_check)]
 pub(crate) fn wait_timeout_while<'a, T>(
     _condvar: &Condvar,
     mutex: &'a Mutex<T>,

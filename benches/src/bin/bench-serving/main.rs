@@ -49,12 +49,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let course = Course {
         quick: arguments.quick,
     };
+    // First, as a trace may be one that cannot be read.
+    let traces = traces::hold(&course, &arguments.trace)?;
     let ramps = ramps::hold(&course)?;
     ramps
         .iter()
         .for_each(|(_, contest)| tables::print_contest(contest));
     tables::print_curves(&ramps);
-    let traces = traces::hold(&course, &arguments.trace)?;
     let idle = idle::hold(&course)?;
     let single = single::hold(&course)?;
     let others = traces.iter().chain([&idle, &single]);

@@ -7,7 +7,7 @@ use crate::machine::{self, Machine, watch};
 use crate::recorder;
 use crate::samples::Samples;
 use anyhow::{Context, Result};
-use cuda_vmm::{Engine, PoolOptions, Stream, VirtualMemoryPool};
+use cuda_vmm::{DriverKind, Engine, PoolOptions, Stream, VirtualMemoryPool};
 use std::time::{Duration, Instant};
 
 const WORST: Demand = Demand::time(
@@ -40,6 +40,8 @@ pub const WORK: Work = Work {
 };
 
 const RANGES: usize = 64;
+/// The same on the simulated driver, whose memory is the host's.
+const RANGES_SIMULATED: usize = 4;
 /// By how much each range grows in a step, as a share of a page.
 const STEPS_OF_A_PAGE: usize = 32;
 /// How far each range grows in a round.
@@ -76,11 +78,15 @@ impl Ranges {
     /// Ranges in which the bytes of the first step are live.
     fn new(stream: &Stream, fill: Fill, manner: Manner) -> Result<Self> {
         let device = stream.device();
+        let ranges = match device.driver().kind() {
+            DriverKind::Real => RANGES,
+            DriverKind::Simulated => RANGES_SIMULATED,
+        };
         let page_bytes = device.granularity_bytes();
         let capacity_bytes = PAGES * page_bytes;
         let engine = Engine::new(device, machine::options())?;
-        let mut pools = Vec::with_capacity(RANGES);
-        for _ in 0..RANGES {
+        let mut pools = Vec::with_capacity(ranges);
+        for _ in 0..ranges {
             let ahead_pages = match manner {
                 Manner::Ahead => PAGES_AHEAD,
                 Manner::Before | Manner::OnDemand => 0,
@@ -99,7 +105,7 @@ impl Ranges {
         if manner == Manner::Ahead {
             // A page less for each range whose first page was made ahead before it was taken: so little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
-                let least_bytes = RANGES * (PAGES_AHEAD - 1) * page_bytes;
+                let least_bytes = ranges * (PAGES_AHEAD - 1) * page_bytes;
                 stats.filling_bytes == 0 && stats.ahead_bytes >= least_bytes
             })?;
         }

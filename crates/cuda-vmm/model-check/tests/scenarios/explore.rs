@@ -4,8 +4,8 @@ use crate::books::{Books, books};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
-/// Executions of each scenario by each scheduler; `SHUTTLE_ITERATIONS` asks for more.
-const ITERATIONS: usize = 3_000;
+/// Executions of each scenario by each scheduler; `SHUTTLE_ITERATIONS` asks for more, as `cargo xtask ci` does.
+const ITERATIONS: usize = 400;
 /// The same orders each time; `SHUTTLE_RANDOM_SEED` asks for others.
 const SEED: u64 = 0x5eed;
 /// Threads that change places out of turn, as PCT counts.
@@ -31,7 +31,7 @@ pub fn explore(scenario: impl Fn() + Clone + Send + Sync + 'static) {
 fn run(scheduler: impl Scheduler + 'static, scenario: impl Fn() + Send + Sync + 'static) {
     let mut config = Config::new();
     config.stack_size = 0x20000;
-    // A scenario takes some hundred; one that takes so many goes round in circles.
+    // A scenario takes some thousand; one that takes so many goes round in circles.
     config.max_steps = MaxSteps::FailAfter(100_000);
     // That statics end with an execution is what is wanted.
     config.silence_warnings = true;
