@@ -14,8 +14,12 @@ use std::process::Command;
 
 /// The script that unpacks the bundle and starts it.
 const RUN: &str = include_str!("run.sh");
-/// The most that a packed bundle may weigh. Four of its programs have Candle's kernels, 11 to 13 MB each.
-const LIMIT_BYTES: u64 = 64_000_000;
+/// The packed programs.
+const ARCHIVE: &str = "bundle.tar.xz";
+/// How they are packed. Several have the same kernels of Candle, so the packer looks further back than one is long.
+const XZ: &str = "xz -T1 --lzma2=preset=6,dict=128MiB";
+/// The most that a packed bundle may weigh.
+const LIMIT_BYTES: u64 = 40 << 20;
 
 /// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
@@ -72,10 +76,10 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 /// Packs `stage` into `folder`, and answers the size of the archive in bytes.
 fn pack(stage: &Path, folder: &Path) -> Result<u64> {
     files::make(folder)?;
-    let archive = folder.join("bundle.tar.gz");
+    let archive = folder.join(ARCHIVE);
     progress::during("packing the bundle", || {
         let status = Command::new("tar")
-            .arg("-czf")
+            .args(["-I", XZ, "--sort=name", "-cf"])
             .arg(&archive)
             .arg("-C")
             .arg(stage)
@@ -197,8 +201,8 @@ mod tests {
         let unpacked = folder.path().join("unpacked");
         files::make(&unpacked).unwrap();
         let status = Command::new("tar")
-            .arg("-xzf")
-            .arg(bundle.join("bundle.tar.gz"))
+            .arg("-xJf")
+            .arg(bundle.join(ARCHIVE))
             .arg("-C")
             .arg(&unpacked)
             .status()

@@ -14,8 +14,8 @@ fn pack(fake: &Fake) -> PathBuf {
     let xtask = fake.path().join("bundle/bin/xtask");
     fs::copy(env!("CARGO_BIN_EXE_xtask"), xtask).unwrap();
     let status = Command::new("tar")
-        .arg("-czf")
-        .arg(packed.join("bundle.tar.gz"))
+        .arg("-cJf")
+        .arg(packed.join("bundle.tar.xz"))
         .arg("-C")
         .arg(fake.path().join("bundle"))
         .arg(".")
