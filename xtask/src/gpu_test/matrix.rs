@@ -15,6 +15,7 @@ use crate::files;
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -133,13 +134,21 @@ impl Matrix<'_> {
     }
 }
 
-/// Runs `cells`, those of one driver after another, and the drivers side by side: what a GPU is asked does not depend on what
-/// the simulator does meanwhile. Answers the rows in the order of `cells`, without those that an interrupt kept from ending.
+/// Rows of the simulated driver that run side by side.
+const SIMULATED_SIDES: usize = 2;
+
+/// Runs `cells`: those of the real driver one after another, and beside them those of the simulated driver. What a GPU is
+/// asked does not depend on what the simulator does meanwhile. Returns the rows in the order of `cells`, without those that
+/// an interrupt kept from ending.
 fn run_all(runner: &Runner<'_>, cells: &[Cell]) -> Result<Vec<Row>> {
-    let run = |driver: Driver| {
+    let queues = Driver::ALL.map(|driver| {
+        let cells = cells.iter().filter(move |cell| cell.driver == driver);
+        Mutex::new(cells)
+    });
+    let run = |queue: usize| {
         let mut rows = Vec::new();
-        for cell in cells.iter().filter(|cell| cell.driver == driver) {
-            // A machine that fails at files fails the whole run, and the other driver's rows with it.
+        while let Some(cell) = next(&queues[queue]) {
+            // A machine that fails at files fails the whole run, and the other rows with it.
             let row = runner.run(*cell).inspect_err(|_| process::interrupt())?;
             if process::is_interrupted() {
                 break;
@@ -149,15 +158,30 @@ fn run_all(runner: &Runner<'_>, cells: &[Cell]) -> Result<Vec<Row>> {
         }
         Ok(rows)
     };
-    let sides = thread::scope(|scope| {
-        let run = &run;
-        let threads = Driver::ALL.map(|driver| scope.spawn(move || run(driver)));
-        threads.map(|thread| thread.join().expect("rows do not panic"))
+    let sides = Driver::ALL.iter().enumerate().flat_map(|(queue, driver)| {
+        let count = match driver {
+            Driver::Simulated => SIMULATED_SIDES,
+            _ => 1,
+        };
+        std::iter::repeat_n(queue, count)
     });
-    let rows: Result<Vec<Vec<Row>>> = sides.into_iter().collect();
+    let rows: Result<Vec<Vec<Row>>> = thread::scope(|scope| {
+        let run = &run;
+        let threads: Vec<_> = sides.map(|queue| scope.spawn(move || run(queue))).collect();
+        let joined = threads.into_iter();
+        joined
+            .map(|thread| thread.join().expect("rows do not panic"))
+            .collect()
+    });
     let mut rows = rows?.concat();
     rows.sort_by_key(|row| cells.iter().position(|cell| *cell == row.cell));
     Ok(rows)
+}
+
+/// The next cell of a queue.
+fn next<T>(queue: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+    queue.next()
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

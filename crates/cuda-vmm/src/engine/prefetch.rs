@@ -9,7 +9,7 @@ use core::ops;
 
 /// For how many turns the worker leaves the driver to others between two chunks, some microseconds. The driver's lock is
 /// not a fair one: without this a thread that wants it could wait many times over.
-const REST_TURNS: usize = if cfg!(shuttle) { 1 } else { 20 };
+const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 impl Range {
     /// The pages that are to be backed ahead. None where each allocation is to have a handle of its own.
