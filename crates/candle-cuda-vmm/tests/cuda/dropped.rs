@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor};
 
 /// What to do when a test here fails.
 const POLICY: &str = "cudarc does not drop a slice over memory of a pool as leases rely on, and as 0.19.10 did. \
-    Under the version policy (docs/DESIGN.md, \"Which Candle and cudarc\") this version of cudarc is not allowed \
+    Under the version policy (docs/design/candle.md, \"Which Candle and cudarc?\") this version of cudarc is not allowed \
     before the leases were looked at anew.";
 
 /// The refusal of a free whose address is a mapping of ours.
