@@ -29,6 +29,50 @@
 //! # Ok::<(), cuda_vmm::VmmError>(())
 //! ```
 //!
+//! # Glossary
+//!
+//! Addresses and memory:
+//!
+//! - *reservation*: device addresses without memory; they cost no memory.
+//! - *page*: the unit in which addresses get memory, a power of two bytes; 2 MiB as a rule.
+//! - *chunk*: one piece of physical memory behind one mapping, of one page or several.
+//! - *range*: the addresses of one pool, or of one model; it grows and shrinks in place.
+//! - *extent*: a run of live bytes without a gap.
+//! - *block*: a numbered part of a paged cache, with bytes in each of its tensors.
+//!
+//! What memory is. Each committed byte is in exactly one of the parts marked with †:
+//!
+//! - *committed*: held from the driver; the sum of the parts.
+//! - *live*†: in a page with a byte that is allocated and not freed.
+//! - *leased*†: freed, and still in use under a token, such as a tensor's.
+//! - *slack*†: in a page without live bytes, in a chunk with live pages.
+//! - *filling*†: being made, mapped and opened, or new memory of a compaction.
+//! - *retiring*†: freed, but the device may still use it, or it is being unmapped.
+//! - *parked*†: freed, and the device has finished with it; still mapped, for the next allocation.
+//! - *ahead*†: made, mapped and opened before it is asked for; given up first.
+//! - *cached*†: unmapped and overwritten with zeros, on no account; any range may take it.
+//! - *quarantined*†: refused by the driver when it was unmapped, released or moved; retried.
+//! - *pinned*: kept mapped for a captured graph, though it is freed.
+//!
+//! Budgets:
+//!
+//! - *account*: what one range or model is charged for.
+//! - *guarantee*: memory that a model can always have, whatever others hold.
+//! - *ceiling*: the most that a model may hold.
+//! - *headroom*: memory of the device that a budget leaves to other allocators.
+//! - *pressure*: models want more memory than there is, so others are asked for some.
+//! - *owed*: the bytes that a model is asked to free for others, or to come below its ceiling.
+//!
+//! Calls:
+//!
+//! - *fence*: a point in the work of a stream or a context; once it is past, that work is done.
+//! - *capture*: recording a stream's work into a graph; some driver calls would end it.
+//! - *step*: one round of an engine's work in the background, by its worker or by a caller.
+//! - *trim*: give back all that is parked, cached or ahead, except what is pinned.
+//! - *relieve*: give memory that is spare back to the driver, for another allocator.
+//! - *compact*: move live pages to chunks that fit, at unchanged addresses, so slack goes back.
+//! - *reclaim*: choose blocks to evict or move so that whole pages of a paged cache empty.
+//!
 //! # Features
 //! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build then needs, with
 //!   libclang. Without it they are declared by hand, the interface is the same, and the build needs nothing of CUDA.
