@@ -1,5 +1,7 @@
 //! The project's own tasks, run as `cargo xtask <task>`.
 
+#[cfg(test)]
+mod architecture;
 mod bench;
 mod ci;
 mod consumers;

@@ -1,4 +1,18 @@
-//! Giving memory back, to the cache or to the driver.
+//! Giving memory back, to the cache or to the driver: the way of freed memory.
+//!
+//! ```text
+//!  deallocate            the range records what has to be past; the chunk retires
+//!  all of it is past     a step, or a call that needs memory, parks the chunk
+//!  park_bytes_max        a step takes parked chunks out above it, down to `park_bytes_min`:
+//!    is exceeded           the cache has room: overwrite, retire, park, unmap, put in the cache
+//!                          otherwise:          unmap, release to the driver
+//!  memory is short       memory made ahead, then the cache, then parked chunks:
+//!                          one piece at a time, unmapped and released to the driver
+//! ```
+//!
+//! The books give the pages of a draining chunk to nobody else, so no lock is held over the driver
+//! calls. A chunk that the driver refuses to unmap is quarantined. Memory that it unmaps but does
+//! not release stays charged. Both are retried; see `refused`.
 
 use super::pages::Contents;
 use super::range::Range;

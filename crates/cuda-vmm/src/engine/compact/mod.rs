@@ -1,4 +1,20 @@
 //! Returning slack: live pages of partly live chunks move to chunks that fit, at unchanged addresses.
+//!
+//! First the work on the range ends, and no capture may begin until all is done. Then one chunk
+//! after another moves:
+//!
+//! ```text
+//!  charge               for the live pages; without room for them the chunk stays
+//!  create, map, copy    new memory at scratch addresses; wait for the copies
+//!  unmap the scratch    then unmap the old memory, which still has the contents
+//!  map, set access      the new memory in its place; release the old
+//!
+//!  a call fails         unmap and release the new memory, map the old one in its place again
+//!  that fails too       the chunk is stranded: charged, counted as quarantined, retried
+//! ```
+//!
+//! The old memory is the one copy that counts until all of the new is accessible. Bytes may be
+//! freed meanwhile; a chunk that nobody uses retires when its move has ended.
 
 mod plan;
 mod relocation;
