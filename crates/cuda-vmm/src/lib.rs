@@ -1,11 +1,11 @@
 //! CUDA virtual memory management that is safe, and two pools built on it.
 //!
 //! A program reserves far more device address space than it has memory and backs only the part that
-//! is in use. The vocabulary, from the bottom up:
+//! is in use. From the bottom up; the [glossary](#glossary) has the words:
 //!
 //! - [`Driver`] and [`Device`]: the table of driver calls, and one GPU behind it. With the feature
-//!   `simulator` the table can be answered by host memory, so that the same program runs, and is
-//!   tested, where there is no GPU.
+//!   `simulator` a simulated driver over host memory fills the table, so the same program runs, and
+//!   is tested, on a machine without a GPU.
 //! - [`Reservation`], [`PhysicalMemory`], [`Mapping`]: one noun for each thing the driver hands out.
 //!   Dropping gives it back; `close` does the same and returns the error.
 //! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and what may
@@ -74,8 +74,9 @@
 //! - *reclaim*: choose blocks to evict or move so that whole pages of a paged cache empty.
 //!
 //! # Features
-//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build then needs, with
-//!   libclang. Without it they are declared by hand, the interface is the same, and the build needs nothing of CUDA.
+//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build
+//!   then needs, with libclang. Without it they are declared by hand, the interface is the same, and
+//!   the build needs nothing of CUDA.
 //! - `simulator`: `Driver::simulated`, and `Driver::detect` finds a simulated driver if no GPU answers.
 //! - `serde`: [`Snapshot`] and its parts can be written and read.
 //!
