@@ -6,13 +6,14 @@
 //! - [`Driver`] and [`Device`]: the table of driver calls, and one GPU behind it. With the feature
 //!   `simulator` a simulated driver over host memory fills the table, so the same program runs, and
 //!   is tested, on a machine without a GPU.
-//! - [`Reservation`], [`PhysicalMemory`], [`Mapping`]: one noun for each thing the driver hands out.
-//!   Dropping gives it back; `close` does the same and returns the error.
-//! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and what may
-//!   be asked when.
-//! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps what
-//!   the device may still use, and loses nothing when a call fails.
-//! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one limit.
+//! - [`Reservation`], [`PhysicalMemory`], [`Mapping`]: one noun for each thing the driver hands
+//!   out. Dropping gives it back; `close` does the same and returns the error.
+//! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and what
+//!   may be asked when.
+//! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps
+//!   what the device may still use, and loses nothing when a call fails.
+//! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one
+//!   limit.
 //! - [`pool::blocks`]: memory behind the block tables of paged caches.
 //!
 //! ```
@@ -74,10 +75,11 @@
 //! - *reclaim*: choose blocks to evict or move so that whole pages of a paged cache empty.
 //!
 //! # Features
-//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build
-//!   then needs, with libclang. Without it they are declared by hand, the interface is the same, and
-//!   the build needs nothing of CUDA.
-//! - `simulator`: `Driver::simulated`, and `Driver::detect` finds a simulated driver if no GPU answers.
+//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the
+//!   build then needs, with libclang. Without it they are declared by hand, the interface is the
+//!   same, and the build needs nothing of CUDA.
+//! - `simulator`: `Driver::simulated`, and `Driver::detect` finds a simulated driver if no GPU
+//!   answers.
 //! - `serde`: [`Snapshot`] and its parts can be written and read.
 //!
 //! # What this crate does not do
