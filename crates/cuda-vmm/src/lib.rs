@@ -79,7 +79,7 @@
 //!   build then needs, with libclang. Without it they are declared by hand, the interface is the
 //!   same, and the build needs nothing of CUDA.
 //! - `simulator`: `Driver::simulated`, and `Driver::detect` finds a simulated driver if no GPU
-//!   answers.
+//!   responds.
 //! - `serde`: [`Snapshot`] and its parts can be written and read.
 //!
 //! # What this crate does not do
