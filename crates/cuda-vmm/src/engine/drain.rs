@@ -1,6 +1,6 @@
 //! Giving memory back, to the cache or to the driver.
 
-use super::pages::Contents;
+use super::books::pages::Contents;
 use super::range::Range;
 use super::ranges::RangeGuard;
 use super::retire::Until;
