@@ -14,7 +14,7 @@
 //! calls. A chunk that the driver refuses to unmap is quarantined. Memory that it unmaps but does
 //! not release stays charged. Both are retried; see `refused`.
 
-use super::pages::Contents;
+use super::books::pages::Contents;
 use super::range::Range;
 use super::ranges::RangeGuard;
 use super::retire::Until;

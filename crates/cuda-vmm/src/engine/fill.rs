@@ -1,8 +1,8 @@
 //! Backing pages: create, map, set access, and undo it all if one call fails.
 
-use super::ledger::{AccountId, Refusal};
-use super::plan::Plan;
-use super::pressure::Ticket;
+use super::books::chunk_plan::ChunkPlan;
+use super::books::ledger::{AccountId, Refusal};
+use super::books::pressure::Ticket;
 use super::relief::Relief;
 use super::{AtWork, Inner, Locked, RangeId, State};
 use crate::events::Entered;
@@ -34,7 +34,7 @@ impl Locked<'_> {
     pub(super) fn charge(
         &mut self,
         account: AccountId,
-        plan: &Plan,
+        plan: &ChunkPlan,
         page_bytes: usize,
         ticket: Option<Ticket>,
     ) -> Result<Vec<PhysicalMemory>, Refusal> {
@@ -167,7 +167,7 @@ impl Inner {
         mut range: MutexGuard<'_, super::range::Range>,
         id: RangeId,
         extent: Extent,
-        (plan, mut supply): (Plan, Vec<PhysicalMemory>),
+        (plan, mut supply): (ChunkPlan, Vec<PhysicalMemory>),
         relief: &mut Relief,
     ) -> Result<()> {
         let bytes = extent.range();
@@ -259,7 +259,7 @@ impl Inner {
         &self,
         id: RangeId,
         target: &Target,
-        plan: &Plan,
+        plan: &ChunkPlan,
         supply: &mut Vec<PhysicalMemory>,
         relief: &mut Relief,
     ) -> Result<Vec<Made>, Failure> {

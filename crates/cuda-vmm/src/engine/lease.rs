@@ -1,6 +1,6 @@
 //! Memory that someone outside uses until a token of theirs says otherwise.
 
-use super::intervals::Intervals;
+use super::books::intervals::Intervals;
 use super::range::Range;
 use super::{AtWork, Handle, Inner, Parts};
 use crate::foreign::{self, Foreign};

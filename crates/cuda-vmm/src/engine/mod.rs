@@ -1,48 +1,38 @@
 //! One budget on one device: who holds which physical memory.
 //!
-//! `sorted`, `intervals`, `pages`, `policy`, `pressure` and `ledger` are pure bookkeeping. This file joins them to the driver under three
-//! rules: no lock is held over a driver call; what a failed call leaves is what was there before; nothing
-//! is unmapped that the device may still use.
+//! `books` is pure bookkeeping. The other modules join it to the driver under three rules: no lock is held over a driver call; what a failed
+//! call leaves is what was there before; nothing is unmapped that the device may still use.
 
 mod at_work;
-mod backoff;
-mod cache;
+mod books;
 mod changes;
 mod compact;
-mod counters;
 mod drain;
 mod fill;
 mod follow;
-mod intervals;
 mod lease;
-mod ledger;
 mod options;
 mod owed;
-mod pages;
 mod pin;
-mod plan;
-mod policy;
 mod prefetch;
-mod pressure;
 mod range;
 mod ranges;
 mod refused;
 mod relief;
 mod retire;
 mod snapshot;
-mod sorted;
 mod stats;
 mod users;
 mod waiting;
 mod worker;
 
+pub use books::counters::{EngineCounters, PoolCounters};
+pub(crate) use books::ledger::{NO_ROOM, Quota};
+pub(crate) use books::pages::Parts;
 pub use compact::CompactReport;
-pub use counters::{EngineCounters, PoolCounters};
 pub use lease::LeaseToken;
-pub(crate) use ledger::{NO_ROOM, Quota};
 pub use options::{EngineOptions, PoolOptions};
 pub(crate) use owed::Owed;
-pub(crate) use pages::Parts;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeStats};
 pub(crate) use ranges::{Handle, RangeId};
@@ -59,12 +49,12 @@ use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Device, PhysicalMemory, Result, Stream, VmmError};
 use at_work::AtWork;
-use cache::Cache;
+use books::cache::Cache;
+use books::ledger::{AccountId, Ledger};
 use changes::Locked;
 use compact::Relocations;
 use core::time::Duration;
 use drain::Drained;
-use ledger::{AccountId, Ledger};
 use ranges::Ranges;
 use refused::{Refusals, Which};
 use retire::{Queue, Until};

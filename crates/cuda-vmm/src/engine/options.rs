@@ -1,7 +1,7 @@
 //! How an engine and a range on it are made.
 
 use super::WorkerMode;
-use super::policy::CHUNK_BYTES_MAX;
+use super::books::policy::CHUNK_BYTES_MAX;
 use crate::{Result, VmmError};
 
 /// How an engine is made.

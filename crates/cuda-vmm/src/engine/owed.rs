@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::ledger::{Ledger, NO_ROOM, Refusal};
+use super::books::ledger::{Ledger, NO_ROOM, Refusal};
 use super::range::Range;
 use super::{Handle, Inner, RangeId, State};
 use crate::foreign::{self, Foreign};

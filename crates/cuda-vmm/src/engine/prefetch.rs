@@ -1,7 +1,7 @@
 //! Making memory before it is asked for: mapped and accessible beyond the end of a range's latest allocation.
 
+use super::books::policy::{chunk_pages, grown_end};
 use super::fill::Target;
-use super::policy::{chunk_pages, grown_end};
 use super::range::Range;
 use super::{AtWork, Drained, Inner, RangeId, State};
 use crate::sync::{Arc, thread};

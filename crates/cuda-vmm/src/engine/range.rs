@@ -1,10 +1,10 @@
 //! One elastic range of an engine: its addresses, and taking and giving back bytes of it.
 
+use super::books::chunk_plan::{ChunkPlan, ChunkRules};
+use super::books::ledger::{AccountId, Quota, Refusal};
+use super::books::pages::{ChunkState, Pages, Survey};
+use super::books::pressure::Ticket;
 use super::lease::{Asker, Leases};
-use super::ledger::{AccountId, Quota, Refusal};
-use super::pages::{ChunkState, Pages, Survey};
-use super::plan::Plan;
-use super::pressure::Ticket;
 use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
@@ -104,6 +104,16 @@ fn overlapping(parts: &[(usize, usize)]) -> Option<(usize, usize)> {
 }
 
 impl Range {
+    /// What this range and its engine say about chunks.
+    fn chunk_rules(&self, chunk_bytes_max: usize) -> ChunkRules {
+        ChunkRules {
+            capacity_bytes: self.capacity_bytes,
+            page_bytes: self.page_bytes,
+            chunk_bytes_max,
+            single_handle: self.options.single_handle,
+        }
+    }
+
     /// Checks bytes that must all be live.
     pub(super) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
         let extent = Extent::new(offset, bytes, self.capacity_bytes)?;
@@ -387,7 +397,12 @@ impl Inner {
                 state = self.lock();
                 continue;
             };
-            let mut plan = Plan::new(&range, &extent, survey, self.options.chunk_bytes_max);
+            let mut plan = ChunkPlan::new(
+                &range.pages,
+                &extent,
+                survey,
+                &range.chunk_rules(self.options.chunk_bytes_max),
+            );
             let survey = &plan.survey;
             let missing_bytes = survey.missing_pages() * range.page_bytes;
             let unused = survey.unused().map(|first| range.pages.chunk_bytes(first));

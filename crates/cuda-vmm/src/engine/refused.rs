@@ -9,10 +9,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::backoff::Backoff;
+use super::books::backoff::Backoff;
+use super::books::ledger::AccountId;
+use super::books::pages::ChunkState;
 use super::drain::To;
-use super::ledger::AccountId;
-use super::pages::ChunkState;
 use super::{AtWork, Inner, Locked, RangeId, State, take_out};
 use crate::sync::{self, Arc};
 use crate::{PhysicalMemory, Result, VmmError};

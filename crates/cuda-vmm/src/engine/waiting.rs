@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::backoff::Backoff;
-use super::ledger::AccountId;
-use super::pressure::Ticket;
+use super::books::backoff::Backoff;
+use super::books::ledger::AccountId;
+use super::books::pressure::Ticket;
 use super::{Inner, Locked, RangeId};
 use crate::sync::{self, Arc, Deadline};
 use crate::{Result, VmmError};

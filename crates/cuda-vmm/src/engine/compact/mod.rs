@@ -16,7 +16,6 @@
 //! The old memory is the one copy that counts until all of the new is accessible. Bytes may be
 //! freed meanwhile; a chunk that nobody uses retires when its move has ended.
 
-mod plan;
 mod relocation;
 mod report;
 mod stranded;
@@ -24,7 +23,8 @@ mod stranded;
 pub use report::CompactReport;
 pub(super) use stranded::Relocations;
 
-use super::pages::PartlyLive;
+use super::books::move_plan::MovePlan;
+use super::books::pages::PartlyLive;
 use super::refused::Which;
 use super::relief::Relief;
 use super::retire::Until;
@@ -34,12 +34,11 @@ use crate::capture::CaptureGuard;
 use crate::events::Entered;
 use crate::sync::Arc;
 use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
-use plan::Plan;
 use relocation::{Place, Relocation};
 
 impl State {
     /// What can be moved of a range now, and what that would come to.
-    fn plan(&self, id: RangeId) -> (Plan, CompactReport) {
+    fn plan(&self, id: RangeId) -> (MovePlan, CompactReport) {
         // What can be spared is given up for it.
         let stats = self.parts();
         let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
@@ -48,7 +47,7 @@ impl State {
         };
         let parts = range.parts();
         let plan = if CaptureGuard::any() {
-            Plan::default()
+            MovePlan::default()
         } else {
             let room = self.ledger.room(range.account, None);
             let own_bytes = parts.ahead_bytes + range.spare_parked_bytes();
@@ -56,7 +55,7 @@ impl State {
             let below_ceiling = room.below_ceiling_bytes.saturating_add(own_bytes);
             let chunks = range.pages.partly_live();
             let chunks = chunks.filter(|chunk| !range.is_chunk_held(chunk.first));
-            Plan::new(chunks, in_budget.min(below_ceiling))
+            MovePlan::new(chunks, in_budget.min(below_ceiling))
         };
         let report = CompactReport {
             moved_bytes: plan.moved_bytes(),

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::super::RangeId;
-use super::super::ledger::AccountId;
+use super::super::books::ledger::AccountId;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};

@@ -1,7 +1,7 @@
 //! What moves now, and what a move that was broken off has left.
 
 use super::relocation::Relocation;
-use crate::engine::ledger::AccountId;
+use crate::engine::books::ledger::AccountId;
 use crate::engine::{AtWork, Inner, State, take_out};
 use crate::sync::Arc;
 use crate::{Device, Mapping, Result};

@@ -168,11 +168,11 @@ proptest! {
                         let nothing = (last.end..PAGES).take_while(|page| model.backing[*page].is_none()).count();
                         prop_assert_eq!(end, last.end + nothing);
                         if grows {
-                            last.end = crate::engine::policy::grown_end(last, 1 << largest, end);
+                            last.end = crate::engine::books::policy::grown_end(last, 1 << largest, end);
                         }
                     }
                     pages.begin(&range, &survey, &runs);
-                    let cut: Vec<_> = runs.iter().flat_map(|run| crate::engine::policy::cut(run.clone(), 1 << largest)).collect();
+                    let cut: Vec<_> = runs.iter().flat_map(|run| crate::engine::books::policy::cut(run.clone(), 1 << largest)).collect();
                     if fails {
                         let left: Vec<_> = cut.into_iter().take(usize::from(stuck)).collect();
                         let orphans = pages.abort(&range, &survey, &runs, left.iter().map(|chunk| (chunk.clone(), chunk.start)));

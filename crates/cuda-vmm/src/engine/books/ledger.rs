@@ -1,6 +1,4 @@
 //! The budget of an engine, and who is charged for what.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{Result, VmmError};

@@ -1,6 +1,4 @@
 //! Pages counted by state, and lists of what can be given up.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::{Chunk, ChunkState};
 use std::collections::{BTreeSet, VecDeque};

@@ -7,8 +7,6 @@
 //!
 //! Where an extent grows, its last chunk may reach beyond the ask, so that the next asks find their pages
 //! there. What is there without being live is slack, at most an eighth of the extent.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use core::ops::Range;
 

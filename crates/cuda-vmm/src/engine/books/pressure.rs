@@ -1,6 +1,4 @@
 //! Who wants memory, in which order they are served, and what that asks of those who hold it. Pure.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use core::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -10,33 +8,33 @@ use std::collections::BTreeMap;
 pub(crate) struct Ticket(u64);
 
 /// Where an allocation stands: higher priority first, then who came first, and last who does not wait.
-pub(super) type Turn = (Reverse<i32>, bool, Option<Ticket>);
+pub(crate) type Turn = (Reverse<i32>, bool, Option<Ticket>);
 
-pub(super) fn turn(priority: i32, ticket: Option<Ticket>) -> Turn {
+pub(crate) fn turn(priority: i32, ticket: Option<Ticket>) -> Turn {
     (Reverse(priority), ticket.is_none(), ticket)
 }
 
 /// Memory that an account `A` was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Want<A> {
-    pub(super) account: A,
-    pub(super) bytes: usize,
+pub(crate) struct Want<A> {
+    pub(crate) account: A,
+    pub(crate) bytes: usize,
     /// Whether someone still waits for it.
-    pub(super) waits: bool,
+    pub(crate) waits: bool,
     /// How often there was room for it, if nobody waits for it.
     chances: u32,
 }
 
 /// How often a want that nobody waits for finds room before it is forgotten. Its model asks again at its next boundary, and
 /// another may have taken the room until then; a model that has moved on must not press others for ever.
-pub(super) const CHANCES: u32 = 64;
+pub(crate) const CHANCES: u32 = 64;
 
 /// What was refused and is still wanted, by ticket.
 ///
 /// A want that nobody waits for stays until there was room for it a number of times, until its account gets memory or asks again, or until it
 /// is closed; so an account has one of those at most.
 #[derive(Debug)]
-pub(super) struct Wants<A> {
+pub(crate) struct Wants<A> {
     wants: BTreeMap<Ticket, Want<A>>,
     next: u64,
 }
@@ -51,16 +49,16 @@ impl<A> Default for Wants<A> {
 }
 
 impl<A: Copy + PartialEq> Wants<A> {
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.wants.is_empty()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = (Ticket, Want<A>)> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Ticket, Want<A>)> + '_ {
         self.wants.iter().map(|(ticket, want)| (*ticket, *want))
     }
 
     /// Puts a new want behind all others of its priority.
-    pub(super) fn push(&mut self, account: A, bytes: usize, waits: bool) -> Ticket {
+    pub(crate) fn push(&mut self, account: A, bytes: usize, waits: bool) -> Ticket {
         // It asks again for what it was refused before.
         self.forget(account);
         let ticket = Ticket(self.next);
@@ -76,24 +74,24 @@ impl<A: Copy + PartialEq> Wants<A> {
     }
 
     /// How much is wanted there.
-    pub(super) fn bytes(&self, ticket: Ticket) -> Option<usize> {
+    pub(crate) fn bytes(&self, ticket: Ticket) -> Option<usize> {
         self.wants.get(&ticket).map(|want| want.bytes)
     }
 
     /// Notes how much is wanted now; other threads may have done a part of it.
-    pub(super) fn set_bytes(&mut self, ticket: Ticket, bytes: usize) {
+    pub(crate) fn set_bytes(&mut self, ticket: Ticket, bytes: usize) {
         if let Some(want) = self.wants.get_mut(&ticket) {
             want.bytes = bytes;
         }
     }
 
     /// Takes a want out; says whether it was there.
-    pub(super) fn remove(&mut self, ticket: Ticket) -> bool {
+    pub(crate) fn remove(&mut self, ticket: Ticket) -> bool {
         self.wants.remove(&ticket).is_some()
     }
 
     /// Notes that there was room for what nobody waits for; forgets it if that was so often enough.
-    pub(super) fn had_room(&mut self, ticket: Ticket) {
+    pub(crate) fn had_room(&mut self, ticket: Ticket) {
         let Some(want) = self.wants.get_mut(&ticket) else {
             return;
         };
@@ -104,7 +102,7 @@ impl<A: Copy + PartialEq> Wants<A> {
     }
 
     /// Takes out what the account was refused and nobody waits for.
-    pub(super) fn forget(&mut self, account: A) {
+    pub(crate) fn forget(&mut self, account: A) {
         if !self.wants.is_empty() {
             self.wants
                 .retain(|_, want| want.waits || want.account != account);
@@ -112,20 +110,20 @@ impl<A: Copy + PartialEq> Wants<A> {
     }
 
     /// Takes out all wants of an account.
-    pub(super) fn close(&mut self, account: A) {
+    pub(crate) fn close(&mut self, account: A) {
         self.wants.retain(|_, want| want.account != account);
     }
 }
 
 /// An account as it bears on what others want.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Holder<A> {
-    pub(super) account: A,
-    pub(super) priority: i32,
-    pub(super) guarantee_bytes: usize,
-    pub(super) ceiling_bytes: usize,
+pub(crate) struct Holder<A> {
+    pub(crate) account: A,
+    pub(crate) priority: i32,
+    pub(crate) guarantee_bytes: usize,
+    pub(crate) ceiling_bytes: usize,
     /// What it holds, less what comes back without its doing.
-    pub(super) used_bytes: usize,
+    pub(crate) used_bytes: usize,
 }
 
 impl<A> Holder<A> {
@@ -145,7 +143,7 @@ impl<A> Holder<A> {
 /// priority the furthest above its guarantee first; never below a guarantee. Of two of one priority, never by the one that
 /// holds less above its guarantee: so models that always want more come to hold the same.
 /// What nobody can owe is left out.
-pub(super) fn divide<A: Copy + PartialEq>(
+pub(crate) fn divide<A: Copy + PartialEq>(
     limit_bytes: usize,
     holders: &[Holder<A>],
     wants: impl IntoIterator<Item = (Ticket, Want<A>)>,

@@ -1,6 +1,4 @@
 //! A set of integers kept as merged intervals.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::sorted::{Place, SortedMap};
 use core::ops::Range;

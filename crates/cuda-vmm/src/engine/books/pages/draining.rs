@@ -1,6 +1,4 @@
 //! Chunks that are given back, and what becomes of them where the driver refuses.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::{ChunkState, Contents, Pages};
 

@@ -1,6 +1,4 @@
 //! Chunks that are made before anyone asks for them.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::{ChunkState, Contents, Pages};
 use core::ops::Range;

@@ -1,6 +1,4 @@
 //! One physical allocation behind one or many pages.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 /// What is happening to a chunk: one physical allocation behind one or many pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

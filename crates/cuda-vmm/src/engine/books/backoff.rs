@@ -1,12 +1,10 @@
 //! When something that failed is tried again: soon, then ever later, up to a limit. Pure: the caller says what time it is.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use core::time::Duration;
 
 /// Delays that double from `first` to `longest`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     first: Duration,
     longest: Duration,
     /// The delay after the latest failure; zero if nothing has failed.
@@ -16,7 +14,7 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) const fn new(first: Duration, longest: Duration) -> Self {
+    pub(crate) const fn new(first: Duration, longest: Duration) -> Self {
         Self {
             first,
             longest,
@@ -26,17 +24,17 @@ impl Backoff {
     }
 
     /// A try has failed. The next one is due after a delay, twice the last one.
-    pub(super) fn fail(&mut self, now: Duration) {
+    pub(crate) fn fail(&mut self, now: Duration) {
         self.delay = (self.delay.saturating_mul(2)).clamp(self.first, self.longest);
         self.due = now.saturating_add(self.delay);
     }
 
     /// How long until the next try is due; zero if it is.
-    pub(super) fn left(&self, now: Duration) -> Duration {
+    pub(crate) fn left(&self, now: Duration) -> Duration {
         self.due.saturating_sub(now)
     }
 
-    pub(super) fn is_due(&self, now: Duration) -> bool {
+    pub(crate) fn is_due(&self, now: Duration) -> bool {
         self.left(now).is_zero()
     }
 }

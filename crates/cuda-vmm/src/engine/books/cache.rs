@@ -2,14 +2,12 @@
 //! physical memory in production and a number in tests.
 //!
 //! A chunk that comes from here takes a map and a set-access, but no create.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 
 /// Memory by its size in bytes.
 #[derive(Debug)]
-pub(super) struct Cache<M> {
+pub(crate) struct Cache<M> {
     by_bytes: BTreeMap<usize, Vec<M>>,
     bytes: usize,
 }
@@ -25,12 +23,12 @@ impl<M> Default for Cache<M> {
 
 impl<M> Cache<M> {
     /// All that is in it, in bytes.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
     /// How much of memory of these sizes is there, in bytes.
-    pub(super) fn supply_bytes(&self, sizes: impl Iterator<Item = usize>) -> usize {
+    pub(crate) fn supply_bytes(&self, sizes: impl Iterator<Item = usize>) -> usize {
         let mut asked = BTreeMap::<usize, usize>::new();
         sizes.for_each(|bytes| *asked.entry(bytes).or_default() += 1);
         let there = |bytes: &usize| self.by_bytes.get(bytes).map_or(0, Vec::len);
@@ -40,13 +38,13 @@ impl<M> Cache<M> {
             .sum()
     }
 
-    pub(super) fn put(&mut self, bytes: usize, memory: M) {
+    pub(crate) fn put(&mut self, bytes: usize, memory: M) {
         self.bytes += bytes;
         self.by_bytes.entry(bytes).or_default().push(memory);
     }
 
     /// Takes out memory of just this size.
-    pub(super) fn take(&mut self, bytes: usize) -> Option<M> {
+    pub(crate) fn take(&mut self, bytes: usize) -> Option<M> {
         let same = self.by_bytes.get_mut(&bytes)?;
         let memory = same.pop();
         if same.is_empty() {
@@ -57,7 +55,7 @@ impl<M> Cache<M> {
     }
 
     /// Takes out the largest, with its size in bytes: what is needed least is given up with the fewest calls.
-    pub(super) fn take_largest(&mut self) -> Option<(usize, M)> {
+    pub(crate) fn take_largest(&mut self) -> Option<(usize, M)> {
         let (&bytes, _) = self.by_bytes.last_key_value()?;
         self.take(bytes).map(|memory| (bytes, memory))
     }

@@ -1,19 +1,17 @@
 //! Which chunks of a range are worth moving, and which of them fit in the budget.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
-use super::super::pages::PartlyLive;
+use super::pages::PartlyLive;
 
 /// Chunks to be moved, one after the other.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Plan {
-    pub(super) moves: Vec<PartlyLive>,
+pub(crate) struct MovePlan {
+    pub(crate) moves: Vec<PartlyLive>,
 }
 
-impl Plan {
+impl MovePlan {
     /// Chooses those for which there is room when their turn comes: while one moves, its live pages are held twice,
     /// and afterwards its slack is free. What needs least goes first, and so makes room for the others.
-    pub(super) fn new(chunks: impl Iterator<Item = PartlyLive>, free_bytes: usize) -> Self {
+    pub(crate) fn new(chunks: impl Iterator<Item = PartlyLive>, free_bytes: usize) -> Self {
         let mut moves: Vec<_> = chunks.collect();
         moves.sort_by_key(|chunk| chunk.live_bytes);
         let mut free_bytes = free_bytes;
@@ -27,23 +25,23 @@ impl Plan {
     }
 
     /// Bytes that would be copied.
-    pub(super) fn moved_bytes(&self) -> usize {
+    pub(crate) fn moved_bytes(&self) -> usize {
         self.moves.iter().map(|chunk| chunk.live_bytes).sum()
     }
 
     /// Bytes that would be given back.
-    pub(super) fn returned_bytes(&self) -> usize {
+    pub(crate) fn returned_bytes(&self) -> usize {
         self.moves.iter().map(|chunk| chunk.slack_bytes).sum()
     }
 
     /// Mappings that there would be besides.
-    pub(super) fn more_chunks(&self) -> usize {
+    pub(crate) fn more_chunks(&self) -> usize {
         let more = self.moves.iter().map(|chunk| chunk.pieces.len() - 1);
         more.sum()
     }
 
     /// The most that is held twice at a time, in bytes; 0 if nothing is to be moved.
-    pub(super) fn scratch_bytes(&self) -> usize {
+    pub(crate) fn scratch_bytes(&self) -> usize {
         self.moves.last().map_or(0, |chunk| chunk.live_bytes)
     }
 }
@@ -65,7 +63,7 @@ mod tests {
     #[test]
     fn what_a_small_chunk_gives_back_makes_room_for_a_large_one() {
         let chunks = [chunk(0, 5, 3), chunk(8, 1, 4)];
-        let plan = Plan::new(chunks.clone().into_iter(), 1);
+        let plan = MovePlan::new(chunks.clone().into_iter(), 1);
         assert_eq!(
             plan.moves
                 .iter()
@@ -75,7 +73,7 @@ mod tests {
         );
         assert_eq!((plan.moved_bytes(), plan.returned_bytes()), (6, 7));
         assert_eq!((plan.scratch_bytes(), plan.more_chunks()), (5, 0));
-        assert_eq!(Plan::new(chunks.into_iter(), 0), Plan::default());
+        assert_eq!(MovePlan::new(chunks.into_iter(), 0), MovePlan::default());
     }
 
     proptest! {
@@ -84,7 +82,7 @@ mod tests {
             sizes in prop::collection::vec((1..40usize, 1..40usize), 0..30), free_bytes in 0..60usize,
         ) {
             let chunks = sizes.iter().enumerate().map(|(at, (live, slack))| chunk(at * 100, *live, *slack));
-            let plan = Plan::new(chunks.clone(), free_bytes);
+            let plan = MovePlan::new(chunks.clone(), free_bytes);
             let mut free_bytes = free_bytes;
             for chunk in &plan.moves {
                 prop_assert!(chunk.live_bytes <= free_bytes);

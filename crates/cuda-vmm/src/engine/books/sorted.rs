@@ -3,8 +3,6 @@
 //! The standard library's B-tree looks a key up from the top each time, and again for each neighbour. Here one look-up
 //! finds a place, from which neighbours are read and beside which is inserted; and none is needed where the place used
 //! last, or the one after it, is the right one, as it is for whoever goes on where he was.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use core::ops::Range;
 
@@ -14,7 +12,7 @@ const BLOCK: usize = 32;
 
 /// Where an entry is, until one is added or removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     block: usize,
     at: usize,
 }
@@ -27,7 +25,7 @@ struct Block<V> {
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct SortedMap<V> {
+pub(crate) struct SortedMap<V> {
     /// The first key of each block.
     firsts: Vec<usize>,
     blocks: Vec<Block<V>>,
@@ -48,17 +46,17 @@ impl<V> Default for SortedMap<V> {
 }
 
 impl<V> SortedMap<V> {
-    pub(super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// The entry with the greatest key that is not above this one.
     #[inline]
-    pub(super) fn at_or_before(&self, key: usize) -> Option<Place> {
+    pub(crate) fn at_or_before(&self, key: usize) -> Option<Place> {
         if let Some(place) = self.near(key) {
             return Some(place);
         }
@@ -96,7 +94,7 @@ impl<V> SortedMap<V> {
 
     /// The entry after this one, or the first.
     #[inline]
-    pub(super) fn next(&self, place: Option<Place>) -> Option<Place> {
+    pub(crate) fn next(&self, place: Option<Place>) -> Option<Place> {
         let next = match place {
             None => Place::default(),
             Some(Place { block, at }) if at + 1 < self.blocks[block].keys.len() => {
@@ -111,14 +109,14 @@ impl<V> SortedMap<V> {
     }
 
     #[inline]
-    pub(super) fn entry(&self, Place { block, at }: Place) -> (usize, &V) {
+    pub(crate) fn entry(&self, Place { block, at }: Place) -> (usize, &V) {
         let block = &self.blocks[block];
         (block.keys[at], &block.values[at])
     }
 
     /// Uses an entry: it is found at once when it is wanted again, or the one after it.
     #[inline]
-    pub(super) fn value_mut(&mut self, place: Place) -> &mut V {
+    pub(crate) fn value_mut(&mut self, place: Place) -> &mut V {
         self.last = place;
         &mut self.blocks[place.block].values[place.at]
     }
@@ -128,16 +126,16 @@ impl<V> SortedMap<V> {
             .filter(|place| self.entry(*place).0 == key)
     }
 
-    pub(super) fn get(&self, key: usize) -> Option<&V> {
+    pub(crate) fn get(&self, key: usize) -> Option<&V> {
         self.place_of(key).map(|place| self.entry(place).1)
     }
 
-    pub(super) fn get_mut(&mut self, key: usize) -> Option<&mut V> {
+    pub(crate) fn get_mut(&mut self, key: usize) -> Option<&mut V> {
         self.place_of(key).map(|place| self.value_mut(place))
     }
 
     /// Adds an entry that is not there; returns the value of one that is.
-    pub(super) fn insert(&mut self, key: usize, value: V) -> Option<V> {
+    pub(crate) fn insert(&mut self, key: usize, value: V) -> Option<V> {
         let before = self.at_or_before(key);
         if let Some(place) = before.filter(|place| self.entry(*place).0 == key) {
             return Some(core::mem::replace(self.value_mut(place), value));
@@ -147,7 +145,7 @@ impl<V> SortedMap<V> {
     }
 
     /// Adds an entry whose key lies between that of the entry before it, or none, and the next one.
-    pub(super) fn insert_after(&mut self, before: Option<Place>, key: usize, value: V) {
+    pub(crate) fn insert_after(&mut self, before: Option<Place>, key: usize, value: V) {
         self.len += 1;
         let Some(before) = before else {
             if self.blocks.is_empty() {
@@ -204,7 +202,7 @@ impl<V> SortedMap<V> {
     }
 
     /// Gives an entry another key, which leaves it between its neighbours.
-    pub(super) fn rename(&mut self, place: Place, key: usize) {
+    pub(crate) fn rename(&mut self, place: Place, key: usize) {
         self.blocks[place.block].keys[place.at] = key;
         if place.at == 0 {
             self.firsts[place.block] = key;
@@ -212,11 +210,11 @@ impl<V> SortedMap<V> {
         self.last = place;
     }
 
-    pub(super) fn remove(&mut self, key: usize) -> Option<V> {
+    pub(crate) fn remove(&mut self, key: usize) -> Option<V> {
         self.place_of(key).map(|place| self.remove_at(place))
     }
 
-    pub(super) fn remove_at(&mut self, Place { block, at }: Place) -> V {
+    pub(crate) fn remove_at(&mut self, Place { block, at }: Place) -> V {
         self.len -= 1;
         let from = &mut self.blocks[block];
         from.keys.remove(at);
@@ -263,7 +261,7 @@ impl<V> SortedMap<V> {
     }
 
     /// The entries with these keys, in order.
-    pub(super) fn range(&self, keys: Range<usize>) -> impl Iterator<Item = (usize, &V)> {
+    pub(crate) fn range(&self, keys: Range<usize>) -> impl Iterator<Item = (usize, &V)> {
         let from = self.from(keys.start);
         let blocks = self.blocks.iter().enumerate().skip(from.block);
         let entries = blocks.flat_map(move |(block, Block { keys, values })| {
@@ -274,7 +272,7 @@ impl<V> SortedMap<V> {
     }
 
     /// Uses the entries from this place on whose keys are below `end`, in order.
-    pub(super) fn visit_mut(
+    pub(crate) fn visit_mut(
         &mut self,
         from: Option<Place>,
         end: usize,
@@ -295,12 +293,12 @@ impl<V> SortedMap<V> {
     }
 
     /// All entries in order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &V)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, &V)> {
         let blocks = self.blocks.iter();
         blocks.flat_map(|block| block.keys.iter().copied().zip(&block.values))
     }
 
-    pub(super) fn into_values(self) -> impl Iterator<Item = V> {
+    pub(crate) fn into_values(self) -> impl Iterator<Item = V> {
         self.blocks.into_iter().flat_map(|block| block.values)
     }
 }

@@ -3,8 +3,6 @@
 //! Pure bookkeeping over a payload `M`, which is a mapping in production and a number in tests. A page's
 //! state follows from two facts, so it is not stored: a page is live while any byte in it is, and
 //! otherwise is in the state of the chunk that backs it, or free if none does.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 mod ahead;
 mod chunk;

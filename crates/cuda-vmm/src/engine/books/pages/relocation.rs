@@ -1,9 +1,7 @@
 //! Live pages of a chunk that move to other memory, at unchanged addresses.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use super::{ChunkState, Pages};
-use crate::engine::policy::cut;
+use crate::engine::books::policy::cut;
 use core::ops::Range;
 
 /// A chunk that holds pages with live bytes and pages without, and may be moved.

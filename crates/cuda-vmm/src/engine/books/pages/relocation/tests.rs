@@ -1,7 +1,7 @@
 //! Moves of chunks in the books of a range, against what each page holds.
 
 use super::*;
-use crate::engine::pages::Parts;
+use crate::engine::books::pages::Parts;
 use proptest::prelude::*;
 
 const PAGE: usize = 8;

@@ -1,0 +1,18 @@
+//! Pure bookkeeping: who is charged for what, which bytes are live, what an allocation takes.
+//!
+//! Nothing here calls the driver, locks, waits or asks for the time, and nothing here uses a module outside this folder
+//! except errors and checked sizes. So each part has property tests that compare it with a plain model.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+pub(crate) mod backoff;
+pub(crate) mod cache;
+pub(crate) mod chunk_plan;
+pub(crate) mod counters;
+pub(crate) mod intervals;
+pub(crate) mod ledger;
+pub(crate) mod move_plan;
+pub(crate) mod pages;
+pub(crate) mod policy;
+pub(crate) mod pressure;
+pub(crate) mod sorted;
