@@ -7,7 +7,11 @@ use std::fs;
 use std::process::Command;
 
 /// The sources. The PTX of each is beside it.
-const SOURCES: [&str; 1] = ["crates/cuda-vmm/tests/common/gather.cu"];
+const SOURCES: [&str; 3] = [
+    "benches/src/bin/bench/fill.cu",
+    "benches/src/bin/bench/traffic.cu",
+    "crates/cuda-vmm/tests/common/gather.cu",
+];
 
 /// For the oldest GPU that the pinned compiler knows.
 const COMPILE: [&str; 3] = ["--ptx", "--gpu-architecture=compute_75", "--output-file"];
