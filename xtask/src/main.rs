@@ -12,6 +12,7 @@ mod files;
 mod generate;
 mod gpu_test;
 mod headers;
+mod kernels;
 mod licences;
 mod machine;
 mod package;

@@ -1,8 +1,7 @@
 //! Keys and values appended by one launch.
 //!
 //! A decode step appends one token to each cache of each layer. Two copies for each layer cost more time to launch than to
-//! run, so one kernel lays down both; where answers are to be contiguous it makes them on the way. It is PTX, which the
-//! driver compiles when it is first used, so that no CUDA compiler is needed for it.
+//! run, so one kernel lays down both; where answers are to be contiguous it makes them on the way: `kernels/append.cu`.
 //!
 //! # Safety
 //! The kernel writes where [`Side`]s say: to rows that are live, in no view and owned by the caller's borrow, and to answers
@@ -11,6 +10,7 @@
 #![allow(unsafe_code)]
 
 use crate::error::{Result, VmmError};
+use crate::kernels;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
@@ -20,101 +20,6 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, Layout, Shape, Storage, Tensor};
 use std::fmt;
 use std::sync::Arc;
-
-/// One thread for each 16 bytes of a side's answer, or, without answers, of what comes; `%ctaid.y` is the side.
-///
-/// A token is `outer` pieces of `run` bytes each, which lie side by side in a row, and in an answer `all` tokens apart.
-const SOURCE: &str = "
-.version 7.0
-.target sm_70
-.address_size 64
-
-.visible .entry append_tokens(
-    .param .u64 row_0, .param .u64 come_0, .param .u64 answer_0, .param .u64 come_outer_0, .param .u64 come_token_0,
-    .param .u64 row_1, .param .u64 come_1, .param .u64 answer_1, .param .u64 come_outer_1, .param .u64 come_token_1,
-    .param .u64 row_bytes,
-    .param .u32 pieces,
-    .param .u32 all,
-    .param .u32 old,
-    .param .u32 total)
-{
-    .reg .pred %over, %first, %is_old, %no_answer;
-    .reg .b32 %at, %block, %size, %thread, %side, %pieces, %all, %old, %total;
-    .reg .b32 %piece, %rest, %token, %outer, %new, %other;
-    .reg .b64 %row, %come, %answer, %come_outer, %come_token, %row_bytes, %else;
-    .reg .b64 %place, %step, %from;
-    .reg .b32 %v<4>;
-
-    mov.u32 %block, %ctaid.x;
-    mov.u32 %size, %ntid.x;
-    mov.u32 %thread, %tid.x;
-    mad.lo.u32 %at, %block, %size, %thread;
-    ld.param.u32 %total, [total];
-    setp.ge.u32 %over, %at, %total;
-    @%over bra END;
-
-    mov.u32 %side, %ctaid.y;
-    setp.eq.u32 %first, %side, 0;
-    ld.param.u64 %row, [row_0];
-    ld.param.u64 %else, [row_1];
-    selp.b64 %row, %row, %else, %first;
-    ld.param.u64 %come, [come_0];
-    ld.param.u64 %else, [come_1];
-    selp.b64 %come, %come, %else, %first;
-    ld.param.u64 %answer, [answer_0];
-    ld.param.u64 %else, [answer_1];
-    selp.b64 %answer, %answer, %else, %first;
-    ld.param.u64 %come_outer, [come_outer_0];
-    ld.param.u64 %else, [come_outer_1];
-    selp.b64 %come_outer, %come_outer, %else, %first;
-    ld.param.u64 %come_token, [come_token_0];
-    ld.param.u64 %else, [come_token_1];
-    selp.b64 %come_token, %come_token, %else, %first;
-    ld.param.u64 %row_bytes, [row_bytes];
-    ld.param.u32 %pieces, [pieces];
-    ld.param.u32 %all, [all];
-    ld.param.u32 %old, [old];
-
-    div.u32 %rest, %at, %pieces;
-    mul.lo.u32 %other, %rest, %pieces;
-    sub.u32 %piece, %at, %other;
-    div.u32 %outer, %rest, %all;
-    mul.lo.u32 %other, %outer, %all;
-    sub.u32 %token, %rest, %other;
-
-    mul.wide.u32 %step, %token, 1;
-    mul.lo.u64 %step, %step, %row_bytes;
-    add.u64 %place, %row, %step;
-    mad.lo.u32 %other, %outer, %pieces, %piece;
-    mul.wide.u32 %step, %other, 16;
-    add.u64 %place, %place, %step;
-
-    setp.lt.u32 %is_old, %token, %old;
-    @%is_old bra OLD;
-    sub.u32 %new, %token, %old;
-    mul.wide.u32 %step, %new, 1;
-    mul.lo.u64 %step, %step, %come_token;
-    add.u64 %from, %come, %step;
-    mul.wide.u32 %step, %outer, 1;
-    mul.lo.u64 %step, %step, %come_outer;
-    add.u64 %from, %from, %step;
-    mul.wide.u32 %step, %piece, 16;
-    add.u64 %from, %from, %step;
-    ld.global.v4.b32 {%v0, %v1, %v2, %v3}, [%from];
-    st.global.v4.b32 [%place], {%v0, %v1, %v2, %v3};
-    bra ANSWER;
-OLD:
-    ld.global.v4.b32 {%v0, %v1, %v2, %v3}, [%place];
-ANSWER:
-    setp.eq.u64 %no_answer, %answer, 0;
-    @%no_answer bra END;
-    mul.wide.u32 %step, %at, 16;
-    add.u64 %answer, %answer, %step;
-    st.global.v4.b32 [%answer], {%v0, %v1, %v2, %v3};
-END:
-    ret;
-}
-";
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -208,14 +113,13 @@ impl fmt::Debug for Append {
 impl Append {
     /// Loads the kernel. Where that fails, nothing is ever queued.
     pub(crate) fn new(device: &CudaDevice) -> Self {
-        let function = device.get_or_load_custom_func("append_tokens", "cuda_vmm", SOURCE);
+        let function = kernels::APPEND.function(device, "append_tokens");
         let function =
             function.inspect_err(|error| tracing::debug!(%error, "tokens are appended by copies"));
-        let function = function.ok().map(|function| function.into_cuda_function());
         Self {
             device: device.clone(),
             stream: device.cuda_stream(),
-            function,
+            function: function.ok(),
         }
     }
 

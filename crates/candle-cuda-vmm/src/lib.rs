@@ -46,7 +46,7 @@
 //!   libclang. Without it they are declared by hand, the interface is the same, and the build needs no more than Candle's.
 //! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
 //! - `serde`: the pools' snapshots can be written and read ([`cuda_vmm::Snapshot`]).
-//! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`, which needs `nvcc`.
+//! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`. Candle's kernels and this crate's need `nvcc` to build.
 //!
 //! A CUDA device never gets the simulated driver, and a GPU that fails to answer is an error.
 //!
@@ -65,6 +65,8 @@ pub mod device;
 mod elastic_blocks;
 mod elastic_tensor;
 pub mod error;
+#[cfg(feature = "cuda")]
+mod kernels;
 pub mod kv_cache;
 #[cfg(feature = "cuda")]
 mod lease;

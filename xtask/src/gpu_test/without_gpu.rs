@@ -8,8 +8,8 @@ use super::program::Program;
 use super::row::{self, State};
 use super::runner::{KERNELS, Runner};
 use super::{COMPUTE_CAP, build, process, stand_ins, summary};
-use crate::progress;
 use crate::workspace::Workspace;
+use crate::{kernels, progress};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -20,6 +20,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Builds the programs as `gpu-test` does and runs them on each kind of CUDA device that Candle has.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
+    kernels::check(workspace)?;
     let target = workspace.target.join("gpu-test");
     let cells = Cell::simulated_library();
     let wanted: BTreeSet<Program> = cells.iter().flat_map(Cell::programs).collect();

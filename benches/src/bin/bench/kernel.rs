@@ -6,41 +6,15 @@
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule};
 use cuda_vmm::{Device, DriverKind, Stream};
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
 
-/// Writes `words` words of four bytes from `target` on.
-const SOURCE: &CStr = c"
-.version 7.0
-.target sm_70
-.address_size 64
-
-.visible .entry fill(.param .u64 target, .param .u32 words)
-{
-    .reg .pred %done;
-    .reg .b32 %words, %at, %step;
-    .reg .b64 %target, %place;
-
-    ld.param.u64 %target, [target];
-    ld.param.u32 %words, [words];
-    mov.u32 %at, %tid.x;
-    mov.u32 %step, %ntid.x;
-NEXT:
-    setp.ge.u32 %done, %at, %words;
-    @%done bra END;
-    mul.wide.u32 %place, %at, 4;
-    add.s64 %place, %target, %place;
-    st.global.u32 [%place], %at;
-    add.u32 %at, %at, %step;
-    bra NEXT;
-END:
-    ret;
-}
-";
-
-/// Loads a kernel out of PTX that ends with a zero, for the process's life, and makes the device's context current on
-/// this thread. The simulated driver has no kernels.
-pub fn load(device: &Device, source: &'static CStr, name: &CStr) -> Result<Option<CUfunction>> {
+/// Loads a kernel from PTX for the process's life, and makes the device's context current on this thread. The simulated
+/// driver has no kernels.
+///
+/// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test --cuda` keeps
+/// the two in step.
+pub fn load(device: &Device, ptx: &str, name: &CStr) -> Result<Option<CUfunction>> {
     let table = device.driver().table();
     // SAFETY: the device retains its context; the thread has no other that it needs.
     let code = unsafe { (table.cuCtxSetCurrent)(device.raw_context()) };
@@ -48,9 +22,10 @@ pub fn load(device: &Device, source: &'static CStr, name: &CStr) -> Result<Optio
     if device.driver().kind() == DriverKind::Simulated {
         return Ok(None);
     }
+    let image = CString::new(ptx)?;
     let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
     // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
-    let code = unsafe { (table.cuModuleLoadData)(&mut module, source.as_ptr().cast()) };
+    let code = unsafe { (table.cuModuleLoadData)(&mut module, image.as_ptr().cast()) };
     ensure!(code == CUDA_SUCCESS, "cuModuleLoadData answered {code}");
     // SAFETY: `function` is a valid place, and the module was just loaded.
     let code = unsafe { (table.cuModuleGetFunction)(&mut function, module, name.as_ptr()) };
@@ -96,7 +71,7 @@ pub struct Fill(Option<CUfunction>);
 impl Fill {
     /// Loads it; the simulated driver has no kernels, and a memset stands for it there.
     pub fn new(device: &Device) -> Result<Self> {
-        load(device, SOURCE, c"fill").map(Self)
+        load(device, include_str!("fill.ptx"), c"fill").map(Self)
     }
 
     /// Queues it on a stream of the device, whose context is current on this thread since [`new`](Self::new).

@@ -7,46 +7,8 @@ use crate::machine::Machine;
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::CUfunction;
 use cuda_vmm::{Device, Stream};
-use std::ffi::{CStr, c_void};
+use std::ffi::c_void;
 use std::time::{Duration, Instant};
-
-/// Writes `vectors` vectors of 16 bytes from `target` on, which begins again after `mask + 1` of them.
-const SOURCE: &CStr = c"
-.version 7.0
-.target sm_70
-.address_size 64
-
-.visible .entry traffic(.param .u64 target, .param .u64 mask, .param .u64 vectors)
-{
-    .reg .pred %done;
-    .reg .b32 %thread, %threads, %block, %blocks, %value;
-    .reg .b64 %target, %mask, %vectors, %at, %step, %place, %wide;
-
-    ld.param.u64 %target, [target];
-    ld.param.u64 %mask, [mask];
-    ld.param.u64 %vectors, [vectors];
-    mov.u32 %thread, %tid.x;
-    mov.u32 %threads, %ntid.x;
-    mov.u32 %block, %ctaid.x;
-    mov.u32 %blocks, %nctaid.x;
-    mul.wide.u32 %at, %block, %threads;
-    cvt.u64.u32 %wide, %thread;
-    add.u64 %at, %at, %wide;
-    mul.wide.u32 %step, %blocks, %threads;
-    mov.u32 %value, %thread;
-NEXT:
-    setp.ge.u64 %done, %at, %vectors;
-    @%done bra END;
-    and.b64 %place, %at, %mask;
-    shl.b64 %place, %place, 4;
-    add.u64 %place, %target, %place;
-    st.global.v4.u32 [%place], {%value, %value, %value, %value};
-    add.u64 %at, %at, %step;
-    bra NEXT;
-END:
-    ret;
-}
-";
 
 const VECTOR_BYTES: usize = 16;
 /// As many as keep all of a large GPU's memory busy.
@@ -70,7 +32,7 @@ pub struct Traffic<'a> {
 impl<'a> Traffic<'a> {
     /// Loads the kernel and finds out how fast it writes, on this stream.
     pub fn new(machine: &Machine, device: &'a Device, stream: &Stream) -> Result<Self> {
-        let kernel = load(device, SOURCE, c"traffic")?;
+        let kernel = load(device, include_str!("traffic.ptx"), c"traffic")?;
         let buffer_bytes = match kernel {
             Some(_) => BUFFER_BYTES.min(machine.fitting(BUFFER_BYTES, 0.05, 1 << 20)?),
             None => SIMULATED_BYTES,

@@ -1,7 +1,8 @@
 //! A kernel that gathers blocks by a table of their numbers, as attention over paged caches does.
 //!
-//! On a GPU it is PTX, which the driver compiles when it is loaded. The simulated driver has no kernels; there a
-//! host function on the stream does the same, for mapped addresses are addresses of the host.
+//! On a GPU it is `gather.cu`, or rather the PTX of it that is committed, so that no build needs a CUDA compiler:
+//! `cargo xtask test --cuda` keeps the two in step. The simulated driver has no kernels. There a host function on the
+//! stream does the same: mapped addresses are addresses of the host.
 
 use super::with_context;
 use core::ffi::c_void;
@@ -9,55 +10,8 @@ use core::ptr::null_mut;
 use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule, CUresult, CUstream};
 use cuda_vmm::{Device, DriverKind};
 
-/// One thread block a row: `out[row] = pool[table[row]]`, where a row has `words` words of four bytes.
-const SOURCE: &str = "
-.version 7.0
-.target sm_70
-.address_size 64
-
-.visible .entry gather(
-    .param .u64 out,
-    .param .u64 pool,
-    .param .u64 table,
-    .param .u32 words)
-{
-    .reg .pred %done;
-    .reg .b32 %words, %row, %block, %at, %step, %value;
-    .reg .b64 %out, %pool, %table, %place, %from, %to, %source, %target;
-
-    ld.param.u64 %out, [out];
-    ld.param.u64 %pool, [pool];
-    ld.param.u64 %table, [table];
-    ld.param.u32 %words, [words];
-
-    mov.u32 %row, %ctaid.x;
-    mul.wide.u32 %place, %row, 4;
-    add.s64 %place, %table, %place;
-    ld.global.u32 %block, [%place];
-
-    mul.wide.u32 %from, %block, %words;
-    shl.b64 %from, %from, 2;
-    add.s64 %from, %pool, %from;
-    mul.wide.u32 %to, %row, %words;
-    shl.b64 %to, %to, 2;
-    add.s64 %to, %out, %to;
-
-    mov.u32 %at, %tid.x;
-    mov.u32 %step, %ntid.x;
-NEXT:
-    setp.ge.u32 %done, %at, %words;
-    @%done bra END;
-    mul.wide.u32 %place, %at, 4;
-    add.s64 %source, %from, %place;
-    add.s64 %target, %to, %place;
-    ld.global.u32 %value, [%source];
-    st.global.u32 [%target], %value;
-    add.u32 %at, %at, %step;
-    bra NEXT;
-END:
-    ret;
-}
-\0";
+/// The PTX of `gather.cu`: `out[row] = pool[table[row]]`, where a row has `words` words of four bytes.
+const PTX: &str = concat!(include_str!("gather.ptx"), "\0");
 
 /// Threads of a block.
 const THREADS: u32 = 128;
@@ -168,7 +122,7 @@ fn load(device: &Device) -> (CUmodule, CUfunction) {
     let (mut module, mut function) = (null_mut(), null_mut());
     with_context(device, || {
         // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
-        let code = unsafe { (table.cuModuleLoadData)(&mut module, SOURCE.as_ptr().cast()) };
+        let code = unsafe { (table.cuModuleLoadData)(&mut module, PTX.as_ptr().cast()) };
         assert_eq!(code, CUDA_SUCCESS, "cuModuleLoadData");
         // SAFETY: `function` is a valid place, and the module was just loaded.
         let code =

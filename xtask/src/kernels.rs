@@ -1,0 +1,61 @@
+//! Kernels that are built without a CUDA compiler: those of tests and measuring programs. Their PTX is generated and committed.
+
+use crate::setup;
+use crate::workspace::{self, Workspace};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::process::Command;
+
+/// The sources. The PTX of each is beside it.
+const SOURCES: [&str; 3] = [
+    "benches/src/bin/bench/fill.cu",
+    "benches/src/bin/bench/traffic.cu",
+    "crates/cuda-vmm/tests/common/gather.cu",
+];
+
+/// For the oldest GPU that the pinned compiler knows.
+const COMPILE: [&str; 3] = ["--ptx", "--gpu-architecture=compute_75", "--output-file"];
+const ASSEMBLE: [&str; 2] = ["--gpu-name=sm_75", "--output-file"];
+
+/// A version of PTX that every supported driver reads. The compiler writes its own version, which needs a driver as new.
+/// The assembler refuses instructions that are newer than the version in the file.
+const VERSION: &str = ".version 7.0";
+
+/// Compiles the sources with the pinned toolkit, and updates PTX that differs.
+///
+/// # Errors
+///
+/// If a file differed, or does not compile.
+pub fn check(workspace: &Workspace) -> Result<()> {
+    setup::ensure(workspace, true, false)?;
+    let tool = |name| Command::new(setup::toolkit_folder(workspace).join("bin").join(name));
+    let output = tempfile::NamedTempFile::new_in(&workspace.target).context("making a file")?;
+    let mut updated = Vec::new();
+    for source in SOURCES.map(|source| workspace.root.join(source)) {
+        workspace::run(tool("nvcc").args(COMPILE).arg(output.path()).arg(&source))?;
+        let made = fs::read_to_string(output.path()).context("reading the compiler's PTX")?;
+        let (file, text) = (source.with_extension("ptx"), committed(&made));
+        if fs::read_to_string(&file).unwrap_or_default() != text {
+            fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
+            updated.push(workspace.short(&file));
+        }
+        workspace::run(tool("ptxas").args(ASSEMBLE).arg(output.path()).arg(&file))?;
+    }
+    let updated = updated.join(", ");
+    ensure!(
+        updated.is_empty(),
+        "out of date, and generated anew: {updated}"
+    );
+    Ok(())
+}
+
+/// The compiler's PTX without comments and empty lines, with [`VERSION`].
+fn committed(text: &str) -> String {
+    let lines = text.lines().map(str::trim_end);
+    let kept = lines.filter(|line| !line.is_empty() && !line.trim_start().starts_with("//"));
+    kept.flat_map(|line| match line.starts_with(".version") {
+        true => [VERSION, "\n"],
+        false => [line, "\n"],
+    })
+    .collect()
+}
