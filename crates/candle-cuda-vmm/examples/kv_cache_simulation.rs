@@ -1,7 +1,7 @@
 //! Three models whose KV caches grow token by token under one limit of physical memory.
 //!
-//! `cargo run --example kv_cache_simulation` runs on the CPU device, over the simulated driver;
-//! with `--features cuda` on GPU 0.
+//! `cargo run --example kv_cache_simulation` runs on the CPU device, with the simulated driver.
+//! With `--features cuda` it runs on GPU 0.
 
 use candle_core::Device;
 use candle_cuda_vmm::{Result, SharedMemoryPool, VmmError};
@@ -11,7 +11,7 @@ const GIB: usize = 1 << 30;
 const MIB: usize = 1 << 20;
 const KIB: usize = 1 << 10;
 
-/// One request's tokens: where each stands, and how long a token is.
+/// The tokens of one request: their addresses, and the size of each.
 struct Request {
     model: &'static str,
     token_bytes: usize,
@@ -35,7 +35,7 @@ impl Server {
         Ok(())
     }
 
-    /// Allocates one token after another. If memory runs out, gives back what the request has and returns
+    /// Allocates one token after another. If memory runs out, frees all of the request and returns
     /// the error.
     fn run(&mut self, model: &'static str, tokens: usize) -> Result<Request> {
         let mut request = Request {

@@ -1,7 +1,7 @@
-//! The quick start: 128 GiB of addresses, 1 GiB of memory behind them.
+//! Quick start: 128 GiB of addresses, with memory for 1 GiB of them.
 //!
-//! `cargo run --example quick_start` runs on the CPU device, over the simulated driver;
-//! with `--features cuda` on GPU 0.
+//! `cargo run --example quick_start` runs on the CPU device, with the simulated driver. With
+//! `--features cuda` it runs on GPU 0.
 
 use candle_core::Device;
 use candle_cuda_vmm::{Result, VirtualMemoryPool};
@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     let mut pool =
         VirtualMemoryPool::new(128 * 1024 * 1024 * 1024, 2 * 1024 * 1024, device.clone())?;
 
-    // 1 GiB of memory, where it is wanted.
+    // 1 GiB of memory, behind the first addresses.
     let address = pool.allocate(0, 1024 * 1024 * 1024)?;
     println!(
         "allocated at address {address:#x} on {:?}",
@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     );
     println!("physical usage: {} bytes", pool.physical_memory_usage());
 
-    // And back.
+    // Free it.
     pool.deallocate(0, 1024 * 1024 * 1024)?;
     println!("after freeing: {} bytes", pool.physical_memory_usage());
     Ok(())

@@ -1,14 +1,14 @@
-//! The driver's calls, nearly as they are.
+//! Thin wrappers of driver calls.
 //!
-//! Each function is one driver call of the [default driver](crate::device::default_driver). A failed
-//! call is [`VmmError::Vmm`] with the call and the driver's code.
+//! Each function makes one call of the [default driver](crate::device::default_driver). If it
+//! fails, the error is [`VmmError::Vmm`] with the call and the driver's code.
 //!
-//! Nothing here remembers what was made: whoever makes something gives it back.
+//! This module does not track what it creates: the caller releases it.
 //!
 //! # Safety
-//! The unsafe functions are as unsafe as the CUDA calls of their names. What this module itself relies
-//! on is that the table's pointers are valid while the driver lives, and that out-parameters and
-//! descriptors are alive during the call.
+//! The unsafe functions have the requirements of the CUDA calls that they wrap. This module relies
+//! on two more facts: the table's function pointers are valid while the driver lives, and
+//! out-parameters and descriptors live during the call.
 #![allow(unsafe_code)]
 
 use crate::device::default_driver;
@@ -16,24 +16,24 @@ use crate::error::{Result, VmmError};
 use cuda_vmm::Driver;
 use cuda_vmm::sys::{self, DriverFunction};
 
-/// Kind of place where memory is.
+/// The kind of place where memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryLocationType {
-    /// On a device.
+    /// Device memory.
     Device,
 }
 
-/// What memory is to be made like.
+/// The properties of memory to allocate.
 #[derive(Debug, Clone)]
 pub struct AllocationProp {
-    /// Kind of place.
+    /// The kind of place.
     pub location_type: MemoryLocationType,
-    /// Number of the device.
+    /// The device's number.
     pub device_ordinal: i32,
 }
 
 impl AllocationProp {
-    /// Memory on the device of this number.
+    /// Returns the properties of memory on a device.
     pub fn device(device_ordinal: i32) -> Self {
         Self {
             location_type: MemoryLocationType::Device,
@@ -41,9 +41,9 @@ impl AllocationProp {
         }
     }
 
-    /// The driver's own form: pinned memory that cannot be exported.
+    /// Converts to the driver's struct: pinned memory that cannot be exported.
     fn to_driver(&self) -> sys::CUmemAllocationProp {
-        // SAFETY: the struct holds integers and a pointer, for which all zeros is valid.
+        // SAFETY: the struct holds integers and a pointer; all zeros are valid for them.
         let mut properties: sys::CUmemAllocationProp = unsafe { std::mem::zeroed() };
         properties.type_ = sys::CU_MEM_ALLOCATION_TYPE_PINNED;
         properties.location.type_ = match self.location_type {
@@ -54,14 +54,14 @@ impl AllocationProp {
     }
 }
 
-/// What a device may do with mapped memory.
+/// A device's access to mapped memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AccessFlags {
-    /// Nothing.
+    /// No access.
     None = 0,
-    /// Read.
+    /// Read access.
     Read = 1,
-    /// Read and write.
+    /// Read and write access.
     ReadWrite = 3,
 }
 
@@ -78,21 +78,21 @@ impl AccessFlags {
 /// A handle of physical memory.
 pub type MemGenericAllocationHandle = sys::CUmemGenericAllocationHandle;
 
-/// An address of a device.
+/// A device address.
 pub type DevicePtr = sys::CUdeviceptr;
 
-/// Takes `size` bytes of physical memory, a multiple of the granularity (`cuMemCreate`).
+/// Allocates `size` bytes of physical memory, a multiple of the granularity (`cuMemCreate`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for a size of 0 or off the granularity,
-/// `CUDA_ERROR_OUT_OF_MEMORY`.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_INVALID_VALUE` if `size` is 0 or no
+/// multiple of the granularity, `CUDA_ERROR_OUT_OF_MEMORY` if the device has too little memory.
 ///
 /// # Safety
 /// As the CUDA call. The caller owns the handle and releases it once.
 pub unsafe fn mem_create(size: usize, prop: &AllocationProp) -> Result<MemGenericAllocationHandle> {
     let properties = prop.to_driver();
     let mut handle = 0;
-    // SAFETY: `handle` is a valid place and the properties are alive during the call.
+    // SAFETY: `handle` is a valid out-parameter, and the properties live during the call.
     unsafe {
         call!(
             &default_driver()?,
@@ -102,25 +102,28 @@ pub unsafe fn mem_create(size: usize, prop: &AllocationProp) -> Result<MemGeneri
     Ok(handle)
 }
 
-/// Releases a handle of physical memory (`cuMemRelease`). Memory that is still mapped stays until it is
-/// unmapped.
+/// Releases a handle of physical memory (`cuMemRelease`).
+///
+/// Memory that is still mapped stays until it is unmapped.
 ///
 /// # Errors
-/// What the driver answers.
+/// [`VmmError::Vmm`] with the driver's code.
 ///
 /// # Safety
 /// The caller owns one reference to the handle and gives it up.
 pub unsafe fn mem_release(handle: MemGenericAllocationHandle) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { call!(&default_driver()?, cuMemRelease(handle)) }
 }
 
-/// Reserves `size` bytes of addresses, a multiple of the granularity, at a multiple of `alignment` (0
-/// for the driver's own); at `addr` if that is not 0 and free (`cuMemAddressReserve`).
+/// Reserves `size` bytes of addresses, a multiple of the granularity (`cuMemAddressReserve`).
+///
+/// `alignment` is in bytes; 0 selects the driver's own. The driver reserves at `addr` if that is
+/// not 0 and is free.
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for a size of 0, `CUDA_ERROR_OUT_OF_MEMORY` where
-/// there is no such run of addresses.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_INVALID_VALUE` if `size` is 0,
+/// `CUDA_ERROR_OUT_OF_MEMORY` if there is no such run of addresses.
 ///
 /// # Safety
 /// As the CUDA call. The caller owns the addresses and frees them once.
@@ -129,11 +132,11 @@ pub unsafe fn mem_address_reserve(
     alignment: usize,
     addr: DevicePtr,
 ) -> Result<DevicePtr> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { address_reserve(&default_driver()?, size, alignment, addr) }
 }
 
-/// As [`mem_address_reserve`], of a given driver.
+/// As [`mem_address_reserve`], with a given driver.
 pub(crate) unsafe fn address_reserve(
     driver: &Driver,
     size: usize,
@@ -141,7 +144,7 @@ pub(crate) unsafe fn address_reserve(
     addr: DevicePtr,
 ) -> Result<DevicePtr> {
     let mut address = 0;
-    // SAFETY: `address` is a valid place; the rest is the caller's promise.
+    // SAFETY: `address` is a valid out-parameter; the caller guarantees the rest.
     unsafe {
         call!(
             driver,
@@ -154,40 +157,41 @@ pub(crate) unsafe fn address_reserve(
 /// Frees reserved addresses (`cuMemAddressFree`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` while anything is mapped there.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_INVALID_VALUE` while anything is mapped
+/// there.
 ///
 /// # Safety
-/// Address and size are those of one reservation, which the caller owns and gives up.
+/// `ptr` and `size` are one whole reservation, which the caller owns and gives up.
 pub unsafe fn mem_address_free(ptr: DevicePtr, size: usize) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { address_free(&default_driver()?, ptr, size) }
 }
 
-/// As [`mem_address_free`], of a given driver.
+/// As [`mem_address_free`], with a given driver.
 pub(crate) unsafe fn address_free(driver: &Driver, ptr: DevicePtr, size: usize) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { call!(driver, cuMemAddressFree(ptr, size)) }
 }
 
 /// Maps all of a handle's memory at an address, without access (`cuMemMap`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_NOT_SUPPORTED` unless `offset` is 0 and `size` is the handle's
-/// own, `CUDA_ERROR_INVALID_VALUE` where something is mapped already.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_NOT_SUPPORTED` unless `offset` is 0 and
+/// `size` the handle's size, `CUDA_ERROR_INVALID_VALUE` if something is already mapped there.
 ///
 /// # Safety
-/// The addresses lie in a reservation that lasts as long as the mapping, and the handle is alive.
+/// The addresses lie in a reservation that outlives the mapping, and the handle is alive.
 pub unsafe fn mem_map(
     ptr: DevicePtr,
     size: usize,
     offset: usize,
     handle: MemGenericAllocationHandle,
 ) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { map(&default_driver()?, ptr, size, offset, handle) }
 }
 
-/// As [`mem_map`], of a given driver.
+/// As [`mem_map`], with a given driver.
 pub(crate) unsafe fn map(
     driver: &Driver,
     ptr: DevicePtr,
@@ -195,47 +199,47 @@ pub(crate) unsafe fn map(
     offset: usize,
     handle: MemGenericAllocationHandle,
 ) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { call!(driver, cuMemMap(ptr, size, offset, handle, 0)) }
 }
 
 /// Unmaps whole mappings (`cuMemUnmap`). It does not wait for the device.
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for part of a mapping.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_INVALID_VALUE` for a part of a mapping.
 ///
 /// # Safety
-/// No work that is under way, or launched later, uses the addresses.
+/// No work that is queued now or later uses the addresses.
 pub unsafe fn mem_unmap(ptr: DevicePtr, size: usize) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { unmap(&default_driver()?, ptr, size) }
 }
 
-/// As [`mem_unmap`], of a given driver.
+/// As [`mem_unmap`], with a given driver.
 pub(crate) unsafe fn unmap(driver: &Driver, ptr: DevicePtr, size: usize) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { call!(driver, cuMemUnmap(ptr, size)) }
 }
 
-/// Sets what a device may do with whole mappings (`cuMemSetAccess`).
+/// Sets a device's access to whole mappings (`cuMemSetAccess`).
 ///
 /// # Errors
-/// What the driver answers: `CUDA_ERROR_INVALID_VALUE` for part of a mapping, a range that is not
-/// mapped throughout, or a device that is not there.
+/// [`VmmError::Vmm`] with the driver's code: `CUDA_ERROR_INVALID_VALUE` for a part of a mapping,
+/// for bytes that are not all mapped, and for a device that does not exist.
 ///
 /// # Safety
-/// As the CUDA call: no work under way needs access that is taken away.
+/// As the CUDA call: no queued work needs access that is removed.
 pub unsafe fn mem_set_access(
     ptr: DevicePtr,
     size: usize,
     device_ordinal: i32,
     flags: AccessFlags,
 ) -> Result<()> {
-    // SAFETY: the caller's promise is the call's.
+    // SAFETY: the caller guarantees what the call requires.
     unsafe { set_access(&default_driver()?, ptr, size, device_ordinal, flags) }
 }
 
-/// As [`mem_set_access`], of a given driver.
+/// As [`mem_set_access`], with a given driver.
 pub(crate) unsafe fn set_access(
     driver: &Driver,
     ptr: DevicePtr,
@@ -247,14 +251,16 @@ pub(crate) unsafe fn set_access(
         location: AllocationProp::device(device_ordinal).to_driver().location,
         flags: flags.to_driver(),
     };
-    // SAFETY: the descriptor is alive during the call; the rest is the caller's promise.
+    // SAFETY: the descriptor lives during the call; the caller guarantees the rest.
     unsafe { call!(driver, cuMemSetAccess(ptr, size, &descriptor, 1)) }
 }
 
-/// Granularity in bytes of physical memory of such properties (`cuMemGetAllocationGranularity`).
+/// Returns the granularity in bytes of physical memory with these properties
+/// (`cuMemGetAllocationGranularity`).
 ///
 /// # Errors
-/// What the driver answers. For a device that is not there, an H200's driver answered a granularity.
+/// [`VmmError::Vmm`] with the driver's code. A driver may return a granularity even for a device
+/// that does not exist; an H200's does.
 ///
 /// # Safety
 /// `option` is one of the driver's `CU_MEM_ALLOC_GRANULARITY` values.
@@ -264,7 +270,7 @@ pub unsafe fn mem_get_allocation_granularity(
 ) -> Result<usize> {
     let properties = prop.to_driver();
     let mut granularity = 0;
-    // SAFETY: `granularity` is a valid place and the properties are alive during the call.
+    // SAFETY: `granularity` is a valid out-parameter, and the properties live during the call.
     unsafe {
         call!(
             &default_driver()?,
@@ -274,7 +280,7 @@ pub unsafe fn mem_get_allocation_granularity(
     Ok(granularity)
 }
 
-/// The granularity in bytes that the driver recommends for a device.
+/// Returns the recommended granularity of a device in bytes.
 ///
 /// # Errors
 /// As [`mem_get_allocation_granularity`].
@@ -284,7 +290,7 @@ pub fn get_recommended_granularity(device_ordinal: i32) -> Result<usize> {
     unsafe { mem_get_allocation_granularity(&prop, sys::CU_MEM_ALLOC_GRANULARITY_RECOMMENDED) }
 }
 
-/// The smallest granularity in bytes of a device.
+/// Returns the smallest granularity of a device in bytes.
 ///
 /// # Errors
 /// As [`mem_get_allocation_granularity`].
@@ -294,7 +300,7 @@ pub fn get_minimum_granularity(device_ordinal: i32) -> Result<usize> {
     unsafe { mem_get_allocation_granularity(&prop, sys::CU_MEM_ALLOC_GRANULARITY_MINIMUM) }
 }
 
-/// Calls an entry point of a driver's table and turns its code into a `Result`.
+/// Calls an entry point of a driver's table and converts its code to a `Result`.
 macro_rules! call {
     ($driver:expr, $function:ident($($argument:expr),* $(,)?)) => {{
         let driver: &Driver = $driver;

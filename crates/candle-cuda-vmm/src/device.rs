@@ -1,4 +1,4 @@
-//! Which driver serves which Candle device.
+//! Maps a Candle device to a driver.
 //!
 //! | device | driver |
 //! |---|---|
@@ -6,22 +6,23 @@
 //! | `Device::Cpu` | the simulated one, with the feature `simulator` |
 //! | `Device::Metal` | none |
 //!
-//! Everything else is [`UnsupportedDevice`](VmmError::UnsupportedDevice).
+//! Without its feature, a device is [`UnsupportedDevice`](VmmError::UnsupportedDevice).
 
 use crate::error::{Result, VmmError};
 use candle_core::Device;
 use cuda_vmm::Driver;
 
-/// The device of [`cuda_vmm`] that serves a Candle device.
+/// Returns the device of [`cuda_vmm`] that corresponds to a Candle device.
 ///
-/// For a CUDA device that is the device of the same number of [`Driver::cuda`]; the primary context
-/// that both retain is checked to be the same. For the CPU it is device 0 of one simulated driver for
-/// the process: 80 GiB, granularity 2 MiB, host memory behind it where it is written.
+/// For a CUDA device it is the device of the same number of [`Driver::cuda`]. The function checks
+/// that both use the device's primary context. For the CPU it is device 0 of one simulated driver
+/// per process. That device has 80 GiB and a granularity of 2 MiB, and takes host memory only for
+/// what is written.
 ///
 /// # Errors
-/// - [`UnsupportedDevice`](VmmError::UnsupportedDevice) for a kind of device that this build does not
-///   serve, and for a GPU without virtual memory management.
-/// - [`CandleError`](VmmError::CandleError) around a [`ForeignContext`] if the Candle device does not
+/// - [`UnsupportedDevice`](VmmError::UnsupportedDevice) for a kind of device that this build does
+///   not support, and for a GPU without virtual memory management.
+/// - [`CandleError`](VmmError::CandleError) with a [`ForeignContext`] if the Candle device does not
 ///   use the primary context.
 /// - [`Vmm`](VmmError::Vmm) if the driver cannot be opened or fails.
 pub fn core_device(device: &Device) -> Result<cuda_vmm::Device> {
@@ -29,19 +30,19 @@ pub fn core_device(device: &Device) -> Result<cuda_vmm::Device> {
         #[cfg(feature = "simulator")]
         Device::Cpu => Ok(simulated_driver()?.device(0)?),
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => core_of(&device.cuda_stream()),
+        Device::Cuda(device) => device_of_stream(&device.cuda_stream()),
         _ => Err(VmmError::UnsupportedDevice),
     }
 }
 
-/// The driver behind functions that take no device: [`VirtualAddressRange::new`], the functions of
-/// [`mapping`] and [`cuda_ffi`], [`is_vmm_supported`].
+/// Returns the driver for functions that take no device: [`VirtualAddressRange::new`], the
+/// functions of [`mapping`] and [`cuda_ffi`], and [`is_vmm_supported`].
 ///
-/// With the feature `cuda` it is the real one, otherwise the simulated one that serves CPU devices.
+/// With the feature `cuda` it is the real one, otherwise the simulated one that CPU devices use.
 ///
 /// # Errors
-/// [`Vmm`](VmmError::Vmm) if the driver cannot be opened;
-/// [`UnsupportedDevice`](VmmError::UnsupportedDevice) with neither feature.
+/// - [`Vmm`](VmmError::Vmm) if the driver cannot be opened.
+/// - [`UnsupportedDevice`](VmmError::UnsupportedDevice) if neither feature is on.
 ///
 /// [`VirtualAddressRange::new`]: crate::VirtualAddressRange::new
 /// [`mapping`]: crate::mapping
@@ -56,13 +57,14 @@ pub fn default_driver() -> Result<Driver> {
     return Err(VmmError::UnsupportedDevice);
 }
 
-/// The one simulated driver of this process; started when it is first asked for. A forked process has its own.
+/// Returns the one simulated driver of this process, and starts it on the first call. A forked
+/// process starts its own.
 #[cfg(feature = "simulator")]
 fn simulated_driver() -> Result<Driver> {
     use cuda_vmm::PerProcess;
     use std::sync::{Mutex, PoisonError};
 
-    // Not a `OnceLock`: a start that failed may be tried again.
+    // Not a `OnceLock`: if the start fails, the next call tries again.
     static STARTED: PerProcess<Mutex<Option<Driver>>> = PerProcess::new();
     let mut started = STARTED.get().lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(driver) = &*started {
@@ -72,13 +74,14 @@ fn simulated_driver() -> Result<Driver> {
     Ok(started.insert(driver).clone())
 }
 
+/// Returns the core's device for the device of a Candle stream.
 #[cfg(feature = "cuda")]
-pub(crate) fn core_of(
+pub(crate) fn device_of_stream(
     stream: &candle_core::cuda::cudarc::driver::CudaStream,
 ) -> Result<cuda_vmm::Device> {
     let context = stream.context();
     let core = Driver::cuda()?.device(context.ordinal())?;
-    same_context(
+    check_same_context(
         context.ordinal(),
         context.cu_ctx() as usize,
         core.raw_context() as usize,
@@ -86,11 +89,13 @@ pub(crate) fn core_of(
     Ok(core)
 }
 
-/// Candle's device uses another context than the device's primary one, so that Candle and the pools
-/// would not see the same memory.
+/// The error if Candle's device does not use the device's primary context.
+///
+/// Memory of the pools is visible in the primary context only.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 #[error(
-    "Candle's device {ordinal} uses context {candle_context:#x} and not the primary context {primary_context:#x}"
+    "Candle's device {ordinal} uses context {candle_context:#x} instead of the primary context {primary_context:#x}"
 )]
 pub struct ForeignContext {
     /// The device's number.
@@ -101,8 +106,9 @@ pub struct ForeignContext {
     pub primary_context: usize,
 }
 
+/// Fails unless both contexts are the same.
 #[cfg(any(feature = "cuda", test))]
-fn same_context(ordinal: usize, candle_context: usize, primary_context: usize) -> Result<()> {
+fn check_same_context(ordinal: usize, candle_context: usize, primary_context: usize) -> Result<()> {
     if candle_context == primary_context {
         return Ok(());
     }
@@ -120,8 +126,8 @@ mod tests {
 
     #[test]
     fn another_context_than_the_primary_one_is_refused() {
-        assert!(same_context(1, 0x10, 0x10).is_ok());
-        let error = same_context(1, 0x10, 0x20).unwrap_err();
+        assert!(check_same_context(1, 0x10, 0x10).is_ok());
+        let error = check_same_context(1, 0x10, 0x20).unwrap_err();
         assert!(matches!(error, VmmError::CandleError(_)));
         let text = error.to_string();
         assert!(

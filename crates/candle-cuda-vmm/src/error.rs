@@ -1,23 +1,23 @@
-//! What can go wrong.
+//! The errors of this crate.
 //!
-//! The variants of 0.1.1 are all here, with their fields. [`VmmError::Vmm`] is new: it carries an
-//! error of the core crate, [`cuda_vmm`], for which 0.1.1 had no variant.
+//! All variants of 0.1.1 are here, with their fields. [`VmmError::Vmm`] is new: it carries an error
+//! of [`cuda_vmm`] for which 0.1.1 has no variant.
 
 use std::sync::Arc;
 use thiserror::Error;
 
-/// Result of this crate's operations.
+/// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, VmmError>;
 
 /// An error of this crate.
 ///
-/// An error of [`cuda_vmm`] becomes the variant of 0.1.1 that says the same, and
-/// [`Vmm`](Self::Vmm) where none does:
+/// An error of [`cuda_vmm`] becomes the variant of 0.1.1 with the same meaning. If there is none,
+/// it becomes [`Vmm`](Self::Vmm):
 ///
 /// | `cuda_vmm::VmmError` | here |
 /// |---|---|
 /// | `OutOfVirtualMemory` | [`OutOfVirtualMemory`](Self::OutOfVirtualMemory) |
-/// | `OutOfPhysicalMemory` | [`Vmm`](Self::Vmm), with all its numbers, from all that is new in 0.2.0: tensors, caches, blocks. [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) from [`VirtualMemoryPool`](crate::VirtualMemoryPool) and [`SharedMemoryPool`](crate::SharedMemoryPool), as in 0.1.1 |
+/// | `OutOfPhysicalMemory` | [`Vmm`](Self::Vmm) with all its fields from tensors, caches and blocks; [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) from [`VirtualMemoryPool`](crate::VirtualMemoryPool) and [`SharedMemoryPool`](crate::SharedMemoryPool), as in 0.1.1 |
 /// | `OutOfRange`, `Overflow` | [`InvalidOffset`](Self::InvalidOffset) |
 /// | `Misaligned` | [`InvalidAlignment`](Self::InvalidAlignment) |
 /// | `AlreadyMapped`, `NotMapped` | the same |
@@ -25,12 +25,13 @@ pub type Result<T> = std::result::Result<T, VmmError>;
 /// | `UnsupportedDevice` | the same |
 /// | `ModelNotFound` | the same |
 /// | `ModelAlreadyRegistered` | [`ModelAlreadyExists`](Self::ModelAlreadyExists) |
-/// | anything else, a failed driver call above all | [`Vmm`](Self::Vmm) |
+/// | any other, such as a failed driver call | [`Vmm`](Self::Vmm) |
 #[derive(Debug, Error)]
 pub enum VmmError {
-    /// A CUDA call failed, in words: what `from_cuda_result` and
-    /// [`cuda`](Self::cuda) make. This crate reports its own driver calls as [`Vmm`](Self::Vmm), with
-    /// the call and its code.
+    /// A CUDA call failed; the text describes it.
+    ///
+    /// `from_cuda_result` and [`cuda`](Self::cuda) make it. This crate's own driver calls fail with
+    /// [`Vmm`](Self::Vmm), which has the call and its code.
     #[error("CUDA error: {0}")]
     CudaError(String),
 
@@ -43,7 +44,9 @@ pub enum VmmError {
         available: usize,
     },
 
-    /// The budget has no room. Nothing was taken. [`shortage`](Self::shortage) says the same of this and of the core's error.
+    /// The memory budget is exhausted. Nothing was allocated.
+    ///
+    /// [`shortage`](Self::shortage) returns the same data for this variant and for the core's.
     #[error("out of physical memory: {requested} bytes requested, {available} available")]
     OutOfPhysicalMemory {
         /// Bytes of physical memory that the request still needed.
@@ -52,7 +55,7 @@ pub enum VmmError {
         available: usize,
     },
 
-    /// Bytes outside a range, or an end that does not fit in an address.
+    /// The bytes lie outside of the range, or `offset + size` overflows.
     #[error("invalid offset: {offset} (size: {size}, capacity: {capacity})")]
     InvalidOffset {
         /// First byte.
@@ -63,15 +66,15 @@ pub enum VmmError {
         capacity: usize,
     },
 
-    /// A mapping that cannot be made as asked.
+    /// The memory cannot be mapped as requested.
     #[error("mapping failed: {0}")]
     MappingFailed(String),
 
-    /// A mapping that cannot be taken away as asked.
+    /// The memory cannot be unmapped as requested.
     #[error("unmapping failed: {0}")]
     UnmappingFailed(String),
 
-    /// A value is not aligned as it must be.
+    /// A value is not a multiple of the required alignment.
     #[error("invalid alignment: {actual}, required: {required}")]
     InvalidAlignment {
         /// The value in bytes.
@@ -80,7 +83,7 @@ pub enum VmmError {
         required: usize,
     },
 
-    /// Some of the bytes are allocated, or mapped, already.
+    /// Some of the bytes are already allocated or mapped.
     #[error("range already mapped: offset {offset}, size {size}")]
     AlreadyMapped {
         /// First byte.
@@ -89,7 +92,7 @@ pub enum VmmError {
         size: usize,
     },
 
-    /// Some of the bytes are not allocated, or not mapped.
+    /// Some of the bytes are not allocated or not mapped.
     #[error("range not mapped: offset {offset}, size {size}")]
     NotMapped {
         /// First byte.
@@ -98,13 +101,13 @@ pub enum VmmError {
         size: usize,
     },
 
-    /// A page size that is not a power of two, or below the device's granularity.
+    /// The page size is not a power of two, or is below the device's granularity.
     #[error(
         "invalid page size: {0} (it must be a power of two, and at least the device's allocation granularity)"
     )]
     InvalidPageSize(usize),
 
-    /// The device has no virtual memory management, or this build serves no device of its kind.
+    /// The device has no virtual memory management, or this build does not support its kind.
     #[error("the device does not support CUDA virtual memory management in this build")]
     UnsupportedDevice,
 
@@ -116,40 +119,41 @@ pub enum VmmError {
     #[error("model not found: {0}")]
     ModelNotFound(String),
 
-    /// A model of this name is registered already.
+    /// A model of this name is already registered.
     #[error("model already registered: {0}")]
     ModelAlreadyExists(String),
 
-    /// Anything else, in words.
+    /// Any other error, as a text.
     #[error("{0}")]
     Other(String),
 
-    /// An error of the core crate that no other variant says. New in 0.2.0.
+    /// An error of the core crate for which no other variant exists. New in 0.2.0.
     #[error(transparent)]
     Vmm(cuda_vmm::VmmError),
 }
 
 impl VmmError {
-    /// A [`CudaError`](Self::CudaError) from an error of the cudarc that Candle uses.
+    /// Converts an error of the cudarc that Candle uses to a [`CudaError`](Self::CudaError).
     #[cfg(any(feature = "cuda", feature = "__docs"))]
     #[cfg_attr(docsrs, doc(cfg(feature = "cuda")))]
     pub fn from_cuda_result(result: cudarc::driver::result::DriverError) -> Self {
         Self::CudaError(format!("{result:?}"))
     }
 
-    /// A [`CudaError`](Self::CudaError) in your own words.
+    /// Makes a [`CudaError`](Self::CudaError) with the given text.
     pub fn cuda<S: Into<String>>(msg: S) -> Self {
         Self::CudaError(msg.into())
     }
 
-    /// An [`Other`](Self::Other) in your own words.
+    /// Makes an [`Other`](Self::Other) with the given text.
     pub fn other<S: Into<String>>(msg: S) -> Self {
         Self::Other(msg.into())
     }
 
-    /// The error of this crate that an error of Candle holds, however often it was wrapped on its way: by
-    /// [`context`](candle_core::Error::context), by [`bt`](candle_core::Error::bt), with a path, or in an error of a model
-    /// that names it as its source.
+    /// Finds the error of this crate inside an error of Candle.
+    ///
+    /// It looks through [`context`](candle_core::Error::context), [`bt`](candle_core::Error::bt),
+    /// added paths, and errors that name it as their source, at any depth.
     ///
     /// ```
     /// use candle_cuda_vmm::{VmmError, cuda_vmm};
@@ -175,7 +179,7 @@ impl VmmError {
         }
     }
 
-    /// The error of this crate in a chain of sources.
+    /// Finds the error of this crate in a chain of sources.
     fn find_source<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a Self> {
         let mut next = Some(error);
         while let Some(error) = next {
@@ -191,7 +195,7 @@ impl VmmError {
         None
     }
 
-    /// The error of this crate that was the cause, if it came back in one of Candle's.
+    /// Returns the error of this crate inside a `CandleError`, otherwise the error itself.
     fn cause(&self) -> &Self {
         match self {
             Self::CandleError(error) => Self::find(error).unwrap_or(self),
@@ -199,7 +203,7 @@ impl VmmError {
         }
     }
 
-    /// What was missing, if memory of the budget ran out.
+    /// Returns how much memory was missing, if the budget is exhausted.
     pub fn shortage(&self) -> Option<Shortage> {
         match self.cause() {
             Self::OutOfPhysicalMemory {
@@ -229,7 +233,7 @@ impl VmmError {
         }
     }
 
-    /// The driver's own code, if a driver call of this crate failed.
+    /// Returns the driver's own code, if a driver call of this crate failed.
     pub fn driver_code(&self) -> Option<cuda_vmm::sys::CUresult> {
         match self.cause() {
             Self::Vmm(error) => error.driver_code(),
@@ -237,7 +241,7 @@ impl VmmError {
         }
     }
 
-    /// Whether physical memory ran out: the budget's, or the device's.
+    /// Returns whether physical memory ran out: the budget's, or the device's.
     pub fn is_out_of_memory(&self) -> bool {
         match self.cause() {
             Self::OutOfPhysicalMemory { .. } => true,
@@ -249,8 +253,8 @@ impl VmmError {
     /// Whether the same call can succeed later, when memory is back
     /// ([`later_bytes`](Self::later_bytes)).
     ///
-    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this returns
-    /// `true` for it even if the request is larger than the limit: compare `requested` with
+    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this
+    /// returns `true` for it even if the request is larger than the limit: compare `requested` with
     /// `global_stats().physical_limit` before you wait.
     pub fn is_later(&self) -> bool {
         match self.cause() {
@@ -274,11 +278,13 @@ impl VmmError {
 
     /// Whether the same call fails for good, whatever the program and others do meanwhile.
     ///
-    /// An error that is neither this nor [`is_later`](Self::is_later) depends on what the program does: on bytes that it
-    /// allocates or frees, and on models. Nothing is known about errors in words ([`CudaError`](Self::CudaError),
-    /// [`Other`](Self::Other)) and about Candle's: those are neither.
+    /// An error that is neither this nor [`is_later`](Self::is_later) depends on what the program
+    /// does: on bytes that it allocates or frees, and on models. Nothing is known about errors in
+    /// words ([`CudaError`](Self::CudaError), [`Other`](Self::Other)) and about Candle's: those are
+    /// neither.
     pub fn is_never(&self) -> bool {
-        // Without a wildcard, so that each new error is given a thought. A variant that the core has too is as there.
+        // Without a wildcard, so that each new error is given a thought. A variant that the core
+        // has too is as there.
         match self.cause() {
             Self::Vmm(error) => error.is_never(),
             Self::CudaError(_)
@@ -299,7 +305,7 @@ impl VmmError {
         }
     }
 
-    /// Whether the device's context is beyond use: every later call on it fails too.
+    /// Returns whether the device's context is unusable, so that every later call on it fails too.
     pub fn is_poisoned(&self) -> bool {
         match self.cause() {
             Self::Vmm(error) => error.is_poisoned(),
@@ -307,7 +313,8 @@ impl VmmError {
         }
     }
 
-    /// As 0.1.1 said it: a budget without room is [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory).
+    /// Converts an error of the core as 0.1.1 reports it: an exhausted budget becomes
+    /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory).
     pub(crate) fn as_in_0_1_1(error: cuda_vmm::VmmError) -> Self {
         match Self::from(error) {
             Self::Vmm(cuda_vmm::VmmError::OutOfPhysicalMemory {
@@ -323,19 +330,20 @@ impl VmmError {
     }
 }
 
-/// What was missing when memory of a budget ran out, in bytes; see [`VmmError::shortage`].
+/// How much memory was missing when a budget was exhausted, in bytes; see [`VmmError::shortage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Shortage {
-    /// What the request still needed.
+    /// Bytes that the request still needed.
     pub requested_bytes: usize,
-    /// What could have been had at once.
+    /// Bytes that were free.
     pub available_bytes: usize,
-    /// What comes back when the device has finished with it. Not known from the pools of 0.1.1, as nor is what follows.
+    /// Freed bytes that become available once the device has finished with them. Like the fields
+    /// below, `None` for the pools of 0.1.1.
     pub retiring_bytes: Option<usize>,
-    /// What is held but not in use, which others could give up.
+    /// Bytes that other users of the budget hold and do not use.
     pub reclaimable_bytes: Option<usize>,
-    /// The most that the asker may ever hold.
+    /// The most bytes that the caller may ever hold.
     pub limit_bytes: Option<usize>,
 }
 
@@ -387,8 +395,10 @@ impl From<cuda_vmm::VmmError> for VmmError {
     }
 }
 
-/// An error of this crate that went through Candle comes back as what it was, unless something was said about it on the
-/// way; then [`VmmError::find`] has it.
+/// Unwraps an error of this crate that was converted to an error of Candle.
+///
+/// If context was added in between, the result is [`CandleError`](VmmError::CandleError); use
+/// [`VmmError::find`].
 impl From<candle_core::Error> for VmmError {
     fn from(error: candle_core::Error) -> Self {
         match error {
@@ -405,8 +415,10 @@ impl From<candle_core::Error> for VmmError {
     }
 }
 
-/// So that a function that returns Candle's `Result` takes this crate's errors with `?`. An error that came from Candle
-/// is that error again; any other is kept whole, and [`VmmError::find`] finds it.
+/// Lets a function that returns Candle's `Result` use `?` on this crate's errors.
+///
+/// An error that came from Candle is returned unchanged. Any other is wrapped, and
+/// [`VmmError::find`] finds it.
 impl From<VmmError> for candle_core::Error {
     fn from(error: VmmError) -> Self {
         match error {

@@ -1,21 +1,32 @@
-//! Memory of a pool as a Candle tensor: the one place that knows how.
+//! Candle tensors over memory of a pool. Only this module makes them.
 //!
-//! Each tensor handed out is over a `CudaSlice` of exactly its extent, made on a stream object of its own in a context
-//! object of its own (cudarc's; both stand for Candle's stream in the primary context). The stream object is the lease's
-//! token: every slice, view and clone holds it, so it is ours alone when none is left. Beside it the token holds Candle's
-//! stream, which it stands for, whatever else of Candle's device is gone. Dropping the slice calls
-//! `cuMemFreeAsync`, which the driver refuses for such memory; cudarc parks the refusal in the private context object,
-//! where Candle never looks, and whence it is taken when the token comes back.
+//! # How a lease ends
+//! Candle frees a `CudaSlice` with `cuMemFreeAsync` and knows no other owner of memory. So each
+//! tensor is made over a `CudaSlice` of exactly its extent, on a stream object of its own:
+//!
+//! ```text
+//! tensor, views, clones ──► CudaSlice ──► stream object (the token) ──► context object
+//!                                             stands for Candle's stream  of its own
+//! ```
+//!
+//! - Every slice, view and clone holds the stream object. Once the token holds the last reference,
+//!   the lease has ended, and the core may free the memory.
+//! - Both objects are cudarc's. They stand for Candle's stream in the primary context. The token
+//!   also holds Candle's stream, which may outlive the rest of Candle's device.
+//! - When the slice is dropped, the driver refuses `cuMemFreeAsync` for such memory. cudarc stores
+//!   that error in the slice's context object, where Candle never looks. The token clears it when
+//!   it is dropped.
 //!
 //! # Safety
-//! Slices are made of memory that is mapped and leased to their token, or that is written and let go within one call
-//! while the pool is borrowed. Our own work on them is queued on Candle's stream, or on that of a tensor of another device
-//! object in between. What others queue on leased memory may be on any stream of any device: the core frees memory that was
-//! leased behind all of them.
+//! Slices are made of memory that is mapped and leased to their token, or that is written and
+//! released within one call while the pool is borrowed. This crate queues its own work on Candle's
+//! stream, or, between two waits, on that of a tensor of another device object. Others may queue
+//! work on leased memory on any stream of any device: the core frees memory that was leased behind
+//! all of them.
 #![allow(unsafe_code)]
 
 use crate::error::{Result, VmmError};
-use crate::order::InTurn;
+use crate::order::StreamOrder;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
 use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
@@ -26,30 +37,31 @@ use cuda_vmm::{Driver, LeaseToken, Stream, VirtualMemoryPool};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, iter, mem};
 
-/// Candle's stream, as the core knows streams. It is kept alive by whatever holds the result.
-pub(crate) fn stream_of(core: &cuda_vmm::Device, candle: &Arc<CudaStream>) -> Stream {
+/// Returns Candle's stream as a stream of the core, which keeps Candle's stream alive.
+pub(crate) fn core_stream(core: &cuda_vmm::Device, candle: &Arc<CudaStream>) -> Stream {
     let raw = candle.cu_stream();
-    // SAFETY: the stream is destroyed with the last clone of the owner; it is of the primary context, which `core_device`
-    // has checked.
+    // SAFETY: the stream is destroyed with the last clone of the owner; it is of the primary
+    // context, which `core_device` has checked.
     unsafe { Stream::borrow_with(core, raw.cast(), candle.clone()) }
 }
 
-/// Makes tensors over memory of pools, on one Candle device, and keeps tokens to be used again.
+/// Makes tensors over memory of pools for one Candle device, and reuses tokens.
 pub(crate) struct Leases {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    free: Arc<Free>,
+    free: Arc<FreeStreams>,
 }
 
-/// Stream objects that nothing shares. They may outlive Candle's device, and then nobody takes them.
+/// Stream objects that nothing shares. They may outlive Candle's device; then they are not used
+/// again.
 #[derive(Debug)]
-struct Free {
+struct FreeStreams {
     driver: Driver,
     streams: Mutex<Vec<Arc<CudaStream>>>,
 }
 
-impl Free {
-    /// The one door to them. Fails in a forked process, where the lock may be held for good.
+impl FreeStreams {
+    /// Locks the stream objects. Fails in a forked process, where the lock may never be released.
     fn lock(&self) -> cuda_vmm::Result<MutexGuard<'_, Vec<Arc<CudaStream>>>> {
         self.driver.check_process()?;
         let locked = self.streams.lock();
@@ -64,15 +76,15 @@ impl fmt::Debug for Leases {
 }
 
 impl Leases {
-    /// So many free tokens are kept at most.
-    const FREE_MAX: usize = 256;
+    /// The most stream objects that are kept for reuse.
+    const FREE_STREAMS_MAX: usize = 256;
 
-    /// Of a Candle device, and the driver that serves it.
+    /// Makes leases for a Candle device, whose driver is `driver`.
     pub(crate) fn new(device: &CudaDevice, driver: &Driver) -> Arc<Self> {
         Arc::new(Self {
             device: device.clone(),
             stream: device.cuda_stream(),
-            free: Arc::new(Free {
+            free: Arc::new(FreeStreams {
                 driver: driver.clone(),
                 streams: Mutex::default(),
             }),
@@ -83,28 +95,31 @@ impl Leases {
         let free = self.free.lock()?.pop();
         let stream = match free {
             Some(stream) => stream,
-            None => self.make()?,
+            None => self.new_stream()?,
         };
         Ok(Token {
             stream,
             candle: self.stream.clone(),
-            home: self.free.clone(),
+            free: self.free.clone(),
         })
     }
 
-    fn make(&self) -> Result<Arc<CudaStream>> {
+    fn new_stream(&self) -> Result<Arc<CudaStream>> {
         let candle = &self.stream;
         let failed = |error: DriverError| VmmError::from(candle_core::Error::wrap(error));
         let context = CudaContext::new(candle.context().ordinal()).map_err(failed)?;
-        // SAFETY: what is freed waits for every stream that may use slices of this context object, so that needs no events.
-        // Which of them reads what another writes is ordered by whoever hands tensors from one to another.
+        // SAFETY: events would order frees, but the core frees leased memory behind every stream
+        // that may use it. Code that passes tensors from one stream to another orders their reads
+        // and writes.
         unsafe { context.disable_event_tracking() };
-        // SAFETY: both context objects are of the primary context, which `core_device` has checked for Candle's; the
-        // stream lives while its owner does, which each token holds, and so does Candle's storage beside every slice.
+        // SAFETY: both context objects stand for the primary context, which `core_device` has
+        // checked for Candle's. Each token, and Candle's storage beside every slice, keeps the
+        // owner of the stream alive.
         Ok(unsafe { context.wrap_borrowed_stream(candle.cu_stream()) })
     }
 
-    /// A tensor of this shape over live bytes of the pool at `offset`, which are leased until nothing is left of it.
+    /// Makes a tensor of this shape over live bytes of the pool at `offset`, and leases them until
+    /// nothing is left of the tensor.
     pub(crate) fn tensor(
         self: &Arc<Self>,
         pool: &VirtualMemoryPool,
@@ -116,7 +131,7 @@ impl Leases {
         let elements: usize = shape.iter().product();
         let stream = token.stream.clone();
         pool.lease(offset, elements * dtype.size_in_bytes(), token)?;
-        // SAFETY: the bytes are live, and stay mapped while the stream object is shared, which the slice does.
+        // SAFETY: the bytes are live, and stay mapped while the slice shares the stream object.
         let slice = unsafe {
             slice(
                 &stream,
@@ -128,8 +143,8 @@ impl Leases {
         Ok(self.wrap(slice, shape))
     }
 
-    /// The first blocks of a tensor of block tables, `[blocks, block shape…]`, all of them backed, which are leased until
-    /// nothing is left of the result.
+    /// Makes a tensor `[blocks, block shape…]` over the first blocks of a block tensor, all of them
+    /// backed, and leases them until nothing is left of the result.
     pub(crate) fn first_blocks(
         self: &Arc<Self>,
         backing: &BlockBacking,
@@ -145,17 +160,18 @@ impl Leases {
             .chain(tensor.block_shape().iter().copied())
             .collect();
         let elements = shape.iter().product();
-        // SAFETY: the blocks are backed, and stay mapped while the stream object is shared, which the slice does. The
-        // tensor has them one behind the other, of elements of this type's size.
+        // SAFETY: the blocks are backed, and stay mapped while the slice shares the stream object.
+        // They are contiguous, with elements of this dtype's size.
         let slice = unsafe { slice(&stream, tensor.base_address(), elements, dtype) }?;
         Ok(self.wrap(slice, &shape))
     }
 
-    /// A tensor over all addresses of a tensor of block tables, `[num_blocks, block shape…]`, and the token that tells
-    /// whether something is left of it.
+    /// Makes a tensor `[num_blocks, block shape…]` over all addresses of a block tensor. The token
+    /// shows whether anything is left of it.
     ///
     /// # Safety
-    /// Only backed blocks are touched through it, and while anything is left of it the addresses stay reserved.
+    /// Only backed blocks are touched through the tensor, and the addresses stay reserved while
+    /// anything is left of it.
     pub(crate) unsafe fn reserved(
         self: &Arc<Self>,
         tensor: &BlockTensor,
@@ -169,10 +185,11 @@ impl Leases {
         Ok((self.wrap(slice, &shape), token))
     }
 
-    /// A tensor of this shape without elements, over no memory: the driver allocates none of no size.
+    /// Makes a tensor of this shape without elements, over no memory. The driver cannot allocate 0
+    /// bytes.
     pub(crate) fn empty(self: &Arc<Self>, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let token = self.token()?;
-        // SAFETY: there is nothing to be mapped.
+        // SAFETY: a slice without elements needs no memory.
         let slice = unsafe { slice(&token.stream, 0, 0, dtype) }?;
         Ok(self.wrap(slice, shape))
     }
@@ -183,7 +200,8 @@ impl Leases {
         Tensor::from_storage(storage, shape, BackpropOp::none(), false)
     }
 
-    /// Queues a copy of a tensor, of any strides, to live bytes of the pool at `offset`, in the order of its elements.
+    /// Queues a copy of a tensor, of any strides, to live bytes of the pool at `offset`, in the
+    /// order of its elements.
     pub(crate) fn write(
         self: &Arc<Self>,
         pool: &VirtualMemoryPool,
@@ -192,8 +210,8 @@ impl Leases {
     ) -> Result<()> {
         let token = self.token()?;
         let address = pool.base_address() + offset as u64;
-        // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream, which
-        // comes after the copy.
+        // SAFETY: the bytes are live while the pool is borrowed. They are freed behind Candle's
+        // stream, which waits for the copy.
         let slice = unsafe { slice(&token.stream, address, source.elem_count(), source.dtype()) }?;
         let mut target = CudaStorage {
             slice,
@@ -202,15 +220,17 @@ impl Leases {
         let (storage, layout) = source.storage_and_layout();
         let outcome = match &*storage {
             // Candle queues the copy on the source's stream.
-            Storage::Cuda(storage) => InTurn::new(&storage.device.cuda_stream(), &self.stream)
-                .and_then(|turn| {
-                    let copied = storage.copy_strided_src(&mut target, 0, layout);
-                    turn.end().and(copied)
-                })
-                .map_err(VmmError::from),
+            Storage::Cuda(storage) => {
+                StreamOrder::begin(&storage.device.cuda_stream(), &self.stream)
+                    .and_then(|order| {
+                        let copied = storage.copy_strided_src(&mut target, 0, layout);
+                        order.end().and(copied)
+                    })
+                    .map_err(VmmError::from)
+            }
             _ => Err(VmmError::UnsupportedDevice),
         };
-        // Not dropped, which would ask the driver for what it refuses.
+        // A drop would call `cuMemFreeAsync`, which the driver refuses.
         leak(target.slice);
         outcome
     }
@@ -223,14 +243,14 @@ pub(crate) fn zero(
     offset: usize,
     bytes: usize,
 ) -> Result<()> {
-    // SAFETY: the bytes are live while the pool is borrowed, and freed behind what is queued on Candle's stream.
+    // SAFETY: the bytes are live while the pool is borrowed. They are freed behind Candle's stream.
     Ok(unsafe { stream.memset(pool.base_address() + offset as u64, 0, bytes) }?)
 }
 
-/// A slice on this stream.
+/// Makes a slice on this stream.
 ///
 /// # Safety
-/// The memory is mapped while the slice, or anything made of it, lives.
+/// The memory is mapped as long as the slice, or anything made from it, lives.
 unsafe fn slice(
     stream: &Arc<CudaStream>,
     address: u64,
@@ -249,12 +269,12 @@ unsafe fn slice(
     Ok(slices!(U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3))
 }
 
-/// The error for a type of which Candle has no tensors on CUDA that can be computed with.
+/// Returns the error for a dtype of which Candle has no CUDA tensors that it can compute with.
 pub(crate) fn unsupported(dtype: DType) -> VmmError {
     candle_core::Error::UnsupportedDTypeForOp(dtype, "elastic-tensor").into()
 }
 
-/// Lets a slice go without freeing its address.
+/// Drops a slice without freeing its address.
 fn leak(slice: Slice) {
     macro_rules! leaks {
         ($($dtype:ident)*) => { match slice { $(Slice::$dtype(slice) => { slice.leak(); })* } };
@@ -262,13 +282,14 @@ fn leak(slice: Slice) {
     leaks!(U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3 F6E2M3 F6E3M2 F4 F8E8M0);
 }
 
-/// A stream object that is shared by what uses one lease, and by nothing else.
+/// A stream object that everything made under one lease shares, and nothing else does.
 #[derive(Debug)]
 pub(crate) struct Token {
     stream: Arc<CudaStream>,
-    /// What `stream` stands for: slices are freed on it. It goes after them.
+    /// Candle's stream, for which `stream` stands. It must outlive the slices, which are freed on
+    /// it.
     candle: Arc<CudaStream>,
-    home: Arc<Free>,
+    free: Arc<FreeStreams>,
 }
 
 impl LeaseToken for Token {
@@ -279,19 +300,20 @@ impl LeaseToken for Token {
 
 impl Drop for Token {
     fn drop(&mut self) {
-        if self.home.driver.check_process().is_err() {
-            // Both are the parent's: nothing is asked of the driver for the last of them.
+        if self.free.driver.check_process().is_err() {
+            // The objects are the parent process's: they are leaked, so that no drop calls the
+            // driver.
             mem::forget((self.stream.clone(), self.candle.clone()));
             return;
         }
         if Arc::get_mut(&mut self.stream).is_none() {
-            // Something is left that was made on it: the next lease must not share it.
+            // Something still uses the stream object, so the next lease must not share it.
             return;
         }
-        // The refusals of the frees; nobody else is to see them.
+        // Clears the errors of the refused frees, so that the next lease does not see them.
         let _ = self.stream.context().check_err();
-        if let Ok(mut free) = self.home.lock()
-            && free.len() < Leases::FREE_MAX
+        if let Ok(mut free) = self.free.lock()
+            && free.len() < Leases::FREE_STREAMS_MAX
         {
             free.push(self.stream.clone());
         }

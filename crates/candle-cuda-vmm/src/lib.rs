@@ -1,8 +1,8 @@
-//! Tensors, KV caches and paged caches for [Candle](candle_core) that grow in place: addresses are there from the start and
-//! never move, and memory follows what is in use.
+//! Tensors, KV caches and paged caches for [Candle](candle_core) that grow in place: their
+//! addresses never move, and only the part in use has memory.
 //!
-//! A [`TensorPool`] is one budget of memory on one device. An [`ElasticKvCache`] of it has the methods of Candle's own
-//! cache, and grows where it stands:
+//! A [`TensorPool`] has one memory budget on one device. An [`ElasticKvCache`] takes its memory
+//! from that pool and has the methods of Candle's own cache:
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -20,39 +20,40 @@
 //! # }
 //! ```
 //!
-//! An [`ElasticTensor`] grows by rows, and [`ElasticBlocks`] are the tensors of a paged cache. For programs that launch
-//! their own kernels, [`VirtualMemoryPool`] hands out the addresses of one range, and [`SharedMemoryPool`] those of many
-//! models under one limit.
+//! An [`ElasticTensor`] grows by rows. [`ElasticBlocks`] holds the tensors of a paged cache. For
+//! programs that launch their own kernels, [`VirtualMemoryPool`] provides the addresses of one
+//! range, and [`SharedMemoryPool`] those of many models under one limit.
 //!
-//! # Where things are
-//! - [`TensorPool`], [`ElasticTensor`], [`ElasticKvCache`]: tensors and caches that grow.
-//! - [`virtual_memory`]: the two pools and their statistics.
-//! - [`device`]: which driver serves which Candle device.
-//! - [`error`]: what can go wrong.
-//! - [`kv_cache`]: what a model asks of a KV cache, and who makes one for each layer.
-//! - [`ElasticBlocks`]: the tensors of a paged cache, with memory for the blocks in use.
-//! - [`attention`]: grouped-query attention over K and V where they stand.
-//! - [`relief`]: making room between Candle's own allocations and the pools.
-//! - [`mapping`], [`physical_memory`]: one reservation, one piece of memory, and putting the one behind
-//!   the other by hand.
-//! - [`cuda_ffi`]: the driver's calls, nearly as they are.
+//! # Modules
+//! - [`TensorPool`], [`ElasticTensor`], [`ElasticKvCache`], [`ElasticBlocks`]: tensors and caches
+//!   that grow.
+//! - [`kv_cache`]: the traits that let a model run with any KV cache.
+//! - [`attention`]: grouped-query attention that reads K and V in place.
+//! - [`virtual_memory`]: the two pools of addresses, and their statistics.
+//! - [`relief`]: moves memory between Candle's own allocations and the pools.
+//! - [`device`]: maps a Candle device to a driver.
+//! - [`error`]: the errors.
+//! - [`mapping`], [`physical_memory`]: reservations and physical memory, mapped by hand.
+//! - [`cuda_ffi`]: thin wrappers of driver calls.
 //!
-//! The pools are those of [`cuda_vmm`], which knows nothing of Candle; [`VirtualMemoryPool::core`] and
-//! [`SharedMemoryPool::core`] lead there. Only [`cuda_ffi`] and [`mapping`] call the
-//! driver themselves, through the core's table, and [`relief`], which trims Candle's memory by Candle's own cudarc.
+//! The pools are those of [`cuda_vmm`], which does not depend on Candle.
+//! [`VirtualMemoryPool::core`] and [`SharedMemoryPool::core`] give access to them. `cuda_vmm` has
+//! the glossary of the terms used here.
 //!
 //! # Features
-//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`, which the build then needs, with
-//!   libclang. Without it they are declared by hand, the interface is the same, and the build needs no more than Candle's.
-//! - `simulator` (on by default): CPU devices work, over one simulated driver for the process.
-//! - `serde`: the pools' snapshots can be written and read ([`cuda_vmm::Snapshot`]).
-//! - `cuda`: CUDA devices work; turns on Candle's feature `cuda`. Candle's kernels and this crate's need `nvcc` to build.
+//! - `bindgen` (on by default): the driver's types come from the machine's `cuda.h`. The build then
+//!   needs that header and libclang. Without this feature hand-written declarations with the same
+//!   interface are used.
+//! - `simulator` (on by default): CPU devices work. They share one simulated driver per process.
+//! - `serde`: the pools' snapshots ([`Snapshot`]) implement `Serialize` and `Deserialize`.
+//! - `cuda`: CUDA devices work. It turns on Candle's feature `cuda`. Candle's kernels and this
+//!   crate's need `nvcc` to build.
 //!
-//! A CUDA device never gets the simulated driver, and a GPU that fails to answer is an error.
+//! A CUDA device never gets the simulated driver. If a GPU fails, the call returns an error.
 //!
 //! # What this crate does not do
-//! [`VirtualMemoryPool`] and [`SharedMemoryPool`] hand out addresses, not tensors. Reading or writing through an address is
-//! the caller's, and unsafe.
+//! [`VirtualMemoryPool`] and [`SharedMemoryPool`] return addresses, not tensors. Reads and writes
+//! through such an address are unsafe and up to the caller.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
@@ -90,16 +91,30 @@ pub use relief::{let_candle_make_room, trim_candle_memory};
 pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
 
-/// The core crate, for its types: statistics, devices, streams.
+/// The core crate, [`cuda_vmm`](https://docs.rs/cuda-vmm). Its names that this crate's functions
+/// use are also here: except for `Device`, `VmmError` and the two pools, of which this crate has
+/// its own.
 pub use cuda_vmm;
+
+pub use cuda_vmm::pool::blocks::{
+    BlockAllocator, BlockBacking, BlockError, BlockId, BlockPin, BlockStats, ReclaimPlan,
+};
+#[cfg(feature = "simulator")]
+pub use cuda_vmm::sim;
+pub use cuda_vmm::{
+    CaptureGuard, Driver, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin,
+    MemoryParts, ModelOptions, ModelQuota, ModelSnapshot, PoolCounters, PoolOptions, PoolStats,
+    Snapshot, StepReport, Stream, WorkerMode, sys,
+};
 
 /// This crate's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Whether device 0 of the default driver has virtual memory management.
+/// Returns whether device 0 of the default driver has virtual memory management.
 ///
-/// The default driver is the real one with the feature `cuda`, otherwise the simulated one. `false`
-/// where there is neither, or where the driver fails: [`device::default_driver`] says how.
+/// The default driver is the real one with the feature `cuda`, otherwise the simulated one. Returns
+/// `false` if there is no driver or if the driver fails; [`device::default_driver`] returns the
+/// reason.
 pub fn is_vmm_supported() -> bool {
     cuda_ffi::get_recommended_granularity(0).is_ok()
 }

@@ -1,14 +1,14 @@
-//! Addresses without memory, and putting memory behind them by hand.
+//! Reserves addresses without memory, and maps memory to them by hand.
 //!
-//! The pools of [`virtual_memory`](crate::virtual_memory) do all this for you. Here nothing waits for
-//! the device: unmapping memory that a kernel still uses is an illegal access, after which the device's
-//! context is beyond use.
+//! The pools of [`virtual_memory`](crate::virtual_memory) do all this for you. The functions here
+//! never wait for the device. If you unmap memory that a kernel still uses, the kernel makes an
+//! illegal access and the device's context becomes unusable.
 //!
-//! Everything here belongs to the [default driver](default_driver).
+//! Everything here uses the [default driver](default_driver).
 //!
 //! # Safety
-//! A [`VirtualAddressRange`] owns its addresses, and knows what [`map_memory`] put there, so that it
-//! unmaps before it frees. Through an address alone no safe function reaches memory.
+//! A [`VirtualAddressRange`] owns its addresses. It records what [`map_memory`] maps, so that it
+//! unmaps that before it frees the addresses. No safe function accesses memory through an address.
 #![allow(unsafe_code)]
 
 use crate::cuda_ffi::{self, AccessFlags, DevicePtr};
@@ -19,11 +19,10 @@ use cuda_vmm::{Driver, PerProcess};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A range of reserved addresses (`cuMemAddressReserve`), which costs no memory.
+/// A range of reserved addresses (`cuMemAddressReserve`). It costs no memory.
 ///
-/// Dropping unmaps what [`map_memory`] mapped (`cuMemUnmap`) and frees the addresses
-/// (`cuMemAddressFree`). What the driver refuses to take back then is tried again when the next range is
-/// made.
+/// Dropping it unmaps what [`map_memory`] mapped (`cuMemUnmap`) and frees the addresses
+/// (`cuMemAddressFree`). If the driver refuses, both are tried again when the next range is made.
 ///
 /// ```
 /// # #[cfg(all(feature = "simulator", not(feature = "cuda")))] {
@@ -45,27 +44,27 @@ pub struct VirtualAddressRange {
     ptr: DevicePtr,
     size: usize,
     alignment: usize,
-    /// `None` once the addresses are given up, and for raw ones where there is no driver to free them.
+    /// `None` after `into_raw`, and for raw addresses if no driver can be opened.
     driver: Option<Driver>,
-    /// Whether the range came from outside, perhaps with mappings that are not in `mapped`.
+    /// Whether the range was made by `from_raw`. It may have mappings that are not in `mapped`.
     adopted: bool,
-    /// What [`map_memory`] put here: offset and size, in bytes.
+    /// Mappings made by [`map_memory`]: offset and size, in bytes.
     mapped: Mutex<BTreeMap<usize, usize>>,
 }
 
-/// Ranges that could not be given back when they were dropped.
+/// Ranges that the driver did not free when they were dropped.
 static REFUSED: PerProcess<Mutex<Vec<VirtualAddressRange>>> = PerProcess::new();
 
 impl VirtualAddressRange {
-    /// Reserves `size` bytes of addresses, a multiple of the granularity of device 0, at a multiple of
-    /// `alignment`.
+    /// Reserves `size` bytes of addresses, a multiple of the granularity of device 0, aligned to
+    /// `alignment` bytes.
     ///
     /// # Errors
     /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `size` is 0.
-    /// - [`InvalidAlignment`](VmmError::InvalidAlignment) if `alignment` is not a power of two
-    ///   (`required` is 0: any would do), or `size` not a multiple of the granularity.
-    /// - [`Vmm`](VmmError::Vmm) if the driver has no such run of addresses; what [`default_driver`]
-    ///   returns.
+    /// - [`InvalidAlignment`](VmmError::InvalidAlignment) if `size` is not a multiple of the
+    ///   granularity, or if `alignment` is not a power of two (`required` is then 0).
+    /// - [`Vmm`](VmmError::Vmm) if the driver has no such run of addresses.
+    /// - Any error of [`default_driver`].
     pub fn new(size: usize, alignment: usize) -> Result<Self> {
         if !alignment.is_power_of_two() {
             return Err(VmmError::InvalidAlignment {
@@ -73,9 +72,9 @@ impl VirtualAddressRange {
                 required: 0,
             });
         }
-        nonzero(size)?;
+        check_nonzero(size)?;
         let granularity = cuda_ffi::get_minimum_granularity(0)?;
-        multiple(size, granularity)?;
+        check_multiple(size, granularity)?;
         retry_refused();
         let driver = default_driver()?;
         // SAFETY: the range that is made here owns the addresses and frees them once.
@@ -90,14 +89,14 @@ impl VirtualAddressRange {
         })
     }
 
-    /// Takes over addresses that were reserved elsewhere.
+    /// Takes ownership of addresses that were reserved elsewhere.
     ///
-    /// Mappings that are there already are not known to the range: it does not unmap them when dropped,
-    /// and cannot be freed before they are gone.
+    /// The range does not know mappings that are already there. It does not unmap them when it is
+    /// dropped, and the addresses cannot be freed before they are unmapped.
     ///
     /// # Safety
-    /// The range is the whole of one reservation of the [default driver](default_driver), owned by
-    /// nobody else, of this size and alignment in bytes.
+    /// `ptr` and `size` are one whole reservation of the [default driver](default_driver), with
+    /// this alignment in bytes, and nothing else owns it.
     pub unsafe fn from_raw(ptr: DevicePtr, size: usize, alignment: usize) -> Self {
         Self {
             ptr,
@@ -109,27 +108,27 @@ impl VirtualAddressRange {
         }
     }
 
-    /// The first address.
+    /// Returns the first address.
     pub fn base_address(&self) -> usize {
         self.ptr as usize
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// Alignment in bytes that was asked for.
+    /// Returns the alignment in bytes that was requested.
     pub fn alignment(&self) -> usize {
         self.alignment
     }
 
-    /// The first address, as the driver has it.
+    /// Returns the first address, as the driver's type.
     pub fn as_ptr(&self) -> DevicePtr {
         self.ptr
     }
 
-    /// The address `offset` bytes from the first.
+    /// Returns the address `offset` bytes after the first.
     ///
     /// # Errors
     /// [`InvalidOffset`](VmmError::InvalidOffset) unless `offset` is less than the size.
@@ -144,8 +143,10 @@ impl VirtualAddressRange {
         Ok(self.ptr + offset as u64)
     }
 
-    /// Gives up ownership: the address and the size in bytes. The caller unmaps what is mapped there and
-    /// frees the addresses, with [`mem_address_free`](cuda_ffi::mem_address_free) for one.
+    /// Gives up ownership, and returns the first address and the size in bytes.
+    ///
+    /// The caller unmaps what is mapped there and frees the addresses, for example with
+    /// [`mem_address_free`](cuda_ffi::mem_address_free).
     pub fn into_raw(mut self) -> (DevicePtr, usize) {
         self.driver = None;
         (self.ptr, self.size)
@@ -155,13 +156,15 @@ impl VirtualAddressRange {
         self.driver.as_ref().ok_or(VmmError::UnsupportedDevice)
     }
 
-    /// What is mapped. Fails in a forked process, where the lock may be held for good.
+    /// Locks the record of mappings. Fails in a forked process, where the lock may never be
+    /// released.
     fn mapped(&self) -> Result<MutexGuard<'_, BTreeMap<usize, usize>>> {
         self.driver()?.check_process()?;
         Ok(self.mapped.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Unmaps what was mapped here and frees the addresses; what failed is still owned.
+    /// Unmaps what was mapped here and frees the addresses. After an error the range still owns the
+    /// rest.
     fn release(&mut self) -> Result<()> {
         let Some(driver) = &self.driver else {
             return Ok(());
@@ -171,12 +174,12 @@ impl VirtualAddressRange {
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
         while let Some((&offset, &size)) = mapped.first_key_value() {
-            // SAFETY: this is a whole mapping in our own addresses. Whoever used them in work for the
-            // device did so through unsafe calls and had to wait for it.
+            // SAFETY: this is a whole mapping in the range's own addresses. Only unsafe code can
+            // use them in work for the device, and it had to wait for that work.
             unsafe { cuda_ffi::unmap(driver, self.ptr + offset as u64, size) }?;
             mapped.remove(&offset);
         }
-        // SAFETY: the range owns the addresses; they are freed here once, and nothing of ours is mapped.
+        // SAFETY: the range owns the addresses and frees them once, here; its mappings are gone.
         unsafe { cuda_ffi::address_free(driver, self.ptr, self.size) }
     }
 }
@@ -187,7 +190,7 @@ impl Drop for VirtualAddressRange {
         if error.is_poisoned() || matches!(error, VmmError::Vmm(cuda_vmm::VmmError::Forked)) {
             return;
         }
-        tracing::warn!(address = self.ptr, bytes = self.size, %error, "addresses could not be freed; they will be tried again");
+        tracing::warn!(address = self.ptr, bytes = self.size, %error, "cannot free addresses; the next `VirtualAddressRange::new` retries");
         let refused = Self {
             driver: self.driver.take(),
             mapped: std::mem::take(&mut self.mapped),
@@ -201,7 +204,7 @@ impl Drop for VirtualAddressRange {
     }
 }
 
-/// Drops each refused range again; what fails once more comes back into the list.
+/// Drops each refused range again. A range that fails again returns to the list.
 fn retry_refused() {
     let refused =
         std::mem::take(&mut *REFUSED.get().lock().unwrap_or_else(PoisonError::into_inner));
@@ -211,17 +214,22 @@ fn retry_refused() {
 /// Maps physical memory into a range (`cuMemMap`). No device has access until
 /// [`set_memory_access`].
 ///
-/// The driver maps whole allocations only: `physical_offset` must be 0 and `size` the handle's.
+/// The driver maps whole allocations only: `physical_offset` must be 0 and `size` the handle's
+/// size.
 ///
 /// # Errors
-/// Nothing is mapped then.
-/// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `size` is 0; with `WrongDriver` if range and memory
-///   belong to different drivers.
-/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes do not lie within the range, or within the
+/// After an error nothing is mapped.
+/// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `size` is 0, and with `WrongDriver` if range and
+///   memory belong to different drivers.
+/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes lie outside of the range or of the
 ///   memory, or an end overflows.
-/// - [`InvalidAlignment`](VmmError::InvalidAlignment) unless `offset` is a multiple of the granularity.
-/// - [`MappingFailed`](VmmError::MappingFailed) for part of the memory.
-/// - [`AlreadyMapped`](VmmError::AlreadyMapped) if memory was mapped to any of the bytes.
+/// - [`InvalidAlignment`](VmmError::InvalidAlignment) unless `offset` is a multiple of the
+///   granularity.
+/// - [`MappingFailed`](VmmError::MappingFailed) if `physical_offset` and `size` are a part of the
+///   memory only.
+/// - [`AlreadyMapped`](VmmError::AlreadyMapped) if memory is already mapped to any of the bytes.
+/// - [`UnsupportedDevice`](VmmError::UnsupportedDevice) if the driver or the memory's device could
+///   not be opened.
 /// - [`Vmm`](VmmError::Vmm) if the driver call fails.
 pub fn map_memory(
     virtual_range: &VirtualAddressRange,
@@ -230,8 +238,8 @@ pub fn map_memory(
     physical_offset: usize,
     size: usize,
 ) -> Result<()> {
-    within(offset, size, virtual_range.size)?;
-    within(physical_offset, size, physical_handle.size())?;
+    check_range(offset, size, virtual_range.size)?;
+    check_range(physical_offset, size, physical_handle.size())?;
     let driver = virtual_range.driver()?;
     let memory = physical_handle
         .memory()
@@ -239,37 +247,38 @@ pub fn map_memory(
     if !driver.is_same(memory.device().driver()) {
         return Err(VmmError::Vmm(cuda_vmm::VmmError::WrongDriver));
     }
-    multiple(offset, memory.device().granularity_bytes())?;
+    check_multiple(offset, memory.device().granularity_bytes())?;
     if physical_offset != 0 || size != physical_handle.size() {
         return Err(VmmError::MappingFailed(format!(
-            "{size} bytes at offset {physical_offset} are not the whole of an allocation of {} bytes",
+            "{size} bytes at offset {physical_offset} are only a part of an allocation of {} bytes",
             physical_handle.size()
         )));
     }
     let ptr = virtual_range.ptr_at_offset(offset)?;
-    // Held over the call, so that the record and the driver agree whoever else maps and unmaps.
+    // Locked during the call, so that record and driver agree when threads map and unmap at once.
     let mut mapped = virtual_range.mapped()?;
     if overlapping(&mapped, offset, size).next().is_some() {
         return Err(VmmError::AlreadyMapped { offset, size });
     }
-    // SAFETY: the addresses lie in the range, which unmaps before it frees them, and the handle is alive.
+    // SAFETY: the addresses lie in the range, which unmaps before it frees them. The handle is
+    // alive.
     unsafe { cuda_ffi::map(driver, ptr, size, 0, physical_handle.as_raw()) }?;
     mapped.insert(offset, size);
     Ok(())
 }
 
-/// Unmaps whole mappings (`cuMemUnmap`). The bytes may hold gaps. It does not wait for the device.
+/// Unmaps whole mappings (`cuMemUnmap`). The bytes may have gaps. It does not wait for the device.
 ///
 /// # Errors
-/// Nothing is unmapped then.
+/// After an error nothing is unmapped.
 /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `size` is 0.
-/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes do not lie within the range, or the end
+/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes lie outside of the range, or the end
 ///   overflows.
 /// - [`NotMapped`](VmmError::NotMapped) if nothing is mapped there.
-/// - [`UnmappingFailed`](VmmError::UnmappingFailed) if a mapping lies there in part only.
+/// - [`UnmappingFailed`](VmmError::UnmappingFailed) if the bytes cover a part of a mapping only.
 /// - [`Vmm`](VmmError::Vmm) if the driver call fails.
 pub fn unmap_memory(virtual_range: &VirtualAddressRange, offset: usize, size: usize) -> Result<()> {
-    within(offset, size, virtual_range.size)?;
+    check_range(offset, size, virtual_range.size)?;
     let driver = virtual_range.driver()?;
     let ptr = virtual_range.ptr_at_offset(offset)?;
     let mut mapped = virtual_range.mapped()?;
@@ -277,13 +286,13 @@ pub fn unmap_memory(virtual_range: &VirtualAddressRange, offset: usize, size: us
     if found.is_empty() && !virtual_range.adopted {
         return Err(VmmError::NotMapped { offset, size });
     }
-    if let Some((start, length)) = cut(&found, offset, size) {
+    if let Some((start, length)) = first_partial(&found, offset, size) {
         return Err(VmmError::UnmappingFailed(format!(
-            "{size} bytes at offset {offset} hold only part of the mapping of {length} bytes at offset {start}"
+            "{size} bytes at offset {offset} cover only a part of the mapping of {length} bytes at offset {start}"
         )));
     }
-    // SAFETY: the addresses are the range's own. Whoever used them in work for the device did so through
-    // unsafe calls and had to wait for it.
+    // SAFETY: the addresses are the range's own. Only unsafe code can use them in work for the
+    // device, and it had to wait for that work.
     unsafe { cuda_ffi::unmap(driver, ptr, size) }?;
     for (start, _) in found {
         mapped.remove(&start);
@@ -291,16 +300,16 @@ pub fn unmap_memory(virtual_range: &VirtualAddressRange, offset: usize, size: us
     Ok(())
 }
 
-/// Sets what a device may do with whole mappings that adjoin (`cuMemSetAccess`).
+/// Sets a device's access to whole, adjacent mappings (`cuMemSetAccess`).
 ///
 /// # Errors
-/// Access is as it was then.
+/// After an error the access is unchanged.
 /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `size` is 0.
-/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes do not lie within the range, or the end
+/// - [`InvalidOffset`](VmmError::InvalidOffset) if the bytes lie outside of the range, or the end
 ///   overflows.
 /// - [`NotMapped`](VmmError::NotMapped) unless memory is mapped to all of the bytes.
-/// - [`MappingFailed`](VmmError::MappingFailed) if a mapping lies there in part only.
-/// - [`Vmm`](VmmError::Vmm) if the driver call fails, as for a device that is not there.
+/// - [`MappingFailed`](VmmError::MappingFailed) if the bytes cover a part of a mapping only.
+/// - [`Vmm`](VmmError::Vmm) if the driver call fails, for example because there is no such device.
 pub fn set_memory_access(
     virtual_range: &VirtualAddressRange,
     offset: usize,
@@ -308,33 +317,34 @@ pub fn set_memory_access(
     device_ordinal: i32,
     flags: AccessFlags,
 ) -> Result<()> {
-    within(offset, size, virtual_range.size)?;
+    check_range(offset, size, virtual_range.size)?;
     let driver = virtual_range.driver()?;
     let ptr = virtual_range.ptr_at_offset(offset)?;
     let mapped = virtual_range.mapped()?;
     if !virtual_range.adopted {
         let found: Vec<(usize, usize)> = overlapping(&mapped, offset, size).collect();
-        if let Some((start, length)) = cut(&found, offset, size) {
+        if let Some((start, length)) = first_partial(&found, offset, size) {
             return Err(VmmError::MappingFailed(format!(
-                "{size} bytes at offset {offset} hold only part of the mapping of {length} bytes at offset {start}"
+                "{size} bytes at offset {offset} cover only a part of the mapping of {length} bytes at offset {start}"
             )));
         }
         if found.iter().map(|(_, length)| length).sum::<usize>() != size {
             return Err(VmmError::NotMapped { offset, size });
         }
     }
-    // SAFETY: the addresses are the range's own. Whoever uses them in work for the device does so
-    // through unsafe calls.
+    // SAFETY: the addresses are the range's own. Only unsafe code can use them in work for the
+    // device.
     unsafe { cuda_ffi::set_access(driver, ptr, size, device_ordinal, flags) }
 }
 
-/// The mappings that share a byte with `size` bytes at `offset`, whose end does not overflow.
+/// Returns the mappings that share a byte with `size` bytes at `offset`, whose end must not
+/// overflow.
 fn overlapping(
     mapped: &BTreeMap<usize, usize>,
     offset: usize,
     size: usize,
 ) -> impl Iterator<Item = (usize, usize)> {
-    // Mappings do not overlap each other, so at most one that starts before `offset` reaches it.
+    // Mappings do not overlap, so at most one that starts before `offset` reaches it.
     let before = mapped
         .range(..offset)
         .next_back()
@@ -345,23 +355,23 @@ fn overlapping(
         .map(|(&start, &length)| (start, length))
 }
 
-/// The first of these mappings that does not lie wholly in `size` bytes at `offset`.
-fn cut(found: &[(usize, usize)], offset: usize, size: usize) -> Option<(usize, usize)> {
+/// Returns the first of these mappings that does not lie wholly in `size` bytes at `offset`.
+fn first_partial(found: &[(usize, usize)], offset: usize, size: usize) -> Option<(usize, usize)> {
     found
         .iter()
         .copied()
         .find(|&(start, length)| start < offset || start + length > offset + size)
 }
 
-fn nonzero(size: usize) -> Result<()> {
+fn check_nonzero(size: usize) -> Result<()> {
     if size == 0 {
         return Err(VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what: "size" }));
     }
     Ok(())
 }
 
-fn within(offset: usize, size: usize, capacity: usize) -> Result<()> {
-    nonzero(size)?;
+fn check_range(offset: usize, size: usize, capacity: usize) -> Result<()> {
+    check_nonzero(size)?;
     match offset.checked_add(size) {
         Some(end) if end <= capacity => Ok(()),
         _ => Err(VmmError::InvalidOffset {
@@ -372,7 +382,7 @@ fn within(offset: usize, size: usize, capacity: usize) -> Result<()> {
     }
 }
 
-fn multiple(value: usize, required: usize) -> Result<()> {
+fn check_multiple(value: usize, required: usize) -> Result<()> {
     if !value.is_multiple_of(required) {
         return Err(VmmError::InvalidAlignment {
             actual: value,
@@ -393,8 +403,8 @@ mod tests {
         assert_eq!(find(4, 4), []);
         assert_eq!(find(3, 1), [(0, 4)]);
         assert_eq!(find(3, 6), [(0, 4), (8, 4)]);
-        assert_eq!(cut(&find(0, 12), 0, 12), None);
-        assert_eq!(cut(&find(1, 11), 1, 11), Some((0, 4)));
-        assert_eq!(cut(&find(0, 9), 0, 9), Some((8, 4)));
+        assert_eq!(first_partial(&find(0, 12), 0, 12), None);
+        assert_eq!(first_partial(&find(1, 11), 1, 11), Some((0, 4)));
+        assert_eq!(first_partial(&find(0, 9), 0, 9), Some((8, 4)));
     }
 }

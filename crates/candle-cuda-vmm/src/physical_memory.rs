@@ -1,7 +1,7 @@
-//! Memory without addresses.
+//! Physical memory without addresses.
 //!
 //! # Safety
-//! A handle taken over by [`PhysicalMemoryHandle::from_raw`] is what its caller promised.
+//! [`PhysicalMemoryHandle::from_raw`] relies on its caller's promise.
 #![allow(unsafe_code)]
 
 use crate::cuda_ffi::MemGenericAllocationHandle;
@@ -10,9 +10,10 @@ use crate::error::Result;
 use candle_core::Device;
 use cuda_vmm::PhysicalMemory;
 
-/// Physical memory of a device (`cuMemCreate`), which no address reaches until it is mapped.
+/// Physical memory of a device (`cuMemCreate`). No address reaches it until it is mapped.
 ///
-/// Dropping releases it (`cuMemRelease`); where it is mapped it stays until it is unmapped.
+/// Dropping it releases the memory (`cuMemRelease`). If it is mapped, the memory stays until it is
+/// unmapped.
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -28,20 +29,21 @@ pub struct PhysicalMemoryHandle {
     handle: MemGenericAllocationHandle,
     size: usize,
     device_ordinal: i32,
-    /// `None` for a raw handle of a device that could not be opened, which nobody could release.
+    /// `None` for a raw handle whose device could not be opened. It is not released.
     memory: Option<PhysicalMemory>,
 }
 
 impl PhysicalMemoryHandle {
-    /// Takes `size` bytes of the device's memory, a multiple of its granularity.
+    /// Allocates `size` bytes of the device's memory, a multiple of its granularity.
     ///
     /// # Errors
     /// - [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` if `size` is 0.
-    /// - [`InvalidAlignment`](crate::VmmError::InvalidAlignment) unless it is a multiple of the
+    /// - [`InvalidAlignment`](crate::VmmError::InvalidAlignment) unless `size` is a multiple of the
     ///   granularity.
-    /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails; it
-    ///   [`is_out_of_memory`](crate::VmmError::is_out_of_memory) where the device has no such room.
-    /// - What [`core_device`] returns for the device.
+    /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails;
+    ///   [`is_out_of_memory`](crate::VmmError::is_out_of_memory) returns `true` if the device has
+    ///   too little memory.
+    /// - Any error of [`core_device`].
     pub fn new(size: usize, device: &Device) -> Result<Self> {
         let device = core_device(device)?;
         let memory = PhysicalMemory::new(&device, size)?;
@@ -53,12 +55,12 @@ impl PhysicalMemoryHandle {
         })
     }
 
-    /// Takes over a handle of the [default driver](default_driver).
+    /// Takes ownership of a handle of the [default driver](default_driver).
     ///
     /// If that driver has no such device, the handle can be read but is not released.
     ///
     /// # Safety
-    /// The handle is memory of that device with exactly this size in bytes, and the caller gives up one
+    /// The handle is memory of that device and of exactly `size` bytes. The caller gives up one
     /// reference to it.
     pub unsafe fn from_raw(
         handle: MemGenericAllocationHandle,
@@ -68,7 +70,7 @@ impl PhysicalMemoryHandle {
         let device = usize::try_from(device_ordinal)
             .ok()
             .and_then(|ordinal| default_driver().ok()?.device(ordinal).ok());
-        // SAFETY: what the caller promises is what the core asks for.
+        // SAFETY: the core requires the same of its caller.
         let memory =
             device.map(|device| unsafe { PhysicalMemory::from_raw(&device, handle, size) });
         Self {
@@ -79,23 +81,24 @@ impl PhysicalMemoryHandle {
         }
     }
 
-    /// Size in bytes.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// Number of the device.
+    /// Returns the device's number.
     pub fn device_ordinal(&self) -> i32 {
         self.device_ordinal
     }
 
-    /// The driver's handle, which stays owned by this object: do not release it.
+    /// Returns the driver's handle. This object still owns it: do not release it.
     pub fn as_raw(&self) -> MemGenericAllocationHandle {
         self.handle
     }
 
-    /// Gives up ownership of the handle. The caller releases it, with
-    /// [`mem_release`](crate::cuda_ffi::mem_release) for one.
+    /// Gives up ownership of the handle and returns it.
+    ///
+    /// The caller releases it, for example with [`mem_release`](crate::cuda_ffi::mem_release).
     pub fn into_raw(self) -> MemGenericAllocationHandle {
         match self.memory {
             Some(memory) => memory.into_raw(),

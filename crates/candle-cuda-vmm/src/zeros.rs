@@ -1,20 +1,22 @@
-//! Zeros in host memory, or an error.
+//! Tensors of zeros in host memory, with an error if there is no memory.
 //!
 //! # Safety
-//! A vector owns what the allocator handed out for exactly its elements. All their bytes are zero, which is a value of each
-//! of these types: integers, and floating-point numbers of all widths.
+//! Each vector owns memory that the allocator returned for exactly its elements. All bytes are
+//! zero, which is a valid value of each element type: integers, and floating-point numbers of all
+//! widths.
 #![allow(unsafe_code)]
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Error, Storage, Tensor};
 use std::alloc::{Layout, alloc_zeroed};
 
-/// A tensor of zeros on the CPU; `None` if the host has no memory for it. Candle's own ends the process then.
+/// Makes a tensor of zeros on the CPU; `None` if the host has no memory for it. Candle's own
+/// function ends the process in that case.
 pub(crate) fn zeros(shape: &[usize], dtype: DType) -> candle_core::Result<Option<Tensor>> {
     let Some(count) = (shape.iter()).try_fold(1_usize, |count, dim| count.checked_mul(*dim)) else {
         return Ok(None);
     };
-    // SAFETY: each of these is an integer or a floating-point number.
+    // SAFETY: each of these types is an integer or a floating-point number.
     let storage = unsafe {
         match dtype {
             DType::U8 => zeroed(count).map(CpuStorage::U8),
@@ -36,10 +38,11 @@ pub(crate) fn zeros(shape: &[usize], dtype: DType) -> candle_core::Result<Option
     }))
 }
 
-/// So many elements whose bytes are all zero. Large ones cost no memory before they are written.
+/// Allocates `count` elements with all bytes zero. The system provides large ones lazily, so they
+/// take no memory before they are written.
 ///
 /// # Safety
-/// All bytes zero are a value of the type.
+/// All bytes zero are a valid value of the type.
 unsafe fn zeroed<T>(count: usize) -> Option<Vec<T>> {
     let layout = Layout::array::<T>(count).ok()?;
     if layout.size() == 0 {
@@ -50,7 +53,8 @@ unsafe fn zeroed<T>(count: usize) -> Option<Vec<T>> {
     if elements.is_null() {
         return None;
     }
-    // SAFETY: the allocator's, in the layout of a vector of as many elements, all of them zero; nobody else owns it.
+    // SAFETY: the allocator returned this memory for a vector of `count` elements; all are zero and
+    // this is the only owner.
     Some(unsafe { Vec::from_raw_parts(elements.cast(), count, count) })
 }
 

@@ -1,4 +1,4 @@
-//! Errors of the core, and what they become here.
+//! Errors of the core, and their conversion to errors of this crate.
 
 use candle_core::{Context, Error};
 use candle_cuda_vmm::VmmError;
@@ -238,7 +238,7 @@ fn messages_name_the_values() {
     assert_eq!(text(VmmError::other("as it is")), "as it is");
 }
 
-/// An error of a model that names its cause.
+/// A model's error, with a source.
 #[derive(Debug, thiserror::Error)]
 #[error("layer {layer} failed")]
 struct LayerFailed<E: std::error::Error + 'static> {
@@ -247,7 +247,7 @@ struct LayerFailed<E: std::error::Error + 'static> {
     source: E,
 }
 
-/// All ways in which a model and Candle wrap an error.
+/// All ways in which models and Candle wrap an error.
 fn wrapped(error: impl Fn() -> Error) -> Vec<Error> {
     let failed = |source| LayerFailed { layer: 3, source };
     vec![
@@ -277,7 +277,7 @@ fn an_error_of_this_crate_is_found_in_one_of_candles() {
         assert_eq!(shortage.limit_bytes, Some(16));
         let text = error.to_string();
         assert!(text.contains("2 retiring"), "{text}");
-        // What was found can be asked through the wrapped one too.
+        // The wrapping error answers the same questions as the one inside.
         let error = VmmError::from(error);
         assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
         assert_eq!((error.later_bytes(), error.shortage()), (4, Some(shortage)));

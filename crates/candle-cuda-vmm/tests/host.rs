@@ -1,4 +1,4 @@
-//! Tensors and caches on the CPU, where Candle's own memory is behind them.
+//! Tensors and caches on the CPU, whose memory is Candle's own.
 #![cfg(feature = "simulator")]
 
 use candle_core::{DType, Device, Tensor};
@@ -89,7 +89,7 @@ fn rows_that_grow_are_zeros_whatever_was_there() {
     assert_eq!(sum.to_scalar::<f32>().unwrap(), 12.);
 }
 
-/// The most memory that this process has had, in bytes.
+/// Returns the peak memory of this process, in bytes.
 #[cfg(target_os = "linux")]
 fn peak_bytes() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -113,7 +113,7 @@ fn growing_writes_no_zeros_a_second_time() {
     assert!(peak_bytes() - before < BYTES / 2, "fresh memory is zero");
 }
 
-/// A shortage of the host, of at least so much.
+/// Checks that the host was short of at least this many bytes.
 #[track_caller]
 fn expect_shortage<T: std::fmt::Debug>(outcome: Result<T, VmmError>, bytes: usize) {
     let error = outcome.expect_err("no host has so much");
@@ -142,7 +142,7 @@ fn memory_that_the_host_has_not_is_an_error() {
         }
         tensor.grow(1).unwrap();
     }
-    // One row of nearly all addresses.
+    // One row that needs nearly all addresses.
     let mut wide = pool.tensor(usize::MAX / 2 - 1, DType::U8).unwrap();
     expect_shortage(wide.grow(1), usize::MAX / 2 - 1);
     expect_shortage(wide.grow(2), 2 * (usize::MAX / 2 - 1));

@@ -1,5 +1,5 @@
-//! Driver calls that fail, one after another, and what is left then: nothing. On the simulated driver,
-//! whose fault plan makes them fail and whose books say what is held.
+//! Fails each driver call in turn, and checks that nothing is left behind. Runs on the simulated
+//! driver: its fault plan makes calls fail, and its books show what is held.
 #![cfg(all(feature = "simulator", not(feature = "cuda")))]
 
 mod common;
@@ -17,7 +17,7 @@ use common::{GIB, GRANULE};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The simulator behind the CPU device, for one test at a time.
+/// The simulator of the CPU device, for one test at a time.
 struct Bench {
     device: candle_cuda_vmm::cuda_vmm::Device,
     _alone: MutexGuard<'static, ()>,
@@ -43,9 +43,9 @@ impl Bench {
         self.simulator().books(0)
     }
 
-    /// Runs `work` with its first driver call failing, then with its second, and so on until it makes
-    /// fewer calls than that. `unchanged` looks after each failure. Returns how many calls it makes, and
-    /// what `work` made.
+    /// Runs `work` with its first driver call failing, then with its second, until it makes fewer
+    /// calls than that. Runs `unchanged` after each failure. Returns the number of calls, and what
+    /// `work` returned.
     fn fail_each_call<T>(
         &self,
         mut work: impl FnMut() -> Result<T>,
@@ -203,7 +203,7 @@ fn a_range_that_the_driver_will_not_take_back_is_tried_again() {
             start.reservations + 1,
             "{refused} failed, so the addresses are held"
         );
-        // The next range that is made tries first.
+        // Making the next range retries first.
         drop(VirtualAddressRange::new(GRANULE, GRANULE).unwrap());
         assert_eq!(bench.books(), start, "{refused}");
     }
@@ -225,8 +225,8 @@ fn pools_that_the_driver_will_not_take_back_are_tried_again() {
             .inject(Fault::always(refused, sys::CUDA_ERROR_UNKNOWN));
         drop(pool);
         bench.simulator().clear_faults();
-        // Who tries again is whoever holds what is left: the pool's engine while its worker is still at it,
-        // then the device.
+        // The owner of the rest retries: the pool's engine while its worker still runs, then the
+        // device.
         let deadline = Instant::now() + Duration::from_secs(10);
         let is_back = || {
             bench.device.retry_quarantine();

@@ -1,16 +1,17 @@
-//! A shared library that takes a real `libcuda.so.1`'s place for other programs:
+//! A simulated driver as a shared library, to replace a real `libcuda.so.1` for other programs.
+//!
 //! `cargo build -p cuda-vmm-sim-library` makes `libcuda_vmm_sim_library.so` in the target folder.
+//! It is a crate of its own, so that Rust programs that use `cuda-vmm-sim` do not export the
+//! driver's symbols.
 //!
-//! It stands apart from `cuda-vmm-sim` so that no Rust program that uses that crate gets the driver's symbols.
+//! The library has one simulator, made at the first call and configured by `CUDA_VMM_SIM_DEVICES`
+//! and `CUDA_VMM_SIM_MEMORY_BYTES`. It lives until the process ends.
 //!
-//! The library holds one simulator, made at the first call, as `CUDA_VMM_SIM_DEVICES` and
-//! `CUDA_VMM_SIM_MEMORY_BYTES` ask for. It lives until the process ends.
-//!
-//! Beside the driver's functions it has two of its own, by which a test has a call fail: [`cuda_vmm_sim_fail_call`] and
-//! [`cuda_vmm_sim_end_faults`].
+//! It also exports two functions with which a test makes a call fail: [`cuda_vmm_sim_fail_call`]
+//! and [`cuda_vmm_sim_end_faults`].
 //!
 //! # Safety
-//! The functions pass on what the caller of the driver's function of that name vouched for.
+//! The functions have the contracts of the driver's functions of their names, and pass them on.
 
 #![cfg(target_os = "linux")]
 #![allow(non_snake_case)]
@@ -27,7 +28,7 @@ struct Process {
     table: DriverTable,
 }
 
-/// The table that answers, or the code that every call answers because there is none.
+/// Returns the table, or the code that every call returns because there is no simulator.
 fn table() -> Result<&'static DriverTable, CUresult> {
     process().map(|process| &process.table)
 }
@@ -79,7 +80,8 @@ macro_rules! define_exports {
     };
 }
 
-/// A function of the table; the optional one is there, since the simulated driver is new enough.
+/// Returns a function of the table. The optional one exists, because the simulated driver is new
+/// enough.
 macro_rules! function {
     ($table:ident.cuCtxRecordEvent) => {
         match $table.cuCtxRecordEvent {
@@ -92,7 +94,7 @@ macro_rules! function {
     };
 }
 
-/// Exports a function under the symbol that a real driver gives this form of it.
+/// Exports a function under the symbol that a real driver uses for this version of it.
 macro_rules! export {
     (cuDeviceTotalMem $arguments:tt) => { export!(@as cuDeviceTotalMem_v2 = cuDeviceTotalMem $arguments); };
     (cuDevicePrimaryCtxRelease $arguments:tt) => { export!(@as cuDevicePrimaryCtxRelease_v2 = cuDevicePrimaryCtxRelease $arguments); };
@@ -115,7 +117,7 @@ macro_rules! export {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $symbol($($argument: $type),*) -> CUresult {
             match table() {
-                // SAFETY: the caller's promise is the one that the call asks for.
+                // SAFETY: the caller keeps the contract of the driver's function.
                 Ok(table) => unsafe { (function!(table.$name))($($argument),*) },
                 Err(code) => code,
             }
@@ -126,11 +128,12 @@ macro_rules! export {
 
 cuda_vmm_sys::driver_functions!(define_exports);
 
-// Programs that are linked with CUDA 13's library know these by newer names, which mean the same here.
+// Programs that are linked with CUDA 13's library use newer names of the same functions.
 export!(@as cuDeviceGetUuid_v2 = cuDeviceGetUuid(uuid: *mut CUuuid, device: CUdevice));
 export!(@as cuEventElapsedTime_v2 = cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent));
 
-/// Has the `n`th call from now fail with `code`, once; the first is 1, and pure queries do not count.
+/// Makes the `n`th call from now fail with `code`, once. The first is 1, and pure queries do not
+/// count.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuda_vmm_sim_fail_call(n: c_ulonglong, code: CUresult) -> CUresult {
     let simulator = match process() {
@@ -142,8 +145,8 @@ pub extern "C" fn cuda_vmm_sim_fail_call(n: c_ulonglong, code: CUresult) -> CUre
     CUDA_SUCCESS
 }
 
-/// Has no call fail any more. Returns how many calls there were since [`cuda_vmm_sim_fail_call`]: the one that was to fail
-/// has failed if there were as many.
+/// Removes the fault, and returns the number of calls since [`cuda_vmm_sim_fail_call`]. The planned
+/// call has failed if that is at least its number.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuda_vmm_sim_end_faults() -> c_ulonglong {
     let Ok(Process { simulator, .. }) = process() else {
@@ -153,7 +156,7 @@ pub extern "C" fn cuda_vmm_sim_end_faults() -> c_ulonglong {
     simulator.take_trace().len() as c_ulonglong
 }
 
-/// The exported functions by the names of the table.
+/// The exported functions, by the table's names.
 mod exports {
     pub(super) use super::cuDevicePrimaryCtxRelease_v2 as cuDevicePrimaryCtxRelease;
     pub(super) use super::cuDeviceTotalMem_v2 as cuDeviceTotalMem;
@@ -173,7 +176,7 @@ mod exports {
     pub(super) use super::*;
 }
 
-/// Finds a function by name, if the form that we have is not newer than the version asked for.
+/// Finds a function by name, if its version here is not newer than the requested one.
 fn find(symbol: &CStr, version: c_int) -> Option<*mut c_void> {
     match symbol.to_bytes() {
         b"cuGetProcAddress" if version >= 12000 => Some(cuGetProcAddress_v2 as *mut c_void),
@@ -186,7 +189,7 @@ fn find(symbol: &CStr, version: c_int) -> Option<*mut c_void> {
     }
 }
 
-/// `cuGetProcAddress` as CUDA 11.3 has it. Flags must ask for the default or the legacy stream.
+/// `cuGetProcAddress` of CUDA 11.3. `flags` must select the default or the legacy stream.
 ///
 /// # Safety
 /// `symbol` is null or a C string, and `address` null or valid for a write.
@@ -211,7 +214,7 @@ pub unsafe extern "C" fn cuGetProcAddress(
     }
 }
 
-/// `cuGetProcAddress` as CUDA 12.0 has it: the answer in detail at `status`, unless that is null.
+/// `cuGetProcAddress` of CUDA 12.0, which also writes a status to `status` unless that is null.
 ///
 /// # Safety
 /// As [`cuGetProcAddress`], and `status` is null or valid for a write.
@@ -229,15 +232,15 @@ pub unsafe extern "C" fn cuGetProcAddress_v2(
     // SAFETY: the caller's promise.
     let code = unsafe { cuGetProcAddress(symbol, address, version, flags) };
     if !status.is_null() && matches!(code, CUDA_SUCCESS | CUDA_ERROR_NOT_FOUND) {
-        // SAFETY: the symbol is not null, or the code would be another; the caller's promise.
+        // SAFETY: `symbol` is not null, otherwise the code were another, so it is a C string.
         let newer = find(unsafe { CStr::from_ptr(symbol) }, c_int::MAX).is_some();
-        let answer = match (code, newer) {
+        let result = match (code, newer) {
             (CUDA_SUCCESS, _) => FOUND,
             (_, true) => VERSION_NOT_SUFFICIENT,
             (_, false) => SYMBOL_NOT_FOUND,
         };
         // SAFETY: the caller's promise.
-        unsafe { status.write(answer) };
+        unsafe { status.write(result) };
     }
     code
 }

@@ -1,24 +1,24 @@
-//! Reserved addresses, and what is mapped at them.
+//! Reserved addresses, and the memory that is mapped to them.
 
 use crate::host_memory::{HostFile, HostRange, Protection};
-use crate::state::Answer;
+use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::collections::BTreeMap;
 use std::io;
 
-/// What each device may do with a range: two bits for a device.
+/// The access of each device to a range: two bits per device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Access(u64);
 
 impl Access {
-    /// Every device may read and write.
+    /// Read and write access for every device.
     pub(crate) const ALL: Self = Self(u64::MAX);
 
     pub(crate) fn of(self, device: usize) -> CUmemAccess_flags {
         (self.0 >> (2 * device)) as CUmemAccess_flags & 3
     }
 
-    /// Whether a device may read, or write, there.
+    /// Returns whether a device may read, or write.
     pub(crate) fn allows(self, device: usize, write: bool) -> bool {
         self.of(device) & if write { 2 } else { 1 } != 0
     }
@@ -27,7 +27,7 @@ impl Access {
         self.0 = self.0 & !(3 << (2 * device)) | (u64::from(flags) & 3) << (2 * device);
     }
 
-    /// What the host must be allowed so that every device can do what it may.
+    /// Returns the host protection that permits the access of every device.
     fn protection(self) -> Protection {
         const WRITE_BITS: u64 = 0xAAAA_AAAA_AAAA_AAAA;
         if self.0 & WRITE_BITS != 0 {
@@ -40,12 +40,13 @@ impl Access {
     }
 }
 
-/// What a range of addresses is.
+/// What backs a range of addresses.
 #[derive(Debug)]
 pub(crate) enum Kind {
-    /// A handle mapped into a reservation.
+    /// A handle that is mapped into a reservation.
     Mapping,
-    /// An allocation by `cuMemAlloc` or `cuMemAllocAsync`, with addresses of its own, which it gives back when dropped.
+    /// An allocation by `cuMemAlloc` or `cuMemAllocAsync`. It owns its addresses and frees them
+    /// when dropped.
     Plain {
         device: usize,
         freeing: bool,
@@ -53,10 +54,10 @@ pub(crate) enum Kind {
     },
 }
 
-/// Addresses with memory behind them.
+/// A range of addresses with memory.
 #[derive(Debug)]
 pub(crate) struct Range {
-    /// Never used twice: work remembers by it what its addresses meant.
+    /// Unique. Queued work keeps it to detect that its addresses were mapped anew.
     pub(crate) id: u64,
     pub(crate) bytes: usize,
     pub(crate) handle: u64,
@@ -79,7 +80,7 @@ pub(crate) struct AddressSpace {
     reserved_bytes: usize,
     ranges: BTreeMap<u64, Range>,
     next_id: u64,
-    /// The next address of a simulator without host memory.
+    /// The next unused address, if the simulator has no host memory.
     next_address: u64,
 }
 
@@ -103,12 +104,12 @@ impl AddressSpace {
         }
     }
 
-    /// How many reservations there are, and their bytes.
+    /// Returns the number of reservations and their total size in bytes.
     pub(crate) fn reserved(&self) -> (usize, usize) {
         (self.reservations.len(), self.reserved_bytes)
     }
 
-    /// All ranges with memory behind them.
+    /// Returns all ranges with memory.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = (u64, &Range)> {
         self.ranges.iter().map(|(&address, range)| (address, range))
     }
@@ -118,7 +119,7 @@ impl AddressSpace {
         bytes: usize,
         alignment: usize,
         hint: u64,
-    ) -> Answer<(u64, Option<HostRange>)> {
+    ) -> DriverResult<(u64, Option<HostRange>)> {
         if bytes >= Self::LIMIT_BYTES {
             return Err(CUDA_ERROR_OUT_OF_MEMORY);
         }
@@ -136,13 +137,18 @@ impl AddressSpace {
                     .is_some_and(|end| end < 1 << 62)
             })
             .ok_or(CUDA_ERROR_OUT_OF_MEMORY)?;
-        // A gap behind every reservation, so that work which runs past its end meets nothing.
+        // A gap after every reservation, so that work beyond its end finds nothing mapped.
         self.next_address = address + bytes as u64 + self.granularity_bytes as u64;
         Ok((address, None))
     }
 
     /// Reserves addresses.
-    pub(crate) fn reserve(&mut self, bytes: usize, alignment: usize, hint: u64) -> Answer<u64> {
+    pub(crate) fn reserve(
+        &mut self,
+        bytes: usize,
+        alignment: usize,
+        hint: u64,
+    ) -> DriverResult<u64> {
         let aligned = alignment == 0 || alignment.is_power_of_two();
         if bytes == 0 || !bytes.is_multiple_of(self.granularity_bytes) || !aligned {
             return Err(CUDA_ERROR_INVALID_VALUE);
@@ -155,8 +161,8 @@ impl AddressSpace {
         Ok(address)
     }
 
-    /// Frees a reservation, which must be named exactly and hold nothing.
-    pub(crate) fn free(&mut self, address: u64, bytes: usize) -> Answer {
+    /// Frees a whole reservation in which nothing is mapped.
+    pub(crate) fn free(&mut self, address: u64, bytes: usize) -> DriverResult {
         let reservation = self
             .reservations
             .get(&address)
@@ -169,7 +175,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The ranges that have bytes in common with the given one.
+    /// Returns the ranges that overlap the given one.
     pub(crate) fn overlapping(
         &self,
         address: u64,
@@ -184,18 +190,18 @@ impl AddressSpace {
             .map(|(&start, range)| (start, range))
     }
 
-    /// The range that holds an address.
+    /// Returns the range that contains an address.
     pub(crate) fn at(&self, address: u64) -> Option<(u64, &Range)> {
         let (&start, range) = self.ranges.range(..=address).next_back()?;
         (address - start < range.bytes as u64).then_some((start, range))
     }
 
-    /// Whether an address lies in a reservation or has memory behind it.
+    /// Returns whether an address is reserved or has memory.
     pub(crate) fn is_known(&self, address: u64) -> bool {
         self.reservation_of(address, 1).is_ok() || self.at(address).is_some()
     }
 
-    /// Whether all of a range has memory behind it that a device may read, or write.
+    /// Returns whether a device may read, or write, all of a range.
     pub(crate) fn is_open(&self, address: u64, bytes: usize, device: usize, write: bool) -> bool {
         let Some(end) = address.checked_add(bytes as u64) else {
             return false;
@@ -210,8 +216,8 @@ impl AddressSpace {
         reached >= end
     }
 
-    /// The reservation that holds all of a range.
-    fn reservation_of(&self, address: u64, bytes: usize) -> Answer<(u64, &Reservation)> {
+    /// Returns the reservation that contains all of a range.
+    fn reservation_of(&self, address: u64, bytes: usize) -> DriverResult<(u64, &Reservation)> {
         let (&start, reservation) = self
             .reservations
             .range(..=address)
@@ -224,7 +230,7 @@ impl AddressSpace {
         }
     }
 
-    fn check_aligned(&self, address: u64, bytes: usize) -> Answer {
+    fn check_aligned(&self, address: u64, bytes: usize) -> DriverResult {
         let granularity = self.granularity_bytes;
         if bytes == 0
             || !bytes.is_multiple_of(granularity)
@@ -248,14 +254,14 @@ impl AddressSpace {
         self.ranges.insert(address, range);
     }
 
-    /// Maps a handle, inaccessible at first.
+    /// Maps a handle, without access.
     pub(crate) fn map(
         &mut self,
         address: u64,
         bytes: usize,
         handle: u64,
         place: Option<(&HostFile, u64)>,
-    ) -> Answer {
+    ) -> DriverResult {
         self.check_aligned(address, bytes)?;
         let (start, reservation) = self.reservation_of(address, bytes)?;
         if self.overlapping(address, bytes).next().is_some() {
@@ -269,8 +275,8 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// The addresses of the mappings in a range, if all of them lie in it entirely.
-    fn whole_mappings(&self, address: u64, bytes: usize) -> Answer<Vec<u64>> {
+    /// Returns the addresses of the mappings in a range. Fails if one lies in it in part only.
+    fn whole_mappings(&self, address: u64, bytes: usize) -> DriverResult<Vec<u64>> {
         let end = address + bytes as u64;
         self.overlapping(address, bytes)
             .map(|(start, range)| {
@@ -284,9 +290,9 @@ impl AddressSpace {
             .collect()
     }
 
-    /// Unmaps the mappings in a range, which may have holes; returns what was mapped. A range in which
-    /// nothing is mapped need not be aligned.
-    pub(crate) fn unmap(&mut self, address: u64, bytes: usize) -> Answer<Vec<Range>> {
+    /// Unmaps the mappings in a range, which may have gaps, and returns them. A range without
+    /// mappings need not be aligned.
+    pub(crate) fn unmap(&mut self, address: u64, bytes: usize) -> DriverResult<Vec<Range>> {
         if bytes == 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -306,13 +312,14 @@ impl AddressSpace {
             .collect())
     }
 
-    /// Sets what devices may do in a range that whole mappings fill; returns each mapping's size.
+    /// Sets the access of devices to a range that whole mappings fill, and returns each mapping's
+    /// size.
     pub(crate) fn set_access(
         &mut self,
         address: u64,
         bytes: usize,
         change: impl Fn(&mut Access),
-    ) -> Answer<Vec<(u64, usize)>> {
+    ) -> DriverResult<Vec<(u64, usize)>> {
         self.check_aligned(address, bytes)?;
         let (base, reservation) = self.reservation_of(address, bytes)?;
         let mapped = self.whole_mappings(address, bytes)?;
@@ -336,7 +343,7 @@ impl AddressSpace {
             for (done, (start, bytes)) in sizes.iter().enumerate() {
                 if let Err(error) = protect(*start, *bytes, access_of(start).1) {
                     for (start, bytes) in &sizes[..done] {
-                        // What could be split once needs nothing new to be put together again.
+                        // Cannot fail: the host already had these protections.
                         let _ = protect(*start, *bytes, access_of(start).0);
                     }
                     return Err(out_of_memory(error));
@@ -351,14 +358,14 @@ impl AddressSpace {
         Ok(sizes)
     }
 
-    /// Puts a plain allocation at addresses of its own, accessible.
+    /// Adds a plain allocation at new addresses, with access for all devices.
     pub(crate) fn add_plain(
         &mut self,
         device: usize,
         bytes: usize,
         handle: u64,
         place: Option<(&HostFile, u64)>,
-    ) -> Answer<u64> {
+    ) -> DriverResult<u64> {
         let (address, host) = self.fresh_addresses(bytes, self.granularity_bytes, 0)?;
         if let (Some(host), Some((file, offset))) = (&host, place) {
             host.map(0, bytes, file, offset).map_err(out_of_memory)?;
@@ -374,15 +381,15 @@ impl AddressSpace {
         Ok(address)
     }
 
-    /// The plain allocation that starts at an address and is not being freed.
-    pub(crate) fn plain(&mut self, address: u64) -> Answer<&mut Range> {
+    /// Returns the plain allocation at an address, unless it is being freed.
+    pub(crate) fn plain(&mut self, address: u64) -> DriverResult<&mut Range> {
         self.ranges
             .get_mut(&address)
             .filter(|range| matches!(range.kind, Kind::Plain { freeing: false, .. }))
             .ok_or(CUDA_ERROR_INVALID_VALUE)
     }
 
-    /// Takes a plain allocation away.
+    /// Removes a plain allocation.
     pub(crate) fn remove_plain(&mut self, address: u64) -> Option<Range> {
         let range = self.ranges.get(&address)?;
         if !matches!(range.kind, Kind::Plain { .. }) {

@@ -1,36 +1,36 @@
-//! What a device holds, counted.
+//! The resources that a device holds.
 
-/// What one device holds at a moment.
+/// The resources that one device holds at one moment.
 ///
-/// Address reservations belong to no device: `reservations` and `reserved_bytes` are those of the whole
-/// simulator, whichever device is asked. The books of an [`Interposer`](crate::Interposer) are those of all devices
-/// together.
+/// Address reservations belong to no device: `reservations` and `reserved_bytes` are those of the
+/// whole simulator. The books of an [`Interposer`](crate::Interposer) are the sum over all devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Books {
-    /// Device memory in use, in bytes: allocation handles and plain allocations, each counted once,
-    /// however often it is mapped or imported. Memory whose handle was released counts until it is
-    /// unmapped.
+    /// Device memory in use, in bytes: allocation handles and plain allocations.
+    ///
+    /// Memory that is mapped or imported several times counts once. Memory whose handle was
+    /// released counts until it is unmapped.
     pub physical_bytes: usize,
-    /// References to allocation handles that their owners have not released: one for each create, import
-    /// and retain.
+    /// References to allocation handles that were not released. Each create, import and retain adds
+    /// one.
     pub handles: usize,
     /// Address reservations of the whole simulator.
     pub reservations: usize,
-    /// Their sizes, in bytes.
+    /// Total size of the reservations, in bytes.
     pub reserved_bytes: usize,
     /// Mappings of this device's memory.
     pub mappings: usize,
-    /// Their sizes, in bytes; memory mapped twice counts twice.
+    /// Total size of the mappings, in bytes. Memory that is mapped twice counts twice.
     pub mapped_bytes: usize,
     /// Allocations by `cuMemAlloc` and `cuMemAllocAsync`.
     pub plain_allocations: usize,
-    /// Their sizes, in bytes, each rounded up to a whole host page.
+    /// Total size of the plain allocations, in bytes, each rounded up to a host page.
     pub plain_bytes: usize,
-    /// Streams created and not destroyed.
+    /// Streams that were created and not destroyed.
     pub streams: usize,
-    /// Events created and not destroyed.
+    /// Events that were created and not destroyed.
     pub events: usize,
-    /// Graphs and executable graphs not destroyed.
+    /// Graphs and executable graphs that were not destroyed.
     pub graphs: usize,
     /// Retains of the primary context that were not released.
     pub context_retains: usize,

@@ -1,8 +1,10 @@
-//! The driver's calls as C makes them: pointers checked for null, read and written.
+//! The driver's calls with C's arguments: they check pointers for null, read through them and write
+//! results.
 //!
 //! # Safety
-//! Every function here has the contract of the C function of its name: a pointer is null, or valid for
-//! what the call reads or writes through it. Null pointers are refused. Handles are never followed.
+//! Every function has the contract of the C function of its name: a pointer is null, or valid for
+//! what the call reads or writes through it. Null pointers are refused. Handles are never
+//! dereferenced.
 
 #![allow(non_snake_case)]
 #![allow(
@@ -12,7 +14,7 @@
 
 use crate::capture::{Endpoint, Node};
 use crate::location::{read_kind, write_properties};
-use crate::state::{Answer, State};
+use crate::state::{DriverResult, State};
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::ptr::NonNull;
@@ -20,20 +22,20 @@ use std::sync::Arc;
 
 type Sim = Arc<State>;
 
-/// Where a call puts its result.
+/// The out-parameter of a call.
 struct Out<T>(NonNull<T>);
 
 impl<T> Out<T> {
     /// # Safety
     /// A pointer that is not null is valid for one write of a `T` until the call ends.
-    unsafe fn new(pointer: *mut T) -> Answer<Self> {
+    unsafe fn new(pointer: *mut T) -> DriverResult<Self> {
         NonNull::new(pointer)
             .map(Self)
             .ok_or(CUDA_ERROR_INVALID_VALUE)
     }
 
-    fn set(self, value: T) -> Answer {
-        // SAFETY: `new` was promised that the pointer is valid for this write.
+    fn set(self, value: T) -> DriverResult {
+        // SAFETY: the caller of `new` guarantees that the pointer is valid for this write.
         unsafe { self.0.write(value) };
         Ok(())
     }
@@ -41,12 +43,12 @@ impl<T> Out<T> {
 
 /// # Safety
 /// A pointer that is not null is valid for reads until the call ends.
-unsafe fn get<'a, T>(pointer: *const T) -> Answer<&'a T> {
-    // SAFETY: the caller's promise.
+unsafe fn get<'a, T>(pointer: *const T) -> DriverResult<&'a T> {
+    // SAFETY: the caller guarantees that the pointer is null or valid.
     unsafe { pointer.as_ref() }.ok_or(CUDA_ERROR_INVALID_VALUE)
 }
 
-fn no_flags(flags: c_ulonglong) -> Answer {
+fn no_flags(flags: c_ulonglong) -> DriverResult {
     if flags == 0 {
         Ok(())
     } else {
@@ -54,12 +56,12 @@ fn no_flags(flags: c_ulonglong) -> Answer {
     }
 }
 
-/// Declares calls that are unsafe only in the pointers that they are handed.
+/// Declares calls that are unsafe only because of their pointer arguments.
 macro_rules! calls {
     ($(fn $name:ident($sim:ident $(, $argument:ident: $type:ty)*) $body:block)*) => {$(
         /// # Safety
         /// As the module says.
-        pub(crate) unsafe fn $name($sim: &Sim $(, $argument: $type)*) -> Answer $body
+        pub(crate) unsafe fn $name($sim: &Sim $(, $argument: $type)*) -> DriverResult $body
     )*};
 }
 
@@ -71,7 +73,7 @@ macro_rules! read {
     };
 }
 
-/// Takes the place for a result, refusing null before the call has any effect.
+/// Takes an out-parameter, and refuses null before the call has any effect.
 macro_rules! out {
     ($pointer:expr) => {
         // SAFETY: the contract of the module.
@@ -117,7 +119,8 @@ calls! {
         }
         let bytes = text.as_bytes();
         let shown = bytes.len().min(room - 1);
-        // SAFETY: the caller gives `length` writable bytes at `name`, and one more than `shown` fit.
+        // SAFETY: the caller gives `length` writable bytes at `name`, and one more than `shown`
+        // fit.
         unsafe {
             name.cast::<u8>().copy_from_nonoverlapping(bytes.as_ptr(), shown);
             name.add(shown).write(0);
@@ -248,10 +251,10 @@ calls! {
         if descriptors.is_null() || count == 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
-        // SAFETY: the contract of the module; the call reads `count` descriptors.
+        // SAFETY: the contract of the module: there are `count` descriptors.
         let descriptors = unsafe { std::slice::from_raw_parts(descriptors, count) };
         let read = descriptors.iter().map(|descriptor| sim.read_descriptor(descriptor));
-        sim.set_access(pointer, size, &read.collect::<Answer<Vec<_>>>()?)
+        sim.set_access(pointer, size, &read.collect::<DriverResult<Vec<_>>>()?)
     }
     fn cuMemGetAccess(sim, flags: *mut c_ulonglong, location: *const CUmemLocation, pointer: CUdeviceptr) {
         let flags = out!(flags);
@@ -371,7 +374,7 @@ calls! {
     }
 
     fn cuGraphInstantiateWithFlags(sim, exec: *mut CUgraphExec, graph: CUgraph, flags: c_ulonglong) {
-        /// Frees what the graph's own nodes allocated; there are none here that do.
+        /// Frees the allocations of the graph's nodes. No node here allocates.
         const AUTO_FREE_ON_LAUNCH: c_ulonglong = 1;
         let exec = out!(exec);
         no_flags(flags & !AUTO_FREE_ON_LAUNCH)?;

@@ -1,6 +1,6 @@
-//! Stream capture, the graphs it makes, and the calls that kill it.
+//! Stream capture, the graphs that it makes, and the calls that invalidate it.
 
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use crate::stream::Key;
 use cuda_vmm_sys::*;
 use std::collections::HashMap;
@@ -8,17 +8,17 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-/// One side of a copy, as the caller named it.
+/// One side of a copy, as the caller gave it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Endpoint {
     Device(u64),
     Host(usize),
 }
 
-/// A piece of work by addresses: what a call asks for and what a graph keeps.
+/// A piece of work by addresses: the request of a call, or a node of a graph.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Node {
-    /// A record or a wait, which in a graph only orders.
+    /// A record or a wait, which has no effect in a graph except order.
     Nothing,
     Memset {
         address: u64,
@@ -36,7 +36,7 @@ pub(crate) enum Node {
     },
 }
 
-/// A capture under way.
+/// A capture that has begun and not ended.
 #[derive(Debug)]
 pub(crate) struct Capture {
     id: u64,
@@ -48,7 +48,7 @@ pub(crate) struct Capture {
 
 impl Capture {
     /// Captures a piece of work.
-    pub(crate) fn add(&mut self, node: Node) -> Answer {
+    pub(crate) fn add(&mut self, node: Node) -> DriverResult {
         if self.invalidated {
             return Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         }
@@ -56,14 +56,15 @@ impl Capture {
         Ok(())
     }
 
-    /// Captures an event's record; the event then belongs to the capture of the number returned.
-    pub(crate) fn mark(&mut self) -> Answer<u64> {
+    /// Captures an event's record, and returns the number of the capture that the event then
+    /// belongs to.
+    pub(crate) fn mark(&mut self) -> DriverResult<u64> {
         self.add(Node::Nothing)?;
         Ok(self.id)
     }
 
-    /// Captures a wait for an event, which must have been recorded in this capture.
-    pub(crate) fn wait(&mut self, recorded_in: Option<u64>) -> Answer {
+    /// Captures a wait for an event that was recorded in this capture.
+    pub(crate) fn wait(&mut self, recorded_in: Option<u64>) -> DriverResult {
         if recorded_in != Some(self.id) {
             self.invalidated = true;
             return Err(CUDA_ERROR_STREAM_CAPTURE_ISOLATION);
@@ -72,7 +73,7 @@ impl Capture {
     }
 }
 
-/// A graph or an executable one.
+/// A graph or an executable graph.
 #[derive(Debug)]
 struct Graph {
     device: usize,
@@ -80,7 +81,7 @@ struct Graph {
     nodes: Arc<[Node]>,
 }
 
-/// All graphs of one simulator. A handle is a number and is never followed.
+/// All graphs of one simulator. A handle is a number and is never dereferenced.
 #[derive(Debug, Default)]
 pub(crate) struct Graphs {
     by_key: HashMap<usize, Graph>,
@@ -114,7 +115,7 @@ impl Graphs {
         key
     }
 
-    fn get(&self, key: usize, executable: bool) -> Answer<&Graph> {
+    fn get(&self, key: usize, executable: bool) -> DriverResult<&Graph> {
         self.by_key
             .get(&key)
             .filter(|graph| graph.executable == executable)
@@ -123,11 +124,11 @@ impl Graphs {
 }
 
 impl Inner {
-    /// What a call that may disturb a capture begins with. It kills the captures that are exposed to it
-    /// by their mode, their thread and the calling thread's own mode.
+    /// Begins a call that is unsafe during capture. It invalidates the captures that are exposed to
+    /// it by their mode, their thread and the calling thread's mode.
     ///
-    /// A capture that is already invalidated counts until it is ended.
-    pub(crate) fn unsafe_call(&mut self) -> Answer {
+    /// A capture that is already invalidated counts until it ends.
+    pub(crate) fn unsafe_call(&mut self) -> DriverResult {
         let mode = self.threads.get().capture_mode;
         if mode == CU_STREAM_CAPTURE_MODE_RELAXED {
             return Ok(());
@@ -140,12 +141,12 @@ impl Inner {
         })
     }
 
-    /// What a call that waits for a whole context begins with: it kills every capture there.
-    pub(crate) fn kill_captures_of(&mut self, device: usize) -> Answer {
+    /// Begins a call that waits for a whole context: it invalidates every capture there.
+    pub(crate) fn kill_captures_of(&mut self, device: usize) -> DriverResult {
         self.kill(|_, owner| owner == device)
     }
 
-    fn kill(&mut self, exposed: impl Fn(&Capture, usize) -> bool) -> Answer {
+    fn kill(&mut self, exposed: impl Fn(&Capture, usize) -> bool) -> DriverResult {
         let mut answer = Ok(());
         for (capture, device, _) in self.streams.captures() {
             if exposed(capture, device) {
@@ -156,15 +157,15 @@ impl Inner {
         answer
     }
 
-    /// Ends a capture's hope of a graph.
+    /// Invalidates a capture, so that it makes no graph.
     pub(crate) fn invalidate(&mut self, id: u64) {
         for (capture, _, _) in self.streams.captures() {
             capture.invalidated |= capture.id == id;
         }
     }
 
-    /// Refuses, and kills the capture, if this very stream is being captured.
-    pub(crate) fn refuse_in_capture(&mut self, key: Key) -> Answer {
+    /// Fails and invalidates the capture if this stream is being captured.
+    pub(crate) fn refuse_in_capture(&mut self, key: Key) -> DriverResult {
         match &mut self.streams.get_mut(key)?.capture {
             Some(capture) => {
                 capture.invalidated = true;
@@ -174,8 +175,9 @@ impl Inner {
         }
     }
 
-    /// The legacy stream is ordered with blocking streams, so it cannot be used while one is captured.
-    pub(crate) fn check_implicit(&mut self, key: Key) -> Answer {
+    /// Fails if the stream is the legacy stream and a blocking stream, with which it is ordered, is
+    /// being captured.
+    pub(crate) fn check_implicit(&mut self, key: Key) -> DriverResult {
         if !self.streams.is_legacy(key) {
             return Ok(());
         }
@@ -192,7 +194,11 @@ impl Inner {
 }
 
 impl State {
-    pub(crate) fn begin_capture(&self, stream: CUstream, mode: CUstreamCaptureMode) -> Answer {
+    pub(crate) fn begin_capture(
+        &self,
+        stream: CUstream,
+        mode: CUstreamCaptureMode,
+    ) -> DriverResult {
         if mode > CU_STREAM_CAPTURE_MODE_RELAXED {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -217,9 +223,9 @@ impl State {
         Ok(())
     }
 
-    /// Ends a capture: a graph, or why there is none. The stream is no longer captured either way,
-    /// unless the call came on the wrong thread.
-    pub(crate) fn end_capture(&self, stream: CUstream) -> Answer<CUgraph> {
+    /// Ends a capture and returns its graph or an error. The capture ends either way, unless the
+    /// call is on the wrong thread.
+    pub(crate) fn end_capture(&self, stream: CUstream) -> DriverResult<CUgraph> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let stream = inner.streams.get_mut(key)?;
@@ -238,8 +244,9 @@ impl State {
         }
     }
 
-    /// Asking the legacy stream while a blocking stream is captured is an error, but a harmless one.
-    pub(crate) fn capture_status(&self, stream: CUstream) -> Answer<CUstreamCaptureStatus> {
+    /// Returns the status. For the legacy stream it is an error while a blocking stream is
+    /// captured, but the capture goes on.
+    pub(crate) fn capture_status(&self, stream: CUstream) -> DriverResult<CUstreamCaptureStatus> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         if inner.streams.is_legacy(key) {
@@ -256,11 +263,11 @@ impl State {
         })
     }
 
-    /// Sets the calling thread's capture mode and returns the one before.
+    /// Sets the calling thread's capture mode and returns the previous one.
     pub(crate) fn exchange_capture_mode(
         &self,
         mode: CUstreamCaptureMode,
-    ) -> Answer<CUstreamCaptureMode> {
+    ) -> DriverResult<CUstreamCaptureMode> {
         if mode > CU_STREAM_CAPTURE_MODE_RELAXED {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -269,7 +276,7 @@ impl State {
         Ok(before)
     }
 
-    pub(crate) fn graph_instantiate(&self, graph: CUgraph) -> Answer<CUgraphExec> {
+    pub(crate) fn graph_instantiate(&self, graph: CUgraph) -> DriverResult<CUgraphExec> {
         let mut inner = self.lock();
         inner.enter()?;
         let graph = inner.graphs.get(graph.addr(), false)?;
@@ -278,9 +285,13 @@ impl State {
         Ok(std::ptr::without_provenance_mut(key))
     }
 
-    /// Enqueues a graph's work. Its addresses mean what is mapped there now; if nothing is, the launch
-    /// succeeds and the context is poisoned when the work runs.
-    pub(crate) fn graph_launch(self: &Arc<Self>, graph: CUgraphExec, stream: CUstream) -> Answer {
+    /// Enqueues a graph's work on what is mapped at its addresses now. If nothing is, the launch
+    /// succeeds and the work poisons the context when it runs.
+    pub(crate) fn graph_launch(
+        self: &Arc<Self>,
+        graph: CUgraphExec,
+        stream: CUstream,
+    ) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let nodes = Arc::clone(&inner.graphs.get(graph.addr(), true)?.nodes);
@@ -293,7 +304,7 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn graph_destroy(&self, key: usize, executable: bool) -> Answer {
+    pub(crate) fn graph_destroy(&self, key: usize, executable: bool) -> DriverResult {
         let mut inner = self.lock();
         inner.graphs.get(key, executable)?;
         inner.graphs.by_key.remove(&key);

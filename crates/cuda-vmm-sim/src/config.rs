@@ -1,11 +1,11 @@
-//! What a simulator is to look like.
+//! The configuration of a simulator.
 
 use crate::CostModel;
 
-/// How many devices, how much memory, and how it behaves; a builder.
+/// Configuration of a simulator: its devices, their memory, and their behavior. A builder.
 ///
-/// By default one device of 80 GiB with a granularity of 2 MiB, backed by host memory that takes
-/// space only where it is written, CUDA 13.0, and no cost model.
+/// The default is one device of 80 GiB with a granularity of 2 MiB, CUDA 13.0 and no cost model.
+/// Device memory is host memory, which takes space only for what is written.
 #[derive(Clone, Debug)]
 pub struct SimConfig {
     pub(crate) devices: usize,
@@ -33,32 +33,33 @@ impl SimConfig {
     /// The most devices that one simulator may have.
     pub const MAX_DEVICES: usize = 32;
 
-    /// The default: one device of 80 GiB.
+    /// Returns the default configuration: one device of 80 GiB.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How many devices there are, at most [`MAX_DEVICES`](Self::MAX_DEVICES). With none, `cuInit`
-    /// answers `CUDA_ERROR_NO_DEVICE`.
+    /// Sets the number of devices, at most [`MAX_DEVICES`](Self::MAX_DEVICES). With none, `cuInit`
+    /// returns `CUDA_ERROR_NO_DEVICE`.
     pub fn devices(mut self, count: usize) -> Self {
         self.devices = count;
         self
     }
 
-    /// The memory of each device, in bytes.
+    /// Sets the memory of each device, in bytes.
     pub fn memory_bytes(mut self, bytes: usize) -> Self {
         self.memory_bytes = bytes;
         self
     }
 
-    /// The allocation granularity, in bytes: a power of two and a multiple of the host's page size.
+    /// Sets the allocation granularity in bytes: a power of two and a multiple of the host's page
+    /// size.
     pub fn granularity_bytes(mut self, bytes: usize) -> Self {
         self.granularity_bytes = bytes;
         self
     }
 
-    /// Keeps books only: addresses are mere numbers, no host memory is reserved or written, and
-    /// copies and memsets check their ranges but move nothing.
+    /// Simulates without host memory: the simulator only tracks addresses. Copies and memsets check
+    /// their ranges and move no bytes.
     pub fn unbacked(mut self) -> Self {
         self.backed = false;
         self
@@ -70,8 +71,8 @@ impl SimConfig {
         self
     }
 
-    /// What `cuDriverGetVersion` answers, as `major * 1000 + minor * 10`. Below 12050 the table has no
-    /// `cuCtxRecordEvent`.
+    /// Sets the result of `cuDriverGetVersion`, as `major * 1000 + minor * 10`. Below 12050 the
+    /// table has no `cuCtxRecordEvent`.
     pub fn driver_version(mut self, version: i32) -> Self {
         self.driver_version = version;
         self

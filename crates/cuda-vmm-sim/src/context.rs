@@ -1,15 +1,15 @@
-//! Primary contexts: who retains them, which is current, and whether one is poisoned.
+//! Primary contexts: retain counts, the current context of each thread, and poisoned contexts.
 
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use cuda_vmm_sys::*;
 
 /// One device's primary context.
 #[derive(Debug, Default)]
 struct Context {
     retains: usize,
-    /// The sticky error that every call in this context answers from now on.
+    /// The sticky error that every call in this context returns.
     poison: Option<CUresult>,
-    /// How often the context was taken down; work of an earlier life ends where it is.
+    /// How often the context was destroyed. Work from before stops.
     ended: u64,
 }
 
@@ -17,7 +17,7 @@ struct Context {
 #[derive(Debug)]
 pub(crate) struct Contexts(Vec<Context>);
 
-/// A context handle is this plus 256 times the device; it is never followed.
+/// A context handle is this plus 256 times the device. It is never dereferenced.
 const FIRST_HANDLE: usize = 0xC000_0000;
 
 impl Contexts {
@@ -33,13 +33,13 @@ impl Contexts {
         self.0[device].retains > 0
     }
 
-    /// The handle of a device's context.
+    /// Returns the handle of a device's context.
     pub(crate) fn handle(device: usize) -> CUcontext {
         std::ptr::without_provenance_mut(FIRST_HANDLE + 256 * device)
     }
 
-    /// The device of an active context.
-    pub(crate) fn device(&self, handle: CUcontext) -> Answer<usize> {
+    /// Returns the device of an active context.
+    pub(crate) fn device(&self, handle: CUcontext) -> DriverResult<usize> {
         let offset = handle
             .addr()
             .checked_sub(FIRST_HANDLE)
@@ -54,25 +54,26 @@ impl Contexts {
         self.0[device].poison
     }
 
-    /// How often a context was taken down.
+    /// Returns how often a context was destroyed.
     pub(crate) fn ended(&self, device: usize) -> u64 {
         self.0[device].ended
     }
 
-    /// Makes a context answer `code` for good; an earlier error stays.
+    /// Poisons a context with `code`, unless it is already poisoned.
     pub(crate) fn set_poison(&mut self, device: usize, code: CUresult) {
         self.0[device].poison.get_or_insert(code);
     }
 
-    /// An error if the context is poisoned.
-    pub(crate) fn check(&self, device: usize) -> Answer {
+    /// Returns the context's error if it is poisoned.
+    pub(crate) fn check(&self, device: usize) -> DriverResult {
         self.poison(device).map_or(Ok(()), Err)
     }
 }
 
 impl Inner {
-    /// The device whose context is current on the calling thread, if that context still is there.
-    pub(crate) fn current_device(&self) -> Answer<usize> {
+    /// Returns the device whose context is current on the calling thread, if that context is still
+    /// active.
+    pub(crate) fn current_device(&self) -> DriverResult<usize> {
         let device = self
             .threads
             .get()
@@ -85,8 +86,9 @@ impl Inner {
         }
     }
 
-    /// What every call in a context begins with: the device, unless the context is poisoned.
-    pub(crate) fn enter(&self) -> Answer<usize> {
+    /// Begins a call in the current context: returns the device, or the error of a poisoned
+    /// context.
+    pub(crate) fn enter(&self) -> DriverResult<usize> {
         let device = self.current_device()?;
         self.contexts.check(device)?;
         Ok(device)
@@ -99,9 +101,9 @@ impl State {
         Contexts::handle(device)
     }
 
-    /// Gives a retain back. With the last one go the context's streams, events, graphs and plain
-    /// allocations; a poisoned context stays poisoned.
-    pub(crate) fn release_context(&self, device: usize) -> Answer {
+    /// Releases one retain. The last release destroys the context's streams, events, graphs and
+    /// plain allocations. A poisoned context stays poisoned.
+    pub(crate) fn release_context(&self, device: usize) -> DriverResult {
         let mut inner = self.lock();
         let context = &mut inner.contexts.0[device];
         context.retains = context
@@ -119,7 +121,7 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn set_current(&self, context: CUcontext) -> Answer {
+    pub(crate) fn set_current(&self, context: CUcontext) -> DriverResult {
         let device = if context.is_null() {
             None
         } else {

@@ -1,12 +1,12 @@
-//! What calls and work cost on the virtual clocks.
+//! The cost of calls and work on the virtual clocks.
 
-/// A cost in nanoseconds by size in bytes: straight lines between measured points, flat below the first,
-/// continued beyond the last.
+/// A cost in nanoseconds by size in bytes. It interpolates linearly between measured points, is
+/// constant below the first, and extrapolates beyond the last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Curve(&'static [(u64, u64)]);
 
 impl Curve {
-    /// The cost of a call on `bytes`, in nanoseconds.
+    /// Returns the cost of a call on `bytes`, in nanoseconds.
     pub(crate) fn at(self, bytes: usize) -> u64 {
         let bytes = bytes as u64;
         let points = self.0;
@@ -27,12 +27,16 @@ impl Curve {
     }
 }
 
-/// Latencies of the driver's calls and speeds of the device's work.
+/// Latencies of driver calls and speeds of device work.
 ///
-/// Every thread has a virtual clock, every stream another, and the driver one virtual lock: a call that
-/// changes memory starts when both its thread and the lock are free, and both move to its end. Work on a
-/// stream starts when the stream is free and it was enqueued, and moves the stream's clock;
-/// synchronising moves the thread's clock to it. Nothing sleeps, and no query waits for virtual time.
+/// Every thread has a virtual clock, every stream has one, and the driver has one virtual lock:
+/// - A call that changes memory starts when its thread and the lock are free, and moves both to its
+///   end.
+/// - Work on a stream starts when the stream is free and the work was enqueued, and moves the
+///   stream's clock.
+/// - Synchronization moves the thread's clock to the stream's.
+///
+/// Nothing sleeps, and no query waits for virtual time.
 #[derive(Clone, Debug)]
 pub struct CostModel {
     pub(crate) reserve: Curve,
@@ -50,11 +54,11 @@ pub struct CostModel {
     pub(crate) plain_free: Curve,
     pub(crate) async_alloc: Curve,
     pub(crate) async_free: Curve,
-    /// What enqueueing a piece of work costs the calling thread.
+    /// The calling thread's cost of enqueueing work.
     pub(crate) launch_ns: u64,
-    /// Bytes that a device writes or copies in a nanosecond.
+    /// Bytes that a device writes or copies per nanosecond.
     pub(crate) device_bytes_per_ns: f64,
-    /// Bytes that cross between host and device in a nanosecond.
+    /// Bytes that are copied between host and device per nanosecond.
     pub(crate) host_bytes_per_ns: f64,
 }
 
@@ -62,7 +66,8 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 impl CostModel {
-    /// Medians measured on one H100 80GB HBM3 with driver 580 (CUDA 13.0); peer costs on two of them.
+    /// Returns medians measured on one H100 80GB HBM3 with driver 580 (CUDA 13.0); peer costs on
+    /// two.
     pub fn h100() -> Self {
         Self {
             reserve: Curve(&[(0, 2_000)]),

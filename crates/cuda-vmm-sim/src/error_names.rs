@@ -5,11 +5,11 @@ use std::ffi::CStr;
 
 macro_rules! codes {
     ($($code:ident $description:literal)*) => {
-        /// Every code that has a name here.
+        /// The codes that have a name.
         #[cfg(test)]
         const ALL: &[CUresult] = &[$($code),*];
 
-        /// The name of a code, such as `CUDA_ERROR_OUT_OF_MEMORY`.
+        /// Returns the name of a code, such as `CUDA_ERROR_OUT_OF_MEMORY`.
         pub(crate) fn name(code: CUresult) -> Option<&'static CStr> {
             match code {
                 $($code => CStr::from_bytes_with_nul(concat!(stringify!($code), "\0").as_bytes()).ok(),)*
@@ -17,7 +17,7 @@ macro_rules! codes {
             }
         }
 
-        /// What a code means.
+        /// Returns the description of a code.
         pub(crate) fn description(code: CUresult) -> Option<&'static CStr> {
             match code {
                 $($code => CStr::from_bytes_with_nul(concat!($description, "\0").as_bytes()).ok(),)*

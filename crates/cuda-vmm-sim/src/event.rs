@@ -1,6 +1,6 @@
-//! Events: places in streams that can be asked for and waited for.
+//! Events: points in streams that can be queried and waited for.
 
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use crate::stream::Point;
 use crate::work::Work;
 use cuda_vmm_sys::*;
@@ -13,19 +13,19 @@ use std::time::Instant;
 struct Event {
     device: usize,
     timed: bool,
-    /// How often it was recorded.
+    /// Number of records.
     records: u64,
-    /// What the last record covers.
+    /// The work that the last record waits for.
     points: Vec<Point>,
-    /// When the last record was seen done.
+    /// When the last record completed.
     done_at: Option<Instant>,
-    /// When it is done on the virtual clocks.
+    /// When it completes on the virtual clocks, in nanoseconds.
     clock_ns: u64,
     /// The capture in which it was last recorded.
     capture: Option<u64>,
 }
 
-/// All events of one simulator. A handle is a number and is never followed.
+/// All events of one simulator. A handle is a number and is never dereferenced.
 #[derive(Debug, Default)]
 pub(crate) struct Events {
     by_key: HashMap<u64, Event>,
@@ -46,12 +46,12 @@ impl Events {
         self.by_key.retain(|_, event| event.device != device);
     }
 
-    fn get(&mut self, handle: CUevent) -> Answer<&mut Event> {
+    fn get(&mut self, handle: CUevent) -> DriverResult<&mut Event> {
         let event = self.by_key.get_mut(&(handle.addr() as u64));
         event.ok_or(CUDA_ERROR_INVALID_HANDLE)
     }
 
-    /// Notes that a record of an event is done, if it still is the last one.
+    /// Marks a record of an event as complete, if it is still the last one.
     pub(crate) fn done(&mut self, key: u64, record: u64) {
         let event = self.by_key.get_mut(&key);
         if let Some(event) = event.filter(|event| event.records == record) {
@@ -61,7 +61,7 @@ impl Events {
 }
 
 impl State {
-    pub(crate) fn event_create(&self, flags: u32) -> Answer<CUevent> {
+    pub(crate) fn event_create(&self, flags: u32) -> DriverResult<CUevent> {
         const BLOCKING_SYNC: u32 = 1;
         if flags & !(BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING) != 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
@@ -84,8 +84,8 @@ impl State {
         Ok(std::ptr::without_provenance_mut(key as usize))
     }
 
-    /// In a poisoned context the event goes too, but the answer is the context's error.
-    pub(crate) fn event_destroy(&self, handle: CUevent) -> Answer {
+    /// Destroys an event. In a poisoned context it does so too, but returns the context's error.
+    pub(crate) fn event_destroy(&self, handle: CUevent) -> DriverResult {
         let mut inner = self.lock();
         inner.current_device()?;
         let event = inner.events.by_key.remove(&(handle.addr() as u64));
@@ -93,7 +93,11 @@ impl State {
         inner.contexts.check(device)
     }
 
-    pub(crate) fn event_record(self: &Arc<Self>, handle: CUevent, stream: CUstream) -> Answer {
+    pub(crate) fn event_record(
+        self: &Arc<Self>,
+        handle: CUevent,
+        stream: CUstream,
+    ) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let device = inner.streams.get(key)?.device;
@@ -113,12 +117,12 @@ impl State {
         inner.end_record(handle, vec![(key, sequence)], clock_ns)
     }
 
-    /// `cuCtxRecordEvent`: a record behind all the work that the context has now.
+    /// `cuCtxRecordEvent`: records an event behind all work that the context has now.
     pub(crate) fn context_record_event(
         self: &Arc<Self>,
         context: CUcontext,
         handle: CUevent,
-    ) -> Answer {
+    ) -> DriverResult {
         let mut inner = self.lock();
         let device = inner.contexts.device(context)?;
         inner.contexts.check(device)?;
@@ -146,7 +150,7 @@ impl State {
         inner.end_record(handle, points, clock_ns)
     }
 
-    pub(crate) fn event_query(&self, handle: CUevent) -> Answer {
+    pub(crate) fn event_query(&self, handle: CUevent) -> DriverResult {
         let mut inner = self.lock();
         let points = inner.event_points(handle)?;
         if inner.streams.are_done(&points) {
@@ -156,7 +160,7 @@ impl State {
         }
     }
 
-    pub(crate) fn event_synchronize(&self, handle: CUevent) -> Answer {
+    pub(crate) fn event_synchronize(&self, handle: CUevent) -> DriverResult {
         let mut inner = self.lock();
         let points = inner.event_points(handle)?;
         let event = inner.events.get(handle)?;
@@ -167,7 +171,11 @@ impl State {
     }
 
     /// `cuStreamWaitEvent`: later work of the stream starts after the event's last record.
-    pub(crate) fn stream_wait_event(self: &Arc<Self>, stream: CUstream, handle: CUevent) -> Answer {
+    pub(crate) fn stream_wait_event(
+        self: &Arc<Self>,
+        stream: CUstream,
+        handle: CUevent,
+    ) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let event = inner.events.get(handle)?;
@@ -176,7 +184,7 @@ impl State {
             return capture.wait(recorded_in);
         }
         if let Some(capture) = recorded_in {
-            // Joining another stream to a capture is not simulated.
+            // The simulator cannot add another stream to a capture.
             inner.invalidate(capture);
             return Err(CUDA_ERROR_CAPTURED_EVENT);
         }
@@ -188,8 +196,9 @@ impl State {
         Ok(())
     }
 
-    /// Milliseconds between two events: on the virtual clocks with a cost model, else on the host's.
-    pub(crate) fn event_elapsed(&self, start: CUevent, end: CUevent) -> Answer<f32> {
+    /// Returns the milliseconds between two events: on the virtual clocks with a cost model,
+    /// otherwise on the host's.
+    pub(crate) fn event_elapsed(&self, start: CUevent, end: CUevent) -> DriverResult<f32> {
         let mut inner = self.lock();
         inner.enter()?;
         let mut times = [(None, 0); 2];
@@ -218,8 +227,8 @@ impl State {
 }
 
 impl Inner {
-    /// What an event waits for, for a call that would kill captures.
-    fn event_points(&mut self, handle: CUevent) -> Answer<Vec<Point>> {
+    /// Returns the work that an event waits for, for a call that is unsafe during capture.
+    fn event_points(&mut self, handle: CUevent) -> DriverResult<Vec<Point>> {
         self.enter()?;
         let event = self.events.get(handle)?;
         let (device, capture, points) = (event.device, event.capture, event.points.clone());
@@ -232,7 +241,7 @@ impl Inner {
         Ok(points)
     }
 
-    fn begin_record(&mut self, handle: CUevent) -> Answer<Work> {
+    fn begin_record(&mut self, handle: CUevent) -> DriverResult<Work> {
         let event = self.events.get(handle)?;
         event.records += 1;
         event.done_at = None;
@@ -242,7 +251,7 @@ impl Inner {
         })
     }
 
-    fn end_record(&mut self, handle: CUevent, points: Vec<Point>, clock_ns: u64) -> Answer {
+    fn end_record(&mut self, handle: CUevent, points: Vec<Point>, clock_ns: u64) -> DriverResult {
         let event = self.events.get(handle)?;
         event.points = points;
         event.clock_ns = clock_ns;

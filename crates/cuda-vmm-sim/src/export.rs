@@ -1,13 +1,13 @@
 //! Memory that other processes may import: a sealed file in memory, named for its device and size.
 
 use crate::host_memory::{FileIdentity, HostFile};
-use crate::state::Answer;
+use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::os::raw::c_int;
 
 const PREFIX: &str = "cuda-vmm-sim:export";
 
-/// Memory behind a descriptor.
+/// The memory behind a descriptor.
 pub(crate) struct Imported {
     pub(crate) file: HostFile,
     pub(crate) identity: FileIdentity,
@@ -15,16 +15,19 @@ pub(crate) struct Imported {
     pub(crate) bytes: usize,
 }
 
-/// A file for memory that may be exported.
-pub(crate) fn shareable_file(device: usize, bytes: usize) -> Answer<(HostFile, FileIdentity)> {
+/// Makes a file for memory that may be exported.
+pub(crate) fn shareable_file(
+    device: usize,
+    bytes: usize,
+) -> DriverResult<(HostFile, FileIdentity)> {
     let name = format!("{PREFIX}:device={device}:bytes={bytes}");
     let file = HostFile::create(&name, bytes as u64, true).map_err(|_| CUDA_ERROR_OUT_OF_MEMORY)?;
     let identity = file.identity().map_err(|_| CUDA_ERROR_OPERATING_SYSTEM)?;
     Ok((file, identity))
 }
 
-/// Takes up the memory behind a descriptor, which stays the caller's to close.
-pub(crate) fn import(descriptor: c_int) -> Answer<Imported> {
+/// Imports the memory behind a descriptor. The caller still closes the descriptor.
+pub(crate) fn import(descriptor: c_int) -> DriverResult<Imported> {
     let (file, name) = HostFile::import(descriptor).map_err(|_| CUDA_ERROR_INVALID_VALUE)?;
     let (device, bytes) = parse(&name).ok_or(CUDA_ERROR_INVALID_VALUE)?;
     let size = file.bytes().map_err(|_| CUDA_ERROR_OPERATING_SYSTEM)?;
@@ -40,7 +43,7 @@ pub(crate) fn import(descriptor: c_int) -> Answer<Imported> {
     })
 }
 
-/// Device and size from the name of a file as `/proc` shows it.
+/// Parses device and size from a file's name in `/proc`.
 fn parse(name: &str) -> Option<(usize, usize)> {
     let fields = name.strip_prefix("/memfd:")?.strip_prefix(PREFIX)?;
     let fields = fields.strip_suffix(" (deleted)").unwrap_or(fields);

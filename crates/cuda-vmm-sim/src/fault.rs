@@ -1,12 +1,12 @@
-//! Calls that are made to fail.
+//! Faults: calls that are made to fail.
 
 use cuda_vmm_sys::{CUDA_SUCCESS, CUresult, DriverFunction};
 
-/// One planned failure.
+/// One planned failure of a call.
 ///
-/// Calls are counted from the moment the fault is added, starting at 1. A call that fails this way is
-/// counted and traced but has no other effect. A fault with the code `CUDA_SUCCESS` fails nothing: a call that claims
-/// success and does nothing would break what safe code relies on.
+/// Calls are counted from the moment the fault is added, starting at 1. A call that fails this way
+/// is counted and traced but has no other effect. A fault with the code `CUDA_SUCCESS` is ignored:
+/// a call that reports success and does nothing would break what safe code relies on.
 #[derive(Clone, Debug)]
 pub struct Fault {
     calls: Calls,
@@ -21,11 +21,11 @@ enum Calls {
 }
 
 impl Fault {
-    /// Fails the `n`th call from now with `code`, once.
+    /// Fails the `n`th call from now with `code`, once. 0 fails no call.
     ///
-    /// Every entry point counts except the pure queries: `cuInit`, `cuDriverGetVersion`,
+    /// All entry points count, except pure queries: `cuInit`, `cuDriverGetVersion`,
     /// `cuGetErrorName`, `cuGetErrorString`, `cuDevice*`, `cuCtxGetCurrent`, `cuCtxSetCurrent`,
-    /// `cuCtxGetDevice` and `cuThreadExchangeStreamCaptureMode`. With `n` 0 nothing fails.
+    /// `cuCtxGetDevice` and `cuThreadExchangeStreamCaptureMode`.
     pub fn nth_call(n: u64, code: CUresult) -> Self {
         Self {
             calls: Calls::Nth { left: n },
@@ -33,7 +33,7 @@ impl Fault {
         }
     }
 
-    /// Fails the `n`th call of `function` from now with `code`, once. With `n` 0 nothing fails.
+    /// Fails the `n`th call of `function` from now with `code`, once. 0 fails no call.
     pub fn nth_of(function: DriverFunction, n: u64, code: CUresult) -> Self {
         Self {
             calls: Calls::NthOf { function, left: n },
@@ -49,7 +49,7 @@ impl Fault {
         }
     }
 
-    /// Counts a call and says whether it is the one to fail.
+    /// Counts a call, and returns whether it must fail.
     fn hits(&mut self, called: DriverFunction) -> bool {
         let left = match &mut self.calls {
             Calls::Always { function } => return *function == called,
@@ -82,7 +82,7 @@ impl FaultPlan {
         self.faults.clear();
     }
 
-    /// Counts the call for every fault; the first one that hits gives the code.
+    /// Counts the call for every fault, and returns the code of the first one that applies.
     pub(crate) fn call(&mut self, function: DriverFunction) -> Option<CUresult> {
         let mut code = None;
         for fault in &mut self.faults {
@@ -100,7 +100,7 @@ impl FaultPlan {
     }
 }
 
-/// Whether [`Fault::nth_call`] and the trace count this entry point.
+/// Returns whether [`Fault::nth_call`] and the trace count this entry point.
 pub(crate) fn is_counted(function: DriverFunction) -> bool {
     use DriverFunction::*;
     !matches!(

@@ -1,27 +1,27 @@
-//! The host memory behind simulated addresses: the one place that calls `mmap` and `memfd_create`.
+//! The host memory behind simulated addresses. Only this module calls `mmap` and `memfd_create`.
 //!
 //! # Safety
-//! A [`HostRange`] owns the addresses that it reserved until it is dropped, and changes only what lies
-//! within them; nothing in Rust's own memory is ever there. Reading and writing simulated memory is left
-//! to the callers, who hold raw addresses.
+//! A [`HostRange`] owns the addresses that it reserved until it is dropped, and changes only those.
+//! Rust's own memory is never there. Callers with raw addresses read and write the simulated
+//! memory.
 
 #[cfg(not(target_os = "linux"))]
 pub(crate) use elsewhere::*;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::*;
 
-/// What the host may do at an address.
+/// The host's access to an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protection {
-    /// Nothing: touching it is a fault.
+    /// No access: an access is a fault.
     None,
-    /// Read.
+    /// Read access.
     Read,
-    /// Read and write.
+    /// Read and write access.
     ReadWrite,
 }
 
-/// Which file a descriptor leads to.
+/// Identifies the file of a descriptor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FileIdentity {
     device: u64,
@@ -37,23 +37,23 @@ mod linux {
     use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, RawFd};
     use std::os::unix::fs::MetadataExt;
 
-    /// Whether simulated devices can exist here.
+    /// Whether this system supports simulated devices.
     pub(crate) const SUPPORTED: bool = true;
 
-    /// The host's page size, in bytes.
+    /// Returns the host's page size, in bytes.
     pub(crate) fn page_bytes() -> usize {
         // SAFETY: sysconf has no preconditions.
         let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         usize::try_from(bytes).unwrap_or(4096)
     }
 
-    /// A sparse file in memory, which reads zero where nothing was written.
+    /// A sparse file in memory. Unwritten parts read as zero.
     #[derive(Debug)]
     pub(crate) struct HostFile(File);
 
     impl HostFile {
-        /// A new file. A sealed one can never change its size, so mapping all of it stays safe
-        /// whoever else holds it.
+        /// Makes a file. A sealed file can never change its size, so a mapping of all of it stays
+        /// valid even if other processes hold it.
         pub(crate) fn create(name: &str, bytes: u64, sealed: bool) -> Result<Self> {
             let name = CString::new(name)?;
             // SAFETY: the name is a C string that outlives the call.
@@ -76,15 +76,15 @@ mod linux {
             Ok(Self(file))
         }
 
-        /// A second descriptor of the file that `descriptor` leads to, with the name that it was made
-        /// with. Files that are not sealed against shrinking are refused.
+        /// Opens the file of `descriptor` again, and returns it with its name. Fails unless the
+        /// file is sealed against shrinking.
         pub(crate) fn import(descriptor: RawFd) -> Result<(Self, String)> {
             // SAFETY: F_GET_SEALS has no preconditions; a bad descriptor is an error.
             let seals = unsafe { libc::fcntl(descriptor, libc::F_GET_SEALS) };
             if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
                 return Err(Error::from(std::io::ErrorKind::InvalidInput));
             }
-            // SAFETY: the call above has shown that the descriptor is open, and the borrow ends with
+            // SAFETY: the call above succeeded, so the descriptor is open. The borrow ends with
             // this statement.
             let file =
                 File::from(unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned()?);
@@ -92,12 +92,12 @@ mod linux {
             Ok((Self(file), link.to_string_lossy().into_owned()))
         }
 
-        /// A descriptor of the same file for another owner.
+        /// Duplicates the descriptor for another owner.
         pub(crate) fn duplicate(&self) -> Result<RawFd> {
             Ok(self.0.try_clone()?.into_raw_fd())
         }
 
-        /// Which file this is.
+        /// Returns the file's identity.
         pub(crate) fn identity(&self) -> Result<FileIdentity> {
             let metadata = self.0.metadata()?;
             Ok(FileIdentity {
@@ -106,12 +106,12 @@ mod linux {
             })
         }
 
-        /// The file's size.
+        /// Returns the file's size in bytes.
         pub(crate) fn bytes(&self) -> Result<u64> {
             Ok(self.0.metadata()?.len())
         }
 
-        /// Gives the memory of a part back; it reads zero from then on.
+        /// Frees the memory of a part of the file, which then reads as zero.
         pub(crate) fn punch(&self, offset: u64, bytes: usize) -> Result<()> {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
             // SAFETY: fallocate touches the file only.
@@ -131,7 +131,7 @@ mod linux {
         }
     }
 
-    /// Reserved host addresses, which are given back when this is dropped.
+    /// Reserved host addresses. Dropping it frees them.
     #[derive(Debug)]
     pub(crate) struct HostRange {
         address: usize,
@@ -141,7 +141,7 @@ mod linux {
     const RESERVED: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
     impl HostRange {
-        /// Reserves inaccessible addresses, aligned to a power of two, at `hint` if it is free.
+        /// Reserves addresses without access, aligned to a power of two, at `hint` if that is free.
         pub(crate) fn reserve(bytes: usize, alignment: usize, hint: usize) -> Result<Self> {
             let alignment = alignment.max(page_bytes());
             let no_memory = || Error::from_raw_os_error(libc::ENOMEM);
@@ -165,20 +165,21 @@ mod linux {
             let address = start.next_multiple_of(alignment);
             for (from, to) in [(start, address), (address + bytes, start + asked)] {
                 if from < to {
-                    // SAFETY: these are the unused edges of the mapping made above. A failure leaves
-                    // some addresses reserved until the process ends, which harms nothing.
+                    // SAFETY: these are the unused edges of the mapping made above. If it fails,
+                    // some addresses stay reserved until the process ends, which is harmless.
                     unsafe { libc::munmap(from as *mut libc::c_void, to - from) };
                 }
             }
             Ok(Self { address, bytes })
         }
 
-        /// The first address.
+        /// Returns the first address.
         pub(crate) fn address(&self) -> u64 {
             self.address as u64
         }
 
-        /// The host pointer at `offset`, if that many bytes from there lie within the range.
+        /// Returns the host pointer at `offset`. Fails unless `bytes` bytes from there lie within
+        /// the range.
         fn part(&self, offset: usize, bytes: usize) -> Result<*mut libc::c_void> {
             if offset.checked_add(bytes).is_none_or(|end| end > self.bytes) {
                 return Err(Error::from(std::io::ErrorKind::InvalidInput));
@@ -186,7 +187,7 @@ mod linux {
             Ok((self.address + offset) as *mut libc::c_void)
         }
 
-        /// Puts part of a file at `offset`, inaccessible until it is given a protection.
+        /// Maps a part of a file at `offset`, without access until `protect` is called.
         pub(crate) fn map(
             &self,
             offset: usize,
@@ -195,8 +196,8 @@ mod linux {
             file_offset: u64,
         ) -> Result<()> {
             let place = self.part(offset, bytes)?;
-            // SAFETY: the place lies within this range, which we own; the file keeps its size for as
-            // long as it is mapped.
+            // SAFETY: the addresses lie within this range, which owns them. The file keeps its size
+            // as long as it is mapped.
             let mapped = unsafe {
                 libc::mmap(
                     place,
@@ -214,10 +215,10 @@ mod linux {
             }
         }
 
-        /// Makes part of the range inaccessible and empty again.
+        /// Unmaps a part of the range and removes access to it.
         pub(crate) fn clear(&self, offset: usize, bytes: usize) -> Result<()> {
             let place = self.part(offset, bytes)?;
-            // SAFETY: the place lies within this range, which we own.
+            // SAFETY: the addresses lie within this range, which owns them.
             let mapped = unsafe {
                 libc::mmap(
                     place,
@@ -235,7 +236,7 @@ mod linux {
             }
         }
 
-        /// Sets what the host may do in part of the range.
+        /// Sets the host's access to a part of the range.
         pub(crate) fn protect(
             &self,
             offset: usize,
@@ -248,7 +249,8 @@ mod linux {
                 Protection::Read => libc::PROT_READ,
                 Protection::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
             };
-            // SAFETY: the place lies within this range, which we own, and no Rust reference is there.
+            // SAFETY: the addresses lie within this range, which owns them, and no Rust reference
+            // points there.
             if unsafe { libc::mprotect(place, bytes, flags) } < 0 {
                 return Err(Error::last_os_error());
             }
@@ -258,7 +260,8 @@ mod linux {
 
     impl Drop for HostRange {
         fn drop(&mut self) {
-            // SAFETY: the range is ours and is never used again. There is nobody to tell of a failure.
+            // SAFETY: this object owns the range, which is never used again. A failure cannot be
+            // reported.
             unsafe { libc::munmap(self.address as *mut libc::c_void, self.bytes) };
         }
     }
@@ -266,7 +269,7 @@ mod linux {
 
 #[cfg(not(target_os = "linux"))]
 mod elsewhere {
-    //! The same interface where there is no such memory. No value of these types can exist.
+    //! The same interface for systems without such memory. Its types have no values.
 
     use super::{FileIdentity, Protection};
     use std::convert::Infallible;

@@ -1,21 +1,23 @@
-//! The calls that ask for work on device memory.
+//! Calls that queue work on device memory.
 //!
-//! The driver looks at a memset's or a copy's addresses when it is called and refuses what is not mapped
-//! and open. Work that passed and finds its memory changed when it runs is an illegal access.
+//! A memset or a copy checks its addresses at the call, as the driver does, and refuses addresses
+//! that are not mapped with access. If the mapping has changed when the work runs, that is an
+//! illegal access.
 //!
-//! All host memory here is pageable. So a copy from it takes the bytes at the call, and a copy to it returns when
-//! it is done, as the driver's do (CUDA Driver API, "API synchronization behavior").
+//! All host memory is treated as pageable. So a copy from the host reads the bytes at the call, and
+//! a copy to the host returns when it is complete, as the driver's do (CUDA Driver API, "API
+//! synchronization behavior").
 
 use crate::address_space::AddressSpace;
 use crate::capture::{Endpoint, Node};
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use crate::stream::Key;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
 
 impl State {
-    /// Enqueues a piece of work on a stream, or adds it to the stream's capture.
-    pub(crate) fn launch(self: &Arc<Self>, stream: CUstream, node: Node) -> Answer {
+    /// Enqueues work on a stream, or adds it to the stream's capture.
+    pub(crate) fn launch(self: &Arc<Self>, stream: CUstream, node: Node) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         if inner.streams.get(key)?.capture.is_some() {
@@ -48,8 +50,8 @@ impl State {
         Ok(())
     }
 
-    /// Runs a piece of work in the legacy stream's order and waits for it.
-    pub(crate) fn launch_and_wait(self: &Arc<Self>, node: Node) -> Answer {
+    /// Runs work in the legacy stream's order and waits for it.
+    pub(crate) fn launch_and_wait(self: &Arc<Self>, node: Node) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(std::ptr::null_mut())?;
         inner.check_open(&node, key)?;
@@ -60,25 +62,31 @@ impl State {
 }
 
 impl Inner {
-    /// Refuses work unless all that it touches is mapped now and open to the stream's device.
-    fn check_open(&self, node: &Node, key: Key) -> Answer {
+    /// Fails unless all memory that the work touches is mapped now, with access for the stream's
+    /// device.
+    fn check_open(&self, node: &Node, key: Key) -> DriverResult {
         let device = self.streams.get(key)?.device;
         self.check(node, |space, address, bytes, write| {
             space.is_open(address, bytes, device, write)
         })
     }
 
-    /// Refuses work with null host memory, or with a range of device addresses that is not as it should
-    /// be: `fine` is told the first address, the size in bytes and whether the range is written.
-    fn check(&self, node: &Node, fine: impl Fn(&AddressSpace, u64, usize, bool) -> bool) -> Answer {
+    /// Fails if host memory is null or if `is_valid` returns `false` for a range of device
+    /// addresses. Its arguments are the first address, the size in bytes, and whether the range is
+    /// written.
+    fn check(
+        &self,
+        node: &Node,
+        is_valid: impl Fn(&AddressSpace, u64, usize, bool) -> bool,
+    ) -> DriverResult {
         let endpoint = |endpoint: Endpoint, bytes, write| match endpoint {
-            Endpoint::Device(address) => fine(&self.space, address, bytes, write),
+            Endpoint::Device(address) => is_valid(&self.space, address, bytes, write),
             Endpoint::Host(address) => address != 0,
         };
         let fine = match *node {
             Node::Nothing | Node::HostFunction { .. } => true,
             Node::Memset { bytes: 0, .. } | Node::Copy { bytes: 0, .. } => true,
-            Node::Memset { address, bytes, .. } => fine(&self.space, address, bytes, true),
+            Node::Memset { address, bytes, .. } => is_valid(&self.space, address, bytes, true),
             Node::Copy { to, from, bytes } => {
                 endpoint(to, bytes, true) && endpoint(from, bytes, false)
             }

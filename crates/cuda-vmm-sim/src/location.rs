@@ -1,11 +1,11 @@
-//! Reading and writing the header's location, property and access structures.
+//! Reads and writes the header's location, property and access structures.
 //!
 //! # Safety
-//! Newer headers put the device number of `CUmemLocation` into an anonymous union. Its layout is the
-//! same in all of them, two 32-bit fields, so it is read and written by layout and not by field name.
+//! Newer headers have the device number of `CUmemLocation` in an anonymous union. All have the same
+//! layout, two 32-bit fields. So this module reads and writes it by layout and not by field name.
 
 use crate::memory::Properties;
-use crate::state::{Answer, State};
+use crate::state::{DriverResult, State};
 use cuda_vmm_sys::*;
 
 /// `CUmemLocation` by layout.
@@ -20,8 +20,8 @@ const _: () = assert!(size_of::<Location>() == size_of::<CUmemLocation>());
 const _: () = assert!(align_of::<Location>() == align_of::<CUmemLocation>());
 
 fn read(location: &CUmemLocation) -> Location {
-    // SAFETY: both types have the same size and alignment (above), and the layout named at the top;
-    // every bit pattern is a valid pair of integers.
+    // SAFETY: both types have the same size and alignment (see the assertions) and the module's
+    // layout. Every bit pattern is a valid pair of integers.
     unsafe { *(&raw const *location).cast::<Location>() }
 }
 
@@ -30,11 +30,11 @@ fn device_location(device: usize) -> CUmemLocation {
         kind: CU_MEM_LOCATION_TYPE_DEVICE,
         id: device as i32,
     };
-    // SAFETY: as in `read`, the other way round.
+    // SAFETY: as in `read`, in the other direction.
     unsafe { *(&raw const location).cast::<CUmemLocation>() }
 }
 
-/// What one device is to be allowed.
+/// The access of one device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Descriptor {
     pub(crate) device: usize,
@@ -42,8 +42,8 @@ pub(crate) struct Descriptor {
 }
 
 impl State {
-    /// The device that a location names.
-    pub(crate) fn read_location(&self, location: &CUmemLocation) -> Answer<usize> {
+    /// Returns the device of a location.
+    pub(crate) fn read_location(&self, location: &CUmemLocation) -> DriverResult<usize> {
         let location = read(location);
         if location.kind != CU_MEM_LOCATION_TYPE_DEVICE {
             return Err(CUDA_ERROR_INVALID_VALUE);
@@ -51,8 +51,8 @@ impl State {
         self.device(location.id)
     }
 
-    /// What an access descriptor says.
-    pub(crate) fn read_descriptor(&self, descriptor: &CUmemAccessDesc) -> Answer<Descriptor> {
+    /// Converts an access descriptor.
+    pub(crate) fn read_descriptor(&self, descriptor: &CUmemAccessDesc) -> DriverResult<Descriptor> {
         let flags = descriptor.flags;
         let known = [
             CU_MEM_ACCESS_FLAGS_PROT_NONE,
@@ -68,18 +68,21 @@ impl State {
         Ok(Descriptor { device, flags })
     }
 
-    /// What allocation properties ask for: pinned memory of one of the devices, exportable by file
-    /// descriptor or not at all.
-    pub(crate) fn read_properties(&self, properties: &CUmemAllocationProp) -> Answer<Properties> {
+    /// Converts allocation properties. Fails unless they are pinned memory of a device that exists,
+    /// exportable by file descriptor or not at all.
+    pub(crate) fn read_properties(
+        &self,
+        properties: &CUmemAllocationProp,
+    ) -> DriverResult<Properties> {
         let shareable = read_kind(properties)?;
         let device = self.read_location(&properties.location)?;
         Ok(Properties { device, shareable })
     }
 }
 
-/// What allocation properties ask for on whatever device, which need not exist: pinned memory of a
-/// device, and whether it can be exported.
-pub(crate) fn read_kind(properties: &CUmemAllocationProp) -> Answer<bool> {
+/// Returns whether allocation properties ask for exportable memory. Fails unless they are pinned
+/// device memory. The device need not exist.
+pub(crate) fn read_kind(properties: &CUmemAllocationProp) -> DriverResult<bool> {
     let pinned = properties.type_ == CU_MEM_ALLOCATION_TYPE_PINNED;
     if !pinned || read(&properties.location).kind != CU_MEM_LOCATION_TYPE_DEVICE {
         return Err(CUDA_ERROR_INVALID_VALUE);
@@ -91,7 +94,7 @@ pub(crate) fn read_kind(properties: &CUmemAllocationProp) -> Answer<bool> {
     }
 }
 
-/// The structure that describes an allocation.
+/// Returns the driver's structure for an allocation's properties.
 pub(crate) fn write_properties(properties: Properties) -> CUmemAllocationProp {
     CUmemAllocationProp {
         type_: CU_MEM_ALLOCATION_TYPE_PINNED,
@@ -101,7 +104,7 @@ pub(crate) fn write_properties(properties: Properties) -> CUmemAllocationProp {
         },
         location: device_location(properties.device),
         win32HandleMetaData: std::ptr::null_mut(),
-        // SAFETY: the structure holds integers only, for which zero is valid.
+        // SAFETY: the structure holds integers only, and zero is valid for them.
         allocFlags: unsafe { std::mem::zeroed() },
     }
 }

@@ -1,13 +1,13 @@
-//! The calls on memory: physical memory and addresses brought together.
+//! The calls on memory, which combine physical memory and addresses.
 
 use crate::address_space::Kind;
 use crate::location::Descriptor;
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
 
-/// What an allocation is asked to be.
+/// The properties of an allocation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Properties {
     pub(crate) device: usize,
@@ -15,7 +15,7 @@ pub(crate) struct Properties {
 }
 
 impl State {
-    pub(crate) fn create(&self, bytes: usize, properties: Properties) -> Answer<u64> {
+    pub(crate) fn create(&self, bytes: usize, properties: Properties) -> DriverResult<u64> {
         if bytes == 0 || !bytes.is_multiple_of(self.config.granularity_bytes) {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -27,7 +27,7 @@ impl State {
         Ok(handle)
     }
 
-    pub(crate) fn release(&self, handle: u64) -> Answer {
+    pub(crate) fn release(&self, handle: u64) -> DriverResult {
         let mut inner = self.lock();
         let bytes = inner.physical.get(handle)?.bytes;
         inner.physical.release(handle)?;
@@ -35,7 +35,7 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn properties(&self, handle: u64) -> Answer<Properties> {
+    pub(crate) fn properties(&self, handle: u64) -> DriverResult<Properties> {
         let inner = self.lock();
         let physical = inner.physical.get(handle)?;
         Ok(Properties {
@@ -44,7 +44,7 @@ impl State {
         })
     }
 
-    pub(crate) fn retain_at(&self, address: u64) -> Answer<u64> {
+    pub(crate) fn retain_at(&self, address: u64) -> DriverResult<u64> {
         let mut inner = self.lock();
         match inner.space.at(address) {
             Some((_, range)) if matches!(range.kind, Kind::Mapping) => {
@@ -56,7 +56,7 @@ impl State {
         }
     }
 
-    pub(crate) fn export(&self, handle: u64) -> Answer<i32> {
+    pub(crate) fn export(&self, handle: u64) -> DriverResult<i32> {
         let mut inner = self.lock();
         let bytes = inner.physical.get(handle)?.bytes;
         let descriptor = inner.physical.export(handle)?;
@@ -64,7 +64,7 @@ impl State {
         Ok(descriptor)
     }
 
-    pub(crate) fn import(&self, descriptor: i32) -> Answer<u64> {
+    pub(crate) fn import(&self, descriptor: i32) -> DriverResult<u64> {
         let mut inner = self.lock();
         let handle = inner.physical.import(descriptor)?;
         let granularity = self.config.granularity_bytes;
@@ -77,21 +77,27 @@ impl State {
         Ok(handle)
     }
 
-    pub(crate) fn reserve(&self, bytes: usize, alignment: usize, hint: u64) -> Answer<u64> {
+    pub(crate) fn reserve(&self, bytes: usize, alignment: usize, hint: u64) -> DriverResult<u64> {
         let mut inner = self.lock();
         let address = inner.space.reserve(bytes, alignment, hint)?;
         inner.charge(|cost| cost.reserve.at(bytes));
         Ok(address)
     }
 
-    pub(crate) fn address_free(&self, address: u64, bytes: usize) -> Answer {
+    pub(crate) fn address_free(&self, address: u64, bytes: usize) -> DriverResult {
         let mut inner = self.lock();
         inner.space.free(address, bytes)?;
         inner.charge(|cost| cost.address_free.at(bytes));
         Ok(())
     }
 
-    pub(crate) fn map(&self, address: u64, bytes: usize, offset: usize, handle: u64) -> Answer {
+    pub(crate) fn map(
+        &self,
+        address: u64,
+        bytes: usize,
+        offset: usize,
+        handle: u64,
+    ) -> DriverResult {
         let mut guard = self.lock();
         let inner = &mut *guard;
         let whole = inner.physical.get(handle)?.bytes;
@@ -110,7 +116,7 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn unmap(&self, address: u64, bytes: usize) -> Answer {
+    pub(crate) fn unmap(&self, address: u64, bytes: usize) -> DriverResult {
         let mut inner = self.lock();
         let unmapped = inner.space.unmap(address, bytes)?;
         for range in &unmapped {
@@ -129,7 +135,7 @@ impl State {
         address: u64,
         bytes: usize,
         descriptors: &[Descriptor],
-    ) -> Answer {
+    ) -> DriverResult {
         let mut inner = self.lock();
         let mapped = inner.space.set_access(address, bytes, |access| {
             for descriptor in descriptors {
@@ -154,22 +160,22 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn access(&self, device: usize, address: u64) -> Answer<CUmemAccess_flags> {
+    pub(crate) fn access(&self, device: usize, address: u64) -> DriverResult<CUmemAccess_flags> {
         match self.lock().space.at(address) {
             Some((_, range)) => Ok(range.access.of(device)),
             None => Err(CUDA_ERROR_INVALID_VALUE),
         }
     }
 
-    /// Free and total bytes of the current context's device.
-    pub(crate) fn memory_info(&self) -> Answer<(usize, usize)> {
+    /// Returns the free and total bytes of the current context's device.
+    pub(crate) fn memory_info(&self) -> DriverResult<(usize, usize)> {
         let inner = self.lock();
         let device = inner.enter()?;
         let total = self.config.memory_bytes;
         Ok((total - inner.physical.used_bytes(device), total))
     }
 
-    pub(crate) fn plain_alloc(&self, bytes: usize) -> Answer<u64> {
+    pub(crate) fn plain_alloc(&self, bytes: usize) -> DriverResult<u64> {
         let mut inner = self.lock();
         let device = inner.enter()?;
         inner.unsafe_call()?;
@@ -178,8 +184,8 @@ impl State {
         Ok(address)
     }
 
-    /// Frees a plain allocation once the device has done all its work, as the driver does.
-    pub(crate) fn plain_free(&self, address: u64) -> Answer {
+    /// Frees a plain allocation after the device has completed all its work, as the driver does.
+    pub(crate) fn plain_free(&self, address: u64) -> DriverResult {
         let mut inner = self.lock();
         let device = inner.enter()?;
         inner.unsafe_call()?;
@@ -194,7 +200,7 @@ impl State {
         Ok(())
     }
 
-    pub(crate) fn plain_alloc_async(&self, bytes: usize, stream: CUstream) -> Answer<u64> {
+    pub(crate) fn plain_alloc_async(&self, bytes: usize, stream: CUstream) -> DriverResult<u64> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         inner.refuse_in_capture(key)?;
@@ -204,7 +210,11 @@ impl State {
         Ok(address)
     }
 
-    pub(crate) fn plain_free_async(self: &Arc<Self>, address: u64, stream: CUstream) -> Answer {
+    pub(crate) fn plain_free_async(
+        self: &Arc<Self>,
+        address: u64,
+        stream: CUstream,
+    ) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         if address == 0 {
@@ -212,7 +222,7 @@ impl State {
         }
         let capturing = inner.streams.get(key)?.capture.is_some();
         let Ok(range) = inner.space.plain(address) else {
-            // The driver then falls back on a call that waits, unless this stream is the captured one.
+            // The driver then uses the call that waits, unless this stream is the captured one.
             if !capturing {
                 inner.unsafe_call()?;
             }
@@ -220,7 +230,7 @@ impl State {
         };
         let bytes = range.bytes;
         if capturing {
-            // Memory that was not allocated in the capture cannot be freed in it.
+            // A capture cannot free memory that was not allocated in it.
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
         inner.check_implicit(key)?;
@@ -234,14 +244,14 @@ impl State {
 }
 
 impl Inner {
-    /// Whether a device other than the owner of a handle's memory has access.
+    /// Returns whether a device other than the memory's own has access.
     fn has_peers(&self, handle: u64, access: impl Fn(usize) -> CUmemAccess_flags) -> bool {
         let owner = self.physical.device_of(handle);
         (0..crate::SimConfig::MAX_DEVICES)
             .any(|device| Some(device) != owner && access(device) != 0)
     }
 
-    fn add_plain(&mut self, device: usize, bytes: usize) -> Answer<u64> {
+    fn add_plain(&mut self, device: usize, bytes: usize) -> DriverResult<u64> {
         if bytes == 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -259,17 +269,17 @@ impl Inner {
         placed
     }
 
-    /// Frees a plain allocation now.
+    /// Frees a plain allocation at once.
     pub(crate) fn remove_plain(&mut self, address: u64) {
         if let Some(range) = self.space.remove_plain(address) {
             let handle = range.handle;
             drop(range);
-            // The handle is the allocation's own and has exactly this reference.
+            // The handle belongs to the allocation and has exactly this reference.
             let _ = self.physical.release(handle);
         }
     }
 
-    /// Frees a device's plain allocations.
+    /// Frees all plain allocations of a device.
     pub(crate) fn free_all_plain(&mut self, device: usize) {
         let mine =
             |kind: &Kind| matches!(kind, Kind::Plain { device: owner, .. } if *owner == device);

@@ -1,23 +1,23 @@
-//! Device memory: allocation handles, their owners, and where their bytes are kept.
+//! Device memory: allocation handles, their references, and the storage of their bytes.
 
 use crate::host_memory::{FileIdentity, HostFile};
-use crate::state::Answer;
+use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::collections::{BTreeMap, HashMap};
 use std::os::raw::c_int;
 
-/// Where the bytes of an allocation are.
+/// Where the bytes of an allocation are stored.
 #[derive(Debug)]
 pub(crate) enum Storage {
-    /// In the device's own file, from this offset.
+    /// In the device's file, from this offset.
     Device { offset: u64 },
-    /// In a file of its own, which other processes may map.
+    /// In a separate file, which other processes may map.
     Shareable(HostFile),
-    /// Nowhere.
+    /// Not stored.
     Unbacked,
 }
 
-/// One piece of device memory.
+/// One allocation of device memory.
 #[derive(Debug)]
 pub(crate) struct Physical {
     pub(crate) device: usize,
@@ -30,18 +30,18 @@ pub(crate) struct Physical {
     mappings: usize,
 }
 
-/// One device's memory.
+/// The memory of one device.
 #[derive(Debug)]
 struct DeviceMemory {
     ordinal: usize,
     used_bytes: usize,
     file: Option<HostFile>,
-    /// Unused parts of the file by offset. The file is far larger than the memory, so that fragments
-    /// never stand in the way of an allocation for which there is memory.
+    /// Unused parts of the file by offset. The file is far larger than the memory, so that
+    /// fragmentation never fails an allocation.
     unused: BTreeMap<u64, u64>,
 }
 
-/// The file of a device, in bytes.
+/// Size of a device's file, in bytes.
 const FILE_BYTES: u64 = 1 << 50;
 
 /// The memory of all devices.
@@ -73,12 +73,12 @@ impl PhysicalMemory {
         }
     }
 
-    /// Memory in use on a device, in bytes.
+    /// Returns the memory in use on a device, in bytes.
     pub(crate) fn used_bytes(&self, device: usize) -> usize {
         self.devices[device].used_bytes
     }
 
-    /// References to handles of a device that were not released.
+    /// Returns the references to handles of a device that were not released.
     pub(crate) fn references(&self, device: usize) -> usize {
         let mine = self
             .allocations
@@ -87,21 +87,26 @@ impl PhysicalMemory {
         mine.map(|physical| physical.references).sum()
     }
 
-    /// The allocation of a handle that was not released.
-    pub(crate) fn get(&self, handle: u64) -> Answer<&Physical> {
+    /// Returns the allocation of a handle that was not released.
+    pub(crate) fn get(&self, handle: u64) -> DriverResult<&Physical> {
         let physical = self.allocations.get(&handle);
         physical
             .filter(|physical| physical.references > 0)
             .ok_or(CUDA_ERROR_INVALID_VALUE)
     }
 
-    /// The device that an allocation is on, released or not.
+    /// Returns the device of an allocation, even if the handle was released.
     pub(crate) fn device_of(&self, handle: u64) -> Option<usize> {
         Some(self.allocations.get(&handle)?.device)
     }
 
-    /// Takes memory of a device; the new handle has one reference.
-    pub(crate) fn create(&mut self, device: usize, bytes: usize, shareable: bool) -> Answer<u64> {
+    /// Allocates memory of a device. The new handle has one reference.
+    pub(crate) fn create(
+        &mut self,
+        device: usize,
+        bytes: usize,
+        shareable: bool,
+    ) -> DriverResult<u64> {
         self.charge(device, bytes)?;
         let made = match (self.backed, shareable) {
             (false, _) => Ok((Storage::Unbacked, None)),
@@ -120,7 +125,7 @@ impl PhysicalMemory {
         }
     }
 
-    fn charge(&mut self, device: usize, bytes: usize) -> Answer {
+    fn charge(&mut self, device: usize, bytes: usize) -> DriverResult {
         let used = &mut self.devices[device].used_bytes;
         match used.checked_add(bytes) {
             Some(sum) if sum <= self.limit_bytes => *used = sum,
@@ -155,8 +160,8 @@ impl PhysicalMemory {
         handle
     }
 
-    /// Takes up memory that another simulator exported, or adds a reference to our own.
-    pub(crate) fn import(&mut self, descriptor: c_int) -> Answer<u64> {
+    /// Imports memory that another simulator exported, or adds a reference if this simulator did.
+    pub(crate) fn import(&mut self, descriptor: c_int) -> DriverResult<u64> {
         if !self.backed {
             return Err(CUDA_ERROR_NOT_SUPPORTED);
         }
@@ -181,8 +186,8 @@ impl PhysicalMemory {
         ))
     }
 
-    /// A descriptor by which another process may import the memory.
-    pub(crate) fn export(&self, handle: u64) -> Answer<c_int> {
+    /// Returns a descriptor by which another process can import the memory.
+    pub(crate) fn export(&self, handle: u64) -> DriverResult<c_int> {
         let physical = self.get(handle)?;
         match &physical.storage {
             _ if !physical.shareable => Err(CUDA_ERROR_INVALID_VALUE),
@@ -191,8 +196,9 @@ impl PhysicalMemory {
         }
     }
 
-    /// Adds a reference to memory that is allocated or mapped, though its owner may have released it.
-    pub(crate) fn retain(&mut self, handle: u64) -> Answer {
+    /// Adds a reference to memory that is still allocated or mapped, even if its handle was
+    /// released.
+    pub(crate) fn retain(&mut self, handle: u64) -> DriverResult {
         let physical = self
             .allocations
             .get_mut(&handle)
@@ -201,8 +207,8 @@ impl PhysicalMemory {
         Ok(())
     }
 
-    /// Takes a reference away; the bytes are freed once nothing refers to them.
-    pub(crate) fn release(&mut self, handle: u64) -> Answer {
+    /// Removes a reference. The bytes are freed with the last reference and mapping.
+    pub(crate) fn release(&mut self, handle: u64) -> DriverResult {
         let physical = self
             .allocations
             .get_mut(&handle)
@@ -222,7 +228,7 @@ impl PhysicalMemory {
         }
     }
 
-    /// Counts one mapping less.
+    /// Counts one fewer mapping.
     pub(crate) fn remove_mapping(&mut self, handle: u64) {
         if let Some(physical) = self.allocations.get_mut(&handle) {
             physical.mappings = physical.mappings.saturating_sub(1);
@@ -248,7 +254,7 @@ impl PhysicalMemory {
         }
     }
 
-    /// The file and offset at which an allocation's bytes are, if they are anywhere.
+    /// Returns the file and offset of an allocation's bytes; `None` if they are not stored.
     pub(crate) fn place(&self, handle: u64) -> Option<(&HostFile, u64)> {
         let physical = self.allocations.get(&handle)?;
         match &physical.storage {
@@ -262,9 +268,9 @@ impl PhysicalMemory {
 }
 
 impl DeviceMemory {
-    /// Takes the first unused part of the file that is large enough, so that what is allocated in a row
-    /// lies in a row.
-    fn take(&mut self, bytes: usize) -> Answer<u64> {
+    /// Takes the first unused part of the file that is large enough, so that consecutive
+    /// allocations are adjacent.
+    fn take(&mut self, bytes: usize) -> DriverResult<u64> {
         if self.file.is_none() {
             let name = format!("cuda-vmm-sim:memory:device={}", self.ordinal);
             let file = HostFile::create(&name, FILE_BYTES, false);
@@ -282,9 +288,9 @@ impl DeviceMemory {
         Ok(offset)
     }
 
-    /// Gives a part of the file back, its bytes with it.
+    /// Returns a part of the file to the unused parts, and frees its bytes.
     fn put_back(&mut self, offset: u64, bytes: usize) {
-        // If the hole cannot be punched the part is never used again: fresh memory must read zero.
+        // If the bytes cannot be freed, the part is never used again: new memory must read as zero.
         if let Some(file) = &self.file
             && file.punch(offset, bytes).is_err()
         {

@@ -1,4 +1,4 @@
-//! The simulator as the program that owns it sees it.
+//! The simulator's interface.
 
 use crate::fault::Fault;
 use crate::host_memory;
@@ -10,23 +10,23 @@ use cuda_vmm_sys::{DriverFunction, DriverTable};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why there is no simulator.
+/// Why a simulator or an interposer could not be made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SimError {
-    /// As many simulators live in this process as it has tables for.
+    /// The process has as many simulators as it has tables for.
     #[error("{limit} simulated drivers are alive in this process, which is the limit")]
     TooMany {
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
-    /// As many interposers live in this process as it has tables for.
+    /// The process has as many interposers as it has tables for.
     #[error("{limit} interposers are alive in this process, which is the limit")]
     TooManyInterposers {
-        /// How many there may be.
+        /// The limit.
         limit: usize,
     },
-    /// A value of the configuration is not possible.
+    /// A value of the configuration is invalid.
     #[error("{what} cannot be {value}")]
     InvalidConfig {
         /// Which value.
@@ -34,12 +34,12 @@ pub enum SimError {
         /// The value.
         value: usize,
     },
-    /// This operating system has no memory of the kind that simulated devices are made of.
+    /// This operating system lacks the kind of memory that simulated devices use.
     #[error("the simulated CUDA driver is supported on Linux only")]
     Unsupported,
 }
 
-/// A simulated driver. Clones are the same one; it ends when the last clone is dropped.
+/// A simulated driver. Clones share it. It ends when the last clone is dropped.
 #[derive(Clone)]
 pub struct Simulator {
     owner: Arc<Owner>,
@@ -52,8 +52,8 @@ struct Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         if !self.state.is_own_process() {
-            // A forked process has none of the streams' threads to wait for, and their locks may be
-            // held for good. Nothing is given back there: the process's end does that.
+            // A forked process has none of the streams' threads, and their locks may never be
+            // released. So it frees nothing: the process's end does.
             std::mem::forget(Arc::clone(&self.state));
             return;
         }
@@ -71,18 +71,19 @@ impl std::fmt::Debug for Simulator {
     }
 }
 
-/// Numbers simulators. 0 is that of none.
+/// The number of the next simulator. 0 is no simulator's number.
 static MADE: AtomicU64 = AtomicU64::new(1);
 
 impl Simulator {
-    /// How many simulators may be alive in a process.
+    /// The most simulators that may be alive in a process.
     pub const LIMIT: usize = slot::SLOTS;
 
     /// Makes a simulated driver. As with a real one, calls fail until `cuInit` was called.
     ///
     /// # Errors
-    /// [`SimError::TooMany`] while [`LIMIT`](Self::LIMIT) others are alive, [`SimError::InvalidConfig`]
-    /// for a configuration that cannot be, [`SimError::Unsupported`] where the system is not Linux.
+    /// - [`SimError::TooMany`] while [`LIMIT`](Self::LIMIT) others are alive.
+    /// - [`SimError::InvalidConfig`] if a value of the configuration is invalid.
+    /// - [`SimError::Unsupported`] if the system is not Linux.
     pub fn new(config: SimConfig) -> Result<Self, SimError> {
         if !host_memory::SUPPORTED {
             return Err(SimError::Unsupported);
@@ -106,9 +107,10 @@ impl Simulator {
         })
     }
 
-    /// The driver's functions, answered by this simulator. They are valid for good, but once the last
-    /// clone is dropped they answer `CUDA_ERROR_DEINITIALIZED`, or reach a later simulator that was given
-    /// the same table: keep a clone beside the table.
+    /// Returns the driver's functions. Keep a clone of the simulator beside the table.
+    ///
+    /// The functions may be called at any time. After the last clone is dropped they return
+    /// `CUDA_ERROR_DEINITIALIZED`, or call a later simulator that uses the same table.
     pub fn table(&self) -> DriverTable {
         let state = &self.owner.state;
         let mut table = slot::table(state.threads.slot);
@@ -123,12 +125,12 @@ impl Simulator {
         self.owner.state.lock().faults.add(fault);
     }
 
-    /// Forgets all faults.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.owner.state.lock().faults.clear();
     }
 
-    /// How many calls of an entry point there have been, failed ones too.
+    /// Returns the number of calls of an entry point, including failed ones.
     pub fn calls(&self, function: DriverFunction) -> u64 {
         self.owner.state.lock().calls(function)
     }
@@ -138,12 +140,13 @@ impl Simulator {
         self.owner.state.lock().start_trace();
     }
 
-    /// Ends the trace: the calls of all threads since [`start_trace`](Self::start_trace), in order.
+    /// Ends the trace and returns it: the calls of all threads since
+    /// [`start_trace`](Self::start_trace), in order.
     pub fn take_trace(&self) -> Vec<DriverFunction> {
         self.owner.state.lock().take_trace()
     }
 
-    /// What a device holds; nothing if there is no device of this number.
+    /// Returns the resources that a device holds; none if there is no device of this number.
     pub fn books(&self, device: usize) -> Books {
         let state = &self.owner.state;
         match device < state.config.devices {
@@ -152,15 +155,17 @@ impl Simulator {
         }
     }
 
-    /// Whether work on a device touched memory that it may not touch, so that its context answers
-    /// `CUDA_ERROR_ILLEGAL_ADDRESS` for good.
+    /// Returns whether work on a device made an illegal access, so that its context returns
+    /// `CUDA_ERROR_ILLEGAL_ADDRESS` from now on.
     pub fn is_poisoned(&self, device: usize) -> bool {
         let state = &self.owner.state;
         device < state.config.devices && state.lock().contexts.poison(device).is_some()
     }
 
-    /// Lets no more work start on any stream. What is enqueued waits, queries answer
-    /// `CUDA_ERROR_NOT_READY`, and calls that wait block. Work that is running goes on.
+    /// Stops work from starting on any stream.
+    ///
+    /// Enqueued work waits, queries return `CUDA_ERROR_NOT_READY`, and calls that wait block. Work
+    /// that is already running completes.
     pub fn hold_work(&self) {
         self.owner.state.lock().held = true;
     }
@@ -171,13 +176,13 @@ impl Simulator {
         self.owner.state.notify();
     }
 
-    /// The calling thread's virtual clock, in nanoseconds; 0 without a cost model.
+    /// Returns the calling thread's virtual clock in nanoseconds; 0 without a cost model.
     pub fn thread_clock_ns(&self) -> u64 {
         self.owner.state.threads.get().clock_ns
     }
 
-    /// Moves the calling thread's virtual clock forward, as work of its own would; without effect if
-    /// there is no cost model.
+    /// Advances the calling thread's virtual clock, as the thread's own work would. Has no effect
+    /// without a cost model.
     pub fn advance_thread_clock_ns(&self, ns: u64) {
         let state = &self.owner.state;
         if state.config.cost_model.is_some() {

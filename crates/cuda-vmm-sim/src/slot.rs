@@ -1,10 +1,10 @@
 //! Function tables for many simulators in one process.
 //!
-//! The driver's functions carry no context pointer, so each of a fixed number of slots has functions of
-//! its own, which find the slot's simulator and go on in code that all slots share.
+//! The driver's functions have no context pointer. So each of a fixed number of slots has its own
+//! functions, which look up the slot's simulator and call code that all slots share.
 //!
 //! # Safety
-//! The functions pass on what the caller of the driver's function of that name vouched for.
+//! The functions have the contracts of the driver's functions of their names, and pass them on.
 
 #![allow(non_snake_case)]
 #![allow(
@@ -13,20 +13,21 @@
 )]
 
 use crate::calls;
-use crate::state::{Answer, State};
+use crate::state::{DriverResult, State};
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard, TryLockError};
 
-/// How many simulators there may be at once in a process.
+/// The most simulators that may be alive in a process.
 pub(crate) const SLOTS: usize = 64;
 
 static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) }; SLOTS];
 
-/// Puts a simulator, made for the number of a free slot, into that slot.
+/// Makes a simulator for a free slot and puts it there; `None` if no slot is free.
 pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State>> {
     for (slot, place) in STATES.iter().enumerate() {
-        // A place that somebody reads is taken, or was until now; in a forked process its lock may be held for good.
+        // A locked slot is in use, or was a moment ago. In a forked process its lock may never be
+        // released.
         let Some(mut place) = try_write(place) else {
             continue;
         };
@@ -39,7 +40,7 @@ pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State
     None
 }
 
-/// Locks, unless that would take waiting.
+/// Locks if that needs no waiting.
 pub(crate) fn try_write<T>(place: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>> {
     match place.try_write() {
         Ok(place) => Some(place),
@@ -48,7 +49,7 @@ pub(crate) fn try_write<T>(place: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>>
     }
 }
 
-/// Frees a slot. The functions of its table answer `CUDA_ERROR_DEINITIALIZED` until it is taken again.
+/// Frees a slot. Its functions return `CUDA_ERROR_DEINITIALIZED` until the slot is used again.
 pub(crate) fn vacate(slot: usize) {
     let mut place = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
     *place = None;
@@ -57,7 +58,7 @@ pub(crate) fn vacate(slot: usize) {
 fn answer(
     slot: usize,
     function: DriverFunction,
-    call: impl FnOnce(&Arc<State>) -> Answer,
+    call: impl FnOnce(&Arc<State>) -> DriverResult,
 ) -> CUresult {
     let state = STATES[slot]
         .read()
@@ -80,7 +81,7 @@ macro_rules! define_slots {
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
         optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
     ) => {
-        /// Each call on the simulator of a slot.
+        /// The calls, by slot.
         mod entry {
             use super::*;
 
@@ -103,14 +104,14 @@ macro_rules! define_slots {
         /// As the driver's function of this name.
         pub(crate) unsafe fn $name(slot: usize $(, $argument: $type)*) -> CUresult {
             answer(slot, DriverFunction::$name, |state| {
-                // SAFETY: the caller's promise is the one that the call asks for.
+                // SAFETY: the caller keeps the contract of the driver's function.
                 unsafe { calls::$name(state $(, $argument)*) }
             })
         }
     )*};
     (@thunks $($name:ident($($argument:ident: $type:ty),*);)*) => {$(
         unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
-            // SAFETY: the caller's promise is the one that the driver's function asks for.
+            // SAFETY: the caller keeps the contract of the driver's function.
             unsafe { entry::$name(N $(, $argument)*) }
         }
     )*};
@@ -129,7 +130,7 @@ tables! {
     32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
 }
 
-/// The functions that reach the simulator in a slot.
+/// Returns the functions of a slot.
 pub(crate) fn table(slot: usize) -> DriverTable {
     TABLES[slot]()
 }

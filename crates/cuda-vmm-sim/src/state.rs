@@ -1,4 +1,4 @@
-//! Everything one simulator knows, behind one lock.
+//! The state of one simulator, behind one lock.
 
 use crate::address_space::{AddressSpace, Kind};
 use crate::capture::Graphs;
@@ -12,8 +12,8 @@ use crate::{Books, CostModel, SimConfig};
 use cuda_vmm_sys::*;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// What a call answers: a code unless all went well.
-pub(crate) type Answer<T = ()> = Result<T, CUresult>;
+/// The result of a call: a value, or the driver's error code.
+pub(crate) type DriverResult<T = ()> = Result<T, CUresult>;
 
 /// A locked [`Inner`].
 pub(crate) type Guard<'a> = MutexGuard<'a, Inner>;
@@ -23,21 +23,21 @@ pub(crate) type Guard<'a> = MutexGuard<'a, Inner>;
 pub(crate) struct State {
     pub(crate) config: SimConfig,
     pub(crate) threads: ThreadKey,
-    /// The process that made it; one forked from it has none of its threads.
+    /// The process that made it. A forked process has none of its threads.
     process: u32,
     inner: Mutex<Inner>,
-    /// Notified whenever work is added, released or done, and when the simulator closes.
+    /// Notified when work is added, released or completed, and when the simulator closes.
     changed: Condvar,
 }
 
-/// What the lock guards.
+/// The state behind the lock.
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) threads: ThreadKey,
     pub(crate) initialized: bool,
-    /// The simulator is being dropped: nothing waits and nothing starts any more.
+    /// The simulator is being dropped: no call waits, and no work starts.
     pub(crate) closing: bool,
-    /// Work stays in its queues.
+    /// `hold_work` was called: no work starts.
     pub(crate) held: bool,
     pub(crate) faults: FaultPlan,
     calls: Vec<u64>,
@@ -49,7 +49,7 @@ pub(crate) struct Inner {
     pub(crate) events: Events,
     pub(crate) graphs: Graphs,
     pub(crate) cost: Option<CostModel>,
-    /// When the driver's virtual lock is free, in nanoseconds.
+    /// When the driver's virtual lock becomes free, in nanoseconds.
     driver_free_ns: u64,
 }
 
@@ -101,8 +101,9 @@ impl State {
         self.changed.notify_all();
     }
 
-    /// What every call begins with: counting, tracing, the fault plan, and `cuInit`.
-    pub(crate) fn begin(&self, function: DriverFunction) -> Answer {
+    /// Begins every call: counts and traces it, applies the fault plan, and checks that `cuInit`
+    /// was called.
+    pub(crate) fn begin(&self, function: DriverFunction) -> DriverResult {
         let mut inner = self.lock();
         if inner.closing {
             return Err(CUDA_ERROR_DEINITIALIZED);
@@ -129,7 +130,7 @@ impl State {
     }
 
     /// `cuInit`.
-    pub(crate) fn initialize(&self) -> Answer {
+    pub(crate) fn initialize(&self) -> DriverResult {
         if self.config.devices == 0 {
             return Err(CUDA_ERROR_NO_DEVICE);
         }
@@ -137,15 +138,15 @@ impl State {
         Ok(())
     }
 
-    /// The number of a device that exists.
-    pub(crate) fn device(&self, device: CUdevice) -> Answer<usize> {
+    /// Converts the number of a device. Fails if it does not exist.
+    pub(crate) fn device(&self, device: CUdevice) -> DriverResult<usize> {
         usize::try_from(device)
             .ok()
             .filter(|&device| device < self.config.devices)
             .ok_or(CUDA_ERROR_INVALID_DEVICE)
     }
 
-    /// Whether this is the process that made it.
+    /// Returns whether this process made the simulator.
     pub(crate) fn is_own_process(&self) -> bool {
         self.process == std::process::id()
     }
@@ -159,7 +160,8 @@ impl State {
         };
         self.notify();
         for worker in workers {
-            // The last clone may be dropped by a host function, on the very thread to wait for.
+            // A host function may drop the last clone, on the thread itself. A thread cannot join
+            // itself.
             if worker.thread().id() != std::thread::current().id() {
                 let _ = worker.join();
             }
@@ -191,7 +193,7 @@ impl Inner {
         });
     }
 
-    /// What a device holds.
+    /// Returns the resources that a device holds.
     pub(crate) fn books(&self, device: usize) -> Books {
         let (reservations, reserved_bytes) = self.space.reserved();
         let mut books = Books {
@@ -218,7 +220,7 @@ impl Inner {
                 _ => {}
             }
         }
-        // A plain allocation keeps its memory by a handle that nobody else knows.
+        // A plain allocation has an internal handle, which is not counted.
         books.handles -= books.plain_allocations;
         books
     }

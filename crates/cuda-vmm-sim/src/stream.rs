@@ -1,27 +1,29 @@
-//! Streams: queues of work, each run in order by a thread of its own.
+//! Streams: queues of work, each with a thread that runs it in order.
 //!
-//! The legacy stream of a device runs after the earlier work of the device's blocking streams (those
-//! created without `CU_STREAM_NON_BLOCKING`, and the per-thread ones), and their later work runs after
-//! it. A per-thread stream exists for each calling thread that uses one.
+//! The legacy stream of a device runs after the earlier work of the device's blocking streams, and
+//! their later work runs after it. Blocking streams are those created without
+//! `CU_STREAM_NON_BLOCKING`, and the per-thread ones. A per-thread stream exists for each calling
+//! thread that uses one.
 
 use crate::capture::Capture;
-use crate::state::{Answer, Inner, State};
+use crate::state::{DriverResult, Inner, State};
 use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::thread::{JoinHandle, ThreadId};
 
-/// Which stream; never used twice. Also the value of its handle, which is never followed.
+/// Identifies a stream. It is unique, is the value of the stream's handle, and is never
+/// dereferenced.
 pub(crate) type Key = u64;
 
-/// A place in a stream: the piece of work with this number.
+/// A point in a stream: the work with this number.
 pub(crate) type Point = (Key, u64);
 
-/// A queued piece of work.
+/// Queued work.
 #[derive(Debug)]
 pub(crate) struct Item {
     pub(crate) sequence: u64,
-    /// What has to be done before it starts, in other streams.
+    /// Work of other streams that must complete before it starts.
     pub(crate) after: Vec<Point>,
     pub(crate) work: Work,
 }
@@ -30,21 +32,21 @@ pub(crate) struct Item {
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) device: usize,
-    /// Ordered with the legacy stream.
+    /// Whether it is ordered with the legacy stream.
     blocking: bool,
-    /// Made by `cuStreamCreate`.
+    /// Whether `cuStreamCreate` made it.
     created: bool,
-    /// Its handle is no longer valid; it goes when its queue is empty.
+    /// Whether its handle was destroyed. It is removed when its queue is empty.
     pub(crate) destroyed: bool,
     pub(crate) queue: VecDeque<Item>,
-    /// How many pieces of work there have been.
+    /// Number of work items that were enqueued.
     pub(crate) enqueued: u64,
-    /// How many of them are done.
+    /// Number of work items that have completed.
     pub(crate) completed: u64,
-    /// A piece of work is running.
+    /// Whether work is running.
     pub(crate) busy: bool,
     pub(crate) has_worker: bool,
-    /// When the work enqueued so far ends, in virtual nanoseconds.
+    /// When the enqueued work completes, in virtual nanoseconds.
     pub(crate) clock_ns: u64,
     pub(crate) capture: Option<Capture>,
 }
@@ -65,7 +67,7 @@ pub(crate) struct Streams {
     made: u64,
 }
 
-/// The first key; the small numbers are the handles of the default streams.
+/// The first key. Small numbers are the handles of the default streams.
 const FIRST_KEY: Key = 0x57_0000;
 
 impl Streams {
@@ -95,26 +97,26 @@ impl Streams {
         key
     }
 
-    pub(crate) fn get(&self, key: Key) -> Answer<&Stream> {
+    pub(crate) fn get(&self, key: Key) -> DriverResult<&Stream> {
         self.by_key.get(&key).ok_or(CUDA_ERROR_INVALID_HANDLE)
     }
 
-    pub(crate) fn get_mut(&mut self, key: Key) -> Answer<&mut Stream> {
+    pub(crate) fn get_mut(&mut self, key: Key) -> DriverResult<&mut Stream> {
         self.by_key.get_mut(&key).ok_or(CUDA_ERROR_INVALID_HANDLE)
     }
 
-    /// Whether a piece of work is done; the work of streams that are gone is.
+    /// Returns whether work has completed. The work of a removed stream has.
     pub(crate) fn is_done(&self, (key, sequence): Point) -> bool {
         let stream = self.by_key.get(&key);
         stream.is_none_or(|stream| stream.completed >= sequence)
     }
 
-    /// Whether all these pieces of work are done.
+    /// Returns whether all this work has completed.
     pub(crate) fn are_done(&self, points: &[Point]) -> bool {
         points.iter().all(|&point| self.is_done(point))
     }
 
-    /// The last piece of work of every stream of a device that has not done all its work.
+    /// Returns the last point of every stream of a device that has pending work.
     pub(crate) fn pending(&self, device: usize) -> Vec<Point> {
         let mine = self
             .by_key
@@ -125,7 +127,7 @@ impl Streams {
             .collect()
     }
 
-    /// How many streams `cuStreamCreate` made on a device that were not destroyed.
+    /// Returns the number of streams on a device that were created and not destroyed.
     pub(crate) fn created(&self, device: usize) -> usize {
         let mine = self
             .by_key
@@ -139,7 +141,7 @@ impl Streams {
         self.legacy[device]
     }
 
-    /// When the work of a device ends, in virtual nanoseconds.
+    /// Returns when the work of a device completes, in virtual nanoseconds.
     pub(crate) fn device_clock_ns(&self, device: usize) -> u64 {
         let mine = self
             .by_key
@@ -148,7 +150,7 @@ impl Streams {
         mine.map(|stream| stream.clock_ns).max().unwrap_or(0)
     }
 
-    /// The captures under way, each with its stream.
+    /// Returns the active captures with their streams.
     pub(crate) fn captures(&mut self) -> impl Iterator<Item = (&mut Capture, usize, bool)> {
         self.by_key
             .values_mut()
@@ -159,7 +161,8 @@ impl Streams {
         self.legacy.contains(&key)
     }
 
-    /// What has to be done before new work of a stream starts, because one of them is the legacy stream.
+    /// Returns the work that must complete before new work of a stream starts, because of the
+    /// legacy stream's order.
     pub(crate) fn implicit_order(&self, key: Key) -> Vec<Point> {
         let Some(stream) = self.by_key.get(&key) else {
             return Vec::new();
@@ -177,8 +180,8 @@ impl Streams {
         points
     }
 
-    /// When the streams that come before new work of this one are free, in virtual nanoseconds. Unlike
-    /// [`implicit_order`](Self::implicit_order) this does not depend on what is done already.
+    /// Returns when the streams before new work of this stream become free, in virtual nanoseconds.
+    /// Unlike [`implicit_order`](Self::implicit_order) it does not depend on completed work.
     pub(crate) fn implicit_clock_ns(&self, key: Key) -> u64 {
         let Some(stream) = self.by_key.get(&key) else {
             return 0;
@@ -193,7 +196,7 @@ impl Streams {
         before.map(|other| other.clock_ns).max().unwrap_or(0)
     }
 
-    /// Takes a stream out if nobody can use it and nothing of it runs.
+    /// Removes a stream that is destroyed and has no work.
     pub(crate) fn reap(&mut self, key: Key) {
         let gone = |stream: &Stream| stream.destroyed && stream.is_idle() && !stream.has_worker;
         if self.by_key.get(&key).is_some_and(gone) {
@@ -201,7 +204,7 @@ impl Streams {
         }
     }
 
-    /// Destroys the streams of a device and drops their work; the legacy one stays, empty.
+    /// Destroys the streams of a device and drops their work. The legacy stream stays, empty.
     pub(crate) fn destroy_all(&mut self, device: usize) {
         self.per_thread.retain(|(owner, _), _| *owner != device);
         let keys: Vec<Key> = self.by_key.keys().copied().collect();
@@ -227,8 +230,8 @@ impl Streams {
 }
 
 impl Inner {
-    /// The stream of a handle, for a call in the current context.
-    pub(crate) fn enter_stream(&mut self, handle: CUstream) -> Answer<Key> {
+    /// Begins a call on a stream: returns the handle's stream in the current context.
+    pub(crate) fn enter_stream(&mut self, handle: CUstream) -> DriverResult<Key> {
         let device = self.enter()?;
         match handle.addr() {
             0 | 1 => Ok(self.streams.legacy(device)),
@@ -253,7 +256,7 @@ impl Inner {
         }
     }
 
-    /// Moves the calling thread's virtual clock to the end of work that it has waited for.
+    /// Moves the calling thread's virtual clock to the completion of work that it waited for.
     pub(crate) fn thread_reaches(&self, clock_ns: u64) {
         if self.cost.is_some() {
             self.threads
@@ -263,7 +266,7 @@ impl Inner {
 }
 
 impl State {
-    pub(crate) fn stream_create(&self, flags: u32) -> Answer<CUstream> {
+    pub(crate) fn stream_create(&self, flags: u32) -> DriverResult<CUstream> {
         if flags & !CU_STREAM_NON_BLOCKING != 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
@@ -275,9 +278,9 @@ impl State {
         Ok(std::ptr::without_provenance_mut(key as usize))
     }
 
-    /// Makes the handle invalid; work that is queued still runs. In a poisoned context the stream goes
-    /// too, but the answer is the context's error.
-    pub(crate) fn stream_destroy(&self, handle: CUstream) -> Answer {
+    /// Invalidates the handle. Queued work still runs. In a poisoned context it does so too, but
+    /// returns the context's error.
+    pub(crate) fn stream_destroy(&self, handle: CUstream) -> DriverResult {
         let mut inner = self.lock();
         inner.current_device()?;
         let key = handle.addr() as Key;
@@ -293,7 +296,7 @@ impl State {
         inner.contexts.check(device)
     }
 
-    pub(crate) fn stream_query(&self, handle: CUstream) -> Answer {
+    pub(crate) fn stream_query(&self, handle: CUstream) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(handle)?;
         inner.refuse_in_capture(key)?;
@@ -307,7 +310,7 @@ impl State {
         }
     }
 
-    pub(crate) fn stream_synchronize(&self, handle: CUstream) -> Answer {
+    pub(crate) fn stream_synchronize(&self, handle: CUstream) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(handle)?;
         inner.refuse_in_capture(key)?;
@@ -321,7 +324,7 @@ impl State {
     }
 
     /// `cuCtxSynchronize`.
-    pub(crate) fn synchronize(&self) -> Answer {
+    pub(crate) fn synchronize(&self) -> DriverResult {
         let mut inner = self.lock();
         let device = inner.enter()?;
         inner.kill_captures_of(device)?;

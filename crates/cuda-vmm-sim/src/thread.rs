@@ -1,4 +1,4 @@
-//! What the driver remembers for each calling thread.
+//! The driver's state of each calling thread.
 
 use cuda_vmm_sys::{CU_STREAM_CAPTURE_MODE_GLOBAL, CUstreamCaptureMode};
 use std::cell::RefCell;
@@ -27,21 +27,21 @@ impl ThreadState {
 }
 
 thread_local! {
-    /// By slot; an entry of an earlier simulator in the same slot is replaced when it is met.
+    /// Indexed by slot. The entry of an earlier simulator in the same slot is replaced on access.
     static THREADS: RefCell<Vec<ThreadState>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Which simulator a thread's state belongs to.
+/// Identifies the simulator that a thread's state belongs to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ThreadKey {
     /// The slot of the simulator's table.
     pub(crate) slot: usize,
-    /// The simulator's number, never used twice in a process.
+    /// The simulator's number, unique in the process.
     pub(crate) simulator: u64,
 }
 
 impl ThreadKey {
-    /// A copy of the calling thread's state; a fresh one on a thread that is being torn down.
+    /// Returns a copy of the calling thread's state; a new one if the thread is exiting.
     pub(crate) fn get(self) -> ThreadState {
         THREADS
             .try_with(|threads| threads.borrow().get(self.slot).copied())
@@ -51,7 +51,7 @@ impl ThreadKey {
             .unwrap_or(ThreadState::new(self.simulator))
     }
 
-    /// Changes the calling thread's state; without effect on a thread that is being torn down.
+    /// Changes the calling thread's state. Has no effect if the thread is exiting.
     pub(crate) fn update(self, change: impl FnOnce(&mut ThreadState)) {
         let mut state = self.get();
         change(&mut state);

@@ -1,9 +1,10 @@
-//! What streams do: memsets, copies, host functions, frees and marks.
+//! The work that streams run: memsets, copies, host functions, frees and markers.
 //!
 //! # Safety
-//! Work on device memory touches it piece by piece with the simulator's lock held, each piece after the
-//! check that the mapping which was meant is still there and accessible; mappings and their access change
-//! only under that lock. Host memory and host functions are what the caller of the driver vouched for.
+//! Work touches device memory piece by piece with the simulator's lock held. Before each piece it
+//! checks that the mapping that was there at the call is still there, with access. Mappings and
+//! access change only under that lock. For host memory and host functions the driver's caller keeps
+//! the contract.
 
 use crate::capture::{Endpoint, Node};
 use crate::cost::CostModel;
@@ -11,7 +12,7 @@ use crate::state::{Guard, Inner, State};
 use cuda_vmm_sys::*;
 use std::ffi::c_void;
 
-/// Part of a range of addresses, and which mapping it lies in.
+/// A part of a range of addresses that lies in one mapping.
 #[derive(Clone, Debug)]
 pub(crate) struct Segment {
     mapping_address: u64,
@@ -20,20 +21,20 @@ pub(crate) struct Segment {
     bytes: usize,
 }
 
-/// What a range of addresses was when the work on it was enqueued.
+/// A range of addresses, and its mappings when the work was enqueued.
 #[derive(Clone, Debug)]
-pub(crate) struct Meant {
+pub(crate) struct ResolvedRange {
     segments: Vec<Segment>,
     /// Whether all of it was mapped.
-    whole: bool,
+    is_mapped: bool,
 }
 
 /// One side of a copy.
 #[derive(Debug)]
-pub(crate) enum Place {
-    Device(Meant),
+pub(crate) enum ResolvedEndpoint {
+    Device(ResolvedRange),
     Host(usize),
-    /// Bytes taken from the host when the copy was enqueued.
+    /// Bytes that were read from the host when the copy was enqueued.
     Staged(Box<[u8]>),
 }
 
@@ -42,13 +43,13 @@ pub(crate) enum Place {
 pub(crate) enum Work {
     Nothing,
     Memset {
-        target: Meant,
+        target: ResolvedRange,
         value: u8,
         bytes: usize,
     },
     Copy {
-        to: Place,
-        from: Place,
+        to: ResolvedEndpoint,
+        from: ResolvedEndpoint,
         bytes: usize,
     },
     HostFunction {
@@ -59,21 +60,21 @@ pub(crate) enum Work {
         event: u64,
         record: u64,
     },
-    /// Nothing but its place behind others.
+    /// No work: it only completes after the work before it.
     Wait {
         clock_ns: u64,
     },
-    /// The end of a plain allocation.
+    /// Frees a plain allocation.
     Free {
         address: u64,
     },
 }
 
-/// How much is done before others may take the lock, in bytes.
+/// The bytes that are processed before the lock is released for others.
 const PIECE_BYTES: usize = 4 << 20;
 
 impl Work {
-    /// Whether this only marks a place, and needs no thread to do it.
+    /// Returns whether this is a marker, which needs no thread.
     pub(crate) fn is_marker(&self) -> bool {
         matches!(
             self,
@@ -81,7 +82,7 @@ impl Work {
         )
     }
 
-    /// The same marker for another stream.
+    /// Returns the same marker for another stream.
     pub(crate) fn clone_marker(&self) -> Self {
         match *self {
             Self::Record { event, record } => Self::Record { event, record },
@@ -90,7 +91,7 @@ impl Work {
         }
     }
 
-    /// What enqueueing this costs the calling thread, in virtual nanoseconds.
+    /// Returns the calling thread's cost of enqueueing this, in virtual nanoseconds.
     pub(crate) fn launch_ns(&self, cost: &CostModel) -> u64 {
         match self {
             Self::Memset { .. } | Self::Copy { .. } | Self::HostFunction { .. } => cost.launch_ns,
@@ -98,13 +99,13 @@ impl Work {
         }
     }
 
-    /// How long this keeps its stream, in virtual nanoseconds.
+    /// Returns how long this occupies its stream, in virtual nanoseconds.
     pub(crate) fn duration_ns(&self, cost: &CostModel) -> u64 {
         let (bytes, speed) = match self {
             Self::Memset { bytes, .. } => (*bytes, cost.device_bytes_per_ns),
             Self::Copy {
-                to: Place::Device(_),
-                from: Place::Device(_),
+                to: ResolvedEndpoint::Device(_),
+                from: ResolvedEndpoint::Device(_),
                 bytes,
             } => (*bytes, cost.device_bytes_per_ns),
             Self::Copy { bytes, .. } => (*bytes, cost.host_bytes_per_ns),
@@ -115,12 +116,12 @@ impl Work {
 }
 
 impl Inner {
-    /// What a range of addresses means now.
-    fn meant(&self, address: u64, bytes: usize) -> Meant {
+    /// Returns a range of addresses with its current mappings.
+    fn resolve_range(&self, address: u64, bytes: usize) -> ResolvedRange {
         let Some(end) = address.checked_add(bytes as u64) else {
-            return Meant {
+            return ResolvedRange {
                 segments: Vec::new(),
-                whole: false,
+                is_mapped: false,
             };
         };
         let mut reached = address;
@@ -138,14 +139,14 @@ impl Inner {
             });
             reached = stop;
         }
-        Meant {
+        ResolvedRange {
             segments,
-            whole: reached == end,
+            is_mapped: reached == end,
         }
     }
 
-    /// Turns a call or a graph's node into work on what is mapped now. `stage` says that the host's
-    /// bytes may be gone or changed by the time the work runs.
+    /// Converts a call or a graph's node to work on the current mappings. `stage` means that the
+    /// host's bytes may change or be freed before the work runs.
     pub(crate) fn resolve(&self, node: &Node, stage: bool, backed: bool) -> Work {
         match *node {
             Node::Nothing => Work::Nothing,
@@ -154,25 +155,29 @@ impl Inner {
                 value,
                 bytes,
             } => Work::Memset {
-                target: self.meant(address, bytes),
+                target: self.resolve_range(address, bytes),
                 value,
                 bytes,
             },
             Node::Copy { to, from, bytes } => {
-                let place = |endpoint| match endpoint {
-                    Endpoint::Device(address) => Place::Device(self.meant(address, bytes)),
-                    Endpoint::Host(address) => Place::Host(address),
+                let resolve = |endpoint| match endpoint {
+                    Endpoint::Device(address) => {
+                        ResolvedEndpoint::Device(self.resolve_range(address, bytes))
+                    }
+                    Endpoint::Host(address) => ResolvedEndpoint::Host(address),
                 };
                 let from = match from {
                     Endpoint::Host(address) if stage && backed && bytes > 0 => {
                         let source = std::ptr::with_exposed_provenance::<u8>(address);
-                        // SAFETY: the caller of the driver vouched for this many readable bytes.
-                        Place::Staged(unsafe { std::slice::from_raw_parts(source, bytes) }.into())
+                        // SAFETY: the driver's caller guarantees this many readable bytes.
+                        ResolvedEndpoint::Staged(
+                            unsafe { std::slice::from_raw_parts(source, bytes) }.into(),
+                        )
                     }
-                    other => place(other),
+                    other => resolve(other),
                 };
                 Work::Copy {
-                    to: place(to),
+                    to: resolve(to),
                     from,
                     bytes,
                 }
@@ -181,14 +186,14 @@ impl Inner {
         }
     }
 
-    /// Does what only marks a place.
-    pub(crate) fn pass(&mut self, work: &Work) {
+    /// Completes a marker.
+    pub(crate) fn complete_marker(&mut self, work: &Work) {
         if let Work::Record { event, record } = *work {
             self.events.done(event, record);
         }
     }
 
-    /// Whether work of a device may go on with a segment.
+    /// Returns whether work of a device may access a segment.
     fn may_touch(&self, device: usize, segment: &Segment, write: bool) -> bool {
         self.space
             .at(segment.address)
@@ -200,32 +205,33 @@ impl Inner {
     }
 }
 
-/// How far one side of a copy or a memset has come.
+/// The progress of one side of a copy or a memset.
 struct Cursor<'a> {
-    place: &'a Place,
+    endpoint: &'a ResolvedEndpoint,
     segment: usize,
     done: usize,
 }
 
 impl<'a> Cursor<'a> {
-    fn new(place: &'a Place) -> Self {
+    fn new(endpoint: &'a ResolvedEndpoint) -> Self {
         Self {
-            place,
+            endpoint,
             segment: 0,
             done: 0,
         }
     }
 
-    /// The next host address and how many bytes may be touched there; `None` is an illegal access.
+    /// Returns the next host address and the number of accessible bytes there; `None` is an illegal
+    /// access.
     fn next(&self, inner: &Inner, device: usize, write: bool) -> Option<(usize, usize)> {
-        match self.place {
-            Place::Host(address) => Some((address + self.done, usize::MAX)),
-            Place::Staged(bytes) => Some((
+        match self.endpoint {
+            ResolvedEndpoint::Host(address) => Some((address + self.done, usize::MAX)),
+            ResolvedEndpoint::Staged(bytes) => Some((
                 bytes.as_ptr().expose_provenance() + self.done,
                 bytes.len() - self.done,
             )),
-            Place::Device(meant) => {
-                let segment = meant.segments.get(self.segment)?;
+            ResolvedEndpoint::Device(range) => {
+                let segment = range.segments.get(self.segment)?;
                 let touched = inner.may_touch(device, segment, write);
                 touched.then_some((
                     segment.address as usize + self.done,
@@ -237,8 +243,8 @@ impl<'a> Cursor<'a> {
 
     fn advance(&mut self, bytes: usize) {
         self.done += bytes;
-        if let Place::Device(meant) = self.place
-            && meant
+        if let ResolvedEndpoint::Device(range) = self.endpoint
+            && range
                 .segments
                 .get(self.segment)
                 .is_some_and(|segment| segment.bytes == self.done)
@@ -249,12 +255,12 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn is_whole(place: &Place) -> bool {
-    !matches!(place, Place::Device(meant) if !meant.whole)
+fn is_fully_mapped(endpoint: &ResolvedEndpoint) -> bool {
+    !matches!(endpoint, ResolvedEndpoint::Device(range) if !range.is_mapped)
 }
 
 impl State {
-    /// Does a piece of work; nothing of it if the context is poisoned.
+    /// Performs work, unless the context is poisoned.
     pub(crate) fn perform<'a>(
         &'a self,
         mut inner: Guard<'a>,
@@ -265,11 +271,12 @@ impl State {
             return inner;
         }
         match work {
-            Work::Nothing | Work::Record { .. } | Work::Wait { .. } => inner.pass(&work),
+            Work::Nothing | Work::Record { .. } | Work::Wait { .. } => inner.complete_marker(&work),
             Work::Free { address } => inner.remove_plain(address),
             Work::HostFunction { function, data } => {
                 drop(inner);
-                // SAFETY: the caller of the driver vouched for the function and its data.
+                // SAFETY: the driver's caller guarantees that the function may be called with this
+                // data.
                 unsafe { function(std::ptr::with_exposed_provenance_mut(data)) };
                 inner = self.lock();
             }
@@ -281,13 +288,13 @@ impl State {
                 inner = self.move_bytes(
                     inner,
                     device,
-                    &Place::Device(target),
+                    &ResolvedEndpoint::Device(target),
                     bytes,
                     Source::Value(value),
                 );
             }
             Work::Copy { to, from, bytes } => {
-                inner = self.move_bytes(inner, device, &to, bytes, Source::Place(&from));
+                inner = self.move_bytes(inner, device, &to, bytes, Source::Endpoint(&from));
             }
         }
         inner
@@ -297,15 +304,16 @@ impl State {
         &'a self,
         mut inner: Guard<'a>,
         device: usize,
-        to: &Place,
+        to: &ResolvedEndpoint,
         bytes: usize,
         from: Source<'_>,
     ) -> Guard<'a> {
         if bytes == 0 {
             return inner;
         }
-        let from_whole = !matches!(from, Source::Place(place) if !is_whole(place));
-        if !is_whole(to) || !from_whole {
+        let is_from_mapped =
+            !matches!(from, Source::Endpoint(endpoint) if !is_fully_mapped(endpoint));
+        if !is_fully_mapped(to) || !is_from_mapped {
             inner
                 .contexts
                 .set_poison(device, CUDA_ERROR_ILLEGAL_ADDRESS);
@@ -314,7 +322,7 @@ impl State {
         let life = inner.contexts.ended(device);
         let mut target = Cursor::new(to);
         let mut source = match from {
-            Source::Place(place) => Some(Cursor::new(place)),
+            Source::Endpoint(endpoint) => Some(Cursor::new(endpoint)),
             Source::Value(_) => None,
         };
         let piece_bytes = if self.config.backed {
@@ -339,11 +347,12 @@ impl State {
             if self.config.backed {
                 let write = std::ptr::with_exposed_provenance_mut::<u8>(write);
                 match from {
-                    // SAFETY: the lock is held, and `next` has just found this many bytes there to
-                    // belong to the mapping that was meant, with access; or they are the caller's own.
+                    // SAFETY: the lock is held, and `next` has just checked that this many bytes
+                    // belong to the intended mapping, with access. Or they are the caller's host
+                    // memory.
                     Source::Value(value) => unsafe { write.write_bytes(value, piece) },
-                    // SAFETY: as above, for both sides, which may overlap.
-                    Source::Place(_) => unsafe {
+                    // SAFETY: as above, for both sides. They may overlap.
+                    Source::Endpoint(_) => unsafe {
                         write.copy_from(std::ptr::with_exposed_provenance::<u8>(read), piece);
                     },
                 }
@@ -357,7 +366,8 @@ impl State {
                 source.advance(piece);
             }
             if self.config.backed {
-                // Memory may be mapped and unmapped while work runs, as on a device.
+                // Releases the lock: as on a device, memory may be mapped and unmapped while work
+                // runs.
                 drop(inner);
                 std::thread::yield_now();
                 inner = self.lock();
@@ -370,9 +380,9 @@ impl State {
     }
 }
 
-/// Where bytes come from.
+/// The source of bytes.
 #[derive(Clone, Copy)]
 enum Source<'a> {
     Value(u8),
-    Place(&'a Place),
+    Endpoint(&'a ResolvedEndpoint),
 }

@@ -1,39 +1,39 @@
-//! How queued work gets done: the streams' threads, and the calls that wait for them.
+//! Runs queued work: the streams' threads, and the calls that wait for them.
 
-use crate::state::{Answer, Guard, Inner, State};
+use crate::state::{DriverResult, Guard, Inner, State};
 use crate::stream::{Item, Key, Point};
 use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
 
 impl State {
-    /// Queues work behind a stream's earlier work and, where the legacy stream is concerned, behind that
-    /// of other streams. What only marks a place is done at once if nothing is before it.
+    /// Queues work behind a stream's earlier work, and behind other streams' work if the order of
+    /// the legacy stream requires it. A marker with no work before it completes at once.
     pub(crate) fn enqueue(
         self: &Arc<Self>,
         inner: &mut Inner,
         key: Key,
         work: Work,
-    ) -> Answer<u64> {
+    ) -> DriverResult<u64> {
         let after = inner.streams.implicit_order(key);
         self.enqueue_after(inner, key, after, work)
     }
 
-    /// As [`enqueue`](Self::enqueue), behind the places named in other streams.
+    /// As [`enqueue`](Self::enqueue), and behind the given points of other streams.
     pub(crate) fn enqueue_after(
         self: &Arc<Self>,
         inner: &mut Inner,
         key: Key,
         after: Vec<Point>,
         work: Work,
-    ) -> Answer<u64> {
+    ) -> DriverResult<u64> {
         let at_once = work.is_marker() && inner.can_start(key, &after)?;
         if !at_once {
             self.ensure_worker(inner, key)?;
         }
         let sequence = inner.admit(key, &work)?;
         if at_once {
-            inner.pass(&work);
+            inner.complete_marker(&work);
             inner.streams.get_mut(key)?.completed = sequence;
         } else {
             let item = Item {
@@ -47,13 +47,14 @@ impl State {
         Ok(sequence)
     }
 
-    /// Queues work and waits until it is done. If nothing is before it the calling thread runs it.
+    /// Queues work and waits until it completes. If no work is before it, the calling thread runs
+    /// it.
     pub(crate) fn run_in_order(
         self: &Arc<Self>,
         mut inner: Guard<'_>,
         key: Key,
         work: Work,
-    ) -> Answer {
+    ) -> DriverResult {
         let after = inner.streams.implicit_order(key);
         let device = inner.streams.get(key)?.device;
         let (inner, sequence, clock_ns) = if inner.can_start(key, &after)? {
@@ -77,7 +78,7 @@ impl State {
         Ok(())
     }
 
-    fn ensure_worker(self: &Arc<Self>, inner: &mut Inner, key: Key) -> Answer {
+    fn ensure_worker(self: &Arc<Self>, inner: &mut Inner, key: Key) -> DriverResult {
         let stream = inner.streams.get_mut(key)?;
         if stream.has_worker {
             return Ok(());
@@ -93,7 +94,7 @@ impl State {
         Ok(())
     }
 
-    /// A stream's thread.
+    /// The loop of a stream's thread.
     fn work(&self, key: Key) {
         let mut inner = self.lock();
         while !inner.closing {
@@ -113,7 +114,7 @@ impl State {
         }
     }
 
-    /// Runs a piece of work that is no longer in the queue.
+    /// Runs work that was taken from the queue.
     fn run<'a>(&'a self, inner: Guard<'a>, key: Key, item: Item) -> Guard<'a> {
         let mut inner = match inner.streams.get(key).map(|stream| stream.device) {
             Ok(device) => self.perform(inner, device, item.work),
@@ -128,13 +129,13 @@ impl State {
         inner
     }
 
-    /// Waits until these pieces of work are done; an error if the context is poisoned by then.
+    /// Waits until this work completes. Fails if the context is then poisoned.
     pub(crate) fn wait_for<'a>(
         &'a self,
         mut inner: Guard<'a>,
         device: usize,
         points: &[Point],
-    ) -> Answer<Guard<'a>> {
+    ) -> DriverResult<Guard<'a>> {
         loop {
             inner.contexts.check(device)?;
             if inner.streams.are_done(points) {
@@ -147,12 +148,12 @@ impl State {
         }
     }
 
-    /// Waits until a device has done all the work it has now.
+    /// Waits until a device has completed all work that it has now.
     pub(crate) fn wait_for_device<'a>(
         &'a self,
         inner: Guard<'a>,
         device: usize,
-    ) -> Answer<Guard<'a>> {
+    ) -> DriverResult<Guard<'a>> {
         let points = inner.streams.pending(device);
         let clock_ns = inner.streams.device_clock_ns(device);
         let inner = self.wait_for(inner, device, &points)?;
@@ -162,13 +163,13 @@ impl State {
 }
 
 impl Inner {
-    /// Whether new work behind these places could start now.
-    fn can_start(&self, key: Key, after: &[Point]) -> Answer<bool> {
+    /// Returns whether new work behind these points could start now.
+    fn can_start(&self, key: Key, after: &[Point]) -> DriverResult<bool> {
         let idle = self.streams.get(key)?.is_idle();
         Ok(idle && !self.held && self.streams.are_done(after))
     }
 
-    /// Takes the next piece of work of a stream if it may start.
+    /// Takes the next work of a stream from the queue, if it may start.
     fn next_item(&mut self, key: Key) -> Option<Item> {
         let stream = self.streams.by_key.get(&key)?;
         let next = stream.queue.front()?;
@@ -180,8 +181,8 @@ impl Inner {
         stream.queue.pop_front()
     }
 
-    /// Numbers a piece of work and puts it on the virtual clocks.
-    fn admit(&mut self, key: Key, work: &Work) -> Answer<u64> {
+    /// Numbers work and charges it to the virtual clocks.
+    fn admit(&mut self, key: Key, work: &Work) -> DriverResult<u64> {
         let thread = self.threads;
         let others_ns = match work {
             Work::Wait { clock_ns } => *clock_ns,

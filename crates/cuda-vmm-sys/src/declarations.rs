@@ -1,7 +1,7 @@
-//! Declarations written by hand, for builds that have no `cuda.h`.
+//! Declarations written by hand, for builds without `cuda.h`.
 //!
-//! Only what the driver table and its callers pass. `tests/layout.rs` compares every size, offset and
-//! value with what the C compiler makes of the header.
+//! They cover what the driver table and its callers use. `tests/layout.rs` compares every size,
+//! offset and value with the C compiler's view of the header.
 
 #![allow(non_camel_case_types, non_snake_case, missing_docs)]
 

@@ -5,7 +5,7 @@
 use crate::*;
 use core::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 
-/// The form of CUDA 11.3, by which all others are looked up.
+/// The version of CUDA 11.3, which looks up all other functions.
 pub type PFN_cuGetProcAddress_v11030 =
     Option<unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, c_ulonglong) -> CUresult>;
 

@@ -1,14 +1,14 @@
-//! The one list of the driver entry points that this project calls.
+//! The list of the driver entry points that this project calls.
 
 /// Passes every entry point of the driver table to the macro named `$callback`.
 ///
-/// The callback receives two groups, `required { … }` and `optional { … }`, whose items read
-/// `fn name(argument: type, …) = PFN_type, version;`. `PFN_type` is the header's function-pointer
-/// type and `version` the CUDA version that `cuGetProcAddress` is asked for. Argument types are
-/// names of this crate, so the place of expansion imports `cuda_vmm_sys::*` and the C types of
-/// [`core::ffi`].
+/// The callback receives two groups, `required { … }` and `optional { … }`. Their items have the
+/// form `fn name(argument: type, …) = PFN_type, version;`. `PFN_type` is the header's
+/// function-pointer type, and `version` the CUDA version that `cuGetProcAddress` is called with.
+/// Argument types are names of this crate, so the code around the expansion imports
+/// `cuda_vmm_sys::*` and the C types of [`core::ffi`].
 ///
-/// The table, the loader and the simulated driver are all expansions of this list; a signature that
+/// The table, the loader and the simulated driver are expansions of this list. A signature that
 /// differs from the header's does not compile.
 #[macro_export]
 macro_rules! driver_functions {

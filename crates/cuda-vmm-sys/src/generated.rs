@@ -1,4 +1,5 @@
-//! What bindgen makes of the machine's headers: this crate's names of it, each compared with what this crate says.
+//! The output of bindgen for the machine's headers: the names that this crate has, each checked
+//! against this crate's own declaration.
 
 #[allow(
     dead_code,
@@ -36,7 +37,7 @@ handles!(take_handles);
 
 pub use bindings::{CUhostFn, CUmemAllocationProp_st__bindgen_ty_1};
 
-/// The header declares each call that is not optional as the table has it, or this does not compile.
+/// Compiles only if the header declares each required call as the table does.
 macro_rules! compare_calls {
     (
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }

@@ -1,23 +1,23 @@
 //! Raw bindings to the part of the CUDA driver interface that manages virtual memory.
 //!
 //! Nothing is linked: [`load`] opens `libcuda.so.1` at run time and fills a [`DriverTable`] through
-//! `cuGetProcAddress`. A simulated driver fills the same table. There is nothing safe and nothing clever here;
+//! `cuGetProcAddress`. A simulated driver fills the same table. This crate has no safe wrappers;
 //! `cuda-vmm` is the safe layer.
 //!
-//! Which calls are in the table is decided in one place, [`driver_functions!`].
+//! [`driver_functions!`] is the one list of the calls in the table.
 //!
 //! # Features
-//! - `bindgen` (on by default): types and constants come from the `cuda.h` and `cudaTypedefs.h` found when the crate is
-//!   built, and the build fails if a value or a call of theirs is not what this crate says. It needs both headers and
-//!   libclang.
+//! - `bindgen` (on by default): types and constants come from the `cuda.h` and `cudaTypedefs.h`
+//!   that are found when the crate is built. The build fails if a value or a call in them differs
+//!   from this crate's. It needs both headers and libclang.
 //!
-//! Without it they are declared by hand, and the build needs nothing but Rust. The names are the same, whatever the
-//! header and with the feature or without it, and a test compares the declarations with six CUDA releases. Documentation
-//! builds and targets other than Linux use them too.
+//! Without the feature they are declared by hand, and the build needs Rust only. The names are the
+//! same with every header, with the feature and without it. A test compares the declarations with
+//! six CUDA releases. Documentation builds and targets other than Linux always use them.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-// Not every list is needed in each kind of build.
+// Some lists are unused in some kinds of build.
 #[allow(unused_macros)]
 #[macro_use]
 mod names;

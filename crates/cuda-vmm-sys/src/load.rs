@@ -1,57 +1,57 @@
-//! Opening the driver library and filling the table from it.
+//! Opens the driver library and fills the table from it.
 
 use crate::{CUresult, DriverFunction, DriverTable};
 use core::fmt;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// The environment variable that names the driver library to open instead of `libcuda.so.1`.
+/// The environment variable with the path of the driver library to open instead of `libcuda.so.1`.
 pub const DRIVER_PATH_VARIABLE: &str = "CUDA_VMM_DRIVER_PATH";
 
-/// Why a driver library could not be used.
+/// Why a driver library cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
     /// The dynamic loader did not find or accept the library.
     #[error("the CUDA driver library {} could not be opened: {reason}", path.display())]
     LibraryMissing {
-        /// The name or path that was asked for.
+        /// The requested name or path.
         path: PathBuf,
-        /// The dynamic loader's own words.
+        /// The dynamic loader's message.
         reason: String,
     },
-    /// No driver library is at any of the places where one is looked for.
+    /// No driver library exists at any of the default paths.
     #[error(
         "no CUDA driver library: {}; {DRIVER_PATH_VARIABLE} may name one",
         Attempts(attempts)
     )]
     NotFound {
-        /// Each place in turn, with the dynamic loader's own words.
+        /// Each path with the dynamic loader's message, in the order of the search.
         attempts: Vec<(PathBuf, String)>,
     },
     /// `CUDA_VMM_DRIVER_PATH` is set and names no usable driver.
     #[error("{DRIVER_PATH_VARIABLE}: {reason}")]
     Variable {
-        /// Why the library that it names cannot be used.
+        /// Why that library cannot be used.
         #[source]
         reason: Box<LoadError>,
     },
-    /// The library does not export a symbol that loading starts from.
+    /// The library does not export a symbol that loading needs.
     #[error("{} has no symbol {symbol}; the driver must be 11.4 or newer", path.display())]
     SymbolMissing {
         /// The library that was opened.
         path: PathBuf,
-        /// The symbol that it lacks.
+        /// The missing symbol.
         symbol: &'static str,
     },
-    /// `cuGetProcAddress` does not know a required entry point.
+    /// `cuGetProcAddress` does not return a required entry point.
     #[error("{} has no {function} of CUDA version {}: code {code}", path.display(), function.version())]
     FunctionMissing {
         /// The library that was opened.
         path: PathBuf,
-        /// The entry point that it lacks.
+        /// The missing entry point.
         function: DriverFunction,
-        /// The `CUresult` of `cuGetProcAddress`, or 0 if it answered a null pointer.
+        /// The `CUresult` of `cuGetProcAddress`, or 0 if it returned a null pointer.
         code: CUresult,
     },
     /// CUDA's virtual memory management is not available on this operating system.
@@ -59,7 +59,7 @@ pub enum LoadError {
     Unsupported,
 }
 
-/// The places of [`LoadError::NotFound`] in one line.
+/// Formats the attempts of [`LoadError::NotFound`] in one line.
 struct Attempts<'a>(&'a [(PathBuf, String)]);
 
 impl fmt::Display for Attempts<'_> {
@@ -72,32 +72,39 @@ impl fmt::Display for Attempts<'_> {
     }
 }
 
-/// Where [`load`] looks, in this order: a bare name is searched for by the dynamic loader, and the drivers of WSL 2 are in
-/// a folder that it often does not search.
-const PLACES: [&str; 2] = ["libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1"];
+/// The paths that [`load`] tries, in this order. The dynamic loader searches for a bare name. WSL 2
+/// has its driver in a folder that the loader often does not search.
+const DEFAULT_PATHS: [&str; 2] = ["libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1"];
 
-/// Opens the driver and fills a table: the library that `CUDA_VMM_DRIVER_PATH` names, or else `libcuda.so.1`, which the
-/// dynamic loader searches for, or else that of WSL 2.
+/// Opens the driver and fills a table.
 ///
-/// The library stays loaded until the process ends: a driver starts threads and must not be unloaded
-/// under them, so the pointers in the table are valid for good. `cuInit` is not called.
+/// It opens the library that `CUDA_VMM_DRIVER_PATH` names. If that is not set, it opens
+/// `libcuda.so.1`, for which the dynamic loader searches, or else the one of WSL 2. It does not
+/// call `cuInit`.
 ///
-/// This is safe because the environment is trusted, as the dynamic loader trusts `LD_LIBRARY_PATH` and `LD_PRELOAD`:
-/// who sets them chooses the code that runs anyway.
+/// The library stays loaded until the process ends, because a driver starts threads and must not be
+/// unloaded while they run. So the pointers in the table stay valid.
+///
+/// This function is safe because the environment is trusted, as the dynamic loader trusts
+/// `LD_LIBRARY_PATH` and `LD_PRELOAD`: they too choose the code that runs.
 ///
 /// # Errors
-/// [`LoadError::NotFound`] with the places, if there is no library; [`LoadError::Variable`] if the variable is set and
-/// names nothing usable; otherwise the symbol or entry point that is missing.
+/// - [`LoadError::NotFound`] with the paths, if there is no library.
+/// - [`LoadError::Variable`] if the variable is set and names no usable driver.
+/// - [`LoadError::SymbolMissing`] or [`LoadError::FunctionMissing`] if the library lacks a
+///   function.
+/// - [`LoadError::Unsupported`] if the system is not Linux.
 pub fn load() -> Result<DriverTable, LoadError> {
     load_named(std::env::var_os(DRIVER_PATH_VARIABLE))
 }
 
 fn load_named(named: Option<OsString>) -> Result<DriverTable, LoadError> {
     let Some(path) = named else {
-        // SAFETY: these are the names of NVIDIA's driver, in places that the system's administrator controls.
-        return unsafe { load_first(&PLACES.map(Path::new)) };
+        // SAFETY: these are the names of NVIDIA's driver, in folders that the system's
+        // administrator controls.
+        return unsafe { load_first(&DEFAULT_PATHS.map(Path::new)) };
     };
-    // SAFETY: whoever sets the variable vouches for what it names, as for `LD_PRELOAD`.
+    // SAFETY: the environment is trusted to name a CUDA driver, as `LD_PRELOAD` is.
     unsafe { load_from(Path::new(&path)) }.map_err(|reason| match reason {
         LoadError::Unsupported => LoadError::Unsupported,
         reason => LoadError::Variable {
@@ -106,15 +113,15 @@ fn load_named(named: Option<OsString>) -> Result<DriverTable, LoadError> {
     })
 }
 
-/// The first of these libraries that is there.
+/// Opens the first of these libraries that exists.
 ///
 /// # Safety
-/// As for [`load_from`], of each.
-unsafe fn load_first(places: &[&Path]) -> Result<DriverTable, LoadError> {
+/// As for [`load_from`], for each library.
+unsafe fn load_first(paths: &[&Path]) -> Result<DriverTable, LoadError> {
     let mut attempts = Vec::new();
-    for place in places {
+    for path in paths {
         // SAFETY: the caller's promise.
-        match unsafe { load_from(place) } {
+        match unsafe { load_from(path) } {
             Err(LoadError::LibraryMissing { path, reason }) => attempts.push((path, reason)),
             outcome => return outcome,
         }
@@ -122,15 +129,15 @@ unsafe fn load_first(places: &[&Path]) -> Result<DriverTable, LoadError> {
     Err(LoadError::NotFound { attempts })
 }
 
-/// As [`load`], from the library at `path`; a bare file name is searched for by the dynamic loader.
+/// As [`load`], from the library at `path`. The dynamic loader searches for a bare file name.
 ///
 /// # Errors
 /// [`LoadError`] names the library, symbol or entry point that is missing.
 ///
 /// # Safety
-/// The library's constructors run, and its symbol `cuGetProcAddress` is called. So it must be a CUDA driver, or keep a
-/// driver's contracts: `cuGetProcAddress` is that function, and returns each function in the form of the version that it is
-/// asked for.
+/// The library's constructors run, and its symbol `cuGetProcAddress` is called. So the library must
+/// be a CUDA driver, or keep a driver's contracts: `cuGetProcAddress` is that function, and returns
+/// each function in the requested version.
 #[cfg(target_os = "linux")]
 pub unsafe fn load_from(path: &Path) -> Result<DriverTable, LoadError> {
     use crate::{CU_GET_PROC_ADDRESS_LEGACY_STREAM, CUDA_SUCCESS, PFN_cuGetProcAddress_v11030};
@@ -138,14 +145,14 @@ pub unsafe fn load_from(path: &Path) -> Result<DriverTable, LoadError> {
     use core::ptr::{NonNull, null_mut};
 
     if path.as_os_str().is_empty() {
-        // The dynamic loader takes this for the program itself.
+        // For an empty path the dynamic loader opens the program itself.
         return Err(LoadError::LibraryMissing {
             path: path.to_owned(),
             reason: "the path is empty".to_owned(),
         });
     }
-    // SAFETY: the caller names a CUDA driver; its constructors are those of a library that every
-    // CUDA program loads and have no preconditions.
+    // SAFETY: the caller guarantees a CUDA driver. Every CUDA program loads that library, and its
+    // constructors have no preconditions.
     let library =
         unsafe { libloading::Library::new(path) }.map_err(|error| LoadError::LibraryMissing {
             path: path.to_owned(),
@@ -156,17 +163,17 @@ pub unsafe fn load_from(path: &Path) -> Result<DriverTable, LoadError> {
         path: path.to_owned(),
         symbol: SYMBOL,
     };
-    // SAFETY: the caller promises a driver, whose symbol of this name is the four-argument form of CUDA 11.3, the type
-    // given; later forms are exported under other names.
+    // SAFETY: the caller guarantees a CUDA driver. Its symbol of this name is the function of CUDA
+    // 11.3, which has this type; later versions have other names.
     let get_proc_address = unsafe { library.get::<PFN_cuGetProcAddress_v11030>(SYMBOL.as_bytes()) }
         .ok()
         .and_then(|symbol| *symbol)
         .ok_or_else(missing)?;
-    // From here on the table's pointers lead into the library, so it is never closed.
+    // The table's pointers point into the library, so it is never closed.
     std::mem::forget(library);
 
-    // SAFETY: `cuGetProcAddress` answers the named function in the form of the version asked for,
-    // and the library that holds it stays loaded.
+    // SAFETY: `cuGetProcAddress` returns the named function in the requested version, and the
+    // library stays loaded.
     unsafe {
         DriverTable::resolve_with(|function| {
             let mut address: *mut c_void = null_mut();
@@ -188,13 +195,13 @@ pub unsafe fn load_from(path: &Path) -> Result<DriverTable, LoadError> {
     }
 }
 
-/// As [`load`]; on this operating system always an error.
+/// As [`load`]. On this operating system it always fails.
 ///
 /// # Errors
 /// [`LoadError::Unsupported`].
 ///
 /// # Safety
-/// None here: nothing is loaded.
+/// None: nothing is loaded.
 #[cfg(not(target_os = "linux"))]
 pub unsafe fn load_from(_path: &Path) -> Result<DriverTable, LoadError> {
     Err(LoadError::Unsupported)
@@ -206,15 +213,15 @@ mod tests {
 
     #[test]
     fn every_place_is_asked_and_told() {
-        let places = ["libcuda-of-nobody.so.1", "/nowhere/libcuda.so.1"].map(Path::new);
+        let paths = ["libcuda-of-nobody.so.1", "/nowhere/libcuda.so.1"].map(Path::new);
         // SAFETY: there are no such libraries.
-        let error = unsafe { load_first(&places) }.expect_err("no such libraries");
+        let error = unsafe { load_first(&paths) }.expect_err("no such libraries");
         let LoadError::NotFound { attempts } = &error else {
             panic!("{error:?}");
         };
-        for (place, (path, reason)) in places.iter().zip(attempts) {
-            let name = place.to_str().expect("UTF-8");
-            assert_eq!(path, place);
+        for (expected, (path, reason)) in paths.iter().zip(attempts) {
+            let name = expected.to_str().expect("UTF-8");
+            assert_eq!(expected, path);
             assert!(reason.contains(name), "the loader's own words: {reason}");
             assert!(error.to_string().contains(name), "{error}");
         }
@@ -224,15 +231,15 @@ mod tests {
 
     #[test]
     fn the_loader_is_asked_first_and_the_folder_of_wsl_then() {
-        assert_eq!(PLACES[0], "libcuda.so.1");
-        assert!(PLACES.contains(&"/usr/lib/wsl/lib/libcuda.so.1"));
+        assert_eq!(DEFAULT_PATHS[0], "libcuda.so.1");
+        assert!(DEFAULT_PATHS.contains(&"/usr/lib/wsl/lib/libcuda.so.1"));
     }
 
     #[test]
     fn a_library_that_is_no_driver_ends_the_search() {
-        let places = ["libm.so.6", "/nowhere/libcuda.so.1"].map(Path::new);
+        let paths = ["libm.so.6", "/nowhere/libcuda.so.1"].map(Path::new);
         // SAFETY: loading the C library's mathematics has no effect, and it has no such symbol.
-        let error = unsafe { load_first(&places) }.expect_err("no driver");
+        let error = unsafe { load_first(&paths) }.expect_err("no driver");
         assert!(matches!(error, LoadError::SymbolMissing { .. }), "{error}");
     }
 

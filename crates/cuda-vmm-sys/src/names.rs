@@ -1,9 +1,9 @@
-//! Every name of the driver interface that this crate has, whatever header it is built with.
+//! The names of the driver interface that this crate has with every header.
 //!
-//! The declarations written by hand, the choice among what bindgen generates, and the test that asks the C compiler are
-//! expansions of these lists. All of it is in headers since CUDA 11.4.
+//! The hand-written declarations, the selection from bindgen's output, and the test that asks the C
+//! compiler are expansions of these lists. All names are in the headers since CUDA 11.4.
 
-/// Constants: what each is called, its type and its value.
+/// Constants, with type and value.
 macro_rules! constants {
     ($callback:ident) => {
         $callback! {
@@ -143,7 +143,7 @@ macro_rules! types {
     };
 }
 
-/// Handles: pointers to what only the driver knows.
+/// Handles: pointers to opaque types.
 macro_rules! handles {
     ($callback:ident) => {
         $callback! {

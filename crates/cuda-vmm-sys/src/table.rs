@@ -1,11 +1,11 @@
-//! The table of entry points, and a name for each of them.
+//! The table of entry points, and their names.
 
 use crate::*;
 use core::ffi::{CStr, c_int};
 
-/// Names the function inside a header's nullable function-pointer type.
+/// Returns the function type inside a header's nullable function-pointer type.
 pub trait FunctionPointer {
-    /// The same type without the null.
+    /// The type without null.
     type Function;
 }
 
@@ -18,10 +18,10 @@ macro_rules! define_table {
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
         optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
     ) => {
-        /// Every driver entry point that this project calls, as plain function pointers.
+        /// All driver entry points that this project calls, as function pointers.
         ///
-        /// [`load`](crate::load) fills it from the driver; a simulated driver fills it with its own
-        /// functions. Calling through it is as unsafe as calling the C function of that name.
+        /// [`load`](crate::load) fills it from the driver. A simulated driver fills it with its own
+        /// functions. Calling an entry is as unsafe as calling the C function of that name.
         #[allow(non_snake_case)]
         #[derive(Clone, Copy, Debug)]
         pub struct DriverTable {
@@ -44,10 +44,10 @@ macro_rules! define_table {
         }
 
         impl DriverFunction {
-            /// Every entry point, in the order of the table.
+            /// All entry points, in the order of the table.
             pub const ALL: &'static [Self] = &[$(Self::$name,)* $(Self::$optional,)*];
 
-            /// The C name, as `cuGetProcAddress` expects it.
+            /// Returns the C name, as `cuGetProcAddress` expects it.
             pub const fn c_name(self) -> &'static CStr {
                 let name = match self {
                     $(Self::$name => concat!(stringify!($name), "\0"),)*
@@ -59,7 +59,7 @@ macro_rules! define_table {
                 }
             }
 
-            /// The CUDA version whose form of the call the table holds, as `major * 1000 + minor * 10`.
+            /// Returns the CUDA version of the call in the table, as `major * 1000 + minor * 10`.
             pub const fn version(self) -> c_int {
                 match self {
                     $(Self::$name => $version,)*
@@ -67,26 +67,26 @@ macro_rules! define_table {
                 }
             }
 
-            /// Whether a driver may lack this entry point.
+            /// Returns whether a driver may lack this entry point.
             pub const fn is_optional(self) -> bool {
                 matches!(self, $(Self::$optional)|*)
             }
         }
 
         impl DriverTable {
-            /// Fills a table from `resolve`, which answers a non-null address or an error.
+            /// Fills a table from `resolve`, which returns a non-null address or an error.
             ///
             /// # Safety
-            /// An address returned for a function must be that function, with the signature that
-            /// the header gives it, valid for as long as the table or a copy of it is used.
+            /// Each returned address must be the requested function, with the header's signature.
+            /// It must stay valid as long as the table or a copy of it is used.
             #[cfg(target_os = "linux")]
             pub(crate) unsafe fn resolve_with<E>(
                 mut resolve: impl FnMut(DriverFunction) -> Result<core::ptr::NonNull<core::ffi::c_void>, E>,
             ) -> Result<Self, E> {
                 Ok(Self {
-                    // SAFETY: the caller promises that the address is this very function; a
-                    // non-null data pointer and a function pointer have the same representation
-                    // on every target that has a CUDA driver.
+                    // SAFETY: the caller guarantees that the address is this function. Data and
+                    // function pointers have the same representation on every target with a CUDA
+                    // driver.
                     $($name: unsafe { core::mem::transmute::<core::ptr::NonNull<core::ffi::c_void>, <$pfn as FunctionPointer>::Function>(resolve(DriverFunction::$name)?) },)*
                     // SAFETY: as above.
                     $($optional: resolve(DriverFunction::$optional).ok().map(|address| unsafe { core::mem::transmute(address) }),)*
@@ -99,7 +99,7 @@ macro_rules! define_table {
 crate::driver_functions!(define_table);
 
 impl DriverFunction {
-    /// The C name.
+    /// Returns the C name.
     pub fn name(self) -> &'static str {
         self.c_name().to_str().unwrap_or_default()
     }

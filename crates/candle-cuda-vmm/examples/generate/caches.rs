@@ -1,24 +1,24 @@
-//! The kinds of caches to choose from, and what each takes of memory.
+//! The kinds of caches, and how much memory each holds.
 
 use candle_core::Tensor;
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 use candle_nn::kv_cache::{ConcatKvCache, KvCache};
 
-/// Which cache: each a factory for which `main` has an arm.
+/// The kind of cache. `main` maps each to a factory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kind {
     /// Candle's `KvCache`, with memory for the longest sequence from the start
     Kv,
-    /// Candle's `ConcatKvCache`, which copies itself at every token
+    /// Candle's `ConcatKvCache`, which copies all tokens at every append
     Concat,
-    /// `ElasticKvCache`, with memory for the tokens that are there
+    /// `ElasticKvCache`, with memory for the tokens in it only
     Elastic,
 }
 
-/// A factory that knows what its caches take.
+/// A factory that reports how much memory its caches hold.
 pub trait Measured: KvCacheFactory {
-    /// Bytes of memory behind the caches of all layers, what is not used yet among them.
+    /// Returns the memory in bytes that the caches of all layers hold, including unused memory.
     fn held_bytes<'a>(&self, caches: impl Iterator<Item = &'a Self::Cache>) -> usize
     where
         Self::Cache: 'a;
@@ -45,7 +45,7 @@ impl Measured for ConcatCaches {
 }
 
 impl Measured for TensorPool {
-    /// All that the pool holds: the caches are all that it is for.
+    /// Returns all that the pool holds, since the pool has no other tensors.
     fn held_bytes<'a>(&self, _caches: impl Iterator<Item = &'a ElasticKvCache>) -> usize {
         self.committed_bytes()
     }

@@ -1,9 +1,10 @@
-//! The model's configuration, as `config.json` of Hugging Face has it.
+//! The model's configuration, in the format of Hugging Face's `config.json`.
 
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
-/// The fields that a Llama-shaped model is made from. Others are left alone, as long as they do not ask for another model.
+/// The fields that define a Llama-shaped model. Others are ignored, unless they require another
+/// kind of model.
 #[derive(Clone, Debug, Deserialize, PartialEq)]
 pub struct Config {
     pub vocab_size: usize,
@@ -11,9 +12,9 @@ pub struct Config {
     pub intermediate_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
-    /// As many as attention heads, where it is not there.
+    /// Default: the number of attention heads.
     num_key_value_heads: Option<usize>,
-    /// `hidden_size / num_attention_heads`, where it is not there.
+    /// Default: `hidden_size / num_attention_heads`.
     head_dim: Option<usize>,
     #[serde(default = "default_rms_norm_eps")]
     pub rms_norm_eps: f32,
@@ -34,13 +35,13 @@ pub struct Config {
     rope_parameters: Option<serde_json::Value>,
 }
 
-/// How positions are stretched beyond those that the model was first trained on.
+/// Scaling of positions beyond those of the original training.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 #[serde(tag = "rope_type", rename_all = "lowercase")]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     Default,
-    /// Low frequencies by `factor`, high ones not, and those between in part.
+    /// Divides low frequencies by `factor`, keeps high ones, and interpolates between them.
     Llama3 {
         factor: f32,
         low_freq_factor: f32,
@@ -50,7 +51,7 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
-    /// Its numbers, by the names of their fields.
+    /// Returns the scaling's numbers with the names of their fields.
     fn numbers(&self) -> Vec<(&'static str, f32)> {
         match *self {
             Self::Default => Vec::new(),
@@ -69,7 +70,7 @@ impl RopeScaling {
     }
 }
 
-/// Far more than any model has of anything but tokens.
+/// A limit far above any model's sizes, except for its number of tokens.
 const LARGEST: usize = 1 << 24;
 
 fn default_rms_norm_eps() -> f32 {
@@ -84,28 +85,28 @@ fn default_max_position_embeddings() -> usize {
     2048
 }
 
-/// Why a configuration is of no use.
+/// Why a configuration cannot be used.
 #[derive(Debug)]
 pub enum ConfigError {
     /// The file cannot be read.
     File(PathBuf, std::io::Error),
-    /// It is not the JSON of a configuration: a field is missing, or of another type.
+    /// The text is not the JSON of a configuration: a field is missing or has another type.
     Json(serde_json::Error),
-    /// A field's value cannot be.
+    /// The value of a field is invalid.
     Invalid {
         field: &'static str,
         value: usize,
         reason: &'static str,
     },
-    /// A field's number cannot be.
+    /// The number in a field is invalid.
     NotANumber {
         field: &'static str,
         value: f32,
         reason: &'static str,
     },
-    /// The weights have more elements than can be counted.
+    /// The number of weights overflows.
     TooLarge,
-    /// A field asks for what this model has not.
+    /// A field requires a feature that this model does not have.
     Unsupported { field: &'static str, value: String },
 }
 
@@ -125,7 +126,7 @@ impl std::fmt::Display for ConfigError {
                 reason,
             } => write!(to, "{field} is {value}; {reason}"),
             Self::TooLarge => {
-                write!(to, "the model has more weights than can be counted")
+                write!(to, "the number of the model's weights overflows")
             }
             Self::Unsupported { field, value } => {
                 write!(to, "{field} is {value}, which this model does not have")
@@ -137,21 +138,21 @@ impl std::fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl Config {
-    /// The one of a file.
+    /// Reads a configuration file.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError::File(path.to_owned(), error))?;
         Self::parse(&text)
     }
 
-    /// The one of a text.
+    /// Parses a configuration.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let config: Self = serde_json::from_str(text).map_err(ConfigError::Json)?;
         config.check()?;
         Ok(config)
     }
 
-    /// A model that generates some tokens a second on two cores.
+    /// Returns a small model, which generates some tokens per second on two cores.
     pub fn small() -> Result<Self, ConfigError> {
         Self::parse(include_str!("small.json"))
     }
@@ -165,8 +166,8 @@ impl Config {
             .unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
-    /// The elements of all weights, and of the rotations of all positions; none if they cannot be counted in 32-bit
-    /// floating-point numbers.
+    /// Returns the number of elements of all weights and rotary tables; `None` if their size in F32
+    /// overflows.
     pub fn elements(&self) -> Option<usize> {
         let times = |factors: &[usize]| {
             (factors.iter()).try_fold(1_usize, |all, factor| all.checked_mul(*factor))
@@ -185,14 +186,14 @@ impl Config {
         let rotations = times(&[self.max_position_embeddings, self.head_dim()])?;
         let all = [layers, tables, rotations, self.hidden_size];
         let all = all.into_iter().try_fold(0_usize, usize::checked_add)?;
-        // As Candle counts: in bytes, and within half of the addresses.
+        // Candle counts bytes, and an allocation has at most `isize::MAX`.
         let bytes = all.checked_mul(size_of::<f32>())?;
         (bytes <= isize::MAX as usize).then_some(all)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
         for (field, value, most) in [
-            // Tokens are numbers of 32 bits.
+            // Tokens are 32-bit numbers.
             ("vocab_size", self.vocab_size, u32::MAX as usize),
             ("hidden_size", self.hidden_size, LARGEST),
             ("intermediate_size", self.intermediate_size, LARGEST),
@@ -289,7 +290,7 @@ impl Config {
         if let Some(window) = self.sliding_window {
             return unsupported("sliding_window", &window);
         }
-        // A newer place for rope_theta and rope_scaling: without it the model would be another one.
+        // Newer files have rope_theta and rope_scaling here. Ignoring it would change the model.
         if let Some(parameters) = &self.rope_parameters {
             return unsupported("rope_parameters", parameters);
         }
@@ -421,7 +422,7 @@ mod tests {
                     other => panic!("{other:?}"),
                 }
             }
-            // JSON has no such number.
+            // JSON cannot express this number.
             with(name, json!(f64::NAN)).unwrap_err();
         }
         let scaling = |factor: f64, low: f64, high: f64, original: usize| {
@@ -439,7 +440,7 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
-        // Each of these may be, and together they may not.
+        // Each of these is valid alone, but not together.
         let mut huge: Value = serde_json::from_str(include_str!("small.json")).unwrap();
         for name in ["hidden_size", "intermediate_size", "num_hidden_layers"] {
             huge[name] = json!(1 << 23);
@@ -450,7 +451,8 @@ mod tests {
 
     #[test]
     fn weights_are_counted() {
-        // 8 layers of 2 512 × 512, 2 512 × 128, 3 512 × 1408 and 2 512, a table, a norm, the rotations.
+        // 8 layers of 2 512 × 512, 2 512 × 128, 3 512 × 1408 and 2 512, a table, a norm, the
+        // rotations.
         let layer = 2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408 + 2 * 512;
         let all = 8 * layer + 4096 * 512 + 512 + 4096 * 64;
         assert_eq!(Config::small().unwrap().elements(), Some(all));

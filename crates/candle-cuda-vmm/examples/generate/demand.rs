@@ -1,46 +1,50 @@
-//! What is asked of a model, checked before anything is made.
+//! The resources that a run needs, checked before anything is allocated.
 
 use crate::config::Config;
 use crate::token_bytes;
 use candle_core::{DType, Device};
 
-/// What is asked for.
+/// The resources that a run needs.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand {
     pub prompt_tokens: usize,
     pub tokens: usize,
-    /// What the caches are told to be ready for.
+    /// The sequence length that the caches are made for.
     pub max_seq_len: usize,
-    /// Whether they take memory for all of that at once.
+    /// Whether the caches allocate memory for `max_seq_len` tokens at once.
     pub is_reserved: bool,
     pub dtype: DType,
 }
 
-/// Why a model cannot do it.
+/// Why a run is not possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DemandError {
-    #[error("{prompt_tokens} and {tokens} tokens are more than the model's {positions}")]
+    #[error(
+        "{prompt_tokens} prompt tokens and {tokens} new tokens exceed the model's {positions} positions"
+    )]
     BeyondPositions {
         prompt_tokens: usize,
         tokens: usize,
         positions: usize,
     },
-    #[error("caches for {max_seq_len} tokens are for more than the model's {positions}")]
+    #[error("caches for {max_seq_len} tokens exceed the model's {positions} positions")]
     CachesBeyondPositions {
         max_seq_len: usize,
         positions: usize,
     },
-    #[error("weights and caches take {needed_bytes} bytes, and there are {memory_bytes}")]
+    #[error("weights and caches need {needed_bytes} bytes, and the host has {memory_bytes}")]
     BeyondMemory {
-        /// `usize::MAX` if they cannot be counted.
+        /// `usize::MAX` if the sum overflows.
         needed_bytes: usize,
         memory_bytes: usize,
     },
 }
 
 impl Demand {
-    /// Fails if the model has no such positions, or the host, if that is where it runs, less memory than weights and caches
-    /// take. Memory of a GPU is its driver's to refuse.
+    /// Checks that the model has enough positions, and that the host has memory for weights and
+    /// caches.
+    ///
+    /// Memory is checked only if the model runs on the CPU. A GPU's driver checks it itself.
     pub fn check(&self, config: &Config, device: &Device) -> Result<(), DemandError> {
         let memory_bytes = device.is_cpu().then(host_bytes).flatten();
         self.check_with(config, memory_bytes)
@@ -49,7 +53,7 @@ impl Demand {
     fn check_with(&self, config: &Config, memory_bytes: Option<usize>) -> Result<(), DemandError> {
         let positions = config.max_position_embeddings;
         let (prompt_tokens, tokens) = (self.prompt_tokens, self.tokens);
-        // The last token that is generated is not fed back.
+        // The last generated token is not fed back.
         let needed = prompt_tokens.checked_add(tokens.saturating_sub(1));
         if needed.is_none_or(|needed| needed > positions) {
             return Err(DemandError::BeyondPositions {
@@ -86,7 +90,7 @@ impl Demand {
     }
 }
 
-/// The host's memory, if the system tells.
+/// Returns the size of the host's memory, if the system reports it.
 fn host_bytes() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let total = text

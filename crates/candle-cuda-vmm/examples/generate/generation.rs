@@ -1,4 +1,4 @@
-//! Greedy decoding, and what it took.
+//! Greedy decoding, with measurements.
 
 use crate::caches::Measured;
 use crate::model::Decoder;
@@ -8,37 +8,37 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use std::time::Instant;
 
-/// What was generated, and how.
+/// The generated tokens, and measurements.
 #[derive(Debug, Serialize)]
 pub struct Generation {
-    /// Tokens of the prompt.
+    /// Number of prompt tokens.
     pub prompt_tokens: usize,
-    /// From the prompt to the first token.
+    /// Time from the prompt to the first token.
     pub prompt_seconds: f64,
-    /// For the tokens after the first.
+    /// Time for the tokens after the first.
     pub decode_seconds: f64,
-    /// Of the tokens after the first.
+    /// Speed for the tokens after the first.
     pub tokens_per_second: f64,
-    /// Through the sequence, the end among them.
+    /// Samples during generation, including one at the end.
     pub samples: Vec<Sample>,
-    /// What was generated.
+    /// The generated tokens.
     pub tokens: Vec<u32>,
 }
 
-/// The state at a moment.
+/// Speed and memory at one point of the generation.
 #[derive(Debug, Serialize)]
 pub struct Sample {
     /// Tokens in the caches.
     pub cached_tokens: usize,
-    /// Since the sample before; 0 in the first.
+    /// Speed since the previous sample; 0 in the first.
     pub tokens_per_second: f64,
-    /// Bytes that the cached tokens take.
+    /// Bytes that the cached tokens need.
     pub live_bytes: usize,
-    /// Bytes of memory behind the caches.
+    /// Bytes of memory that the caches hold.
     pub held_bytes: usize,
 }
 
-/// Random tokens for a prompt.
+/// Returns random tokens for a prompt.
 pub fn prompt(vocab_size: usize, tokens: usize, seed: u64) -> Vec<u32> {
     let mut random = StdRng::seed_from_u64(seed);
     (0..tokens)
@@ -46,7 +46,7 @@ pub fn prompt(vocab_size: usize, tokens: usize, seed: u64) -> Vec<u32> {
         .collect()
 }
 
-/// Generates `count` tokens after the prompt, the likeliest each time, with about `samples` samples on the way.
+/// Generates `count` tokens after the prompt by greedy decoding, and takes about `samples` samples.
 pub fn generate<F: Measured>(
     decoder: &mut Decoder<F::Cache>,
     factory: &F,
@@ -62,17 +62,17 @@ pub fn generate<F: Measured>(
         held_bytes: factory.held_bytes(decoder.caches()),
     };
     let start = Instant::now();
-    // Reading the token back waits for the device.
-    let mut tokens = vec![likeliest(&decoder.forward(prompt)?)?];
+    // `most_likely` copies the token to the host, which waits for the device.
+    let mut tokens = vec![most_likely(&decoder.forward(prompt)?)?];
     let decode_start = Instant::now();
     let mut taken = vec![sample(decoder, 0.)];
-    let stretch = count.saturating_sub(1).div_ceil(samples.max(1)).max(1);
+    let interval = count.saturating_sub(1).div_ceil(samples.max(1)).max(1);
     let (mut since, mut since_tokens) = (decode_start, 0);
     let mut last = tokens[0];
     for step in 1..count {
-        last = likeliest(&decoder.forward(&[last])?)?;
+        last = most_likely(&decoder.forward(&[last])?)?;
         tokens.push(last);
-        if step % stretch == 0 || step == count - 1 {
+        if step % interval == 0 || step == count - 1 {
             let speed = (step - since_tokens) as f64 / since.elapsed().as_secs_f64();
             taken.push(sample(decoder, speed));
             (since, since_tokens) = (Instant::now(), step);
@@ -92,9 +92,9 @@ pub fn generate<F: Measured>(
     })
 }
 
-/// The token of the largest logit.
-fn likeliest(logits: &Tensor) -> Result<u32> {
-    // The CPU has no order for some types, and a GPU takes the same way.
+/// Returns the token with the largest logit.
+fn most_likely(logits: &Tensor) -> Result<u32> {
+    // On the CPU Candle cannot compare some dtypes; a GPU uses the same code.
     let logits = logits.to_dtype(DType::F32)?;
     logits.argmax(0)?.to_device(&Device::Cpu)?.to_scalar()
 }

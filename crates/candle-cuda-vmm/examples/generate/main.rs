@@ -1,7 +1,8 @@
-//! A Llama-shaped decoder over a KV cache of your choice, with greedy decoding.
+//! A Llama-shaped decoder with a KV cache of your choice, and greedy decoding.
 //!
-//! `cargo run --release --example generate -- --help` lists the options. Without any it runs a small model with random
-//! weights; `--config` takes the `config.json` of a model of Hugging Face, and `--weights` its safetensors files.
+//! `cargo run --release --example generate -- --help` lists the options. Without options it runs a
+//! small model with random weights. `--config` takes the `config.json` of a Hugging Face model, and
+//! `--weights` its safetensors files.
 
 mod caches;
 mod config;
@@ -30,25 +31,25 @@ use weights::{Source, Weights};
 /// Generate tokens with a Llama-shaped model, and show speed and memory
 #[derive(Parser)]
 struct Arguments {
-    /// The model's config.json; a small model without
+    /// The model's config.json [default: a small model]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Safetensors files, or a folder of them; random weights without
+    /// Safetensors files, or a folder of them [default: random weights]
     #[arg(long, value_name = "PATH", num_args = 1..)]
     weights: Vec<PathBuf>,
     /// The KV cache
     #[arg(long, value_enum, default_value_t = Kind::Kv)]
     cache: Kind,
-    /// How queries meet keys and values
+    /// How attention reads keys and values
     #[arg(long, value_enum, default_value_t = Attention::Stock)]
     attention: Attention,
-    /// Length of the prompt, which is random
+    /// Length of the prompt, in random tokens
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = at_least_one)]
     prompt_tokens: usize,
-    /// How many tokens to generate
+    /// Number of tokens to generate
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = at_least_one)]
     tokens: usize,
-    /// What the caches are told to be ready for; the model's own maximum without
+    /// Sequence length that the caches are made for [default: the model's maximum]
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     max_seq_len: Option<usize>,
     /// Seed of the prompt and of random weights
@@ -57,9 +58,9 @@ struct Arguments {
     /// Type of weights, keys and values
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     dtype: Precision,
-    /// Where to run; the GPU without, if this was built with the feature `cuda`
+    /// Device to run on [default: the GPU if built with the feature `cuda`]
     #[arg(long, value_enum)]
-    device: Option<Place>,
+    device: Option<DeviceKind>,
     /// Write all results to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -73,7 +74,7 @@ enum Precision {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Place {
+enum DeviceKind {
     Cpu,
     Cuda,
 }
@@ -89,8 +90,8 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
     let device = match arguments.device {
-        Some(Place::Cpu) => Device::Cpu,
-        Some(Place::Cuda) => Device::new_cuda(0)?,
+        Some(DeviceKind::Cpu) => Device::Cpu,
+        Some(DeviceKind::Cuda) => Device::new_cuda(0)?,
         None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
         None => Device::Cpu,
     };
@@ -98,11 +99,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         Kind::Kv => run(&arguments, &PreallocatedCaches, device),
         Kind::Concat => run(&arguments, &ConcatCaches, device),
         Kind::Elastic => {
-            // Two pages ahead, so that no token waits for the driver.
+            // Two pages are mapped ahead, so that no token waits for the driver.
             let is_stock = arguments.attention == Attention::Stock;
             let options = TensorPoolOptions::new()
                 .ahead_bytes_max(4 << 20)
-                .contiguous_answers(is_stock);
+                .contiguous_output(is_stock);
             run(
                 &arguments,
                 &TensorPool::with_options(&device, options)?,
@@ -112,7 +113,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Makes the model with caches of this factory, generates, and tells.
+/// Makes the model with caches of this factory, generates tokens, and prints the results.
 fn run<F: Measured>(
     arguments: &Arguments,
     factory: &F,
@@ -169,19 +170,19 @@ fn run<F: Measured>(
     Ok(())
 }
 
-/// Bytes of a token's keys and values in all layers.
+/// Returns the size in bytes of one token's keys and values in all layers.
 fn token_bytes(config: &Config, dtype: DType) -> usize {
     let elements = 2 * config.num_hidden_layers * config.kv_heads() * config.head_dim();
     elements * dtype.size_in_bytes()
 }
 
-/// The word of the command line for a value.
+/// Returns a value's name on the command line.
 fn name(value: impl ValueEnum) -> String {
     let value = value.to_possible_value();
     value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-/// The results as text.
+/// Formats the results as text.
 fn describe(generation: &Generation) -> String {
     const MIB: f64 = (1 << 20) as f64;
     let mut text = format!(
@@ -198,7 +199,7 @@ fn describe(generation: &Generation) -> String {
             0. => "-".to_owned(),
             speed => format!("{speed:.1}"),
         };
-        // Writing to a text cannot fail.
+        // Writing to a string cannot fail.
         let _ = writeln!(
             text,
             "{:>13}  {speed:>8}  {:>12.3}  {:>12.3}",
@@ -209,7 +210,7 @@ fn describe(generation: &Generation) -> String {
     }
     let _ = writeln!(
         text,
-        "generated: {} tokens, {:.1} a second\ntokens: {:?}",
+        "generated: {} tokens, {:.1} tokens/s\ntokens: {:?}",
         generation.tokens.len(),
         generation.tokens_per_second,
         generation.tokens

@@ -1,4 +1,5 @@
-//! A Llama-shaped decoder that is generic over its caches: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+//! A Llama-shaped decoder, generic over its caches: RMSNorm, rotary positions, grouped-query
+//! attention, SwiGLU.
 
 use crate::config::{Config, RopeScaling};
 use crate::weights::Weights;
@@ -8,12 +9,12 @@ use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
 
-/// How queries meet keys and values.
+/// How attention reads keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Attention {
-    /// As Candle's models do: K and V repeated for each group of heads
+    /// As Candle's models do: K and V are repeated for each group of heads
     Stock,
-    /// K and V where they stand
+    /// K and V are read in place
     Gqa,
 }
 
@@ -25,7 +26,7 @@ pub struct Decoder<C> {
     head: Tensor,
     rope: Rope,
     norm_eps: f32,
-    /// How it attends from the next tokens on.
+    /// The attention that the next tokens use.
     pub attention: Attention,
 }
 
@@ -44,7 +45,8 @@ struct Layer<C> {
 }
 
 impl<C: KvCache> Decoder<C> {
-    /// Makes the model, and by the factory a cache for at most `max_seq_len` tokens for each layer.
+    /// Makes the model, with one cache per layer from the factory, for at most `max_seq_len`
+    /// tokens.
     pub fn new<F: KvCacheFactory<Cache = C>>(
         config: &Config,
         mut weights: Weights,
@@ -75,7 +77,7 @@ impl<C: KvCache> Decoder<C> {
         })
     }
 
-    /// Takes the next tokens, and answers what is likely to follow the last: `[vocab_size]`.
+    /// Appends tokens, and returns the logits of the token after the last: `[vocab_size]`.
     pub fn forward(&mut self, tokens: &[u32]) -> Result<Tensor> {
         let first = self.tokens();
         let ids = Tensor::new(tokens, self.embedding.device())?;
@@ -89,12 +91,12 @@ impl<C: KvCache> Decoder<C> {
         linear(&last, &self.head)?.squeeze(0)
     }
 
-    /// Tokens in the caches.
+    /// Returns the number of tokens in the caches.
     pub fn tokens(&self) -> usize {
         self.layers[0].cache.current_seq_len()
     }
 
-    /// The caches, one for each layer.
+    /// Returns the caches, one for each layer.
     pub fn caches(&self) -> impl Iterator<Item = &C> {
         self.layers.iter().map(|layer| &layer.cache)
     }
@@ -144,7 +146,7 @@ impl<C: KvCache> Layer<C> {
         attention: Attention,
     ) -> Result<Tensor> {
         let tokens = x.dim(0)?;
-        // [1, tokens, heads, head_dim]: token-major, as the projections leave it.
+        // [1, tokens, heads, head_dim]: token-major, as the projections return it.
         let heads =
             |projection: &Tensor| linear(x, projection)?.reshape((1, tokens, (), self.head_dim));
         let q = rope_thd(&heads(&self.q)?, cos, sin)?.transpose(1, 2)?;
@@ -160,7 +162,7 @@ impl<C: KvCache> Layer<C> {
     }
 }
 
-/// Causal attention as Candle's models have it.
+/// Causal attention as in Candle's models.
 pub fn stock(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let (_, query_heads, queries, _) = q.dims4()?;
     let (batch, kv_heads, keys, dim) = k.dims4()?;
@@ -193,7 +195,7 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-/// The rotations of each position, `[positions, head_dim / 2]`.
+/// The rotary embedding of each position, `[positions, head_dim / 2]`.
 struct Rope {
     cos: Tensor,
     sin: Tensor,
@@ -225,7 +227,7 @@ impl Rope {
     }
 }
 
-/// A frequency, stretched as Llama 3.1 and later do it.
+/// Scales a rotary frequency as Llama 3.1 and later do.
 fn scaled(frequency: f32, scaling: Option<RopeScaling>) -> f32 {
     let Some(RopeScaling::Llama3 {
         factor,
@@ -236,7 +238,7 @@ fn scaled(frequency: f32, scaling: Option<RopeScaling>) -> f32 {
     else {
         return frequency;
     };
-    // How often it turns within the positions that the model was first trained on.
+    // The number of turns within the positions of the original training.
     let turns = original as f32 * frequency / (2. * std::f32::consts::PI);
     let kept = ((turns - low) / (high - low)).clamp(0., 1.);
     frequency * (kept + (1. - kept) / factor)

@@ -6,11 +6,11 @@ use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Where weights come from.
+/// The source of the weights.
 pub enum Source {
-    /// By name, from files.
+    /// Tensors from files, by name.
     Files(HashMap<String, Tensor>),
-    /// Made from this seed and each weight's name, so that they do not depend on the order in which they are asked for.
+    /// Random weights. Each depends on this seed and its name, but not on the order of the calls.
     Random(u64),
 }
 
@@ -30,7 +30,7 @@ impl Weights {
         }
     }
 
-    /// A matrix `[out, in]`. Random ones keep the size of what goes through them.
+    /// Returns a matrix `[out, in]`. A random matrix preserves the scale of its input.
     pub fn matrix(&mut self, name: &str, outputs: usize, inputs: usize) -> Result<Tensor> {
         self.get(name, &[outputs, inputs], |random| {
             let largest = (3. / inputs as f32).sqrt();
@@ -38,7 +38,7 @@ impl Weights {
         })
     }
 
-    /// The factors of a norm, around 1.
+    /// Returns the factors of a norm. Random factors are near 1.
     pub fn norm(&mut self, name: &str, size: usize) -> Result<Tensor> {
         self.get(name, &[size], |random| random.random_range(0.9..1.1))
     }
@@ -71,7 +71,7 @@ impl Weights {
                 Tensor::from_vec::<_, f32>(elements, shape, &Device::Cpu)?
             }
         };
-        // First narrower, so that less goes to the device.
+        // Converted first, so that less is copied to the device.
         tensor.to_dtype(self.dtype)?.to_device(&self.device)
     }
 }
@@ -102,7 +102,7 @@ fn files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// FNV-1a, which is the same everywhere.
+/// FNV-1a, which returns the same value on all systems.
 fn hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)

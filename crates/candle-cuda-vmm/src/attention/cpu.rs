@@ -1,4 +1,4 @@
-//! Attention on the CPU: loops over K and V as they stand, sums in F32.
+//! Attention on the CPU: loops over K and V in place, with sums in F32.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -6,7 +6,7 @@ use super::sizes::{NAME, Sizes};
 use candle_core::{CpuStorage, Error, Layout, Result, WithDType};
 use half::{bf16, f16};
 
-/// A type of element that can be made wider and narrower.
+/// An element type that converts to F32 and back.
 trait Element: WithDType {
     fn widen(self) -> f32;
     fn narrow(wide: f32) -> Self;
@@ -42,7 +42,7 @@ impl Element for bf16 {
     }
 }
 
-/// The attention of q, K and V, of which q is contiguous.
+/// Computes the attention of q, K and V. q is contiguous.
 pub fn attend(
     sizes: &Sizes,
     scale: f32,
@@ -79,16 +79,16 @@ fn attend_typed<T: Element>(
                 .map(|element| element.widen())
                 .collect();
             let keys = |key| k.row(batch, head, key, sizes.dim);
-            score(sizes, scale, causal, &queries, keys, &mut scores);
+            attention_weights(sizes, scale, causal, &queries, keys, &mut scores);
             let values = |key| v.row(batch, head, key, sizes.dim);
-            let mixed = mix(sizes, causal, &scores, values);
+            let mixed = weighted_sums(sizes, causal, &scores, values);
             result.extend(mixed.into_iter().map(T::narrow));
         }
     }
     Ok(T::to_cpu_storage_owned(result))
 }
 
-/// The heads of K or V in memory of any strides whose last is 1.
+/// The heads of K or V, in memory of any strides whose last is 1.
 struct Heads<'a, T> {
     elements: &'a [T],
     start: usize,
@@ -112,14 +112,14 @@ impl<'a, T: Element> Heads<'a, T> {
     }
 }
 
-/// Whether the query of this row sees this key.
+/// Returns whether the query of this row sees this key.
 fn sees(sizes: &Sizes, causal: bool, row: usize, key: usize) -> bool {
     !causal || key < sizes.keys_seen(row % sizes.queries)
 }
 
-/// The weight of each key for each row of queries, `[rows, keys]`: a softmax over the keys that it sees, and 0
-/// for the others.
-fn score<'a, T: Element>(
+/// Computes the weight of each key for each query row, `[rows, keys]`: a softmax over the keys that
+/// the query sees, and 0 for the others.
+fn attention_weights<'a, T: Element>(
     sizes: &Sizes,
     scale: f32,
     causal: bool,
@@ -127,7 +127,7 @@ fn score<'a, T: Element>(
     keys: impl Fn(usize) -> &'a [T],
     scores: &mut [f32],
 ) {
-    // Key by key, so that each is read once for all rows.
+    // The outer loop is over keys, so that each is read once for all rows.
     let mut wide = vec![0.; sizes.dim];
     for key in 0..sizes.keys {
         widen(keys(key), &mut wide);
@@ -149,8 +149,8 @@ fn score<'a, T: Element>(
     }
 }
 
-/// The weighted sums of values, `[rows, dim]`.
-fn mix<'a, T: Element>(
+/// Computes the weighted sums of values, `[rows, dim]`.
+fn weighted_sums<'a, T: Element>(
     sizes: &Sizes,
     causal: bool,
     weights: &[f32],
@@ -161,7 +161,7 @@ fn mix<'a, T: Element>(
     for key in 0..sizes.keys {
         widen(values(key), &mut wide);
         for (row, result) in result.chunks_exact_mut(sizes.dim).enumerate() {
-            // Half of a prompt's keys are not seen.
+            // A prompt's queries do not see about half of the keys.
             if sees(sizes, causal, row, key) {
                 let weight = weights[row * sizes.keys + key];
                 for (sum, value) in result.iter_mut().zip(&wide) {
@@ -180,7 +180,7 @@ fn widen<T: Element>(narrow: &[T], wide: &mut [f32]) {
 }
 
 fn dot(left: &[f32], right: &[f32]) -> f32 {
-    // Several sums, which the compiler can keep in one vector.
+    // Several sums, so that the compiler can use a vector register.
     const LANES: usize = 16;
     let mut sums = [0.; LANES];
     let (lefts, rights) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
@@ -221,8 +221,8 @@ mod tests {
         let memory = [1., 1000.];
         let keys = |key: usize| &memory[key..=key];
         let mut weights = [0.; 4];
-        score(&sizes, 1., true, &[1., 1.], keys, &mut weights);
+        attention_weights(&sizes, 1., true, &[1., 1.], keys, &mut weights);
         assert_eq!(weights, [1., 0., 0., 1.]);
-        assert_eq!(mix(&sizes, true, &weights, keys), memory);
+        assert_eq!(weighted_sums(&sizes, true, &weights, keys), memory);
     }
 }

@@ -1,15 +1,15 @@
 //! Attention on a GPU: two strided-batched products of cuBLAS with a softmax between them.
 //!
 //! # Safety
-//! cuBLAS reads and writes where pointers, sizes and strides say. What it reads of a tensor is a view that begins
-//! at the tensor's first element and ends at its last one, which is checked to lie within the tensor's memory;
-//! what it writes was allocated here for exactly the sizes of the product. Both stay borrowed until the
-//! product is queued, on the stream that orders the device's allocations.
+//! cuBLAS reads and writes as pointers, sizes and strides say. It reads a tensor through a view
+//! from the tensor's first to its last element, which is checked to lie within the tensor's memory.
+//! It writes to memory that was allocated here for exactly the product's size. Both stay borrowed
+//! until the product is queued, on the stream that orders the device's allocations.
 #![allow(unsafe_code)]
 
 use super::sizes::{NAME, Sizes};
 use super::softmax;
-use crate::order::InTurn;
+use crate::order::StreamOrder;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::cublas::{result::gemm_strided_batched_ex, sys};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaView, DevicePtr, DevicePtrMut, DeviceRepr};
@@ -21,11 +21,11 @@ use candle_core::{
 use half::{bf16, f16};
 use std::ffi::{c_int, c_longlong, c_void};
 
-/// A type of element that cuBLAS multiplies.
+/// An element type that cuBLAS multiplies.
 trait Element: DeviceRepr + CudaDType + WithDType {
-    /// cuBLAS's word for it.
+    /// cuBLAS's name of the type.
     const TYPE: sys::cudaDataType;
-    /// The softmax that ends in it.
+    /// The softmax kernel with this output type.
     const SOFTMAX: &str;
 }
 
@@ -44,24 +44,27 @@ impl Element for bf16 {
     const SOFTMAX: &str = "softmax_bf16";
 }
 
-/// The attention of q, K and V, of which q is contiguous.
+/// Computes the attention of q, K and V. q is contiguous.
 pub fn attend(
     sizes: &Sizes,
     scale: f32,
     causal: bool,
     inputs: [(&CudaStorage, &Layout); 3],
 ) -> Result<CudaStorage> {
-    // All work is queued on q's stream, in turn with those of K and V where they are others.
+    // All work is queued on q's stream, ordered with the streams of K and V if they differ.
     let [stream, keys, values] = inputs.map(|(storage, _)| storage.device.cuda_stream());
-    let turns = [InTurn::new(&stream, &keys)?, InTurn::new(&stream, &values)?];
+    let orders = [
+        StreamOrder::begin(&stream, &keys)?,
+        StreamOrder::begin(&stream, &values)?,
+    ];
     let outcome = match inputs[0].0.dtype() {
         DType::F32 => attend_typed::<f32>(sizes, scale, causal, inputs),
         DType::F16 => attend_typed::<f16>(sizes, scale, causal, inputs),
         DType::BF16 => attend_typed::<bf16>(sizes, scale, causal, inputs),
         other => Err(Error::UnsupportedDTypeForOp(other, NAME)),
     };
-    for turn in turns {
-        turn.end()?;
+    for order in orders {
+        order.end()?;
     }
     outcome
 }
@@ -87,7 +90,7 @@ fn attend_typed<T: Element>(
     Ok(CudaStorage::wrap_cuda_slice(result, device.clone()))
 }
 
-/// The elements of a tensor from its first to its last.
+/// Returns a view of a tensor from its first to its last element.
 fn extent<'a, T: Element>(
     sizes: &Sizes,
     q: &Layout,
@@ -107,14 +110,14 @@ struct Heads<'a, T> {
     elements: CudaView<'a, T>,
     /// Elements from one key to the next.
     key_stride: c_int,
-    walk: Walk,
+    batches: Batches,
 }
 
 impl<'a, T: Element> Heads<'a, T> {
     fn new(sizes: &Sizes, q: &Layout, from: (&'a CudaStorage, &Layout)) -> Result<Self> {
         let strides = from.1.stride();
         let key_stride = match sizes.keys {
-            // Never taken, but cuBLAS looks at it.
+            // Unused for one key, but cuBLAS checks it.
             1 => sizes.dim,
             _ => strides[2],
         };
@@ -125,45 +128,46 @@ impl<'a, T: Element> Heads<'a, T> {
         Ok(Self {
             elements: extent(sizes, q, from)?,
             key_stride: count(key_stride)?,
-            walk: Walk::new(sizes, strides[0], strides[1]),
+            batches: Batches::new(sizes, strides[0], strides[1]),
         })
     }
 }
 
-/// How the heads of all sequences are gone through: so many calls of so many matrices each, as one call has one
-/// stride from matrix to matrix.
-struct Walk {
-    calls: Steps,
-    matrices: Steps,
+/// How the heads of all sequences are split into calls, and each call into matrices. One call has
+/// one stride from matrix to matrix.
+struct Batches {
+    calls: BatchDimension,
+    matrices: BatchDimension,
 }
 
-/// How many, and what lies between one and the next: elements in K and V, and heads in what is contiguous.
+/// A number of heads or sequences, and the distance from one to the next: in elements of K and V,
+/// and in heads of contiguous memory.
 #[derive(Clone, Copy)]
-struct Steps {
+struct BatchDimension {
     count: usize,
     elements: usize,
     heads: usize,
 }
 
-impl Walk {
+impl Batches {
     fn new(sizes: &Sizes, batch_stride: usize, head_stride: usize) -> Self {
         let (batch, heads) = (sizes.batch, sizes.kv_heads);
-        let of_batch = Steps {
+        let of_batch = BatchDimension {
             count: batch,
             elements: batch_stride,
             heads,
         };
-        let of_heads = Steps {
+        let of_heads = BatchDimension {
             count: heads,
             elements: head_stride,
             heads: 1,
         };
         if heads > 1 && batch > 1 && batch_stride == heads * head_stride {
-            let all = Steps {
+            let all = BatchDimension {
                 count: batch * heads,
                 ..of_heads
             };
-            let once = Steps {
+            let once = BatchDimension {
                 count: 1,
                 ..of_batch
             };
@@ -180,7 +184,7 @@ impl Walk {
     }
 }
 
-/// One of the two products, of each head of K or V with its rows.
+/// One of the two products, for each head of K or V and its query rows.
 #[derive(Clone, Copy)]
 enum Product {
     /// `[rows, keys] = scale · queries[rows, dim] · K[keys, dim]ᵀ`
@@ -189,7 +193,8 @@ enum Product {
     Mixed,
 }
 
-/// The product of all heads with their rows, contiguous `[batch, kv_heads, rows, keys or dim]`.
+/// Multiplies all heads with their query rows. The result is contiguous, `[batch, kv_heads, rows,
+/// keys or dim]`.
 fn multiply<T: Element, R: Element>(
     device: &CudaDevice,
     sizes: &Sizes,
@@ -197,7 +202,7 @@ fn multiply<T: Element, R: Element>(
     heads: &Heads<T>,
     rows: &CudaView<T>,
 ) -> Result<CudaSlice<R>> {
-    // cuBLAS has columns where we have rows, so the product is the other way round: the heads come first.
+    // cuBLAS is column-major, so the operands are swapped: the heads come first.
     let (transpose, across, along, scale) = match product {
         Product::Scores { scale } => (
             sys::cublasOperation_t::CUBLAS_OP_T,
@@ -212,10 +217,10 @@ fn multiply<T: Element, R: Element>(
             1.,
         ),
     };
-    // Elements of one head's rows, and of their product.
+    // Elements of one head's query rows, and of their product.
     let (rows_of_head, result_of_head) = (sizes.rows() * along, sizes.rows() * across);
     let (m, n, k) = (count(across)?, count(sizes.rows())?, count(along)?);
-    let Walk { calls, matrices } = heads.walk;
+    let Batches { calls, matrices } = heads.batches;
     let batch_count = count(matrices.count)?;
     let heads_stride = stride(matrices.elements)?;
     let rows_stride = stride(matrices.heads * rows_of_head)?;
@@ -225,7 +230,7 @@ fn multiply<T: Element, R: Element>(
         false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
     };
     let (stream, blas) = (device.cuda_stream(), device.cublas_handle());
-    // SAFETY: nobody reads it before the product, which writes all of it.
+    // SAFETY: the product writes all of it before anything reads it.
     let mut result = unsafe { device.alloc::<R>(sizes.batch * sizes.kv_heads * result_of_head)? };
     {
         let (heads_at, _heads_read) = heads.elements.device_ptr(&stream);
@@ -236,9 +241,10 @@ fn multiply<T: Element, R: Element>(
             let rows_at = rows_at + (call * calls.heads * rows_of_head * size_of::<T>()) as u64;
             let result_at =
                 result_at + (call * calls.heads * result_of_head * size_of::<R>()) as u64;
-            // SAFETY: the calls and their matrices are the heads of all sequences, once each. The heads are read
-            // within their view, as the strides are the tensor's; rows and result have `rows_of_head` and
-            // `result_of_head` elements for each. The factors are read before the call returns.
+            // SAFETY: the calls and their matrices are the heads of all sequences, once each. The
+            // heads are read within their view, as the strides are the tensor's; rows and result
+            // have `rows_of_head` and `result_of_head` elements for each. The factors are read
+            // before the call reorders.
             unsafe {
                 gemm_strided_batched_ex(
                     *blas.handle(),
@@ -272,17 +278,17 @@ fn multiply<T: Element, R: Element>(
     Ok(result)
 }
 
-/// The factor of what was there before a product.
+/// The factor (beta) of the output's old content.
 static ZERO: f32 = 0.;
 
-/// One number for each query and key, contiguous.
+/// Makes a contiguous tensor with one number for each query and key.
 fn wrap<T: Element>(sizes: &Sizes, slice: CudaSlice<T>, device: &CudaDevice) -> Tensor {
     let shape = (sizes.batch, sizes.query_heads(), sizes.queries, sizes.keys);
     let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
-/// What the queries give each key, from the scores.
+/// Computes the weight of each key for each query, from the scores.
 fn weights<T: Element>(sizes: &Sizes, causal: bool, scores: Tensor) -> Result<Tensor> {
     let scores = match causal && sizes.queries > 1 {
         true => masked(sizes, &scores)?,
@@ -301,7 +307,7 @@ fn weights<T: Element>(sizes: &Sizes, causal: bool, scores: Tensor) -> Result<Te
     Ok(wrap(sizes, weights, device))
 }
 
-/// The scores, with `-inf` for keys that a query does not see.
+/// Returns the scores with `-inf` for the keys that a query does not see.
 fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
     let (device, keys) = (scores.device(), sizes.keys as u32);
     let key = Tensor::arange(0, keys, device)?.reshape((1, sizes.keys))?;
@@ -312,12 +318,12 @@ fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
         .where_cond(scores, &unseen)
 }
 
-/// A number as cuBLAS takes it.
+/// Converts a number to cuBLAS's type.
 fn count(number: usize) -> Result<c_int> {
     number.try_into().map_err(Error::wrap)
 }
 
-/// A stride from matrix to matrix as cuBLAS takes it.
+/// Converts a stride from matrix to matrix to cuBLAS's type.
 fn stride(elements: usize) -> Result<c_longlong> {
     elements.try_into().map_err(Error::wrap)
 }

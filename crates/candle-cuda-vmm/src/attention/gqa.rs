@@ -4,27 +4,37 @@ use super::cpu;
 use super::sizes::{NAME, Sizes};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
-/// What the scores may take at once, in bytes. Longer prompts are done part by part.
+/// The most memory in bytes for scores at once. Longer prompts are processed in parts.
 const SCORES_BYTES_MAX: usize = 256 << 20;
 
-/// Grouped-query attention, `softmax(scale · q · kᵀ) · v`, over K and V where they stand.
+/// Computes grouped-query attention, `softmax(scale · q · kᵀ) · v`, reading K and V in place.
 ///
-/// `q` is `[batch, query_heads, queries, dim]`, `k` and `v` are `[batch, kv_heads, keys, dim]`; the result
-/// has `q`'s shape and is contiguous. Query heads `g · kv_head` to `g · kv_head + g - 1` share a head of K
-/// and V, `g` being `query_heads / kv_heads`: what Candle's models do by repeating K and V. All are F16, BF16
-/// or F32, alike, on one device. Scores and sums are F32 in any case; on a GPU the weights that V is
-/// multiplied with have the tensors' own type.
+/// # Shapes
+/// `q` is `[batch, query_heads, queries, dim]`, `k` and `v` are `[batch, kv_heads, keys, dim]`. The
+/// result has `q`'s shape and is contiguous. With `g = query_heads / kv_heads`, the query heads `g
+/// · h` to `g · h + g - 1` use head `h` of K and V. Candle's models repeat K and V for the same
+/// result.
 ///
-/// K and V may have any strides whose last is 1, and are not copied: a transposed view of token-major memory
-/// `[batch, keys, kv_heads, dim]` will do, and so will a part of a longer reservation. On a GPU a key's stride must
-/// be at least `dim`. `q` is copied if it is not contiguous.
+/// All tensors have one dtype, F16, BF16 or F32, and are on one device. Scores and sums are F32. On
+/// a GPU the weights for V have the tensors' dtype.
 ///
-/// With `causal`, the last query sees all keys, and each before it one less: right for a prompt, whether or
-/// not there are keys from before. A single query sees all keys either way. Scores take at most 256 MiB at once,
-/// or what one query's take; longer prompts are done part by part, each over the keys that it sees.
+/// # Strides
+/// K and V may have any strides whose last is 1, and are not copied. A transposed view of
+/// token-major memory `[batch, keys, kv_heads, dim]` works, and so does a part of a longer
+/// reservation. On a GPU a key's stride must be at least `dim`. `q` is copied if it is not
+/// contiguous.
 ///
-/// On a GPU this is `cublasGemmStridedBatchedEx` with the real strides, a softmax of one launch, and the same
-/// again, on the device's stream. No gradient flows through it.
+/// # Causal mask
+/// With `causal` the last query sees all keys, and each query before it one key less. That is right
+/// for a prompt, with or without earlier keys. A single query sees all keys either way.
+///
+/// # Memory
+/// Scores take at most 256 MiB at once, or the size of one query's scores if that is more. Longer
+/// prompts are processed in parts, each over the keys that it sees.
+///
+/// # On a GPU
+/// It calls `cublasGemmStridedBatchedEx` with the given strides, one softmax kernel, and
+/// `cublasGemmStridedBatchedEx` again, on the device's stream. No gradient flows through it.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -41,17 +51,19 @@ const SCORES_BYTES_MAX: usize = 256 << 20;
 /// ```
 ///
 /// # Errors
-/// Candle's own, each with the values and `gqa` as the operation where it names one:
-/// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims`.
-/// - `ShapeMismatchBinaryOp` if `k` and `v` differ, if batch or dim do, if `query_heads` is not a multiple of
-///   `kv_heads`, or with `causal` if there are more queries than keys.
-/// - `EmptyTensor` if any size but `queries` is 0.
-/// - `MatMulUnexpectedStriding` for strides that cannot be used.
+/// Candle's errors, with the values, and with `gqa` as the operation if the error has one:
+/// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` and
+///   `UnexpectedNumberOfDims` if a dtype, a device or a rank is not as above.
+/// - `ShapeMismatchBinaryOp` if `k` and `v` differ, if batch or dim differ, if `query_heads` is no
+///   multiple of `kv_heads`, or with `causal` if there are more queries than keys.
+/// - `EmptyTensor` if any size except `queries` is 0.
+/// - `MatMulUnexpectedStriding` if strides are not supported.
 /// - `Cuda` if memory runs out or cuBLAS fails.
 pub fn gqa(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
     in_parts(q, k, v, scale, causal, SCORES_BYTES_MAX)
 }
 
+/// Splits the queries so that the scores of each part take at most `scores_bytes_max` bytes.
 fn in_parts(
     q: &Tensor,
     k: &Tensor,
@@ -60,7 +72,7 @@ fn in_parts(
     causal: bool,
     scores_bytes_max: usize,
 ) -> Result<Tensor> {
-    let sizes = Sizes::of(q, k, v, causal)?;
+    let sizes = Sizes::from_tensors(q, k, v, causal)?;
     if sizes.queries == 0 {
         return q.zeros_like();
     }
@@ -92,7 +104,7 @@ fn in_parts(
     }
 }
 
-/// The operation on queries whose scores are all there at once.
+/// The operation on one part of the queries, whose scores fit in memory at once.
 struct Attention {
     scale: f32,
     causal: bool,

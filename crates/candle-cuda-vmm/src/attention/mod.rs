@@ -1,7 +1,8 @@
-//! Attention over K and V where they stand.
+//! Attention that reads K and V in place.
 //!
-//! Candle's `matmul` refuses token-major K and V on a GPU, so models copy them into another order at every
-//! step, and repeat each head of K and V for the queries that share it. [`gqa`] does neither.
+//! On a GPU, Candle's `matmul` does not accept token-major K and V. So models copy both into
+//! another order at every step, and repeat each head of K and V for the queries that share it.
+//! [`gqa`] avoids both.
 
 mod cpu;
 #[cfg(feature = "cuda")]

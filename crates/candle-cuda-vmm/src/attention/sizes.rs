@@ -1,4 +1,4 @@
-//! The sizes of an attention, checked.
+//! The checked sizes of an attention.
 
 use candle_core::error::MatMulUnexpectedStriding;
 use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
@@ -6,8 +6,8 @@ use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
 /// The operation's name in errors.
 pub const NAME: &str = "gqa";
 
-/// How many of everything there are: queries `[batch, kv_heads * group, queries, dim]`, K and V
-/// `[batch, kv_heads, keys, dim]`. None is 0, but `queries` may be.
+/// The sizes of queries `[batch, kv_heads * group, queries, dim]` and of K and V `[batch, kv_heads,
+/// keys, dim]`. Only `queries` may be 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     pub batch: usize,
@@ -20,8 +20,8 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Those of three tensors, which must fit each other.
-    pub fn of(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Self> {
+    /// Checks that three tensors fit together, and returns their sizes.
+    pub fn from_tensors(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Self> {
         if !matches!(q.dtype(), DType::F16 | DType::BF16 | DType::F32) {
             return Err(Error::UnsupportedDTypeForOp(q.dtype(), NAME));
         }
@@ -38,7 +38,7 @@ impl Sizes {
                 return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME });
             }
         }
-        let sizes = Self::of_shapes(q.shape(), k.shape(), v.shape(), causal)?;
+        let sizes = Self::from_shapes(q.shape(), k.shape(), v.shape(), causal)?;
         for other in [k, v] {
             if sizes.dim > 1 && other.stride()[3] != 1 {
                 return Err(sizes.unexpected_strides(
@@ -51,7 +51,7 @@ impl Sizes {
         Ok(sizes)
     }
 
-    fn of_shapes(q: &Shape, k: &Shape, v: &Shape, causal: bool) -> Result<Self> {
+    fn from_shapes(q: &Shape, k: &Shape, v: &Shape, causal: bool) -> Result<Self> {
         let four = |shape: &Shape| {
             <[usize; 4]>::try_from(shape.dims()).map_err(|_| Error::UnexpectedNumberOfDims {
                 expected: 4,
@@ -87,27 +87,28 @@ impl Sizes {
         })
     }
 
-    /// Heads of the queries, and of the result.
+    /// Returns the number of heads of the queries and of the result.
     pub fn query_heads(&self) -> usize {
         self.kv_heads * self.group
     }
 
-    /// Rows of queries that meet one head of K and V.
+    /// Returns the number of query rows that use one head of K and V.
     pub fn rows(&self) -> usize {
         self.group * self.queries
     }
 
-    /// How many keys a query sees, causally: its own, which is the last for the last query, and those before.
+    /// Returns how many keys a query sees with a causal mask: its own and all before. The last
+    /// query's own key is the last.
     pub fn keys_seen(&self, query: usize) -> usize {
         self.keys - self.queries + query + 1
     }
 
-    /// The shape of the result.
+    /// Returns the shape of the result.
     pub fn shape(&self) -> Shape {
         (self.batch, self.query_heads(), self.queries, self.dim).into()
     }
 
-    /// The error for strides that cannot be used.
+    /// Makes the error for strides that are not supported.
     pub fn unexpected_strides(&self, q: &Layout, other: &Layout, msg: &'static str) -> Error {
         Error::MatMulUnexpectedStriding(Box::new(MatMulUnexpectedStriding {
             lhs_l: q.clone(),

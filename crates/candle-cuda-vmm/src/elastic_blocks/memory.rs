@@ -1,8 +1,9 @@
-//! Where blocks are: in ranges of addresses on a GPU, in plain tensors on the CPU.
+//! The memory of blocks: ranges of addresses on a GPU, plain tensors on the CPU.
 //!
 //! # Safety
-//! Tensors over all addresses are made for a caller who promises to touch backed blocks only. That the addresses are not
-//! somebody else's while one of them lives is kept here: dropping such a tensor asks the driver to free its address.
+//! The caller of `reserved` promises to touch backed blocks only. This module ensures that the
+//! addresses stay reserved while one of these tensors lives: dropping such a tensor asks the driver
+//! to free its address.
 #![allow(unsafe_code)]
 
 use crate::device::core_device;
@@ -11,7 +12,7 @@ use crate::error::Result;
 use crate::lease::Token;
 #[cfg(feature = "cuda")]
 use crate::tensor_pool::DeviceMemory;
-use crate::tensor_pool::{self, Inner};
+use crate::tensor_pool::{self, TensorPoolInner};
 use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use cuda_vmm::LeaseToken;
@@ -19,22 +20,24 @@ use cuda_vmm::pool::blocks::{BlockBacking, BlockId, LayerSpec, ReclaimPlan};
 use cuda_vmm::{Engine, Stream};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Which blocks are backed, and the tensors.
+/// The block tensors, and the record of which blocks are backed.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct BlockMemory {
     backing: BlockBacking,
-    place: Place,
+    storage: BlockStorage,
 }
 
+/// Where the block tensors are.
 #[derive(Debug)]
-enum Place {
-    /// All blocks of each tensor. The books, with memory that nobody reads, are on a simulated device, and this is a stream
-    /// of it. The lock is held where blocks come, or are moved.
+enum BlockStorage {
+    /// Candle tensors of all blocks. The backing's record is kept on a simulated device whose
+    /// memory is not used, and `stream` is a stream of that device. The lock is held while blocks
+    /// are backed or moved.
     Host {
         tensors: Mutex<Vec<Tensor>>,
         stream: Stream,
     },
-    /// In the backing's addresses. The tokens are of tensors over all of them.
+    /// In the backing's addresses. Each token belongs to a tensor over all of them.
     #[cfg(feature = "cuda")]
     Device {
         memory: std::sync::Arc<DeviceMemory>,
@@ -42,9 +45,9 @@ enum Place {
     },
 }
 
-impl Memory {
+impl BlockMemory {
     pub(super) fn new(
-        pool: &Inner,
+        pool: &TensorPoolInner,
         spec: LayerSpec,
         blocks: usize,
         dtypes: &[DType],
@@ -63,21 +66,21 @@ impl Memory {
                     zeros.ok_or_else(|| budget.shortage(tensor.capacity_bytes(), 0))
                 });
                 let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
-                let place = Place::Host { tensors, stream };
-                Ok(Self { backing, place })
+                let storage = BlockStorage::Host { tensors, stream };
+                Ok(Self { backing, storage })
             }
             #[cfg(feature = "cuda")]
             tensor_pool::Memory::Device(memory) => {
                 let backing = BlockBacking::new(&memory.engine, spec, blocks, memory.page_bytes)?;
                 backing.use_stream(&memory.stream)?;
                 let (memory, reserved) = (memory.clone(), Mutex::default());
-                let place = Place::Device { memory, reserved };
-                Ok(Self { backing, place })
+                let storage = BlockStorage::Device { memory, reserved };
+                Ok(Self { backing, storage })
             }
         }
     }
 
-    /// Locks one of its own. Fails in a forked process, where the lock may be held for good.
+    /// Locks a mutex. Fails in a forked process, where the lock may never be released.
     fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
         self.backing.engine().device().driver().check_process()?;
         Ok(mutex.lock().unwrap_or_else(PoisonError::into_inner))
@@ -89,18 +92,18 @@ impl Memory {
 
     pub(super) fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks: Vec<_> = blocks.into_iter().collect();
-        // Not while blocks are copied of which the books know already that they have moved.
-        let _held = match &self.place {
-            Place::Host { tensors, .. } => Some(self.lock(tensors)?),
+        // The record already shows moved blocks while `commit` still copies them.
+        let _lock = match &self.storage {
+            BlockStorage::Host { tensors, .. } => Some(self.lock(tensors)?),
             #[cfg(feature = "cuda")]
-            Place::Device { .. } => None,
+            BlockStorage::Device { .. } => None,
         };
         Ok(self.backing.back(blocks)?)
     }
 
     pub(super) fn commit(&self, plan: &ReclaimPlan) -> Result<()> {
-        match &self.place {
-            Place::Host { tensors, stream } => {
+        match &self.storage {
+            BlockStorage::Host { tensors, stream } => {
                 let tensors = self.lock(tensors)?;
                 self.backing.commit(plan, stream)?;
                 for tensor in tensors.iter() {
@@ -110,54 +113,55 @@ impl Memory {
                         tensor.slice_set(&block, 0, *to)?;
                     }
                 }
-                // As everything on the CPU, it has been done when the call returns.
+                // Calls on the CPU are complete when they return.
                 Ok(stream.synchronize()?)
             }
             #[cfg(feature = "cuda")]
-            Place::Device { memory, .. } => Ok(self.backing.commit(plan, &memory.stream)?),
+            BlockStorage::Device { memory, .. } => Ok(self.backing.commit(plan, &memory.stream)?),
         }
     }
 
-    /// The first blocks of a tensor; they are backed.
+    /// Returns a view of the first blocks of a tensor, which must be backed.
     pub(super) fn prefix(&self, tensor: usize, blocks: usize, dtype: DType) -> Result<Tensor> {
-        match &self.place {
-            Place::Host { tensors, .. } => {
+        match &self.storage {
+            BlockStorage::Host { tensors, .. } => {
                 let tensors = self.lock(tensors)?;
                 debug_assert_eq!(tensors[tensor].dtype(), dtype);
                 Ok(tensors[tensor].narrow(0, 0, blocks)?)
             }
             #[cfg(feature = "cuda")]
-            Place::Device { memory, .. } if blocks == 0 => {
+            BlockStorage::Device { memory, .. } if blocks == 0 => {
                 let mut shape = self.backing.tensors()[tensor].shape();
                 shape[0] = 0;
                 memory.leases.empty(&shape, dtype)
             }
             #[cfg(feature = "cuda")]
-            Place::Device { memory, .. } => {
+            BlockStorage::Device { memory, .. } => {
                 let leases = &memory.leases;
                 leases.first_blocks(&self.backing, tensor, blocks, dtype)
             }
         }
     }
 
-    /// All tensors, over all addresses.
+    /// Returns all tensors, over all addresses.
     ///
     /// # Safety
     /// On a CUDA device only backed blocks are touched through them.
     pub(super) unsafe fn reserved(&self, dtypes: &[DType]) -> Result<Vec<Tensor>> {
-        match &self.place {
-            Place::Host { tensors, .. } => {
+        match &self.storage {
+            BlockStorage::Host { tensors, .. } => {
                 let tensors = self.lock(tensors)?;
                 debug_assert_eq!(tensors.len(), dtypes.len());
                 Ok(tensors.clone())
             }
             #[cfg(feature = "cuda")]
-            Place::Device { memory, reserved } => {
+            BlockStorage::Device { memory, reserved } => {
                 let mut reserved = self.lock(reserved)?;
                 reserved.retain_mut(|token| !token.is_released());
                 let mut all = Vec::new();
                 for (tensor, dtype) in self.backing.tensors().iter().zip(dtypes) {
-                    // SAFETY: the caller's promise; and the token keeps the addresses, see `drop`.
+                    // SAFETY: the caller touches backed blocks only. The token keeps the addresses
+                    // reserved, see `drop`.
                     let (tensor, token) = unsafe { memory.leases.reserved(tensor, *dtype) }?;
                     reserved.push(token);
                     all.push(tensor);
@@ -169,15 +173,15 @@ impl Memory {
 }
 
 #[cfg(feature = "cuda")]
-impl Drop for Memory {
+impl Drop for BlockMemory {
     fn drop(&mut self) {
-        let Place::Device { reserved, .. } = &mut self.place else {
+        let BlockStorage::Device { reserved, .. } = &mut self.storage else {
             return;
         };
         let reserved = reserved.get_mut().unwrap_or_else(PoisonError::into_inner);
         if reserved.iter_mut().any(|token| !token.is_released()) {
             tracing::warn!(
-                "reserved tensors outlive their blocks, whose addresses are never given back"
+                "reserved tensors outlive their blocks; the blocks' addresses are never freed"
             );
             std::mem::forget(self.backing.clone());
         }

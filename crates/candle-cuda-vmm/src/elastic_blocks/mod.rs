@@ -9,25 +9,37 @@ use cuda_vmm::Engine;
 use cuda_vmm::pool::blocks::{
     BlockError, BlockId, BlockPin, BlockStats, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
 };
-use memory::Memory;
+use memory::BlockMemory;
 use std::sync::Arc;
 
-/// The tensors of a paged cache: `[num_blocks, block shape…]` each, with memory for the blocks that are backed; a cheap
-/// clone.
+/// The tensors of a paged cache, `[num_blocks, block shape…]` each, with memory for the blocks that
+/// are backed. Cloning is cheap.
 ///
-/// It takes the place of tensors that were allocated for all blocks at once. Block numbers, tables, and who uses a block
-/// stay the engine's own: it [backs](Self::back) blocks before it uses them, and where memory is to go back it asks
-/// [which blocks to evict](Self::reclaim_candidates), [commits](Self::commit) that, and rewrites its tables. It is
-/// [`cuda_vmm::pool::blocks`] over Candle's stream; what is said there of pages, plans and pins holds here.
+/// It replaces tensors that are allocated for all blocks up front. Block numbers, tables and the
+/// allocator stay with the inference engine:
+/// - The engine [backs](Self::back) blocks before it uses them.
+/// - To free memory, it asks [which blocks to evict](Self::reclaim_candidates),
+///   [commits](Self::commit) that plan, and updates its tables.
 ///
-/// Kernels get the tensors in one of two ways. [`prefix`](Self::prefix) is safe: the blocks from the first on that are
-/// backed without a gap. [`reserved_tensors`](Self::reserved_tensors) are all blocks, backed or not, for as long as the
-/// cache lives, and unsafe. What a backed block holds is undefined until it is written.
+/// The backing is that of [`cuda_vmm::pool::blocks`], on Candle's stream; see there for pages,
+/// plans and pins.
 ///
-/// On a CPU device there are plain tensors of all `num_blocks`, allocated when it is made, and results are the same. Which
-/// blocks are backed, what a plan frees and all of [`stats`](Self::stats) are kept on the simulated driver as they would be
-/// on a GPU, under the pool's limit but not against its [`committed_bytes`](TensorPool::committed_bytes); memory of the host
-/// does not follow them. That takes the feature `simulator`.
+/// # Tensors for kernels
+/// - [`prefix`](Self::prefix) is safe. It shows the blocks from the first on that are backed
+///   without a gap.
+/// - [`reserved_tensors`](Self::reserved_tensors) is unsafe. It shows all blocks, backed or not,
+///   for as long as the cache lives.
+///
+/// The content of a backed block is undefined until it is written.
+///
+/// # On a CPU device
+/// It needs the feature `simulator`. The tensors are plain tensors of all `num_blocks`, allocated
+/// by [`new`](Self::new), and results are the same. The simulated driver keeps track of the backed
+/// blocks, plans and [`stats`](Self::stats) as a GPU would. They count against the pool's limit,
+/// but not in its [`committed_bytes`](TensorPool::committed_bytes). Host memory does not follow
+/// them.
+///
+/// # Examples
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -93,26 +105,48 @@ use std::sync::Arc;
 /// # Ok::<(), candle_cuda_vmm::VmmError>(())
 /// ```
 #[derive(Debug, Clone)]
-pub struct ElasticBlocks(Arc<Inner>);
+pub struct ElasticBlocks(Arc<ElasticBlocksInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct ElasticBlocksInner {
     pool: TensorPool,
     dtypes: Vec<DType>,
-    memory: Memory,
+    memory: BlockMemory,
+}
+
+impl TensorPool {
+    /// Makes the tensors of a paged cache; see [`ElasticBlocks::new`].
+    ///
+    /// # Errors
+    /// As [`ElasticBlocks::new`].
+    pub fn blocks<N: Into<String>, S: Into<Shape>>(
+        &self,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+    ) -> Result<ElasticBlocks> {
+        ElasticBlocks::new(self, num_blocks, entries)
+    }
 }
 
 impl ElasticBlocks {
-    /// One tensor for each entry: its name, the shape of one block, and the type of the elements. On a CUDA device it
-    /// reserves addresses and takes no memory; the pool's reservation size does not count here.
+    /// Makes one tensor per entry: its name, the shape of one block, and the dtype.
+    ///
+    /// On a CUDA device it reserves addresses and allocates no memory. The pool's reservation size
+    /// does not apply.
     ///
     /// # Errors
-    /// - [`CandleError`](crate::VmmError::CandleError) with `UnsupportedDTypeForOp` for a type of which Candle has no
-    ///   tensors that it computes with.
-    /// - [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` for no blocks, no entries or a block without elements, with
-    ///   `Block` around `DuplicateTensor` or `Overflow`, and if a driver call fails;
-    ///   [`OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory).
-    /// - [`UnsupportedDevice`](crate::VmmError::UnsupportedDevice) for a CPU device without the feature `simulator`.
+    /// - [`CandleError`](crate::VmmError::CandleError) with `UnsupportedDTypeForOp` if Candle
+    ///   cannot compute with a dtype.
+    /// - [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` if there are no blocks, no entries, or a
+    ///   block without elements.
+    /// - [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::DuplicateTensor`] or
+    ///   [`BlockError::Overflow`].
+    /// - [`Vmm`](crate::VmmError::Vmm) with `OutOfPhysicalMemory` if a CPU device has no memory for
+    ///   the tensors.
+    /// - [`OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory), or
+    ///   [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
+    /// - [`UnsupportedDevice`](crate::VmmError::UnsupportedDevice) for a CPU device without the
+    ///   feature `simulator`.
     pub fn new<N: Into<String>, S: Into<Shape>>(
         pool: &TensorPool,
         num_blocks: usize,
@@ -131,49 +165,56 @@ impl ElasticBlocks {
             tensors.push(TensorSpec::new(name, block_shape.dims(), element)?);
             dtypes.push(dtype);
         }
-        let memory = Memory::new(pool.inner(), LayerSpec::new(tensors)?, num_blocks, &dtypes)?;
-        Ok(Self(Arc::new(Inner {
+        let memory = BlockMemory::new(pool.inner(), LayerSpec::new(tensors)?, num_blocks, &dtypes)?;
+        Ok(Self(Arc::new(ElasticBlocksInner {
             pool: pool.clone(),
             dtypes,
             memory,
         })))
     }
 
-    /// Backs blocks in all tensors, or, if that fails, none of them; those that are backed already keep what they hold.
-    /// Call it whenever a block is put to use again, backed or not.
+    /// Backs blocks in all tensors. Call it whenever a block is put to use again, backed or not.
+    ///
+    /// Blocks that are backed already keep their contents. If the call fails, no block is newly
+    /// backed.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`], with `Leased` for a block that was given up
-    /// while a prefix showed it and still does, with `OutOfPhysicalMemory` if the budget has no
-    /// room, and if a driver call fails.
+    /// - [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] if a block does
+    ///   not exist.
+    /// - [`Vmm`](crate::VmmError::Vmm) with `Leased` if a prefix still shows a block that was
+    ///   unbacked.
+    /// - [`Vmm`](crate::VmmError::Vmm) with `OutOfPhysicalMemory` if the budget is exhausted.
+    /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         self.0.memory.back(blocks)
     }
 
-    /// Gives blocks up with their contents; a prefix that shows them keeps them. Never waits for the device. Work queued
-    /// on Candle's stream before still finds them; work that Candle is given later must not touch them.
+    /// Frees blocks with their contents. A prefix that shows them keeps their memory.
+    ///
+    /// It never waits for the device. Work that was queued on Candle's stream before still finds
+    /// the blocks. Later work must not touch them.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`], [`BlockError::NotBacked`] or
-    /// [`BlockError::Pinned`], and then none is given up.
+    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`],
+    /// [`BlockError::NotBacked`] or [`BlockError::Pinned`]; then no block is freed.
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         Ok(self.0.memory.backing().unback(blocks)?)
     }
 
-    /// Keeps blocks, all of them backed, where they are until the pin is dropped.
+    /// Keeps backed blocks in place until the pin is dropped.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] or [`BlockError::NotBacked`], and then
-    /// none is pinned.
+    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] or
+    /// [`BlockError::NotBacked`]; then no block is pinned.
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
         Ok(self.0.memory.backing().pin(blocks)?)
     }
 
-    /// Keeps what a graph touches where it is: all blocks that its kernels read or write, in whatever table, for the
-    /// life of the pin. Hold it as long as the graph can be launched, and until its last launch has run.
+    /// Keeps the blocks that a graph's kernels read or write in place until the pin is dropped.
     ///
-    /// The tensors that the graph was captured with need not live as long: it has addresses only, and those stay while the
-    /// pin lives, whatever else is dropped.
+    /// Name all of them, in whatever table they are. Hold the pin as long as the graph can be
+    /// launched, and until its last launch has completed. The tensors that the graph was captured
+    /// with may be dropped earlier: the graph has addresses only, and the pin keeps those.
     ///
     /// # Errors
     /// As [`pin`](Self::pin).
@@ -181,9 +222,12 @@ impl ElasticBlocks {
         self.pin(blocks)
     }
 
-    /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty; see
-    /// [`BlockBacking::reclaim_candidates`](cuda_vmm::pool::blocks::BlockBacking::reclaim_candidates). Blocks that a living
-    /// prefix shows are left alone, on a CUDA device.
+    /// Chooses blocks to evict so that whole pages of at least `bytes` bytes become empty; see
+    /// [`BlockBacking::reclaim_candidates`].
+    ///
+    /// On a CUDA device it chooses no block that a living prefix shows.
+    ///
+    /// [`BlockBacking::reclaim_candidates`]: cuda_vmm::pool::blocks::BlockBacking::reclaim_candidates
     pub fn reclaim_candidates(
         &self,
         bytes: usize,
@@ -192,7 +236,8 @@ impl ElasticBlocks {
         self.0.memory.backing().reclaim_candidates(bytes, cost)
     }
 
-    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, for `move_cost` each.
+    /// As [`reclaim_candidates`](Self::reclaim_candidates), but may also move blocks, at a cost of
+    /// `move_cost` each.
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -203,23 +248,28 @@ impl ElasticBlocks {
         backing.reclaim_candidates_with_moves(bytes, move_cost, cost)
     }
 
-    /// Carries out a plan: copies what moves, on Candle's stream, and gives up what is evicted and what was moved away.
-    /// Tables must name the new places afterwards. Never waits for the device.
+    /// Carries out a plan: copies the blocks that move, on Candle's stream, and frees those that
+    /// are evicted and those that have moved.
+    ///
+    /// Update the block tables afterwards. The call never waits for the device.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with what
-    /// [`BlockBacking::commit`](cuda_vmm::pool::blocks::BlockBacking::commit) returns, after which all is as before.
+    /// [`Vmm`](crate::VmmError::Vmm) with any error of
+    /// [`BlockBacking::commit`](cuda_vmm::pool::blocks::BlockBacking::commit); then nothing has
+    /// changed.
     pub fn commit(&self, plan: &ReclaimPlan) -> Result<()> {
         self.0.memory.commit(plan)
     }
 
-    /// Fails unless all blocks of a table exist and are backed. For use before each launch over
-    /// [`reserved_tensors`](Self::reserved_tensors) where a mistake is to be found and not to end the context:
-    /// `debug_assert!(blocks.check_table(table).is_ok())`, or always. It looks at each block once and calls no driver.
+    /// Checks that all blocks of a table exist and are backed. It calls no driver.
+    ///
+    /// Use it before each launch over [`reserved_tensors`](Self::reserved_tensors), to find a
+    /// mistake before it makes the context unusable:
+    /// `debug_assert!(blocks.check_table(table).is_ok())`, or in every build.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] or [`BlockError::NotBacked`] for the first
-    /// block of the table that cannot be used.
+    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] or
+    /// [`BlockError::NotBacked`] for the first block that cannot be used.
     pub fn check_table(&self, table: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks = self.num_blocks();
         let check = |block| match block < blocks {
@@ -231,24 +281,26 @@ impl ElasticBlocks {
         Ok(checked.map_err(cuda_vmm::VmmError::Block)?)
     }
 
-    /// A view `[n, block shape…]` of one tensor: the `n` blocks from the first on that are backed without a gap now,
-    /// contiguous. Writing to it in place (`slice_set`) writes to the blocks.
+    /// Returns a contiguous view `[n, block shape…]` of one tensor: the first `n` blocks, all that
+    /// are backed without a gap.
     ///
-    /// On a CUDA device it is a snapshot of places: its memory stays until it and all that was made of it are dropped,
-    /// whatever is given up, committed or dropped before, and no plan moves other blocks into it. On a CPU device, where
-    /// nobody can tell how long a view lives, a block that it shows may be reused under it.
+    /// In-place writes (`slice_set`) write to the blocks. On a CUDA device its memory is held until
+    /// the view, and every tensor made from it, is dropped. Until then no plan moves other blocks
+    /// into it, even if its blocks are unbacked. On a CPU device nothing tells how long a view
+    /// lives, so its blocks may be reused while it lives.
     ///
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::UnknownTensor`], or [`BlockError::NotBacked`] if another
-    /// thread gives a block up meanwhile; [`CandleError`](crate::VmmError::CandleError).
+    /// - [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::UnknownTensor`], or around
+    ///   [`BlockError::NotBacked`] if another thread frees a block during the call.
+    /// - [`CandleError`](crate::VmmError::CandleError) if Candle fails.
     pub fn prefix(&self, name: &str) -> Result<Tensor> {
         self.prefix_of(self.0.memory.backing().index_of(name)?)
     }
 
-    /// As [`prefix`](Self::prefix), of the tensor of this index among the entries.
+    /// As [`prefix`](Self::prefix), for the tensor of this index among the entries.
     ///
     /// # Errors
-    /// As there, but [`BlockError::InvalidTensor`] for an index that no tensor has.
+    /// As [`prefix`](Self::prefix), but [`BlockError::InvalidTensor`] if there is no such index.
     pub fn prefix_of(&self, index: usize) -> Result<Tensor> {
         let (tensor, tensors) = (index, self.0.dtypes.len());
         let dtype = self.0.dtypes.get(index).copied();
@@ -257,64 +309,70 @@ impl ElasticBlocks {
         self.0.memory.prefix(index, self.backed_prefix(), dtype)
     }
 
-    /// All tensors, `[num_blocks, block shape…]` each, in the order of the entries. Shapes and addresses are the same at
-    /// each call and stay for life; there is memory only behind backed blocks, and none may be in the middle.
+    /// Returns all tensors, `[num_blocks, block shape…]` each, in the order of the entries, for
+    /// kernels that follow block tables.
     ///
-    /// They are for kernels that follow block tables. Should one of them outlive this object and all its clones, then the
-    /// addresses, and the memory of blocks that were backed, are never given back.
+    /// Shapes and addresses are the same at each call and never change. Only backed blocks have
+    /// memory; a tensor may have gaps. If one of the tensors outlives this object and all its
+    /// clones, the addresses and the memory of backed blocks are never freed.
     ///
     /// # Errors
-    /// [`CandleError`](crate::VmmError::CandleError).
+    /// [`CandleError`](crate::VmmError::CandleError) if Candle fails.
     ///
     /// # Safety
-    /// On a CUDA device, for as long as one of the tensors, or a view or clone of it, lives:
-    /// - Kernels and copies touch backed blocks only: from before they are queued until they have run, nobody gives those
-    ///   blocks up, by [`unback`](Self::unback) or [`commit`](Self::commit), unless the work is on Candle's stream and
-    ///   was queued before. [`check_table`](Self::check_table) finds mistakes; [`pin`](Self::pin) prevents them.
-    /// - No operation takes the whole storage while one of its blocks is not backed. Of the tensor itself that is nearly
-    ///   every one: arithmetic, `to_dtype`, `contiguous`, printing. Candle's `to_vec*`, `to_scalar`, `to_device` and
-    ///   `copy` take the whole storage even of a `narrow` to backed blocks: call `force_contiguous` on that first.
-    ///   `slice_set`, `index_select` and `gather` along dimension 0 touch only the blocks that they are told.
+    /// On a CUDA device, as long as one of the tensors, or a view or clone of it, lives:
+    /// - Kernels and copies touch backed blocks only. From before they are queued until they have
+    ///   completed, no [`unback`](Self::unback) or [`commit`](Self::commit) frees those blocks,
+    ///   unless the work was queued before on Candle's stream. [`check_table`](Self::check_table)
+    ///   finds mistakes; [`pin`](Self::pin) prevents them.
+    /// - No operation reads the whole storage while one of its blocks is not backed. Nearly every
+    ///   operation on the tensor itself does: arithmetic, `to_dtype`, `contiguous`, printing.
+    ///   Candle's `to_vec*`, `to_scalar`, `to_device` and `copy` read the whole storage even of a
+    ///   `narrow` to backed blocks, so call `force_contiguous` on that first. `slice_set`,
+    ///   `index_select` and `gather` along dimension 0 touch only the blocks that they are given.
     ///
-    /// Touching a block that is not backed is an access to an unmapped address: the context is beyond use after it.
+    /// An access to a block that is not backed is an access to an unmapped address. It makes the
+    /// context unusable.
     #[allow(unsafe_code)]
     pub unsafe fn reserved_tensors(&self) -> Result<Vec<Tensor>> {
         // SAFETY: the caller's promise.
         unsafe { self.0.memory.reserved(&self.0.dtypes) }
     }
 
-    /// Whether a block is backed; false for numbers that no block has.
+    /// Returns whether a block is backed; `false` if there is no such block.
     pub fn is_backed(&self, block: BlockId) -> bool {
         self.0.memory.backing().is_backed(block)
     }
 
-    /// How many blocks, from block 0 on, are backed without a gap.
+    /// Returns how many blocks, from block 0 on, are backed without a gap.
     pub fn backed_prefix(&self) -> usize {
         self.0.memory.backing().backed_prefix()
     }
 
-    /// How many blocks there are.
+    /// Returns the number of blocks.
     pub fn num_blocks(&self) -> usize {
         self.0.memory.backing().blocks()
     }
 
-    /// Names of the tensors, in the order of the entries.
+    /// Returns the names of the tensors, in the order of the entries.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let tensors = self.0.memory.backing().tensors().iter();
         tensors.map(|tensor| tensor.name())
     }
 
-    /// How many blocks are backed and pinned, and what the device holds for them.
+    /// Returns how many blocks are backed and pinned, and how much memory the device holds for
+    /// them.
     pub fn stats(&self) -> BlockStats {
         self.0.memory.backing().stats()
     }
 
-    /// The engine behind the blocks: on a CUDA device the pool's, on a CPU device one of its own on the simulated driver.
+    /// Returns the engine behind the blocks: the pool's on a CUDA device, one of its own on the
+    /// simulated driver on a CPU device.
     pub fn engine(&self) -> &Engine {
         self.0.memory.backing().engine()
     }
 
-    /// The pool.
+    /// Returns the pool.
     pub fn pool(&self) -> &TensorPool {
         &self.0.pool
     }

@@ -1,7 +1,8 @@
-//! Rows in a range of addresses of their own, backed where they are.
+//! Rows in a range of addresses of their own, with memory for the rows in use.
 //!
 //! # Safety
-//! One launch writes to rows for which room was made just before, as [`Append`](crate::append::Append) wants it.
+//! One launch writes to rows. Their memory was allocated just before, as
+//! [`Append`](crate::append::Append) requires.
 
 #![allow(unsafe_code)]
 
@@ -16,26 +17,27 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A tensor over the rows that lie in whole pages around all that there are, leased as one.
+/// A tensor over all rows that fit in the base_rows pages around the current rows, under one lease.
 ///
-/// Handing out a part of it takes no lease, and dropping that part asks the driver for nothing. It holds no page that a
-/// tensor of exactly the rows would not hold. While it is here nobody can tell whether parts of it live: it is let go before
-/// that is asked.
+/// A view of all rows is a part of it, so making or dropping a view takes no lease and calls no
+/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives
+/// nothing tells whether a part of it lives, so it is dropped before the leases are inspected.
 #[derive(Debug)]
 struct Base {
     tensor: Tensor,
     rows: Range<usize>,
 }
 
-/// A range of addresses, and the bytes of it that are live: whole pages, so that most rows take no call.
+/// A range of addresses, and the bytes of it that are live: base_rows pages, so that most rows need
+/// no allocation.
 #[derive(Debug)]
 struct Space {
-    /// What views of all rows are parts of. It goes before the range does.
+    /// Views of all rows are parts of it. It is dropped before the range.
     base: Mutex<Option<Base>>,
     range: VirtualMemoryPool,
     live: Range<usize>,
-    /// No view shows bytes from here on.
-    unseen: AtomicUsize,
+    /// No view shows bytes from this offset on.
+    viewed_end: AtomicUsize,
 }
 
 impl Space {
@@ -51,11 +53,11 @@ impl Space {
             base: Mutex::default(),
             range,
             live: 0..0,
-            unseen: AtomicUsize::new(0),
+            viewed_end: AtomicUsize::new(0),
         })
     }
 
-    /// Makes the bytes up to `end` live.
+    /// Allocates the bytes up to `end`.
     fn extend(&mut self, end: usize) -> cuda_vmm::Result<()> {
         if end <= self.live.end {
             return Ok(());
@@ -69,37 +71,37 @@ impl Space {
         Ok(())
     }
 
-    /// Whether a view shows any of these bytes, or work on one that is gone may read them after what the stream is given
-    /// next.
-    fn is_seen(&mut self, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
-        // What is appended lies behind all views unless rows were forgotten, and then nobody is asked.
-        let unseen = *self.unseen.get_mut();
-        if bytes.start >= unseen {
+    /// Returns whether these bytes must not be written: a view shows them, or work on a dropped
+    /// view may still read them when work that is queued next on `stream` runs.
+    fn is_in_use(&mut self, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
+        // New rows lie behind all views unless rows were dropped, so most appends end here.
+        let viewed_end = *self.viewed_end.get_mut();
+        if bytes.start >= viewed_end {
             return Ok(false);
         }
-        self.let_base_go();
+        self.drop_base();
         if self.range.is_leased(bytes.start, bytes.len())
             || !self.range.order_after_leases(stream)?
         {
             return Ok(true);
         }
-        if !(self.range).is_leased(bytes.start, unseen.saturating_sub(bytes.start)) {
-            *self.unseen.get_mut() = bytes.start;
+        if !(self.range).is_leased(bytes.start, viewed_end.saturating_sub(bytes.start)) {
+            *self.viewed_end.get_mut() = bytes.start;
         }
         Ok(false)
     }
 
-    fn let_base_go(&mut self) {
+    fn drop_base(&mut self) {
         *self.base.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Frees live bytes at one of the ends.
+    /// Frees live bytes at the start or the end.
     fn free(&mut self, bytes: Range<usize>) {
         if bytes.is_empty() {
             return;
         }
-        self.let_base_go();
-        // They are live, so it only fails where there is nothing to free any more: in a forked process.
+        self.drop_base();
+        // The bytes are live, so this fails in a forked process only, which has nothing to free.
         let _ = self.range.deallocate(bytes.start, bytes.len());
         if bytes.start == self.live.start {
             self.live.start = bytes.end;
@@ -109,7 +111,7 @@ impl Space {
     }
 }
 
-/// Rows of one shape, one behind the other in a range.
+/// Rows of one shape, contiguous in a range of addresses.
 #[derive(Debug)]
 pub(super) struct DeviceRows {
     memory: Arc<DeviceMemory>,
@@ -117,7 +119,7 @@ pub(super) struct DeviceRows {
     dtype: DType,
     row_bytes: usize,
     space: Option<Space>,
-    /// Those that are there, by their places in the range.
+    /// The current rows, counted from the start of the range.
     rows: Range<usize>,
 }
 
@@ -146,27 +148,28 @@ impl DeviceRows {
         rows.start * self.row_bytes..rows.end * self.row_bytes
     }
 
-    /// Whether there is room for so many rows more behind the last, which is in no view; makes it, if memory is all that it
-    /// takes.
+    /// Makes room for `more` rows after the last, in place. Returns `false` if the rows must move.
     fn extend(&mut self, more: usize) -> Result<bool> {
         let bytes = self.bytes(&(self.rows.end..self.rows.end + more));
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if bytes.end > space.range.capacity_bytes() || space.is_seen(&bytes, &self.memory.stream)? {
+        if bytes.end > space.range.capacity_bytes()
+            || space.is_in_use(&bytes, &self.memory.stream)?
+        {
             return Ok(false);
         }
         match space.extend(bytes.end) {
-            // The page was freed under a view.
+            // The page was freed while a view shows it.
             Err(cuda_vmm::VmmError::Leased { .. }) => Ok(false),
             extended => Ok(extended.map(|()| true)?),
         }
     }
 
-    /// A fresh range with copies of the rows and room for more behind them.
-    fn moved(&self, more: usize) -> Result<Space> {
+    /// Copies the rows to a new range, with room for `more` rows after them.
+    fn copy_to_new_space(&self, more: usize) -> Result<Space> {
         let len = self.rows.len();
-        // Within the addresses: `ElasticTensor` has counted the rows.
+        // Cannot overflow: `ElasticTensor` has checked the number of rows.
         let bytes = (len + more) * self.row_bytes;
         let mut fresh = Space::new(&self.memory)?;
         fresh.extend(bytes)?;
@@ -177,43 +180,43 @@ impl DeviceRows {
         Ok(fresh)
     }
 
-    /// Takes a fresh range for the rows. The old one goes, but for what views hold of it.
-    fn settle(&mut self, fresh: Space) {
+    /// Replaces the range. Memory of the old one that views show is held until they are dropped.
+    fn replace_space(&mut self, fresh: Space) {
         self.space = Some(fresh);
         self.rows = 0..self.rows.len();
     }
 
-    /// Adds so many rows, which `write` writes from an offset of a range on. After an error everything is as before, the
-    /// memory that is held too.
+    /// Adds `count` rows, which `write` writes from an offset of a range on. After an error rows
+    /// and memory are as before.
     fn add(
         &mut self,
         count: usize,
         write: impl FnOnce(&VirtualMemoryPool, usize) -> Result<()>,
     ) -> Result<()> {
-        let live = self.live();
+        let live = self.live_bytes();
         if self.extend(count)? {
             let offset = self.rows.end * self.row_bytes;
             let space = self.space.as_ref();
             if let Err(error) = space.map_or(Ok(()), |space| write(&space.range, offset)) {
-                self.give_back_to(live);
+                self.free_behind(live);
                 return Err(error);
             }
         } else {
-            let fresh = self.moved(count)?;
+            let fresh = self.copy_to_new_space(count)?;
             write(&fresh.range, self.rows.len() * self.row_bytes)?;
-            self.settle(fresh);
+            self.replace_space(fresh);
         }
         self.rows.end += count;
         Ok(())
     }
 
-    /// The bytes that are live.
-    fn live(&self) -> Range<usize> {
+    /// Returns the range of live bytes.
+    fn live_bytes(&self) -> Range<usize> {
         self.space.as_ref().map_or(0..0, |space| space.live.clone())
     }
 
-    /// Gives back what became live behind these bytes, which were.
-    fn give_back_to(&mut self, live: Range<usize>) {
+    /// Frees the bytes that were allocated behind `live`, the bytes that were live before.
+    fn free_behind(&mut self, live: Range<usize>) {
         if let Some(space) = &mut self.space {
             space.free(live.end..space.live.end);
             space.live = live;
@@ -226,36 +229,40 @@ impl DeviceRows {
         self.add(rows.dim(0)?, write)
     }
 
-    /// Makes room for so many rows more, for which the rows move if they must; the address of the first row then.
-    fn base_with_room(&mut self, count: usize) -> Result<u64> {
+    /// Makes room for `count` more rows, and returns the address of the first row. The rows may
+    /// move.
+    fn reserve(&mut self, count: usize) -> Result<u64> {
         if !self.extend(count)? {
-            let fresh = self.moved(count)?;
-            self.settle(fresh);
+            let fresh = self.copy_to_new_space(count)?;
+            self.replace_space(fresh);
         }
         let base = (self.space.as_ref()).map_or(0, |space| space.range.base_address());
         Ok(base + (self.rows.start * self.row_bytes) as u64)
     }
 
-    /// Appends keys and values by one launch, and answers all of them contiguous if that is wanted; both are of one shape and
-    /// type, their sequence is dimension `dim`, and both have as many rows. [`Queued::Not`] if it takes more than that; room
-    /// may have been made then, as after an error, which [`undo`](Self::undo) gives back.
+    /// Appends keys and values by one launch, and returns all of them contiguous if `contiguous` is
+    /// set.
+    ///
+    /// Both have one shape and dtype, the same number of rows, and their sequence in dimension
+    /// `dim`. Returns [`Queued::Not`] if one launch cannot do it. In that case, and after an error,
+    /// memory may have been allocated; [`undo`](Self::undo) frees it.
     pub(super) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,
-        wants_answers: bool,
+        contiguous: bool,
     ) -> Result<Queued> {
         let memory = keys.0.memory.clone();
         let (old, count) = (keys.0.len(), keys.1.dim(dim)?);
         let side = |(rows, tokens): (&mut Self, _)| {
-            let rows = rows.base_with_room(count)?;
+            let rows = rows.reserve(count)?;
             Ok::<_, VmmError>(Side { tokens, rows })
         };
         let sides = [
             side((&mut *keys.0, keys.1))?,
             side((&mut *values.0, values.1))?,
         ];
-        // SAFETY: there is room now for all rows and those that come, and none of the new ones is in a view.
-        let queued = unsafe { memory.append.queue(sides, dim, old, wants_answers) }?;
+        // SAFETY: `reserve` made all rows live, including the new ones, which no view shows.
+        let queued = unsafe { memory.append.queue(sides, dim, old, contiguous) }?;
         if !matches!(queued, Queued::Not) {
             keys.0.rows.end += count;
             values.0.rows.end += count;
@@ -277,14 +284,15 @@ impl DeviceRows {
         }
         let end = self.rows.end * self.row_bytes;
         if let Some(space) = &mut self.space {
-            // The page behind stays, so that a length that moves to and fro over its edge makes no calls.
+            // One more page stays, so that a length that alternates around a page boundary makes no
+            // calls.
             let page_bytes = space.range.page_bytes();
             let keep = (end.next_multiple_of(page_bytes) + page_bytes).min(space.live.end);
             space.free(keep..space.live.end);
         }
     }
 
-    /// Forgets what was appended since there were `len` rows, and gives back all pages behind them.
+    /// Drops the rows from `len` on, and frees all pages behind the remaining rows.
     pub(super) fn undo(&mut self, len: usize) {
         self.truncate(len);
         let end = self.rows.end * self.row_bytes;
@@ -314,16 +322,16 @@ impl DeviceRows {
         self.rows = 0..0;
     }
 
-    /// A view of some of the rows, counted from the first.
+    /// Returns a view of some rows, counted from the first.
     pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
         match &self.space {
             Some(space) if !rows.is_empty() => {
                 let is_all = rows == (0..self.len());
                 let rows = self.rows.start + rows.start..self.rows.start + rows.end;
                 let end = rows.end * self.row_bytes;
-                space.unseen.fetch_max(end, Ordering::Relaxed);
+                space.viewed_end.fetch_max(end, Ordering::Relaxed);
                 match is_all {
-                    true => self.part_of_base(space, rows),
+                    true => self.view_of_base(space, rows),
                     false => self.lease(space, rows),
                 }
             }
@@ -338,34 +346,35 @@ impl DeviceRows {
         iter::once(rows).chain(self.row.iter().copied()).collect()
     }
 
-    /// A tensor of its own over some rows, by their places.
+    /// Makes a tensor with a lease of its own over some rows, counted from the start of the range.
     fn lease(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
         let (shape, offset) = (self.shape(rows.len()), rows.start * self.row_bytes);
         (self.memory.leases).tensor(&space.range, offset, &shape, self.dtype)
     }
 
-    /// A part of the base over some rows, by their places. The base is made anew where it has not the pages of just these.
-    fn part_of_base(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
+    /// Returns a part of the base over some rows, counted from the start of the range. Makes a new
+    /// base if the pages around the rows have changed.
+    fn view_of_base(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
         let page_bytes = space.range.page_bytes();
         let first = (rows.start * self.row_bytes / page_bytes * page_bytes)
             .max(space.live.start)
             .div_ceil(self.row_bytes);
         let end = (rows.end * self.row_bytes).next_multiple_of(page_bytes);
-        let whole = first..end.min(space.live.end) / self.row_bytes;
-        // In a forked process the lock may be held for good.
+        let base_rows = first..end.min(space.live.end) / self.row_bytes;
+        // In a forked process the lock may never be released.
         self.memory.engine.device().driver().check_process()?;
         let mut base = space.base.lock().unwrap_or_else(PoisonError::into_inner);
-        if base.as_ref().is_none_or(|base| base.rows != whole) {
-            let tensor = self.lease(space, whole.clone())?;
+        if base.as_ref().is_none_or(|base| base.rows != base_rows) {
+            let tensor = self.lease(space, base_rows.clone())?;
             *base = Some(Base {
                 tensor,
-                rows: whole.clone(),
+                rows: base_rows.clone(),
             });
         }
         match &*base {
             Some(base) => Ok(base
                 .tensor
-                .narrow(0, rows.start - whole.start, rows.len())?),
+                .narrow(0, rows.start - base_rows.start, rows.len())?),
             None => self.lease(space, rows),
         }
     }

@@ -9,40 +9,40 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A buffer, counted against a budget.
+/// A buffer of rows, charged to a budget.
 #[derive(Debug)]
 struct Buffer {
     budget: Arc<HostBudget>,
     /// `[rows, row…]`.
     data: Tensor,
     rows: usize,
-    /// From this row on it is as it was made: zeros.
-    written: usize,
+    /// Rows from this one on were never written, so they are zeros.
+    written_end: usize,
     bytes: usize,
 }
 
 impl Buffer {
-    /// How much is copied at once where rows cannot be copied as they stand.
+    /// The size of each copy if rows cannot be copied directly.
     const PIECE_BYTES: usize = 1 << 20;
 
     fn new(budget: &Arc<HostBudget>, rows: usize, row: &[usize], dtype: DType) -> Result<Self> {
         let row_bytes = row.iter().product::<usize>() * dtype.size_in_bytes();
         let bytes = rows.saturating_mul(row_bytes);
-        budget.take(bytes)?;
-        match zeros(&with_rows(rows, row), dtype) {
+        budget.charge(bytes)?;
+        match zeros(&shape_of_rows(rows, row), dtype) {
             Ok(Some(data)) => Ok(Self {
                 budget: budget.clone(),
                 data,
                 rows,
-                written: 0,
+                written_end: 0,
                 bytes,
             }),
             Ok(None) => {
-                budget.give_back(bytes);
+                budget.refund(bytes);
                 Err(budget.shortage(bytes, 0))
             }
             Err(error) => {
-                budget.give_back(bytes);
+                budget.refund(bytes);
                 Err(error.into())
             }
         }
@@ -56,11 +56,13 @@ impl Buffer {
         address(&self.data) == address(other)
     }
 
-    /// Writes rows from row `at` on. Those that lie in this very buffer, and those whose elements do not follow one another,
-    /// are copied by pieces: Candle copies neither, and a copy of all might be larger than memory.
+    /// Writes rows from row `at` on.
+    ///
+    /// Candle copies neither rows of this buffer nor rows that are not contiguous. Those are copied
+    /// piece by piece, because a copy of all of them might not fit in memory.
     fn write(&mut self, at: usize, rows: &Tensor) -> Result<()> {
         let count = rows.dim(0)?;
-        self.written = self.written.max(at + count);
+        self.written_end = self.written_end.max(at + count);
         if rows.is_contiguous() && !self.shares_storage(rows) {
             return Ok(self.data.slice_set(rows, 0, at)?);
         }
@@ -72,9 +74,9 @@ impl Buffer {
         Ok(())
     }
 
-    /// Makes rows zero that may have been written.
+    /// Writes zeros to rows that may have been written before.
     fn zero(&mut self, rows: Range<usize>) -> Result<()> {
-        let dirty = rows.start..rows.end.min(self.written);
+        let dirty = rows.start..rows.end.min(self.written_end);
         let mut all = None;
         for piece in self.pieces(dirty) {
             let zeros = match &all {
@@ -87,7 +89,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// Rows in pieces; the first is the longest.
+    /// Splits rows into pieces; the first is the longest.
     fn pieces(&self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
         let step = (Self::PIECE_BYTES / (self.bytes / self.rows)).max(1);
         let end = rows.end;
@@ -96,18 +98,18 @@ impl Buffer {
     }
 }
 
-/// The shape of so many rows.
-fn with_rows(rows: usize, row: &[usize]) -> Vec<usize> {
+/// Returns the shape of `rows` rows.
+fn shape_of_rows(rows: usize, row: &[usize]) -> Vec<usize> {
     iter::once(rows).chain(row.iter().copied()).collect()
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.budget.give_back(self.bytes);
+        self.budget.refund(self.bytes);
     }
 }
 
-/// Rows of one shape, `rows` of the buffer's.
+/// Rows of one shape, a part of a buffer's rows.
 #[derive(Debug)]
 pub(super) struct HostRows {
     budget: Arc<HostBudget>,
@@ -115,8 +117,8 @@ pub(super) struct HostRows {
     dtype: DType,
     buffer: Option<Buffer>,
     rows: Range<usize>,
-    /// Where the buffer's rows begin that no view was made of, and that may be written.
-    unseen: AtomicUsize,
+    /// No view shows the buffer's rows from this one on, so they may be written.
+    viewed_end: AtomicUsize,
 }
 
 impl HostRows {
@@ -127,7 +129,7 @@ impl HostRows {
             dtype,
             buffer: None,
             rows: 0..0,
-            unseen: AtomicUsize::new(0),
+            viewed_end: AtomicUsize::new(0),
         }
     }
 
@@ -135,22 +137,22 @@ impl HostRows {
         self.rows.len()
     }
 
-    /// Makes room for so many rows more behind the last, which are in no view; the rows may move.
+    /// Makes room for `more` rows after the last. No view shows that room. The rows may move.
     fn make_room(&mut self, more: usize) -> Result<()> {
-        let (len, unseen) = (self.rows.len(), *self.unseen.get_mut());
+        let (len, viewed_end) = (self.rows.len(), *self.viewed_end.get_mut());
         let has_room =
-            |buffer: &Buffer| more <= buffer.rows - self.rows.end && unseen <= self.rows.end;
+            |buffer: &Buffer| more <= buffer.rows - self.rows.end && viewed_end <= self.rows.end;
         let buffer = match self.buffer.take_if(|buffer| has_room(buffer)) {
             Some(buffer) => buffer,
             None => {
-                // Twice as much as is needed at once, so that growing row by row copies each row a few times only.
+                // Twice the length, so that growth row by row copies each row only a few times.
                 let new = |rows| Buffer::new(&self.budget, rows, &self.row, self.dtype);
                 let mut fresh = new((len + more).max(2 * len)).or_else(|_| new(len + more))?;
                 if let Some(old) = self.buffer.as_ref().filter(|_| len > 0) {
                     fresh.write(0, &old.data.narrow(0, self.rows.start, len)?)?;
                 }
                 self.rows = 0..len;
-                *self.unseen.get_mut() = len;
+                *self.viewed_end.get_mut() = len;
                 fresh
             }
         };
@@ -177,7 +179,7 @@ impl HostRows {
         Ok(())
     }
 
-    /// A copy of all rows in a buffer of its own, which no budget counts.
+    /// Copies all rows to a buffer of its own, which is not charged to the budget.
     pub(super) fn to_owned(&self) -> Result<Tensor> {
         let rows = self.view(0..self.len())?;
         match zeros(rows.dims(), self.dtype)? {
@@ -208,20 +210,20 @@ impl HostRows {
 
     pub(super) fn clear(&mut self) {
         (self.buffer, self.rows) = (None, 0..0);
-        *self.unseen.get_mut() = 0;
+        *self.viewed_end.get_mut() = 0;
     }
 
-    /// A view of some of the rows, counted from the first.
+    /// Returns a view of some rows, counted from the first.
     pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
         let Some(buffer) = &self.buffer else {
             return Ok(Tensor::zeros(
-                with_rows(0, &self.row),
+                shape_of_rows(0, &self.row),
                 self.dtype,
                 &Device::Cpu,
             )?);
         };
         let (start, end) = (self.rows.start + rows.start, self.rows.start + rows.end);
-        self.unseen.fetch_max(end, Ordering::Relaxed);
+        self.viewed_end.fetch_max(end, Ordering::Relaxed);
         Ok(buffer.data.narrow(0, start, rows.len())?)
     }
 }

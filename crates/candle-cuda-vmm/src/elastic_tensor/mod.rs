@@ -1,4 +1,4 @@
-//! A tensor that grows where it stands.
+//! A tensor that grows in place.
 
 #[cfg(feature = "cuda")]
 mod device;
@@ -14,21 +14,34 @@ use device::DeviceRows;
 use host::HostRows;
 use std::ops::Range;
 
-/// A tensor `[rows, row…]` whose first dimension grows and shrinks, with memory for the rows that are there.
+/// A tensor `[rows, row…]` whose first dimension grows and shrinks, with memory for the rows in
+/// use.
 ///
-/// [`view`](Self::view) hands out ordinary tensors of exactly the rows that there are. Such a view is a snapshot: what
-/// is appended, truncated or dropped afterwards does not change it, and its memory stays until it and all that was
-/// made of it are dropped. Writing to it in place (`slice_set`) writes to the rows.
+/// # Views
+/// [`view`](Self::view) returns an ordinary tensor of exactly the current rows. A view is a
+/// snapshot: later calls that append, truncate or drop do not change it. Its memory is held until
+/// the view, and every tensor made from it, is dropped. In-place writes to a view (`slice_set`)
+/// write to the rows.
 ///
-/// On a CUDA device rows never move while they can stay: appending copies the new rows only, and asks the driver for
-/// memory page by page or less. They move to a range of fresh addresses where a view still shows what would be written
-/// over, and where a window that was moved forward by [`release_front`](Self::release_front) has reached the end of
-/// its addresses. Work is queued on Candle's own stream, the one of the pool's device object. Rows of another device object
-/// of the same GPU are copied on that one's stream, and each of the two streams waits for the other.
+/// On a CUDA device views of all rows share one storage, which covers the whole pages around the
+/// rows. So no driver call is needed to make or drop a view. A view holds the pages that its rows
+/// are in.
 ///
-/// A view may be read by another device object, of this GPU or another: its memory stays until that has run, whatever is
-/// dropped meanwhile. But what it reads is what is there when it runs: the other stream does not wait for what was appended. Have it
-/// wait, which blocks no thread, or synchronise the pool's device. On device objects of one GPU that is
+/// # When rows move
+/// On a CUDA device appending copies the new rows only, and allocates memory at most once per page.
+/// The rows move to a new range of addresses in two cases only: a view shows memory that would be
+/// overwritten, or a window that [`release_front`](Self::release_front) moves forward has reached
+/// the end of its addresses.
+///
+/// # Streams
+/// Work is queued on Candle's stream of the pool's device object. Rows of another device object of
+/// the same GPU are copied on the stream of that object, and each of the two streams waits for the
+/// other.
+///
+/// Another device object, of this GPU or another, may read a view. The memory stays until that work
+/// has run, even if everything is dropped meanwhile. But the other stream does not wait for earlier
+/// appends, so it reads what is there when it runs. Make it wait, which blocks no thread, or
+/// synchronize the pool's device. For device objects of one GPU:
 ///
 /// ```
 /// # #[cfg(feature = "cuda")]
@@ -41,12 +54,11 @@ use std::ops::Range;
 /// # }
 /// ```
 ///
-/// On a CUDA device views of all rows are parts of one storage, which reaches over the whole pages around them: making and
-/// dropping one asks the driver for nothing, and it holds the pages that its rows are in.
-///
-/// [`to_owned`](Self::to_owned) copies into memory of Candle's own. Candle's `Tensor::copy` of a view on a CUDA device does
-/// so too, but copies the whole pages, and shares more with the view than it should: the rows' memory is held as long as the
-/// copy, and once it would have gone the first read of the copy reports an `INVALID_VALUE` that is not its own.
+/// # Copies
+/// [`to_owned`](Self::to_owned) copies into Candle's own memory. Candle's `Tensor::copy` of a view
+/// on a CUDA device copies the whole pages and keeps the rows' memory held as long as the copy
+/// lives. Once that memory would have been freed, the first read of the copy reports an unrelated
+/// `INVALID_VALUE`.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -79,25 +91,36 @@ enum Rows {
     Device(DeviceRows),
 }
 
-/// Calls the same on either kind of rows.
-macro_rules! on {
-    ($rows:expr, $name:ident => $act:expr) => {
+/// Evaluates an expression for either kind of rows.
+macro_rules! with_rows {
+    ($rows:expr, $name:ident => $result:expr) => {
         match $rows {
-            Rows::Host($name) => $act,
+            Rows::Host($name) => $result,
             #[cfg(feature = "cuda")]
-            Rows::Device($name) => $act,
+            Rows::Device($name) => $result,
         }
     };
 }
 
-impl ElasticTensor {
-    /// A tensor without rows; each of its rows has this shape, and no shape is one number. Takes no memory.
+impl TensorPool {
+    /// Makes a tensor without rows; see [`ElasticTensor::new`].
     ///
     /// # Errors
-    /// - [`CandleError`](VmmError::CandleError) with `UnsupportedDTypeForOp` for a type of which Candle has no tensors
-    ///   that it computes with.
-    /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` for a row without elements, and with `Overflow` for one whose bytes cannot
-    ///   be counted.
+    /// As [`ElasticTensor::new`].
+    pub fn tensor(&self, row_shape: impl Into<Shape>, dtype: DType) -> Result<ElasticTensor> {
+        ElasticTensor::new(self, row_shape, dtype)
+    }
+}
+
+impl ElasticTensor {
+    /// Makes a tensor without rows. `row_shape` is the shape of each row; an empty shape makes each
+    /// row one number. Allocates no memory.
+    ///
+    /// # Errors
+    /// - [`CandleError`](VmmError::CandleError) with `UnsupportedDTypeForOp` if Candle cannot
+    ///   compute with this dtype.
+    /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if a row has no elements, and with `Overflow` if
+    ///   its size in bytes overflows.
     pub fn new(pool: &TensorPool, row_shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
         let row = row_shape.into().into_dims();
         if matches!(
@@ -130,42 +153,42 @@ impl ElasticTensor {
         })
     }
 
-    /// How many rows there are.
+    /// Returns the number of rows.
     pub fn len(&self) -> usize {
-        on!(&self.rows, rows => rows.len())
+        with_rows!(&self.rows, rows => rows.len())
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no rows.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The shape of one row.
+    /// Returns the shape of one row.
     pub fn row_dims(&self) -> &[usize] {
         &self.row
     }
 
-    /// One row in bytes.
+    /// Returns the size of one row in bytes.
     pub fn row_bytes(&self) -> usize {
         self.row.iter().product::<usize>() * self.dtype.size_in_bytes()
     }
 
-    /// So many rows at most: those for which the pool reserves addresses.
+    /// Returns the most rows that fit in the addresses that the pool reserves.
     pub fn rows_max(&self) -> usize {
         self.pool.inner().options.reservation_bytes / self.row_bytes()
     }
 
-    /// The type of the elements.
+    /// Returns the dtype of the elements.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// The device.
+    /// Returns the device.
     pub fn device(&self) -> &Device {
         self.pool.device()
     }
 
-    /// The pool.
+    /// Returns the pool.
     pub fn pool(&self) -> &TensorPool {
         &self.pool
     }
@@ -189,15 +212,17 @@ impl ElasticTensor {
         Ok(())
     }
 
-    /// Appends rows `[count, row…]`, of any strides, which are copied.
+    /// Appends copies of rows `[count, row…]`, of any strides.
     ///
     /// # Errors
-    /// After an error the tensor is as before.
-    /// - [`CandleError`](VmmError::CandleError) with `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp`,
-    ///   `UnexpectedNumberOfDims` or `ShapeMismatchBinaryOp` for rows that are not like these.
-    /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if they do not fit in the addresses that the pool reserves.
-    /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the budget has no room, or the host no memory, and if a driver
-    ///   call fails.
+    /// After an error the tensor is unchanged.
+    /// - [`CandleError`](VmmError::CandleError) with `DTypeMismatchBinaryOp`,
+    ///   `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims` or `ShapeMismatchBinaryOp` if the rows
+    ///   differ from those of this tensor.
+    /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if the rows do not fit in the
+    ///   addresses that the pool reserves.
+    /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the budget or the host has no memory.
+    /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn append(&mut self, rows: &Tensor) -> Result<()> {
         const OP: &str = "elastic-append";
         if rows.dtype() != self.dtype {
@@ -227,12 +252,13 @@ impl ElasticTensor {
         if count == 0 {
             return Ok(());
         }
-        on!(&mut self.rows, all => all.append(rows))
+        with_rows!(&mut self.rows, all => all.append(rows))
     }
 
-    /// Whether [`append_both`](Self::append_both) takes such tokens, of a sequence in dimension `dim`.
+    /// Returns whether [`append_both`](Self::append_both) supports these tokens, with the sequence
+    /// in dimension `dim`.
     #[cfg(feature = "cuda")]
-    fn takes(&self, tokens: &Tensor, dim: usize) -> bool {
+    fn supports_append_both(&self, tokens: &Tensor, dim: usize) -> bool {
         let dims = tokens.dims();
         !self.is_empty()
             && tokens.rank() == self.row.len() + 1
@@ -243,34 +269,40 @@ impl ElasticTensor {
             && self.check_room(dims[dim]).is_ok()
     }
 
-    /// Appends the tokens of keys and of values, whose sequence is dimension `dim`, by one launch, and answers all of them
-    /// as contiguous tensors if that is wanted. [`Queued::Not`] if that cannot be done with these; then the rows are as
-    /// before, and [`append`](Self::append) says why or does it another way.
+    /// Appends the tokens of keys and values by one launch, with the sequence in dimension `dim`.
+    /// Returns all of them as contiguous tensors if `contiguous` is set.
+    ///
+    /// Returns [`Queued::Not`] if that is not possible for these tensors. The rows are then
+    /// unchanged, and [`append`](Self::append) works or returns the reason.
     ///
     /// # Errors
-    /// As [`append`](Self::append); then the rows are as before. Call [`undo`](Self::undo) to give back the room for more.
+    /// As [`append`](Self::append), and then the rows are unchanged. Call [`undo`](Self::undo) to
+    /// free the memory that was allocated for more rows.
     #[cfg(feature = "cuda")]
     pub(crate) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,
-        wants_answers: bool,
+        contiguous: bool,
     ) -> Result<Queued> {
-        let are_alike = keys.1.dims() == values.1.dims()
+        let is_pair = keys.1.dims() == values.1.dims()
             && keys.0.dtype == values.0.dtype
             && keys.0.len() == values.0.len();
-        if !(are_alike && keys.0.takes(keys.1, dim) && values.0.takes(values.1, dim)) {
+        if !(is_pair
+            && keys.0.supports_append_both(keys.1, dim)
+            && values.0.supports_append_both(values.1, dim))
+        {
             return Ok(Queued::Not);
         }
         match (&mut keys.0.rows, &mut values.0.rows) {
             (Rows::Device(first), Rows::Device(second)) => {
                 let pair = [(first, keys.1), (second, values.1)];
-                DeviceRows::append_both(pair, dim, wants_answers)
+                DeviceRows::append_both(pair, dim, contiguous)
             }
             _ => Ok(Queued::Not),
         }
     }
 
-    /// Appends so many rows of zeros.
+    /// Appends `rows` rows of zeros.
     ///
     /// # Errors
     /// As [`append`](Self::append).
@@ -279,21 +311,25 @@ impl ElasticTensor {
         if rows == 0 {
             return Ok(());
         }
-        on!(&mut self.rows, all => all.grow(rows))
+        with_rows!(&mut self.rows, all => all.grow(rows))
     }
 
-    /// Keeps the first `len` rows. Memory of the others goes back by whole pages, but for one page, so that a length that
-    /// goes to and fro makes no calls; with no rows left all of it does.
+    /// Keeps the first `len` rows and drops the rest.
+    ///
+    /// Frees the memory of the other rows by whole pages, except for one page, so that a length
+    /// that alternates around a page boundary makes no driver calls. With `len` 0 it frees all
+    /// memory.
     ///
     /// # Errors
-    /// [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` if there are fewer; then nothing changes.
+    /// [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` if there are fewer than
+    /// `len` rows; then nothing changes.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.check_rows(&(0..len), "truncate beyond the rows")?;
-        on!(&mut self.rows, rows => rows.truncate(len));
+        with_rows!(&mut self.rows, rows => rows.truncate(len));
         Ok(())
     }
 
-    /// Forgets what was appended since there were `len` rows, and holds no more memory than they take.
+    /// Drops the rows from `len` on, and frees all memory that the remaining rows do not need.
     pub(crate) fn undo(&mut self, len: usize) {
         match &mut self.rows {
             Rows::Host(rows) => rows.truncate(len),
@@ -302,62 +338,64 @@ impl ElasticTensor {
         }
     }
 
-    /// Forgets the last rows but `rows` of them: [`truncate`](Self::truncate) by the rows that go.
+    /// Drops the last `rows` rows; see [`truncate`](Self::truncate).
     ///
     /// # Errors
-    /// As there.
+    /// As [`truncate`](Self::truncate).
     pub fn shrink(&mut self, rows: usize) -> Result<()> {
         self.check_rows(&(0..rows), "shrink by more than the rows")?;
         self.truncate(self.len() - rows)
     }
 
-    /// Forgets the first `count` rows, as a sliding window does. Their memory goes back by whole pages.
+    /// Drops the first `count` rows, as a sliding window does, and frees their memory by whole
+    /// pages.
     ///
     /// # Errors
     /// As [`truncate`](Self::truncate).
     pub fn release_front(&mut self, count: usize) -> Result<()> {
         self.check_rows(&(0..count), "release more than the rows")?;
-        on!(&mut self.rows, rows => rows.release_front(count));
+        with_rows!(&mut self.rows, rows => rows.release_front(count));
         Ok(())
     }
 
-    /// Forgets all rows and gives their memory back.
+    /// Drops all rows and frees their memory.
     pub fn clear(&mut self) {
-        on!(&mut self.rows, rows => rows.clear());
+        with_rows!(&mut self.rows, rows => rows.clear());
     }
 
-    /// All rows, `[rows, row…]`, contiguous.
+    /// Returns a contiguous view `[rows, row…]` of all rows.
     ///
     /// # Errors
-    /// [`CandleError`](VmmError::CandleError), [`Vmm`](VmmError::Vmm).
+    /// - [`CandleError`](VmmError::CandleError) if Candle fails.
+    /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn view(&self) -> Result<Tensor> {
         self.view_rows(0..self.len())
     }
 
-    /// Some rows, `[rows, row…]`, contiguous.
+    /// Returns a contiguous view `[rows, row…]` of some rows.
     ///
     /// # Errors
-    /// As [`view`](Self::view), and [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` for rows that are not
-    /// there.
+    /// As [`view`](Self::view), and [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs`
+    /// if there are no such rows.
     pub fn view_rows(&self, rows: Range<usize>) -> Result<Tensor> {
         self.check_rows(&rows, "view of rows that are not there")?;
-        on!(&self.rows, all => all.view(rows))
+        with_rows!(&self.rows, all => all.view(rows))
     }
 
-    /// A copy of all rows in memory of Candle's own, `[rows, row…]`.
+    /// Copies all rows to a tensor `[rows, row…]` in Candle's own memory.
     ///
     /// # Errors
     /// As [`view`](Self::view).
     pub fn to_owned(&self) -> Result<Tensor> {
         match &self.rows {
             Rows::Host(rows) => rows.to_owned(),
-            // Not `copy`, whose result would share the lease.
+            // Not `copy`: its result would hold the lease.
             #[cfg(feature = "cuda")]
             Rows::Device(_) => Ok(self.view()?.force_contiguous()?),
         }
     }
 
-    /// A tensor of the same pool with copies of the rows.
+    /// Makes a tensor of the same pool with copies of the rows.
     ///
     /// # Errors
     /// As [`append`](Self::append) and [`view`](Self::view).

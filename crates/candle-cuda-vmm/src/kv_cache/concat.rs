@@ -2,15 +2,16 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{KvCache, KvCacheFactory, append_or_restore, check_pair, check_truncate};
+use super::checks::{append_or_restore, check_pair, check_truncate};
+use super::traits::{KvCache, KvCacheFactory};
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache::ConcatKvCache;
 
 /// Makes [`candle_nn::kv_cache::ConcatKvCache`]s.
 ///
-/// Such a cache has memory for exactly its tokens, and copies them all at every append. It has no use for
-/// `max_seq_len`.
+/// Such a cache has memory for exactly its tokens, and copies all of them at every append. It
+/// ignores `max_seq_len`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ConcatCaches;
 
@@ -22,7 +23,7 @@ impl KvCacheFactory for ConcatCaches {
     }
 }
 
-/// `truncate` copies what stays, so that the memory of the rest is free.
+/// `truncate` copies the remaining tokens, so that the memory of the others is freed.
 impl KvCache for ConcatKvCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.dim(), "concat-append")?;
@@ -41,7 +42,7 @@ impl KvCache for ConcatKvCache {
         let dim = self.dim();
         let kept = match (self.k(), self.v()) {
             (Some(k), Some(v)) if len > 0 => {
-                // A part that happens to be contiguous would keep all of its memory.
+                // A contiguous part would be a view, which keeps all of the memory.
                 let first = |all: &Tensor| all.narrow(dim, 0, len)?.force_contiguous();
                 Some((first(k)?, first(v)?))
             }

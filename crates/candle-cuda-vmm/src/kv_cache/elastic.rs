@@ -1,6 +1,7 @@
-//! A KV cache that grows where it stands.
+//! A KV cache that grows in place.
 
-use super::{KvCache, KvCacheFactory, check_pair, check_truncate};
+use super::checks::{check_pair, check_truncate};
+use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
 use crate::append::Queued;
 use crate::elastic_tensor::ElasticTensor;
@@ -9,17 +10,18 @@ use crate::tensor_pool::TensorPool;
 use candle_core::{Error, Tensor};
 use std::sync::Arc;
 
-/// The keys or the values of an [`ElasticKvCache`], as `candle_nn::kv_cache::Cache`.
+/// The keys or the values of an [`ElasticKvCache`], with the methods of
+/// `candle_nn::kv_cache::Cache`.
 ///
-/// They are kept token-major: `[seq, batch, heads, head_dim]` for a sequence in dimension 2, so that tokens follow one
-/// another in memory.
+/// It stores tokens token-major, `[seq, batch, heads, head_dim]` for a sequence in dimension 2, so
+/// that tokens follow one another in memory.
 #[derive(Debug)]
 pub struct ElasticCache {
     pool: TensorPool,
     dim: usize,
     max_seq_len: usize,
     rows: Option<ElasticTensor>,
-    /// Why a clone has no tokens.
+    /// The error of a clone that could not copy the tokens.
     failed: Option<Arc<VmmError>>,
 }
 
@@ -34,28 +36,28 @@ impl ElasticCache {
         }
     }
 
-    /// The dimension of the sequence.
+    /// Returns the dimension of the sequence.
     pub fn dim(&self) -> usize {
         self.dim
     }
 
-    /// Tokens in the cache.
+    /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.rows.as_ref().map_or(0, ElasticTensor::len)
     }
 
-    /// How many tokens were expected when it was made.
+    /// Returns the number of tokens that the cache was made for. It is no limit.
     pub fn max_seq_len(&self) -> usize {
         self.max_seq_len
     }
 
-    /// The tokens, token-major, once a first append has told their shape.
+    /// Returns the tokens, token-major; `None` before the first append.
     pub fn rows(&self) -> Option<&ElasticTensor> {
         self.rows.as_ref()
     }
 
-    fn answers_are_contiguous(&self) -> bool {
-        self.pool.inner().options.contiguous_answers
+    fn is_output_contiguous(&self) -> bool {
+        self.pool.inner().options.contiguous_output
     }
 
     fn check(&self) -> candle_core::Result<()> {
@@ -68,8 +70,8 @@ impl ElasticCache {
         }
     }
 
-    /// All tokens, with the sequence in dimension [`dim`](Self::dim): a transposed view of token-major memory. None if there
-    /// are none.
+    /// Returns all tokens, with the sequence in dimension [`dim`](Self::dim): a transposed view of
+    /// token-major memory. `None` if there are no tokens.
     ///
     /// # Errors
     /// As [`ElasticTensor::view`].
@@ -81,21 +83,22 @@ impl ElasticCache {
         }
     }
 
-    /// All tokens, whose shape is known.
+    /// Returns all tokens, whose shape must be known.
     fn all(&self) -> candle_core::Result<Tensor> {
         let Some(rows) = &self.rows else {
-            return Err(Error::Msg("no tokens were appended".to_owned()));
+            return Err(Error::Msg("the cache has no tokens yet".to_owned()));
         };
         let (dim, rank) = (self.dim, rows.row_dims().len() + 1);
         let order: Vec<_> = (1..=dim).chain([0]).chain(dim + 1..rank).collect();
         rows.view()?.permute(order)
     }
 
-    /// Appends tokens, of any strides. The first ones tell shape and type.
+    /// Appends tokens, of any strides. The first tokens set shape and dtype.
     ///
     /// # Errors
-    /// As [`ElasticTensor::append`]; `DimOutOfRange` for a tensor without the sequence's dimension. After an error the
-    /// cache is as before.
+    /// After an error the cache is unchanged.
+    /// - `DimOutOfRange` if the tensor has no dimension for the sequence.
+    /// - Any error of [`ElasticTensor::append`].
     pub fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
         Ok(self.try_append(tokens)?)
     }
@@ -116,11 +119,11 @@ impl ElasticCache {
             .collect();
         let rows = tokens.permute(order)?;
         if self.current_seq_len() == 0 {
-            // Learned anew, as there is nothing that it must be like.
-            let is_alike = |all: &ElasticTensor| {
+            // An empty cache takes the shape and dtype of the new tokens.
+            let has_same_rows = |all: &ElasticTensor| {
                 all.row_dims() == &rows.dims()[1..] && all.dtype() == rows.dtype()
             };
-            if !self.rows.as_ref().is_some_and(is_alike) {
+            if !self.rows.as_ref().is_some_and(has_same_rows) {
                 let mut fresh = self.pool.tensor(&rows.dims()[1..], rows.dtype())?;
                 fresh.append(&rows)?;
                 self.rows = Some(fresh);
@@ -133,7 +136,7 @@ impl ElasticCache {
         }
     }
 
-    /// Forgets what was appended since there were `len` tokens, and the room that was made for more.
+    /// Drops the tokens from `len` on, and frees the memory that was allocated for them.
     fn undo(&mut self, len: usize) {
         if let Some(rows) = &mut self.rows {
             rows.undo(len);
@@ -153,7 +156,7 @@ impl ElasticCache {
         rows.map_or(Ok(()), |rows| rows.release_front(tokens))
     }
 
-    /// Forgets all tokens and gives their memory back.
+    /// Drops all tokens and frees their memory.
     pub fn reset(&mut self) {
         self.failed = None;
         if let Some(rows) = &mut self.rows {
@@ -173,18 +176,20 @@ impl ElasticCache {
     }
 }
 
-/// A KV cache with the methods, argument order, shapes and results of `candle_nn::kv_cache::KvCache`, and memory for the
-/// tokens that are there.
+/// A KV cache with the methods, argument order, shapes and results of
+/// `candle_nn::kv_cache::KvCache`, and memory for the tokens in it only.
 ///
-/// What [`append`](Self::append) answers is of shape `[batch, heads, seq, head_dim]` (for a sequence in dimension 2), and a
-/// transposed view of token-major memory, which [`gqa`](crate::attention::gqa) reads where it stands. Candle's `matmul` wants
-/// its operands contiguous: call `contiguous()` before it, which copies, or let the pool answer
-/// [contiguous copies](crate::TensorPoolOptions::contiguous_answers). Tensors that were answered are snapshots: they
-/// stay as they are whatever happens to the cache afterwards, and hold their memory until they are dropped; see
-/// [`ElasticTensor`].
+/// [`append`](Self::append) returns tensors of shape `[batch, heads, seq, head_dim]` (for a
+/// sequence in dimension 2). They are transposed views of token-major memory, which
+/// [`gqa`](crate::attention::gqa) reads in place. Candle's `matmul` needs contiguous operands. Call
+/// `contiguous()` before it, which copies, or let the pool return [contiguous
+/// copies](crate::TensorPoolOptions::contiguous_output).
 ///
-/// On a CUDA device the tokens of a decode step are appended by one launch for keys and values together, if both are of one
-/// shape and type, and each head's elements lie together in whole pieces of 16 bytes.
+/// Returned tensors are snapshots: no later call on the cache changes them, and their memory is
+/// held until they are dropped; see [`ElasticTensor`].
+///
+/// On a CUDA device one launch appends the keys and values of a decode step, if both have one shape
+/// and dtype and each head's elements are contiguous in multiples of 16 bytes.
 ///
 /// ```
 /// use candle_core::{DType, Device, Tensor};
@@ -208,8 +213,10 @@ pub struct ElasticKvCache {
 }
 
 impl ElasticKvCache {
-    /// An empty cache whose sequence is dimension `dim`. Shape and type are those of the first tokens. `max_seq_len` is a
-    /// hint and no limit: a cache grows as far as the pool reserves addresses.
+    /// Makes an empty cache with the sequence in dimension `dim`.
+    ///
+    /// The first tokens set shape and dtype. `max_seq_len` is a hint and no limit: the cache grows
+    /// as far as the addresses that the pool reserves.
     pub fn new(pool: &TensorPool, dim: usize, max_seq_len: usize) -> Self {
         let cache = || ElasticCache::new(pool, dim, max_seq_len);
         Self {
@@ -218,27 +225,27 @@ impl ElasticKvCache {
         }
     }
 
-    /// The keys.
+    /// Returns the keys.
     pub fn k_cache(&self) -> &ElasticCache {
         &self.k
     }
 
-    /// The values.
+    /// Returns the values.
     pub fn v_cache(&self) -> &ElasticCache {
         &self.v
     }
 
-    /// The keys, for changing.
+    /// Returns the keys, mutable.
     pub fn k_cache_mut(&mut self) -> &mut ElasticCache {
         &mut self.k
     }
 
-    /// The values, for changing.
+    /// Returns the values, mutable.
     pub fn v_cache_mut(&mut self) -> &mut ElasticCache {
         &mut self.v
     }
 
-    /// All keys; none if there are none.
+    /// Returns all keys; `None` if there are none.
     ///
     /// # Errors
     /// As [`ElasticTensor::view`].
@@ -246,7 +253,7 @@ impl ElasticKvCache {
         self.k.current_data()
     }
 
-    /// All values; none if there are none.
+    /// Returns all values; `None` if there are none.
     ///
     /// # Errors
     /// As [`ElasticTensor::view`].
@@ -254,12 +261,15 @@ impl ElasticKvCache {
         self.v.current_data()
     }
 
-    /// Appends the next tokens, and answers all keys and all values.
+    /// Appends the next tokens, and returns all keys and all values.
     ///
     /// # Errors
-    /// As [`ElasticCache::append`]; `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` or `ShapeMismatchBinaryOp` for keys
-    /// and values that differ in dtype, device, or a dimension other than the last, the number of tokens for instance.
-    /// After an error keys and values are as before. [`VmmError::find`] has an error of this crate.
+    /// After an error keys and values are unchanged. [`VmmError::find`] returns the error of this
+    /// crate inside.
+    /// - `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` or `ShapeMismatchBinaryOp` if keys and
+    ///   values differ in dtype, device, or a dimension other than the last. The number of tokens
+    ///   is such a dimension.
+    /// - Any error of [`ElasticCache::append`].
     pub fn append(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
         Ok(self.try_append(k, v)?)
     }
@@ -276,10 +286,10 @@ impl ElasticKvCache {
         outcome
     }
 
-    /// Appends. After an error some of it may be there.
+    /// Appends. After an error a part may have been appended.
     fn append_or_fail(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
-        match self.append_at_once(k, v)? {
+        match self.append_in_one_launch(k, v)? {
             Queued::Not => {}
             Queued::Answers([k, v]) => return Ok((k, v)),
             Queued::Rows => return Ok(self.both()?),
@@ -289,51 +299,53 @@ impl ElasticKvCache {
         Ok(self.both()?)
     }
 
-    /// Appends keys and values by one launch, where these can be.
+    /// Appends keys and values by one launch, if possible.
     #[cfg(feature = "cuda")]
-    fn append_at_once(&mut self, k: &Tensor, v: &Tensor) -> Result<Queued> {
-        let wants_answers = self.k.answers_are_contiguous();
+    fn append_in_one_launch(&mut self, k: &Tensor, v: &Tensor) -> Result<Queued> {
+        let contiguous = self.k.is_output_contiguous();
         let dim = self.k.dim;
         match (&mut self.k.rows, &mut self.v.rows) {
             (Some(keys), Some(values)) => {
-                ElasticTensor::append_both([(keys, k), (values, v)], dim, wants_answers)
+                ElasticTensor::append_both([(keys, k), (values, v)], dim, contiguous)
             }
             _ => Ok(Queued::Not),
         }
     }
 
-    /// All there is, once tokens, or none of a shape, were appended.
+    /// Returns all keys and values. Something must have been appended before, at least an empty
+    /// tensor of some shape.
     fn both(&self) -> candle_core::Result<(Tensor, Tensor)> {
         let (k, v) = (self.k.all()?, self.v.all()?);
-        match self.k.answers_are_contiguous() {
+        match self.k.is_output_contiguous() {
             true => Ok((k.force_contiguous()?, v.force_contiguous()?)),
             false => Ok((k, v)),
         }
     }
 
-    /// Tokens in the cache.
+    /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.k.current_seq_len()
     }
 
-    /// Forgets all tokens and gives their memory back. Tensors that were answered stay as they are.
+    /// Drops all tokens and frees their memory. Tensors that were returned before are unchanged.
     pub fn reset(&mut self) {
         self.k.reset();
         self.v.reset();
     }
 
-    /// Keeps the first `len` tokens.
+    /// Keeps the first `len` tokens and drops the rest.
     ///
     /// # Errors
     /// As [`ElasticTensor::truncate`].
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        // Both first, so that none is shortened if the other cannot be.
+        // Checked first, so that an error changes neither.
         check_truncate(self.v.current_seq_len(), len)?;
         self.k.truncate(len)?;
         self.v.truncate(len)
     }
 
-    /// Forgets the first `tokens` tokens, as a sliding window does: the next answers begin behind them.
+    /// Drops the first `tokens` tokens, as a sliding window does. Later output begins with the
+    /// tokens after them.
     ///
     /// # Errors
     /// As [`ElasticTensor::release_front`].
@@ -343,7 +355,7 @@ impl ElasticKvCache {
         self.v.release_front(tokens)
     }
 
-    /// A cache of the same pool with copies of the tokens.
+    /// Makes a cache of the same pool with copies of the tokens.
     ///
     /// # Errors
     /// As [`ElasticTensor::try_clone`].
@@ -355,8 +367,8 @@ impl ElasticKvCache {
     }
 }
 
-/// Copies the tokens. Where that fails, for want of memory for instance, the clone answers the error until it is
-/// [`reset`](Self::reset).
+/// Copies the tokens. If that fails, for example for lack of memory, the clone returns the error
+/// from each call until it is [`reset`](Self::reset).
 impl Clone for ElasticKvCache {
     fn clone(&self) -> Self {
         self.try_clone().unwrap_or_else(|error| {
@@ -385,6 +397,13 @@ impl KvCache for ElasticKvCache {
 
     fn reset(&mut self) {
         self.reset();
+    }
+}
+
+impl TensorPool {
+    /// Makes an empty KV cache with the sequence in dimension `dim`; see [`ElasticKvCache::new`].
+    pub fn kv_cache(&self, dim: usize, max_seq_len: usize) -> ElasticKvCache {
+        ElasticKvCache::new(self, dim, max_seq_len)
     }
 }
 

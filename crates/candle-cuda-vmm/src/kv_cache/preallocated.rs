@@ -2,15 +2,16 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{KvCache, KvCacheFactory, append_or_restore, check_pair, check_truncate};
+use super::checks::{append_or_restore, check_pair, check_truncate};
+use super::traits::{KvCache, KvCacheFactory};
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache;
 
 /// Makes [`candle_nn::kv_cache::KvCache`]s.
 ///
-/// Such a cache takes memory for `max_seq_len` tokens at the first append. When it has more, it is copied whole into
-/// memory for as many again.
+/// Such a cache allocates memory for `max_seq_len` tokens at the first append. Each time it is
+/// full, it copies all tokens into memory for `max_seq_len` more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PreallocatedCaches;
 
@@ -18,7 +19,8 @@ impl KvCacheFactory for PreallocatedCaches {
     type Cache = kv_cache::KvCache;
 
     /// # Errors
-    /// [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` for a length of 0: such a cache would grow by nothing for ever.
+    /// [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` if `max_seq_len` is 0. Such a cache could
+    /// never grow.
     fn layer(&self, _layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
         if max_seq_len == 0 {
             let what = "max_seq_len";
@@ -28,7 +30,7 @@ impl KvCacheFactory for PreallocatedCaches {
     }
 }
 
-/// `truncate` copies what stays into new memory, as this cache has no way to shorten itself.
+/// `truncate` copies the remaining tokens into new memory, because this cache cannot be shortened.
 impl KvCache for kv_cache::KvCache {
     fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.k_cache().dim(), "kv-append")?;

@@ -1,18 +1,18 @@
-//! What the pools report.
+//! Statistics of the pools.
 
 use cuda_vmm::{EngineStats, PoolStats};
 
 /// Statistics of one range: an elastic pool's, or a model's.
 #[derive(Debug, Clone)]
 pub struct MemoryStats {
-    /// Address space in bytes.
+    /// Size of the range in bytes.
     pub virtual_capacity: usize,
     /// Bytes of live pages.
     pub physical_usage: usize,
     /// Number of live pages.
     pub mapped_pages: usize,
-    /// How scattered the range's unused bytes are: 1 − largest run ÷ total. 0.0 if they are one run, or
-    /// if there are none; towards 1.0 the more they are scattered.
+    /// How scattered the range's unused bytes are: 1 − largest run ÷ total. 0.0 if they are one
+    /// run, or if there are none; near 1.0 if they are many small runs.
     pub fragmentation_ratio: f32,
 }
 
@@ -27,7 +27,7 @@ impl From<PoolStats> for MemoryStats {
     }
 }
 
-/// 1 − `largest_run` ÷ `total`, 0 if there is nothing.
+/// Returns 1 − `largest_run` ÷ `total`, or 0 if `total` is 0.
 fn fragmentation(largest_run: usize, total: usize) -> f32 {
     if total == 0 {
         return 0.0;
@@ -38,7 +38,7 @@ fn fragmentation(largest_run: usize, total: usize) -> f32 {
 /// Statistics of all models of a shared pool together.
 #[derive(Debug, Clone)]
 pub struct GlobalMemoryStats {
-    /// The limit of physical memory in bytes, as it was given.
+    /// The pool's limit of physical memory in bytes.
     pub physical_limit: usize,
     /// Bytes of live pages of all models.
     pub physical_usage: usize,

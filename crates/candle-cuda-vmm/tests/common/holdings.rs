@@ -1,23 +1,23 @@
-//! What a device holds: read when a test begins, and compared when it ends.
+//! The resources that a device holds: read when a test begins, and compared when it ends.
 
 use super::MIB;
 use candle_cuda_vmm::cuda_vmm::sim::Books;
 use candle_cuda_vmm::cuda_vmm::{Device, DriverKind};
 use std::time::{Duration, Instant};
 
-/// What a device held at a moment.
+/// The resources that a device held at one moment.
 #[derive(Clone, Debug)]
 pub struct Holdings {
     device: Device,
-    /// Of a simulated device, which counts everything.
+    /// The books of a simulated device, which count everything.
     books: Option<Books>,
     free_bytes: usize,
 }
 
 impl Holdings {
-    /// What the device holds now.
+    /// Reads what the device holds now.
     pub fn of(device: &Device) -> Self {
-        // What Candle freed in the order of a stream goes back to the device when that is waited for.
+        // The device gets memory that Candle freed on a stream only when the stream is waited for.
         device.synchronize().unwrap();
         let simulator = device.driver().simulator();
         Self {
@@ -27,16 +27,15 @@ impl Holdings {
         }
     }
 
-    /// What the same device holds now.
+    /// Reads again what the same device holds.
     pub fn again(&self) -> Self {
         Self::of(&self.device)
     }
 
-    /// What is left on the device that was not there at that moment, in words; `None` if nothing is.
-    ///
-    /// A simulated device must hold exactly what it held. A GPU may have more free, and less by what its
-    /// driver takes for tables of its own. Worker threads may still be giving back when the last object is
-    /// dropped, so there is this much patience.
+    /// Describes what the device holds beyond that moment; `None` if nothing. A simulated device
+    /// must hold exactly what it held. A GPU may have more free memory, or less by the size of its
+    /// driver's tables. Worker threads may still free memory after the last object is dropped, so
+    /// it retries for `patience`.
     pub fn leak_after(&self, patience: Duration) -> Option<String> {
         let deadline = Instant::now() + patience;
         loop {
@@ -80,7 +79,7 @@ impl Holdings {
     }
 }
 
-/// Bytes that a driver may take for tables of its own, which come and go.
+/// The memory in bytes that a driver may use for its own tables, which vary.
 pub fn table_bytes(kind: DriverKind) -> usize {
     match kind {
         DriverKind::Simulated => 0,

@@ -1,6 +1,6 @@
-//! What the tests share: sizes, the device under test, and checks for exact errors.
+//! Shared by the tests: sizes, the device under test, and checks for exact errors.
 
-// Each test binary uses its own part of this.
+// Each test binary uses a part of this.
 #![allow(dead_code)]
 
 mod holdings;
@@ -20,10 +20,10 @@ pub const KIB: usize = 1 << 10;
 pub const MIB: usize = 1 << 20;
 pub const GIB: usize = 1 << 30;
 
-/// The granularity of the devices, which is their smallest page; [`open`] checks that it is.
+/// The devices' granularity, which is their smallest page; [`open`] checks that.
 pub const GRANULE: usize = 2 * MIB;
 
-/// How long worker threads may take to give back what they have.
+/// How long worker threads may take to free what they hold.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The page of the elastic pools under test, in bytes.
@@ -31,8 +31,8 @@ pub fn page() -> usize {
     Settings::of_process().page_bytes.unwrap_or(GRANULE)
 }
 
-/// The page of block tables, in bytes. On a CPU device tensors of blocks are plain ones of all blocks, so that large pages
-/// would only make them large.
+/// The page of block tables, in bytes. On a CPU device block tensors hold all blocks, so large
+/// pages would only make them large.
 pub fn block_page() -> usize {
     if cfg!(feature = "cuda") {
         page()
@@ -41,7 +41,7 @@ pub fn block_page() -> usize {
     }
 }
 
-/// Fails unless the result is an error of this very pattern.
+/// Fails unless the result is an error that matches this pattern.
 #[macro_export]
 macro_rules! refused {
     ($result:expr, $pattern:pat $(if $guard:expr)?) => {
@@ -52,7 +52,7 @@ macro_rules! refused {
     };
 }
 
-/// Fails unless the result is this very error, with these very numbers.
+/// Fails unless the result is exactly this error, with these numbers.
 #[track_caller]
 pub fn refused_with<T>(result: Result<T>, expected: VmmError) {
     match result.map(|_| ()) {
@@ -61,9 +61,9 @@ pub fn refused_with<T>(result: Result<T>, expected: VmmError) {
     }
 }
 
-/// The device under test, for one test at a time: all look at the memory of one device.
+/// The device under test, for one test at a time, because each test measures the device's memory.
 ///
-/// When it is dropped at the end of the test, the device must hold what it held when it was opened.
+/// When it is dropped at the end of the test, the device must hold what it held before.
 pub struct UnderTest {
     pub device: Device,
     pub core: cuda_vmm::Device,
@@ -74,7 +74,8 @@ pub struct UnderTest {
 }
 
 impl UnderTest {
-    /// What memory of tensors that grow comes in, in bytes: pages, or on a CPU device, which has none, something small.
+    /// The allocation unit of tensors that grow, in bytes: a page, or a small size on a CPU device,
+    /// which has no pages.
     pub fn unit(&self) -> usize {
         if self.device.is_cuda() {
             page()
@@ -83,13 +84,13 @@ impl UnderTest {
         }
     }
 
-    /// Memory of the device that is not in use, in bytes.
+    /// Returns the free memory of the device, in bytes.
     pub fn free_bytes(&self) -> usize {
         self.core.free_bytes().unwrap()
     }
 
-    /// Fails unless `bytes` bytes of the device are in use beyond those of a moment when `free_before` were
-    /// free. A real driver keeps tables of its own, which come and go: there 32 MiB are allowed for them.
+    /// Fails unless `bytes` more bytes of the device are in use than when `free_before` bytes were
+    /// free. A real driver has tables of its own that vary, for which 32 MiB are allowed.
     #[track_caller]
     pub fn expect_in_use(&self, free_before: usize, bytes: usize) {
         let expected = free_before - bytes;
@@ -100,36 +101,36 @@ impl UnderTest {
         );
     }
 
-    /// Whether functions without a device argument reach this device.
+    /// Returns whether functions without a device argument use this device.
     pub fn is_default(&self) -> bool {
         candle_cuda_vmm::device::default_driver()
             .is_ok_and(|driver| driver.is_same(self.core.driver()))
     }
 
-    /// The number of the device, as the raw calls take it.
+    /// Returns the device's number, as the type of the raw calls.
     pub fn ordinal(&self) -> i32 {
         self.core.ordinal().try_into().unwrap()
     }
 
-    /// The devices that `CUDA_VMM_TEST_DEVICES` asks for, this one last.
+    /// Returns the devices that `CUDA_VMM_TEST_DEVICES` asks for, this one last.
     pub fn all(&self) -> Vec<Device> {
         self.all.clone()
     }
 
-    /// Takes what the devices hold now for what they held when the test began: what Candle has made meanwhile and keeps for
-    /// as long as the process lives is no leak.
+    /// Takes the devices' present holdings as the baseline: objects that Candle keeps for the life
+    /// of the process are no leak.
     pub fn begin_again(&mut self) {
         let held = |before: &Holdings| before.again();
         self.before = self.before.iter().map(held).collect();
     }
 
-    /// What the devices hold beyond what they held when the test began, after this much patience.
+    /// Describes what the devices hold beyond the baseline, after waiting up to `patience`.
     pub fn leak_after(&self, patience: Duration) -> Option<String> {
         let leak = |before: &Holdings| before.leak_after(patience);
         self.before.iter().find_map(leak)
     }
 
-    /// Fails if there is such a leak.
+    /// Fails if the devices hold more than the baseline.
     pub fn expect_no_leak_after(&self, patience: Duration) {
         if let Some(leak) = self.leak_after(patience) {
             panic!("the test left something behind: {leak}");
@@ -139,17 +140,18 @@ impl UnderTest {
 
 impl Drop for UnderTest {
     fn drop(&mut self) {
-        // With Candle's devices go the libraries that were opened for them, and what these have taken.
+        // Dropping Candle's devices closes the libraries that they opened, which frees their
+        // memory.
         self.device = Device::Cpu;
         self.all.clear();
-        // A test that has failed may have left anything.
+        // A failed test may leave anything behind.
         if !std::thread::panicking() {
             self.expect_no_leak_after(PATIENCE);
         }
     }
 }
 
-/// The device that the [`settings`] choose. Where they ask for what is not here, the test fails.
+/// Opens the device that the [`settings`] select. Fails the test if there is no such device.
 pub fn open() -> UnderTest {
     static ALONE: Mutex<()> = Mutex::new(());
     static CORES: OnceLock<Vec<cuda_vmm::Device>> = OnceLock::new();
@@ -162,7 +164,7 @@ pub fn open() -> UnderTest {
     let all: Vec<_> = (0..settings.devices)
         .map(|ordinal| candle_device(kind, ordinal, settings.candle_stream))
         .collect();
-    // Held for as long as the process lives, so that the contexts are.
+    // Kept for the life of the process, to keep the contexts alive.
     let cores = CORES.get_or_init(|| all.iter().map(|device| first_use(device, kind)).collect());
     UnderTest {
         device: all[all.len() - 1].clone(),
@@ -184,7 +186,7 @@ fn driver_kind(settings: &Settings) -> DriverKind {
     }
 }
 
-/// How many devices Candle has for this kind of driver.
+/// Returns how many devices Candle has for this kind of driver.
 fn device_count(kind: DriverKind) -> usize {
     match kind {
         DriverKind::Simulated => 1,
@@ -203,20 +205,20 @@ fn candle_device(kind: DriverKind, ordinal: usize, stream: Option<CandleStream>)
     device.expect("the GPU answers, and the tests are built with the feature `cuda`")
 }
 
-/// Says which device it is, and makes the first use of everything that the tests use, so that the driver
-/// has taken what it keeps for itself.
+/// Prints the device, and uses everything once that the tests use, so that the driver has allocated
+/// what it keeps.
 fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
     let core = core_device(device).unwrap();
     assert_eq!(core.driver().kind(), kind);
     assert_eq!(core.granularity_bytes(), GRANULE);
-    // A program cannot tell whose library it has opened but by what the devices are called.
+    // Only the devices' names tell a program which driver library it has opened.
     let driver = match kind {
         DriverKind::Real if core.name().starts_with("Simulated device ") => {
             "simulated driver's libcuda.so.1".to_owned()
         }
         _ => kind.to_string(),
     };
-    // Written past the test harness, which would swallow it.
+    // Written directly, because the test harness captures standard output.
     let _ = writeln!(
         std::io::stderr(),
         "device: {} ({}) on the {driver}, CUDA {}; pages of {} MiB",
@@ -229,7 +231,7 @@ fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
     let stream = Stream::new(&core).unwrap();
     let mut pool = VirtualMemoryPool::new(2 * page(), page(), device.clone()).unwrap();
     let address = pool.allocate(0, 2 * page()).unwrap() as u64;
-    // SAFETY: the bytes are live until they are freed below, after the work on them is done.
+    // SAFETY: the bytes are live until they are freed below, after the work on them has completed.
     unsafe {
         stream.memset(address, 1, page()).unwrap();
         stream.write(address, &[2; 64]).unwrap();
@@ -239,7 +241,8 @@ fn first_use(device: &Device, kind: DriverKind) -> cuda_vmm::Device {
     core.synchronize().unwrap();
     pool.deallocate(0, 2 * page()).unwrap();
     drop((pool, stream));
-    // Worker threads have ended, and what is kept now is the driver's own: nothing on the simulated one.
+    // Worker threads have ended. What is held now belongs to the driver; the simulated one holds
+    // nothing.
     if let Some(kept) = before.leak_after(PATIENCE) {
         assert_eq!(kind, DriverKind::Real, "{kept}");
     }

@@ -1,16 +1,18 @@
-//! What the environment asks of the tests.
+//! The tests' settings, from environment variables.
 
 use super::GRANULE;
 use candle_cuda_vmm::cuda_vmm::DriverKind;
 use std::ffi::OsString;
 
-/// `real` or `simulated`; unset: a GPU if the feature `cuda` is on and one answers, otherwise the CPU.
+/// `real` or `simulated`. Default: a GPU if the feature `cuda` is on and there is one, otherwise
+/// the CPU.
 pub const DRIVER: &str = "CUDA_VMM_TEST_DRIVER";
-/// How many devices to open, 1 or 2; unset: 1. The last of them is the one under test.
+/// How many devices to open, 1 or 2. Default: 1. The last one is under test.
 pub const DEVICES: &str = "CUDA_VMM_TEST_DEVICES";
-/// The page of the pools in bytes; unset: the device's granularity.
+/// The page of the pools in bytes. Default: the device's granularity.
 pub const PAGE_BYTES: &str = "CUDA_VMM_TEST_PAGE_BYTES";
-/// `default-stream` or `own-stream`: the stream of Candle's device on a GPU; unset: `default-stream`.
+/// `default-stream` or `own-stream`: the stream of Candle's device on a GPU. Default:
+/// `default-stream`.
 pub const CANDLE_DEVICE: &str = "CUDA_VMM_TEST_CANDLE_DEVICE";
 
 /// The stream of Candle's device.
@@ -22,7 +24,7 @@ pub enum CandleStream {
     Own,
 }
 
-/// The values of the variables; `None` where unset and what follows depends on the device.
+/// The values of the variables; `None` if unset and the default depends on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
     pub driver: Option<DriverKind>,
@@ -32,7 +34,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Those of this process. Panics where a value is not one of those above.
+    /// Reads this process's variables. Panics if a value is not one of those above.
     pub fn of_process() -> Self {
         Self::read(|variable| std::env::var_os(variable))
             .unwrap_or_else(|message| panic!("{message}"))
@@ -86,7 +88,8 @@ impl Settings {
         })
     }
 
-    /// Why these settings cannot be had on this kind of driver, with so many devices; `None` if they can.
+    /// Returns why this kind of driver, with this many devices, cannot provide these settings;
+    /// `None` if it can.
     pub fn unsuited(&self, kind: DriverKind, device_count: usize) -> Option<String> {
         if let (DriverKind::Simulated, Some(stream)) = (kind, self.candle_stream) {
             return Some(format!(

@@ -1,4 +1,4 @@
-//! Plain tensors there and back, and copies between them and memory of a pool.
+//! Copies between plain tensors, the host, and memory of a pool.
 
 use crate::bytes::pattern;
 use crate::common::open;
@@ -42,7 +42,7 @@ fn candle_copies_memory_of_a_pool_on_its_own_stream() {
         part.force_contiguous().unwrap()
     });
     drop(tensor);
-    // They are memory of Candle's, on Candle's stream object.
+    // Their memory is Candle's, on Candle's stream object.
     assert!(token.is_free());
     memory.write(&[0; 4096]);
     let written = pattern(1, 4096);

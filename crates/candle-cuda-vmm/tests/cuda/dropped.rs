@@ -1,4 +1,4 @@
-//! What cudarc does when a slice over memory of a pool is dropped. Leases rely on each of these.
+//! Checks what cudarc does when a slice over memory of a pool is dropped. Leases rely on it.
 
 use crate::bytes::{expect_pattern, pattern};
 use crate::common::page;
@@ -6,15 +6,15 @@ use crate::token::{Page, Token};
 use candle_core::cuda::cudarc::driver::sys::CUresult;
 use candle_core::{Device, Tensor};
 
-/// What to do when a test here fails.
+/// What to do if a test here fails.
 const POLICY: &str = "cudarc does not drop a slice over memory of a pool as leases rely on, and as 0.19.10 did. \
     Under the version policy (docs/design/candle.md, \"Which Candle and cudarc?\") this version of cudarc is not allowed \
     before the leases were looked at anew.";
 
-/// The refusal of a free whose address is a mapping of ours.
+/// The driver's error for a free of an address that a pool has mapped.
 const REFUSED: Option<CUresult> = Some(CUresult::CUDA_ERROR_INVALID_VALUE);
 
-/// Fails unless Candle can go on as if nothing had been.
+/// Fails unless Candle works as if nothing had happened.
 #[track_caller]
 fn expect_candle_undisturbed(page: &Page) {
     assert_eq!(page.parked_at_candle(), None, "{POLICY}");
@@ -87,7 +87,7 @@ fn a_tensor_may_be_dropped_by_a_thread_that_never_called_the_driver() {
     let tensor = memory.tensor::<u8>(&token, page());
     std::thread::spawn(move || drop(tensor)).join().unwrap();
     assert!(token.is_free(), "{POLICY}");
-    // Which refusal it is depends on what context that thread has.
+    // The error depends on that thread's context.
     assert!(token.take_parked().is_some(), "{POLICY}");
     expect_candle_undisturbed(&memory);
     expect_pattern(&memory.stream, memory.address, 4, page());

@@ -1,18 +1,19 @@
-//! Tensors in a forked process: calls fail, and take no lock that may be held for good there.
+//! Tensors in a forked process: calls fail, and take no lock that may never be released there.
 
 use crate::common::open;
 use candle_core::{DType, Tensor};
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::{Result, TensorPool, VmmError};
 
-/// Runs `act` in a child process, and fails unless it returns true there within ten seconds.
+/// Runs `act` in a child process. Fails unless it returns `true` within ten seconds.
 #[track_caller]
 fn in_child(act: impl FnOnce() -> bool) {
-    // SAFETY: the child runs `act` alone, which locks nothing that another thread may have held, and ends.
+    // SAFETY: the child runs only `act`, which takes no lock that another thread may have held, and
+    // exits.
     let child = unsafe { libc::fork() };
     assert!(child >= 0);
     if child == 0 {
-        // SAFETY: the child's own alarm and end; nothing of the parent's runs at its exit.
+        // SAFETY: this affects the child only; it exits without running the parent's handlers.
         unsafe {
             libc::alarm(10);
             libc::_exit(if act() { 0 } else { 1 });

@@ -1,4 +1,4 @@
-//! Work that does not end before it is let through, so that what is queued behind it stays queued.
+//! Work that blocks a stream until it is released, so that later work stays queued.
 
 use candle_core::Device;
 use candle_cuda_vmm::cuda_vmm::sys::{CUDA_SUCCESS, CUresult};
@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// A host function on a Candle device's stream that waits until the gate is opened; it is when this is dropped.
+/// A host function on a Candle device's stream that waits until the gate is opened. Dropping the
+/// gate opens it.
 pub struct Gate(Arc<AtomicBool>);
 
 impl Gate {
-    /// Closes the stream of this device object.
+    /// Blocks the stream of this device object.
     pub fn close(device: &Device) -> Self {
         unsafe extern "C" fn wait(state: *mut c_void) {
-            // SAFETY: the pointer is the one reference that `close` gave to this call.
+            // SAFETY: the pointer is the reference that `close` passed to this call.
             let is_open = unsafe { Arc::from_raw(state.cast::<AtomicBool>()) };
             while !is_open.load(Ordering::SeqCst) {
                 std::thread::yield_now();
@@ -26,7 +27,7 @@ impl Gate {
         let core = core_device(device).unwrap();
         let is_open = Arc::new(AtomicBool::new(false));
         let state = Arc::into_raw(is_open.clone()).cast_mut().cast();
-        // SAFETY: the stream is alive and its context current; the function takes the reference that it is given.
+        // SAFETY: the stream is alive and its context is current. The function takes the reference.
         let code: CUresult = unsafe {
             (core.driver().table().cuLaunchHostFunc)(stream.cu_stream().cast(), Some(wait), state)
         };
@@ -34,17 +35,17 @@ impl Gate {
         Self(is_open)
     }
 
-    /// Whether nobody has opened it yet.
+    /// Returns whether the gate is still closed.
     pub fn is_closed(&self) -> bool {
         !self.0.load(Ordering::SeqCst)
     }
 
-    /// Lets the work through.
+    /// Opens the gate.
     pub fn open(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
 
-    /// Opens it from another thread after a while, and says whether it was closed until then.
+    /// Opens the gate from another thread after a while. Returns whether it was closed until then.
     pub fn opened_meanwhile<T>(&self, act: impl FnOnce() -> T) -> T {
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -1,4 +1,5 @@
-//! What launches kernels, and so runs on GPUs only: `cargo xtask test --cuda` leaves this module out by its name.
+//! Tests that launch kernels, and so run on GPUs only: `cargo xtask test --cuda` skips this module
+//! by name.
 
 mod relief;
 
@@ -24,22 +25,24 @@ fn candle_computes_on_memory_of_a_pool() {
     let computed = tensor.affine(2.0, 1.0).unwrap().to_vec1::<f32>().unwrap();
     let expected: Vec<f32> = numbers.iter().map(|number| 2.0 * number + 1.0).collect();
     assert_eq!(computed, expected);
-    // Written in place, the memory of the pool has it.
+    // In-place writes change the memory of the pool.
     let halves = Tensor::new(&[0.5f32, 1.5], tensor.device()).unwrap();
     tensor.slice_set(&halves, 0, 10).unwrap();
     let written = tensor.to_vec1::<f32>().unwrap();
     assert_eq!(written[9..13], [9.0, 0.5, 1.5, 12.0]);
 }
 
-/// Blocks of a page each.
+/// Makes blocks of one page each.
 const BLOCKS: usize = 64;
 
-/// A step is captured once and replayed while blocks come and go under it: what it reads is said by the table alone.
+/// Captures a step once, and replays it while blocks are backed and freed. Only the table says what
+/// it reads.
 #[test]
 fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
     let mut test = open();
     let candle = test.device.as_cuda_device().unwrap().clone();
-    // SAFETY: all work is on Candle's one stream, so no events are needed, which would lead out of the capture.
+    // SAFETY: all work is on Candle's one stream, so no events are needed. Events would refer to
+    // work outside of the capture.
     unsafe { candle.disable_event_tracking() };
     let stream = candle.cuda_stream();
     let width = page() / size_of::<f32>();
@@ -49,7 +52,8 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
     };
     let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &test.device).unwrap();
     let table = Tensor::zeros(2, DType::U32, &test.device).unwrap();
-    // Once before, so that kernels are loaded and what they are told is on the device, where Candle keeps it for good.
+    // Runs once before the capture, so that kernels are loaded and their parameters are on the
+    // device, where Candle keeps them.
     let cached = candle.enable_cuda_graph_htod_cache();
     step(&zeros((BLOCKS, width)), &table, &zeros((2, width)));
     drop(table);
@@ -103,12 +107,12 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
         assert_eq!(found, read.map(|block| [block as f32; 2]));
     };
     expect([3, 0]);
-    // Grown, and told of other blocks.
+    // The tables have grown, and name other blocks.
     blocks.back([50, 63]).unwrap();
     [50, 63].into_iter().for_each(write);
     tell([63, 50]);
     expect([63, 50]);
-    // What no table names goes back; what is pinned stays.
+    // Blocks that no table names are freed; pinned ones stay.
     let pin = blocks.pin_for_graph([63, 50]).unwrap();
     blocks.unback([0, 3]).unwrap();
     test.device.synchronize().unwrap();
@@ -116,12 +120,12 @@ fn a_captured_graph_reads_by_its_table_while_blocks_come_and_go() {
     assert!(!blocks.is_backed(0) && blocks.is_backed(63));
     expect([63, 50]);
     drop(pin);
-    // The same places again, with other memory behind them.
+    // The same addresses again, with other memory.
     blocks.back([0]).unwrap();
     write(0);
     tell([0, 50]);
     expect([0, 50]);
-    // What the graph allocated stays with the driver until it is told to give it back.
+    // The driver keeps the graph's allocations until it is told to free them.
     drop(graph);
     test.device.synchronize().unwrap();
     // SAFETY: Candle has opened the device.
@@ -140,7 +144,7 @@ fn rows_that_another_device_object_writes_into_a_view_stay_mapped_until_it_has()
     other.synchronize().unwrap();
     let gate = Gate::close(&other);
     let view = tensor.view().unwrap();
-    // Candle queues it on the source's stream.
+    // Candle queues the copy on the source's stream.
     view.slice_set(&come, 0, 2).unwrap();
     drop((view, come));
     let held = engine.stats().committed_bytes;

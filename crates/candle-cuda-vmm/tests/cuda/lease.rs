@@ -1,4 +1,4 @@
-//! Tensors that a pool has handed out, and Candle, which must not notice how they are freed.
+//! Tensors over memory of a pool. Candle must not notice how they are freed.
 
 use crate::common::open;
 use crate::streams::expect_given_back;
@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::CaptureGuard;
 use candle_cuda_vmm::{ElasticTensor, TensorPool};
 
-/// A tensor of two rows, and its numbers.
+/// Makes a tensor of two rows, and returns its numbers.
 fn two_rows(device: &Device) -> (TensorPool, ElasticTensor, [[f32; 3]; 2]) {
     let pool = TensorPool::new(device).unwrap();
     let mut tensor = pool.tensor(3, DType::F32).unwrap();
@@ -17,7 +17,7 @@ fn two_rows(device: &Device) -> (TensorPool, ElasticTensor, [[f32; 3]; 2]) {
     (pool, tensor, numbers)
 }
 
-/// What Candle would raise at its next call, for which nobody is to blame but a lease.
+/// Returns the error that Candle's next call would return, which only a lease can have caused.
 #[track_caller]
 fn expect_candle_undisturbed(device: &Device) {
     let candle = device.as_cuda_device().unwrap();
@@ -31,7 +31,7 @@ fn dropping_one_view_disturbs_neither_another_nor_candle() {
     let test = open();
     let (_pool, tensor, numbers) = two_rows(&test.device);
     for _ in 0..20 {
-        // Those of some rows have leases of their own, and those of all rows one together.
+        // Views of some rows have leases of their own. Views of all rows share one.
         let views = [0..1, 1..2, 0..2].map(|rows| tensor.view_rows(rows).unwrap());
         let [dropped, read, all] = views;
         drop(dropped);
@@ -70,7 +70,7 @@ fn a_view_that_is_dropped_during_a_capture_leaves_the_capture_alone() {
         CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
         CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
     ] {
-        // It has a lease of its own, and so is freed.
+        // It has its own lease, so its memory is freed.
         let view = tensor.view_rows(0..1).unwrap();
         test.device.synchronize().unwrap();
         let guard = CaptureGuard::new();
@@ -109,10 +109,10 @@ fn candles_copy_of_a_view_holds_the_lease_and_hears_once_of_the_refused_free() {
     let copy_of_part = tensor.view_rows(1..2).unwrap().copy().unwrap();
     let copy_of_all = tensor.view().unwrap().copy().unwrap();
     expect_candle_undisturbed(&test.device);
-    // It is on the stream object of the view, whose free was refused; its memory is its own.
+    // It is on the stream object of the view, whose free was refused, but has its own memory.
     assert!(copy_of_part.to_vec2::<f32>().is_err());
     assert_eq!(copy_of_part.to_vec2::<f32>().unwrap(), numbers[1..]);
-    // Views of all rows are parts of one tensor, which is freed when the rows are.
+    // Views of all rows are parts of one tensor, which is freed with the rows.
     assert_eq!(copy_of_all.to_vec2::<f32>().unwrap(), numbers);
     drop((tensor, pool));
     assert!(copy_of_all.to_vec2::<f32>().is_err());
@@ -142,11 +142,11 @@ fn tensors_of_blocks_come_and_go_without_candle_noticing() {
     let blocks = pool.blocks(1 << 16, [("k", (16, 64), DType::F16)]).unwrap();
     for backed in [0, 1, 1000] {
         blocks.back(0..backed).unwrap();
-        // SAFETY: no block is touched.
+        // SAFETY: nothing touches a block.
         let reserved = unsafe { blocks.reserved_tensors() }.unwrap();
         assert_eq!(reserved[0].dims(), [1 << 16, 16, 64]);
         let prefix = blocks.prefix("k").unwrap();
-        // The first page may be there or not, and a whole tensor have memory in part only.
+        // The first page may have memory or not, so a whole tensor may have memory in part only.
         for tensor in [reserved[0].clone(), prefix.clone()] {
             drop(tensor);
             expect_candle_undisturbed(&test.device);

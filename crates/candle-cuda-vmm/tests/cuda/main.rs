@@ -1,9 +1,9 @@
-//! What tensors over memory of a pool rely on in Candle and cudarc, on a CUDA device.
-//!
-//! The driver is NVIDIA's on a GPU, or the simulator as a `libcuda.so.1` where `cargo xtask test --cuda` runs
-//! these programs; they cannot tell, and need not. Simulated devices have no kernels: what launches some is in
-//! the module `kernels`, which that task leaves out by its name. What has calls of the simulated library fail is in the
-//! module `simulated`, which the matrix of real drivers leaves out.
+//! Checks what tensors over memory of a pool rely on in Candle and cudarc, on a CUDA device. The
+//! driver is NVIDIA's on a GPU, or the simulator as a `libcuda.so.1` if `cargo xtask test --cuda`
+//! runs these programs. The tests need not know which. Simulated devices have no kernels: tests
+//! that launch kernels are in the module `kernels`, which that task skips by name. Tests that make
+//! calls of the simulated library fail are in the module `simulated`, which the matrix of real
+//! drivers skips.
 #![cfg(all(feature = "cuda", feature = "simulator"))]
 
 #[path = "../device/bytes.rs"]

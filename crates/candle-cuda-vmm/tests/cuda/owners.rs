@@ -1,4 +1,4 @@
-//! Whatever is the last to hold Candle's device: its stream lives until nobody asks it any more.
+//! Candle's stream lives until its last user is dropped, whatever that is.
 
 use crate::common::open;
 use candle_core::{DType, Device, DeviceLocation, Tensor};
@@ -10,7 +10,7 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
 
-/// Calls that the driver refused because it did not know what they named, such as a stream that was destroyed.
+/// Collects calls that failed because their argument did not exist, such as a destroyed stream.
 static UNKNOWN: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 struct Listener;
@@ -71,7 +71,7 @@ fn filled(device: &Device) -> Tensor {
     Tensor::zeros((3000, 1024), DType::F32, device).unwrap()
 }
 
-/// What may be the last to hold a device, each made on it.
+/// The objects that may be the last owner of a device.
 const KINDS: [(&str, Make); 9] = [
     ("a tensor", |device| {
         let mut tensor = pool(device).tensor(1024, DType::F32).unwrap();
@@ -144,7 +144,7 @@ fn each_kind_of_last_owner_keeps_the_stream_until_it_is_asked_no_more() {
                 true => std::thread::spawn(move || drop(last)).join().unwrap(),
                 false => drop(last),
             }
-            // What workers had still to do.
+            // Waits for the workers.
             test.core.synchronize().unwrap();
             test.expect_no_leak_after(std::time::Duration::from_secs(5));
             let mut unknown = UNKNOWN.lock().unwrap_or_else(PoisonError::into_inner);

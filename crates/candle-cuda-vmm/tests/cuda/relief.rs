@@ -1,4 +1,4 @@
-//! Candle allocating beside a pool, on a device that has not enough for both.
+//! Candle allocates beside a pool, on a device without enough memory for both.
 
 use crate::common::{GIB, MIB, UnderTest, open};
 use candle_core::CudaDevice;
@@ -7,20 +7,22 @@ use candle_cuda_vmm::cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
 use candle_cuda_vmm::cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions};
 use candle_cuda_vmm::let_candle_make_room;
 
-/// What is left free of the device, in bytes, where all but a little is taken. A driver takes more for tables of its own.
+/// The bytes that stay free when nearly all memory is allocated. A driver needs some for its own
+/// tables.
 pub const LEFT: usize = GIB;
 
 pub fn candle(test: &UnderTest) -> CudaDevice {
     test.device.as_cuda_device().unwrap().clone()
 }
 
-/// Bytes of Candle's own.
+/// Allocates bytes from Candle.
 pub fn take(candle: &CudaDevice, bytes: usize) -> candle_core::Result<CudaSlice<u8>> {
-    // SAFETY: nobody reads them.
+    // SAFETY: nothing reads them.
     unsafe { candle.alloc::<u8>(bytes) }
 }
 
-/// A pool whose limit is more than the device has, and which keeps what is freed, with a model that has so many addresses.
+/// Makes a pool whose limit exceeds the device's memory and which keeps freed memory, with a model
+/// of this many bytes of addresses.
 pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
     let options = SharedPoolOptions {
         engine: EngineOptions::new()
@@ -33,7 +35,7 @@ pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
     pool
 }
 
-/// Waits until all that was freed is parked.
+/// Waits until all freed memory is parked.
 fn settle(pool: &SharedMemoryPool) {
     while pool.stats().retiring_bytes > 0 {
         pool.engine().step();
@@ -81,7 +83,7 @@ fn a_pool_that_runs_out_has_candle_asked_and_then_the_drivers_own_error() {
         "{error}"
     );
     assert_eq!(pool.stats().committed_bytes, 0);
-    // It keeps a clone of Candle's device, and would be called by tests that follow.
+    // The callback keeps a clone of Candle's device, and later tests would call it.
     test.core.set_make_room(None);
     pool.allocate_for_model("model", 2 * MIB).unwrap();
 }

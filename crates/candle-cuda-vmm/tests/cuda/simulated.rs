@@ -1,7 +1,9 @@
-//! Every driver call of what is done to rows, tokens and blocks failed in turn, Candle's own calls among them: what was
-//! there stays, no memory is held for what was not done, and the same can be done afterwards.
+//! Fails each driver call of operations on rows, tokens and blocks in turn, including Candle's own
+//! calls. After each failure the contents are unchanged, no memory is held for the failed
+//! operation, and it succeeds when repeated.
 //!
-//! These tests have calls of the simulated `libcuda.so.1` fail, so a real driver does not run them.
+//! These tests make calls of the simulated `libcuda.so.1` fail, so they do not run on a real
+//! driver.
 
 use crate::common::{UnderTest, open, page};
 use crate::streams::rows;
@@ -22,28 +24,28 @@ fn function(name: &CStr) -> *mut c_void {
 
 fn fail_call(n: u64) {
     type Fail = extern "C" fn(c_ulonglong, sys::CUresult) -> sys::CUresult;
-    // SAFETY: the library has it with these arguments.
+    // SAFETY: the library's function has these arguments.
     let fail: Fail = unsafe { transmute(function(c"cuda_vmm_sim_fail_call")) };
     assert_eq!(fail(n, sys::CUDA_ERROR_UNKNOWN), sys::CUDA_SUCCESS);
 }
 
 fn end_faults() -> u64 {
     type End = extern "C" fn() -> c_ulonglong;
-    // SAFETY: the library has it without arguments.
+    // SAFETY: the library's function has no arguments.
     let end: End = unsafe { transmute(function(c"cuda_vmm_sim_end_faults")) };
     end()
 }
 
-/// What is worked on.
+/// The object under test.
 trait Subject {
-    /// What it holds, in numbers.
+    /// Returns its contents as numbers.
     fn contents(&self) -> Vec<Vec<f32>>;
 }
 
 fn numbers(tensor: &Tensor) -> Vec<f32> {
     let there = tensor.to_device(&Device::Cpu).unwrap();
     let numbers = there.flatten_all().unwrap().to_vec1().unwrap();
-    // One for each quarter of a page tells enough.
+    // One number per quarter of a page is enough.
     numbers.into_iter().step_by(page() / 64).collect()
 }
 
@@ -94,10 +96,10 @@ fn expect<S: Subject>(test: &UnderTest, engine: &Engine, subject: &S, expected: 
     }
 }
 
-/// What a subject holds, and the memory that is committed for it.
+/// A subject's contents, and the memory that is committed for it.
 type State = (Vec<Vec<f32>>, usize);
 
-/// The state once nothing changes any more.
+/// Waits until the state no longer changes, and returns it.
 fn settled<S: Subject>(test: &UnderTest, engine: &Engine, subject: &S) -> State {
     let contents = subject.contents();
     test.device.synchronize().unwrap();
@@ -108,7 +110,8 @@ fn settled<S: Subject>(test: &UnderTest, engine: &Engine, subject: &S) -> State 
     (contents, engine.stats().committed_bytes)
 }
 
-/// Does `work` on what `make` makes, with its first call failing, then with its second, until it makes fewer.
+/// Runs `work` on the result of `make`, with its first call failing, then with its second, until it
+/// makes fewer calls than that.
 #[track_caller]
 fn fail_each_call<S: Subject>(
     test: &UnderTest,
@@ -130,7 +133,7 @@ fn fail_each_call<S: Subject>(
         fail_call(call);
         let outcome = work(&mut subject);
         let calls = end_faults();
-        // cudarc keeps the refusals of calls that return nothing, and raises them elsewhere.
+        // cudarc stores the errors of calls that return nothing, and returns them from later calls.
         let stream = test.device.as_cuda_device().unwrap().cuda_stream();
         let _ = stream.context().check_err();
         if let Err(error) = outcome {
@@ -159,7 +162,7 @@ fn fail_each_call<S: Subject>(
     panic!("the work never ends");
 }
 
-/// Waits until what was made before is gone.
+/// Waits until earlier objects are freed.
 #[track_caller]
 fn expect_nothing(test: &UnderTest, engine: &Engine) {
     struct Nothing;

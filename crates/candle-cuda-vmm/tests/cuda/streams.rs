@@ -1,7 +1,7 @@
-//! Several device objects, each with a stream of its own: of one GPU, and of others.
-//!
-//! The other stream is held at a gate while memory is freed or overwritten, so that work of its own on that memory is still
-//! to come. A stream that does not wait for it reads or writes what is gone: the context is beyond use then.
+//! Several device objects, each with a stream of its own: of one GPU, and of others. A gate blocks
+//! the other stream while memory is freed or overwritten, so that its work on that memory is still
+//! queued. If the free does not wait for that stream, the work accesses freed memory and makes the
+//! context unusable.
 
 use crate::common::{UnderTest, open, page};
 use crate::gate::Gate;
@@ -9,12 +9,12 @@ use candle_core::{DType, Device, DeviceLocation, Tensor};
 use candle_cuda_vmm::cuda_vmm::Engine;
 use candle_cuda_vmm::{ElasticTensor, TensorPool};
 
-/// Elements of a row, so that four rows are a page.
+/// Elements of a row. Four rows are a page.
 fn width() -> usize {
     page() / 16
 }
 
-/// Rows of which each element tells the row.
+/// Makes rows whose elements are the row's number.
 pub fn rows(first: usize, count: usize, device: &Device) -> Tensor {
     let numbers: Vec<_> = (first..first + count)
         .flat_map(|row| std::iter::repeat_n(row as f32, width()))
@@ -34,7 +34,8 @@ fn expect_rows(tensor: &Tensor, expected: &[usize]) {
     }
 }
 
-/// Another device object of each GPU under test, with a stream of its own; the first is of the pool's GPU.
+/// Makes another device object, with its own stream, for each GPU under test. The first is for the
+/// pool's GPU.
 fn others(test: &UnderTest) -> Vec<Device> {
     let all = test.all();
     let ordinals = all.iter().rev().map(|device| match device.location() {
@@ -50,7 +51,7 @@ pub fn beside(test: &UnderTest) -> Device {
     others(test).remove(0)
 }
 
-/// A tensor of four rows, on the device under test.
+/// Makes a tensor of four rows on the device under test.
 pub fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
     let pool = TensorPool::new(&test.device).unwrap();
     let mut tensor = pool.tensor(width(), DType::F32).unwrap();
@@ -59,7 +60,7 @@ pub fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
     (pool.engine().unwrap().clone(), pool, tensor)
 }
 
-/// Whether both streams have done their work without harm.
+/// Checks that both streams complete their work without error.
 #[track_caller]
 pub fn expect_sound(devices: [&Device; 2]) {
     for device in devices {
@@ -67,12 +68,12 @@ pub fn expect_sound(devices: [&Device; 2]) {
     }
 }
 
-/// Lets a stream that does not wait for the gate get ahead.
+/// Gives a stream that does not wait for the gate time to run.
 fn time_to_go_wrong() {
     std::thread::sleep(std::time::Duration::from_millis(50));
 }
 
-/// Takes steps; says how many bytes are still held.
+/// Runs the engine's steps, and returns how many bytes are still held.
 pub fn after_steps(engine: &Engine) -> usize {
     for _ in 0..3 {
         engine.step();
@@ -80,7 +81,7 @@ pub fn after_steps(engine: &Engine) -> usize {
     engine.stats().committed_bytes
 }
 
-/// Fails unless all goes back soon; the engine's own thread may be about to see to it.
+/// Fails unless all memory is freed soon. The engine's own thread may be about to do so.
 #[track_caller]
 pub fn expect_given_back(engine: &Engine) {
     for _ in 0..5_000 {
@@ -100,7 +101,7 @@ fn rows_of_another_device_object_are_appended_when_they_are_there() {
     let come = rows(4, 2, &other);
     other.synchronize().unwrap();
     let gate = Gate::close(&other);
-    // Written only when the gate is open, and let go before.
+    // Dropped before the gate opens, and written after.
     let late = come.copy().unwrap();
     tensor.append(&late).unwrap();
     drop(late);
@@ -230,8 +231,8 @@ fn rows_are_not_written_over_while_another_stream_reads_them() {
         test.device.synchronize().unwrap();
         let gate = Gate::close(&other);
         let copy = tensor.view().unwrap().to_device(&other);
-        // The view is gone, so the rows behind the first stay where they are and are written anew. If the engine's own
-        // thread has not seen that yet they move, and letting the old ones go waits for the copy.
+        // The view was dropped, so the rows after the first are rewritten in place. If the engine's
+        // own thread has not noticed yet, they move, and freeing the old ones waits for the copy.
         gate.opened_meanwhile(|| {
             tensor.truncate(1).unwrap();
             tensor.append(&come).unwrap();
@@ -263,7 +264,7 @@ fn a_prefix_that_another_stream_still_reads_is_not_given_back() {
         gate.open();
         expect_sound([&test.device, &other]);
         expect_given_back(&engine);
-        // What it shows was never written.
+        // The view shows memory that was never written.
         drop(copy);
     }
 }

@@ -1,14 +1,15 @@
-//! The functions that an interposer's table holds.
+//! The functions of an interposer's table.
 //!
-//! As a driver's functions carry no context pointer, each of a few slots has functions of its own, which find the
-//! slot's interposer.
+//! A driver's functions have no context pointer. So each of a few slots has its own functions,
+//! which look up the slot's interposer.
 //!
-//! What gives something back takes it out of the books before the call and puts it in again if the driver
-//! refuses, since another thread may be handed the same address or handle as soon as the driver has it.
+//! A call that frees something removes it from the books before the driver's call, and adds it
+//! again if the driver refuses. Otherwise another thread could get the same address or handle from
+//! the driver before it is removed.
 //!
 //! # Safety
-//! The functions pass on what the caller of the driver's function of that name vouched for. They read places
-//! for results only after the driver has filled them.
+//! The functions have the contracts of the driver's functions of their names, and pass them on.
+//! They read out-parameters only after the driver has written them.
 
 #![allow(non_snake_case)]
 
@@ -19,7 +20,7 @@ use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// How many interposers there may be at once in a process.
+/// The most interposers that may be alive in a process.
 pub(super) const SLOTS: usize = 8;
 
 static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) }; SLOTS];
@@ -42,7 +43,7 @@ pub(super) fn vacate(slot: usize) {
     *place = None;
 }
 
-/// The functions of a slot.
+/// Returns the functions of a slot.
 pub(super) fn table(slot: usize) -> DriverTable {
     const TABLES: [fn() -> DriverTable; SLOTS] = [
         Slot::<0>::table,
@@ -57,7 +58,7 @@ pub(super) fn table(slot: usize) -> DriverTable {
     TABLES[slot]()
 }
 
-/// Counts a call and makes it, unless a fault answers it.
+/// Counts a call and makes it, unless a fault fails it.
 fn pass_on(
     slot: usize,
     function: DriverFunction,
@@ -74,7 +75,7 @@ fn pass_on(
     }
 }
 
-/// Makes a call and notes what it made, if it did.
+/// Adds what a call created to the books, if the call succeeded.
 fn make(state: &State, code: CUresult, note: impl FnOnce(&mut Holdings)) -> CUresult {
     if code == CUDA_SUCCESS {
         note(&mut state.lock().holdings);
@@ -82,8 +83,8 @@ fn make(state: &State, code: CUresult, note: impl FnOnce(&mut Holdings)) -> CUre
     code
 }
 
-/// Takes something out of the books, makes the call, and puts it in again if the driver refused.
-fn give_back<T>(
+/// Removes something from the books, makes the call, and adds it again if the driver refuses.
+fn release<T>(
     state: &State,
     take: impl FnOnce(&mut Holdings) -> Option<T>,
     call: impl FnOnce() -> CUresult,
@@ -99,7 +100,7 @@ fn give_back<T>(
     code
 }
 
-/// [`give_back`] for a thing that is known by its pointer.
+/// [`release`] for an object that is identified by its pointer.
 fn destroy<T>(
     state: &State,
     pointer: *mut T,
@@ -107,7 +108,7 @@ fn destroy<T>(
     call: impl FnOnce() -> CUresult,
 ) -> CUresult {
     let handle = pointer.addr();
-    give_back(
+    release(
         state,
         |holdings| handles(holdings).remove(&handle).then_some(()),
         call,
@@ -117,37 +118,38 @@ fn destroy<T>(
     )
 }
 
-/// What a place for a result holds after a call that succeeded.
+/// Reads an out-parameter after a call that succeeded.
 macro_rules! result {
     ($place:expr) => {
-        // SAFETY: the call succeeded, so the driver has filled the place that its caller vouched for.
+        // SAFETY: the call succeeded, so the driver has written the out-parameter, which the caller
+        // guarantees to be valid.
         unsafe { $place.read() }
     };
 }
 
-/// One call of the driver, with what it makes or gives back put into the books.
+/// Makes one call of the driver, and updates the books with what it creates or frees.
 macro_rules! call {
     (cuMemCreate $state:ident ($handle:ident, $size:ident, $properties:ident, $flags:ident)) => {
         make($state, forward!(cuMemCreate $state ($handle, $size, $properties, $flags)), |holdings| {
-            holdings.refer(result!($handle), $size)
+            holdings.add_reference(result!($handle), $size)
         })
     };
     (cuMemImportFromShareableHandle $state:ident ($handle:ident, $os_handle:ident, $type:ident)) => {
         make($state, forward!(cuMemImportFromShareableHandle $state ($handle, $os_handle, $type)), |holdings| {
-            holdings.refer(result!($handle), 0)
+            holdings.add_reference(result!($handle), 0)
         })
     };
     (cuMemRetainAllocationHandle $state:ident ($handle:ident, $address:ident)) => {
         make($state, forward!(cuMemRetainAllocationHandle $state ($handle, $address)), |holdings| {
-            holdings.refer(result!($handle), 0)
+            holdings.add_reference(result!($handle), 0)
         })
     };
     (cuMemRelease $state:ident ($handle:ident)) => {
-        give_back(
+        release(
             $state,
             |holdings| holdings.release($handle),
             || forward!(cuMemRelease $state ($handle)),
-            |holdings, bytes| holdings.refer($handle, bytes),
+            |holdings, bytes| holdings.add_reference($handle, bytes),
         )
     };
     (cuMemMap $state:ident ($pointer:ident, $size:ident, $offset:ident, $handle:ident, $flags:ident)) => {
@@ -156,7 +158,7 @@ macro_rules! call {
         })
     };
     (cuMemUnmap $state:ident ($pointer:ident, $size:ident)) => {
-        give_back(
+        release(
             $state,
             |holdings| Some(holdings.unmap($pointer, $size)),
             || forward!(cuMemUnmap $state ($pointer, $size)),
@@ -171,7 +173,7 @@ macro_rules! call {
         )
     };
     (cuMemAddressFree $state:ident ($pointer:ident, $size:ident)) => {
-        give_back(
+        release(
             $state,
             |holdings| holdings.free($pointer),
             || forward!(cuMemAddressFree $state ($pointer, $size)),
@@ -189,7 +191,7 @@ macro_rules! call {
         })
     };
     (cuMemFree $state:ident ($pointer:ident)) => {
-        give_back(
+        release(
             $state,
             |holdings| holdings.plain_free($pointer),
             || forward!(cuMemFree $state ($pointer)),
@@ -197,7 +199,7 @@ macro_rules! call {
         )
     };
     (cuMemFreeAsync $state:ident ($pointer:ident, $stream:ident)) => {
-        give_back(
+        release(
             $state,
             |holdings| holdings.plain_free($pointer),
             || forward!(cuMemFreeAsync $state ($pointer, $stream)),
@@ -259,10 +261,10 @@ macro_rules! call {
     };
 }
 
-/// The driver's own function.
+/// Calls the driver's function.
 macro_rules! forward {
     ($name:ident $state:ident ($($argument:ident),*)) => {
-        // SAFETY: the caller's promise is the one that the driver's function asks for.
+        // SAFETY: the caller keeps the contract of the driver's function.
         unsafe { ($state.driver.$name)($($argument),*) }
     };
 }
@@ -284,7 +286,7 @@ macro_rules! define_slot {
             $(
                 unsafe extern "C" fn $optional($($optional_argument: $optional_type),*) -> CUresult {
                     pass_on(N, DriverFunction::$optional, |state| match state.driver.$optional {
-                        // SAFETY: the caller's promise is the one that the driver's function asks for.
+                        // SAFETY: the caller keeps the contract of the driver's function.
                         Some(function) => unsafe { function($($optional_argument),*) },
                         None => CUDA_ERROR_NOT_SUPPORTED,
                     })

@@ -1,9 +1,9 @@
-//! What was made through an interposer and not given back. Pure bookkeeping.
+//! The resources that were created through an interposer and not freed. Pure bookkeeping.
 
 use crate::Books;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// One kind of things that are made and destroyed, each known by its handle.
+/// Objects of one kind that are created and destroyed, by handle.
 pub(super) type Handles = HashSet<usize>;
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -14,14 +14,14 @@ struct Memory {
     mappings: usize,
 }
 
-/// Addresses with memory behind them.
+/// Addresses with memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mapped {
     handle: u64,
     bytes: usize,
 }
 
-/// Everything that is held.
+/// All resources that are held.
 #[derive(Debug, Default)]
 pub(super) struct Holdings {
     memory: HashMap<u64, Memory>,
@@ -35,9 +35,9 @@ pub(super) struct Holdings {
 }
 
 impl Holdings {
-    /// One more reference to the memory of a handle. `bytes` is 0 where the call does not tell: what is imported
-    /// shows its size when it is mapped.
-    pub(super) fn refer(&mut self, handle: u64, bytes: usize) {
+    /// Adds a reference to the memory of a handle. `bytes` is 0 if unknown: the size of imported
+    /// memory is known once it is mapped.
+    pub(super) fn add_reference(&mut self, handle: u64, bytes: usize) {
         self.known(handle, bytes).references += 1;
     }
 
@@ -47,7 +47,7 @@ impl Holdings {
         memory
     }
 
-    /// One reference less; the size of the memory in bytes if there was one.
+    /// Removes a reference, and returns the size of the memory in bytes if there was one.
     pub(super) fn release(&mut self, handle: u64) -> Option<usize> {
         let memory = self.memory.get_mut(&handle)?;
         let bytes = memory.bytes;
@@ -68,7 +68,7 @@ impl Holdings {
         self.mappings.insert(address, Mapped { handle, bytes });
     }
 
-    /// Takes out the mappings that begin in a range.
+    /// Removes the mappings that begin in a range.
     pub(super) fn unmap(&mut self, address: u64, bytes: usize) -> Vec<(u64, Mapped)> {
         let end = address.saturating_add(bytes as u64);
         let inside = self.mappings.range(address..end);
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     fn memory_is_held_while_it_is_referred_to_or_mapped() {
         let mut holdings = Holdings::default();
-        holdings.refer(7, 4096);
+        holdings.add_reference(7, 4096);
         holdings.map(0x1000, 4096, 7);
         holdings.map(0x9000, 4096, 7);
         assert_eq!(holdings.release(7), Some(4096));
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!((one.len(), holdings.books().physical_bytes), (1, 4096));
         let other = holdings.unmap(0, usize::MAX);
         assert_eq!(holdings.books(), Books::default());
-        // The driver refused both, so both are there again.
+        // The driver refused both, so both are added again.
         holdings.map_again(one);
         holdings.map_again(other);
         assert_eq!(holdings.books().mapped_bytes, 8192);

@@ -1,4 +1,4 @@
-//! Standing between a program and any driver.
+//! Wraps the table of any driver.
 
 mod entry;
 mod holdings;
@@ -9,14 +9,14 @@ use cuda_vmm_sys::{CUresult, DriverFunction, DriverTable};
 use holdings::Holdings;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A driver's table with a fault plan, counts and books in front of it; clones are the same one.
+/// A driver's table with a fault plan, call counts and books in front of it. Clones share it.
 ///
-/// Every call goes on to the driver behind, unless a [`Fault`] answers it. So a real driver can be made to fail
-/// like a simulated one, and what a program holds of it is counted exactly, where `cuMemGetInfo` sees only
-/// memory, and that of all processes.
+/// Every call goes to the wrapped driver, unless a [`Fault`] fails it. So a real driver can be made
+/// to fail like a simulated one. The books count exactly what a program holds of it; `cuMemGetInfo`
+/// reports only memory, and that of all processes.
 ///
-/// What is made through the table must be given back through it. It ends with its last clone, and its functions answer
-/// `CUDA_ERROR_DEINITIALIZED` from then on.
+/// Free what was created through the table through the table. The interposer ends with its last
+/// clone; then its functions return `CUDA_ERROR_DEINITIALIZED`.
 #[derive(Clone, Debug)]
 pub struct Interposer(Arc<Owner>);
 
@@ -30,7 +30,7 @@ struct Owner {
 impl Drop for Owner {
     fn drop(&mut self) {
         if self.process != std::process::id() {
-            // The lock may be held for good, and the place ends with the process.
+            // The lock may never be released, and the slot ends with the process.
             return;
         }
         entry::vacate(self.slot);
@@ -52,17 +52,17 @@ struct Inner {
 }
 
 impl Interposer {
-    /// How many may be alive in a process.
+    /// The most interposers that may be alive in a process.
     pub const LIMIT: usize = entry::SLOTS;
 
-    /// Stands in front of `driver`.
+    /// Wraps `driver`.
     ///
     /// # Errors
     /// [`SimError::TooManyInterposers`] while [`LIMIT`](Self::LIMIT) others are alive.
     ///
     /// # Safety
-    /// The functions of `driver` must keep the contracts of CUDA's functions of their names, and stay valid
-    /// while this or a clone of it lives.
+    /// The functions of `driver` have the contracts of CUDA's functions of their names, and stay
+    /// valid while this interposer or a clone of it lives.
     pub unsafe fn new(driver: DriverTable) -> Result<Self, SimError> {
         let state = Arc::new(State {
             driver,
@@ -82,8 +82,8 @@ impl Interposer {
         })))
     }
 
-    /// The functions to call instead of the driver's. They go on to the driver's while this or a clone of it
-    /// lives: keep one beside the table.
+    /// Returns the functions to call instead of the driver's. They call the driver while this
+    /// interposer or a clone of it lives: keep one beside the table.
     pub fn table(&self) -> DriverTable {
         let mut table = entry::table(self.0.slot);
         if self.0.state.driver.cuCtxRecordEvent.is_none() {
@@ -92,17 +92,17 @@ impl Interposer {
         table
     }
 
-    /// Adds a fault to the plan. A call that it answers does not reach the driver.
+    /// Adds a fault to the plan. A call that it fails does not reach the driver.
     pub fn inject(&self, fault: Fault) {
         self.0.state.lock().faults.add(fault);
     }
 
-    /// Forgets all faults.
+    /// Removes all faults.
     pub fn clear_faults(&self) {
         self.0.state.lock().faults.clear();
     }
 
-    /// How many calls of an entry point there have been, failed ones too.
+    /// Returns the number of calls of an entry point, including failed ones.
     pub fn calls(&self, function: DriverFunction) -> u64 {
         self.0.state.lock().calls[function as usize]
     }
@@ -112,15 +112,17 @@ impl Interposer {
         self.0.state.lock().trace = Some(Vec::new());
     }
 
-    /// Ends the trace: the calls of all threads since [`start_trace`](Self::start_trace), in order.
+    /// Ends the trace and returns it: the calls of all threads since
+    /// [`start_trace`](Self::start_trace), in order.
     pub fn take_trace(&self) -> Vec<DriverFunction> {
         self.0.state.lock().trace.take().unwrap_or_default()
     }
 
-    /// What was made through the table and not given back, on all devices together.
+    /// Returns the resources that were created through the table and not freed, on all devices
+    /// together.
     ///
-    /// `physical_bytes` is the memory of handles that are held or mapped, and of plain allocations; memory
-    /// that was imported from another process counts too.
+    /// `physical_bytes` is the memory of handles that are held or mapped, and of plain allocations.
+    /// Memory that was imported from another process counts too.
     pub fn books(&self) -> Books {
         self.0.state.lock().holdings.books()
     }
@@ -131,7 +133,7 @@ impl State {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What every call begins with; the code of a fault that answers it.
+    /// Begins every call: counts it, and returns the code of a fault that fails it.
     fn begin(&self, function: DriverFunction) -> Result<(), CUresult> {
         let mut inner = self.lock();
         inner.calls[function as usize] += 1;

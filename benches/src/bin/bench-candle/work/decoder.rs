@@ -114,7 +114,7 @@ impl<'a, F: Measured> Subject<'a, F> {
 fn measure(machine: &Machine) -> Result<Outcome> {
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
     let pool = machine.pool()?;
-    let options = machine.pool_options().contiguous_answers(true);
+    let options = machine.pool_options().contiguous_output(true);
     let copying_pool = TensorPool::with_options(&machine.candle, options)?;
     let elastic = RefCell::new(Subject::new(machine, &config, &pool)?);
     let mut copying = Subject::new(machine, &config, &copying_pool)?;

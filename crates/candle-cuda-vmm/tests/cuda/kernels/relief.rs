@@ -1,4 +1,4 @@
-//! Trimming the memory pool that Candle allocates from, which no simulated device has.
+//! Trims the memory pool that Candle allocates from. Simulated devices have none.
 
 use crate::common::{GIB, open};
 use crate::relief::{LEFT, candle, greedy, take};
@@ -9,11 +9,12 @@ use candle_cuda_vmm::cuda_vmm::sys::CUDA_ERROR_OUT_OF_MEMORY;
 use candle_cuda_vmm::{let_candle_make_room, trim_candle_memory};
 use std::sync::{Arc, Mutex};
 
-/// Has the device's pool keep so much of what is freed, in bytes, as frameworks do to allocate faster; 0 is what it does by
-/// itself.
+/// Sets how many freed bytes the device's pool keeps. Frameworks do so to allocate faster; the
+/// default is 0.
 fn keep(candle: &CudaDevice, bytes: u64) {
     let mut bytes = bytes;
-    // SAFETY: the device is Candle's, the pool is its current one, and the value is of the attribute's type.
+    // SAFETY: the device is Candle's, the pool is its current one, and the value has the
+    // attribute's type.
     unsafe {
         let pool = device::get_mem_pool(candle.cuda_stream().context().cu_device()).unwrap();
         let value = core::ptr::from_mut(&mut bytes).cast();
@@ -30,7 +31,7 @@ fn a_pool_gets_what_candle_has_freed_and_keeps() {
     drop(take(&candle, free_bytes - 2 * LEFT).unwrap());
     test.device.synchronize().unwrap();
     assert!(test.free_bytes() < 3 * LEFT, "Candle's pool keeps it");
-    // Drivers that take it back by themselves, as 580 does, need no hook for it.
+    // Drivers such as 580 take the memory back without help.
     let_candle_make_room(&test.device).unwrap();
     let pool = greedy(&test, 8 * GIB);
     pool.allocate_for_model("model", 8 * GIB).unwrap();

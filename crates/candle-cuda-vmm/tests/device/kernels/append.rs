@@ -1,5 +1,6 @@
-//! What an append answers, beside Candle's own concatenation on the CPU: for shapes, strides and offsets that one launch
-//! takes and for those that it does not, in types of which Candle has copies of any strides.
+//! What an append answers, beside Candle's own concatenation on the CPU: for shapes, strides and
+//! offsets that one launch takes and for those that it does not, in types of which Candle has
+//! copies of any strides.
 
 use crate::common::open;
 use candle_core::{DType, Device, Tensor};
@@ -70,7 +71,7 @@ fn answers_are_what_candle_concatenates() {
     // The last is not of whole pieces in any of the types.
     let shapes = [(1, 8, 128), (2, 3, 16), (1, 1, 64), (2, 2, 5)];
     for contiguous in [false, true] {
-        let options = TensorPoolOptions::new().contiguous_answers(contiguous);
+        let options = TensorPoolOptions::new().contiguous_output(contiguous);
         let pool = TensorPool::with_options(&test.device, options).unwrap();
         for (dtype, (batch, heads, dim)) in dtypes
             .iter()
@@ -117,9 +118,9 @@ fn answers_are_what_candle_concatenates() {
 }
 
 #[test]
-fn contiguous_answers_are_copies() {
+fn contiguous_output_is_copied() {
     let test = open();
-    let options = TensorPoolOptions::new().contiguous_answers(true);
+    let options = TensorPoolOptions::new().contiguous_output(true);
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.kv_cache(2, 64);
     let token = |number| {

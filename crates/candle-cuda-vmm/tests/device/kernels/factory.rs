@@ -20,7 +20,7 @@ macro_rules! every_kind {
         $check(&PreallocatedCaches, $device);
         $check(&ConcatCaches, $device);
         $check(&TensorPool::new($device).unwrap(), $device);
-        let contiguous = TensorPoolOptions::new().contiguous_answers(true);
+        let contiguous = TensorPoolOptions::new().contiguous_output(true);
         $check(
             &TensorPool::with_options($device, contiguous).unwrap(),
             $device,
@@ -28,8 +28,8 @@ macro_rules! every_kind {
     };
 }
 
-/// Tokens of these numbers, `[1, HEADS, tokens, HEAD_DIM]`: each number once for each head and dimension, told apart by
-/// head. As models have them after a transposition, if `token_major`.
+/// Tokens of these numbers, `[1, HEADS, tokens, HEAD_DIM]`: each number once for each head and
+/// dimension, told apart by head. As models have them after a transposition, if `token_major`.
 fn tokens(numbers: &[u32], token_major: bool, device: &Device) -> Tensor {
     let elements = |number: u32, head: usize| [(number * 10) as f32 + head as f32; HEAD_DIM];
     let (shape, elements): (_, Vec<f32>) = match token_major {
