@@ -1,151 +1,125 @@
 //! One cell of the matrix: what a row runs, and under which conditions.
 
-use super::program::Program;
+/// A choice of named values, which are listed in order.
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $value:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum $name { $($(#[$about])* $value),* }
 
-/// The driver under the tests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Driver {
-    /// NVIDIA's, with a GPU behind it.
-    Real,
-    /// The one of `cuda-vmm-sim`, called from within the program.
-    Simulated,
-    /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has
-    /// the facade's CUDA programs run on it.
-    SimulatedLibrary,
+        impl $name {
+            /// All values, in order.
+            #[allow(dead_code)]
+            pub const ALL: &[Self] = &[$(Self::$value),*];
+
+            /// How reports and command lines name it.
+            pub fn word(self) -> &'static str {
+                match self { $(Self::$value => $word),* }
+            }
+        }
+    };
 }
+pub(crate) use choice;
+
+choice! {
+    /// The driver under the tests.
+    Driver {
+        /// NVIDIA's, with a GPU behind it.
+        Real = "real",
+        /// The one of `cuda-vmm-sim`, called from within the program.
+        Simulated = "simulated",
+        /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has the
+        /// facade's CUDA programs run on it.
+        SimulatedLibrary = "simulated-library",
+    }
+}
+
+choice! {
+    /// The size of the pools' pages.
+    Page {
+        /// The device's own granularity, whatever it is.
+        Granularity = "granularity",
+        /// 2 MiB, the granularity of NVIDIA's present GPUs.
+        Mib2 = "2MiB",
+        /// 16 MiB.
+        Mib16 = "16MiB",
+        /// 32 MiB.
+        Mib32 = "32MiB",
+    }
+}
+
+choice! {
+    /// The kind of Candle device that the facade's tests open.
+    CandleDevice {
+        /// A CUDA device that works on the default stream.
+        DefaultStream = "default-stream",
+        /// A CUDA device that works on a stream of its own.
+        OwnStream = "own-stream",
+        /// Candle's CPU device, over the simulated driver.
+        Cpu = "cpu",
+    }
+}
+
+choice! {
+    /// A list of test programs that belong together.
+    Suite {
+        /// The driver's rules, and memory shared between processes.
+        Core = "core",
+        /// The pools.
+        Pools = "pools",
+        /// The Candle crate.
+        Facade = "facade",
+        /// Whether anything is left over.
+        Leaks = "leaks",
+        /// Random operations on many threads for some seconds.
+        Stress = "stress",
+    }
+}
+
+/// The package without Candle.
+pub const CORE: &str = "cuda-vmm";
+/// The package of the facade.
+pub const FACADE: &str = "candle-cuda-vmm";
 
 impl Driver {
     /// Those of the matrix, in order.
-    pub const ALL: [Self; 2] = [Self::Real, Self::Simulated];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Real => "real",
-            Self::Simulated => "simulated",
-            Self::SimulatedLibrary => "simulated-library",
-        }
-    }
+    pub const OF_MATRIX: [Self; 2] = [Self::Real, Self::Simulated];
 
     /// Whether its programs open a `libcuda.so.1`.
     pub fn is_library(self) -> bool {
-        matches!(self, Self::Real | Self::SimulatedLibrary)
-    }
-}
-
-/// The size of the pools' pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Page {
-    /// The device's own granularity, whatever it is.
-    Granularity,
-    /// 2 MiB, the granularity of NVIDIA's present GPUs.
-    Mib2,
-    /// 16 MiB.
-    Mib16,
-    /// 32 MiB.
-    Mib32,
-}
-
-impl Page {
-    /// All, in order.
-    pub const ALL: [Self; 4] = [Self::Granularity, Self::Mib2, Self::Mib16, Self::Mib32];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Granularity => "granularity",
-            Self::Mib2 => "2MiB",
-            Self::Mib16 => "16MiB",
-            Self::Mib32 => "32MiB",
-        }
+        self != Self::Simulated
     }
 
-    /// Its size where the row fixes it.
-    fn bytes(self) -> Option<u64> {
+    /// The kinds of Candle device that there are on it.
+    fn candle_devices(self) -> &'static [CandleDevice] {
         match self {
-            Self::Granularity => None,
-            Self::Mib2 => Some(2 << 20),
-            Self::Mib16 => Some(16 << 20),
-            Self::Mib32 => Some(32 << 20),
+            Self::Real | Self::SimulatedLibrary => {
+                &[CandleDevice::DefaultStream, CandleDevice::OwnStream]
+            }
+            Self::Simulated => &[CandleDevice::Cpu],
         }
     }
 }
 
-/// The kind of Candle device that the facade's tests open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CandleDevice {
-    /// A CUDA device that works on the default stream.
-    DefaultStream,
-    /// A CUDA device that works on a stream of its own.
-    OwnStream,
-    /// Candle's CPU device, over the simulated driver.
-    Cpu,
+/// A test target of a package, built for one driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Program {
+    /// The driver that its rows are for.
+    pub driver: Driver,
+    /// The package.
+    pub package: &'static str,
+    /// The test target.
+    pub target: &'static str,
 }
 
-impl CandleDevice {
-    /// The kinds that there are on a driver.
-    fn of(driver: Driver) -> &'static [Self] {
-        match driver {
-            Driver::Real | Driver::SimulatedLibrary => &[Self::DefaultStream, Self::OwnStream],
-            Driver::Simulated => &[Self::Cpu],
-        }
-    }
-
-    /// How the row names it, and the tests' variable too.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::DefaultStream => "default-stream",
-            Self::OwnStream => "own-stream",
-            Self::Cpu => "cpu",
-        }
-    }
-}
-
-/// A list of test programs that belong together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Suite {
-    /// The driver's rules, and memory shared between processes.
-    Core,
-    /// The pools.
-    Pools,
-    /// The Candle crate.
-    Facade,
-    /// Whether anything is left over.
-    Leaks,
-    /// Random operations on many threads for some seconds.
-    Stress,
-}
-
-impl Suite {
-    /// All, in order.
-    pub const ALL: [Self; 5] = [
-        Self::Core,
-        Self::Pools,
-        Self::Facade,
-        Self::Leaks,
-        Self::Stress,
-    ];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Core => "core",
-            Self::Pools => "pools",
-            Self::Facade => "facade",
-            Self::Leaks => "leaks",
-            Self::Stress => "stress",
-        }
-    }
-
-    /// The package and the test targets in it that there are for a driver.
-    fn targets(self, driver: Driver) -> (&'static str, &'static [&'static str]) {
-        match self {
-            Self::Core => (Program::CORE, &["conformance", "share"]),
-            Self::Pools => (Program::CORE, &["device", "faults"]),
-            Self::Facade if driver.is_library() => (Program::FACADE, &["device", "cuda"]),
-            Self::Facade => (Program::FACADE, &["device"]),
-            Self::Leaks => (Program::CORE, &["leaks"]),
-            Self::Stress => (Program::CORE, &["stress"]),
+impl Program {
+    /// Its name in a bundle. The core's programs serve both drivers; the facade's are built twice, as the one for the real
+    /// driver cannot even start without the CUDA libraries.
+    pub fn file_name(&self) -> String {
+        let name = format!("{}-{}", self.package, self.target);
+        match self.package {
+            FACADE => format!("{name}-{}", self.driver.word()),
+            _ => name,
         }
     }
 }
@@ -170,57 +144,50 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let mut cells = Vec::new();
-        for driver in Driver::ALL {
-            for devices in [1, 2] {
-                for page in Page::ALL {
-                    for suite in Suite::ALL {
-                        let candle_devices: Vec<_> = match suite {
-                            Suite::Facade => {
-                                CandleDevice::of(driver).iter().copied().map(Some).collect()
-                            }
-                            _ => vec![None],
-                        };
-                        cells.extend(candle_devices.into_iter().map(|candle_device| Self {
-                            driver,
-                            devices,
-                            page,
-                            candle_device,
-                            suite,
-                            sanitized,
-                        }));
-                    }
-                }
-            }
-        }
-        cells.retain(|cell| cell.exists());
+        let drivers = Driver::OF_MATRIX.into_iter();
+        let mut cells: Vec<_> = drivers
+            .flat_map(|driver| Self::of(driver, sanitized))
+            .collect();
+        cells.retain(|cell| {
+            !sanitized || (cell.driver == Driver::Real && cell.suite == Suite::Core)
+        });
         cells
     }
 
     /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with two.
     pub fn simulated_library() -> Vec<Self> {
-        let mut cells = Vec::new();
-        for devices in [1, 2] {
-            for &kind in CandleDevice::of(Driver::SimulatedLibrary) {
-                cells.push(Self {
-                    driver: Driver::SimulatedLibrary,
-                    devices,
-                    page: Page::Granularity,
-                    candle_device: Some(kind),
-                    suite: Suite::Facade,
-                    sanitized: false,
-                });
-            }
-        }
+        let mut cells = Self::of(Driver::SimulatedLibrary, false);
+        cells.retain(|cell| cell.suite == Suite::Facade && cell.page == Page::Granularity);
         cells
     }
 
-    fn exists(&self) -> bool {
-        // Candle has one CPU device.
-        let one_too_many = self.candle_device == Some(CandleDevice::Cpu) && self.devices > 1;
-        let not_for_sanitizer =
-            self.sanitized && (self.driver != Driver::Real || self.suite != Suite::Core);
-        !one_too_many && !not_for_sanitizer
+    fn of(driver: Driver, sanitized: bool) -> Vec<Self> {
+        let mut cells = Vec::new();
+        for devices in [1, 2] {
+            for &page in Page::ALL {
+                for &suite in Suite::ALL {
+                    let facade = driver.candle_devices().iter().copied().map(Some).collect();
+                    let candle_devices: Vec<_> = match suite {
+                        Suite::Facade => facade,
+                        _ => vec![None],
+                    };
+                    for candle_device in candle_devices {
+                        // Candle has one CPU device.
+                        if devices == 1 || candle_device != Some(CandleDevice::Cpu) {
+                            cells.push(Self {
+                                driver,
+                                devices,
+                                page,
+                                candle_device,
+                                suite,
+                                sanitized,
+                            });
+                        }
+                    }
+                }
+            }
+        }
+        cells
     }
 
     /// The suite's name, which says whether it is sanitized.
@@ -229,40 +196,47 @@ impl Cell {
         format!("{}{suffix}", self.suite.word())
     }
 
-    /// The row's name: its place on each axis.
+    /// Its place on each axis.
+    pub fn axes(&self) -> [String; 5] {
+        [
+            self.driver.word().to_owned(),
+            self.devices.to_string(),
+            self.page.word().to_owned(),
+            self.candle_device
+                .map_or("-", CandleDevice::word)
+                .to_owned(),
+            self.suite_name(),
+        ]
+    }
+
+    /// The row's name.
     pub fn name(&self) -> String {
-        format!(
-            "{}/{}/{}/{}/{}",
-            self.driver.word(),
-            self.devices,
-            self.page.word(),
-            self.candle_device.map_or("-", CandleDevice::word),
-            self.suite_name()
-        )
+        self.axes().join("/")
     }
 
     /// Whether a word of the command line is true of this cell.
     pub fn is(&self, word: &str) -> bool {
-        word == self.driver.word()
-            || word == self.devices.to_string()
-            || word == self.page.word()
-            || self.candle_device.is_some_and(|kind| word == kind.word())
-            || word == self.suite.word()
-            || word == self.suite_name()
-            || word == self.name()
+        let is_on_axis = word != "-" && self.axes().iter().any(|place| place == word);
+        is_on_axis || word == self.suite.word() || word == self.name()
     }
 
     /// The test programs, in order.
     pub fn programs(&self) -> Vec<Program> {
-        let (package, targets) = self.suite.targets(self.driver);
-        targets
-            .iter()
-            .map(|&target| Program {
-                driver: self.driver,
-                package,
-                target,
-            })
-            .collect()
+        let driver = self.driver;
+        let (package, targets): (_, &[_]) = match self.suite {
+            Suite::Core => (CORE, &["conformance", "share"]),
+            Suite::Pools => (CORE, &["device", "faults"]),
+            Suite::Facade if driver.is_library() => (FACADE, &["device", "cuda"]),
+            Suite::Facade => (FACADE, &["device"]),
+            Suite::Leaks => (CORE, &["leaks"]),
+            Suite::Stress => (CORE, &["stress"]),
+        };
+        let program = |&target| Program {
+            driver,
+            package,
+            target,
+        };
+        targets.iter().map(program).collect()
     }
 
     /// For how many seconds the stress test goes on; 0 for other suites. One cell of each driver has
@@ -278,9 +252,10 @@ impl Cell {
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> Vec<(&'static str, String)> {
         // The programs take for real what they open as a library.
-        let driver = match self.driver.is_library() {
-            true => Driver::Real,
-            false => self.driver,
+        let driver = if self.driver.is_library() {
+            Driver::Real
+        } else {
+            self.driver
         };
         let mut variables = vec![
             ("CUDA_VMM_TEST_DRIVER", driver.word().to_owned()),
@@ -289,7 +264,13 @@ impl Cell {
         if self.driver == Driver::SimulatedLibrary {
             variables.push(("CUDA_VMM_SIM_DEVICES", self.devices.to_string()));
         }
-        if let Some(bytes) = self.page.bytes() {
+        let bytes: Option<u64> = match self.page {
+            Page::Granularity => None,
+            Page::Mib2 => Some(2 << 20),
+            Page::Mib16 => Some(16 << 20),
+            Page::Mib32 => Some(32 << 20),
+        };
+        if let Some(bytes) = bytes {
             variables.push(("CUDA_VMM_TEST_PAGE_BYTES", bytes.to_string()));
         } else if self.driver == Driver::Simulated && self.suite != Suite::Facade {
             // Small, so that a test which takes 2 MiB for granted fails.

@@ -1,92 +1,129 @@
-//! Libraries that let the facade's CUDA programs be started where there is no GPU: the simulated driver as
-//! `libcuda.so.1`, and stand-ins for the other CUDA libraries as far as opening a Candle device needs them.
+//! Libraries that take the place of CUDA's own: to link against where those are absent, and to start the facade's CUDA
+//! programs where there is no GPU.
 //!
-//! Programs are linked so that every symbol must be found when they are started. What the simulated driver does
-//! not have, and what the stand-ins do not do, is there all the same and answers that it is not supported. The
-//! driver's share of that is a library of its own, which the other stand-ins need, and which the dynamic loader
-//! asks after `libcuda.so.1`.
+//! Programs are linked so that every symbol must be found when they are started. What the simulated driver does not have,
+//! and what the stand-ins do not do, is there all the same and returns that it is not supported.
 
-use super::stubs::{self, LIBRARIES, Symbols};
-use crate::files;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
+use xshell::{Shell, cmd};
 
-/// The driver's calls that are not simulated.
-const NOT_SIMULATED: &str = "libcuda-not-simulated.so";
+/// A library of CUDA's.
+struct Library {
+    /// What `-l` calls it.
+    name: &'static str,
+    /// Its name at run time in CUDA 13.
+    soname: &'static str,
+    /// How its symbols begin.
+    beginnings: &'static [&'static str],
+    /// The code by which it says that it does not support a call. cuRAND and NVRTC have none, so theirs is that of an
+    /// internal error.
+    code: u32,
+}
 
-/// What a library does, if it does something, and the code by which it says that it does not support a call.
-fn manner(library: &str) -> (&'static str, u32) {
-    match library {
-        "cublas" => (include_str!("stand_ins/cublas.c"), 15),
-        "cublasLt" => ("", 15),
-        // cuRAND and NVRTC have no such code, so theirs is that of an internal error.
-        "curand" => (include_str!("stand_ins/curand.c"), 999),
-        "nvrtc" => ("", 11),
-        "cudart" => (include_str!("stand_ins/cudart.c"), 801),
-        _ => ("", 801),
+const fn library(
+    name: &'static str,
+    soname: &'static str,
+    beginnings: &'static [&'static str],
+    code: u32,
+) -> Library {
+    Library {
+        name,
+        soname,
+        beginnings,
+        code,
     }
 }
 
-/// Makes the libraries in `folder` for programs, over the shared library that is the simulated driver.
-///
-/// # Errors
-///
-/// If the compiler or a file fails, or the programs ask for nothing of a CUDA driver.
-pub fn make(folder: &Path, programs: &BTreeSet<PathBuf>, simulator: &Path) -> Result<()> {
-    files::remove_tree(folder)?;
-    files::make(folder)?;
-    let driver = folder.join("libcuda.so.1");
-    fs::copy(simulator, &driver).with_context(|| format!("copying {}", simulator.display()))?;
-    let simulated = stubs::symbols(Symbols::Exported, &BTreeSet::from([driver]))?;
-    let asked = stubs::symbols(Symbols::Asked, programs)?;
-    let of = |library: &str| -> Vec<&String> {
-        let mine = asked
-            .iter()
-            .filter(|symbol| stubs::owner(symbol) == Some(library));
-        mine.filter(|symbol| !simulated.contains(*symbol)).collect()
-    };
+const LIBRARIES: [Library; 6] = [
+    library("cublasLt", "libcublasLt.so.13", &["cublasLt"], 15),
+    library("cublas", "libcublas.so.13", &["cublas"], 15),
+    library("curand", "libcurand.so.10", &["curand"], 999),
+    library("nvrtc", "libnvrtc.so.13", &["nvrtc"], 11),
+    library("cudart", "libcudart.so.13", &["cuda", "__cuda"], 801),
+    library("cuda", "libcuda.so.1", &["cu"], 801),
+];
+
+/// What stand-ins can do.
+const SOURCE: &str = include_str!("stand_ins.c");
+
+/// Makes libraries in `folder` to link against: the right names, the symbols that `archives` leave undefined, and nothing in
+/// them. The real ones take their place when the program is started.
+pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) -> Result<()> {
+    let symbols = symbols(shell, Symbols::Undefined, archives)?;
     ensure!(
-        asked.iter().any(|symbol| simulated.contains(symbol)),
-        "the programs ask for nothing of a CUDA driver"
+        names(&symbols).contains("cuda"),
+        "nm found no symbol of the CUDA driver"
     );
-    build(folder, "cuda", NOT_SIMULATED, &of("cuda"), &[])?;
-    for (library, soname, _) in LIBRARIES {
-        if library != "cuda" {
-            let needs = [
-                "-Wl,--no-as-needed",
-                "-L",
-                ".",
-                "-l:libcuda-not-simulated.so",
-            ];
-            build(folder, library, soname, &of(library), &needs)?;
-        }
+    for Library { name, soname, .. } in LIBRARIES {
+        let mine = symbols
+            .iter()
+            .filter(|symbol| owner(symbol).is_some_and(|it| it.name == name));
+        let text: String = mine
+            .map(|symbol| format!("void {symbol}(void) {{}}\n"))
+            .collect();
+        compile(shell, folder, &format!("lib{name}.so"), soname, &[&text])?;
     }
     Ok(())
 }
 
-/// Compiles the library `soname` in `folder`: the symbols that only answer are weak, so that those of the
-/// library's own source come before them.
-fn build(
+/// Makes the libraries in `folder` with which programs are started over `simulator`, the shared library that is the simulated
+/// driver. All but the driver are one library under several names, which also has those calls of the driver that are not
+/// simulated.
+///
+/// # Errors
+///
+/// If the compiler or a file fails, or the programs ask for nothing of a CUDA driver.
+pub fn make(
+    shell: &Shell,
     folder: &Path,
-    library: &str,
-    soname: &str,
-    symbols: &[&String],
-    link: &[&str],
+    programs: &BTreeSet<PathBuf>,
+    simulator: &Path,
 ) -> Result<()> {
-    let (source, code) = manner(library);
-    let answers: String = symbols.iter().map(|symbol| answer(symbol, code)).collect();
-    let [does, refuses] = ["does", "refuses"].map(|what| format!("{library}-{what}.c"));
-    for (name, text) in [(&does, source), (&refuses, &answers)] {
-        fs::write(folder.join(name), text).with_context(|| format!("writing {name}"))?;
+    shell.remove_path(folder)?;
+    shell.create_dir(folder)?;
+    let driver = folder.join("libcuda.so.1");
+    shell.copy_file(simulator, &driver)?;
+    let simulated = symbols(shell, Symbols::Exported, &BTreeSet::from([driver]))?;
+    let asked = symbols(shell, Symbols::Asked, programs)?;
+    ensure!(
+        !asked.is_disjoint(&simulated),
+        "the programs ask for nothing of a CUDA driver"
+    );
+    let answers: String = asked
+        .difference(&simulated)
+        .map(|symbol| answer(symbol))
+        .collect();
+    let all = "stand-ins.so";
+    compile(shell, folder, all, all, &[SOURCE, &answers])?;
+    for Library { soname, .. } in LIBRARIES.into_iter().filter(|it| it.name != "cuda") {
+        shell.hard_link(folder.join(all), folder.join(soname))?;
     }
-    stubs::compile(folder, soname, soname, &[&does, &refuses], link)
+    Ok(())
 }
 
-/// A C function that does nothing but say so.
-fn answer(symbol: &str, code: u32) -> String {
-    // These answer with text; whoever prints it must not follow a code.
+/// Compiles sources in C to the library `file` in `folder`, which is called `soname` at run time.
+fn compile(shell: &Shell, folder: &Path, file: &str, soname: &str, texts: &[&str]) -> Result<()> {
+    let sources = (0..texts.len()).map(|index| folder.join(format!("{file}-{index}.c")));
+    let (sources, library): (Vec<_>, _) = (sources.collect(), folder.join(file));
+    for (source, text) in sources.iter().zip(texts) {
+        shell.write_file(source, text)?;
+    }
+    let name = format!("-Wl,-soname,{soname}");
+    cmd!(
+        shell,
+        "cc -shared -fPIC -fno-builtin -o {library} {name} {sources...}"
+    )
+    .quiet()
+    .run()?;
+    Ok(())
+}
+
+/// A C function that does nothing but say so. It is weak, so that one of the stand-ins' own source comes before it.
+fn answer(symbol: &str) -> String {
+    let code = owner(symbol).map_or(1, |library| library.code);
+    // These return text; a caller that prints it must not follow a code.
     let is_text = ["String", "GetErrorName", "StatusName"]
         .iter()
         .any(|end| symbol.ends_with(end));
@@ -98,10 +135,112 @@ fn answer(symbol: &str, code: u32) -> String {
     }
 }
 
+/// Which symbols are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Symbols {
+    /// Those that object files and archives leave to others.
+    Undefined,
+    /// Those that programs and shared libraries ask of others when they are started.
+    Asked,
+    /// Those that shared libraries have for others.
+    Exported,
+}
+
+/// The symbols of CUDA libraries in these files.
+pub fn symbols(
+    shell: &Shell,
+    which: Symbols,
+    files: &BTreeSet<PathBuf>,
+) -> Result<BTreeSet<String>> {
+    let (arguments, kind): (&[_], _) = match which {
+        Symbols::Undefined => (&["-u"], "U"),
+        Symbols::Asked => (&["-D", "-u"], "U"),
+        Symbols::Exported => (&["-D", "--defined-only"], "T"),
+    };
+    // nm complains of the members that are not object files, and goes on.
+    let nm = cmd!(shell, "nm -P {arguments...} {files...}").quiet();
+    Ok(listed(&nm.ignore_status().ignore_stderr().read()?, kind))
+}
+
+/// The symbols of CUDA libraries in what `nm -P` prints, of one kind.
+fn listed(text: &str, kind: &str) -> BTreeSet<String> {
+    let lines = text.lines().map(|line| line.split_whitespace());
+    let symbols = lines.filter_map(|mut words| words.next().zip(words.next()));
+    let mine = symbols.filter(|(symbol, of)| *of == kind && owner(symbol).is_some());
+    mine.map(|(symbol, _)| symbol.to_owned()).collect()
+}
+
+/// The run-time names of the CUDA libraries that a program needs which asks for these symbols, the driver's left out.
+pub fn needed(symbols: &BTreeSet<String>) -> Vec<String> {
+    let names = names(symbols);
+    // cuBLAS itself loads cuBLASLt.
+    let is_needed = |name| names.contains(name) || (name == "cublasLt" && names.contains("cublas"));
+    let needed = LIBRARIES
+        .iter()
+        .filter(|it| it.name != "cuda" && is_needed(it.name));
+    let needed: BTreeSet<String> = needed.map(|it| it.soname.to_owned()).collect();
+    needed.into_iter().collect()
+}
+
+/// The libraries that have these symbols.
+fn names(symbols: &BTreeSet<String>) -> BTreeSet<&'static str> {
+    symbols
+        .iter()
+        .filter_map(|symbol| Some(owner(symbol)?.name))
+        .collect()
+}
+
+/// Which library a symbol belongs to, by how it begins.
+fn owner(symbol: &str) -> Option<&'static Library> {
+    const ALL: &[Library] = &LIBRARIES;
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let begins = |beginning: &&str| {
+        let rest = symbol.strip_prefix(*beginning);
+        rest.is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_uppercase()))
+    };
+    let mut mine = ALL
+        .iter()
+        .filter(|library| library.beginnings.iter().any(begins));
+    mine.next().filter(|_| symbol.bytes().all(is_name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::process::Command;
+
+    #[test]
+    fn symbols_go_to_the_library_that_has_them() {
+        for (symbol, library) in [
+            ("cuMemCreate", Some("cuda")),
+            ("cublasSgemm_v2", Some("cublas")),
+            ("cublasLtMatmul", Some("cublasLt")),
+            ("curandCreateGenerator", Some("curand")),
+            ("nvrtcVersion", Some("nvrtc")),
+            ("cudaMalloc", Some("cudart")),
+            ("__cudaRegisterFunction", Some("cudart")),
+            ("custom", None),
+            ("curl_easy_init", None),
+            ("memcpy", None),
+        ] {
+            assert_eq!(owner(symbol).map(|it| it.name), library, "{symbol}");
+        }
+    }
+
+    #[test]
+    fn symbols_are_of_one_kind() {
+        let text = "libx.rlib[x.o]:\ncuInit U         \ncuLocal T 0 0\nmemcpy U\ncuInit U\n";
+        assert_eq!(listed(text, "U"), BTreeSet::from(["cuInit".to_owned()]));
+        assert_eq!(listed(text, "T"), BTreeSet::from(["cuLocal".to_owned()]));
+    }
+
+    #[test]
+    fn what_is_needed_leaves_out_the_driver_and_adds_what_cublas_loads() {
+        let symbols = ["cuInit", "cublasSgemm_v2", "memcpy"].map(str::to_owned);
+        let libraries = ["libcublas.so.13", "libcublasLt.so.13"];
+        assert_eq!(needed(&BTreeSet::from(symbols)), libraries);
+    }
 
     /// Compiles a program, or with `-shared` a library, in a folder.
     fn cc(folder: &Path, output: &str, source: &str, arguments: &[&str]) {
@@ -133,11 +272,9 @@ mod tests {
         });
         let asks: String = asks.collect();
         cc(folder, "asks.o", &asks, &["-c"]);
-        stubs::make(
-            &folder.join("stubs"),
-            &BTreeSet::from([folder.join("asks.o")]),
-        )
-        .unwrap();
+        let shell = Shell::new().unwrap();
+        let asks = BTreeSet::from([folder.join("asks.o")]);
+        make_stubs(&shell, &folder.join("stubs"), &asks).unwrap();
         let program = "int cuInit(unsigned); int cuMemPrefetch(void); int cublasCreate_v2(void **);\n\
             int cublasDestroy_v2(void *); int cublasSgemm_v2(void); const char *cublasGetStatusString(int);\n\
             int main(void) { void *handle = 0;\n\
@@ -149,12 +286,8 @@ mod tests {
         let link = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
         cc(folder, "program", program, &link);
         let (program, made) = (folder.join("program"), folder.join("made"));
-        make(
-            &made,
-            &BTreeSet::from([program.clone()]),
-            &folder.join("simulator.so"),
-        )
-        .unwrap();
+        let programs = BTreeSet::from([program.clone()]);
+        make(&shell, &made, &programs, &folder.join("simulator.so")).unwrap();
         let status = Command::new(&program)
             .env("LD_LIBRARY_PATH", &made)
             .status()

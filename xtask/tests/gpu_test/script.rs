@@ -14,6 +14,7 @@ fn pack(fake: &Fake) -> PathBuf {
     let xtask = fake.path().join("bundle/bin/xtask");
     fs::copy(env!("CARGO_BIN_EXE_xtask"), xtask).unwrap();
     let status = Command::new("tar")
+        .env("XZ_OPT", "-0")
         .arg("-cJf")
         .arg(packed.join("bundle.tar.xz"))
         .arg("-C")
