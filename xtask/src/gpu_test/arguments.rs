@@ -1,6 +1,6 @@
 //! The command line of the matrix, the same in place and for a bundle's `run`, and the rows that it asks for.
 
-use super::cell::{Cell, Driver, Page};
+use super::cell::{Cell, Driver};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -125,7 +125,7 @@ impl Arguments {
         };
         let devices =
             cell.devices == 1 || self.devices.is_some() || said(&cell.devices.to_string());
-        let page = cell.page == Page::Mib2 || said(cell.page.word());
+        let page = cell.page_mib == 2 || said(&cell.page());
         !self.sanitize || (devices && page)
     }
 }

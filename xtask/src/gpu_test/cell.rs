@@ -1,6 +1,6 @@
 //! One cell of the matrix: what a row runs, and under which conditions.
 
-/// A choice of named values, which are listed in order.
+/// A choice of named values, in order.
 macro_rules! choice {
     ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $value:ident = $word:literal,)* }) => {
         $(#[$doc])*
@@ -8,9 +8,7 @@ macro_rules! choice {
         pub enum $name { $($(#[$about])* $value),* }
 
         impl $name {
-            /// All values, in order.
-            #[allow(dead_code)]
-            pub const ALL: &[Self] = &[$(Self::$value),*];
+            pub const ALL: [Self; [$($word),*].len()] = [$(Self::$value),*];
 
             /// How reports and command lines name it.
             pub fn word(self) -> &'static str {
@@ -35,37 +33,10 @@ choice! {
 }
 
 choice! {
-    /// The size of the pools' pages.
-    Page {
-        /// The device's own granularity, whatever it is.
-        Granularity = "granularity",
-        /// 2 MiB, the granularity of NVIDIA's present GPUs.
-        Mib2 = "2MiB",
-        /// 16 MiB.
-        Mib16 = "16MiB",
-        /// 32 MiB.
-        Mib32 = "32MiB",
-    }
-}
-
-choice! {
-    /// The kind of Candle device that the facade's tests open.
-    CandleDevice {
-        /// A CUDA device that works on the default stream.
-        DefaultStream = "default-stream",
-        /// A CUDA device that works on a stream of its own.
-        OwnStream = "own-stream",
-        /// Candle's CPU device, over the simulated driver.
-        Cpu = "cpu",
-    }
-}
-
-choice! {
     /// A list of test programs that belong together.
     Suite {
         /// The driver's rules, and memory shared between processes.
         Core = "core",
-        /// The pools.
         Pools = "pools",
         /// The Candle crate.
         Facade = "facade",
@@ -76,27 +47,26 @@ choice! {
     }
 }
 
-/// The package without Candle.
+/// The package without Candle, and that of the facade.
 pub const CORE: &str = "cuda-vmm";
-/// The package of the facade.
 pub const FACADE: &str = "candle-cuda-vmm";
 
-impl Driver {
-    /// Those of the matrix, in order.
-    pub const OF_MATRIX: [Self; 2] = [Self::Real, Self::Simulated];
+/// The sizes of the pools' pages in MiB. With 0 they have the device's own granularity, whatever it is; that of NVIDIA's
+/// present GPUs is 2 MiB.
+const PAGES_MIB: [u64; 4] = [0, 2, 16, 32];
 
+impl Driver {
     /// Whether its programs open a `libcuda.so.1`.
     pub fn is_library(self) -> bool {
         self != Self::Simulated
     }
 
-    /// The kinds of Candle device that there are on it.
-    fn candle_devices(self) -> &'static [CandleDevice] {
+    /// The kinds of Candle device that the facade's tests open on it: CUDA devices that work on the default stream or on one
+    /// of their own, or Candle's CPU device.
+    fn candle_devices(self) -> &'static [Option<&'static str>] {
         match self {
-            Self::Real | Self::SimulatedLibrary => {
-                &[CandleDevice::DefaultStream, CandleDevice::OwnStream]
-            }
-            Self::Simulated => &[CandleDevice::Cpu],
+            Self::Real | Self::SimulatedLibrary => &[Some("default-stream"), Some("own-stream")],
+            Self::Simulated => &[Some("cpu")],
         }
     }
 }
@@ -127,15 +97,13 @@ impl Program {
 /// One cell of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// The driver under the tests.
     pub driver: Driver,
     /// How many devices the tests use.
     pub devices: u32,
-    /// The size of the pools' pages.
-    pub page: Page,
+    /// The size of the pools' pages, of [`PAGES_MIB`].
+    pub page_mib: u64,
     /// The kind of Candle device, for the facade only.
-    pub candle_device: Option<CandleDevice>,
-    /// What is run.
+    pub candle_device: Option<&'static str>,
     pub suite: Suite,
     /// Whether it is run under NVIDIA's memory checker.
     pub sanitized: bool,
@@ -144,47 +112,42 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let drivers = Driver::OF_MATRIX.into_iter();
-        let mut cells: Vec<_> = drivers
-            .flat_map(|driver| Self::of(driver, sanitized))
-            .collect();
-        cells.retain(|cell| {
-            !sanitized || (cell.driver == Driver::Real && cell.suite == Suite::Core)
-        });
+        let mut cells = Self::of(Driver::Real, sanitized);
+        match sanitized {
+            true => cells.retain(|cell| cell.suite == Suite::Core),
+            false => cells.extend(Self::of(Driver::Simulated, false)),
+        }
         cells
     }
 
     /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with two.
     pub fn simulated_library() -> Vec<Self> {
         let mut cells = Self::of(Driver::SimulatedLibrary, false);
-        cells.retain(|cell| cell.suite == Suite::Facade && cell.page == Page::Granularity);
+        cells.retain(|cell| cell.suite == Suite::Facade && cell.page_mib == 0);
         cells
     }
 
     fn of(driver: Driver, sanitized: bool) -> Vec<Self> {
         let mut cells = Vec::new();
-        for devices in [1, 2] {
-            for &page in Page::ALL {
-                for &suite in Suite::ALL {
-                    let facade = driver.candle_devices().iter().copied().map(Some).collect();
-                    let candle_devices: Vec<_> = match suite {
-                        Suite::Facade => facade,
-                        _ => vec![None],
-                    };
-                    for candle_device in candle_devices {
-                        // Candle has one CPU device.
-                        if devices == 1 || candle_device != Some(CandleDevice::Cpu) {
-                            cells.push(Self {
-                                driver,
-                                devices,
-                                page,
-                                candle_device,
-                                suite,
-                                sanitized,
-                            });
-                        }
-                    }
-                }
+        for (devices, page_mib) in [1, 2]
+            .into_iter()
+            .flat_map(|it| PAGES_MIB.map(|page| (it, page)))
+        {
+            for suite in Suite::ALL {
+                let candle_devices = match (suite, driver, devices) {
+                    // Candle has one CPU device.
+                    (Suite::Facade, Driver::Simulated, 2) => &[],
+                    (Suite::Facade, ..) => driver.candle_devices(),
+                    _ => &[None],
+                };
+                cells.extend(candle_devices.iter().map(|&candle_device| Self {
+                    driver,
+                    devices,
+                    page_mib,
+                    candle_device,
+                    suite,
+                    sanitized,
+                }));
             }
         }
         cells
@@ -196,15 +159,23 @@ impl Cell {
         format!("{}{suffix}", self.suite.word())
     }
 
+    /// The page's size, as reports and command lines name it.
+    pub fn page(&self) -> String {
+        match self.page_mib {
+            0 => "granularity".to_owned(),
+            mib => format!("{mib}MiB"),
+        }
+    }
+
     /// Its place on each axis.
     pub fn axes(&self) -> [String; 5] {
+        let (driver, devices) = (self.driver.word().to_owned(), self.devices.to_string());
+        let candle_device = self.candle_device.unwrap_or("-").to_owned();
         [
-            self.driver.word().to_owned(),
-            self.devices.to_string(),
-            self.page.word().to_owned(),
-            self.candle_device
-                .map_or("-", CandleDevice::word)
-                .to_owned(),
+            driver,
+            devices,
+            self.page(),
+            candle_device,
             self.suite_name(),
         ]
     }
@@ -242,8 +213,8 @@ impl Cell {
     /// For how many seconds the stress test goes on; 0 for other suites. One cell of each driver has
     /// the seconds that were asked for, the others have few.
     pub fn stress_seconds(&self, asked: u64) -> u64 {
-        match (self.suite, self.devices, self.page) {
-            (Suite::Stress, 1, Page::Mib2) => asked,
+        match (self.suite, self.devices, self.page_mib) {
+            (Suite::Stress, 1, 2) => asked,
             (Suite::Stress, _, _) => 2,
             _ => 0,
         }
@@ -264,20 +235,15 @@ impl Cell {
         if self.driver == Driver::SimulatedLibrary {
             variables.push(("CUDA_VMM_SIM_DEVICES", self.devices.to_string()));
         }
-        let bytes: Option<u64> = match self.page {
-            Page::Granularity => None,
-            Page::Mib2 => Some(2 << 20),
-            Page::Mib16 => Some(16 << 20),
-            Page::Mib32 => Some(32 << 20),
-        };
-        if let Some(bytes) = bytes {
+        if self.page_mib > 0 {
+            let bytes = self.page_mib << 20;
             variables.push(("CUDA_VMM_TEST_PAGE_BYTES", bytes.to_string()));
         } else if self.driver == Driver::Simulated && self.suite != Suite::Facade {
             // Small, so that a test which takes 2 MiB for granted fails.
             variables.push(("CUDA_VMM_TEST_GRANULARITY_BYTES", "65536".to_owned()));
         }
         if let (true, Some(kind)) = (self.driver.is_library(), self.candle_device) {
-            variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.word().to_owned()));
+            variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.to_owned()));
         }
         if self.suite == Suite::Stress {
             let seconds = self.stress_seconds(stress_seconds);
@@ -293,10 +259,16 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn cell(name: &str) -> Cell {
-        Cell::all(false)
-            .into_iter()
-            .find(|cell| cell.name() == name)
-            .unwrap()
+        let mut cells = Cell::all(false).into_iter();
+        cells.find(|cell| cell.name() == name).unwrap()
+    }
+
+    fn variables(cell: &Cell) -> String {
+        let variables = cell.variables(60).into_iter();
+        let texts: Vec<_> = variables
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        texts.join(" ").replace("CUDA_VMM_TEST_", "")
     }
 
     #[test]
@@ -316,76 +288,61 @@ mod tests {
     fn the_simulated_library_is_not_of_the_matrix_and_its_programs_take_it_for_real() {
         let cells = Cell::simulated_library();
         let names: Vec<String> = cells.iter().map(Cell::name).collect();
+        let places = [
+            "1/granularity/default",
+            "1/granularity/own",
+            "2/granularity/default",
+            "2/granularity/own",
+        ];
         assert_eq!(
             names,
-            [
-                "simulated-library/1/granularity/default-stream/facade",
-                "simulated-library/1/granularity/own-stream/facade",
-                "simulated-library/2/granularity/default-stream/facade",
-                "simulated-library/2/granularity/own-stream/facade",
-            ]
+            places.map(|place| format!("simulated-library/{place}-stream/facade"))
         );
         let all = Cell::all(false);
         assert!(!all.iter().any(|cell| names.contains(&cell.name())));
-        let variables = cells[3].variables(0);
-        for expected in [
-            ("CUDA_VMM_TEST_DRIVER", "real"),
-            ("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream"),
-            ("CUDA_VMM_SIM_DEVICES", "2"),
+        assert_eq!(
+            variables(&cells[3]),
+            "DRIVER=real DEVICES=2 CUDA_VMM_SIM_DEVICES=2 CANDLE_DEVICE=own-stream"
+        );
+        for (cell, targets) in [
+            (cells[0], &["device", "cuda"][..]),
+            (cell("real/1/2MiB/own-stream/facade"), &["device", "cuda"]),
+            (cell("simulated/1/2MiB/cpu/facade"), &["device"]),
         ] {
-            let (name, value) = expected;
-            assert!(
-                variables.contains(&(name, value.to_owned())),
-                "{variables:?}"
+            let programs = cell.programs().into_iter();
+            assert_eq!(
+                programs.map(|program| program.target).collect::<Vec<_>>(),
+                targets
             );
         }
-        let targets = |cell: &Cell| -> Vec<_> {
-            let programs = cell.programs().into_iter();
-            programs.map(|program| program.target).collect()
-        };
-        assert_eq!(targets(&cells[0]), ["device", "cuda"]);
-        assert_eq!(
-            targets(&cell("real/1/2MiB/own-stream/facade")),
-            ["device", "cuda"]
-        );
-        assert_eq!(targets(&cell("simulated/1/2MiB/cpu/facade")), ["device"]);
     }
 
     #[test]
     fn variables_follow_the_cell() {
-        let variables = |name: &str| {
-            let text: Vec<String> = cell(name)
-                .variables(60)
-                .into_iter()
-                .map(|(name, value)| {
-                    format!("{}={value}", name.strip_prefix("CUDA_VMM_TEST_").unwrap())
-                })
-                .collect();
-            text.join(" ")
-        };
-        assert_eq!(
-            variables("real/1/granularity/-/core"),
-            "DRIVER=real DEVICES=1"
-        );
-        assert_eq!(
-            variables("real/2/16MiB/own-stream/facade"),
-            "DRIVER=real DEVICES=2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream"
-        );
-        assert_eq!(
-            variables("simulated/2/granularity/-/pools"),
-            "DRIVER=simulated DEVICES=2 GRANULARITY_BYTES=65536"
-        );
-        assert_eq!(
-            variables("simulated/1/granularity/cpu/facade"),
-            "DRIVER=simulated DEVICES=1"
-        );
-        assert_eq!(
-            variables("simulated/1/2MiB/-/stress"),
-            "DRIVER=simulated DEVICES=1 PAGE_BYTES=2097152 STRESS_SECONDS=60"
-        );
-        assert_eq!(
-            variables("real/2/2MiB/-/stress"),
-            "DRIVER=real DEVICES=2 PAGE_BYTES=2097152 STRESS_SECONDS=2"
-        );
+        for (name, expected) in [
+            ("real/1/granularity/-/core", "DRIVER=real DEVICES=1"),
+            (
+                "real/2/16MiB/own-stream/facade",
+                "DRIVER=real DEVICES=2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream",
+            ),
+            (
+                "simulated/2/granularity/-/pools",
+                "DRIVER=simulated DEVICES=2 GRANULARITY_BYTES=65536",
+            ),
+            (
+                "simulated/1/granularity/cpu/facade",
+                "DRIVER=simulated DEVICES=1",
+            ),
+            (
+                "simulated/1/2MiB/-/stress",
+                "DRIVER=simulated DEVICES=1 PAGE_BYTES=2097152 STRESS_SECONDS=60",
+            ),
+            (
+                "real/2/2MiB/-/stress",
+                "DRIVER=real DEVICES=2 PAGE_BYTES=2097152 STRESS_SECONDS=2",
+            ),
+        ] {
+            assert_eq!(variables(&cell(name)), expected, "{name}");
+        }
     }
 }

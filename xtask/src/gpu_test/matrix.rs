@@ -120,7 +120,8 @@ pub fn run_all(runner: &Runner<'_>, cells: &[Cell]) -> Result<Vec<Row>> {
         Ok(rows)
     };
     let rows: Result<Vec<Vec<Row>>> = thread::scope(|scope| {
-        let start = |queue| scope.spawn(|| run(queue));
+        let run = &run;
+        let start = |queue| scope.spawn(move || run(queue));
         let threads = [&real, &library, &simulated, &simulated].map(start);
         let join = |thread: thread::ScopedJoinHandle<_>| thread.join().expect("rows do not panic");
         threads.map(join).into_iter().collect()

@@ -1,7 +1,7 @@
 //! What is printed of a run, and written down: `report.md`, and JSON.
 
 use super::build::Manifest;
-use super::cell::{CandleDevice, Driver, Suite};
+use super::cell::{Driver, Suite};
 use super::conditions::{Conditions, first_line};
 use super::probe::Answer;
 use super::runner::{Row, State};
@@ -124,8 +124,8 @@ impl Report {
                 "name": row.cell.name(),
                 "driver": row.cell.driver.word(),
                 "devices": row.cell.devices,
-                "page": row.cell.page.word(),
-                "candle_device": row.cell.candle_device.map(CandleDevice::word),
+                "page": row.cell.page(),
+                "candle_device": row.cell.candle_device,
                 "suite": row.cell.suite_name(),
                 "state": row.state.word(),
                 "seconds": (row.time.as_secs_f64() * 1000.0).round() / 1000.0,
@@ -212,8 +212,8 @@ pub fn print_row(row: &Row) {
 /// A line for each suite on each driver, and one for all.
 fn groups(rows: &[Row]) -> Vec<[String; 8]> {
     let mut lines = Vec::new();
-    for driver in Driver::OF_MATRIX {
-        for &suite in Suite::ALL {
+    for driver in Driver::ALL {
+        for suite in Suite::ALL {
             let is_mine = |row: &&Row| row.cell.driver == driver && row.cell.suite == suite;
             let group: Vec<&Row> = rows.iter().filter(is_mine).collect();
             if let Some(first) = group.first() {

@@ -3,9 +3,9 @@
 use super::build::Builder;
 use super::cell::Cell;
 use super::conditions::{Conditions, Libraries};
-use super::report::{self, print_row};
+use super::report;
 use super::runner::{KERNELS, Runner, State};
-use super::{COMPUTE_CAP, process, stand_ins};
+use super::{COMPUTE_CAP, matrix, process, stand_ins};
 use crate::display;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
@@ -45,14 +45,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         stress_seconds: 0,
         limit_seconds: 300,
     };
-    let mut rows = Vec::new();
-    for cell in cells {
-        let row = runner.run(cell)?;
-        print_row(&row);
-        if row.state != State::Pass {
-            print!("{}", row.log);
-        }
-        rows.push(row);
+    let rows = matrix::run_all(&runner, &cells)?;
+    for row in rows.iter().filter(|row| row.state != State::Pass) {
+        print!("{}", row.log);
     }
     let failed = report::count(&rows, State::Fail);
     ensure!(failed == 0, "{failed} of {} rows failed", rows.len());
