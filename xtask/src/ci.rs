@@ -7,7 +7,6 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Instant;
-use xshell::Cmd;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
@@ -58,15 +57,16 @@ fn cargo(workspace: &Workspace, line: &str) -> Result<()> {
 }
 
 fn clippy(workspace: &Workspace) -> Result<()> {
-    let clippy = workspace
-        .cargo("clippy --workspace --all-targets")
-        .args(tests::FEATURES);
-    Ok(clippy.args(["--", "-D", "warnings"]).run()?)
+    let line = format!(
+        "clippy --workspace --all-targets {} -- -D warnings",
+        tests::FEATURES
+    );
+    cargo(workspace, &line)
 }
 
 fn gpu_test_simulated(workspace: &Workspace) -> Result<()> {
-    let arguments = ["--driver", "simulated", "--stress-seconds", "5"];
-    Ok(gpu_test(workspace).args(arguments).run()?)
+    let line = "xtask gpu-test --driver simulated --stress-seconds 5";
+    Ok(workspace.cargo(line).env_remove("OUT").run()?)
 }
 
 /// Without a GPU every row must be skipped, and the exit code say so.
@@ -76,11 +76,13 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
         return Ok(());
     }
     let file = workspace.target.join("gpu-test/without-gpu.json");
-    let command = gpu_test(workspace).arg("--json").arg(&file);
-    let status = command.ignore_status().output()?.status;
+    // As one types it: this program's own file may have been built anew since it was started.
+    let command = workspace.cargo("xtask gpu-test --json").arg(&file);
+    let command = command.env_remove("OUT").ignore_status();
+    let status = command.output()?.status;
     ensure!(
         status.code() == Some(2),
-        "gpu-test without a GPU: {status}, where exit code 2 is right"
+        "gpu-test without a GPU ends with {status}, not with 2"
     );
     let report = workspace.shell.read_file(&file)?;
     let report: Value = serde_json::from_str(&report).context("gpu-test's report is not JSON")?;
@@ -90,9 +92,4 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
         "gpu-test without a GPU did not skip every row: {report}"
     );
     Ok(())
-}
-
-/// The task `gpu-test`, as one types it: this program's own file may have been built anew since it was started.
-fn gpu_test(workspace: &Workspace) -> Cmd<'_> {
-    workspace.cargo("xtask gpu-test").env_remove("OUT")
 }

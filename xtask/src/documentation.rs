@@ -27,9 +27,9 @@ const BADGES: [(&str, &str, &str); 3] = [
 
 /// The documentation of the whole workspace, in which nothing may be amiss.
 pub fn workspace(workspace: &Workspace) -> Result<()> {
-    let doc = workspace.cargo("doc --workspace --no-deps");
-    let doc = doc.args(tests::FEATURES).env("RUSTDOCFLAGS", "-D warnings");
-    Ok(doc.run()?)
+    let doc = format!("doc --workspace --no-deps {}", tests::FEATURES);
+    let doc = workspace.cargo(&doc);
+    Ok(doc.env("RUSTDOCFLAGS", "-D warnings").run()?)
 }
 
 /// Each library's as a host builds it: by its own manifest's words, offline, with no `cuda.h`, and with the features that

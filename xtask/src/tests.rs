@@ -6,20 +6,20 @@ use anyhow::Result;
 use std::time::Instant;
 
 /// What turns on the simulator wherever it is optional, and what else of the core is.
-pub const FEATURES: [&str; 2] = ["--features", "cuda-vmm/simulator,cuda-vmm/serde"];
+pub const FEATURES: &str = "--features cuda-vmm/simulator,cuda-vmm/serde";
 
 /// Runs the workspace's tests, with nextest if it is installed: it runs the tests of all programs side by side.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     setup::ensure(workspace, false, false)?;
-    let cargo = |line| workspace.cargo(line).args(FEATURES);
+    let run = |line: &str| workspace.cargo(&format!("{line} {FEATURES}")).run();
     let nextest = workspace.cargo("nextest --version").quiet();
     if nextest.ignore_stdout().ignore_stderr().run().is_ok() {
-        cargo("nextest run --workspace --status-level slow --final-status-level fail").run()?;
+        run("nextest run --workspace --status-level slow --final-status-level fail")?;
         // The model check's documentation is that of `cuda-vmm`.
-        cargo("test --doc --workspace --exclude cuda-vmm-model-check").run()?;
+        run("test --doc --workspace --exclude cuda-vmm-model-check")?;
     } else {
-        cargo("test --workspace").run()?;
+        run("test --workspace")?;
     }
     eprintln!("xtask: test: PASS in {}", display::time(started.elapsed()));
     Ok(())

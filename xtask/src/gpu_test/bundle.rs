@@ -1,7 +1,7 @@
 //! The bundle: everything that the matrix needs on a machine without a toolchain.
 
 use super::arguments::Usage;
-use super::build::{Builder, Manifest, OTHERS};
+use super::build::{Manifest, OTHERS};
 use super::cell::{Cell, Program};
 use super::probe;
 use super::runner::Programs;
@@ -23,7 +23,7 @@ const MANIFEST: &str = "bundle.json";
 
 /// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
-    let builder = Builder::new(workspace, compute_cap);
+    let builder = super::builder(workspace, compute_cap);
     let programs = Cell::all(false).iter().flat_map(Cell::programs).collect();
     let programs = builder.programs(&programs)?;
     let manifest = builder.manifest(&programs)?;

@@ -183,7 +183,7 @@ fn folders() -> Vec<PathBuf> {
 }
 
 /// The paths of a pattern, in order.
-fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
+pub fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
     glob::glob(pattern).into_iter().flatten().flatten()
 }
 

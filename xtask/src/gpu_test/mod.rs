@@ -43,7 +43,7 @@ pub fn run(
         bundle::make(workspace, &std::path::absolute(folder)?, compute_cap)?;
         return Ok(0);
     }
-    let builder = Builder::new(workspace, compute_cap);
+    let builder = builder(workspace, compute_cap);
     let probe = || probe::ask(&probe::compile(&workspace.shell, &builder.target)?);
     let conditions = Conditions::find(arguments, probe)?;
     let mut cells = arguments.select(conditions.gpus())?;
@@ -76,9 +76,19 @@ pub fn run(
     Ok(code)
 }
 
+/// Builds for GPUs of `compute_cap` (90 for 9.0) and newer.
+fn builder(workspace: &Workspace, compute_cap: u32) -> Builder<'_> {
+    let target = workspace.target.join("gpu-test");
+    Builder {
+        workspace,
+        target,
+        compute_cap,
+    }
+}
+
 /// A command that runs a program of [`OTHERS`] on the real driver; builds it for GPUs of `compute_cap` and newer.
 pub fn with_cuda(workspace: &Workspace, compute_cap: u32, name: &str) -> Result<Command> {
-    let builder = Builder::new(workspace, compute_cap);
+    let builder = builder(workspace, compute_cap);
     let mut others = OTHERS.into_iter();
     let other = others.find(|other| other.0 == name);
     let program = builder.other(other.context("there is no such program")?)?;

@@ -1,6 +1,5 @@
 //! `test --cuda`: the facade's CUDA programs where there is no GPU, over the simulated driver.
 
-use super::build::Builder;
 use super::cell::Cell;
 use super::conditions::{Conditions, Libraries};
 use super::report;
@@ -14,7 +13,7 @@ use std::time::Instant;
 /// Builds the programs as `gpu-test` does and runs them on each kind of CUDA device that Candle has.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
-    let builder = Builder::new(workspace, COMPUTE_CAP);
+    let builder = super::builder(workspace, COMPUTE_CAP);
     let cells = Cell::simulated_library();
     let programs = builder.programs(&cells.iter().flat_map(Cell::programs).collect())?;
     builder.clippy()?;
