@@ -3,7 +3,7 @@
 use super::cell::{CORE, FACADE, Program};
 use super::conditions::{first_line, matching};
 use super::runner::Programs;
-use super::stand_ins::{self, Symbols};
+use super::stand_ins;
 use crate::bench;
 use crate::setup;
 use crate::tests::FEATURES;
@@ -114,8 +114,7 @@ impl Builder<'_> {
 
     /// The CUDA libraries that programs need, the driver's left out.
     pub fn needed(&self, programs: BTreeSet<PathBuf>) -> Result<Vec<String>> {
-        let symbols = stand_ins::symbols(&self.workspace.shell, Symbols::Asked, &programs)?;
-        Ok(stand_ins::needed(&symbols))
+        stand_ins::needed(&self.workspace.shell, &programs)
     }
 
     /// Builds the simulated driver as a shared library.

@@ -18,8 +18,10 @@ const ARCHIVE: &str = "bundle.tar.xz";
 const XZ: &str = "xz -T1 --lzma2=preset=6,dict=128MiB";
 /// The most that a packed bundle may weigh.
 const LIMIT_BYTES: u64 = 40 << 20;
-/// What the build says of itself.
+/// Where things are in it: what the build says of itself, this program, the probe.
 const MANIFEST: &str = "bundle.json";
+const XTASK: &str = "bin/xtask";
+pub const PROBE: &str = "bin/probe";
 
 /// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
@@ -28,27 +30,24 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let programs = builder.programs(&programs)?;
     let manifest = builder.manifest(&programs)?;
     let xtask = env!("CARGO_PKG_NAME");
+    let probe = probe::compile(&workspace.shell, &builder.target)?;
     let mut built = vec![
-        (xtask_file(), builder.other((xtask, xtask, "", "bin"))?),
-        (
-            probe_file(),
-            probe::compile(&workspace.shell, &builder.target)?,
-        ),
+        (XTASK.to_owned(), builder.other((xtask, xtask, "", "bin"))?),
+        (PROBE.to_owned(), probe),
     ];
     for other in OTHERS {
         built.push((other_file(other.0), builder.other(other)?));
     }
     let tests = programs.len();
-    built.extend(
-        programs
-            .into_iter()
-            .map(|(program, from)| (test_file(&program), from)),
-    );
+    for (program, from) in programs {
+        built.push((test_file(&program), from));
+    }
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;
     let bytes = pack(&workspace.shell, &stage, folder)?;
+    let is_small = bytes <= LIMIT_BYTES;
     ensure!(
-        bytes <= LIMIT_BYTES,
+        is_small,
         "the bundle has {bytes} bytes, more than the {LIMIT_BYTES} allowed"
     );
     let (short, folder) = (workspace.short(folder), folder.display());
@@ -66,20 +65,19 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
 fn fill(
     shell: &Shell,
     stage: &Path,
-    built: &[(PathBuf, PathBuf)],
+    built: &[(String, PathBuf)],
     manifest: &Manifest,
 ) -> Result<()> {
     shell.remove_path(stage)?;
+    let manifest = serde_json::to_string_pretty(manifest)?;
+    shell.write_file(stage.join(MANIFEST), manifest)?;
     for (place, from) in built {
         let to = stage.join(place);
         shell.create_dir(to.parent().unwrap_or(stage))?;
         shell.copy_file(from, &to)?;
         files::executable(&to)?;
     }
-    Ok(shell.write_file(
-        stage.join(MANIFEST),
-        serde_json::to_string_pretty(manifest)?,
-    )?)
+    Ok(())
 }
 
 /// Packs `stage` into `folder`, and returns the size of the archive in bytes.
@@ -88,9 +86,8 @@ fn pack(shell: &Shell, stage: &Path, folder: &Path) -> Result<u64> {
     let (script, archive) = (folder.join("run"), folder.join(ARCHIVE));
     shell.write_file(&script, include_str!("run.sh"))?;
     files::executable(&script)?;
-    cmd!(shell, "tar -I {XZ} --sort=name -cf {archive} -C {stage} .")
-        .quiet()
-        .run()?;
+    let tar = cmd!(shell, "tar -I {XZ} --sort=name -cf {archive} -C {stage} .");
+    tar.quiet().run()?;
     Ok(fs::metadata(&archive)?.len())
 }
 
@@ -102,12 +99,10 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
 
 /// Every test program of the matrix in `folder`.
 pub fn programs(folder: &Path) -> Programs {
-    let programs = Cell::all(false)
-        .into_iter()
-        .flat_map(|cell| cell.programs());
-    programs
-        .map(|program| (program, folder.join(test_file(&program))))
-        .collect()
+    let cells = Cell::all(false);
+    let programs = cells.iter().flat_map(Cell::programs);
+    let path = |program: &Program| folder.join(test_file(program));
+    programs.map(|program| (program, path(&program))).collect()
 }
 
 /// A program in `folder` that is no test.
@@ -119,33 +114,20 @@ pub fn other(folder: &Path, name: &str) -> Result<PathBuf> {
     let others = files::entries(&folder.join(other_file("")))?;
     let names = others.iter().filter_map(|path| path.file_name()?.to_str());
     let names: Vec<&str> = names.collect();
-    match names.contains(&name) {
-        true => Ok(folder.join(other_file(name))),
-        false => {
-            let names = names.join(", ");
-            Err(Usage(format!(
-                "the bundle has no program {name:?}; it has {names}"
-            ))
-            .into())
-        }
+    if names.contains(&name) {
+        return Ok(folder.join(other_file(name)));
     }
+    let names = names.join(", ");
+    let usage = format!("the bundle has no program {name:?}; it has {names}");
+    Err(Usage(usage).into())
 }
 
-/// Where the probe is in a bundle.
-pub fn probe_file() -> PathBuf {
-    "bin/probe".into()
+fn test_file(program: &Program) -> String {
+    format!("tests/{}", program.file_name())
 }
 
-fn xtask_file() -> PathBuf {
-    "bin/xtask".into()
-}
-
-fn test_file(program: &Program) -> PathBuf {
-    Path::new("tests").join(program.file_name())
-}
-
-fn other_file(name: &str) -> PathBuf {
-    Path::new("programs").join(name)
+fn other_file(name: &str) -> String {
+    format!("programs/{name}")
 }
 
 #[cfg(test)]
@@ -162,7 +144,7 @@ mod tests {
         let cells = Cell::all(false);
         let programs: BTreeSet<Program> = cells.iter().flat_map(Cell::programs).collect();
         let tests = programs.iter().map(test_file);
-        let files = tests.chain([xtask_file(), probe_file(), other_file("demo")]);
+        let files = tests.chain([XTASK.to_owned(), PROBE.to_owned(), other_file("demo")]);
         let files: Vec<_> = files.map(|file| (file, built.clone())).collect();
         let packed = Manifest {
             commit: "abc".to_owned(),
@@ -170,27 +152,20 @@ mod tests {
             candle_kernels: None,
             libraries: vec!["libx.so".to_owned()],
         };
-        let (shell, stage, bundle) = (
-            Shell::new().unwrap(),
-            folder.join("stage"),
-            folder.join("bundle"),
-        );
+        let (stage, bundle) = (folder.join("stage"), folder.join("bundle"));
+        let shell = Shell::new().unwrap();
         fill(&shell, &stage, &files, &packed).unwrap();
         assert!(pack(&shell, &stage, &bundle).unwrap() > 0);
         assert!(bundle.join("run").is_file());
 
         let unpacked = shell.create_dir(folder.join("unpacked")).unwrap();
         let archive = bundle.join(ARCHIVE);
-        cmd!(shell, "tar -xJf {archive} -C {unpacked}")
-            .run()
-            .unwrap();
+        let tar = cmd!(shell, "tar -xJf {archive} -C {unpacked}");
+        tar.run().unwrap();
         assert_eq!(manifest(&unpacked).unwrap(), packed);
-        assert!(unpacked.join(probe_file()).is_file());
-        assert!(
-            super::programs(&unpacked)
-                .values()
-                .all(|path| path.is_file())
-        );
+        assert!(unpacked.join(PROBE).is_file());
+        let programs = super::programs(&unpacked);
+        assert!(programs.values().all(|path| path.is_file()));
         assert!(other(&unpacked, "demo").unwrap().is_file());
         assert!(other(&unpacked, "../demo").unwrap_err().is::<Usage>());
     }

@@ -68,20 +68,16 @@ impl Matrix<'_> {
         let typed: Vec<_> = typed
             .map(|word| word.to_string_lossy().into_owned())
             .collect();
-        let facts = report::facts(&typed.join(" "), &self.conditions, &self.manifest);
-        let rows = run_all(&runner, &cells)?;
-        let (ended, asked, left_out) = (rows.len(), cells.len(), self.arguments.left_out(gpus));
-        let remark = if ended < asked {
+        let mut report = Report::new(typed.join(" "), &self.conditions, &self.manifest);
+        report.rows = run_all(&runner, &cells)?;
+        let (ended, asked) = (report.rows.len(), cells.len());
+        let left_out = self.arguments.left_out(gpus);
+        report.remark = if ended < asked {
             Some(format!("Interrupted after {ended} of {asked} rows."))
         } else {
             (left_out > 0).then(|| format!(
                 "{left_out} rows for two devices were not asked for, as this machine has one GPU; --devices 2 demands them."
             ))
-        };
-        let report = Report {
-            facts,
-            rows,
-            remark,
         };
         fs::write(&markdown, report.markdown())?;
         if let Some(path) = json {

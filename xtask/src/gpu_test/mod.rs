@@ -122,7 +122,7 @@ pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
     if arguments.matrix.list {
         return list(&arguments.matrix);
     }
-    let probe = || probe::ask(&folder.join(bundle::probe_file()));
+    let probe = || probe::ask(&folder.join(bundle::PROBE));
     let matrix = Matrix {
         arguments: &arguments.matrix,
         conditions: Conditions::find(&arguments.matrix, probe)?,

@@ -1,13 +1,13 @@
 //! What is printed of a run, and written down: `report.md`, and JSON.
 
 use super::build::Manifest;
-use super::cell::{Driver, Suite};
 use super::conditions::{Conditions, first_line};
 use super::probe::Answer;
 use super::runner::{Row, State};
 use crate::display;
 use anstyle::AnsiColor;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::process::Command;
 use std::time::Duration;
@@ -17,87 +17,56 @@ const LOG_LINES: usize = 400;
 
 /// A run of the matrix.
 pub struct Report {
-    /// The machine, and what was run there.
-    pub facts: Vec<Fact>,
-    /// What came of each row.
+    /// The machine, and what was run there: names for programs and for people, the value, and what is said without one.
+    pub facts: [(&'static str, &'static str, Option<String>, &'static str); 11],
+    pub gpus: Option<u32>,
     pub rows: Vec<Row>,
     /// What else is to be said.
     pub remark: Option<String>,
 }
 
-/// A fact: its name for programs and for people, its value if it has one, and how a person reads it.
-pub struct Fact {
-    key: &'static str,
-    name: &'static str,
-    value: Value,
-    text: String,
-}
-
-/// Asks the machine for its facts.
-pub fn facts(command: &str, conditions: &Conditions, manifest: &Manifest) -> Vec<Fact> {
-    let fact = |key, name, value: Option<&str>, otherwise: &str| Fact {
-        key,
-        name,
-        value: value.into(),
-        text: value.unwrap_or(otherwise).to_owned(),
-    };
-    let (gpu, cuda) = match &conditions.gpu {
-        Some(Answer::Gpu { name, cuda, .. }) => (Some(name.as_str()), Some(cuda.as_str())),
-        _ => (None, None),
-    };
-    let gpus = conditions
-        .gpu
-        .as_ref()
-        .map(|answer| answer.count().unwrap_or(0));
-    let no_gpu = if gpus.is_some() { "none" } else { "not asked" };
-    let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
-    let driver = gpu.and_then(|_| first_line(Command::new("nvidia-smi").args(query)));
-    let kernel = first_line(Command::new("uname").arg("-sr"));
-    let date = first_line(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]));
-    let is_linked = !manifest.libraries.is_empty();
-    let libraries = is_linked.then(|| conditions.libraries.describe());
-    let kernels = manifest.candle_kernels.as_deref();
-    let quoted = |fact: Fact, text: String| Fact { text, ..fact };
-    vec![
-        fact("gpu", "GPU", gpu, no_gpu),
-        Fact {
-            value: json!(gpus),
-            ..fact(
-                "gpus",
-                "GPUs",
-                gpus.map(|count| count.to_string()).as_deref(),
-                no_gpu,
-            )
-        },
-        fact("driver", "Driver", driver.as_deref(), "not known"),
-        fact("cuda", "CUDA version of the driver", cuda, "none"),
-        fact("kernel", "Kernel", kernel.as_deref(), "not known"),
-        fact("date", "Date", date.as_deref(), "not known"),
-        quoted(
-            fact("command", "Command", Some(command), ""),
-            format!("`{command}`"),
-        ),
-        quoted(
-            fact("commit", "Built from", Some(&manifest.commit), ""),
-            format!("commit {}", manifest.commit),
-        ),
-        fact("compiler", "Built with", Some(&manifest.compiler), ""),
-        fact("candle_kernels", "Candle's kernels for", kernels, "none"),
-        fact(
-            "cuda_libraries",
-            "CUDA libraries",
-            libraries.as_deref(),
-            "none",
-        ),
-    ]
-}
-
-/// How many rows have this state.
-pub fn count<'a>(rows: impl IntoIterator<Item = &'a Row>, state: State) -> usize {
-    rows.into_iter().filter(|row| row.state == state).count()
-}
-
 impl Report {
+    /// Asks the machine for its facts; there are no rows yet.
+    pub fn new(command: String, conditions: &Conditions, manifest: &Manifest) -> Self {
+        let (gpu, cuda) = match conditions.gpu.clone() {
+            Some(Answer::Gpu { name, cuda, .. }) => (Some(name), Some(cuda)),
+            _ => (None, None),
+        };
+        let gpus = conditions.gpu.as_ref();
+        let gpus = gpus.map(|answer| answer.count().unwrap_or(0));
+        let no_gpu = if gpus.is_some() { "none" } else { "not asked" };
+        let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
+        let query = || first_line(Command::new("nvidia-smi").args(query));
+        let driver = gpu.as_ref().and_then(|_| query());
+        let kernel = first_line(Command::new("uname").arg("-sr"));
+        let date = first_line(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"]));
+        let is_linked = !manifest.libraries.is_empty();
+        let libraries = is_linked.then(|| conditions.libraries.describe());
+        let (commit, compiler) = (manifest.commit.clone(), manifest.compiler.clone());
+        let kernels = manifest.candle_kernels.clone();
+        let count = gpus.map(|count| count.to_string());
+        let facts = [
+            ("gpu", "GPU", gpu, no_gpu),
+            ("gpus", "GPUs", count, no_gpu),
+            ("driver", "Driver", driver, "not known"),
+            ("cuda", "CUDA version of the driver", cuda, "none"),
+            ("kernel", "Kernel", kernel, "not known"),
+            ("date", "Date", date, "not known"),
+            ("command", "Command", Some(command), ""),
+            ("commit", "Built from", Some(commit), ""),
+            ("compiler", "Built with", Some(compiler), ""),
+            ("candle_kernels", "Candle's kernels for", kernels, "none"),
+            ("cuda_libraries", "CUDA libraries", libraries, "none"),
+        ];
+        let (rows, remark) = (Vec::new(), None);
+        Self {
+            facts,
+            gpus,
+            rows,
+            remark,
+        }
+    }
+
     /// The exit code: 1 if a row failed; 2 if none did, but some were skipped; 0 if all passed.
     pub fn exit_code(&self) -> u8 {
         match [State::Fail, State::Skipped].map(|state| count(&self.rows, state)) {
@@ -115,10 +84,10 @@ impl Report {
 
     /// For programs.
     pub fn json(&self) -> serde_json::Result<String> {
-        let facts = self
-            .facts
-            .iter()
-            .map(|fact| (fact.key.to_owned(), fact.value.clone()));
+        let facts = self.facts.iter();
+        let facts = facts.map(|(key, _, value, _)| ((*key).to_owned(), json!(value)));
+        let mut machine: Map<_, _> = facts.collect();
+        machine["gpus"] = json!(self.gpus);
         let row = |row: &Row| {
             json!({
                 "name": row.cell.name(),
@@ -135,7 +104,7 @@ impl Report {
             })
         };
         let report = json!({
-            "machine": facts.collect::<Map<_, _>>(),
+            "machine": machine,
             "rows": self.rows.iter().map(row).collect::<Vec<_>>(),
             "passed": count(&self.rows, State::Pass),
             "failed": count(&self.rows, State::Fail),
@@ -147,11 +116,14 @@ impl Report {
     /// For people.
     pub fn markdown(&self) -> String {
         let mut text = "# GPU test report\n\n| | |\n|---|---|\n".to_owned();
-        for Fact {
-            name, text: value, ..
-        } in &self.facts
-        {
-            text += &format!("| {name} | {} |\n", cell(value));
+        for (key, name, value, otherwise) in &self.facts {
+            let value = cell(value.as_deref().unwrap_or(otherwise));
+            let value = match *key {
+                "command" => format!("`{value}`"),
+                "commit" => format!("commit {value}"),
+                _ => value,
+            };
+            text += &format!("| {name} | {value} |\n");
         }
         text += &format!("\n{}\n", self.counts());
         if let Some(remark) = &self.remark {
@@ -174,23 +146,25 @@ impl Report {
 
     /// Prints the table at the end, what failed, and where the report is.
     pub fn print(&self, time: Duration, written_to: &str) {
+        let [pass, fail, skipped] = State::ALL.map(State::word);
         let head = [
-            "driver", "suite", "rows", "PASS", "FAIL", "SKIPPED", "tests", "time",
+            "driver", "suite", "rows", pass, fail, skipped, "tests", "time",
         ];
         println!("\n{}\n", display::table(head, groups(&self.rows)));
-        self.rows
-            .iter()
-            .filter(|row| row.state == State::Fail)
-            .for_each(print_row);
+        let failed = self.rows.iter().filter(|row| row.state == State::Fail);
+        failed.for_each(print_row);
         if let Some(remark) = &self.remark {
             println!("{remark}");
         }
-        let (counts, time) = (self.counts(), display::time(time));
-        println!(
-            "{counts} in {time}; GPU: {}; report: {written_to}",
-            self.facts[0].text
-        );
+        let (counts, time, gpu) = (self.counts(), display::time(time), &self.facts[0]);
+        let gpu = gpu.2.as_deref().unwrap_or(gpu.3);
+        println!("{counts} in {time}; GPU: {gpu}; report: {written_to}");
     }
+}
+
+/// How many rows have this state.
+pub fn count(rows: &[Row], state: State) -> usize {
+    rows.iter().filter(|row| row.state == state).count()
 }
 
 /// Prints the line of a row that has ended.
@@ -211,35 +185,27 @@ pub fn print_row(row: &Row) {
 
 /// A line for each suite on each driver, and one for all.
 fn groups(rows: &[Row]) -> Vec<[String; 8]> {
-    let mut lines = Vec::new();
-    for driver in Driver::ALL {
-        for suite in Suite::ALL {
-            let is_mine = |row: &&Row| row.cell.driver == driver && row.cell.suite == suite;
-            let group: Vec<&Row> = rows.iter().filter(is_mine).collect();
-            if let Some(first) = group.first() {
-                lines.push(line(driver.word(), first.cell.suite_name(), &group));
-            }
-        }
+    let mut groups: BTreeMap<_, Vec<Row>> = BTreeMap::new();
+    for row in rows {
+        let suite = (row.cell.driver, row.cell.suite);
+        groups.entry(suite).or_default().push(row.clone());
     }
-    lines.push(line("all", String::new(), &rows.iter().collect::<Vec<_>>()));
+    let mut lines = Vec::new();
+    for ((driver, _), group) in groups {
+        let suite = group[0].cell.suite_name();
+        lines.push(line(driver.word(), suite, &group));
+    }
+    lines.push(line("all", String::new(), rows));
     lines
 }
 
-fn line(driver: &str, suite: String, rows: &[&Row]) -> [String; 8] {
-    let count = |state| count(rows.iter().copied(), state).to_string();
-    [
-        driver.to_owned(),
-        suite,
-        rows.len().to_string(),
-        count(State::Pass),
-        count(State::Fail),
-        count(State::Skipped),
-        rows.iter()
-            .map(|row| row.counts.passed)
-            .sum::<u64>()
-            .to_string(),
-        display::time(rows.iter().map(|row| row.time).sum()).to_string(),
-    ]
+fn line(driver: &str, suite: String, rows: &[Row]) -> [String; 8] {
+    let [passed, failed, skipped] = State::ALL.map(|state| count(rows, state).to_string());
+    let tests: u64 = rows.iter().map(|row| row.counts.passed).sum();
+    let time = display::time(rows.iter().map(|row| row.time).sum());
+    let (count, tests, time) = (rows.len().to_string(), tests.to_string(), time.to_string());
+    let driver = driver.to_owned();
+    [driver, suite, count, passed, failed, skipped, tests, time]
 }
 
 fn coloured(state: State, is_colourful: bool) -> String {
@@ -301,28 +267,24 @@ mod tests {
         let mut cells = Cell::all(false);
         cells.retain(|cell| cell.is("2") && (cell.is("core") || cell.is("leaks")));
         let rows: Vec<Row> = cells.into_iter().map(row).collect();
-        assert_eq!(
-            groups(&rows)
-                .iter()
-                .map(|line| line.join(" "))
-                .collect::<Vec<_>>(),
-            [
-                "real core 4 4 0 0 8 0s",
-                "real leaks 4 4 0 0 8 0s",
-                "simulated core 4 4 0 0 8 0s",
-                "simulated leaks 4 4 0 0 8 0s",
-                "all  16 16 0 0 32 0s",
-            ]
-        );
+        let lines: Vec<_> = groups(&rows).iter().map(|line| line.join(" ")).collect();
+        let mut expected = Vec::new();
+        for suite in [
+            "real core",
+            "real leaks",
+            "simulated core",
+            "simulated leaks",
+        ] {
+            expected.push(format!("{suite} 4 4 0 0 8 0s"));
+        }
+        expected.push("all  16 16 0 0 32 0s".to_owned());
+        assert_eq!(lines, expected);
     }
 
     #[test]
     fn only_colours_differ() {
         assert_eq!(coloured(State::Pass, false), "PASS");
         let text = coloured(State::Fail, true);
-        assert!(
-            text.starts_with('\u{1b}') && text.contains("FAIL"),
-            "{text:?}"
-        );
+        assert!(text.starts_with('\u{1b}') && text.contains("FAIL"));
     }
 }
