@@ -1,12 +1,11 @@
 //! `ci`: every check, in order, until one fails.
 
-use crate::workspace::{self, Workspace};
+use crate::workspace::{Workspace, array};
 use crate::{
-    consumers, documentation, gpu_test, headers, licences, package, progress, setup, table, tests,
+    consumers, display, documentation, gpu_test, headers, licences, package, setup, tests,
 };
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::process::Command;
 use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
@@ -16,7 +15,7 @@ const STEPS: [Step; 13] = [
     ("long tests", tests::long),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
-    ("formatting", formatting),
+    ("formatting", |it| cargo(it, "fmt --all --check")),
     ("clippy", clippy),
     ("documentation", documentation::workspace),
     ("documentation as hosted", documentation::hosted),
@@ -25,39 +24,49 @@ const STEPS: [Step; 13] = [
     ("consumers", consumers::run),
     ("headers", headers::run),
     // Last, as a machine that has never done it builds Candle's kernels for many minutes.
-    ("test --cuda", test_cuda),
+    ("test --cuda", |it| cargo(it, "xtask test --cuda")),
 ];
 
 /// Runs the steps, tells the time of each, and prints a table at the end.
 pub fn run(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, false, true)?;
-    let mut rows: Vec<Vec<String>> = Vec::new();
+    let mut rows: Vec<[String; 3]> = Vec::new();
     let mut failure = None;
     for (name, step) in STEPS {
         if failure.is_some() {
-            rows.push(vec![name.to_owned(), "NOT RUN".to_owned(), String::new()]);
+            rows.push([name, "NOT RUN", ""].map(str::to_owned));
             continue;
         }
         eprintln!("xtask: ci: {name}");
         let started = Instant::now();
         let result = step(workspace);
-        let taken = progress::seconds(started.elapsed());
+        let taken = display::time(started.elapsed()).to_string();
         let state = if result.is_ok() { "PASS" } else { "FAIL" };
         eprintln!("xtask: ci: {name}: {state} in {taken}");
-        rows.push(vec![name.to_owned(), state.to_owned(), taken]);
-        failure = result.err().map(|error| (name, error));
+        rows.push([name.to_owned(), state.to_owned(), taken]);
+        failure = result
+            .context(format!("ci stopped at the step {name}"))
+            .err();
     }
-    print!("{}", table::render(&["step", "state", "time"], &rows, &[2]));
-    match failure {
-        Some((name, error)) => Err(error).context(format!("ci stopped at the step {name}")),
-        None => Ok(()),
-    }
+    println!("{}", display::table(["step", "state", "time"], rows));
+    failure.map_or(Ok(()), Err)
+}
+
+fn cargo(workspace: &Workspace, line: &str) -> Result<()> {
+    Ok(workspace.cargo(line).run()?)
+}
+
+fn clippy(workspace: &Workspace) -> Result<()> {
+    let line = format!(
+        "clippy --workspace --all-targets {} -- -D warnings",
+        tests::FEATURES
+    );
+    cargo(workspace, &line)
 }
 
 fn gpu_test_simulated(workspace: &Workspace) -> Result<()> {
-    let mut command = gpu_test(workspace);
-    command.args(["--driver", "simulated", "--stress-seconds", "5"]);
-    workspace::run(&mut command)
+    let line = "xtask gpu-test --driver simulated --stress-seconds 5";
+    Ok(workspace.cargo(line).env_remove("OUT").run()?)
 }
 
 /// Without a GPU every row must be skipped, and the exit code say so.
@@ -67,46 +76,20 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
         return Ok(());
     }
     let file = workspace.target.join("gpu-test/without-gpu.json");
-    let mut command = gpu_test(workspace);
-    command.arg("--json").arg(&file);
-    let output = command.output().context("gpu-test could not be started")?;
+    // As one types it: this program's own file may have been built anew since it was started.
+    let command = workspace.cargo("xtask gpu-test --json").arg(&file);
+    let command = command.env_remove("OUT").ignore_status();
+    let status = command.output()?.status;
     ensure!(
-        output.status.code() == Some(2),
-        "gpu-test without a GPU: {}, where exit code 2 is right:\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
+        status.code() == Some(2),
+        "gpu-test without a GPU ends with {status}, not with 2"
     );
-    let text = std::fs::read(&file).with_context(|| format!("reading {}", file.display()))?;
-    let report: Value = serde_json::from_slice(&text).context("gpu-test's report is not JSON")?;
-    let rows = report["rows"].as_array().map_or(&[][..], Vec::as_slice);
+    let report = workspace.shell.read_file(&file)?;
+    let report: Value = serde_json::from_str(&report).context("gpu-test's report is not JSON")?;
+    let mut rows = array(&report["rows"]).peekable();
     ensure!(
-        !rows.is_empty() && rows.iter().all(|row| row["state"] == "SKIPPED"),
+        rows.peek().is_some() && rows.all(|row| row["state"] == "SKIPPED"),
         "gpu-test without a GPU did not skip every row: {report}"
     );
     Ok(())
-}
-
-fn test_cuda(workspace: &Workspace) -> Result<()> {
-    workspace::run(&mut workspace.cargo(&["xtask", "test", "--cuda"]))
-}
-
-/// The task `gpu-test`, as one types it: this program's own file may have been built anew since it was started.
-fn gpu_test(workspace: &Workspace) -> Command {
-    let mut command = workspace.cargo(&["xtask", "gpu-test"]);
-    command.env_remove("OUT");
-    command
-}
-
-fn formatting(workspace: &Workspace) -> Result<()> {
-    workspace::run(&mut workspace.cargo(&["fmt", "--all", "--check"]))
-}
-
-fn clippy(workspace: &Workspace) -> Result<()> {
-    workspace::run(
-        workspace
-            .cargo(&["clippy", "--workspace", "--all-targets"])
-            .args(tests::FEATURES)
-            .args(["--", "-D", "warnings"]),
-    )
 }

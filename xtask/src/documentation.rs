@@ -1,11 +1,10 @@
 //! Documentation: of the checkout, and of each library as a documentation host builds it.
 
-use crate::workspace::{self, Workspace};
+use crate::workspace::{Workspace, array, text};
 use crate::{files, package, tests};
-use anyhow::{Context, Result, ensure};
-use serde_json::Value;
-use std::fs;
-use std::path::{Path, PathBuf};
+use anyhow::{Result, ensure};
+use fs_err as fs;
+use std::path::PathBuf;
 
 /// What hosted documentation must say: the package, a page, and its badge.
 const BADGES: [(&str, &str, &str); 3] = [
@@ -28,45 +27,35 @@ const BADGES: [(&str, &str, &str); 3] = [
 
 /// The documentation of the whole workspace, in which nothing may be amiss.
 pub fn workspace(workspace: &Workspace) -> Result<()> {
-    workspace::run(
-        workspace
-            .cargo(&["doc", "--workspace", "--no-deps"])
-            .args(tests::FEATURES)
-            .env("RUSTDOCFLAGS", "-D warnings"),
-    )
+    let doc = format!("doc --workspace --no-deps {}", tests::FEATURES);
+    let doc = workspace.cargo(&doc);
+    Ok(doc.env("RUSTDOCFLAGS", "-D warnings").run()?)
 }
 
 /// Each library's as a host builds it: by its own manifest's words, offline, with no `cuda.h`, and with the features that
 /// rustdoc has not finished.
 pub fn hosted(workspace: &Workspace) -> Result<()> {
-    let metadata = workspace.metadata(&["--no-deps"])?;
     let rustdoc = unfinished(workspace)?;
     for library in package::libraries(workspace)? {
-        let mut command = workspace.cargo(&["doc", "--offline", "--no-deps", "--package"]);
-        command.arg(&library.name);
-        let packages = metadata["packages"].as_array().into_iter().flatten();
-        let words = packages
-            .into_iter()
-            .find(|package| package["name"] == library.name.as_str())
-            .map(|package| &package["metadata"]["docs"]["rs"])
-            .unwrap_or(&Value::Null);
+        let name = text(&library, "name");
+        let mut doc = workspace
+            .cargo("doc --offline --no-deps --package")
+            .arg(name);
+        let words = &library["metadata"]["docs"]["rs"];
         if words["no-default-features"] == true {
-            command.arg("--no-default-features");
+            doc = doc.arg("--no-default-features");
         }
-        for feature in words["features"].as_array().into_iter().flatten() {
-            command.args(["--features", feature.as_str().unwrap_or_default()]);
+        for feature in array(&words["features"]) {
+            doc = doc.args(["--features", feature.as_str().unwrap_or_default()]);
         }
-        workspace::run(
-            command
-                .env("DOCS_RS", "1")
-                .env("RUSTDOC", &rustdoc)
-                .env("RUSTDOCFLAGS", "--cfg docsrs -D warnings"),
-        )?;
-        for (_, page, text) in BADGES.iter().filter(|(name, ..)| *name == library.name) {
+        doc.env("DOCS_RS", "1")
+            .env("RUSTDOC", &rustdoc)
+            .env("RUSTDOCFLAGS", "--cfg docsrs -D warnings")
+            .run()?;
+        for (_, page, badge) in BADGES.iter().filter(|(of, ..)| *of == name) {
             let file = workspace.target.join("doc").join(page);
-            let html =
-                fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
-            ensure!(html.contains(text), "{} has no {text:?}", file.display());
+            let has = fs::read_to_string(&file)?.contains(badge);
+            ensure!(has, "{} has no {badge:?}", file.display());
         }
     }
     Ok(())
@@ -75,14 +64,9 @@ pub fn hosted(workspace: &Workspace) -> Result<()> {
 /// A rustdoc that allows unfinished features, as a host's does. Only rustdoc: for what it depends on, cargo takes what is
 /// built already.
 fn unfinished(workspace: &Workspace) -> Result<PathBuf> {
-    let folder = workspace.target.join("documentation");
-    files::make(&folder)?;
-    let script = folder.join("rustdoc");
-    fs::write(
-        &script,
-        "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc \"$@\"\n",
-    )
-    .with_context(|| format!("writing {}", script.display()))?;
-    files::executable(Path::new(&script))?;
+    let script = workspace.target.join("documentation/rustdoc");
+    let text = "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc \"$@\"\n";
+    workspace.shell.write_file(&script, text)?;
+    files::executable(&script)?;
     Ok(script)
 }

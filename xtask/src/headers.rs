@@ -1,9 +1,8 @@
 //! `headers`: the bindings, built and tested against each version of the CUDA headers.
 
 use crate::workspace::Workspace;
-use crate::{files, machine, progress, setup, table, tests};
-use anyhow::{Context, Result, bail};
-use std::fs;
+use crate::{display, machine, setup, tests};
+use anyhow::{Result, ensure};
 use std::time::Instant;
 
 /// The versions covered, and the wheel that holds each.
@@ -20,51 +19,44 @@ pub const VERSIONS: [(&str, &str); 6] = [
 pub fn run(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, false, false)?;
     let target = workspace.target.join("headers");
-    files::make(&target)?;
     let mut rows = Vec::new();
     let mut failures = Vec::new();
     for (version, key) in VERSIONS {
         let folder = setup::ensure_headers(workspace, version, key)?;
         let defined = machine::cuda_version(&folder.join("include"));
-        let expected = number(version);
         let started = Instant::now();
-        let output = progress::during(&format!("CUDA {version}: building and testing"), || {
-            workspace
-                .cargo(&["test", "--package", "cuda-vmm-sys", "--target-dir"])
-                .arg(&target)
-                .env("CUDA_HOME", &folder)
-                .env_remove("DOCS_RS")
-                .output()
-                .context("cargo could not be started")
-        })?;
-        let taken = started.elapsed();
+        eprintln!("xtask: CUDA {version}: building and testing");
+        let test = workspace.cargo("test --package cuda-vmm-sys --target-dir");
+        let test = test.arg(&target).env("CUDA_HOME", &folder);
+        let test = test.env_remove("DOCS_RS").quiet().ignore_status();
+        let output = test.output()?;
+        let taken = display::time(started.elapsed()).to_string();
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text).into_owned();
         let counts = tests::count(&text);
         let log = target.join(format!("{version}.log"));
-        fs::write(&log, &text).with_context(|| format!("writing {}", log.display()))?;
+        workspace.shell.write_file(&log, &text)?;
         let passed = output.status.success()
             && counts.passed > 0
             && counts.failed == 0
             && defined.is_some()
-            && defined == expected;
+            && defined == number(version);
         if !passed {
             eprintln!("{text}");
             failures.push(format!("{version} (log: {})", workspace.short(&log)));
         }
-        rows.push(vec![
-            version.to_owned(),
-            defined.map_or_else(|| "?".to_owned(), |number| number.to_string()),
-            if passed { "PASS" } else { "FAIL" }.to_owned(),
-            counts.passed.to_string(),
-            format!("{:.1}", taken.as_secs_f64()),
-        ]);
+        let defined = defined.map_or_else(|| "?".to_owned(), |number| number.to_string());
+        let state = if passed { "PASS" } else { "FAIL" }.to_owned();
+        let tests = counts.passed.to_string();
+        rows.push([version.to_owned(), defined, state, tests, taken]);
     }
-    let head = ["header", "CUDA_VERSION", "state", "tests", "seconds"];
-    print!("{}", table::render(&head, &rows, &[1, 3, 4]));
-    if !failures.is_empty() {
-        bail!("failed against {}", failures.join(", "));
-    }
+    let head = ["header", "CUDA_VERSION", "state", "tests", "time"];
+    println!("{}", display::table(head, rows));
+    ensure!(
+        failures.is_empty(),
+        "failed against {}",
+        failures.join(", ")
+    );
     Ok(())
 }
 
@@ -80,10 +72,7 @@ mod unit {
 
     #[test]
     fn every_version_has_a_number() {
-        let numbers: Vec<_> = VERSIONS
-            .iter()
-            .map(|(version, _)| number(version))
-            .collect();
+        let numbers = VERSIONS.map(|(version, _)| number(version));
         let expected = [11080, 12000, 12040, 12090, 13000, 13050];
         assert_eq!(numbers, expected.map(Some));
         assert_eq!(number("13"), None);

@@ -1,10 +1,10 @@
 //! Kernels that are built without a CUDA compiler: those of tests and measuring programs. Their PTX is generated and committed.
 
 use crate::setup;
-use crate::workspace::{self, Workspace};
+use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
 use std::fs;
-use std::process::Command;
+use xshell::cmd;
 
 /// The sources. The PTX of each is beside it.
 const SOURCES: [&str; 3] = [
@@ -28,18 +28,24 @@ const VERSION: &str = ".version 7.0";
 /// If a file differed, or does not compile.
 pub fn check(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, true, false)?;
-    let tool = |name| Command::new(setup::toolkit_folder(workspace).join("bin").join(name));
+    let (shell, bin) = (
+        &workspace.shell,
+        setup::toolkit_folder(workspace).join("bin"),
+    );
+    let [nvcc, ptxas] = ["nvcc", "ptxas"].map(|name| bin.join(name));
     let output = tempfile::NamedTempFile::new_in(&workspace.target).context("making a file")?;
     let mut updated = Vec::new();
     for source in SOURCES.map(|source| workspace.root.join(source)) {
-        workspace::run(tool("nvcc").args(COMPILE).arg(output.path()).arg(&source))?;
-        let made = fs::read_to_string(output.path()).context("reading the compiler's PTX")?;
+        let made = output.path();
+        cmd!(shell, "{nvcc} {COMPILE...} {made} {source}").run()?;
+        let made = fs::read_to_string(made).context("reading the compiler's PTX")?;
         let (file, text) = (source.with_extension("ptx"), committed(&made));
         if fs::read_to_string(&file).unwrap_or_default() != text {
             fs::write(&file, text).with_context(|| format!("writing {}", file.display()))?;
             updated.push(workspace.short(&file));
         }
-        workspace::run(tool("ptxas").args(ASSEMBLE).arg(output.path()).arg(&file))?;
+        let object = output.path();
+        cmd!(shell, "{ptxas} {ASSEMBLE...} {object} {file}").run()?;
     }
     let updated = updated.join(", ");
     ensure!(

@@ -5,31 +5,27 @@ mod architecture;
 mod bench;
 mod ci;
 mod consumers;
+mod display;
 mod documentation;
 #[cfg(test)]
 mod errors_page;
 mod files;
-mod generate;
 mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
 mod machine;
 mod package;
-mod pins;
-mod progress;
 mod setup;
-mod table;
 mod tests;
-mod wheels;
 mod workspace;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use workspace::Workspace;
+use workspace::{Workspace, code};
 
 /// The exit code of a usage error where 2 has another meaning.
 const USAGE: u8 = 64;
@@ -64,7 +60,17 @@ enum Task {
     },
     /// Generate tokens with a language model over a KV cache; what follows goes to the example
     #[command(disable_help_flag = true)]
-    Generate(generate::Arguments),
+    Generate {
+        /// Build for GPUs, and run on GPU 0 unless told otherwise
+        #[arg(long)]
+        cuda: bool,
+        /// With --cuda: the oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
+        #[arg(long, default_value_t = gpu_test::COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
+        compute_cap: u32,
+        /// Arguments of the example (`--help` lists them)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Run every test that needs no GPU
     Test {
         /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
@@ -113,21 +119,17 @@ fn main() -> ExitCode {
         Err(error) => {
             // Telling why can only fail if there is nobody left to tell.
             let _ = error.print();
-            let tells_more = std::env::args_os().nth(1).is_some_and(|task| {
-                ["gpu-test", "run-bundle", "bench"]
-                    .iter()
-                    .any(|other| task == *other)
-            });
+            let task = std::env::args().nth(1).unwrap_or_default();
             return match error.exit_code() {
                 0 => ExitCode::SUCCESS,
                 // For these, 2 says that something could not be run.
-                _ if tells_more => ExitCode::from(USAGE),
+                _ if ["gpu-test", "run-bundle", "bench"].contains(&task.as_str()) => USAGE.into(),
                 _ => ExitCode::from(2),
             };
         }
     };
     match start(arguments.task) {
-        Ok(code) => code,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("xtask: error: {error:#}");
             match error.is::<gpu_test::Usage>() {
@@ -138,10 +140,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(task: Task) -> Result<ExitCode> {
+/// Does the task, and returns the exit code.
+fn start(task: Task) -> Result<u8> {
+    // On the machine where a bundle runs, there is no workspace.
+    if let Task::RunBundle(arguments) = task {
+        return gpu_test::run_bundle(&arguments);
+    }
+    let workspace = Workspace::find()?;
     match task {
         Task::Setup { cuda } => {
-            let workspace = Workspace::find()?;
             setup::ensure(&workspace, cuda, true)?;
             let configuration = setup::configuration(&workspace.setup_folder());
             if !configuration.is_empty() {
@@ -150,50 +157,39 @@ fn start(task: Task) -> Result<ExitCode> {
             }
         }
         Task::Demo { arguments } => {
-            let workspace = Workspace::find()?;
             setup::ensure(&workspace, false, false)?;
-            let mut demo = workspace.cargo(&["run", "--release", "--package", "cuda-vmm"]);
-            // The paths among its arguments are from where the caller is.
-            demo.current_dir(std::env::current_dir().context("the current folder is gone")?);
-            demo.arg("--manifest-path")
-                .arg(workspace.root.join("Cargo.toml"));
-            demo.args(["--features", "simulator", "--example", "demo", "--"])
-                .args(arguments);
-            let status = demo.status().context("cargo could not be started")?;
-            // Cargo has said what went wrong, and hands on the demo's own exit code.
-            let code = status.code().and_then(|code| u8::try_from(code).ok());
-            return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
+            let demo = "--package cuda-vmm --features simulator --example demo";
+            return code(workspace.program(demo)?.args(arguments));
         }
-        Task::Generate(arguments) => {
-            return Ok(ExitCode::from(generate::run(
-                &Workspace::find()?,
-                &arguments,
-            )?));
+        Task::Generate {
+            cuda,
+            compute_cap,
+            arguments,
+        } => {
+            let mut generate = match cuda {
+                true => gpu_test::with_cuda(&workspace, compute_cap, gpu_test::GENERATE)?,
+                false => {
+                    setup::ensure(&workspace, false, false)?;
+                    workspace.program("--package candle-cuda-vmm --example generate")?
+                }
+            };
+            return code(generate.args(arguments));
         }
-        Task::Test { cuda: false } => tests::run(&Workspace::find()?)?,
-        Task::Test { cuda: true } => gpu_test::without_gpu(&Workspace::find()?)?,
-        Task::Bench(arguments) => {
-            return Ok(ExitCode::from(bench::run(&Workspace::find()?, &arguments)?));
-        }
-        Task::Ci => ci::run(&Workspace::find()?)?,
+        Task::Test { cuda: false } => tests::run(&workspace)?,
+        Task::Test { cuda: true } => gpu_test::without_gpu(&workspace)?,
+        Task::Bench(arguments) => return bench::run(&workspace, &arguments),
+        Task::Ci => ci::run(&workspace)?,
         Task::Consumers => {
-            let workspace = Workspace::find()?;
             package::run(&workspace)?;
             consumers::run(&workspace)?;
         }
-        Task::Headers => headers::run(&Workspace::find()?)?,
+        Task::Headers => headers::run(&workspace)?,
         Task::GpuTest {
             matrix,
             bundle,
             compute_cap,
-        } => {
-            let code = gpu_test::run(&matrix, bundle.as_deref(), compute_cap)?;
-            return Ok(ExitCode::from(code));
-        }
-        // Where a bundle runs, there is no workspace.
-        Task::RunBundle(arguments) => {
-            return Ok(ExitCode::from(gpu_test::run_bundle(&arguments)?));
-        }
+        } => return gpu_test::run(&workspace, &matrix, bundle.as_deref(), compute_cap),
+        Task::RunBundle(_) => {}
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(0)
 }

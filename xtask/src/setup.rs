@@ -1,18 +1,20 @@
-//! Brings what the machine lacks into the set-up folder.
+//! Brings what the machine lacks into the set-up folder, as wheels, with the machine's own pip.
 
-use crate::pins::{self, Pin};
 use crate::workspace::Workspace;
-use crate::{files, machine, wheels};
+use crate::{files, machine};
 use anyhow::{Context, Result};
-use std::fs;
+use fs_err as fs;
 use std::path::{Path, PathBuf};
+use xshell::cmd;
 
+/// Every wheel that may be brought, by exact version and hash, in pip's requirements format.
+const PINS: &str = include_str!("../pins.txt");
 /// The wheel that holds `libclang.so`.
-pub const LIBCLANG: &[&str] = &["libclang==18.1.1"];
+const LIBCLANG: &[&str] = &["libclang==18.1.1"];
 /// The wheel that holds `cuda.h`.
-pub const RUNTIME: &[&str] = &["nvidia-cuda-runtime==13.0.96"];
+const RUNTIME: &[&str] = &["nvidia-cuda-runtime==13.0.96"];
 /// The wheels that together make a CUDA compiler, headers included.
-pub const TOOLKIT: &[&str] = &[
+const TOOLKIT: &[&str] = &[
     "nvidia-cuda-runtime==13.0.96",
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-nvvm==13.0.88",
@@ -20,8 +22,17 @@ pub const TOOLKIT: &[&str] = &[
     "nvidia-cuda-cccl==13.0.85",
 ];
 
+/// Where unpacked wheels hold what is wanted of them.
+const IN_LIBCLANG: &str = "clang/native";
+const IN_CUDA: &str = "nvidia/*";
+
 /// The file in a finished folder that says which wheels it was made from.
 const STAMP: &str = ".pins";
+
+const ADVICE: &str = "\
+    xtask brings what is missing with `python3 -m pip`, which needs no root; `python3 -m pip config list` shows its index.\n\
+    Install Python 3 and its pip (for example `apt-get install python3-pip`).\n\
+    Or install libclang and the CUDA headers yourself, and set LIBCLANG_PATH and CUDA_HOME to their folders.";
 
 /// The pinned CUDA toolkit that `setup --cuda` makes.
 pub fn toolkit_folder(workspace: &Workspace) -> PathBuf {
@@ -32,58 +43,47 @@ pub fn toolkit_folder(workspace: &Workspace) -> PathBuf {
 ///
 /// Says on standard error what it uses if `tell`, and what it brings always.
 pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
-    let setup = workspace.setup_folder();
     let say = |line: String| {
         if tell {
             eprintln!("xtask: {line}");
         }
     };
-    let _lock = lock(&setup)?;
+    let _lock = lock(workspace)?;
 
-    let libclang = setup.join("libclang");
-    let pins = pins::select(LIBCLANG)?;
-    if is_made_from(&libclang, &pins) {
-        say(format!("libclang: {}", workspace.short(&libclang)));
-    } else if let Some(path) = machine::libclang()? {
+    let libclang = workspace.setup_folder().join("libclang");
+    let own = match is_made_from(&libclang, LIBCLANG)? {
+        true => None,
+        false => machine::libclang()?,
+    };
+    if let Some(path) = own {
         say(format!("libclang: {path}, the machine's own"));
     } else {
-        make(&setup, &libclang, &pins, |unpacked, stage| {
-            let library = wheels::libclang(unpacked)?;
-            fs::rename(&library, stage.join("libclang.so"))
-                .with_context(|| format!("moving {}", library.display()))
-        })?;
+        make(workspace, &libclang, LIBCLANG, IN_LIBCLANG)?;
         say(format!("libclang: {}", workspace.short(&libclang)));
     }
 
     let toolkit = toolkit_folder(workspace);
-    let full = pins::select(TOOLKIT)?;
-    let headers = pins::select(RUNTIME)?;
-    if is_made_from(&toolkit, &full) || (!cuda && is_made_from(&toolkit, &headers)) {
-        say(format!("CUDA: {}", workspace.short(&toolkit)));
-    } else if let Some(found) = machine::headers().filter(|_| !cuda) {
+    let is_full = is_made_from(&toolkit, TOOLKIT)?;
+    let is_enough = is_full || is_made_from(&toolkit, RUNTIME)?;
+    if let Some(found) = machine::headers().filter(|_| !cuda && !is_enough) {
         for wrong in found.wrong {
             eprintln!("xtask: warning: {wrong}");
         }
-        say(format!(
-            "cuda.h: {}, the machine's own",
-            found.include.display()
-        ));
+        let include = found.include.display();
+        say(format!("cuda.h: {include}, the machine's own"));
     } else {
-        make_toolkit(&setup, &toolkit, if cuda { &full } else { &headers })?;
+        let wheels = if cuda || is_full { TOOLKIT } else { RUNTIME };
+        make(workspace, &toolkit, wheels, IN_CUDA)?;
         say(format!("CUDA: {}", workspace.short(&toolkit)));
     }
     Ok(())
 }
 
-/// The include folder of another version's headers, brought if it is not there.
+/// The folder of another version's headers, brought if it is not there.
 pub fn ensure_headers(workspace: &Workspace, version: &str, key: &str) -> Result<PathBuf> {
-    let setup = workspace.setup_folder();
-    let _lock = lock(&setup)?;
-    let folder = setup.join("headers").join(version);
-    let pins = pins::select(&[key])?;
-    if !is_made_from(&folder, &pins) {
-        make_toolkit(&setup, &folder, &pins)?;
-    }
+    let _lock = lock(workspace)?;
+    let folder = workspace.setup_folder().join("headers").join(version);
+    make(workspace, &folder, &[key], IN_CUDA)?;
     Ok(folder)
 }
 
@@ -109,58 +109,116 @@ pub fn configuration(setup: &Path) -> String {
 }
 
 /// Keeps a second xtask out while one changes the set-up folder; freed when dropped.
-fn lock(setup: &Path) -> Result<fs::File> {
-    files::make(setup)?;
-    let path = setup.join(".lock");
-    let file = fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
-    file.lock()
-        .with_context(|| format!("locking {}", path.display()))?;
+fn lock(workspace: &Workspace) -> Result<fs::File> {
+    let setup = workspace.setup_folder();
+    fs::create_dir_all(&setup)?;
+    let file = fs::File::create(setup.join(".lock"))?;
+    file.lock()?;
     Ok(file)
 }
 
-fn is_made_from(folder: &Path, pins: &[Pin]) -> bool {
-    fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == pins::stamp(pins))
+fn is_made_from(folder: &Path, keys: &[&str]) -> Result<bool> {
+    let requirements = requirements(keys)?;
+    Ok(fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == requirements))
 }
 
-fn make_toolkit(setup: &Path, folder: &Path, pins: &[Pin]) -> Result<()> {
-    make(setup, folder, pins, |unpacked, stage| {
-        for root in wheels::toolkit_roots(unpacked)? {
-            files::merge_into(&root, stage)?;
-        }
-        files::make_executable(&stage.join("bin"))?;
-        files::make_executable(&stage.join("nvvm/bin"))
-    })
+/// Makes `folder` of what lies at `place` in the wheels of `keys`, unless it is made of them already. It moves to its final
+/// place only when it is whole.
+fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Result<()> {
+    if is_made_from(folder, keys)? {
+        return Ok(());
+    }
+    let (shell, requirements) = (&workspace.shell, requirements(keys)?);
+    let work = workspace.setup_folder().join(".partial");
+    shell.remove_path(&work)?;
+    let (list, unpacked) = (work.join("requirements.txt"), work.join("unpacked"));
+    shell.write_file(&list, &requirements)?;
+    eprintln!("xtask: bringing {}", keys.join(", "));
+    let pip = cmd!(
+        shell,
+        "python3 -m pip install --quiet --no-input --no-compile"
+    );
+    let pip = pip.args(["--disable-pip-version-check", "--no-deps"]);
+    let pip = pip.args(["--only-binary=:all:", "--require-hashes"]);
+    pip.arg("--target")
+        .arg(&unpacked)
+        .arg("--requirement")
+        .arg(&list)
+        .env("PIP_REQUIRE_VIRTUALENV", "false")
+        .env("PIP_USER", "0")
+        .env("PIP_ROOT_USER_ACTION", "ignore")
+        .ignore_stdout()
+        .quiet()
+        .run()
+        .context(ADVICE)?;
+    let found = glob::glob(&unpacked.join(place).to_string_lossy())?;
+    let mut found = found.flatten().filter(|path| path.is_dir());
+    let whole = found
+        .next()
+        .with_context(|| format!("{keys:?} hold no {place}"))?;
+    files::keep_times(folder, &whole)?;
+    fs::write(whole.join(STAMP), requirements)?;
+    shell.remove_path(folder)?;
+    shell.create_dir(folder.parent().unwrap_or(folder))?;
+    fs::rename(&whole, folder)?;
+    shell.remove_path(&work)?;
+    Ok(())
 }
 
-/// Makes `folder` from `pins` beside its final place, and moves it there only when it is whole.
-fn make(
-    setup: &Path,
-    folder: &Path,
-    pins: &[Pin],
-    mut take: impl FnMut(&Path, &Path) -> Result<()>,
-) -> Result<()> {
-    wheels::check_pip()?;
-    let work = setup.join(".partial");
-    files::remove_tree(&work)?;
-    let stage = work.join("stage");
-    files::make(&stage)?;
-    for pin in pins {
-        let unpacked = wheels::bring(pin, &work)?;
-        take(&unpacked, &stage)?;
-    }
-    files::keep_times(folder, &stage)?;
-    fs::write(stage.join(STAMP), pins::stamp(pins)).context("writing the stamp")?;
-    files::remove_tree(folder)?;
-    if let Some(parent) = folder.parent() {
-        files::make(parent)?;
-    }
-    fs::rename(&stage, folder).with_context(|| format!("moving to {}", folder.display()))?;
-    files::remove_tree(&work)
+/// The pins of `keys` (`name==version`), a line each.
+fn requirements(keys: &[&str]) -> Result<String> {
+    let pins = pins();
+    let line = |key: &&str| {
+        let is_it = |pin: &&String| pin.split(' ').next() == Some(key);
+        let pin = pins.iter().find(is_it);
+        let pin = pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
+        Ok(pin.clone() + "\n")
+    };
+    keys.iter().map(line).collect()
+}
+
+/// All pins: `name==version` and the hashes. pip itself refuses one that has no version or no good hash.
+fn pins() -> Vec<String> {
+    let text = PINS.replace("\\\n", " ");
+    let lines = text
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
+    lines
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .collect()
 }
 
 #[cfg(test)]
 mod unit {
     use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn the_file_of_pins_holds_every_set_and_each_pin_once_with_version_and_hash() {
+        let (keys, hashes): (Vec<_>, Vec<_>) = pins()
+            .iter()
+            .map(|pin| pin.split_once(' ').unwrap_or((pin, "")))
+            .map(|(key, hashes)| (key.to_owned(), hashes.to_owned()))
+            .unzip();
+        assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), keys.len());
+        for (key, hashes) in keys.iter().zip(&hashes) {
+            let (name, version) = key.split_once("==").unwrap();
+            assert!(!name.is_empty() && !version.is_empty(), "{key}");
+            for hash in hashes.split(' ') {
+                let digits = hash.strip_prefix("--hash=sha256:").unwrap();
+                assert!(
+                    digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()),
+                    "{key}"
+                );
+            }
+        }
+        let headers = crate::headers::VERSIONS.map(|(_, key)| key);
+        for set in [LIBCLANG, RUNTIME, TOOLKIT, &headers] {
+            assert_eq!(requirements(set).unwrap().lines().count(), set.len());
+        }
+        let error = requirements(&["nothing==0"]).unwrap_err().to_string();
+        assert!(error.contains("nothing==0"), "{error}");
+    }
 
     #[test]
     fn the_configuration_names_what_the_set_up_folder_holds() {
@@ -168,13 +226,13 @@ mod unit {
         let setup = base.path().join("a \"b\"");
         assert_eq!(configuration(&setup), "");
 
-        files::make(&setup.join("cuda/include")).unwrap();
+        fs::create_dir_all(setup.join("cuda/include")).unwrap();
         fs::write(setup.join("cuda/include/cuda.h"), "").unwrap();
         let escaped = format!("{}/a \\\"b\\\"", base.path().display());
         let cuda = format!("[env]\nCUDA_HOME = \"{escaped}/cuda\"\n");
         assert_eq!(configuration(&setup), cuda);
 
-        files::make(&setup.join("libclang")).unwrap();
+        fs::create_dir_all(setup.join("libclang")).unwrap();
         fs::write(setup.join("libclang/libclang.so"), "").unwrap();
         let both = format!("{cuda}LIBCLANG_PATH = \"{escaped}/libclang\"\n");
         assert_eq!(configuration(&setup), both);

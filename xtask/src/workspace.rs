@@ -1,14 +1,17 @@
 //! Where the checkout and its target folder are, and how cargo is called in it.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xshell::{Cmd, Shell};
 
 /// The checkout and its target folder.
-#[derive(Clone, Debug)]
 pub struct Workspace {
+    /// Runs commands in the checkout.
+    pub shell: Shell,
     /// The folder of the workspace's `Cargo.toml`.
     pub root: PathBuf,
     /// The target folder, as cargo itself names it.
@@ -20,19 +23,17 @@ impl Workspace {
     pub fn find() -> Result<Self> {
         let own = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-        let root = own
-            .parent()
-            .context("the xtask folder has no parent folder")?
-            .to_owned();
+        let root = own.parent().context("xtask lies in no folder")?.to_owned();
+        let shell = Shell::new()?;
+        shell.change_dir(&root);
+        let target = root.join("target");
         let mut workspace = Self {
-            target: root.join("target"),
+            shell,
             root,
+            target,
         };
-        let metadata = workspace.metadata(&["--no-deps"])?;
-        workspace.target = metadata["target_directory"]
-            .as_str()
-            .map(PathBuf::from)
-            .context("cargo metadata names no target_directory")?;
+        let metadata = workspace.metadata(["--no-deps"])?;
+        workspace.target = text(&metadata, "target_directory").into();
         Ok(workspace)
     }
 
@@ -41,70 +42,87 @@ impl Workspace {
         self.target.join("cuda-vmm-setup")
     }
 
-    /// A cargo command that runs in the checkout.
-    pub fn cargo<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+    /// A cargo command that runs in the checkout, with the arguments of `line`.
+    pub fn cargo(&self, line: &str) -> Cmd<'_> {
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut command = Command::new(cargo);
-        command.current_dir(&self.root).args(arguments);
-        // What cargo told this program about its own package is no business of the builds below.
-        for (name, _) in std::env::vars_os() {
-            let name_text = name.to_string_lossy();
-            if name_text.starts_with("CARGO_PKG_") || name_text.starts_with("CARGO_MANIFEST_") {
-                command.env_remove(&name);
-            }
-        }
-        command
+        // What cargo told this program about its own package is no business of other builds.
+        let own = std::env::vars_os().map(|(name, _)| name).filter(|name| {
+            let name = name.to_string_lossy();
+            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+        });
+        own.fold(self.shell.cmd(cargo), Cmd::env_remove)
+            .args(line.split_whitespace())
+    }
+
+    /// A command by which cargo builds a program in release and runs it in the caller's folder: the paths among the arguments
+    /// that follow are relative to that.
+    pub fn program(&self, line: &str) -> Result<Command> {
+        let run = self.cargo("run --release --manifest-path");
+        let run = run.arg(self.root.join("Cargo.toml"));
+        let mut command = Command::from(run.args(line.split_whitespace()).arg("--"));
+        command.current_dir(std::env::current_dir().context("the current folder is gone")?);
+        Ok(command)
     }
 
     /// What `cargo metadata` says.
-    pub fn metadata(&self, arguments: &[&str]) -> Result<Value> {
-        let mut command = self.cargo(&["metadata", "--format-version", "1"]);
-        let output = command
-            .args(arguments)
-            .output()
-            .context("cargo metadata could not be started")?;
-        if !output.status.success() {
-            bail!(
-                "cargo metadata failed:\n{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
-        serde_json::from_slice(&output.stdout).context("cargo metadata's answer is not JSON")
+    pub fn metadata<S: AsRef<OsStr>>(
+        &self,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Result<Value> {
+        let command = self.cargo("metadata --format-version 1").quiet();
+        let text = command.args(arguments).read()?;
+        serde_json::from_str(&text).context("cargo metadata prints no JSON")
     }
 
-    /// `path` relative to the checkout where it lies below it.
+    /// What packages need when they are built and when they run, as `cargo tree` prints it, each package once.
+    pub fn tree<'a>(
+        &self,
+        arguments: impl IntoIterator<Item = &'a str>,
+    ) -> Result<BTreeSet<String>> {
+        let tree = self.cargo("tree --edges normal,build --prefix none");
+        Ok(packages(&tree.args(arguments).quiet().read()?))
+    }
+
+    /// `path` relative to the checkout if it lies below it.
     pub fn short(&self, path: &Path) -> String {
-        path.strip_prefix(&self.root)
-            .unwrap_or(path)
-            .display()
-            .to_string()
+        let short = path.strip_prefix(&self.root).unwrap_or(path);
+        short.display().to_string()
     }
 }
 
-/// Runs `command` with this program's own output, and makes anything but success an error.
-pub fn run(command: &mut Command) -> Result<()> {
-    let line = line(command);
-    eprintln!("xtask: {line}");
+/// The packages of a tree without indentation, each once.
+fn packages(tree: &str) -> BTreeSet<String> {
+    let lines = tree.lines().filter(|line| !line.is_empty());
+    let plain = |line: &str| line.replace(" (*)", "").replace(" (proc-macro)", "");
+    lines.map(plain).collect()
+}
+
+/// Runs a program with this one's own input and output, and returns its exit code; it has said itself what went wrong.
+pub fn code(command: &mut Command) -> Result<u8> {
     let status = command
         .status()
-        .with_context(|| format!("could not start {line}"))?;
-    if !status.success() {
-        bail!("{line}: {status}");
-    }
-    Ok(())
+        .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.unwrap_or(1))
 }
 
-/// A command as one would type it.
-pub fn line(command: &Command) -> String {
-    let program = Path::new(command.get_program());
-    let mut line = program
-        .file_name()
-        .unwrap_or(program.as_os_str())
-        .to_string_lossy()
-        .into_owned();
-    for argument in command.get_args() {
-        line.push(' ');
-        line += &argument.to_string_lossy();
+/// The elements of a JSON array; none if it is no array.
+pub fn array(value: &Value) -> impl Iterator<Item = &Value> + Clone {
+    value.as_array().into_iter().flatten()
+}
+
+/// The text of a member; empty if it has none.
+pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_counts_once_for_each_version() {
+        let tree = "cuda-vmm v0.2.0 (/b)\nlibc v0.2.1\nthiserror v2.0.1 (proc-macro)\n\nlibc v0.2.1 (*)\nlibc v0.1.9\n";
+        assert_eq!(packages(tree).len(), 4);
     }
-    line
 }

@@ -2,6 +2,19 @@
 
 use serde::Serialize;
 
+/// What is demanded of a figure.
+#[derive(Clone, Copy, Debug)]
+pub enum Reach {
+    /// Nothing.
+    Open,
+    /// At most this much; without a figure it is not reached.
+    AtMost(f64),
+    /// At most this many times what it is measured against.
+    AtMostTimes(f64),
+    /// At least this many times what it is measured against.
+    AtLeastTimes(f64),
+}
+
 /// A figure and what is demanded of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
@@ -15,7 +28,7 @@ pub struct Finding {
     pub ratio: Option<f64>,
     /// What is demanded.
     pub reach: Option<String>,
-    /// Whether it is reached; nothing where nothing is demanded.
+    /// Whether it is reached; nothing if nothing is demanded.
     pub pass: Option<bool>,
     /// The unit of both figures.
     pub unit: &'static str,
@@ -24,41 +37,40 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// A figure that may be so much at most, if anything is demanded; without a figure it does not reach that.
-    pub fn at_most(name: String, ours: Option<f64>, unit: &'static str, most: Option<f64>) -> Self {
+    /// Judges a figure.
+    pub fn new(
+        name: &str,
+        unit: &'static str,
+        ours: Option<f64>,
+        peer: Option<f64>,
+        reach: Reach,
+    ) -> Self {
+        let ratio = ours.zip(peer).map(|(ours, peer)| ours / peer);
+        let demand = match reach {
+            Reach::Open => None,
+            Reach::AtMost(most) => Some((
+                format!("≤ {most} {unit}"),
+                ours.is_some_and(|ours| ours <= most),
+            )),
+            Reach::AtMostTimes(most) => Some((
+                format!("≤ {most} ×"),
+                ratio.is_some_and(|ratio| ratio <= most),
+            )),
+            Reach::AtLeastTimes(least) => Some((
+                format!("≥ {least} ×"),
+                ratio.is_some_and(|ratio| ratio >= least),
+            )),
+        };
+        let (reach, pass) = demand.unzip();
         Self {
-            name,
+            name: name.to_owned(),
             ours,
-            peer: None,
-            ratio: None,
-            reach: most.map(|most| format!("≤ {most} {unit}")),
-            pass: most.map(|most| ours.is_some_and(|ours| ours <= most)),
+            peer,
+            ratio,
+            reach,
+            pass,
             unit,
             note: ours.is_none().then(|| "it was not measured".to_owned()),
-        }
-    }
-
-    /// A figure that may be what the other is, at most.
-    pub fn within(name: String, ours: f64, allowed: f64, unit: &'static str) -> Self {
-        let ratio = ours / allowed;
-        Self {
-            peer: Some(allowed),
-            ratio: Some(ratio),
-            reach: Some("≤ 1 ×".to_owned()),
-            pass: Some(ratio <= 1.0),
-            ..Self::at_most(name, Some(ours), unit, None)
-        }
-    }
-
-    /// A figure that is to be so many times the other, at least.
-    pub fn at_least(name: String, ours: f64, peer: f64, unit: &'static str, least: f64) -> Self {
-        let ratio = ours / peer;
-        Self {
-            peer: Some(peer),
-            ratio: Some(ratio),
-            reach: Some(format!("≥ {least} ×")),
-            pass: Some(ratio >= least),
-            ..Self::at_most(name, Some(ours), unit, None)
         }
     }
 
@@ -68,26 +80,21 @@ impl Finding {
     }
 
     /// The cells of its line in a table.
-    pub fn cells(&self) -> Vec<String> {
+    pub fn cells(&self) -> [String; 6] {
         let amount = |value: Option<f64>| match value {
             Some(value) if value.fract() == 0.0 => format!("{value} {}", self.unit),
             Some(value) => format!("{value:.3} {}", self.unit),
             None => String::new(),
         };
-        let pass = match self.pass {
-            Some(true) => "yes",
-            Some(false) => "NO",
-            None => "",
-        };
-        vec![
+        let ratio = self.ratio.map(|ratio| format!("{ratio:.3}"));
+        let pass = self.pass.map(|pass| if pass { "yes" } else { "NO" });
+        [
             self.name.clone(),
             amount(self.ours),
             amount(self.peer),
-            self.ratio
-                .map(|ratio| format!("{ratio:.3}"))
-                .unwrap_or_default(),
+            ratio.unwrap_or_default(),
             self.reach.clone().unwrap_or_default(),
-            pass.to_owned(),
+            pass.unwrap_or_default().to_owned(),
         ]
     }
 }
@@ -99,22 +106,23 @@ mod tests {
 
     #[test]
     fn what_is_not_measured_does_not_pass_where_something_is_demanded() {
-        for (ours, most, pass) in [
-            (Some(2.0), Some(2.0), Some(true)),
-            (Some(2.1), Some(2.0), Some(false)),
-            (None, Some(2.0), Some(false)),
-            (Some(2.0), None, None),
-            (None, None, None),
+        for (ours, reach, pass) in [
+            (Some(2.0), Reach::AtMost(2.0), Some(true)),
+            (Some(2.1), Reach::AtMost(2.0), Some(false)),
+            (None, Reach::AtMost(2.0), Some(false)),
+            (Some(2.0), Reach::Open, None),
+            (None, Reach::Open, None),
         ] {
-            let finding = Finding::at_most("work".to_owned(), ours, "µs", most);
-            assert_eq!(finding.pass, pass, "{ours:?} {most:?}");
+            let finding = Finding::new("work", "µs", ours, None, reach);
+            assert_eq!(finding.pass, pass, "{ours:?} {reach:?}");
             assert_eq!(finding.has_failed(), pass == Some(false));
         }
     }
 
     #[test]
     fn it_is_written_as_the_measuring_program_writes_it() {
-        let finding = Finding::within("work".to_owned(), 1.0, 2.0, "bytes");
+        let (ours, peer) = (Some(1.0), Some(2.0));
+        let finding = Finding::new("work", "bytes", ours, peer, Reach::AtMostTimes(1.0));
         assert_eq!(
             serde_json::to_value(&finding).unwrap(),
             json!({
@@ -122,9 +130,7 @@ mod tests {
                 "unit": "bytes", "note": null
             })
         );
-        assert_eq!(
-            finding.cells().join("|"),
-            "work|1 bytes|2 bytes|0.500|≤ 1 ×|yes"
-        );
+        let cells = finding.cells().join("|");
+        assert_eq!(cells, "work|1 bytes|2 bytes|0.500|≤ 1 ×|yes");
     }
 }

@@ -1,15 +1,14 @@
 //! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
 
-mod criterion;
+mod bookkeeping;
 mod finding;
-mod memory;
-mod serving;
 
-use crate::workspace::Workspace;
-use crate::{gpu_test, setup, table};
+use crate::workspace::{Workspace, code};
+use crate::{display, gpu_test, setup};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use finding::Finding;
+use fs_err as fs;
 use serde_json::Value;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -19,9 +18,10 @@ use std::process::Command;
 pub const PACKAGE: &str = "cuda-vmm-benches";
 /// Its program that measures on a GPU.
 pub const PROGRAM: &str = "bench";
-
 /// The same for tensors and caches, with Candle on CUDA devices.
 pub const CANDLE_PROGRAM: &str = "bench-candle";
+/// The one that simulates serving.
+const SERVING: &str = "bench-serving";
 
 /// What is measured on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -67,65 +67,63 @@ pub struct Arguments {
     arguments: Vec<OsString>,
 }
 
-/// Measures, and answers with the exit code: 1 if something is not reached, 2 if no GPU answers.
+/// Measures, and returns the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
     if let Some(Simulated::Serving { arguments }) = &arguments.simulated {
-        return serving::run(workspace, arguments);
+        let plots = with_plots(arguments, &workspace.target.join("serving"));
+        return code(by_cargo(workspace, SERVING)?.args(plots));
     }
-    // The path is from where the caller is, and cargo runs elsewhere.
-    let json = arguments.json.as_deref().map(std::path::absolute);
-    let json = json.transpose().context("the path of the JSON file")?;
     match arguments.gpu {
-        true => on_gpu(workspace, json.as_deref(), arguments),
-        false => on_cpu(workspace, json.as_deref()),
+        true => on_gpu(workspace, arguments),
+        false => on_cpu(workspace, arguments.json.as_deref()),
     }
 }
 
+/// The arguments, with the folder of the plots if they name none.
+fn with_plots(arguments: &[OsString], folder: &Path) -> Vec<OsString> {
+    let mut texts = arguments.iter().map(|argument| argument.to_string_lossy());
+    let plots: &[OsString] =
+        match texts.any(|text| text == "--plots" || text.starts_with("--plots=")) {
+            true => &[],
+            false => &["--plots".into(), folder.into()],
+        };
+    [plots, arguments].concat()
+}
+
+fn by_cargo(workspace: &Workspace, program: &str) -> Result<Command> {
+    workspace.program(&format!("--package {PACKAGE} --bin {program}"))
+}
+
 /// Runs the measuring programs, which print and write all by themselves.
-fn on_gpu(workspace: &Workspace, json: Option<&Path>, arguments: &Arguments) -> Result<u8> {
+fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
+    let json = arguments.json.as_deref();
     let mut codes = Vec::new();
-    let mut findings = Vec::new();
+    let mut findings: Vec<Value> = Vec::new();
     for part in parts(arguments.part, !arguments.arguments.is_empty()) {
         let mut command = match part {
-            Part::Pools => by_cargo(workspace, PROGRAM),
+            Part::Pools => by_cargo(workspace, PROGRAM)?,
             Part::Candle if gpu_test::has_gpu(workspace)? => {
-                gpu_test::bench_candle(workspace, arguments.compute_cap)?
+                gpu_test::with_cuda(workspace, arguments.compute_cap, CANDLE_PROGRAM)?
             }
             // It says that no GPU answers, for which Candle's kernels need not be compiled.
-            Part::Candle => by_cargo(workspace, CANDLE_PROGRAM),
+            Part::Candle => by_cargo(workspace, CANDLE_PROGRAM)?,
         };
         if let Some(json) = json {
             // A list of an earlier run is not to be taken for this one's.
             if json.exists() {
-                std::fs::remove_file(json)
-                    .with_context(|| format!("removing {}", json.display()))?;
+                fs::remove_file(json)?;
             }
             command.arg("--json").arg(json);
         }
-        command.args(&arguments.arguments);
-        let status = command
-            .status()
-            .context("the measuring program could not be started")?;
-        // What went wrong has been said.
-        let code = status.code().and_then(|code| u8::try_from(code).ok());
-        codes.push(code.unwrap_or(1));
-        if let Some(text) = json.and_then(|json| std::fs::read_to_string(json).ok()) {
+        codes.push(code(command.args(&arguments.arguments))?);
+        if let Some(text) = json.and_then(|json| fs::read_to_string(json).ok()) {
             let list: Vec<Value> = serde_json::from_str(&text).context("the list of figures")?;
             findings.extend(list);
         }
     }
-    if let Some(json) = json {
-        write(json, &findings)?;
-    }
+    write(json, &findings)?;
     Ok(worst(&codes))
-}
-
-/// Has cargo build a program and run it.
-fn by_cargo(workspace: &Workspace, program: &str) -> Command {
-    let mut command = workspace.cargo(&["run", "--release", "--package", PACKAGE]);
-    command.args(["--bin", program, "--"]);
-    command
 }
 
 /// Which parts are measured. Arguments are one program's.
@@ -143,27 +141,42 @@ fn worst(codes: &[u8]) -> u8 {
     *failed.or(codes.iter().max()).unwrap_or(&0)
 }
 
-fn write<T: serde::Serialize>(json: &Path, findings: &[T]) -> Result<()> {
-    let text = serde_json::to_string_pretty(findings)?;
-    std::fs::write(json, text + "\n").with_context(|| format!("writing {}", json.display()))
+fn write<T: serde::Serialize>(json: Option<&Path>, findings: &[T]) -> Result<()> {
+    let Some(json) = json else { return Ok(()) };
+    Ok(fs::write(
+        json,
+        serde_json::to_string_pretty(findings)? + "\n",
+    )?)
 }
 
 /// Runs the criterion benches and the test of the bookkeeping's memory.
 fn on_cpu(workspace: &Workspace, json: Option<&Path>) -> Result<u8> {
-    let mut findings = criterion::run(workspace)?;
-    findings.extend(memory::run(workspace)?);
+    let findings = bookkeeping::run(workspace)?;
     let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
-    let rows: Vec<_> = findings.iter().map(Finding::cells).collect();
-    print!("\n{}", table::render(&head, &rows, &[1, 2, 3, 4]));
-    if let Some(json) = json {
-        write(json, &findings)?;
-    }
+    println!(
+        "\n{}",
+        display::table(head, findings.iter().map(Finding::cells))
+    );
+    write(json, &findings)?;
     Ok(u8::from(findings.iter().any(Finding::has_failed)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plots_go_to_the_target_folder_unless_told_otherwise() {
+        let given = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
+            with_plots(&arguments, Path::new("/built/serving"))
+        };
+        let plots = ["--plots", "/built/serving", "--quick"];
+        assert_eq!(given(&["--quick"]), plots);
+        for told in [&["--plots", "x"][..], &["--plots=x"]] {
+            assert_eq!(given(told), told);
+        }
+    }
 
     #[test]
     fn arguments_are_for_one_part() {

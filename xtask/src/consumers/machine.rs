@@ -1,9 +1,9 @@
 //! A machine with nothing installed but Rust and a linker, as far as a build can see.
 
-use crate::files;
-use anyhow::{Context, Result, ensure};
+use crate::workspace::Workspace;
+use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use xshell::{Cmd, cmd};
 
 /// Variables by which a build could find CUDA or a C compiler.
 const VARIABLES: [&str; 10] = [
@@ -25,34 +25,34 @@ pub struct Bare {
     path: PathBuf,
     rustc: PathBuf,
     linker_variable: String,
-    linker: PathBuf,
 }
 
 impl Bare {
     /// Makes its folder below `base`.
-    pub fn make(base: &Path) -> Result<Self> {
-        let sysroot = said(Command::new("rustc").args(["--print", "sysroot"]))?;
-        let version = said(Command::new("rustc").arg("-vV"))?;
-        let host = version
-            .lines()
-            .find_map(|line| line.strip_prefix("host: "))
-            .context("rustc -vV names no host")?;
+    pub fn make(workspace: &Workspace, base: &Path) -> Result<Self> {
+        let shell = &workspace.shell;
+        let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
+        let version = cmd!(shell, "rustc -vV").quiet().read()?;
+        let mut lines = version.lines();
+        let host = lines.find_map(|line| line.strip_prefix("host: "));
+        let host = host.context("rustc -vV names no host")?;
         let triple = host.to_uppercase().replace(['-', '.'], "_");
 
         // Rust links by way of a C compiler, which here has another name and no other program to find.
         let path = base.join("bare-path");
-        files::remove_tree(&path)?;
-        files::make(&path)?;
+        shell.remove_path(&path)?;
+        shell.create_dir(&path)?;
         for (program, name) in [("cc", "linker"), ("ld", "ld")] {
-            let program = find(program)?;
+            let folders = std::env::var_os("PATH").unwrap_or_default();
+            let mut files = std::env::split_paths(&folders).map(|folder| folder.join(program));
+            let file = files.find(|file| file.is_file());
+            let file = file.with_context(|| format!("there is no {program} on PATH"))?;
             #[cfg(unix)]
-            std::os::unix::fs::symlink(&program, path.join(name))
-                .with_context(|| format!("linking to {}", program.display()))?;
+            fs_err::os::unix::fs::symlink(file, path.join(name))?;
             #[cfg(not(unix))]
-            let _ = name;
+            let _ = (name, file);
         }
         Ok(Self {
-            linker: path.join("linker"),
             path,
             rustc: Path::new(&sysroot).join("bin/rustc"),
             linker_variable: format!("CARGO_TARGET_{triple}_LINKER"),
@@ -60,33 +60,13 @@ impl Bare {
     }
 
     /// Lets `command` see no more than that.
-    pub fn apply(&self, command: &mut Command) {
-        for variable in VARIABLES {
-            command.env_remove(variable);
-        }
-        for variable in ["CC", "CXX", "LIBCLANG_PATH"] {
-            command.env(variable, "/nothing/is/here");
-        }
+    pub fn apply<'a>(&self, command: Cmd<'a>) -> Cmd<'a> {
+        let command = VARIABLES.iter().fold(command, Cmd::env_remove);
+        let nowhere = ["CC", "CXX", "LIBCLANG_PATH"].map(|name| (name, "/nothing/is/here"));
         command
+            .envs(nowhere)
             .env("PATH", &self.path)
             .env("RUSTC", &self.rustc)
-            .env(&self.linker_variable, &self.linker);
+            .env(&self.linker_variable, self.path.join("linker"))
     }
-}
-
-/// The file of a program, by the variable `PATH`.
-fn find(program: &str) -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(program))
-        .find(|file| file.is_file())
-        .with_context(|| format!("there is no {program} on PATH"))
-}
-
-/// What `command` prints, without the end of the line.
-fn said(command: &mut Command) -> Result<String> {
-    let output = command.output().context("rustc could not be started")?;
-    ensure!(output.status.success(), "rustc: {}", output.status);
-    let text = String::from_utf8(output.stdout).context("rustc printed no text")?;
-    Ok(text.trim().to_owned())
 }

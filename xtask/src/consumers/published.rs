@@ -2,99 +2,87 @@
 //! in the repository.
 
 use crate::files;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, array, text};
 use anyhow::{Context, Result, ensure};
+use fs_err as fs;
 use serde_json::Value;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The oldest Candle that the facade takes.
-pub const CANDLE: &str = "0.11.0";
+const CANDLE: &str = "0.11.0";
 /// The version before this workspace's first.
 const BEFORE: &str = "0.1.1";
 
-/// Unpacked packages in cargo's own store.
-pub struct Published {
-    candle_core: PathBuf,
-    candle_nn: PathBuf,
-    before: PathBuf,
-}
+/// The changes to a copy of Candle: a constant by which a program can tell it from the registry's, and `Device::new_cuda`,
+/// which returns the CPU device, so that programs which want a GPU run without one.
+const CHANGES: [(&str, &str, &str); 2] = [
+    (
+        "src/device.rs",
+        "Ok(Self::Cuda(crate::CudaDevice::new(ordinal)?))",
+        "let _ = ordinal;\n        Ok(Self::Cpu)",
+    ),
+    (
+        "src/lib.rs",
+        "\nmod device;\n",
+        "\n/// Says that this copy is not the registry's.\n\
+         pub const FROM_A_PATH: &str = env!(\"CARGO_PKG_VERSION\");\nmod device;\n",
+    ),
+];
+
+/// What cargo says of the packages in its own store.
+pub struct Published(Value);
 
 impl Published {
     /// Has cargo bring them, by a manifest that names them.
     pub fn find(workspace: &Workspace, base: &Path) -> Result<Self> {
         let folder = base.join("published");
-        files::make(&folder.join("src"))?;
         let manifest = format!(
             "[package]\nname = \"published\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
              candle-core = \"={CANDLE}\"\ncandle-nn = \"={CANDLE}\"\ncandle-cuda-vmm = \"={BEFORE}\"\n"
         );
-        fs::write(folder.join("Cargo.toml"), manifest).context("writing a manifest")?;
-        fs::write(folder.join("src/lib.rs"), "").context("writing a library")?;
-        let mut at = workspace.clone();
-        at.root = folder;
-        let metadata = at.metadata(&[])?;
-        Ok(Self {
-            candle_core: package(&metadata, "candle-core", CANDLE)?,
-            candle_nn: package(&metadata, "candle-nn", CANDLE)?,
-            before: package(&metadata, "candle-cuda-vmm", BEFORE)?,
-        })
+        let path = folder.join("Cargo.toml");
+        workspace.shell.write_file(&path, manifest)?;
+        workspace.shell.write_file(folder.join("src/lib.rs"), "")?;
+        let metadata = workspace.metadata(["--manifest-path".as_ref(), path.as_os_str()])?;
+        Ok(Self(metadata))
     }
 
-    /// Copies Candle, with two changes: a constant by which a program can tell the copy from the registry's, and
-    /// `Device::new_cuda`, which gives the CPU device, so that programs which want a GPU run without one.
+    /// Copies Candle with its [`CHANGES`].
     pub fn copy_candle_to(&self, packages: &Path) -> Result<()> {
-        for (name, from) in [
-            ("candle-core", &self.candle_core),
-            ("candle-nn", &self.candle_nn),
-        ] {
+        for name in ["candle-core", "candle-nn"] {
             let folder = packages.join(format!("{name}-{CANDLE}"));
-            files::remove_tree(&folder)?;
-            files::copy_tree(from, &folder)?;
+            files::copy_tree(&self.folder(name, CANDLE)?, &folder)?;
         }
-        let source = packages.join(format!("candle-core-{CANDLE}")).join("src");
-        replace(
-            &source.join("device.rs"),
-            "Ok(Self::Cuda(crate::CudaDevice::new(ordinal)?))",
-            "let _ = ordinal;\n        Ok(Self::Cpu)",
-        )?;
-        let library = source.join("lib.rs");
-        let mut text = read(&library)?;
-        text += "\n/// Says that this copy is not the registry's.\npub const FROM_A_PATH: &str = env!(\"CARGO_PKG_VERSION\");\n";
-        fs::write(&library, text).with_context(|| format!("writing {}", library.display()))
+        for (file, from, to) in CHANGES {
+            let file = packages.join(format!("candle-core-{CANDLE}/{file}"));
+            let text = fs::read_to_string(&file)?;
+            let count = text.matches(from).count();
+            ensure!(
+                count == 1,
+                "{from:?} is {count} times in {}",
+                file.display()
+            );
+            fs::write(&file, text.replace(from, to))?;
+        }
+        Ok(())
     }
 
     /// Copies the examples of the version before, as they are.
     pub fn copy_examples_to(&self, folder: &Path) -> Result<()> {
-        files::copy_tree(&self.before.join("examples"), folder)
+        files::copy_tree(
+            &self.folder("candle-cuda-vmm", BEFORE)?.join("examples"),
+            folder,
+        )
     }
-}
 
-/// The folder of a package that cargo names.
-fn package(metadata: &Value, name: &str, version: &str) -> Result<PathBuf> {
-    let packages = metadata["packages"].as_array().into_iter().flatten();
-    let manifest = packages
-        .into_iter()
-        .find(|package| package["name"] == name && package["version"] == version)
-        .and_then(|package| package["manifest_path"].as_str())
-        .with_context(|| format!("cargo brought no {name} {version}"))?;
-    let folder = Path::new(manifest).parent();
-    Ok(folder
-        .with_context(|| format!("{manifest} lies in no folder"))?
-        .to_owned())
-}
-
-fn replace(file: &Path, from: &str, to: &str) -> Result<()> {
-    let text = read(file)?;
-    let count = text.matches(from).count();
-    ensure!(
-        count == 1,
-        "{from:?} is {count} times in {}",
-        file.display()
-    );
-    fs::write(file, text.replace(from, to)).with_context(|| format!("writing {}", file.display()))
-}
-
-fn read(file: &Path) -> Result<String> {
-    fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))
+    fn folder(&self, name: &str, version: &str) -> Result<PathBuf> {
+        let mut packages = array(&self.0["packages"]);
+        let package = packages.find(|it| it["name"] == name && it["version"] == version);
+        let package = package.with_context(|| format!("cargo brought no {name} {version}"))?;
+        let manifest = Path::new(text(package, "manifest_path"));
+        Ok(manifest
+            .parent()
+            .context("a manifest lies in no folder")?
+            .to_owned())
+    }
 }

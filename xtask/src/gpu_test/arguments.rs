@@ -1,4 +1,4 @@
-//! The command line of the matrix, the same in place and for a bundle's `run`.
+//! The command line of the matrix, the same in place and for a bundle's `run`, and the rows that it asks for.
 
 use super::cell::{Cell, Driver};
 use std::ffi::OsString;
@@ -50,34 +50,83 @@ pub enum Drivers {
     All,
 }
 
-impl Drivers {
-    /// Whether this one's rows are asked for.
-    pub fn include(self, driver: Driver) -> bool {
-        match self {
-            Self::Real => driver == Driver::Real,
-            Self::Simulated => driver == Driver::Simulated,
-            Self::All => Driver::ALL.contains(&driver),
-        }
-    }
-}
-
 /// The words of one `--only`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Words(pub Vec<String>);
 
 fn known_words(text: &str) -> Result<Words, String> {
-    let words = Words(text.split(',').map(str::to_owned).collect());
-    let mut cells = Cell::all(false);
-    cells.extend(Cell::all(true));
+    let words: Vec<String> = text.split(',').map(str::to_owned).collect();
+    let cells = [Cell::all(false), Cell::all(true)].concat();
     match words
-        .0
         .iter()
         .find(|word| !cells.iter().any(|cell| cell.is(word)))
     {
-        None => Ok(words),
+        None => Ok(Words(words)),
         Some(word) => Err(format!(
             "{word:?} is neither a value of an axis nor the name of a row, which --list prints"
         )),
+    }
+}
+
+impl Arguments {
+    /// The rows that are asked for on a machine with this many GPUs; `None` if none answers.
+    ///
+    /// # Errors
+    ///
+    /// [`Usage`] if there is no such row.
+    pub fn select(&self, gpus: Option<u32>) -> Result<Vec<Cell>, Usage> {
+        let devices = self.devices.unwrap_or(if gpus == Some(1) { 1 } else { 2 });
+        let cells = self.cells(devices);
+        if !cells.is_empty() {
+            return Ok(cells);
+        }
+        Err(Usage(match self.left_out(gpus) {
+            0 => "no row is what --driver, --devices, --sanitize and --only together ask for"
+                .to_owned(),
+            count => format!(
+                "the {count} rows asked for need two GPUs and this machine has one; --devices 2 demands them"
+            ),
+        }))
+    }
+
+    /// How many rows were not asked for only because this machine has one GPU.
+    pub fn left_out(&self, gpus: Option<u32>) -> usize {
+        match (self.devices, gpus) {
+            (None, Some(1)) => self.cells(2).len() - self.cells(1).len(),
+            _ => 0,
+        }
+    }
+
+    /// The rows, if the real ones may have so many devices.
+    fn cells(&self, devices: u32) -> Vec<Cell> {
+        let mut cells = Cell::all(self.sanitize);
+        cells.retain(|cell| {
+            let (most, is_asked) = match cell.driver {
+                Driver::Real => (devices, self.driver != Drivers::Simulated),
+                _ => (self.devices.unwrap_or(2), self.driver != Drivers::Real),
+            };
+            let mut only = self.only.iter();
+            let words_are_true = (self.only.is_empty() && self.is_due(cell, &[]))
+                || only.any(|Words(words)| {
+                    words.iter().all(|word| cell.is(word)) && self.is_due(cell, words)
+                });
+            is_asked && cell.devices <= most && words_are_true
+        });
+        cells
+    }
+
+    /// Whether `words` are enough to ask for this cell. Sanitizing takes long: on an axis of which nothing is said, it is done
+    /// for one value only.
+    fn is_due(&self, cell: &Cell, words: &[String]) -> bool {
+        let said = |value: &str| {
+            words
+                .iter()
+                .any(|word| *word == value || *word == cell.name())
+        };
+        let devices =
+            cell.devices == 1 || self.devices.is_some() || said(&cell.devices.to_string());
+        let page = cell.page_mib == 2 || said(&cell.page());
+        !self.sanitize || (devices && page)
     }
 }
 
@@ -117,3 +166,117 @@ pub enum Other {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Usage(pub String);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gpu_test::cell::Suite;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        matrix: Arguments,
+    }
+
+    fn try_parse(line: &str) -> Result<Line, clap::Error> {
+        Line::try_parse_from(std::iter::once("line").chain(line.split_whitespace()))
+    }
+
+    fn parse(line: &str) -> Arguments {
+        try_parse(line).unwrap().matrix
+    }
+
+    fn names(line: &str, gpus: Option<u32>) -> Vec<String> {
+        let cells = parse(line).select(gpus).unwrap();
+        cells.iter().map(Cell::name).collect()
+    }
+
+    #[test]
+    fn real_rows_have_as_many_devices_as_the_machine_unless_told() {
+        for (line, gpus, rows, left) in [
+            ("", Some(1), 24, 24),
+            ("", Some(2), 48, 0),
+            ("", Some(8), 48, 0),
+            ("", None, 48, 0),
+            ("--devices 1", Some(2), 24, 0),
+            ("--devices 2", Some(1), 48, 0),
+            ("--driver simulated", Some(1), 36, 0),
+            ("--driver simulated --devices 1", None, 20, 0),
+            ("--driver all", Some(1), 24 + 36, 24),
+            ("--only core", Some(1), 4, 4),
+        ] {
+            assert_eq!(names(line, gpus).len(), rows, "{line:?} {gpus:?}");
+            assert_eq!(parse(line).left_out(gpus), left, "{line:?} {gpus:?}");
+        }
+    }
+
+    #[test]
+    fn only_takes_rows_of_which_all_words_are_true_and_adds_up() {
+        assert_eq!(
+            names("--only own-stream,16MiB --devices 1", None),
+            ["real/1/16MiB/own-stream/facade"]
+        );
+        assert_eq!(
+            names(
+                "--driver all --devices 1 --only simulated,stress,2MiB --only real/1/32MiB/-/leaks",
+                None
+            ),
+            ["real/1/32MiB/-/leaks", "simulated/1/2MiB/-/stress"]
+        );
+        let cells = parse("--only facade").select(None).unwrap();
+        assert!(cells.iter().all(|cell| cell.suite == Suite::Facade));
+        assert_eq!(cells.len(), 16);
+    }
+
+    #[test]
+    fn unknown_words_and_empty_selections_are_usage_errors() {
+        for line in [
+            "--only nonsense",
+            "--only real,",
+            "--only -",
+            "--only 3",
+            "--devices 3",
+        ] {
+            assert!(try_parse(line).is_err(), "{line}");
+        }
+        for line in [
+            "--only simulated",
+            "--only core,pools",
+            "--driver simulated --only own-stream",
+            "--sanitize --only facade",
+            "--sanitize --driver simulated",
+            "--devices 1 --only 2",
+        ] {
+            assert!(parse(line).select(None).is_err(), "{line}");
+        }
+        let error = parse("--only 2").select(Some(1)).unwrap_err();
+        assert!(error.to_string().contains("--devices 2"), "{error}");
+    }
+
+    #[test]
+    fn sanitizing_is_for_one_row_unless_told() {
+        for (line, rows) in [
+            ("--sanitize", &["real/1/2MiB/-/core-sanitized"] as &[&str]),
+            (
+                "--sanitize --only 16MiB",
+                &["real/1/16MiB/-/core-sanitized"],
+            ),
+            (
+                "--sanitize --devices 2",
+                &[
+                    "real/1/2MiB/-/core-sanitized",
+                    "real/2/2MiB/-/core-sanitized",
+                ],
+            ),
+            ("--sanitize --only 2", &["real/2/2MiB/-/core-sanitized"]),
+            (
+                "--sanitize --only real/2/32MiB/-/core-sanitized",
+                &["real/2/32MiB/-/core-sanitized"],
+            ),
+        ] {
+            assert_eq!(names(line, None), rows, "{line}");
+        }
+        assert_eq!(parse("--sanitize").left_out(Some(1)), 0);
+    }
+}

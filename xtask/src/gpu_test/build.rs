@@ -1,378 +1,236 @@
-//! Building the test programs, for this machine or for a bundle.
+//! Building the programs, for this machine or for a bundle.
 
-use super::arguments::COMPUTE_CAP;
-use super::cell::{Cell, Driver};
-use super::manifest::Manifest;
-use super::program::{Program, Programs};
-use super::stubs;
-use crate::workspace::{self, Workspace};
-use crate::{bench, setup, tests};
-use anyhow::{Context, Result, ensure};
+use super::cell::{CORE, FACADE, Program};
+use super::conditions::{first_line, matching};
+use super::runner::Programs;
+use super::stand_ins;
+use crate::bench;
+use crate::setup;
+use crate::tests::FEATURES;
+use crate::workspace::{Workspace, array};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
+use xshell::Cmd;
 
-/// The features of the core's programs.
-const CORE_FEATURES: [&str; 4] = ["--package", Program::CORE, "--features", "simulator"];
-/// The package that is the simulated driver as a shared library.
-const LIBRARY: &str = "cuda-vmm-sim-library";
-/// The core's example that a bundle holds.
-const DEMO: &str = "demo";
-/// The facade's.
+/// The facade's example.
 pub const GENERATE: &str = "generate";
+/// The feature with which Candle has CUDA devices.
+const CUDA: &str = "cuda";
 
-/// What a bundle holds.
-pub struct Everything {
-    /// The test programs.
-    pub programs: Programs,
-    /// Other programs, by name.
-    pub others: Vec<(&'static str, PathBuf)>,
-    /// This program.
-    pub xtask: PathBuf,
-    /// What the build says of itself.
-    pub manifest: Manifest,
+/// Programs that are no test: the name, the package, its features, and the kind of target.
+pub const OTHERS: [Other; 4] = [
+    ("demo", CORE, "simulator", "example"),
+    (GENERATE, FACADE, CUDA, "example"),
+    (bench::PROGRAM, bench::PACKAGE, "", "bin"),
+    (bench::CANDLE_PROGRAM, bench::PACKAGE, CUDA, "bin"),
+];
+pub type Other = (&'static str, &'static str, &'static str, &'static str);
+
+/// What a build says of itself, and a bundle carries along.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The commit, with a mark if files differ from it.
+    pub commit: String,
+    /// The Rust compiler.
+    pub compiler: String,
+    /// The oldest GPUs for which Candle's kernels are built, if they are.
+    pub candle_kernels: Option<String>,
+    /// The CUDA libraries that the facade's tests need, the driver's left out.
+    pub libraries: Vec<String>,
 }
 
-/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is
-/// left to build.
+/// Whether a program that is no test needs the CUDA libraries.
+pub fn needs_libraries(name: &str) -> bool {
+    OTHERS
+        .iter()
+        .any(|other| other.0 == name && other.2 == CUDA)
+}
+
+/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is left to build.
 pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Programs> {
     setup::ensure(workspace, false, false)?;
-    let mut command = workspace.cargo(&["test", "--no-run", "--workspace"]);
-    let messages = messages(command.args(tests::FEATURES))?;
-    pick(wanted, &messages)
-}
-
-/// Builds programs for the real driver, for GPUs of `compute_cap` (90 for 9.0) and newer; `manifest`
-/// then tells of Candle's part, if that is wanted.
-pub fn real(
-    workspace: &Workspace,
-    target: &Path,
-    compute_cap: u32,
-    wanted: &BTreeSet<Program>,
-    manifest: &mut Manifest,
-) -> Result<Programs> {
-    setup::ensure(workspace, true, false)?;
-    let builder = Builder {
-        workspace,
-        target,
-        compute_cap,
-    };
-    let (facade, core): (BTreeSet<Program>, BTreeSet<Program>) = wanted
-        .iter()
-        .partition(|program| program.package == Program::FACADE);
-    let mut programs = Programs::new();
-    if !core.is_empty() {
-        programs.extend(builder.core(&core)?);
-    }
-    if !facade.is_empty() {
-        let built = builder.candle(&facade)?;
-        let mut libraries = BTreeSet::new();
-        for executable in built.values() {
-            libraries.extend(stubs::needed(executable)?);
-        }
-        manifest.libraries = libraries.into_iter().collect();
-        manifest.candle_kernels = Some(format!(
-            "compute capability {}.{}",
-            compute_cap / 10,
-            compute_cap % 10
-        ));
-        programs.extend(built);
-    }
-    Ok(programs)
-}
-
-/// Builds the simulated driver as a shared library.
-pub fn simulated_library(workspace: &Workspace, target: &Path) -> Result<PathBuf> {
-    let builder = Builder {
-        workspace,
-        target,
-        compute_cap: COMPUTE_CAP,
-    };
-    let mut command = builder.cargo(&["build", "--package", LIBRARY])?;
-    let messages = messages(&mut command)?;
-    let files = messages
-        .iter()
-        .filter(|message| message["target"]["name"] == LIBRARY.replace('-', "_"))
-        .flat_map(|message| array(&message["filenames"]));
-    files
-        .filter_map(Value::as_str)
-        .map(PathBuf::from)
-        .find(|path| path.extension().is_some_and(|kind| kind == "so"))
-        .with_context(|| format!("{LIBRARY} made no shared library"))
-}
-
-/// The facade's lints with Candle's feature `cuda`, in the build that [`real`] has made.
-pub fn clippy(workspace: &Workspace, target: &Path) -> Result<()> {
-    let builder = Builder {
-        workspace,
-        target,
-        compute_cap: COMPUTE_CAP,
-    };
-    let mut command = builder.cargo(&["clippy", "--package", Program::FACADE])?;
-    command.args([
-        "--features",
-        "cuda",
-        "--all-targets",
-        "--",
-        "-D",
-        "warnings",
-    ]);
-    workspace::run(&mut command)
-}
-
-/// Builds all that a bundle holds.
-pub fn everything(workspace: &Workspace, target: &Path, compute_cap: u32) -> Result<Everything> {
-    let (real_ones, simulated_ones): (BTreeSet<Program>, BTreeSet<Program>) = Cell::all(false)
-        .iter()
-        .flat_map(Cell::programs)
-        .partition(|program| program.driver == Driver::Real);
-    let mut manifest = Manifest::of(workspace);
-    let mut programs = real(workspace, target, compute_cap, &real_ones, &mut manifest)?;
-    let builder = Builder {
-        workspace,
-        target,
-        compute_cap,
-    };
-    let (facade, core): (BTreeSet<Program>, BTreeSet<Program>) = simulated_ones
-        .iter()
-        .partition(|program| program.package == Program::FACADE);
-    programs.extend(builder.core(&core)?);
-    programs.extend(builder.facade_without_cuda(&facade)?);
-    Ok(Everything {
-        programs,
-        others: vec![
-            (DEMO, builder.demo()?),
-            (GENERATE, builder.generate()?),
-            (bench::PROGRAM, builder.bench()?),
-            (bench::CANDLE_PROGRAM, builder.bench_candle()?),
-        ],
-        xtask: builder.xtask()?,
-        manifest,
-    })
-}
-
-/// Builds the facade's example for the real driver; answers it, and the CUDA libraries that it needs.
-pub fn generate(
-    workspace: &Workspace,
-    target: &Path,
-    compute_cap: u32,
-) -> Result<(PathBuf, Vec<String>)> {
-    with_libraries(workspace, target, compute_cap, |builder| builder.generate())
-}
-
-/// Builds the measuring program of Candle's part for the real driver; answers it, and the CUDA libraries that it needs.
-pub fn bench_candle(
-    workspace: &Workspace,
-    target: &Path,
-    compute_cap: u32,
-) -> Result<(PathBuf, Vec<String>)> {
-    with_libraries(workspace, target, compute_cap, |builder| {
-        builder.bench_candle()
-    })
-}
-
-fn with_libraries(
-    workspace: &Workspace,
-    target: &Path,
-    compute_cap: u32,
-    build: impl FnOnce(&Builder) -> Result<PathBuf>,
-) -> Result<(PathBuf, Vec<String>)> {
-    setup::ensure(workspace, true, false)?;
-    let executable = build(&Builder {
-        workspace,
-        target,
-        compute_cap,
-    })?;
-    let libraries = stubs::needed(&executable)?;
-    Ok((executable, libraries.into_iter().collect()))
+    let test = format!("test --no-run --workspace {FEATURES}");
+    let messages = messages(workspace.cargo(&test))?;
+    let path = |it: &Program| executable(&messages, it.package, "test", it.target);
+    wanted.iter().map(|it| Ok((*it, path(it)?))).collect()
 }
 
 /// Builds for release, with the pinned CUDA compiler.
-struct Builder<'a> {
-    workspace: &'a Workspace,
-    target: &'a Path,
-    compute_cap: u32,
+pub struct Builder<'a> {
+    pub workspace: &'a Workspace,
+    /// Where it builds.
+    pub target: PathBuf,
+    /// The oldest GPUs for which it compiles kernels: 90 for 9.0.
+    pub compute_cap: u32,
 }
 
 impl Builder<'_> {
-    /// The core's tests.
-    fn core(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
-        let mut command = self.cargo(&["test", "--no-run"])?;
-        command.args(CORE_FEATURES).args(named(wanted));
-        pick(wanted, &messages(&mut command)?)
+    /// Builds test programs.
+    pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let mut programs = Programs::new();
+        for (package, is_library, features) in [
+            (CORE, true, "simulator"),
+            (CORE, false, "simulator"),
+            (FACADE, true, CUDA),
+            // Its tests for CPU devices start on any machine.
+            (FACADE, false, ""),
+        ] {
+            let mut mine = wanted.clone();
+            mine.retain(|it| it.package == package && it.driver.is_library() == is_library);
+            let names: Vec<&str> = mine.iter().map(|program| program.target).collect();
+            let built = self.build(package, features, "test", &names)?;
+            programs.extend(mine.into_iter().zip(built));
+        }
+        Ok(programs)
     }
 
-    /// The facade's tests.
-    fn candle(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
-        let mut command = self.cargo(&["test", "--no-run"])?;
-        command.args(named(wanted));
-        pick(
-            wanted,
-            &self.messages_with_cuda(&mut command, Program::FACADE)?,
-        )
+    /// Builds one of [`OTHERS`], or the program of a package without features.
+    pub fn other(&self, (name, package, features, kind): Other) -> Result<PathBuf> {
+        Ok(self.build(package, features, kind, &[name])?.remove(0))
     }
 
-    /// The facade's example.
-    fn generate(&self) -> Result<PathBuf> {
-        let mut command = self.cargo(&["build", "--example", GENERATE])?;
-        let messages = self.messages_with_cuda(&mut command, Program::FACADE)?;
-        executable(&messages, Program::FACADE, "example", GENERATE)
-            .with_context(|| format!("{} has no example named {GENERATE}", Program::FACADE))
+    /// What the build of these programs says of itself.
+    pub fn manifest(&self, programs: &Programs) -> Result<Manifest> {
+        let mut facade = programs.clone();
+        facade.retain(|it, _| it.package == FACADE && it.driver.is_library());
+        let libraries = self.needed(facade.into_values().collect())?;
+        let (major, minor) = (self.compute_cap / 10, self.compute_cap % 10);
+        let kernels = format!("compute capability {major}.{minor}");
+        let mut git = Command::new("git");
+        git.current_dir(&self.workspace.root);
+        git.args(["describe", "--always", "--dirty", "--abbrev=12"]);
+        let known = |line: Option<String>| line.unwrap_or_else(|| "not known".to_owned());
+        Ok(Manifest {
+            commit: known(first_line(&mut git)),
+            compiler: known(first_line(Command::new("rustc").arg("--version"))),
+            candle_kernels: (!libraries.is_empty()).then_some(kernels),
+            libraries,
+        })
     }
 
-    /// The measuring program of Candle's part.
-    fn bench_candle(&self) -> Result<PathBuf> {
-        let (package, name) = (bench::PACKAGE, bench::CANDLE_PROGRAM);
-        let mut command = self.cargo(&["build", "--bin", name])?;
-        let messages = self.messages_with_cuda(&mut command, package)?;
-        executable(&messages, package, "bin", name)
-            .with_context(|| format!("{package} has no program named {name}"))
+    /// The CUDA libraries that programs need, the driver's left out.
+    pub fn needed(&self, programs: BTreeSet<PathBuf>) -> Result<Vec<String>> {
+        stand_ins::needed(&self.workspace.shell, &programs)
     }
 
-    /// Runs cargo for a package with CUDA, to link against libraries that are made here for what the facade asks for.
-    fn messages_with_cuda(&self, command: &mut Command, package: &str) -> Result<Vec<Value>> {
-        let facade = ["--package", Program::FACADE, "--features", "cuda"];
-        let messages_of_build = messages(self.cargo(&["build"])?.args(facade))?;
-        let folder = self.target.join("stubs");
-        stubs::make(&folder, &archives(&messages_of_build))?;
-        // The C compiler, which links, searches there after what it is told on its command line.
-        command.args(["--package", package, "--features", "cuda"]);
-        messages(command.env("LIBRARY_PATH", folder))
+    /// Builds the simulated driver as a shared library.
+    pub fn simulated_library(&self) -> Result<PathBuf> {
+        let messages = messages(self.cargo("build --package cuda-vmm-sim-library"))?;
+        let library = files(&messages, "libcuda_vmm_sim_library.so").next();
+        library.context("cuda-vmm-sim-library made no shared library")
     }
 
-    /// The facade's tests for CPU devices, which start on any machine.
-    fn facade_without_cuda(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
-        let mut command = self.cargo(&["test", "--no-run", "--package", Program::FACADE])?;
-        pick(wanted, &messages(command.args(named(wanted)))?)
+    /// The facade's lints with Candle's feature `cuda`, in the build of its programs.
+    pub fn clippy(&self) -> Result<()> {
+        let line = format!("clippy --package {FACADE} --features {CUDA} --all-targets");
+        let clippy = self.cargo(&line).args(["--", "-D", "warnings"]);
+        Ok(clippy.run()?)
     }
 
-    fn demo(&self) -> Result<PathBuf> {
-        let mut command = self.cargo(&["build"])?;
-        command.args(CORE_FEATURES).args(["--example", DEMO]);
-        let messages = messages(&mut command)?;
-        executable(&messages, Program::CORE, "example", DEMO)
-            .with_context(|| format!("{} has no example named {DEMO}", Program::CORE))
+    /// Has cargo build targets of one kind, and returns their executables. With CUDA they are linked against libraries that are
+    /// made here for what the facade asks for.
+    fn build(
+        &self,
+        package: &str,
+        features: &str,
+        kind: &str,
+        names: &[&str],
+    ) -> Result<Vec<PathBuf>> {
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        setup::ensure(self.workspace, true, false)?;
+        let verb = if kind == "test" {
+            "test --no-run"
+        } else {
+            "build"
+        };
+        let targets: String = names
+            .iter()
+            .map(|name| format!(" --{kind} {name}"))
+            .collect();
+        let line = format!("{verb} --package {package} --features={features}{targets}");
+        let mut build = self.cargo(&line);
+        if features == CUDA {
+            let facade = format!("build --package {FACADE} --features {CUDA}");
+            let messages = messages(self.cargo(&facade))?;
+            let folders = messages
+                .iter()
+                .filter_map(|message| message["out_dir"].as_str());
+            let archives = folders.flat_map(|folder| matching(&format!("{folder}/*.a")));
+            let archives = files(&messages, ".rlib").chain(archives).collect();
+            let stubs = self.target.join("stubs");
+            stand_ins::make_stubs(&self.workspace.shell, &stubs, &archives)?;
+            // The C compiler, which links, searches there after what it is told on its command line.
+            build = build.env("LIBRARY_PATH", stubs);
+        }
+        let messages = messages(build)?;
+        let path = |name: &&str| executable(&messages, package, kind, name);
+        names.iter().map(path).collect()
     }
 
-    fn bench(&self) -> Result<PathBuf> {
-        let (package, name) = (bench::PACKAGE, bench::PROGRAM);
-        let mut command = self.cargo(&["build", "--package", package, "--bin", name])?;
-        executable(&messages(&mut command)?, package, "bin", name)
-            .with_context(|| format!("{package} has no program named {name}"))
-    }
-
-    fn xtask(&self) -> Result<PathBuf> {
-        let package = env!("CARGO_PKG_NAME");
-        let messages = messages(self.cargo(&["build"])?.args(["--package", package]))?;
-        executable(&messages, package, "bin", package)
-            .with_context(|| format!("{package} has no program of its name"))
-    }
-
-    fn cargo(&self, arguments: &[&str]) -> Result<Command> {
+    fn cargo(&self, line: &str) -> Cmd<'_> {
         let toolkit = setup::toolkit_folder(self.workspace);
         let bin = toolkit.join("bin");
-        let mut path = vec![bin.clone()];
-        path.extend(std::env::split_paths(
-            &std::env::var_os("PATH").unwrap_or_default(),
-        ));
-        let mut command = self.workspace.cargo(arguments);
-        command
-            .arg("--release")
-            .arg("--target-dir")
-            .arg(self.target)
-            .env("PATH", std::env::join_paths(path).context("PATH")?)
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
+        let path = std::env::join_paths(path).expect("they come from such a variable");
+        let cargo = self
+            .workspace
+            .cargo(line)
+            .args(["--release", "--target-dir"]);
+        cargo
+            .arg(&self.target)
+            .env("PATH", path)
             .env("CUDA_HOME", &toolkit)
             .env("CUDA_PATH", &toolkit)
             .env("NVCC", bin.join("nvcc"))
             .env("CUDA_COMPUTE_CAP", self.compute_cap.to_string())
             .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
-            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols");
-        Ok(command)
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
     }
 }
 
-/// Arguments that name the test targets.
-fn named(programs: &BTreeSet<Program>) -> Vec<&'static str> {
-    programs
-        .iter()
-        .flat_map(|program| ["--test", program.target])
-        .collect()
-}
-
-/// Runs cargo, and answers its messages.
-fn messages(command: &mut Command) -> Result<Vec<Value>> {
-    command.args(["--message-format", "json-render-diagnostics"]);
-    let line = workspace::line(command);
-    eprintln!("xtask: {line}");
-    let output = command
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("could not start {line}"))?;
-    ensure!(output.status.success(), "{line}: {}", output.status);
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter(|line| line.starts_with('{'))
-        .map(|line| serde_json::from_str(line).context("cargo's message is not JSON"))
-        .collect()
-}
-
-/// The executables of the wanted programs.
-fn pick(wanted: &BTreeSet<Program>, messages: &[Value]) -> Result<Programs> {
-    let mut programs = Programs::new();
-    for program in wanted {
-        let executable = executable(messages, program.package, "test", program.target)
-            .with_context(|| format!("{} has no test named {}", program.package, program.target))?;
-        programs.insert(*program, executable);
-    }
-    Ok(programs)
+/// Runs cargo, and returns its messages.
+fn messages(command: Cmd<'_>) -> Result<Vec<Value>> {
+    let command = command.args(["--message-format", "json-render-diagnostics"]);
+    eprintln!("xtask: {command}");
+    let text = command.quiet().read()?;
+    let lines = text.lines().filter(|line| line.starts_with('{'));
+    let message = |line| serde_json::from_str(line).context("cargo's message is not JSON");
+    lines.map(message).collect()
 }
 
 /// The executable of a target among those that cargo tells of.
-fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Option<PathBuf> {
-    messages.iter().find_map(|message| {
+fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Result<PathBuf> {
+    let found = messages.iter().find_map(|message| {
         let executable = message["executable"].as_str()?;
         // A package's identity ends with name@version, or with #version after a folder of its name.
         let identity = message["package_id"].as_str()?;
         let is_of_package = identity.contains(&format!("#{package}@"))
             || identity.contains(&format!("/{package}#"));
         let target = &message["target"];
-        let is_target = target["name"] == name && array(&target["kind"]).iter().any(|k| k == kind);
+        let is_target = target["name"] == name && array(&target["kind"]).any(|k| k == kind);
         // Programs and examples may have tests of their own, built from the same target.
         let is_test = message["profile"]["test"] == true;
-        (is_of_package && is_target && is_test == (kind == "test"))
-            .then(|| PathBuf::from(executable))
-    })
+        (is_of_package && is_target && is_test == (kind == "test")).then(|| executable.into())
+    });
+    found.with_context(|| format!("{package} has no {kind} named {name}"))
 }
 
-/// The Rust and C archives that cargo tells of.
-fn archives(messages: &[Value]) -> BTreeSet<PathBuf> {
-    let mut archives = BTreeSet::new();
-    let is = |path: &Path, wanted: &str| path.extension().is_some_and(|kind| kind == wanted);
-    for message in messages {
-        let files = array(&message["filenames"]).iter();
-        archives.extend(
-            files
-                .filter_map(|file| file.as_str().map(PathBuf::from))
-                .filter(|path| is(path, "rlib")),
-        );
-        let out = message["out_dir"].as_str().map(Path::new);
-        let entries = out.and_then(|out| out.read_dir().ok());
-        archives.extend(
-            entries
-                .into_iter()
-                .flatten()
-                .flatten()
-                .map(|entry| entry.path())
-                .filter(|path| is(path, "a")),
-        );
-    }
-    archives
-}
-
-fn array(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
+/// The files with this ending that cargo tells of.
+fn files(messages: &[Value], ending: &str) -> impl Iterator<Item = PathBuf> {
+    let files = messages
+        .iter()
+        .flat_map(|message| array(&message["filenames"]));
+    let files = files.filter_map(Value::as_str);
+    files
+        .filter(move |file| file.ends_with(ending))
+        .map(PathBuf::from)
 }
 
 #[cfg(test)]
@@ -380,48 +238,33 @@ mod unit {
     use super::*;
     use serde_json::json;
 
-    fn message(package: &str, kind: &str, name: &str, test: bool, file: &str) -> Value {
-        json!({
-            "profile": { "test": test },
-            "reason": "compiler-artifact",
-            "package_id": package,
-            "target": { "kind": [kind], "name": name },
-            "executable": file,
-        })
-    }
-
     #[test]
     fn programs_are_told_apart_by_package_kind_and_name() {
         let core = "path+file:///checkout/crates/cuda-vmm#0.2.0";
         let facade = "path+file:///checkout/crates/candle-cuda-vmm#0.2.0";
+        let sim = "path+file:///x#cuda-vmm-sim@0.2.0";
         let messages = [
-            message(facade, "test", "device", true, "facade"),
-            message(core, "example", "demo", true, "demo-tests"),
-            message(core, "example", "demo", false, "demo"),
-            message(core, "test", "device", true, "core"),
-            message(
-                "path+file:///x#cuda-vmm-sim@0.2.0",
-                "test",
-                "share",
-                true,
-                "sim",
-            ),
+            (facade, "test", "device", true, "facade"),
+            (core, "example", "demo", true, "demo-tests"),
+            (core, "example", "demo", false, "demo"),
+            (core, "test", "device", true, "core"),
+            (sim, "test", "share", true, "sim"),
         ];
-        let program = |package, target| Program {
-            driver: Driver::Real,
-            package,
-            target,
-        };
-        let wanted = BTreeSet::from([
-            program(Program::CORE, "device"),
-            program(Program::FACADE, "device"),
-        ]);
-        let found: Vec<PathBuf> = pick(&wanted, &messages).unwrap().into_values().collect();
-        assert_eq!(found, [Path::new("facade"), Path::new("core")]);
-        let demo = executable(&messages, Program::CORE, "example", DEMO);
-        assert_eq!(demo.as_deref(), Some(Path::new("demo")));
-        let wanted = BTreeSet::from([program(Program::CORE, "share")]);
-        let error = pick(&wanted, &messages).unwrap_err();
+        let messages = messages.map(|(package, kind, name, is_test, file)| {
+            json!({
+                "reason": "compiler-artifact", "package_id": package, "executable": file,
+                "profile": { "test": is_test }, "target": { "kind": [kind], "name": name },
+            })
+        });
+        for (package, kind, name, file) in [
+            (FACADE, "test", "device", "facade"),
+            (CORE, "test", "device", "core"),
+            (CORE, "example", "demo", "demo"),
+        ] {
+            let found = executable(&messages, package, kind, name).unwrap();
+            assert_eq!(found.to_str(), Some(file));
+        }
+        let error = executable(&messages, CORE, "test", "share").unwrap_err();
         assert_eq!(error.to_string(), "cuda-vmm has no test named share");
     }
 }

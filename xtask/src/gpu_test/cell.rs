@@ -1,151 +1,95 @@
 //! One cell of the matrix: what a row runs, and under which conditions.
 
-use super::program::Program;
+/// A choice of named values, in order.
+macro_rules! choice {
+    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $value:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub enum $name { $($(#[$about])* $value),* }
 
-/// The driver under the tests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Driver {
-    /// NVIDIA's, with a GPU behind it.
-    Real,
-    /// The one of `cuda-vmm-sim`, called from within the program.
-    Simulated,
-    /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has
-    /// the facade's CUDA programs run on it.
-    SimulatedLibrary,
+        impl $name {
+            pub const ALL: [Self; [$($word),*].len()] = [$(Self::$value),*];
+
+            /// How reports and command lines name it.
+            pub fn word(self) -> &'static str {
+                match self { $(Self::$value => $word),* }
+            }
+        }
+    };
 }
+pub(crate) use choice;
+
+choice! {
+    /// The driver under the tests.
+    Driver {
+        /// NVIDIA's, with a GPU behind it.
+        Real = "real",
+        /// The one of `cuda-vmm-sim`, called from within the program.
+        Simulated = "simulated",
+        /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has the
+        /// facade's CUDA programs run on it.
+        SimulatedLibrary = "simulated-library",
+    }
+}
+
+choice! {
+    /// A list of test programs that belong together.
+    Suite {
+        /// The driver's rules, and memory shared between processes.
+        Core = "core",
+        Pools = "pools",
+        /// The Candle crate.
+        Facade = "facade",
+        /// Whether anything is left over.
+        Leaks = "leaks",
+        /// Random operations on many threads for some seconds.
+        Stress = "stress",
+    }
+}
+
+/// The package without Candle, and that of the facade.
+pub const CORE: &str = "cuda-vmm";
+pub const FACADE: &str = "candle-cuda-vmm";
+
+/// The sizes of the pools' pages in MiB. With 0 they have the device's own granularity, whatever it is; that of NVIDIA's
+/// present GPUs is 2 MiB.
+const PAGES_MIB: [u64; 4] = [0, 2, 16, 32];
 
 impl Driver {
-    /// Those of the matrix, in order.
-    pub const ALL: [Self; 2] = [Self::Real, Self::Simulated];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Real => "real",
-            Self::Simulated => "simulated",
-            Self::SimulatedLibrary => "simulated-library",
-        }
-    }
-
     /// Whether its programs open a `libcuda.so.1`.
     pub fn is_library(self) -> bool {
-        matches!(self, Self::Real | Self::SimulatedLibrary)
-    }
-}
-
-/// The size of the pools' pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Page {
-    /// The device's own granularity, whatever it is.
-    Granularity,
-    /// 2 MiB, the granularity of NVIDIA's present GPUs.
-    Mib2,
-    /// 16 MiB.
-    Mib16,
-    /// 32 MiB.
-    Mib32,
-}
-
-impl Page {
-    /// All, in order.
-    pub const ALL: [Self; 4] = [Self::Granularity, Self::Mib2, Self::Mib16, Self::Mib32];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Granularity => "granularity",
-            Self::Mib2 => "2MiB",
-            Self::Mib16 => "16MiB",
-            Self::Mib32 => "32MiB",
-        }
+        self != Self::Simulated
     }
 
-    /// Its size where the row fixes it.
-    fn bytes(self) -> Option<u64> {
+    /// The kinds of Candle device that the facade's tests open on it: CUDA devices that work on the default stream or on one
+    /// of their own, or Candle's CPU device.
+    fn candle_devices(self) -> &'static [Option<&'static str>] {
         match self {
-            Self::Granularity => None,
-            Self::Mib2 => Some(2 << 20),
-            Self::Mib16 => Some(16 << 20),
-            Self::Mib32 => Some(32 << 20),
+            Self::Real | Self::SimulatedLibrary => &[Some("default-stream"), Some("own-stream")],
+            Self::Simulated => &[Some("cpu")],
         }
     }
 }
 
-/// The kind of Candle device that the facade's tests open.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CandleDevice {
-    /// A CUDA device that works on the default stream.
-    DefaultStream,
-    /// A CUDA device that works on a stream of its own.
-    OwnStream,
-    /// Candle's CPU device, over the simulated driver.
-    Cpu,
+/// A test target of a package, built for one driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Program {
+    /// The driver that its rows are for.
+    pub driver: Driver,
+    /// The package.
+    pub package: &'static str,
+    /// The test target.
+    pub target: &'static str,
 }
 
-impl CandleDevice {
-    /// The kinds that there are on a driver.
-    fn of(driver: Driver) -> &'static [Self] {
-        match driver {
-            Driver::Real | Driver::SimulatedLibrary => &[Self::DefaultStream, Self::OwnStream],
-            Driver::Simulated => &[Self::Cpu],
-        }
-    }
-
-    /// How the row names it, and the tests' variable too.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::DefaultStream => "default-stream",
-            Self::OwnStream => "own-stream",
-            Self::Cpu => "cpu",
-        }
-    }
-}
-
-/// A list of test programs that belong together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Suite {
-    /// The driver's rules, and memory shared between processes.
-    Core,
-    /// The pools.
-    Pools,
-    /// The Candle crate.
-    Facade,
-    /// Whether anything is left over.
-    Leaks,
-    /// Random operations on many threads for some seconds.
-    Stress,
-}
-
-impl Suite {
-    /// All, in order.
-    pub const ALL: [Self; 5] = [
-        Self::Core,
-        Self::Pools,
-        Self::Facade,
-        Self::Leaks,
-        Self::Stress,
-    ];
-
-    /// How the row names it.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Core => "core",
-            Self::Pools => "pools",
-            Self::Facade => "facade",
-            Self::Leaks => "leaks",
-            Self::Stress => "stress",
-        }
-    }
-
-    /// The package and the test targets in it that there are for a driver.
-    fn targets(self, driver: Driver) -> (&'static str, &'static [&'static str]) {
-        match self {
-            Self::Core => (Program::CORE, &["conformance", "share"]),
-            Self::Pools => (Program::CORE, &["device", "faults"]),
-            Self::Facade if driver.is_library() => (Program::FACADE, &["device", "cuda"]),
-            Self::Facade => (Program::FACADE, &["device"]),
-            Self::Leaks => (Program::CORE, &["leaks"]),
-            Self::Stress => (Program::CORE, &["stress"]),
+impl Program {
+    /// Its name in a bundle. The core's programs serve both drivers; the facade's are built twice, as the one for the real
+    /// driver cannot even start without the CUDA libraries.
+    pub fn file_name(&self) -> String {
+        let name = format!("{}-{}", self.package, self.target);
+        match self.package {
+            FACADE => format!("{name}-{}", self.driver.word()),
+            _ => name,
         }
     }
 }
@@ -153,15 +97,13 @@ impl Suite {
 /// One cell of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// The driver under the tests.
     pub driver: Driver,
     /// How many devices the tests use.
     pub devices: u32,
-    /// The size of the pools' pages.
-    pub page: Page,
+    /// The size of the pools' pages, of [`PAGES_MIB`].
+    pub page_mib: u64,
     /// The kind of Candle device, for the facade only.
-    pub candle_device: Option<CandleDevice>,
-    /// What is run.
+    pub candle_device: Option<&'static str>,
     pub suite: Suite,
     /// Whether it is run under NVIDIA's memory checker.
     pub sanitized: bool,
@@ -170,57 +112,45 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let mut cells = Vec::new();
-        for driver in Driver::ALL {
-            for devices in [1, 2] {
-                for page in Page::ALL {
-                    for suite in Suite::ALL {
-                        let candle_devices: Vec<_> = match suite {
-                            Suite::Facade => {
-                                CandleDevice::of(driver).iter().copied().map(Some).collect()
-                            }
-                            _ => vec![None],
-                        };
-                        cells.extend(candle_devices.into_iter().map(|candle_device| Self {
-                            driver,
-                            devices,
-                            page,
-                            candle_device,
-                            suite,
-                            sanitized,
-                        }));
-                    }
-                }
-            }
+        let mut cells = Self::of(Driver::Real, sanitized);
+        match sanitized {
+            true => cells.retain(|cell| cell.suite == Suite::Core),
+            false => cells.extend(Self::of(Driver::Simulated, false)),
         }
-        cells.retain(|cell| cell.exists());
         cells
     }
 
     /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with two.
     pub fn simulated_library() -> Vec<Self> {
-        let mut cells = Vec::new();
-        for devices in [1, 2] {
-            for &kind in CandleDevice::of(Driver::SimulatedLibrary) {
-                cells.push(Self {
-                    driver: Driver::SimulatedLibrary,
-                    devices,
-                    page: Page::Granularity,
-                    candle_device: Some(kind),
-                    suite: Suite::Facade,
-                    sanitized: false,
-                });
-            }
-        }
+        let mut cells = Self::of(Driver::SimulatedLibrary, false);
+        cells.retain(|cell| cell.suite == Suite::Facade && cell.page_mib == 0);
         cells
     }
 
-    fn exists(&self) -> bool {
-        // Candle has one CPU device.
-        let one_too_many = self.candle_device == Some(CandleDevice::Cpu) && self.devices > 1;
-        let not_for_sanitizer =
-            self.sanitized && (self.driver != Driver::Real || self.suite != Suite::Core);
-        !one_too_many && !not_for_sanitizer
+    fn of(driver: Driver, sanitized: bool) -> Vec<Self> {
+        let mut cells = Vec::new();
+        for (devices, page_mib) in [1, 2]
+            .into_iter()
+            .flat_map(|it| PAGES_MIB.map(|page| (it, page)))
+        {
+            for suite in Suite::ALL {
+                let candle_devices = match (suite, driver, devices) {
+                    // Candle has one CPU device.
+                    (Suite::Facade, Driver::Simulated, 2) => &[],
+                    (Suite::Facade, ..) => driver.candle_devices(),
+                    _ => &[None],
+                };
+                cells.extend(candle_devices.iter().map(|&candle_device| Self {
+                    driver,
+                    devices,
+                    page_mib,
+                    candle_device,
+                    suite,
+                    sanitized,
+                }));
+            }
+        }
+        cells
     }
 
     /// The suite's name, which says whether it is sanitized.
@@ -229,47 +159,62 @@ impl Cell {
         format!("{}{suffix}", self.suite.word())
     }
 
-    /// The row's name: its place on each axis.
+    /// The page's size, as reports and command lines name it.
+    pub fn page(&self) -> String {
+        match self.page_mib {
+            0 => "granularity".to_owned(),
+            mib => format!("{mib}MiB"),
+        }
+    }
+
+    /// Its place on each axis.
+    pub fn axes(&self) -> [String; 5] {
+        let (driver, devices) = (self.driver.word().to_owned(), self.devices.to_string());
+        let candle_device = self.candle_device.unwrap_or("-").to_owned();
+        [
+            driver,
+            devices,
+            self.page(),
+            candle_device,
+            self.suite_name(),
+        ]
+    }
+
+    /// The row's name.
     pub fn name(&self) -> String {
-        format!(
-            "{}/{}/{}/{}/{}",
-            self.driver.word(),
-            self.devices,
-            self.page.word(),
-            self.candle_device.map_or("-", CandleDevice::word),
-            self.suite_name()
-        )
+        self.axes().join("/")
     }
 
     /// Whether a word of the command line is true of this cell.
     pub fn is(&self, word: &str) -> bool {
-        word == self.driver.word()
-            || word == self.devices.to_string()
-            || word == self.page.word()
-            || self.candle_device.is_some_and(|kind| word == kind.word())
-            || word == self.suite.word()
-            || word == self.suite_name()
-            || word == self.name()
+        let is_on_axis = word != "-" && self.axes().iter().any(|place| place == word);
+        is_on_axis || word == self.suite.word() || word == self.name()
     }
 
     /// The test programs, in order.
     pub fn programs(&self) -> Vec<Program> {
-        let (package, targets) = self.suite.targets(self.driver);
-        targets
-            .iter()
-            .map(|&target| Program {
-                driver: self.driver,
-                package,
-                target,
-            })
-            .collect()
+        let driver = self.driver;
+        let (package, targets): (_, &[_]) = match self.suite {
+            Suite::Core => (CORE, &["conformance", "share"]),
+            Suite::Pools => (CORE, &["device", "faults"]),
+            Suite::Facade if driver.is_library() => (FACADE, &["device", "cuda"]),
+            Suite::Facade => (FACADE, &["device"]),
+            Suite::Leaks => (CORE, &["leaks"]),
+            Suite::Stress => (CORE, &["stress"]),
+        };
+        let program = |&target| Program {
+            driver,
+            package,
+            target,
+        };
+        targets.iter().map(program).collect()
     }
 
     /// For how many seconds the stress test goes on; 0 for other suites. One cell of each driver has
     /// the seconds that were asked for, the others have few.
     pub fn stress_seconds(&self, asked: u64) -> u64 {
-        match (self.suite, self.devices, self.page) {
-            (Suite::Stress, 1, Page::Mib2) => asked,
+        match (self.suite, self.devices, self.page_mib) {
+            (Suite::Stress, 1, 2) => asked,
             (Suite::Stress, _, _) => 2,
             _ => 0,
         }
@@ -278,9 +223,10 @@ impl Cell {
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> Vec<(&'static str, String)> {
         // The programs take for real what they open as a library.
-        let driver = match self.driver.is_library() {
-            true => Driver::Real,
-            false => self.driver,
+        let driver = if self.driver.is_library() {
+            Driver::Real
+        } else {
+            self.driver
         };
         let mut variables = vec![
             ("CUDA_VMM_TEST_DRIVER", driver.word().to_owned()),
@@ -289,14 +235,15 @@ impl Cell {
         if self.driver == Driver::SimulatedLibrary {
             variables.push(("CUDA_VMM_SIM_DEVICES", self.devices.to_string()));
         }
-        if let Some(bytes) = self.page.bytes() {
+        if self.page_mib > 0 {
+            let bytes = self.page_mib << 20;
             variables.push(("CUDA_VMM_TEST_PAGE_BYTES", bytes.to_string()));
         } else if self.driver == Driver::Simulated && self.suite != Suite::Facade {
             // Small, so that a test which takes 2 MiB for granted fails.
             variables.push(("CUDA_VMM_TEST_GRANULARITY_BYTES", "65536".to_owned()));
         }
         if let (true, Some(kind)) = (self.driver.is_library(), self.candle_device) {
-            variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.word().to_owned()));
+            variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.to_owned()));
         }
         if self.suite == Suite::Stress {
             let seconds = self.stress_seconds(stress_seconds);
@@ -312,10 +259,16 @@ mod tests {
     use std::collections::BTreeSet;
 
     fn cell(name: &str) -> Cell {
-        Cell::all(false)
-            .into_iter()
-            .find(|cell| cell.name() == name)
-            .unwrap()
+        let mut cells = Cell::all(false).into_iter();
+        cells.find(|cell| cell.name() == name).unwrap()
+    }
+
+    fn variables(cell: &Cell) -> String {
+        let variables = cell.variables(60).into_iter();
+        let texts: Vec<_> = variables
+            .map(|(name, value)| format!("{name}={value}"))
+            .collect();
+        texts.join(" ").replace("CUDA_VMM_TEST_", "")
     }
 
     #[test]
@@ -335,76 +288,61 @@ mod tests {
     fn the_simulated_library_is_not_of_the_matrix_and_its_programs_take_it_for_real() {
         let cells = Cell::simulated_library();
         let names: Vec<String> = cells.iter().map(Cell::name).collect();
+        let places = [
+            "1/granularity/default",
+            "1/granularity/own",
+            "2/granularity/default",
+            "2/granularity/own",
+        ];
         assert_eq!(
             names,
-            [
-                "simulated-library/1/granularity/default-stream/facade",
-                "simulated-library/1/granularity/own-stream/facade",
-                "simulated-library/2/granularity/default-stream/facade",
-                "simulated-library/2/granularity/own-stream/facade",
-            ]
+            places.map(|place| format!("simulated-library/{place}-stream/facade"))
         );
         let all = Cell::all(false);
         assert!(!all.iter().any(|cell| names.contains(&cell.name())));
-        let variables = cells[3].variables(0);
-        for expected in [
-            ("CUDA_VMM_TEST_DRIVER", "real"),
-            ("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream"),
-            ("CUDA_VMM_SIM_DEVICES", "2"),
+        assert_eq!(
+            variables(&cells[3]),
+            "DRIVER=real DEVICES=2 CUDA_VMM_SIM_DEVICES=2 CANDLE_DEVICE=own-stream"
+        );
+        for (cell, targets) in [
+            (cells[0], &["device", "cuda"][..]),
+            (cell("real/1/2MiB/own-stream/facade"), &["device", "cuda"]),
+            (cell("simulated/1/2MiB/cpu/facade"), &["device"]),
         ] {
-            let (name, value) = expected;
-            assert!(
-                variables.contains(&(name, value.to_owned())),
-                "{variables:?}"
+            let programs = cell.programs().into_iter();
+            assert_eq!(
+                programs.map(|program| program.target).collect::<Vec<_>>(),
+                targets
             );
         }
-        let targets = |cell: &Cell| -> Vec<_> {
-            let programs = cell.programs().into_iter();
-            programs.map(|program| program.target).collect()
-        };
-        assert_eq!(targets(&cells[0]), ["device", "cuda"]);
-        assert_eq!(
-            targets(&cell("real/1/2MiB/own-stream/facade")),
-            ["device", "cuda"]
-        );
-        assert_eq!(targets(&cell("simulated/1/2MiB/cpu/facade")), ["device"]);
     }
 
     #[test]
     fn variables_follow_the_cell() {
-        let variables = |name: &str| {
-            let text: Vec<String> = cell(name)
-                .variables(60)
-                .into_iter()
-                .map(|(name, value)| {
-                    format!("{}={value}", name.strip_prefix("CUDA_VMM_TEST_").unwrap())
-                })
-                .collect();
-            text.join(" ")
-        };
-        assert_eq!(
-            variables("real/1/granularity/-/core"),
-            "DRIVER=real DEVICES=1"
-        );
-        assert_eq!(
-            variables("real/2/16MiB/own-stream/facade"),
-            "DRIVER=real DEVICES=2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream"
-        );
-        assert_eq!(
-            variables("simulated/2/granularity/-/pools"),
-            "DRIVER=simulated DEVICES=2 GRANULARITY_BYTES=65536"
-        );
-        assert_eq!(
-            variables("simulated/1/granularity/cpu/facade"),
-            "DRIVER=simulated DEVICES=1"
-        );
-        assert_eq!(
-            variables("simulated/1/2MiB/-/stress"),
-            "DRIVER=simulated DEVICES=1 PAGE_BYTES=2097152 STRESS_SECONDS=60"
-        );
-        assert_eq!(
-            variables("real/2/2MiB/-/stress"),
-            "DRIVER=real DEVICES=2 PAGE_BYTES=2097152 STRESS_SECONDS=2"
-        );
+        for (name, expected) in [
+            ("real/1/granularity/-/core", "DRIVER=real DEVICES=1"),
+            (
+                "real/2/16MiB/own-stream/facade",
+                "DRIVER=real DEVICES=2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream",
+            ),
+            (
+                "simulated/2/granularity/-/pools",
+                "DRIVER=simulated DEVICES=2 GRANULARITY_BYTES=65536",
+            ),
+            (
+                "simulated/1/granularity/cpu/facade",
+                "DRIVER=simulated DEVICES=1",
+            ),
+            (
+                "simulated/1/2MiB/-/stress",
+                "DRIVER=simulated DEVICES=1 PAGE_BYTES=2097152 STRESS_SECONDS=60",
+            ),
+            (
+                "real/2/2MiB/-/stress",
+                "DRIVER=real DEVICES=2 PAGE_BYTES=2097152 STRESS_SECONDS=2",
+            ),
+        ] {
+            assert_eq!(variables(&cell(name)), expected, "{name}");
+        }
     }
 }

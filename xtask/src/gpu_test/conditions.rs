@@ -1,80 +1,255 @@
-//! What this machine has of what rows need.
+//! What this machine has of what rows need: GPUs, the CUDA libraries that Candle links, NVIDIA's memory checker.
 
+use super::arguments::Arguments;
 use super::cell::{Cell, Driver, Suite};
 use super::probe::Answer;
-use super::row::State;
-use super::{libraries::Libraries, sanitizer};
-use std::path::PathBuf;
+use super::runner::State;
+use anyhow::{Context, Result};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// NVIDIA's memory checker, and the exit code by which it says that it found errors.
+const SANITIZER: &str = "compute-sanitizer";
+pub const SANITIZER_ERRORS: i32 = 86;
+
+/// Prints the folders of the CUDA libraries that came as Python packages.
+const WHEELS: &str = r#"
+import glob, os, site, sys
+folders = list(sys.path) + site.getsitepackages() + [site.getusersitepackages()]
+for folder in dict.fromkeys(folders):
+    for library in sorted(glob.glob(os.path.join(folder, "nvidia", "*", "lib"))):
+        print(library)
+"#;
 
 /// What this machine has.
 #[derive(Clone, Debug, Default)]
 pub struct Conditions {
-    /// What the probe answered, if it was asked.
+    /// What the probe found, if it was asked.
     pub gpu: Option<Answer>,
     /// The CUDA libraries for Candle.
     pub libraries: Libraries,
-    /// NVIDIA's memory checker, if it was looked for and is here.
+    /// The memory checker, if it was looked for and is here.
     pub sanitizer: Option<PathBuf>,
 }
 
 impl Conditions {
-    /// What can be known before anything is built.
-    pub fn find(gpu: Option<Answer>, sanitize: bool) -> Self {
-        Self {
-            gpu,
+    /// What can be known before anything is built; `probe` is asked if a row of the real driver could be run.
+    ///
+    /// # Errors
+    ///
+    /// A usage error if there is no row: it is one on every machine, and found before anything is started.
+    pub fn find(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
+        let most = arguments.select(None)?;
+        let needs_gpu = most.iter().any(|cell| cell.driver == Driver::Real);
+        Ok(Self {
+            gpu: needs_gpu.then(probe).transpose()?,
             libraries: Libraries::default(),
-            sanitizer: sanitize.then(sanitizer::find).flatten(),
-        }
+            sanitizer: arguments.sanitize.then(sanitizer).flatten(),
+        })
+    }
+
+    /// How many GPUs answer, if any does.
+    pub fn gpus(&self) -> Option<u32> {
+        self.gpu.as_ref().and_then(Answer::count)
     }
 
     /// Why a cell cannot be run here, and whether that is a failure.
     pub fn obstacle(&self, cell: &Cell) -> Option<(State, String)> {
-        if cell.driver != Driver::Real {
-            return None;
-        }
-        let skipped = |reason: String| Some((State::Skipped, reason));
         let gpus = match &self.gpu {
-            None => return skipped("no GPU was looked for".to_owned()),
-            Some(Answer::NoGpu(reason)) => return skipped(reason.clone()),
+            _ if cell.driver != Driver::Real => return None,
+            None => return Some((State::Skipped, "no GPU was looked for".to_owned())),
+            Some(Answer::NoGpu(reason)) => return Some((State::Skipped, reason.clone())),
             Some(Answer::Broken(reason)) => {
-                return Some((
-                    State::Fail,
-                    format!("the CUDA driver is here, but fails: {reason}"),
-                ));
+                let reason = format!("the CUDA driver is here, but fails: {reason}");
+                return Some((State::Fail, reason));
             }
-            Some(Answer::Gpu(gpu)) => gpu.count,
+            Some(Answer::Gpu { count, .. }) => *count,
         };
-        if gpus < cell.devices {
-            return skipped(format!(
-                "needs {} GPUs, this machine has {gpus}",
-                cell.devices
-            ));
-        }
-        if cell.sanitized && self.sanitizer.is_none() {
-            return skipped(
-                "compute-sanitizer is neither on PATH nor in a CUDA toolkit".to_owned(),
-            );
-        }
-        if cell.suite == Suite::Facade && !self.libraries.missing.is_empty() {
-            return skipped(format!("missing {}", self.libraries.missing.join(", ")));
-        }
-        None
+        let missing = &self.libraries.missing;
+        let reason = if gpus < cell.devices {
+            format!("needs {} GPUs, this machine has {gpus}", cell.devices)
+        } else if cell.sanitized && self.sanitizer.is_none() {
+            format!("{SANITIZER} is neither on PATH nor in a CUDA toolkit")
+        } else if cell.suite == Suite::Facade && !missing.is_empty() {
+            format!("missing {}", missing.join(", "))
+        } else {
+            return None;
+        };
+        Some((State::Skipped, reason))
     }
+
+    /// A command that runs `program` under the memory checker.
+    pub fn sanitized(&self, program: &Path) -> Command {
+        let mut command = Command::new(self.sanitizer.as_deref().unwrap_or(SANITIZER.as_ref()));
+        command
+            .args([
+                "--tool",
+                "memcheck",
+                "--target-processes",
+                "application-only",
+            ])
+            // The tests make calls that must fail.
+            .args(["--report-api-errors", "no"])
+            .args(["--error-exitcode", &SANITIZER_ERRORS.to_string()])
+            .arg(program);
+        command
+    }
+}
+
+/// The memory checker on `PATH`, or in a CUDA toolkit.
+fn sanitizer() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let named = ["CUDA_HOME", "CUDA_PATH"]
+        .into_iter()
+        .filter_map(std::env::var_os);
+    let toolkits = named.map(PathBuf::from).chain(matching("/usr/local/cuda*"));
+    let folders = toolkits.flat_map(|toolkit| [toolkit.join("bin"), toolkit.join(SANITIZER)]);
+    let mut programs = std::env::split_paths(&path)
+        .chain(folders)
+        .map(|it| it.join(SANITIZER));
+    programs.find(|program| program.is_file())
+}
+
+/// What was found of the libraries that were looked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Libraries {
+    /// The folders that hold them, where the dynamic loader must be told.
+    pub folders: Vec<PathBuf>,
+    /// Those that are nowhere.
+    pub missing: Vec<String>,
+}
+
+impl Libraries {
+    /// Looks for `names` in `LD_LIBRARY_PATH`, below `/usr/local`, among the Python packages, and where
+    /// the dynamic loader looks by itself.
+    pub fn find(names: &[String]) -> Self {
+        if names.is_empty() {
+            return Self::default();
+        }
+        Self::find_in(names, &folders(), &known_to_the_loader())
+    }
+
+    fn find_in(names: &[String], folders: &[PathBuf], loader: &BTreeSet<String>) -> Self {
+        let mut found = Self::default();
+        for name in names {
+            match folders.iter().find(|folder| folder.join(name).exists()) {
+                Some(folder) if found.folders.contains(folder) => {}
+                Some(folder) => found.folders.push(folder.clone()),
+                None if loader.contains(name) => {}
+                None => found.missing.push(name.clone()),
+            }
+        }
+        found
+    }
+
+    /// `LD_LIBRARY_PATH` for a program that links them: their folders, and after them what it says already.
+    pub fn path(&self) -> Result<OsString> {
+        let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let mut folders = self.folders.clone();
+        folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
+        std::env::join_paths(folders).context("the folders of CUDA libraries")
+    }
+
+    /// One line for the report.
+    pub fn describe(&self) -> String {
+        let folders = self
+            .folders
+            .iter()
+            .map(|folder| folder.display().to_string());
+        let mut text = folders.collect::<Vec<_>>().join(":");
+        if text.is_empty() {
+            text = "those of the dynamic loader".to_owned();
+        }
+        if !self.missing.is_empty() {
+            text += &format!("; missing: {}", self.missing.join(", "));
+        }
+        text
+    }
+}
+
+/// The folders in which to look, in order.
+fn folders() -> Vec<PathBuf> {
+    let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let given = std::env::split_paths(&given).filter(|folder| !folder.as_os_str().is_empty());
+    let toolkits = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib"];
+    let wheels = output(Command::new("python3").args(["-c", WHEELS])).unwrap_or_default();
+    let wheels = wheels.lines().map(PathBuf::from);
+    given
+        .chain(toolkits.into_iter().flat_map(matching))
+        .chain(wheels)
+        .collect()
+}
+
+/// The paths of a pattern, in order.
+pub fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    glob::glob(pattern).into_iter().flatten().flatten()
+}
+
+/// The libraries that the dynamic loader finds by itself.
+fn known_to_the_loader() -> BTreeSet<String> {
+    let mut programs = ["ldconfig", "/sbin/ldconfig"].into_iter();
+    let text = programs.find_map(|program| output(Command::new(program).arg("-p")));
+    let text = text.unwrap_or_default();
+    let lines = text
+        .lines()
+        .filter(|line| line.starts_with(char::is_whitespace));
+    lines
+        .filter_map(|line| line.split_whitespace().next())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// What `command` prints, if it can be started and succeeds.
+fn output(command: &mut Command) -> Option<String> {
+    let output = command.output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    output.status.success().then_some(text)
+}
+
+/// The first line that `command` prints, if it can be started and succeeds.
+pub fn first_line(command: &mut Command) -> Option<String> {
+    output(command)?.lines().next().map(str::to_owned)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu_test::probe::Gpu;
+
+    #[test]
+    fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let folders = ["one", "two"].map(|name| folder.path().join(name));
+        for (folder, names) in folders
+            .iter()
+            .zip([&["a.so"] as &[&str], &["a.so", "b.so"]])
+        {
+            std::fs::create_dir(folder).unwrap();
+            for name in names {
+                std::fs::write(folder.join(name), "").unwrap();
+            }
+        }
+        let names = ["a.so", "b.so", "c.so", "d.so"].map(str::to_owned);
+        let found = Libraries::find_in(&names, &folders, &BTreeSet::from(["c.so".to_owned()]));
+        assert_eq!(
+            found,
+            Libraries {
+                folders: folders.to_vec(),
+                missing: vec!["d.so".to_owned()],
+            }
+        );
+        assert!(found.describe().ends_with("two; missing: d.so"));
+    }
 
     #[test]
     fn sanitized_rows_are_skipped_where_there_is_no_sanitizer() {
         let mut conditions = Conditions {
-            gpu: Some(Answer::Gpu(Gpu {
+            gpu: Some(Answer::Gpu {
                 name: "Test GPU".to_owned(),
                 count: 1,
                 cuda: "13.0".to_owned(),
-            })),
+            }),
             ..Conditions::default()
         };
         let [plain, sanitized] = [false, true].map(|sanitized| {

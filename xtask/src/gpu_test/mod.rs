@@ -5,84 +5,68 @@ mod build;
 mod bundle;
 mod cell;
 mod conditions;
-mod facts;
-mod libraries;
-mod manifest;
 mod matrix;
 mod probe;
 mod process;
-mod program;
 mod report;
-mod row;
 mod runner;
-mod sanitizer;
-mod selection;
 mod stand_ins;
-mod stubs;
-mod summary;
 mod without_gpu;
 
 pub use arguments::{Arguments, BundleArguments, COMPUTE_CAP, Usage};
+pub use build::GENERATE;
 pub use without_gpu::run as without_gpu;
 
-use crate::bench;
-use crate::workspace::Workspace;
+use crate::workspace::{Workspace, code};
 use anyhow::{Context, Result};
 use arguments::Other;
-use bundle::Unpacked;
-use cell::{Cell, Driver};
-use conditions::Conditions;
-use libraries::Libraries;
-use manifest::Manifest;
-use matrix::{Matrix, Plan};
+use build::{Builder, OTHERS};
+use cell::{Cell, Driver, Program};
+use conditions::{Conditions, Libraries};
+use matrix::Matrix;
 use probe::Answer;
-use program::{Program, Programs};
 use std::collections::BTreeSet;
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
-/// Makes a bundle in the folder `bundle`, or without one runs the matrix here. Answers the exit code.
-pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Result<u8> {
+/// Makes a bundle in the folder `bundle`, or without one runs the matrix here. Returns the exit code.
+pub fn run(
+    workspace: &Workspace,
+    arguments: &Arguments,
+    bundle: Option<&Path>,
+    compute_cap: u32,
+) -> Result<u8> {
     if arguments.list {
         return list(arguments);
     }
-    let workspace = Workspace::find()?;
     if let Some(folder) = bundle {
-        bundle::make(&workspace, folder, compute_cap)?;
+        bundle::make(workspace, &std::path::absolute(folder)?, compute_cap)?;
         return Ok(0);
     }
-    let target = workspace.target.join("gpu-test");
-    let plan = Plan::make(arguments, || probe::ask(&probe::compile(&target)?))?;
-    let mut manifest = Manifest::of(&workspace);
-    let mut conditions = Conditions::find(plan.gpu.clone(), arguments.sanitize);
-    let mut programs = Programs::new();
-    let runnable = |cell: &&Cell| conditions.obstacle(cell).is_none();
-    let (real, simulated): (BTreeSet<Program>, BTreeSet<Program>) = plan
-        .cells
+    let builder = builder(workspace, compute_cap);
+    let probe = || probe::ask(&probe::compile(&workspace.shell, &builder.target)?);
+    let conditions = Conditions::find(arguments, probe)?;
+    let mut cells = arguments.select(conditions.gpus())?;
+    cells.retain(|cell| conditions.obstacle(cell).is_none());
+    let (real, simulated): (BTreeSet<Program>, BTreeSet<Program>) = cells
         .iter()
-        .filter(runnable)
         .flat_map(Cell::programs)
         .partition(|program| program.driver == Driver::Real);
-    if !real.is_empty() {
-        let built = build::real(&workspace, &target, compute_cap, &real, &mut manifest)?;
-        programs.extend(built);
-    }
+    let mut programs = builder.programs(&real)?;
+    let manifest = builder.manifest(&programs)?;
     if !simulated.is_empty() {
-        programs.extend(build::simulated(&workspace, &simulated)?);
+        programs.extend(build::simulated(workspace, &simulated)?);
     }
-    conditions.libraries = Libraries::find(&manifest.libraries);
+    let has_no_gpu = matches!(conditions.gpu, Some(Answer::NoGpu(_)));
     let matrix = Matrix {
         arguments,
-        plan,
         conditions,
         programs,
         manifest,
-        folder: &target,
-        report_folder: report_folder(&target),
-        command: command("cargo xtask gpu-test", std::env::args_os().skip(2)),
+        folder: &builder.target,
+        beside: &builder.target,
+        command: ("cargo xtask gpu-test", 2),
     };
-    let has_no_gpu = matches!(matrix.plan.gpu, Some(Answer::NoGpu(_)));
     let code = matrix.run()?;
     if has_no_gpu {
         println!(
@@ -92,94 +76,70 @@ pub fn run(arguments: &Arguments, bundle: Option<&Path>, compute_cap: u32) -> Re
     Ok(code)
 }
 
-/// A command that runs the facade's example `generate` on the real driver; builds it for GPUs of `compute_cap` and newer.
-pub fn generate(workspace: &Workspace, compute_cap: u32) -> Result<Command> {
+/// Builds for GPUs of `compute_cap` (90 for 9.0) and newer.
+fn builder(workspace: &Workspace, compute_cap: u32) -> Builder<'_> {
     let target = workspace.target.join("gpu-test");
-    with_libraries(build::generate(workspace, &target, compute_cap)?)
+    Builder {
+        workspace,
+        target,
+        compute_cap,
+    }
 }
 
-/// A command that runs the measuring program of Candle's part on the real driver; builds it for GPUs of `compute_cap` and
-/// newer.
-pub fn bench_candle(workspace: &Workspace, compute_cap: u32) -> Result<Command> {
-    let target = workspace.target.join("gpu-test");
-    with_libraries(build::bench_candle(workspace, &target, compute_cap)?)
+/// A command that runs a program of [`OTHERS`] on the real driver; builds it for GPUs of `compute_cap` and newer.
+pub fn with_cuda(workspace: &Workspace, compute_cap: u32, name: &str) -> Result<Command> {
+    let builder = builder(workspace, compute_cap);
+    let mut others = OTHERS.into_iter();
+    let other = others.find(|other| other.0 == name);
+    let program = builder.other(other.context("there is no such program")?)?;
+    let libraries = builder.needed(BTreeSet::from([program.clone()]))?;
+    with_libraries(&program, &libraries)
 }
 
-fn with_libraries((program, libraries): (PathBuf, Vec<String>)) -> Result<Command> {
+fn with_libraries(program: &Path, libraries: &[String]) -> Result<Command> {
     let mut command = Command::new(program);
-    command.env("LD_LIBRARY_PATH", Libraries::find(&libraries).path()?);
+    command.env("LD_LIBRARY_PATH", Libraries::find(libraries).path()?);
     Ok(command)
 }
 
 /// Whether this machine has a CUDA driver with a GPU, be it one that fails.
 pub fn has_gpu(workspace: &Workspace) -> Result<bool> {
-    let program = probe::compile(&workspace.target.join("gpu-test"))?;
+    let program = probe::compile(&workspace.shell, &workspace.target.join("gpu-test"))?;
     Ok(!matches!(probe::ask(&program)?, Answer::NoGpu(_)))
 }
 
-/// What a bundle's `run` does. Answers the exit code.
+/// What a bundle's `run` does. Returns the exit code.
 pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
-    let unpacked = Unpacked::new(&arguments.folder)?;
+    let folder = std::path::absolute(&arguments.folder).context("the bundle's folder")?;
     if let Some(Other::Program { name, arguments }) = &arguments.other {
-        return run_other(&unpacked, name, arguments);
+        let program = bundle::other(&folder, name)?;
+        let mut command = match build::needs_libraries(name) {
+            true => with_libraries(&program, &bundle::manifest(&folder)?.libraries)?,
+            false => Command::new(program),
+        };
+        return code(command.args(arguments));
     }
     if arguments.matrix.list {
         return list(&arguments.matrix);
     }
-    let plan = Plan::make(&arguments.matrix, || probe::ask(&unpacked.probe()))?;
-    let manifest = unpacked.manifest()?;
-    let mut conditions = Conditions::find(plan.gpu.clone(), arguments.matrix.sanitize);
-    conditions.libraries = Libraries::find(&manifest.libraries);
-    let script = arguments.beside.join("run");
+    let probe = || probe::ask(&folder.join(bundle::PROBE));
     let matrix = Matrix {
         arguments: &arguments.matrix,
-        plan,
-        conditions,
-        programs: unpacked.programs(),
-        manifest,
-        folder: unpacked.folder(),
-        report_folder: report_folder(&arguments.beside),
+        conditions: Conditions::find(&arguments.matrix, probe)?,
+        programs: bundle::programs(&folder),
+        manifest: bundle::manifest(&folder)?,
+        folder: &folder,
+        beside: &arguments.beside,
         // What comes before is what the script says of itself: --folder and --beside with their values.
-        command: command(&script.display().to_string(), std::env::args_os().skip(6)),
+        command: (&arguments.beside.join("run").display().to_string(), 6),
     };
     matrix.run()
 }
 
 /// Prints the rows' names, as on a machine with two GPUs.
 fn list(arguments: &Arguments) -> Result<u8> {
-    for cell in selection::select(arguments, None)? {
+    for cell in arguments.select(None)? {
         println!("{}", cell.name());
     }
     Ok(0)
-}
-
-fn run_other(unpacked: &Unpacked, name: &str, arguments: &[OsString]) -> Result<u8> {
-    let mut command = Command::new(unpacked.other(name)?);
-    if [build::GENERATE, bench::CANDLE_PROGRAM].contains(&name) {
-        let libraries = Libraries::find(&unpacked.manifest()?.libraries);
-        command.env("LD_LIBRARY_PATH", libraries.path()?);
-    }
-    let status = command
-        .args(arguments)
-        .status()
-        .with_context(|| format!("{name} could not be started"))?;
-    Ok(status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(1))
-}
-
-/// Where the report goes: `$OUT`, or `usual` without one.
-fn report_folder(usual: &Path) -> PathBuf {
-    match std::env::var_os("OUT") {
-        Some(out) if !out.is_empty() => PathBuf::from(out),
-        _ => usual.to_owned(),
-    }
-}
-
-/// The command line, as one would type it.
-fn command(program: &str, arguments: impl Iterator<Item = OsString>) -> String {
-    arguments.fold(program.to_owned(), |line, argument| {
-        line + " " + &argument.to_string_lossy()
-    })
 }

@@ -1,65 +1,45 @@
 //! Whether a GPU answers on this machine: a small C program asks, as it does in the bundle.
 
-use crate::files;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xshell::{Shell, cmd};
 
-const SOURCE: &str = include_str!("probe.c");
 /// How the names of simulated devices begin.
 const SIMULATED: &str = "Simulated device ";
 
 /// What the probe found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// A GPU answers.
-    Gpu(Gpu),
+    /// A GPU answers: the first one's name, how many there are, and the CUDA version of the driver.
+    Gpu {
+        name: String,
+        count: u32,
+        cuda: String,
+    },
     /// There is no driver, or no device; why.
     NoGpu(String),
     /// There is a driver, and it fails; how.
     Broken(String),
 }
 
-/// The first GPU, and how many there are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Gpu {
-    /// The first one's name.
-    pub name: String,
-    /// How many there are.
-    pub count: u32,
-    /// The CUDA version of the driver.
-    pub cuda: String,
-}
-
 impl Answer {
-    /// The first GPU, if one answers.
-    pub fn gpu(&self) -> Option<&Gpu> {
+    /// How many GPUs answer, if any does.
+    pub fn count(&self) -> Option<u32> {
         match self {
-            Self::Gpu(gpu) => Some(gpu),
+            Self::Gpu { count, .. } => Some(*count),
             _ => None,
         }
     }
 }
 
 /// Compiles the probe into `folder`.
-pub fn compile(folder: &Path) -> Result<PathBuf> {
-    files::make(folder)?;
-    let source = folder.join("probe.c");
-    std::fs::write(&source, SOURCE).with_context(|| format!("writing {}", source.display()))?;
-    let program = folder.join("probe");
-    let output = Command::new("cc")
-        .args(["-O1", "-s", "-Wall", "-Wextra", "-o"])
-        .arg(&program)
-        .arg(&source)
-        .arg("-ldl")
-        .output()
-        .context("the C compiler cc could not be started")?;
-    ensure!(
-        output.status.success(),
-        "cc could not compile {}:\n{}",
-        source.display(),
-        String::from_utf8_lossy(&output.stderr)
-    );
+pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
+    let (source, program) = (folder.join("probe.c"), folder.join("probe"));
+    shell.write_file(&source, include_str!("probe.c"))?;
+    cmd!(shell, "cc -O1 -s -Wall -Wextra -o {program} {source} -ldl")
+        .quiet()
+        .run()?;
     Ok(program)
 }
 
@@ -70,9 +50,9 @@ pub fn ask(program: &Path) -> Result<Answer> {
         .with_context(|| format!("{} could not be started", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let value = |key: &str| {
-        text.lines()
-            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
-            .map(|value| value.trim().to_owned())
+        let pairs = text.lines().filter_map(|line| line.split_once('='));
+        let mut values = pairs.filter(|(name, _)| *name == key);
+        values.next().map(|(_, value)| value.trim().to_owned())
     };
     let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
     let name = value("name").unwrap_or_default();
@@ -81,13 +61,14 @@ pub fn ask(program: &Path) -> Result<Answer> {
         Some(0) if name.starts_with(SIMULATED) => {
             Answer::NoGpu("the libcuda.so.1 that is found here is the simulated one".to_owned())
         }
-        Some(0) => Answer::Gpu(Gpu {
+        Some(0) => Answer::Gpu {
             name,
             count: value("devices")
-                .and_then(|count| count.parse().ok())
-                .context("the probe does not tell the number of GPUs")?,
+                .unwrap_or_default()
+                .parse()
+                .context("the number of GPUs")?,
             cuda: value("cuda").unwrap_or_default(),
-        }),
+        },
         Some(2) => Answer::NoGpu(reason()),
         _ => Answer::Broken(reason()),
     })

@@ -1,24 +1,68 @@
 //! Runs the programs of a cell, and judges them.
 
-use super::cell::{Cell, Driver, Suite};
-use super::conditions::Conditions;
+use super::cell::{Cell, Driver, Program, Suite, choice};
+use super::conditions::{Conditions, SANITIZER_ERRORS};
 use super::process::{self, End};
-use super::program::{Program, Programs};
-use super::row::{Row, State};
-use super::sanitizer;
 use crate::files;
-use crate::tests::{self, Counts};
+use crate::tests::{self as tally, Counts};
 use anyhow::{Context, Result};
-use std::fs;
+use fs_err as fs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so these are left
-/// out where a CUDA program runs on one.
+/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so these are left out when a
+/// CUDA program runs on one.
 pub const KERNELS: &str = "kernels::";
 /// How the names of the facade's tests begin that have the simulated library's calls fail, which a real driver cannot.
 const SIMULATED: &str = "simulated::";
+
+choice! {
+    /// What came of a row.
+    State {
+        /// Each program succeeded, ran tests, and opened the driver that it should.
+        Pass = "PASS",
+        /// One of them did not.
+        Fail = "FAIL",
+        /// It was not run, as the machine lacks something.
+        Skipped = "SKIPPED",
+    }
+}
+
+/// A row of the report: a cell, and what came of it.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Where it stands in the matrix.
+    pub cell: Cell,
+    /// What came of it.
+    pub state: State,
+    /// How long it ran.
+    pub time: Duration,
+    /// What the test runner counted.
+    pub counts: Counts,
+    /// Why it did not pass, or what else is to be said.
+    pub note: String,
+    /// What its programs printed.
+    pub log: String,
+}
+
+impl Row {
+    /// A row that was not run.
+    pub fn not_run(cell: Cell, state: State, note: String) -> Self {
+        Self {
+            cell,
+            state,
+            time: Duration::ZERO,
+            counts: Counts::default(),
+            note,
+            log: String::new(),
+        }
+    }
+}
+
+/// Where the executables of programs are.
+pub type Programs = BTreeMap<Program, PathBuf>;
 
 /// What all rows have in common.
 pub struct Runner<'a> {
@@ -30,18 +74,8 @@ pub struct Runner<'a> {
     pub work: &'a Path,
     /// For how many seconds the longest stress test goes on.
     pub stress_seconds: u64,
-    /// How long a program may take besides.
-    pub limit: Duration,
-}
-
-/// What one program did.
-struct Outcome {
-    counts: Counts,
-    /// Why it did not pass.
-    complaint: Option<String>,
-    /// What else is to be said.
-    remark: Option<String>,
-    log: String,
+    /// How many seconds a program may take besides.
+    pub limit_seconds: u64,
 }
 
 impl Runner<'_> {
@@ -58,43 +92,39 @@ impl Runner<'_> {
         let mut row = Row::not_run(cell, State::Pass, String::new());
         let mut notes = Vec::new();
         for program in cell.programs() {
-            let outcome = self.program(&cell, &program)?;
-            row.passed += outcome.counts.passed;
-            row.failed += outcome.counts.failed;
-            row.log += &format!("==== {} ====\n{}", program.target, outcome.log);
-            if outcome.complaint.is_some() {
-                row.state = State::Fail;
-            }
-            let said = outcome.complaint.into_iter().chain(outcome.remark);
-            notes.extend(said.map(|said| format!("{}: {said}", program.target)));
+            notes.extend(self.program(&program, &mut row)?);
         }
         row.time = started.elapsed();
         row.note = notes.join("; ");
         Ok(row)
     }
 
-    fn program(&self, cell: &Cell, program: &Program) -> Result<Outcome> {
+    /// Runs a program, enters into the row what it did, and returns what is to be said of it.
+    fn program(&self, program: &Program, row: &mut Row) -> Result<Vec<String>> {
+        let cell = row.cell;
         // What a program left behind may still write to its own folder, so each has one.
         let folder = tempfile::tempdir_in(self.work).context("making a folder")?;
-        let folder = folder.path();
-        let log = folder.join("log");
-        let seconds = self.limit + Duration::from_secs(cell.stress_seconds(self.stress_seconds));
-        let mut command = self.command(cell, program, folder)?;
-        let output = fs::File::create(&log).with_context(|| format!("making {}", log.display()))?;
+        let (log, opened) = (folder.path().join("log"), folder.path().join("opened"));
+        fs::create_dir(&opened)?;
+        let output = fs::File::create(&log)?.into_file();
+        let mut command = self.command(&cell, program, &opened)?;
         command
+            .current_dir(folder.path())
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output);
-        let end = process::run(&mut command, seconds);
+        let seconds = self.limit_seconds + cell.stress_seconds(self.stress_seconds);
+        let end = process::run(&mut command, Duration::from_secs(seconds));
+
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
-        let counts = tests::count(&text);
-        let summary = sanitizer::summary(&text).filter(|_| cell.sanitized);
+        let counts = tally::count(&text);
+        let summary = sanitizer_summary(&text).filter(|_| cell.sanitized);
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
-            Ok(End::Stopped) => Some(format!("stopped after {} s", seconds.as_secs())),
-            Ok(End::Exited(status)) if !status.success() => Some(failure(status, cell, counts)),
+            Ok(End::Stopped) => Some(format!("stopped after {seconds} s")),
+            Ok(End::Exited(status)) if !status.success() => Some(failure(status, &cell, counts)),
             Ok(End::Exited(_)) if counts.passed == 0 => Some("no test passed".to_owned()),
-            Ok(End::Exited(_)) if !self.opened_driver(cell, folder)? => {
+            Ok(End::Exited(_)) if !self.opened_driver(&cell, &opened)? => {
                 Some(format!("it did not open the {} driver", cell.driver.word()))
             }
             Ok(End::Exited(_)) if cell.sanitized && summary.is_none() => {
@@ -102,28 +132,29 @@ impl Runner<'_> {
             }
             Ok(End::Exited(_)) => None,
         };
-        Ok(Outcome {
-            counts,
-            complaint,
-            remark: summary.map(str::to_owned),
-            log: text,
-        })
+        if complaint.is_some() {
+            row.state = State::Fail;
+        }
+        row.counts.passed += counts.passed;
+        row.counts.failed += counts.failed;
+        row.log += &format!("==== {} ====\n{text}", program.target);
+        let said = complaint.into_iter().chain(summary.map(str::to_owned));
+        Ok(said
+            .map(|said| format!("{}: {said}", program.target))
+            .collect())
     }
 
-    fn command(&self, cell: &Cell, program: &Program, folder: &Path) -> Result<Command> {
-        let executable = self
-            .programs
-            .get(program)
-            .with_context(|| format!("{} was not built", program.file_name()))?;
-        let mut command = match &self.conditions.sanitizer {
-            Some(sanitizer) if cell.sanitized => sanitizer::command(sanitizer, executable),
-            _ => Command::new(executable),
+    fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {
+        let executable = self.programs.get(program);
+        let executable =
+            executable.with_context(|| format!("{} was not built", program.file_name()))?;
+        let mut command = match cell.sanitized {
+            true => self.conditions.sanitized(executable),
+            false => Command::new(executable),
         };
-        command.current_dir(folder);
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("CUDA_VMM_") {
-                command.env_remove(name);
-            }
+        let variables = std::env::vars_os().map(|(name, _)| name);
+        for name in variables.filter(|name| name.to_string_lossy().starts_with("CUDA_VMM_")) {
+            command.env_remove(name);
         }
         command.envs(cell.variables(self.stress_seconds));
         match (cell.driver, cell.suite) {
@@ -135,57 +166,61 @@ impl Runner<'_> {
             // The dynamic loader writes down what each process opens.
             command
                 .env("LD_DEBUG", "files")
-                .env("LD_DEBUG_OUTPUT", opened(folder).join("process"));
-            files::make(&opened(folder))?;
-        }
-        if cell.driver.is_library() && cell.suite == Suite::Facade {
-            command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
+                .env("LD_DEBUG_OUTPUT", opened.join("process"));
+            if cell.suite == Suite::Facade {
+                command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
+            }
         }
         Ok(command)
     }
 
-    /// Whether the program opened the driver that it should, where that is a library.
-    fn opened_driver(&self, cell: &Cell, folder: &Path) -> Result<bool> {
-        if !cell.driver.is_library() {
-            return Ok(true);
+    /// Whether the program opened the driver that it should, if that is a library.
+    fn opened_driver(&self, cell: &Cell, opened: &Path) -> Result<bool> {
+        let mut drivers = Vec::new();
+        for path in files::entries(opened)? {
+            let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
+            let opened = text
+                .lines()
+                .filter_map(|line| line.split_once("calling init:"));
+            let libraries = opened.map(|(_, library)| PathBuf::from(library.trim()));
+            let is_driver = |library: &PathBuf| library.to_string_lossy().contains("libcuda.so.1");
+            drivers.extend(libraries.filter(is_driver));
         }
-        let opened = opened_drivers(folder)?;
-        let is_ours = |path: &PathBuf| {
-            let folders = &self.conditions.libraries.folders;
-            cell.driver == Driver::Real || folders.iter().any(|folder| path.starts_with(folder))
-        };
-        Ok(!opened.is_empty() && opened.iter().all(is_ours))
+        let folders = &self.conditions.libraries.folders;
+        let is_ours = |path: &PathBuf| folders.iter().any(|folder| path.starts_with(folder));
+        Ok(match cell.driver {
+            Driver::Simulated => true,
+            Driver::Real => !drivers.is_empty(),
+            Driver::SimulatedLibrary => !drivers.is_empty() && drivers.iter().all(is_ours),
+        })
     }
-}
-
-/// Where the dynamic loader writes.
-fn opened(folder: &Path) -> PathBuf {
-    folder.join("opened")
-}
-
-/// The libraries of CUDA drivers that processes of the program initialised.
-fn opened_drivers(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut drivers = Vec::new();
-    for (_, path) in files::entries(&opened(folder))? {
-        let text = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        let text = String::from_utf8_lossy(&text);
-        let initialised = text.lines().filter_map(|line| {
-            let (_, library) = line.split_once("calling init:")?;
-            library
-                .contains("libcuda.so.1")
-                .then(|| library.trim().into())
-        });
-        drivers.extend(initialised);
-    }
-    Ok(drivers)
 }
 
 /// What to say of a program that ended without success.
 fn failure(status: ExitStatus, cell: &Cell, counts: Counts) -> String {
     match status.code() {
-        Some(sanitizer::ERRORS) if cell.sanitized => "compute-sanitizer found errors".to_owned(),
+        Some(SANITIZER_ERRORS) if cell.sanitized => "compute-sanitizer found errors".to_owned(),
         Some(code) => format!("exit code {code}, {} tests failed", counts.failed),
         // The status names the signal.
         None => status.to_string(),
+    }
+}
+
+/// The memory checker's own summary, in what the program and it have printed.
+fn sanitizer_summary(text: &str) -> Option<&str> {
+    let mut lines = text.lines().rev();
+    lines.find_map(|line| line.find("ERROR SUMMARY").map(|start| line[start..].trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_is_the_last_line_that_says_so() {
+        let text =
+            "========= COMPUTE-SANITIZER\ntest result: ok\n========= ERROR SUMMARY: 0 errors\n";
+        assert_eq!(sanitizer_summary(text), Some("ERROR SUMMARY: 0 errors"));
+        assert_eq!(sanitizer_summary("test result: ok"), None);
     }
 }

@@ -1,143 +1,228 @@
-//! Libraries that let the facade's CUDA programs be started where there is no GPU: the simulated driver as
-//! `libcuda.so.1`, and stand-ins for the other CUDA libraries as far as opening a Candle device needs them.
+//! Libraries that take the place of CUDA's own: to link against where those are absent, and to start the facade's CUDA
+//! programs where there is no GPU.
 //!
-//! Programs are linked so that every symbol must be found when they are started. What the simulated driver does
-//! not have, and what the stand-ins do not do, is there all the same and answers that it is not supported. The
-//! driver's share of that is a library of its own, which the other stand-ins need, and which the dynamic loader
-//! asks after `libcuda.so.1`.
+//! Programs are linked so that every symbol must be found when they are started. What the simulated driver does not have,
+//! and what the stand-ins do not do, is there all the same and returns that it is not supported.
 
-use super::stubs::{self, LIBRARIES, Symbols};
-use crate::files;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use std::collections::BTreeSet;
-use std::fs;
 use std::path::{Path, PathBuf};
+use xshell::{Shell, cmd};
 
-/// The driver's calls that are not simulated.
-const NOT_SIMULATED: &str = "libcuda-not-simulated.so";
+/// A library of CUDA's: what `-l` calls it; its name at run time in CUDA 13; how its symbols begin; and the code by which it
+/// says that it does not support a call. cuRAND and NVRTC have no such code, so theirs is that of an internal error.
+type Library = (&'static str, &'static str, &'static [&'static str], u32);
 
-/// What a library does, if it does something, and the code by which it says that it does not support a call.
-fn manner(library: &str) -> (&'static str, u32) {
-    match library {
-        "cublas" => (include_str!("stand_ins/cublas.c"), 15),
-        "cublasLt" => ("", 15),
-        // cuRAND and NVRTC have no such code, so theirs is that of an internal error.
-        "curand" => (include_str!("stand_ins/curand.c"), 999),
-        "nvrtc" => ("", 11),
-        "cudart" => (include_str!("stand_ins/cudart.c"), 801),
-        _ => ("", 801),
-    }
-}
+const LIBRARIES: &[Library] = &[
+    ("cublasLt", "libcublasLt.so.13", &["cublasLt"], 15),
+    ("cublas", "libcublas.so.13", &["cublas"], 15),
+    ("curand", "libcurand.so.10", &["curand"], 999),
+    ("nvrtc", "libnvrtc.so.13", &["nvrtc"], 11),
+    ("cudart", "libcudart.so.13", &["cuda", "__cuda"], 801),
+    (DRIVER, "libcuda.so.1", &["cu"], 801),
+];
+const DRIVER: &str = "cuda";
 
-/// Makes the libraries in `folder` for programs, over the shared library that is the simulated driver.
-///
-/// # Errors
-///
-/// If the compiler or a file fails, or the programs ask for nothing of a CUDA driver.
-pub fn make(folder: &Path, programs: &BTreeSet<PathBuf>, simulator: &Path) -> Result<()> {
-    files::remove_tree(folder)?;
-    files::make(folder)?;
-    let driver = folder.join("libcuda.so.1");
-    fs::copy(simulator, &driver).with_context(|| format!("copying {}", simulator.display()))?;
-    let simulated = stubs::symbols(Symbols::Exported, &BTreeSet::from([driver]))?;
-    let asked = stubs::symbols(Symbols::Asked, programs)?;
-    let of = |library: &str| -> Vec<&String> {
-        let mine = asked
-            .iter()
-            .filter(|symbol| stubs::owner(symbol) == Some(library));
-        mine.filter(|symbol| !simulated.contains(*symbol)).collect()
-    };
-    ensure!(
-        asked.iter().any(|symbol| simulated.contains(symbol)),
-        "the programs ask for nothing of a CUDA driver"
-    );
-    build(folder, "cuda", NOT_SIMULATED, &of("cuda"), &[])?;
-    for (library, soname, _) in LIBRARIES {
-        if library != "cuda" {
-            let needs = [
-                "-Wl,--no-as-needed",
-                "-L",
-                ".",
-                "-l:libcuda-not-simulated.so",
-            ];
-            build(folder, library, soname, &of(library), &needs)?;
-        }
+/// What stand-ins can do.
+const SOURCE: &str = include_str!("stand_ins.c");
+
+/// Makes libraries in `folder` to link against: the right names, the symbols that `archives` leave undefined, and nothing in
+/// them. The real ones take their place when the program is started.
+pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) -> Result<()> {
+    let symbols = symbols(shell, UNDEFINED, archives)?;
+    let has_driver = symbols.iter().any(|symbol| owner(symbol) == DRIVER);
+    ensure!(has_driver, "nm found no symbol of the CUDA driver");
+    for (name, soname, ..) in LIBRARIES {
+        let mine = symbols.iter().filter(|symbol| owner(symbol) == *name);
+        let empty = mine.map(|symbol| format!("void {symbol}(void) {{}}\n"));
+        let file = format!("lib{name}.so");
+        compile(shell, folder, &file, soname, &[&empty.collect::<String>()])?;
     }
     Ok(())
 }
 
-/// Compiles the library `soname` in `folder`: the symbols that only answer are weak, so that those of the
-/// library's own source come before them.
-fn build(
+/// Makes the libraries in `folder` with which programs are started over `simulator`, the shared library that is the simulated
+/// driver. All but the driver are one library under several names, which also has those calls of the driver that are not
+/// simulated.
+///
+/// # Errors
+///
+/// If the compiler or a file fails, or the programs ask for nothing of a CUDA driver.
+pub fn make(
+    shell: &Shell,
     folder: &Path,
-    library: &str,
-    soname: &str,
-    symbols: &[&String],
-    link: &[&str],
+    programs: &BTreeSet<PathBuf>,
+    simulator: &Path,
 ) -> Result<()> {
-    let (source, code) = manner(library);
-    let answers: String = symbols.iter().map(|symbol| answer(symbol, code)).collect();
-    let [does, refuses] = ["does", "refuses"].map(|what| format!("{library}-{what}.c"));
-    for (name, text) in [(&does, source), (&refuses, &answers)] {
-        fs::write(folder.join(name), text).with_context(|| format!("writing {name}"))?;
+    shell.remove_path(folder)?;
+    shell.create_dir(folder)?;
+    let driver = folder.join("libcuda.so.1");
+    shell.copy_file(simulator, &driver)?;
+    let simulated = symbols(shell, EXPORTED, &BTreeSet::from([driver]))?;
+    let asked = symbols(shell, ASKED, programs)?;
+    let asks_driver = !asked.is_disjoint(&simulated);
+    ensure!(asks_driver, "the programs ask for nothing of a CUDA driver");
+    let answers: String = asked.difference(&simulated).map(answer).collect();
+    let all = "stand-ins.so";
+    compile(shell, folder, all, all, &[SOURCE, &answers])?;
+    for (_, soname, ..) in LIBRARIES.iter().filter(|library| library.0 != DRIVER) {
+        shell.hard_link(folder.join(all), folder.join(soname))?;
     }
-    stubs::compile(folder, soname, soname, &[&does, &refuses], link)
+    Ok(())
 }
 
-/// A C function that does nothing but say so.
-fn answer(symbol: &str, code: u32) -> String {
-    // These answer with text; whoever prints it must not follow a code.
-    let is_text = ["String", "GetErrorName", "StatusName"]
-        .iter()
-        .any(|end| symbol.ends_with(end));
-    match is_text {
-        true => format!(
-            "__attribute__((weak)) const char *{symbol}(void) {{ return \"an error of a stand-in for CUDA\"; }}\n"
-        ),
-        false => format!("__attribute__((weak)) int {symbol}(void) {{ return {code}; }}\n"),
+/// Compiles sources in C to the library `file` in `folder`, which is called `soname` at run time.
+fn compile(shell: &Shell, folder: &Path, file: &str, soname: &str, texts: &[&str]) -> Result<()> {
+    let sources = (0..texts.len()).map(|index| folder.join(format!("{file}-{index}.c")));
+    let (sources, library): (Vec<_>, _) = (sources.collect(), folder.join(file));
+    for (source, text) in sources.iter().zip(texts) {
+        shell.write_file(source, text)?;
     }
+    let cc = cmd!(
+        shell,
+        "cc -shared -fPIC -fno-builtin -Wl,-soname,{soname} -o {library}"
+    );
+    Ok(cc.args(sources).quiet().run()?)
+}
+
+/// A C function that does nothing but say so. It is weak, so that one of the stand-ins' own source comes before it.
+fn answer(symbol: &String) -> String {
+    let code = library(symbol).map_or(1, |library| library.3);
+    let mut texts = ["String", "GetErrorName", "StatusName"].iter();
+    // These return text; a caller that prints it must not follow a code.
+    let (kind, value) = match texts.any(|end| symbol.ends_with(end)) {
+        true => (
+            "const char *",
+            "\"an error of a stand-in for CUDA\"".to_owned(),
+        ),
+        false => ("int ", code.to_string()),
+    };
+    format!("__attribute__((weak)) {kind}{symbol}(void) {{ return {value}; }}\n")
+}
+
+/// Which symbols `nm` lists: its arguments, and how it marks them.
+type Kind = (&'static [&'static str], &'static str);
+/// Those that object files and archives leave to others.
+const UNDEFINED: Kind = (&["-u"], "U");
+/// Those that programs and shared libraries ask of others when they are started.
+const ASKED: Kind = (&["-D", "-u"], "U");
+/// Those that shared libraries have for others.
+const EXPORTED: Kind = (&["-D", "--defined-only"], "T");
+
+/// The symbols of CUDA libraries in these files.
+fn symbols(shell: &Shell, kind: Kind, files: &BTreeSet<PathBuf>) -> Result<BTreeSet<String>> {
+    // nm complains of the members that are not object files, and goes on.
+    let nm = cmd!(shell, "nm -P").args(kind.0).args(files).quiet();
+    let text = nm.ignore_status().ignore_stderr().read()?;
+    Ok(listed(&text, kind.1))
+}
+
+/// The symbols of CUDA libraries in what `nm -P` prints, of one kind.
+fn listed(text: &str, kind: &str) -> BTreeSet<String> {
+    let lines = text.lines().map(|line| line.split_whitespace());
+    let symbols = lines.filter_map(|mut words| words.next().zip(words.next()));
+    let mine = symbols.filter(|(symbol, of)| *of == kind && library(symbol).is_some());
+    mine.map(|(symbol, _)| symbol.to_owned()).collect()
+}
+
+/// The run-time names of the CUDA libraries that programs need, the driver's left out.
+pub fn needed(shell: &Shell, programs: &BTreeSet<PathBuf>) -> Result<Vec<String>> {
+    Ok(match programs.is_empty() {
+        true => Vec::new(),
+        false => owners(&symbols(shell, ASKED, programs)?),
+    })
+}
+
+/// The run-time names of the libraries that have these symbols, the driver's left out.
+fn owners(symbols: &BTreeSet<String>) -> Vec<String> {
+    let mut names: BTreeSet<_> = symbols.iter().map(|symbol| owner(symbol)).collect();
+    // cuBLAS itself loads cuBLASLt.
+    if names.contains("cublas") {
+        names.insert("cublasLt");
+    }
+    names.remove(DRIVER);
+    let mut libraries = LIBRARIES.to_vec();
+    libraries.retain(|library| names.contains(library.0));
+    libraries.sort_by_key(|library| library.1);
+    libraries.iter().map(|it| it.1.to_owned()).collect()
+}
+
+/// What `-l` calls the library to which a symbol belongs; nothing if that is none of CUDA's.
+fn owner(symbol: &str) -> &'static str {
+    library(symbol).map_or("", |library| library.0)
+}
+
+/// Which library a symbol belongs to, by how it begins.
+fn library(symbol: &str) -> Option<&'static Library> {
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let begins = |beginning: &&str| {
+        let rest = symbol.strip_prefix(*beginning);
+        rest.is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_uppercase()))
+    };
+    let mut libraries = LIBRARIES.iter().filter(|it| it.2.iter().any(begins));
+    libraries.next().filter(|_| symbol.bytes().all(is_name))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
 
-    /// Compiles a program, or with `-shared` a library, in a folder.
-    fn cc(folder: &Path, output: &str, source: &str, arguments: &[&str]) {
-        fs::write(folder.join("source.c"), source).unwrap();
-        let status = Command::new("cc")
-            .current_dir(folder)
-            .args(["-o", output, "source.c"])
-            .args(arguments)
-            .status()
-            .unwrap();
-        assert!(status.success(), "{output}");
+    #[test]
+    fn symbols_go_to_the_library_that_has_them() {
+        for (symbol, library) in [
+            ("cuMemCreate", "cuda"),
+            ("cublasSgemm_v2", "cublas"),
+            ("cublasLtMatmul", "cublasLt"),
+            ("curandCreateGenerator", "curand"),
+            ("nvrtcVersion", "nvrtc"),
+            ("cudaMalloc", "cudart"),
+            ("__cudaRegisterFunction", "cudart"),
+            ("custom", ""),
+            ("curl_easy_init", ""),
+            ("memcpy", ""),
+        ] {
+            assert_eq!(owner(symbol), library, "{symbol}");
+        }
+    }
+
+    #[test]
+    fn symbols_are_of_one_kind() {
+        let text = "libx.rlib[x.o]:\ncuInit U         \ncuLocal T 0 0\nmemcpy U\ncuInit U\n";
+        assert_eq!(listed(text, "U"), BTreeSet::from(["cuInit".to_owned()]));
+        assert_eq!(listed(text, "T"), BTreeSet::from(["cuLocal".to_owned()]));
+    }
+
+    #[test]
+    fn what_is_needed_leaves_out_the_driver_and_adds_what_cublas_loads() {
+        let symbols = ["cuInit", "cublasSgemm_v2", "memcpy"].map(str::to_owned);
+        let libraries = ["libcublas.so.13", "libcublasLt.so.13"];
+        assert_eq!(owners(&BTreeSet::from(symbols)), libraries);
+    }
+
+    /// Compiles a program, or with `-shared` a library, in the shell's folder.
+    fn cc(shell: &Shell, output: &str, source: &str, arguments: &str) {
+        shell.write_file("source.c", source).unwrap();
+        let cc = cmd!(shell, "cc -o {output} source.c").args(arguments.split(' '));
+        cc.run().unwrap();
     }
 
     #[test]
     fn what_is_simulated_is_the_simulators_and_all_else_answers() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path();
+        let shell = Shell::new().unwrap();
+        shell.change_dir(folder);
         let driver = "int cuInit(unsigned flags) { return flags == 7 ? 42 : 1; }";
-        cc(
-            folder,
-            "simulator.so",
-            driver,
-            &["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"],
-        );
+        let link = "-shared -fPIC -Wl,-soname,libcuda.so.1";
+        cc(&shell, "simulator.so", driver, link);
         // A program that is linked against stubs, as the facade's are.
         let names = "cuInit cuMemPrefetch cublasCreate_v2 cublasDestroy_v2 cublasSgemm_v2 cublasGetStatusString";
-        let asks = names.split(' ').map(|name| {
-            format!("int {name}(void); int asks_{name}(void) {{ return {name}(); }}\n")
-        });
-        let asks: String = asks.collect();
-        cc(folder, "asks.o", &asks, &["-c"]);
-        stubs::make(
-            &folder.join("stubs"),
-            &BTreeSet::from([folder.join("asks.o")]),
-        )
-        .unwrap();
+        let asks =
+            |name| format!("int {name}(void); int asks_{name}(void) {{ return {name}(); }}\n");
+        let asks: String = names.split(' ').map(asks).collect();
+        cc(&shell, "asks.o", &asks, "-c");
+        let asks = BTreeSet::from([folder.join("asks.o")]);
+        make_stubs(&shell, &folder.join("stubs"), &asks).unwrap();
         let program = "int cuInit(unsigned); int cuMemPrefetch(void); int cublasCreate_v2(void **);\n\
             int cublasDestroy_v2(void *); int cublasSgemm_v2(void); const char *cublasGetStatusString(int);\n\
             int main(void) { void *handle = 0;\n\
@@ -146,19 +231,16 @@ mod tests {
             if (cublasCreate_v2(&handle) || !handle || cublasDestroy_v2(handle)) return 3;\n\
             if (cublasSgemm_v2() != 15) return 4;\n\
             return cublasGetStatusString(1)[0] != 'a'; }";
-        let link = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
-        cc(folder, "program", program, &link);
+        cc(
+            &shell,
+            "program",
+            program,
+            "-Lstubs -lcublas -lcuda -Wl,-z,now",
+        );
         let (program, made) = (folder.join("program"), folder.join("made"));
-        make(
-            &made,
-            &BTreeSet::from([program.clone()]),
-            &folder.join("simulator.so"),
-        )
-        .unwrap();
-        let status = Command::new(&program)
-            .env("LD_LIBRARY_PATH", &made)
-            .status()
-            .unwrap();
-        assert_eq!(status.code(), Some(0), "{status}");
+        let programs = BTreeSet::from([program.clone()]);
+        make(&shell, &made, &programs, &folder.join("simulator.so")).unwrap();
+        let program = shell.cmd(program).env("LD_LIBRARY_PATH", &made);
+        program.run().unwrap();
     }
 }

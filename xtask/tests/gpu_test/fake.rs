@@ -23,17 +23,15 @@ pub const BAD: &str = "echo 'what went wrong'\n\
     echo 'test result: FAILED. 3 passed; 1 failed; 0 ignored'\nexit 101\n";
 pub const EMPTY: &str = "echo 'test result: ok. 0 passed; 0 failed; 4 ignored'\n";
 
-const PROGRAMS: [&str; 9] = [
-    "cuda-vmm-conformance",
-    "cuda-vmm-share",
-    "cuda-vmm-device",
-    "cuda-vmm-faults",
-    "cuda-vmm-leaks",
-    "cuda-vmm-stress",
-    "candle-cuda-vmm-device-real",
-    "candle-cuda-vmm-cuda-real",
-    "candle-cuda-vmm-device-simulated",
+const CORE: [&str; 6] = [
+    "conformance",
+    "share",
+    "device",
+    "faults",
+    "leaks",
+    "stress",
 ];
+const FACADE: [&str; 3] = ["device-real", "cuda-real", "device-simulated"];
 
 /// The unpacked bundle, a folder for its report, and one that the dynamic loader is told of.
 pub struct Fake {
@@ -55,12 +53,14 @@ impl Fake {
             folder: tempfile::tempdir().unwrap(),
         };
         fake.script("bundle/bin/probe", probe);
-        for program in PROGRAMS {
+        let core = CORE.map(|name| format!("cuda-vmm-{name}"));
+        let facade = FACADE.map(|name| format!("candle-cuda-vmm-{name}"));
+        for program in core.iter().chain(&facade) {
             fake.program(program, &format!("{OPENS}{CLOSED}"));
         }
-        fs::create_dir_all(fake.path().join("bundle/programs")).unwrap();
-        fs::create_dir_all(fake.path().join("cuda")).unwrap();
-        fs::create_dir_all(fake.path().join("out")).unwrap();
+        for folder in ["bundle/programs", "cuda", "out"] {
+            fs::create_dir_all(fake.path().join(folder)).unwrap();
+        }
         fake.needs(&[]);
         fake
     }
@@ -100,7 +100,8 @@ impl Fake {
         command
             .arg("run-bundle")
             .arg("--folder")
-            .arg(self.path().join("bundle"))
+            .arg(self.path().join("bundle"));
+        command
             .arg("--beside")
             .arg(self.path())
             .args(line.split_whitespace());
@@ -144,17 +145,14 @@ pub fn printed(output: &Output) -> String {
 impl Ran {
     /// The row of this name.
     pub fn row(&self, name: &str) -> &Value {
-        self.rows()
-            .iter()
-            .find(|row| row["name"] == name)
-            .unwrap_or_else(|| panic!("no row {name} in {}\n{}", self.json, self.printed))
+        let row = self.rows().iter().find(|row| row["name"] == name);
+        row.unwrap_or_else(|| panic!("no row {name} in {}\n{}", self.json, self.printed))
     }
 
     /// All rows.
     pub fn rows(&self) -> &[Value] {
-        self.json["rows"]
-            .as_array()
-            .unwrap_or_else(|| panic!("{}", self.printed))
+        let rows = self.json["rows"].as_array();
+        rows.unwrap_or_else(|| panic!("{}", self.printed))
     }
 
     /// Fails unless the row has this state, and its note contains these words.

@@ -1,6 +1,8 @@
 //! What becomes of rows.
 
 use crate::fake::{BAD, BROKEN, CLOSED, EMPTY, Fake, GPU, NO_GPU, OPENS, TWO_GPUS};
+use serde_json::{Value, json};
+use std::fs;
 use std::time::{Duration, Instant};
 
 const ROW: &str = "real/1/2MiB/-/core";
@@ -34,29 +36,42 @@ fn all_rows_passing_is_0_and_the_report_names_the_machine() {
 fn the_json_report_has_every_field() {
     let ran = Fake::new(TWO_GPUS).run("--only facade,2,32MiB --only real/2/2MiB/-/core");
     assert_eq!(ran.code, 0, "{}", ran.printed);
-    assert_eq!(ran.json["machine"]["gpu"], "Test GPU");
-    assert_eq!(ran.json["machine"]["gpus"], 2);
-    assert_eq!(ran.json["machine"]["cuda"], "13.0");
-    assert_eq!(ran.json["machine"]["commit"], "abc");
-    assert_eq!(ran.json["passed"], 3);
-    assert_eq!(
-        (&ran.json["failed"], &ran.json["skipped"]),
-        (&0.into(), &0.into())
-    );
-    let row = ran.row("real/2/32MiB/own-stream/facade");
-    assert_eq!(row["driver"], "real");
-    assert_eq!(row["devices"], 2);
-    assert_eq!(row["page"], "32MiB");
-    assert_eq!(row["candle_device"], "own-stream");
-    assert_eq!(row["suite"], "facade");
-    assert_eq!(row["state"], "PASS");
-    assert!(row["seconds"].is_f64());
-    assert_eq!(row["tests_passed"], 14);
-    assert_eq!(row["tests_failed"], 0);
-    assert_eq!(row["note"], "");
-    let row = ran.row("real/2/2MiB/-/core");
-    assert!(row["candle_device"].is_null());
-    assert_eq!(row["tests_passed"], 14);
+    let machine = &ran.json["machine"];
+    let (gpu, commit) = (&machine["gpu"], &machine["commit"]);
+    let cuda = (&machine["gpus"], &machine["cuda"]);
+    assert_eq!((gpu, commit), (&json!("Test GPU"), &json!("abc")));
+    assert_eq!(cuda, (&json!(2), &json!("13.0")));
+    for key in [
+        "driver",
+        "kernel",
+        "date",
+        "command",
+        "compiler",
+        "candle_kernels",
+        "cuda_libraries",
+    ] {
+        assert!(machine.get(key).is_some(), "{key} in {machine}");
+    }
+    let counts = ["passed", "failed", "skipped"].map(|state| &ran.json[state]);
+    assert_eq!(counts, [3, 0, 0]);
+    for (name, page, candle_device, suite) in [
+        (
+            "real/2/32MiB/own-stream/facade",
+            "32MiB",
+            json!("own-stream"),
+            "facade",
+        ),
+        ("real/2/2MiB/-/core", "2MiB", Value::Null, "core"),
+    ] {
+        let row = ran.row(name);
+        assert!(row["seconds"].is_f64());
+        let expected = json!({
+            "name": name, "driver": "real", "devices": 2, "page": page, "candle_device": candle_device,
+            "suite": suite, "state": "PASS", "seconds": row["seconds"],
+            "tests_passed": 14, "tests_failed": 0, "note": "",
+        });
+        assert_eq!(*row, expected);
+    }
 }
 
 #[test]
@@ -74,29 +89,24 @@ fn a_failing_row_is_1_and_its_log_stands_in_the_report() {
 }
 
 #[test]
-fn a_program_killed_by_a_signal_says_which() {
-    let fake = Fake::new(GPU);
-    fake.program("cuda-vmm-share", &format!("{OPENS}{CLOSED}kill -SEGV $$\n"));
-    let ran = fake.run(ONE);
-    ran.expect(ROW, "FAIL", "share: signal: 11");
-}
-
-#[test]
-fn a_program_in_which_no_test_ran_is_no_pass() {
-    let fake = Fake::new(GPU);
-    fake.program("cuda-vmm-share", &format!("{OPENS}{EMPTY}"));
-    let ran = fake.run(ONE);
-    assert_eq!(ran.code, 1, "{}", ran.printed);
-    ran.expect(ROW, "FAIL", "share: no test passed");
-}
-
-#[test]
-fn a_program_that_is_not_there_is_a_failure() {
-    let fake = Fake::new(GPU);
-    std::fs::remove_file(fake.path().join("bundle/tests/cuda-vmm-share")).unwrap();
-    let ran = fake.run(ONE);
-    assert_eq!(ran.code, 1, "{}", ran.printed);
-    ran.expect(ROW, "FAIL", "could not be started");
+fn a_program_that_cannot_have_passed_is_a_failure_that_says_why() {
+    for (script, note) in [
+        (
+            Some(format!("{OPENS}{CLOSED}kill -SEGV $$\n")),
+            "share: signal: 11",
+        ),
+        (Some(format!("{OPENS}{EMPTY}")), "share: no test passed"),
+        (None, "could not be started"),
+    ] {
+        let fake = Fake::new(GPU);
+        match script {
+            Some(script) => fake.program("cuda-vmm-share", &script),
+            None => fs::remove_file(fake.path().join("bundle/tests/cuda-vmm-share")).unwrap(),
+        }
+        let ran = fake.run(ONE);
+        assert_eq!(ran.code, 1, "{}", ran.printed);
+        ran.expect(ROW, "FAIL", note);
+    }
 }
 
 #[test]
@@ -107,12 +117,13 @@ fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
     }
     let ran = fake.run("--driver all --devices 1 --only core,2MiB --only pools,2MiB");
     assert_eq!(ran.code, 1, "{}", ran.printed);
-    ran.expect(ROW, "FAIL", "conformance: it did not open the real driver");
-    ran.expect(
-        "real/1/2MiB/-/pools",
-        "FAIL",
-        "faults: it did not open the real driver",
-    );
+    for (row, program) in [(ROW, "conformance"), ("real/1/2MiB/-/pools", "faults")] {
+        ran.expect(
+            row,
+            "FAIL",
+            &format!("{program}: it did not open the real driver"),
+        );
+    }
     ran.expect("simulated/1/2MiB/-/core", "PASS", "");
     ran.expect("simulated/1/2MiB/-/pools", "PASS", "");
 }
@@ -137,8 +148,8 @@ fn without_a_gpu_real_rows_are_skipped_and_simulated_rows_run() {
     let ran = fake.run("--driver all");
     assert_eq!(ran.code, 2, "{}", ran.printed);
     assert_eq!(
-        (&ran.json["passed"], &ran.json["skipped"]),
-        (&36.into(), &48.into())
+        ["passed", "skipped"].map(|state| &ran.json[state]),
+        [36, 48]
     );
 
     // A row that fails outweighs those that are skipped.
@@ -160,18 +171,15 @@ fn rows_of_both_drivers_run_side_by_side_and_are_told_in_order() {
     fake.program("cuda-vmm-leaks", &meets);
     let ran = fake.run("--driver all --devices 1 --only leaks,2MiB --only leaks,16MiB");
     assert_eq!(ran.code, 0, "{}", ran.printed);
-    let names: Vec<_> = ran
-        .rows()
-        .iter()
-        .map(|row| row["name"].as_str().unwrap())
-        .collect();
+    let names = ran.rows().iter().map(|row| row["name"].as_str().unwrap());
     let expected = [
         "real/1/2MiB",
         "real/1/16MiB",
         "simulated/1/2MiB",
         "simulated/1/16MiB",
     ];
-    assert_eq!(names, expected.map(|place| format!("{place}/-/leaks")));
+    let expected = expected.map(|place| format!("{place}/-/leaks"));
+    assert_eq!(names.collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -196,11 +204,8 @@ fn a_second_gpu_is_missing_only_if_it_is_demanded() {
     assert_eq!((ran.code, ran.rows().len()), (0, 4), "{}", ran.printed);
     let ran = fake.run("--only leaks --devices 2");
     assert_eq!((ran.code, ran.rows().len()), (2, 8), "{}", ran.printed);
-    ran.expect(
-        "real/2/2MiB/-/leaks",
-        "SKIPPED",
-        "needs 2 GPUs, this machine has 1",
-    );
+    let reason = "needs 2 GPUs, this machine has 1";
+    ran.expect("real/2/2MiB/-/leaks", "SKIPPED", reason);
     assert!(!ran.printed.contains("not asked for"), "{}", ran.printed);
 
     let fake = Fake::new(TWO_GPUS);
@@ -216,15 +221,12 @@ fn only_real_facade_rows_are_skipped_where_their_libraries_are_missing() {
     let line = "--driver all --devices 1 --only core,2MiB --only facade,2MiB";
     let ran = fake.run(line);
     assert_eq!(ran.code, 2, "{}", ran.printed);
-    ran.expect(
-        "real/1/2MiB/own-stream/facade",
-        "SKIPPED",
-        "missing libxtask-absent.so.13",
-    );
+    let reason = "missing libxtask-absent.so.13";
+    ran.expect("real/1/2MiB/own-stream/facade", "SKIPPED", reason);
     ran.expect("simulated/1/2MiB/cpu/facade", "PASS", "");
     ran.expect(ROW, "PASS", "");
 
-    std::fs::write(fake.path().join("cuda/libxtask-absent.so.13"), "").unwrap();
+    fs::write(fake.path().join("cuda/libxtask-absent.so.13"), "").unwrap();
     let ran = fake.run(line);
     assert_eq!(ran.code, 0, "{}", ran.printed);
 }
@@ -233,10 +235,8 @@ fn only_real_facade_rows_are_skipped_where_their_libraries_are_missing() {
 fn a_program_past_its_time_is_stopped_and_what_it_left_behind_is_not_waited_for() {
     let fake = Fake::new(GPU);
     // The second one ends, and leaves a process that holds its output.
-    fake.program(
-        "cuda-vmm-conformance",
-        &format!("{OPENS}sleep 100 & sleep 100\n"),
-    );
+    let waits = format!("{OPENS}sleep 100 & sleep 100\n");
+    fake.program("cuda-vmm-conformance", &waits);
     fake.program("cuda-vmm-share", &format!("sleep 20 &\n{OPENS}{CLOSED}"));
     let started = Instant::now();
     let ran = fake.run(&format!("--limit-seconds 1 {ONE}"));
@@ -256,7 +256,7 @@ fn programs_see_the_variables_of_their_row_and_no_others() {
         .env("CUDA_VMM_DRIVER_PATH", "/elsewhere")
         .env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
     assert_eq!(command.output().unwrap().status.code(), Some(1));
-    let report = std::fs::read_to_string(fake.path().join("out/report.md")).unwrap();
+    let report = fs::read_to_string(fake.path().join("out/report.md")).unwrap();
     let expected = "\nCUDA_VMM_TEST_DEVICES=1\nCUDA_VMM_TEST_DRIVER=simulated\n\
         CUDA_VMM_TEST_PAGE_BYTES=2097152\nCUDA_VMM_TEST_STRESS_SECONDS=5\nwhat";
     assert!(report.contains(expected), "{report}");
@@ -266,7 +266,7 @@ fn programs_see_the_variables_of_their_row_and_no_others() {
 fn the_facade_is_told_where_the_cuda_libraries_are() {
     let fake = Fake::new(GPU);
     fake.needs(&["libxtask.so.13"]);
-    std::fs::write(fake.path().join("cuda/libxtask.so.13"), "").unwrap();
+    fs::write(fake.path().join("cuda/libxtask.so.13"), "").unwrap();
     let script = format!(
         "case \"$LD_LIBRARY_PATH\" in {}/cuda*) ;; *) exit 9 ;; esac\n{OPENS}{CLOSED}",
         fake.path().display()

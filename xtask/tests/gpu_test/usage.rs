@@ -21,12 +21,8 @@ fn what_cannot_be_followed_is_64_and_starts_nothing() {
         "program unknown",
     ] {
         let output = fake.command(line).output().unwrap();
-        assert_eq!(
-            output.status.code(),
-            Some(64),
-            "{line}: {}",
-            printed(&output)
-        );
+        let (code, printed) = (output.status.code(), printed(&output));
+        assert_eq!(code, Some(64), "{line}: {printed}");
         assert!(!output.stderr.is_empty(), "{line}");
     }
     assert!(!fake.path().join("bundle/bin/probe.asked").exists());
@@ -50,12 +46,9 @@ fn in_place_too() {
 #[test]
 fn rows_for_two_devices_alone_are_none_on_a_machine_with_one() {
     let output = Fake::new(GPU).command("--only 2,core").output().unwrap();
-    assert_eq!(output.status.code(), Some(64), "{}", printed(&output));
-    assert!(
-        printed(&output).contains("--devices 2"),
-        "{}",
-        printed(&output)
-    );
+    let (code, printed) = (output.status.code(), printed(&output));
+    assert_eq!(code, Some(64), "{printed}");
+    assert!(printed.contains("--devices 2"), "{printed}");
 }
 
 #[test]
@@ -98,28 +91,26 @@ fn sanitized_rows_carry_the_summary() {
         let note = report["rows"][0]["note"].as_str().unwrap().to_owned();
         (output.status.code().unwrap(), note)
     };
-    let (code, note) = with_sanitizer("ERROR SUMMARY: 0 errors", "0");
-    assert_eq!(code, 0, "{note}");
-    assert_eq!(
-        note,
-        "conformance: ERROR SUMMARY: 0 errors; share: ERROR SUMMARY: 0 errors"
-    );
-    let (code, note) = with_sanitizer("ERROR SUMMARY: 3 errors", "86");
-    assert_eq!(code, 1);
-    assert!(
-        note.contains("found errors; conformance: ERROR SUMMARY: 3 errors"),
-        "{note}"
-    );
-    // One that gives up has checked nothing.
-    let (code, note) = with_sanitizer("giving up", "0");
-    assert_eq!(code, 1);
-    assert!(note.contains("no summary"), "{note}");
+    let clean = "ERROR SUMMARY: 0 errors";
+    let both = format!("conformance: {clean}; share: {clean}");
+    assert_eq!(with_sanitizer(clean, "0"), (0, both));
+    for (summary, code, said) in [
+        (
+            "ERROR SUMMARY: 3 errors",
+            "86",
+            "found errors; conformance: ERROR SUMMARY: 3 errors",
+        ),
+        // One that gives up has checked nothing.
+        ("giving up", "0", "no summary"),
+    ] {
+        let (code, note) = with_sanitizer(summary, code);
+        assert!(code == 1 && note.contains(said), "{code} {note}");
+    }
     fake.program("cuda-vmm-share", &format!("{OPENS}{BAD}"));
-    let (code, note) = with_sanitizer("ERROR SUMMARY: 0 errors", "0");
-    assert_eq!(code, 1);
+    let (code, note) = with_sanitizer(clean, "0");
     assert!(
-        note.contains("share: exit code 101, 1 tests failed"),
-        "{note}"
+        code == 1 && note.contains("share: exit code 101, 1 tests failed"),
+        "{code} {note}"
     );
 }
 
@@ -130,10 +121,6 @@ fn programs_that_are_no_test_get_their_arguments_and_answer_their_own_code() {
     let output = fake.command("program demo --help -x").output().unwrap();
     assert_eq!(output.status.code(), Some(5));
     assert_eq!(printed(&output), "demo --help -x\n");
-    let output = fake.command("program other").output().unwrap();
-    assert!(
-        printed(&output).contains("it has demo"),
-        "{}",
-        printed(&output)
-    );
+    let printed = printed(&fake.command("program other").output().unwrap());
+    assert!(printed.contains("it has demo"), "{printed}");
 }

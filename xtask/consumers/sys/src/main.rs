@@ -1,4 +1,4 @@
-//! Depends on the bindings alone: loads the driver, or says why not.
+//! Depends on the bindings alone, by bindgen or declared by hand: loads the driver, or says why not.
 
 use std::ffi::c_int;
 

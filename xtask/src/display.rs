@@ -1,0 +1,26 @@
+//! How tables and times are printed.
+
+use comfy_table::{CellAlignment, Table, presets};
+use std::time::Duration;
+
+/// A table with `rows` below `head`, as Markdown has it; all columns but the first are aligned to the right.
+pub fn table<const N: usize>(
+    head: [&str; N],
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::ASCII_MARKDOWN)
+        .set_header(head)
+        .add_rows(rows);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// A duration, to a tenth of a second.
+pub fn time(duration: Duration) -> humantime::FormattedDuration {
+    let tenths = duration.as_millis().div_ceil(100) as u64;
+    humantime::format_duration(Duration::from_millis(tenths * 100))
+}
