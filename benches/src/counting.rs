@@ -3,7 +3,7 @@
 //! # Safety
 //! Every call goes to the system's allocator unchanged; only numbers are kept beside.
 
-use crate::{GRANULARITY, no_op_driver};
+use crate::no_op::{GRANULARITY, no_op_driver};
 use cuda_vmm::{Result, VirtualMemoryPool};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};

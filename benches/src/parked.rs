@@ -1,10 +1,8 @@
 //! Threads that take back parked pages at the same time, each those of a model of its own.
 
+use crate::shared::{SharedSizes, shared_models};
 use anyhow::{Context, Result, ensure};
-use cuda_vmm::{
-    Device, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
-    WorkerMode,
-};
+use cuda_vmm::{Device, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -21,7 +19,7 @@ pub struct ParkedModels {
 }
 
 impl ParkedModels {
-    /// So many models with so many pages each.
+    /// This many models with this many pages each.
     ///
     /// # Errors
     ///
@@ -29,22 +27,18 @@ impl ParkedModels {
     pub fn new(device: &Device, stream: &Stream, count: usize, pages: usize) -> Result<Self> {
         let page_bytes = device.granularity_bytes();
         let bytes = pages * page_bytes;
-        let options = SharedPoolOptions {
-            engine: EngineOptions::new()
-                .chunk_bytes_max(0)
-                .park_bytes_max(count * bytes)
-                .worker(WorkerMode::Manual),
-            page_bytes: Some(page_bytes),
+        let engine = EngineOptions::new()
+            .chunk_bytes_max(0)
+            .park_bytes_max(count * bytes)
+            .worker(WorkerMode::Manual);
+        let sizes = SharedSizes {
+            page_bytes,
+            capacity_bytes: bytes,
+            ahead_bytes: 0,
         };
-        let shared = SharedMemoryPool::with_options(device, options)?;
-        let mut models = Vec::with_capacity(count);
-        for number in 0..count {
-            let name = format!("model {number}");
-            shared.register_model(&name, bytes)?;
-            let model = shared.model(&name)?;
-            model.use_stream(stream)?;
+        let (_, models) = shared_models(device, engine, sizes, &vec![stream.clone(); count])?;
+        for model in &models {
             model.allocate(0, bytes)?;
-            models.push(model);
         }
         let stream = stream.clone();
         Ok(Self { models, stream })

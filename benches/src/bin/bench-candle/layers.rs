@@ -1,8 +1,7 @@
 //! The caches of all layers, to which tokens are appended.
 
 use crate::machine::Machine;
-use anyhow::Result;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 use candle_nn::kv_cache::KvCache;
 use std::hint::black_box;
@@ -14,8 +13,8 @@ pub const HEAD_DIM: usize = 128;
 /// The type of keys and values.
 pub const DTYPE: DType = DType::F16;
 
-/// Appends, and answers views of all keys and values.
-type Append<C> = fn(&mut C, &Tensor, &Tensor) -> candle_core::Result<(Tensor, Tensor)>;
+/// Appends, and returns views of all keys and values.
+type Append<C> = fn(&mut C, &Tensor, &Tensor) -> Result<(Tensor, Tensor)>;
 
 /// A cache for each layer.
 pub struct Layers<C> {
@@ -35,7 +34,7 @@ impl Layers<ElasticKvCache> {
 }
 
 impl Layers<KvCache> {
-    /// Candle's, with memory for so many tokens from the first on.
+    /// Candle's, with memory for this many tokens from the beginning.
     pub fn preallocated(machine: &Machine, tokens: usize) -> Self {
         let caches = (0..machine.sizes.layers).map(|_| KvCache::new(2, tokens));
         Self {
@@ -55,10 +54,10 @@ impl<C> Layers<C> {
     }
 }
 
-/// So many tokens for one layer.
+/// Tokens for one layer.
 pub fn tokens(machine: &Machine, count: usize) -> Result<Tensor> {
     let shape = (1, KV_HEADS, count, HEAD_DIM);
-    Ok(Tensor::zeros(shape, DTYPE, &machine.candle)?)
+    Tensor::zeros(shape, DTYPE, &machine.candle)
 }
 
 /// Bytes of a token's keys and values in all layers.

@@ -1,32 +1,23 @@
 //! The device on which everything is measured.
 
-use crate::arguments::{Arguments, Place};
 use crate::sizes::Sizes;
 use anyhow::Result;
 use candle_core::Device;
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
-use std::time::Duration;
+use clap::ValueEnum;
+use cuda_vmm_benches::program;
+use cuda_vmm_benches::sides::Settings;
+use std::hint::black_box;
+use std::time::{Duration, Instant};
 
-/// How long each piece of work is measured.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// How many rounds work gets that takes some milliseconds.
-    pub rounds: usize,
-    /// The fewest rounds, however long they take.
-    pub rounds_min: usize,
-    /// The time after which no further round of one piece of work begins.
-    pub patience: Duration,
-}
-
-impl Settings {
-    /// With all rounds, however long they take.
-    pub fn whole(&self) -> Self {
-        Self {
-            patience: Duration::MAX,
-            ..*self
-        }
-    }
+/// Where it runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Place {
+    /// GPU 0; without it nothing is measured.
+    Cuda,
+    /// Host memory: every measurement runs, small, but times mean nothing and are not judged.
+    Cpu,
 }
 
 /// A device with nothing else to do.
@@ -45,14 +36,24 @@ pub struct Machine {
 /// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the driver.
 const AHEAD_BYTES: usize = 4 << 20;
 
+impl program::Machine for Machine {
+    fn device(&self) -> &cuda_vmm::Device {
+        &self.device
+    }
+
+    fn is_real(&self) -> bool {
+        self.is_real
+    }
+}
+
 impl Machine {
     /// Opens what is asked for, and nothing else.
-    pub fn open(arguments: &Arguments) -> Result<Self> {
-        let candle = match arguments.device {
+    pub fn open(place: Place, quick: bool) -> Result<Self> {
+        let candle = match place {
             Place::Cuda => Device::new_cuda(0)?,
             Place::Cpu => Device::Cpu,
         };
-        let is_small = arguments.quick || candle.is_cpu();
+        let is_small = quick || candle.is_cpu();
         let (rounds, seconds) = if is_small { (3, 1) } else { (200, 10) };
         Ok(Self {
             device: core_device(&candle)?,
@@ -67,11 +68,6 @@ impl Machine {
         })
     }
 
-    /// Whether times mean something here.
-    pub fn is_real(&self) -> bool {
-        self.is_real
-    }
-
     /// How pools for tensors and caches that grow are made.
     pub fn pool_options(&self) -> TensorPoolOptions {
         TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES)
@@ -81,6 +77,21 @@ impl Machine {
     pub fn pool(&self) -> Result<TensorPool> {
         let options = self.pool_options();
         Ok(TensorPool::with_options(&self.candle, options)?)
+    }
+
+    /// The mean time of doing something this many times, until the device is done with all of it.
+    pub fn mean_time<T>(
+        &self,
+        count: usize,
+        mut act: impl FnMut() -> candle_core::Result<T>,
+    ) -> Result<Duration> {
+        self.synchronize()?;
+        let started = Instant::now();
+        for _ in 0..count {
+            black_box(act()?);
+        }
+        self.synchronize()?;
+        Ok(started.elapsed() / count as u32)
     }
 
     /// Waits for everything that is queued.

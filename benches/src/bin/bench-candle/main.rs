@@ -1,22 +1,5 @@
 //! Measures tensors and caches that grow on a GPU, beside Candle's own, in one run.
 
-// What measures and reports is the same as for the pools, which use more of it.
-#[path = "../bench/course.rs"]
-mod course;
-#[path = "../bench/demand.rs"]
-mod demand;
-#[path = "../bench/listing.rs"]
-mod listing;
-#[path = "../bench/report.rs"]
-mod report;
-#[path = "../bench/samples.rs"]
-mod samples;
-#[allow(dead_code)]
-#[path = "../bench/sides.rs"]
-mod sides;
-#[path = "../bench/start.rs"]
-mod start;
-
 // The decoder is the one of the facade's example, which also reads what is not needed here.
 #[allow(dead_code)]
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate/caches.rs"]
@@ -33,29 +16,45 @@ mod model;
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate/weights.rs"]
 mod weights;
 
-mod arguments;
 mod layers;
 mod machine;
 mod sizes;
 mod work;
 
 use anyhow::Result;
-use arguments::{Arguments, Place};
-use machine::Machine;
+use clap::Parser;
+use cuda_vmm_benches::program::{self, Wanted};
+use machine::{Machine, Place};
 use std::process::ExitCode;
 
+const FIGURES: &str = include_str!("../../../figures/bench-candle.csv");
+
+/// Measures tensors and caches that grow on a GPU, beside Candle's own.
+///
+/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "bench-candle")]
+struct Arguments {
+    /// Where to run
+    #[arg(long, value_enum, default_value_t = Place::Cuda)]
+    device: Place,
+    /// Small sizes, as on a CPU; times are not judged
+    #[arg(long)]
+    quick: bool,
+    #[command(flatten)]
+    wanted: Wanted,
+}
+
 fn main() -> ExitCode {
-    start::start("bench-candle", run)
+    program::start("bench-candle", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let wanted = course::chosen(work::ALL, arguments.only.as_deref())?;
-    let json = arguments.json.as_deref();
-    match Machine::open(arguments) {
-        Ok(machine) => course::measure(&wanted, &machine, json),
-        Err(error) if arguments.device == Place::Cuda => {
-            course::without_gpu(&wanted, &format!("{error:#}"), json)
-        }
-        Err(error) => Err(error),
-    }
+    let may_be_absent = arguments.device == Place::Cuda;
+    program::measure(
+        (work::ALL, FIGURES),
+        &arguments.wanted,
+        may_be_absent,
+        || Machine::open(arguments.device, arguments.quick),
+    )
 }

@@ -5,11 +5,11 @@
 pub struct Sizes {
     /// Layers, each with keys and values.
     pub layers: usize,
-    /// Tokens that are decoded one by one in the measurement of the mean, and how many of them make a sample.
+    /// Tokens that are decoded one by one in the measurement of the mean.
     pub decoded: [usize; 2],
-    /// See there.
+    /// How many of them make a sample.
     pub stretch: usize,
-    /// Tokens whose memory is told.
+    /// Tokens whose memory is measured.
     pub held: [usize; 3],
     /// Steps among which the worst is looked for.
     pub steps: usize,
@@ -17,17 +17,17 @@ pub struct Sizes {
     pub matrix: usize,
     /// Keys that a query meets.
     pub keys: [usize; 4],
-    /// Tokens in the decoder's caches before anything is timed, and tokens of a sample.
+    /// Tokens in the decoder's caches before anything is timed.
     pub context: usize,
-    /// See there.
+    /// Tokens that the decoder generates for a sample.
     pub generated: usize,
     /// Rounds of the decoder.
     pub decoder_rounds: usize,
-    /// Layers, sequences and blocks of the shortest sequence in the paged cache. The longest are three times as long.
+    /// Layers of the paged cache.
     pub paged_layers: usize,
-    /// See there.
+    /// Sequences in the paged cache.
     pub sequences: usize,
-    /// See there.
+    /// Blocks of the shortest sequence in the paged cache. The longest are three times as long.
     pub blocks: usize,
 }
 

@@ -4,12 +4,11 @@
 //! The simulator is kept beside the driver that is made of its table, and behind it in the order of dropping.
 #![allow(unsafe_code)]
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Device, Driver, DriverKind};
 use cuda_vmm_sim::{CostModel, SimConfig, Simulator};
-use std::sync::mpsc::{self, Sender};
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 /// A device of 80 GiB that only keeps books.
 pub struct Card {
@@ -18,8 +17,7 @@ pub struct Card {
     simulator: Simulator,
     /// What the stepping thread's clock showed when simulated time began.
     begin_ns: u64,
-    background: Background,
-    /// When the background thread is done with all that it was given, in simulated time.
+    /// When the background is done with all that it was given, in simulated time.
     background_done_ns: u64,
 }
 
@@ -34,10 +32,7 @@ pub enum Costs {
 }
 
 impl Card {
-    /// A card of its own.
-    ///
-    /// # Errors
-    /// If there is no simulator here, or no thread.
+    /// A card of its own. An error if there is no simulator here.
     pub fn new(costs: Costs) -> Result<Self> {
         let config = SimConfig::new().unbacked();
         let simulator = Simulator::new(match costs {
@@ -49,45 +44,45 @@ impl Card {
         let driver = unsafe { Driver::from_table(simulator.table(), DriverKind::Simulated) }?;
         Ok(Self {
             device: driver.device(0)?,
-            background: Background::start(simulator.clone())?,
             simulator,
             begin_ns: 0,
             background_done_ns: 0,
         })
     }
 
-    /// Lets simulated time begin: what has been called before was for free.
+    /// Lets simulated time begin: calls before cost nothing.
     pub fn begin(&mut self) {
         self.begin_ns = self.simulator.thread_clock_ns();
     }
 
     /// Makes calls of the driver on the stepping thread, and moves the moment by what they cost.
     ///
-    /// What the background thread was given before may still be under way at that moment, while the books have it already; then
-    /// the stepping thread waits for all of it, which is more than it would have to.
+    /// What the background was given before may still be under way at that moment, while the books have it
+    /// already; then the stepping thread waits for all of it, which is more than it would have to.
     pub fn call<T>(&mut self, now_ns: &mut u64, calls: impl FnOnce() -> T) -> T {
         *now_ns = self.background_done_ns.max(*now_ns);
         let clock_ns = self.simulator.thread_clock_ns();
         let late_ns = (self.begin_ns + *now_ns).saturating_sub(clock_ns);
         self.simulator.advance_thread_clock_ns(late_ns);
-        let answer = calls();
+        let outcome = calls();
         let clock_ns = self.simulator.thread_clock_ns();
         *now_ns = clock_ns.saturating_sub(self.begin_ns).max(*now_ns);
-        answer
+        outcome
     }
 
-    /// Gives the background thread a job, which begins when it is due and the thread is free.
-    ///
-    /// # Errors
-    /// If the thread is gone.
-    pub fn behind<T: Send + 'static>(
-        &mut self,
-        now_ns: u64,
-        job: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T> {
-        let (answer, clock_ns) = self.background.run(self.begin_ns + now_ns, job)?;
+    /// Does a job in the background, which has a clock of its own. It begins when it is due and the background
+    /// is free. The caller waits for it, so that every run is the same.
+    pub fn behind<T: Send>(&mut self, now_ns: u64, job: impl FnOnce() -> T + Send) -> T {
+        let from_ns = self.begin_ns + now_ns.max(self.background_done_ns);
+        // The clock is the thread's, and that of a new one stands at zero.
+        let run = || {
+            self.simulator.advance_thread_clock_ns(from_ns);
+            (job(), self.simulator.thread_clock_ns())
+        };
+        let ran = thread::scope(|scope| scope.spawn(run).join());
+        let (outcome, clock_ns) = ran.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         self.background_done_ns = clock_ns.saturating_sub(self.begin_ns);
-        Ok(answer)
+        outcome
     }
 
     /// Calls so far that change memory or how it is mapped, of both threads.
@@ -100,61 +95,6 @@ impl Card {
             DriverFunction::cuMemRelease,
         ];
         calls.iter().map(|call| self.simulator.calls(*call)).sum()
-    }
-}
-
-type Job = Box<dyn FnOnce(&Simulator) + Send>;
-
-/// A thread with a clock of its own. It works only while the other waits for it, so that every run is the same.
-struct Background {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Background {
-    fn start(simulator: Simulator) -> Result<Self> {
-        let (jobs, queue) = mpsc::channel::<Job>();
-        let thread = thread::Builder::new()
-            .name("background".into())
-            .spawn(move || queue.into_iter().for_each(|job| job(&simulator)))?;
-        Ok(Self {
-            jobs: Some(jobs),
-            thread: Some(thread),
-        })
-    }
-
-    /// Runs a job from a moment on, or from when the thread is free; answers when it ended too.
-    fn run<T: Send + 'static>(
-        &self,
-        from_ns: u64,
-        job: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<(T, u64)> {
-        let (done, answer) = mpsc::sync_channel(1);
-        let job: Job = Box::new(move |simulator| {
-            let late_ns = from_ns.saturating_sub(simulator.thread_clock_ns());
-            simulator.advance_thread_clock_ns(late_ns);
-            let answer = job();
-            // Nobody listens any more only if the run was given up.
-            let _ = done.send((answer, simulator.thread_clock_ns()));
-        });
-        let jobs = self
-            .jobs
-            .as_ref()
-            .context("the background thread has ended")?;
-        jobs.send(job)
-            .ok()
-            .context("the background thread has ended")?;
-        answer.recv().context("the background thread failed")
-    }
-}
-
-impl Drop for Background {
-    fn drop(&mut self) {
-        drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
-            // A job that panicked has been noticed by who waited for it.
-            let _ = thread.join();
-        }
     }
 }
 
@@ -173,16 +113,13 @@ mod tests {
         let mut now_ns = 1_000_000;
         let memory = card.call(&mut now_ns, || PhysicalMemory::new(&device, PAGE).unwrap());
         assert_eq!(now_ns, 1_007_600);
-        let made = device.clone();
-        let other = card
-            .behind(now_ns, move || PhysicalMemory::new(&made, PAGE).unwrap())
-            .unwrap();
+        let other = card.behind(now_ns, || PhysicalMemory::new(&device, PAGE).unwrap());
         // Later the driver is free again, and the moment moves by the call alone.
         let mut later_ns = 2_000_000;
         card.call(&mut later_ns, || drop(memory));
         assert_eq!(later_ns, 2_009_700);
         // At once, the call waits for the background.
-        card.behind(later_ns, move || drop(other)).unwrap();
+        card.behind(later_ns, || drop(other));
         card.call(&mut later_ns, || ());
         assert_eq!(later_ns, 2_019_400);
         assert_eq!(card.memory_calls(), 4);
@@ -195,7 +132,7 @@ mod tests {
         let device = card.device.clone();
         let mut now_ns = 5;
         let memory = card.call(&mut now_ns, || PhysicalMemory::new(&device, PAGE).unwrap());
-        card.behind(now_ns, move || drop(memory)).unwrap();
+        card.behind(now_ns, || drop(memory));
         card.call(&mut now_ns, || ());
         assert_eq!(now_ns, 5);
     }

@@ -1,17 +1,16 @@
 //! One workload in four pools.
 
 use crate::card::Costs;
-use crate::outcome::Outcome;
+use crate::pools::counted::Counted;
 use crate::pools::elastic::{Elastic, Settings};
-use crate::pools::ideal::Ideal;
 use crate::pools::page_at_a_time::PageAtATime;
-use crate::pools::static_split::StaticSplit;
-use crate::pools::{Memory, TOKEN_BYTES, blocks_within};
-use crate::scheduler::Limits;
-use crate::simulation;
 use crate::time_model::TimeModel;
-use crate::workload::Workload;
 use anyhow::{Context, Result};
+use cuda_vmm_benches::figure::{Finding, Reach};
+use cuda_vmm_benches::serving::memory::{Memory, TOKEN_BYTES, blocks_within};
+use cuda_vmm_benches::serving::request::Request;
+use cuda_vmm_benches::serving::scheduler::Limits;
+use cuda_vmm_benches::serving::server::{Outcome, Server};
 
 /// The pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +34,7 @@ impl Pool {
         Self::Ideal,
     ];
 
-    /// As it is told.
+    /// As reports name it.
     pub fn name(self) -> &'static str {
         match self {
             Self::StaticSplit => "static split",
@@ -45,23 +44,14 @@ impl Pool {
         }
     }
 
-    fn memory(self, sizes: Sizes, models: usize, costs: Costs) -> Result<Box<dyn Memory>> {
-        let shared = blocks_within(sizes.shared_tokens);
+    fn memory(self, sizes: Sizes, models: usize) -> Result<Box<dyn Memory>> {
         Ok(match self {
             Self::StaticSplit => {
-                Box::new(StaticSplit::new(blocks_within(sizes.static_tokens), models))
+                Box::new(Counted::split(blocks_within(sizes.static_tokens), models))
             }
-            Self::PageAtATime => Box::new(PageAtATime::new(shared, models, costs)?),
-            Self::Ours => {
-                let limit_bytes = sizes.shared_tokens * TOKEN_BYTES;
-                Box::new(Elastic::new(
-                    limit_bytes,
-                    models,
-                    costs,
-                    Settings::of(limit_bytes, models),
-                )?)
-            }
-            Self::Ideal => Box::new(Ideal::new(shared, models)),
+            Self::PageAtATime => Box::new(sizes.page_at_a_time(models)?),
+            Self::Ours => Box::new(sizes.elastic(models)?),
+            Self::Ideal => Box::new(Counted::shared(blocks_within(sizes.shared_tokens), models)),
         })
     }
 }
@@ -75,33 +65,80 @@ pub struct Sizes {
     pub shared_tokens: usize,
 }
 
+impl Sizes {
+    /// As published: 0.31 of the card less weights and activations for each of three models, or all of it shared.
+    pub const PUBLISHED: Self = Self {
+        static_tokens: 62_000,
+        shared_tokens: 213_000,
+    };
+
+    /// The same shared memory, of which each of this many models has an equal part in the static split.
+    pub fn split(models: usize) -> Self {
+        let static_tokens = Self::PUBLISHED.shared_tokens / models;
+        Self {
+            static_tokens,
+            ..Self::PUBLISHED
+        }
+    }
+
+    /// Our pool for this many models.
+    pub fn elastic(self, models: usize) -> Result<Elastic> {
+        let settings = Settings::of(self.shared_tokens * TOKEN_BYTES, models);
+        let blocks = blocks_within(self.shared_tokens);
+        Elastic::new(blocks, models, Costs::Measured, settings)
+    }
+
+    /// The page-at-a-time pool for this many models.
+    pub fn page_at_a_time(self, models: usize) -> Result<PageAtATime> {
+        PageAtATime::new(blocks_within(self.shared_tokens), models, Costs::Measured)
+    }
+}
+
+/// A figure of an outcome, with its name.
+pub type Figure = (&'static str, fn(&Outcome) -> f64);
+
+const MEAN: Figure = ("mean time to first token", |outcome| {
+    outcome.first_token.mean() / 1e6
+});
+/// The time that most requests wait at most.
+pub const P99: Figure = ("p99 time to first token", |outcome| {
+    outcome.first_token.quantile(990) / 1e6
+});
+const PER_TOKEN: Figure = ("mean time per token", |outcome| {
+    outcome.per_token.mean() / 1e6
+});
+
 /// What came of a workload in each pool.
 pub struct Contest {
     /// What the workload was.
     pub name: String,
+    quick: bool,
     outcomes: Vec<Outcome>,
 }
 
 impl Contest {
-    /// Runs variants of a workload in each pool, and takes all of a pool together.
-    ///
-    /// # Errors
-    /// If a pool fails, or there is no variant.
-    pub fn hold(name: &str, variants: &[Workload], sizes: Sizes) -> Result<Self> {
+    /// Runs variants of a workload, each with the requests of all models, in each pool, and takes all of a pool
+    /// together.
+    pub fn hold(
+        name: &str,
+        quick: bool,
+        variants: &[Vec<Vec<Request>>],
+        sizes: Sizes,
+    ) -> Result<Self> {
         let outcomes = Pool::ALL.map(|pool| {
-            let mut all: Option<Outcome> = None;
-            for workload in variants {
-                let one = run(pool, workload, sizes, Costs::Measured)
-                    .with_context(|| format!("{name}, {}", pool.name()))?;
-                all = Some(match all {
-                    Some(all) => all.merged(one),
-                    None => one,
-                });
-            }
-            all.context("no workload")
+            let run = |models: &Vec<_>| {
+                let mut memory = pool.memory(sizes, models.len())?;
+                let time = |prompt, decodes| TimeModel::FITTED.step(prompt, decodes);
+                Server::new(models, &mut *memory, Limits::DEFAULT, &time).run(u64::MAX)
+            };
+            let outcomes = variants.iter().map(run);
+            let merged = outcomes.reduce(|all, one| Ok(all?.merged(one?)));
+            let merged = merged.context("no workload").flatten();
+            merged.with_context(|| format!("{name}, {}", pool.name()))
         });
         Ok(Self {
             name: name.to_owned(),
+            quick,
             outcomes: outcomes.into_iter().collect::<Result<_>>()?,
         })
     }
@@ -110,13 +147,34 @@ impl Contest {
     pub fn of(&self, pool: Pool) -> &Outcome {
         &self.outcomes[pool as usize]
     }
+
+    /// The 99th percentile of the time to first token.
+    pub fn p99_ms(&self, pool: Pool) -> f64 {
+        P99.1(self.of(pool))
+    }
+
+    /// Judges a figure of ours against that of another pool.
+    pub fn judge(&self, figure: Figure, unit: &str, against: Pool, reach: Reach) -> Finding {
+        let name = format!("{}: {}: {}", self.name, figure.0, against.name());
+        let of = |pool| figure.1(self.of(pool));
+        let finding = Finding::new(&name, unit, reach).judge(of(Pool::Ours), Some(of(against)));
+        told(self.quick, finding)
+    }
+
+    /// Ours must never be slower than the page-at-a-time pool.
+    pub fn never_slower(&self) -> impl Iterator<Item = Finding> {
+        let reach = Reach::AtMostTimes(1.0);
+        let figures = [MEAN, P99, PER_TOKEN];
+        figures
+            .into_iter()
+            .map(move |of| self.judge(of, "ms", Pool::PageAtATime, reach))
+    }
 }
 
-/// Runs a workload in a pool, as fitted and by default.
-///
-/// # Errors
-/// If the pool fails.
-pub fn run(pool: Pool, workload: &Workload, sizes: Sizes, costs: Costs) -> Result<Outcome> {
-    let mut memory = pool.memory(sizes, workload.models.len(), costs)?;
-    simulation::run(workload, &mut *memory, TimeModel::FITTED, Limits::DEFAULT)
+/// A figure of a quick run is told and not judged.
+pub fn told(quick: bool, finding: Finding) -> Finding {
+    match quick {
+        true => finding.unjudged().noted("a quick run is not judged"),
+        false => finding,
+    }
 }

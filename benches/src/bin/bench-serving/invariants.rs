@@ -1,17 +1,15 @@
 //! What holds of every schedule, whatever the requests, in every pool.
 
 use crate::card::Costs;
-use crate::outcome::Outcome;
+use crate::pools::counted::Counted;
 use crate::pools::elastic::{Elastic, Settings};
-use crate::pools::ideal::Ideal;
 use crate::pools::page_at_a_time::PageAtATime;
-use crate::pools::static_split::StaticSplit;
-use crate::pools::{BLOCK_BYTES, Memory, blocks_of};
-use crate::scheduler::{Limits, Order};
-use crate::simulation;
 use crate::time_model::TimeModel;
-use crate::workload::{Request, Workload};
 use anyhow::Result;
+use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory, blocks_of};
+use cuda_vmm_benches::serving::request::Request;
+use cuda_vmm_benches::serving::scheduler::{Limits, Order};
+use cuda_vmm_benches::serving::server::{Outcome, Server};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -33,37 +31,30 @@ impl Memory for Checked {
         self.pool.free_blocks(model)
     }
 
-    fn take(
-        &mut self,
-        now_ns: &mut u64,
-        model: usize,
-        count: usize,
-        blocks: &mut Vec<u32>,
-    ) -> Result<bool> {
-        let before = blocks.len();
+    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
         let (began_ns, free) = (*now_ns, self.free_blocks(model));
-        let has = self.pool.take(now_ns, model, count, blocks)?;
+        let taken = self.pool.take(now_ns, model, count)?;
         assert!(*now_ns >= began_ns, "time goes on");
-        assert!(!has || count <= free, "{count} of {free}");
-        let taken = &blocks[before..];
-        assert_eq!(taken.len(), if has { count } else { 0 }, "all or none");
-        self.used[model].extend(taken);
+        let Some(blocks) = &taken else {
+            return Ok(None);
+        };
+        assert!(count <= free, "{count} of {free}");
+        assert_eq!(blocks.len(), count, "all or none");
+        self.used[model].extend(blocks);
         assert!(self.used.iter().map(Vec::len).sum::<usize>() <= self.limit);
         if self.has_names {
             let names: BTreeSet<_> = self.used[model].iter().collect();
             assert_eq!(names.len(), self.used[model].len(), "no block twice");
         }
-        Ok(has)
+        Ok(taken)
     }
 
-    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: &mut Vec<u32>) -> Result<()> {
-        for block in blocks.iter() {
+    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()> {
+        for block in &blocks {
             let at = self.used[model].iter().position(|used| used == block);
             self.used[model].swap_remove(at.expect("only what was taken is given"));
         }
-        self.pool.give(now_ns, model, blocks)?;
-        assert!(blocks.is_empty());
-        Ok(())
+        self.pool.give(now_ns, model, blocks)
     }
 
     fn work(&mut self, now_ns: u64) -> Result<()> {
@@ -88,10 +79,10 @@ fn pool(which: usize, limit: usize, models: usize, costs: Costs) -> Checked {
         chunk_bytes_max: 4 * BLOCK_BYTES,
     };
     let pool: Box<dyn Memory> = match which {
-        0 => Box::new(StaticSplit::new(limit / models, models)),
+        0 => Box::new(Counted::split(limit / models, models)),
         1 => Box::new(PageAtATime::new(limit, models, costs).unwrap()),
-        2 => Box::new(Elastic::new(limit * BLOCK_BYTES, models, costs, settings).unwrap()),
-        _ => Box::new(Ideal::new(limit, models)),
+        2 => Box::new(Elastic::new(limit, models, costs, settings).unwrap()),
+        _ => Box::new(Counted::shared(limit, models)),
     };
     Checked {
         pool,
@@ -114,14 +105,17 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     })
 }
 
-fn run(workload: &Workload, memory: &mut Checked, order: Order) -> Outcome {
+fn run(models: &[Vec<Request>], memory: &mut Checked, order: Order) -> Outcome {
     let limits = Limits {
         order,
         sequences_max: 8,
         prompt_tokens_max: 512,
         watermark_divisor: 50,
     };
-    simulation::run(workload, memory, TimeModel::FITTED, limits).unwrap()
+    let time = |prompt, decodes| TimeModel::FITTED.step(prompt, decodes);
+    Server::new(models, memory, limits, &time)
+        .run(u64::MAX)
+        .unwrap()
 }
 
 proptest! {
@@ -132,12 +126,11 @@ proptest! {
         models in prop::collection::vec(requests(), 1..4), limit in 12..80_usize, mixed: bool,
     ) {
         let order = if mixed { Order::Mixed } else { Order::PromptsFirst };
-        let workload = Workload { models };
         for which in 0..POOLS {
-            let mut memory = pool(which, limit, workload.models.len(), Costs::Measured);
-            let outcome = run(&workload, &mut memory, order);
+            let mut memory = pool(which, limit, models.len(), Costs::Measured);
+            let outcome = run(&models, &mut memory, order);
             let most = memory.most_blocks(0);
-            let all = workload.models.iter().flatten();
+            let all = models.iter().flatten();
             let (served, refused): (Vec<&Request>, Vec<&Request>) =
                 all.partition(|request| blocks_of(request.tokens_max()) <= most);
             prop_assert_eq!((outcome.served, outcome.refused), (served.len(), refused.len()));
@@ -152,9 +145,9 @@ proptest! {
     fn pools_of_one_size_whose_calls_cost_nothing_give_the_same_schedule(
         requests in requests(), limit in 12..80_usize,
     ) {
-        let workload = Workload { models: vec![requests] };
+        let models = [requests];
         let outcome = |which| {
-            let outcome = run(&workload, &mut pool(which, limit, 1, Costs::Free), Order::Mixed);
+            let outcome = run(&models, &mut pool(which, limit, 1, Costs::Free), Order::Mixed);
             // All but what tells of the pool itself.
             Outcome { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
         };
@@ -166,9 +159,8 @@ proptest! {
 
     #[test]
     fn a_run_is_the_same_again(models in prop::collection::vec(requests(), 2..4), limit in 12..80_usize) {
-        let workload = Workload { models };
         for which in [1, 2] {
-            let again = || run(&workload, &mut pool(which, limit, workload.models.len(), Costs::Measured), Order::Mixed);
+            let again = || run(&models, &mut pool(which, limit, models.len(), Costs::Measured), Order::Mixed);
             prop_assert_eq!(again(), again());
         }
     }
@@ -181,11 +173,9 @@ fn memory_that_is_short_preempts_and_computes_again() {
         prompt_tokens: 64,
         generated_tokens: 65,
     };
-    let workload = Workload {
-        models: vec![vec![request; 3]],
-    };
+    let models = [vec![request; 3]];
     // Three prompts of four blocks fit, but not what they grow to.
-    let outcome = run(&workload, &mut pool(3, 14, 1, Costs::Free), Order::Mixed);
+    let outcome = run(&models, &mut pool(3, 14, 1, Costs::Free), Order::Mixed);
     assert_eq!((outcome.served, outcome.refused), (3, 0));
     assert!(outcome.preemptions > 0);
     assert_eq!(outcome.tokens, 3 * 65);

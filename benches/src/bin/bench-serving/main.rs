@@ -1,94 +1,115 @@
 //! Simulates serving several models on one GPU, with the memory in one of four pools.
 
-// What judges and lists figures is the same as for the other measuring programs, which use more of it.
-#[allow(dead_code)]
-#[path = "../bench/demand.rs"]
-mod demand;
-#[path = "../bench/listing.rs"]
-mod listing;
-#[path = "../bench/start.rs"]
-mod start;
-
 // Traces are read as the core's demo reads them.
 #[path = "../../../../crates/cuda-vmm/examples/demo/trace.rs"]
 mod trace;
 
-mod arguments;
-mod arrivals;
 mod card;
 mod contest;
 mod fit;
+mod hand_back;
 #[cfg(test)]
 mod invariants;
-mod outcome;
 mod plots;
 mod pools;
-mod published;
-mod scheduler;
-mod simulation;
+mod ramps;
 mod tables;
 mod time_model;
-mod work;
-mod workload;
+mod workloads;
 
 use anyhow::Result;
-use arguments::{Arguments, Command};
+use clap::{Parser, Subcommand};
+use cuda_vmm_benches::serving::request as workload;
+use cuda_vmm_benches::{program, report};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use work::{Course, hand_back, idle, ramps, single, traces};
+
+/// Simulates serving several models on one GPU, in four pools, on the same arrivals. Needs no GPU.
+///
+/// Exit code: 0, everything that is demanded is reached; 1, something is not; 64, wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "bench-serving")]
+struct Arguments {
+    /// Write a list of `name`, `ours`, `peer`, `ratio`, `reach`, `pass`, `unit`, `note` to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the plots to this folder
+    #[arg(long, value_name = "FOLDER")]
+    plots: Option<PathBuf>,
+    /// An Azure LLM inference trace for workload (b), one model each; can be given again
+    #[arg(long, value_name = "FILE")]
+    trace: Vec<PathBuf>,
+    /// Shorter workloads, which show that everything runs and are not judged
+    #[arg(long)]
+    quick: bool,
+    /// Something else than the benchmark
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// What else there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+enum Command {
+    /// Find the constants of the time model again, by the published static curve as a whole
+    Fit,
+}
 
 fn main() -> ExitCode {
-    start::start("bench-serving", run)
+    program::start("bench-serving", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    tables::print_head();
+    report::print_command();
+    println!(
+        "All times are simulated: steps by the fitted time model, calls by the costs of an H100."
+    );
     if arguments.command == Some(Command::Fit) {
         fit::run()?;
         return Ok(ExitCode::SUCCESS);
     }
-    let course = Course {
-        quick: arguments.quick,
-    };
+    let quick = arguments.quick;
     // First, as a trace may be one that cannot be read.
-    let traces = traces::hold(&course, &arguments.trace)?;
-    let ramps = ramps::hold(&course)?;
-    ramps
+    let traces = workloads::traces(quick, &arguments.trace)?;
+    let ramps = ramps::hold(quick)?;
+    let (idle, single) = (workloads::idle(quick)?, workloads::single(quick)?);
+    let mut contests: Vec<_> = traces
+        .iter()
+        .map(|one| ("traces".to_owned(), one))
+        .collect();
+    contests.extend([("idle".to_owned(), &idle), ("single".to_owned(), &single)]);
+    contests.extend(
+        ramps
+            .iter()
+            .map(|(point, one)| (format!("ramps-{}", point.peak), one)),
+    );
+    contests
         .iter()
         .for_each(|(_, contest)| tables::print_contest(contest));
     tables::print_curves(&ramps);
-    let idle = idle::hold(&course)?;
-    let single = single::hold(&course)?;
-    let others = traces.iter().chain([&idle, &single]);
-    others.for_each(tables::print_contest);
 
-    let mut findings = ramps::judge(&course, &ramps)?;
-    findings.extend(traces::judge(&course, traces.as_ref()));
-    findings.extend(idle::judge(&course, &idle));
-    findings.extend(single::judge(&course, &single));
-    findings.extend(hand_back::judge(&course)?);
-    listing::print_findings(&findings);
+    let mut findings = ramps::judge(quick, &ramps)?;
+    findings.extend(workloads::judge_traces(traces.as_ref()));
+    findings.extend(workloads::judge_idle(&idle));
+    findings.extend(workloads::judge_single(&single));
+    findings.push(hand_back::judge(quick)?);
     if let Some(folder) = &arguments.plots {
-        let mut drawn = vec![("idle", &idle), ("single", &single)];
-        drawn.extend(traces.iter().map(|contest| ("traces", contest)));
-        let names: Vec<_> = ramps
-            .iter()
-            .map(|(point, _)| format!("ramps-{}", point.peak))
-            .collect();
-        drawn.extend(
-            names
-                .iter()
-                .map(String::as_str)
-                .zip(ramps.iter().map(|(_, contest)| contest)),
-        );
-        plots::draw(folder, &ramps, &drawn)?;
+        plots::draw(folder, &ramps, &contests)?;
         println!("Plots: {}", folder.display());
     }
-    if let Some(path) = &arguments.json {
-        listing::write(path, &findings)?;
+    report::end(&findings, arguments.json.as_deref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traces_can_be_given_again() {
+        let arguments =
+            Arguments::parse_from(["bench-serving", "--trace", "a", "--trace", "b", "--quick"]);
+        assert_eq!(arguments.trace.len(), 2);
+        assert!(arguments.quick && arguments.command.is_none());
+        let arguments = Arguments::parse_from(["bench-serving", "fit"]);
+        assert_eq!(arguments.command, Some(Command::Fit));
     }
-    let has_failed = findings.iter().any(|finding| finding.pass == Some(false));
-    Ok(match has_failed {
-        true => ExitCode::FAILURE,
-        false => ExitCode::SUCCESS,
-    })
 }

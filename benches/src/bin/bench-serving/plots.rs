@@ -1,8 +1,7 @@
 //! Plots as SVG.
 
 use crate::contest::{Contest, Pool};
-use crate::outcome::Outcome;
-use crate::work::ramps::Ramps;
+use crate::ramps::{Point, Ramps};
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 use std::path::Path;
@@ -17,8 +16,7 @@ const MODEL_COLOURS: [RGBColor; 4] = [
 ];
 const GIB: f64 = (1_u64 << 30) as f64;
 
-type Failure = Box<dyn std::error::Error>;
-type Points = Vec<(f64, f64)>;
+type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 fn colour(pool: Pool) -> RGBColor {
     match pool {
@@ -30,40 +28,38 @@ fn colour(pool: Pool) -> RGBColor {
 }
 
 /// Draws all plots into a folder: the curves of workload (a), and memory over time of some contests.
-///
-/// # Errors
-/// If a file cannot be written.
-pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(&str, &Contest)]) -> Result<()> {
+pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    let curves = folder.join("ramps.svg");
-    draw_curves(ramps, &curves).map_err(|error| failed(&curves, &*error))?;
-    for (name, contest) in contests {
+    let plot = |name: &str, draw: &dyn Fn(&Path) -> Drawn| {
         let path = folder.join(format!("{name}.svg"));
-        draw_memory(contest, &path).map_err(|error| failed(&path, &*error))?;
-    }
-    Ok(())
-}
-
-fn failed(path: &Path, error: &dyn std::error::Error) -> anyhow::Error {
-    anyhow!("cannot draw {}: {error}", path.display())
+        draw(&path).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
+    };
+    plot("ramps", &|path| draw_curves(ramps, path))?;
+    let mut contests = contests.iter();
+    contests.try_for_each(|(name, contest)| plot(name, &|path| draw_memory(contest, path)))
 }
 
 /// p99 time to first token by peak, simulated and published.
-fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
+fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
     let root = SVGBackend::new(path, SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let title = "Three models on one GPU: p99 time to first token";
-    let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
-    let (first, last) = (
-        peaks().fold(f64::MAX, f64::min),
-        peaks().fold(0.0, f64::max),
-    );
+    let curve = |of: &dyn Fn(&Point, &Contest) -> f64| -> Vec<_> {
+        let points = ramps
+            .iter()
+            .map(|(point, one)| (f64::from(point.peak), of(point, one)));
+        points.collect()
+    };
+    let [first, .., last] = &ramps[..] else {
+        return Err("fewer than two peaks".into());
+    };
+    let peaks = f64::from(first.0.peak)..f64::from(last.0.peak);
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 24))
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(72)
-        .build_cartesian_2d(first..last, (50.0..100_000.0).log_scale())?;
+        .build_cartesian_2d(peaks, (50.0..100_000.0).log_scale())?;
     chart
         .configure_mesh()
         .x_desc("peak of each ramp (requests a second)")
@@ -76,34 +72,18 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
         .draw()?;
     for pool in Pool::ALL {
         let style = colour(pool).stroke_width(2);
-        let points = ramps.iter().map(|(point, contest)| {
-            let p99_ms = contest.of(pool).first_token.percentile_ms(99);
-            (f64::from(point.peak), p99_ms)
-        });
+        let points = curve(&|_, contest| contest.p99_ms(pool));
         chart
             .draw_series(LineSeries::new(points, style))?
             .label(pool.name())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
     }
-    let published: [(_, _, Points); 2] = [
-        (
-            "static, published",
-            Pool::StaticSplit,
-            ramps
-                .iter()
-                .map(|(point, _)| (f64::from(point.peak), point.static_ms))
-                .collect(),
-        ),
-        (
-            "KVCached, published",
-            Pool::PageAtATime,
-            ramps
-                .iter()
-                .map(|(point, _)| (f64::from(point.peak), point.elastic_ms))
-                .collect(),
-        ),
-    ];
-    for (label, pool, points) in published {
+    let split = curve(&|point, _| point.static_ms);
+    let elastic = curve(&|point, _| point.elastic_ms);
+    for (label, pool, points) in [
+        ("static, published", Pool::StaticSplit, split),
+        ("KVCached, published", Pool::PageAtATime, elastic),
+    ] {
         let style = colour(pool).filled();
         let marks = points.into_iter().map(|point| Circle::new(point, 5, style));
         chart
@@ -123,7 +103,7 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<(), Failure> {
 }
 
 /// What each model held over time, a chart for each pool.
-fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
+fn draw_memory(contest: &Contest, path: &Path) -> Drawn {
     let root = SVGBackend::new(path, STACK_SIZE).into_drawing_area();
     root.fill(&WHITE)?;
     let title = format!(
@@ -134,10 +114,10 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
         .titled(&title, ("sans-serif", 24))?
         .split_evenly((Pool::ALL.len(), 1));
     let outcomes = Pool::ALL.map(|pool| contest.of(pool));
-    let end = outcomes
+    let ends = outcomes
         .iter()
         .filter_map(|outcome| outcome.over_time.last());
-    let end_seconds = end
+    let end_s = ends
         .map(|moment| moment.at_ns as f64 / 1e9)
         .fold(1.0, f64::max);
     let most = outcomes.iter().map(|outcome| outcome.held_bytes_max).max();
@@ -148,7 +128,7 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
             .margin(8)
             .x_label_area_size(36)
             .y_label_area_size(56)
-            .build_cartesian_2d(0.0..end_seconds, 0.0..most_gib * 1.05)?;
+            .build_cartesian_2d(0.0..end_s, 0.0..most_gib * 1.05)?;
         chart
             .configure_mesh()
             .x_desc("simulated seconds")
@@ -156,27 +136,19 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<(), Failure> {
             .label_style(("sans-serif", 14))
             .light_line_style(WHITE.mix(0.0))
             .draw()?;
-        let models = contest
-            .of(pool)
-            .over_time
-            .first()
-            .map_or(0, |moment| moment.held_bytes.len());
+        let moments = &contest.of(pool).over_time;
+        let models = moments.first().map_or(0, |moment| moment.held_bytes.len());
         // Stacked areas, the highest first, so that the lower ones cover it.
         for model in (0..models).rev() {
             let colour = MODEL_COLOURS[model % MODEL_COLOURS.len()];
-            let points = stacked(contest.of(pool), model);
+            let points = moments.iter().map(|moment| {
+                let bytes: u64 = moment.held_bytes[..=model].iter().sum();
+                (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
+            });
             chart
                 .draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(colour))?;
         }
     }
     root.present()?;
     Ok(())
-}
-
-/// What the models up to one held, in GiB, over seconds.
-fn stacked(outcome: &Outcome, model: usize) -> impl Iterator<Item = (f64, f64)> + '_ {
-    outcome.over_time.iter().map(move |moment| {
-        let bytes: u64 = moment.held_bytes[..=model].iter().sum();
-        (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
-    })
 }

@@ -1,10 +1,8 @@
 //! How long a step of a model takes on the GPU.
 //!
-//! A decode step costs a constant and so much for each sequence in it; both constants are fitted ([`crate::fit`]). Prompt tokens
-//! follow a roofline: the floating-point operations of the weights at a stated share of the card's peak, but never less than
-//! the time in which the weights are read once.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
+//! A decode step costs a constant and an amount for each sequence in it; both are fitted ([`crate::fit`]). Prompt
+//! tokens follow a roofline: the floating-point operations of the weights at a stated share of the card's peak, but
+//! never less than the time in which the weights are read once.
 
 /// Parameters of the model, Llama 3.1 8B.
 const PARAMETERS: f64 = 8.03e9;
@@ -32,7 +30,7 @@ impl TimeModel {
         sequence_ns: 200_000,
     };
 
-    /// A step of so many prompt tokens and so many sequences that decode; 0 for none of either.
+    /// A step of prompt tokens and sequences that decode; 0 for none of either.
     pub fn step(&self, prompt_tokens: u32, sequences: usize) -> u64 {
         let decode_ns = match sequences {
             0 => 0,

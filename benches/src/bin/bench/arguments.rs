@@ -1,12 +1,12 @@
 //! What the program is asked to do.
 
-use crate::machine::Settings;
-use crate::work::ReplaySettings;
-use clap::{Parser, ValueEnum};
-use std::path::PathBuf;
+use clap::{Args, Parser, ValueEnum};
+use core::fmt;
+use cuda_vmm_benches::program::Wanted;
+use cuda_vmm_benches::sides::Settings;
 use std::time::Duration;
 
-/// Which driver answers.
+/// Which driver is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
     /// NVIDIA's; without it nothing is measured.
@@ -24,32 +24,99 @@ pub struct Arguments {
     /// The driver
     #[arg(long, value_enum, default_value_t = Choice::Real)]
     pub driver: Choice,
-    /// Write a list of `name`, `ours`, `peer`, `ratio`, `reach`, `pass`, `unit`, `note` to this file
-    #[arg(long, value_name = "FILE")]
-    pub json: Option<PathBuf>,
-    /// Measure only work whose name, or a figure of it, contains this
-    #[arg(long, value_name = "WORD")]
-    pub only: Option<String>,
+    /// What is measured, and where the figures go
+    #[command(flatten)]
+    pub wanted: Wanted,
     /// How many rounds work gets that takes some milliseconds; shorter work gets more, longer work fewer
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
     /// How the replay of a server's work is made
     #[command(flatten)]
-    pub replay: ReplaySettings,
+    pub replay: Replay,
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to four times as long and one
-    /// eight times; all but the replay, which says itself how long it takes, shall end within five minutes.
+    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to four times as
+    /// long and one eight times; all but the replay, whose length is an argument, shall end within five minutes.
     pub fn settings(&self) -> Settings {
+        let rounds = self.rounds as usize;
         Settings {
-            rounds: self.rounds as usize,
-            rounds_min: 3.min(self.rounds as usize),
+            rounds,
+            rounds_min: rounds.min(3),
             patience: match self.driver {
                 Choice::Real => Duration::from_secs(9),
                 Choice::Simulated => Duration::from_secs(1),
             },
         }
+    }
+}
+
+/// The trace, which part of it is replayed, and how long a step of a model takes.
+#[derive(Clone, Copy, Debug, PartialEq, Args)]
+pub struct Replay {
+    /// Requests a second to which each model's rate climbs, by one each second
+    #[arg(long = "replay-peak", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub peak: u32,
+    /// Where in the trace the replay begins, in seconds; half way up the first model's climb where it is not given
+    #[arg(long = "replay-from", value_name = "SECONDS", value_parser = at_least_zero)]
+    pub from_s: Option<f64>,
+    /// How many seconds are replayed, in real time: once with the pool, and once with everything allocated before
+    #[arg(long = "replay-seconds", value_name = "SECONDS", default_value_t = 60.0, value_parser = at_least_zero)]
+    pub seconds: f64,
+    /// A decode step without its sequences, in milliseconds
+    #[arg(long = "replay-step-ms", value_name = "MS", default_value_t = 24.0, value_parser = at_least_zero)]
+    pub step_ms: f64,
+    /// What each sequence adds to it, in milliseconds
+    #[arg(long = "replay-sequence-ms", value_name = "MS", default_value_t = 0.2, value_parser = at_least_zero)]
+    pub sequence_ms: f64,
+    /// What a prompt's token takes, in milliseconds
+    #[arg(long = "replay-prompt-token-ms", value_name = "MS", default_value_t = 0.103, value_parser = at_least_zero)]
+    pub prompt_token_ms: f64,
+    /// Tokens whose keys and values all models together may hold, 131,072 bytes each
+    #[arg(
+        long = "replay-tokens",
+        value_name = "TOKENS",
+        default_value_t = 213_000
+    )]
+    pub tokens: usize,
+}
+
+/// A number of at most a day's seconds that is not negative.
+fn at_least_zero(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    match (0.0..=86_400.0).contains(&value) {
+        true => Ok(value),
+        false => Err(format!("{value} is not between 0 and 86400")),
+    }
+}
+
+impl Replay {
+    /// The part of the trace that is replayed, in seconds.
+    pub fn window_s(&self) -> (f64, f64) {
+        let from_s = self.from_s.unwrap_or(f64::from(self.peak) / 2.0);
+        (from_s, from_s + self.seconds)
+    }
+
+    /// How long a step of so many sequences and prompt tokens takes.
+    pub fn step_time(&self, sequences: usize, prompt_tokens: usize) -> Duration {
+        let decode_ms = match sequences {
+            0 => 0.0,
+            count => self.step_ms + self.sequence_ms * count as f64,
+        };
+        let prompt_ms = self.prompt_token_ms * prompt_tokens as f64;
+        Duration::from_secs_f64((decode_ms + prompt_ms) / 1e3)
+    }
+}
+
+impl fmt::Display for Replay {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (from_s, to_s) = self.window_s();
+        write!(
+            formatter,
+            "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a sequence, {} ms a \
+             prompt's token",
+            self.peak, self.step_ms, self.sequence_ms, self.prompt_token_ms
+        )
     }
 }
 
@@ -66,5 +133,23 @@ mod tests {
         assert_eq!(arguments.driver, Choice::Simulated);
         assert_eq!(arguments.settings().rounds_min, 1);
         assert!(Arguments::try_parse_from(["bench", "--rounds", "0"]).is_err());
+    }
+
+    #[test]
+    fn the_window_holds_two_ramps_unless_told() {
+        let replay = Arguments::parse_from(["bench"]).replay;
+        assert_eq!(replay.window_s(), (8.0, 68.0));
+        assert_eq!(replay.step_time(0, 0), Duration::ZERO);
+        assert_eq!(replay.step_time(100, 0), Duration::from_millis(44));
+        assert_eq!(replay.step_time(0, 1000), Duration::from_millis(103));
+        let told = ["bench", "--replay-from", "3", "--replay-seconds", "0.5"];
+        assert_eq!(Arguments::parse_from(told).replay.window_s(), (3.0, 3.5));
+        for wrong in ["-1", "NaN", "inf", "86401", "x"] {
+            let told = format!("--replay-seconds={wrong}");
+            assert!(
+                Arguments::try_parse_from(["bench", &told]).is_err(),
+                "{wrong}"
+            );
+        }
     }
 }

@@ -1,35 +1,17 @@
 //! The driver and the device on which everything is measured.
 
-use crate::arguments::Choice;
-use crate::work::ReplaySettings;
+use crate::arguments::{Arguments, Choice, Replay};
 use crate::{bare, recorder};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use cuda_vmm::{
-    Device, Driver, DriverKind, Engine, EngineOptions, EngineStats, Stream, VirtualMemoryPool,
+    Device, Driver, DriverKind, Engine, EngineOptions, EngineStats, PoolOptions, Stream,
+    VirtualMemoryPool,
 };
+use cuda_vmm_benches::Filling;
+use cuda_vmm_benches::program;
+use cuda_vmm_benches::sides::Settings;
 use cuda_vmm_sim::{SimConfig, Simulator};
 use std::time::{Duration, Instant};
-
-/// How long each piece of work is measured.
-#[derive(Clone, Copy, Debug)]
-pub struct Settings {
-    /// How many rounds work gets that takes some milliseconds.
-    pub rounds: usize,
-    /// The fewest rounds, however long they take.
-    pub rounds_min: usize,
-    /// The time after which no further round of one piece of work begins.
-    pub patience: Duration,
-}
-
-impl Settings {
-    /// With so many times the time, for work whose rounds are long and whose figure is near its reach.
-    pub fn patient(&self, times: u32) -> Self {
-        Self {
-            patience: self.patience * times,
-            ..*self
-        }
-    }
-}
 
 /// A device with nothing else to do.
 pub struct Machine {
@@ -44,24 +26,33 @@ pub struct Machine {
     /// How long each piece of work is measured.
     pub settings: Settings,
     /// How the replay of a server's work is made.
-    pub replay: ReplaySettings,
+    pub replay: Replay,
+    /// Fills a pool on a driver that does nothing, and counts the host memory that the process holds for it.
+    pub fillings: fn() -> Result<[Filling; 4]>,
     /// Behind the tables of the drivers above, so that it must go last.
     _simulator: Option<Simulator>,
 }
 
+impl program::Machine for Machine {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn is_real(&self) -> bool {
+        self.device.driver().kind() == DriverKind::Real
+    }
+}
+
 impl Machine {
     /// Opens the driver that is asked for, and no other.
-    pub fn open(choice: Choice, settings: Settings, replay: ReplaySettings) -> Result<Self> {
-        let simulator = match choice {
-            Choice::Real => None,
-            Choice::Simulated => Some(Simulator::new(SimConfig::new())?),
-        };
-        let driver = match &simulator {
-            None => Driver::cuda()?,
-            Some(simulator) => {
-                let table = simulator.table();
+    pub fn open(arguments: &Arguments, fillings: fn() -> Result<[Filling; 4]>) -> Result<Self> {
+        let (driver, simulator) = match arguments.driver {
+            Choice::Real => (Driver::cuda()?, None),
+            Choice::Simulated => {
+                let simulator = Simulator::new(SimConfig::new())?;
+                let (table, kind) = (simulator.table(), DriverKind::Simulated);
                 // SAFETY: the simulator is kept in the machine, behind all that is made of its table.
-                unsafe { Driver::from_table(table, DriverKind::Simulated) }?
+                (unsafe { Driver::from_table(table, kind) }?, Some(simulator))
             }
         };
         ensure!(driver.device_count()? > 0, "the driver has no device");
@@ -72,15 +63,11 @@ impl Machine {
             stream: Stream::new(&device)?,
             page_bytes: device.granularity_bytes(),
             device,
-            settings,
-            replay,
+            settings: arguments.settings(),
+            replay: arguments.replay,
+            fillings,
             _simulator: simulator,
         })
-    }
-
-    /// Whether times mean something here.
-    pub fn is_real(&self) -> bool {
-        self.device.driver().kind() == DriverKind::Real
     }
 
     /// The wanted bytes, or as much less as the device's memory allows: at most a share of what is free, in whole
@@ -93,9 +80,20 @@ impl Machine {
     }
 
     /// A pool on an engine of its own, whose memory is used on the machine's stream.
-    pub fn pool(&self, options: EngineOptions, capacity_bytes: usize) -> Result<VirtualMemoryPool> {
-        let engine = Engine::new(&self.device, options)?;
-        let pool = VirtualMemoryPool::on_engine(&engine, capacity_bytes, self.page_bytes)?;
+    pub fn pool(&self, engine: EngineOptions, capacity_bytes: usize) -> Result<VirtualMemoryPool> {
+        let engine = Engine::new(&self.device, engine)?;
+        self.range(&engine, capacity_bytes, PoolOptions::new())
+    }
+
+    /// A pool on an engine, whose memory is used on the machine's stream.
+    pub fn range(
+        &self,
+        engine: &Engine,
+        capacity_bytes: usize,
+        options: PoolOptions,
+    ) -> Result<VirtualMemoryPool> {
+        let (bytes, page_bytes) = (capacity_bytes, self.page_bytes);
+        let pool = VirtualMemoryPool::with_options(engine, bytes, page_bytes, options)?;
         pool.use_stream(&self.stream)?;
         Ok(pool)
     }
@@ -108,11 +106,6 @@ impl Machine {
             Ok(stats.committed_bytes == stats.live_bytes + stats.slack_bytes)
         })
     }
-}
-
-/// The engine's options for whatever is not about one of them.
-pub fn options() -> EngineOptions {
-    EngineOptions::new()
 }
 
 /// For how long something may be waited for.
@@ -140,18 +133,4 @@ pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) 
         std::hint::spin_loop();
     }
     Ok(())
-}
-
-/// The time that something takes which can fail.
-pub fn time<T, E>(act: impl FnOnce() -> Result<T, E>) -> Result<(T, Duration)>
-where
-    E: Into<anyhow::Error>,
-{
-    let started = Instant::now();
-    let outcome = act();
-    let elapsed = started.elapsed();
-    Ok((
-        outcome.map_err(Into::into).context("while it was timed")?,
-        elapsed,
-    ))
 }

@@ -2,22 +2,15 @@
 
 mod arguments;
 mod bare;
-mod course;
-mod demand;
 mod kernel;
-mod listing;
 mod machine;
 mod recorder;
-mod report;
-mod samples;
-mod sides;
-mod start;
 mod traffic;
 mod work;
 
 use anyhow::Result;
 use arguments::{Arguments, Choice};
-use cuda_vmm_benches::CountingAllocator;
+use cuda_vmm_benches::{CountingAllocator, bookkeeping_memory, program};
 use machine::Machine;
 use std::process::ExitCode;
 
@@ -25,18 +18,21 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
+const FIGURES: &str = include_str!("../../../figures/bench.csv");
+
 fn main() -> ExitCode {
-    start::start("bench", run)
+    program::start("bench", run)
 }
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let wanted = course::chosen(work::ALL, arguments.only.as_deref())?;
-    let json = arguments.json.as_deref();
-    match Machine::open(arguments.driver, arguments.settings(), arguments.replay) {
-        Ok(machine) => course::measure(&wanted, &machine, json),
-        Err(error) if arguments.driver == Choice::Real => {
-            course::without_gpu(&wanted, &format!("{error:#}"), json)
-        }
-        Err(error) => Err(error),
-    }
+    let may_be_absent = arguments.driver == Choice::Real;
+    program::measure(
+        (work::ALL, FIGURES),
+        &arguments.wanted,
+        may_be_absent,
+        || {
+            let fillings = || Ok(bookkeeping_memory(&ALLOCATOR)?);
+            Machine::open(arguments, fillings)
+        },
+    )
 }

@@ -1,4 +1,4 @@
-//! A driver in front of the driver that notes who calls what. It takes time, so nothing is timed through it.
+//! A driver in front of the driver that notes the calls of a thread. It takes time, so nothing is timed through it.
 //!
 //! # Safety
 //! Every function passes its arguments on to the driver's function of the same name, unchanged, so the
@@ -8,16 +8,14 @@ use anyhow::{Result, ensure};
 use core::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use cuda_vmm::Driver;
 use cuda_vmm::sys::*;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread::{self, ThreadId};
+use std::cell::RefCell;
+use std::sync::OnceLock;
 
 /// A call of the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
     /// What was called.
     pub function: DriverFunction,
-    /// Who called.
-    pub thread: ThreadId,
     /// What was mapped, in bytes, if it was `cuMemMap`.
     pub bytes: usize,
 }
@@ -38,23 +36,21 @@ impl Call {
     }
 }
 
-/// The driver that answers.
+/// The driver behind.
 static BEHIND: OnceLock<DriverTable> = OnceLock::new();
-/// The calls so far, while they are noted.
-static CALLS: Mutex<Option<Vec<Call>>> = Mutex::new(None);
 
-fn calls() -> MutexGuard<'static, Option<Vec<Call>>> {
-    CALLS.lock().unwrap_or_else(PoisonError::into_inner)
+thread_local! {
+    /// The thread's calls so far, while they are noted.
+    static CALLS: RefCell<Option<Vec<Call>>> = const { RefCell::new(None) };
 }
 
 fn note(function: DriverFunction, bytes: usize) {
-    if let Some(calls) = &mut *calls() {
-        calls.push(Call {
-            function,
-            thread: thread::current().id(),
-            bytes,
-        });
-    }
+    // A thread that ends notes nothing.
+    let _ = CALLS.try_with(|calls| {
+        if let Some(calls) = &mut *calls.borrow_mut() {
+            calls.push(Call { function, bytes });
+        }
+    });
 }
 
 macro_rules! define_table {
@@ -119,10 +115,9 @@ pub fn open(driver: &Driver) -> Result<Driver> {
     Ok(unsafe { Driver::from_table(table, driver.kind()) }?)
 }
 
-/// Notes the calls of all threads while something is done.
+/// Notes this thread's calls while something is done.
 pub fn record<T>(act: impl FnOnce() -> T) -> (T, Vec<Call>) {
-    *calls() = Some(Vec::new());
+    CALLS.set(Some(Vec::new()));
     let outcome = act();
-    let recorded = calls().take();
-    (outcome, recorded.unwrap_or_default())
+    (outcome, CALLS.take().unwrap_or_default())
 }

@@ -1,7 +1,5 @@
 //! A paged cache that was busy and is idle, with a prefix cache that is still warm.
 
-use super::{Outcome, Work};
-use crate::demand::{Demand, Reach};
 use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS};
 use crate::machine::Machine;
 use anyhow::{Result, ensure};
@@ -9,26 +7,15 @@ use cuda_vmm::pool::blocks::{
     BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
 };
 use cuda_vmm::{Engine, EngineOptions, Stream};
+use cuda_vmm_benches::work::{Outcome, Work};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-const RECLAIMED: Demand = Demand::count(
-    "blocks, busy, idle, reclaimed, prefix cache warm before: live and pinned",
-    "bytes",
-    Reach::AtMostTimes(1.1),
-);
-const WARM: Demand = Demand::count(
-    "blocks, busy, idle, nothing reclaimed: live and pinned",
-    "bytes",
-    Reach::Open,
-);
-
 /// Against what is in use.
-pub const WORK: Work = Work {
+pub const WORK: Work<Machine> = Work {
     name: "blocks",
-    demands: &[RECLAIMED, WARM],
     measure,
 };
 
@@ -77,7 +64,7 @@ fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
     Ok(BlockBacking::new(&engine, spec, blocks, page_bytes)?)
 }
 
-fn measure(machine: &Machine) -> Result<Outcome> {
+fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let sizes = &machine.sizes;
     let blocks = (PINNED + 3 * sizes.blocks * sizes.sequences).next_power_of_two();
     let backing = backing(machine, blocks)?;
@@ -149,7 +136,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         in_use.all(|block| backing.is_backed(block)),
         "a block in use has no memory"
     );
-    let left_bytes = backing.stats().committed_bytes as f64;
+    let left_bytes = backing.stats().committed_bytes;
     let note = format!(
         "{} blocks live, {PINNED} pinned, {} in the prefix cache before; planned in {:.1} ms; {} evicted, {} moved; \
          committed: {}",
@@ -160,10 +147,11 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         plan.moves().len(),
         curve.text()
     );
-    let mut outcome = Outcome::default();
-    outcome.add_noted(&RECLAIMED, left_bytes, Some(used_bytes as f64), note);
-    outcome.add(&WARM, warm_bytes as f64, Some(used_bytes as f64));
-    Ok(outcome)
+    outcome.count("live and pinned", used_bytes as f64);
+    outcome.count("committed before reclaiming", warm_bytes as f64);
+    outcome.count("committed after reclaiming", left_bytes as f64);
+    outcome.note("committed after reclaiming", note);
+    Ok(())
 }
 
 /// Has a table name its blocks' new places.

@@ -1,46 +1,25 @@
 //! The whole decoder.
 
-use super::{Outcome, Work};
 use crate::caches::Measured;
 use crate::config::Config;
-use crate::demand::{Demand, Reach};
 use crate::generation::{generate, prompt};
 use crate::machine::Machine;
 use crate::model::{Attention, Decoder};
-use crate::sides::Sides;
+use crate::sizes::Sizes;
 use crate::weights::{Source, Weights};
 use anyhow::Result;
 use candle_core::DType;
 use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::kv_cache::PreallocatedCaches;
+use cuda_vmm_benches::program::Machine as _;
+use cuda_vmm_benches::sides::Sides;
+use cuda_vmm_benches::work::{Outcome, Work};
 use std::cell::RefCell;
 use std::time::Duration;
 
-const STOCK: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, stock attention over contiguous answers: the same with KvCache",
-    "tokens/s",
-    Reach::AtLeastTimes(1.0),
-);
-const VIEWS: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, stock attention over views: the same with KvCache",
-    "tokens/s",
-    Reach::Open,
-);
-const GQA: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, gqa: the same with KvCache",
-    "tokens/s",
-    Reach::Open,
-);
-const ADDED: Demand = Demand::time(
-    "decoder of a 1B shape, bf16, 8k context, gqa: stock attention over contiguous answers",
-    "tokens/s",
-    Reach::Open,
-);
-
 /// Against Candle's preallocated cache.
-pub const WORK: Work = Work {
+pub const WORK: Work<Machine> = Work {
     name: "whole decoder",
-    demands: &[STOCK, VIEWS, GQA, ADDED],
     measure,
 };
 
@@ -56,21 +35,13 @@ const SMALL: &str = r#"{ "vocab_size": 160, "hidden_size": 48, "intermediate_siz
 const PART: usize = 512;
 const SEED: u64 = 0;
 
-/// Of the caches whose answers are contiguous.
-const CONTIGUOUS: (&str, Attention) = (
-    "ElasticKvCache, contiguous answers, stock attention",
-    Attention::Stock,
-);
-const SIDES: [(&str, Attention); 2] = [
-    ("ElasticKvCache, stock attention", Attention::Stock),
-    ("ElasticKvCache, gqa", Attention::Gqa),
-];
-const PEERS: [(&str, Attention); 2] = [
-    ("KvCache, stock attention", Attention::Stock),
-    ("KvCache, gqa", Attention::Gqa),
-];
+/// The most tokens that a decoder's caches have. Both attentions generate in every round, the one that warms up among
+/// them, and each is given one token more.
+fn tokens_max(sizes: &Sizes) -> usize {
+    sizes.context + 2 * (sizes.decoder_rounds + 1) * (sizes.generated + 1)
+}
 
-/// A decoder that has taken its prompt, and who made its caches.
+/// A decoder that has taken its prompt, and what made its caches.
 struct Subject<'a, F: Measured> {
     factory: &'a F,
     decoder: Decoder<F::Cache>,
@@ -82,8 +53,7 @@ impl<'a, F: Measured> Subject<'a, F> {
     fn new(machine: &Machine, config: &Config, factory: &'a F) -> Result<Self> {
         let sizes = &machine.sizes;
         let weights = Weights::new(Source::Random(SEED), DType::BF16, &machine.candle);
-        // Both attentions generate in every round, the one that warms up among them, and each is given one token more.
-        let most = sizes.context + 2 * (sizes.decoder_rounds + 1) * (sizes.generated + 1);
+        let most = tokens_max(sizes);
         // The prompt is not what is measured, and with stock attention its scores would take gigabytes.
         let mut decoder = Decoder::new(config, weights, factory, most, Attention::Gqa)?;
         let prompt = prompt(config.vocab_size, sizes.context, SEED);
@@ -111,47 +81,44 @@ impl<'a, F: Measured> Subject<'a, F> {
     }
 }
 
-fn measure(machine: &Machine) -> Result<Outcome> {
+fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    const CONTIGUOUS: &str = "ElasticKvCache, contiguous answers, stock attention";
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
     let pool = machine.pool()?;
     let options = machine.pool_options().contiguous_output(true);
     let copying_pool = TensorPool::with_options(&machine.candle, options)?;
-    let elastic = RefCell::new(Subject::new(machine, &config, &pool)?);
+    let elastic = &RefCell::new(Subject::new(machine, &config, &pool)?);
     let mut copying = Subject::new(machine, &config, &copying_pool)?;
-    let preallocated = RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
+    let preallocated = &RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
     let mut sides = Sides::new();
-    sides.add(CONTIGUOUS.0, || copying.timed(machine, CONTIGUOUS.1));
-    for (name, attention) in SIDES {
-        let elastic = &elastic;
-        sides.add(name, move || elastic.borrow_mut().timed(machine, attention));
+    sides.add(CONTIGUOUS, || copying.timed(machine, Attention::Stock));
+    let attentions = [
+        ("stock attention", Attention::Stock),
+        ("gqa", Attention::Gqa),
+    ];
+    for (name, attention) in attentions {
+        sides.add(&format!("ElasticKvCache, {name}"), move || {
+            elastic.borrow_mut().timed(machine, attention)
+        });
     }
-    for (name, attention) in PEERS {
-        let preallocated = &preallocated;
-        sides.add(name, move || {
+    for (name, attention) in attentions {
+        sides.add(&format!("KvCache, {name}"), move || {
             preallocated.borrow_mut().timed(machine, attention)
         });
     }
     let rounds = machine.sizes.decoder_rounds;
-    let mut outcome = Outcome::new(sides.measure(&machine.settings.whole(), rounds)?);
-    let speed = |side: (&str, Attention)| anyhow::Ok(1e6 / outcome.measured.median_us(side.0)?);
-    let [stock, views, gqa] = [speed(CONTIGUOUS)?, speed(SIDES[0])?, speed(SIDES[1])?];
-    let [peer_stock, peer_gqa] = [speed(PEERS[0])?, speed(PEERS[1])?];
+    outcome.measure(sides, &machine.settings.patient(u32::MAX), rounds)?;
     let (from, to) = (machine.sizes.context, elastic.borrow().decoder.tokens());
-    let note = format!(
-        "{from} to {to} tokens in the caches; the mean of {} tokens is a sample",
-        machine.sizes.generated
-    );
-    outcome.add_noted(&STOCK, stock, Some(peer_stock), note);
-    outcome.add(&VIEWS, views, Some(peer_stock));
-    outcome.add(&GQA, gqa, Some(peer_gqa));
-    outcome.add(&ADDED, gqa, Some(stock));
-    Ok(outcome)
+    let generated = machine.sizes.generated;
+    let note =
+        format!("{from} to {to} tokens in the caches; the mean of {generated} tokens is a sample");
+    outcome.note(CONTIGUOUS, note);
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sizes::Sizes;
 
     #[test]
     fn the_large_shape_has_a_billion_weights_and_room_for_every_round() {
@@ -162,8 +129,7 @@ mod tests {
         let weights = config.vocab_size * hidden + config.num_hidden_layers * layer;
         assert!((1.2e9..1.3e9).contains(&(weights as f64)), "{weights}");
         for (text, sizes) in [(LARGE, Sizes::FULL), (SMALL, Sizes::SMALL)] {
-            let most = sizes.context + 2 * (sizes.decoder_rounds + 1) * (sizes.generated + 1);
-            assert!(most <= Config::parse(text).unwrap().max_position_embeddings);
+            assert!(tokens_max(&sizes) <= Config::parse(text).unwrap().max_position_embeddings);
         }
     }
 }

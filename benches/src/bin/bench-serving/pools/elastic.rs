@@ -1,22 +1,19 @@
 //! Ours: each model is a range of a [`SharedMemoryPool`], and a block is a page of it.
 //!
-//! Freed blocks stay parked up to a watermark, blocks beyond the last one are made ahead, and the worker's step has a thread
-//! and a clock of its own. What one model has parked another takes back by asking for memory.
+//! Freed blocks stay parked up to a watermark, blocks beyond the last one are made ahead, and the worker's step
+//! has a thread and a clock of its own. What one model has parked another takes back by asking for memory.
 //!
 //! # Safety
-//! `compact_model` asks that nobody launches work on the model's memory meanwhile. No work is launched here at all: the card
-//! is simulated, and only its memory is used.
+//! `compact_model` asks that no work is launched on the model's memory meanwhile. None is launched here at all:
+//! the card is simulated, and only its memory is used.
 #![allow(unsafe_code)]
 
-use super::{BLOCK_BYTES, Memory};
 use crate::card::{Card, Costs};
 use anyhow::Result;
-use cuda_vmm::{
-    EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
-    WorkerMode,
-};
+use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode};
+use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory, allocate_runs, runs};
+use cuda_vmm_benches::{SharedSizes, model_name, shared_models};
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// How the pool is used.
@@ -30,13 +27,15 @@ pub struct Settings {
     pub chunk_bytes_max: usize,
 }
 
-/// One part in so many of the budget is parked at most, and one is made ahead for all models together.
+/// The share of the budget that is parked at most, and that is made ahead for all models together, as a divisor.
 const SHARE: usize = 16;
-/// So large that the whole pool changes hands within a tenth of a second, so small that a chunk seldom stays for one block.
+/// So large that the whole pool changes hands within a tenth of a second, so small that a chunk seldom stays for
+/// one block.
 const CHUNK_BYTES_MAX: usize = 32 << 20;
 
 impl Settings {
-    /// What serves all workloads here. What is parked or made ahead is in nobody's way where there is one model only.
+    /// What serves all workloads here. Memory that is parked or made ahead disturbs no other model if there is
+    /// only one.
     pub fn of(limit_bytes: usize, models: usize) -> Self {
         let share_bytes = match models {
             1 => limit_bytes,
@@ -72,46 +71,29 @@ pub struct Elastic {
 }
 
 impl Elastic {
-    /// A pool with a budget in bytes for so many models.
-    ///
-    /// # Errors
-    /// If there is no simulator here, or the pool refuses its options.
-    pub fn new(
-        limit_bytes: usize,
-        models: usize,
-        costs: Costs,
-        settings: Settings,
-    ) -> Result<Self> {
+    /// A pool with a budget in blocks for this many models.
+    pub fn new(limit: usize, models: usize, costs: Costs, settings: Settings) -> Result<Self> {
         let mut card = Card::new(costs)?;
-        let limit = limit_bytes / BLOCK_BYTES;
         let engine = EngineOptions::new()
-            .limit_bytes(limit_bytes)
+            .limit_bytes(limit * BLOCK_BYTES)
             .park_bytes_max(settings.park_bytes_max)
             .chunk_bytes_max(settings.chunk_bytes_max)
             .worker(WorkerMode::Manual);
-        let options = SharedPoolOptions {
-            engine,
-            page_bytes: Some(BLOCK_BYTES),
+        let sizes = SharedSizes {
+            page_bytes: BLOCK_BYTES,
+            capacity_bytes: limit * BLOCK_BYTES,
+            ahead_bytes: settings.ahead_bytes_max,
         };
-        let pool = SharedMemoryPool::with_options(&card.device, options)?;
-        let models = (0..models).map(|model| {
-            let name = model.to_string();
-            let options = ModelOptions {
-                ahead_bytes_max: settings.ahead_bytes_max,
-                ..ModelOptions::new(limit * BLOCK_BYTES)
-            };
-            pool.register_model_with(&name, options)?;
-            let range = pool.model(&name)?;
-            range.use_stream(&Stream::new(&card.device)?)?;
-            let unused = (0..limit as u32).collect();
-            Ok(Model {
-                range,
-                unused,
-                end: 0,
-                has_strayed: false,
-            })
+        let streams = (0..models).map(|_| Stream::new(&card.device));
+        let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;
+        let (pool, ranges) = shared_models(&card.device, engine, sizes, &streams)?;
+        let models = ranges.into_iter().map(|range| Model {
+            range,
+            unused: (0..limit as u32).collect(),
+            end: 0,
+            has_strayed: false,
         });
-        let models = models.collect::<Result<_>>()?;
+        let models = models.collect();
         // What is ahead of the first request is made before it comes, as an engine's start does it.
         pool.engine().step();
         card.begin();
@@ -123,62 +105,42 @@ impl Elastic {
             card,
         })
     }
-}
 
-impl Elastic {
     /// Has the background give back what an idle model holds beside its live blocks.
-    ///
-    /// # Errors
-    /// If the driver refuses.
     pub fn go_idle(&mut self, model: usize, now_ns: u64) -> Result<()> {
-        let pool = self.pool.clone();
-        self.card.behind(now_ns, move || {
-            // SAFETY: nobody launches work; see the module's documentation.
-            unsafe { pool.compact_model(&model.to_string()) }
-        })??;
+        let pool = &self.pool;
+        self.card.behind(now_ns, || {
+            // SAFETY: no work is launched; see the module's documentation.
+            unsafe { pool.compact_model(&model_name(model)) }
+        })?;
         Ok(())
     }
 }
 
-/// Neighbours among rising numbers, as ranges of bytes.
-fn runs(blocks: &[u32]) -> impl Iterator<Item = Range<usize>> + '_ {
-    let runs = blocks.chunk_by(|one, next| one + 1 == *next);
-    runs.map(|run| {
-        let start = run[0] as usize * BLOCK_BYTES;
-        start..start + run.len() * BLOCK_BYTES
-    })
-}
-
 impl Model {
-    /// Where the range grows next, if its latest allocation was elsewhere.
+    /// Has the pool make memory ahead of the highest block, if the latest allocation was elsewhere.
     ///
-    /// The pool makes memory ahead of the latest allocation and gives back what is ahead of earlier ones. For a block table only
-    /// the place beyond its highest block counts, so that is allocated and freed again before the worker's step.
-    fn end(&mut self) -> Option<(Arc<VirtualMemoryPool>, usize)> {
+    /// The pool makes memory ahead of the latest allocation and gives back what is ahead of earlier ones. For a
+    /// block table only the place beyond its highest block counts, so that is allocated and freed again before
+    /// the worker's step.
+    fn mark_end(&mut self) -> Result<()> {
         let has_strayed = std::mem::take(&mut self.has_strayed);
         let offset = self.end as usize * BLOCK_BYTES;
-        let wanted = has_strayed && offset < self.range.capacity_bytes();
-        wanted.then(|| (self.range.clone(), offset))
+        // If there is no memory for it, none is made ahead either.
+        if has_strayed
+            && offset < self.range.capacity_bytes()
+            && self.range.allocate(offset, BLOCK_BYTES).is_ok()
+        {
+            self.range.deallocate(offset, BLOCK_BYTES)?;
+        }
+        Ok(())
     }
 
-    /// Makes the lowest unused blocks live, or none where there is no memory for them.
+    /// Makes the lowest unused blocks live, or none if there is no memory for them.
     fn take(&mut self, count: usize) -> Result<Option<Vec<u32>>> {
         let chosen: Vec<_> = self.unused.iter().copied().take(count).collect();
-        if chosen.len() < count {
+        if chosen.len() < count || !allocate_runs(&self.range, &runs(&chosen))? {
             return Ok(None);
-        }
-        let mut taken = Vec::new();
-        for run in runs(&chosen) {
-            match self.range.allocate(run.start, run.len()) {
-                Ok(_) => taken.push(run),
-                Err(error) if error.is_out_of_memory() => {
-                    for run in taken {
-                        self.range.deallocate(run.start, run.len())?;
-                    }
-                    return Ok(None);
-                }
-                Err(error) => return Err(error.into()),
-            }
         }
         for block in &chosen {
             self.unused.remove(block);
@@ -194,7 +156,7 @@ impl Memory for Elastic {
         self.limit
     }
 
-    /// All but what is live, and the slack of others, which they have to themselves.
+    /// All except what is live, and the slack of others, which they have to themselves.
     fn free_blocks(&self, model: usize) -> usize {
         let all = self.pool.stats();
         let own = self.models[model].range.stats();
@@ -202,45 +164,32 @@ impl Memory for Elastic {
         self.limit - gone / BLOCK_BYTES
     }
 
-    fn take(
-        &mut self,
-        now_ns: &mut u64,
-        model: usize,
-        count: usize,
-        blocks: &mut Vec<u32>,
-    ) -> Result<bool> {
+    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
         let before = self.card.memory_calls();
         let own = &mut self.models[model];
         let taken = self.card.call(now_ns, || own.take(count))?;
         self.calls += self.card.memory_calls() - before;
-        let has = taken.is_some();
-        blocks.extend(taken.into_iter().flatten());
-        Ok(has)
+        Ok(taken)
     }
 
-    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: &mut Vec<u32>) -> Result<()> {
+    fn give(&mut self, now_ns: &mut u64, model: usize, mut blocks: Vec<u32>) -> Result<()> {
         blocks.sort_unstable();
         let own = &mut self.models[model];
+        let mut runs = runs(&blocks).into_iter();
         self.card.call(now_ns, || {
-            runs(blocks).try_for_each(|run| own.range.deallocate(run.start, run.len()))
+            runs.try_for_each(|(offset, bytes)| own.range.deallocate(offset, bytes))
         })?;
-        own.unused.extend(blocks.drain(..));
+        own.unused.extend(blocks);
         Ok(())
     }
 
     fn work(&mut self, now_ns: u64) -> Result<()> {
-        let engine = self.pool.engine().clone();
-        let ends: Vec<_> = self.models.iter_mut().filter_map(Model::end).collect();
-        self.card.behind(now_ns, move || {
-            for (range, offset) in ends {
-                // Where there is no memory for it, none is made ahead either.
-                if range.allocate(offset, BLOCK_BYTES).is_ok() {
-                    range.deallocate(offset, BLOCK_BYTES)?;
-                }
-            }
-            engine.step();
+        let (models, pool) = (&mut self.models, &self.pool);
+        self.card.behind(now_ns, || {
+            models.iter_mut().try_for_each(Model::mark_end)?;
+            pool.engine().step();
             Ok(())
-        })?
+        })
     }
 
     fn held_bytes(&self, model: usize) -> u64 {

@@ -1,19 +1,19 @@
 //! An elastic pool as KVCached is one: pages of 2 MiB with a handle each, mapped when they are needed.
 //!
-//! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a thread in the background maps
-//! more. What is freed beyond that is unmapped and released at once, on the thread that frees it. Only where another model's
-//! memory would not do otherwise, it gives up what it keeps.
+//! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a thread in the
+//! background maps more. What is freed beyond that is unmapped and released at once, on the thread that frees it.
+//! A model gives up what it keeps only if another's memory would not do otherwise.
 
-use super::{BLOCK_BYTES, Memory};
 use crate::card::{Card, Costs};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation};
+use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// With fewer mapped pages at hand the background maps more.
 const RESERVE_MIN: usize = 5;
-/// So many are kept.
+/// This many are kept.
 const RESERVE_MAX: usize = 10;
 
 /// The pages of one model.
@@ -41,7 +41,7 @@ impl Model {
     }
 }
 
-/// Models that share so many pages.
+/// Models that share a number of pages.
 pub struct PageAtATime {
     models: Vec<Model>,
     limit: usize,
@@ -57,10 +57,7 @@ fn map(device: &Device, reservation: &Arc<Reservation>, page: u32) -> cuda_vmm::
 }
 
 impl PageAtATime {
-    /// A pool of so many blocks for so many models.
-    ///
-    /// # Errors
-    /// If there is no simulator here.
+    /// A pool of this many blocks for this many models.
     pub fn new(limit: usize, models: usize, costs: Costs) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let models = (0..models).map(|_| {
@@ -89,15 +86,15 @@ impl PageAtATime {
     fn take_back(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<()> {
         let to_map = count.saturating_sub(self.models[model].reserve.len());
         let mut missing = (self.held() + to_map).saturating_sub(self.limit);
-        for (_, other) in (0..)
-            .zip(&mut self.models)
-            .filter(|(other, _)| *other != model)
-        {
+        for (number, other) in self.models.iter_mut().enumerate() {
             let pages = other.reserve.len().min(missing);
+            if number == model || pages == 0 {
+                continue;
+            }
             missing -= pages;
-            let pages: Vec<_> = other.reserve.drain(..pages).collect();
+            let mut pages: Vec<_> = other.reserve.drain(..pages).collect();
             self.card.call(now_ns, || {
-                pages.into_iter().try_for_each(|page| other.unmap(page))
+                pages.drain(..).try_for_each(|page| other.unmap(page))
             })?;
         }
         Ok(())
@@ -114,53 +111,45 @@ impl Memory for PageAtATime {
         self.limit - self.held() + reserves.sum::<usize>()
     }
 
-    fn take(
-        &mut self,
-        now_ns: &mut u64,
-        model: usize,
-        count: usize,
-        blocks: &mut Vec<u32>,
-    ) -> Result<bool> {
+    fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
         if count > self.free_blocks(model) {
-            return Ok(false);
+            return Ok(None);
         }
         let before = self.card.memory_calls();
         self.take_back(now_ns, model, count)?;
         let device = self.card.device.clone();
         let own = &mut self.models[model];
-        self.card.call(now_ns, || {
-            for _ in 0..count {
-                let page = match own.reserve.pop() {
-                    Some(page) => page,
-                    None => {
-                        let page = own
-                            .unmapped
-                            .pop_first()
-                            .expect("as many pages as the limit has");
-                        own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
-                        page
-                    }
-                };
-                blocks.push(page);
+        let mut take = || {
+            if let Some(page) = own.reserve.pop() {
+                return Ok(page);
             }
-            Ok::<_, anyhow::Error>(())
-        })?;
+            let page = own
+                .unmapped
+                .pop_first()
+                .context("fewer pages than the limit")?;
+            own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
+            Ok(page)
+        };
+        let pages = self
+            .card
+            .call(now_ns, || (0..count).map(|_| take()).collect::<Result<_>>())?;
         self.calls += self.card.memory_calls() - before;
-        Ok(true)
+        Ok(Some(pages))
     }
 
-    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: &mut Vec<u32>) -> Result<()> {
+    fn give(&mut self, now_ns: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()> {
         let before = self.card.memory_calls();
         let own = &mut self.models[model];
         self.card.call(now_ns, || {
-            for page in blocks.drain(..) {
-                if own.reserve.len() < RESERVE_MAX {
-                    own.reserve.push(page);
-                    continue;
-                }
-                own.unmap(page)?;
-            }
-            Ok::<_, anyhow::Error>(())
+            blocks
+                .into_iter()
+                .try_for_each(|page| match own.reserve.len() < RESERVE_MAX {
+                    true => {
+                        own.reserve.push(page);
+                        Ok(())
+                    }
+                    false => own.unmap(page),
+                })
         })?;
         self.calls += self.card.memory_calls() - before;
         Ok(())
@@ -174,23 +163,18 @@ impl Memory for PageAtATime {
                 continue;
             }
             let wanted = (RESERVE_MAX - own.reserve.len()).min(room);
-            let pages: Vec<_> = own.unmapped.iter().copied().take(wanted).collect();
-            let (device, reservation, asked) = (
-                self.card.device.clone(),
-                own.reservation.clone(),
-                pages.clone(),
-            );
-            let made = self.card.behind(now_ns, move || {
-                let made = asked
+            let device = self.card.device.clone();
+            self.card.behind(now_ns, || {
+                let pages: Vec<_> = own.unmapped.iter().copied().take(wanted).collect();
+                pages
                     .into_iter()
-                    .map(|page| map(&device, &reservation, page));
-                made.collect::<cuda_vmm::Result<Vec<_>>>()
-            })??;
-            for (page, mapping) in pages.into_iter().zip(made) {
-                own.unmapped.remove(&page);
-                own.mapped[page as usize] = Some(mapping);
-                own.reserve.insert(0, page);
-            }
+                    .try_for_each(|page| -> cuda_vmm::Result<()> {
+                        own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
+                        own.unmapped.remove(&page);
+                        own.reserve.insert(0, page);
+                        Ok(())
+                    })
+            })?;
         }
         Ok(())
     }

@@ -1,41 +1,16 @@
 //! Many ranges that grow in step, as the caches of a model's layers do.
 
-use super::{Outcome, Work};
-use crate::demand::{Demand, Reach};
 use crate::kernel::Fill;
-use crate::machine::{self, Machine, watch};
+use crate::machine::{Machine, watch};
 use crate::recorder;
-use crate::samples::Samples;
 use anyhow::{Context, Result};
-use cuda_vmm::{DriverKind, Engine, PoolOptions, Stream, VirtualMemoryPool};
+use cuda_vmm::{DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
+use cuda_vmm_benches::work::{Outcome, Work};
 use std::time::{Duration, Instant};
 
-const WORST: Demand = Demand::time(
-    "64 ranges grow at once, prefetched, worst growth step: worst step with everything allocated before",
-    "µs",
-    Reach::AtMostTimes(1.2),
-);
-const TAIL: Demand = Demand::time(
-    "64 ranges grow at once, prefetched, p99.9 of growth steps: p99.9 of steps with everything allocated before",
-    "µs",
-    Reach::AtMostTimes(1.2),
-);
-// A count, but of calls that are made where the worker was too late, which is a matter of time.
-const CALLS: Demand = Demand::time(
-    "64 ranges grow at once, prefetched: VMM calls on the stepping thread",
-    "calls",
-    Reach::AtMost(0.0),
-);
-const ON_DEMAND: Demand = Demand::time(
-    "64 ranges grow at once, not prefetched, worst growth step: worst step with everything allocated before",
-    "µs",
-    Reach::Open,
-);
-
 /// Against the same steps with everything allocated before.
-pub const WORK: Work = Work {
+pub const WORK: Work<Machine> = Work {
     name: "64 ranges grow at once",
-    demands: &[WORST, TAIL, CALLS, ON_DEMAND],
     measure,
 };
 
@@ -84,7 +59,7 @@ impl Ranges {
         };
         let page_bytes = device.granularity_bytes();
         let capacity_bytes = PAGES * page_bytes;
-        let engine = Engine::new(device, machine::options())?;
+        let engine = Engine::new(device, EngineOptions::new())?;
         let mut pools = Vec::with_capacity(ranges);
         for _ in 0..ranges {
             let ahead_pages = match manner {
@@ -143,62 +118,35 @@ impl Ranges {
     }
 }
 
-/// VMM calls that this thread makes while prefetched ranges grow.
-fn calls_while_stepping(machine: &Machine) -> Result<usize> {
-    let stream = Stream::new(&machine.recorded)?;
-    let ranges = Ranges::new(&stream, Fill::new(&machine.recorded)?, Manner::Ahead)?;
-    let me = std::thread::current().id();
-    let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
-    ran?;
-    let mine = calls.iter().filter(|call| call.thread == me);
-    Ok(mine.filter(|call| call.is_memory_management()).count())
-}
-
-fn measure(machine: &Machine) -> Result<Outcome> {
+fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let fill = Fill::new(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
     // Longer than other work: the thousandth of the growth steps is to be more than the worst of them.
     let settings = machine.settings.patient(8);
-    let started = Instant::now();
-    for round in 0..settings.rounds {
-        if round >= settings.rounds_min && started.elapsed() > settings.patience {
-            break;
+    for (round, side) in settings.turns(manners.len(), settings.rounds, 0) {
+        // Nothing is demanded on demand, so a few rounds tell enough.
+        if manners[side] == Manner::OnDemand && round % 8 != 0 {
+            continue;
         }
-        for turn in 0..manners.len() {
-            let side = (round + turn) % manners.len();
-            // Nothing is demanded on demand, so a few rounds tell enough.
-            if manners[side] == Manner::OnDemand && round % 8 != 0 {
-                continue;
-            }
-            let ranges = Ranges::new(&machine.stream, fill, manners[side])?;
-            ranges.run(&mut steps[side])?;
-        }
+        let ranges = Ranges::new(&machine.stream, fill, manners[side])?;
+        ranges.run(&mut steps[side])?;
     }
     let [before, ahead, on_demand] = steps;
-    let before_growing: Samples = before.growing.iter().copied().collect();
-    let before: Samples = before.growing.into_iter().chain(before.resting).collect();
-    let on_demand = Samples::from_iter(on_demand.growing);
-    let mut outcome = Outcome::default();
-    let worst_us = before.max_ns() / 1e3;
-    let ahead_resting = Samples::from_iter(ahead.resting);
-    let ahead = Samples::from_iter(ahead.growing);
-    outcome.add(&WORST, ahead.max_ns() / 1e3, Some(worst_us));
-    let tail_us = |samples: &Samples| samples.quantile_ns(999) / 1e3;
-    outcome.add(&TAIL, tail_us(&ahead), Some(tail_us(&before)));
-    outcome.measured.push("growth steps, prefetched", ahead);
-    let others = "steps between them, prefetched";
-    outcome.measured.push(others, ahead_resting);
-    let calls = calls_while_stepping(machine)?;
-    outcome.add(&CALLS, calls as f64, None);
-    outcome.add(&ON_DEMAND, on_demand.max_ns() / 1e3, Some(worst_us));
-    outcome
-        .measured
-        .push("growth steps, not prefetched", on_demand);
-    let same = "the same steps, everything allocated before";
-    outcome.measured.push(same, before_growing);
-    outcome
-        .measured
-        .push("all steps, everything allocated before", before);
-    Ok(outcome)
+    outcome.times("growth steps, prefetched", ahead.growing);
+    outcome.times("steps between them, prefetched", ahead.resting);
+    outcome.times("growth steps, not prefetched", on_demand.growing);
+    let all = before.growing.iter().chain(&before.resting).copied();
+    outcome.times("all steps, everything allocated before", all);
+    outcome.times(
+        "the same steps, everything allocated before",
+        before.growing,
+    );
+
+    let stream = Stream::new(&machine.recorded)?;
+    let ranges = Ranges::new(&stream, Fill::new(&machine.recorded)?, Manner::Ahead)?;
+    let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
+    let calls = calls.iter().filter(|call| call.is_memory_management());
+    outcome.count("VMM calls", calls.count() as f64);
+    ran
 }

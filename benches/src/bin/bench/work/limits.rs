@@ -1,74 +1,59 @@
-//! Asking for more than there is.
+//! Asking for more than there is, and what is held without being live.
 
-use super::{Outcome, Work};
-use crate::demand::{Demand, Reach};
-use crate::machine::{self, Machine};
-use crate::sides::Sides;
-use anyhow::{Result, ensure};
-use cuda_vmm::{EngineStats, VirtualMemoryPool};
+use crate::machine::Machine;
+use anyhow::{Result, bail, ensure};
+use cuda_vmm::{EngineOptions, EngineStats, VirtualMemoryPool};
+use cuda_vmm_benches::Filling;
+use cuda_vmm_benches::sides::Sides;
+use cuda_vmm_benches::work::{Outcome, Work};
 use std::time::Instant;
 
 const GIB: usize = 1 << 30;
 
-const REFUSED_TIME: Demand = Demand::time(
-    "a request for 127 GiB, or half more than the card has, is refused",
-    "µs",
-    Reach::AtMost(10.0),
-);
-const REFUSED_HELD: Demand = Demand::count(
-    "a request for 127 GiB, or half more than the card has, is refused: bytes held after",
-    "bytes",
-    Reach::AtMost(0.0),
-);
-
 /// A request that the budget cannot meet.
-pub const REFUSED: Work = Work {
+pub const REFUSED: Work<Machine> = Work {
     name: "a request that cannot fit",
-    demands: &[REFUSED_TIME, REFUSED_HELD],
-    measure: measure_refused,
+    measure: refused,
 };
-
-const FILLED_LOST: Demand = Demand::count(
-    "fill the card until OUT_OF_MEMORY: bytes lost by the request that failed",
-    "bytes",
-    Reach::AtMost(0.0),
-);
-const FILLED_FREE: Demand = Demand::count(
-    "fill the card until OUT_OF_MEMORY: bytes that cuMemGetInfo misses after all is given back",
-    "bytes",
-    Reach::AtMost(0.0),
-);
 
 /// Requests until the driver has no more.
-pub const FILLED: Work = Work {
+pub const FILLED: Work<Machine> = Work {
     name: "fill the card until OUT_OF_MEMORY",
-    demands: &[FILLED_LOST, FILLED_FREE],
-    measure: measure_filled,
+    measure: filled,
 };
 
-fn measure_refused(machine: &Machine) -> Result<Outcome> {
+/// What is held without being live, against what is allowed.
+pub const SLACK: Work<Machine> = Work {
+    name: "slack",
+    measure: slack,
+};
+
+/// The host memory that bookkeeping takes, against what is allowed.
+pub const BOOKKEEPING: Work<Machine> = Work {
+    name: "bookkeeping",
+    measure: bookkeeping,
+};
+
+fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let total_bytes = machine.device.total_bytes();
     let bytes = match total_bytes < 100 * GIB {
         true => 127 * GIB,
         false => total_bytes / GIB * GIB * 3 / 2,
     };
-    let pool = machine.pool(machine::options(), bytes)?;
+    let pool = machine.pool(EngineOptions::new(), bytes)?;
     let mut sides = Sides::new();
     sides.add("ours", || {
         let started = Instant::now();
-        let outcome = pool.allocate(0, bytes);
+        let asked = pool.allocate(0, bytes);
         let elapsed = started.elapsed();
-        ensure!(
-            outcome.is_err_and(|error| error.is_out_of_memory()),
-            "{bytes} bytes were not refused"
-        );
+        let is_refused = asked.is_err_and(|error| error.is_out_of_memory());
+        ensure!(is_refused, "{bytes} bytes were not refused");
         Ok(elapsed)
     });
-    let mut outcome = Outcome::new(sides.measure(&machine.settings, machine.settings.rounds * 10)?);
-    outcome.add(&REFUSED_TIME, outcome.measured.median_us("ours")?, None);
+    outcome.measure(sides, &machine.settings, machine.settings.rounds * 10)?;
     let held_bytes = pool.engine().stats().committed_bytes;
-    outcome.add(&REFUSED_HELD, held_bytes as f64, None);
-    Ok(outcome)
+    outcome.count("bytes held after", held_bytes as f64);
+    Ok(())
 }
 
 /// Allocates GiB after GiB until the driver has no more; the engine's numbers before and after the failure.
@@ -81,20 +66,21 @@ fn fill(pool: &VirtualMemoryPool) -> Result<(EngineStats, EngineStats)> {
             Err(error) => return Err(error.into()),
         }
     }
-    anyhow::bail!("the driver never ran out of memory")
+    bail!("the driver never ran out of memory")
 }
 
-fn measure_filled(machine: &Machine) -> Result<Outcome> {
+fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // A budget beyond what the card has, so that the driver and not the budget refuses.
     let limit_bytes = 2 * machine.device.total_bytes().next_multiple_of(GIB);
-    let options = machine::options().limit_bytes(limit_bytes);
+    let options = EngineOptions::new().limit_bytes(limit_bytes);
     let (mut lost_bytes, mut missing_bytes) = (0, 0);
     let mut free_bytes = None;
     for _ in 0..3 {
         let pool = machine.pool(options, limit_bytes)?;
         let (before, after) = fill(&pool)?;
+        let is_kept = before.live_bytes == after.live_bytes;
         ensure!(
-            before.live_bytes == after.live_bytes,
+            is_kept,
             "what was live before the failure is not live after it"
         );
         lost_bytes = lost_bytes.max(after.committed_bytes.saturating_sub(before.committed_bytes));
@@ -104,8 +90,60 @@ fn measure_filled(machine: &Machine) -> Result<Outcome> {
         let first_bytes = *free_bytes.get_or_insert(now_bytes);
         missing_bytes = missing_bytes.max(first_bytes.saturating_sub(now_bytes));
     }
-    let mut outcome = Outcome::default();
-    outcome.add(&FILLED_LOST, lost_bytes as f64, None);
-    outcome.add(&FILLED_FREE, missing_bytes as f64, None);
-    Ok(outcome)
+    outcome.count("bytes lost", lost_bytes as f64);
+    outcome.count("bytes missing", missing_bytes as f64);
+    Ok(())
+}
+
+fn slack(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    const BYTES: usize = 2 << 30;
+    let page_bytes = machine.page_bytes;
+    let mut pool = machine.pool(EngineOptions::new(), BYTES)?;
+    let now = |pool: &VirtualMemoryPool| {
+        let stats = pool.stats();
+        let allowed_bytes = stats.live_page_bytes as f64 / 8.0 + stats.page_bytes as f64;
+        (stats.slack_bytes as f64, allowed_bytes)
+    };
+    let mut worst = (0.0, page_bytes as f64);
+    // Steps that end within pages.
+    let step_bytes = page_bytes * 3 / 4;
+    let mut end = 0;
+    while end + step_bytes <= BYTES {
+        pool.allocate(end, step_bytes)?;
+        end += step_bytes;
+        let now = now(&pool);
+        if now.0 / now.1 > worst.0 / worst.1 {
+            worst = now;
+        }
+    }
+    outcome.count("slack of growth", worst.0);
+    outcome.count("allowed in growth", worst.1);
+    // Of every eight pages one stays, so that most of each chunk is slack.
+    for hole in (0..end / page_bytes - 8).step_by(8) {
+        pool.deallocate((hole + 1) * page_bytes, 7 * page_bytes)?;
+    }
+    machine.stream.synchronize()?;
+    pool.compact()?;
+    let (slack_bytes, allowed_bytes) = now(&pool);
+    outcome.count("slack after compact()", slack_bytes);
+    outcome.count("allowed after compact()", allowed_bytes);
+    Ok(())
+}
+
+fn bookkeeping(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let share = |one: &Filling| one.held_bytes as f64 / one.allowed_bytes() as f64;
+    let fillings = (machine.fillings)()?;
+    let worst = fillings
+        .iter()
+        .max_by(|one, other| share(one).total_cmp(&share(other)));
+    if let Some(worst) = worst {
+        let mapped_bytes = worst.mapped_bytes;
+        outcome.note(
+            "held",
+            format!("{mapped_bytes} bytes mapped, on a driver that does nothing"),
+        );
+        outcome.count("held", worst.held_bytes as f64);
+        outcome.count("allowed", worst.allowed_bytes() as f64);
+    }
+    Ok(())
 }

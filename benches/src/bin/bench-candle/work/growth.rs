@@ -1,0 +1,210 @@
+//! Caches of all layers that grow token by token: what a step takes, the memory behind them, and views of them.
+
+use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, Layers, token_bytes, tokens};
+use crate::machine::Machine;
+use anyhow::{Result, ensure};
+use candle_core::Tensor;
+use candle_cuda_vmm::TensorPool;
+use cuda_vmm_benches::sides::Sides;
+use cuda_vmm_benches::work::{Outcome, Work};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+/// Tokens appended one by one, and all of them looked at, against Candle's preallocated cache.
+pub const APPEND: Work<Machine> = Work {
+    name: "append and view",
+    measure: append,
+};
+
+/// The memory behind the caches of all layers, against what is allowed.
+pub const MEMORY: Work<Machine> = Work {
+    name: "memory of the caches",
+    measure: memory,
+};
+
+/// The worst step of a long decode, against memory that was there before.
+pub const STEP: Work<Machine> = Work {
+    name: "worst decode step",
+    measure: step,
+};
+
+/// A view of a tensor that grows: making it, and dropping it.
+pub const VIEW: Work<Machine> = Work {
+    name: "make and drop a view",
+    measure: view,
+};
+
+fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let (sizes, stretch) = (&machine.sizes, machine.sizes.stretch);
+    for (length, count) in ["shorter", "longer"].into_iter().zip(sizes.decoded) {
+        let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
+        let token = tokens(machine, 1)?;
+        let pool = machine.pool()?;
+        let mut elastic = Layers::elastic(machine, &pool, count);
+        let mut preallocated = Layers::preallocated(machine, count);
+        let layers = sizes.layers as u32;
+        let mut sides = Sides::new();
+        // The time of one layer's step, of a stretch of steps that are waited for at its end.
+        sides.add(&ours, || {
+            Ok(machine.mean_time(stretch, || elastic.append(&token))? / layers)
+        });
+        sides.add(&peer, || {
+            Ok(machine.mean_time(stretch, || preallocated.append(&token))? / layers)
+        });
+        // All tokens are appended; the first stretch warms up.
+        outcome.measure(
+            sides,
+            &machine.settings.patient(u32::MAX),
+            count / stretch - 1,
+        )?;
+        let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
+        let note = format!(
+            "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
+        );
+        outcome.note(&ours, note);
+    }
+    Ok(())
+}
+
+/// Tokens that are appended at once.
+const PART: usize = 1000;
+/// What Candle's cache is told to be ready for.
+const PREALLOCATED_TOKENS: usize = 131_072;
+/// For how long memory may be on its way.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The most that may be held for this many live bytes.
+fn allowed_bytes(live_bytes: usize, page_bytes: usize) -> f64 {
+    let most = match live_bytes < 1 << 30 {
+        true => live_bytes as f64,
+        false => live_bytes as f64 * 1.125,
+    };
+    most + 64.0 * page_bytes as f64
+}
+
+/// What is held without, and with, what was made ahead; when nothing is on its way.
+fn held(pool: &TensorPool) -> Result<(usize, usize)> {
+    let Some(engine) = pool.engine() else {
+        return Ok((pool.committed_bytes(), pool.committed_bytes()));
+    };
+    let started = Instant::now();
+    loop {
+        let stats = engine.stats();
+        if stats.filling_bytes + stats.retiring_bytes == 0 {
+            let held = stats.committed_bytes - stats.ahead_bytes;
+            return Ok((held, stats.committed_bytes));
+        }
+        ensure!(started.elapsed() < PATIENCE, "memory stays on its way");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let token_bytes = token_bytes(machine.sizes.layers);
+    let page_bytes = machine.device.granularity_bytes();
+    for (length, count) in ["1,000", "10,000", "100,000"]
+        .into_iter()
+        .zip(machine.sizes.held)
+    {
+        let pool = machine.pool()?;
+        let mut layers = Layers::elastic(machine, &pool, count);
+        let part = PART.min(count);
+        let tokens = tokens(machine, part)?;
+        for _ in 0..count / part {
+            layers.append(&tokens)?;
+        }
+        machine.synchronize()?;
+        let live_bytes = count * token_bytes;
+        let (held_bytes, committed_bytes) = held(&pool)?;
+        let (ahead, others) = (
+            committed_bytes - held_bytes,
+            PREALLOCATED_TOKENS * token_bytes,
+        );
+        let side = format!("held, {length} tokens");
+        outcome.count(&side, held_bytes as f64);
+        let allowed_bytes = allowed_bytes(live_bytes, page_bytes);
+        outcome.count(&format!("allowed, {length} tokens"), allowed_bytes);
+        let note = format!(
+            "{count} tokens, {live_bytes} bytes live, {ahead} ahead; KvCache({PREALLOCATED_TOKENS}) takes {others} bytes"
+        );
+        outcome.note(&side, note);
+    }
+    Ok(())
+}
+
+/// Steps before the first that counts, besides the round that warms up.
+const WARM: usize = 16;
+
+fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    const OURS: &str = "ours";
+    const PEER: &str = "KvCache, preallocated";
+    let (steps, size) = (machine.sizes.steps, machine.sizes.matrix);
+    let most = steps + WARM + 1;
+    let token = tokens(machine, 1)?;
+    let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
+    let pool = machine.pool()?;
+    let mut elastic = Layers::elastic(machine, &pool, most);
+    let mut preallocated = Layers::preallocated(machine, most);
+    for _ in 0..WARM {
+        elastic.append(&token)?;
+        preallocated.append(&token)?;
+        black_box(matrix.matmul(&matrix)?);
+    }
+    let mut sides = Sides::new();
+    sides.add(OURS, || {
+        machine.mean_time(1, || {
+            elastic.append(&token)?;
+            matrix.matmul(&matrix)
+        })
+    });
+    sides.add(PEER, || {
+        machine.mean_time(1, || {
+            preallocated.append(&token)?;
+            matrix.matmul(&matrix)
+        })
+    });
+    outcome.measure(sides, &machine.settings.patient(u32::MAX), steps)?;
+    let [ours_us, peer_us] = [outcome.us(OURS, 500)?, outcome.us(PEER, 500)?];
+    outcome.note(
+        OURS,
+        format!("{steps} steps; medians {ours_us:.1} µs and {peer_us:.1} µs"),
+    );
+    Ok(())
+}
+
+fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    /// One view takes hardly longer than reading the clock, so a sample is the mean of all.
+    const VIEWS: usize = 64;
+    const OURS: &str = "ours, mean of 64 views";
+    let pool = machine.pool()?;
+    let mut tensor = pool.tensor((KV_HEADS, HEAD_DIM), DTYPE)?;
+    tensor.grow(1000)?;
+    machine.synchronize()?;
+    let mut sides = Sides::new();
+    sides.add(OURS, || {
+        let started = Instant::now();
+        for _ in 0..VIEWS {
+            drop(black_box(tensor.view()?));
+        }
+        Ok(started.elapsed() / VIEWS as u32)
+    });
+    outcome.measure(sides, &machine.settings, machine.settings.rounds * 25)?;
+    let tail_us = outcome.us(OURS, 990)?;
+    outcome.note(OURS, format!("p99 {tail_us:.2} µs"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_eighth_more_is_allowed_from_a_gibibyte_on() {
+        const PAGE: usize = 2 << 20;
+        const GIB: usize = 1 << 30;
+        assert_eq!(allowed_bytes(0, PAGE), (64 * PAGE) as f64);
+        assert_eq!(allowed_bytes(GIB - 8, PAGE), (GIB - 8 + 64 * PAGE) as f64);
+        let more = GIB + GIB / 8 + 64 * PAGE;
+        assert_eq!(allowed_bytes(GIB, PAGE), more as f64);
+    }
+}

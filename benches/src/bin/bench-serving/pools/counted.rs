@@ -1,0 +1,66 @@
+//! Pools whose calls cost nothing, which only count blocks.
+
+use anyhow::Result;
+use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory};
+
+/// How many blocks each model has.
+pub struct Counted {
+    limit: usize,
+    /// Whether each model has a part of its own of this many blocks, allocated before the first request.
+    is_split: bool,
+    held: Vec<usize>,
+}
+
+impl Counted {
+    /// This many blocks for each model.
+    pub fn split(limit: usize, models: usize) -> Self {
+        Self {
+            is_split: true,
+            ..Self::shared(limit, models)
+        }
+    }
+
+    /// This many blocks for all models.
+    pub fn shared(limit: usize, models: usize) -> Self {
+        Self {
+            limit,
+            is_split: false,
+            held: vec![0; models],
+        }
+    }
+}
+
+impl Memory for Counted {
+    fn most_blocks(&self, _: usize) -> usize {
+        self.limit
+    }
+
+    fn free_blocks(&self, model: usize) -> usize {
+        let held = match self.is_split {
+            true => self.held[model],
+            false => self.held.iter().sum(),
+        };
+        self.limit - held
+    }
+
+    fn take(&mut self, _: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
+        let fits = count <= self.free_blocks(model);
+        self.held[model] += if fits { count } else { 0 };
+        // One block is as good as another.
+        Ok(fits.then(|| vec![0; count]))
+    }
+
+    fn give(&mut self, _: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()> {
+        self.held[model] -= blocks.len();
+        Ok(())
+    }
+
+    fn held_bytes(&self, model: usize) -> u64 {
+        let held = if self.is_split {
+            self.limit
+        } else {
+            self.held[model]
+        };
+        (held * BLOCK_BYTES) as u64
+    }
+}

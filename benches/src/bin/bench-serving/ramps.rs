@@ -1,0 +1,123 @@
+//! Workload (a): three models whose ramps hardly overlap, as KVCached published it.
+
+use crate::contest::{Contest, P99, Pool, Sizes, told};
+use anyhow::{Context, Result};
+use cuda_vmm_benches::figure::{Finding, Reach};
+use cuda_vmm_benches::serving::request::{PHASES, staggered_ramps};
+
+/// Models on the card.
+pub const MODELS: u32 = 3;
+/// What ours may take of the ideal pool's time.
+const IDEAL_TIMES: f64 = 1.02;
+/// What ours may take of the static split's time if memory is not short.
+const STATIC_TIMES: f64 = 1.005;
+/// Peaks at which it is not.
+const AMPLE_PEAKS: [u32; 2] = [12, 14];
+/// How much faster than the static split ours must be at its best peak, if the ideal pool is.
+const BEST_TIMES: f64 = 28.0;
+
+/// One peak of the curves that KVCached published: p99 time to first token, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Point {
+    /// Requests a second at the top of each ramp.
+    pub peak: u32,
+    /// With the static split.
+    pub static_ms: f64,
+    /// With KVCached.
+    pub elastic_ms: f64,
+}
+
+/// Three 8B models on one 80 GB A100.
+pub const CURVES: [Point; 7] = [
+    point(12, 194.0, 211.0),
+    point(14, 243.0, 260.0),
+    point(15, 5_184.0, 297.0),
+    point(16, 9_086.0, 322.0),
+    point(17, 12_159.0, 1_555.0),
+    point(18, 13_489.0, 4_548.0),
+    point(20, 15_267.0, 12_310.0),
+];
+
+const fn point(peak: u32, static_ms: f64, elastic_ms: f64) -> Point {
+    Point {
+        peak,
+        static_ms,
+        elastic_ms,
+    }
+}
+
+/// What came of each peak.
+pub type Ramps = Vec<(Point, Contest)>;
+
+/// Simulates all peaks, each with requests at several places within their share of a second.
+pub fn hold(quick: bool) -> Result<Ramps> {
+    let phases = if quick { 1 } else { PHASES };
+    let contests = CURVES.iter().map(|point| {
+        let variants = (0..phases).map(|phase| staggered_ramps(MODELS, point.peak, phase));
+        let variants: Vec<_> = variants.collect();
+        let name = format!("(a) peak {}", point.peak);
+        Ok((
+            *point,
+            Contest::hold(&name, quick, &variants, Sizes::PUBLISHED)?,
+        ))
+    });
+    contests.collect()
+}
+
+/// Judges them.
+pub fn judge(quick: bool, ramps: &Ramps) -> Result<Vec<Finding>> {
+    let mut findings = Vec::new();
+    for (point, contest) in ramps {
+        let ideal = Reach::AtMostTimes(IDEAL_TIMES);
+        let split = match AMPLE_PEAKS.contains(&point.peak) {
+            true => Reach::AtMostTimes(STATIC_TIMES),
+            false => Reach::Open,
+        };
+        findings.push(contest.judge(P99, "ms", Pool::Ideal, ideal));
+        findings.push(contest.judge(P99, "ms", Pool::StaticSplit, split));
+        findings.extend(contest.never_slower());
+    }
+    findings.push(told(quick, best(ramps)?));
+    for (point, contest) in ramps {
+        for (curve, pool, published_ms) in [
+            ("static", Pool::StaticSplit, point.static_ms),
+            ("KVCached", Pool::PageAtATime, point.elastic_ms),
+        ] {
+            let name = format!(
+                "{}: simulated {}: published {curve}",
+                contest.name,
+                pool.name()
+            );
+            let finding = Finding::new(&name, "ms", Reach::Open);
+            findings.push(finding.judge(contest.p99_ms(pool), Some(published_ms)));
+        }
+    }
+    Ok(findings)
+}
+
+/// The peak at which the static split is the farthest behind.
+fn best(ramps: &Ramps) -> Result<Finding> {
+    let times = |one: &Contest, pool| one.p99_ms(Pool::StaticSplit) / one.p99_ms(pool);
+    let farthest = |pool| {
+        let peaks = ramps
+            .iter()
+            .map(|(point, one)| (times(one, pool), point.peak, one));
+        peaks
+            .max_by(|one, other| one.0.total_cmp(&other.0))
+            .context("no peaks")
+    };
+    let (ours, peak, contest) = farthest(Pool::Ours)?;
+    let (ideal, ideal_peak, _) = farthest(Pool::Ideal)?;
+    let reach = match ideal >= BEST_TIMES {
+        true => Reach::AtLeastTimes(BEST_TIMES),
+        false => Reach::Open,
+    };
+    // Turned round, as a static split that is this many times slower is what is demanded.
+    let name = "(a) best peak: p99 time to first token of the static split: of ours";
+    let [split_ms, ours_ms] = [Pool::StaticSplit, Pool::Ours].map(|pool| contest.p99_ms(pool));
+    let finding = Finding::new(name, "ms", reach).judge(split_ms, Some(ours_ms));
+    Ok(finding.noted(format!(
+        "static ÷ ours is {ours:.1} at peak {peak}; static ÷ ideal {ideal:.1} at peak {ideal_peak}; \
+         KVCached published 28.2 at 16"
+    )))
+}

@@ -1,0 +1,120 @@
+//! Workloads (b), traces, and (c), idle models beside a busy one, and a single model that has the whole card.
+
+use crate::contest::{Contest, Figure, P99, Pool, Sizes};
+use crate::trace;
+use anyhow::Result;
+use cuda_vmm_benches::figure::{Finding, Reach};
+use cuda_vmm_benches::serving::request::{PHASES, Request, paced};
+use std::iter::repeat_n;
+use std::path::PathBuf;
+
+/// How many times later each request arrives than in the trace. At the traces' own speed the prompts of the two
+/// services alone take 1.2 times the time that one A100 of the time model has.
+const STRETCH: u64 = 4;
+/// How much of a trace a quick run takes, in nanoseconds of its own time.
+const QUICK_NS: u64 = 60_000_000_000;
+
+/// Replays the Azure LLM inference traces, each as a model, if there are any.
+pub fn traces(quick: bool, paths: &[PathBuf]) -> Result<Option<Contest>> {
+    let mut models = Vec::new();
+    for path in paths {
+        let mut requests = trace::read(path)?;
+        if quick {
+            requests.retain(|request| request.arrival_ns < QUICK_NS);
+        }
+        // A request for no token still gets the one that the prompt's step makes.
+        for request in &mut requests {
+            request.arrival_ns *= STRETCH;
+            request.prompt_tokens = request.prompt_tokens.max(1);
+            request.generated_tokens = request.generated_tokens.max(1);
+        }
+        models.push(requests);
+    }
+    if models.is_empty() {
+        return Ok(None);
+    }
+    let name = format!("(b) {} traces, {STRETCH} times as slow", models.len());
+    let sizes = Sizes::split(models.len());
+    Contest::hold(&name, quick, &[models], sizes).map(Some)
+}
+
+/// Judges them, or says that they were not run.
+pub fn judge_traces(contest: Option<&Contest>) -> Vec<Finding> {
+    let Some(contest) = contest else {
+        let absent = Finding::new("(b) traces", "ms", Reach::Open);
+        return vec![absent.noted("not run: no trace was given (--trace FILE)")];
+    };
+    contest.never_slower().collect()
+}
+
+/// Models that have served a few requests and are idle then.
+const IDLE: usize = 7;
+/// How long after one idle model the next has its requests.
+const APART_NS: u64 = 3_000_000_000;
+/// Requests a second, in each second of an idle model.
+const IDLE_RATES: [u32; 3] = [4, 4, 4];
+/// Requests a second of the busy model, somewhat less than the card computes.
+const BUSY_RATE: u32 = 9;
+
+/// Simulates a busy model after idle ones.
+pub fn idle(quick: bool) -> Result<Contest> {
+    let (phases, seconds) = if quick { (1, 10) } else { (PHASES, 60) };
+    let variants = (0..phases).map(|phase| {
+        let rates = |model| match model == IDLE as u64 {
+            true => vec![BUSY_RATE; seconds],
+            false => IDLE_RATES.to_vec(),
+        };
+        let models = 0..=IDLE as u64;
+        models
+            .map(|model| paced(model * APART_NS, phase, rates(model).into_iter()))
+            .collect()
+    });
+    let name = format!("(c) {IDLE} idle models and a busy one");
+    Contest::hold(
+        &name,
+        quick,
+        &variants.collect::<Vec<_>>(),
+        Sizes::split(IDLE + 1),
+    )
+}
+
+/// Judges it.
+pub fn judge_idle(contest: &Contest) -> impl Iterator<Item = Finding> {
+    let others = [Pool::StaticSplit, Pool::Ideal];
+    let others = others.map(|pool| contest.judge(P99, "ms", pool, Reach::Open));
+    contest.never_slower().chain(others)
+}
+
+/// Requests a second, more than the card computes.
+const SINGLE_RATE: u32 = 10;
+/// Tokens of each prompt, so long that the memory is full before the steps are.
+const SINGLE_PROMPT_TOKENS: u32 = 1024;
+
+/// Simulates one model with more requests than it can serve at once. The static split is all that the other pools
+/// have.
+pub fn single(quick: bool) -> Result<Contest> {
+    let (phases, seconds) = if quick { (1, 10) } else { (PHASES / 4, 60) };
+    let long = |request| Request {
+        prompt_tokens: SINGLE_PROMPT_TOKENS,
+        ..request
+    };
+    let variants = (0..phases).map(|phase| {
+        let requests = paced(0, phase, repeat_n(SINGLE_RATE, seconds));
+        vec![requests.into_iter().map(long).collect()]
+    });
+    let variants = variants.collect::<Vec<_>>();
+    Contest::hold(
+        "single model, whole card",
+        quick,
+        &variants,
+        Sizes::split(1),
+    )
+}
+
+/// Judges it.
+pub fn judge_single(contest: &Contest) -> [Finding; 2] {
+    const THROUGHPUT: Figure = ("tokens a second", |outcome| outcome.tokens_per_second());
+    let least = Reach::AtLeastTimes(1.0);
+    let others = [Pool::StaticSplit, Pool::PageAtATime];
+    others.map(|pool| contest.judge(THROUGHPUT, "tokens/s", pool, least))
+}

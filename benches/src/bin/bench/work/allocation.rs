@@ -1,0 +1,172 @@
+//! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls for the same chunks.
+
+use crate::bare::{Ordered, Plain, Range};
+use crate::machine::Machine;
+use crate::recorder;
+use anyhow::Result;
+use cuda_vmm::sys::DriverFunction;
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
+use cuda_vmm_benches::sides::{Sides, time};
+use cuda_vmm_benches::work::{Outcome, Work};
+use std::time::{Duration, Instant};
+
+const GIB: usize = 1 << 30;
+
+/// Against one handle, page at a time, and the driver's allocators.
+pub const ONE_CALL: Work<Machine> = Work {
+    name: "allocate 1 GiB",
+    measure: one_call,
+};
+
+/// Against the same chunks by bare calls.
+pub const OVERHEAD: Work<Machine> = Work {
+    name: "our own time in allocating",
+    measure: overhead,
+};
+
+/// Against the driver's calls, which take their time.
+pub const DEALLOCATION: Work<Machine> = Work {
+    name: "deallocate 1 GiB",
+    measure: deallocation,
+};
+
+/// Against bare calls for the same chunks.
+pub const TEAR_DOWN: Work<Machine> = Work {
+    name: "tear down 64 GiB",
+    measure: tear_down,
+};
+
+/// A round of a pool whose memory comes from the driver and goes back to it.
+fn cold_round(machine: &Machine, pool: &VirtualMemoryPool) -> Result<Duration> {
+    let bytes = pool.capacity_bytes();
+    let (_, elapsed) = time(|| pool.allocate(0, bytes))?;
+    pool.deallocate(0, bytes)?;
+    machine.give_back(pool.engine())?;
+    Ok(elapsed)
+}
+
+/// A round of bare calls for chunks of these sizes.
+fn bare_round(range: &mut Range, chunks: &[usize]) -> Result<Duration> {
+    let ((), elapsed) = time(|| range.back(chunks))?;
+    range.give_back()?;
+    Ok(elapsed)
+}
+
+/// The time in which bare calls unmap and release chunks of these sizes.
+fn bare_release(range: &mut Range, chunks: &[usize]) -> Result<Duration> {
+    range.back(chunks)?;
+    Ok(time(|| range.give_back())?.1)
+}
+
+/// The sizes of the chunks, in order, by which a pool backs an allocation.
+fn chunks_of(machine: &Machine, bytes: usize) -> Result<Vec<usize>> {
+    let engine = Engine::new(&machine.recorded, EngineOptions::new())?;
+    let pool = VirtualMemoryPool::on_engine(&engine, bytes, machine.page_bytes)?;
+    let (address, calls) = recorder::record(|| pool.allocate(0, bytes));
+    address?;
+    pool.close()?;
+    let is_map = |call: &&recorder::Call| call.function == DriverFunction::cuMemMap;
+    Ok(calls.iter().filter(is_map).map(|call| call.bytes).collect())
+}
+
+fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let (device, stream) = (&machine.device, &machine.stream);
+    let chunked = machine.pool(EngineOptions::new(), GIB)?;
+    let engine = Engine::new(device, EngineOptions::new())?;
+    let single = machine.range(&engine, GIB, PoolOptions::new().single_handle(true))?;
+    let (mut one, mut many) = (Range::reserve(device, GIB)?, Range::reserve(device, GIB)?);
+    let pages = vec![machine.page_bytes; GIB / machine.page_bytes];
+    let mut sides = Sides::new();
+    sides.add("ours", || cold_round(machine, &chunked));
+    sides.add("ours, single handle", || cold_round(machine, &single));
+    sides.add("one handle by bare calls", || bare_round(&mut one, &[GIB]));
+    sides.add("page at a time by bare calls", || {
+        bare_round(&mut many, &pages)
+    });
+    sides.add("cuMemAlloc", || Ok(time(|| Plain::new(device, GIB))?.1));
+    sides.add("cuMemAllocAsync and synchronise", || {
+        let (memory, elapsed) = time(|| {
+            let memory = Ordered::new(stream, GIB)?;
+            stream.synchronize()?;
+            anyhow::Ok(memory)
+        })?;
+        drop(memory);
+        stream.synchronize()?;
+        Ok(elapsed)
+    });
+    outcome.measure(sides, &machine.settings, machine.settings.rounds)
+}
+
+fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    // Each size by itself: what the driver does after much was freed would delay the next side.
+    for (size, bytes) in [
+        ("one page", machine.page_bytes),
+        ("64 MiB", 64 << 20),
+        ("1 GiB", GIB),
+    ] {
+        let pool = machine.pool(EngineOptions::new(), bytes)?;
+        let chunks = chunks_of(machine, bytes)?;
+        let mut range = Range::reserve(&machine.device, bytes)?;
+        let mut sides = Sides::new();
+        sides.add(&format!("ours, {size}"), || cold_round(machine, &pool));
+        sides.add(&format!("bare calls, {size}"), || {
+            bare_round(&mut range, &chunks)
+        });
+        outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)?;
+    }
+    Ok(())
+}
+
+fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let device = &machine.device;
+    let named = machine.pool(EngineOptions::new(), GIB)?;
+    let engine = Engine::new(device, EngineOptions::new())?;
+    let unnamed = VirtualMemoryPool::on_engine(&engine, GIB, machine.page_bytes)?;
+    let chunks = chunks_of(machine, GIB)?;
+    let mut range = Range::reserve(device, GIB)?;
+    // What is freed is in use by the device until just before.
+    let round = |pool: &VirtualMemoryPool| {
+        let address = pool.allocate(0, GIB)?;
+        // SAFETY: the page is mapped until the engine has seen that the device is past this.
+        unsafe { machine.stream.memset(address, 1, machine.page_bytes) }?;
+        let ((), elapsed) = time(|| pool.deallocate(0, GIB))?;
+        machine.give_back(pool.engine())?;
+        Ok(elapsed)
+    };
+    let mut sides = Sides::new();
+    sides.add("ours, one stream named", || round(&named));
+    sides.add("ours, no stream named", || round(&unnamed));
+    sides.add("bare unmap and release", || {
+        bare_release(&mut range, &chunks)
+    });
+    sides.add("cuMemFree", || {
+        let memory = Plain::new(device, GIB)?;
+        let started = Instant::now();
+        drop(memory);
+        Ok(started.elapsed())
+    });
+    outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)
+}
+
+fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let bytes = machine.fitting(64 << 30, 0.95, GIB)?;
+    let chunks = chunks_of(machine, bytes)?;
+    let mut range = Range::reserve(&machine.device, bytes)?;
+    let mut sides = Sides::new();
+    sides.add("ours", || {
+        let pool = machine.pool(EngineOptions::new(), bytes)?;
+        pool.allocate(0, bytes)?;
+        Ok(time(|| pool.close())?.1)
+    });
+    sides.add("bare unmap and release", || {
+        bare_release(&mut range, &chunks)
+    });
+    outcome.note(
+        "ours",
+        format!("{} GiB in {} chunks", bytes >> 30, chunks.len()),
+    );
+    // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by more than what is
+    // demanded of their ratio. A round takes about a third of a second, most of it to fill the range again.
+    let settings = machine.settings.patient(4);
+    outcome.measure(sides, &settings, settings.rounds.div_ceil(2))
+}

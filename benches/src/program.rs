@@ -1,0 +1,129 @@
+//! The course of a measuring program: its arguments, which work is wanted, and the exit code.
+
+use crate::figure::Figure;
+use crate::report;
+use crate::work::Work;
+use anyhow::{Result, ensure};
+use clap::{Args, Parser};
+use cuda_vmm::Device;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// The exit code of a usage error.
+const USAGE: u8 = 64;
+/// The exit code if no GPU answers.
+const NO_GPU: u8 = 2;
+
+/// Reads the arguments of the program of this name and runs it; returns its exit code.
+pub fn start<A: Parser>(program: &str, run: impl FnOnce(&A) -> Result<ExitCode>) -> ExitCode {
+    let arguments = match A::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Printing can only fail if nothing reads the output.
+            let _ = error.print();
+            let code = if error.exit_code() == 0 { 0 } else { USAGE };
+            return ExitCode::from(code);
+        }
+    };
+    run(&arguments).unwrap_or_else(|error| {
+        eprintln!("{program}: error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Which work is measured, and where its figures go.
+#[derive(Debug, Args)]
+pub struct Wanted {
+    /// Write a list of `name`, `ours`, `peer`, `ratio`, `reach`, `pass`, `unit`, `note` to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Measure only work whose name, or a figure of it, contains this
+    #[arg(
+        long,
+        value_name = "WORD",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub only: String,
+}
+
+/// What work is measured on.
+pub trait Machine {
+    /// The device.
+    fn device(&self) -> &Device;
+    /// Whether times mean something here.
+    fn is_real(&self) -> bool;
+}
+
+/// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of all
+/// figures. If the machine cannot be opened and may be absent, every figure is reported without a verdict.
+///
+/// # Errors
+/// If nothing is wanted, or the machine cannot be opened and must be there.
+pub fn measure<M: Machine>(
+    (all, figures): (&[Work<M>], &str),
+    wanted: &Wanted,
+    may_be_absent: bool,
+    open: impl FnOnce() -> Result<M>,
+) -> Result<ExitCode> {
+    let figures = of_wanted_work(Figure::list(figures)?, &wanted.only);
+    let is_wanted = |work: &&Work<M>| figures.iter().any(|figure| figure.work == work.name);
+    let chosen: Vec<_> = all.iter().filter(is_wanted).collect();
+    ensure!(
+        !chosen.is_empty(),
+        "no work and no figure has {:?} in its name",
+        wanted.only
+    );
+    let json = wanted.json.as_deref();
+    let machine = match open() {
+        Err(error) if may_be_absent => {
+            let note = format!("no GPU answers: {error:#}");
+            let blank = |figure: &Figure| figure.blank().noted(&note);
+            report::end(&figures.iter().map(blank).collect::<Vec<_>>(), json)?;
+            eprintln!("nothing was measured, for {note}");
+            return Ok(ExitCode::from(NO_GPU));
+        }
+        machine => machine?,
+    };
+    report::print_head(machine.device(), machine.is_real());
+    let mut findings = Vec::new();
+    for work in chosen {
+        let (outcome, found) = work.run(&machine, machine.is_real(), &figures);
+        report::print_sides(work.name, outcome.timed());
+        findings.extend(found);
+    }
+    report::end(&findings, json)
+}
+
+/// All figures of the work whose name, or a figure of it, contains a word.
+fn of_wanted_work(mut figures: Vec<Figure>, word: &str) -> Vec<Figure> {
+    let named = figures
+        .iter()
+        .filter(|one| one.work.contains(word) || one.name.contains(word));
+    let wanted: BTreeSet<_> = named.map(|figure| figure.work.clone()).collect();
+    figures.retain(|figure| wanted.contains(&figure.work));
+    figures
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_find_work_by_its_figures_too() {
+        let figures = || Figure::list(include_str!("../figures/bench.csv")).unwrap();
+        let has = |word, work: &str| {
+            let found = of_wanted_work(figures(), word);
+            found.iter().filter(|figure| figure.work == work).count()
+        };
+        assert_eq!(has("1 GiB", "allocate 1 GiB"), 5);
+        assert_eq!(
+            has("single-handle", "allocate 1 GiB"),
+            5,
+            "all figures of the work"
+        );
+        assert_eq!(has("tear down", "allocate 1 GiB"), 0);
+        assert_eq!(of_wanted_work(figures(), "").len(), figures().len());
+    }
+}

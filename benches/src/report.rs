@@ -1,0 +1,197 @@
+//! What is printed and written of a run.
+
+use crate::figure::Finding;
+use crate::sides::Side;
+use anyhow::{Context, Result};
+use comfy_table::{CellAlignment, Table, presets};
+use cuda_vmm::{Device, DriverKind};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+/// Prints when it was run, and what.
+pub fn print_command() {
+    println!(
+        "Date: {}",
+        humantime::format_rfc3339_seconds(SystemTime::now())
+    );
+    println!(
+        "Command: {}",
+        std::env::args().collect::<Vec<_>>().join(" ")
+    );
+}
+
+/// Prints what was measured on, and when.
+pub fn print_head(device: &Device, is_real: bool) {
+    let driver = device.driver();
+    // The kernel module's own version; the driver tells only the newest CUDA version that it knows.
+    let module = match driver.kind() {
+        DriverKind::Real => std::fs::read_to_string("/sys/module/nvidia/version").ok(),
+        DriverKind::Simulated => Some("none".to_owned()),
+    };
+    let module = module.unwrap_or_else(|| "not known".to_owned());
+    println!("GPU: {}, {} bytes", device.name(), device.total_bytes());
+    println!(
+        "Driver: {}, kernel module {}, CUDA {}",
+        driver.kind(),
+        module.trim(),
+        driver.version()
+    );
+    print_command();
+    if !is_real {
+        println!("Times of this run mean nothing, and are not judged.");
+    }
+}
+
+/// Prints what the sides of some work took.
+pub fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
+    println!("\n{name}");
+    let mut rows = sides.map(|side| {
+        let quantiles = [500, 990, 999, 1000].map(|part| time(side.samples.quantile(part)));
+        let [median, p99, p999, max] = quantiles;
+        [
+            side.name.clone(),
+            side.samples.count().to_string(),
+            median,
+            p99,
+            p999,
+            max,
+        ]
+    });
+    if let Some(first) = rows.next() {
+        let head = ["side", "rounds", "median", "p99", "p99.9", "max"];
+        println!("{}", table(&head, std::iter::once(first).chain(rows)));
+    }
+}
+
+/// Prints the figures, and writes them as JSON if a file is named. Returns success if none fails.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
+    let rows = findings.iter().map(|finding| {
+        let amount = |value: Option<f64>| {
+            value
+                .map(|value| format!("{} {}", number(value), finding.unit))
+                .unwrap_or_default()
+        };
+        [
+            finding.name.clone(),
+            amount(finding.ours),
+            amount(finding.peer),
+            finding.ratio.map(number).unwrap_or_default(),
+            finding.reach.clone().unwrap_or_default(),
+            finding
+                .pass
+                .map_or("", |pass| if pass { "yes" } else { "NO" })
+                .to_owned(),
+        ]
+    });
+    let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
+    println!("\n{}", table(&head, rows));
+    for finding in findings {
+        if let Some(note) = &finding.note {
+            println!("{}: {note}", finding.name);
+        }
+    }
+    if let Some(path) = json {
+        write(path, findings)?;
+    }
+    let fails = findings.iter().any(|finding| finding.pass == Some(false));
+    Ok(if fails {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn write(path: &Path, findings: &[Finding]) -> Result<()> {
+    let text = serde_json::to_string_pretty(findings)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
+}
+
+/// A table that Markdown understands, with all columns but the first to the right.
+pub fn table<R: Into<comfy_table::Row>>(head: &[&str], rows: impl IntoIterator<Item = R>) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(presets::ASCII_MARKDOWN)
+        .set_header(head)
+        .add_rows(rows);
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// Whole numbers as they are, others with four digits that count.
+fn number(value: f64) -> String {
+    if value.fract() == 0.0 {
+        return value.to_string();
+    }
+    let digits = 3 - value.abs().log10().floor() as i32;
+    format!("{value:.0$}", digits.clamp(0, 9) as usize)
+}
+
+/// A time as a person reads it.
+fn time(ns: f64) -> String {
+    match ns {
+        ns if ns < 1e3 => format!("{ns:.0} ns"),
+        ns if ns < 1e6 => format!("{:.2} µs", ns / 1e3),
+        ns => format!("{:.3} ms", ns / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figure::Reach;
+
+    #[test]
+    fn numbers_have_four_digits_that_count() {
+        for (value, text) in [
+            (0.0, "0"),
+            (0.051_234, "0.05123"),
+            (1.049_96, "1.050"),
+            (18_123.4, "18123"),
+            (65_536.0, "65536"),
+        ] {
+            assert_eq!(number(value), text);
+        }
+    }
+
+    #[test]
+    fn times_have_a_unit_that_fits() {
+        assert_eq!(time(93.4), "93 ns");
+        assert_eq!(time(1_234.0), "1.23 µs");
+        assert_eq!(time(18_123_400.0), "18.123 ms");
+    }
+
+    #[test]
+    fn json_is_a_list_with_null_for_what_is_not() {
+        let file = std::env::temp_dir().join(format!("bench-listing-{}", std::process::id()));
+        let work = || Finding::new("work: peer", "µs", Reach::AtMostTimes(4.5));
+        let findings = [
+            work().judge(2.0, Some(1.0)),
+            work().judge(9.0, Some(1.0)),
+            work().noted("no GPU"),
+        ];
+        write(&file, &findings).unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let list: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let row =
+            |ours: Option<f64>, ratio: Option<f64>, pass: Option<bool>, note: Option<&str>| {
+                let peer = ratio.map(|_| 1.0);
+                serde_json::json!({
+                    "name": "work: peer", "ours": ours, "peer": peer, "ratio": ratio,
+                    "reach": "≤ 4.5 ×", "pass": pass, "unit": "µs", "note": note,
+                })
+            };
+        let rows = [
+            row(Some(2.0), Some(2.0), Some(true), None),
+            row(Some(9.0), Some(9.0), Some(false), None),
+            row(None, None, None, Some("no GPU")),
+        ];
+        assert_eq!(list, serde_json::json!(rows));
+    }
+}

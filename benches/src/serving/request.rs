@@ -1,0 +1,121 @@
+//! What is asked of the models that share a GPU.
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// One request: when it arrives and how long it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// Arrival in nanoseconds of simulated time.
+    pub arrival_ns: u64,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens that are generated, the first of them by the prompt's step.
+    pub generated_tokens: u32,
+}
+
+impl Request {
+    /// Tokens that the request holds when its last token is made, which is written no more.
+    pub fn tokens_max(&self) -> u32 {
+        (self.prompt_tokens + self.generated_tokens).saturating_sub(1)
+    }
+}
+
+/// Tokens of each request of the made workloads.
+pub const PROMPT_TOKENS: u32 = 256;
+/// Tokens that each of them generates.
+pub const GENERATED_TOKENS: u32 = 256;
+
+/// Where in its share of a second each request arrives, as parts of [`PHASES`].
+pub type Phase = u64;
+/// How many phases there are.
+pub const PHASES: Phase = 32;
+
+/// Requests whose number in each second is given, evenly spaced within it.
+pub fn paced(start_ns: u64, phase: Phase, rates: impl Iterator<Item = u32>) -> Vec<Request> {
+    let seconds = (0_u64..).zip(rates);
+    let of_second = |(second, rate): (u64, u32)| {
+        (0..u64::from(rate)).map(move |index| Request {
+            arrival_ns: start_ns
+                + second * SECOND_NS
+                + (index * PHASES + phase) * SECOND_NS / (PHASES * u64::from(rate)),
+            prompt_tokens: PROMPT_TOKENS,
+            generated_tokens: GENERATED_TOKENS,
+        })
+    };
+    seconds.flat_map(of_second).collect()
+}
+
+/// The rate in each second of a ramp: 0, 1, and so on up to the peak, and down again to 1.
+fn ramp(peak: u32) -> impl Iterator<Item = u32> {
+    (0..=peak).chain((1..peak).rev())
+}
+
+/// This many models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes as many seconds as
+/// the peak has requests a second.
+pub fn staggered_ramps(models: u32, peak: u32, phase: Phase) -> Vec<Vec<Request>> {
+    let apart_ns = u64::from(peak) * SECOND_NS * 9 / 4;
+    let models = 0..u64::from(models);
+    models
+        .map(|model| paced(model * apart_ns, phase, ramp(peak)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counted one by one, as the published text tells it.
+    fn counted(peak: u32) -> usize {
+        let (mut rate, mut requests, mut rising) = (0_u32, 0, true);
+        loop {
+            requests += rate as usize;
+            rising &= rate < peak;
+            if !rising && rate == 1 {
+                return requests;
+            }
+            if rising { rate += 1 } else { rate -= 1 }
+        }
+    }
+
+    #[test]
+    fn a_ramp_has_as_many_requests_as_a_plain_count() {
+        for peak in [2, 12, 14, 15, 16, 17, 18, 20] {
+            let ramps = [0, 1, PHASES - 1].map(|phase| staggered_ramps(3, peak, phase));
+            for requests in ramps.concat() {
+                assert_eq!(requests.len(), counted(peak), "peak {peak}");
+                assert_eq!(requests.len(), (peak * peak) as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn requests_are_evenly_spaced_within_a_second_and_ramps_begin_apart() {
+        let models = staggered_ramps(3, 4, 0);
+        let arrivals = |model: usize| models[model].iter().map(|request| request.arrival_ns);
+        // Rate 0 in the first second, 1 in the next, 2 in the third, and 4 in the fifth.
+        let first: Vec<_> = arrivals(0).map(|ns| ns / 1_000_000).collect();
+        assert_eq!(first[..3], [1000, 2000, 2500]);
+        assert_eq!(first[6..10], [4000, 4250, 4500, 4750]);
+        assert_eq!(first.last(), Some(&7000), "down to one request a second");
+        for model in 1..3 {
+            let begin_ns = model as u64 * 9 * SECOND_NS;
+            assert!(arrivals(model).eq(arrivals(0).map(|ns| ns + begin_ns)));
+        }
+        let later = staggered_ramps(1, 4, PHASES / 2);
+        let later = later[0]
+            .iter()
+            .map(|request| request.arrival_ns / 1_000_000);
+        let later: Vec<_> = later.collect();
+        assert_eq!(later[..3], [1500, 2250, 2750], "half a share later");
+    }
+
+    #[test]
+    fn each_second_has_its_rate() {
+        let requests = paced(500, PHASES - 1, [3, 0, 7].into_iter());
+        let in_second = |second: u64| {
+            let within = |request: &&Request| (request.arrival_ns - 500) / SECOND_NS == second;
+            requests.iter().filter(within).count()
+        };
+        assert_eq!([0, 1, 2, 3].map(in_second), [3, 0, 7, 0]);
+    }
+}

@@ -1,0 +1,165 @@
+//! What is measured against each other, in turns, so that what drifts affects all alike.
+
+use crate::samples::Samples;
+use anyhow::{Context, Result};
+use std::time::{Duration, Instant};
+
+/// How long each piece of work is measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// How many rounds work gets that takes some milliseconds.
+    pub rounds: usize,
+    /// The fewest rounds, however long they take.
+    pub rounds_min: usize,
+    /// The time after which no further round of one piece of work begins.
+    pub patience: Duration,
+}
+
+impl Settings {
+    /// With this many times the time, for work whose rounds are long and whose figure is near its reach.
+    pub fn patient(&self, times: u32) -> Self {
+        let patience = self.patience.saturating_mul(times);
+        Self { patience, ..*self }
+    }
+
+    /// The turns of all sides, as round and side: each round begins with another side. Rounds end with the
+    /// time for one piece of work; the first `warm` ones do not count.
+    pub fn turns(
+        &self,
+        sides: usize,
+        rounds: usize,
+        warm: usize,
+    ) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (least, patience, started) = (self.rounds_min + warm, self.patience, Instant::now());
+        let in_time = move |round: &usize| *round < least || started.elapsed() <= patience;
+        let turns = move |round| (0..sides).map(move |turn| (round, (round + turn) % sides));
+        (0..rounds + warm).take_while(in_time).flat_map(turns)
+    }
+}
+
+/// What one side of some work took.
+#[derive(Clone, Debug)]
+pub struct Side {
+    /// What it is.
+    pub name: String,
+    /// Times in nanoseconds, or counts.
+    pub samples: Samples,
+    /// How much is done in the time of a sample, for figures that are rates.
+    pub amount: f64,
+    /// Whether they are times.
+    pub is_time: bool,
+}
+
+/// One round of a side, which returns what it took.
+type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
+
+/// The sides of a comparison.
+#[derive(Default)]
+pub struct Sides<'a>(Vec<(String, f64, Act<'a>)>);
+
+impl<'a> Sides<'a> {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a side, which takes the time of what matters in a round itself, and puts everything back as it
+    /// was.
+    pub fn add(&mut self, name: &str, act: impl FnMut() -> Result<Duration> + 'a) {
+        self.add_rate(name, 1.0, act);
+    }
+
+    /// Adds a side that does this much in a round.
+    pub fn add_rate(
+        &mut self,
+        name: &str,
+        amount: f64,
+        act: impl FnMut() -> Result<Duration> + 'a,
+    ) {
+        self.0.push((name.to_owned(), amount, Box::new(act)));
+    }
+
+    /// Runs all sides in turns. A round before the first warms up and does not count.
+    ///
+    /// # Errors
+    /// A side's, with its name.
+    pub fn measure(mut self, settings: &Settings, rounds: usize) -> Result<Vec<Side>> {
+        let mut times = vec![Vec::with_capacity(rounds); self.0.len()];
+        for (round, side) in settings.turns(self.0.len(), rounds, 1) {
+            let (name, _, act) = &mut self.0[side];
+            let time = act().with_context(|| name.clone())?;
+            if round > 0 {
+                times[side].push(time);
+            }
+        }
+        let sides = self.0.into_iter().zip(times);
+        let side = |((name, amount, _), times): ((_, _, _), Vec<_>)| Side {
+            name,
+            samples: times.into_iter().collect(),
+            amount,
+            is_time: true,
+        };
+        Ok(sides.map(side).collect())
+    }
+}
+
+/// The time that something takes which can fail, and what it returns.
+///
+/// # Errors
+/// That of what is timed.
+pub fn time<T, E: Into<anyhow::Error>>(
+    act: impl FnOnce() -> Result<T, E>,
+) -> Result<(T, Duration)> {
+    let started = Instant::now();
+    let outcome = act();
+    let elapsed = started.elapsed();
+    let outcome = outcome.map_err(Into::into).context("while it was timed")?;
+    Ok((outcome, elapsed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::RefCell;
+
+    fn settings(patience: Duration) -> Settings {
+        Settings {
+            rounds: 4,
+            rounds_min: 2,
+            patience,
+        }
+    }
+
+    #[test]
+    fn each_round_begins_with_another_side_and_the_first_does_not_count() {
+        let order = RefCell::new(String::new());
+        let mut sides = Sides::new();
+        for name in ["a", "b", "c"] {
+            let order = &order;
+            sides.add(name, move || {
+                order.borrow_mut().push_str(name);
+                Ok(Duration::from_nanos(5))
+            });
+        }
+        let measured = sides.measure(&settings(Duration::MAX), 3).unwrap();
+        assert_eq!(*order.borrow(), "abcbcacababc");
+        assert!(measured.iter().all(|side| side.samples.count() == 3));
+        assert_eq!(measured[0].samples.median(), 5.0);
+    }
+
+    #[test]
+    fn rounds_end_with_the_time_for_them_but_not_before_the_least() {
+        let mut sides = Sides::new();
+        sides.add("a", || Ok(Duration::ZERO));
+        let measured = sides.measure(&settings(Duration::ZERO), 100).unwrap();
+        assert_eq!(measured[0].samples.count(), 2);
+    }
+
+    #[test]
+    fn a_side_that_fails_is_named() {
+        let mut sides = Sides::new();
+        sides.add("broken", || anyhow::bail!("no memory"));
+        let error = sides.measure(&settings(Duration::MAX), 1).unwrap_err();
+        assert_eq!(format!("{error:#}"), "broken: no memory");
+    }
+}
