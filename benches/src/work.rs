@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 pub struct Work<M> {
     /// What it is.
     pub name: &'static str,
-    /// Measures it on a machine.
-    pub measure: fn(&M, &mut Outcome) -> Result<()>,
+    measure: fn(&M, &mut Outcome) -> Result<()>,
 }
 
 /// What came of some work.
@@ -116,6 +115,11 @@ fn value(figure: &Figure, side: &Side) -> f64 {
 }
 
 impl<M> Work<M> {
+    /// Work that is measured on a machine.
+    pub const fn new(name: &'static str, measure: fn(&M, &mut Outcome) -> Result<()>) -> Self {
+        Self { name, measure }
+    }
+
     /// Measures, and returns one finding for each figure whatever happens. Times are judged only on a real
     /// machine.
     pub fn run(&self, machine: &M, is_real: bool, figures: &[Figure]) -> (Outcome, Vec<Finding>) {

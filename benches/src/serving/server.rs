@@ -28,7 +28,7 @@ pub struct Moment {
 
 /// What came of serving.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outcome {
+pub struct Served {
     /// From a request's arrival to the end of the step that made its first token.
     pub first_token: Samples,
     /// From a request's first token to its last, for each token after the first.
@@ -61,7 +61,7 @@ pub struct Outcome {
     pub over_time: Vec<Moment>,
 }
 
-impl Outcome {
+impl Served {
     /// With another run of the same: all requests of both, the worst of what is a maximum, and the first
     /// one's memory over time.
     pub fn merged(self, other: Self) -> Self {
@@ -102,7 +102,7 @@ pub struct Server<'a> {
     per_token: Vec<f64>,
     calls: Vec<f64>,
     steps: Vec<f64>,
-    outcome: Outcome,
+    served: Served,
 }
 
 impl<'a> Server<'a> {
@@ -125,7 +125,7 @@ impl<'a> Server<'a> {
             per_token: Vec::new(),
             calls: Vec::new(),
             steps: Vec::new(),
-            outcome: Outcome::default(),
+            served: Served::default(),
         }
     }
 
@@ -133,7 +133,7 @@ impl<'a> Server<'a> {
     ///
     /// # Errors
     /// If the memory fails, or if requests are left that can never go on.
-    pub fn run(mut self, until_ns: u64) -> Result<Outcome> {
+    pub fn run(mut self, until_ns: u64) -> Result<Served> {
         let (mut turn, mut idle_from_ns) = (0, None);
         self.memory.work(0)?;
         while self.now_ns < until_ns {
@@ -162,7 +162,7 @@ impl<'a> Server<'a> {
         self.look();
         let engines = || self.engines.iter();
         let first_token = engines().flat_map(|engine| &engine.first_token_ns);
-        Ok(Outcome {
+        Ok(Served {
             first_token: first_token.map(|ns| *ns as f64).collect(),
             per_token: self.per_token.into_iter().collect(),
             calls: self.calls.into_iter().collect(),
@@ -170,7 +170,7 @@ impl<'a> Server<'a> {
             preemptions: engines().map(|engine| engine.preemptions).sum(),
             refused_prompts: engines().map(|engine| engine.refused_prompts).sum(),
             memory_calls: self.memory.memory_calls(),
-            ..self.outcome
+            ..self.served
         })
     }
 
@@ -181,7 +181,7 @@ impl<'a> Server<'a> {
                 && next.arrival_ns <= self.now_ns
             {
                 let taken = engine.arrive(*next, &*self.memory);
-                self.outcome.refused += usize::from(!taken);
+                self.served.refused += usize::from(!taken);
                 *requests = later;
             }
         }
@@ -191,7 +191,7 @@ impl<'a> Server<'a> {
     fn step(&mut self, turn: usize) -> Result<Option<usize>> {
         let models = self.engines.len();
         for model in (0..models).map(|index| (turn + index) % models) {
-            let (engine, outcome) = (&mut self.engines[model], &mut self.outcome);
+            let (engine, served) = (&mut self.engines[model], &mut self.served);
             if !engine.is_busy() {
                 continue;
             }
@@ -199,7 +199,7 @@ impl<'a> Server<'a> {
             let step = engine.plan(self.memory, &mut self.now_ns)?;
             let mut calls_ns = self.now_ns - began_ns;
             if step.sequences() == 0 {
-                outcome.calls_ns += calls_ns;
+                served.calls_ns += calls_ns;
                 continue;
             }
             let step_ns = (self.step_ns)(step.prompt_tokens, step.decodes);
@@ -209,16 +209,16 @@ impl<'a> Server<'a> {
             calls_ns += self.now_ns - ready_ns;
             self.calls.push(calls_ns as f64);
             self.steps.push((self.now_ns - began_ns) as f64);
-            outcome.tokens += step.sequences() as u64;
-            outcome.sequences_max = outcome.sequences_max.max(step.sequences());
-            outcome.calls_ns += calls_ns;
-            outcome.served += ended.len();
+            served.tokens += step.sequences() as u64;
+            served.sequences_max = served.sequences_max.max(step.sequences());
+            served.calls_ns += calls_ns;
+            served.served += ended.len();
             for sequence in ended {
                 let first_ns = sequence.first_ns.unwrap_or(ready_ns);
                 let later = u64::from(sequence.request.generated_tokens.saturating_sub(1));
                 let per_token = (ready_ns - first_ns).checked_div(later);
                 self.per_token.extend(per_token.map(|ns| ns as f64));
-                outcome.end_ns = ready_ns;
+                served.end_ns = ready_ns;
             }
             return Ok(Some(model));
         }
@@ -230,11 +230,11 @@ impl<'a> Server<'a> {
         let models = 0..self.engines.len();
         let held_bytes: Vec<_> = models.map(|model| self.memory.held_bytes(model)).collect();
         let sum = held_bytes.iter().sum();
-        self.outcome.held_bytes_max = self.outcome.held_bytes_max.max(sum);
+        self.served.held_bytes_max = self.served.held_bytes_max.max(sum);
         if self.now_ns >= self.look_ns {
             self.look_ns = self.now_ns + LOOK_NS;
             let at_ns = self.now_ns;
-            self.outcome.over_time.push(Moment { at_ns, held_bytes });
+            self.served.over_time.push(Moment { at_ns, held_bytes });
         }
     }
 }

@@ -6,8 +6,7 @@ use candle_core::Device;
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::ValueEnum;
-use cuda_vmm_benches::program;
-use cuda_vmm_benches::sides::Settings;
+use cuda_vmm_benches::{Settings, program};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 

@@ -7,10 +7,9 @@ use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::figure::{Finding, Reach};
-use cuda_vmm_benches::serving::memory::{Memory, TOKEN_BYTES, blocks_within};
-use cuda_vmm_benches::serving::request::Request;
-use cuda_vmm_benches::serving::scheduler::Limits;
-use cuda_vmm_benches::serving::server::{Outcome, Server};
+use cuda_vmm_benches::serving::{
+    Limits, Memory, Request, Served, Server, TOKEN_BYTES, blocks_within,
+};
 
 /// The pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +94,7 @@ impl Sizes {
 }
 
 /// A figure of an outcome, with its name.
-pub type Figure = (&'static str, fn(&Outcome) -> f64);
+pub type Figure = (&'static str, fn(&Served) -> f64);
 
 const MEAN: Figure = ("mean time to first token", |outcome| {
     outcome.first_token.mean() / 1e6
@@ -113,7 +112,7 @@ pub struct Contest {
     /// What the workload was.
     pub name: String,
     quick: bool,
-    outcomes: Vec<Outcome>,
+    outcomes: Vec<Served>,
 }
 
 impl Contest {
@@ -144,7 +143,7 @@ impl Contest {
     }
 
     /// What came of it in one pool.
-    pub fn of(&self, pool: Pool) -> &Outcome {
+    pub fn of(&self, pool: Pool) -> &Served {
         &self.outcomes[pool as usize]
     }
 

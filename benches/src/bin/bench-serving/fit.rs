@@ -9,11 +9,10 @@ use crate::pools::counted::Counted;
 use crate::ramps::{CURVES, MODELS};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
-use cuda_vmm_benches::samples::Samples;
-use cuda_vmm_benches::serving::memory::blocks_within;
-use cuda_vmm_benches::serving::request::{PHASES, Request, staggered_ramps};
-use cuda_vmm_benches::serving::scheduler::{Limits, Order};
-use cuda_vmm_benches::serving::server::Server;
+use cuda_vmm_benches::Samples;
+use cuda_vmm_benches::serving::{
+    Limits, Order, PHASES, Request, Server, blocks_within, staggered_ramps,
+};
 use std::ops::RangeInclusive;
 
 /// Values of one constant: from, to, and by steps, in nanoseconds.

@@ -4,7 +4,7 @@ use crate::contest::{Sizes, told};
 use crate::pools::elastic::Elastic;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::figure::{Finding, Reach};
-use cuda_vmm_benches::serving::memory::Memory;
+use cuda_vmm_benches::serving::Memory;
 
 /// Blocks of one request as it grows.
 const REQUEST_BLOCKS: usize = 16;

@@ -6,10 +6,9 @@ use crate::pools::elastic::{Elastic, Settings};
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::Result;
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory, blocks_of};
-use cuda_vmm_benches::serving::request::Request;
-use cuda_vmm_benches::serving::scheduler::{Limits, Order};
-use cuda_vmm_benches::serving::server::{Outcome, Server};
+use cuda_vmm_benches::serving::{
+    BLOCK_BYTES, Limits, Memory, Order, Request, Served, Server, blocks_of,
+};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -105,7 +104,7 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     })
 }
 
-fn run(models: &[Vec<Request>], memory: &mut Checked, order: Order) -> Outcome {
+fn run(models: &[Vec<Request>], memory: &mut Checked, order: Order) -> Served {
     let limits = Limits {
         order,
         sequences_max: 8,
@@ -149,7 +148,7 @@ proptest! {
         let outcome = |which| {
             let outcome = run(&models, &mut pool(which, limit, 1, Costs::Free), Order::Mixed);
             // All but what tells of the pool itself.
-            Outcome { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
+            Served { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
         };
         let ideal = outcome(POOLS - 1);
         for which in 0..POOLS - 1 {

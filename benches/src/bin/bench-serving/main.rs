@@ -19,7 +19,7 @@ mod workloads;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use cuda_vmm_benches::serving::request as workload;
+use cuda_vmm_benches::serving as workload;
 use cuda_vmm_benches::{program, report};
 use std::path::PathBuf;
 use std::process::ExitCode;

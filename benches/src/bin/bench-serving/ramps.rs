@@ -3,7 +3,7 @@
 use crate::contest::{Contest, P99, Pool, Sizes, told};
 use anyhow::{Context, Result};
 use cuda_vmm_benches::figure::{Finding, Reach};
-use cuda_vmm_benches::serving::request::{PHASES, staggered_ramps};
+use cuda_vmm_benches::serving::{PHASES, staggered_ramps};
 
 /// Models on the card.
 pub const MODELS: u32 = 3;

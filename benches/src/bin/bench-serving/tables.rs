@@ -2,8 +2,8 @@
 
 use crate::contest::{Contest, Pool};
 use crate::ramps::Ramps;
+use cuda_vmm_benches::Samples;
 use cuda_vmm_benches::report::table;
-use cuda_vmm_benches::samples::Samples;
 
 fn milliseconds(value: f64) -> String {
     format!("{value:.0$}", if value < 100.0 { 2 } else { 1 })

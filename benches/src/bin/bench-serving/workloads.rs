@@ -4,7 +4,7 @@ use crate::contest::{Contest, Figure, P99, Pool, Sizes};
 use crate::trace;
 use anyhow::Result;
 use cuda_vmm_benches::figure::{Finding, Reach};
-use cuda_vmm_benches::serving::request::{PHASES, Request, paced};
+use cuda_vmm_benches::serving::{PHASES, Request, paced};
 use std::iter::repeat_n;
 use std::path::PathBuf;
 

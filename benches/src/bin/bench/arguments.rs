@@ -2,8 +2,8 @@
 
 use clap::{Args, Parser, ValueEnum};
 use core::fmt;
+use cuda_vmm_benches::Settings;
 use cuda_vmm_benches::program::Wanted;
-use cuda_vmm_benches::sides::Settings;
 use std::time::Duration;
 
 /// Which driver is used.

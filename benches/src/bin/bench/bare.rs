@@ -2,23 +2,32 @@
 //!
 //! # Safety
 //! Everything here owns what it made, gives it back once, and names only addresses and handles that it owns to
-//! the driver.
+//! the driver. Places for what the driver writes are valid during the call.
 
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
 
-/// Turns an answer of the driver into a result.
-pub fn check(code: CUresult, call: DriverFunction) -> Result<()> {
-    ensure!(code == CUDA_SUCCESS, "{call:?} answers {code}");
+/// Calls a function of a device's driver; a code other than success is an error that names the function.
+macro_rules! call {
+    ($device:expr, $function:ident($($argument:expr),*)) => {
+        $crate::bare::check(
+            ($device.driver().table().$function)($($argument),*),
+            ::cuda_vmm::sys::DriverFunction::$function,
+        )
+    };
+}
+pub(crate) use call;
+
+pub fn check(code: CUresult, function: DriverFunction) -> Result<()> {
+    ensure!(code == CUDA_SUCCESS, "{function:?} returns {code}");
     Ok(())
 }
 
 /// Makes the device's context current on this thread for good, as programs have it that use the CUDA runtime.
 pub fn make_current(device: &Device) -> Result<()> {
     // SAFETY: the context is retained while the device lives, which is as long as the program.
-    let code = unsafe { (device.driver().table().cuCtxSetCurrent)(device.raw_context()) };
-    check(code, DriverFunction::cuCtxSetCurrent)
+    unsafe { call!(device, cuCtxSetCurrent(device.raw_context())) }
 }
 
 struct Chunk {
@@ -49,10 +58,8 @@ impl Range {
         access.location = properties.location;
         access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
         let mut address = 0;
-        // SAFETY: `address` is a valid place for the answer.
-        let code =
-            unsafe { (device.driver().table().cuMemAddressReserve)(&mut address, bytes, 0, 0, 0) };
-        check(code, DriverFunction::cuMemAddressReserve)?;
+        // SAFETY: see the module's documentation.
+        unsafe { call!(device, cuMemAddressReserve(&mut address, bytes, 0, 0, 0)) }?;
         Ok(Self {
             device: device.clone(),
             properties,
@@ -68,7 +75,7 @@ impl Range {
         self.address
     }
 
-    /// Creates, maps and makes accessible chunks of these sizes, one after the other, behind those that are there.
+    /// Creates and maps chunks of these sizes, one after the other.
     pub fn back(&mut self, chunks: &[usize]) -> Result<()> {
         for bytes in chunks {
             self.create(*bytes)?;
@@ -79,21 +86,21 @@ impl Range {
 
     /// Creates memory behind the chunks that are there, without mapping it.
     pub fn create(&mut self, bytes: usize) -> Result<()> {
-        let end = self
-            .chunks
-            .last()
-            .map(|chunk| chunk.address + chunk.bytes as u64);
-        let address = end.unwrap_or(self.address);
+        let last = self.chunks.last();
+        let address = last.map_or(self.address, |chunk| chunk.address + chunk.bytes as u64);
+        let end = self.address + self.bytes as u64;
         ensure!(
-            address + bytes as u64 <= self.address + self.bytes as u64,
+            address + bytes as u64 <= end,
             "the reservation is too short"
         );
         let mut handle = 0;
-        // SAFETY: the place for the answer and the properties are valid during the call.
-        let code = unsafe {
-            (self.device.driver().table().cuMemCreate)(&mut handle, bytes, &self.properties, 0)
-        };
-        check(code, DriverFunction::cuMemCreate)?;
+        // SAFETY: see the module's documentation; the properties are valid during the call.
+        unsafe {
+            call!(
+                self.device,
+                cuMemCreate(&mut handle, bytes, &self.properties, 0)
+            )
+        }?;
         self.chunks.push(Chunk {
             address,
             bytes,
@@ -104,16 +111,16 @@ impl Range {
 
     /// Maps the last chunk and makes it accessible.
     pub fn map_last(&mut self) -> Result<()> {
-        let table = self.device.driver().table();
         let Some(chunk) = self.chunks.last() else {
             return Ok(());
         };
-        // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is ours.
-        let code = unsafe { (table.cuMemMap)(chunk.address, chunk.bytes, 0, chunk.handle, 0) };
-        check(code, DriverFunction::cuMemMap)?;
-        // SAFETY: the descriptor is valid during the call, and the addresses were mapped just now.
-        let code = unsafe { (table.cuMemSetAccess)(chunk.address, chunk.bytes, &self.access, 1) };
-        check(code, DriverFunction::cuMemSetAccess)
+        let (address, bytes) = (chunk.address, chunk.bytes);
+        // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is ours. The
+        // descriptor is valid during the call.
+        unsafe {
+            call!(self.device, cuMemMap(address, bytes, 0, chunk.handle, 0))?;
+            call!(self.device, cuMemSetAccess(address, bytes, &self.access, 1))
+        }
     }
 
     /// Unmaps the last chunk and keeps its memory.
@@ -122,20 +129,17 @@ impl Range {
             return Ok(());
         };
         // SAFETY: the addresses are those of our chunk.
-        let code = unsafe { (self.device.driver().table().cuMemUnmap)(chunk.address, chunk.bytes) };
-        check(code, DriverFunction::cuMemUnmap)
+        unsafe { call!(self.device, cuMemUnmap(chunk.address, chunk.bytes)) }
     }
 
     /// Unmaps and releases all chunks, one after the other.
     pub fn give_back(&mut self) -> Result<()> {
-        let table = self.device.driver().table();
         for chunk in self.chunks.drain(..) {
             // SAFETY: the chunk is ours, and forgotten after this.
-            let code = unsafe { (table.cuMemUnmap)(chunk.address, chunk.bytes) };
-            check(code, DriverFunction::cuMemUnmap)?;
-            // SAFETY: as above.
-            let code = unsafe { (table.cuMemRelease)(chunk.handle) };
-            check(code, DriverFunction::cuMemRelease)?;
+            unsafe {
+                call!(self.device, cuMemUnmap(chunk.address, chunk.bytes))?;
+                call!(self.device, cuMemRelease(chunk.handle))?;
+            }
         }
         Ok(())
     }
@@ -143,64 +147,59 @@ impl Range {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        // Nobody is left to tell; the driver takes all back when the program ends.
+        // An error here has no reader; the driver takes all back when the program ends.
         let _ = self.give_back();
         // SAFETY: the reservation is ours, and this is its end.
-        unsafe { (self.device.driver().table().cuMemAddressFree)(self.address, self.bytes) };
+        let _ = unsafe { call!(self.device, cuMemAddressFree(self.address, self.bytes)) };
     }
 }
 
 /// Memory of `cuMemAlloc`.
-pub struct Plain<'a> {
-    device: &'a Device,
-    address: CUdeviceptr,
-}
+pub struct Plain<'a>(&'a Device, CUdeviceptr);
 
 impl<'a> Plain<'a> {
     /// Allocates.
     pub fn new(device: &'a Device, bytes: usize) -> Result<Self> {
         let mut address = 0;
-        // SAFETY: `address` is a valid place for the answer, and the context is current.
-        let code = unsafe { (device.driver().table().cuMemAlloc)(&mut address, bytes) };
-        check(code, DriverFunction::cuMemAlloc)?;
-        Ok(Self { device, address })
+        // SAFETY: see the module's documentation; the context is current.
+        unsafe { call!(device, cuMemAlloc(&mut address, bytes)) }?;
+        Ok(Self(device, address))
     }
 
     /// The first address.
     pub fn address(&self) -> u64 {
-        self.address
+        self.1
     }
 }
 
 impl Drop for Plain<'_> {
     fn drop(&mut self) {
         // SAFETY: the memory is ours, and this is its end.
-        unsafe { (self.device.driver().table().cuMemFree)(self.address) };
+        let _ = unsafe { call!(self.0, cuMemFree(self.1)) };
     }
 }
 
 /// Memory of `cuMemAllocAsync`, which the driver takes back for good when its stream is synchronised after.
-pub struct Ordered<'a> {
-    stream: &'a Stream,
-    address: CUdeviceptr,
-}
+pub struct Ordered<'a>(&'a Stream, CUdeviceptr);
 
 impl<'a> Ordered<'a> {
     /// Allocates in the order of the stream.
     pub fn new(stream: &'a Stream, bytes: usize) -> Result<Self> {
         let mut address = 0;
-        let table = stream.device().driver().table();
-        // SAFETY: `address` is a valid place for the answer, and the stream is alive.
-        let code = unsafe { (table.cuMemAllocAsync)(&mut address, bytes, stream.raw()) };
-        check(code, DriverFunction::cuMemAllocAsync)?;
-        Ok(Self { stream, address })
+        // SAFETY: see the module's documentation; the stream is alive.
+        unsafe {
+            call!(
+                stream.device(),
+                cuMemAllocAsync(&mut address, bytes, stream.raw())
+            )
+        }?;
+        Ok(Self(stream, address))
     }
 }
 
 impl Drop for Ordered<'_> {
     fn drop(&mut self) {
-        let table = self.stream.device().driver().table();
         // SAFETY: the memory is ours, and this is its end.
-        unsafe { (table.cuMemFreeAsync)(self.address, self.stream.raw()) };
+        let _ = unsafe { call!(self.0.device(), cuMemFreeAsync(self.1, self.0.raw())) };
     }
 }

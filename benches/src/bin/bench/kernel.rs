@@ -3,8 +3,9 @@
 //! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits while another
 //! thread maps. A kernel's launch does not.
 
-use anyhow::{Result, ensure};
-use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule};
+use crate::bare::{call, make_current};
+use anyhow::Result;
+use cuda_vmm::sys::{CUfunction, CUmodule};
 use cuda_vmm::{Device, DriverKind, Stream};
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
@@ -15,21 +16,20 @@ use std::ptr::null_mut;
 /// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test --cuda` keeps
 /// the two in step.
 pub fn load(device: &Device, ptx: &str, name: &CStr) -> Result<Option<CUfunction>> {
-    let table = device.driver().table();
-    // SAFETY: the device retains its context; the thread has no other that it needs.
-    let code = unsafe { (table.cuCtxSetCurrent)(device.raw_context()) };
-    ensure!(code == CUDA_SUCCESS, "cuCtxSetCurrent answered {code}");
+    make_current(device)?;
     if device.driver().kind() == DriverKind::Simulated {
         return Ok(None);
     }
     let image = CString::new(ptx)?;
     let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
-    // SAFETY: the image is PTX that ends with a zero, and `module` a valid place.
-    let code = unsafe { (table.cuModuleLoadData)(&mut module, image.as_ptr().cast()) };
-    ensure!(code == CUDA_SUCCESS, "cuModuleLoadData answered {code}");
-    // SAFETY: `function` is a valid place, and the module was just loaded.
-    let code = unsafe { (table.cuModuleGetFunction)(&mut function, module, name.as_ptr()) };
-    ensure!(code == CUDA_SUCCESS, "cuModuleGetFunction answered {code}");
+    // SAFETY: the image is PTX that ends with a zero, and `module` and `function` are valid places.
+    unsafe {
+        call!(device, cuModuleLoadData(&mut module, image.as_ptr().cast()))?;
+        call!(
+            device,
+            cuModuleGetFunction(&mut function, module, name.as_ptr())
+        )?;
+    }
     Ok(Some(function))
 }
 
@@ -43,25 +43,17 @@ pub unsafe fn launch(
     (blocks, threads): (u32, u32),
     parameters: &mut [*mut c_void],
 ) -> Result<()> {
-    let launch = stream.device().driver().table().cuLaunchKernel;
+    let (device, parameters) = (stream.device(), parameters.as_mut_ptr());
+    let (queue, none) = (stream.raw(), null_mut());
     // SAFETY: the caller's promise; the parameters are read before the call returns.
-    let code = unsafe {
-        launch(
-            function,
-            blocks,
-            1,
-            1,
-            threads,
-            1,
-            1,
-            0,
-            stream.raw(),
-            parameters.as_mut_ptr(),
-            null_mut(),
+    unsafe {
+        call!(
+            device,
+            cuLaunchKernel(
+                function, blocks, 1, 1, threads, 1, 1, 0, queue, parameters, none
+            )
         )
-    };
-    ensure!(code == CUDA_SUCCESS, "cuLaunchKernel answered {code}");
-    Ok(())
+    }
 }
 
 /// The kernel, loaded for the process's life.

@@ -7,9 +7,7 @@ use cuda_vmm::{
     Device, Driver, DriverKind, Engine, EngineOptions, EngineStats, PoolOptions, Stream,
     VirtualMemoryPool,
 };
-use cuda_vmm_benches::Filling;
-use cuda_vmm_benches::program;
-use cuda_vmm_benches::sides::Settings;
+use cuda_vmm_benches::{Filling, Settings, program};
 use cuda_vmm_sim::{SimConfig, Simulator};
 use std::time::{Duration, Instant};
 

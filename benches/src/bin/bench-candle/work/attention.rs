@@ -6,14 +6,7 @@ use crate::model::stock;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
 use candle_cuda_vmm::attention::gqa;
-use cuda_vmm_benches::sides::Sides;
-use cuda_vmm_benches::work::{Outcome, Work};
-
-/// Against K and V repeated for each group of heads, as Candle's models do it.
-pub const WORK: Work<Machine> = Work {
-    name: "attention",
-    measure,
-};
+use cuda_vmm_benches::{Outcome, Sides};
 
 const QUERY_HEADS: usize = 32;
 /// Queries, one after another, of a sample.
@@ -28,7 +21,8 @@ fn floor_us(keys: usize) -> f64 {
     (2 * keys * KV_HEADS * HEAD_DIM * DTYPE.size_in_bytes()) as f64 / BANDWIDTH * 1e6
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against K and V repeated for each group of heads, as Candle's models do it.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let scale = 1.0 / (HEAD_DIM as f32).sqrt();
     let random = |heads: usize, tokens: usize| {
         let shape = (1, tokens, heads, HEAD_DIM);
@@ -81,7 +75,7 @@ mod tests {
     #[test]
     fn only_at_32k_is_more_demanded_than_not_to_be_slower() {
         let figures = Figure::list(crate::FIGURES).unwrap();
-        let of_attention = figures.iter().filter(|figure| figure.work == WORK.name);
+        let of_attention = figures.iter().filter(|figure| figure.work == "attention");
         for (figure, keys) in of_attention.zip(crate::sizes::Sizes::FULL.keys) {
             let least = if keys == 32_768 { 4.0 } else { 1.0 };
             let pass = |ours| figure.blank().judge(ours, Some(1.0)).pass;

@@ -7,17 +7,11 @@ use cuda_vmm::pool::blocks::{
     BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
 };
 use cuda_vmm::{Engine, EngineOptions, Stream};
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::Outcome;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
-
-/// Against what is in use.
-pub const WORK: Work<Machine> = Work {
-    name: "blocks",
-    measure,
-};
 
 /// Tokens of a block.
 const BLOCK_TOKENS: usize = 16;
@@ -64,7 +58,8 @@ fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
     Ok(BlockBacking::new(&engine, spec, blocks, page_bytes)?)
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against what is in use.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let sizes = &machine.sizes;
     let blocks = (PINNED + 3 * sizes.blocks * sizes.sequences).next_power_of_two();
     let backing = backing(machine, blocks)?;

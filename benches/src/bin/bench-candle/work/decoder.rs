@@ -12,16 +12,9 @@ use candle_core::DType;
 use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::kv_cache::PreallocatedCaches;
 use cuda_vmm_benches::program::Machine as _;
-use cuda_vmm_benches::sides::Sides;
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Outcome, Sides};
 use std::cell::RefCell;
 use std::time::Duration;
-
-/// Against Candle's preallocated cache.
-pub const WORK: Work<Machine> = Work {
-    name: "whole decoder",
-    measure,
-};
 
 /// Llama 3.2 1B's shape.
 const LARGE: &str = r#"{ "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -81,7 +74,8 @@ impl<'a, F: Measured> Subject<'a, F> {
     }
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against Candle's preallocated cache.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const CONTIGUOUS: &str = "ElasticKvCache, contiguous answers, stock attention";
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
     let pool = machine.pool()?;

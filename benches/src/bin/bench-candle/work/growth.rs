@@ -5,36 +5,12 @@ use crate::machine::Machine;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use candle_cuda_vmm::TensorPool;
-use cuda_vmm_benches::sides::Sides;
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Outcome, Sides};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 /// Tokens appended one by one, and all of them looked at, against Candle's preallocated cache.
-pub const APPEND: Work<Machine> = Work {
-    name: "append and view",
-    measure: append,
-};
-
-/// The memory behind the caches of all layers, against what is allowed.
-pub const MEMORY: Work<Machine> = Work {
-    name: "memory of the caches",
-    measure: memory,
-};
-
-/// The worst step of a long decode, against memory that was there before.
-pub const STEP: Work<Machine> = Work {
-    name: "worst decode step",
-    measure: step,
-};
-
-/// A view of a tensor that grows: making it, and dropping it.
-pub const VIEW: Work<Machine> = Work {
-    name: "make and drop a view",
-    measure: view,
-};
-
-fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (sizes, stretch) = (&machine.sizes, machine.sizes.stretch);
     for (length, count) in ["shorter", "longer"].into_iter().zip(sizes.decoded) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
@@ -99,7 +75,8 @@ fn held(pool: &TensorPool) -> Result<(usize, usize)> {
     }
 }
 
-fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// The memory behind the caches of all layers, against what is allowed.
+pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let token_bytes = token_bytes(machine.sizes.layers);
     let page_bytes = machine.device.granularity_bytes();
     for (length, count) in ["1,000", "10,000", "100,000"]
@@ -135,7 +112,8 @@ fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 /// Steps before the first that counts, besides the round that warms up.
 const WARM: usize = 16;
 
-fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// The worst step of a long decode, against memory that was there before.
+pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const OURS: &str = "ours";
     const PEER: &str = "KvCache, preallocated";
     let (steps, size) = (machine.sizes.steps, machine.sizes.matrix);
@@ -172,7 +150,8 @@ fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// A view of a tensor that grows: making it, and dropping it.
+pub fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     /// One view takes hardly longer than reading the clock, so a sample is the mean of all.
     const VIEWS: usize = 64;
     const OURS: &str = "ours, mean of 64 views";

@@ -6,15 +6,15 @@ mod decoder;
 mod growth;
 
 use crate::machine::Machine;
-use cuda_vmm_benches::work::Work;
+use cuda_vmm_benches::Work;
 
 /// All of it, in the order of the figures.
 pub const ALL: &[Work<Machine>] = &[
-    growth::APPEND,
-    growth::MEMORY,
-    growth::STEP,
-    attention::WORK,
-    decoder::WORK,
-    growth::VIEW,
-    blocks::WORK,
+    Work::new("append and view", growth::append),
+    Work::new("memory of the caches", growth::memory),
+    Work::new("worst decode step", growth::step),
+    Work::new("attention", attention::measure),
+    Work::new("whole decoder", decoder::measure),
+    Work::new("make and drop a view", growth::view),
+    Work::new("blocks", blocks::measure),
 ];

@@ -1,7 +1,7 @@
 //! Pools whose calls cost nothing, which only count blocks.
 
 use anyhow::Result;
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
 
 /// How many blocks each model has.
 pub struct Counted {

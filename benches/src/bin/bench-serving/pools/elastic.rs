@@ -11,7 +11,7 @@
 use crate::card::{Card, Costs};
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode};
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory, allocate_runs, runs};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
 use cuda_vmm_benches::{SharedSizes, model_name, shared_models};
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -7,7 +7,7 @@
 use crate::card::{Card, Costs};
 use anyhow::{Context, Result};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation};
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 

@@ -6,35 +6,10 @@ use crate::recorder;
 use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
-use cuda_vmm_benches::sides::{Sides, time};
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Outcome, Sides, time};
 use std::time::{Duration, Instant};
 
 const GIB: usize = 1 << 30;
-
-/// Against one handle, page at a time, and the driver's allocators.
-pub const ONE_CALL: Work<Machine> = Work {
-    name: "allocate 1 GiB",
-    measure: one_call,
-};
-
-/// Against the same chunks by bare calls.
-pub const OVERHEAD: Work<Machine> = Work {
-    name: "our own time in allocating",
-    measure: overhead,
-};
-
-/// Against the driver's calls, which take their time.
-pub const DEALLOCATION: Work<Machine> = Work {
-    name: "deallocate 1 GiB",
-    measure: deallocation,
-};
-
-/// Against bare calls for the same chunks.
-pub const TEAR_DOWN: Work<Machine> = Work {
-    name: "tear down 64 GiB",
-    measure: tear_down,
-};
 
 /// A round of a pool whose memory comes from the driver and goes back to it.
 fn cold_round(machine: &Machine, pool: &VirtualMemoryPool) -> Result<Duration> {
@@ -69,7 +44,8 @@ fn chunks_of(machine: &Machine, bytes: usize) -> Result<Vec<usize>> {
     Ok(calls.iter().filter(is_map).map(|call| call.bytes).collect())
 }
 
-fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against one handle, page at a time, and the driver's allocators.
+pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (device, stream) = (&machine.device, &machine.stream);
     let chunked = machine.pool(EngineOptions::new(), GIB)?;
     let engine = Engine::new(device, EngineOptions::new())?;
@@ -97,7 +73,8 @@ fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.measure(sides, &machine.settings, machine.settings.rounds)
 }
 
-fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against the same chunks by bare calls.
+pub fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // Each size by itself: what the driver does after much was freed would delay the next side.
     for (size, bytes) in [
         ("one page", machine.page_bytes),
@@ -117,7 +94,8 @@ fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against the driver's calls, which take their time.
+pub fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let device = &machine.device;
     let named = machine.pool(EngineOptions::new(), GIB)?;
     let engine = Engine::new(device, EngineOptions::new())?;
@@ -148,7 +126,8 @@ fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)
 }
 
-fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against bare calls for the same chunks.
+pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let bytes = machine.fitting(64 << 30, 0.95, GIB)?;
     let chunks = chunks_of(machine, bytes)?;
     let mut range = Range::reserve(&machine.device, bytes)?;

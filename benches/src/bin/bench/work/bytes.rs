@@ -5,26 +5,14 @@ use crate::machine::{Machine, until};
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::program::Machine as _;
-use cuda_vmm_benches::sides::{Sides, time};
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Outcome, Sides, time};
 use std::time::Instant;
-
-/// Copies within chunks, against memory of `cuMemAlloc`, and against a chunk for each page.
-pub const COPIES: Work<Machine> = Work {
-    name: "copy within 8 GiB",
-    measure: copies,
-};
-
-/// Against giving memory to the driver. Nothing is demanded: it is what hand-overs cost.
-pub const SCRUBBING: Work<Machine> = Work {
-    name: "scrubbing",
-    measure: scrubbing,
-};
 
 /// Copies in a sample.
 const COPY_COUNT: u32 = 4;
 
-fn copies(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Copies within chunks, against memory of `cuMemAlloc`, and against a chunk for each page.
+pub fn copies(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // Every byte of a simulated device takes memory of the host.
     let wanted_bytes = if machine.is_real() { 8 << 30 } else { 64 << 20 };
     let page_bytes = machine.page_bytes;
@@ -63,7 +51,8 @@ fn copies(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.measure(sides, &machine.settings, machine.settings.rounds)
 }
 
-fn scrubbing(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against giving memory to the driver. Nothing is demanded: it is what hand-overs cost.
+pub fn scrubbing(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // Overwriting a simulated device's memory, which is the host's, takes seconds.
     let wanted_bytes = if machine.is_real() { 1 << 30 } else { 64 << 20 };
     let bytes = machine.fitting(wanted_bytes, 0.3, machine.page_bytes)?;

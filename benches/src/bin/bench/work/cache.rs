@@ -3,7 +3,7 @@
 use crate::machine::watch;
 use anyhow::Result;
 use cuda_vmm::VirtualMemoryPool;
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, allocate_runs, runs};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, allocate_runs, runs};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -8,16 +8,9 @@ use crate::traffic::Traffic;
 use anyhow::{Context, Result};
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Device, EngineOptions, Stream};
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, BLOCK_TOKENS};
-use cuda_vmm_benches::work::{Outcome, Work};
-use cuda_vmm_benches::{SharedSizes, shared_models};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS};
+use cuda_vmm_benches::{Outcome, SharedSizes, shared_models};
 use std::time::{Duration, Instant};
-
-/// Against the same steps with everything allocated before.
-pub const WORK: Work<Machine> = Work {
-    name: "128 sequences grow, serving",
-    measure,
-};
 
 const SEQUENCES: usize = 128;
 /// Tokens of a block.
@@ -108,7 +101,8 @@ fn elastic(device: &Device, stream: &Stream) -> Result<Cache> {
     Ok(Cache::elastic(models.remove(0)))
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against the same steps with everything allocated before.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (device, stream) = (&machine.device, &machine.stream);
     let traffic = Traffic::new(machine, device, stream)?;
     let plain = Plain::new(device, BLOCKS_MAX * BLOCK_BYTES)?;

@@ -5,14 +5,8 @@ use crate::machine::{Machine, watch};
 use crate::recorder;
 use anyhow::{Context, Result};
 use cuda_vmm::{DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::Outcome;
 use std::time::{Duration, Instant};
-
-/// Against the same steps with everything allocated before.
-pub const WORK: Work<Machine> = Work {
-    name: "64 ranges grow at once",
-    measure,
-};
 
 const RANGES: usize = 64;
 /// The same on the simulated driver, whose memory is the host's.
@@ -118,7 +112,8 @@ impl Ranges {
     }
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against the same steps with everything allocated before.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let fill = Fill::new(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());

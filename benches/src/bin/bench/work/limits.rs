@@ -3,38 +3,13 @@
 use crate::machine::Machine;
 use anyhow::{Result, bail, ensure};
 use cuda_vmm::{EngineOptions, EngineStats, VirtualMemoryPool};
-use cuda_vmm_benches::Filling;
-use cuda_vmm_benches::sides::Sides;
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Filling, Outcome, Sides};
 use std::time::Instant;
 
 const GIB: usize = 1 << 30;
 
 /// A request that the budget cannot meet.
-pub const REFUSED: Work<Machine> = Work {
-    name: "a request that cannot fit",
-    measure: refused,
-};
-
-/// Requests until the driver has no more.
-pub const FILLED: Work<Machine> = Work {
-    name: "fill the card until OUT_OF_MEMORY",
-    measure: filled,
-};
-
-/// What is held without being live, against what is allowed.
-pub const SLACK: Work<Machine> = Work {
-    name: "slack",
-    measure: slack,
-};
-
-/// The host memory that bookkeeping takes, against what is allowed.
-pub const BOOKKEEPING: Work<Machine> = Work {
-    name: "bookkeeping",
-    measure: bookkeeping,
-};
-
-fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let total_bytes = machine.device.total_bytes();
     let bytes = match total_bytes < 100 * GIB {
         true => 127 * GIB,
@@ -69,7 +44,8 @@ fn fill(pool: &VirtualMemoryPool) -> Result<(EngineStats, EngineStats)> {
     bail!("the driver never ran out of memory")
 }
 
-fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Requests until the driver has no more.
+pub fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // A budget beyond what the card has, so that the driver and not the budget refuses.
     let limit_bytes = 2 * machine.device.total_bytes().next_multiple_of(GIB);
     let options = EngineOptions::new().limit_bytes(limit_bytes);
@@ -95,7 +71,8 @@ fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-fn slack(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// What is held without being live, against what is allowed.
+pub fn slack(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const BYTES: usize = 2 << 30;
     let page_bytes = machine.page_bytes;
     let mut pool = machine.pool(EngineOptions::new(), BYTES)?;
@@ -130,7 +107,8 @@ fn slack(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-fn bookkeeping(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// The host memory that bookkeeping takes, against what is allowed.
+pub fn bookkeeping(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let share = |one: &Filling| one.held_bytes as f64 / one.allowed_bytes() as f64;
     let fillings = (machine.fillings)()?;
     let worst = fillings

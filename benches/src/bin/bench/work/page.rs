@@ -6,35 +6,9 @@ use crate::machine::{Machine, until, watch};
 use crate::recorder;
 use anyhow::{Context, Result, bail};
 use cuda_vmm::{Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::ParkedModels;
-use cuda_vmm_benches::sides::{Sides, time};
-use cuda_vmm_benches::work::{Outcome, Work};
+use cuda_vmm_benches::{Outcome, ParkedModels, Sides, time};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// A page whose handle is in the cache.
-pub const CACHED: Work<Machine> = Work {
-    name: "allocate one page from the cache",
-    measure: cached,
-};
-
-/// A page that is parked.
-pub const PARKED: Work<Machine> = Work {
-    name: "allocate one parked page",
-    measure: parked,
-};
-
-/// Threads that take back parked pages, each those of a model of its own, against one thread.
-pub const MODELS: Work<Machine> = Work {
-    name: "parked pages of several models at a time",
-    measure: models,
-};
-
-/// Against the same with an idle worker.
-pub const FOREGROUND: Work<Machine> = Work {
-    name: "allocate one page while the worker prefetches",
-    measure: foreground,
-};
 
 /// Allocates one page and frees it; the time of the allocation. Returns when the page is where it goes.
 fn one_page(
@@ -51,7 +25,8 @@ fn one_page(
     Ok(elapsed)
 }
 
-fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// A page whose handle is in the cache.
+pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (page_bytes, settings) = (machine.page_bytes, &machine.settings);
     let mut range = Range::reserve(&machine.device, page_bytes)?;
     range.create(page_bytes)?;
@@ -128,7 +103,8 @@ impl Parked {
     }
 }
 
-fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// A page that is parked.
+pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let parked = Parked::new(machine, &machine.stream)?;
     let mut sides = Sides::new();
     // One page takes hardly longer than reading the clock, so a sample is the mean of all.
@@ -166,7 +142,8 @@ fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 /// it is little that threads do not begin at the very same moment.
 const MODEL_PAGES: usize = 4096;
 
-fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Threads that take back parked pages, each those of a model of its own, against one thread.
+pub fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const EIGHT: &str = "eight threads, all pages of eight models";
     const TWO: &str = "two threads, all pages of two models";
     let cores = thread::available_parallelism()?.get();
@@ -255,7 +232,8 @@ impl Other<'_> {
     }
 }
 
-fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against the same with an idle worker.
+pub fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let page_bytes = machine.page_bytes;
     // A chunk a page, so that the thread calls the driver as often as it can.
     let options = EngineOptions::new().chunk_bytes_max(0);

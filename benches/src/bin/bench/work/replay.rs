@@ -8,20 +8,12 @@ use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Snapshot};
 use cuda_vmm_benches::program::Machine as _;
 use cuda_vmm_benches::report::table;
-use cuda_vmm_benches::samples::Samples;
-use cuda_vmm_benches::serving::memory::{BLOCK_BYTES, Memory, TOKEN_BYTES};
-use cuda_vmm_benches::serving::request::{PROMPT_TOKENS, Request, staggered_ramps};
-use cuda_vmm_benches::serving::scheduler::{Limits, Order};
-use cuda_vmm_benches::serving::server::{self, Server};
-use cuda_vmm_benches::work::{Outcome, Work};
-use cuda_vmm_benches::{SharedSizes, shared_models};
-use std::time::{Duration, Instant};
-
-/// Against one buffer for all, in which all blocks have memory from the beginning.
-pub const WORK: Work<Machine> = Work {
-    name: "serving replayed, three models",
-    measure,
+use cuda_vmm_benches::serving::{
+    BLOCK_BYTES, Limits, Memory, Order, PROMPT_TOKENS, Request, Served, Server, TOKEN_BYTES,
+    staggered_ramps,
 };
+use cuda_vmm_benches::{Outcome, Samples, SharedSizes, shared_models};
+use std::time::{Duration, Instant};
 
 const MODELS: usize = 3;
 /// What is made ahead for each model: that of a few prompts.
@@ -79,7 +71,7 @@ impl<'a> Gpu<'a> {
     }
 
     /// Serves the requests of all models, and returns what came of it.
-    fn serve(&mut self, requests: &[Vec<Request>]) -> Result<server::Outcome> {
+    fn serve(&mut self, requests: &[Vec<Request>]) -> Result<Served> {
         let replay = self.machine.replay;
         let until_ns = (replay.seconds * 1e9) as u64;
         let step_ns = |prompt, decodes| {
@@ -159,7 +151,8 @@ impl Memory for Gpu<'_> {
     }
 }
 
-fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+/// Against one buffer for all, in which all blocks have memory from the beginning.
+pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let replay = &machine.replay;
     let traffic = Traffic::new(machine, &machine.device, &machine.stream)?;
     // All the memory that the pools share, or less on a smaller card.
