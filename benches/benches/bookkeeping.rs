@@ -4,9 +4,7 @@
 #![allow(missing_docs)]
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use cuda_vmm::{
-    Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode,
-};
+use cuda_vmm::{Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
 use cuda_vmm_benches::{GRANULARITY, ParkedModels, no_op_driver};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -16,53 +14,25 @@ const CAPACITY: usize = 128 << 30;
 /// Pages that are parked at a time.
 const PARKED: usize = 64;
 
-/// The time of taking back so many parked pages, without that of parking them.
-fn take_back_parked(device: &Device, pages: u64) -> Duration {
-    let options = EngineOptions::new()
-        .park_bytes_max(CAPACITY)
-        .worker(WorkerMode::Manual);
-    let engine = Engine::new(device, options).expect("engine");
-    let pool = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
-    pool.use_stream(&Stream::new(device).expect("stream"))
-        .expect("same device");
-    // Each apart from the others, so that it is a chunk of its own.
-    let offset = |page| 2 * page * GRANULARITY;
-    let mut elapsed = Duration::ZERO;
-    let mut left = pages as usize;
-    while left > 0 {
-        let round = left.min(PARKED);
-        for page in 0..round {
-            pool.allocate(offset(page), GRANULARITY).expect("room");
-        }
-        for page in 0..round {
-            pool.deallocate(offset(page), GRANULARITY).expect("live");
-        }
-        engine.step();
+/// The time of taking back parked pages of a model, in whole rounds, without that of parking them.
+fn take_back_parked(model: &ParkedModels, pages: u64) -> Duration {
+    in_rounds(pages, PARKED, || {
+        model.park(0).expect("room");
         let started = Instant::now();
-        for page in 0..round {
-            black_box(pool.allocate(offset(page), GRANULARITY).expect("parked"));
-        }
-        elapsed += started.elapsed();
-        for page in 0..round {
-            pool.deallocate(offset(page), GRANULARITY).expect("live");
-        }
-        left -= round;
-    }
-    elapsed
+        model.take_back(0).expect("parked");
+        started.elapsed()
+    })
+}
+
+/// The time of this many pages, of rounds of some pages each.
+fn in_rounds(pages: u64, of_round: usize, round: impl FnMut() -> Duration) -> Duration {
+    let rounds = pages.div_ceil(of_round as u64);
+    let elapsed: Duration = std::iter::repeat_with(round).take(rounds as usize).sum();
+    elapsed.mul_f64(pages as f64 / (rounds * of_round as u64) as f64)
 }
 
 /// Pages that each of several models has parked at a time. To take them takes long beside starting a thread.
 const PARKED_OF_EACH: usize = 4096;
-
-/// The time in which each of so many threads takes back so many pages of its own model, in whole rounds; the time of one
-/// page stays as it is with one thread if threads do not disturb each other.
-fn take_back_at_a_time(models: &ParkedModels, threads: usize, pages: u64) -> Duration {
-    let rounds = pages.div_ceil(PARKED_OF_EACH as u64);
-    let elapsed: Duration = (0..rounds)
-        .map(|_| models.take(threads).expect("parked"))
-        .sum();
-    elapsed.mul_f64(pages as f64 / (rounds * PARKED_OF_EACH as u64) as f64)
-}
 
 /// The time of growing by so many tokens whose pages are live already.
 fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
@@ -89,42 +59,36 @@ fn bookkeeping(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("bookkeeping");
 
     let pool = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY).expect("pool");
-    group.bench_function(
-        "allocate and deallocate one page, no stream named",
-        |bencher| {
+    let named = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY).expect("pool");
+    let stream = Stream::new(&device).expect("stream");
+    named.use_stream(&stream).expect("same device");
+    for (name, pool) in [
+        ("allocate and deallocate one page, no stream named", pool),
+        ("allocate and deallocate one page, one stream named", named),
+    ] {
+        group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 black_box(pool.allocate(0, GRANULARITY).expect("room"));
                 pool.deallocate(0, GRANULARITY).expect("live");
             });
-        },
-    );
+        });
+    }
 
-    let named = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY).expect("pool");
-    named
-        .use_stream(&Stream::new(&device).expect("stream"))
-        .expect("same device");
-    group.bench_function(
-        "allocate and deallocate one page, one stream named",
-        |bencher| {
-            bencher.iter(|| {
-                black_box(named.allocate(0, GRANULARITY).expect("room"));
-                named.deallocate(0, GRANULARITY).expect("live");
-            });
-        },
-    );
-
+    let model = ParkedModels::new(&device, &stream, 1, PARKED).expect("room");
     group.bench_function("take back a parked page", |bencher| {
-        bencher.iter_custom(|pages| take_back_parked(&device, pages));
+        bencher.iter_custom(|pages| take_back_parked(&model, pages));
     });
+    drop(model);
 
-    let stream = Stream::new(&device).expect("stream");
+    // The time of one page stays as it is with one thread if threads do not disturb each other.
     let models = ParkedModels::new(&device, &stream, 2, PARKED_OF_EACH).expect("room");
     for (threads, name) in [
         (1, "take back a parked page of a model, one thread"),
         (2, "take back a parked page of a model, each of two threads"),
     ] {
+        let take = || models.take(threads).expect("parked");
         group.bench_function(name, |bencher| {
-            bencher.iter_custom(|pages| take_back_at_a_time(&models, threads, pages));
+            bencher.iter_custom(|pages| in_rounds(pages, PARKED_OF_EACH, take));
         });
     }
     drop(models);

@@ -1,8 +1,7 @@
 //! What is demanded of a figure, and whether it is reached.
 
-use anyhow::{Context, Error, Result, bail};
+use anyhow::{Error, Result, bail};
 use serde::{Deserialize, Serialize};
-use std::str::FromStr;
 
 /// How far a figure must reach.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
@@ -19,36 +18,19 @@ pub enum Reach {
     Open,
 }
 
-impl FromStr for Reach {
-    type Err = Error;
-
-    /// Reads what reports show: `≤ 1.5 ×`, `≥ 2 ×`, `≤ 20 µs`, or nothing.
-    fn from_str(text: &str) -> Result<Self> {
-        let parts: Vec<_> = text.split_whitespace().collect();
-        let [sign, bound, unit] = parts[..] else {
-            return if parts.is_empty() {
-                Ok(Self::Open)
-            } else {
-                bail!("not a reach: {text:?}")
-            };
-        };
-        let bound = bound
-            .parse()
-            .with_context(|| format!("not a reach: {text:?}"))?;
-        Ok(match (sign, unit) {
-            ("≤", "×") => Self::AtMostTimes(bound),
-            ("≥", "×") => Self::AtLeastTimes(bound),
-            ("≤", _) => Self::AtMost(bound),
-            _ => bail!("not a reach: {text:?}"),
-        })
-    }
-}
-
 impl TryFrom<String> for Reach {
     type Error = Error;
 
+    /// Reads what reports show: `≤ 1.5 ×`, `≥ 2 ×`, `≤ 20 µs`, or nothing.
     fn try_from(text: String) -> Result<Self> {
-        text.parse()
+        let parts: Vec<_> = text.split_whitespace().collect();
+        Ok(match parts[..] {
+            [] => Self::Open,
+            ["≤", most, "×"] => Self::AtMostTimes(most.parse()?),
+            ["≥", least, "×"] => Self::AtLeastTimes(least.parse()?),
+            ["≤", most, _] => Self::AtMost(most.parse()?),
+            _ => bail!("not a reach: {text:?}"),
+        })
     }
 }
 
@@ -216,7 +198,7 @@ mod tests {
     #[test]
     fn what_is_no_number_does_not_pass() {
         for reach in ["≤ 2 ×", "≥ 2 ×", "≤ 2 µs"] {
-            let reach: Reach = reach.parse().unwrap();
+            let reach = Reach::try_from(reach.to_owned()).unwrap();
             let finding = figure(reach).judge(f64::NAN, Some(1.0));
             assert_eq!(finding.pass, Some(false), "{reach:?}");
         }
@@ -252,7 +234,7 @@ mod tests {
             }
         }
         for wrong in ["2 ×", "≤ two ×", "≥ 2 µs"] {
-            assert!(wrong.parse::<Reach>().is_err(), "{wrong}");
+            assert!(Reach::try_from(wrong.to_owned()).is_err(), "{wrong}");
         }
     }
 }

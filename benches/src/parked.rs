@@ -3,6 +3,8 @@
 use crate::shared::{SharedSizes, shared_models};
 use anyhow::{Context, Result, ensure};
 use cuda_vmm::{Device, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
+use std::hint::black_box;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -44,13 +46,13 @@ impl ParkedModels {
         Ok(Self { models, stream })
     }
 
-    /// As many threads as are asked for take all pages back, one by one, each those of one model; the time from when the
-    /// first began until a thread ended, the mean of all.
+    /// Each of this many threads takes all pages of one model back, one by one. Returns the time from when the first
+    /// began until a thread ended, the mean of all.
     ///
     /// Not until the last ended: threads do not end together, and what a core is kept from by others would count for all.
     ///
     /// Before that each thread parks these pages itself, one thread after the other. Else the books of some models would
-    /// lie in the cache of another core, whoever parked them, and what was measured were the ways between cores.
+    /// lie in the cache of the core that parked them, and what was measured were the ways between cores.
     ///
     /// # Errors
     ///
@@ -63,29 +65,23 @@ impl ParkedModels {
                 std::hint::spin_loop();
             }
         };
-        let take = |number: usize, model: &VirtualMemoryPool| {
+        let take = |number: usize| {
             wait_for(number);
-            let outcome = self.park(model);
-            // Also where it failed, so that nobody waits for ever.
+            let outcome = self.park(number);
+            // Also if it failed, so that no thread waits for ever.
             parked.fetch_add(1, Ordering::SeqCst);
             wait_for(threads);
             outcome?;
             let started = Instant::now();
-            for offset in (0..model.capacity_bytes()).step_by(model.page_bytes()) {
-                model.allocate(offset, model.page_bytes())?;
-            }
+            self.take_back(number)?;
             anyhow::Ok((started, Instant::now()))
         };
         let spans = thread::scope(|scope| {
-            let models = self.models[..threads].iter().enumerate();
             let take = &take;
-            let threads: Vec<_> = models
-                .map(|(number, model)| scope.spawn(move || take(number, model)))
-                .collect();
-            let spans = threads.into_iter().map(|thread| match thread.join() {
-                Ok(span) => span,
-                Err(panic) => std::panic::resume_unwind(panic),
-            });
+            let threads = (0..threads).map(|number| scope.spawn(move || take(number)));
+            let threads: Vec<_> = threads.collect();
+            let spans = threads.into_iter().map(|thread| thread.join());
+            let spans = spans.map(|span| span.unwrap_or_else(|panic| resume_unwind(panic)));
             spans.collect::<Result<Vec<_>>>()
         })?;
         let first = spans.iter().map(|(started, _)| *started).min();
@@ -94,8 +90,26 @@ impl ParkedModels {
         Ok(sum / spans.len() as u32)
     }
 
+    /// Takes all parked pages of a model back, one by one.
+    ///
+    /// # Errors
+    ///
+    /// The pool's.
+    pub fn take_back(&self, model: usize) -> Result<()> {
+        let model = &self.models[model];
+        for offset in (0..model.capacity_bytes()).step_by(model.page_bytes()) {
+            black_box(model.allocate(offset, model.page_bytes())?);
+        }
+        Ok(())
+    }
+
     /// Frees all pages of a model, and waits until they are parked.
-    fn park(&self, model: &VirtualMemoryPool) -> Result<()> {
+    ///
+    /// # Errors
+    ///
+    /// The pool's, or if they are not parked in time.
+    pub fn park(&self, model: usize) -> Result<()> {
+        let model = &self.models[model];
         model.deallocate(0, model.capacity_bytes())?;
         self.stream.synchronize()?;
         let started = Instant::now();

@@ -1,30 +1,15 @@
 //! The measuring program runs to its end on the simulated driver, and says so where there is no driver.
 
-use serde_json::Value;
-use std::path::PathBuf;
-use std::process::{Command, Output};
+mod support;
 
-/// Runs the program, and answers what it put out and the list that it wrote.
-fn run(name: &str, arguments: &[&str], no_driver: bool) -> (Output, Vec<Value>) {
-    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.json"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
-    command.args(arguments).arg("--json").arg(&file);
-    if no_driver {
-        command.env("CUDA_VMM_DRIVER_PATH", "/nowhere/libcuda.so.1");
-    }
-    let output = command.output().expect("the program starts");
-    let text = std::fs::read(&file).unwrap_or_else(|_| panic!("no list: {output:?}"));
-    let list = serde_json::from_slice(&text).expect("JSON");
-    (output, list)
-}
+use support::{exit_code, run};
+
+const BENCH: &str = env!("CARGO_BIN_EXE_bench");
 
 #[test]
 fn on_the_simulated_driver_every_figure_is_measured_or_says_why_not() {
-    let (output, list) = run(
-        "simulated",
-        &["--driver", "simulated", "--rounds", "1"],
-        false,
-    );
+    let arguments = ["--driver", "simulated", "--rounds", "1"];
+    let (output, list) = run(BENCH, "simulated", &arguments);
     assert!(output.status.success(), "{output:?}");
     assert!(list.len() > 20, "{list:?}");
     for finding in &list {
@@ -39,7 +24,7 @@ fn on_the_simulated_driver_every_figure_is_measured_or_says_why_not() {
 
 #[test]
 fn without_a_driver_every_figure_is_reported_without_a_verdict() {
-    let (output, list) = run("nowhere", &[], true);
+    let (output, list) = run(BENCH, "nowhere", &[]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(!list.is_empty());
     for finding in &list {
@@ -52,18 +37,10 @@ fn without_a_driver_every_figure_is_reported_without_a_verdict() {
 
 #[test]
 fn only_some_work_can_be_asked_for_but_not_none() {
-    let (output, list) = run(
-        "only",
-        &["--driver", "simulated", "--rounds", "1", "--only", "slack"],
-        false,
-    );
+    let arguments = ["--driver", "simulated", "--rounds", "1", "--only", "slack"];
+    let (output, list) = run(BENCH, "only", &arguments);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(list.len(), 2);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
-    let output = command.args(["--only", "nonsense"]).output();
-    let output = output.expect("the program starts");
-    assert_eq!(output.status.code(), Some(1));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
-    let output = command.args(["--rounds", "0"]).output();
-    assert_eq!(output.expect("it starts").status.code(), Some(64));
+    assert_eq!(exit_code(BENCH, &["--only", "nonsense"]), Some(1));
+    assert_eq!(exit_code(BENCH, &["--rounds", "0"]), Some(64));
 }

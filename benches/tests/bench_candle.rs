@@ -1,23 +1,14 @@
 //! The measuring program of Candle's part runs to its end on a CPU, and says so where there is no GPU.
 
-use serde_json::Value;
-use std::path::PathBuf;
-use std::process::{Command, Output};
+mod support;
 
-/// Runs the program, and answers what it put out and the list that it wrote.
-fn run(name: &str, arguments: &[&str]) -> (Output, Vec<Value>) {
-    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("candle-{name}.json"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-candle"));
-    command.args(arguments).arg("--json").arg(&file);
-    let output = command.output().expect("the program starts");
-    let text = std::fs::read(&file).unwrap_or_else(|_| panic!("no list: {output:?}"));
-    let list = serde_json::from_slice(&text).expect("JSON");
-    (output, list)
-}
+use support::{exit_code, run};
+
+const BENCH: &str = env!("CARGO_BIN_EXE_bench-candle");
 
 #[test]
 fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
-    let (output, list) = run("cpu", &["--device", "cpu"]);
+    let (output, list) = run(BENCH, "candle-cpu", &["--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
     assert_eq!(list.len(), 18, "{list:?}");
     let mut judged = Vec::new();
@@ -41,7 +32,11 @@ fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
 
 #[test]
 fn the_curve_of_blocks_goes_up_and_comes_down() {
-    let (output, list) = run("blocks", &["--device", "cpu", "--only", "blocks"]);
+    let (output, list) = run(
+        BENCH,
+        "candle-blocks",
+        &["--device", "cpu", "--only", "blocks"],
+    );
     assert!(output.status.success(), "{output:?}");
     let note = list[0]["note"].as_str().expect("a note");
     let (_, curve) = note.split_once("committed: ").expect("a curve");
@@ -58,7 +53,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
-    let (output, list) = run("nowhere", &[]);
+    let (output, list) = run(BENCH, "candle-nowhere", &[]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert_eq!(list.len(), 18);
     for finding in &list {
@@ -70,7 +65,5 @@ fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
 
 #[test]
 fn wrong_usage_has_an_exit_code_of_its_own() {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-candle"));
-    let output = command.args(["--device", "abacus"]).output();
-    assert_eq!(output.expect("the program starts").status.code(), Some(64));
+    assert_eq!(exit_code(BENCH, &["--device", "abacus"]), Some(64));
 }

@@ -1,31 +1,30 @@
 //! The simulation of serving runs to its end in its short form, and tells every figure.
 
+mod support;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
+use support::{exit_code, run};
 
+const BENCH: &str = env!("CARGO_BIN_EXE_bench-serving");
 const PEAKS: [u32; 7] = [12, 14, 15, 16, 17, 18, 20];
 
 fn folder(name: &str) -> PathBuf {
-    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("serving-{name}"));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serving-{name}"));
     std::fs::create_dir_all(&folder).expect("a folder");
     folder
 }
 
-fn start(arguments: &[&str], folder: &Path) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-serving"));
-    command.arg("--quick").args(arguments);
-    command.arg("--json").arg(folder.join("list.json"));
-    command.arg("--plots").arg(folder.join("plots"));
-    command.output().expect("the program starts")
-}
-
-/// Runs it, and answers its list of figures.
+/// Runs it in its short form, and returns its list of figures.
 fn list(arguments: &[&str], folder: &Path) -> Vec<Value> {
-    let output = start(arguments, folder);
+    let plots = folder.join("plots");
+    let short = ["--quick", "--plots", plots.to_str().expect("a path")];
+    let name = folder.file_name().and_then(|name| name.to_str());
+    let arguments = [&short, arguments].concat();
+    let (output, list) = run(BENCH, name.expect("a name"), &arguments);
     assert!(output.status.success(), "{output:?}");
-    let text = std::fs::read(folder.join("list.json")).expect("a list");
-    serde_json::from_slice(&text).expect("JSON")
+    list
 }
 
 fn names(list: &[Value]) -> Vec<&str> {
@@ -120,14 +119,12 @@ fn traces_are_replayed_and_a_run_is_the_same_again() {
 
 #[test]
 fn a_trace_that_cannot_be_read_is_an_error_that_names_it() {
-    let output = start(&["--trace", "/nowhere/trace.csv"], &folder("missing"));
+    let mut command = Command::new(BENCH);
+    let output = command.args(["--trace", "/nowhere/trace.csv"]).output();
+    let output = output.expect("the program starts");
     assert_eq!(output.status.code(), Some(1));
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        errors.contains("cannot open the trace /nowhere/trace.csv"),
-        "{errors}"
-    );
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bench-serving"));
-    let output = command.arg("--nonsense").output().expect("it starts");
-    assert_eq!(output.status.code(), Some(64));
+    let expected = "cannot open the trace /nowhere/trace.csv";
+    assert!(errors.contains(expected), "{errors}");
+    assert_eq!(exit_code(BENCH, &["--nonsense"]), Some(64));
 }

@@ -21,24 +21,13 @@ pub struct Card {
     background_done_ns: u64,
 }
 
-/// Whether calls of the driver take time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Costs {
-    /// As on an H100.
-    Measured,
-    /// None, which tells whether pools differ in anything else.
-    #[cfg(test)]
-    Free,
-}
-
 impl Card {
-    /// A card of its own. An error if there is no simulator here.
-    pub fn new(costs: Costs) -> Result<Self> {
+    /// A card of its own, on which calls take time if their costs are given.
+    pub fn new(costs: Option<CostModel>) -> Result<Self> {
         let config = SimConfig::new().unbacked();
         let simulator = Simulator::new(match costs {
-            Costs::Measured => config.cost_model(CostModel::h100()),
-            #[cfg(test)]
-            Costs::Free => config,
+            Some(costs) => config.cost_model(costs),
+            None => config,
         })?;
         // SAFETY: the simulator is kept in the card, behind the device.
         let driver = unsafe { Driver::from_table(simulator.table(), DriverKind::Simulated) }?;
@@ -107,7 +96,7 @@ mod tests {
 
     #[test]
     fn calls_move_the_moment_and_the_background_has_its_own_time() {
-        let mut card = Card::new(Costs::Measured).unwrap();
+        let mut card = Card::new(Some(CostModel::h100())).unwrap();
         card.begin();
         let device = card.device.clone();
         let mut now_ns = 1_000_000;
@@ -127,7 +116,7 @@ mod tests {
 
     #[test]
     fn without_costs_time_stands() {
-        let mut card = Card::new(Costs::Free).unwrap();
+        let mut card = Card::new(None).unwrap();
         card.begin();
         let device = card.device.clone();
         let mut now_ns = 5;

@@ -1,8 +1,7 @@
 //! One workload in four pools.
 
-use crate::card::Costs;
 use crate::pools::counted::Counted;
-use crate::pools::elastic::{Elastic, Settings};
+use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
@@ -10,6 +9,7 @@ use cuda_vmm_benches::figure::{Finding, Reach};
 use cuda_vmm_benches::serving::{
     Limits, Memory, Request, Served, Server, TOKEN_BYTES, blocks_within,
 };
+use cuda_vmm_sim::CostModel;
 
 /// The pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +55,13 @@ impl Pool {
     }
 }
 
+/// The share of our pool's budget that is parked at most, and that is made ahead for all models
+/// together, as a divisor.
+const SHARE: usize = 16;
+/// So large that our whole pool changes hands within a tenth of a second, so small that a chunk seldom
+/// stays for one block.
+const CHUNK_BYTES_MAX: usize = 32 << 20;
+
 /// How much memory there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
@@ -82,14 +89,17 @@ impl Sizes {
 
     /// Our pool for this many models.
     pub fn elastic(self, models: usize) -> Result<Elastic> {
-        let settings = Settings::of(self.shared_tokens * TOKEN_BYTES, models);
-        let blocks = blocks_within(self.shared_tokens);
-        Elastic::new(blocks, models, Costs::Measured, settings)
+        let limit_bytes = self.shared_tokens * TOKEN_BYTES;
+        // Memory that is parked or made ahead disturbs no other model if there is only one.
+        let share_bytes = limit_bytes / if models == 1 { 1 } else { SHARE };
+        let (blocks, costs) = (blocks_within(self.shared_tokens), CostModel::h100());
+        Elastic::new(blocks, models, Some(costs), (share_bytes, CHUNK_BYTES_MAX))
     }
 
     /// The page-at-a-time pool for this many models.
     pub fn page_at_a_time(self, models: usize) -> Result<PageAtATime> {
-        PageAtATime::new(blocks_within(self.shared_tokens), models, Costs::Measured)
+        let blocks = blocks_within(self.shared_tokens);
+        PageAtATime::new(blocks, models, Some(CostModel::h100()))
     }
 }
 

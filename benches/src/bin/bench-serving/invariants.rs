@@ -1,14 +1,14 @@
 //! What holds of every schedule, whatever the requests, in every pool.
 
-use crate::card::Costs;
 use crate::pools::counted::Counted;
-use crate::pools::elastic::{Elastic, Settings};
+use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::Result;
 use cuda_vmm_benches::serving::{
     BLOCK_BYTES, Limits, Memory, Order, Request, Served, Server, blocks_of,
 };
+use cuda_vmm_sim::CostModel;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -70,13 +70,9 @@ impl Memory for Checked {
 const POOLS: usize = 4;
 
 /// The pools, with so much memory for all models; the static one gives each as much of it.
-fn pool(which: usize, limit: usize, models: usize, costs: Costs) -> Checked {
+fn pool(which: usize, limit: usize, models: usize, costs: Option<CostModel>) -> Checked {
     // Nothing of it stands beyond a fraction of so small a pool.
-    let settings = Settings {
-        park_bytes_max: limit * BLOCK_BYTES / 8,
-        ahead_bytes_max: limit * BLOCK_BYTES / 8,
-        chunk_bytes_max: 4 * BLOCK_BYTES,
-    };
+    let settings = (limit * BLOCK_BYTES / 8, 4 * BLOCK_BYTES);
     let pool: Box<dyn Memory> = match which {
         0 => Box::new(Counted::split(limit / models, models)),
         1 => Box::new(PageAtATime::new(limit, models, costs).unwrap()),
@@ -126,7 +122,7 @@ proptest! {
     ) {
         let order = if mixed { Order::Mixed } else { Order::PromptsFirst };
         for which in 0..POOLS {
-            let mut memory = pool(which, limit, models.len(), Costs::Measured);
+            let mut memory = pool(which, limit, models.len(), Some(CostModel::h100()));
             let outcome = run(&models, &mut memory, order);
             let most = memory.most_blocks(0);
             let all = models.iter().flatten();
@@ -146,7 +142,7 @@ proptest! {
     ) {
         let models = [requests];
         let outcome = |which| {
-            let outcome = run(&models, &mut pool(which, limit, 1, Costs::Free), Order::Mixed);
+            let outcome = run(&models, &mut pool(which, limit, 1, None), Order::Mixed);
             // All but what tells of the pool itself.
             Served { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
         };
@@ -159,7 +155,7 @@ proptest! {
     #[test]
     fn a_run_is_the_same_again(models in prop::collection::vec(requests(), 2..4), limit in 12..80_usize) {
         for which in [1, 2] {
-            let again = || run(&models, &mut pool(which, limit, models.len(), Costs::Measured), Order::Mixed);
+            let again = || run(&models, &mut pool(which, limit, models.len(), Some(CostModel::h100())), Order::Mixed);
             prop_assert_eq!(again(), again());
         }
     }
@@ -174,7 +170,7 @@ fn memory_that_is_short_preempts_and_computes_again() {
     };
     let models = [vec![request; 3]];
     // Three prompts of four blocks fit, but not what they grow to.
-    let outcome = run(&models, &mut pool(3, 14, 1, Costs::Free), Order::Mixed);
+    let outcome = run(&models, &mut pool(3, 14, 1, None), Order::Mixed);
     assert_eq!((outcome.served, outcome.refused), (3, 0));
     assert!(outcome.preemptions > 0);
     assert_eq!(outcome.tokens, 3 * 65);

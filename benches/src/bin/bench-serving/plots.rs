@@ -66,8 +66,6 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
         .y_desc("milliseconds")
         .x_label_formatter(&|value| format!("{value:.0}"))
         .y_label_formatter(&|value| format!("{value:.0}"))
-        .label_style(("sans-serif", 15))
-        .axis_desc_style(("sans-serif", 17))
         .light_line_style(WHITE.mix(0.0))
         .draw()?;
     for pool in Pool::ALL {
@@ -96,7 +94,6 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
         .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK)
-        .label_font(("sans-serif", 15))
         .draw()?;
     root.present()?;
     Ok(())
@@ -133,7 +130,6 @@ fn draw_memory(contest: &Contest, path: &Path) -> Drawn {
             .configure_mesh()
             .x_desc("simulated seconds")
             .y_desc("GiB")
-            .label_style(("sans-serif", 14))
             .light_line_style(WHITE.mix(0.0))
             .draw()?;
         let moments = &contest.of(pool).over_time;

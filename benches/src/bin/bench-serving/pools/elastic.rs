@@ -8,46 +8,14 @@
 //! the card is simulated, and only its memory is used.
 #![allow(unsafe_code)]
 
-use crate::card::{Card, Costs};
+use crate::card::Card;
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
 use cuda_vmm_benches::{SharedSizes, model_name, shared_models};
+use cuda_vmm_sim::CostModel;
 use std::collections::BTreeSet;
 use std::sync::Arc;
-
-/// How the pool is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Freed memory that stays mapped, for all models together, in bytes.
-    pub park_bytes_max: usize,
-    /// Memory made ahead of each model, in bytes.
-    pub ahead_bytes_max: usize,
-    /// The largest chunk in bytes.
-    pub chunk_bytes_max: usize,
-}
-
-/// The share of the budget that is parked at most, and that is made ahead for all models together, as a divisor.
-const SHARE: usize = 16;
-/// So large that the whole pool changes hands within a tenth of a second, so small that a chunk seldom stays for
-/// one block.
-const CHUNK_BYTES_MAX: usize = 32 << 20;
-
-impl Settings {
-    /// What serves all workloads here. Memory that is parked or made ahead disturbs no other model if there is
-    /// only one.
-    pub fn of(limit_bytes: usize, models: usize) -> Self {
-        let share_bytes = match models {
-            1 => limit_bytes,
-            _ => limit_bytes / SHARE,
-        };
-        Self {
-            park_bytes_max: share_bytes,
-            ahead_bytes_max: share_bytes / models,
-            chunk_bytes_max: CHUNK_BYTES_MAX,
-        }
-    }
-}
 
 /// One model's range.
 struct Model {
@@ -71,18 +39,24 @@ pub struct Elastic {
 }
 
 impl Elastic {
-    /// A pool with a budget in blocks for this many models.
-    pub fn new(limit: usize, models: usize, costs: Costs, settings: Settings) -> Result<Self> {
+    /// A pool with a budget in blocks for this many models. `share_bytes` are parked at most, and made
+    /// ahead for all models together.
+    pub fn new(
+        limit: usize,
+        models: usize,
+        costs: Option<CostModel>,
+        (share_bytes, chunk_bytes_max): (usize, usize),
+    ) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let engine = EngineOptions::new()
             .limit_bytes(limit * BLOCK_BYTES)
-            .park_bytes_max(settings.park_bytes_max)
-            .chunk_bytes_max(settings.chunk_bytes_max)
+            .park_bytes_max(share_bytes)
+            .chunk_bytes_max(chunk_bytes_max)
             .worker(WorkerMode::Manual);
         let sizes = SharedSizes {
             page_bytes: BLOCK_BYTES,
             capacity_bytes: limit * BLOCK_BYTES,
-            ahead_bytes: settings.ahead_bytes_max,
+            ahead_bytes: share_bytes / models,
         };
         let streams = (0..models).map(|_| Stream::new(&card.device));
         let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;

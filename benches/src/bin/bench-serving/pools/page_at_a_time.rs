@@ -4,10 +4,11 @@
 //! background maps more. What is freed beyond that is unmapped and released at once, on the thread that frees it.
 //! A model gives up what it keeps only if another's memory would not do otherwise.
 
-use crate::card::{Card, Costs};
+use crate::card::Card;
 use anyhow::{Context, Result};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
+use cuda_vmm_sim::CostModel;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -58,7 +59,7 @@ fn map(device: &Device, reservation: &Arc<Reservation>, page: u32) -> cuda_vmm::
 
 impl PageAtATime {
     /// A pool of this many blocks for this many models.
-    pub fn new(limit: usize, models: usize, costs: Costs) -> Result<Self> {
+    pub fn new(limit: usize, models: usize, costs: Option<CostModel>) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let models = (0..models).map(|_| {
             Ok(Model {

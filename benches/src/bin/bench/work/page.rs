@@ -59,61 +59,14 @@ pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 /// Pages that are parked in each round.
 const PAGES: usize = 64;
 
-/// A pool with pages that are parked and taken back. Each lies apart from the others, so that each is one chunk.
-struct Parked {
-    pool: VirtualMemoryPool,
-    stream: Stream,
-}
-
-impl Parked {
-    fn new(machine: &Machine, stream: &Stream) -> Result<Self> {
-        let options = EngineOptions::new().park_bytes_max(1 << 30);
-        let engine = Engine::new(stream.device(), options)?;
-        let page_bytes = machine.page_bytes;
-        let pool = VirtualMemoryPool::on_engine(&engine, 2 * PAGES * page_bytes, page_bytes)?;
-        pool.use_stream(stream)?;
-        let stream = stream.clone();
-        let parked = Self { pool, stream };
-        parked.take()?;
-        parked.park()?;
-        Ok(parked)
-    }
-
-    fn offsets(&self) -> impl Iterator<Item = usize> {
-        (0..self.pool.capacity_bytes()).step_by(2 * self.pool.page_bytes())
-    }
-
-    fn take(&self) -> Result<()> {
-        let page_bytes = self.pool.page_bytes();
-        for offset in self.offsets() {
-            self.pool.allocate(offset, page_bytes)?;
-        }
-        Ok(())
-    }
-
-    fn park(&self) -> Result<()> {
-        let page_bytes = self.pool.page_bytes();
-        for offset in self.offsets() {
-            self.pool.deallocate(offset, page_bytes)?;
-        }
-        self.stream.synchronize()?;
-        until(self.pool.engine(), "pages to be parked", |stats| {
-            Ok(stats.parked_bytes == PAGES * page_bytes)
-        })
-    }
-}
-
 /// A page that is parked.
 pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let parked = Parked::new(machine, &machine.stream)?;
+    let parked = ParkedModels::new(&machine.device, &machine.stream, 1, PAGES)?;
     let mut sides = Sides::new();
     // One page takes hardly longer than reading the clock, so a sample is the mean of all.
     sides.add("ours, mean of 64 pages", || {
-        let started = Instant::now();
-        parked.take()?;
-        let elapsed = started.elapsed();
-        parked.park()?;
-        Ok(elapsed / PAGES as u32)
+        parked.park(0)?;
+        Ok(time(|| parked.take_back(0))?.1 / PAGES as u32)
     });
     sides.add("cuMemAllocAsync, warm, mean of 64 pages", || {
         let mut memory = Vec::with_capacity(PAGES);
@@ -132,8 +85,10 @@ pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     });
     // A round takes less than a millisecond.
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 25)?;
-    let recorded = Parked::new(machine, &Stream::new(&machine.recorded)?)?;
-    let (taken, calls) = recorder::record(|| recorded.take());
+    let stream = Stream::new(&machine.recorded)?;
+    let recorded = ParkedModels::new(&machine.recorded, &stream, 1, PAGES)?;
+    recorded.park(0)?;
+    let (taken, calls) = recorder::record(|| recorded.take_back(0));
     outcome.count("driver calls", calls.len() as f64);
     taken
 }
