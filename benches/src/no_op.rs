@@ -13,7 +13,7 @@ macro_rules! define_table {
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
         optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
     ) => {
-        /// Every call answers success and does nothing.
+        /// Every call returns success and does nothing.
         fn table() -> DriverTable {
             $(
                 #[allow(non_snake_case)]
@@ -33,37 +33,24 @@ macro_rules! define_table {
 }
 cuda_vmm::sys::driver_functions!(define_table);
 
-unsafe extern "C" fn version(version: *mut c_int) -> CUresult {
-    // SAFETY: the caller passes a valid place, as CUDA's contract asks.
-    unsafe { *version = 13000 };
-    CUDA_SUCCESS
+/// Functions that write one value to their first argument.
+macro_rules! define_values {
+    ($($name:ident($written:ty $(, $ignored:ty)*) = $value:expr;)*) => {$(
+        unsafe extern "C" fn $name(place: *mut $written $(, _: $ignored)*) -> CUresult {
+            // SAFETY: the caller passes a valid place, as CUDA's contract asks.
+            unsafe { *place = $value };
+            CUDA_SUCCESS
+        }
+    )*};
 }
-
-unsafe extern "C" fn one(count: *mut c_int) -> CUresult {
-    // SAFETY: as above.
-    unsafe { *count = 1 };
-    CUDA_SUCCESS
-}
-
-unsafe extern "C" fn attribute(value: *mut c_int, _: CUdevice_attribute, _: CUdevice) -> CUresult {
-    // SAFETY: as above.
-    unsafe { one(value) }
-}
-
-unsafe extern "C" fn total(bytes: *mut usize, _: CUdevice) -> CUresult {
-    // SAFETY: as above.
-    unsafe { *bytes = 1 << 40 };
-    CUDA_SUCCESS
-}
-
-unsafe extern "C" fn granularity(
-    bytes: *mut usize,
-    _: *const CUmemAllocationProp,
-    _: CUmemAllocationGranularity_flags,
-) -> CUresult {
-    // SAFETY: as above.
-    unsafe { *bytes = GRANULARITY };
-    CUDA_SUCCESS
+define_values! {
+    version(c_int) = 13000;
+    count(c_int) = 1;
+    attribute(c_int, CUdevice_attribute, CUdevice) = 1;
+    total(usize, CUdevice) = 1 << 40;
+    granularity(usize, *const CUmemAllocationProp, CUmemAllocationGranularity_flags) = GRANULARITY;
+    create(CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, c_ulonglong) =
+        NEXT.fetch_add(1, Ordering::Relaxed);
 }
 
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -76,7 +63,7 @@ unsafe extern "C" fn reserve(
     _: c_ulonglong,
 ) -> CUresult {
     let room = bytes.next_multiple_of(alignment) as u64;
-    // SAFETY: as above.
+    // SAFETY: the caller passes a valid place, as CUDA's contract asks.
     unsafe {
         *address = NEXT
             .fetch_add(room, Ordering::Relaxed)
@@ -85,22 +72,11 @@ unsafe extern "C" fn reserve(
     CUDA_SUCCESS
 }
 
-unsafe extern "C" fn create(
-    handle: *mut CUmemGenericAllocationHandle,
-    _: usize,
-    _: *const CUmemAllocationProp,
-    _: c_ulonglong,
-) -> CUresult {
-    // SAFETY: as above.
-    unsafe { *handle = NEXT.fetch_add(1, Ordering::Relaxed) };
-    CUDA_SUCCESS
-}
-
-/// A driver of one device with 1 TiB, whose calls answer success and do nothing.
+/// A driver of one device with 1 TiB, whose calls return success and do nothing.
 pub fn no_op_driver() -> Driver {
     let table = DriverTable {
         cuDriverGetVersion: version,
-        cuDeviceGetCount: one,
+        cuDeviceGetCount: count,
         cuDeviceGetAttribute: attribute,
         cuDeviceTotalMem: total,
         cuMemGetAllocationGranularity: granularity,
@@ -108,7 +84,7 @@ pub fn no_op_driver() -> Driver {
         cuMemCreate: create,
         ..table()
     };
-    // SAFETY: the functions are static and write nothing but the answers above; no memory is behind the
+    // SAFETY: the functions are static and write nothing except the values above; no memory is behind the
     // addresses, and nothing here touches any.
     unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
 }

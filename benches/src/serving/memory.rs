@@ -93,11 +93,6 @@ pub trait Memory {
 
     /// What a model holds of the card now, in bytes, whether it uses it or not.
     fn held_bytes(&self, model: usize) -> u64;
-
-    /// Calls so far on the stepping thread that change memory or how it is mapped.
-    fn memory_calls(&self) -> u64 {
-        0
-    }
 }
 
 #[cfg(test)]

@@ -53,8 +53,6 @@ pub struct Served {
     pub end_ns: u64,
     /// What the pool's calls cost in all, those without a step among them.
     pub calls_ns: u64,
-    /// Calls on that thread that change memory or how it is mapped.
-    pub memory_calls: u64,
     /// The most that was held at once, in bytes.
     pub held_bytes_max: u64,
     /// Memory over time.
@@ -78,7 +76,6 @@ impl Served {
             steps: self.steps.merged(other.steps),
             end_ns: self.end_ns + other.end_ns,
             calls_ns: self.calls_ns + other.calls_ns,
-            memory_calls: self.memory_calls + other.memory_calls,
             held_bytes_max: self.held_bytes_max.max(other.held_bytes_max),
             over_time: self.over_time,
         }
@@ -169,7 +166,6 @@ impl<'a> Server<'a> {
             steps: self.steps.into_iter().collect(),
             preemptions: engines().map(|engine| engine.preemptions).sum(),
             refused_prompts: engines().map(|engine| engine.refused_prompts).sum(),
-            memory_calls: self.memory.memory_calls(),
             ..self.served
         })
     }

@@ -2,8 +2,7 @@
 
 use crate::machine::Machine;
 use candle_core::{DType, Result, Tensor};
-use candle_cuda_vmm::{ElasticKvCache, TensorPool};
-use candle_nn::kv_cache::KvCache;
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use std::hint::black_box;
 
 /// Heads of keys, and of values.
@@ -13,42 +12,20 @@ pub const HEAD_DIM: usize = 128;
 /// The type of keys and values.
 pub const DTYPE: DType = DType::F16;
 
-/// Appends, and returns views of all keys and values.
-type Append<C> = fn(&mut C, &Tensor, &Tensor) -> Result<(Tensor, Tensor)>;
-
 /// A cache for each layer.
-pub struct Layers<C> {
-    caches: Vec<C>,
-    append: Append<C>,
-}
+pub struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
-impl Layers<ElasticKvCache> {
-    /// Those that grow.
-    pub fn elastic(machine: &Machine, pool: &TensorPool, tokens: usize) -> Self {
-        let caches = (0..machine.sizes.layers).map(|_| pool.kv_cache(2, tokens));
-        Self {
-            caches: caches.collect(),
-            append: ElasticKvCache::append,
-        }
+impl<F: KvCacheFactory> Layers<F> {
+    /// Caches that expect this many tokens.
+    pub fn new(machine: &Machine, factory: &F, tokens: usize) -> Result<Self> {
+        let caches = (0..machine.sizes.layers).map(|layer| factory.layer(layer, 2, tokens));
+        Ok(Self(caches.collect::<candle_cuda_vmm::Result<_>>()?))
     }
-}
 
-impl Layers<KvCache> {
-    /// Candle's, with memory for this many tokens from the beginning.
-    pub fn preallocated(machine: &Machine, tokens: usize) -> Self {
-        let caches = (0..machine.sizes.layers).map(|_| KvCache::new(2, tokens));
-        Self {
-            caches: caches.collect(),
-            append: KvCache::append,
-        }
-    }
-}
-
-impl<C> Layers<C> {
     /// Appends the same tokens in each layer, as keys and as values, and drops the views.
     pub fn append(&mut self, tokens: &Tensor) -> Result<()> {
-        for cache in &mut self.caches {
-            black_box((self.append)(cache, tokens, tokens)?);
+        for cache in &mut self.0 {
+            black_box(cache.append(tokens, tokens)?);
         }
         Ok(())
     }

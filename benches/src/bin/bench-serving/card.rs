@@ -5,7 +5,6 @@
 #![allow(unsafe_code)]
 
 use anyhow::Result;
-use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Device, Driver, DriverKind};
 use cuda_vmm_sim::{CostModel, SimConfig, Simulator};
 use std::thread;
@@ -73,24 +72,13 @@ impl Card {
         self.background_done_ns = clock_ns.saturating_sub(self.begin_ns);
         outcome
     }
-
-    /// Calls so far that change memory or how it is mapped, of both threads.
-    pub fn memory_calls(&self) -> u64 {
-        let calls = [
-            DriverFunction::cuMemCreate,
-            DriverFunction::cuMemMap,
-            DriverFunction::cuMemSetAccess,
-            DriverFunction::cuMemUnmap,
-            DriverFunction::cuMemRelease,
-        ];
-        calls.iter().map(|call| self.simulator.calls(*call)).sum()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use cuda_vmm::PhysicalMemory;
+    use cuda_vmm::sys::DriverFunction;
 
     const PAGE: usize = 2 << 20;
 
@@ -111,7 +99,15 @@ mod tests {
         card.behind(later_ns, || drop(other));
         card.call(&mut later_ns, || ());
         assert_eq!(later_ns, 2_019_400);
-        assert_eq!(card.memory_calls(), 4);
+        let calls = [
+            DriverFunction::cuMemCreate,
+            DriverFunction::cuMemMap,
+            DriverFunction::cuMemSetAccess,
+            DriverFunction::cuMemUnmap,
+            DriverFunction::cuMemRelease,
+        ];
+        let calls = calls.map(|call| card.simulator.calls(call));
+        assert_eq!(calls.iter().sum::<u64>(), 4);
     }
 
     #[test]

@@ -144,7 +144,7 @@ proptest! {
         let outcome = |which| {
             let outcome = run(&models, &mut pool(which, limit, 1, None), Order::Mixed);
             // All but what tells of the pool itself.
-            Served { held_bytes_max: 0, over_time: Vec::new(), memory_calls: 0, ..outcome }
+            Served { held_bytes_max: 0, over_time: Vec::new(), ..outcome }
         };
         let ideal = outcome(POOLS - 1);
         for which in 0..POOLS - 1 {

@@ -5,6 +5,7 @@ use crate::machine::Machine;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use candle_cuda_vmm::TensorPool;
+use candle_cuda_vmm::kv_cache::PreallocatedCaches;
 use cuda_vmm_benches::{Outcome, Sides};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -16,8 +17,8 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let token = tokens(machine, 1)?;
         let pool = machine.pool()?;
-        let mut elastic = Layers::elastic(machine, &pool, count);
-        let mut preallocated = Layers::preallocated(machine, count);
+        let mut elastic = Layers::new(machine, &pool, count)?;
+        let mut preallocated = Layers::new(machine, &PreallocatedCaches, count)?;
         let layers = sizes.layers as u32;
         let mut sides = Sides::new();
         // The time of one layer's step, of a stretch of steps that are waited for at its end.
@@ -84,7 +85,7 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         .zip(machine.sizes.held)
     {
         let pool = machine.pool()?;
-        let mut layers = Layers::elastic(machine, &pool, count);
+        let mut layers = Layers::new(machine, &pool, count)?;
         let part = PART.min(count);
         let tokens = tokens(machine, part)?;
         for _ in 0..count / part {
@@ -121,8 +122,8 @@ pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let token = tokens(machine, 1)?;
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
     let pool = machine.pool()?;
-    let mut elastic = Layers::elastic(machine, &pool, most);
-    let mut preallocated = Layers::preallocated(machine, most);
+    let mut elastic = Layers::new(machine, &pool, most)?;
+    let mut preallocated = Layers::new(machine, &PreallocatedCaches, most)?;
     for _ in 0..WARM {
         elastic.append(&token)?;
         preallocated.append(&token)?;

@@ -33,8 +33,6 @@ pub struct Elastic {
     models: Vec<Model>,
     pool: SharedMemoryPool,
     limit: usize,
-    /// Calls on the stepping thread.
-    calls: u64,
     card: Card,
 }
 
@@ -75,7 +73,6 @@ impl Elastic {
             models,
             pool,
             limit,
-            calls: 0,
             card,
         })
     }
@@ -139,11 +136,8 @@ impl Memory for Elastic {
     }
 
     fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
-        let before = self.card.memory_calls();
         let own = &mut self.models[model];
-        let taken = self.card.call(now_ns, || own.take(count))?;
-        self.calls += self.card.memory_calls() - before;
-        Ok(taken)
+        self.card.call(now_ns, || own.take(count))
     }
 
     fn give(&mut self, now_ns: &mut u64, model: usize, mut blocks: Vec<u32>) -> Result<()> {
@@ -168,9 +162,5 @@ impl Memory for Elastic {
 
     fn held_bytes(&self, model: usize) -> u64 {
         self.models[model].range.stats().committed_bytes as u64
-    }
-
-    fn memory_calls(&self) -> u64 {
-        self.calls
     }
 }

@@ -46,8 +46,6 @@ impl Model {
 pub struct PageAtATime {
     models: Vec<Model>,
     limit: usize,
-    /// Calls on the stepping thread.
-    calls: u64,
     card: Card,
 }
 
@@ -74,7 +72,6 @@ impl PageAtATime {
         Ok(Self {
             models,
             limit,
-            calls: 0,
             card,
         })
     }
@@ -116,7 +113,6 @@ impl Memory for PageAtATime {
         if count > self.free_blocks(model) {
             return Ok(None);
         }
-        let before = self.card.memory_calls();
         self.take_back(now_ns, model, count)?;
         let device = self.card.device.clone();
         let own = &mut self.models[model];
@@ -124,35 +120,22 @@ impl Memory for PageAtATime {
             if let Some(page) = own.reserve.pop() {
                 return Ok(page);
             }
-            let page = own
-                .unmapped
-                .pop_first()
-                .context("fewer pages than the limit")?;
+            let page = own.unmapped.pop_first();
+            let page = page.context("fewer pages than the limit")?;
             own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
             Ok(page)
         };
-        let pages = self
-            .card
-            .call(now_ns, || (0..count).map(|_| take()).collect::<Result<_>>())?;
-        self.calls += self.card.memory_calls() - before;
-        Ok(Some(pages))
+        let take_all = || (0..count).map(|_| take()).collect::<Result<_>>();
+        self.card.call(now_ns, take_all).map(Some)
     }
 
     fn give(&mut self, now_ns: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()> {
-        let before = self.card.memory_calls();
         let own = &mut self.models[model];
-        self.card.call(now_ns, || {
-            blocks
-                .into_iter()
-                .try_for_each(|page| match own.reserve.len() < RESERVE_MAX {
-                    true => {
-                        own.reserve.push(page);
-                        Ok(())
-                    }
-                    false => own.unmap(page),
-                })
-        })?;
-        self.calls += self.card.memory_calls() - before;
+        let kept = (RESERVE_MAX.saturating_sub(own.reserve.len())).min(blocks.len());
+        own.reserve.extend(&blocks[..kept]);
+        let mut surplus = blocks[kept..].iter();
+        self.card
+            .call(now_ns, || surplus.try_for_each(|page| own.unmap(*page)))?;
         Ok(())
     }
 
@@ -165,16 +148,15 @@ impl Memory for PageAtATime {
             }
             let wanted = (RESERVE_MAX - own.reserve.len()).min(room);
             let device = self.card.device.clone();
-            self.card.behind(now_ns, || {
-                let pages: Vec<_> = own.unmapped.iter().copied().take(wanted).collect();
-                pages
-                    .into_iter()
-                    .try_for_each(|page| -> cuda_vmm::Result<()> {
-                        own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
-                        own.unmapped.remove(&page);
-                        own.reserve.insert(0, page);
-                        Ok(())
-                    })
+            self.card.behind(now_ns, || -> cuda_vmm::Result<()> {
+                for _ in 0..wanted {
+                    let Some(page) = own.unmapped.pop_first() else {
+                        break;
+                    };
+                    own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
+                    own.reserve.insert(0, page);
+                }
+                Ok(())
             })?;
         }
         Ok(())
@@ -182,9 +164,5 @@ impl Memory for PageAtATime {
 
     fn held_bytes(&self, model: usize) -> u64 {
         (self.models[model].held() * BLOCK_BYTES) as u64
-    }
-
-    fn memory_calls(&self) -> u64 {
-        self.calls
     }
 }

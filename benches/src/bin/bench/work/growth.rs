@@ -18,7 +18,7 @@ const PAGES: usize = 16;
 /// What is made ahead for each range, in pages.
 const PAGES_AHEAD: usize = 4;
 
-/// How the ranges get their memory.
+/// How the ranges get their memory: all before, or as they grow, perhaps made ahead.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Manner {
     Before,
@@ -56,11 +56,8 @@ impl Ranges {
         let engine = Engine::new(device, EngineOptions::new())?;
         let mut pools = Vec::with_capacity(ranges);
         for _ in 0..ranges {
-            let ahead_pages = match manner {
-                Manner::Ahead => PAGES_AHEAD,
-                Manner::Before | Manner::OnDemand => 0,
-            };
-            let options = PoolOptions::new().ahead_bytes_max(ahead_pages * page_bytes);
+            let ahead_bytes = usize::from(manner == Manner::Ahead) * PAGES_AHEAD * page_bytes;
+            let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
             let pool =
                 VirtualMemoryPool::with_options(&engine, capacity_bytes, page_bytes, options)?;
             pool.use_stream(stream)?;

@@ -19,9 +19,8 @@ fn one_page(
     let (_, elapsed) = time(|| pool.allocate(0, machine.page_bytes))?;
     pool.deallocate(0, machine.page_bytes)?;
     machine.stream.synchronize()?;
-    until(pool.engine(), "the page to go back", |stats| {
-        Ok(is_there(stats))
-    })?;
+    let is_there = |stats: &_| Ok(is_there(stats));
+    until(pool.engine(), "the page to go back", is_there)?;
     Ok(elapsed)
 }
 
@@ -99,88 +98,62 @@ const MODEL_PAGES: usize = 4096;
 
 /// Threads that take back parked pages, each those of a model of its own, against one thread.
 pub fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    const EIGHT: &str = "eight threads, all pages of eight models";
-    const TWO: &str = "two threads, all pages of two models";
     let cores = thread::available_parallelism()?.get();
     let count = if cores < 8 { 2 } else { 8 };
     let unit_bytes = count * machine.page_bytes;
     let pages = machine.fitting(MODEL_PAGES * unit_bytes, 0.8, unit_bytes)? / unit_bytes;
     let models = &ParkedModels::new(&machine.device, &machine.stream, count, pages)?;
     let mut sides = Sides::new();
-    let all = [
+    for (name, threads) in [
         ("one thread, all pages of a model", 1),
-        (TWO, 2),
-        (EIGHT, 8),
-    ];
-    // On one core more threads gain nothing.
-    for (name, threads) in all
-        .into_iter()
-        .filter(|(_, threads)| *threads <= count.min(cores))
-    {
-        let pages = (threads * pages) as f64;
-        sides.add_rate(name, pages, move || models.take(threads));
+        ("two threads, all pages of two models", 2),
+        ("eight threads, all pages of eight models", 8),
+    ] {
+        // Fewer cores have nothing to show, which the note tells.
+        if threads <= count.min(cores) {
+            let taken = (threads * pages) as f64;
+            sides.add_rate(name, taken, move || models.take(threads));
+        }
+        outcome.note(name, format!("{cores} cores, {pages} pages a model"));
     }
-    outcome.note(TWO, format!("{cores} cores, {pages} pages a model"));
-    let needed = if count < 8 {
-        "eight cores are needed: "
-    } else {
-        ""
-    };
-    outcome.note(
-        EIGHT,
-        format!("{needed}{cores} cores, {pages} pages a model"),
-    );
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 5)
 }
 
 /// What is made ahead for the other range, in pages.
 const PAGES_AHEAD: usize = 64;
 
-/// A range that keeps its engine's thread at work.
-struct Other<'a> {
-    machine: &'a Machine,
-    engine: &'a Engine,
-    capacity_bytes: usize,
-    pool: Option<VirtualMemoryPool>,
-    /// Where its live bytes end.
-    end: usize,
-}
+/// A range that keeps its engine's thread at work, and where its live bytes end.
+struct Other(VirtualMemoryPool, usize);
 
-impl Other<'_> {
-    /// Begins anew, for the first time or because the range was at its end.
-    fn begin(&mut self) -> Result<()> {
-        let page_bytes = self.machine.page_bytes;
-        let options = PoolOptions::new().ahead_bytes_max(PAGES_AHEAD * page_bytes);
-        self.pool.take().map(VirtualMemoryPool::close).transpose()?;
-        let pool = self
-            .machine
-            .range(self.engine, self.capacity_bytes, options)?;
-        pool.allocate(0, page_bytes)?;
-        self.end = page_bytes;
-        self.pool = Some(pool);
-        Ok(())
+impl Other {
+    fn new(machine: &Machine, engine: &Engine, capacity_bytes: usize) -> Result<Self> {
+        let options = PoolOptions::new().ahead_bytes_max(PAGES_AHEAD * machine.page_bytes);
+        let pool = machine.range(engine, capacity_bytes, options)?;
+        pool.allocate(0, machine.page_bytes)?;
+        Ok(Self(pool, machine.page_bytes))
     }
 
     /// Takes what was made ahead, so that the thread makes more, and returns when it is at it.
-    fn keep_busy(&mut self) -> Result<()> {
-        let ahead_bytes = PAGES_AHEAD * self.machine.page_bytes;
+    fn keep_busy(mut self, machine: &Machine, engine: &Engine) -> Result<Self> {
+        let ahead_bytes = PAGES_AHEAD * machine.page_bytes;
         // The thread may be done before it is seen at work.
         for _ in 0..100 {
-            if self.end + 2 * ahead_bytes > self.capacity_bytes {
-                self.begin()?;
+            let capacity_bytes = self.0.capacity_bytes();
+            if self.1 + 2 * ahead_bytes > capacity_bytes {
+                self.0.close()?;
+                self = Self::new(machine, engine, capacity_bytes)?;
             }
-            watch(self.engine, "memory to be made ahead", |stats| {
+            watch(engine, "memory to be made ahead", |stats| {
                 stats.filling_bytes == 0 && stats.ahead_bytes > 0
             })?;
-            let pool = self.pool.as_ref().context("no range")?;
-            pool.allocate(self.end, ahead_bytes)?;
-            self.end += ahead_bytes;
-            watch(self.engine, "the thread to begin", |stats| {
+            self.0.allocate(self.1, ahead_bytes)?;
+            self.1 += ahead_bytes;
+            watch(engine, "the thread to begin", |stats| {
                 let there = stats.ahead_bytes + stats.slack_bytes;
                 stats.filling_bytes > 0 || there >= ahead_bytes
             })?;
-            if self.engine.stats().filling_bytes > 0 {
-                return Ok(());
+            if engine.stats().filling_bytes > 0 {
+                return Ok(self);
             }
         }
         bail!("the thread was never seen at work")
@@ -195,19 +168,14 @@ pub fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let engine = Engine::new(&machine.device, options)?;
     let pool = machine.range(&engine, page_bytes, PoolOptions::new())?;
     let idle = machine.pool(EngineOptions::new(), page_bytes)?;
-    let mut other = Other {
-        machine,
-        engine: &engine,
-        capacity_bytes: machine.fitting(16 << 30, 0.25, PAGES_AHEAD * page_bytes)?,
-        pool: None,
-        end: 0,
-    };
-    other.begin()?;
+    let other_bytes = machine.fitting(16 << 30, 0.25, PAGES_AHEAD * page_bytes)?;
+    let mut other = Some(Other::new(machine, &engine, other_bytes)?);
     let is_gone = |stats: &cuda_vmm::EngineStats| stats.retiring_bytes + stats.parked_bytes == 0;
     let mut sides = Sides::new();
     sides.add("ours, worker idle", || one_page(machine, &idle, is_gone));
     sides.add("ours, worker prefetches", || {
-        other.keep_busy()?;
+        let idle = other.take().context("the thread failed before")?;
+        other = Some(idle.keep_busy(machine, &engine)?);
         one_page(machine, &pool, is_gone)
     });
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 5)

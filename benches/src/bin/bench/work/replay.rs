@@ -5,14 +5,13 @@ use crate::bare::Plain;
 use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
-use cuda_vmm::{EngineOptions, SharedMemoryPool, Snapshot};
+use cuda_vmm::{EngineOptions, SharedMemoryPool};
 use cuda_vmm_benches::program::Machine as _;
-use cuda_vmm_benches::report::table;
 use cuda_vmm_benches::serving::{
     BLOCK_BYTES, Limits, Memory, Order, PROMPT_TOKENS, Request, Served, Server, TOKEN_BYTES,
     staggered_ramps,
 };
-use cuda_vmm_benches::{Outcome, Samples, SharedSizes, shared_models};
+use cuda_vmm_benches::{Outcome, SharedSizes, shared_models};
 use std::time::{Duration, Instant};
 
 const MODELS: usize = 3;
@@ -29,13 +28,6 @@ const LIMITS: Limits = Limits {
     watermark_divisor: usize::MAX,
 };
 
-/// What the pool held when a second of the trace was over.
-struct Moment {
-    second: u64,
-    used_bytes: Vec<usize>,
-    snapshot: Snapshot,
-}
-
 /// The models' caches, and the GPU on which their steps take the time that they stand for.
 struct Gpu<'a> {
     machine: &'a Machine,
@@ -46,8 +38,12 @@ struct Gpu<'a> {
     started: Instant,
     /// How much faster than the clock the trace goes by.
     speed: f64,
+    /// What is looked at when a second is over.
     pool: Option<&'a SharedMemoryPool>,
-    moments: Vec<Moment>,
+    /// The seconds that are over, and the most bytes committed at their ends.
+    seen: (u64, usize),
+    /// What was held over time, as text.
+    lines: Vec<String>,
 }
 
 impl<'a> Gpu<'a> {
@@ -66,7 +62,8 @@ impl<'a> Gpu<'a> {
             started: Instant::now(),
             speed,
             pool: None,
-            moments: Vec::new(),
+            seen: (0, 0),
+            lines: Vec::new(),
         }
     }
 
@@ -86,16 +83,26 @@ impl<'a> Gpu<'a> {
     fn look_at_clock(&mut self, now_ns: &mut u64) {
         *now_ns = (self.started.elapsed().as_secs_f64() * self.speed * 1e9) as u64;
         let second = *now_ns / SECOND_NS;
-        let last = self.moments.last().map_or(0, |moment| moment.second);
         if let Some(pool) = self.pool
-            && second > last
+            && second > self.seen.0
         {
-            let used_bytes = self.caches.iter().map(|cache| cache.used() * BLOCK_BYTES);
-            self.moments.push(Moment {
-                second,
-                used_bytes: used_bytes.collect(),
-                snapshot: pool.snapshot(),
-            });
+            let stats = pool.stats();
+            let mib = |bytes: usize| bytes >> 20;
+            let used = self
+                .caches
+                .iter()
+                .map(|cache| mib(cache.used() * BLOCK_BYTES));
+            self.lines.push(format!(
+                "second {}: {} MiB committed, {} live, {} retiring, {} parked, {} ahead; used {:?}",
+                self.machine.replay.window_s().0 + second as f64,
+                mib(stats.committed_bytes),
+                mib(stats.live_bytes),
+                mib(stats.retiring_bytes),
+                mib(stats.parked_bytes),
+                mib(stats.ahead_bytes),
+                used.collect::<Vec<_>>()
+            ));
+            self.seen = (second, self.seen.1.max(stats.committed_bytes));
         }
     }
 }
@@ -182,13 +189,13 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut gpu = Gpu::new(machine, &traffic, caches);
     gpu.pool = Some(&pool);
     let ours = gpu.serve(&requests)?;
-    print_moments(from_s as u64, &gpu.moments);
-    let committed = |moment: &Moment| moment.snapshot.engine.committed_bytes;
-    let most_bytes = gpu.moments.iter().map(committed).max().unwrap_or_default();
-    outcome.count(
-        "late allocations",
-        pool.snapshot().counters.ranges.late_prefetches as f64,
+    println!(
+        "\nserving replayed, three models: held over time\n{}",
+        gpu.lines.join("\n")
     );
+    let most_bytes = gpu.seen.1;
+    let late = pool.snapshot().counters.ranges.late_prefetches;
+    outcome.count("late allocations", late as f64);
     outcome.count("most bytes committed", most_bytes as f64);
     outcome.count("limit", limit_bytes as f64);
     drop(gpu);
@@ -207,48 +214,19 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     );
     outcome.note("the pool's own time in a step", note);
     for (served, whose) in [(ours, ""), (before, ", everything allocated before")] {
-        let mut times = |name: &str, samples: Samples| {
+        for (name, samples) in [
+            ("the pool's own time in a step", served.calls),
+            ("whole steps", served.steps),
+            ("time to first token", served.first_token),
+        ] {
             outcome.samples_of(&format!("{name}{whose}"), samples, true);
-        };
-        times("the pool's own time in a step", served.calls);
-        times("whole steps", served.steps);
-        times("time to first token", served.first_token);
-        outcome.count(
-            &format!("refused prompts{whose}"),
-            served.refused_prompts as f64,
-        );
-        outcome.count(&format!("preemptions{whose}"), served.preemptions as f64);
+        }
+        for (name, count) in [
+            ("refused prompts", served.refused_prompts as f64),
+            ("preemptions", served.preemptions as f64),
+        ] {
+            outcome.count(&format!("{name}{whose}"), count);
+        }
     }
     Ok(())
-}
-
-/// Prints what was held over time.
-fn print_moments(from_s: u64, moments: &[Moment]) {
-    let head = [
-        "second",
-        "committed MiB",
-        "live",
-        "retiring",
-        "parked",
-        "ahead",
-        "model 1",
-        "model 2",
-        "model 3",
-    ];
-    let rows = moments.iter().map(|moment| {
-        let engine = &moment.snapshot.engine;
-        let mut row = vec![
-            engine.committed_bytes,
-            engine.live_bytes,
-            engine.retiring_bytes,
-            engine.parked_bytes,
-            engine.ahead_bytes,
-        ];
-        row.extend(&moment.used_bytes);
-        let second = (from_s + moment.second).to_string();
-        let mib = row.into_iter().map(|bytes| (bytes >> 20).to_string());
-        std::iter::once(second).chain(mib).collect::<Vec<_>>()
-    });
-    println!("\nserving replayed, three models: bytes held over time");
-    println!("{}", table(&head, rows));
 }
