@@ -31,7 +31,8 @@ fn in_rounds(pages: u64, of_round: usize, round: impl FnMut() -> Duration) -> Du
     elapsed.mul_f64(pages as f64 / (rounds * of_round as u64) as f64)
 }
 
-/// Pages that each of several models has parked at a time. To take them takes long beside starting a thread.
+/// Pages that each of several models has parked at a time. To take them takes long beside starting
+/// a thread.
 const PARKED_OF_EACH: usize = 4096;
 
 /// The time of growing by so many tokens whose pages are live already.

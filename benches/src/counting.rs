@@ -74,8 +74,8 @@ impl Filling {
     }
 }
 
-/// Fills a pool of 128 GiB by pages on a driver that does nothing: nothing, one page, every other page, which is the
-/// worst for the set of live bytes, and all.
+/// Fills a pool of 128 GiB by pages on a driver that does nothing: nothing, one page, every other
+/// page, which is the worst for the set of live bytes, and all.
 ///
 /// The allocator must be this program's, and no other thread may allocate meanwhile.
 ///

@@ -1,5 +1,5 @@
-//! What the measuring programs share: figures and what is demanded of them, sides that are measured in
-//! turns, the report, and the parts of a server that is simulated or replayed.
+//! What the measuring programs share: figures and what is demanded of them, sides that are measured
+//! in turns, the report, and the parts of a server that is simulated or replayed.
 
 mod counting;
 pub mod figure;

@@ -84,7 +84,7 @@ pub fn no_op_driver() -> Driver {
         cuMemCreate: create,
         ..table()
     };
-    // SAFETY: the functions are static and write nothing except the values above; no memory is behind the
-    // addresses, and nothing here touches any.
+    // SAFETY: the functions are static and write nothing except the values above; no memory is
+    // behind the addresses, and nothing here touches any.
     unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
 }

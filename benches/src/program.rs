@@ -56,8 +56,9 @@ pub trait Machine {
     fn is_real(&self) -> bool;
 }
 
-/// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of all
-/// figures. If the machine cannot be opened and may be absent, every figure is reported without a verdict.
+/// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of
+/// all figures. If the machine cannot be opened and may be absent, every figure is reported without
+/// a verdict.
 ///
 /// # Errors
 /// If nothing is wanted, or the machine cannot be opened and must be there.

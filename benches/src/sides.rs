@@ -16,14 +16,15 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// With this many times the time, for work whose rounds are long and whose figure is near its reach.
+    /// With this many times the time, for work whose rounds are long and whose figure is near its
+    /// reach.
     pub fn patient(&self, times: u32) -> Self {
         let patience = self.patience.saturating_mul(times);
         Self { patience, ..*self }
     }
 
-    /// The turns of all sides, as round and side: each round begins with another side. Rounds end with the
-    /// time for one piece of work; the first `warm` ones do not count.
+    /// The turns of all sides, as round and side: each round begins with another side. Rounds end
+    /// with the time for one piece of work; the first `warm` ones do not count.
     pub fn turns(
         &self,
         sides: usize,
@@ -63,8 +64,8 @@ impl<'a> Sides<'a> {
         Self::default()
     }
 
-    /// Adds a side, which takes the time of what matters in a round itself, and puts everything back as it
-    /// was.
+    /// Adds a side, which takes the time of what matters in a round itself, and puts everything
+    /// back as it was.
     pub fn add(&mut self, name: &str, act: impl FnMut() -> Result<Duration> + 'a) {
         self.add_rate(name, 1.0, act);
     }

@@ -120,8 +120,8 @@ impl<M> Work<M> {
         Self { name, measure }
     }
 
-    /// Measures, and returns one finding for each figure whatever happens. Times are judged only on a real
-    /// machine.
+    /// Measures, and returns one finding for each figure whatever happens. Times are judged only on
+    /// a real machine.
     pub fn run(&self, machine: &M, is_real: bool, figures: &[Figure]) -> (Outcome, Vec<Finding>) {
         let mut outcome = Outcome::default();
         let error = (self.measure)(machine, &mut outcome).err();

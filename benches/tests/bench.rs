@@ -1,4 +1,5 @@
-//! The measuring program runs to its end on the simulated driver, and says so where there is no driver.
+//! The measuring program runs to its end on the simulated driver, and says so where there is no
+//! driver.
 
 mod support;
 

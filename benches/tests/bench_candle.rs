@@ -1,4 +1,5 @@
-//! The measuring program of Candle's part runs to its end on a CPU, and says so where there is no GPU.
+//! The measuring program of Candle's part runs to its end on a CPU, and says so where there is no
+//! GPU.
 
 mod support;
 

@@ -44,8 +44,8 @@ pub fn allocate_runs(range: &VirtualMemoryPool, runs: &[(usize, usize)]) -> Resu
 
 /// A pool of blocks for several models, on a GPU that runs their steps.
 ///
-/// The thread that takes the models' steps makes the calls, at a moment in nanoseconds, and moves it
-/// forward by what they cost that thread.
+/// The thread that takes the models' steps makes the calls, at a moment in nanoseconds, and moves
+/// it forward by what they cost that thread.
 pub trait Memory {
     /// The most blocks that a model can have, if no other has any.
     fn most_blocks(&self, model: usize) -> usize;

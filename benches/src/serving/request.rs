@@ -50,8 +50,8 @@ fn ramp(peak: u32) -> impl Iterator<Item = u32> {
     (0..=peak).chain((1..peak).rev())
 }
 
-/// This many models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes as many seconds as
-/// the peak has requests a second.
+/// This many models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes as many
+/// seconds as the peak has requests a second.
 pub fn staggered_ramps(models: u32, peak: u32, phase: Phase) -> Vec<Vec<Request>> {
     let apart_ns = u64::from(peak) * SECOND_NS * 9 / 4;
     let models = 0..u64::from(models);

@@ -1,10 +1,10 @@
 //! One model's engine: which sequences take part in its next step.
 //!
-//! Iteration-level scheduling as in Orca and vLLM: sequences come and go between any two steps. A step has
-//! all sequences that run, and the prompts whose blocks fit, whole, in the order in which they came. If a
-//! sequence finds no block for its next token, the one admitted last is preempted: its blocks are freed, and
-//! it waits at the front to have all its tokens computed again. Prompts can also come first, in steps of
-//! their own.
+//! Iteration-level scheduling as in Orca and vLLM: sequences come and go between any two steps. A
+//! step has all sequences that run, and the prompts whose blocks fit, whole, in the order in which
+//! they came. If a sequence finds no block for its next token, the one admitted last is preempted:
+//! its blocks are freed, and it waits at the front to have all its tokens computed again. Prompts
+//! can also come first, in steps of their own.
 
 use super::memory::{Memory, blocks_of};
 use super::request::Request;
@@ -29,7 +29,8 @@ pub struct Limits {
     pub sequences_max: usize,
     /// The most prompt tokens in a step, except for a single longer prompt.
     pub prompt_tokens_max: u32,
-    /// The share of blocks that stays free when a prompt is admitted, as a divisor; none if nothing runs.
+    /// The share of blocks that stays free when a prompt is admitted, as a divisor; none if nothing
+    /// runs.
     pub watermark_divisor: usize,
 }
 
@@ -171,8 +172,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Takes the block of its next token for every running sequence, the oldest first; returns whether one
-    /// was preempted.
+    /// Takes the block of its next token for every running sequence, the oldest first; returns
+    /// whether one was preempted.
     fn grow(&mut self, memory: &mut dyn Memory, now_ns: &mut u64) -> Result<bool> {
         let before = self.preemptions;
         let mut at = 0;

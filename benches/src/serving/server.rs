@@ -1,8 +1,9 @@
 //! The course of events: arrivals, steps, and the GPU that the models share.
 //!
-//! The GPU does one step at a time. If several models have something to do they take turns, a step each: the
-//! engines are processes beside each other, between which the card switches in time slices, and as their
-//! steps are alike this gives each the same share of the card as smaller slices would.
+//! The GPU does one step at a time. If several models have something to do they take turns, a step
+//! each: the engines are processes beside each other, between which the card switches in time
+//! slices, and as their steps are alike this gives each the same share of the card as smaller
+//! slices would.
 
 use super::memory::Memory;
 use super::request::Request;
@@ -60,8 +61,8 @@ pub struct Served {
 }
 
 impl Served {
-    /// With another run of the same: all requests of both, the worst of what is a maximum, and the first
-    /// one's memory over time.
+    /// With another run of the same: all requests of both, the worst of what is a maximum, and the
+    /// first one's memory over time.
     pub fn merged(self, other: Self) -> Self {
         Self {
             first_token: self.first_token.merged(other.first_token),
@@ -103,8 +104,8 @@ pub struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
-    /// A server to which each model's requests come, in the order of arrival. A step of this many prompt
-    /// tokens and sequences that decode takes `step_ns`.
+    /// A server to which each model's requests come, in the order of arrival. A step of this many
+    /// prompt tokens and sequences that decode takes `step_ns`.
     pub fn new(
         models: &'a [Vec<Request>],
         memory: &'a mut dyn Memory,

@@ -32,7 +32,8 @@ pub struct Machine {
     is_real: bool,
 }
 
-/// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the driver.
+/// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the
+/// driver.
 const AHEAD_BYTES: usize = 4 << 20;
 
 impl program::Machine for Machine {

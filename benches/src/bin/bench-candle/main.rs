@@ -31,7 +31,8 @@ const FIGURES: &str = include_str!("../../../figures/bench-candle.csv");
 
 /// Measures tensors and caches that grow on a GPU, beside Candle's own.
 ///
-/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
+/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers;
+/// 64, wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "bench-candle")]
 struct Arguments {

@@ -49,7 +49,8 @@ impl Sizes {
         blocks: 64,
     };
 
-    /// Those that show on a CPU, in seconds, that everything runs. The paged cache keeps its blocks, as its figure is a count.
+    /// Those that show on a CPU, in seconds, that everything runs. The paged cache keeps its
+    /// blocks, as its figure is a count.
     pub const SMALL: Self = Self {
         layers: 2,
         decoded: [32, 64],

@@ -1,7 +1,8 @@
 //! The simulated card, and the clocks of the two threads that call its driver.
 //!
 //! # Safety
-//! The simulator is kept beside the driver that is made of its table, and behind it in the order of dropping.
+//! The simulator is kept beside the driver that is made of its table, and behind it in the order of
+//! dropping.
 #![allow(unsafe_code)]
 
 use anyhow::Result;
@@ -45,8 +46,9 @@ impl Card {
 
     /// Makes calls of the driver on the stepping thread, and moves the moment by what they cost.
     ///
-    /// What the background was given before may still be under way at that moment, while the books have it
-    /// already; then the stepping thread waits for all of it, which is more than it would have to.
+    /// What the background was given before may still be under way at that moment, while the books
+    /// have it already; then the stepping thread waits for all of it, which is more than it would
+    /// have to.
     pub fn call<T>(&mut self, now_ns: &mut u64, calls: impl FnOnce() -> T) -> T {
         *now_ns = self.background_done_ns.max(*now_ns);
         let clock_ns = self.simulator.thread_clock_ns();
@@ -58,8 +60,8 @@ impl Card {
         outcome
     }
 
-    /// Does a job in the background, which has a clock of its own. It begins when it is due and the background
-    /// is free. The caller waits for it, so that every run is the same.
+    /// Does a job in the background, which has a clock of its own. It begins when it is due and the
+    /// background is free. The caller waits for it, so that every run is the same.
     pub fn behind<T: Send>(&mut self, now_ns: u64, job: impl FnOnce() -> T + Send) -> T {
         let from_ns = self.begin_ns + now_ns.max(self.background_done_ns);
         // The clock is the thread's, and that of a new one stands at zero.

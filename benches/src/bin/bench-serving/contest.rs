@@ -58,8 +58,8 @@ impl Pool {
 /// The share of our pool's budget that is parked at most, and that is made ahead for all models
 /// together, as a divisor.
 const SHARE: usize = 16;
-/// So large that our whole pool changes hands within a tenth of a second, so small that a chunk seldom
-/// stays for one block.
+/// So large that our whole pool changes hands within a tenth of a second, so small that a chunk
+/// seldom stays for one block.
 const CHUNK_BYTES_MAX: usize = 32 << 20;
 
 /// How much memory there is.
@@ -72,13 +72,15 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// As published: 0.31 of the card less weights and activations for each of three models, or all of it shared.
+    /// As published: 0.31 of the card less weights and activations for each of three models, or all
+    /// of it shared.
     pub const PUBLISHED: Self = Self {
         static_tokens: 62_000,
         shared_tokens: 213_000,
     };
 
-    /// The same shared memory, of which each of this many models has an equal part in the static split.
+    /// The same shared memory, of which each of this many models has an equal part in the static
+    /// split.
     pub fn split(models: usize) -> Self {
         let static_tokens = Self::PUBLISHED.shared_tokens / models;
         Self {
@@ -126,8 +128,8 @@ pub struct Contest {
 }
 
 impl Contest {
-    /// Runs variants of a workload, each with the requests of all models, in each pool, and takes all of a pool
-    /// together.
+    /// Runs variants of a workload, each with the requests of all models, in each pool, and takes
+    /// all of a pool together.
     pub fn hold(
         name: &str,
         quick: bool,

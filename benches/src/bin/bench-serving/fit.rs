@@ -1,8 +1,8 @@
 //! Finding the constants of the time model.
 //!
-//! One pair of constants for the whole published static curve: the one with the least sum, over the peaks, of the
-//! squared logarithms of simulated to published p99 time to first token. First on a coarse grid, then on a fine one
-//! around the best.
+//! One pair of constants for the whole published static curve: the one with the least sum, over the
+//! peaks, of the squared logarithms of simulated to published p99 time to first token. First on a
+//! coarse grid, then on a fine one around the best.
 
 use crate::contest::Sizes;
 use crate::pools::counted::Counted;

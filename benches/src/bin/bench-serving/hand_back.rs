@@ -15,8 +15,8 @@ const REACH_MS: f64 = 100.0;
 /// One block in this many stays live.
 const LIVE_EVERY: usize = 1000;
 
-/// When one model has filled the pool and frees all except a few blocks here and there, how long it takes until
-/// the other has all that is free.
+/// When one model has filled the pool and frees all except a few blocks here and there, how long it
+/// takes until the other has all that is free.
 fn hand_back<M: Memory>(
     mut memory: M,
     go_idle: impl FnOnce(&mut M, usize, u64) -> Result<()>,

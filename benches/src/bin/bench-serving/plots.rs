@@ -27,7 +27,8 @@ fn colour(pool: Pool) -> RGBColor {
     }
 }
 
-/// Draws all plots into a folder: the curves of workload (a), and memory over time of some contests.
+/// Draws all plots into a folder: the curves of workload (a), and memory over time of some
+/// contests.
 pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     let plot = |name: &str, draw: &dyn Fn(&Path) -> Drawn| {

@@ -1,4 +1,5 @@
-//! Workloads (b), traces, and (c), idle models beside a busy one, and a single model that has the whole card.
+//! Workloads (b), traces, and (c), idle models beside a busy one, and a single model that has the
+//! whole card.
 
 use crate::contest::{Contest, Figure, P99, Pool, Sizes};
 use crate::trace;
@@ -8,8 +9,8 @@ use cuda_vmm_benches::serving::{PHASES, Request, paced};
 use std::iter::repeat_n;
 use std::path::PathBuf;
 
-/// How many times later each request arrives than in the trace. At the traces' own speed the prompts of the two
-/// services alone take 1.2 times the time that one A100 of the time model has.
+/// How many times later each request arrives than in the trace. At the traces' own speed the
+/// prompts of the two services alone take 1.2 times the time that one A100 of the time model has.
 const STRETCH: u64 = 4;
 /// How much of a trace a quick run takes, in nanoseconds of its own time.
 const QUICK_NS: u64 = 60_000_000_000;
@@ -90,8 +91,8 @@ const SINGLE_RATE: u32 = 10;
 /// Tokens of each prompt, so long that the memory is full before the steps are.
 const SINGLE_PROMPT_TOKENS: u32 = 1024;
 
-/// Simulates one model with more requests than it can serve at once. The static split is all that the other pools
-/// have.
+/// Simulates one model with more requests than it can serve at once. The static split is all that
+/// the other pools have.
 pub fn single(quick: bool) -> Result<Contest> {
     let (phases, seconds) = if quick { (1, 10) } else { (PHASES / 4, 60) };
     let long = |request| Request {

@@ -17,7 +17,8 @@ pub enum Choice {
 
 /// Measures the pools on a GPU beside the driver's own calls and other allocators.
 ///
-/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers; 64, wrong usage.
+/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers;
+/// 64, wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 pub struct Arguments {
@@ -36,8 +37,9 @@ pub struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to four times as
-    /// long and one eight times; all but the replay, whose length is an argument, shall end within five minutes.
+    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to
+    /// four times as long and one eight times; all but the replay, whose length is an argument,
+    /// shall end within five minutes.
     pub fn settings(&self) -> Settings {
         let rounds = self.rounds as usize;
         Settings {

@@ -1,14 +1,15 @@
 //! The driver's own calls, with nothing of ours between: the floor and the peers.
 //!
 //! # Safety
-//! Everything here owns what it made, gives it back once, and names only addresses and handles that it owns to
-//! the driver. Places for what the driver writes are valid during the call.
+//! Everything here owns what it made, gives it back once, and names only addresses and handles that
+//! it owns to the driver. Places for what the driver writes are valid during the call.
 
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
 
-/// Calls a function of a device's driver; a code other than success is an error that names the function.
+/// Calls a function of a device's driver; a code other than success is an error that names the
+/// function.
 macro_rules! call {
     ($device:expr, $function:ident($($argument:expr),*)) => {
         $crate::bare::check(
@@ -24,7 +25,8 @@ pub fn check(code: CUresult, function: DriverFunction) -> Result<()> {
     Ok(())
 }
 
-/// Makes the device's context current on this thread for good, as programs have it that use the CUDA runtime.
+/// Makes the device's context current on this thread for good, as programs have it that use the
+/// CUDA runtime.
 pub fn make_current(device: &Device) -> Result<()> {
     // SAFETY: the context is retained while the device lives, which is as long as the program.
     unsafe { call!(device, cuCtxSetCurrent(device.raw_context())) }
@@ -115,8 +117,8 @@ impl Range {
             return Ok(());
         };
         let (address, bytes) = (chunk.address, chunk.bytes);
-        // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is ours. The
-        // descriptor is valid during the call.
+        // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is
+        // ours. The descriptor is valid during the call.
         unsafe {
             call!(self.device, cuMemMap(address, bytes, 0, chunk.handle, 0))?;
             call!(self.device, cuMemSetAccess(address, bytes, &self.access, 1))
@@ -179,7 +181,8 @@ impl Drop for Plain<'_> {
     }
 }
 
-/// Memory of `cuMemAllocAsync`, which the driver takes back for good when its stream is synchronised after.
+/// Memory of `cuMemAllocAsync`, which the driver takes back for good when its stream is
+/// synchronised after.
 pub struct Ordered<'a>(&'a Stream, CUdeviceptr);
 
 impl<'a> Ordered<'a> {

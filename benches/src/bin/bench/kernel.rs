@@ -1,7 +1,7 @@
 //! Work for a stream, as a program that serves models queues it: a kernel that writes.
 //!
-//! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits while another
-//! thread maps. A kernel's launch does not.
+//! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits
+//! while another thread maps. A kernel's launch does not.
 
 use crate::bare::{call, make_current};
 use anyhow::Result;
@@ -10,11 +10,11 @@ use cuda_vmm::{Device, DriverKind, Stream};
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
 
-/// Loads a kernel from PTX for the process's life, and makes the device's context current on this thread. The simulated
-/// driver has no kernels.
+/// Loads a kernel from PTX for the process's life, and makes the device's context current on this
+/// thread. The simulated driver has no kernels.
 ///
-/// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test --cuda` keeps
-/// the two in step.
+/// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo
+/// xtask test --cuda` keeps the two in step.
 pub fn load(device: &Device, ptx: &str, name: &CStr) -> Result<Option<CUfunction>> {
     make_current(device)?;
     if device.driver().kind() == DriverKind::Simulated {
@@ -36,7 +36,8 @@ pub fn load(device: &Device, ptx: &str, name: &CStr) -> Result<Option<CUfunction
 /// Launches a kernel in one dimension.
 ///
 /// # Safety
-/// The parameters are those that the kernel declares, and what it does with memory is right until the stream is past it.
+/// The parameters are those that the kernel declares, and what it does with memory is right until
+/// the stream is past it.
 pub unsafe fn launch(
     function: CUfunction,
     stream: &Stream,
@@ -66,7 +67,8 @@ impl Fill {
         load(device, include_str!("fill.ptx"), c"fill").map(Self)
     }
 
-    /// Queues it on a stream of the device, whose context is current on this thread since [`new`](Self::new).
+    /// Queues it on a stream of the device, whose context is current on this thread since
+    /// [`new`](Self::new).
     ///
     /// # Safety
     /// The bytes are live until the stream is past this.
@@ -77,7 +79,8 @@ impl Fill {
         };
         let mut words = (bytes / 4) as u32;
         let mut parameters: [*mut c_void; 2] = [(&raw mut target).cast(), (&raw mut words).cast()];
-        // SAFETY: the parameters are those that the kernel declares; the memory is the caller's promise.
+        // SAFETY: the parameters are those that the kernel declares; the memory is the caller's
+        // promise.
         unsafe { launch(function, stream, (1, 128), &mut parameters) }
     }
 }

@@ -25,7 +25,8 @@ pub struct Machine {
     pub settings: Settings,
     /// How the replay of a server's work is made.
     pub replay: Replay,
-    /// Fills a pool on a driver that does nothing, and counts the host memory that the process holds for it.
+    /// Fills a pool on a driver that does nothing, and counts the host memory that the process
+    /// holds for it.
     pub fillings: fn() -> Result<[Filling; 4]>,
     /// Behind the tables of the drivers above, so that it must go last.
     _simulator: Option<Simulator>,
@@ -49,7 +50,8 @@ impl Machine {
             Choice::Simulated => {
                 let simulator = Simulator::new(SimConfig::new())?;
                 let (table, kind) = (simulator.table(), DriverKind::Simulated);
-                // SAFETY: the simulator is kept in the machine, behind all that is made of its table.
+                // SAFETY: the simulator is kept in the machine, behind all that is made of its
+                // table.
                 (unsafe { Driver::from_table(table, kind) }?, Some(simulator))
             }
         };
@@ -68,8 +70,8 @@ impl Machine {
         })
     }
 
-    /// The wanted bytes, or as much less as the device's memory allows: at most a share of what is free, in whole
-    /// units.
+    /// The wanted bytes, or as much less as the device's memory allows: at most a share of what is
+    /// free, in whole units.
     pub fn fitting(&self, wanted_bytes: usize, share: f64, unit_bytes: usize) -> Result<usize> {
         let most = (self.device.free_bytes()? as f64 * share) as usize;
         let bytes = wanted_bytes.min(most) / unit_bytes * unit_bytes;
@@ -123,7 +125,8 @@ pub fn until(
     Ok(())
 }
 
-/// Looks at an engine's numbers until they are as they should be, and leaves the steps to its thread.
+/// Looks at an engine's numbers until they are as they should be, and leaves the steps to its
+/// thread.
 pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
     let started = Instant::now();
     while !is_so(&engine.stats()) {

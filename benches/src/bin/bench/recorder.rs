@@ -1,8 +1,9 @@
-//! A driver in front of the driver that notes the calls of a thread. It takes time, so nothing is timed through it.
+//! A driver in front of the driver that notes the calls of a thread. It takes time, so nothing is
+//! timed through it.
 //!
 //! # Safety
-//! Every function passes its arguments on to the driver's function of the same name, unchanged, so the
-//! contract that its caller keeps is that function's own.
+//! Every function passes its arguments on to the driver's function of the same name, unchanged, so
+//! the contract that its caller keeps is that function's own.
 
 use anyhow::{Result, ensure};
 use core::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -110,8 +111,8 @@ pub fn open(driver: &Driver) -> Result<Driver> {
         cuMemMap: map,
         ..table(behind)
     };
-    // SAFETY: the functions are static; those behind them stay as long as the caller's driver, which the
-    // machine keeps until the program ends.
+    // SAFETY: the functions are static; those behind them stay as long as the caller's driver,
+    // which the machine keeps until the program ends.
     Ok(unsafe { Driver::from_table(table, driver.kind()) }?)
 }
 

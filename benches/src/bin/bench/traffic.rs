@@ -1,5 +1,5 @@
-//! Memory traffic on a stream that stands for a model's compute: a kernel that writes so many bytes, as fast as the
-//! memory takes them.
+//! Memory traffic on a stream that stands for a model's compute: a kernel that writes so many
+//! bytes, as fast as the memory takes them.
 
 use crate::bare::Plain;
 use crate::kernel::{launch, load};
@@ -71,8 +71,8 @@ impl<'a> Traffic<'a> {
 
     /// Queues so many bytes of traffic in memory of its own.
     pub fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {
-        // SAFETY: the memory is ours while this lives, which is beyond the stream's work: whoever drops it has
-        // synchronised, and `cuMemFree` waits besides.
+        // SAFETY: the memory is ours while this lives, which is beyond the stream's work: whoever
+        // drops it has synchronised, and `cuMemFree` waits besides.
         unsafe { self.write(stream, self.buffer.address(), self.buffer_bytes, bytes) }
     }
 
@@ -94,7 +94,8 @@ impl<'a> Traffic<'a> {
     }
 
     /// # Safety
-    /// The `room_bytes` bytes from `target` on, a power of two, are live until the stream is past this.
+    /// The `room_bytes` bytes from `target` on, a power of two, are live until the stream is past
+    /// this.
     unsafe fn write(
         &self,
         stream: &Stream,
@@ -116,8 +117,8 @@ impl<'a> Traffic<'a> {
         ];
         // No more than there is work for.
         let blocks = vectors.div_ceil(u64::from(THREADS)).clamp(1, BLOCKS.into()) as u32;
-        // SAFETY: the parameters are those that the kernel declares; it writes within the caller's memory, as the mask has it
-        // begin again at its end.
+        // SAFETY: the parameters are those that the kernel declares; it writes within the caller's
+        // memory, as the mask has it begin again at its end.
         unsafe { launch(kernel, stream, (blocks, THREADS), &mut parameters) }
     }
 }

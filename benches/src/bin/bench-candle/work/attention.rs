@@ -11,7 +11,8 @@ use cuda_vmm_benches::{Outcome, Sides};
 const QUERY_HEADS: usize = 32;
 /// Queries, one after another, of a sample.
 const QUERIES: usize = 10;
-/// What an H100's memory can be read with, in bytes a second; a copy, which reads and writes, gets 3.03e12 of it.
+/// What an H100's memory can be read with, in bytes a second; a copy, which reads and writes, gets
+/// 3.03e12 of it.
 const BANDWIDTH: f64 = 3.07e12;
 /// How far results may be apart. They are means of elements around 1, in F16.
 const TOLERANCE: f32 = 0.02;
@@ -34,8 +35,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, keys) in lengths.into_iter().zip(machine.sizes.keys) {
         let [ours, peer] = ["gqa", "repeat_kv"].map(|name| format!("{name}, {length} keys"));
         let q = random(QUERY_HEADS, 1)?.contiguous()?;
-        // Token-major, as a cache that grows has them, and in the order that the peer wants, so that it need not copy
-        // them for that.
+        // Token-major, as a cache that grows has them, and in the order that the peer wants, so
+        // that it need not copy them for that.
         let (k, v) = (random(KV_HEADS, keys)?, random(KV_HEADS, keys)?);
         let (head_k, head_v) = (k.contiguous()?, v.contiguous()?);
         let by_gqa = || gqa(&q, &k, &v, scale, true);

@@ -28,8 +28,8 @@ const SMALL: &str = r#"{ "vocab_size": 160, "hidden_size": 48, "intermediate_siz
 const PART: usize = 512;
 const SEED: u64 = 0;
 
-/// The most tokens that a decoder's caches have. Both attentions generate in every round, the one that warms up among
-/// them, and each is given one token more.
+/// The most tokens that a decoder's caches have. Both attentions generate in every round, the one
+/// that warms up among them, and each is given one token more.
 fn tokens_max(sizes: &Sizes) -> usize {
     sizes.context + 2 * (sizes.decoder_rounds + 1) * (sizes.generated + 1)
 }
@@ -47,7 +47,8 @@ impl<'a, F: Measured> Subject<'a, F> {
         let sizes = &machine.sizes;
         let weights = Weights::new(Source::Random(SEED), DType::BF16, &machine.candle);
         let most = tokens_max(sizes);
-        // The prompt is not what is measured, and with stock attention its scores would take gigabytes.
+        // The prompt is not what is measured, and with stock attention its scores would take
+        // gigabytes.
         let mut decoder = Decoder::new(config, weights, factory, most, Attention::Gqa)?;
         let prompt = prompt(config.vocab_size, sizes.context, SEED);
         for part in prompt.chunks(PART) {

@@ -1,4 +1,5 @@
-//! Caches of all layers that grow token by token: what a step takes, the memory behind them, and views of them.
+//! Caches of all layers that grow token by token: what a step takes, the memory behind them, and
+//! views of them.
 
 use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, Layers, token_bytes, tokens};
 use crate::machine::Machine;

@@ -6,7 +6,8 @@ use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
 /// How many blocks each model has.
 pub struct Counted {
     limit: usize,
-    /// Whether each model has a part of its own of this many blocks, allocated before the first request.
+    /// Whether each model has a part of its own of this many blocks, allocated before the first
+    /// request.
     is_split: bool,
     held: Vec<usize>,
 }

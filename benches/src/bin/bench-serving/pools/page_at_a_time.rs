@@ -1,8 +1,10 @@
-//! An elastic pool as KVCached is one: pages of 2 MiB with a handle each, mapped when they are needed.
+//! An elastic pool as KVCached is one: pages of 2 MiB with a handle each, mapped when they are
+//! needed.
 //!
-//! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a thread in the
-//! background maps more. What is freed beyond that is unmapped and released at once, on the thread that frees it.
-//! A model gives up what it keeps only if another's memory would not do otherwise.
+//! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a
+//! thread in the background maps more. What is freed beyond that is unmapped and released at once,
+//! on the thread that frees it. A model gives up what it keeps only if another's memory would not
+//! do otherwise.
 
 use crate::card::Card;
 use anyhow::{Context, Result};

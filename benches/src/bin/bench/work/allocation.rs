@@ -1,4 +1,5 @@
-//! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls for the same chunks.
+//! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls for the
+//! same chunks.
 
 use crate::bare::{Ordered, Plain, Range};
 use crate::machine::Machine;
@@ -144,8 +145,9 @@ pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         "ours",
         format!("{} GiB in {} chunks", bytes >> 30, chunks.len()),
     );
-    // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by more than what is
-    // demanded of their ratio. A round takes about a third of a second, most of it to fill the range again.
+    // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by
+    // more than what is demanded of their ratio. A round takes about a third of a second, most of
+    // it to fill the range again.
     let settings = machine.settings.patient(4);
     outcome.measure(sides, &settings, settings.rounds.div_ceil(2))
 }

@@ -1,4 +1,5 @@
-//! The blocks of a paged cache, a page of the pool each, with the time that the pool takes for them.
+//! The blocks of a paged cache, a page of the pool each, with the time that the pool takes for
+//! them.
 
 use crate::machine::watch;
 use anyhow::Result;
@@ -9,7 +10,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Which blocks are free. The last that was freed is handed out first, since its memory is likely to be there still.
+/// Which blocks are free. The last that was freed is handed out first, since its memory is likely
+/// to be there still.
 #[derive(Debug)]
 pub struct Blocks {
     free: Vec<u32>,
@@ -85,7 +87,8 @@ impl Cache {
         }
     }
 
-    /// Waits until the worker has made all that it makes ahead, this many bytes, for the model alone on its pool.
+    /// Waits until the worker has made all that it makes ahead, this many bytes, for the model
+    /// alone on its pool.
     pub fn await_ahead(&self, bytes: usize) -> Result<()> {
         let Some(pool) = &self.pool else {
             return Ok(());
@@ -111,7 +114,8 @@ impl Cache {
         self.used
     }
 
-    /// Takes this many blocks; `None` if there is no memory for all of them now, and then none is taken.
+    /// Takes this many blocks; `None` if there is no memory for all of them now, and then none is
+    /// taken.
     pub fn take(&mut self, wanted: usize) -> Result<Option<Vec<u32>>> {
         let Some(picked) = self.blocks.borrow_mut().pick(wanted) else {
             return Ok(None);
@@ -119,8 +123,9 @@ impl Cache {
         if let Some(pool) = &self.pool {
             let runs = runs(&picked);
             let started = Instant::now();
-            // It may wait: for a page that the worker is making just now, or, if the budget is short, for freed memory
-            // whose fence is past by then, as each step ends with its stream.
+            // It may wait: for a page that the worker is making just now, or, if the budget is
+            // short, for freed memory whose fence is past by then, as each step ends with its
+            // stream.
             let taken = allocate_runs(pool, &runs);
             self.own_time += started.elapsed();
             if !matches!(taken, Ok(true)) {

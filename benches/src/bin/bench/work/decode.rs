@@ -56,8 +56,8 @@ impl<'a> Decode<'a> {
         })
     }
 
-    /// Ends what has all its tokens, and makes one token of each sequence. Returns the pool's own time and that of the
-    /// whole step.
+    /// Ends what has all its tokens, and makes one token of each sequence. Returns the pool's own
+    /// time and that of the whole step.
     fn step(&mut self) -> Result<(Duration, Duration)> {
         let started = Instant::now();
         let mut ended = Vec::new();
@@ -72,7 +72,8 @@ impl<'a> Decode<'a> {
             if tokens.is_multiple_of(BLOCK) {
                 for block in self.cache.take(1)?.context("the pool has no room")? {
                     let target = self.cache.address(block);
-                    // SAFETY: the block is live until its sequence ends, which is after this step's work.
+                    // SAFETY: the block is live until its sequence ends, which is after this step's
+                    // work.
                     unsafe { self.traffic.touch(self.stream, target, BLOCK_BYTES) }?;
                     blocks.push(block);
                 }
@@ -85,7 +86,8 @@ impl<'a> Decode<'a> {
     }
 }
 
-/// A model of a shared pool with memory made ahead; freed memory stays mapped, as the model is alone.
+/// A model of a shared pool with memory made ahead; freed memory stays mapped, as the model is
+/// alone.
 fn elastic(device: &Device, stream: &Stream) -> Result<Cache> {
     let limit_bytes = BLOCKS_MAX * BLOCK_BYTES + AHEAD_BYTES;
     let engine = EngineOptions::new()
@@ -134,8 +136,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     count_calls(machine, outcome)
 }
 
-/// The steps with their calls noted: how many VMM calls this thread makes in all, and how many event records in a step
-/// at most.
+/// The steps with their calls noted: how many VMM calls this thread makes in all, and how many
+/// event records in a step at most.
 fn count_calls(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let is_record = |call: &&Call| {
         let function = call.function;

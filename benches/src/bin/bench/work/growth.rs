@@ -69,7 +69,8 @@ impl Ranges {
             pools.push(pool);
         }
         if manner == Manner::Ahead {
-            // A page less for each range whose first page was made ahead before it was taken: so little is not made again.
+            // A page less for each range whose first page was made ahead before it was taken: so
+            // little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
                 let least_bytes = ranges * (PAGES_AHEAD - 1) * page_bytes;
                 stats.filling_bytes == 0 && stats.ahead_bytes >= least_bytes
@@ -114,7 +115,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let fill = Fill::new(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut steps = manners.map(|_| Steps::default());
-    // Longer than other work: the thousandth of the growth steps is to be more than the worst of them.
+    // Longer than other work: the thousandth of the growth steps is to be more than the worst of
+    // them.
     let settings = machine.settings.patient(8);
     for (round, side) in settings.turns(manners.len(), settings.rounds, 0) {
         // Nothing is demanded on demand, so a few rounds tell enough.

@@ -1,5 +1,5 @@
-//! Allocating one page that was in use before, from the cache of handles and parked, and while the engine's thread
-//! makes memory ahead for others.
+//! Allocating one page that was in use before, from the cache of handles and parked, and while the
+//! engine's thread makes memory ahead for others.
 
 use crate::bare::{Ordered, Plain, Range};
 use crate::machine::{Machine, until, watch};
@@ -10,7 +10,8 @@ use cuda_vmm_benches::{Outcome, ParkedModels, Sides, time};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Allocates one page and frees it; the time of the allocation. Returns when the page is where it goes.
+/// Allocates one page and frees it; the time of the allocation. Returns when the page is where it
+/// goes.
 fn one_page(
     machine: &Machine,
     pool: &VirtualMemoryPool,
@@ -92,8 +93,8 @@ pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     taken
 }
 
-/// A model's pages, if the device has memory for that. Taking them back takes some hundred microseconds, beside which
-/// it is little that threads do not begin at the very same moment.
+/// A model's pages, if the device has memory for that. Taking them back takes some hundred
+/// microseconds, beside which it is little that threads do not begin at the very same moment.
 const MODEL_PAGES: usize = 4096;
 
 /// Threads that take back parked pages, each those of a model of its own, against one thread.

@@ -48,7 +48,8 @@ struct Gpu<'a> {
 
 impl<'a> Gpu<'a> {
     fn new(machine: &'a Machine, traffic: &'a Traffic<'a>, caches: Vec<Cache>) -> Self {
-        // In the simulator a step takes no time to speak of, and the trace goes by as fast as other work is measured.
+        // In the simulator a step takes no time to speak of, and the trace goes by as fast as other
+        // work is measured.
         let (seconds, patience) = (machine.replay.seconds, machine.settings.patience);
         let speed = match machine.is_real() {
             true => 1.0,
@@ -135,8 +136,8 @@ impl Memory for Gpu<'_> {
         let stream = &self.machine.stream;
         for block in self.taken.drain(..) {
             let target = self.caches[model].address(block);
-            // SAFETY: the block is live until it is given back, which is after this step's work: the stream is synchronised
-            // below.
+            // SAFETY: the block is live until it is given back, which is after this step's work:
+            // the stream is synchronised below.
             unsafe { self.traffic.touch(stream, target, BLOCK_BYTES) }?;
         }
         self.traffic
