@@ -9,7 +9,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 
 /// The system's allocator, which counts what is held while it is told to.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CountingAllocator {
     counting: AtomicBool,
     held_bytes: AtomicIsize,
@@ -34,12 +34,6 @@ impl CountingAllocator {
     fn held_bytes(&self) -> usize {
         let bytes = self.held_bytes.load(Ordering::Relaxed);
         usize::try_from(bytes).unwrap_or_default()
-    }
-}
-
-impl Default for CountingAllocator {
-    fn default() -> Self {
-        Self::new()
     }
 }
 

@@ -12,13 +12,16 @@ pub const HEAD_DIM: usize = 128;
 /// The type of keys and values.
 pub const DTYPE: DType = DType::F16;
 
+/// How many layers there are.
+pub const LAYERS: [usize; 2] = [32, 2];
+
 /// A cache for each layer.
 pub struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
 impl<F: KvCacheFactory> Layers<F> {
     /// Caches that expect this many tokens.
     pub fn new(machine: &Machine, factory: &F, tokens: usize) -> Result<Self> {
-        let caches = (0..machine.sizes.layers).map(|layer| factory.layer(layer, 2, tokens));
+        let caches = (0..machine.sized(LAYERS)).map(|layer| factory.layer(layer, 2, tokens));
         Ok(Self(caches.collect::<candle_cuda_vmm::Result<_>>()?))
     }
 

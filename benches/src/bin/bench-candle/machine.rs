@@ -1,6 +1,5 @@
 //! The device on which everything is measured.
 
-use crate::sizes::Sizes;
 use anyhow::Result;
 use candle_core::Device;
 use candle_cuda_vmm::device::core_device;
@@ -27,9 +26,8 @@ pub struct Machine {
     pub device: cuda_vmm::Device,
     /// How long each piece of work is measured.
     pub settings: Settings,
-    /// How large everything is.
-    pub sizes: Sizes,
-    is_real: bool,
+    /// Whether all is small, which shows in seconds that everything runs.
+    is_small: bool,
 }
 
 /// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the
@@ -42,7 +40,7 @@ impl program::Machine for Machine {
     }
 
     fn is_real(&self) -> bool {
-        self.is_real
+        self.candle.is_cuda() && !self.is_small
     }
 }
 
@@ -62,10 +60,14 @@ impl Machine {
                 rounds_min: 3,
                 patience: Duration::from_secs(seconds),
             },
-            sizes: if is_small { Sizes::SMALL } else { Sizes::FULL },
-            is_real: candle.is_cuda() && !is_small,
+            is_small,
             candle,
         })
+    }
+
+    /// The size of the figures, or the one that only shows that everything runs.
+    pub fn sized<T: Copy>(&self, [full, small]: [T; 2]) -> T {
+        if self.is_small { small } else { full }
     }
 
     /// How pools for tensors and caches that grow are made.

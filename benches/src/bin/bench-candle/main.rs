@@ -18,7 +18,6 @@ mod weights;
 
 mod layers;
 mod machine;
-mod sizes;
 mod work;
 
 use anyhow::Result;

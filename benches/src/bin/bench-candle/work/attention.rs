@@ -9,6 +9,8 @@ use candle_cuda_vmm::attention::gqa;
 use cuda_vmm_benches::{Outcome, Sides};
 
 const QUERY_HEADS: usize = 32;
+/// Keys that a query meets.
+const KEYS: [[usize; 4]; 2] = [[1024, 8192, 32_768, 131_072], [16, 32, 64, 128]];
 /// Queries, one after another, of a sample.
 const QUERIES: usize = 10;
 /// What an H100's memory can be read with, in bytes a second; a copy, which reads and writes, gets
@@ -32,7 +34,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             .transpose(1, 2)
     };
     let lengths = ["1,024", "8,192", "32,768", "131,072"];
-    for (length, keys) in lengths.into_iter().zip(machine.sizes.keys) {
+    for (length, keys) in lengths.into_iter().zip(machine.sized(KEYS)) {
         let [ours, peer] = ["gqa", "repeat_kv"].map(|name| format!("{name}, {length} keys"));
         let q = random(QUERY_HEADS, 1)?.contiguous()?;
         // Token-major, as a cache that grows has them, and in the order that the peer wants, so
@@ -77,7 +79,7 @@ mod tests {
     fn only_at_32k_is_more_demanded_than_not_to_be_slower() {
         let figures = Figure::list(crate::FIGURES).unwrap();
         let of_attention = figures.iter().filter(|figure| figure.work == "attention");
-        for (figure, keys) in of_attention.zip(crate::sizes::Sizes::FULL.keys) {
+        for (figure, keys) in of_attention.zip(KEYS[0]) {
             let least = if keys == 32_768 { 4.0 } else { 1.0 };
             let pass = |ours| figure.blank().judge(ours, Some(1.0)).pass;
             assert_eq!(pass(least), Some(true));

@@ -13,6 +13,10 @@ use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
+const LAYERS: [usize; 2] = [32, 1];
+const SEQUENCES: [usize; 2] = [64, 48];
+/// Blocks of the shortest sequence. The longest are three times as long.
+const BLOCKS: usize = 64;
 /// Tokens of a block.
 const BLOCK_TOKENS: usize = 16;
 /// Blocks of a prefix that all sequences share, which graphs refer to and so is pinned.
@@ -47,7 +51,7 @@ fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
     let engine = Engine::new(&machine.device, EngineOptions::new())?;
     let element = ElementSize::new(DTYPE.size_in_bytes())?;
     let mut tensors = Vec::new();
-    for layer in 0..machine.sizes.paged_layers {
+    for layer in 0..machine.sized(LAYERS) {
         for part in ["k", "v"] {
             let shape = [BLOCK_TOKENS, KV_HEADS, HEAD_DIM];
             tensors.push(TensorSpec::new(format!("{layer}.{part}"), &shape, element)?);
@@ -60,8 +64,8 @@ fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
 
 /// Against what is in use.
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let sizes = &machine.sizes;
-    let blocks = (PINNED + 3 * sizes.blocks * sizes.sequences).next_power_of_two();
+    let sequence_count = machine.sized(SEQUENCES);
+    let blocks = (PINNED + 3 * BLOCKS * sequence_count).next_power_of_two();
     let backing = backing(machine, blocks)?;
     let stream = Stream::new(&machine.device)?;
     backing.use_stream(&stream)?;
@@ -77,10 +81,10 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let pin = backing.pin(prefix.iter().copied())?;
     // Sequences of many lengths that grow side by side, so that their blocks are mixed.
     let mut random = StdRng::seed_from_u64(SEED);
-    let mut length = || random.random_range(sizes.blocks..=3 * sizes.blocks);
-    let lengths: Vec<_> = (0..sizes.sequences).map(|_| length()).collect();
-    let mut sequences: Vec<Vec<BlockId>> = vec![Vec::new(); sizes.sequences];
-    for step in 0..3 * sizes.blocks {
+    let mut length = || random.random_range(BLOCKS..=3 * BLOCKS);
+    let lengths: Vec<_> = (0..sequence_count).map(|_| length()).collect();
+    let mut sequences: Vec<Vec<BlockId>> = vec![Vec::new(); sequence_count];
+    for step in 0..3 * BLOCKS {
         for (sequence, length) in sequences.iter_mut().zip(&lengths) {
             if step < *length {
                 sequence.extend(allocator.allocate(1)?);

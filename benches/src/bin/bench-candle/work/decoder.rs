@@ -5,7 +5,6 @@ use crate::config::Config;
 use crate::generation::{generate, prompt};
 use crate::machine::Machine;
 use crate::model::{Attention, Decoder};
-use crate::sizes::Sizes;
 use crate::weights::{Source, Weights};
 use anyhow::Result;
 use candle_core::DType;
@@ -24,14 +23,19 @@ const LARGE: &str = r#"{ "vocab_size": 128256, "hidden_size": 2048, "intermediat
 const SMALL: &str = r#"{ "vocab_size": 160, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 128 }"#;
 
+/// Tokens in the decoder's caches before anything is timed.
+const CONTEXT: [usize; 2] = [8192, 24];
+/// Tokens of a sample.
+const GENERATED: [usize; 2] = [16, 3];
+const ROUNDS: [usize; 2] = [25, 2];
 /// Tokens of the prompt that are taken at once.
 const PART: usize = 512;
 const SEED: u64 = 0;
 
 /// The most tokens that a decoder's caches have. Both attentions generate in every round, the one
 /// that warms up among them, and each is given one token more.
-fn tokens_max(sizes: &Sizes) -> usize {
-    sizes.context + 2 * (sizes.decoder_rounds + 1) * (sizes.generated + 1)
+const fn tokens_max(size: usize) -> usize {
+    CONTEXT[size] + 2 * (ROUNDS[size] + 1) * (GENERATED[size] + 1)
 }
 
 /// A decoder that has taken its prompt, and what made its caches.
@@ -44,13 +48,13 @@ struct Subject<'a, F: Measured> {
 
 impl<'a, F: Measured> Subject<'a, F> {
     fn new(machine: &Machine, config: &Config, factory: &'a F) -> Result<Self> {
-        let sizes = &machine.sizes;
+        let context = machine.sized(CONTEXT);
         let weights = Weights::new(Source::Random(SEED), DType::BF16, &machine.candle);
-        let most = tokens_max(sizes);
+        let most = machine.sized([tokens_max(0), tokens_max(1)]);
         // The prompt is not what is measured, and with stock attention its scores would take
         // gigabytes.
         let mut decoder = Decoder::new(config, weights, factory, most, Attention::Gqa)?;
-        let prompt = prompt(config.vocab_size, sizes.context, SEED);
+        let prompt = prompt(config.vocab_size, context, SEED);
         for part in prompt.chunks(PART) {
             decoder.forward(part)?;
         }
@@ -65,7 +69,7 @@ impl<'a, F: Measured> Subject<'a, F> {
     /// The time of a token, of some that are generated.
     fn timed(&mut self, machine: &Machine, attention: Attention) -> Result<Duration> {
         self.decoder.attention = attention;
-        let count = machine.sizes.generated;
+        let count = machine.sized(GENERATED);
         // The first token is waited for, and is not timed.
         let prompt = [self.last];
         let generation = generate(&mut self.decoder, self.factory, 0, &prompt, count + 1, 1)?;
@@ -101,10 +105,13 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             preallocated.borrow_mut().timed(machine, attention)
         });
     }
-    let rounds = machine.sizes.decoder_rounds;
-    outcome.measure(sides, &machine.settings.patient(u32::MAX), rounds)?;
-    let (from, to) = (machine.sizes.context, elastic.borrow().decoder.tokens());
-    let generated = machine.sizes.generated;
+    outcome.measure(
+        sides,
+        &machine.settings.patient(u32::MAX),
+        machine.sized(ROUNDS),
+    )?;
+    let (from, to) = (machine.sized(CONTEXT), elastic.borrow().decoder.tokens());
+    let generated = machine.sized(GENERATED);
     let note =
         format!("{from} to {to} tokens in the caches; the mean of {generated} tokens is a sample");
     outcome.note(CONTIGUOUS, note);
@@ -123,8 +130,8 @@ mod tests {
         let layer = attention + 3 * hidden * between;
         let weights = config.vocab_size * hidden + config.num_hidden_layers * layer;
         assert!((1.2e9..1.3e9).contains(&(weights as f64)), "{weights}");
-        for (text, sizes) in [(LARGE, Sizes::FULL), (SMALL, Sizes::SMALL)] {
-            assert!(tokens_max(&sizes) <= Config::parse(text).unwrap().max_position_embeddings);
+        for (size, text) in [LARGE, SMALL].into_iter().enumerate() {
+            assert!(tokens_max(size) <= Config::parse(text).unwrap().max_position_embeddings);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Caches of all layers that grow token by token: what a step takes, the memory behind them, and
 //! views of them.
 
-use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, Layers, token_bytes, tokens};
+use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, LAYERS, Layers, token_bytes, tokens};
 use crate::machine::Machine;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 
 /// Tokens appended one by one, and all of them looked at, against Candle's preallocated cache.
 pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let (sizes, stretch) = (&machine.sizes, machine.sizes.stretch);
-    for (length, count) in ["shorter", "longer"].into_iter().zip(sizes.decoded) {
+    let (stretch, lengths) = (machine.sized([64, 8]), ["shorter", "longer"]);
+    let counts = machine.sized([[4096, 16_384], [32, 64]]);
+    for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let token = tokens(machine, 1)?;
         let pool = machine.pool()?;
         let mut elastic = Layers::new(machine, &pool, count)?;
         let mut preallocated = Layers::new(machine, &PreallocatedCaches, count)?;
-        let layers = sizes.layers as u32;
+        let layers = machine.sized(LAYERS) as u32;
         let mut sides = Sides::new();
         // The time of one layer's step, of a stretch of steps that are waited for at its end.
         sides.add(&ours, || {
@@ -79,12 +80,11 @@ fn held(pool: &TensorPool) -> Result<(usize, usize)> {
 
 /// The memory behind the caches of all layers, against what is allowed.
 pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let token_bytes = token_bytes(machine.sizes.layers);
+    let token_bytes = token_bytes(machine.sized(LAYERS));
     let page_bytes = machine.device.granularity_bytes();
-    for (length, count) in ["1,000", "10,000", "100,000"]
-        .into_iter()
-        .zip(machine.sizes.held)
-    {
+    let lengths = ["1,000", "10,000", "100,000"];
+    let counts = machine.sized([[1000, 10_000, 100_000], [20, 40, 80]]);
+    for (length, count) in lengths.into_iter().zip(counts) {
         let pool = machine.pool()?;
         let mut layers = Layers::new(machine, &pool, count)?;
         let part = PART.min(count);
@@ -118,7 +118,7 @@ const WARM: usize = 16;
 pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const OURS: &str = "ours";
     const PEER: &str = "KvCache, preallocated";
-    let (steps, size) = (machine.sizes.steps, machine.sizes.matrix);
+    let (steps, size) = (machine.sized([16_384, 32]), machine.sized([1024, 16]));
     let most = steps + WARM + 1;
     let token = tokens(machine, 1)?;
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
