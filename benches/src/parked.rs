@@ -29,13 +29,14 @@ impl ParkedModels {
     pub fn new(device: &Device, stream: &Stream, count: usize, pages: usize) -> Result<Self> {
         let page_bytes = device.granularity_bytes();
         let bytes = pages * page_bytes;
-        let options = SharedPoolOptions {
-            engine: EngineOptions::new()
-                .chunk_bytes_max(0)
-                .park_bytes_max(count * bytes)
-                .worker(WorkerMode::Manual),
-            page_bytes: Some(page_bytes),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(
+                EngineOptions::new()
+                    .chunk_bytes_max(0)
+                    .park_bytes_max(count * bytes)
+                    .worker(WorkerMode::Manual),
+            )
+            .page_bytes(page_bytes);
         let shared = SharedMemoryPool::with_options(device, options)?;
         let mut models = Vec::with_capacity(count);
         for number in 0..count {

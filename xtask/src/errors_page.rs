@@ -8,7 +8,7 @@ const ERRORS: [(&str, &str); 5] = [
     ("cuda_vmm::VmmError", "cuda-vmm/src/error.rs"),
     (
         "cuda_vmm::pool::blocks::BlockError",
-        "cuda-vmm/src/pool/blocks/error.rs",
+        "cuda-vmm/src/error/block.rs",
     ),
     ("candle_cuda_vmm::VmmError", "candle-cuda-vmm/src/error.rs"),
     ("cuda_vmm_sys::LoadError", "cuda-vmm-sys/src/load.rs"),

@@ -58,10 +58,7 @@ impl Fixture {
         for stream in &streams {
             pool.use_stream(stream).expect("same device");
         }
-        let shared = SharedPoolOptions {
-            engine: options,
-            page_bytes: Some(page()),
-        };
+        let shared = SharedPoolOptions::new().engine(options).page_bytes(page());
         let shared = SharedMemoryPool::with_options(&device, shared).expect("shared pool");
         shared.register_model("old", 8 * page()).expect("model");
         Self {

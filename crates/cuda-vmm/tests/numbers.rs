@@ -24,10 +24,7 @@ const CAPACITY: usize = 64 * PAGE;
 const NAME: &str = "a \"b\"\\c\nd";
 
 fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: options.chunk_bytes_max(0),
-        page_bytes: None,
-    };
+    let options = SharedPoolOptions::new().engine(options.chunk_bytes_max(0));
     SharedMemoryPool::with_options(device, options).expect("a pool")
 }
 

@@ -129,14 +129,8 @@ fn run(
     let engine = options
         .limit_bytes(LIMIT_PAGES * PAGE)
         .worker(WorkerMode::Manual);
-    let shared = SharedMemoryPool::with_options(
-        &device,
-        SharedPoolOptions {
-            engine,
-            page_bytes: None,
-        },
-    )
-    .expect("pool");
+    let shared = SharedMemoryPool::with_options(&device, SharedPoolOptions::new().engine(engine))
+        .expect("pool");
     let mut pools = Pools::new(shared, ahead_bytes_max);
     let mut model = Model(vec![None; MODELS]);
     let mut faulty = false;

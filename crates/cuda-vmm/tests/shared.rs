@@ -37,10 +37,7 @@ const LIMIT: usize = 8 * PAGE;
 const CAPACITY: usize = 16 * PAGE;
 
 fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: options,
-        page_bytes: None,
-    };
+    let options = SharedPoolOptions::new().engine(options);
     SharedMemoryPool::with_options(device, options).expect("a pool")
 }
 
@@ -314,10 +311,9 @@ fn trim_gives_back_what_is_parked() {
 #[test]
 fn a_model_is_compacted_while_others_go_on() {
     let simulated = Simulated::default();
-    let options = SharedPoolOptions {
-        engine: manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE),
-        page_bytes: Some(PAGE),
-    };
+    let options = SharedPoolOptions::new()
+        .engine(manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE))
+        .page_bytes(PAGE);
     let pool = SharedMemoryPool::with_options(&simulated.device, options).expect("a pool");
     for model in ["a", "b"] {
         pool.register_model(model, 64 * PAGE).expect("a new name");

@@ -24,12 +24,11 @@ pub fn take(candle: &CudaDevice, bytes: usize) -> candle_core::Result<CudaSlice<
 /// Makes a pool whose limit exceeds the device's memory and which keeps freed memory, with a model
 /// of this many bytes of addresses.
 pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new()
+    let options = SharedPoolOptions::new().engine(
+        EngineOptions::new()
             .limit_bytes(usize::MAX / 2)
             .park_bytes_max(usize::MAX / 2),
-        page_bytes: None,
-    };
+    );
     let pool = SharedMemoryPool::with_options(&test.core, options).unwrap();
     pool.register_model("model", capacity_bytes).unwrap();
     pool

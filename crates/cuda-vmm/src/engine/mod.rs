@@ -27,7 +27,7 @@ mod waiting;
 mod worker;
 
 pub use books::counters::{EngineCounters, PoolCounters};
-pub(crate) use books::ledger::{NO_ROOM, Quota};
+pub(crate) use books::ledger::Quota;
 pub(crate) use books::pages::Parts;
 pub use compact::CompactReport;
 pub use lease::LeaseToken;
@@ -36,18 +36,16 @@ pub(crate) use owed::Owed;
 pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeStats};
 pub(crate) use ranges::{Handle, RangeId};
-pub use relief::MakeRoom;
 pub(crate) use snapshot::Look;
 pub use stats::{EngineStats, MemoryParts, StepReport};
 pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
 use crate::process::Process;
-use crate::quarantine::Stuck;
 use crate::sync::atomic::{AtomicBool, AtomicUsize};
-use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError};
+use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError, Weak};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{CaptureGuard, Device, PhysicalMemory, Result, Stream, VmmError};
+use crate::{CaptureGuard, Device, PhysicalMemory, QuotaConflict, Result, Stream, VmmError};
 use at_work::AtWork;
 use books::cache::Cache;
 use books::ledger::{AccountId, Ledger};
@@ -189,7 +187,7 @@ impl Engine {
             let available_bytes = device.total_bytes();
             if options.headroom_bytes >= available_bytes {
                 return Err(VmmError::QuotaUnsatisfiable {
-                    what: "headroom",
+                    what: QuotaConflict::Headroom,
                     asked_bytes: options.headroom_bytes,
                     available_bytes,
                 });
@@ -220,13 +218,9 @@ impl Engine {
             waiting: Apart::default(),
             is_pressing: Apart::default(),
         });
-        device.register_engine(&inner)?;
-        Ok(Self::from_inner(inner))
-    }
-
-    pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
-        let process = inner.device.driver().process();
-        Self(inner, process)
+        let holder: Weak<Inner> = Arc::downgrade(&inner);
+        device.register(holder)?;
+        Ok(Self(inner, device.driver().process()))
     }
 
     /// For this module, whose public functions ask for the process themselves.
@@ -523,11 +517,9 @@ impl Drop for Inner {
         state.relocations.abandon(&self.device);
         for mut range in state.ranges.values() {
             let (in_use, finished) = range.pages.take_all();
-            self.device.quarantine(|quarantine| {
-                quarantine.push_unfinished(in_use);
-            });
+            self.device.keep_unfinished(in_use);
             for mapping in finished {
-                self.device.keep(Stuck::Mapping(mapping), None);
+                self.device.keep(mapping, None);
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use super::WorkerMode;
 use super::books::policy::CHUNK_BYTES_MAX;
-use crate::{Result, VmmError};
+use crate::{QuotaConflict, Result, VmmError};
 
 /// How an engine is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +104,7 @@ impl EngineOptions {
         if self.limit_bytes == Some(0) {
             return Err(VmmError::ZeroSize { what: "limit" });
         }
-        let what = "park_bytes_min above park_bytes_max";
+        let what = QuotaConflict::ParkBytesMin;
         check_watermarks(what, self.park_bytes_min, self.park_bytes_max)
     }
 }
@@ -164,7 +164,7 @@ impl PoolOptions {
 
     /// Checks that the watermarks hold together.
     pub(super) fn check(&self) -> Result<()> {
-        let what = "ahead_bytes_min above ahead_bytes_max";
+        let what = QuotaConflict::AheadBytesMin;
         check_watermarks(what, self.ahead_bytes_min, self.ahead_bytes_max)
     }
 
@@ -175,7 +175,7 @@ impl PoolOptions {
     }
 }
 
-fn check_watermarks(what: &'static str, low: Option<usize>, high_bytes: usize) -> Result<()> {
+fn check_watermarks(what: QuotaConflict, low: Option<usize>, high_bytes: usize) -> Result<()> {
     match low {
         Some(low_bytes) if low_bytes > high_bytes => Err(VmmError::QuotaUnsatisfiable {
             what,

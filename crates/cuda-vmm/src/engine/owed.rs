@@ -2,13 +2,13 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::books::ledger::{Ledger, NO_ROOM, Refusal};
+use super::books::ledger::{Ledger, Refusal};
 use super::range::Range;
 use super::{Handle, Inner, RangeId, State};
 use crate::foreign::{self, Foreign};
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError};
-use crate::{Result, VmmError};
+use crate::{QuotaConflict, Result, VmmError};
 use core::task::Waker;
 use std::collections::BTreeMap;
 
@@ -171,7 +171,7 @@ impl Inner {
             let mut state = self.lock();
             let outcome = guarantee(&mut state.ledger);
             let Err(VmmError::QuotaUnsatisfiable {
-                what: NO_ROOM,
+                what: QuotaConflict::Guarantee,
                 asked_bytes,
                 available_bytes,
             }) = outcome

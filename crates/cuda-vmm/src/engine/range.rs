@@ -13,7 +13,7 @@ use super::waiting;
 use super::{
     AtWork, Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State,
 };
-use crate::size::Extent;
+use crate::size::{Extent, check_page_bytes};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
@@ -222,13 +222,7 @@ impl Inner {
         quota: Quota,
     ) -> Result<(Handle, u64)> {
         self.check_process()?;
-        let granularity_bytes = self.device.granularity_bytes();
-        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
-            return Err(VmmError::InvalidPageSize {
-                page_bytes,
-                granularity_bytes,
-            });
-        }
+        check_page_bytes(page_bytes, self.device.granularity_bytes())?;
         if capacity_bytes == 0 {
             return Err(VmmError::ZeroSize { what: "capacity" });
         }

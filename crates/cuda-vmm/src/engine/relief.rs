@@ -4,13 +4,10 @@
 
 use super::refused::Which;
 use super::{Engine, Inner, RangeId};
+use crate::device::MemoryHolder;
 use crate::foreign;
 use crate::sync::{Arc, thread_local};
 use core::cell::Cell;
-
-/// What others in the process do to make room on a device; see [`Device::set_make_room`](crate::Device::set_make_room). It gets the bytes that are
-/// wanted.
-pub type MakeRoom = dyn Fn(usize) + Send + Sync;
 
 impl Engine {
     /// Gives at least `bytes` bytes back to the driver, if so much can be spared: memory that was made ahead, cached or
@@ -44,9 +41,17 @@ impl Inner {
     }
 }
 
-impl Inner {
-    /// Gives one piece of spare memory back to the driver; says whether it did. If the driver refuses, more is not tried.
-    fn give_a_piece(self: &Arc<Self>) -> bool {
+impl MemoryHolder for Inner {
+    fn poll(self: Arc<Self>) {
+        Self::poll(&self);
+    }
+
+    fn retry(self: Arc<Self>) {
+        Self::retry(&self, &Which::All);
+    }
+
+    /// If the driver refuses, more is not tried.
+    fn give_a_piece(self: Arc<Self>) -> bool {
         let given = self.give_up_one(self.lock(), None);
         self.finish_closing();
         given.is_some_and(|outcome| outcome.is_ok())
@@ -122,27 +127,24 @@ impl Relief {
     /// can spare, and last what others in the process do.
     pub(super) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
         let device = &engine.device;
-        let engines = device.engines();
-        let is_own = |other: &&Engine| core::ptr::eq(Arc::as_ptr(other.inner()), engine);
+        let holders = device.holders();
+        let is_own =
+            |other: &&Arc<dyn MemoryHolder>| core::ptr::addr_eq(Arc::as_ptr(other), engine);
         if !core::mem::replace(&mut self.polled, true) {
-            for engine in &engines {
-                engine.inner().poll();
-            }
+            holders.iter().cloned().for_each(MemoryHolder::poll);
         }
-        let mut own = engines.iter().filter(is_own);
-        if own.any(|engine| engine.inner().give_a_piece()) {
+        let mut own = holders.iter().filter(is_own).cloned();
+        if own.any(MemoryHolder::give_a_piece) {
             return true;
         }
         if !core::mem::replace(&mut self.retried, true) {
-            for engine in &engines {
-                engine.inner().retry(&Which::All);
-            }
+            holders.iter().cloned().for_each(MemoryHolder::retry);
             device.retry_refused();
             // The driver is asked once more in any case: another process may have given some back.
             return true;
         }
-        let mut others = engines.iter().filter(|engine| !is_own(engine));
-        if others.any(|engine| engine.inner().give_a_piece()) {
+        let mut others = holders.iter().filter(|holder| !is_own(holder)).cloned();
+        if others.any(MemoryHolder::give_a_piece) {
             return true;
         }
         if !MakingRoom::is_here()

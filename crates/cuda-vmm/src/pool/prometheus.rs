@@ -36,8 +36,15 @@ pub fn prometheus<'a>(pools: impl IntoIterator<Item = (&'a str, &'a Snapshot)>) 
     text(&pools)
 }
 
+impl Snapshot {
+    /// In Prometheus's text format, version 0.0.4; see [`prometheus()`], which takes several.
+    pub fn prometheus(&self) -> String {
+        text(&[(None, self)])
+    }
+}
+
 /// As [`prometheus`], where a pool may be without a name.
-pub(super) fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
+fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
     let mut families = Vec::new();
     engine_families(pools, &mut families);
     model_families(pools, &mut families);

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{PoolStats, prometheus};
+use super::PoolStats;
 use crate::engine::{
     Engine, EngineCounters, EngineStats, Look, MemoryParts, PoolCounters, RangeId,
 };
@@ -80,11 +80,6 @@ impl Snapshot {
             models,
             others,
         }
-    }
-
-    /// In Prometheus's text format, version 0.0.4; see [`prometheus()`](prometheus::prometheus), which takes several.
-    pub fn prometheus(&self) -> String {
-        prometheus::text(&[(None, self)])
     }
 }
 

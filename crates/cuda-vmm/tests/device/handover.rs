@@ -228,10 +228,9 @@ fn memory_of_a_pool_that_is_dropped() {
 fn memory_of_a_model_that_is_unregistered() {
     case(|device| {
         for engine in [parked(), cached()] {
-            let options = SharedPoolOptions {
-                engine: engine.limit_bytes(PAGES * page()),
-                page_bytes: Some(page()),
-            };
+            let options = SharedPoolOptions::new()
+                .engine(engine.limit_bytes(PAGES * page()))
+                .page_bytes(page());
             let shared = SharedMemoryPool::with_options(device, options).expect("a pool");
             let stream = Stream::new(device).expect("a stream");
             for model in ["first", "second"] {

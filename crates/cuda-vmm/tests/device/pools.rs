@@ -73,10 +73,9 @@ fn a_reservation_of_128_gib_with_one_gib_behind_it() {
 #[test]
 fn two_models_under_a_limit_of_32_gib() {
     case(|device| {
-        let options = SharedPoolOptions {
-            engine: manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20),
-            page_bytes: Some(page()),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20))
+            .page_bytes(page());
         let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
         for model in ["first", "second"] {
             pool.register_model(model, 64 * GIB).expect("addresses");

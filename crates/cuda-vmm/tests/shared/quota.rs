@@ -2,7 +2,7 @@
 
 use crate::common::{PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool, unknown};
-use cuda_vmm::{ModelOptions, ModelQuota, SharedMemoryPool, VmmError};
+use cuda_vmm::{ModelOptions, ModelQuota, QuotaConflict, SharedMemoryPool, VmmError};
 
 fn pages(guarantee: usize, ceiling: usize) -> ModelQuota {
     ModelQuota::new()
@@ -43,7 +43,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "a",
             pages(4, 8),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: QuotaConflict::Guarantee,
                 asked_bytes: 4 * PAGE,
                 available_bytes: 3 * PAGE,
             },
@@ -52,7 +52,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "a",
             pages(3, 2),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee above its ceiling",
+                what: QuotaConflict::GuaranteeAboveCeiling,
                 asked_bytes: 3 * PAGE,
                 available_bytes: 2 * PAGE,
             },
@@ -61,7 +61,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "b",
             pages(7, 8),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: QuotaConflict::Guarantee,
                 asked_bytes: 7 * PAGE,
                 available_bytes: 6 * PAGE,
             },
@@ -157,7 +157,7 @@ fn what_others_have_parked_is_given_up_for_a_guarantee() {
     assert_eq!(
         error,
         VmmError::QuotaUnsatisfiable {
-            what: "guarantee",
+            what: QuotaConflict::Guarantee,
             asked_bytes: 7 * PAGE,
             available_bytes: 0
         }

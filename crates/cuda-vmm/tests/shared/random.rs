@@ -259,7 +259,7 @@ proptest! {
         let driver = Driver::simulated(SimConfig::new().unbacked()).expect("a simulator");
         let device = driver.device(0).expect("the first device");
         let engine = manual().limit_bytes(LIMIT_PAGES * PAGE).park_bytes_max(park).cache_bytes_max(cache).chunk_bytes_max(0);
-        let options = SharedPoolOptions { engine, page_bytes: Some(PAGE) };
+        let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
         let pool = SharedMemoryPool::with_options(&device, options).expect("a pool");
         let mut models = Models::default();
         for model in 0..MODELS {

@@ -89,10 +89,9 @@ impl Elastic {
             .park_bytes_max(settings.park_bytes_max)
             .chunk_bytes_max(settings.chunk_bytes_max)
             .worker(WorkerMode::Manual);
-        let options = SharedPoolOptions {
-            engine,
-            page_bytes: Some(BLOCK_BYTES),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(engine)
+            .page_bytes(BLOCK_BYTES);
         let pool = SharedMemoryPool::with_options(&card.device, options)?;
         let models = (0..models).map(|model| {
             let name = model.to_string();

@@ -29,10 +29,7 @@ impl Scene {
     fn new(limit_pages: usize, options: EngineOptions) -> Self {
         let world = World::new(true);
         let engine = options.limit_bytes(limit(limit_pages));
-        let options = SharedPoolOptions {
-            engine,
-            page_bytes: Some(PAGE),
-        };
+        let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
         let pool = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
         for model in ["holds", "wants"] {
             pool.register_model(model, 8 * PAGE).expect("a new name");

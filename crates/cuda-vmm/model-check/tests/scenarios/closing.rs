@@ -31,10 +31,8 @@ fn drop_while_another_allocates(new_driver: bool, mode: WorkerMode) {
 /// A model goes while another thread allocates for it: that gets memory which goes with the model, or is told.
 fn unregister_while_another_allocates(mode: WorkerMode) {
     let world = World::new(true);
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new().limit_bytes(8 * PAGE).worker(mode),
-        page_bytes: None,
-    };
+    let options =
+        SharedPoolOptions::new().engine(EngineOptions::new().limit_bytes(8 * PAGE).worker(mode));
     let shared = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
     shared.register_model("model", 8 * PAGE).expect("new");
     let threads = [(); 2].map(|()| {

@@ -54,8 +54,7 @@ impl Relocations {
     /// Hands over what must not be unmapped yet to the device, at the end of the engine; all else is dropped.
     pub(crate) fn abandon(&mut self, device: &Device) {
         for relocation in core::mem::take(&mut self.stranded) {
-            let unfinished = relocation.into_unfinished();
-            device.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
+            device.keep_unfinished(relocation.into_unfinished());
         }
     }
 }

@@ -148,10 +148,9 @@ fn elastic(device: &Device, stream: &Stream) -> Result<Cache> {
         .limit_bytes(limit_bytes)
         .park_bytes_max(limit_bytes)
         .chunk_bytes_max(0);
-    let options = SharedPoolOptions {
-        engine,
-        page_bytes: Some(page_bytes),
-    };
+    let options = SharedPoolOptions::new()
+        .engine(engine)
+        .page_bytes(page_bytes);
     let pool = SharedMemoryPool::with_options(device, options)?;
     let mut options = ModelOptions::new(limit_bytes);
     options.ahead_bytes_max = PAGES_AHEAD * page_bytes;

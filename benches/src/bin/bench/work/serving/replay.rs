@@ -126,10 +126,9 @@ fn elastic(machine: &Machine, limit_bytes: usize) -> Result<(SharedMemoryPool, [
         .limit_bytes(limit_bytes)
         .park_bytes_max(PAGES_PARKED * page_bytes)
         .chunk_bytes_max(0);
-    let options = SharedPoolOptions {
-        engine,
-        page_bytes: Some(page_bytes),
-    };
+    let options = SharedPoolOptions::new()
+        .engine(engine)
+        .page_bytes(page_bytes);
     let pool = SharedMemoryPool::with_options(&machine.device, options)?;
     let mut caches = Vec::with_capacity(MODELS);
     for name in ["model 1", "model 2", "model 3"] {
