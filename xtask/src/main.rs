@@ -4,6 +4,8 @@
 mod architecture;
 mod bench;
 mod ci;
+#[cfg(test)]
+mod circles;
 mod consumers;
 mod display;
 mod documentation;
