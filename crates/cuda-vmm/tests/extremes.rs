@@ -181,7 +181,7 @@ fn take(pool: &SharedMemoryPool, stream: &Stream, step: Step) {
         _ => drop(pool.engine().step()),
     }
     let stats = pool.stats();
-    assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{step:?}");
+    assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{step:?}");
     let snapshot = pool.snapshot();
     let _ = (snapshot.prometheus().len(), model.owed_bytes());
     let _ = (

@@ -340,7 +340,7 @@ fn run(
             Operation::Compact => {
                 let outcome = pools.own.as_mut().map(|own| own.compact());
                 if let (Some(Ok(report)), Some(own)) = (&outcome, &pools.own) {
-                    prop_assert_eq!(report.skipped_bytes, own.stats().slack_bytes);
+                    prop_assert_eq!(report.skipped_bytes, own.stats().parts.slack_bytes);
                 }
                 prop_assert!(
                     !matches!(outcome, Some(Err(_))) || faulty,
@@ -356,7 +356,7 @@ fn run(
         }
         let stats = pools.shared.stats();
         prop_assert_eq!(
-            stats.parts_bytes(),
+            stats.parts.total_bytes(),
             stats.committed_bytes,
             "{}: {}",
             what,
@@ -364,13 +364,14 @@ fn run(
         );
         // What two faults have stranded is live, but in quarantine.
         let stranded_bytes = if compacts && faulty {
-            stats.quarantined_bytes
+            stats.parts.quarantined_bytes
         } else {
             0
         };
         let live_bytes = model.all_live_pages() * PAGE;
         prop_assert!(
-            stats.live_bytes <= live_bytes && live_bytes <= stats.live_bytes + stranded_bytes,
+            stats.parts.live_page_bytes <= live_bytes
+                && live_bytes <= stats.parts.live_page_bytes + stranded_bytes,
             "{what}: {stats}"
         );
         prop_assert!(
@@ -394,8 +395,14 @@ fn run(
             }
             device.retry_quarantine();
             let stats = pools.shared.stats();
-            prop_assert_eq!(stats.quarantined_bytes, 0, "{}: {}", what, stats);
-            prop_assert_eq!(stats.live_bytes, live_bytes, "{}: {}", what, stats);
+            prop_assert_eq!(stats.parts.quarantined_bytes, 0, "{}: {}", what, stats);
+            prop_assert_eq!(
+                stats.parts.live_page_bytes,
+                live_bytes,
+                "{}: {}",
+                what,
+                stats
+            );
         }
     }
     simulator.clear_faults();

@@ -36,7 +36,7 @@ pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
 
 /// Waits until all freed memory is parked.
 fn settle(pool: &SharedMemoryPool) {
-    while pool.stats().retiring_bytes > 0 {
+    while pool.stats().parts.retiring_bytes > 0 {
         pool.engine().step();
         std::thread::yield_now();
     }
@@ -59,7 +59,7 @@ fn candle_that_runs_out_is_relieved_with_what_a_pool_keeps() {
     );
     let given_bytes = pool.relieve(wanted_bytes);
     assert!(given_bytes >= wanted_bytes, "{given_bytes}");
-    let parked_bytes = pool.stats().parked_bytes;
+    let parked_bytes = pool.stats().parts.parked_bytes;
     assert!(parked_bytes > 0, "not more than was asked for");
     let taken = take(&candle, wanted_bytes).unwrap();
     drop(taken);

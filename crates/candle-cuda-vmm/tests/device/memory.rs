@@ -93,7 +93,7 @@ fn compact_returns_slack_and_keeps_the_bytes() {
         assert!(Instant::now() < deadline, "{stats}");
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(pool.detailed_stats().slack_bytes, 0);
+    assert_eq!(pool.detailed_stats().parts.slack_bytes, 0);
     assert_eq!(pool.physical_memory_usage(), 16 * page());
     for kept in (0..256).step_by(16) {
         expect_pattern(&stream, base + kept * page(), kept, page());

@@ -334,14 +334,17 @@ fn the_parts_of_the_detailed_numbers_add_up() {
         .unwrap();
     let stats = pool.detailed_stats();
     assert_eq!(stats.limit_bytes, LIMIT);
-    assert_eq!(stats.live_bytes, pool.global_stats().physical_usage);
     assert_eq!(
-        stats.live_bytes
-            + stats.slack_bytes
-            + stats.filling_bytes
-            + stats.retiring_bytes
-            + stats.parked_bytes
-            + stats.quarantined_bytes,
+        stats.parts.live_page_bytes,
+        pool.global_stats().physical_usage
+    );
+    assert_eq!(
+        stats.parts.live_page_bytes
+            + stats.parts.slack_bytes
+            + stats.parts.filling_bytes
+            + stats.parts.retiring_bytes
+            + stats.parts.parked_bytes
+            + stats.parts.quarantined_bytes,
         stats.committed_bytes
     );
     assert!(!stats.to_string().is_empty());

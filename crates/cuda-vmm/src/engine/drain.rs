@@ -18,9 +18,9 @@ use super::books::pages::Contents;
 use super::range::Range;
 use super::ranges::RangeGuard;
 use super::retire::Until;
-use super::{AtWork, EngineStats, Inner, Locked, RangeId, State};
+use super::{AtWork, Inner, Locked, RangeId, State};
 use crate::sync::Arc;
-use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
+use crate::{CloseError, Mapping, MemoryParts, PhysicalMemory, Result, Stream};
 
 /// A chunk that is draining, in the hands of the thread that gives it back.
 pub(super) struct Drained {
@@ -189,7 +189,7 @@ impl Inner {
     pub(super) fn give_up(
         self: &Arc<Self>,
         only: Option<RangeId>,
-        enough: impl Fn(&EngineStats) -> bool,
+        enough: impl Fn(&MemoryParts) -> bool,
     ) -> (usize, Result<()>) {
         let (mut given_bytes, mut outcome) = (0, Ok(()));
         loop {

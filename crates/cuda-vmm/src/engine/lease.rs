@@ -2,11 +2,11 @@
 
 use super::books::intervals::Intervals;
 use super::range::Range;
-use super::{AtWork, Handle, Inner, Parts};
+use super::{AtWork, Handle, Inner};
 use crate::foreign::{self, Foreign};
 use crate::sync::Arc;
 use crate::sync::thread::{self, ThreadId};
-use crate::{Result, VmmError};
+use crate::{MemoryParts, Result, VmmError};
 use core::{fmt, ops};
 
 /// Tells whether leased memory can still be used; see [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
@@ -239,12 +239,12 @@ impl Range {
     }
 
     /// What its pages are.
-    pub(super) fn parts(&self) -> Parts {
+    pub(super) fn parts(&self) -> MemoryParts {
         let mut parts = self.pages.parts();
         if self.waits_for_leases() {
             parts.leased_bytes =
                 self.leases.pages(self.pages.live(), self.page_bytes) * self.page_bytes;
-            parts.live_bytes -= parts.leased_bytes;
+            parts.live_page_bytes -= parts.leased_bytes;
         }
         parts
     }

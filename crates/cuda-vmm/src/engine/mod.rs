@@ -28,7 +28,6 @@ mod worker;
 
 pub use books::counters::{EngineCounters, PoolCounters};
 pub(crate) use books::ledger::Quota;
-pub(crate) use books::pages::Parts;
 pub use compact::CompactReport;
 pub use lease::LeaseToken;
 pub use options::{EngineOptions, PoolOptions};
@@ -37,7 +36,7 @@ pub use pin::GraphPin;
 pub(crate) use range::{Place, RangeStats};
 pub(crate) use ranges::{Handle, RangeId};
 pub(crate) use snapshot::Look;
-pub use stats::{EngineStats, MemoryParts, StepReport};
+pub use stats::{EngineStats, StepReport};
 pub(crate) use waiting::Patience;
 pub use worker::WorkerMode;
 
@@ -45,7 +44,9 @@ use crate::process::Process;
 use crate::sync::atomic::{AtomicBool, AtomicUsize};
 use crate::sync::{Apart, Arc, Condvar, Mutex, PoisonError, Weak};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
-use crate::{CaptureGuard, Device, PhysicalMemory, QuotaConflict, Result, Stream, VmmError};
+use crate::{
+    CaptureGuard, Device, MemoryParts, PhysicalMemory, QuotaConflict, Result, Stream, VmmError,
+};
 use at_work::AtWork;
 use books::cache::Cache;
 use books::ledger::{AccountId, Ledger};
@@ -126,41 +127,35 @@ impl State {
         any
     }
 
-    fn parts(&self) -> EngineStats {
-        self.parts_seen(|_, _| ())
+    /// What is committed, by what it is.
+    fn parts(&self) -> MemoryParts {
+        self.stats_seen(|_, _| ()).parts
     }
 
-    /// What it all is, and a look at each range in the same moment: a range's memory may change from one part to another
+    /// The numbers, and a look at each range in the same moment: a range's memory may change from one part to another
     /// under the range's lock alone.
-    fn parts_seen(&self, mut see: impl FnMut(RangeId, &range::Range)) -> EngineStats {
-        let mut stats = EngineStats {
-            committed_bytes: self.ledger.committed_bytes(),
-            ranges: self.ranges.len(),
-            cached_bytes: self.cache.bytes(),
+    fn stats_seen(&self, mut see: impl FnMut(RangeId, &range::Range)) -> EngineStats {
+        let unreleased = self.unreleased.iter().map(|(_, memory)| memory.bytes());
+        let mut parts = MemoryParts {
+            filling_bytes: self.relocations.moving_bytes(None),
             retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
-            quarantined_bytes: self
-                .unreleased
-                .iter()
-                .map(|(_, memory)| memory.bytes())
-                .sum(),
-            ..EngineStats::default()
+            cached_bytes: self.cache.bytes(),
+            quarantined_bytes: unreleased.sum::<usize>() + self.relocations.quarantined_bytes(None),
+            ..MemoryParts::default()
         };
-        stats.filling_bytes = self.relocations.moving_bytes(None);
-        stats.quarantined_bytes += self.relocations.quarantined_bytes(None);
+        let mut chunks = 0;
         for (id, range) in self.ranges.iter() {
             see(id, &range);
-            let parts = range.parts();
-            stats.live_bytes += parts.live_bytes;
-            stats.leased_bytes += parts.leased_bytes;
-            stats.slack_bytes += parts.slack_bytes;
-            stats.filling_bytes += parts.filling_bytes;
-            stats.retiring_bytes += parts.retiring_bytes;
-            stats.parked_bytes += parts.parked_bytes;
-            stats.ahead_bytes += parts.ahead_bytes;
-            stats.quarantined_bytes += parts.quarantined_bytes;
-            stats.chunks += range.pages.chunks();
+            parts += range.parts();
+            chunks += range.pages.chunks();
         }
-        stats
+        EngineStats {
+            limit_bytes: 0,
+            committed_bytes: self.ledger.committed_bytes(),
+            parts,
+            ranges: self.ranges.len(),
+            chunks,
+        }
     }
 }
 
@@ -247,7 +242,7 @@ impl Engine {
     pub fn stats(&self) -> EngineStats {
         // In a forked process the lock may be held for good.
         let mut stats = match self.1.check() {
-            Ok(()) => self.0.lock().parts(),
+            Ok(()) => self.0.lock().stats_seen(|_, _| ()),
             Err(_) => EngineStats::default(),
         };
         stats.limit_bytes = self.0.limit_bytes;
@@ -297,7 +292,7 @@ impl Engine {
         self.1.check()?;
         self.0.poll();
         let retried_bytes = self.0.retry(&Which::All);
-        let (given_bytes, outcome) = self.0.give_up(None, |stats| stats.committed_bytes <= bytes);
+        let (given_bytes, outcome) = self.0.give_up(None, |parts| parts.total_bytes() <= bytes);
         outcome.map(|()| retried_bytes + given_bytes)
     }
 }

@@ -10,13 +10,11 @@ use super::relief::Relief;
 use super::retire::Until;
 use super::users::Users;
 use super::waiting;
-use super::{
-    AtWork, Handle, Inner, Owed, Parts, Patience, PoolCounters, PoolOptions, RangeId, State,
-};
+use super::{AtWork, Handle, Inner, Owed, Patience, PoolCounters, PoolOptions, RangeId, State};
 use crate::size::{Extent, check_page_bytes};
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
-use crate::{Access, Device, Mapping, Reservation, Result, Stream, VmmError};
+use crate::{Access, Device, Mapping, MemoryParts, Reservation, Result, Stream, VmmError};
 use std::collections::BTreeMap;
 
 #[derive(Debug)]
@@ -80,7 +78,7 @@ pub(crate) enum Place {
 /// Numbers of one range, taken in one moment.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RangeStats {
-    pub(crate) parts: Parts,
+    pub(crate) parts: MemoryParts,
     pub(crate) live_bytes: usize,
     pub(crate) live_pages: usize,
     pub(crate) committed_bytes: usize,

@@ -35,7 +35,7 @@ impl Inner {
 impl State {
     pub(super) fn look(&self) -> Look {
         let (mut counters, mut ranges) = (self.counters, Vec::new());
-        let stats = self.parts_seen(|id, range| {
+        let stats = self.stats_seen(|id, range| {
             counters.ranges.add(&range.counters);
             if !range.closed {
                 ranges.push((id, self.range_stats(range)));

@@ -149,9 +149,9 @@ fn a_device_that_is_really_full_refuses_and_loses_nothing() {
         assert!(error.is_out_of_memory() && error.is_later());
         assert!(before - live < 2 * GIB, "{live} of {before} bytes were had");
         let stats = engine.stats();
-        assert_eq!(stats.live_bytes, live);
+        assert_eq!(stats.parts.live_page_bytes, live);
         assert_eq!(stats.committed_bytes, live);
-        assert_eq!(stats.parts_bytes(), live);
+        assert_eq!(stats.parts.total_bytes(), live);
         assert_eq!(pool.physical_memory_usage(), live);
         assert!(!pool.is_mapped(live, 1));
         let full = device.free_bytes().expect("a number");

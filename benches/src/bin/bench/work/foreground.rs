@@ -31,7 +31,7 @@ fn one_page(machine: &Machine, pool: &VirtualMemoryPool) -> Result<Duration> {
     pool.deallocate(0, page_bytes)?;
     machine.stream.synchronize()?;
     until(pool.engine(), "the page to go back", |stats| {
-        Ok(stats.retiring_bytes + stats.parked_bytes == 0)
+        Ok(stats.parts.retiring_bytes + stats.parts.parked_bytes == 0)
     })?;
     Ok(elapsed)
 }
@@ -74,16 +74,16 @@ impl Other<'_> {
                 self.begin()?;
             }
             watch(self.engine, "memory to be made ahead", |stats| {
-                stats.filling_bytes == 0 && stats.ahead_bytes > 0
+                stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes > 0
             })?;
             let pool = self.pool.as_ref().context("no range")?;
             pool.allocate(self.end, ahead_bytes)?;
             self.end += ahead_bytes;
             watch(self.engine, "the thread to begin", |stats| {
-                let there = stats.ahead_bytes + stats.slack_bytes;
-                stats.filling_bytes > 0 || there >= ahead_bytes
+                let there = stats.parts.ahead_bytes + stats.parts.slack_bytes;
+                stats.parts.filling_bytes > 0 || there >= ahead_bytes
             })?;
-            if self.engine.stats().filling_bytes > 0 {
+            if self.engine.stats().parts.filling_bytes > 0 {
                 return Ok(());
             }
         }

@@ -106,7 +106,7 @@ impl Ranges {
             // A page less for each range whose first page was made ahead before it was taken: so little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
                 let least_bytes = ranges * (PAGES_AHEAD - 1) * page_bytes;
-                stats.filling_bytes == 0 && stats.ahead_bytes >= least_bytes
+                stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes >= least_bytes
             })?;
         }
         Ok(Self {

@@ -94,7 +94,7 @@ fn measure_filled(machine: &Machine) -> Result<Outcome> {
         let pool = machine.pool(options, limit_bytes)?;
         let (before, after) = fill(&pool)?;
         ensure!(
-            before.live_bytes == after.live_bytes,
+            before.parts.live_page_bytes == after.parts.live_page_bytes,
             "what was live before the failure is not live after it"
         );
         lost_bytes = lost_bytes.max(after.committed_bytes.saturating_sub(before.committed_bytes));

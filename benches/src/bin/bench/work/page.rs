@@ -52,7 +52,7 @@ fn measure_cached(machine: &Machine) -> Result<Outcome> {
         pool.deallocate(0, page_bytes)?;
         machine.stream.synchronize()?;
         until(pool.engine(), "the handle to reach the cache", |stats| {
-            Ok(stats.cached_bytes >= page_bytes)
+            Ok(stats.parts.cached_bytes >= page_bytes)
         })?;
         Ok(elapsed)
     });
@@ -129,7 +129,7 @@ impl Parked {
         }
         self.stream.synchronize()?;
         until(self.pool.engine(), "pages to be parked", |stats| {
-            Ok(stats.parked_bytes == PAGES * page_bytes)
+            Ok(stats.parts.parked_bytes == PAGES * page_bytes)
         })
     }
 }

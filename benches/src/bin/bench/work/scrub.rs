@@ -43,7 +43,7 @@ fn measure(machine: &Machine) -> Result<Outcome> {
         let started = Instant::now();
         pool.deallocate(0, bytes)?;
         until(pool.engine(), "memory to go where it goes", |stats| {
-            Ok(stats.committed_bytes == kept_bytes && stats.cached_bytes == kept_bytes)
+            Ok(stats.committed_bytes == kept_bytes && stats.parts.cached_bytes == kept_bytes)
         })?;
         Ok(started.elapsed())
     };

@@ -30,8 +30,8 @@ const BYTES: usize = 2 << 30;
 /// The slack of a range and what is allowed for it, in bytes.
 fn slack(pool: &VirtualMemoryPool) -> (f64, f64) {
     let stats = pool.stats();
-    let allowed_bytes = stats.live_page_bytes as f64 / 8.0 + stats.page_bytes as f64;
-    (stats.slack_bytes as f64, allowed_bytes)
+    let allowed_bytes = stats.parts.live_page_bytes as f64 / 8.0 + stats.page_bytes as f64;
+    (stats.parts.slack_bytes as f64, allowed_bytes)
 }
 
 fn measure(machine: &Machine) -> Result<Outcome> {

@@ -74,7 +74,7 @@ fn explore_both(scenario: fn(WorkerMode)) {
 
 /// Steps until what was freed is parked.
 fn park(scene: &Scene) {
-    while scene.holds.stats().retiring_bytes > 0 {
+    while scene.holds.stats().parts.retiring_bytes > 0 {
         scene.pool.engine().step();
         thread::yield_now();
     }
@@ -265,7 +265,7 @@ fn slack_is_given_back_by_a_compaction() {
         let large = scene.pool.model("large").expect("registered");
         large.allocate(0, 16 * PAGE).expect("room");
         large.deallocate(PAGE, PAGE).expect("live");
-        assert_eq!(large.stats().slack_bytes, PAGE);
+        assert_eq!(large.stats().parts.slack_bytes, PAGE);
         let waits = scene.wait_for(2);
         // SAFETY: nothing was launched.
         unsafe { scene.pool.compact_model("large") }.expect("no call fails");

@@ -138,7 +138,7 @@ fn pool_and_pin_of_parked_memory_go() {
     let address = pool.allocate(0, PAGE).expect("room");
     let pin = pool.pin_for_graph(0, PAGE).expect("live");
     pool.deallocate(0, PAGE).expect("live");
-    while engine.stats().parked_bytes == 0 {
+    while engine.stats().parts.parked_bytes == 0 {
         engine.step();
         thread::yield_now();
     }

@@ -104,16 +104,19 @@ impl BlockMemory {
             return Ok(());
         }
         let stats = self.engine.stats();
-        let used_bytes =
-            stats.live_bytes + stats.slack_bytes + stats.filling_bytes + stats.quarantined_bytes;
+        let parts = stats.parts;
+        let used_bytes = parts.live_page_bytes
+            + parts.slack_bytes
+            + parts.filling_bytes
+            + parts.quarantined_bytes;
         if asked_bytes <= stats.limit_bytes.saturating_sub(used_bytes) {
             return Ok(());
         }
         Err(VmmError::OutOfPhysicalMemory {
             asked_bytes,
             free_bytes: stats.limit_bytes.saturating_sub(stats.committed_bytes),
-            retiring_bytes: stats.retiring_bytes,
-            reclaimable_bytes: stats.parked_bytes + stats.ahead_bytes + stats.cached_bytes,
+            retiring_bytes: parts.retiring_bytes,
+            reclaimable_bytes: parts.reclaimable_bytes(),
             limit_bytes: stats.limit_bytes,
         })
     }

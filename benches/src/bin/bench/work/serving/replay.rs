@@ -107,10 +107,10 @@ fn print_moments(moments: &[Moment]) {
         let mut row = vec![format!("{at_s:.0}")];
         row.extend([
             mib(engine.committed_bytes),
-            mib(engine.live_bytes),
-            mib(engine.retiring_bytes),
-            mib(engine.parked_bytes),
-            mib(engine.ahead_bytes),
+            mib(engine.parts.live_page_bytes),
+            mib(engine.parts.retiring_bytes),
+            mib(engine.parts.parked_bytes),
+            mib(engine.parts.ahead_bytes),
         ]);
         row.extend(used_bytes.map(mib));
         table.add_row(row);
