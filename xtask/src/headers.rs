@@ -1,7 +1,7 @@
 //! `headers`: the bindings, built and tested against each version of the CUDA headers.
 
 use crate::workspace::Workspace;
-use crate::{display, machine, setup, tests};
+use crate::{display, setup, tests};
 use anyhow::{Result, ensure};
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let mut failures = Vec::new();
     for (version, key) in VERSIONS {
         let folder = setup::ensure_headers(workspace, version, key)?;
-        let defined = machine::cuda_version(&folder.join("include"));
+        let defined = setup::cuda_version(&folder.join("include"));
         let started = Instant::now();
         eprintln!("xtask: CUDA {version}: building and testing");
         let test = workspace.cargo("test --package cuda-vmm-sys --target-dir");

@@ -48,9 +48,13 @@ fn allowed(text: &str) -> Result<BTreeSet<&str>> {
 /// What these packages need when they are built and when they run on any machine, with themselves: the name, the version,
 /// whence it comes if that is no registry, and its licence behind a bar.
 fn dependencies(workspace: &Workspace, names: &[&str]) -> Result<BTreeSet<String>> {
-    let packages = names.iter().flat_map(|name| ["--package", name]);
-    let arguments = ["--all-features", "--target", "all", "--format", "{p}|{l}"];
-    workspace.tree(arguments.into_iter().chain(packages))
+    let packages: String = names
+        .iter()
+        .map(|name| format!(" --package {name}"))
+        .collect();
+    workspace.tree(&format!(
+        "--all-features --target all --format {{p}}|{{l}}{packages}"
+    ))
 }
 
 /// What is wrong with a line of [`dependencies`].

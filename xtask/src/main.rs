@@ -11,7 +11,6 @@ mod files;
 mod gpu_test;
 mod headers;
 mod licences;
-mod machine;
 mod package;
 mod setup;
 mod tests;
