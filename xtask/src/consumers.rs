@@ -14,7 +14,6 @@ use std::path::Path;
 /// What the machine has that builds a consumer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Machine {
-    /// What this one has.
     Own,
     /// Rust and a linker: no header, no libclang, no C compiler.
     Bare,
@@ -92,7 +91,6 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Makes a consumer's folder of its template.
 fn prepare(workspace: &Workspace, name: &str, folder: &Path, packages: &Path) -> Result<()> {
     let libraries = package::libraries(workspace)?;
     let library = libraries.first().context("there is no library crate")?;

@@ -11,14 +11,12 @@ use xshell::{Cmd, Shell};
 pub struct Workspace {
     /// Runs commands in the checkout.
     pub shell: Shell,
-    /// The folder of the workspace's `Cargo.toml`.
     pub root: PathBuf,
     /// The target folder, as cargo itself names it.
     pub target: PathBuf,
 }
 
 impl Workspace {
-    /// Asks cargo.
     pub fn find() -> Result<Self> {
         let own = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
@@ -61,7 +59,6 @@ impl Workspace {
         Ok(command)
     }
 
-    /// What `cargo metadata` says.
     pub fn metadata(&self, arguments: &[&str]) -> Result<Value> {
         let command = self.cargo("metadata --format-version 1").quiet();
         let text = command.args(arguments).read()?;

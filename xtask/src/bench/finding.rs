@@ -5,7 +5,6 @@ use serde::Serialize;
 /// What is demanded of a figure.
 #[derive(Clone, Copy, Debug)]
 pub enum Reach {
-    /// Nothing.
     Open,
     /// At most this much; without a figure it is not reached.
     AtMost(f64),
@@ -15,29 +14,21 @@ pub enum Reach {
     AtLeastTimes(f64),
 }
 
-/// A figure and what is demanded of it.
+/// Our figure of something that was done, what it is measured against, and what is demanded of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// What was done.
     pub name: String,
-    /// Our figure.
     pub ours: Option<f64>,
-    /// What it is measured against, if anything.
     pub peer: Option<f64>,
-    /// Ours divided by the peer's.
     pub ratio: Option<f64>,
-    /// What is demanded.
     pub reach: Option<String>,
     /// Whether it is reached; nothing if nothing is demanded.
     pub pass: Option<bool>,
-    /// The unit of both figures.
     pub unit: &'static str,
-    /// What else there is to say.
     pub note: Option<String>,
 }
 
 impl Finding {
-    /// Judges a figure.
     pub fn new(name: &str, unit: &'static str, figures: [Option<f64>; 2], reach: Reach) -> Self {
         let [ours, peer] = figures;
         let ratio = ours.zip(peer).map(|(ours, peer)| ours / peer);
@@ -75,7 +66,6 @@ impl Finding {
         self.pass == Some(false)
     }
 
-    /// The cells of its line in a table.
     pub fn cells(&self) -> [String; 6] {
         let amount = |value: Option<f64>| match value {
             Some(value) if value.fract() == 0.0 => format!("{value} {}", self.unit),

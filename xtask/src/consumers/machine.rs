@@ -19,7 +19,6 @@ const VARIABLES: [&str; 10] = [
     "DOCS_RS",
 ];
 
-/// The environment of a bare machine.
 pub struct Bare {
     /// The only folder of `PATH`: a linker is in it, under names that are not those of C compilers.
     path: PathBuf,
@@ -28,7 +27,6 @@ pub struct Bare {
 }
 
 impl Bare {
-    /// Makes its folder below `base`.
     pub fn make(workspace: &Workspace, base: &Path) -> Result<Self> {
         let shell = &workspace.shell;
         let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
