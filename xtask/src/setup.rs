@@ -188,27 +188,17 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
     Ok(())
 }
 
-/// The pins of `keys` (`name==version`), a line each.
+/// The pins of `keys` (`name==version`), a line each. pip itself refuses one that has no version or no good hash.
 fn requirements(keys: &[&str]) -> Result<String> {
-    let pins = pins();
-    let line = |key: &&str| {
-        let is_it = |pin: &&String| pin.split(' ').next() == Some(key);
-        let pin = pins.iter().find(is_it);
-        let pin = pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
-        Ok(pin.clone() + "\n")
-    };
-    keys.iter().map(line).collect()
-}
-
-/// All pins: `name==version` and the hashes. pip itself refuses one that has no version or no good hash.
-fn pins() -> Vec<String> {
-    let text = PINS.replace("\\\n", " ");
-    let lines = text
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
-    lines
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .collect()
+    let mut lines = String::new();
+    for key in keys {
+        let pin = PINS
+            .lines()
+            .find(|line| line.split(' ').next() == Some(key));
+        lines += pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
+        lines += "\n";
+    }
+    Ok(lines)
 }
 
 #[cfg(test)]
@@ -218,21 +208,18 @@ mod unit {
 
     #[test]
     fn the_file_of_pins_holds_every_set_and_each_pin_once_with_version_and_hash() {
-        let (keys, hashes): (Vec<_>, Vec<_>) = pins()
-            .iter()
-            .map(|pin| pin.split_once(' ').unwrap_or((pin, "")))
-            .map(|(key, hashes)| (key.to_owned(), hashes.to_owned()))
-            .unzip();
-        assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), keys.len());
-        for (key, hashes) in keys.iter().zip(&hashes) {
+        let mut keys = BTreeSet::new();
+        let pins = PINS
+            .lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        for (key, hashes) in pins.map(|pin| pin.split_once(' ').unwrap()) {
+            assert!(keys.insert(key), "{key} is there twice");
             let (name, version) = key.split_once("==").unwrap();
             assert!(!name.is_empty() && !version.is_empty(), "{key}");
             for hash in hashes.split(' ') {
                 let digits = hash.strip_prefix("--hash=sha256:").unwrap();
-                assert!(
-                    digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()),
-                    "{key}"
-                );
+                let is_hash = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+                assert!(is_hash && digits.len() == 64, "{key}");
             }
         }
         let headers = crate::headers::VERSIONS.map(|(_, key)| key);
