@@ -16,7 +16,6 @@ mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
-mod machine;
 mod package;
 mod setup;
 mod tests;

@@ -37,9 +37,7 @@ pub fn long(workspace: &Workspace) -> Result<()> {
 /// Sums of the runner's own summary lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Tests that ran and passed.
     pub passed: u64,
-    /// Tests that ran and failed.
     pub failed: u64,
 }
 

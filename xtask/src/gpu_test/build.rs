@@ -16,7 +16,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use xshell::Cmd;
 
-/// The facade's example.
 pub const GENERATE: &str = "generate";
 /// The feature with which Candle has CUDA devices.
 const CUDA: &str = "cuda";
@@ -33,9 +32,7 @@ pub type Other = (&'static str, &'static str, &'static str, &'static str);
 /// What a build says of itself, and a bundle carries along.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The commit, with a mark if files differ from it.
     pub commit: String,
-    /// The Rust compiler.
     pub compiler: String,
     /// The oldest GPUs for which Candle's kernels are built, if they are.
     pub candle_kernels: Option<String>,
@@ -62,14 +59,12 @@ pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Pr
 /// Builds for release, with the pinned CUDA compiler.
 pub struct Builder<'a> {
     pub workspace: &'a Workspace,
-    /// Where it builds.
     pub target: PathBuf,
     /// The oldest GPUs for which it compiles kernels: 90 for 9.0.
     pub compute_cap: u32,
 }
 
 impl Builder<'_> {
-    /// Builds test programs.
     pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
         let mut programs = Programs::new();
         for (package, is_library, features) in [
