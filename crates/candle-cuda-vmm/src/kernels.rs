@@ -1,7 +1,7 @@
 //! The kernels of the folder `kernels`, loaded once for a Candle device.
 //!
-//! The build script makes an image of each file. It holds machine code for the GPU that the build is for, and PTX, from
-//! which the driver makes code for newer GPUs.
+//! The build script makes an image of each file. It holds machine code for the GPU that the build is
+//! for, and PTX, which the driver compiles for newer GPUs.
 
 use candle_core::CudaDevice;
 use candle_core::cuda::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DriverError};
@@ -33,19 +33,23 @@ pub(crate) static SOFTMAX: Image = image!("softmax");
 /// A loaded image.
 struct Loaded {
     name: &'static str,
-    /// The device's. It lives while the device or a tensor of it does.
+    /// The device's stream. It lives while the device or a tensor of it does.
     stream: Weak<CudaStream>,
     module: Arc<CudaModule>,
 }
 
-/// What is loaded. A module keeps its context; those of devices that are gone are unloaded when the next is loaded.
+/// The loaded images.
+///
+/// A module keeps its device's primary context. Modules of devices that are gone are unloaded when
+/// the next image is loaded.
 static LOADED: PerProcess<Mutex<Vec<Loaded>>> = PerProcess::new();
 
 impl Image {
     /// A kernel of this image on a device; loads the image if it is not loaded there.
     ///
     /// # Errors
-    /// If the driver refuses the image, for example because the GPU is older than the build is for. A later call tries again.
+    /// If the driver refuses the image, for example because the GPU is older than the build is for.
+    /// A later call tries again.
     pub(crate) fn function(
         &self,
         device: &CudaDevice,

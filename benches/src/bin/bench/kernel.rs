@@ -9,11 +9,11 @@ use cuda_vmm::{Device, DriverKind, Stream};
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
 
-/// Loads a kernel from PTX for the process's life, and makes the device's context current on this thread. The simulated
-/// driver has no kernels.
+/// Loads a kernel from PTX for the process's life, and makes the device's context current on this
+/// thread. The simulated driver has no kernels.
 ///
-/// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test --cuda` keeps
-/// the two in step.
+/// The PTX is generated from the `.cu` beside it, so that no build needs a CUDA compiler.
+/// `cargo xtask test --cuda` keeps the two in step.
 pub fn load(device: &Device, ptx: &str, name: &CStr) -> Result<Option<CUfunction>> {
     let table = device.driver().table();
     // SAFETY: the device retains its context; the thread has no other that it needs.
