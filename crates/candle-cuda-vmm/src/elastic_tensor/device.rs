@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// A tensor over all rows that fit in the base_rows pages around the current rows, under one lease.
 ///
 /// A view of all rows is a part of it, so making or dropping a view takes no lease and calls no
-/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives
-/// nothing tells whether a part of it lives, so it is dropped before the leases are inspected.
+/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives its
+/// lease cannot end, so it is dropped before leases are inspected.
 #[derive(Debug)]
 struct Base {
     tensor: Tensor,
