@@ -6,10 +6,12 @@
 //! any clone of the driver lives.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "simulator")]
+use crate::VmmError;
 use crate::process::{Here, Opener, PerProcess, Process};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::sys::{self, CUresult, DriverFunction, DriverTable};
-use crate::{DriverError, Result, VmmError};
+use crate::{DriverError, Result};
 use core::any::Any;
 use core::ffi::CStr;
 use core::fmt;
