@@ -21,8 +21,8 @@ mod kernels {
     const VARIABLES: [&str; 5] = ["NVCC", "PATH", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP"];
 
     const REMEDY: &str = "\
-        The feature `cuda` compiles CUDA kernels, as Candle's own does, with nvcc of the CUDA toolkit.\n\
-        Install it, and set NVCC to nvcc, or CUDA_HOME to the toolkit's folder, or put nvcc on PATH.\n\
+        The feature `cuda` compiles kernels, as Candle's does, with nvcc of the CUDA toolkit.\n\
+        Install it, and set NVCC to nvcc, or CUDA_HOME to its folder, or put nvcc on PATH.\n\
         If this machine has no GPU, set CUDA_COMPUTE_CAP to that of the target, for example 90.";
 
     /// Makes `OUT_DIR/NAME.fatbin` of each kernel: machine code for one architecture, and PTX for

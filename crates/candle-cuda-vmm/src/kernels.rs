@@ -1,7 +1,7 @@
 //! The kernels of the folder `kernels`, loaded once for a Candle device.
 //!
-//! The build script makes an image of each file. It holds machine code for the GPU that the build is
-//! for, and PTX, which the driver compiles for newer GPUs.
+//! The build script makes an image of each file. It holds machine code for the GPU that the build
+//! is for, and PTX, which the driver compiles for newer GPUs.
 
 use candle_core::CudaDevice;
 use candle_core::cuda::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DriverError};
