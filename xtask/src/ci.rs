@@ -44,9 +44,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let state = if result.is_ok() { "PASS" } else { "FAIL" };
         eprintln!("xtask: ci: {name}: {state} in {taken}");
         rows.push([name.to_owned(), state.to_owned(), taken]);
-        failure = result
-            .context(format!("ci stopped at the step {name}"))
-            .err();
+        let result = result.context(format!("ci stopped at the step {name}"));
+        failure = result.err();
     }
     println!("{}", display::table(["step", "state", "time"], rows));
     failure.map_or(Ok(()), Err)
