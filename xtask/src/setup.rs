@@ -89,9 +89,8 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
 
 /// The machine's own libclang of version 9 or newer, found just as the build script will find it.
 fn own_libclang() -> Result<Option<String>> {
-    let library = clang_sys::load()
-        .ok()
-        .and_then(|()| clang_sys::get_library());
+    let is_loaded = clang_sys::load().is_ok();
+    let library = clang_sys::get_library().filter(|_| is_loaded);
     let recent = library.filter(|library| library.version() >= Some(clang_sys::Version::V9_0));
     let path = recent.map(|library| library.path().display().to_string());
     // Nothing of it is used here, and unloading can only fail if it was never loaded.
@@ -171,10 +170,10 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
         shell,
         "python3 -m pip install {options...} --target {unpacked} -r {list}"
     );
+    let pip = pip.env("PIP_REQUIRE_VIRTUALENV", "false").ignore_stdout();
     let pip = pip
-        .env("PIP_REQUIRE_VIRTUALENV", "false")
-        .env("PIP_USER", "0");
-    let pip = pip.env("PIP_ROOT_USER_ACTION", "ignore").ignore_stdout();
+        .env("PIP_USER", "0")
+        .env("PIP_ROOT_USER_ACTION", "ignore");
     pip.quiet().run().context(ADVICE)?;
     let mut found = glob::glob(&unpacked.join(place).to_string_lossy())?.flatten();
     let whole = found.find(|path| path.is_dir());
@@ -192,9 +191,8 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
 fn requirements(keys: &[&str]) -> Result<String> {
     let mut lines = String::new();
     for key in keys {
-        let pin = PINS
-            .lines()
-            .find(|line| line.split(' ').next() == Some(key));
+        let mut pins = PINS.lines();
+        let pin = pins.find(|line| line.split(' ').next() == Some(key));
         lines += pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
         lines += "\n";
     }
@@ -209,9 +207,7 @@ mod unit {
     #[test]
     fn the_file_of_pins_holds_every_set_and_each_pin_once_with_version_and_hash() {
         let mut keys = BTreeSet::new();
-        let pins = PINS
-            .lines()
-            .filter(|line| !line.is_empty() && !line.starts_with('#'));
+        let pins = PINS.lines().filter(|line| line.contains("=="));
         for (key, hashes) in pins.map(|pin| pin.split_once(' ').unwrap()) {
             assert!(keys.insert(key), "{key} is there twice");
             let (name, version) = key.split_once("==").unwrap();

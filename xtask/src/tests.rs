@@ -44,9 +44,8 @@ pub struct Counts {
 /// Adds up every `test result:` line of `text`.
 pub fn count(text: &str) -> Counts {
     let mut counts = Counts::default();
-    let results = text
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("test result: "));
+    let lines = text.lines().map(str::trim);
+    let results = lines.filter_map(|line| line.strip_prefix("test result: "));
     for part in results.flat_map(|result| result.split([';', '.'])) {
         match part.trim().split_once(' ') {
             Some((number, "passed")) => counts.passed += number.parse::<u64>().unwrap_or(0),

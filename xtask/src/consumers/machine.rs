@@ -51,10 +51,8 @@ impl Bare {
     pub fn apply<'a>(&self, command: Cmd<'a>) -> Cmd<'a> {
         let command = VARIABLES.split(' ').fold(command, Cmd::env_remove);
         let nowhere = ["CC", "CXX", "LIBCLANG_PATH"].map(|name| (name, "/nothing/is/here"));
-        command
-            .envs(nowhere)
-            .env("PATH", &self.path)
-            .env("RUSTC", &self.rustc)
-            .env(&self.linker_variable, self.path.join("linker"))
+        let command = command.envs(nowhere).env("RUSTC", &self.rustc);
+        let command = command.env(&self.linker_variable, self.path.join("linker"));
+        command.env("PATH", &self.path)
     }
 }

@@ -80,9 +80,6 @@ impl Published {
         let package = packages.find(|it| it["name"] == name && it["version"] == version);
         let package = package.with_context(|| format!("cargo brought no {name} {version}"))?;
         let manifest = Path::new(text(package, "manifest_path"));
-        Ok(manifest
-            .parent()
-            .context("a manifest lies in no folder")?
-            .to_owned())
+        Ok(manifest.with_file_name(""))
     }
 }

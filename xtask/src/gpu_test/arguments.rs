@@ -75,8 +75,7 @@ impl Arguments {
             return Ok(cells);
         }
         Err(Usage(match self.left_out(gpus) {
-            0 => "no row is what --driver, --devices, --sanitize and --only together ask for"
-                .to_owned(),
+            0 => "--driver, --devices, --sanitize and --only together ask for no row".to_owned(),
             count => format!(
                 "the {count} rows asked for need two GPUs and this machine has one; --devices 2 demands them"
             ),
@@ -112,11 +111,8 @@ impl Arguments {
     /// Whether `words` are enough to ask for this cell. Sanitizing takes long: on an axis of which nothing is said, it is done
     /// for one value only.
     fn is_due(&self, cell: &Cell, words: &[String]) -> bool {
-        let said = |value: &str| {
-            words
-                .iter()
-                .any(|word| *word == value || *word == cell.name())
-        };
+        let name = cell.name();
+        let said = |value: &str| words.iter().any(|word| word == value || *word == name);
         let devices =
             cell.devices == 1 || self.devices.is_some() || said(&cell.devices.to_string());
         let page = cell.page_mib == 2 || said(&cell.page());

@@ -7,7 +7,7 @@ use super::stand_ins;
 use crate::bench;
 use crate::setup;
 use crate::tests::FEATURES;
-use crate::workspace::{Workspace, array};
+use crate::workspace::{Workspace, array, text};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -42,9 +42,8 @@ pub struct Manifest {
 
 /// Whether a program that is no test needs the CUDA libraries.
 pub fn needs_libraries(name: &str) -> bool {
-    OTHERS
-        .iter()
-        .any(|other| other.0 == name && other.2 == CUDA)
+    let mut others = OTHERS.iter().filter(|other| other.0 == name);
+    others.any(|other| other.2 == CUDA)
 }
 
 /// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is left to build.
@@ -144,18 +143,15 @@ impl Builder<'_> {
         } else {
             "build"
         };
-        let targets: String = names
-            .iter()
-            .map(|name| format!(" --{kind} {name}"))
-            .collect();
+        let targets = names.iter().map(|name| format!(" --{kind} {name}"));
+        let targets: String = targets.collect();
         let line = format!("{verb} --package {package} --features={features}{targets}");
         let mut build = self.cargo(&line);
         if features == CUDA {
             let facade = format!("build --package {FACADE} --features {CUDA}");
             let messages = messages(self.cargo(&facade))?;
-            let folders = messages
-                .iter()
-                .filter_map(|message| message["out_dir"].as_str());
+            let folders = messages.iter().map(|message| text(message, "out_dir"));
+            let folders = folders.filter(|folder| !folder.is_empty());
             let archives = folders.flat_map(|folder| matching(&format!("{folder}/*.a")));
             let archives = files(&messages, ".rlib").chain(archives).collect();
             let stubs = self.target.join("stubs");
@@ -174,11 +170,9 @@ impl Builder<'_> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
         let path = std::env::join_paths(path).expect("they come from such a variable");
-        let cargo = self
-            .workspace
-            .cargo(line)
-            .args(["--release", "--target-dir"]);
+        let cargo = self.workspace.cargo(line);
         cargo
+            .args(["--release", "--target-dir"])
             .arg(&self.target)
             .env("PATH", path)
             .env("CUDA_HOME", &toolkit)
@@ -219,13 +213,10 @@ fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Resu
 
 /// The files with this ending that cargo tells of.
 fn files(messages: &[Value], ending: &str) -> impl Iterator<Item = PathBuf> {
-    let files = messages
-        .iter()
-        .flat_map(|message| array(&message["filenames"]));
-    let files = files.filter_map(Value::as_str);
-    files
-        .filter(move |file| file.ends_with(ending))
-        .map(PathBuf::from)
+    let files = messages.iter().map(|message| &message["filenames"]);
+    let files = files.flat_map(array).filter_map(Value::as_str);
+    let mine = files.filter(move |file| file.ends_with(ending));
+    mine.map(PathBuf::from)
 }
 
 #[cfg(test)]

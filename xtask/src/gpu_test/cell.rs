@@ -253,10 +253,8 @@ mod tests {
     fn variables(cell: &Cell) -> String {
         let texts = cell.variables(60);
         let texts = texts.iter().map(|(name, value)| format!("{name}={value}"));
-        texts
-            .collect::<Vec<_>>()
-            .join(" ")
-            .replace("CUDA_VMM_TEST_", "")
+        let text = texts.collect::<Vec<_>>().join(" ");
+        text.replace("CUDA_VMM_TEST_", "")
     }
 
     #[test]

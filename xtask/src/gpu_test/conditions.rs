@@ -202,9 +202,9 @@ mod tests {
     fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {
         let folder = tempfile::tempdir().unwrap();
         let folders = ["one", "two"].map(|name| folder.path().join(name));
-        folders
-            .iter()
-            .for_each(|folder| std::fs::create_dir(folder).unwrap());
+        for folder in &folders {
+            std::fs::create_dir(folder).unwrap();
+        }
         for file in ["one/a.so", "two/a.so", "two/b.so"] {
             std::fs::write(folder.path().join(file), "").unwrap();
         }

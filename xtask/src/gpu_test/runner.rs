@@ -125,9 +125,8 @@ impl Runner<'_> {
         row.counts.failed += counts.failed;
         row.log += &format!("==== {} ====\n{text}", program.target);
         let said = complaint.into_iter().chain(summary.map(str::to_owned));
-        Ok(said
-            .map(|said| format!("{}: {said}", program.target))
-            .collect())
+        let said = said.map(|said| format!("{}: {said}", program.target));
+        Ok(said.collect())
     }
 
     fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {
@@ -150,9 +149,8 @@ impl Runner<'_> {
         };
         if cell.driver.is_library() {
             // The dynamic loader writes down what each process opens.
-            command
-                .env("LD_DEBUG", "files")
-                .env("LD_DEBUG_OUTPUT", opened.join("process"));
+            command.env("LD_DEBUG", "files");
+            command.env("LD_DEBUG_OUTPUT", opened.join("process"));
             if cell.suite == Suite::Facade {
                 command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
             }
@@ -165,10 +163,10 @@ impl Runner<'_> {
         let mut drivers = Vec::new();
         for path in files::entries(opened)? {
             let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
-            let opened = text
-                .lines()
-                .filter_map(|line| line.split_once("calling init:"));
-            let libraries = opened.map(|(_, library)| PathBuf::from(library.trim()));
+            let pairs = text.lines().map(|line| line.split_once("calling init:"));
+            let libraries = pairs
+                .flatten()
+                .map(|(_, library)| PathBuf::from(library.trim()));
             let is_driver = |library: &PathBuf| library.to_string_lossy().contains("libcuda.so.1");
             drivers.extend(libraries.filter(is_driver));
         }

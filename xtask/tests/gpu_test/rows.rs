@@ -33,9 +33,8 @@ fn all_rows_passing_is_0_and_the_report_names_the_machine() {
 
 #[test]
 fn the_json_report_has_every_field() {
-    let ran = Fake::new(TWO_GPUS)
-        .run("--only facade,2,32MiB --only real/2/2MiB/-/core")
-        .ends(0);
+    let ran = Fake::new(TWO_GPUS).run("--only facade,2,32MiB --only real/2/2MiB/-/core");
+    let ran = ran.ends(0);
     let machine = &ran.json["machine"];
     let (gpu, commit) = (&machine["gpu"], &machine["commit"]);
     let cuda = (&machine["gpus"], &machine["cuda"]);
@@ -103,9 +102,8 @@ fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
     for program in ["conformance", "faults"] {
         fake.program(&format!("cuda-vmm-{program}"), CLOSED);
     }
-    let ran = fake
-        .run("--driver all --devices 1 --only core,2MiB --only pools,2MiB")
-        .ends(1);
+    let ran = fake.run("--driver all --devices 1 --only core,2MiB --only pools,2MiB");
+    let ran = ran.ends(1);
     for (suite, program) in [("core", "conformance"), ("pools", "faults")] {
         let note = format!("{program}: it did not open the real driver");
         ran.expect(&format!("real/1/2MiB/-/{suite}"), "FAIL", &note);
@@ -142,9 +140,8 @@ fn rows_of_both_drivers_run_side_by_side_and_are_told_in_order() {
          sleep 0.1\ndone\n{BAD}"
     );
     fake.program("cuda-vmm-leaks", &meets);
-    let ran = fake
-        .run("--driver all --devices 1 --only leaks,2MiB --only leaks,16MiB")
-        .ends(0);
+    let ran = fake.run("--driver all --devices 1 --only leaks,2MiB --only leaks,16MiB");
+    let ran = ran.ends(0);
     let names = ran.rows().iter().map(|row| row["name"].as_str().unwrap());
     let expected = ["real/1/2", "real/1/16", "simulated/1/2", "simulated/1/16"];
     let expected = expected.map(|place| format!("{place}MiB/-/leaks"));

@@ -86,8 +86,8 @@ fn sanitized_rows_carry_the_summary() {
         let json = fake.path().join("out/report.json");
         let mut command = fake.command("--sanitize --json");
         command
-            .arg(&json)
-            .env("CUDA_HOME", fake.path().join("toolkit"));
+            .env("CUDA_HOME", fake.path().join("toolkit"))
+            .arg(&json);
         let output = command.output().unwrap();
         let text = std::fs::read_to_string(json).unwrap();
         let report: serde_json::Value = serde_json::from_str(&text).unwrap();
