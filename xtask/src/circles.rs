@@ -19,37 +19,23 @@ const CRATES: [&str; 8] = [
 ];
 
 /// Folders that have circles still, each with the reason.
-const KNOWN: [(&str, &str, &str); 6] = [
+const KNOWN: [(&str, &str, &str); 4] = [
     (
         "crates/cuda-vmm/src",
         "engine",
-        "its books move to a folder of their own",
-    ),
-    (
-        "crates/candle-cuda-vmm/src",
-        "",
-        "a pool makes tensors, and they are made from a pool",
-    ),
-    (
-        "crates/cuda-vmm-sim/src",
-        "",
-        "a subject's file has its part of the state, and its calls on all of it",
+        "a range has the allocations of its engine",
     ),
     (
         "benches/src/bin/bench",
         "",
-        "what is measured is being parted from the machine",
+        "what is measured is in the machine's file",
     ),
     (
         "xtask/src",
         "",
-        "the tasks `bench` and `gpu-test` share the start of a program",
+        "`bench` and `gpu-test` share the start of a program",
     ),
-    (
-        "xtask/src",
-        "gpu_test",
-        "a program says how its cells are run",
-    ),
+    ("xtask/src", "gpu_test", "a runner tells what a row may run"),
 ];
 
 /// Texts by the paths of their modules: `""`, `"pool"`, `"pool::blocks"`.

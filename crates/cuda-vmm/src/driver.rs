@@ -288,7 +288,7 @@ impl Inner {
             }
         };
         crate::events::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
-        Err(DriverError { call, code, name }.into())
+        Err(VmmError::Driver(DriverError { call, code, name }))
     }
 }
 
