@@ -1,8 +1,19 @@
 //! How an engine and a range on it are made.
 
-use super::WorkerMode;
 use super::books::policy::CHUNK_BYTES_MAX;
 use crate::{QuotaConflict, Result, VmmError};
+
+/// Who takes an engine's steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WorkerMode {
+    /// A thread of the engine's own, started when there is first something to do and silent when there
+    /// is not.
+    #[default]
+    Thread,
+    /// Nobody but [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
+    /// tests and simulations, which are deterministic so.
+    Manual,
+}
 
 /// How an engine is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +101,7 @@ impl EngineOptions {
     }
 
     /// Down to how many bytes parked memory is given back once it is too much.
-    pub(super) fn park_low_bytes(&self) -> usize {
+    pub(crate) fn park_low_bytes(&self) -> usize {
         let max_bytes = self.park_bytes_max;
         self.park_bytes_min.unwrap_or(max_bytes - max_bytes / 4)
     }
@@ -163,7 +174,7 @@ impl PoolOptions {
     }
 
     /// Checks that the watermarks hold together.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let what = QuotaConflict::AheadBytesMin;
         check_watermarks(what, self.ahead_bytes_min, self.ahead_bytes_max)
     }

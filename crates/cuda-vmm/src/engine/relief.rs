@@ -1,9 +1,9 @@
 //! Making room where the device has run out of memory: others' allocations beside the pools', and theirs beside others'.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
-use super::refused::Which;
-use super::{Engine, Inner, RangeId};
+use super::books::range_id::RangeId;
+use super::drain::GivenUp;
+use super::inner::{Engine, Inner};
+use super::retry::Which;
 use crate::device::MemoryHolder;
 use crate::foreign;
 use crate::sync::{Arc, thread_local};
@@ -26,14 +26,13 @@ impl Engine {
 
 impl Inner {
     /// Gives so many bytes back to the driver, or what can be spared; returns the bytes that went.
-    pub(super) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
+    pub(crate) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
         self.poll();
         let mut given_bytes = self.retry(&Which::All);
         while given_bytes < bytes {
-            let state = self.lock();
-            match self.give_up_one(state, None) {
-                Some(outcome) => given_bytes += outcome.unwrap_or_default(),
-                None => break,
+            match self.give_up_one(self.state.lock(), None) {
+                GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
+                GivenUp::Nothing(_) => break,
             }
         }
         self.finish_closing();
@@ -52,9 +51,11 @@ impl MemoryHolder for Inner {
 
     /// If the driver refuses, more is not tried.
     fn give_a_piece(self: Arc<Self>) -> bool {
-        let given = self.give_up_one(self.lock(), None);
+        let given = self.give_up_one(self.state.lock(), None);
+        let is_given = matches!(given, GivenUp::Piece(Ok(_)));
+        drop(given);
         self.finish_closing();
-        given.is_some_and(|outcome| outcome.is_ok())
+        is_given
     }
 }
 
@@ -82,7 +83,7 @@ impl<'a> MakingRoom<'a> {
     }
 
     fn count(&self, change: impl FnOnce(&mut usize)) {
-        if let Some(mut range) = self.engine.lock().ranges.get(self.range) {
+        if let Some(mut range) = self.engine.state.lock().ranges.get(self.range) {
             change(&mut range.making_room);
         }
     }
@@ -100,7 +101,7 @@ impl Drop for MakingRoom<'_> {
 /// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes from others what is
 /// missing, and at most a piece more, and two that are short at once do not take everything.
 #[derive(Debug, Default)]
-pub(super) struct Relief {
+pub(crate) struct Relief {
     polled: bool,
     retried: bool,
     others: bool,
@@ -109,12 +110,12 @@ pub(super) struct Relief {
 
 impl Relief {
     /// Whether it was not told yet that the device is short of memory. It is told now.
-    pub(super) fn is_news(&mut self) -> bool {
+    pub(crate) fn is_news(&mut self) -> bool {
         !core::mem::replace(&mut self.is_told, true)
     }
 
     /// The same allocation asks again, some time later: everything may help anew.
-    pub(super) fn begin_again(&mut self) {
+    pub(crate) fn begin_again(&mut self) {
         *self = Self {
             is_told: self.is_told,
             ..Self::default()
@@ -125,7 +126,7 @@ impl Relief {
     ///
     /// First the engine's own spare memory goes, then what the driver refused before, then what other engines of the device
     /// can spare, and last what others in the process do.
-    pub(super) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
+    pub(crate) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
         let device = &engine.device;
         let holders = device.holders();
         let is_own =

@@ -8,10 +8,9 @@ mod ahead;
 mod chunk;
 mod counts;
 mod draining;
-mod relocation;
+pub(crate) mod relocation;
 
 pub(crate) use chunk::{ChunkState, Contents};
-pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
 use super::sorted::{Place, SortedMap};
