@@ -6,12 +6,10 @@
 //! any clone of the driver lives.
 #![allow(unsafe_code)]
 
-#[cfg(feature = "simulator")]
-use crate::VmmError;
 use crate::process::{Here, Opener, PerProcess, Process};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::sys::{self, CUresult, DriverFunction, DriverTable};
-use crate::{DriverError, Result};
+use crate::{DriverError, Result, VmmError};
 use core::any::Any;
 use core::ffi::CStr;
 use core::fmt;
