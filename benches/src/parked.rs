@@ -116,7 +116,7 @@ impl ParkedModels {
         model.deallocate(0, model.capacity_bytes())?;
         self.stream.synchronize()?;
         let started = Instant::now();
-        while model.stats().parked_bytes < model.capacity_bytes() {
+        while model.stats().parts.parked_bytes < model.capacity_bytes() {
             ensure!(started.elapsed() < PATIENCE, "pages are not parked");
             model.engine().step();
         }

@@ -33,10 +33,9 @@ pub fn shared_models(
     sizes: SharedSizes,
     streams: &[Stream],
 ) -> Result<(SharedMemoryPool, Vec<Arc<VirtualMemoryPool>>)> {
-    let options = SharedPoolOptions {
-        engine,
-        page_bytes: Some(sizes.page_bytes),
-    };
+    let options = SharedPoolOptions::new()
+        .engine(engine)
+        .page_bytes(sizes.page_bytes);
     let shared = SharedMemoryPool::with_options(device, options)?;
     let mut models = Vec::with_capacity(streams.len());
     for (number, stream) in streams.iter().enumerate() {

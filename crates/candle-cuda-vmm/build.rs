@@ -21,11 +21,12 @@ mod kernels {
     const VARIABLES: [&str; 5] = ["NVCC", "PATH", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP"];
 
     const REMEDY: &str = "\
-        The feature `cuda` compiles CUDA kernels, as Candle's own does. It needs the CUDA toolkit:\n\
-        install it and set NVCC to its nvcc, or CUDA_HOME to its folder, or put nvcc on PATH.\n\
-        Without a GPU on this machine, set CUDA_COMPUTE_CAP to the target's, such as 90.";
+        The feature `cuda` compiles kernels, as Candle's does, with nvcc of the CUDA toolkit.\n\
+        Install it, and set NVCC to nvcc, or CUDA_HOME to its folder, or put nvcc on PATH.\n\
+        If this machine has no GPU, set CUDA_COMPUTE_CAP to that of the target, for example 90.";
 
-    /// Makes `OUT_DIR/NAME.fatbin` of each kernel: machine code for one architecture, and PTX for all newer ones.
+    /// Makes `OUT_DIR/NAME.fatbin` of each kernel: machine code for one architecture, and PTX for
+    /// all newer ones.
     pub fn compile() -> Result<(), String> {
         for variable in VARIABLES {
             println!("cargo::rerun-if-env-changed={variable}");

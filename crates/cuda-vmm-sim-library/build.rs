@@ -1,4 +1,4 @@
-//! Gives the shared library the name by which programs look for the CUDA driver.
+//! Gives the shared library the CUDA driver's name for the dynamic loader.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -1,6 +1,6 @@
 //! `ci`: every check, in order, until one fails.
 
-use crate::workspace::{Workspace, array};
+use crate::workspace::{Workspace, array, code};
 use crate::{
     consumers, display, documentation, gpu_test, headers, licences, package, setup, tests,
 };
@@ -44,9 +44,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let state = if result.is_ok() { "PASS" } else { "FAIL" };
         eprintln!("xtask: ci: {name}: {state} in {taken}");
         rows.push([name.to_owned(), state.to_owned(), taken]);
-        failure = result
-            .context(format!("ci stopped at the step {name}"))
-            .err();
+        let result = result.context(format!("ci stopped at the step {name}"));
+        failure = result.err();
     }
     println!("{}", display::table(["step", "state", "time"], rows));
     failure.map_or(Ok(()), Err)
@@ -78,11 +77,10 @@ fn gpu_test_without_gpu(workspace: &Workspace) -> Result<()> {
     let file = workspace.target.join("gpu-test/without-gpu.json");
     // As one types it: this program's own file may have been built anew since it was started.
     let command = workspace.cargo("xtask gpu-test --json").arg(&file);
-    let command = command.env_remove("OUT").ignore_status();
-    let status = command.output()?.status;
+    let code = code(&mut command.env_remove("OUT").into())?;
     ensure!(
-        status.code() == Some(2),
-        "gpu-test without a GPU ends with {status}, not with 2"
+        code == 2,
+        "gpu-test without a GPU ends with {code}, not with 2"
     );
     let report = workspace.shell.read_file(&file)?;
     let report: Value = serde_json::from_str(&report).context("gpu-test's report is not JSON")?;

@@ -14,7 +14,6 @@ use std::path::Path;
 /// What the machine has that builds a consumer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Machine {
-    /// What this one has.
     Own,
     /// Rust and a linker: no header, no libclang, no C compiler.
     Bare,
@@ -22,7 +21,8 @@ enum Machine {
 
 use Machine::{Bare, Own};
 
-/// What must be printed of a pool, by the quick start.
+/// What must be printed of a small pool, and of the one of the quick start.
+const SIMULATED: &[&str] = &["allocated: 4194304\n", "deallocated: 0\n"];
 const POOL: &[&str] = &["address: 0x", "allocated: 1073741824\n", "deallocated: 0\n"];
 /// The same, with a cache.
 const ENGINE: &[&str] = &[
@@ -46,12 +46,7 @@ const CONSUMERS: [(&str, Machine, Option<&str>, &[&str]); 8] = [
     ("sys", Own, None, &["driver: "]),
     ("sys-bare", Bare, None, &["driver: "]),
     ("core", Bare, None, &["driver: "]),
-    (
-        "core-simulator",
-        Bare,
-        None,
-        &["allocated: 4194304\n", "deallocated: 0\n"],
-    ),
+    ("core-simulator", Bare, None, SIMULATED),
     ("facade", Bare, None, POOL),
     ("engine", Own, None, ENGINE),
     ("upgrade", Own, Some("simple_usage"), SIMPLE_USAGE),
@@ -73,12 +68,11 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     for (name, machine, example, prints) in CONSUMERS {
         let folder = base.join(name);
         prepare(workspace, name, &folder, &packages)?;
-        let mut command = workspace.cargo("run --quiet --target-dir");
-        command = command.arg(base.join("target")).arg("--manifest-path");
+        let (target, manifest) = (base.join("target"), folder.join("Cargo.toml"));
+        let mut command = workspace.cargo("run --quiet --target-dir").arg(target);
+        command = command.arg("--manifest-path").arg(manifest);
         // Nobody looks at these programs with a debugger.
-        command = command
-            .arg(folder.join("Cargo.toml"))
-            .env("CARGO_PROFILE_DEV_DEBUG", "0");
+        command = command.env("CARGO_PROFILE_DEV_DEBUG", "0");
         if let Some(example) = example {
             published.copy_examples_to(&folder.join("examples"))?;
             command = command.args(["--example", example]);
@@ -97,18 +91,14 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Makes a consumer's folder of its template.
 fn prepare(workspace: &Workspace, name: &str, folder: &Path, packages: &Path) -> Result<()> {
     let libraries = package::libraries(workspace)?;
-    let version = libraries.first().map(|library| text(library, "version"));
+    let library = libraries.first().context("there is no library crate")?;
     workspace.shell.remove_path(folder)?;
     files::copy_tree(&workspace.root.join("xtask/consumers").join(name), folder)?;
-    let manifest = fs::read_to_string(folder.join("Cargo.toml.in"))?
-        .replace(
-            "@VERSION@",
-            version.context("the workspace has no library crate")?,
-        )
-        .replace("@PACKAGES@", &packages.display().to_string());
+    let manifest = fs::read_to_string(folder.join("Cargo.toml.in"))?;
+    let manifest = manifest.replace("@VERSION@", text(library, "version"));
+    let manifest = manifest.replace("@PACKAGES@", &packages.display().to_string());
     fs::write(folder.join("Cargo.toml"), manifest)?;
     // The versions of everything else are those that the workspace is tested with.
     fs::copy(workspace.root.join("Cargo.lock"), folder.join("Cargo.lock"))?;

@@ -9,10 +9,8 @@ pub fn table<const N: usize>(
     rows: impl IntoIterator<Item = [String; N]>,
 ) -> Table {
     let mut table = Table::new();
-    table
-        .load_preset(presets::ASCII_MARKDOWN)
-        .set_header(head)
-        .add_rows(rows);
+    table.load_preset(presets::ASCII_MARKDOWN);
+    table.set_header(head).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -21,6 +19,18 @@ pub fn table<const N: usize>(
 
 /// A duration, to a tenth of a second.
 pub fn time(duration: Duration) -> humantime::FormattedDuration {
-    let tenths = duration.as_millis().div_ceil(100) as u64;
+    let tenths = (duration.as_secs_f64() * 10.0).round() as u64;
     humantime::format_duration(Duration::from_millis(tenths * 100))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_well_around_a_minute() {
+        for (ms, text) in [(1_240, "1s 200ms"), (60_000, "1m"), (185_040, "3m 5s")] {
+            assert_eq!(time(Duration::from_millis(ms)).to_string(), text);
+        }
+    }
 }

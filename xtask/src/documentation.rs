@@ -8,22 +8,13 @@ use std::path::PathBuf;
 
 /// What hosted documentation must say: the package, a page, and its badge.
 const BADGES: [(&str, &str, &str); 3] = [
-    (
-        "cuda-vmm",
-        "cuda_vmm/struct.Driver.html",
-        "Available on <strong>crate feature <code>simulator</code></strong> only.",
-    ),
-    (
-        "candle-cuda-vmm",
-        "candle_cuda_vmm/error/enum.VmmError.html",
-        "Available on <strong>crate feature <code>cuda</code></strong> only.",
-    ),
-    (
-        "candle-cuda-vmm",
-        "candle_cuda_vmm/error/enum.VmmError.html",
-        "id=\"method.from_cuda_result\"",
-    ),
+    ("cuda-vmm", "cuda_vmm/struct.Driver.html", SIMULATOR),
+    ("candle-cuda-vmm", ERROR, CUDA),
+    ("candle-cuda-vmm", ERROR, "id=\"method.from_cuda_result\""),
 ];
+const ERROR: &str = "candle_cuda_vmm/error/enum.VmmError.html";
+const CUDA: &str = "Available on <strong>crate feature <code>cuda</code></strong> only.";
+const SIMULATOR: &str = "Available on <strong>crate feature <code>simulator</code></strong> only.";
 
 /// The documentation of the whole workspace, in which nothing may be amiss.
 pub fn workspace(workspace: &Workspace) -> Result<()> {
@@ -38,9 +29,7 @@ pub fn hosted(workspace: &Workspace) -> Result<()> {
     let rustdoc = unfinished(workspace)?;
     for library in package::libraries(workspace)? {
         let name = text(&library, "name");
-        let mut doc = workspace
-            .cargo("doc --offline --no-deps --package")
-            .arg(name);
+        let mut doc = workspace.cargo(&format!("doc --offline --no-deps --package {name}"));
         let words = &library["metadata"]["docs"]["rs"];
         if words["no-default-features"] == true {
             doc = doc.arg("--no-default-features");
@@ -48,10 +37,8 @@ pub fn hosted(workspace: &Workspace) -> Result<()> {
         for feature in array(&words["features"]) {
             doc = doc.args(["--features", feature.as_str().unwrap_or_default()]);
         }
-        doc.env("DOCS_RS", "1")
-            .env("RUSTDOC", &rustdoc)
-            .env("RUSTDOCFLAGS", "--cfg docsrs -D warnings")
-            .run()?;
+        let doc = doc.env("DOCS_RS", "1").env("RUSTDOC", &rustdoc);
+        doc.env("RUSTDOCFLAGS", "--cfg docsrs -D warnings").run()?;
         for (_, page, badge) in BADGES.iter().filter(|(of, ..)| *of == name) {
             let file = workspace.target.join("doc").join(page);
             let has = fs::read_to_string(&file)?.contains(badge);

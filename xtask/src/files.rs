@@ -4,7 +4,6 @@ use anyhow::Result;
 use fs_err as fs;
 use std::path::{Path, PathBuf};
 
-/// Copies the tree at `from` to `to`.
 pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     fs::create_dir_all(to)?;
     for path in entries(from)? {
@@ -26,17 +25,13 @@ pub fn keep_times(old: &Path, new: &Path) -> Result<()> {
             keep_times(&before, &path)?;
         } else if before.is_file() && fs::read(&before)? == fs::read(&path)? {
             let time = fs::metadata(&before)?.modified()?;
-            fs::OpenOptions::new()
-                .write(true)
-                .open(&path)?
-                .file()
-                .set_modified(time)?;
+            let file = fs::OpenOptions::new().write(true).open(&path)?;
+            file.file().set_modified(time)?;
         }
     }
     Ok(())
 }
 
-/// Lets the file at `path` be run.
 pub fn executable(path: &Path) -> Result<()> {
     #[cfg(unix)]
     fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;

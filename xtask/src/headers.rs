@@ -1,7 +1,7 @@
 //! `headers`: the bindings, built and tested against each version of the CUDA headers.
 
 use crate::workspace::Workspace;
-use crate::{display, machine, setup, tests};
+use crate::{display, setup, tests};
 use anyhow::{Result, ensure};
 use std::time::Instant;
 
@@ -23,7 +23,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let mut failures = Vec::new();
     for (version, key) in VERSIONS {
         let folder = setup::ensure_headers(workspace, version, key)?;
-        let defined = machine::cuda_version(&folder.join("include"));
+        let defined = setup::cuda_version(&folder.join("include"));
         let started = Instant::now();
         eprintln!("xtask: CUDA {version}: building and testing");
         let test = workspace.cargo("test --package cuda-vmm-sys --target-dir");
@@ -36,11 +36,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let counts = tests::count(&text);
         let log = target.join(format!("{version}.log"));
         workspace.shell.write_file(&log, &text)?;
-        let passed = output.status.success()
-            && counts.passed > 0
-            && counts.failed == 0
-            && defined.is_some()
-            && defined == number(version);
+        let has_run = counts.passed > 0 && counts.failed == 0;
+        let is_right = defined.is_some() && defined == number(version);
+        let passed = output.status.success() && has_run && is_right;
         if !passed {
             eprintln!("{text}");
             failures.push(format!("{version} (log: {})", workspace.short(&log)));

@@ -1,4 +1,4 @@
-//! Kernels that are built without a CUDA compiler: those of tests and measuring programs. Their PTX is generated and committed.
+//! The PTX of kernels of tests and measuring programs, which are built without a CUDA compiler.
 
 use crate::setup;
 use crate::workspace::Workspace;
@@ -17,8 +17,9 @@ const SOURCES: [&str; 3] = [
 const COMPILE: [&str; 3] = ["--ptx", "--gpu-architecture=compute_75", "--output-file"];
 const ASSEMBLE: [&str; 2] = ["--gpu-name=sm_75", "--output-file"];
 
-/// A version of PTX that every supported driver reads. The compiler writes its own version, which needs a driver as new.
-/// The assembler refuses instructions that are newer than the version in the file.
+/// A version of PTX that every supported driver reads. The compiler writes its own version, which
+/// needs a driver as new. The assembler refuses instructions that are newer than the file's
+/// version.
 const VERSION: &str = ".version 7.0";
 
 /// Compiles the sources with the pinned toolkit, and updates PTX that differs.

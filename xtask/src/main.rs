@@ -4,6 +4,8 @@
 mod architecture;
 mod bench;
 mod ci;
+#[cfg(test)]
+mod circles;
 mod consumers;
 mod display;
 mod documentation;
@@ -14,7 +16,6 @@ mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
-mod machine;
 mod package;
 mod setup;
 mod tests;

@@ -14,7 +14,7 @@ pub fn folder(workspace: &Workspace) -> PathBuf {
 
 /// What cargo says of every crate of the workspace that may be published.
 pub fn libraries(workspace: &Workspace) -> Result<Vec<Value>> {
-    let metadata = workspace.metadata(["--no-deps"])?;
+    let metadata = workspace.metadata(&["--no-deps"])?;
     // `publish = false` is an empty list of registries.
     let packages = array(&metadata["packages"]);
     let libraries = packages.filter(|package| package["publish"] != Value::Array(Vec::new()));

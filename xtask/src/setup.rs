@@ -1,11 +1,16 @@
 //! Brings what the machine lacks into the set-up folder, as wheels, with the machine's own pip.
 
+use crate::files;
 use crate::workspace::Workspace;
-use crate::{files, machine};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use fs_err as fs;
+use places::Found;
+pub use places::cuda_version;
 use std::path::{Path, PathBuf};
 use xshell::cmd;
+
+#[path = "../../crates/cuda-vmm-sys/build/places.rs"]
+mod places;
 
 /// Every wheel that may be brought, by exact version and hash, in pip's requirements format.
 const PINS: &str = include_str!("../pins.txt");
@@ -29,6 +34,9 @@ const IN_CUDA: &str = "nvidia/*";
 /// The file in a finished folder that says which wheels it was made from.
 const STAMP: &str = ".pins";
 
+/// How pip unpacks exactly the wheels that a list names.
+const PIP: &str = "--quiet --no-input --disable-pip-version-check --no-compile --no-deps \
+                   --only-binary=:all: --require-hashes";
 const ADVICE: &str = "\
     xtask brings what is missing with `python3 -m pip`, which needs no root; `python3 -m pip config list` shows its index.\n\
     Install Python 3 and its pip (for example `apt-get install python3-pip`).\n\
@@ -53,7 +61,7 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
     let libclang = workspace.setup_folder().join("libclang");
     let own = match is_made_from(&libclang, LIBCLANG)? {
         true => None,
-        false => machine::libclang()?,
+        false => own_libclang()?,
     };
     if let Some(path) = own {
         say(format!("libclang: {path}, the machine's own"));
@@ -65,7 +73,7 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
     let toolkit = toolkit_folder(workspace);
     let is_full = is_made_from(&toolkit, TOOLKIT)?;
     let is_enough = is_full || is_made_from(&toolkit, RUNTIME)?;
-    if let Some(found) = machine::headers().filter(|_| !cuda && !is_enough) {
+    if let Some(found) = own_headers().filter(|_| !cuda && !is_enough) {
         for wrong in found.wrong {
             eprintln!("xtask: warning: {wrong}");
         }
@@ -77,6 +85,29 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
         say(format!("CUDA: {}", workspace.short(&toolkit)));
     }
     Ok(())
+}
+
+/// The machine's own libclang of version 9 or newer, found just as the build script will find it.
+fn own_libclang() -> Result<Option<String>> {
+    let is_loaded = clang_sys::load().is_ok();
+    let library = clang_sys::get_library().filter(|_| is_loaded);
+    let recent = library.filter(|library| library.version() >= Some(clang_sys::Version::V9_0));
+    let path = recent.map(|library| library.path().display().to_string());
+    // Nothing of it is used here, and unloading can only fail if it was never loaded.
+    let _ = clang_sys::unload();
+    match std::env::var_os("LIBCLANG_PATH").filter(|_| path.is_none()) {
+        None => Ok(path),
+        Some(path) => bail!(
+            "LIBCLANG_PATH is {}, where no libclang of version 9 or newer is.\n\
+             Unset it, or set it to the folder that holds libclang.so.",
+            path.display()
+        ),
+    }
+}
+
+/// The machine's own include folder with usable CUDA headers, and the variables that name none.
+fn own_headers() -> Option<Found> {
+    places::search(&places::places(|name| std::env::var_os(name), &[])).ok()
 }
 
 /// The folder of another version's headers, brought if it is not there.
@@ -134,28 +165,19 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
     let (list, unpacked) = (work.join("requirements.txt"), work.join("unpacked"));
     shell.write_file(&list, &requirements)?;
     eprintln!("xtask: bringing {}", keys.join(", "));
+    let options = PIP.split(' ');
     let pip = cmd!(
         shell,
-        "python3 -m pip install --quiet --no-input --no-compile"
+        "python3 -m pip install {options...} --target {unpacked} -r {list}"
     );
-    let pip = pip.args(["--disable-pip-version-check", "--no-deps"]);
-    let pip = pip.args(["--only-binary=:all:", "--require-hashes"]);
-    pip.arg("--target")
-        .arg(&unpacked)
-        .arg("--requirement")
-        .arg(&list)
-        .env("PIP_REQUIRE_VIRTUALENV", "false")
+    let pip = pip.env("PIP_REQUIRE_VIRTUALENV", "false").ignore_stdout();
+    let pip = pip
         .env("PIP_USER", "0")
-        .env("PIP_ROOT_USER_ACTION", "ignore")
-        .ignore_stdout()
-        .quiet()
-        .run()
-        .context(ADVICE)?;
-    let found = glob::glob(&unpacked.join(place).to_string_lossy())?;
-    let mut found = found.flatten().filter(|path| path.is_dir());
-    let whole = found
-        .next()
-        .with_context(|| format!("{keys:?} hold no {place}"))?;
+        .env("PIP_ROOT_USER_ACTION", "ignore");
+    pip.quiet().run().context(ADVICE)?;
+    let mut found = glob::glob(&unpacked.join(place).to_string_lossy())?.flatten();
+    let whole = found.find(|path| path.is_dir());
+    let whole = whole.with_context(|| format!("{keys:?} hold no {place}"))?;
     files::keep_times(folder, &whole)?;
     fs::write(whole.join(STAMP), requirements)?;
     shell.remove_path(folder)?;
@@ -165,27 +187,16 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
     Ok(())
 }
 
-/// The pins of `keys` (`name==version`), a line each.
+/// The pins of `keys` (`name==version`), a line each. pip itself refuses one that has no version or no good hash.
 fn requirements(keys: &[&str]) -> Result<String> {
-    let pins = pins();
-    let line = |key: &&str| {
-        let is_it = |pin: &&String| pin.split(' ').next() == Some(key);
-        let pin = pins.iter().find(is_it);
-        let pin = pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
-        Ok(pin.clone() + "\n")
-    };
-    keys.iter().map(line).collect()
-}
-
-/// All pins: `name==version` and the hashes. pip itself refuses one that has no version or no good hash.
-fn pins() -> Vec<String> {
-    let text = PINS.replace("\\\n", " ");
-    let lines = text
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "));
-    lines
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-        .collect()
+    let mut lines = String::new();
+    for key in keys {
+        let mut pins = PINS.lines();
+        let pin = pins.find(|line| line.split(' ').next() == Some(key));
+        lines += pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
+        lines += "\n";
+    }
+    Ok(lines)
 }
 
 #[cfg(test)]
@@ -195,21 +206,16 @@ mod unit {
 
     #[test]
     fn the_file_of_pins_holds_every_set_and_each_pin_once_with_version_and_hash() {
-        let (keys, hashes): (Vec<_>, Vec<_>) = pins()
-            .iter()
-            .map(|pin| pin.split_once(' ').unwrap_or((pin, "")))
-            .map(|(key, hashes)| (key.to_owned(), hashes.to_owned()))
-            .unzip();
-        assert_eq!(keys.iter().collect::<BTreeSet<_>>().len(), keys.len());
-        for (key, hashes) in keys.iter().zip(&hashes) {
+        let mut keys = BTreeSet::new();
+        let pins = PINS.lines().filter(|line| line.contains("=="));
+        for (key, hashes) in pins.map(|pin| pin.split_once(' ').unwrap()) {
+            assert!(keys.insert(key), "{key} is there twice");
             let (name, version) = key.split_once("==").unwrap();
             assert!(!name.is_empty() && !version.is_empty(), "{key}");
             for hash in hashes.split(' ') {
                 let digits = hash.strip_prefix("--hash=sha256:").unwrap();
-                assert!(
-                    digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit()),
-                    "{key}"
-                );
+                let is_hash = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+                assert!(is_hash && digits.len() == 64, "{key}");
             }
         }
         let headers = crate::headers::VERSIONS.map(|(_, key)| key);

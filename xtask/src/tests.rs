@@ -37,18 +37,15 @@ pub fn long(workspace: &Workspace) -> Result<()> {
 /// Sums of the runner's own summary lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Tests that ran and passed.
     pub passed: u64,
-    /// Tests that ran and failed.
     pub failed: u64,
 }
 
 /// Adds up every `test result:` line of `text`.
 pub fn count(text: &str) -> Counts {
     let mut counts = Counts::default();
-    let results = text
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("test result: "));
+    let lines = text.lines().map(str::trim);
+    let results = lines.filter_map(|line| line.strip_prefix("test result: "));
     for part in results.flat_map(|result| result.split([';', '.'])) {
         match part.trim().split_once(' ') {
             Some((number, "passed")) => counts.passed += number.parse::<u64>().unwrap_or(0),

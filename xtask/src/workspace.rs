@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use xshell::{Cmd, Shell};
@@ -12,27 +11,23 @@ use xshell::{Cmd, Shell};
 pub struct Workspace {
     /// Runs commands in the checkout.
     pub shell: Shell,
-    /// The folder of the workspace's `Cargo.toml`.
     pub root: PathBuf,
     /// The target folder, as cargo itself names it.
     pub target: PathBuf,
 }
 
 impl Workspace {
-    /// Asks cargo.
     pub fn find() -> Result<Self> {
         let own = std::env::var_os("CARGO_MANIFEST_DIR")
             .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         let root = own.parent().context("xtask lies in no folder")?.to_owned();
-        let shell = Shell::new()?;
-        shell.change_dir(&root);
-        let target = root.join("target");
         let mut workspace = Self {
-            shell,
+            shell: Shell::new()?,
+            target: root.join("target"),
             root,
-            target,
         };
-        let metadata = workspace.metadata(["--no-deps"])?;
+        workspace.shell.change_dir(&workspace.root);
+        let metadata = workspace.metadata(&["--no-deps"])?;
         workspace.target = text(&metadata, "target_directory").into();
         Ok(workspace)
     }
@@ -50,8 +45,8 @@ impl Workspace {
             let name = name.to_string_lossy();
             name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
         });
-        own.fold(self.shell.cmd(cargo), Cmd::env_remove)
-            .args(line.split_whitespace())
+        let cargo = own.fold(self.shell.cmd(cargo), Cmd::env_remove);
+        cargo.args(line.split_whitespace())
     }
 
     /// A command by which cargo builds a program in release and runs it in the caller's folder: the paths among the arguments
@@ -64,23 +59,16 @@ impl Workspace {
         Ok(command)
     }
 
-    /// What `cargo metadata` says.
-    pub fn metadata<S: AsRef<OsStr>>(
-        &self,
-        arguments: impl IntoIterator<Item = S>,
-    ) -> Result<Value> {
+    pub fn metadata(&self, arguments: &[&str]) -> Result<Value> {
         let command = self.cargo("metadata --format-version 1").quiet();
         let text = command.args(arguments).read()?;
         serde_json::from_str(&text).context("cargo metadata prints no JSON")
     }
 
     /// What packages need when they are built and when they run, as `cargo tree` prints it, each package once.
-    pub fn tree<'a>(
-        &self,
-        arguments: impl IntoIterator<Item = &'a str>,
-    ) -> Result<BTreeSet<String>> {
-        let tree = self.cargo("tree --edges normal,build --prefix none");
-        Ok(packages(&tree.args(arguments).quiet().read()?))
+    pub fn tree(&self, arguments: &str) -> Result<BTreeSet<String>> {
+        let tree = format!("tree --edges normal,build --prefix none {arguments}");
+        Ok(packages(&self.cargo(&tree).quiet().read()?))
     }
 
     /// `path` relative to the checkout if it lies below it.
@@ -99,9 +87,9 @@ fn packages(tree: &str) -> BTreeSet<String> {
 
 /// Runs a program with this one's own input and output, and returns its exit code; it has said itself what went wrong.
 pub fn code(command: &mut Command) -> Result<u8> {
-    let status = command
-        .status()
-        .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+    let program = command.get_program().display().to_string();
+    let status = command.status();
+    let status = status.with_context(|| format!("{program} could not be started"))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.unwrap_or(1))
 }

@@ -1,9 +1,9 @@
 // Appends tokens to the rows of keys and of values, and on demand copies all rows to contiguous
 // outputs.
 //
-// `blockIdx.y` is the side: 0 for keys, 1 for values. One thread copies one piece of 16 bytes of the
-// side's output, or without outputs of its new tokens. A token has `outer` runs of `pieces` pieces.
-// They lie side by side in a row; in an output they are `all` tokens apart.
+// `blockIdx.y` is the side: 0 for keys, 1 for values. One thread copies one piece of 16 bytes of
+// the side's output, or without outputs of its new tokens. A token has `outer` runs of `pieces`
+// pieces. They lie side by side in a row; in an output they are `all` tokens apart.
 
 // Where one side's tokens come from and go.
 struct Side {

@@ -1,8 +1,8 @@
 // The softmax over rows of F32, which writes F32, F16 or BF16.
 //
 // One thread block takes one row, in two passes. In the first each thread keeps the largest of its
-// elements and the sum of the powers relative to it; then the threads of a warp join theirs, then the
-// warps. In the second each thread writes the weights of its elements.
+// elements and the sum of the powers relative to it. Then the threads of a warp join theirs, then
+// the warps. In the second pass each thread writes the weights of its elements.
 //
 // A block has whole warps, at most 1024 threads. All arithmetic is F32.
 #include <cuda_bf16.h>

@@ -1,12 +1,14 @@
-//! Keys and values appended by one launch.
+//! Appends keys and values by one launch.
 //!
-//! A decode step appends one token to each cache of each layer. Two copies for each layer cost more time to launch than to
-//! run, so one kernel lays down both; where answers are to be contiguous it makes them on the way: `kernels/append.cu`.
+//! A decode step appends one token to each cache of each layer. Two copies per layer take longer to
+//! launch than to run, so one kernel, `kernels/append.cu`, writes both. If contiguous outputs are
+//! wanted, the same kernel writes them.
 //!
 //! # Safety
-//! The kernel writes where [`Side`]s say: to rows that are live, in no view and owned by the caller's borrow, and to answers
-//! that were allocated here for exactly what it writes. It reads the tokens that come, whose storage stays borrowed until it
-//! is queued, and rows that are live. All of it is queued on Candle's stream, behind which memory is freed.
+//! The kernel writes to the rows of each [`Side`], which are live, in no view, and owned by the
+//! caller's borrow. It writes to outputs that were allocated here for exactly what it writes. It
+//! reads the new tokens, whose storage stays borrowed until the kernel is queued, and live rows.
+//! All work is queued on Candle's stream, and memory is freed behind that stream.
 #![allow(unsafe_code)]
 
 use crate::error::{Result, VmmError};
@@ -21,24 +23,24 @@ use candle_core::{CudaDevice, Layout, Shape, Storage, Tensor};
 use std::fmt;
 use std::sync::Arc;
 
-/// Threads of a block.
+/// Threads per block.
 const THREADS: u32 = 256;
-/// What a thread copies, in bytes.
+/// Bytes that a thread copies.
 const PIECE: usize = 16;
 
-/// Tokens `[outer…, tokens, run…]` in bytes: what lies before the sequence's dimension is one stride apart, and what lies
-/// behind it one behind the other.
+/// The layout in bytes of tokens `[outer…, tokens, run…]`. The dimensions before the sequence have
+/// one stride, and those after it are contiguous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shaped {
-    tokens: usize,
+struct TokenLayout {
+    count: usize,
     outer: usize,
     run_bytes: usize,
     outer_stride: usize,
     token_stride: usize,
 }
 
-impl Shaped {
-    /// None for tokens that are laid out in another way, or not in whole pieces.
+impl TokenLayout {
+    /// Returns `None` for any other layout, and if a size or an offset is no multiple of 16 bytes.
     fn new(layout: &Layout, dim: usize, element: usize) -> Option<Self> {
         let (dims, strides) = (layout.dims(), layout.stride());
         let mut run = 1;
@@ -61,46 +63,46 @@ impl Shaped {
             0 | 1 => 0,
             _ => strides[dim],
         };
-        let shaped = Self {
-            tokens: dims[dim],
+        let this = Self {
+            count: dims[dim],
             outer,
             run_bytes: run * element,
             outer_stride: outer_stride * element,
             token_stride: token_stride * element,
         };
         let bytes = [
-            shaped.run_bytes,
-            shaped.outer_stride,
-            shaped.token_stride,
+            this.run_bytes,
+            this.outer_stride,
+            this.token_stride,
             layout.start_offset() * element,
         ];
-        (bytes.iter().all(|bytes| bytes % PIECE == 0)).then_some(shaped)
+        (bytes.iter().all(|bytes| bytes % PIECE == 0)).then_some(this)
     }
 }
 
-/// Where one of the two, keys or values, comes from and goes.
+/// One side of an append: keys or values.
 pub(crate) struct Side<'a> {
-    /// The tokens that come.
+    /// The new tokens.
     pub(crate) tokens: &'a Tensor,
-    /// The address of the first row, in live memory for all rows, the new ones included.
+    /// Address of the first row, in live memory for all rows, including the new ones.
     pub(crate) rows: u64,
 }
 
-/// What came of it.
-pub(crate) enum Queued {
-    /// Nothing: it is not for this kernel.
-    Not,
-    /// The rows.
-    Rows,
-    /// The rows, and all keys and values as contiguous tensors.
-    Answers([Tensor; 2]),
+/// The result of an append.
+pub(crate) enum AppendOutcome {
+    /// Nothing was queued: the kernel does not support these tokens.
+    Unsupported,
+    /// The rows were appended.
+    Appended,
+    /// The rows were appended, and copied: all keys and all values, contiguous.
+    Contiguous([Tensor; 2]),
 }
 
-/// Appends keys and values, of one shape and type, on one Candle device.
+/// Appends keys and values of one shape and dtype on one Candle device.
 pub(crate) struct Append {
     device: CudaDevice,
     stream: Arc<CudaStream>,
-    /// None where the driver would not have it.
+    /// `None` if the driver does not load it.
     function: Option<CudaFunction>,
 }
 
@@ -111,7 +113,7 @@ impl fmt::Debug for Append {
 }
 
 impl Append {
-    /// Loads the kernel. Where that fails, nothing is ever queued.
+    /// Loads the kernel. If that fails, `queue` always returns `Unsupported`.
     pub(crate) fn new(device: &CudaDevice) -> Self {
         let function = kernels::APPEND.function(device, "append_tokens");
         let function =
@@ -123,20 +125,21 @@ impl Append {
         }
     }
 
-    /// Queues the copies of both sides' tokens, which are of one shape and type, behind their `old` rows, and of all rows to
-    /// answers where they are wanted: `[outer…, tokens, run…]`, contiguous.
+    /// Queues copies of both sides' new tokens, which have one shape and dtype, behind their `old`
+    /// rows. With `contiguous` it also copies all rows to outputs `[outer…, tokens, run…]`.
     ///
     /// # Safety
-    /// The rows of both sides are live for `old` tokens and those that come, the new ones in no view.
+    /// The rows of both sides are live for the `old` and the new tokens, and no view shows the new
+    /// ones.
     pub(crate) unsafe fn queue(
         &self,
         sides: [Side<'_>; 2],
         dim: usize,
         old: usize,
-        wants_answers: bool,
-    ) -> Result<Queued> {
+        contiguous: bool,
+    ) -> Result<AppendOutcome> {
         let Some(function) = &self.function else {
-            return Ok(Queued::Not);
+            return Ok(AppendOutcome::Unsupported);
         };
         let (device, stream) = (&self.device, &self.stream);
         let [(first, first_layout), (second, second_layout)] =
@@ -144,54 +147,55 @@ impl Append {
         let (Storage::Cuda(first), Storage::Cuda(second)) = (&*first, &*second) else {
             return Err(VmmError::UnsupportedDevice);
         };
-        // Others are copied, in turn with their streams.
+        // Tokens of other streams are copied, ordered with those streams.
         let is_ours =
             |storage: &CudaStorage| storage.device.cuda_stream().cu_stream() == stream.cu_stream();
         if !(is_ours(first) && is_ours(second)) {
-            return Ok(Queued::Not);
+            return Ok(AppendOutcome::Unsupported);
         }
         let dtype = sides[0].tokens.dtype();
         let element = dtype.size_in_bytes();
-        let shapes = [first_layout, second_layout].map(|layout| Shaped::new(layout, dim, element));
+        let shapes =
+            [first_layout, second_layout].map(|layout| TokenLayout::new(layout, dim, element));
         let [Some(keys), Some(values)] = shapes else {
-            return Ok(Queued::Not);
+            return Ok(AppendOutcome::Unsupported);
         };
-        // Without answers the old rows are not touched: the new ones are all there is.
-        let (skipped, old) = if wants_answers { (0, old) } else { (old, 0) };
+        // Without outputs the kernel does not read the old rows, so it only gets the new ones.
+        let (skipped, old) = if contiguous { (0, old) } else { (old, 0) };
         let row_bytes = keys.outer * keys.run_bytes;
-        let all = old + keys.tokens;
+        let all = old + keys.count;
         let total = all * row_bytes / PIECE;
         let counts = [keys.run_bytes / PIECE, all, old, total].map(u32::try_from);
         let [Ok(pieces), Ok(all), Ok(old), Ok(total)] = counts else {
-            return Ok(Queued::Not);
+            return Ok(AppendOutcome::Unsupported);
         };
-        let mut answers = match wants_answers {
+        let mut outputs = match contiguous {
             true => {
                 let mut dims = first_layout.dims().to_vec();
                 dims[dim] = all as usize;
                 let shape = Shape::from(dims);
-                // SAFETY: the kernel writes all of it before anything that is queued later reads it.
-                let answer = || unsafe { device.alloc_uninit(&shape, dtype) };
-                Some((answer()?, answer()?, shape.clone()))
+                // SAFETY: the kernel writes all of it before later work reads it.
+                let output = || unsafe { device.alloc_uninit(&shape, dtype) };
+                Some((output()?, output()?, shape.clone()))
             }
             false => None,
         };
         {
-            let (come_0, _first_read) = address(&first.slice, first_layout, stream, element);
-            let (come_1, _second_read) = address(&second.slice, second_layout, stream, element);
-            if (come_0 | come_1) % PIECE as u64 != 0 {
-                return Ok(Queued::Not);
+            let (tokens_0, _first_read) = address(&first.slice, first_layout, stream, element);
+            let (tokens_1, _second_read) = address(&second.slice, second_layout, stream, element);
+            if (tokens_0 | tokens_1) % PIECE as u64 != 0 {
+                return Ok(AppendOutcome::Unsupported);
             }
             let [row_0, row_1] =
                 [&sides[0], &sides[1]].map(|side| side.rows + (skipped * row_bytes) as u64);
-            let (mut answer_0, mut answer_1) = (0, 0);
+            let (mut output_0, mut output_1) = (0, 0);
             let mut _written = None;
-            if let Some((keys, values, _)) = &mut answers {
+            if let Some((keys, values, _)) = &mut outputs {
                 let (keys, values) = (
                     address_mut(&mut keys.slice, stream),
                     address_mut(&mut values.slice, stream),
                 );
-                (answer_0, answer_1) = (keys.0, values.0);
+                (output_0, output_1) = (keys.0, values.0);
                 _written = Some((keys.1, values.1));
             }
             let [outer_0, token_0] = [keys.outer_stride as u64, keys.token_stride as u64];
@@ -200,14 +204,14 @@ impl Append {
             let mut launch = stream.launch_builder(function);
             launch
                 .arg(&row_0)
-                .arg(&come_0)
-                .arg(&answer_0)
+                .arg(&tokens_0)
+                .arg(&output_0)
                 .arg(&outer_0)
                 .arg(&token_0);
             launch
                 .arg(&row_1)
-                .arg(&come_1)
-                .arg(&answer_1)
+                .arg(&tokens_1)
+                .arg(&output_1)
                 .arg(&outer_1)
                 .arg(&token_1);
             launch
@@ -221,26 +225,28 @@ impl Append {
                 block_dim: (THREADS, 1, 1),
                 shared_mem_bytes: 0,
             };
-            // SAFETY: the parameters are those of the kernel. It reads `come` by the strides of tensors that are borrowed,
-            // and reads and writes `total` pieces of each side's rows and answer: the rows are the caller's promise, the
-            // answers have as many.
+            // SAFETY: the parameters match the kernel's. It reads new tokens by the strides of
+            // borrowed tensors. It reads and writes `total` pieces of each side's rows, which the
+            // caller guarantees, and of its output, which has that size.
             unsafe { launch.launch(config) }.w()?;
         }
-        Ok(match answers {
-            None => Queued::Rows,
-            Some((keys, values, shape)) => Queued::Answers([keys, values].map(|storage| {
-                Tensor::from_storage(
-                    Storage::Cuda(storage),
-                    shape.clone(),
-                    BackpropOp::none(),
-                    false,
-                )
-            })),
+        Ok(match outputs {
+            None => AppendOutcome::Appended,
+            Some((keys, values, shape)) => {
+                AppendOutcome::Contiguous([keys, values].map(|storage| {
+                    Tensor::from_storage(
+                        Storage::Cuda(storage),
+                        shape.clone(),
+                        BackpropOp::none(),
+                        false,
+                    )
+                }))
+            }
         })
     }
 }
 
-/// Where a tensor's first element is.
+/// Returns the address of a tensor's first element.
 fn address<'a>(
     slice: &'a Slice,
     layout: &Layout,
@@ -255,7 +261,7 @@ fn address<'a>(
     (first + (layout.start_offset() * element) as u64, read)
 }
 
-/// Where a slice is, to be written.
+/// Returns the address of a slice, for writing.
 fn address_mut<'a>(slice: &'a mut Slice, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
     macro_rules! addresses {
         ($($dtype:ident)*) => { match slice { $(Slice::$dtype(slice) => slice.device_ptr_mut(stream),)* } };

@@ -51,7 +51,7 @@ pub enum VmmError {
     OutOfPhysicalMemory {
         /// Bytes of physical memory that the request still needed.
         requested: usize,
-        /// Bytes that could have been had at once.
+        /// Bytes that were free.
         available: usize,
     },
 
@@ -62,7 +62,8 @@ pub enum VmmError {
         offset: usize,
         /// Length in bytes.
         size: usize,
-        /// Capacity of the range in bytes; `usize::MAX` where only the overflow is known.
+        /// Capacity of the range in bytes; `usize::MAX` if the end overflows and the range is not
+        /// known.
         capacity: usize,
     },
 
@@ -79,7 +80,7 @@ pub enum VmmError {
     InvalidAlignment {
         /// The value in bytes.
         actual: usize,
-        /// What it must be a multiple of, in bytes; 0 where any power of two would do.
+        /// The required alignment in bytes; 0 if any power of two is valid.
         required: usize,
     },
 
@@ -250,11 +251,11 @@ impl VmmError {
         }
     }
 
-    /// Whether the same call can succeed later, when memory is back
+    /// Returns whether the same call can succeed later, after memory was freed
     /// ([`later_bytes`](Self::later_bytes)).
     ///
     /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this
-    /// returns `true` for it even if the request is larger than the limit: compare `requested` with
+    /// returns `true` for it even if the request exceeds the limit. Compare `requested` with
     /// `global_stats().physical_limit` before you wait.
     pub fn is_later(&self) -> bool {
         match self.cause() {
@@ -264,7 +265,7 @@ impl VmmError {
         }
     }
 
-    /// How many bytes must come back before a later try can succeed; 0 if that is not known.
+    /// Returns how many bytes must be freed before a retry can succeed; 0 if that is not known.
     pub fn later_bytes(&self) -> usize {
         match self.cause() {
             Self::OutOfPhysicalMemory {
@@ -276,15 +277,15 @@ impl VmmError {
         }
     }
 
-    /// Whether the same call fails for good, whatever the program and others do meanwhile.
+    /// Returns whether the same call fails always, whatever happens in between.
     ///
-    /// An error that is neither this nor [`is_later`](Self::is_later) depends on what the program
-    /// does: on bytes that it allocates or frees, and on models. Nothing is known about errors in
-    /// words ([`CudaError`](Self::CudaError), [`Other`](Self::Other)) and about Candle's: those are
-    /// neither.
+    /// If neither this nor [`is_later`](Self::is_later) is `true`, the result depends on what the
+    /// program does: on bytes that it allocates or frees, and on models. Both are `false` for
+    /// errors of which nothing is known: [`CudaError`](Self::CudaError), [`Other`](Self::Other) and
+    /// Candle's.
     pub fn is_never(&self) -> bool {
-        // Without a wildcard, so that each new error is given a thought. A variant that the core
-        // has too is as there.
+        // No wildcard, so that a new variant does not compile until it is listed. Variants of the
+        // core return what the core's return.
         match self.cause() {
             Self::Vmm(error) => error.is_never(),
             Self::CudaError(_)

@@ -1,7 +1,7 @@
-//! The kernels of the folder `kernels`, loaded once for a Candle device.
+//! The kernels of the folder `kernels`, loaded once per Candle device.
 //!
-//! The build script makes an image of each file. It holds machine code for the GPU that the build is for, and PTX, from
-//! which the driver makes code for newer GPUs.
+//! The build script makes an image of each file. An image holds machine code for the GPU that the
+//! build targets, and PTX, which the driver compiles for newer GPUs.
 
 use candle_core::CudaDevice;
 use candle_core::cuda::cudarc::driver::{CudaFunction, CudaModule, CudaStream, DriverError};
@@ -9,7 +9,7 @@ use candle_core::cuda::cudarc::nvrtc::Ptx;
 use cuda_vmm::PerProcess;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// A compiled file.
+/// A compiled file of kernels.
 #[derive(Debug)]
 pub(crate) struct Image {
     name: &'static str,
@@ -30,22 +30,25 @@ pub(crate) static APPEND: Image = image!("append");
 /// The softmax of attention.
 pub(crate) static SOFTMAX: Image = image!("softmax");
 
-/// A loaded image.
+/// An image that is loaded on a device.
 struct Loaded {
     name: &'static str,
-    /// The device's. It lives while the device or a tensor of it does.
+    /// The device's stream. It lives while the device, or a tensor on it, does.
     stream: Weak<CudaStream>,
     module: Arc<CudaModule>,
 }
 
-/// What is loaded. A module keeps its context; those of devices that are gone are unloaded when the next is loaded.
+/// The loaded images. A module keeps its context. Loading an image unloads those of dropped
+/// devices.
 static LOADED: PerProcess<Mutex<Vec<Loaded>>> = PerProcess::new();
 
 impl Image {
-    /// A kernel of this image on a device; loads the image if it is not loaded there.
+    /// Returns a kernel of this image on a device. Loads the image if it is not loaded there
+    /// (`cuModuleLoadData`).
     ///
     /// # Errors
-    /// If the driver refuses the image, for example because the GPU is older than the build is for. A later call tries again.
+    /// The driver's error if it refuses the image, for example because the GPU is older than the
+    /// target. A later call tries again.
     pub(crate) fn function(
         &self,
         device: &CudaDevice,
@@ -63,7 +66,7 @@ impl Image {
         if let Some(loaded) = loaded.iter().find(is_this) {
             return Ok(loaded.module.clone());
         }
-        // The lock is held so that a device has one module of each image.
+        // The lock is held while loading, so that a device has one module of each image.
         loaded.retain(|loaded| loaded.stream.strong_count() > 0);
         let module = (stream.context()).load_module(Ptx::from_binary(self.bytes.to_vec()))?;
         loaded.push(Loaded {

@@ -1,5 +1,5 @@
-//! Pins every public name and signature of 0.1.1: what compiles here compiled there, but for the types
-//! that came from cudarc, which are now those of `cuda_vmm::sys`.
+//! Fixes every public name and signature of 0.1.1: code that compiles here compiled there, except
+//! for the types of cudarc, which are now those of `cuda_vmm::sys`.
 
 use candle_core::Device;
 use candle_cuda_vmm::cuda_ffi::{
@@ -11,7 +11,7 @@ use candle_cuda_vmm::{
 };
 use cuda_vmm::sys;
 
-/// Names a value's type, so that a changed signature does not compile.
+/// States a value's type, so that a changed signature does not compile.
 fn is<T>(_: T) {}
 
 #[test]
@@ -154,7 +154,7 @@ fn the_raw_calls_keep_their_signatures() {
     assert_eq!(flags.map(|flag| flag as i32), [0, 1, 3]);
 }
 
-/// Has no wildcard, so it names every variant there is, and every field.
+/// Has no wildcard, so it names every variant and every field.
 fn describe(error: VmmError) -> String {
     match error {
         VmmError::CudaError(text)
@@ -211,4 +211,31 @@ fn types_cross_threads() {
     crosses::<VirtualAddressRange>();
     fn is_error<E: std::error::Error + Send + Sync + 'static>() {}
     is_error::<VmmError>();
+}
+
+/// Uses the core's types by this crate's names, which a program without the core in its manifest
+/// needs.
+#[test]
+fn the_types_of_the_core_that_signatures_use_are_here() {
+    use candle_cuda_vmm::{
+        BlockBacking, BlockError, BlockId, BlockPin, BlockStats, Driver, ElasticBlocks, Engine,
+        EngineOptions, EngineStats, ModelOptions, ModelQuota, PoolStats, ReclaimPlan, TensorPool,
+        TensorPoolOptions,
+    };
+
+    is::<fn() -> Result<Driver>>(candle_cuda_vmm::device::default_driver);
+    is::<fn(&TensorPool) -> Option<&Engine>>(TensorPool::engine);
+    is::<fn(TensorPoolOptions, EngineOptions) -> TensorPoolOptions>(TensorPoolOptions::engine);
+    is::<fn(&ElasticBlocks, Vec<BlockId>) -> Result<BlockPin>>(ElasticBlocks::pin);
+    is::<fn(&ElasticBlocks, &ReclaimPlan) -> Result<()>>(ElasticBlocks::commit);
+    is::<fn(&ElasticBlocks) -> BlockStats>(ElasticBlocks::stats);
+    is::<fn(&BlockBacking) -> usize>(BlockBacking::backed_prefix);
+    is::<fn(BlockError) -> String>(|error| error.to_string());
+    is::<fn(&mut SharedMemoryPool, &str, ModelOptions) -> Result<()>>(
+        SharedMemoryPool::register_model_with,
+    );
+    is::<fn(&SharedMemoryPool, &str) -> Option<ModelQuota>>(SharedMemoryPool::quota);
+    is::<fn(&SharedMemoryPool) -> EngineStats>(SharedMemoryPool::detailed_stats);
+    is::<fn(&VirtualMemoryPool) -> PoolStats>(VirtualMemoryPool::detailed_stats);
+    is::<fn(&VmmError) -> Option<candle_cuda_vmm::sys::CUresult>>(VmmError::driver_code);
 }

@@ -1,4 +1,4 @@
-//! The shared library that takes the place of a `libcuda.so.1`.
+//! The shared library in place of a `libcuda.so.1`.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -8,11 +8,11 @@ use cuda_vmm_sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, DRIVER_PATH_VARIABLE,
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The library, in the process that the test starts.
+/// The variable with the library's path, in the process that the test starts.
 const LIBRARY: &str = "CUDA_VMM_SIM_TEST_LIBRARY";
 
-/// Builds the library, in the same target folder and profile as this test: for a test alone Cargo does not build a
-/// library that no Rust code can link.
+/// Builds the library in the same target folder and profile as this test. Cargo does not build it
+/// for the test, because Rust code cannot link it.
 fn built() -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
     let release = !cfg!(debug_assertions);
@@ -52,13 +52,13 @@ fn the_library_is_a_driver_for_other_programs() {
 fn use_library(library: &Path) {
     // SAFETY: the simulated driver keeps a driver's contracts.
     let driver = unsafe { cuda_vmm_sys::load_from(library) }.expect("every entry point is found");
-    // The dynamic loader knows the library by its name now, and finds no other.
+    // The dynamic loader has now loaded a library of this name, and finds no other.
     let by_name: DriverTable = cuda_vmm_sys::load().expect("it is called libcuda.so.1");
     assert_eq!(by_name.cuInit as usize, driver.cuInit as usize);
     assert!(driver.cuCtxRecordEvent.is_some());
     macro_rules! call {
         ($name:ident($($argument:expr),*)) => {
-            // SAFETY: the pointers are valid for the call, and the rest are numbers.
+            // SAFETY: the pointers are valid for the call; the other arguments are numbers.
             unsafe { (driver.$name)($($argument),*) }
         };
     }

@@ -12,8 +12,8 @@
     reason = "the driver's functions have as many"
 )]
 
-use crate::capture::{Endpoint, Node};
 use crate::location::{read_kind, write_properties};
+use crate::state::graphs::{Endpoint, Node};
 use crate::state::{DriverResult, State};
 use cuda_vmm_sys::*;
 use std::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};

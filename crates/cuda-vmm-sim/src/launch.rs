@@ -8,10 +8,10 @@
 //! a copy to the host returns when it is complete, as the driver's do (CUDA Driver API, "API
 //! synchronization behavior").
 
-use crate::address_space::AddressSpace;
-use crate::capture::{Endpoint, Node};
+use crate::state::address_space::AddressSpace;
+use crate::state::graphs::{Endpoint, Node};
+use crate::state::streams::Key;
 use crate::state::{DriverResult, Inner, State};
-use crate::stream::Key;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
 

@@ -2,7 +2,6 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 
-mod address_space;
 mod books;
 #[allow(unsafe_code)]
 mod calls;
@@ -13,7 +12,6 @@ mod cost;
 mod device;
 mod error_names;
 mod event;
-mod export;
 mod fault;
 #[allow(unsafe_code)]
 mod host_memory;
@@ -23,7 +21,6 @@ mod launch;
 #[allow(unsafe_code)]
 mod location;
 mod memory;
-mod physical;
 mod simulator;
 #[allow(unsafe_code)]
 mod slot;

@@ -4,7 +4,6 @@
 //! Newer headers have the device number of `CUmemLocation` in an anonymous union. All have the same
 //! layout, two 32-bit fields. So this module reads and writes it by layout and not by field name.
 
-use crate::memory::Properties;
 use crate::state::{DriverResult, State};
 use cuda_vmm_sys::*;
 
@@ -39,6 +38,13 @@ fn device_location(device: usize) -> CUmemLocation {
 pub(crate) struct Descriptor {
     pub(crate) device: usize,
     pub(crate) flags: CUmemAccess_flags,
+}
+
+/// The properties of an allocation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Properties {
+    pub(crate) device: usize,
+    pub(crate) shareable: bool,
 }
 
 impl State {

@@ -1,18 +1,11 @@
 //! The calls on memory, which combine physical memory and addresses.
 
-use crate::address_space::Kind;
-use crate::location::Descriptor;
+use crate::location::{Descriptor, Properties};
+use crate::state::address_space::Kind;
+use crate::state::work::Work;
 use crate::state::{DriverResult, Inner, State};
-use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
-
-/// The properties of an allocation.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Properties {
-    pub(crate) device: usize,
-    pub(crate) shareable: bool,
-}
 
 impl State {
     pub(crate) fn create(&self, bytes: usize, properties: Properties) -> DriverResult<u64> {

@@ -1,8 +1,8 @@
 //! Runs queued work: the streams' threads, and the calls that wait for them.
 
+use crate::state::streams::{Item, Key, Point};
+use crate::state::work::Work;
 use crate::state::{DriverResult, Guard, Inner, State};
-use crate::stream::{Item, Key, Point};
-use crate::work::Work;
 use cuda_vmm_sys::*;
 use std::sync::Arc;
 

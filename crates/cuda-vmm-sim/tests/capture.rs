@@ -1,4 +1,4 @@
-//! Stream capture: what kills one, what does not, and what a graph does when it is launched.
+//! Stream capture: calls that invalidate it, calls that do not, and the work of a launched graph.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -12,13 +12,13 @@ const GLOBAL: CUstreamCaptureMode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 const THREAD_LOCAL: CUstreamCaptureMode = CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
 const RELAXED: CUstreamCaptureMode = CU_STREAM_CAPTURE_MODE_RELAXED;
 
-/// What the calls under test work on.
+/// The objects that the calls under test use.
 #[derive(Clone)]
 struct Scene {
     driver: Driver,
     context: Shared<CUcontext>,
     address: u64,
-    /// A page that is mapped and open.
+    /// Address of a page that is mapped with access.
     mapped: u64,
     plain: u64,
     other: Shared<CUstream>,
@@ -58,7 +58,7 @@ fn begin(driver: &Driver, stream: CUstream, mode: CUstreamCaptureMode) {
     call!(driver, cuStreamBeginCapture(stream, mode)).unwrap();
 }
 
-/// Makes a call while a stream is captured; returns its answer and the capture's.
+/// Makes a call while a stream is captured. Returns the results of the call and of the capture.
 fn during(
     scene: &Scene,
     mode: CUstreamCaptureMode,
@@ -100,7 +100,7 @@ fn during(
 
 type Call = (&'static str, fn(&Scene) -> Answer);
 
-/// Allowed whatever is captured.
+/// Calls that are allowed during any capture.
 const FINE: &[Call] = &[
     ("create, map, set access, unmap, release", |scene| {
         scene.driver.back(scene.address, PAGE)?;
@@ -142,7 +142,7 @@ const FINE: &[Call] = &[
     }),
 ];
 
-/// Kills a capture that is exposed to the calling thread.
+/// Calls that invalidate a capture that is exposed to the calling thread.
 const UNSAFE: &[Call] = &[
     ("event query", |scene| {
         call!(scene.driver, cuEventQuery(scene.event.get()))
@@ -163,7 +163,7 @@ const UNSAFE: &[Call] = &[
     }),
 ];
 
-/// Refused in any case; kills a capture that is exposed.
+/// Calls that always fail, and invalidate a capture that is exposed.
 const REFUSED: &[Call] = &[
     ("free of a mapped address, legacy stream", |scene| {
         call!(scene.driver, cuMemFreeAsync(scene.mapped, null_mut()))
@@ -440,7 +440,8 @@ fn what_cannot_be_captured_kills_the_capture() {
     assert_eq!(end(&driver, stream).map(|_| ()), KILLED);
 }
 
-/// A graph that writes 42 over a page, copies half of it onto itself, reports it to the host and counts.
+/// Makes a graph that fills a page with 42, copies half of it onto itself, copies it to the host,
+/// and counts launches.
 #[test]
 fn a_replay_works_on_what_is_mapped_now() {
     use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};

@@ -1,4 +1,4 @@
-//! `cuCtxRecordEvent`: one record behind all the work of a context.
+//! `cuCtxRecordEvent`: one record behind all work of a context.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -8,14 +8,14 @@ mod common;
 use common::*;
 use std::ptr::null_mut;
 
-/// `cuCtxRecordEvent` by its table entry.
+/// Calls the table's `cuCtxRecordEvent`.
 fn record(driver: &Driver, context: CUcontext, event: CUevent) -> Answer {
     let record = driver.table.cuCtxRecordEvent.expect("since 12.5");
     // SAFETY: the simulator checks both handles.
     answer(unsafe { record(context, event) })
 }
 
-/// A driver with one open page.
+/// Makes a driver with one accessible page.
 fn page() -> (Driver, u64) {
     let driver = Driver::small();
     let address = driver.reserve(PAGE).unwrap();
@@ -92,7 +92,7 @@ fn a_context_record_covers_the_per_thread_streams_of_all_threads() {
     );
     driver.simulator.release_work();
     call!(driver, cuEventSynchronize(event)).unwrap();
-    // SAFETY: the page is open and the only work on it is done.
+    // SAFETY: the page is accessible, and the only work on it has completed.
     assert_eq!(unsafe { *(address as *const u8) }, 9);
 }
 

@@ -16,7 +16,7 @@ fn costly() -> Driver {
     )
 }
 
-/// How far the calling thread's clock moves, in microseconds.
+/// Returns how far the calling thread's clock advances, in microseconds.
 fn us(driver: &Driver, work: impl FnOnce()) -> f64 {
     let before = driver.simulator.thread_clock_ns();
     work();
@@ -170,7 +170,7 @@ fn waits_carry_virtual_time_from_stream_to_stream() {
     );
     driver.memset_async(address, 1, 2 << 30, first).unwrap();
     call!(driver, cuEventRecord(event, first)).unwrap();
-    // Later work of the first stream is not what the second waits for.
+    // The second stream does not wait for later work of the first.
     driver.memset_async(address, 1, 2 << 30, first).unwrap();
     call!(driver, cuStreamWaitEvent(second, event, 0)).unwrap();
     driver.memset_async(address, 2, 1 << 20, second).unwrap();
@@ -180,7 +180,7 @@ fn waits_carry_virtual_time_from_stream_to_stream() {
     let first_us = us(&driver, || synchronize(first));
     assert!((680.0..730.0).contains(&first_us), "{first_us}");
 
-    // The legacy stream starts when the blocking one is free, done or not.
+    // The legacy stream starts when the blocking one becomes free, even if that is in the past.
     let blocking = driver.stream_with(CU_STREAM_DEFAULT).unwrap();
     driver.memset_async(address, 1, 2 << 30, blocking).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));

@@ -1,4 +1,4 @@
-//! Initialisation, devices and their primary contexts.
+//! Initialization, devices and their primary contexts.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -9,9 +9,9 @@ use common::*;
 use std::ffi::{CStr, c_char};
 use std::ptr::null_mut;
 
-/// The text at a pointer that a call has answered.
+/// Returns the text at a pointer that a call has returned.
 fn text_at(pointer: *const c_char) -> String {
-    // SAFETY: the callers below pass what a successful call has written or answered.
+    // SAFETY: the callers below pass a pointer that a successful call has written or returned.
     let text = unsafe { CStr::from_ptr(pointer) };
     text.to_str().unwrap().to_owned()
 }

@@ -1,4 +1,4 @@
-//! Calls that are made to fail, counts and traces.
+//! Faults, call counts and traces.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"

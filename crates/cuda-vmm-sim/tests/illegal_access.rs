@@ -1,4 +1,4 @@
-//! Work on memory that is not open: refused at the call, or an illegal access when it runs.
+//! Work on memory without access: refused at the call, or an illegal access when it runs.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -8,7 +8,7 @@ mod common;
 use common::*;
 use std::ffi::c_void;
 
-/// A driver with one open page.
+/// Makes a driver with one accessible page.
 fn page() -> (Driver, u64) {
     let driver = Driver::small();
     let address = driver.reserve(8 * PAGE).unwrap();
@@ -20,7 +20,8 @@ fn query(driver: &Driver, stream: CUstream) -> Answer {
     call!(driver, cuStreamQuery(stream))
 }
 
-/// Enqueues a memset of the page, lets `change` happen, and says whether the context is poisoned then.
+/// Enqueues a memset of the page, runs `change`, and returns whether the work then poisons the
+/// context.
 fn poisoned_by(change: impl FnOnce(&Driver, u64)) -> bool {
     let (driver, address) = page();
     let stream = driver.stream().unwrap();
@@ -75,7 +76,8 @@ fn changing_memory_under_work_is_an_illegal_access() {
     }
 }
 
-/// Every call that writes the range, and every call that reads it, with an open page at `open`.
+/// Makes every call that writes the range, and every call that reads it, with an accessible page at
+/// `open`.
 fn touch(driver: &Driver, address: u64, open: u64, bytes: usize) -> (Vec<Answer>, Vec<Answer>) {
     let stream = driver.stream().unwrap();
     let mut host = vec![0u8; bytes];
@@ -99,7 +101,7 @@ fn touch(driver: &Driver, address: u64, open: u64, bytes: usize) -> (Vec<Answer>
     (writes, reads)
 }
 
-/// Makes a range other than mapped and open, and returns its first address and its bytes.
+/// Makes a range that is not mapped with access, and returns its first address and its bytes.
 type Case = (&'static str, fn(&Driver, u64) -> (u64, usize));
 
 #[test]
@@ -207,7 +209,7 @@ fn a_poisoned_context_stays_so() {
     assert_eq!(call!(driver, cuMemGetInfo(&mut free, &mut total)), sticky);
     assert_eq!(driver.stream(), Err(CUDA_ERROR_ILLEGAL_ADDRESS));
     assert_eq!(driver.event(), Err(CUDA_ERROR_ILLEGAL_ADDRESS));
-    // Memory can still be made and given back.
+    // Memory can still be allocated and freed.
     assert_eq!(driver.back(address, PAGE), Ok(()));
     assert_eq!(driver.unmap(address, PAGE), Ok(()));
     let other = driver.reserve(PAGE).unwrap();

@@ -1,4 +1,5 @@
-//! An interposer in front of a simulated driver: its books are the simulator's, and its faults do not reach it.
+//! An interposer in front of a simulated driver: its books match the simulator's, and its faults do
+//! not reach the simulator.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -12,7 +13,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const OUT: CUresult = CUDA_ERROR_OUT_OF_MEMORY;
 
-/// Keeps the tests apart: the slot of an interposer that is gone must stay free while its functions are called.
+/// Runs the tests one at a time: the slot of a dropped interposer must stay free while its
+/// functions are called.
 fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -81,7 +83,7 @@ fn whatever_is_made_and_given_back_the_books_are_the_drivers() {
     assert_eq!(interposer.books().handles, 2);
     driver.release(imported).unwrap();
     driver.release(retained).unwrap();
-    // SAFETY: the descriptor is this test's own, and closed once.
+    // SAFETY: the test owns the descriptor and closes it once.
     drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(descriptor) });
     agree(&driver, &interposer);
 
@@ -109,7 +111,7 @@ fn whatever_is_made_and_given_back_the_books_are_the_drivers() {
     call!(driver, cuStreamSynchronize(stream)).unwrap();
     call!(driver, cuStreamDestroy(stream)).unwrap();
 
-    // One unmap of both mappings and the hole between them.
+    // One call unmaps both mappings and the gap between them.
     driver.unmap(address, 8 * PAGE).unwrap();
     driver.address_free(address, 8 * PAGE).unwrap();
     assert_eq!(agree(&driver, &interposer), before);

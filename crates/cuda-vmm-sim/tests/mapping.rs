@@ -1,4 +1,4 @@
-//! Reservations, handles and mappings: the rules of the calls, one by one.
+//! Reservations, handles and mappings: the rules of each call.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -206,7 +206,7 @@ fn one_handle_at_two_addresses_is_the_same_memory() {
         driver.read(second + 100, 22).unwrap(),
         b"seen through the other"
     );
-    // SAFETY: the address is mapped and open, and no work is under way.
+    // SAFETY: the address is mapped with access, and no work is queued.
     assert_eq!(unsafe { *((second + 100) as *const u8) }, b's');
     assert_eq!(driver.books().mapped_bytes, 2 * PAGE);
     assert_eq!(driver.books().physical_bytes, PAGE);

@@ -1,4 +1,4 @@
-//! Reserved addresses: their sizes, their alignment and their end.
+//! Reserved addresses: sizes, alignment and freeing.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"

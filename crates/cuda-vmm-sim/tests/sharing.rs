@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
-/// The descriptor that the importing process finds the memory under.
+/// The descriptor of the memory in the importing process.
 const IMPORTER: &str = "CUDA_VMM_SIM_TEST_IMPORTER";
 
 fn export(driver: &Driver, handle: u64) -> Answer<OwnedFd> {
@@ -22,7 +22,7 @@ fn export(driver: &Driver, handle: u64) -> Answer<OwnedFd> {
         driver,
         cuMemExportToShareableHandle(place, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0)
     )?;
-    // SAFETY: the call has made the descriptor for us alone.
+    // SAFETY: the call has created the descriptor for this caller only.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
@@ -48,13 +48,13 @@ fn exportable(driver: &Driver, bytes: usize) -> (u64, u64) {
     (handle, address)
 }
 
-/// Whether this process was started by a test, to play the other part.
+/// Returns whether a test started this process as the importer.
 fn is_importer() -> bool {
     std::env::var_os(IMPORTER).is_some()
 }
 
-/// Starts the test of this name again as the importer, with the memory as its standard input. It answers line
-/// by line on a socket.
+/// Starts the test of this name again as the importer, with the memory as its standard input. It
+/// replies line by line on a socket.
 fn start_importer(test: &str, descriptor: OwnedFd) -> (Child, BufReader<UnixStream>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let child = Command::new(std::env::current_exe().unwrap())
@@ -74,12 +74,13 @@ fn line(importer: &mut BufReader<UnixStream>) -> String {
     line.trim().to_owned()
 }
 
-/// The other process: answers what it sees, and waits to be asked again.
+/// The other process: replies with what it reads, and waits for the next request.
 fn import_and_answer() {
-    // SAFETY: this process was started with the socket as its standard error, and does not use it else.
+    // SAFETY: this process was started with the socket as its standard error, and uses it only
+    // here.
     let mut exporter = unsafe { UnixStream::from_raw_fd(2) };
     let driver = Driver::new(SimConfig::new().memory_bytes(64 << 20));
-    // It is number 0, which the driver takes for a null pointer.
+    // The descriptor is 0, which the driver sees as a null pointer.
     assert_eq!(import(&driver, 0), Err(CUDA_ERROR_INVALID_VALUE));
     let memory = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let handle = import(&driver, memory.as_raw_fd()).unwrap();
@@ -101,7 +102,7 @@ fn import_and_answer() {
     commands.read_line(&mut word).unwrap();
     let seen = driver.read(address + PAGE as u64, 5).unwrap();
     writeln!(exporter, "still {}", String::from_utf8_lossy(&seen)).unwrap();
-    // Wait to be killed, or for the other end to go away.
+    // Waits to be killed, or until the other end is closed.
     let _ = commands.read_line(&mut word);
 }
 
@@ -213,7 +214,7 @@ fn what_cannot_be_shared_is_refused() {
     );
 }
 
-/// Some file that is not simulated memory.
+/// Makes a file that is not simulated memory.
 fn tempfile() -> std::fs::File {
     std::fs::File::open(std::env::current_exe().unwrap()).unwrap()
 }

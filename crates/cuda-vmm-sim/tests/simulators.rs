@@ -1,4 +1,4 @@
-//! Several simulators in one process, and what is left when one ends.
+//! Several simulators in one process, and what remains when one ends.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -9,7 +9,7 @@ use common::*;
 use std::ffi::c_void;
 use std::sync::Mutex;
 
-/// The tests below count on free slots.
+/// Runs the tests one at a time, because they need free slots.
 static SLOTS: Mutex<()> = Mutex::new(());
 
 #[test]
@@ -68,7 +68,7 @@ fn slots_are_limited_and_used_again() {
     );
     let table = all[5].table;
     drop(all);
-    // SAFETY: the functions of a table stay valid for good.
+    // SAFETY: the functions of a table are always valid.
     let late = unsafe { (table.cuMemUnmap)(0, PAGE) };
     assert_eq!(late, CUDA_ERROR_DEINITIALIZED);
     let fresh = Simulator::new(SimConfig::new()).unwrap();
@@ -173,7 +173,7 @@ fn many_threads_on_one_simulator() {
                     let value = thread * 16 + round % 16;
                     driver.memset_async(place, value, 8192, stream).unwrap();
                     call!(driver, cuStreamSynchronize(stream)).unwrap();
-                    // SAFETY: the page is open and the only work on it is done.
+                    // SAFETY: the page is accessible, and the only work on it has completed.
                     let seen = unsafe { std::slice::from_raw_parts(place as *const u8, 8192) };
                     assert!(seen.iter().all(|&byte| byte == value));
                     driver.unmap(place, PAGE).unwrap();
@@ -193,7 +193,7 @@ fn many_threads_on_one_simulator() {
     );
 }
 
-/// Whether this process has anything mapped at an address.
+/// Returns whether this process has anything mapped at an address.
 fn is_host_mapped(address: u64) -> bool {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().any(|line| {

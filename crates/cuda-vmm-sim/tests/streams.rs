@@ -1,4 +1,5 @@
-//! Streams and events: order, waiting, work that runs later, and what it meant when it was enqueued.
+//! Streams and events: order, waiting, and work that runs later on what was mapped when it was
+//! enqueued.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -11,7 +12,7 @@ use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// A driver with one open page.
+/// Makes a driver with one accessible page.
 fn page() -> (Driver, u64) {
     let driver = Driver::small();
     let address = driver.reserve(8 * PAGE).unwrap();
@@ -96,7 +97,7 @@ fn an_asynchronous_copy_to_the_host_is_over_when_the_call_returns() {
     assert!(seen.iter().all(|&byte| byte == 9));
     driver.simulator.hold_work();
     driver.memset_async(address, 8, 1, stream).unwrap();
-    // Nothing to copy is nothing to wait for.
+    // A copy of 0 bytes waits for nothing.
     call!(driver, cuMemcpyDtoHAsync(place, address, 0, stream)).unwrap();
     driver.simulator.release_work();
 }
@@ -148,7 +149,7 @@ fn a_wait_orders_two_streams() {
     call!(driver, cuEventRecord(event, first)).unwrap();
     call!(driver, cuStreamWaitEvent(second, event, 0)).unwrap();
     driver.memset_async(address, 2, PAGE, second).unwrap();
-    // A later record is not what the second stream waits for.
+    // The second stream does not wait for a later record.
     call!(driver, cuEventRecord(event, second)).unwrap();
     driver.simulator.release_work();
     call!(driver, cuStreamSynchronize(second)).unwrap();
@@ -187,7 +188,7 @@ fn host_functions_run_on_the_streams_thread_without_a_lock() {
     unsafe extern "C" fn note(data: *mut c_void) {
         // SAFETY: the test below passes a `Seen` that outlives the work.
         let seen = unsafe { &*data.cast::<Seen>() };
-        // A call from here would never return if a lock were held.
+        // This call would never return if the simulator held a lock.
         assert!(seen.driver.reserve(PAGE).is_ok());
         *seen.thread.lock().unwrap() = Some(std::thread::current().id());
         seen.order.fetch_add(1, Ordering::SeqCst);
@@ -319,7 +320,8 @@ fn memory_may_be_mapped_and_unmapped_elsewhere_while_work_runs() {
         // SAFETY: the flag outlives the work.
         unsafe { &*data.cast::<AtomicBool>() }.store(true, Ordering::SeqCst);
     }
-    // On a busy machine the memsets may be over before this thread runs again; then they are tried again.
+    // On a busy machine the memsets may complete before this thread runs again. Then the test
+    // repeats them.
     for _ in 0..100 {
         let started = AtomicBool::new(false);
         let data = (&raw const started).cast_mut().cast();

@@ -1,5 +1,5 @@
-//! What bindgen may generate: the types that the table's calls take, with their constants. `src/names.rs` has the names,
-//! and `src/functions.rs` those of function-pointer types.
+//! The types and constants that bindgen generates: those that the table's calls use. `src/names.rs`
+//! has their names, and `src/functions.rs` those of function-pointer types.
 
 macro_rules! names_of_types {
     ($($type:ident,)*) => { &[$(stringify!($type)),*] };
@@ -14,7 +14,7 @@ const HANDLES: &[&str] = handles!(names_of_handles);
 /// Function-pointer types that older headers lack.
 const OPTIONAL: &[&str] = &["PFN_cuCtxRecordEvent_v12050"];
 
-/// Every type by name. The types that their fields and arguments need come along.
+/// All types by name. bindgen adds the types of their fields and arguments.
 pub fn types() -> impl Iterator<Item = &'static str> {
     let functions = include_str!("../src/functions.rs")
         .split(|character: char| !character.is_ascii_alphanumeric() && character != '_')

@@ -4,8 +4,8 @@ use crate::{allowlist, compiler};
 use bindgen::callbacks::{DeriveTrait, ImplementsTrait, ParseCallbacks};
 use std::path::{Path, PathBuf};
 
-/// From 13.2 on the header puts `id` into an anonymous union; the layout is what it always was. One
-/// definition for all headers keeps field access the same, and the witness checks it.
+/// From 13.2 on the header has `id` in an anonymous union with the same layout. One definition for
+/// all headers keeps field access the same; the layout test checks it.
 const LOCATION: &str = "\
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +28,7 @@ impl ParseCallbacks for LocationIsPlain {
     }
 }
 
-/// Writes `bindings.rs` into the output folder.
+/// Writes `bindings.rs` to the output folder.
 pub fn generate(include: &Path) -> Result<(), String> {
     let mut builder = bindgen::builder()
         .header_contents(
@@ -39,12 +39,12 @@ pub fn generate(include: &Path) -> Result<(), String> {
         .parse_callbacks(Box::new(LocationIsPlain))
         .blocklist_type("CUmemLocation_st")
         .raw_line(LOCATION)
-        // The header's comments are NVIDIA's text.
+        // NVIDIA holds the copyright of the header's comments.
         .generate_comments(false)
         .prepend_enum_name(false)
         .formatter(bindgen::Formatter::None)
         .layout_tests(true);
-    // The wheel of libclang has no resource headers, so it borrows the C compiler's.
+    // The wheel of libclang has no headers of its own, so it uses the C compiler's.
     let borrowed = compiler::include();
     if let Some(folder) = &borrowed {
         builder = builder

@@ -1,10 +1,10 @@
-//! The machine's C compiler, whose own headers libclang borrows.
+//! Finds the machine's C compiler, whose headers libclang uses.
 
 use crate::places::WITHOUT;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// What to tell a user whose headers cannot be read, and who has no C compiler.
+/// Returns the message for a machine without a C compiler, if the CUDA headers cannot be read.
 pub fn missing() -> String {
     format!(
         "No C compiler was found: neither does the variable CC name one, nor is there a `cc`, `gcc` or `clang`. cuda.h \
@@ -15,7 +15,7 @@ pub fn missing() -> String {
     )
 }
 
-/// The folder of the compiler's own headers.
+/// Returns the folder of the compiler's own headers.
 pub fn include() -> Option<PathBuf> {
     println!("cargo::rerun-if-env-changed=CC");
     let named = std::env::var("CC").ok();
@@ -23,10 +23,10 @@ pub fn include() -> Option<PathBuf> {
     include_of(named.iter().map(String::as_str).chain(usual))
 }
 
-/// The folder of the headers of the first of these compilers that is there and has one.
+/// Returns the folder of the headers of the first of these compilers that exists and has one.
 pub fn include_of<'a>(mut compilers: impl Iterator<Item = &'a str>) -> Option<PathBuf> {
     compilers.find_map(|compiler| {
-        // A variable may name a wrapper and options too, as in `ccache gcc -m64`.
+        // The variable may contain a wrapper and options, as in `ccache gcc -m64`.
         let mut words = compiler.split_whitespace();
         let output = Command::new(words.next()?)
             .args(words)

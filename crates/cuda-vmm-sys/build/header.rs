@@ -1,9 +1,9 @@
-//! Finds the folder that holds `cuda.h` and `cudaTypedefs.h`.
+//! Finds the folder with `cuda.h` and `cudaTypedefs.h`.
 
 use crate::places::{self, ENVIRONMENTS, VARIABLES};
 use std::path::PathBuf;
 
-/// The include folder, or a message that says where it was sought and what to do.
+/// Returns the include folder, or a message with the searched folders and what to do.
 pub fn find() -> Result<PathBuf, String> {
     for variable in VARIABLES.iter().chain(&ENVIRONMENTS) {
         println!("cargo::rerun-if-env-changed={variable}");
@@ -23,7 +23,7 @@ pub fn find() -> Result<PathBuf, String> {
     Ok(found.include)
 }
 
-/// The project's own set-up folder, wherever the target folder is: a parent of our output folder.
+/// Returns the project's set-up folders, which are in a parent of the output folder.
 pub fn set_up_folders() -> Vec<PathBuf> {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
     out.ancestors()

@@ -1,9 +1,9 @@
-//! Makes sure that bindgen will find libclang.
+//! Makes sure that bindgen finds libclang.
 
 use crate::places::WITHOUT;
 use std::path::Path;
 
-/// Points `LIBCLANG_PATH` at the project's set-up folder where the machine has no libclang of its own.
+/// Sets `LIBCLANG_PATH` to the project's set-up folder if the machine has no libclang of its own.
 pub fn find() -> Result<(), String> {
     for variable in ["LIBCLANG_PATH", "LLVM_CONFIG_PATH"] {
         println!("cargo::rerun-if-env-changed={variable}");
@@ -16,7 +16,7 @@ pub fn find() -> Result<(), String> {
     if std::env::var_os("LIBCLANG_PATH").is_none()
         && let Some(own) = &own
     {
-        // SAFETY: the build script has one thread, so nobody reads the environment meanwhile.
+        // SAFETY: the build script has one thread, so no other thread reads the environment.
         unsafe { std::env::set_var("LIBCLANG_PATH", own) };
     }
     clang_sys::load().map_err(|reason| {

@@ -1,4 +1,4 @@
-//! Generates the bindings from the `cuda.h` of the machine that builds, or has those written by hand taken.
+//! Generates the bindings from the machine's `cuda.h`, or selects the hand-written declarations.
 
 #[cfg(feature = "bindgen")]
 #[macro_use]

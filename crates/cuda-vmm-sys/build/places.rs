@@ -1,10 +1,10 @@
-//! Where CUDA's headers are looked for, and how old they may be: for the build script, for the tests, and for the
-//! project's own set-up task, which asks whether the machine has them. Reads the file system and nothing else.
+//! Searches for CUDA's headers and checks their version. Used by the build script, by the tests,
+//! and by the project's set-up task. It only reads the file system.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// Variables that name a CUDA folder or its include folder, in the order in which they are tried.
+/// Variables with a CUDA folder or its include folder, in the order of the search.
 pub const VARIABLES: [&str; 5] = [
     "CUDA_HOME",
     "CUDA_PATH",
@@ -13,14 +13,14 @@ pub const VARIABLES: [&str; 5] = [
     "CUDA_TOOLKIT_PATH",
 ];
 
-/// Variables that name an activated Python or conda environment.
+/// Variables with the folder of an activated Python or conda environment.
 pub const ENVIRONMENTS: [&str; 2] = ["VIRTUAL_ENV", "CONDA_PREFIX"];
 
 /// Folders that installers use.
 const USUAL: [&str; 4] = ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"];
 
-/// Where headers lie below a CUDA folder: a toolkit's own layouts, then those of the wheels, then the include folder
-/// itself.
+/// Where headers are below a CUDA folder: a toolkit's layouts, then those of the wheels, then the
+/// folder itself.
 const BELOW: [&str; 9] = [
     "include",
     "targets/x86_64-linux/include",
@@ -33,13 +33,14 @@ const BELOW: [&str; 9] = [
     "",
 ];
 
-/// The oldest header that declares all we use (`cuGetProcAddress`, `cuGraphInstantiateWithFlags`).
+/// The oldest header that declares all calls in use (`cuGetProcAddress`,
+/// `cuGraphInstantiateWithFlags`).
 const OLDEST: u32 = 11040;
 
-/// A folder in and below which headers may lie.
+/// A folder in and below which headers may be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// The variable of [`VARIABLES`] that names it.
+pub struct SearchFolder {
+    /// The variable of [`VARIABLES`] with this folder.
     pub variable: Option<&'static str>,
     /// The folder.
     pub folder: PathBuf,
@@ -50,12 +51,16 @@ pub struct Place {
 pub struct Found {
     /// It holds `cuda.h` and `cudaTypedefs.h`.
     pub include: PathBuf,
-    /// Each variable that was tried first and names no usable headers, in words.
+    /// A message for each earlier variable whose folder has no usable headers.
     pub wrong: Vec<String>,
 }
 
-/// Every place, in order: those that variables name, the project's set-up folders, environments, the usual ones.
-pub fn places(variable: impl Fn(&str) -> Option<OsString>, set_up: &[PathBuf]) -> Vec<Place> {
+/// Returns all folders to search, in order: those of variables, the project's set-up folders,
+/// environments, and the folders that installers use.
+pub fn places(
+    variable: impl Fn(&str) -> Option<OsString>,
+    set_up: &[PathBuf],
+) -> Vec<SearchFolder> {
     let value = |name: &str| {
         variable(name)
             .filter(|value| !value.is_empty())
@@ -63,13 +68,13 @@ pub fn places(variable: impl Fn(&str) -> Option<OsString>, set_up: &[PathBuf]) -
     };
     let mut places = Vec::new();
     for name in VARIABLES {
-        places.extend(value(name).map(|folder| Place {
+        places.extend(value(name).map(|folder| SearchFolder {
             variable: Some(name),
             folder,
         }));
     }
     let mut other = |folder| {
-        places.push(Place {
+        places.push(SearchFolder {
             variable: None,
             folder,
         });
@@ -95,11 +100,11 @@ pub fn places(variable: impl Fn(&str) -> Option<OsString>, set_up: &[PathBuf]) -
     places
 }
 
-/// The first include folder with usable headers, or what to tell a user who has none.
-pub fn search(places: &[Place]) -> Result<Found, String> {
+/// Returns the first include folder with usable headers, or a message for the user.
+pub fn search(places: &[SearchFolder]) -> Result<Found, String> {
     let mut wrong = Vec::new();
     let mut looked = String::new();
-    for Place { variable, folder } in places {
+    for SearchFolder { variable, folder } in places {
         let mut unusable = Vec::new();
         for include in BELOW.map(|below| folder.join(below)) {
             if !include.join("cuda.h").is_file() {
@@ -129,11 +134,11 @@ pub fn search(places: &[Place]) -> Result<Found, String> {
     Err(missing(&looked))
 }
 
-/// How to be built without anything of CUDA.
+/// How to build without CUDA's headers.
 pub const WITHOUT: &str = "turn off the default features of cuda-vmm-sys (and of cuda-vmm or candle-cuda-vmm, if you depend \
     on them): then the build needs no headers, no libclang and no C compiler.";
 
-/// What to tell a user whose machine has no usable headers.
+/// Returns the message for a machine without usable headers.
 fn missing(looked: &str) -> String {
     format!(
         "cuda-vmm-sys needs the CUDA headers cuda.h and cudaTypedefs.h, of CUDA 11.4 or newer.\n\
@@ -147,7 +152,7 @@ fn missing(looked: &str) -> String {
     )
 }
 
-/// Whether the header beside `cuda.h` is there too, and new enough.
+/// Checks that `cudaTypedefs.h` is beside `cuda.h` and that both are new enough.
 fn usable(include: &Path) -> Result<(), String> {
     if !include.join("cudaTypedefs.h").is_file() {
         return Err("cuda.h without cudaTypedefs.h".into());
@@ -159,7 +164,7 @@ fn usable(include: &Path) -> Result<(), String> {
     }
 }
 
-/// `CUDA_VERSION` of the `cuda.h` in `include`, such as 13000 for CUDA 13.0.
+/// Returns `CUDA_VERSION` of the `cuda.h` in `include`, such as 13000 for CUDA 13.0.
 pub fn cuda_version(include: &Path) -> Option<u32> {
     let text = std::fs::read(include.join("cuda.h")).ok()?;
     String::from_utf8_lossy(&text)

@@ -1,4 +1,5 @@
-//! Where the build script looks for CUDA's headers and for a C compiler, and what it says if it finds none.
+//! The build script's search for CUDA's headers and for a C compiler, and its messages if it finds
+//! none.
 
 #[path = "../build/compiler.rs"]
 #[allow(dead_code)]
@@ -6,11 +7,11 @@ mod compiler;
 #[path = "../build/places.rs"]
 mod places;
 
-use places::{ENVIRONMENTS, Found, Place, VARIABLES};
+use places::{ENVIRONMENTS, Found, SearchFolder, VARIABLES};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// A folder of this test's own, empty at first.
+/// Makes an empty folder for this test.
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let _ = std::fs::remove_dir_all(&folder);
@@ -18,7 +19,7 @@ fn folder(name: &str) -> PathBuf {
     folder
 }
 
-/// Writes both headers, of that `CUDA_VERSION`.
+/// Writes both headers with this `CUDA_VERSION`.
 fn write_headers(include: &Path, version: &str) {
     std::fs::create_dir_all(include).unwrap();
     let text = format!("/* a comment */\n#define CUDA_VERSION {version}\n");
@@ -26,8 +27,9 @@ fn write_headers(include: &Path, version: &str) {
     std::fs::write(include.join("cudaTypedefs.h"), "").unwrap();
 }
 
-/// The places with only these variables set, without the folders that installers use.
-fn places_with(variables: &[(&str, &Path)], set_up: &[PathBuf]) -> Vec<Place> {
+/// Returns the folders to search if only these variables are set, without those that installers
+/// use.
+fn places_with(variables: &[(&str, &Path)], set_up: &[PathBuf]) -> Vec<SearchFolder> {
     let variable = |name: &str| -> Option<OsString> {
         let (_, value) = variables.iter().find(|(variable, _)| *variable == name)?;
         Some(value.as_os_str().to_owned())
@@ -82,7 +84,7 @@ fn an_activated_environment_is_searched_with_its_python_packages() {
         let wheel = root.join("lib/python3.12/site-packages/nvidia/cu13/include");
         write_headers(&wheel, "13000");
         assert_eq!(search_with(&[(variable, &root)]).unwrap().include, wheel);
-        // As conda's own packages lay them out; these come before those of pip.
+        // The layout of conda's own packages, which are searched before those of pip.
         for below in ["targets/aarch64-linux/include", "include"] {
             write_headers(&root.join(below), "12040");
             let found = search_with(&[(variable, &root)]).unwrap();

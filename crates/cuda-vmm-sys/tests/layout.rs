@@ -1,8 +1,7 @@
-//! Compares the Rust side of everything we pass with what the C compiler makes of the header: this crate as it is built,
-//! from bindgen or not, and the declarations written by hand.
-//!
-//! The witness is a C program that this test writes, compiles and runs. It needs a C compiler (`cc`, or what the variable
-//! `CC` names) and CUDA's headers, which are found as the build script finds them.
+//! Compares the layout of all types in Rust with the C compiler's view of the header: for this
+//! crate as it is built, and for the hand-written declarations. The test writes, compiles and runs
+//! a C program, the witness. It needs a C compiler (`cc`, or the one in the variable `CC`) and
+//! CUDA's headers, which it finds as the build script does.
 
 #![cfg(target_os = "linux")]
 
@@ -37,7 +36,7 @@ const TYPES: &[&str] = types!(names_of_types);
 const HANDLES: &[&str] = handles!(names_of_handles);
 const CONSTANTS: &[&str] = constants!(names_of_constants);
 
-/// Fields: the structure, what C calls the field, and what Rust does.
+/// Fields: the structure, and the field's names in C and in Rust.
 macro_rules! fields {
     ($callback:ident) => {
         $callback! {
@@ -60,7 +59,7 @@ macro_rules! names_of_fields {
 }
 const FIELDS: &[(&str, &str)] = fields!(names_of_fields);
 
-/// What the C compiler makes of the header, by name.
+/// Returns the C compiler's values, by name.
 fn witness() -> &'static BTreeMap<String, u64> {
     static WITNESS: OnceLock<BTreeMap<String, u64>> = OnceLock::new();
     WITNESS.get_or_init(|| {
@@ -88,7 +87,7 @@ fn witness() -> &'static BTreeMap<String, u64> {
         for name in CONSTANTS {
             row(&format!("value {name}"), name);
         }
-        // Headers differ, and so do builds with and without bindgen: each has a file of its own.
+        // Headers differ, and so do builds with and without bindgen. Each uses its own file.
         let (source, program) = (
             folder.join(format!("witness-{}.c", std::process::id())),
             folder.join(format!("witness-{}", std::process::id())),
@@ -123,7 +122,7 @@ fn witness() -> &'static BTreeMap<String, u64> {
     })
 }
 
-/// The Rust side of every row, from the module `rust` in scope.
+/// Lists Rust's value of every row, from the module `rust` in scope.
 macro_rules! sizes {
     ($($type:ident,)*) => {
         vec![$(
@@ -149,7 +148,7 @@ macro_rules! values {
     };
 }
 
-/// Compares these rows with the witness's; neither side may have one that the other lacks.
+/// Compares these rows with the witness's. Both must have the same rows.
 fn compare(rows: [Vec<(String, u64)>; 4]) {
     let rows: BTreeMap<String, u64> = rows.into_iter().flatten().collect();
     assert_eq!(rows.len(), witness().len());

@@ -5,8 +5,7 @@
 //! and releases in `Drop` only.
 #![allow(unsafe_code)]
 
-use crate::driver::{Driver, call};
-use crate::engine::{Engine, MakeRoom};
+use crate::driver::{Driver, Opened, call};
 use crate::foreign::Foreign;
 use crate::process::Here;
 use crate::quarantine::{Quarantine, Stuck};
@@ -27,7 +26,7 @@ use std::sync::OnceLock;
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
-pub(crate) struct Inner {
+struct Inner {
     driver: Driver,
     ordinal: usize,
     raw: CUdevice,
@@ -38,7 +37,7 @@ pub(crate) struct Inner {
     recommended_granularity_bytes: usize,
     exports: bool,
     quarantine: Here<Mutex<Quarantine>>,
-    engines: Here<Mutex<Vec<Weak<crate::engine::Inner>>>>,
+    holders: Here<Mutex<Vec<Weak<dyn MemoryHolder>>>>,
     /// What others do to make room.
     make_room: Mutex<Option<Foreign<std::sync::Arc<MakeRoom>>>>,
     /// Threads that call the driver for someone who waits for memory.
@@ -59,6 +58,51 @@ pub(crate) struct Inner {
 unsafe impl Send for Inner {}
 // SAFETY: as above; all other fields are `Sync` themselves.
 unsafe impl Sync for Inner {}
+
+/// What others in the process do to make room on a device; see [`Device::set_make_room`]. It gets the bytes that are
+/// wanted.
+pub type MakeRoom = dyn Fn(usize) + Send + Sync;
+
+/// What holds memory of a device and can spare some of it: an engine, as its device and the device's other engines see it.
+///
+/// The caller holds no lock. Nothing here waits for the device.
+pub(crate) trait MemoryHolder: Send + Sync {
+    /// Notes what the device has finished with.
+    fn poll(self: Arc<Self>);
+
+    /// Asks the driver again to take back what it refused.
+    fn retry(self: Arc<Self>);
+
+    /// Gives one piece of spare memory back to the driver; returns whether it did.
+    fn give_a_piece(self: Arc<Self>) -> bool;
+}
+
+impl Driver {
+    /// The device of this number, with its primary context retained while any clone lives.
+    ///
+    /// # Errors
+    /// [`VmmError::InvalidDevice`]; [`VmmError::UnsupportedDevice`] if it has no virtual memory
+    /// management; [`VmmError::Driver`], [`VmmError::Forked`].
+    pub fn device(&self, ordinal: usize) -> Result<Device> {
+        // Held while the device is opened, so that a device is opened once and its quarantine and
+        // its engines are known in one place.
+        let mut devices = self.devices()?;
+        let count = self.device_count()?;
+        if ordinal >= count {
+            return Err(VmmError::InvalidDevice { ordinal, count });
+        }
+        let known = devices.len();
+        devices.resize_with(count.max(known), || -> Opened { Weak::<Inner>::new() });
+        let opened = devices[ordinal].upgrade().map(Arc::downcast::<Inner>);
+        if let Some(Ok(inner)) = opened {
+            return Ok(Device(inner));
+        }
+        let device = Device::open(self.clone(), ordinal)?;
+        let opened: Weak<Inner> = Arc::downgrade(&device.0);
+        devices[ordinal] = opened;
+        Ok(device)
+    }
+}
 
 impl Device {
     /// Opens the device; called by [`Driver::device`] once for each.
@@ -119,7 +163,7 @@ impl Device {
             recommended_granularity_bytes,
             exports,
             quarantine: Here::new(process, Mutex::default()),
-            engines: Here::new(process, Mutex::default()),
+            holders: Here::new(process, Mutex::default()),
             make_room: Mutex::default(),
             callers: AtomicUsize::new(0),
             memory_calls: AtomicU64::new(0),
@@ -129,14 +173,6 @@ impl Device {
             shortage: Mutex::default(),
             memory: Condvar::new(),
         })))
-    }
-
-    pub(crate) fn from_inner(inner: Arc<Inner>) -> Self {
-        Self(inner)
-    }
-
-    pub(crate) fn downgrade(&self) -> Weak<Inner> {
-        Arc::downgrade(&self.0)
     }
 
     /// The device's number.
@@ -313,7 +349,7 @@ impl Device {
         // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
         // puts itself back when it is dropped.
         let refused = self.quarantine(Quarantine::take_refused);
-        let refused_bytes: usize = refused.iter().map(Stuck::bytes).sum();
+        let refused_bytes: usize = refused.iter().map(|stuck| stuck.bytes()).sum();
         drop(refused);
         let left_bytes = self.quarantine(|quarantine| quarantine.refused_bytes());
         if self.quarantine(Quarantine::is_over) {
@@ -322,14 +358,28 @@ impl Device {
         refused_bytes.saturating_sub(left_bytes)
     }
 
+    /// What dropping does with the driver's answer: what the driver refused goes to the quarantine. After a fork, and on a
+    /// context beyond use, there is nothing to keep.
+    pub(crate) fn after_drop<S: Stuck + 'static>(
+        &self,
+        outcome: Result<()>,
+        stuck: impl FnOnce() -> S,
+    ) {
+        match outcome {
+            Ok(()) | Err(VmmError::Forked) => {}
+            Err(error) if error.is_poisoned() => {}
+            Err(error) => self.keep(stuck(), Some(&error)),
+        }
+    }
+
     /// Keeps what could not be destroyed, because of this error if it is known, until it is retried.
-    pub(crate) fn keep(&self, stuck: Stuck, error: Option<&VmmError>) {
+    pub(crate) fn keep(&self, stuck: impl Stuck + 'static, error: Option<&VmmError>) {
         if self.is_lost() {
-            // Its drop asks nobody, and keeps nothing.
+            // Its drop calls no driver, and keeps nothing.
             return drop(stuck);
         }
         let bytes = stuck.bytes();
-        if self.quarantine(|quarantine| quarantine.push(stuck)) {
+        if self.quarantine(|quarantine| quarantine.push(Box::new(stuck))) {
             match error {
                 Some(error) => {
                     crate::events::warn!(%error, bytes, "the driver did not take an object back, which is quarantined");
@@ -337,6 +387,13 @@ impl Device {
                 None => crate::events::warn!(bytes, "an engine left memory, which is quarantined"),
             }
         }
+    }
+
+    /// Keeps what the device may still use until a context synchronise.
+    pub(crate) fn keep_unfinished<S: Stuck + 'static>(&self, unfinished: Vec<S>) {
+        let boxed = |stuck| -> Box<dyn Stuck> { Box::new(stuck) };
+        let unfinished = unfinished.into_iter().map(boxed);
+        self.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
     }
 
     /// Has the driver take something back. If it answers that the context is beyond use, it is asked no more: that answer
@@ -400,10 +457,10 @@ impl Device {
     }
 
     /// Remembers an engine, so that memory it can spare is given up when the device runs out.
-    pub(crate) fn register_engine(&self, engine: &Arc<crate::engine::Inner>) -> Result<()> {
-        let mut engines = self.0.engines.lock()?;
-        engines.retain(|engine| engine.strong_count() > 0);
-        engines.push(Arc::downgrade(engine));
+    pub(crate) fn register(&self, holder: Weak<dyn MemoryHolder>) -> Result<()> {
+        let mut holders = self.0.holders.lock()?;
+        holders.retain(|holder| holder.strong_count() > 0);
+        holders.push(holder);
         Ok(())
     }
 
@@ -461,11 +518,10 @@ impl Device {
     }
 
     /// The engines of this device in this process.
-    pub(crate) fn engines(&self) -> Vec<Engine> {
-        let engines = self.0.engines.lock();
-        engines.map_or(Vec::new(), |engines| {
-            let engines = engines.iter().filter_map(Weak::upgrade);
-            engines.map(Engine::from_inner).collect()
+    pub(crate) fn holders(&self) -> Vec<Arc<dyn MemoryHolder>> {
+        let holders = self.0.holders.lock();
+        holders.map_or(Vec::new(), |holders| {
+            holders.iter().filter_map(Weak::upgrade).collect()
         })
     }
 

@@ -6,14 +6,16 @@
 //! any clone of the driver lives.
 #![allow(unsafe_code)]
 
-use crate::device::{self, Device};
 use crate::process::{Here, Opener, PerProcess, Process};
-use crate::sync::{Arc, Mutex, PoisonError, Weak};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::sys::{self, CUresult, DriverFunction, DriverTable};
 use crate::{DriverError, Result, VmmError};
+use core::any::Any;
 use core::ffi::CStr;
 use core::fmt;
 
+#[cfg(feature = "simulator")]
+use crate::REQUIRE_GPU_VARIABLE;
 #[cfg(feature = "simulator")]
 use cuda_vmm_sim::{SimConfig, Simulator};
 
@@ -50,9 +52,8 @@ impl fmt::Display for DriverVersion {
     }
 }
 
-/// The environment variable that forbids [`Driver::detect`] to simulate, unless it is empty or `0`.
-#[cfg(feature = "simulator")]
-pub const REQUIRE_GPU_VARIABLE: &str = "CUDA_VMM_REQUIRE_GPU";
+/// A device that was opened. The driver knows no more of it, as devices are built on the driver.
+pub(crate) type Opened = Weak<dyn Any + Send + Sync>;
 
 /// An opened driver; a cheap clone around its table of calls.
 #[derive(Clone)]
@@ -63,7 +64,8 @@ struct Inner {
     kind: DriverKind,
     version: DriverVersion,
     process: Process,
-    devices: Here<Mutex<Vec<Weak<device::Inner>>>>,
+    /// By number.
+    devices: Here<Mutex<Vec<Opened>>>,
     #[cfg(feature = "simulator")]
     simulator: Option<Simulator>,
 }
@@ -223,27 +225,9 @@ impl Driver {
         Ok(usize::try_from(count).unwrap_or_default())
     }
 
-    /// The device of this number, with its primary context retained while any clone lives.
-    ///
-    /// # Errors
-    /// [`VmmError::InvalidDevice`]; [`VmmError::UnsupportedDevice`] if it has no virtual memory
-    /// management; [`VmmError::Driver`], [`VmmError::Forked`].
-    pub fn device(&self, ordinal: usize) -> Result<Device> {
-        // Held while the device is opened, so that a device is opened once and its quarantine and
-        // its engines are known in one place.
-        let mut devices = self.0.devices.lock()?;
-        let count = self.device_count()?;
-        if ordinal >= count {
-            return Err(VmmError::InvalidDevice { ordinal, count });
-        }
-        let known = devices.len();
-        devices.resize_with(count.max(known), Weak::new);
-        if let Some(inner) = devices[ordinal].upgrade() {
-            return Ok(Device::from_inner(inner));
-        }
-        let device = Device::open(self.clone(), ordinal)?;
-        devices[ordinal] = device.downgrade();
-        Ok(device)
+    /// The devices that were opened, by number, for [`device`](Self::device).
+    pub(crate) fn devices(&self) -> Result<MutexGuard<'_, Vec<Opened>>> {
+        self.0.devices.lock()
     }
 
     /// The table of calls. Calling through it is as unsafe as calling CUDA.
@@ -302,7 +286,7 @@ impl Inner {
             }
         };
         crate::events::debug!(target: "cuda_vmm::driver", %call, code, name, "driver call failed");
-        Err(DriverError { call, code, name }.into())
+        Err(VmmError::Driver(DriverError { call, code, name }))
     }
 }
 

@@ -1,8 +1,16 @@
 //! What can go wrong, with the values that went wrong.
 
-use crate::engine::NO_ROOM;
-use crate::pool::blocks::BlockError;
+mod block;
+mod quota;
+
+pub use block::BlockError;
+pub use quota::QuotaConflict;
+
 use crate::sys::{self, CUresult, DriverFunction};
+
+/// The environment variable that forbids [`Driver::detect`](crate::Driver::detect) to simulate, unless it is empty or `0`.
+#[cfg(feature = "simulator")]
+pub const REQUIRE_GPU_VARIABLE: &str = "CUDA_VMM_REQUIRE_GPU";
 
 /// Result of this crate's operations.
 pub type Result<T, E = VmmError> = core::result::Result<T, E>;
@@ -75,10 +83,7 @@ pub enum VmmError {
     Load(#[from] sys::LoadError),
     /// No GPU answers, and `CUDA_VMM_REQUIRE_GPU` forbids to simulate one.
     #[cfg(feature = "simulator")]
-    #[error(
-        "{} is set and there is no GPU: {reason}",
-        crate::driver::REQUIRE_GPU_VARIABLE
-    )]
+    #[error("{REQUIRE_GPU_VARIABLE} is set and there is no GPU: {reason}")]
     GpuRequired {
         /// Why there is none.
         #[source]
@@ -192,8 +197,8 @@ pub enum VmmError {
     /// Guarantees, ceilings or limits that cannot hold together.
     #[error("{what}: {asked_bytes} bytes asked, at most {available_bytes} possible")]
     QuotaUnsatisfiable {
-        /// Which quota.
-        what: &'static str,
+        /// Which of them.
+        what: QuotaConflict,
         /// What was asked for, in bytes.
         asked_bytes: usize,
         /// The most that could be granted, in bytes.
@@ -346,8 +351,14 @@ impl VmmError {
             },
             Self::Quarantined { .. } => Prospect::Later,
             // What others hold and are guaranteed is in its way. All others are two values that exclude each other.
-            Self::QuotaUnsatisfiable { what: NO_ROOM, .. } => Prospect::Depends,
-            Self::QuotaUnsatisfiable { .. } => Prospect::Never,
+            Self::QuotaUnsatisfiable { what, .. } => match what {
+                QuotaConflict::Guarantee => Prospect::Depends,
+                QuotaConflict::GuaranteeAboveCeiling
+                | QuotaConflict::GuaranteeAboveLimit
+                | QuotaConflict::Headroom
+                | QuotaConflict::ParkBytesMin
+                | QuotaConflict::AheadBytesMin => Prospect::Never,
+            },
             Self::Block(error) => match error.is_never() {
                 true => Prospect::Never,
                 false => Prospect::Depends,

@@ -7,8 +7,8 @@
 
 use crate::capture::{NoCapture, Relaxed};
 use crate::driver::call;
-use crate::quarantine::{self, Stuck};
-use crate::stream::Handle;
+use crate::quarantine::Stuck;
+use crate::stream_handle::Handle;
 use crate::sync::{Arc, Weak};
 use crate::sys::{CU_EVENT_DISABLE_TIMING, CUDA_ERROR_NOT_READY, CUevent};
 use crate::{Device, Result};
@@ -131,15 +131,15 @@ impl Fence {
 
 impl Drop for Fence {
     fn drop(&mut self) {
-        quarantine::after_drop(&self.device, self.destroy(), || {
-            Stuck::Fence(Self {
-                device: self.device.clone(),
-                event: self.event,
-                stream: self.stream.clone(),
-            })
+        self.device.after_drop(self.destroy(), || Self {
+            device: self.device.clone(),
+            event: self.event,
+            stream: self.stream.clone(),
         });
     }
 }
+
+impl Stuck for Fence {}
 
 #[cfg(all(test, feature = "simulator", not(model_check)))]
 mod tests {

@@ -99,6 +99,7 @@ mod events;
 mod fence;
 mod foreign;
 mod mapping;
+mod memory_parts;
 mod physical;
 pub mod pool;
 mod process;
@@ -108,21 +109,23 @@ mod reservation;
 mod share;
 mod size;
 mod stream;
+mod stream_handle;
 mod sync;
 
 pub use capture::CaptureGuard;
 pub use cuda_vmm_sys as sys;
-pub use device::Device;
-#[cfg(feature = "simulator")]
-pub use driver::REQUIRE_GPU_VARIABLE;
+pub use device::{Device, MakeRoom};
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
     CompactReport, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin, LeaseToken,
-    MakeRoom, MemoryParts, PoolCounters, PoolOptions, StepReport, WorkerMode,
+    PoolCounters, PoolOptions, StepReport, WorkerMode,
 };
-pub use error::{CloseError, DriverError, Result, VmmError};
+#[cfg(feature = "simulator")]
+pub use error::REQUIRE_GPU_VARIABLE;
+pub use error::{CloseError, DriverError, QuotaConflict, Result, VmmError};
 pub use fence::Fence;
 pub use mapping::{Access, Mapping};
+pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;
 pub use pool::{
     ModelOptions, ModelQuota, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions,

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::{self, Stuck};
+use crate::quarantine::Stuck;
 use crate::sync::{Arc, thread};
 use crate::sys::{self, CUmemAccess_flags, CUmemAccessDesc};
 use crate::{
@@ -255,12 +255,16 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        quarantine::after_drop(self.device(), self.unmap_in_place(), || {
-            Stuck::Mapping(Self {
-                reservation: self.reservation.clone(),
-                memory: self.memory.clone(),
-                offset: self.offset,
-            })
+        self.device().after_drop(self.unmap_in_place(), || Self {
+            reservation: self.reservation.clone(),
+            memory: self.memory.clone(),
+            offset: self.offset,
         });
+    }
+}
+
+impl Stuck for Mapping {
+    fn bytes(&self) -> usize {
+        self.memory.bytes()
     }
 }

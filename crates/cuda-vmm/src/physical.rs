@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::{self, Stuck};
+use crate::quarantine::Stuck;
 use crate::sys::CUmemGenericAllocationHandle;
 use crate::{CloseError, Device, Result, VmmError, size};
 use core::mem::ManuallyDrop;
@@ -135,12 +135,16 @@ impl PhysicalMemory {
 
 impl Drop for PhysicalMemory {
     fn drop(&mut self) {
-        quarantine::after_drop(&self.device, self.release(), || {
-            Stuck::Memory(Self {
-                device: self.device.clone(),
-                handle: self.handle,
-                bytes: self.bytes,
-            })
+        self.device.after_drop(self.release(), || Self {
+            device: self.device.clone(),
+            handle: self.handle,
+            bytes: self.bytes,
         });
+    }
+}
+
+impl Stuck for PhysicalMemory {
+    fn bytes(&self) -> usize {
+        self.bytes
     }
 }

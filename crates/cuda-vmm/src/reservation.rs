@@ -8,7 +8,7 @@
 #![allow(unsafe_code)]
 
 use crate::driver::call;
-use crate::quarantine::{self, Stuck};
+use crate::quarantine::Stuck;
 use crate::{CloseError, Device, Result, VmmError, size};
 use core::mem::ManuallyDrop;
 
@@ -132,12 +132,16 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        quarantine::after_drop(&self.device, self.free(), || {
-            Stuck::Reservation(Self {
-                device: self.device.clone(),
-                address: self.address,
-                bytes: self.bytes,
-            })
+        self.device.after_drop(self.free(), || Self {
+            device: self.device.clone(),
+            address: self.address,
+            bytes: self.bytes,
         });
+    }
+}
+
+impl Stuck for Reservation {
+    fn address_bytes(&self) -> usize {
+        self.bytes
     }
 }

@@ -54,6 +54,20 @@ pub(crate) fn multiple(what: &'static str, value: usize, required: usize) -> Res
     Ok(value)
 }
 
+/// Checks the size of a page: a power of two of at least the device's granularity.
+///
+/// # Errors
+/// [`VmmError::InvalidPageSize`].
+pub fn check_page_bytes(page_bytes: usize, granularity_bytes: usize) -> Result<()> {
+    if page_bytes.is_power_of_two() && page_bytes.is_multiple_of(granularity_bytes) {
+        return Ok(());
+    }
+    Err(VmmError::InvalidPageSize {
+        page_bytes,
+        granularity_bytes,
+    })
+}
+
 /// Bytes for people: `1.50 GiB`, `2 MiB`, `17 B`.
 pub(crate) struct Readable(pub(crate) usize);
 

@@ -1,18 +1,15 @@
 //! Streams, so far as memory management needs them.
 //!
 //! # Safety
-//! A stream is alive while its [`Handle`] is: the handle owns it, created here and destroyed once, or keeps its owner
-//! alive, or borrows it from an owner that promised to outlive it. All calls run with the device's context current.
+//! A stream is alive while its [`Handle`] is; each stream here has one. All calls run with the device's context current.
 #![allow(unsafe_code)]
 
 use crate::capture::Relaxed;
 use crate::driver::call;
 use crate::foreign::Foreign;
-use crate::quarantine::{self, Stuck};
+pub(crate) use crate::stream_handle::Handle;
 use crate::sync::{Arc, Weak};
-use crate::sys::{
-    CU_STREAM_CAPTURE_STATUS_NONE, CU_STREAM_NON_BLOCKING, CUDA_ERROR_NOT_READY, CUstream,
-};
+use crate::sys::{CU_STREAM_NON_BLOCKING, CUstream};
 use crate::{Device, Fence, Result};
 use core::any::Any;
 use core::ptr::null_mut;
@@ -29,17 +26,6 @@ pub struct Stream {
     clones: Arc<()>,
 }
 
-/// What is known of a stream by all that hold it. Its place in memory is its identity: the driver's handles come again.
-#[derive(Debug)]
-pub(crate) struct Handle {
-    device: Device,
-    raw: CUstream,
-    owned: bool,
-    /// What keeps a borrowed stream alive; dropped after its last use.
-    #[allow(dead_code, reason = "owned to be dropped")]
-    owner: Option<Foreign<std::sync::Arc<dyn Any + Send + Sync>>>,
-}
-
 /// A pool's hold on a stream that is named for it.
 #[derive(Clone, Debug)]
 pub(crate) struct Named {
@@ -54,14 +40,9 @@ impl Named {
 
     /// Whether nobody can queue work any more: all clones of a stream of our own are gone. It stays so.
     pub(crate) fn is_let_go(&self) -> bool {
-        self.handle.owned && self.clones.strong_count() == 0
+        self.handle.is_owned && self.clones.strong_count() == 0
     }
 }
-
-// SAFETY: the stream is used through the driver's calls only, which may be made from any thread.
-unsafe impl Send for Handle {}
-// SAFETY: as above.
-unsafe impl Sync for Handle {}
 
 impl Stream {
     /// A new stream that does not synchronise with the legacy default stream (`cuStreamCreate`).
@@ -81,7 +62,7 @@ impl Stream {
         Ok(Self::from_handle(Handle {
             device: device.clone(),
             raw,
-            owned: true,
+            is_owned: true,
             owner: None,
         }))
     }
@@ -102,7 +83,7 @@ impl Stream {
         Self::from_handle(Handle {
             device: device.clone(),
             raw,
-            owned: false,
+            is_owned: false,
             owner: None,
         })
     }
@@ -122,7 +103,7 @@ impl Stream {
         Self::from_handle(Handle {
             device: device.clone(),
             raw,
-            owned: false,
+            is_owned: false,
             owner: Some(Foreign::new(owner)),
         })
     }
@@ -276,51 +257,6 @@ impl Stream {
 }
 
 impl Handle {
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
-    }
-
-    pub(crate) fn raw(&self) -> CUstream {
-        self.raw
-    }
-
-    /// Whether it stands for each thread's own default stream.
-    pub(crate) fn is_per_thread(&self) -> bool {
-        self.raw.addr() == 2
-    }
-
-    /// As [`Stream::is_capturing`].
-    pub(crate) fn is_capturing(&self) -> Result<bool> {
-        let _current = self.device.make_current()?;
-        let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
-        // SAFETY: `status` is a valid place and the stream alive.
-        unsafe {
-            call!(
-                self.device.driver(),
-                cuStreamIsCapturing(self.raw, &mut status)
-            )
-        }?;
-        Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
-    }
-
-    /// Whether everything queued so far is done (`cuStreamQuery`). Never waits. False of the default streams: an event
-    /// recorded there comes after work of others too.
-    pub(crate) fn is_idle(&self) -> Result<bool> {
-        if self.raw.addr() <= 2 {
-            return Ok(false);
-        }
-        let _current = self.device.make_current()?;
-        let _relaxed = Relaxed::new(self.device.driver())?;
-        self.device.driver().check_process()?;
-        // SAFETY: the stream is alive.
-        let code = unsafe { (self.device.driver().table().cuStreamQuery)(self.raw) };
-        if code == CUDA_ERROR_NOT_READY {
-            return Ok(false);
-        }
-        (self.device.driver()).check(crate::sys::DriverFunction::cuStreamQuery, code)?;
-        Ok(true)
-    }
-
     /// As [`Stream::wait_for`].
     pub(crate) fn wait_for(&self, fence: &Fence) -> Result<()> {
         if !self.device.driver().is_same(fence.device().driver()) {
@@ -333,27 +269,6 @@ impl Handle {
                 self.device.driver(),
                 cuStreamWaitEvent(self.raw, fence.raw(), 0)
             )
-        }
-    }
-
-    fn destroy(&self) -> Result<()> {
-        let _current = self.device.make_current()?;
-        // SAFETY: destroys the stream that `new` made; once it worked, nobody has it any more.
-        unsafe { call!(self.device.driver(), cuStreamDestroy(self.raw)) }
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        if self.owned {
-            quarantine::after_drop(&self.device, self.destroy(), || {
-                Stuck::Stream(Stream::from_handle(Self {
-                    device: self.device.clone(),
-                    raw: self.raw,
-                    owned: true,
-                    owner: None,
-                }))
-            });
         }
     }
 }

@@ -177,7 +177,7 @@ fn a_pool_closed_during_a_capture_ends_after_it() {
         let guard = CaptureGuard::new();
         pool.close().expect("left to the engine");
         let stats = engine.stats();
-        assert_eq!((stats.retiring_bytes, stats.ranges), (3 * PAGE, 1));
+        assert_eq!((stats.parts.retiring_bytes, stats.ranges), (3 * PAGE, 1));
         assert_eq!(simulated.simulator.calls(DriverFunction::cuMemUnmap), 0);
         drop(guard);
         engine.step();
@@ -356,5 +356,5 @@ fn a_fence_that_turns_out_to_be_captured_is_given_up_by_who_waits_for_it() {
     assert!(refused(&error), "not the fence: {error}");
     end_killed(&stream);
     pool.allocate(4 * PAGE, PAGE).expect("the context answers");
-    assert_eq!(engine.stats().live_bytes, PAGE);
+    assert_eq!(engine.stats().parts.live_page_bytes, PAGE);
 }

@@ -40,7 +40,7 @@ fn slack_goes_back_and_every_byte_stays_in_its_place() {
         let mut fixture = Fixture::new(roomy(), named);
         fixture.keep(|page| page.is_multiple_of(2));
         let before = fixture.pool.stats();
-        assert_eq!(before.slack_bytes, PAGES / 2 * PAGE);
+        assert_eq!(before.parts.slack_bytes, PAGES / 2 * PAGE);
         let chunks = PAGES / CHUNK;
         let expected = [PAGES / 2, PAGES / 2, 0, chunks, PAGES / 2];
         assert_eq!(numbers(fixture.pool.compact_report()), expected);
@@ -48,7 +48,7 @@ fn slack_goes_back_and_every_byte_stays_in_its_place() {
         assert_eq!(numbers(report), expected);
         let stats = fixture.pool.stats();
         assert_eq!(
-            (stats.slack_bytes, stats.live_bytes),
+            (stats.parts.slack_bytes, stats.live_bytes),
             (0, before.live_bytes)
         );
         assert_eq!(stats.committed_bytes, PAGES / 2 * PAGE);
@@ -115,7 +115,7 @@ fn parked_memory_is_given_up_for_it() {
         .park_bytes_max(usize::MAX);
     let mut fixture = Fixture::new(options, true);
     fixture.keep(|page| page < PAGES - CHUNK && page.is_multiple_of(2));
-    assert_eq!(fixture.engine.stats().parked_bytes, CHUNK * PAGE);
+    assert_eq!(fixture.engine.stats().parts.parked_bytes, CHUNK * PAGE);
     let moved = (PAGES - CHUNK) / 2;
     assert_eq!(fixture.pool.compact_report().moved_bytes, moved * PAGE);
     let report = fixture.pool.compact().expect("what was parked");
@@ -123,7 +123,7 @@ fn parked_memory_is_given_up_for_it() {
         (report.moved_bytes, report.skipped_bytes),
         (moved * PAGE, 0)
     );
-    assert_eq!(fixture.engine.stats().parked_bytes, 0);
+    assert_eq!(fixture.engine.stats().parts.parked_bytes, 0);
     fixture.check();
 }
 
@@ -212,8 +212,8 @@ proptest! {
         let report = fixture.pool.compact().expect("room");
         prop_assert_eq!(report, planned);
         let stats = fixture.pool.stats();
-        prop_assert!(stats.slack_bytes <= stats.live_page_bytes / 8 + PAGE, "{}", stats);
-        prop_assert_eq!(report.skipped_bytes, stats.slack_bytes);
+        prop_assert!(stats.parts.slack_bytes <= stats.parts.live_page_bytes / 8 + PAGE, "{}", stats);
+        prop_assert_eq!(report.skipped_bytes, stats.parts.slack_bytes);
         prop_assert_eq!(fixture.pool.compact().expect("room").moved_bytes, 0);
         fixture.check();
     }

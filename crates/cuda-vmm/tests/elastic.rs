@@ -115,7 +115,7 @@ fn another_engines_parked_memory_is_given_up_when_the_device_is_full() {
     first.allocate(0, 3 * PAGE).expect("room");
     first.deallocate(0, 3 * PAGE).expect("live");
     assert_eq!(hoarder.step().retired_bytes, 3 * PAGE);
-    assert_eq!(hoarder.stats().parked_bytes, 3 * PAGE);
+    assert_eq!(hoarder.stats().parts.parked_bytes, 3 * PAGE);
     second
         .allocate(0, 4 * PAGE)
         .expect("what the other had parked");
@@ -164,14 +164,14 @@ fn the_numbers_of_a_pool_say_what_it_holds() {
     pool.allocate(PAGE + 1, PAGE).expect("room");
     let stats = pool.stats();
     assert_eq!((stats.live_bytes, stats.live_pages), (PAGE, 2));
-    assert_eq!(stats.live_page_bytes, 2 * PAGE);
+    assert_eq!(stats.parts.live_page_bytes, 2 * PAGE);
     assert_eq!((stats.committed_bytes, stats.chunks), (2 * PAGE, 2));
     assert_eq!(stats.unused_bytes, CAPACITY - 100 - PAGE);
     assert_eq!(
         stats.largest_unused_run_bytes,
         CAPACITY - 100 - 2 * PAGE - 1
     );
-    assert_eq!(pool.engine().stats().live_bytes, 2 * PAGE);
+    assert_eq!(pool.engine().stats().parts.live_page_bytes, 2 * PAGE);
 
     pool.allocate(CAPACITY - 101, 1).expect("the last byte");
     assert_eq!(
@@ -195,12 +195,12 @@ fn parked_memory_is_taken_back_without_a_driver_call() {
     pool.deallocate(PAGE, PAGE).expect("live");
     let report = fixture.engine.step();
     assert_eq!((report.retired_bytes, report.drained_bytes), (PAGE, 0));
-    assert_eq!(pool.stats().parked_bytes, 2 * PAGE);
+    assert_eq!(pool.stats().parts.parked_bytes, 2 * PAGE);
     let simulator = &fixture.simulated.simulator;
     simulator.start_trace();
     pool.allocate(0, 2 * PAGE).expect("parked");
     assert_eq!(simulator.take_trace(), []);
-    assert_eq!(pool.stats().parked_bytes, 0);
+    assert_eq!(pool.stats().parts.parked_bytes, 0);
     pool.deallocate(2 * PAGE, PAGE).expect("live");
     fixture.engine.step();
     assert_eq!(pool.trim(), Ok(PAGE));
@@ -223,7 +223,7 @@ fn what_is_parked_above_the_limit_goes_down_to_the_low_watermark() {
             fixture.pool.allocate(0, pages * PAGE).expect("room");
             fixture.pool.deallocate(0, pages * PAGE).expect("live");
             fixture.engine.step();
-            fixture.engine.stats().parked_bytes / PAGE
+            fixture.engine.stats().parts.parked_bytes / PAGE
         };
         assert_eq!(parked(4), 4, "what may be parked is not too much");
         assert_eq!(parked(5), left, "{low_bytes:?}");

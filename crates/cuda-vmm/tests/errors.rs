@@ -6,8 +6,8 @@ use common::{PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::SimError;
 use cuda_vmm::sys::*;
 use cuda_vmm::{
-    Access, CloseError, DriverError, Engine, Mapping, PhysicalMemory, Reservation, Stream,
-    VirtualMemoryPool, VmmError,
+    Access, CloseError, DriverError, Engine, Mapping, PhysicalMemory, QuotaConflict, Reservation,
+    Stream, VirtualMemoryPool, VmmError,
 };
 use std::error::Error;
 use std::sync::Arc;
@@ -92,8 +92,8 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
         asked_bytes: 8,
         available_bytes: 4,
     };
-    assert!(quota("guarantee above its ceiling").is_never());
-    assert!(quota("headroom").is_never());
+    assert!(quota(QuotaConflict::GuaranteeAboveCeiling).is_never());
+    assert!(quota(QuotaConflict::Headroom).is_never());
     let of_call = |call, code| {
         VmmError::Driver(DriverError {
             call,
@@ -306,7 +306,7 @@ fn texts() -> Vec<(VmmError, &'static str)> {
         ),
         (
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: QuotaConflict::Guarantee,
                 asked_bytes: 8,
                 available_bytes: 4,
             },

@@ -101,7 +101,11 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn shared_pool(device: &Device, options: EngineOptions, page: Option<usize>) -> SharedMemoryPool {
-    let with = |engine, page_bytes| SharedPoolOptions { engine, page_bytes };
+    let with = |engine, page_bytes| {
+        let mut options = SharedPoolOptions::new().engine(engine);
+        options.page_bytes = page_bytes;
+        options
+    };
     let pool = SharedMemoryPool::with_options(device, with(options, page));
     let pool = pool.or_else(|_| SharedMemoryPool::with_options(device, with(options, None)));
     pool.unwrap_or_else(|_| {
@@ -177,7 +181,7 @@ fn take(pool: &SharedMemoryPool, stream: &Stream, step: Step) {
         _ => drop(pool.engine().step()),
     }
     let stats = pool.stats();
-    assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{step:?}");
+    assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{step:?}");
     let snapshot = pool.snapshot();
     let _ = (snapshot.prometheus().len(), model.owed_bytes());
     let _ = (

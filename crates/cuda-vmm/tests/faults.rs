@@ -58,10 +58,7 @@ impl Fixture {
         for stream in &streams {
             pool.use_stream(stream).expect("same device");
         }
-        let shared = SharedPoolOptions {
-            engine: options,
-            page_bytes: Some(page()),
-        };
+        let shared = SharedPoolOptions::new().engine(options).page_bytes(page());
         let shared = SharedMemoryPool::with_options(&device, shared).expect("shared pool");
         shared.register_model("old", 8 * page()).expect("model");
         Self {
@@ -105,7 +102,7 @@ impl Fixture {
         let mut held = self.device.quarantined_bytes();
         for stats in [self.engine.stats(), self.shared.stats()] {
             assert_eq!(
-                stats.parts_bytes(),
+                stats.parts.total_bytes(),
                 stats.committed_bytes,
                 "{what}: {stats}"
             );
@@ -131,7 +128,9 @@ impl Fixture {
         self.device.retry_quarantine();
         self.check(what);
         for stats in [self.engine.stats(), self.shared.stats()] {
-            let unsettled = stats.filling_bytes + stats.retiring_bytes + stats.quarantined_bytes;
+            let unsettled = stats.parts.filling_bytes
+                + stats.parts.retiring_bytes
+                + stats.parts.quarantined_bytes;
             assert_eq!(unsettled, 0, "{what}: settled {stats}");
         }
         assert_eq!(self.device.quarantined_bytes(), 0, "{what}");
@@ -445,7 +444,7 @@ fn eight_parked(f: &Fixture) -> Result<()> {
     f.shared.deallocate_for_model("old", 0, 8 * page())?;
     f.device.synchronize()?;
     f.shared.engine().step();
-    assert_eq!(f.shared.stats().parked_bytes, 8 * page());
+    assert_eq!(f.shared.stats().parts.parked_bytes, 8 * page());
     Ok(())
 }
 
@@ -499,12 +498,12 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
                     (before.0.live_bytes, before.0.live_pages),
                     "{what}"
                 );
-                let quarantined = fixture.engine.stats().quarantined_bytes
-                    + fixture.shared.stats().quarantined_bytes;
+                let quarantined = fixture.engine.stats().parts.quarantined_bytes
+                    + fixture.shared.stats().parts.quarantined_bytes;
                 if failing.len() == 1 {
                     // One fault, and its undo worked: not a byte more is held than before. What was
                     // retiring may have gone meanwhile, or been refused by the driver.
-                    assert!(quarantined <= before.2.retiring_bytes, "{what}");
+                    assert!(quarantined <= before.2.parts.retiring_bytes, "{what}");
                     assert!(
                         fixture.engine.stats().committed_bytes <= before.2.committed_bytes,
                         "{what}"
@@ -524,7 +523,7 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
         && fixture.pool().stats().live_bytes == before.0.live_bytes
         && fixture.made.is_none()
         && fixture.shared.models() == models
-        && fixture.shared.stats().live_bytes == before.1.live_bytes
+        && fixture.shared.stats().parts.live_page_bytes == before.1.parts.live_page_bytes
     {
         (case.operate)(&mut fixture).unwrap_or_else(|error| panic!("{what}: again: {error}"));
     }

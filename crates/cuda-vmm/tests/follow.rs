@@ -91,9 +91,12 @@ impl Fixture {
     fn take(&self) -> Result<u64, cuda_vmm::VmmError> {
         let taken = self.pool.try_allocate(0, PAGE);
         let stats = self.engine.stats();
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
         let expected = if taken.is_ok() { (PAGE, 0) } else { (0, PAGE) };
-        assert_eq!((stats.live_bytes, stats.retiring_bytes), expected);
+        assert_eq!(
+            (stats.parts.live_page_bytes, stats.parts.retiring_bytes),
+            expected
+        );
         taken
     }
 
@@ -288,7 +291,7 @@ fn an_allocation_that_fails_leaves_retiring_what_it_would_have_taken() {
         .try_allocate(0, 2 * PAGE)
         .expect_err("no memory");
     assert!(error.is_out_of_memory(), "{error}");
-    assert_eq!(fixture.engine.stats().retiring_bytes, PAGE);
+    assert_eq!(fixture.engine.stats().parts.retiring_bytes, PAGE);
     assert_eq!(
         fixture.engine.step().drained_bytes,
         0,

@@ -134,10 +134,9 @@ fn pools_that_are_dropped_on_another_thread_before_the_work_is_done() {
 #[test]
 fn shared_pools_whose_models_are_unregistered_or_not() {
     rounds(|device| {
-        let options = SharedPoolOptions {
-            engine: options(),
-            page_bytes: Some(page()),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(options())
+            .page_bytes(page());
         let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
         for model in ["unregistered", "left"] {
             pool.register_model(model, 16 * page()).expect("a new name");

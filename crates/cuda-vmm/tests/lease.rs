@@ -78,7 +78,7 @@ fn freed_bytes_stay_as_they_are_until_the_token_is_released() {
 
     let stats = pool.stats();
     assert_eq!(
-        (stats.live_bytes, stats.live_pages, stats.leased_bytes),
+        (stats.live_bytes, stats.live_pages, stats.parts.leased_bytes),
         (0, 0, PAGE)
     );
     assert_eq!(
@@ -141,7 +141,7 @@ fn a_released_token_says_nothing_of_work_that_is_queued() {
     drop(token);
     for _ in 0..3 {
         fixture.engine.step();
-        assert_eq!(fixture.engine.stats().retiring_bytes, PAGE);
+        assert_eq!(fixture.engine.stats().parts.retiring_bytes, PAGE);
     }
     gate.open();
     fixture.settle(&stream);
@@ -160,7 +160,7 @@ fn a_page_is_leased_only_where_its_owner_has_nothing_in_it() {
     pool.deallocate(PAGE / 4, 2 * PAGE).expect("live");
     let stats = pool.stats();
     assert_eq!(
-        (stats.leased_bytes, stats.live_page_bytes),
+        (stats.parts.leased_bytes, stats.parts.live_page_bytes),
         (PAGE, 3 * PAGE)
     );
     assert_eq!(stats.live_bytes, 2 * PAGE);
@@ -169,10 +169,10 @@ fn a_page_is_leased_only_where_its_owner_has_nothing_in_it() {
         Ok(pool.base_address() + (PAGE / 4) as u64)
     );
     pool.deallocate(0, PAGE / 2).expect("live");
-    assert_eq!(pool.stats().leased_bytes, 2 * PAGE);
+    assert_eq!(pool.stats().parts.leased_bytes, 2 * PAGE);
     drop(token);
     fixture.engine.step();
-    assert_eq!(pool.stats().leased_bytes, 0);
+    assert_eq!(pool.stats().parts.leased_bytes, 0);
 }
 
 #[test]
@@ -187,11 +187,11 @@ fn bytes_stay_until_the_last_of_their_leases_ends() {
     }
     pool.deallocate(0, 4 * PAGE).expect("live");
     let left = [4, 3, 2, 0];
-    assert_eq!(pool.stats().leased_bytes, left[0] * PAGE);
+    assert_eq!(pool.stats().parts.leased_bytes, left[0] * PAGE);
     for (token, pages) in tokens.into_iter().zip(&left[1..]) {
         drop(token);
         fixture.engine.step();
-        assert_eq!(pool.stats().leased_bytes, pages * PAGE);
+        assert_eq!(pool.stats().parts.leased_bytes, pages * PAGE);
     }
 }
 
@@ -211,7 +211,7 @@ fn leased_memory_outlives_its_pool_and_goes_with_the_last_token() {
     drop(pool);
     assert_eq!(read(&fixture.simulated.device, address + PAGE as u64), 9);
     let stats = fixture.engine.stats();
-    assert_eq!((stats.leased_bytes, stats.ranges), (PAGE, 1));
+    assert_eq!((stats.parts.leased_bytes, stats.ranges), (PAGE, 1));
     drop(token);
     fixture.settle(&stream);
     let stats = fixture.engine.stats();
@@ -281,7 +281,7 @@ fn a_chunk_with_leased_bytes_is_not_moved() {
     pool.lease(0, 1, token.clone()).expect("live");
     pool.deallocate(PAGE, 3 * PAGE).expect("live");
     assert_eq!(pool.compact().expect("nothing to do").returned_bytes, 0);
-    assert_eq!(pool.stats().slack_bytes, 3 * PAGE);
+    assert_eq!(pool.stats().parts.slack_bytes, 3 * PAGE);
     drop(token);
     // Nobody has freed what was leased: the token is looked at when it is asked for.
     assert!(!pool.is_leased(0, 1));
@@ -433,7 +433,7 @@ fn each_driver_call_of_giving_leased_memory_back_may_fail() {
         for _ in 0..3 {
             let stats = fixture.engine.stats();
             assert_eq!(
-                stats.parts_bytes(),
+                stats.parts.total_bytes(),
                 stats.committed_bytes,
                 "call {nth}: {stats}"
             );
@@ -489,7 +489,10 @@ fn bytes_that_are_freed_after_their_lease_do_not_wait_for_a_step() {
     drop(token);
     pool.deallocate(0, PAGE).expect("live");
     let stats = pool.stats();
-    assert_eq!((stats.leased_bytes, stats.retiring_bytes), (0, PAGE));
+    assert_eq!(
+        (stats.parts.leased_bytes, stats.parts.retiring_bytes),
+        (0, PAGE)
+    );
 }
 
 /// Until then the engine has had nothing to do, so that it has no thread yet.

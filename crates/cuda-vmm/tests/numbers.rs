@@ -24,10 +24,7 @@ const CAPACITY: usize = 64 * PAGE;
 const NAME: &str = "a \"b\"\\c\nd";
 
 fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: options.chunk_bytes_max(0),
-        page_bytes: None,
-    };
+    let options = SharedPoolOptions::new().engine(options.chunk_bytes_max(0));
     SharedMemoryPool::with_options(device, options).expect("a pool")
 }
 
@@ -35,32 +32,28 @@ fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
 #[track_caller]
 fn adds_up(snapshot: &Snapshot) {
     let engine = &snapshot.engine;
-    assert_eq!(engine.parts_bytes(), engine.committed_bytes, "{snapshot:?}");
+    assert_eq!(
+        engine.parts.total_bytes(),
+        engine.committed_bytes,
+        "{snapshot:?}"
+    );
     assert!(engine.committed_bytes <= engine.limit_bytes);
     let mut sum = snapshot.others;
     for model in &snapshot.models {
-        let parts = model.stats.parts();
+        let parts = model.stats.parts;
         let committed_bytes = model.stats.committed_bytes;
-        assert_eq!(parts.committed_bytes(), committed_bytes, "{snapshot:?}");
-        assert!(model.stats.live_bytes <= parts.live_bytes);
-        sum.live_bytes += parts.live_bytes;
-        sum.leased_bytes += parts.leased_bytes;
-        sum.slack_bytes += parts.slack_bytes;
-        sum.filling_bytes += parts.filling_bytes;
-        sum.retiring_bytes += parts.retiring_bytes;
-        sum.parked_bytes += parts.parked_bytes;
-        sum.ahead_bytes += parts.ahead_bytes;
-        sum.cached_bytes += parts.cached_bytes;
-        sum.quarantined_bytes += parts.quarantined_bytes;
+        assert_eq!(parts.total_bytes(), committed_bytes, "{snapshot:?}");
+        assert!(model.stats.live_bytes <= parts.live_page_bytes);
+        sum += parts;
     }
-    assert_eq!(sum, engine.parts(), "{snapshot:?}");
+    assert_eq!(sum, engine.parts, "{snapshot:?}");
 }
 
 /// What is no model's, where the cache is all that can be: nothing but that, and what is on its way out of it.
 #[track_caller]
 fn only_the_cache_is_nobodys(snapshot: &Snapshot) {
     let mut cache = MemoryParts::default();
-    cache.cached_bytes = snapshot.engine.cached_bytes;
+    cache.cached_bytes = snapshot.engine.parts.cached_bytes;
     cache.retiring_bytes = snapshot.others.retiring_bytes;
     assert_eq!(snapshot.others, cache, "{snapshot:?}");
 }
@@ -144,7 +137,7 @@ fn what_is_no_models_is_told_apart() {
     let snapshot = pool.snapshot();
     adds_up(&snapshot);
     let mut others = MemoryParts::default();
-    (others.live_bytes, others.retiring_bytes) = (2 * PAGE, PAGE);
+    (others.live_page_bytes, others.retiring_bytes) = (2 * PAGE, PAGE);
     assert_eq!(snapshot.others, others);
     assert_eq!(snapshot.models[0].stats.committed_bytes, 2 * PAGE);
 
@@ -153,7 +146,7 @@ fn what_is_no_models_is_told_apart() {
     adds_up(&alone);
     assert_eq!(
         (alone.engine, alone.others),
-        (snapshot.engine, snapshot.engine.parts())
+        (snapshot.engine, snapshot.engine.parts)
     );
     assert_eq!(alone.models, []);
 
@@ -315,7 +308,7 @@ fn a_snapshot_can_be_written_and_read() {
         snapshot
     );
     let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    assert_eq!(value["engine"]["live_bytes"], PAGE);
+    assert_eq!(value["engine"]["parts"]["live_page_bytes"], PAGE);
     assert_eq!(value["counters"]["ranges"]["allocations"], 1);
     assert_eq!(value["models"][0]["model"], NAME);
     assert_eq!(value["models"][0]["stats"]["live_bytes"], 3);
@@ -324,7 +317,10 @@ fn a_snapshot_can_be_written_and_read() {
     // Written by a version that knew less.
     let old = serde_json::from_str::<Snapshot>("{\"models\": [{\"model\": \"a\"}]}");
     let old = old.expect("what is missing is zero");
-    assert_eq!((&*old.models[0].model, old.engine.live_bytes), ("a", 0));
+    assert_eq!(
+        (&*old.models[0].model, old.engine.parts.live_page_bytes),
+        ("a", 0)
+    );
 }
 
 #[derive(Debug, Clone)]

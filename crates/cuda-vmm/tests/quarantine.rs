@@ -125,10 +125,10 @@ fn what_an_engine_cannot_unmap_stays_charged_and_is_not_handed_out() {
             (0, 2 * PAGE)
         );
         let stats = engine.stats();
-        assert_eq!(stats.quarantined_bytes, 2 * PAGE);
+        assert_eq!(stats.parts.quarantined_bytes, 2 * PAGE);
         assert_eq!(stats.committed_bytes, 2 * PAGE);
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes);
-        assert_eq!(pool.stats().quarantined_bytes, 2 * PAGE);
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes);
+        assert_eq!(pool.stats().parts.quarantined_bytes, 2 * PAGE);
         assert_eq!(pool.physical_memory_usage(), 0, "none of it is live");
         assert!(!pool.is_mapped(0, 1));
         assert_eq!(
@@ -184,11 +184,11 @@ fn an_allocation_over_quarantine_tries_it_once_more_itself() {
         pool.deallocate(0, PAGE).expect("live");
         refuse(&simulated, &[DriverFunction::cuMemUnmap]);
         engine.step();
-        assert_eq!(engine.stats().quarantined_bytes, PAGE);
+        assert_eq!(engine.stats().parts.quarantined_bytes, PAGE);
         simulated.simulator.clear_faults();
         pool.allocate(0, PAGE)
             .expect("unmapped by the way, and backed afresh");
-        assert_eq!(engine.stats().quarantined_bytes, 0);
+        assert_eq!(engine.stats().parts.quarantined_bytes, 0);
         assert_eq!(engine.stats().committed_bytes, PAGE);
     });
 }
@@ -205,9 +205,9 @@ fn what_an_engine_cannot_release_stays_charged_but_its_addresses_are_free() {
             engine.trim(),
             Err(failure!(cuMemRelease, CUDA_ERROR_OPERATING_SYSTEM))
         );
-        assert_eq!(engine.stats().quarantined_bytes, 2 * PAGE);
-        assert_eq!(engine.stats().parts_bytes(), 2 * PAGE);
-        assert_eq!(pool.stats().quarantined_bytes, 2 * PAGE);
+        assert_eq!(engine.stats().parts.quarantined_bytes, 2 * PAGE);
+        assert_eq!(engine.stats().parts.total_bytes(), 2 * PAGE);
+        assert_eq!(pool.stats().parts.quarantined_bytes, 2 * PAGE);
         assert_eq!(pool.stats().committed_bytes, 2 * PAGE);
         let books = simulated.books();
         assert_eq!((books.mappings, books.physical_bytes), (0, 2 * PAGE));
@@ -234,7 +234,7 @@ fn a_pool_that_cannot_be_closed_leaves_its_memory_to_the_engine() {
             Err(failure!(cuMemUnmap, CUDA_ERROR_OPERATING_SYSTEM))
         );
         let stats = engine.stats();
-        assert_eq!((stats.quarantined_bytes, stats.ranges), (2 * PAGE, 1));
+        assert_eq!((stats.parts.quarantined_bytes, stats.ranges), (2 * PAGE, 1));
         simulated.simulator.clear_faults();
         engine.step();
         let stats = engine.stats();
@@ -297,7 +297,7 @@ fn a_driver_that_cannot_say_whether_it_has_finished_is_an_error_and_no_endless_w
             assert_eq!(pool.allocate(0, PAGE), Err(expected.clone()), "{worker:?}");
             assert_eq!(pool.close(), Err(expected), "{worker:?}");
             assert_eq!(engine.stats().committed_bytes, 2 * PAGE);
-            assert_eq!(engine.stats().parts_bytes(), 2 * PAGE);
+            assert_eq!(engine.stats().parts.total_bytes(), 2 * PAGE);
             simulated.simulator.clear_faults();
             while engine.stats().ranges > 0 {
                 engine.step();

@@ -129,14 +129,8 @@ fn run(
     let engine = options
         .limit_bytes(LIMIT_PAGES * PAGE)
         .worker(WorkerMode::Manual);
-    let shared = SharedMemoryPool::with_options(
-        &device,
-        SharedPoolOptions {
-            engine,
-            page_bytes: None,
-        },
-    )
-    .expect("pool");
+    let shared = SharedMemoryPool::with_options(&device, SharedPoolOptions::new().engine(engine))
+        .expect("pool");
     let mut pools = Pools::new(shared, ahead_bytes_max);
     let mut model = Model(vec![None; MODELS]);
     let mut faulty = false;
@@ -346,7 +340,7 @@ fn run(
             Operation::Compact => {
                 let outcome = pools.own.as_mut().map(|own| own.compact());
                 if let (Some(Ok(report)), Some(own)) = (&outcome, &pools.own) {
-                    prop_assert_eq!(report.skipped_bytes, own.stats().slack_bytes);
+                    prop_assert_eq!(report.skipped_bytes, own.stats().parts.slack_bytes);
                 }
                 prop_assert!(
                     !matches!(outcome, Some(Err(_))) || faulty,
@@ -362,7 +356,7 @@ fn run(
         }
         let stats = pools.shared.stats();
         prop_assert_eq!(
-            stats.parts_bytes(),
+            stats.parts.total_bytes(),
             stats.committed_bytes,
             "{}: {}",
             what,
@@ -370,13 +364,14 @@ fn run(
         );
         // What two faults have stranded is live, but in quarantine.
         let stranded_bytes = if compacts && faulty {
-            stats.quarantined_bytes
+            stats.parts.quarantined_bytes
         } else {
             0
         };
         let live_bytes = model.all_live_pages() * PAGE;
         prop_assert!(
-            stats.live_bytes <= live_bytes && live_bytes <= stats.live_bytes + stranded_bytes,
+            stats.parts.live_page_bytes <= live_bytes
+                && live_bytes <= stats.parts.live_page_bytes + stranded_bytes,
             "{what}: {stats}"
         );
         prop_assert!(
@@ -400,8 +395,14 @@ fn run(
             }
             device.retry_quarantine();
             let stats = pools.shared.stats();
-            prop_assert_eq!(stats.quarantined_bytes, 0, "{}: {}", what, stats);
-            prop_assert_eq!(stats.live_bytes, live_bytes, "{}: {}", what, stats);
+            prop_assert_eq!(stats.parts.quarantined_bytes, 0, "{}: {}", what, stats);
+            prop_assert_eq!(
+                stats.parts.live_page_bytes,
+                live_bytes,
+                "{}: {}",
+                what,
+                stats
+            );
         }
     }
     simulator.clear_faults();

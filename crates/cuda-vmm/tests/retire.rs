@@ -436,6 +436,6 @@ fn closing_one_pool_does_not_wait_for_what_another_freed() {
     write(&slow, address);
     busy.deallocate(0, PAGE).expect("live");
     idle.close().expect("it has nothing to wait for");
-    assert_eq!(fixture.engine.stats().retiring_bytes, PAGE);
+    assert_eq!(fixture.engine.stats().parts.retiring_bytes, PAGE);
     fixture.simulator.release_work();
 }

@@ -37,10 +37,7 @@ const LIMIT: usize = 8 * PAGE;
 const CAPACITY: usize = 16 * PAGE;
 
 fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: options,
-        page_bytes: None,
-    };
+    let options = SharedPoolOptions::new().engine(options);
     SharedMemoryPool::with_options(device, options).expect("a pool")
 }
 
@@ -289,7 +286,7 @@ fn dropping_the_last_clone_gives_everything_back() {
         pool.register_model("a", CAPACITY).expect("addresses");
         clone.allocate_for_model("a", 5 * PAGE).expect("room");
         drop(pool);
-        assert_eq!(clone.stats().live_bytes, 5 * PAGE);
+        assert_eq!(clone.stats().parts.live_page_bytes, 5 * PAGE);
         assert_eq!(clone.engine().stats(), clone.stats());
     });
 }
@@ -305,7 +302,7 @@ fn trim_gives_back_what_is_parked() {
     pool.allocate_for_model("a", 4 * PAGE).expect("room");
     pool.deallocate_for_model("a", 0, 3 * PAGE).expect("live");
     pool.engine().step();
-    assert_eq!(pool.stats().parked_bytes, 3 * PAGE);
+    assert_eq!(pool.stats().parts.parked_bytes, 3 * PAGE);
     assert_eq!(pool.trim(), Ok(3 * PAGE));
     assert_eq!(pool.stats().committed_bytes, PAGE);
     assert_eq!(pool.trim(), Ok(0));
@@ -314,10 +311,9 @@ fn trim_gives_back_what_is_parked() {
 #[test]
 fn a_model_is_compacted_while_others_go_on() {
     let simulated = Simulated::default();
-    let options = SharedPoolOptions {
-        engine: manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE),
-        page_bytes: Some(PAGE),
-    };
+    let options = SharedPoolOptions::new()
+        .engine(manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE))
+        .page_bytes(PAGE);
     let pool = SharedMemoryPool::with_options(&simulated.device, options).expect("a pool");
     for model in ["a", "b"] {
         pool.register_model(model, 64 * PAGE).expect("a new name");
@@ -345,7 +341,10 @@ fn a_model_is_compacted_while_others_go_on() {
         pool.stats().committed_bytes,
         before.committed_bytes - 24 * PAGE
     );
-    assert_eq!(pool.model_stats("a").expect("registered").slack_bytes, 0);
+    assert_eq!(
+        pool.model_stats("a").expect("registered").parts.slack_bytes,
+        0
+    );
     let mut bytes = [0; 64];
     // SAFETY: the page is live, and nothing runs on it.
     unsafe { stream.read(address + 3 * PAGE as u64, &mut bytes) }.expect("mapped");

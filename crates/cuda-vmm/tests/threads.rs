@@ -62,7 +62,7 @@ fn threads_that_share_pages_of_one_pool_keep_their_bytes_apart() {
         }
     });
     let stats = pool.engine().stats();
-    assert_eq!(stats.parts_bytes(), stats.committed_bytes);
+    assert_eq!(stats.parts.total_bytes(), stats.committed_bytes);
     assert!(!simulator.is_poisoned(0));
     drop((pool, stream, device, driver));
     all_is_back(&simulator);
@@ -89,7 +89,7 @@ fn models_that_compete_for_one_limit_never_pass_it_and_all_finish() {
                         Ok(address) => {
                             done += 1;
                             let stats = pool.stats();
-                            assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+                            assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
                             assert!(stats.committed_bytes <= LIMIT, "{stats}");
                             pool.deallocate_for_model_address(&model, address, bytes)
                                 .expect("live");

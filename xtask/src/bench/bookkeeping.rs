@@ -8,38 +8,27 @@ use fs_err as fs;
 use serde_json::Value;
 use std::path::Path;
 
-/// The criterion benches' names, and how many microseconds each may take, if that is demanded.
-const DEMANDS: [(&str, Reach); 8] = [
-    (
-        "allocate and deallocate one page, no stream named",
-        Reach::AtMost(2.0),
-    ),
-    (
-        "allocate and deallocate one page, one stream named",
-        Reach::AtMost(2.0),
-    ),
-    (
-        "allocate and deallocate one page of one model in 64",
-        Reach::AtMost(2.0),
-    ),
-    ("take back a parked page", Reach::Open),
-    (ONE_THREAD, Reach::Open),
-    (TWO_THREADS, Reach::Open),
-    (
-        "allocate and deallocate a token in a live page",
-        Reach::Open,
-    ),
-    ("allocate a token in a live page", Reach::Open),
+/// The names of the criterion benches that may take [`PAGE_US_MOST`], and of those of which nothing is demanded.
+const PAGES: [&str; 3] = [
+    "allocate and deallocate one page, no stream named",
+    "allocate and deallocate one page, one stream named",
+    "allocate and deallocate one page of one model in 64",
 ];
+const OPEN: [&str; 5] = [
+    "take back a parked page",
+    ONE_THREAD,
+    TWO_THREADS,
+    "allocate and deallocate a token in a live page",
+    "allocate a token in a live page",
+];
+const PAGE_US_MOST: Reach = Reach::AtMost(2.0);
 
 /// What a page takes one thread, and each of two threads at the same time.
 const ONE_THREAD: &str = "take back a parked page of a model, one thread";
 const TWO_THREADS: &str = "take back a parked page of a model, each of two threads";
 /// What two threads do together, against one, and how many times as much it must be.
-const TWO_AGAINST_ONE: (&str, Reach) = (
-    "take back parked pages: two threads on two models, one thread on one",
-    Reach::AtLeastTimes(1.7),
-);
+const TOGETHER: &str = "take back parked pages: two threads on two models, one thread on one";
+const TOGETHER_LEAST: Reach = Reach::AtLeastTimes(1.7);
 
 /// Runs all benches and the test of the memory, and returns their figures.
 pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
@@ -57,34 +46,30 @@ pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
     let output = test.output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let held: Vec<_> = text.lines().filter_map(held).collect();
-    ensure!(
-        !held.is_empty() && (output.status.success() || held.iter().any(Finding::has_failed)),
-        "{test}: {}\n{text}",
-        output.status
-    );
+    let is_told = output.status.success() || held.iter().any(Finding::has_failed);
+    let status = output.status;
+    ensure!(is_told && !held.is_empty(), "{test}: {status}\n{text}");
     findings.extend(held);
     Ok(findings)
 }
 
-/// The figures of the benches: those with a name in [`DEMANDS`], what two threads do if there are two cores, and others.
+/// The figures of the benches: those that have a name here, what two threads do if there are two cores, and others.
 fn times(estimates: &[(String, f64)], cores: usize) -> Vec<Finding> {
-    let estimate = |name: &str| {
-        let found = estimates.iter().find(|(bench, _)| bench == name);
-        found.map(|(_, us)| *us)
+    let us = |name: &str| {
+        let mut found = estimates.iter().filter(|(bench, _)| bench == name);
+        found.next().map(|(_, us)| *us)
     };
-    let demanded = |(name, reach)| Finding::new(name, "µs", estimate(name), None, reach);
-    let mut findings = DEMANDS.map(demanded).to_vec();
-    let threads = estimate(ONE_THREAD).zip(estimate(TWO_THREADS));
+    let time = |name: &str, reach| Finding::new(name, "µs", [us(name), None], reach);
+    let mut findings = PAGES.map(|name| time(name, PAGE_US_MOST)).to_vec();
+    findings.extend(OPEN.map(|name| time(name, Reach::Open)));
+    let threads = us(ONE_THREAD).zip(us(TWO_THREADS));
     if let Some((one, two)) = threads.filter(|_| cores > 1) {
-        let (name, reach) = TWO_AGAINST_ONE;
-        let (ours, peer) = (Some(2.0 / two), Some(1.0 / one));
-        findings.push(Finding::new(name, "pages/µs", ours, peer, reach));
+        let figures = [Some(2.0 / two), Some(1.0 / one)];
+        findings.push(Finding::new(TOGETHER, "pages/µs", figures, TOGETHER_LEAST));
     }
-    for (name, us) in estimates {
-        if DEMANDS.iter().all(|(demanded, _)| demanded != name) {
-            findings.push(Finding::new(name, "µs", Some(*us), None, Reach::Open));
-        }
-    }
+    let mut others: Vec<_> = estimates.iter().map(|(name, _)| name.as_str()).collect();
+    others.retain(|name| !PAGES.contains(name) && !OPEN.contains(name));
+    findings.extend(others.iter().map(|name| time(name, Reach::Open)));
     findings
 }
 
@@ -117,12 +102,11 @@ fn held(line: &str) -> Option<Finding> {
     let allowed = rest.strip_suffix(" allowed")?;
     let mapped: u64 = mapped.parse().ok()?;
     let name = format!("host memory of the bookkeeping, {mapped} bytes mapped: 64 KiB and 0.01%");
-    let (held, allowed) = (held.parse().ok()?, allowed.parse().ok()?);
+    let figures = [held.parse().ok()?, allowed.parse().ok()?];
     Some(Finding::new(
         &name,
         "bytes",
-        Some(held),
-        Some(allowed),
+        figures.map(Some),
         Reach::AtMostTimes(1.0),
     ))
 }
@@ -157,7 +141,7 @@ mod tests {
             let names = [ONE_THREAD, TWO_THREADS].map(str::to_owned);
             let estimates: Vec<_> = names.into_iter().zip(us.iter().copied()).collect();
             let mut findings = times(&estimates, cores).into_iter();
-            let finding = findings.find(|finding| finding.name == TWO_AGAINST_ONE.0);
+            let finding = findings.find(|finding| finding.name == TOGETHER);
             finding.map(|finding| (finding.ratio, finding.pass))
         };
         assert_eq!(
@@ -177,7 +161,7 @@ mod tests {
         let benches =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../benches/benches/bookkeeping.rs");
         let source = fs::read_to_string(benches).unwrap();
-        for (name, _) in DEMANDS {
+        for name in PAGES.iter().chain(&OPEN) {
             assert!(source.contains(&format!("{name:?}")), "{name}");
         }
     }

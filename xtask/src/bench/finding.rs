@@ -5,7 +5,6 @@ use serde::Serialize;
 /// What is demanded of a figure.
 #[derive(Clone, Copy, Debug)]
 pub enum Reach {
-    /// Nothing.
     Open,
     /// At most this much; without a figure it is not reached.
     AtMost(f64),
@@ -15,62 +14,50 @@ pub enum Reach {
     AtLeastTimes(f64),
 }
 
-/// A figure and what is demanded of it.
+/// Our figure of something that was done, what it is measured against, and what is demanded of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// What was done.
     pub name: String,
-    /// Our figure.
     pub ours: Option<f64>,
-    /// What it is measured against, if anything.
     pub peer: Option<f64>,
-    /// Ours divided by the peer's.
     pub ratio: Option<f64>,
-    /// What is demanded.
     pub reach: Option<String>,
     /// Whether it is reached; nothing if nothing is demanded.
     pub pass: Option<bool>,
-    /// The unit of both figures.
     pub unit: &'static str,
-    /// What else there is to say.
     pub note: Option<String>,
 }
 
 impl Finding {
-    /// Judges a figure.
-    pub fn new(
-        name: &str,
-        unit: &'static str,
-        ours: Option<f64>,
-        peer: Option<f64>,
-        reach: Reach,
-    ) -> Self {
+    pub fn new(name: &str, unit: &'static str, figures: [Option<f64>; 2], reach: Reach) -> Self {
+        let [ours, peer] = figures;
         let ratio = ours.zip(peer).map(|(ours, peer)| ours / peer);
-        let demand = match reach {
-            Reach::Open => None,
-            Reach::AtMost(most) => Some((
-                format!("≤ {most} {unit}"),
-                ours.is_some_and(|ours| ours <= most),
-            )),
-            Reach::AtMostTimes(most) => Some((
-                format!("≤ {most} ×"),
-                ratio.is_some_and(|ratio| ratio <= most),
-            )),
-            Reach::AtLeastTimes(least) => Some((
-                format!("≥ {least} ×"),
-                ratio.is_some_and(|ratio| ratio >= least),
-            )),
+        let note = ours.is_none().then(|| "it was not measured".to_owned());
+        let (reach, pass) = match reach {
+            Reach::Open => (None, None),
+            Reach::AtMost(most) => (
+                Some(format!("≤ {most} {unit}")),
+                Some(ours.is_some_and(|ours| ours <= most)),
+            ),
+            Reach::AtMostTimes(most) => (
+                Some(format!("≤ {most} ×")),
+                Some(ratio.is_some_and(|ratio| ratio <= most)),
+            ),
+            Reach::AtLeastTimes(least) => (
+                Some(format!("≥ {least} ×")),
+                Some(ratio.is_some_and(|ratio| ratio >= least)),
+            ),
         };
-        let (reach, pass) = demand.unzip();
+        let name = name.to_owned();
         Self {
-            name: name.to_owned(),
+            name,
             ours,
             peer,
             ratio,
             reach,
             pass,
             unit,
-            note: ours.is_none().then(|| "it was not measured".to_owned()),
+            note,
         }
     }
 
@@ -79,7 +66,6 @@ impl Finding {
         self.pass == Some(false)
     }
 
-    /// The cells of its line in a table.
     pub fn cells(&self) -> [String; 6] {
         let amount = |value: Option<f64>| match value {
             Some(value) if value.fract() == 0.0 => format!("{value} {}", self.unit),
@@ -113,7 +99,7 @@ mod tests {
             (Some(2.0), Reach::Open, None),
             (None, Reach::Open, None),
         ] {
-            let finding = Finding::new("work", "µs", ours, None, reach);
+            let finding = Finding::new("work", "µs", [ours, None], reach);
             assert_eq!(finding.pass, pass, "{ours:?} {reach:?}");
             assert_eq!(finding.has_failed(), pass == Some(false));
         }
@@ -121,8 +107,8 @@ mod tests {
 
     #[test]
     fn it_is_written_as_the_measuring_program_writes_it() {
-        let (ours, peer) = (Some(1.0), Some(2.0));
-        let finding = Finding::new("work", "bytes", ours, peer, Reach::AtMostTimes(1.0));
+        let figures = [Some(1.0), Some(2.0)];
+        let finding = Finding::new("work", "bytes", figures, Reach::AtMostTimes(1.0));
         assert_eq!(
             serde_json::to_value(&finding).unwrap(),
             json!({

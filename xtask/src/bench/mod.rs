@@ -83,12 +83,10 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
 /// The arguments, with the folder of the plots if they name none.
 fn with_plots(arguments: &[OsString], folder: &Path) -> Vec<OsString> {
     let mut texts = arguments.iter().map(|argument| argument.to_string_lossy());
-    let plots: &[OsString] =
-        match texts.any(|text| text == "--plots" || text.starts_with("--plots=")) {
-            true => &[],
-            false => &["--plots".into(), folder.into()],
-        };
-    [plots, arguments].concat()
+    if texts.any(|text| text == "--plots" || text.starts_with("--plots=")) {
+        return arguments.to_vec();
+    }
+    [&["--plots".into(), folder.into()], arguments].concat()
 }
 
 fn by_cargo(workspace: &Workspace, program: &str) -> Result<Command> {
@@ -142,21 +140,16 @@ fn worst(codes: &[u8]) -> u8 {
 }
 
 fn write<T: serde::Serialize>(json: Option<&Path>, findings: &[T]) -> Result<()> {
-    let Some(json) = json else { return Ok(()) };
-    Ok(fs::write(
-        json,
-        serde_json::to_string_pretty(findings)? + "\n",
-    )?)
+    let text = serde_json::to_string_pretty(findings)? + "\n";
+    Ok(json.map_or(Ok(()), |json| fs::write(json, text))?)
 }
 
 /// Runs the criterion benches and the test of the bookkeeping's memory.
 fn on_cpu(workspace: &Workspace, json: Option<&Path>) -> Result<u8> {
     let findings = bookkeeping::run(workspace)?;
     let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
-    println!(
-        "\n{}",
-        display::table(head, findings.iter().map(Finding::cells))
-    );
+    let table = display::table(head, findings.iter().map(Finding::cells));
+    println!("\n{table}");
     write(json, &findings)?;
     Ok(u8::from(findings.iter().any(Finding::has_failed)))
 }

@@ -28,8 +28,8 @@ pub fn check(workspace: &Workspace) -> Result<()> {
     let mut rows = Vec::new();
     let mut differing = Vec::new();
     for (name, package, recorded) in USERS {
-        let all = ["--format", "{p}", "--target", TARGET, "--package"];
-        let tree = workspace.tree(all.into_iter().chain(package.split(' ')))?;
+        let arguments = format!("--format {{p}} --target {TARGET} --package {package}");
+        let tree = workspace.tree(&arguments)?;
         if tree.len() != recorded {
             differing.push(format!("{name}: {}", tree.len()));
         }

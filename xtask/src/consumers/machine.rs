@@ -6,20 +6,9 @@ use std::path::{Path, PathBuf};
 use xshell::{Cmd, cmd};
 
 /// Variables by which a build could find CUDA or a C compiler.
-const VARIABLES: [&str; 10] = [
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "CUDA_ROOT",
-    "CUDA_TOOLKIT_ROOT_DIR",
-    "CUDA_TOOLKIT_PATH",
-    "VIRTUAL_ENV",
-    "CONDA_PREFIX",
-    "LLVM_CONFIG_PATH",
-    "CPATH",
-    "DOCS_RS",
-];
+const VARIABLES: &str = "CUDA_HOME CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR CUDA_TOOLKIT_PATH \
+    VIRTUAL_ENV CONDA_PREFIX LLVM_CONFIG_PATH CPATH DOCS_RS";
 
-/// The environment of a bare machine.
 pub struct Bare {
     /// The only folder of `PATH`: a linker is in it, under names that are not those of C compilers.
     path: PathBuf,
@@ -28,7 +17,6 @@ pub struct Bare {
 }
 
 impl Bare {
-    /// Makes its folder below `base`.
     pub fn make(workspace: &Workspace, base: &Path) -> Result<Self> {
         let shell = &workspace.shell;
         let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
@@ -61,12 +49,10 @@ impl Bare {
 
     /// Lets `command` see no more than that.
     pub fn apply<'a>(&self, command: Cmd<'a>) -> Cmd<'a> {
-        let command = VARIABLES.iter().fold(command, Cmd::env_remove);
+        let command = VARIABLES.split(' ').fold(command, Cmd::env_remove);
         let nowhere = ["CC", "CXX", "LIBCLANG_PATH"].map(|name| (name, "/nothing/is/here"));
-        command
-            .envs(nowhere)
-            .env("PATH", &self.path)
-            .env("RUSTC", &self.rustc)
-            .env(&self.linker_variable, self.path.join("linker"))
+        let command = command.envs(nowhere).env("RUSTC", &self.rustc);
+        let command = command.env(&self.linker_variable, self.path.join("linker"));
+        command.env("PATH", &self.path)
     }
 }

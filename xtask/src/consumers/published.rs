@@ -35,16 +35,16 @@ pub struct Published(Value);
 impl Published {
     /// Has cargo bring them, by a manifest that names them.
     pub fn find(workspace: &Workspace, base: &Path) -> Result<Self> {
-        let folder = base.join("published");
         let manifest = format!(
             "[package]\nname = \"published\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
              candle-core = \"={CANDLE}\"\ncandle-nn = \"={CANDLE}\"\ncandle-cuda-vmm = \"={BEFORE}\"\n"
         );
-        let path = folder.join("Cargo.toml");
-        workspace.shell.write_file(&path, manifest)?;
-        workspace.shell.write_file(folder.join("src/lib.rs"), "")?;
-        let metadata = workspace.metadata(["--manifest-path".as_ref(), path.as_os_str()])?;
-        Ok(Self(metadata))
+        let path = base.join("published/Cargo.toml");
+        let shell = &workspace.shell;
+        shell.write_file(&path, manifest)?;
+        shell.write_file(base.join("published/src/lib.rs"), "")?;
+        let path = path.to_string_lossy();
+        Ok(Self(workspace.metadata(&["--manifest-path", &path])?))
     }
 
     /// Copies Candle with its [`CHANGES`].
@@ -80,9 +80,6 @@ impl Published {
         let package = packages.find(|it| it["name"] == name && it["version"] == version);
         let package = package.with_context(|| format!("cargo brought no {name} {version}"))?;
         let manifest = Path::new(text(package, "manifest_path"));
-        Ok(manifest
-            .parent()
-            .context("a manifest lies in no folder")?
-            .to_owned())
+        Ok(manifest.with_file_name(""))
     }
 }

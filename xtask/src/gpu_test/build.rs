@@ -7,7 +7,7 @@ use super::stand_ins;
 use crate::bench;
 use crate::setup;
 use crate::tests::FEATURES;
-use crate::workspace::{Workspace, array};
+use crate::workspace::{Workspace, array, text};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -16,7 +16,6 @@ use std::path::PathBuf;
 use std::process::Command;
 use xshell::Cmd;
 
-/// The facade's example.
 pub const GENERATE: &str = "generate";
 /// The feature with which Candle has CUDA devices.
 const CUDA: &str = "cuda";
@@ -33,9 +32,7 @@ pub type Other = (&'static str, &'static str, &'static str, &'static str);
 /// What a build says of itself, and a bundle carries along.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The commit, with a mark if files differ from it.
     pub commit: String,
-    /// The Rust compiler.
     pub compiler: String,
     /// The oldest GPUs for which Candle's kernels are built, if they are.
     pub candle_kernels: Option<String>,
@@ -45,9 +42,8 @@ pub struct Manifest {
 
 /// Whether a program that is no test needs the CUDA libraries.
 pub fn needs_libraries(name: &str) -> bool {
-    OTHERS
-        .iter()
-        .any(|other| other.0 == name && other.2 == CUDA)
+    let mut others = OTHERS.iter().filter(|other| other.0 == name);
+    others.any(|other| other.2 == CUDA)
 }
 
 /// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is left to build.
@@ -62,14 +58,12 @@ pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Pr
 /// Builds for release, with the pinned CUDA compiler.
 pub struct Builder<'a> {
     pub workspace: &'a Workspace,
-    /// Where it builds.
     pub target: PathBuf,
     /// The oldest GPUs for which it compiles kernels: 90 for 9.0.
     pub compute_cap: u32,
 }
 
 impl Builder<'_> {
-    /// Builds test programs.
     pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
         let mut programs = Programs::new();
         for (package, is_library, features) in [
@@ -149,18 +143,15 @@ impl Builder<'_> {
         } else {
             "build"
         };
-        let targets: String = names
-            .iter()
-            .map(|name| format!(" --{kind} {name}"))
-            .collect();
+        let targets = names.iter().map(|name| format!(" --{kind} {name}"));
+        let targets: String = targets.collect();
         let line = format!("{verb} --package {package} --features={features}{targets}");
         let mut build = self.cargo(&line);
         if features == CUDA {
             let facade = format!("build --package {FACADE} --features {CUDA}");
             let messages = messages(self.cargo(&facade))?;
-            let folders = messages
-                .iter()
-                .filter_map(|message| message["out_dir"].as_str());
+            let folders = messages.iter().map(|message| text(message, "out_dir"));
+            let folders = folders.filter(|folder| !folder.is_empty());
             let archives = folders.flat_map(|folder| matching(&format!("{folder}/*.a")));
             let archives = files(&messages, ".rlib").chain(archives).collect();
             let stubs = self.target.join("stubs");
@@ -179,11 +170,9 @@ impl Builder<'_> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
         let path = std::env::join_paths(path).expect("they come from such a variable");
-        let cargo = self
-            .workspace
-            .cargo(line)
-            .args(["--release", "--target-dir"]);
+        let cargo = self.workspace.cargo(line);
         cargo
+            .args(["--release", "--target-dir"])
             .arg(&self.target)
             .env("PATH", path)
             .env("CUDA_HOME", &toolkit)
@@ -224,13 +213,10 @@ fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Resu
 
 /// The files with this ending that cargo tells of.
 fn files(messages: &[Value], ending: &str) -> impl Iterator<Item = PathBuf> {
-    let files = messages
-        .iter()
-        .flat_map(|message| array(&message["filenames"]));
-    let files = files.filter_map(Value::as_str);
-    files
-        .filter(move |file| file.ends_with(ending))
-        .map(PathBuf::from)
+    let files = messages.iter().map(|message| &message["filenames"]);
+    let files = files.flat_map(array).filter_map(Value::as_str);
+    let mine = files.filter(move |file| file.ends_with(ending));
+    mine.map(PathBuf::from)
 }
 
 #[cfg(test)]

@@ -105,11 +105,7 @@ pub fn programs(folder: &Path) -> Programs {
     programs.map(|program| (program, path(&program))).collect()
 }
 
-/// A program in `folder` that is no test.
-///
-/// # Errors
-///
-/// [`Usage`] if there is none of this name.
+/// A program in `folder` that is no test; a usage error if there is none of this name.
 pub fn other(folder: &Path, name: &str) -> Result<PathBuf> {
     let others = files::entries(&folder.join(other_file("")))?;
     let names = others.iter().filter_map(|path| path.file_name()?.to_str());

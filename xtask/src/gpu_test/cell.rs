@@ -129,10 +129,8 @@ impl Cell {
 
     fn of(driver: Driver, sanitized: bool) -> Vec<Self> {
         let mut cells = Vec::new();
-        for (devices, page_mib) in [1, 2]
-            .into_iter()
-            .flat_map(|it| PAGES_MIB.map(|page| (it, page)))
-        {
+        let pages = [1, 2].map(|devices| PAGES_MIB.map(|page_mib| (devices, page_mib)));
+        for (devices, page_mib) in pages.concat() {
             for suite in Suite::ALL {
                 let candle_devices = match (suite, driver, devices) {
                     // Candle has one CPU device.
@@ -167,28 +165,18 @@ impl Cell {
         }
     }
 
-    /// Its place on each axis.
-    pub fn axes(&self) -> [String; 5] {
-        let (driver, devices) = (self.driver.word().to_owned(), self.devices.to_string());
-        let candle_device = self.candle_device.unwrap_or("-").to_owned();
-        [
-            driver,
-            devices,
-            self.page(),
-            candle_device,
-            self.suite_name(),
-        ]
-    }
-
-    /// The row's name.
+    /// The row's name: its place on each axis.
     pub fn name(&self) -> String {
-        self.axes().join("/")
+        let (driver, page, suite) = (self.driver.word(), self.page(), self.suite_name());
+        let candle_device = self.candle_device.unwrap_or("-");
+        format!("{driver}/{}/{page}/{candle_device}/{suite}", self.devices)
     }
 
     /// Whether a word of the command line is true of this cell.
     pub fn is(&self, word: &str) -> bool {
-        let is_on_axis = word != "-" && self.axes().iter().any(|place| place == word);
-        is_on_axis || word == self.suite.word() || word == self.name()
+        let name = self.name();
+        let is_on_axis = word != "-" && name.split('/').any(|place| place == word);
+        is_on_axis || word == self.suite.word() || word == name
     }
 
     /// The test programs, in order.
@@ -222,11 +210,10 @@ impl Cell {
 
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> Vec<(&'static str, String)> {
-        // The programs take for real what they open as a library.
-        let driver = if self.driver.is_library() {
-            Driver::Real
-        } else {
-            self.driver
+        let driver = match self.driver {
+            Driver::Simulated => self.driver,
+            // The programs take for real what they open as a library.
+            Driver::Real | Driver::SimulatedLibrary => Driver::Real,
         };
         let mut variables = vec![
             ("CUDA_VMM_TEST_DRIVER", driver.word().to_owned()),
@@ -264,11 +251,10 @@ mod tests {
     }
 
     fn variables(cell: &Cell) -> String {
-        let variables = cell.variables(60).into_iter();
-        let texts: Vec<_> = variables
-            .map(|(name, value)| format!("{name}={value}"))
-            .collect();
-        texts.join(" ").replace("CUDA_VMM_TEST_", "")
+        let texts = cell.variables(60);
+        let texts = texts.iter().map(|(name, value)| format!("{name}={value}"));
+        let text = texts.collect::<Vec<_>>().join(" ");
+        text.replace("CUDA_VMM_TEST_", "")
     }
 
     #[test]
@@ -288,16 +274,13 @@ mod tests {
     fn the_simulated_library_is_not_of_the_matrix_and_its_programs_take_it_for_real() {
         let cells = Cell::simulated_library();
         let names: Vec<String> = cells.iter().map(Cell::name).collect();
-        let places = [
-            "1/granularity/default",
-            "1/granularity/own",
-            "2/granularity/default",
-            "2/granularity/own",
-        ];
-        assert_eq!(
-            names,
-            places.map(|place| format!("simulated-library/{place}-stream/facade"))
-        );
+        let mut expected = Vec::new();
+        for (devices, kind) in [(1, "default"), (1, "own"), (2, "default"), (2, "own")] {
+            expected.push(format!(
+                "simulated-library/{devices}/granularity/{kind}-stream/facade"
+            ));
+        }
+        assert_eq!(names, expected);
         let all = Cell::all(false);
         assert!(!all.iter().any(|cell| names.contains(&cell.name())));
         assert_eq!(
@@ -309,40 +292,38 @@ mod tests {
             (cell("real/1/2MiB/own-stream/facade"), &["device", "cuda"]),
             (cell("simulated/1/2MiB/cpu/facade"), &["device"]),
         ] {
-            let programs = cell.programs().into_iter();
-            assert_eq!(
-                programs.map(|program| program.target).collect::<Vec<_>>(),
-                targets
-            );
+            let programs = cell.programs();
+            let found: Vec<_> = programs.iter().map(|program| program.target).collect();
+            assert_eq!(found, targets);
         }
     }
 
     #[test]
     fn variables_follow_the_cell() {
+        let small = "PAGE_BYTES=2097152";
         for (name, expected) in [
-            ("real/1/granularity/-/core", "DRIVER=real DEVICES=1"),
+            ("real/1/granularity/-/core", "1".to_owned()),
             (
                 "real/2/16MiB/own-stream/facade",
-                "DRIVER=real DEVICES=2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream",
+                "2 PAGE_BYTES=16777216 CANDLE_DEVICE=own-stream".to_owned(),
             ),
             (
                 "simulated/2/granularity/-/pools",
-                "DRIVER=simulated DEVICES=2 GRANULARITY_BYTES=65536",
+                "2 GRANULARITY_BYTES=65536".to_owned(),
             ),
-            (
-                "simulated/1/granularity/cpu/facade",
-                "DRIVER=simulated DEVICES=1",
-            ),
+            ("simulated/1/granularity/cpu/facade", "1".to_owned()),
             (
                 "simulated/1/2MiB/-/stress",
-                "DRIVER=simulated DEVICES=1 PAGE_BYTES=2097152 STRESS_SECONDS=60",
+                format!("1 {small} STRESS_SECONDS=60"),
             ),
             (
                 "real/2/2MiB/-/stress",
-                "DRIVER=real DEVICES=2 PAGE_BYTES=2097152 STRESS_SECONDS=2",
+                format!("2 {small} STRESS_SECONDS=2"),
             ),
         ] {
-            assert_eq!(variables(&cell(name)), expected, "{name}");
+            let cell = cell(name);
+            let expected = format!("DRIVER={} DEVICES={expected}", cell.driver.word());
+            assert_eq!(variables(&cell), expected, "{name}");
         }
     }
 }

@@ -36,9 +36,6 @@ pub struct Conditions {
 
 impl Conditions {
     /// What can be known before anything is built; `probe` is asked if a row of the real driver could be run.
-    ///
-    /// # Errors
-    ///
     /// A usage error if there is no row: it is one on every machine, and found before anything is started.
     pub fn find(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
         let most = arguments.select(None)?;
@@ -83,17 +80,10 @@ impl Conditions {
     /// A command that runs `program` under the memory checker.
     pub fn sanitized(&self, program: &Path) -> Command {
         let mut command = Command::new(self.sanitizer.as_deref().unwrap_or(SANITIZER.as_ref()));
-        command
-            .args([
-                "--tool",
-                "memcheck",
-                "--target-processes",
-                "application-only",
-            ])
-            // The tests make calls that must fail.
-            .args(["--report-api-errors", "no"])
-            .args(["--error-exitcode", &SANITIZER_ERRORS.to_string()])
-            .arg(program);
+        // The tests make calls that must fail.
+        let options = "--tool memcheck --target-processes application-only --report-api-errors no";
+        command.args(options.split(' ')).arg("--error-exitcode");
+        command.arg(SANITIZER_ERRORS.to_string()).arg(program);
         command
     }
 }
@@ -101,19 +91,17 @@ impl Conditions {
 /// The memory checker on `PATH`, or in a CUDA toolkit.
 fn sanitizer() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let named = ["CUDA_HOME", "CUDA_PATH"]
-        .into_iter()
-        .filter_map(std::env::var_os);
-    let toolkits = named.map(PathBuf::from).chain(matching("/usr/local/cuda*"));
+    let named = ["CUDA_HOME", "CUDA_PATH"].map(std::env::var_os);
+    let named = named.into_iter().flatten().map(PathBuf::from);
+    let toolkits = named.chain(matching("/usr/local/cuda*"));
     let folders = toolkits.flat_map(|toolkit| [toolkit.join("bin"), toolkit.join(SANITIZER)]);
-    let mut programs = std::env::split_paths(&path)
-        .chain(folders)
-        .map(|it| it.join(SANITIZER));
+    let folders = std::env::split_paths(&path).chain(folders);
+    let mut programs = folders.map(|folder| folder.join(SANITIZER));
     programs.find(|program| program.is_file())
 }
 
 /// What was found of the libraries that were looked for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Libraries {
     /// The folders that hold them, where the dynamic loader must be told.
     pub folders: Vec<PathBuf>,
@@ -154,32 +142,28 @@ impl Libraries {
 
     /// One line for the report.
     pub fn describe(&self) -> String {
-        let folders = self
-            .folders
-            .iter()
-            .map(|folder| folder.display().to_string());
-        let mut text = folders.collect::<Vec<_>>().join(":");
-        if text.is_empty() {
-            text = "those of the dynamic loader".to_owned();
+        let folders = self.folders.iter().map(|it| it.display().to_string());
+        let folders = folders.collect::<Vec<_>>().join(":");
+        let missing = self.missing.join(", ");
+        match (folders.is_empty(), missing.is_empty()) {
+            (true, true) => "those of the dynamic loader".to_owned(),
+            (false, true) => folders,
+            (true, false) => format!("those of the dynamic loader; missing: {missing}"),
+            (false, false) => format!("{folders}; missing: {missing}"),
         }
-        if !self.missing.is_empty() {
-            text += &format!("; missing: {}", self.missing.join(", "));
-        }
-        text
     }
 }
 
 /// The folders in which to look, in order.
 fn folders() -> Vec<PathBuf> {
     let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let given = std::env::split_paths(&given).filter(|folder| !folder.as_os_str().is_empty());
-    let toolkits = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/targets/*/lib"];
+    let mut folders: Vec<_> = std::env::split_paths(&given).collect();
+    folders.retain(|folder| !folder.as_os_str().is_empty());
+    folders.extend(matching("/usr/local/cuda*/lib64"));
+    folders.extend(matching("/usr/local/cuda*/targets/*/lib"));
     let wheels = output(Command::new("python3").args(["-c", WHEELS])).unwrap_or_default();
-    let wheels = wheels.lines().map(PathBuf::from);
-    given
-        .chain(toolkits.into_iter().flat_map(matching))
-        .chain(wheels)
-        .collect()
+    folders.extend(wheels.lines().map(PathBuf::from));
+    folders
 }
 
 /// The paths of a pattern, in order.
@@ -192,13 +176,10 @@ fn known_to_the_loader() -> BTreeSet<String> {
     let mut programs = ["ldconfig", "/sbin/ldconfig"].into_iter();
     let text = programs.find_map(|program| output(Command::new(program).arg("-p")));
     let text = text.unwrap_or_default();
-    let lines = text
-        .lines()
-        .filter(|line| line.starts_with(char::is_whitespace));
-    lines
-        .filter_map(|line| line.split_whitespace().next())
-        .map(str::to_owned)
-        .collect()
+    // The first line is a heading.
+    let lines = text.lines().skip(1).map(str::split_whitespace);
+    let names = lines.filter_map(|mut words| words.next());
+    names.map(str::to_owned).collect()
 }
 
 /// What `command` prints, if it can be started and succeeds.
@@ -221,35 +202,24 @@ mod tests {
     fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {
         let folder = tempfile::tempdir().unwrap();
         let folders = ["one", "two"].map(|name| folder.path().join(name));
-        for (folder, names) in folders
-            .iter()
-            .zip([&["a.so"] as &[&str], &["a.so", "b.so"]])
-        {
+        for folder in &folders {
             std::fs::create_dir(folder).unwrap();
-            for name in names {
-                std::fs::write(folder.join(name), "").unwrap();
-            }
+        }
+        for file in ["one/a.so", "two/a.so", "two/b.so"] {
+            std::fs::write(folder.path().join(file), "").unwrap();
         }
         let names = ["a.so", "b.so", "c.so", "d.so"].map(str::to_owned);
         let found = Libraries::find_in(&names, &folders, &BTreeSet::from(["c.so".to_owned()]));
-        assert_eq!(
-            found,
-            Libraries {
-                folders: folders.to_vec(),
-                missing: vec!["d.so".to_owned()],
-            }
-        );
+        assert_eq!(found.folders, folders);
+        assert_eq!(found.missing, ["d.so"]);
         assert!(found.describe().ends_with("two; missing: d.so"));
     }
 
     #[test]
     fn sanitized_rows_are_skipped_where_there_is_no_sanitizer() {
+        let (name, cuda, count) = ("Test GPU".to_owned(), "13.0".to_owned(), 1);
         let mut conditions = Conditions {
-            gpu: Some(Answer::Gpu {
-                name: "Test GPU".to_owned(),
-                count: 1,
-                cuda: "13.0".to_owned(),
-            }),
+            gpu: Some(Answer::Gpu { name, count, cuda }),
             ..Conditions::default()
         };
         let [plain, sanitized] = [false, true].map(|sanitized| {

@@ -9,7 +9,6 @@ use super::report::{self, Report};
 use super::runner::{Programs, Row, Runner};
 use anyhow::{Context, Result};
 use fs_err as fs;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -20,20 +19,17 @@ const INTERRUPTED: u8 = 130;
 
 /// All that is needed to run the rows.
 pub struct Matrix<'a> {
-    /// The command line.
     pub arguments: &'a Arguments,
     /// What the machine has; the libraries are still to be found.
     pub conditions: Conditions,
-    /// The executables.
     pub programs: Programs,
-    /// What their build says of itself.
     pub manifest: Manifest,
     /// Where temporary files go.
     pub folder: &'a Path,
     /// Where the report goes if `$OUT` names no folder.
     pub beside: &'a Path,
     /// The command line as one would type it: the program, and how many of this one's arguments are left out.
-    pub command: (&'a str, usize),
+    pub command: (String, usize),
 }
 
 impl Matrix<'_> {
@@ -45,7 +41,7 @@ impl Matrix<'_> {
         self.conditions.libraries = Libraries::find(&self.manifest.libraries);
         // Better found out now than after the last row that a report cannot be written.
         let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
-        let out = out.map_or_else(|| self.beside.to_owned(), PathBuf::from);
+        let out = out.map_or_else(|| self.beside.into(), PathBuf::from);
         fs::create_dir_all(&out)?;
         let markdown = out.join("report.md");
         let json = self.arguments.json.as_ref();
@@ -62,13 +58,11 @@ impl Matrix<'_> {
             stress_seconds: self.arguments.stress_seconds,
             limit_seconds: self.arguments.limit_seconds,
         };
-        let (program, skipped) = self.command;
-        let typed = std::env::args_os().skip(skipped);
-        let typed = std::iter::once(OsString::from(program)).chain(typed);
-        let typed: Vec<_> = typed
-            .map(|word| word.to_string_lossy().into_owned())
-            .collect();
-        let mut report = Report::new(typed.join(" "), &self.conditions, &self.manifest);
+        let (mut typed, skipped) = self.command;
+        for word in std::env::args_os().skip(skipped) {
+            typed = typed + " " + &word.to_string_lossy();
+        }
+        let mut report = Report::new(typed, &self.conditions, &self.manifest);
         report.rows = run_all(&runner, &cells)?;
         let (ended, asked) = (report.rows.len(), cells.len());
         let left_out = self.arguments.left_out(gpus);
@@ -84,10 +78,11 @@ impl Matrix<'_> {
             fs::write(path, report.json()?)?;
         }
         report.print(started.elapsed(), &markdown.display().to_string());
-        Ok(if ended < asked {
-            INTERRUPTED
-        } else {
+        let is_whole = ended == asked;
+        Ok(if is_whole {
             report.exit_code()
+        } else {
+            INTERRUPTED
         })
     }
 }

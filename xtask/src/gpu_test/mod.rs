@@ -21,7 +21,7 @@ use crate::workspace::{Workspace, code};
 use anyhow::{Context, Result};
 use arguments::Other;
 use build::{Builder, OTHERS};
-use cell::{Cell, Driver, Program};
+use cell::{Cell, Driver};
 use conditions::{Conditions, Libraries};
 use matrix::Matrix;
 use probe::Answer;
@@ -48,10 +48,8 @@ pub fn run(
     let conditions = Conditions::find(arguments, probe)?;
     let mut cells = arguments.select(conditions.gpus())?;
     cells.retain(|cell| conditions.obstacle(cell).is_none());
-    let (real, simulated): (BTreeSet<Program>, BTreeSet<Program>) = cells
-        .iter()
-        .flat_map(Cell::programs)
-        .partition(|program| program.driver == Driver::Real);
+    let programs = cells.iter().flat_map(Cell::programs);
+    let (real, simulated): (BTreeSet<_>, _) = programs.partition(|it| it.driver == Driver::Real);
     let mut programs = builder.programs(&real)?;
     let manifest = builder.manifest(&programs)?;
     if !simulated.is_empty() {
@@ -65,13 +63,12 @@ pub fn run(
         manifest,
         folder: &builder.target,
         beside: &builder.target,
-        command: ("cargo xtask gpu-test", 2),
+        command: ("cargo xtask gpu-test".to_owned(), 2),
     };
     let code = matrix.run()?;
     if has_no_gpu {
-        println!(
-            "To run the rows of the real driver elsewhere: cargo xtask gpu-test --bundle FOLDER"
-        );
+        let bundle = "cargo xtask gpu-test --bundle FOLDER";
+        println!("To run the rows of the real driver elsewhere: {bundle}");
     }
     Ok(code)
 }
@@ -122,6 +119,7 @@ pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
     if arguments.matrix.list {
         return list(&arguments.matrix);
     }
+    let run = arguments.beside.join("run");
     let probe = || probe::ask(&folder.join(bundle::PROBE));
     let matrix = Matrix {
         arguments: &arguments.matrix,
@@ -131,7 +129,7 @@ pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
         folder: &folder,
         beside: &arguments.beside,
         // What comes before is what the script says of itself: --folder and --beside with their values.
-        command: (&arguments.beside.join("run").display().to_string(), 6),
+        command: (run.display().to_string(), 6),
     };
     matrix.run()
 }

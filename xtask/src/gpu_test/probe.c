@@ -5,9 +5,18 @@
 
 enum { NO_DEVICE = 100 };
 
-static int fail(const char *call, int code) {
-    printf("reason=%s answered code %d\n", call, code);
-    return 1;
+/* Ends the program unless the driver has this function and it succeeds. */
+#define CALL(name, types, ...)                                                  \
+    do {                                                                        \
+        int(*function) types = (int(*) types)dlsym(library, name);              \
+        int code = function ? function(__VA_ARGS__) : -1;                       \
+        if (code == NO_DEVICE) return no_gpu();                                 \
+        if (code) return printf("reason=%s answered code %d\n", name, code), 1; \
+    } while (0)
+
+static int no_gpu(void) {
+    printf("reason=the driver reports no GPU\n");
+    return 2;
 }
 
 int main(void) {
@@ -16,31 +25,14 @@ int main(void) {
         printf("reason=no driver library: %s\n", dlerror());
         return 2;
     }
-    int (*init)(unsigned) = (int (*)(unsigned))dlsym(library, "cuInit");
-    int (*version)(int *) = (int (*)(int *))dlsym(library, "cuDriverGetVersion");
-    int (*count)(int *) = (int (*)(int *))dlsym(library, "cuDeviceGetCount");
-    int (*get)(int *, int) = (int (*)(int *, int))dlsym(library, "cuDeviceGet");
-    int (*name)(char *, int, int) = (int (*)(char *, int, int))dlsym(library, "cuDeviceGetName");
-    if (!init || !version || !count || !get || !name) {
-        printf("reason=libcuda.so.1 lacks the entry points of a CUDA driver\n");
-        return 1;
-    }
-    int code = init(0);
-    if (code == NO_DEVICE) {
-        printf("reason=the driver reports no GPU\n");
-        return 2;
-    }
-    if (code) return fail("cuInit", code);
-    int number = 0, devices = 0, device = 0;
-    char text[256] = "";
-    if ((code = version(&number))) return fail("cuDriverGetVersion", code);
-    if ((code = count(&devices))) return fail("cuDeviceGetCount", code);
-    if (devices == 0) {
-        printf("reason=the driver reports no GPU\n");
-        return 2;
-    }
-    if ((code = get(&device, 0))) return fail("cuDeviceGet", code);
-    if ((code = name(text, (int)sizeof text, device))) return fail("cuDeviceGetName", code);
-    printf("cuda=%d.%d\ndevices=%d\nname=%s\n", number / 1000, number % 1000 / 10, devices, text);
+    int version = 0, devices = 0, device = 0;
+    char name[256] = "";
+    CALL("cuInit", (unsigned), 0);
+    CALL("cuDriverGetVersion", (int *), &version);
+    CALL("cuDeviceGetCount", (int *), &devices);
+    if (devices == 0) return no_gpu();
+    CALL("cuDeviceGet", (int *, int), &device, 0);
+    CALL("cuDeviceGetName", (char *, int, int), name, (int)sizeof name, device);
+    printf("cuda=%d.%d\ndevices=%d\nname=%s\n", version / 1000, version % 1000 / 10, devices, name);
     return 0;
 }

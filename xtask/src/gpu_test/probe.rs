@@ -37,17 +37,15 @@ impl Answer {
 pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
     let (source, program) = (folder.join("probe.c"), folder.join("probe"));
     shell.write_file(&source, include_str!("probe.c"))?;
-    cmd!(shell, "cc -O1 -s -Wall -Wextra -o {program} {source} -ldl")
-        .quiet()
-        .run()?;
+    let cc = cmd!(shell, "cc -O1 -s -Wall -Wextra -o {program} {source} -ldl");
+    cc.quiet().run()?;
     Ok(program)
 }
 
 /// Runs the probe.
 pub fn ask(program: &Path) -> Result<Answer> {
-    let output = Command::new(program)
-        .output()
-        .with_context(|| format!("{} could not be started", program.display()))?;
+    let output = Command::new(program).output();
+    let output = output.with_context(|| format!("{} does not start", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let value = |key: &str| {
         let pairs = text.lines().filter_map(|line| line.split_once('='));
@@ -55,7 +53,7 @@ pub fn ask(program: &Path) -> Result<Answer> {
         values.next().map(|(_, value)| value.trim().to_owned())
     };
     let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
-    let name = value("name").unwrap_or_default();
+    let [name, count] = ["name", "devices"].map(|key| value(key).unwrap_or_default());
     Ok(match output.status.code() {
         // Rows of the real driver are not for the simulator, by whatever name it was opened.
         Some(0) if name.starts_with(SIMULATED) => {
@@ -63,10 +61,7 @@ pub fn ask(program: &Path) -> Result<Answer> {
         }
         Some(0) => Answer::Gpu {
             name,
-            count: value("devices")
-                .unwrap_or_default()
-                .parse()
-                .context("the number of GPUs")?,
+            count: count.parse().context("the number of GPUs")?,
             cuda: value("cuda").unwrap_or_default(),
         },
         Some(2) => Answer::NoGpu(reason()),

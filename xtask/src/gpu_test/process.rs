@@ -7,20 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use wait_timeout::ChildExt;
 
-/// How a process ended.
-#[derive(Clone, Copy, Debug)]
-pub enum End {
-    /// By itself.
-    Exited(ExitStatus),
-    /// It was stopped.
-    Stopped,
-}
-
-/// What an interrupt must know and tell.
+/// The processes that run now, and whether an interrupt came.
 struct Interrupts {
-    /// The processes that run now.
     running: BTreeSet<u32>,
-    /// Whether there was one.
     came: bool,
 }
 
@@ -41,24 +30,23 @@ pub fn interrupt() {
     interrupts.running.iter().copied().for_each(stop_group);
 }
 
-/// Whether an interrupt came.
 pub fn is_interrupted() -> bool {
     interrupts().came
 }
 
-/// Runs `command` in a process group of its own, for no longer than `limit`.
+/// Runs `command` in a process group of its own, for no longer than `limit`; returns no status if it was stopped.
 ///
 /// It must write to files only: a pipe would stay open while a process that it left behind lives.
-pub fn run(command: &mut Command, limit: Duration) -> Result<End> {
+pub fn run(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(command, 0);
     let mut child = {
         // An interrupt in between would miss the new process.
         let mut interrupts = interrupts();
         ensure!(!interrupts.came, "interrupted");
-        let child = command
-            .spawn()
-            .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+        let program = command.get_program().display().to_string();
+        let child = command.spawn();
+        let child = child.with_context(|| format!("{program} could not be started"))?;
         interrupts.running.insert(child.id());
         child
     };
@@ -67,15 +55,15 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<End> {
     end
 }
 
-fn wait(child: &mut Child, limit: Duration) -> Result<End> {
+fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
     if let Some(status) = child.wait_timeout(limit)? {
-        return Ok(End::Exited(status));
+        return Ok(Some(status));
     }
     stop_group(child.id());
     // Where there are no groups, at least this one is stopped; where it is stopped, it cannot be again.
     let _ = child.kill();
     child.wait()?;
-    Ok(End::Stopped)
+    Ok(None)
 }
 
 fn interrupts() -> MutexGuard<'static, Interrupts> {
@@ -104,11 +92,9 @@ mod tests {
         let mark = folder.path().join("mark");
         let started = Instant::now();
         let script = format!("(sleep 1; echo late >{}) & sleep 60", mark.display());
-        let end = run(
-            Command::new("sh").arg("-c").arg(script),
-            Duration::from_millis(200),
-        );
-        assert!(matches!(end, Ok(End::Stopped)), "{end:?}");
+        let mut shell = Command::new("sh");
+        let end = run(shell.arg("-c").arg(script), Duration::from_millis(200));
+        assert!(matches!(end, Ok(None)), "{end:?}");
         assert!(started.elapsed() < Duration::from_secs(30));
         std::thread::sleep(Duration::from_millis(1200));
         assert!(!mark.exists());

@@ -132,7 +132,7 @@ impl Report {
         text += "\n| Driver | Devices | Page | Candle device | Suite | State | Seconds | Tests passed | Note |\n\
             |---|---:|---|---|---|---|---:|---:|---|\n";
         for row in &self.rows {
-            let (axes, seconds) = (row.cell.axes().join(" | "), row.time.as_secs_f64());
+            let (axes, seconds) = (row.cell.name().replace('/', " | "), row.time.as_secs_f64());
             let (state, passed, note) = (row.state.word(), row.counts.passed, cell(&row.note));
             text += &format!("| {axes} | {state} | {seconds:.1} | {passed} | {note} |\n");
         }

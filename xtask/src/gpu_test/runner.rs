@@ -2,7 +2,7 @@
 
 use super::cell::{Cell, Driver, Program, Suite, choice};
 use super::conditions::{Conditions, SANITIZER_ERRORS};
-use super::process::{self, End};
+use super::process;
 use crate::files;
 use crate::tests::{self as tally, Counts};
 use anyhow::{Context, Result};
@@ -33,22 +33,16 @@ choice! {
 /// A row of the report: a cell, and what came of it.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Where it stands in the matrix.
     pub cell: Cell,
-    /// What came of it.
     pub state: State,
-    /// How long it ran.
     pub time: Duration,
-    /// What the test runner counted.
     pub counts: Counts,
     /// Why it did not pass, or what else is to be said.
     pub note: String,
-    /// What its programs printed.
     pub log: String,
 }
 
 impl Row {
-    /// A row that was not run.
     pub fn not_run(cell: Cell, state: State, note: String) -> Self {
         Self {
             cell,
@@ -66,9 +60,7 @@ pub type Programs = BTreeMap<Program, PathBuf>;
 
 /// What all rows have in common.
 pub struct Runner<'a> {
-    /// The executables.
     pub programs: &'a Programs,
-    /// What the machine has.
     pub conditions: &'a Conditions,
     /// A folder for what the programs write, which stays if this process is interrupted.
     pub work: &'a Path,
@@ -80,10 +72,7 @@ pub struct Runner<'a> {
 
 impl Runner<'_> {
     /// Runs a cell's programs one after another, each of them whatever became of the one before.
-    ///
-    /// # Errors
-    ///
-    /// If this machine fails at files; a program that fails is a row's failure.
+    /// It fails only if this machine fails at files; a program that fails is a row's failure.
     pub fn run(&self, cell: Cell) -> Result<Row> {
         if let Some((state, reason)) = self.conditions.obstacle(&cell) {
             return Ok(Row::not_run(cell, state, reason));
@@ -108,11 +97,8 @@ impl Runner<'_> {
         fs::create_dir(&opened)?;
         let output = fs::File::create(&log)?.into_file();
         let mut command = self.command(&cell, program, &opened)?;
-        command
-            .current_dir(folder.path())
-            .stdin(Stdio::null())
-            .stdout(output.try_clone()?)
-            .stderr(output);
+        command.current_dir(folder.path()).stdin(Stdio::null());
+        command.stdout(output.try_clone()?).stderr(output);
         let seconds = self.limit_seconds + cell.stress_seconds(self.stress_seconds);
         let end = process::run(&mut command, Duration::from_secs(seconds));
 
@@ -121,16 +107,16 @@ impl Runner<'_> {
         let summary = sanitizer_summary(&text).filter(|_| cell.sanitized);
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
-            Ok(End::Stopped) => Some(format!("stopped after {seconds} s")),
-            Ok(End::Exited(status)) if !status.success() => Some(failure(status, &cell, counts)),
-            Ok(End::Exited(_)) if counts.passed == 0 => Some("no test passed".to_owned()),
-            Ok(End::Exited(_)) if !self.opened_driver(&cell, &opened)? => {
+            Ok(None) => Some(format!("stopped after {seconds} s")),
+            Ok(Some(status)) if !status.success() => Some(failure(status, &cell, counts)),
+            Ok(_) if counts.passed == 0 => Some("no test passed".to_owned()),
+            Ok(_) if !self.opened_driver(&cell, &opened)? => {
                 Some(format!("it did not open the {} driver", cell.driver.word()))
             }
-            Ok(End::Exited(_)) if cell.sanitized && summary.is_none() => {
+            Ok(_) if cell.sanitized && summary.is_none() => {
                 Some("compute-sanitizer gave no summary".to_owned())
             }
-            Ok(End::Exited(_)) => None,
+            Ok(_) => None,
         };
         if complaint.is_some() {
             row.state = State::Fail;
@@ -139,9 +125,8 @@ impl Runner<'_> {
         row.counts.failed += counts.failed;
         row.log += &format!("==== {} ====\n{text}", program.target);
         let said = complaint.into_iter().chain(summary.map(str::to_owned));
-        Ok(said
-            .map(|said| format!("{}: {said}", program.target))
-            .collect())
+        let said = said.map(|said| format!("{}: {said}", program.target));
+        Ok(said.collect())
     }
 
     fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {
@@ -164,9 +149,8 @@ impl Runner<'_> {
         };
         if cell.driver.is_library() {
             // The dynamic loader writes down what each process opens.
-            command
-                .env("LD_DEBUG", "files")
-                .env("LD_DEBUG_OUTPUT", opened.join("process"));
+            command.env("LD_DEBUG", "files");
+            command.env("LD_DEBUG_OUTPUT", opened.join("process"));
             if cell.suite == Suite::Facade {
                 command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
             }
@@ -179,10 +163,10 @@ impl Runner<'_> {
         let mut drivers = Vec::new();
         for path in files::entries(opened)? {
             let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
-            let opened = text
-                .lines()
-                .filter_map(|line| line.split_once("calling init:"));
-            let libraries = opened.map(|(_, library)| PathBuf::from(library.trim()));
+            let pairs = text.lines().map(|line| line.split_once("calling init:"));
+            let libraries = pairs
+                .flatten()
+                .map(|(_, library)| PathBuf::from(library.trim()));
             let is_driver = |library: &PathBuf| library.to_string_lossy().contains("libcuda.so.1");
             drivers.extend(libraries.filter(is_driver));
         }

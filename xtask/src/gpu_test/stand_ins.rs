@@ -44,10 +44,6 @@ pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) ->
 /// Makes the libraries in `folder` with which programs are started over `simulator`, the shared library that is the simulated
 /// driver. All but the driver are one library under several names, which also has those calls of the driver that are not
 /// simulated.
-///
-/// # Errors
-///
-/// If the compiler or a file fails, or the programs ask for nothing of a CUDA driver.
 pub fn make(
     shell: &Shell,
     folder: &Path,

@@ -23,15 +23,8 @@ pub const BAD: &str = "echo 'what went wrong'\n\
     echo 'test result: FAILED. 3 passed; 1 failed; 0 ignored'\nexit 101\n";
 pub const EMPTY: &str = "echo 'test result: ok. 0 passed; 0 failed; 4 ignored'\n";
 
-const CORE: [&str; 6] = [
-    "conformance",
-    "share",
-    "device",
-    "faults",
-    "leaks",
-    "stress",
-];
-const FACADE: [&str; 3] = ["device-real", "cuda-real", "device-simulated"];
+const CORE: &str = "conformance share device faults leaks stress";
+const FACADE: &str = "device-real cuda-real device-simulated";
 
 /// The unpacked bundle, a folder for its report, and one that the dynamic loader is told of.
 pub struct Fake {
@@ -53,10 +46,10 @@ impl Fake {
             folder: tempfile::tempdir().unwrap(),
         };
         fake.script("bundle/bin/probe", probe);
-        let core = CORE.map(|name| format!("cuda-vmm-{name}"));
-        let facade = FACADE.map(|name| format!("candle-cuda-vmm-{name}"));
-        for program in core.iter().chain(&facade) {
-            fake.program(program, &format!("{OPENS}{CLOSED}"));
+        for (package, targets) in [("cuda-vmm", CORE), ("candle-cuda-vmm", FACADE)] {
+            for target in targets.split(' ') {
+                fake.program(&format!("{package}-{target}"), &format!("{OPENS}{CLOSED}"));
+            }
         }
         for folder in ["bundle/programs", "cuda", "out"] {
             fs::create_dir_all(fake.path().join(folder)).unwrap();
@@ -85,10 +78,7 @@ impl Fake {
     /// Names the CUDA libraries that the facade is linked to.
     pub fn needs(&self, libraries: &[&str]) {
         let manifest = serde_json::json!({
-            "commit": "abc",
-            "compiler": "rustc 1",
-            "candle_kernels": null,
-            "libraries": libraries,
+            "commit": "abc", "compiler": "rustc 1", "candle_kernels": null, "libraries": libraries,
         });
         let path = self.path().join("bundle/bundle.json");
         fs::write(path, manifest.to_string()).unwrap();
@@ -97,36 +87,26 @@ impl Fake {
     /// The command that `run` starts, with a report in the folder `out`.
     pub fn command(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-        command
-            .arg("run-bundle")
-            .arg("--folder")
-            .arg(self.path().join("bundle"));
-        command
-            .arg("--beside")
-            .arg(self.path())
-            .args(line.split_whitespace());
+        let (bundle, beside) = (self.path().join("bundle"), self.path());
+        command.arg("run-bundle").arg("--folder").arg(bundle);
+        command.arg("--beside").arg(beside);
+        command.args(line.split_whitespace());
         self.environment(&mut command);
         command
     }
 
     /// Sets the variables of a run.
     pub fn environment(&self, command: &mut Command) {
-        command
-            .env("OUT", self.path().join("out"))
-            .env("LD_LIBRARY_PATH", self.path().join("cuda"))
-            .env_remove("CUDA_HOME")
-            .env_remove("CUDA_PATH");
+        command.env("OUT", self.path().join("out"));
+        command.env("LD_LIBRARY_PATH", self.path().join("cuda"));
+        command.env_remove("CUDA_HOME").env_remove("CUDA_PATH");
     }
 
     /// Runs the rows that `line` asks for.
     pub fn run(&self, line: &str) -> Ran {
         let json = self.path().join("out/report.json");
-        let output = self
-            .command(line)
-            .arg("--json")
-            .arg(&json)
-            .output()
-            .unwrap();
+        let mut command = self.command(line);
+        let output = command.arg("--json").arg(&json).output().unwrap();
         let read = |file: &str| fs::read_to_string(self.path().join(file)).unwrap_or_default();
         Ran {
             code: output.status.code().unwrap(),
@@ -143,6 +123,13 @@ pub fn printed(output: &Output) -> String {
 }
 
 impl Ran {
+    /// Fails unless the run ended with this code.
+    #[track_caller]
+    pub fn ends(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "{}", self.printed);
+        self
+    }
+
     /// The row of this name.
     pub fn row(&self, name: &str) -> &Value {
         let row = self.rows().iter().find(|row| row["name"] == name);

@@ -10,8 +10,7 @@ const ONE: &str = "--only real/1/2MiB/-/core";
 
 #[test]
 fn all_rows_passing_is_0_and_the_report_names_the_machine() {
-    let ran = Fake::new(GPU).run("");
-    assert_eq!(ran.code, 0, "{}", ran.printed);
+    let ran = Fake::new(GPU).run("").ends(0);
     for part in [
         "| GPU | Test GPU |",
         "| GPUs | 1 |",
@@ -35,35 +34,27 @@ fn all_rows_passing_is_0_and_the_report_names_the_machine() {
 #[test]
 fn the_json_report_has_every_field() {
     let ran = Fake::new(TWO_GPUS).run("--only facade,2,32MiB --only real/2/2MiB/-/core");
-    assert_eq!(ran.code, 0, "{}", ran.printed);
+    let ran = ran.ends(0);
     let machine = &ran.json["machine"];
     let (gpu, commit) = (&machine["gpu"], &machine["commit"]);
     let cuda = (&machine["gpus"], &machine["cuda"]);
     assert_eq!((gpu, commit), (&json!("Test GPU"), &json!("abc")));
     assert_eq!(cuda, (&json!(2), &json!("13.0")));
-    for key in [
-        "driver",
-        "kernel",
-        "date",
-        "command",
-        "compiler",
-        "candle_kernels",
-        "cuda_libraries",
-    ] {
+    let others = "driver kernel date command compiler candle_kernels cuda_libraries";
+    for key in others.split(' ') {
         assert!(machine.get(key).is_some(), "{key} in {machine}");
     }
     let counts = ["passed", "failed", "skipped"].map(|state| &ran.json[state]);
     assert_eq!(counts, [3, 0, 0]);
-    for (name, page, candle_device, suite) in [
-        (
-            "real/2/32MiB/own-stream/facade",
-            "32MiB",
-            json!("own-stream"),
-            "facade",
-        ),
-        ("real/2/2MiB/-/core", "2MiB", Value::Null, "core"),
+    for (page, candle_device, suite) in [
+        ("32MiB", json!("own-stream"), "facade"),
+        ("2MiB", Value::Null, "core"),
     ] {
-        let row = ran.row(name);
+        let name = format!(
+            "real/2/{page}/{}/{suite}",
+            candle_device.as_str().unwrap_or("-")
+        );
+        let row = ran.row(&name);
         assert!(row["seconds"].is_f64());
         let expected = json!({
             "name": name, "driver": "real", "devices": 2, "page": page, "candle_device": candle_device,
@@ -78,8 +69,7 @@ fn the_json_report_has_every_field() {
 fn a_failing_row_is_1_and_its_log_stands_in_the_report() {
     let fake = Fake::new(GPU);
     fake.program("cuda-vmm-conformance", BAD);
-    let ran = fake.run("--only core,2MiB --only pools,2MiB");
-    assert_eq!(ran.code, 1, "{}", ran.printed);
+    let ran = fake.run("--only core,2MiB --only pools,2MiB").ends(1);
     ran.expect(ROW, "FAIL", "conformance: exit code 101, 1 tests failed");
     ran.expect("real/1/2MiB/-/pools", "PASS", "");
     // The other program ran all the same.
@@ -90,21 +80,18 @@ fn a_failing_row_is_1_and_its_log_stands_in_the_report() {
 
 #[test]
 fn a_program_that_cannot_have_passed_is_a_failure_that_says_why() {
+    let killed = format!("{CLOSED}kill -SEGV $$\n");
     for (script, note) in [
-        (
-            Some(format!("{OPENS}{CLOSED}kill -SEGV $$\n")),
-            "share: signal: 11",
-        ),
-        (Some(format!("{OPENS}{EMPTY}")), "share: no test passed"),
-        (None, "could not be started"),
+        (killed.as_str(), "share: signal: 11"),
+        (EMPTY, "share: no test passed"),
+        ("", "could not be started"),
     ] {
         let fake = Fake::new(GPU);
-        match script {
-            Some(script) => fake.program("cuda-vmm-share", &script),
-            None => fs::remove_file(fake.path().join("bundle/tests/cuda-vmm-share")).unwrap(),
+        fake.program("cuda-vmm-share", &format!("{OPENS}{script}"));
+        if script.is_empty() {
+            fs::remove_file(fake.path().join("bundle/tests/cuda-vmm-share")).unwrap();
         }
-        let ran = fake.run(ONE);
-        assert_eq!(ran.code, 1, "{}", ran.printed);
+        let ran = fake.run(ONE).ends(1);
         ran.expect(ROW, "FAIL", note);
     }
 }
@@ -116,40 +103,24 @@ fn a_real_row_that_opens_no_driver_is_a_failure_and_a_simulated_one_need_not() {
         fake.program(&format!("cuda-vmm-{program}"), CLOSED);
     }
     let ran = fake.run("--driver all --devices 1 --only core,2MiB --only pools,2MiB");
-    assert_eq!(ran.code, 1, "{}", ran.printed);
-    for (row, program) in [(ROW, "conformance"), ("real/1/2MiB/-/pools", "faults")] {
-        ran.expect(
-            row,
-            "FAIL",
-            &format!("{program}: it did not open the real driver"),
-        );
+    let ran = ran.ends(1);
+    for (suite, program) in [("core", "conformance"), ("pools", "faults")] {
+        let note = format!("{program}: it did not open the real driver");
+        ran.expect(&format!("real/1/2MiB/-/{suite}"), "FAIL", &note);
+        ran.expect(&format!("simulated/1/2MiB/-/{suite}"), "PASS", "");
     }
-    ran.expect("simulated/1/2MiB/-/core", "PASS", "");
-    ran.expect("simulated/1/2MiB/-/pools", "PASS", "");
-}
-
-#[test]
-fn a_simulated_device_is_no_gpu() {
-    let simulated = "printf 'cuda=13.0\\ndevices=1\\nname=Simulated device 0\\n'\n";
-    let ran = Fake::new(simulated).run(ONE);
-    assert_eq!(ran.code, 2, "{}", ran.printed);
-    ran.expect(ROW, "SKIPPED", "is the simulated one");
 }
 
 #[test]
 fn without_a_gpu_real_rows_are_skipped_and_simulated_rows_run() {
     let fake = Fake::new(NO_GPU);
-    let ran = fake.run("");
-    assert_eq!(ran.code, 2, "{}", ran.printed);
+    let ran = fake.run("").ends(2);
     assert_eq!(ran.rows().len(), 48);
     assert_eq!(ran.json["skipped"], 48);
-    ran.expect(ROW, "SKIPPED", "no driver library");
-
-    let ran = fake.run("--driver all");
-    assert_eq!(ran.code, 2, "{}", ran.printed);
+    let ran = fake.run("--driver all").ends(2);
     assert_eq!(
-        ["passed", "skipped"].map(|state| &ran.json[state]),
-        [36, 48]
+        (&ran.json["passed"], &ran.json["skipped"]),
+        (&json!(36), &json!(48))
     );
 
     // A row that fails outweighs those that are skipped.
@@ -170,47 +141,47 @@ fn rows_of_both_drivers_run_side_by_side_and_are_told_in_order() {
     );
     fake.program("cuda-vmm-leaks", &meets);
     let ran = fake.run("--driver all --devices 1 --only leaks,2MiB --only leaks,16MiB");
-    assert_eq!(ran.code, 0, "{}", ran.printed);
+    let ran = ran.ends(0);
     let names = ran.rows().iter().map(|row| row["name"].as_str().unwrap());
-    let expected = [
-        "real/1/2MiB",
-        "real/1/16MiB",
-        "simulated/1/2MiB",
-        "simulated/1/16MiB",
-    ];
-    let expected = expected.map(|place| format!("{place}/-/leaks"));
+    let expected = ["real/1/2", "real/1/16", "simulated/1/2", "simulated/1/16"];
+    let expected = expected.map(|place| format!("{place}MiB/-/leaks"));
     assert_eq!(names.collect::<Vec<_>>(), expected);
 }
 
 #[test]
 fn the_simulated_driver_needs_no_probe() {
     let fake = Fake::new("exit 1\n");
-    let ran = fake.run("--driver simulated --only leaks");
-    assert_eq!(ran.code, 0, "{}", ran.printed);
+    let ran = fake.run("--driver simulated --only leaks").ends(0);
     assert!(ran.json["machine"]["gpus"].is_null());
 }
 
 #[test]
-fn a_driver_that_fails_is_a_failure() {
-    let ran = Fake::new(BROKEN).run("");
-    assert_eq!(ran.code, 1, "{}", ran.printed);
-    ran.expect(ROW, "FAIL", "999");
+fn what_the_probe_finds_decides_of_real_rows() {
+    let simulated = "printf 'cuda=13.0\\ndevices=1\\nname=Simulated device 0\\n'\n";
+    for (probe, code, state, words) in [
+        (simulated, 2, "SKIPPED", "is the simulated one"),
+        (NO_GPU, 2, "SKIPPED", "no driver library"),
+        (BROKEN, 1, "FAIL", "999"),
+    ] {
+        let ran = Fake::new(probe).run("").ends(code);
+        ran.expect(ROW, state, words);
+    }
 }
 
 #[test]
 fn a_second_gpu_is_missing_only_if_it_is_demanded() {
     let fake = Fake::new(GPU);
-    let ran = fake.run("--only leaks");
-    assert_eq!((ran.code, ran.rows().len()), (0, 4), "{}", ran.printed);
-    let ran = fake.run("--only leaks --devices 2");
-    assert_eq!((ran.code, ran.rows().len()), (2, 8), "{}", ran.printed);
+    let ran = fake.run("--only leaks").ends(0);
+    assert_eq!(ran.rows().len(), 4);
+    let ran = fake.run("--only leaks --devices 2").ends(2);
+    assert_eq!(ran.rows().len(), 8);
     let reason = "needs 2 GPUs, this machine has 1";
     ran.expect("real/2/2MiB/-/leaks", "SKIPPED", reason);
     assert!(!ran.printed.contains("not asked for"), "{}", ran.printed);
 
     let fake = Fake::new(TWO_GPUS);
-    let ran = fake.run("--only leaks");
-    assert_eq!((ran.code, ran.rows().len()), (0, 8), "{}", ran.printed);
+    let ran = fake.run("--only leaks").ends(0);
+    assert_eq!(ran.rows().len(), 8);
     assert_eq!(fake.run("--only leaks --devices 1").rows().len(), 4);
 }
 
@@ -219,16 +190,14 @@ fn only_real_facade_rows_are_skipped_where_their_libraries_are_missing() {
     let fake = Fake::new(GPU);
     fake.needs(&["libxtask-absent.so.13"]);
     let line = "--driver all --devices 1 --only core,2MiB --only facade,2MiB";
-    let ran = fake.run(line);
-    assert_eq!(ran.code, 2, "{}", ran.printed);
+    let ran = fake.run(line).ends(2);
     let reason = "missing libxtask-absent.so.13";
     ran.expect("real/1/2MiB/own-stream/facade", "SKIPPED", reason);
     ran.expect("simulated/1/2MiB/cpu/facade", "PASS", "");
     ran.expect(ROW, "PASS", "");
 
     fs::write(fake.path().join("cuda/libxtask-absent.so.13"), "").unwrap();
-    let ran = fake.run(line);
-    assert_eq!(ran.code, 0, "{}", ran.printed);
+    fake.run(line).ends(0);
 }
 
 #[test]
@@ -239,9 +208,8 @@ fn a_program_past_its_time_is_stopped_and_what_it_left_behind_is_not_waited_for(
     fake.program("cuda-vmm-conformance", &waits);
     fake.program("cuda-vmm-share", &format!("sleep 20 &\n{OPENS}{CLOSED}"));
     let started = Instant::now();
-    let ran = fake.run(&format!("--limit-seconds 1 {ONE}"));
+    let ran = fake.run(&format!("--limit-seconds 1 {ONE}")).ends(1);
     assert!(started.elapsed() < Duration::from_secs(15));
-    assert_eq!(ran.code, 1, "{}", ran.printed);
     ran.expect(ROW, "FAIL", "conformance: stopped after 1 s");
     assert!(!ran.row(ROW)["note"].as_str().unwrap().contains("share"));
 }
@@ -252,9 +220,8 @@ fn programs_see_the_variables_of_their_row_and_no_others() {
     let script = format!("env | grep '^CUDA_VMM_' | sort\n{OPENS}{BAD}");
     fake.program("cuda-vmm-stress", &script);
     let mut command = fake.command("--driver simulated --stress-seconds 5 --only stress,1,2MiB");
-    command
-        .env("CUDA_VMM_DRIVER_PATH", "/elsewhere")
-        .env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
+    command.env("CUDA_VMM_DRIVER_PATH", "/elsewhere");
+    command.env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
     assert_eq!(command.output().unwrap().status.code(), Some(1));
     let report = fs::read_to_string(fake.path().join("out/report.md")).unwrap();
     let expected = "\nCUDA_VMM_TEST_DEVICES=1\nCUDA_VMM_TEST_DRIVER=simulated\n\
@@ -267,11 +234,11 @@ fn the_facade_is_told_where_the_cuda_libraries_are() {
     let fake = Fake::new(GPU);
     fake.needs(&["libxtask.so.13"]);
     fs::write(fake.path().join("cuda/libxtask.so.13"), "").unwrap();
-    let script = format!(
-        "case \"$LD_LIBRARY_PATH\" in {}/cuda*) ;; *) exit 9 ;; esac\n{OPENS}{CLOSED}",
+    let told = format!(
+        "case \"$LD_LIBRARY_PATH\" in {}/cuda*)",
         fake.path().display()
     );
+    let script = format!("{told} ;; *) exit 9 ;; esac\n{OPENS}{CLOSED}");
     fake.program("candle-cuda-vmm-device-real", &script);
-    let ran = fake.run("--only facade,2MiB");
-    assert_eq!(ran.code, 0, "{}", ran.report);
+    fake.run("--only facade,2MiB").ends(0);
 }

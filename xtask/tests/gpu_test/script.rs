@@ -14,9 +14,8 @@ fn pack(fake: &Fake) -> PathBuf {
     let xtask = fake.path().join("bundle/bin/xtask");
     fs::copy(env!("CARGO_BIN_EXE_xtask"), xtask).unwrap();
     let mut tar = Command::new("tar");
-    tar.env("XZ_OPT", "-0")
-        .arg("-cJf")
-        .arg(packed.join("bundle.tar.xz"));
+    tar.env("XZ_OPT", "-0").arg("-cJf");
+    tar.arg(packed.join("bundle.tar.xz"));
     tar.arg("-C").arg(fake.path().join("bundle")).arg(".");
     assert!(tar.status().unwrap().success());
     fs::write(packed.join("run"), RUN).unwrap();
@@ -28,16 +27,11 @@ fn run(fake: &Fake, packed: &Path, line: &str) -> Output {
     let temporary = fake.path().join("temporary");
     fs::create_dir_all(&temporary).unwrap();
     let mut command = Command::new("sh");
-    command
-        .arg(packed.join("run"))
-        .args(line.split_whitespace());
+    command.arg(packed.join("run")).args(line.split(' '));
     fake.environment(&mut command);
-    command
-        .current_dir(&temporary)
-        .env("TMPDIR", &temporary)
-        .env("PATH", "/usr/bin:/bin")
-        .env_remove("CARGO_MANIFEST_DIR")
-        .env_remove("OUT");
+    command.current_dir(&temporary).env("TMPDIR", &temporary);
+    command.env("PATH", "/usr/bin:/bin").env_remove("OUT");
+    command.env_remove("CARGO_MANIFEST_DIR");
     let output = command.output().unwrap();
     let left = fs::read_dir(&temporary).unwrap().count();
     assert_eq!(left, 0, "something was left behind");

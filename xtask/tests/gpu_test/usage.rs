@@ -12,8 +12,14 @@ fn what_cannot_be_followed_is_64_and_starts_nothing() {
         "--devices 3",
         "--driver other",
         "--only nonsense",
+        "--only real,",
+        "--only -",
+        "--only 3",
         "--only core,pools",
         "--only simulated",
+        "--driver simulated --only own-stream",
+        "--devices 1 --only 2",
+        "--sanitize --driver simulated",
         "--stress-seconds 0",
         "--sanitize --only facade",
         "--bundle folder",
@@ -80,8 +86,8 @@ fn sanitized_rows_carry_the_summary() {
         let json = fake.path().join("out/report.json");
         let mut command = fake.command("--sanitize --json");
         command
-            .arg(&json)
-            .env("CUDA_HOME", fake.path().join("toolkit"));
+            .env("CUDA_HOME", fake.path().join("toolkit"))
+            .arg(&json);
         let output = command.output().unwrap();
         let text = std::fs::read_to_string(json).unwrap();
         let report: serde_json::Value = serde_json::from_str(&text).unwrap();

@@ -103,7 +103,7 @@ impl Machine {
         self.stream.synchronize()?;
         until(engine, "memory to go back", |stats| {
             engine.trim()?;
-            Ok(stats.committed_bytes == stats.live_bytes + stats.slack_bytes)
+            Ok(stats.committed_bytes == stats.parts.live_page_bytes + stats.parts.slack_bytes)
         })
     }
 }

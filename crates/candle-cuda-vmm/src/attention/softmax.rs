@@ -1,10 +1,11 @@
-//! The softmax between the two products: one launch, from F32 to the type of what comes next.
+//! The softmax between the two products: one launch, from F32 to the dtype of the second product.
 //!
-//! Candle's own takes one warp for each row, which is slow for the few long rows of a decode step, and its reductions take
-//! five launches and one more to change the type. The kernel is in `kernels/softmax.cu`.
+//! Candle's softmax uses one warp per row, which is slow for the few long rows of a decode step.
+//! Its reductions take five launches, and one more to convert the dtype. The kernel here is in
+//! `kernels/softmax.cu`.
 //!
 //! # Safety
-//! The kernel reads and writes as many rows of as many elements as there are in the slices that it is given.
+//! The kernel reads and writes exactly the rows and elements of the slices that it is given.
 #![allow(unsafe_code)]
 
 use crate::kernels;
@@ -14,7 +15,7 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::{CudaDevice, Error, Result};
 
-/// The kernel for a type; none if the driver does not load it.
+/// Returns the kernel of this name; `None` if the driver does not load it.
 pub(super) fn kernel(device: &CudaDevice, name: &str) -> Option<CudaFunction> {
     let function = kernels::SOFTMAX.function(device, name);
     let function =
@@ -22,7 +23,7 @@ pub(super) fn kernel(device: &CudaDevice, name: &str) -> Option<CudaFunction> {
     function.ok()
 }
 
-/// Queues the softmax over rows of so many elements, to a new slice.
+/// Queues the softmax over rows of `length` elements, to a new slice.
 pub(super) fn softmax<T: DeviceRepr>(
     device: &CudaDevice,
     kernel: &CudaFunction,
@@ -30,7 +31,7 @@ pub(super) fn softmax<T: DeviceRepr>(
     length: usize,
 ) -> Result<CudaSlice<T>> {
     let rows = u32::try_from(scores.len() / length).map_err(Error::wrap)?;
-    // SAFETY: the kernel writes all of it, and nobody reads it before.
+    // SAFETY: the kernel writes all of it before anything reads it.
     let mut weights = unsafe { device.alloc::<T>(scores.len())? };
     let length = u32::try_from(length).map_err(Error::wrap)?;
     let stream = device.cuda_stream();
@@ -38,11 +39,11 @@ pub(super) fn softmax<T: DeviceRepr>(
     launch.arg(scores).arg(&mut weights).arg(&length);
     let config = LaunchConfig {
         grid_dim: (rows, 1, 1),
-        // Whole warps: their threads speak with each other.
+        // Whole warps, because the threads of a warp exchange values.
         block_dim: (length.min(1024).next_multiple_of(32), 1, 1),
         shared_mem_bytes: 0,
     };
-    // SAFETY: the caller has loaded the kernel for this type; both slices have `rows` rows of `length` elements.
+    // SAFETY: the kernel is for this dtype, and both slices have `rows` rows of `length` elements.
     unsafe { launch.launch(config) }.w()?;
     Ok(weights)
 }

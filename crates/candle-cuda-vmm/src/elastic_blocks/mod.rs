@@ -212,9 +212,9 @@ impl ElasticBlocks {
 
     /// Keeps the blocks that a graph's kernels read or write in place until the pin is dropped.
     ///
-    /// Name all of them, in whatever table they are. Hold the pin as long as the graph can be
-    /// launched, and until its last launch has completed. The tensors that the graph was captured
-    /// with may be dropped earlier: the graph has addresses only, and the pin keeps those.
+    /// Name all of them, in all tables. Hold the pin as long as the graph can be launched, and
+    /// until its last launch has completed. The tensors that the graph was captured with may be
+    /// dropped earlier: the graph has addresses only, and the pin keeps those.
     ///
     /// # Errors
     /// As [`pin`](Self::pin).
@@ -286,8 +286,8 @@ impl ElasticBlocks {
     ///
     /// In-place writes (`slice_set`) write to the blocks. On a CUDA device its memory is held until
     /// the view, and every tensor made from it, is dropped. Until then no plan moves other blocks
-    /// into it, even if its blocks are unbacked. On a CPU device nothing tells how long a view
-    /// lives, so its blocks may be reused while it lives.
+    /// into it, even if its blocks are unbacked. On a CPU device the lifetime of a view is not
+    /// tracked, so its blocks may be reused while it lives.
     ///
     /// # Errors
     /// - [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::UnknownTensor`], or around

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use crate::append::{Queued, Side};
+use crate::append::{AppendOutcome, Side};
 use crate::error::{Result, VmmError};
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
@@ -20,8 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// A tensor over all rows that fit in the base_rows pages around the current rows, under one lease.
 ///
 /// A view of all rows is a part of it, so making or dropping a view takes no lease and calls no
-/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives
-/// nothing tells whether a part of it lives, so it is dropped before the leases are inspected.
+/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives its
+/// lease cannot end, so it is dropped before leases are inspected.
 #[derive(Debug)]
 struct Base {
     tensor: Tensor,
@@ -244,13 +244,13 @@ impl DeviceRows {
     /// set.
     ///
     /// Both have one shape and dtype, the same number of rows, and their sequence in dimension
-    /// `dim`. Returns [`Queued::Not`] if one launch cannot do it. In that case, and after an error,
+    /// `dim`. Returns [`AppendOutcome::Unsupported`] if one launch cannot do it. In that case, and after an error,
     /// memory may have been allocated; [`undo`](Self::undo) frees it.
     pub(super) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,
         contiguous: bool,
-    ) -> Result<Queued> {
+    ) -> Result<AppendOutcome> {
         let memory = keys.0.memory.clone();
         let (old, count) = (keys.0.len(), keys.1.dim(dim)?);
         let side = |(rows, tokens): (&mut Self, _)| {
@@ -263,7 +263,7 @@ impl DeviceRows {
         ];
         // SAFETY: `reserve` made all rows live, including the new ones, which no view shows.
         let queued = unsafe { memory.append.queue(sides, dim, old, contiguous) }?;
-        if !matches!(queued, Queued::Not) {
+        if !matches!(queued, AppendOutcome::Unsupported) {
             keys.0.rows.end += count;
             values.0.rows.end += count;
         }

@@ -5,7 +5,7 @@ mod device;
 mod host;
 
 #[cfg(feature = "cuda")]
-use crate::append::Queued;
+use crate::append::AppendOutcome;
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::{Memory, TensorPool};
 use candle_core::{DType, Device, Error, Shape, Tensor};
@@ -272,7 +272,7 @@ impl ElasticTensor {
     /// Appends the tokens of keys and values by one launch, with the sequence in dimension `dim`.
     /// Returns all of them as contiguous tensors if `contiguous` is set.
     ///
-    /// Returns [`Queued::Not`] if that is not possible for these tensors. The rows are then
+    /// Returns [`AppendOutcome::Unsupported`] if that is not possible for these tensors. The rows are then
     /// unchanged, and [`append`](Self::append) works or returns the reason.
     ///
     /// # Errors
@@ -283,7 +283,7 @@ impl ElasticTensor {
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,
         contiguous: bool,
-    ) -> Result<Queued> {
+    ) -> Result<AppendOutcome> {
         let is_pair = keys.1.dims() == values.1.dims()
             && keys.0.dtype == values.0.dtype
             && keys.0.len() == values.0.len();
@@ -291,14 +291,14 @@ impl ElasticTensor {
             && keys.0.supports_append_both(keys.1, dim)
             && values.0.supports_append_both(values.1, dim))
         {
-            return Ok(Queued::Not);
+            return Ok(AppendOutcome::Unsupported);
         }
         match (&mut keys.0.rows, &mut values.0.rows) {
             (Rows::Device(first), Rows::Device(second)) => {
                 let pair = [(first, keys.1), (second, values.1)];
                 DeviceRows::append_both(pair, dim, contiguous)
             }
-            _ => Ok(Queued::Not),
+            _ => Ok(AppendOutcome::Unsupported),
         }
     }
 

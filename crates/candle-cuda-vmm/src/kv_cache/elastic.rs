@@ -3,7 +3,7 @@
 use super::checks::{check_pair, check_truncate};
 use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
-use crate::append::Queued;
+use crate::append::AppendOutcome;
 use crate::elastic_tensor::ElasticTensor;
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
@@ -290,9 +290,9 @@ impl ElasticKvCache {
     fn append_or_fail(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
         match self.append_in_one_launch(k, v)? {
-            Queued::Not => {}
-            Queued::Answers([k, v]) => return Ok((k, v)),
-            Queued::Rows => return Ok(self.both()?),
+            AppendOutcome::Unsupported => {}
+            AppendOutcome::Contiguous([k, v]) => return Ok((k, v)),
+            AppendOutcome::Appended => return Ok(self.both()?),
         }
         self.k.try_append(k)?;
         self.v.try_append(v)?;
@@ -301,14 +301,14 @@ impl ElasticKvCache {
 
     /// Appends keys and values by one launch, if possible.
     #[cfg(feature = "cuda")]
-    fn append_in_one_launch(&mut self, k: &Tensor, v: &Tensor) -> Result<Queued> {
+    fn append_in_one_launch(&mut self, k: &Tensor, v: &Tensor) -> Result<AppendOutcome> {
         let contiguous = self.k.is_output_contiguous();
         let dim = self.k.dim;
         match (&mut self.k.rows, &mut self.v.rows) {
             (Some(keys), Some(values)) => {
                 ElasticTensor::append_both([(keys, k), (values, v)], dim, contiguous)
             }
-            _ => Ok(Queued::Not),
+            _ => Ok(AppendOutcome::Unsupported),
         }
     }
 

@@ -70,9 +70,7 @@ const HOST_GRANULARITY_BYTES: usize = 2 << 20;
 /// Checks the page size. `None` selects the granularity.
 fn check_page(page_bytes: Option<usize>, granularity_bytes: usize) -> Result<usize> {
     let page_bytes = page_bytes.unwrap_or(granularity_bytes);
-    if !page_bytes.is_power_of_two() || page_bytes < granularity_bytes {
-        return Err(VmmError::InvalidPageSize(page_bytes));
-    }
+    cuda_vmm::pool::check_page_bytes(page_bytes, granularity_bytes)?;
     Ok(page_bytes)
 }
 

@@ -20,7 +20,7 @@ impl From<PoolStats> for MemoryStats {
     fn from(stats: PoolStats) -> Self {
         Self {
             virtual_capacity: stats.capacity_bytes,
-            physical_usage: stats.live_page_bytes,
+            physical_usage: stats.parts.live_page_bytes,
             mapped_pages: stats.live_pages,
             fragmentation_ratio: fragmentation(stats.largest_unused_run_bytes, stats.unused_bytes),
         }
@@ -50,7 +50,7 @@ impl GlobalMemoryStats {
     pub(super) fn new(physical_limit: usize, num_models: usize, stats: &EngineStats) -> Self {
         Self {
             physical_limit,
-            physical_usage: stats.live_bytes,
+            physical_usage: stats.parts.live_page_bytes,
             num_models,
         }
     }

@@ -24,12 +24,11 @@ pub fn take(candle: &CudaDevice, bytes: usize) -> candle_core::Result<CudaSlice<
 /// Makes a pool whose limit exceeds the device's memory and which keeps freed memory, with a model
 /// of this many bytes of addresses.
 pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new()
+    let options = SharedPoolOptions::new().engine(
+        EngineOptions::new()
             .limit_bytes(usize::MAX / 2)
             .park_bytes_max(usize::MAX / 2),
-        page_bytes: None,
-    };
+    );
     let pool = SharedMemoryPool::with_options(&test.core, options).unwrap();
     pool.register_model("model", capacity_bytes).unwrap();
     pool
@@ -37,7 +36,7 @@ pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
 
 /// Waits until all freed memory is parked.
 fn settle(pool: &SharedMemoryPool) {
-    while pool.stats().retiring_bytes > 0 {
+    while pool.stats().parts.retiring_bytes > 0 {
         pool.engine().step();
         std::thread::yield_now();
     }
@@ -60,7 +59,7 @@ fn candle_that_runs_out_is_relieved_with_what_a_pool_keeps() {
     );
     let given_bytes = pool.relieve(wanted_bytes);
     assert!(given_bytes >= wanted_bytes, "{given_bytes}");
-    let parked_bytes = pool.stats().parked_bytes;
+    let parked_bytes = pool.stats().parts.parked_bytes;
     assert!(parked_bytes > 0, "not more than was asked for");
     let taken = take(&candle, wanted_bytes).unwrap();
     drop(taken);

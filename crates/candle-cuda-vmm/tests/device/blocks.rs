@@ -16,12 +16,12 @@ pub fn pool(test: &UnderTest) -> TensorPool {
     TensorPool::with_options(&test.device, options()).unwrap()
 }
 
-/// A shape of one block whose bytes, as `f32`, are a third of a page and a little more.
+/// Returns a block shape of `f32` with a little over a third of a page.
 pub fn wide() -> (usize, usize) {
     (block_page() / 4 / 3 / 8 + 3, 8)
 }
 
-/// Lets the engine give back what is on its way.
+/// Lets the engine free retiring memory.
 #[track_caller]
 pub fn settle(blocks: &ElasticBlocks, bytes_max: usize) {
     let until = Instant::now() + Duration::from_secs(60);
@@ -32,7 +32,7 @@ pub fn settle(blocks: &ElasticBlocks, bytes_max: usize) {
     }
 }
 
-/// The address of the first element of a tensor of `f32`.
+/// Returns the address of the first element of a tensor of `f32`.
 fn address(tensor: &Tensor) -> usize {
     let (storage, layout) = tensor.storage_and_layout();
     let offset_bytes = layout.start_offset() * 4;
@@ -56,7 +56,7 @@ fn numbers(seed: usize, elements: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Writes the numbers of a seed to a block of a tensor `[n, …]` of `f32`.
+/// Writes a seed's numbers to a block of a tensor `[n, …]` of `f32`.
 fn write(test: &UnderTest, tensor: &Tensor, block: usize, seed: usize) {
     let place = tensor.narrow(0, block, 1).unwrap();
     let numbers = numbers(seed, place.elem_count());
@@ -72,7 +72,8 @@ fn write(test: &UnderTest, tensor: &Tensor, block: usize, seed: usize) {
     }
 }
 
-/// Fails unless a block, which is backed, holds the numbers of a seed. Candle reads storages whole, so it is copied out first.
+/// Fails unless a backed block holds a seed's numbers. Candle reads whole storages, so the block is
+/// copied first.
 #[track_caller]
 fn expect(tensor: &Tensor, block: usize, seed: usize) {
     let there = tensor.narrow(0, block, 1).unwrap();
@@ -90,7 +91,8 @@ fn reserved(blocks: &ElasticBlocks) -> Vec<Tensor> {
 fn tensors_have_the_shapes_that_paged_engines_have() {
     let test = open();
     let pool = pool(&test);
-    // [n, size, heads, dim]; [n, heads, dim/x, size, x] with [n, heads, dim, size]; [n, heads, size, dim]; and MLA.
+    // [n, size, heads, dim]; [n, heads, dim/x, size, x] with [n, heads, dim, size]; [n, heads,
+    // size, dim]; and MLA.
     let engines: [[&[usize]; 2]; 4] = [
         [&[16, 8, 128], &[16, 8, 128]],
         [&[8, 16, 16, 8], &[8, 128, 16]],
@@ -144,12 +146,12 @@ fn a_prefix_ends_at_the_first_gap_and_shows_what_is_written() {
         for block in 0..4 {
             expect(&prefix, block, 100 * index + block);
         }
-        // The view has the addresses of the whole, and what is written in one is in the other.
+        // The view and the whole tensor have the same addresses, and share their contents.
         assert_eq!(address(&prefix), address(whole));
         write(&test, &prefix, 2, 7);
         expect(whole, 2, 7);
     }
-    // The gap is closed, and what lay behind it is there.
+    // The gap is closed, and the blocks behind it are in the prefix.
     blocks.back([4]).unwrap();
     let prefix = blocks.prefix("v").unwrap();
     assert_eq!(prefix.dims()[0], 6);
@@ -196,7 +198,7 @@ fn memory_follows_what_is_backed_and_moved_blocks_keep_what_they_hold() {
         }
     }
     settle(&blocks, busy_bytes - plan.freed_bytes());
-    // The sixteen in use, and a page or two at either end of them in both tensors.
+    // The sixteen in use, and a page or two at each of their ends in both tensors.
     let least = 16 * blocks.stats().block_bytes;
     assert!(blocks.stats().committed_bytes <= least + 4 * block_page());
     let last = blocks.reclaim_candidates(usize::MAX, |_| Some(0.0));
@@ -209,7 +211,7 @@ fn memory_follows_what_is_backed_and_moved_blocks_keep_what_they_hold() {
 fn what_a_living_prefix_shows_stays_and_what_it_has_is_nobodys() {
     let test = open();
     if !test.device.is_cuda() {
-        // A tensor of Candle's on the CPU has its memory for life, and is written over.
+        // On the CPU a Candle tensor keeps its memory, which is overwritten.
         return;
     }
     let pool = pool(&test);
@@ -324,7 +326,7 @@ fn what_cannot_be_is_refused_by_its_values() {
     expect_block(blocks.prefix_of(1).map(drop), error);
     let invalid = |block| BlockError::Invalid { block, blocks: 64 };
     let bare = |block| BlockError::NotBacked { block };
-    // The first that is wrong, in the order of the table.
+    // The first invalid block, in the order of the table.
     blocks.check_table([4, 0, 1, 1]).unwrap();
     expect_block(blocks.check_table([4, 3, 64, 2]), bare(3));
     expect_block(blocks.check_table([4, 70, 2, 64]), invalid(70));

@@ -1,21 +1,21 @@
-//! Bytes in a device's memory: written, read, and told from others.
+//! Bytes in a device's memory: writes, reads and compares them.
 
 use candle_cuda_vmm::cuda_vmm::Stream;
 
 pub fn write(stream: &Stream, address: usize, bytes: &[u8]) {
-    // SAFETY: the tests write to bytes that they have allocated, and free them only afterwards.
+    // SAFETY: the tests write to bytes that they have allocated, and free them only later.
     unsafe { stream.write(address as u64, bytes) }.unwrap();
 }
 
 fn read(stream: &Stream, address: usize, size: usize) -> Vec<u8> {
     let mut bytes = vec![0; size];
-    // SAFETY: the tests read bytes that they have allocated, and free them only afterwards.
+    // SAFETY: the tests read bytes that they have allocated, and free them only later.
     unsafe { stream.read(address as u64, &mut bytes) }.unwrap();
     bytes
 }
 
-/// Bytes that differ from seed to seed. They repeat after a prime number of bytes, so that those of one
-/// page do not pass for those of another.
+/// Makes bytes that differ by seed. They repeat after a prime number of bytes, so that each page
+/// differs.
 pub fn pattern(seed: usize, size: usize) -> Vec<u8> {
     const PERIOD: usize = 4099;
     let mut state = seed as u64;
@@ -35,7 +35,7 @@ pub fn pattern(seed: usize, size: usize) -> Vec<u8> {
 /// Fails unless these bytes are the pattern of this seed.
 #[track_caller]
 pub fn expect_pattern(stream: &Stream, address: usize, seed: usize, size: usize) {
-    // Not `assert_eq`, which would print them all.
+    // Not `assert_eq`, which would print all bytes.
     let same = read(stream, address, size) == pattern(seed, size);
     assert!(
         same,

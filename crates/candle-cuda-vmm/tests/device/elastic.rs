@@ -13,7 +13,8 @@ pub fn pool(device: &Device) -> VirtualMemoryPool {
     VirtualMemoryPool::new(capacity(), page(), device.clone()).unwrap()
 }
 
-/// What a refused call must leave as it was: bytes of live pages, live pages, live bytes, fragmentation.
+/// The numbers that a refused call must not change: bytes of live pages, live pages, live bytes,
+/// fragmentation.
 pub fn state(pool: &VirtualMemoryPool) -> (usize, usize, usize, f32) {
     let (stats, detailed) = (pool.stats(), pool.detailed_stats());
     assert_eq!(stats.physical_usage, pool.physical_memory_usage());
@@ -64,7 +65,7 @@ fn part_of_an_allocation_can_be_freed_and_several_at_once() {
 fn a_cache_grows_token_by_token_though_tokens_share_pages() {
     let test = open();
     const TOKENS: usize = 100;
-    // 300 KiB where a page has 2 MiB.
+    // 300 KiB if a page has 2 MiB.
     let token_bytes = 75 * page() / 512;
     let mut pool = pool(&test.device);
     for token in 0..TOKENS {
@@ -74,7 +75,7 @@ fn a_cache_grows_token_by_token_though_tokens_share_pages() {
         assert_eq!(pool.stats().mapped_pages, live.div_ceil(page()));
         assert_eq!(pool.detailed_stats().live_bytes, live);
     }
-    // The first token shares its page with the next six: the page stays until they are gone.
+    // The first token shares its page with the next six: the page stays until all are freed.
     for token in 0..6 {
         pool.deallocate(token * token_bytes, token_bytes).unwrap();
         assert!(!pool.is_mapped(token * token_bytes, 1));
@@ -106,7 +107,7 @@ fn unaligned_bytes_are_live_and_their_pages_backed() {
     assert_eq!(pool.detailed_stats().live_bytes, 2);
     assert!(pool.is_mapped(page() - 1, 2));
     assert!(!pool.is_mapped(page() - 2, 2) && !pool.is_mapped(page(), 2));
-    // Its neighbours in the same pages are free to take, byte by byte.
+    // The other bytes of the same pages can be allocated, byte by byte.
     pool.allocate(page() - 2, 1).unwrap();
     pool.allocate(page() + 1, 1).unwrap();
     assert_eq!(pool.stats().mapped_pages, 2);
@@ -141,7 +142,7 @@ fn fragmentation_is_of_the_unused_bytes() {
     assert_eq!(ratio(&pool), 0.0);
     pool.allocate(2 * page(), page()).unwrap();
     assert!((ratio(&pool) - (1.0 - 5.0 / 7.0)).abs() < 1e-6);
-    // By the byte: one byte in the middle of a page parts the run of five pages.
+    // Counted in bytes: one byte in the middle of a page splits the run of five pages.
     pool.allocate(5 * page() + page() / 2, 1).unwrap();
     let (largest, unused) = (5 * page() / 2, 7 * page() - 1);
     assert!((ratio(&pool) - (1.0 - largest as f32 / unused as f32)).abs() < 1e-6);

@@ -1,4 +1,4 @@
-//! Tensors that grow, and what was handed out of them before.
+//! Tensors that grow, and earlier views of them.
 
 use crate::common::{GRANULE, UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
@@ -16,7 +16,7 @@ fn pool(test: &UnderTest) -> TensorPool {
     TensorPool::with_options(&test.device, options(test)).unwrap()
 }
 
-/// Rows of `columns` numbers that count on from `first`.
+/// Makes rows of `columns` consecutive numbers from `first` on.
 fn rows(test: &UnderTest, first: usize, count: usize, columns: usize) -> Tensor {
     let numbers: Vec<f32> = numbers(first, count, columns);
     let rows = Tensor::from_vec(numbers, (count, columns), &Device::Cpu).unwrap();
@@ -36,7 +36,7 @@ fn expect(view: &Tensor, first: usize, count: usize) {
     assert!(found == numbers(first, count, columns), "rows from {first}");
 }
 
-/// Lets the engine's worker give back what is on its way.
+/// Lets the engine's worker free retiring memory.
 #[track_caller]
 fn settle(pool: &TensorPool, bytes_max: usize) {
     let until = Instant::now() + Duration::from_secs(60);
@@ -49,7 +49,7 @@ fn settle(pool: &TensorPool, bytes_max: usize) {
     }
 }
 
-/// So many columns of numbers that three rows take a unit and more.
+/// Returns a number of columns with which three rows take more than one unit.
 fn wide(test: &UnderTest) -> usize {
     test.unit() / 4 / 3 + 17
 }
@@ -179,7 +179,7 @@ fn a_window_that_slides_takes_memory_for_the_window_only() {
         if step % 16 == 0 {
             let first = (step + 1).saturating_sub(window);
             expect(&tensor.view().unwrap(), first, tensor.len());
-            // What was let go may be on its way; and a window that moves to fresh addresses is there twice.
+            // Freed memory may be retiring, and a window that moves to new addresses exists twice.
             settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * test.unit());
         }
     }

@@ -1,5 +1,5 @@
-//! KV caches that grow where they stand. Tokens come token-major, as models have them after a transposition, so that no
-//! kernel is needed to lay them down.
+//! KV caches that grow in place. Tokens are token-major, as models have them after a transposition,
+//! so that plain copies append them without a kernel.
 
 use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
@@ -9,7 +9,7 @@ use candle_cuda_vmm::{ElasticKvCache, TensorPool, TensorPoolOptions};
 const HEADS: usize = 2;
 const DIM: usize = 4;
 
-/// Tokens `[1, HEADS, count, DIM]` whose elements all are the token's number.
+/// Makes tokens `[1, HEADS, count, DIM]` whose elements all are the token's number.
 fn tokens(test: &UnderTest, numbers: impl Iterator<Item = usize>) -> Tensor {
     let elements: Vec<f32> = numbers
         .flat_map(|number| [number as f32; HEADS * DIM])
@@ -57,7 +57,7 @@ fn pool(test: &UnderTest) -> TensorPool {
 fn it_answers_the_shapes_of_candles_cache_over_token_major_memory() {
     let test = open();
     let pool = pool(&test);
-    // The hint is passed.
+    // More tokens than the hint.
     let mut cache = ElasticKvCache::new(&pool, 2, 4);
     assert_eq!(
         (cache.k_cache().dim(), cache.k_cache().max_seq_len()),
@@ -79,7 +79,7 @@ fn it_answers_the_shapes_of_candles_cache_over_token_major_memory() {
         assert_eq!(cache.current_seq_len(), len + 1);
     }
     expect(&cache.k().unwrap().unwrap(), &(0..9).collect::<Vec<_>>());
-    // Candle's device cannot be asked for memory of no size, but for a part without tokens.
+    // Candle's device cannot allocate 0 bytes, but a tensor can have a part without tokens.
     let none = tokens(&test, 0..1).narrow(2, 0, 0).unwrap();
     assert_eq!(
         cache.append(&none, &none).unwrap().0.dims(),
@@ -97,7 +97,7 @@ fn a_length_that_goes_to_and_fro_takes_nothing_from_the_driver() {
     let test = open();
     let pool = pool(&test);
     let mut cache = pool.kv_cache(2, 64);
-    // Three more each time, over less than a page in all.
+    // Three more each time, less than a page in all.
     let mut numbers: Vec<usize> = Vec::new();
     let eight = 10_000 / if test.device.is_cuda() { 1 } else { 50 };
     drop(append(&test, &mut cache, 0..8));
@@ -126,7 +126,7 @@ fn a_reset_leaves_what_was_answered_alone() {
     expect(&k, &(0..20).collect::<Vec<_>>());
     expect(&v, &(1_000_000..1_000_020).collect::<Vec<_>>());
     expect(&fresh, &(100..110).collect::<Vec<_>>());
-    // Without tokens, another shape and type is as good.
+    // An empty cache accepts another shape and dtype.
     cache.reset();
     let other = Tensor::ones((2, 3, 1, 5), DType::F32, &Device::Cpu).unwrap();
     let other = other
@@ -152,7 +152,7 @@ fn a_clone_has_tokens_of_its_own_and_says_so_if_it_could_not() {
     expect(&cache.k().unwrap().unwrap(), &[0, 1, 2, 3, 4, 5]);
     expect(&clone.k().unwrap().unwrap(), &[0, 1, 2, 3, 4, 50]);
     drop(clone);
-    // Two of them for keys and for values each: a second such pair is more than the limit.
+    // Keys and values take two each. A second such pair exceeds the limit.
     let count = 2 * test.unit() / (HEADS * DIM * 4);
     append(&test, &mut cache, 6..count);
     let mut clone = cache.clone();
@@ -239,7 +239,7 @@ fn tokens_of_another_device_are_refused() {
     let mut cache = pool.kv_cache(2, 64);
     append(&test, &mut cache, 0..1);
     let here = test.device.location();
-    // One GPU more, or the CPU.
+    // Another GPU, or the CPU.
     let mut others = test.all();
     others.push(Device::Cpu);
     for other in others.iter().filter(|other| other.location() != here) {

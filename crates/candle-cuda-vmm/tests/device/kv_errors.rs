@@ -1,7 +1,6 @@
-//! What an append to a KV cache refuses, and what it leaves.
-//!
-//! The sequence is the first dimension with more than one element, and nothing is converted, so that Candle makes plain
-//! copies: simulated devices launch no kernels.
+//! Appends that a KV cache refuses, and its state afterwards. The sequence is the first dimension
+//! with more than one element, and no dtype is converted. So Candle makes plain copies, because
+//! simulated devices launch no kernels.
 
 use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Error, Tensor};
@@ -17,7 +16,8 @@ fn zeros(test: &UnderTest, shape: [usize; 4]) -> Tensor {
     Tensor::zeros(&shape, DType::F32, &test.device).unwrap()
 }
 
-/// Tokens `[1, count, heads, 4]`. Candle allocates no tensor without elements on a GPU, so none of them is a part of one.
+/// Makes tokens `[1, count, heads, 4]`. Candle cannot allocate a tensor without elements on a GPU,
+/// so that is a part of another.
 fn tokens(test: &UnderTest, count: usize, heads: usize) -> Tensor {
     let some = zeros(test, [1, count.max(1), heads, 4]);
     some.narrow(DIM, 0, count).unwrap()
@@ -35,7 +35,7 @@ fn elements(tensor: &Tensor) -> Vec<f32> {
     there.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Expects that appending these is refused, and that keys and values are as before.
+/// Fails unless appending these is refused and leaves keys and values unchanged.
 fn refuses<C: KvCache>(
     test: &UnderTest,
     cache: &mut C,
@@ -86,13 +86,13 @@ fn refuses_what_does_not_belong_together<F: KvCacheFactory>(test: &UnderTest, fa
         refuses(test, &mut cache, &row, &row, |error| {
             matches!(error, Error::DimOutOfRange { .. })
         });
-        // Then once more beside tokens.
+        // Then again with tokens in the cache.
         if cache.current_seq_len() == 0 {
             let tokens = numbers(test, SHAPE);
             cache.append(&tokens, &tokens).unwrap();
         }
     }
-    // The values are unlike those that are there, the keys not.
+    // The values differ from those in the cache, the keys do not.
     let wide = zeros(test, [1, 3, 2, 5]);
     refuses(test, &mut cache, &like, &wide, |_| true);
     refuses(test, &mut cache, &wide, &like, |_| true);
@@ -150,7 +150,7 @@ fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
     let options = TensorPoolOptions::new().engine(engine).page_bytes(page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.layer(0, DIM, 16).unwrap();
-    // The keys have room, and then the values have none.
+    // The keys fit, and then the values do not.
     let many = tokens(&test, test.unit() / 16, 2);
     let error = KvCache::append(&mut cache, &many, &many).unwrap_err();
     let VmmError::Vmm(Core::OutOfPhysicalMemory { limit_bytes, .. }) = error else {
@@ -167,7 +167,7 @@ fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
     let error = model(&mut cache).unwrap_err();
     let shortage = VmmError::find(&error).and_then(VmmError::shortage).unwrap();
     assert_eq!(shortage.limit_bytes, Some(2 * test.unit()));
-    // Candle's own signature keeps it too.
+    // The same with Candle's own signature.
     let error = cache.append(&many, &many).unwrap_err();
     assert!(VmmError::find(&error).unwrap().is_out_of_memory());
 }

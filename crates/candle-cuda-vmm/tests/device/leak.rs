@@ -1,4 +1,4 @@
-//! The check that every test ends with: it sees what a test leaves behind.
+//! The check at the end of every test finds what a test leaves behind.
 
 use crate::common::{GRANULE, MIB, open};
 use candle_cuda_vmm::cuda_vmm::{DriverKind, Stream};
@@ -7,14 +7,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 const AT_ONCE: Duration = Duration::ZERO;
-/// As long as a test that has ended waits.
+/// As long as the check at the end of a test waits.
 const A_MOMENT_LATER: Duration = Duration::from_secs(5);
 
 #[test]
 fn memory_that_is_kept_is_a_leak_until_it_is_given_back() {
     let test = open();
     assert_eq!(test.leak_after(AT_ONCE), None);
-    // More than a GPU's driver may take for itself.
+    // More than a GPU's driver may allocate for itself.
     let memory = PhysicalMemoryHandle::new(64 * MIB, &test.device).unwrap();
     let leak = test.leak_after(AT_ONCE).expect("the memory is kept");
     let device = format!("device {}", test.core.ordinal());
@@ -38,7 +38,7 @@ fn a_pool_with_backed_pages_is_a_leak_until_it_is_dropped() {
 fn what_takes_no_memory_is_a_leak_where_everything_is_counted() {
     let test = open();
     if test.kind == DriverKind::Real {
-        // A GPU says how much memory is free, and nothing of addresses and streams.
+        // A GPU reports its free memory, but not its addresses and streams.
         let _stream = Stream::new(&test.core).unwrap();
         assert_eq!(test.leak_after(AT_ONCE), None);
         return;

@@ -1,5 +1,5 @@
-//! The facade on one device: a GPU, or the CPU device over the simulated driver. The same cases for
-//! both; the environment chooses, by the variables in `common::settings`.
+//! The facade on one device: a GPU, or the CPU device with the simulated driver. The variables of
+//! `common::settings` select the device; the cases are the same.
 #![cfg(feature = "simulator")]
 
 #[path = "../common/mod.rs"]

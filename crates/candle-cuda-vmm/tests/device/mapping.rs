@@ -1,4 +1,4 @@
-//! Ranges and mapping by hand, of the default driver.
+//! Ranges and manual mapping, with the default driver.
 
 use crate::common::{GIB, GRANULE, UnderTest, open};
 use crate::refused;
@@ -10,8 +10,9 @@ use candle_cuda_vmm::{
 
 const SIZE: usize = 64 * GRANULE;
 
-/// The device under test, if functions without a device argument reach it. With the feature `cuda` they
-/// reach the GPU, so with the CPU device under test there is nothing to see but that the two do not mix.
+/// Returns the device under test, if functions without a device argument use it. With the feature
+/// `cuda` they use the GPU. If the CPU device is under test then, only a check that the two do not
+/// mix is possible.
 fn open_default() -> Option<UnderTest> {
     let test = open();
     if test.is_default() {
@@ -118,7 +119,7 @@ fn raw_handles_can_be_given_up_and_taken_back() {
     let handle = memory.as_raw();
     assert_eq!(memory.into_raw(), handle);
     test.expect_in_use(free, GRANULE);
-    // SAFETY: the handle was just given up, of this size, on this device.
+    // SAFETY: `into_raw` just returned the handle, of this size, on this device.
     let memory = unsafe { PhysicalMemoryHandle::from_raw(handle, GRANULE, test.ordinal()) };
     assert_eq!((memory.as_raw(), memory.size()), (handle, GRANULE));
     drop(memory);
@@ -128,7 +129,7 @@ fn raw_handles_can_be_given_up_and_taken_back() {
     map(&test, &range, 0, 1);
     let (ptr, size) = range.into_raw();
     test.expect_in_use(free, GRANULE);
-    // SAFETY: the range was just given up, with this size and alignment.
+    // SAFETY: `into_raw` just returned the range, of this size and alignment.
     let range = unsafe { VirtualAddressRange::from_raw(ptr, size, GRANULE) };
     assert_eq!((range.as_ptr(), range.size()), (ptr, SIZE));
     set_memory_access(&range, 0, GRANULE, test.ordinal(), AccessFlags::ReadWrite).unwrap();
@@ -298,7 +299,7 @@ fn unmap_memory_refuses_bad_arguments() {
         unmap_memory(&range, 2 * GRANULE, 4 * GRANULE),
         VmmError::UnmappingFailed(_)
     );
-    // Whole mappings with gaps between go in one call.
+    // One call unmaps whole mappings with gaps between them.
     unmap_memory(&range, 0, 8 * GRANULE).unwrap();
     refused!(
         unmap_memory(&range, 0, 8 * GRANULE),
@@ -346,7 +347,7 @@ fn set_memory_access_refuses_bad_arguments() {
         refused!(set(0, 2 * GRANULE, device), VmmError::Vmm(Core::Driver(_)));
     }
     set(0, 3 * GRANULE, here).unwrap();
-    // Whether a GPU takes less than full access is the driver's to say.
+    // Not every driver accepts less than full access.
     if test.kind == DriverKind::Simulated {
         for flags in [AccessFlags::Read, AccessFlags::None] {
             set_memory_access(&range, 0, 3 * GRANULE, here, flags).unwrap();
@@ -366,7 +367,7 @@ fn objects_cross_threads() {
     .join()
     .unwrap();
     test.expect_in_use(free, 0);
-    // The raw calls see the same driver.
+    // The raw calls use the same driver.
     assert_eq!(
         cuda_ffi::get_minimum_granularity(test.ordinal()).unwrap(),
         GRANULE

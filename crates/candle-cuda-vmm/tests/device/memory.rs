@@ -1,4 +1,4 @@
-//! The memory behind the addresses: it can be written and read, and it goes back.
+//! The memory behind the addresses can be written and read, and is freed.
 
 use crate::bytes::{expect_pattern, pattern, write};
 use crate::common::{GIB, GRANULE, UnderTest, open, page};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 fn tokens_that_share_pages_keep_their_own_bytes() {
     let test = open();
     let stream = Stream::new(&test.core).unwrap();
-    // 300 KiB and a bit where a page has 2 MiB.
+    // A little over 300 KiB if a page has 2 MiB.
     let size = 75 * page() / 512 + 7;
     let mut pool = VirtualMemoryPool::new(GIB, page(), test.device.clone()).unwrap();
     for token in 0..50 {
@@ -62,8 +62,8 @@ fn freeing_under_queued_work_does_no_harm() {
     let mut pool = VirtualMemoryPool::new(160 * page(), page(), test.device.clone()).unwrap();
     for round in 0..20 {
         let address = pool.allocate(round * 8 * page(), 8 * page()).unwrap();
-        // SAFETY: the bytes are allocated when the work is queued, and what is freed stays mapped until
-        // that work is done.
+        // SAFETY: the bytes are allocated when the work is queued, and freed bytes stay mapped
+        // until that work has completed.
         unsafe { stream.memset(address as u64, round as u8, 8 * page()) }.unwrap();
         pool.deallocate(round * 8 * page(), 8 * page()).unwrap();
     }
@@ -82,7 +82,7 @@ fn compact_returns_slack_and_keeps_the_bytes() {
         write(&stream, base + kept * page(), &pattern(kept, page()));
         pool.deallocate((kept + 1) * page(), 15 * page()).unwrap();
     }
-    // What was freed may be retiring for a moment, and then there is nothing yet to give back.
+    // Freed memory may still be retiring, and then there is nothing to return yet.
     let deadline = Instant::now() + Duration::from_secs(10);
     loop {
         pool.compact().unwrap();
@@ -93,14 +93,14 @@ fn compact_returns_slack_and_keeps_the_bytes() {
         assert!(Instant::now() < deadline, "{stats}");
         std::thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(pool.detailed_stats().slack_bytes, 0);
+    assert_eq!(pool.detailed_stats().parts.slack_bytes, 0);
     assert_eq!(pool.physical_memory_usage(), 16 * page());
     for kept in (0..256).step_by(16) {
         expect_pattern(&stream, base + kept * page(), kept, page());
     }
 }
 
-/// Does the work once, so that the driver has what it keeps for itself, and once more to look at the
+/// Runs the work once, so that the driver has allocated what it keeps, and again to compare the
 /// device's memory before and after.
 fn in_use_before_and_after(test: &UnderTest, work: impl Fn()) {
     work();

@@ -38,7 +38,7 @@ fn pools_of_different_pages_live_on_one_device() {
         let mut pool = VirtualMemoryPool::new(8 * page, page, test.device.clone()).unwrap();
         assert_eq!((pool.capacity(), pool.page_size()), (8 * page, page));
         assert_eq!(pool.base_address() % page, 0);
-        // As much as a page, on two of them.
+        // A page's length, on two pages.
         let address = pool.allocate(page / 2, page).unwrap();
         write(&stream, address, &pattern(address, page));
         let stats = pool.stats();
@@ -54,7 +54,7 @@ fn pools_of_different_pages_live_on_one_device() {
             assert!(above || below, "two pools have the same addresses");
         }
     }
-    // One goes after the other, and the rest keep what they have.
+    // Each is freed in turn, and the others keep their contents.
     while !pools.is_empty() {
         for pool in &pools {
             let (page, address) = (pool.page_size(), pool.base_address());

@@ -1,4 +1,4 @@
-//! Physical memory by itself.
+//! Physical memory without mappings.
 
 use crate::common::{GRANULE, open};
 use crate::refused;
@@ -48,7 +48,7 @@ fn physical_memory_refuses_bad_sizes() {
 fn raw_handles_of_no_device_can_be_held() {
     let _test = open();
     for ordinal in [-1, 1000] {
-        // SAFETY: there is no such device, so nothing is ever done with the handle.
+        // SAFETY: there is no such device, so the handle is never used.
         let memory = unsafe { PhysicalMemoryHandle::from_raw(12345, GRANULE, ordinal) };
         assert_eq!(
             (memory.as_raw(), memory.size(), memory.device_ordinal()),

@@ -1,4 +1,4 @@
-//! The driver's calls by themselves, of the default driver.
+//! The raw driver calls, with the default driver.
 
 use crate::common::{GRANULE, open};
 use candle_cuda_vmm::Result;
@@ -28,8 +28,8 @@ fn memory_is_made_mapped_and_given_back_call_by_call() {
         return;
     }
     let free = test.free_bytes();
-    // SAFETY: everything below is made here, used within its bounds, and given back once; no work for
-    // the device is ever queued on it.
+    // SAFETY: everything below is created here, used within its bounds, and freed once. No device
+    // work is queued on it.
     unsafe {
         let handle =
             cuda_ffi::mem_create(2 * GRANULE, &AllocationProp::device(test.ordinal())).unwrap();
@@ -53,7 +53,7 @@ fn the_drivers_refusals_keep_call_and_code() {
     }
     let device = AllocationProp::device(test.ordinal());
     use DriverFunction::*;
-    // SAFETY: as above; the calls that must fail change nothing.
+    // SAFETY: as above. The calls that must fail change nothing.
     unsafe {
         refused(cuda_ffi::mem_create(0, &device), cuMemCreate, INVALID);
         refused(
@@ -140,7 +140,7 @@ fn granularities_are_the_devices() {
         cuda_ffi::get_recommended_granularity(test.ordinal()).unwrap(),
         test.core.recommended_granularity_bytes()
     );
-    // The driver does not ask whether the device exists.
+    // The driver does not check that the device exists.
     for ordinal in [-1, 1000] {
         assert_eq!(
             cuda_ffi::get_minimum_granularity(ordinal).unwrap(),

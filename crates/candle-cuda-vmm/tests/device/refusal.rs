@@ -1,4 +1,4 @@
-//! What an elastic pool refuses, by which error, and that nothing changes.
+//! Calls that an elastic pool refuses, with their errors, and that they change nothing.
 
 use crate::common::{GIB, GRANULE, open, page, refused_with};
 use crate::elastic::{capacity, pool, state};
@@ -34,7 +34,7 @@ fn a_pool_refuses_bad_pages_and_capacities() {
             ..
         }
     );
-    // 2^47 bytes of addresses are never to be had.
+    // The driver never has 2^47 bytes of addresses.
     let error = new(1 << 47, page()).map(|_| ()).unwrap_err();
     assert_eq!(
         error.driver_code(),
@@ -59,7 +59,7 @@ fn other_devices_are_unsupported() {
         PhysicalMemoryHandle::new(GRANULE, &metal),
         VmmError::UnsupportedDevice
     );
-    // Without the feature a CUDA device can be named all the same, and must not be simulated.
+    // Without the feature `cuda` a CUDA device can still be named, and must not be simulated.
     #[cfg(not(feature = "cuda"))]
     refused!(
         VirtualMemoryPool::new(GIB, page(), Device::Cuda(candle_core::CudaDevice)),
@@ -125,7 +125,7 @@ fn deallocate_refuses_bad_ranges_and_changes_nothing() {
 fn more_than_the_device_has_is_out_of_memory_and_leaves_nothing() {
     let test = open();
     let total = test.core.total_bytes();
-    // In whole pages, so that the request could be met if nothing else were live.
+    // In whole pages, so that the request would succeed if nothing else were live.
     let all = total - total % page();
     let mut pool = VirtualMemoryPool::new(2 * total, page(), test.device.clone()).unwrap();
     pool.allocate(0, page()).unwrap();

@@ -1,5 +1,5 @@
-//! The workloads that this project was founded on, from beginning to end: more addresses than memory, two
-//! models under one limit, and a cache that grows token by token.
+//! Three complete workloads: more addresses than memory, two models under one limit, and a cache
+//! that grows token by token.
 
 use crate::bytes::{expect_pattern, pattern, write};
 use crate::common::{GIB, GRANULE, MIB, open, page, refused_with};
@@ -7,7 +7,7 @@ use candle_cuda_vmm::cuda_vmm::Stream;
 use candle_cuda_vmm::{SharedMemoryPool, VirtualMemoryPool, VmmError};
 use std::collections::BTreeSet;
 
-/// Allocated bytes, of which the first and the last are written, up to 1 MiB of each.
+/// Allocated bytes. Both ends are written, up to 1 MiB each.
 #[derive(Clone, Copy)]
 struct Block {
     address: usize,
@@ -23,7 +23,7 @@ impl Block {
         block
     }
 
-    /// Where the two ends begin, and how long they are. They do not overlap.
+    /// Returns the offsets of the two ends, and their length. They do not overlap.
     fn ends(self) -> [(usize, usize); 2] {
         let half = self.size / 2;
         let (first, last) = (half.min(MIB), (self.size - half).min(MIB));
@@ -50,7 +50,7 @@ fn a_pool_of_128_gib_is_backed_where_it_is_used_and_only_there() {
     let test = open();
     let stream = Stream::new(&test.core).unwrap();
     let (free, page, total) = (test.free_bytes(), page(), test.core.total_bytes());
-    // On a card of 80 GB. A larger one gets more, so that it, too, has more addresses than memory.
+    // For a GPU of 80 GB. A larger one gets more, so that it also has more addresses than memory.
     let capacity = (128 * GIB).max((total + total / 2).next_multiple_of(GIB));
     let mut pool = VirtualMemoryPool::new(capacity, page, test.device.clone()).unwrap();
     assert_eq!(pool.capacity(), capacity);
@@ -66,7 +66,7 @@ fn a_pool_of_128_gib_is_backed_where_it_is_used_and_only_there() {
     pool.deallocate(0, GIB).unwrap();
     assert_eq!(pool.physical_memory_usage(), 0);
 
-    // The beginning, two bytes on two pages, three pages on four, and the very end.
+    // The beginning, two bytes on two pages, three pages' length on four pages, and the end.
     let places = [
         (0, GIB, GIB / page),
         (8 * GIB - 1, 2, 2),
@@ -91,7 +91,7 @@ fn a_pool_of_128_gib_is_backed_where_it_is_used_and_only_there() {
     assert!(!pool.is_mapped(GIB, 1) && !pool.is_mapped(capacity - 2 * page - 1, 1));
     blocks.iter().for_each(|block| block.expect_kept(&stream));
 
-    // There are addresses for all that the card has, but not the memory.
+    // There are addresses for all of the GPU's memory, but not enough memory.
     let all = total - total % page;
     let before = pool.detailed_stats();
     refused_with(
@@ -115,7 +115,7 @@ fn a_pool_of_128_gib_is_backed_where_it_is_used_and_only_there() {
     test.expect_in_use(free, 0);
 }
 
-/// Two models of a shared pool, with what they have.
+/// Two models of a shared pool, with their allocations.
 struct Models {
     pool: SharedMemoryPool,
     stream: Stream,
@@ -146,7 +146,7 @@ impl Models {
         self.expect_exact();
     }
 
-    /// The model asks for more than is left of the limit, and nothing changes.
+    /// Requests more than is left of the limit, and checks that nothing changes.
     fn expect_refused(&mut self, model: usize, requested: usize, available: usize) {
         let before = self.pool.detailed_stats();
         refused_with(
@@ -160,7 +160,7 @@ impl Models {
         self.expect_exact();
     }
 
-    /// Fails unless each model uses what it was given, to the byte, and finds there what was written.
+    /// Fails unless each model uses exactly its allocations and finds there what was written.
     fn expect_exact(&self) {
         let mut together = 0;
         for (model, name) in Self::NAMES.into_iter().enumerate() {
@@ -197,7 +197,7 @@ fn two_models_share_32_gib_and_what_one_gives_back_the_other_gets() {
     };
     models.expect_exact();
 
-    // One grows to most of the limit, and the other finds too little left.
+    // One grows to most of the limit, and too little is left for the other.
     for _ in 0..7 {
         models.give(LLAMA, 4 * GIB);
     }
@@ -207,14 +207,14 @@ fn two_models_share_32_gib_and_what_one_gives_back_the_other_gets() {
     models.expect_refused(GPT, GIB, 0);
     models.expect_refused(LLAMA, GIB, 0);
 
-    // The first gives back, and the second gets it.
+    // The first frees memory, and the second gets it.
     models.take_back_last(LLAMA);
     models.take_back_last(LLAMA);
     models.give(GPT, 8 * GIB);
     assert_eq!(models.pool.global_stats().physical_usage, LIMIT);
     models.expect_refused(LLAMA, GIB, 0);
 
-    // And the other way round, until the first has everything.
+    // The same in the other direction, until the first has everything.
     models.take_back_last(GPT);
     models.take_back_last(GPT);
     models.give(LLAMA, 12 * GIB);
@@ -232,12 +232,12 @@ fn two_models_share_32_gib_and_what_one_gives_back_the_other_gets() {
     test.expect_in_use(free, 0);
 }
 
-/// K and V of several layers, in ranges that follow one another without a gap. Each grows by tokens.
+/// K and V of several layers, in adjacent ranges. Each grows by tokens.
 struct Cache {
     pool: VirtualMemoryPool,
     stream: Stream,
     token_bytes: usize,
-    /// For each range, what was written to its live tokens.
+    /// For each range, the bytes that were written to its live tokens.
     seeds: [Vec<usize>; Cache::RANGES],
 }
 
@@ -268,7 +268,7 @@ impl Cache {
         }
     }
 
-    /// Takes the last tokens from K and V of every layer, each with one call.
+    /// Frees the last tokens of K and V of every layer, each with one call.
     fn truncate(&mut self, tokens: usize) {
         for range in 0..Self::RANGES {
             let gone = self.seeds[range].len() - tokens;
@@ -282,7 +282,7 @@ impl Cache {
         }
     }
 
-    /// Fails unless the pages in use are those that live tokens touch.
+    /// Fails unless exactly the pages that live tokens touch are in use.
     fn expect_exact_usage(&self) {
         let page = self.pool.page_size();
         let mut pages = BTreeSet::new();
@@ -300,7 +300,7 @@ impl Cache {
         assert_eq!(self.pool.detailed_stats().live_bytes, live_bytes);
     }
 
-    /// Fails unless every byte of every live token is the one that was written last.
+    /// Fails unless every byte of every live token is the last one written.
     fn expect_every_byte(&self) {
         for (range, seeds) in self.seeds.iter().enumerate() {
             for (token, seed) in seeds.iter().enumerate() {
@@ -317,7 +317,7 @@ impl Cache {
 fn a_cache_of_several_layers_grows_token_by_token_and_is_truncated_and_grown_again() {
     let test = open();
     let free = test.free_bytes();
-    // 300 KiB and a bit where a page has 2 MiB: several to a page, and some across two.
+    // A little over 300 KiB if a page has 2 MiB: several per page, and some across two.
     let token_bytes = 75 * page() / 512 + 7;
     let capacity = Cache::RANGES * Cache::TOKENS * token_bytes;
     let mut cache = Cache {

@@ -1,4 +1,4 @@
-//! The variables of the environment: what they may be, and that nothing else passes.
+//! The environment variables: their valid values, and that others are refused.
 
 use crate::common::GRANULE;
 use crate::common::settings::{CANDLE_DEVICE, CandleStream, DEVICES, DRIVER, PAGE_BYTES, Settings};
@@ -13,7 +13,7 @@ const UNSET: Settings = Settings {
     candle_stream: None,
 };
 
-/// The settings where these variables are set and no others.
+/// Returns the settings if only these variables are set.
 fn read(set: &[(&str, &str)]) -> Result<Settings, String> {
     Settings::read(|variable| {
         let (_, value) = set.iter().find(|(name, _)| *name == variable)?;

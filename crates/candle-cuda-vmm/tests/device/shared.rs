@@ -15,14 +15,14 @@ use std::time::Duration;
 const LIMIT: usize = 64 * MIB;
 const CAPACITY: usize = 128 * MIB;
 
-/// A pool of 64 MiB with one model, `model`, of 128 MiB of addresses.
+/// Makes a pool of 64 MiB with one model, `model`, of 128 MiB of addresses.
 fn pool(device: &Device) -> SharedMemoryPool {
     let mut pool = SharedMemoryPool::new(LIMIT, device.clone()).unwrap();
     pool.register_model("model", CAPACITY).unwrap();
     pool
 }
 
-/// What a refused call must leave as it was.
+/// The numbers that a refused call must not change.
 fn state(pool: &SharedMemoryPool) -> (usize, usize, usize, usize) {
     let global = pool.global_stats();
     let model = pool.get_model_stats("model").unwrap();
@@ -108,7 +108,7 @@ fn the_limit_holds_and_what_is_freed_can_be_had_again() {
 #[test]
 fn a_limit_may_exceed_the_device_and_is_reported_as_given() {
     let test = open();
-    // In large chunks, so that not so many pages are left, of which each is made and given back by itself.
+    // In large chunks, so that few single pages are left, each of which takes its own driver calls.
     let taken = (test.free_bytes() - 2 * GIB) / GIB * GIB;
     let mut most = VirtualMemoryPool::new(taken, page(), test.device.clone()).unwrap();
     most.allocate(0, taken).unwrap();
@@ -314,7 +314,7 @@ fn unregistering_frees_what_the_model_had() {
         pool.allocate_for_model("other", 1),
         VmmError::ModelNotFound(_)
     );
-    // All of the limit is there for the one that is left.
+    // The remaining model can use all of the limit.
     pool.allocate_for_model("model", LIMIT).unwrap();
     pool.unregister_model("model").unwrap();
     assert_eq!(pool.global_stats().num_models, 0);
@@ -334,14 +334,17 @@ fn the_parts_of_the_detailed_numbers_add_up() {
         .unwrap();
     let stats = pool.detailed_stats();
     assert_eq!(stats.limit_bytes, LIMIT);
-    assert_eq!(stats.live_bytes, pool.global_stats().physical_usage);
     assert_eq!(
-        stats.live_bytes
-            + stats.slack_bytes
-            + stats.filling_bytes
-            + stats.retiring_bytes
-            + stats.parked_bytes
-            + stats.quarantined_bytes,
+        stats.parts.live_page_bytes,
+        pool.global_stats().physical_usage
+    );
+    assert_eq!(
+        stats.parts.live_page_bytes
+            + stats.parts.slack_bytes
+            + stats.parts.filling_bytes
+            + stats.parts.retiring_bytes
+            + stats.parts.parked_bytes
+            + stats.parts.quarantined_bytes,
         stats.committed_bytes
     );
     assert!(!stats.to_string().is_empty());

@@ -1,4 +1,4 @@
-//! A simulator with a context, and its calls without their ceremony.
+//! A simulator with a context, and short forms of its calls.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     dead_code,
@@ -24,16 +24,16 @@ pub struct Driver {
     pub table: DriverTable,
 }
 
-/// Raw handles may travel to the threads of a test: the simulator never follows them.
+/// Lets raw handles move to the threads of a test. The simulator never dereferences them.
 #[derive(Clone, Copy, Debug)]
 pub struct Shared<T>(pub T);
-// SAFETY: only handles of the simulator are put in here, which are numbers.
+// SAFETY: the value is a handle of the simulator, which is a number.
 unsafe impl<T> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for Shared<T> {}
 
 impl<T: Copy> Shared<T> {
-    /// The handle; asking for it in a closure moves all of this there.
+    /// Returns the handle. A closure that calls this captures the whole wrapper.
     pub fn get(self) -> T {
         self.0
     }
@@ -56,7 +56,7 @@ macro_rules! call {
     };
 }
 
-/// `CUmemLocation` of a device, by layout.
+/// Returns the `CUmemLocation` of a device, by layout.
 pub fn location(device: i32) -> CUmemLocation {
     // SAFETY: a location is two 32-bit integers in every header.
     unsafe {
@@ -162,7 +162,7 @@ impl Driver {
         )
     }
 
-    /// Read and write for device 0.
+    /// Returns a descriptor with read and write access for device 0.
     pub fn open(&self, address: u64, bytes: usize) -> Answer {
         self.set_access(
             address,
@@ -171,7 +171,7 @@ impl Driver {
         )
     }
 
-    /// A fresh handle, mapped and open, its owner's reference released.
+    /// Maps a new handle with access, and releases the handle.
     pub fn back(&self, address: u64, bytes: usize) -> Answer {
         let handle = self.create(bytes)?;
         self.map(address, bytes, handle)?;
@@ -187,7 +187,8 @@ impl Driver {
         call!(self, cuMemsetD8Async(address, value, bytes, stream))
     }
 
-    /// Poisons the first device's context: unmaps the open page at `address` under a memset of it.
+    /// Poisons the first device's context: unmaps the accessible page at `address` while a memset
+    /// of it is queued.
     pub fn poison(&self, address: u64) {
         let stream = self.stream().unwrap();
         self.simulator.hold_work();

@@ -4,8 +4,6 @@
 //! pages are being filled. If it calls the pools, and the call waited for another thread's work, it could wait for the very
 //! work that it is in. So a call that comes from within work waits for the device at most, never for a thread; what it
 //! leaves undone is done when the work is.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
 use crate::sync::thread_local;
 use core::cell::Cell;
@@ -17,17 +15,17 @@ thread_local! {
 
 /// One piece of work in hand, begun before the lock is let go and ended with the work's end in the books.
 #[derive(Debug)]
-pub(super) struct AtWork(PhantomData<*const ()>);
+pub(crate) struct AtWork(PhantomData<*const ()>);
 
 impl AtWork {
-    pub(super) fn begin() -> Self {
+    pub(crate) fn begin() -> Self {
         // Fails only while the thread itself ends.
         _ = PIECES.try_with(|pieces| pieces.set(pieces.get() + 1));
         Self(PhantomData)
     }
 
     /// Whether this thread has any in hand.
-    pub(super) fn any() -> bool {
+    pub(crate) fn any() -> bool {
         PIECES.try_with(|pieces| pieces.get() > 0).unwrap_or(false)
     }
 }

@@ -23,10 +23,9 @@
 //! A thread that frees under a range's lock alone marks the range before it reads `waiting`; a thread that waits raises
 //! `waiting` before it reads the marks. So one of the two sees the other. [`Locked::share_out`] sets `is_pressing` before it
 //! reads the ranges for the same reason.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
-use super::{Inner, State, owed};
+use super::owed;
+use super::state::{State, StateLock};
 use crate::sync::atomic::Ordering;
 use crate::sync::{self, MutexGuard, PoisonError};
 use core::ops::{Deref, DerefMut};
@@ -36,8 +35,8 @@ use core::time::Duration;
 ///
 /// That runs wakers, which are code of others: no range is locked when it is let go.
 #[derive(Debug)]
-pub(super) struct Locked<'a> {
-    engine: &'a Inner,
+pub(crate) struct Locked<'a> {
+    lock: &'a StateLock,
     /// None only when it was let go.
     state: Option<MutexGuard<'a, State>>,
     is_changed: bool,
@@ -45,7 +44,7 @@ pub(super) struct Locked<'a> {
 
 impl Locked<'_> {
     /// The state, for a change that can serve nobody and changes nothing that is owed.
-    pub(super) fn quietly(&mut self) -> &mut State {
+    pub(crate) fn quietly(&mut self) -> &mut State {
         match &mut self.state {
             Some(state) => state,
             None => unreachable!("it is let go by value only"),
@@ -53,7 +52,7 @@ impl Locked<'_> {
     }
 
     /// Notes a change that was made under a range's lock alone.
-    pub(super) fn note_change(&mut self) {
+    pub(crate) fn note_change(&mut self) {
         self.is_changed = true;
     }
 
@@ -91,46 +90,46 @@ impl Drop for Locked<'_> {
         // A panic of our own must not become two.
         let owing = match std::thread::panicking() {
             true => Vec::new(),
-            false => state.share_out(&self.engine.is_pressing),
+            false => state.share_out(&self.lock.is_pressing),
         };
-        let is_awaited = self.engine.waiting.load(Ordering::SeqCst) > 0;
+        let is_awaited = self.lock.waiting.load(Ordering::SeqCst) > 0;
         drop(state);
         if is_awaited {
-            self.engine.changed.notify_all();
+            self.lock.changed.notify_all();
         }
         owed::wake(owing);
     }
 }
 
-impl Inner {
-    pub(super) fn lock(&self) -> Locked<'_> {
+impl StateLock {
+    pub(crate) fn lock(&self) -> Locked<'_> {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         self.locked(state)
     }
 
     fn locked<'a>(&'a self, state: MutexGuard<'a, State>) -> Locked<'a> {
         Locked {
-            engine: self,
+            lock: self,
             state: Some(state),
             is_changed: false,
         }
     }
 
     /// Tells those who wait, and those who owe, of a change under a range's lock alone. That lock is let go.
-    pub(super) fn tell(&self) {
+    pub(crate) fn tell(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 || self.is_pressing.load(Ordering::SeqCst) {
             self.lock().note_change();
         }
     }
 
     /// Waits until something about the engine's memory has changed.
-    pub(super) fn wait<'a>(&'a self, state: Locked<'a>) -> Locked<'a> {
+    pub(crate) fn wait<'a>(&'a self, state: Locked<'a>) -> Locked<'a> {
         self.wait_for(state, Duration::MAX)
     }
 
     /// Waits until something about the engine's memory has changed, for so long at most. May return before, so callers look
     /// again.
-    pub(super) fn wait_for<'a>(&'a self, mut state: Locked<'a>, left: Duration) -> Locked<'a> {
+    pub(crate) fn wait_for<'a>(&'a self, mut state: Locked<'a>, left: Duration) -> Locked<'a> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         // What was freed since the lock was taken, by threads that did not see yet that this one waits.
         let has_news = state.quietly().collect_freed();

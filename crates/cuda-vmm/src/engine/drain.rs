@@ -14,16 +14,21 @@
 //! calls. A chunk that the driver refuses to unmap is quarantined. Memory that it unmaps but does
 //! not release stays charged. Both are retried; see `refused`.
 
+use super::at_work::AtWork;
 use super::books::pages::Contents;
+use super::books::range_id::RangeId;
+use super::changes::Locked;
+use super::inner::Inner;
+use super::options::EngineOptions;
+use super::queue::Until;
 use super::range::Range;
 use super::ranges::RangeGuard;
-use super::retire::Until;
-use super::{AtWork, EngineStats, Inner, Locked, RangeId, State};
+use super::state::State;
 use crate::sync::Arc;
-use crate::{CloseError, Mapping, PhysicalMemory, Result, Stream};
+use crate::{CloseError, Fence, Mapping, MemoryParts, PhysicalMemory, Result, Stream};
 
 /// A chunk that is draining, in the hands of the thread that gives it back.
-pub(super) struct Drained {
+pub(crate) struct Drained {
     range: RangeId,
     first: usize,
     mapping: Mapping,
@@ -32,7 +37,7 @@ pub(super) struct Drained {
 
 impl RangeGuard<'_> {
     /// Takes out a parked or quarantined chunk. That serves nobody yet: what comes of it is told.
-    pub(super) fn drain(&mut self, id: RangeId, first: usize) -> Option<Drained> {
+    pub(crate) fn drain(&mut self, id: RangeId, first: usize) -> Option<Drained> {
         let mapping = self.quietly().pages.drain(first)?;
         Some(Drained {
             range: id,
@@ -45,7 +50,7 @@ impl RangeGuard<'_> {
 
 /// Where the memory of a chunk goes when it is unmapped.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum To {
+pub(crate) enum To {
     Cache,
     Driver,
 }
@@ -63,57 +68,50 @@ enum Next {
     Scrub(Drained),
 }
 
-impl Inner {
-    /// Gives back parked chunks of ranges that are closed, and, where more is parked than may be, of others too;
-    /// returns the bytes that are no longer parked.
-    pub(super) fn give_back(self: &Arc<Self>) -> usize {
-        // Once it is too much, down to the low watermark: else each free would call the driver for itself.
-        let mut keep_bytes = self.options.park_bytes_max;
-        let mut given_bytes = 0;
-        loop {
-            let state = self.lock();
-            let stale = state.take_ahead(None, Range::stale_ahead);
-            if let Some(chunk) = stale {
-                drop(state);
-                let unmapped = self.unmap(chunk, To::Driver);
-                given_bytes += unmapped.unwrap_or_default();
-                continue;
-            }
-            if let Some(id) = state.spare_above_ceiling() {
-                match self.give_up_one(state, Some(id)) {
-                    Some(outcome) => given_bytes += outcome.unwrap_or_default(),
-                    None => return given_bytes,
-                }
-                continue;
-            }
-            // What is attended goes by itself, and no other range has to give up anything for it.
-            let ranges = state.ranges.values().filter(|range| !range.attended);
-            let parked_bytes: usize = ranges.map(|range| range.spare_parked_bytes()).sum();
-            let too_much = parked_bytes > keep_bytes;
-            if too_much {
-                keep_bytes = self.options.park_low_bytes();
-            }
-            let Some(next) = self.next_parked(&state, too_much) else {
-                return given_bytes;
-            };
-            drop(state);
-            match next {
-                Next::Unmap(chunk, to) => {
-                    let unmapped = self.unmap(chunk, to);
-                    given_bytes += unmapped.unwrap_or_default();
-                }
-                Next::Scrub(chunk) => self.scrub(chunk),
-            }
-        }
+/// What came of giving up one piece of memory.
+pub(crate) enum GivenUp<'a> {
+    /// There was none to spare.
+    Nothing(Locked<'a>),
+    /// Its bytes went, or the driver refused it.
+    Piece(Result<usize>),
+}
+
+impl State {
+    /// Takes out a chunk made ahead, of one range or of all, to be unmapped.
+    fn take_ahead(
+        &self,
+        only: Option<RangeId>,
+        pick: impl Fn(&Range) -> Option<usize>,
+    ) -> Option<Drained> {
+        let mut ranges = self.ranges.iter();
+        ranges.find_map(|(id, mut range)| {
+            let first = pick(&range).filter(|_| only.is_none_or(|only| only == id))?;
+            range.drain(id, first)
+        })
+    }
+
+    /// Takes out a parked chunk that no pin keeps, of one range or of all, to be unmapped.
+    fn take_parked(&self, only: Option<RangeId>) -> Option<Drained> {
+        let ranges = self.ranges.iter();
+        let mut ranges = ranges.filter(|(id, _)| only.is_none_or(|only| *id == only));
+        ranges.find_map(|(id, mut range)| {
+            let first = range.quietly().spare_parked()?;
+            range.drain(id, first)
+        })
+    }
+
+    /// What a step gives back, in bytes: what is parked of ranges that no thread attends to. What is attended goes by
+    /// itself, and no other range has to give up anything for it.
+    fn unattended_parked_bytes(&self) -> usize {
+        let ranges = self.ranges.values().filter(|range| !range.attended);
+        ranges.map(|range| range.spare_parked_bytes()).sum()
     }
 
     /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none that is attended.
-    fn next_parked(&self, state: &State, too_much: bool) -> Option<Next> {
-        let room_bytes = self
-            .options
-            .cache_bytes_max
-            .saturating_sub(state.cache.bytes() + state.queue.scrubbing_bytes());
-        let ranges = state.ranges.iter();
+    fn next_parked(&self, options: &EngineOptions, too_much: bool) -> Option<Next> {
+        let held_bytes = self.cache.bytes() + self.queue.scrubbing_bytes();
+        let room_bytes = options.cache_bytes_max.saturating_sub(held_bytes);
+        let ranges = self.ranges.iter();
         ranges
             .filter(|(_, range)| !range.attended && (too_much || range.closed))
             .find_map(|(id, mut range)| {
@@ -128,134 +126,114 @@ impl Inner {
                 })
             })
     }
+}
 
-    /// Overwrites a draining chunk with zeros on a stream of the engine's own; it is retiring until that is past, and
-    /// then parked and clean. Where it cannot be overwritten it is parked for the driver.
-    fn scrub(self: &Arc<Self>, chunk: Drained) {
-        let Drained {
-            range: id,
-            first,
-            mapping,
-            work,
-        } = chunk;
-        let fence = self
-            .scrubbing_stream()
-            .and_then(|stream| mapping.scrub(&stream));
-        let bytes = mapping.bytes();
-        let mut state = self.lock();
-        // The range cannot have gone: it ends with its last chunk.
-        let Some(mut range) = state.ranges.get(id) else {
-            return;
-        };
-        range.pages.retire_drained(first, mapping, fence.is_ok());
-        drop(range);
-        let mut refused = None;
-        match fence {
-            Ok(fence) => {
-                state.counters.scrubbed_bytes += bytes as u64;
-                let until = Until::Fences(Arc::new(vec![Arc::new(fence)]));
-                state.queue.push_scrub(id, first, bytes, until);
+impl Inner {
+    /// Gives back parked chunks of ranges that are closed, and, if more is parked than may be, of others too;
+    /// returns the bytes that are no longer parked.
+    pub(crate) fn give_back(self: &Arc<Self>) -> usize {
+        // Once it is too much, down to the low watermark: else each free would call the driver for itself.
+        let mut keep_bytes = self.options.park_bytes_max;
+        let mut given_bytes = 0;
+        loop {
+            let state = self.state.lock();
+            if let Some(chunk) = state.take_ahead(None, Range::stale_ahead) {
+                drop(state);
+                given_bytes += chunk.unmap(self, To::Driver).unwrap_or_default();
+                continue;
             }
-            Err(error) => {
-                // The zeros may be queued without a fence.
-                state.queue.push(id, vec![first], Until::Synchronised);
-                refused = Some(error);
+            if let Some(id) = state.spare_above_ceiling() {
+                match self.give_up_one(state, Some(id)) {
+                    GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
+                    GivenUp::Nothing(_) => return given_bytes,
+                }
+                continue;
+            }
+            let too_much = state.unattended_parked_bytes() > keep_bytes;
+            if too_much {
+                keep_bytes = self.options.park_low_bytes();
+            }
+            let Some(next) = state.next_parked(&self.options, too_much) else {
+                return given_bytes;
+            };
+            drop(state);
+            match next {
+                Next::Unmap(chunk, to) => given_bytes += chunk.unmap(self, to).unwrap_or_default(),
+                Next::Scrub(chunk) => chunk.scrub(self),
             }
         }
-        drop((work, state));
-        if let Some(error) = refused {
-            crate::events::debug!(%error, "memory could not be overwritten, and is not kept");
-        }
-        self.worker.wake(self, false);
-    }
-
-    fn scrubbing_stream(&self) -> Result<Stream> {
-        if let Some(stream) = &self.lock().scrubbing {
-            return Ok(stream.clone());
-        }
-        // Two threads may each make one. The second is destroyed again, which calls the driver, without the lock.
-        let stream = Stream::new(&self.device)?;
-        let kept = self
-            .lock()
-            .scrubbing
-            .get_or_insert_with(|| stream.clone())
-            .clone();
-        Ok(kept)
     }
 
     /// Gives back what can be spared, one piece after the other, until it is enough: what was made ahead, what is
     /// cached, unless only one range's memory would help, and then what is parked. Returns the bytes that went, and the
     /// last error if the driver refused some.
-    pub(super) fn give_up(
+    pub(crate) fn give_up(
         self: &Arc<Self>,
         only: Option<RangeId>,
-        enough: impl Fn(&EngineStats) -> bool,
+        enough: impl Fn(&MemoryParts) -> bool,
     ) -> (usize, Result<()>) {
         let (mut given_bytes, mut outcome) = (0, Ok(()));
         loop {
-            let state = self.lock();
+            let state = self.state.lock();
             if enough(&state.parts()) {
                 break;
             }
             match self.give_up_one(state, only) {
-                None => break,
-                Some(Ok(bytes)) => given_bytes += bytes,
-                Some(Err(error)) => outcome = Err(error),
+                GivenUp::Nothing(_) => break,
+                GivenUp::Piece(Ok(bytes)) => given_bytes += bytes,
+                GivenUp::Piece(Err(error)) => outcome = Err(error),
             }
         }
         (given_bytes, outcome)
     }
 
-    /// Gives back one piece; `None` if there is none to spare.
-    pub(super) fn give_up_one(
+    /// Gives back one piece, if there is one to spare.
+    pub(crate) fn give_up_one<'a>(
         self: &Arc<Self>,
-        mut state: Locked<'_>,
+        mut state: Locked<'a>,
         only: Option<RangeId>,
-    ) -> Option<Result<usize>> {
+    ) -> GivenUp<'a> {
         let ahead = state.take_ahead(only, |range| range.pages.ahead().next_back());
         if let Some(chunk) = ahead {
             drop(state);
-            return Some(self.unmap(chunk, To::Driver));
+            return GivenUp::Piece(chunk.unmap(self, To::Driver));
         }
+        // Asked first, since an access for a change tells others.
         if only.is_none()
+            && state.cache.bytes() > 0
             && let Some((bytes, memory)) = state.cache.take_largest()
         {
             state.releasing.push((None, bytes));
             let _work = AtWork::begin();
             drop(state);
-            return Some(self.release(None, memory));
+            return GivenUp::Piece(self.release(None, memory));
         }
-        let ranges = state.ranges.iter();
-        let mut ranges = ranges.filter(|(id, _)| only.is_none_or(|only| *id == only));
-        let spare = ranges.find_map(|(id, mut range)| {
-            let first = range.quietly().spare_parked()?;
-            range.drain(id, first)
-        });
-        drop(ranges);
-        let chunk = spare?;
+        let Some(chunk) = state.take_parked(only) else {
+            return GivenUp::Nothing(state);
+        };
         drop(state);
-        Some(self.unmap(chunk, To::Driver))
+        GivenUp::Piece(chunk.unmap(self, To::Driver))
     }
+}
 
-    /// Unmaps one draining chunk and gives its memory to the cache or the driver. What the driver refuses stays
-    /// charged, in quarantine.
-    pub(super) fn unmap(self: &Arc<Self>, chunk: Drained, to: To) -> Result<usize> {
-        let Drained {
+impl Drained {
+    /// Unmaps the chunk and gives its memory to the cache or the driver. What the driver refuses stays charged, in
+    /// quarantine.
+    pub(crate) fn unmap(self, engine: &Arc<Inner>, to: To) -> Result<usize> {
+        let Self {
             range: id,
             first,
             mapping,
             work,
-        } = chunk;
+        } = self;
         let bytes = mapping.bytes();
-        let unmapped = mapping.unmap();
-        let released = match unmapped {
-            Ok(memory) => Ok(Arc::into_inner(memory).map(|memory| match to {
+        let released = mapping.unmap().map(|memory| {
+            Arc::into_inner(memory).map(|memory| match to {
                 To::Cache => Released::Cached(memory),
                 To::Driver => Released::Closed(memory.close()),
-            })),
-            Err(failure) => Err(failure),
-        };
-        let mut state = self.lock();
+            })
+        });
+        let mut state = engine.state.lock();
         let State {
             ranges,
             ledger,
@@ -267,32 +245,93 @@ impl Inner {
             return Ok(0);
         };
         let account = range.account;
+        let released = released.inspect(|_| range.pages.drained(first));
         let outcome = match released {
             Err(failure) => {
                 range.pages.quarantine(first, failure.object);
                 Err(failure.error)
             }
-            Ok(released) => {
-                range.pages.drained(first);
-                match released {
-                    Some(Released::Cached(memory)) => {
-                        ledger.put_in_cache(account, bytes);
-                        cache.put(bytes, memory);
-                        Ok(bytes)
-                    }
-                    Some(Released::Closed(Err(failure))) => {
-                        unreleased.push((Some(account), failure.object));
-                        Err(failure.error)
-                    }
-                    Some(Released::Closed(Ok(()))) | None => {
-                        ledger.refund(account, bytes);
-                        Ok(bytes)
-                    }
-                }
+            Ok(Some(Released::Cached(memory))) => {
+                ledger.put_in_cache(account, bytes);
+                cache.put(bytes, memory);
+                Ok(bytes)
+            }
+            Ok(Some(Released::Closed(Err(failure)))) => {
+                unreleased.push((Some(account), failure.object));
+                Err(failure.error)
+            }
+            Ok(Some(Released::Closed(Ok(()))) | None) => {
+                ledger.refund(account, bytes);
+                Ok(bytes)
             }
         };
         drop((work, range));
-        self.note_refusal(state, outcome.as_ref().err(), bytes);
+        engine.note_refusal(state, outcome.as_ref().err(), bytes);
         outcome
     }
+
+    /// Overwrites the chunk with zeros on a stream of the engine's own. It is retiring until that is past, and then parked
+    /// and clean. If it cannot be overwritten it is parked for the driver.
+    fn scrub(self, engine: &Arc<Inner>) {
+        let Self {
+            range: id,
+            first,
+            mapping,
+            work,
+        } = self;
+        let fence = scrubbing_stream(engine).and_then(|stream| mapping.scrub(&stream));
+        let bytes = mapping.bytes();
+        let mut state = engine.state.lock();
+        // The range cannot have gone: it ends with its last chunk.
+        let Some(mut range) = state.ranges.get(id) else {
+            return;
+        };
+        range.pages.retire_drained(first, mapping, fence.is_ok());
+        drop(range);
+        let refused = state.queue_scrub(id, first, bytes, fence).err();
+        drop((work, state));
+        if let Some(error) = refused {
+            crate::events::debug!(%error, "memory could not be overwritten, and is not kept");
+        }
+        engine.worker.wake(engine, false);
+    }
+}
+
+impl State {
+    /// Puts a chunk into the queue that is being overwritten until the fence, or that could not be.
+    fn queue_scrub(
+        &mut self,
+        id: RangeId,
+        first: usize,
+        bytes: usize,
+        fence: Result<Fence>,
+    ) -> Result<()> {
+        match fence {
+            Ok(fence) => {
+                self.counters.scrubbed_bytes += bytes as u64;
+                let until = Until::Fences(Arc::new(vec![Arc::new(fence)]));
+                self.queue.push_scrub(id, first, bytes, until);
+                Ok(())
+            }
+            Err(error) => {
+                // The zeros may be queued without a fence.
+                self.queue.push(id, vec![first], Until::Synchronised);
+                Err(error)
+            }
+        }
+    }
+}
+
+/// The stream on which the engine overwrites memory.
+fn scrubbing_stream(engine: &Inner) -> Result<Stream> {
+    if let Some(stream) = &engine.state.lock().scrubbing {
+        return Ok(stream.clone());
+    }
+    // Two threads may each make one. The second is destroyed again, which calls the driver, without the lock.
+    let stream = Stream::new(&engine.device)?;
+    let mut state = engine.state.lock();
+    let kept = state.scrubbing.get_or_insert_with(|| stream.clone());
+    let kept = kept.clone();
+    drop(state);
+    Ok(kept)
 }

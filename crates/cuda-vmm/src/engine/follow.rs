@@ -7,9 +7,13 @@
 //! When the chunk is freed again, the new fences on the same streams end the earlier work as well, for each of
 //! these streams came after it.
 
+use super::books::range_id::RangeId;
+use super::changes::Locked;
+use super::handle::RangeHandle;
+use super::queue::{Entry, Queue, Until};
 use super::range::Range;
-use super::retire::{Entry, Queue, Until};
-use super::{Inner, Locked, RangeId, State};
+use super::state::State;
+use super::users::Users;
 use crate::stream::{Handle, Named};
 use crate::sync::Arc;
 use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
@@ -75,7 +79,7 @@ impl Queue {
     }
 
     /// Takes chunks out that are used again before their fences are past.
-    pub(super) fn follow(&mut self, id: RangeId, chunks: &[usize]) {
+    pub(crate) fn follow(&mut self, id: RangeId, chunks: &[usize]) {
         for first in chunks {
             for entry in self.entries_mut().filter(|entry| entry.range == id) {
                 if let Ok(at) = entry.chunks.binary_search(first) {
@@ -100,7 +104,7 @@ impl Queue {
 impl State {
     /// Whether retiring chunks may be used again now: all streams that are named for the range come after their fences.
     /// Not while a capture is declared: it could be one of these streams'.
-    pub(super) fn may_follow(&self, id: RangeId, range: &Range, chunks: &[usize]) -> bool {
+    pub(crate) fn may_follow(&self, id: RangeId, range: &Range, chunks: &[usize]) -> bool {
         let Some(streams) = range.users.followers().filter(|_| !CaptureGuard::any()) else {
             return false;
         };
@@ -128,25 +132,46 @@ impl State {
         }
         Some(needed)
     }
+
+    /// The entries of an open range of which chunks were taken back, except those that are known, and the range's users;
+    /// `None` if the stream is named.
+    fn taken_back(
+        &self,
+        id: RangeId,
+        stream: &Handle,
+        known: &[u64],
+    ) -> Result<Option<(Vec<TakenBack>, Users)>> {
+        let range = match self.ranges.get(id) {
+            Some(range) if !range.closed => range,
+            _ => return Err(VmmError::Closed),
+        };
+        if range.users.is_named(stream) {
+            return Ok(None);
+        }
+        let entries = self.queue.entries();
+        let followed = entries
+            .filter(|entry| entry.range == id && entry.followed && !known.contains(&entry.id))
+            .map(|entry| (entry.id, entry.fences().cloned()))
+            .collect();
+        Ok(Some((followed, range.users.clone())))
+    }
 }
 
-impl Inner {
-    /// Has the named streams of a range come after the fences of these chunks, without waiting for the device. Where that
+/// An entry of which chunks were taken back, and its fences, unless they turned out to be of no use.
+type TakenBack = (u64, Option<Arc<Vec<Arc<Fence>>>>);
+
+impl RangeHandle {
+    /// Has the named streams of the range come after the fences of these chunks, without waiting for the device. If that
     /// cannot be done all is as before, and the caller may wait instead.
-    pub(super) fn make_follow<'a>(
-        &'a self,
-        state: Locked<'a>,
-        id: RangeId,
-        chunks: &[usize],
-    ) -> Locked<'a> {
-        let Some(needed) = state.following(id, chunks) else {
+    pub(crate) fn make_follow<'a>(&'a self, state: Locked<'a>, chunks: &[usize]) -> Locked<'a> {
+        let Some(needed) = state.following(self.id(), chunks) else {
             return state;
         };
         drop(state);
-        // The pages need not be kept for this: what is noted is about the entry, and holds for whoever takes its chunks. If
-        // it is gone meanwhile, the streams wait for what is over.
+        // The pages need not be kept for this: what is noted is about the entry, and holds for any thread that takes its
+        // chunks. If it is gone meanwhile, the streams wait for what is over.
         let done: Vec<_> = needed.iter().map(Following::run).collect();
-        let mut state = self.lock();
+        let mut state = self.inner().state.lock();
         for (following, done) in needed.iter().zip(&done) {
             if matches!(done, Ok(true)) {
                 let (entry, followers) = (following.entry, following.followers);
@@ -159,13 +184,14 @@ impl Inner {
         }
         // Without the lock: these may be the last to hold the fences and streams, and dropping one calls the driver.
         drop(needed);
-        self.lock()
+        self.inner().state.lock()
     }
 
-    /// Names another stream for a range. Where memory was taken back for which the other streams wait, this one does too;
+    /// Names another stream for the range. If memory was taken back for which the other streams wait, this one does too;
     /// if it cannot be made to, the caller does.
-    pub(super) fn add_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
-        self.come_after_taken_back(id, stream.handle(), |state| {
+    pub(crate) fn add_stream(&self, stream: &Stream) -> Result<()> {
+        let id = self.id();
+        self.come_after_taken_back(stream.handle(), |state| {
             let State { ranges, queue, .. } = state;
             let mut range = ranges.get(id)?;
             let followers = range.users.next();
@@ -175,52 +201,36 @@ impl Inner {
                 }
             }
             Some(range.users.name(stream))
-        })?;
-        self.let_go_of(id);
-        Ok(())
+        })
     }
 
-    /// Has a stream that is not named come after what is still done with memory of a range that was taken back.
-    pub(crate) fn order_stream(&self, id: RangeId, stream: &Stream) -> Result<()> {
-        self.come_after_taken_back(id, stream.handle(), |_| None)
+    /// Has a stream that is not named come after what is still done with memory of the range that was taken back.
+    pub(crate) fn order_stream(&self, stream: &Stream) -> Result<()> {
+        self.engine().open()?;
+        self.come_after_taken_back(stream.handle(), |_| None)
     }
 
-    /// Has a stream come after what is still done with memory of a range that was taken back. If it is not named,
+    /// Has a stream come after what is still done with memory of the range that was taken back. If it is not named,
     /// `finish` is called in the moment when it does; what that returns is dropped without the lock.
     fn come_after_taken_back(
         &self,
-        id: RangeId,
         stream: &Arc<Handle>,
         finish: impl FnOnce(&mut State) -> Option<Arc<[(u64, Named)]>>,
     ) -> Result<()> {
         let mut known: Vec<u64> = Vec::new();
         loop {
-            let (followed, users) = {
-                let mut state = self.lock();
-                let State { ranges, queue, .. } = state.quietly();
-                let range = match ranges.get(id) {
-                    Some(range) if !range.closed => range,
-                    _ => return Err(VmmError::Closed),
-                };
-                if range.users.is_named(stream) {
-                    return Ok(());
-                }
-                let followed: Vec<_> = queue
-                    .entries()
-                    .filter(|entry| entry.range == id && entry.followed)
-                    .filter(|entry| !known.contains(&entry.id))
-                    .map(|entry| (entry.id, entry.fences().cloned()))
-                    .collect();
-                let users = range.users.clone();
-                drop(range);
-                if followed.is_empty() {
-                    let dropped = finish(&mut state);
-                    drop(state);
-                    drop((dropped, users));
-                    return Ok(());
-                }
-                (followed, users)
+            let mut state = self.inner().state.lock();
+            let Some((followed, users)) = state.quietly().taken_back(self.id(), stream, &known)?
+            else {
+                return Ok(());
             };
+            if followed.is_empty() {
+                let dropped = finish(&mut state);
+                drop(state);
+                drop((dropped, users));
+                return Ok(());
+            }
+            drop(state);
             for (entry, fences) in followed {
                 let fences = match fences {
                     Some(fences) => fences,

@@ -1,8 +1,19 @@
 //! How an engine and a range on it are made.
 
-use super::WorkerMode;
 use super::books::policy::CHUNK_BYTES_MAX;
-use crate::{Result, VmmError};
+use crate::{QuotaConflict, Result, VmmError};
+
+/// Who takes an engine's steps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum WorkerMode {
+    /// A thread of the engine's own, started when there is first something to do and silent when there
+    /// is not.
+    #[default]
+    Thread,
+    /// Nobody but [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
+    /// tests and simulations, which are deterministic so.
+    Manual,
+}
 
 /// How an engine is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +101,7 @@ impl EngineOptions {
     }
 
     /// Down to how many bytes parked memory is given back once it is too much.
-    pub(super) fn park_low_bytes(&self) -> usize {
+    pub(crate) fn park_low_bytes(&self) -> usize {
         let max_bytes = self.park_bytes_max;
         self.park_bytes_min.unwrap_or(max_bytes - max_bytes / 4)
     }
@@ -104,7 +115,7 @@ impl EngineOptions {
         if self.limit_bytes == Some(0) {
             return Err(VmmError::ZeroSize { what: "limit" });
         }
-        let what = "park_bytes_min above park_bytes_max";
+        let what = QuotaConflict::ParkBytesMin;
         check_watermarks(what, self.park_bytes_min, self.park_bytes_max)
     }
 }
@@ -163,8 +174,8 @@ impl PoolOptions {
     }
 
     /// Checks that the watermarks hold together.
-    pub(super) fn check(&self) -> Result<()> {
-        let what = "ahead_bytes_min above ahead_bytes_max";
+    pub(crate) fn check(&self) -> Result<()> {
+        let what = QuotaConflict::AheadBytesMin;
         check_watermarks(what, self.ahead_bytes_min, self.ahead_bytes_max)
     }
 
@@ -175,7 +186,7 @@ impl PoolOptions {
     }
 }
 
-fn check_watermarks(what: &'static str, low: Option<usize>, high_bytes: usize) -> Result<()> {
+fn check_watermarks(what: QuotaConflict, low: Option<usize>, high_bytes: usize) -> Result<()> {
     match low {
         Some(low_bytes) if low_bytes > high_bytes => Err(VmmError::QuotaUnsatisfiable {
             what,

@@ -1,16 +1,13 @@
 //! Making room where the device has run out of memory: others' allocations beside the pools', and theirs beside others'.
-#![forbid(unsafe_code)]
-#![deny(clippy::unwrap_used)]
 
-use super::refused::Which;
-use super::{Engine, Inner, RangeId};
+use super::books::range_id::RangeId;
+use super::drain::GivenUp;
+use super::inner::{Engine, Inner};
+use super::retry::Which;
+use crate::device::MemoryHolder;
 use crate::foreign;
 use crate::sync::{Arc, thread_local};
 use core::cell::Cell;
-
-/// What others in the process do to make room on a device; see [`Device::set_make_room`](crate::Device::set_make_room). It gets the bytes that are
-/// wanted.
-pub type MakeRoom = dyn Fn(usize) + Send + Sync;
 
 impl Engine {
     /// Gives at least `bytes` bytes back to the driver, if so much can be spared: memory that was made ahead, cached or
@@ -29,14 +26,13 @@ impl Engine {
 
 impl Inner {
     /// Gives so many bytes back to the driver, or what can be spared; returns the bytes that went.
-    pub(super) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
+    pub(crate) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
         self.poll();
         let mut given_bytes = self.retry(&Which::All);
         while given_bytes < bytes {
-            let state = self.lock();
-            match self.give_up_one(state, None) {
-                Some(outcome) => given_bytes += outcome.unwrap_or_default(),
-                None => break,
+            match self.give_up_one(self.state.lock(), None) {
+                GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
+                GivenUp::Nothing(_) => break,
             }
         }
         self.finish_closing();
@@ -44,12 +40,22 @@ impl Inner {
     }
 }
 
-impl Inner {
-    /// Gives one piece of spare memory back to the driver; says whether it did. If the driver refuses, more is not tried.
-    fn give_a_piece(self: &Arc<Self>) -> bool {
-        let given = self.give_up_one(self.lock(), None);
+impl MemoryHolder for Inner {
+    fn poll(self: Arc<Self>) {
+        Self::poll(&self);
+    }
+
+    fn retry(self: Arc<Self>) {
+        Self::retry(&self, &Which::All);
+    }
+
+    /// If the driver refuses, more is not tried.
+    fn give_a_piece(self: Arc<Self>) -> bool {
+        let given = self.give_up_one(self.state.lock(), None);
+        let is_given = matches!(given, GivenUp::Piece(Ok(_)));
+        drop(given);
         self.finish_closing();
-        given.is_some_and(|outcome| outcome.is_ok())
+        is_given
     }
 }
 
@@ -77,7 +83,7 @@ impl<'a> MakingRoom<'a> {
     }
 
     fn count(&self, change: impl FnOnce(&mut usize)) {
-        if let Some(mut range) = self.engine.lock().ranges.get(self.range) {
+        if let Some(mut range) = self.engine.state.lock().ranges.get(self.range) {
             change(&mut range.making_room);
         }
     }
@@ -95,7 +101,7 @@ impl Drop for MakingRoom<'_> {
 /// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes from others what is
 /// missing, and at most a piece more, and two that are short at once do not take everything.
 #[derive(Debug, Default)]
-pub(super) struct Relief {
+pub(crate) struct Relief {
     polled: bool,
     retried: bool,
     others: bool,
@@ -104,12 +110,12 @@ pub(super) struct Relief {
 
 impl Relief {
     /// Whether it was not told yet that the device is short of memory. It is told now.
-    pub(super) fn is_news(&mut self) -> bool {
+    pub(crate) fn is_news(&mut self) -> bool {
         !core::mem::replace(&mut self.is_told, true)
     }
 
     /// The same allocation asks again, some time later: everything may help anew.
-    pub(super) fn begin_again(&mut self) {
+    pub(crate) fn begin_again(&mut self) {
         *self = Self {
             is_told: self.is_told,
             ..Self::default()
@@ -120,29 +126,26 @@ impl Relief {
     ///
     /// First the engine's own spare memory goes, then what the driver refused before, then what other engines of the device
     /// can spare, and last what others in the process do.
-    pub(super) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
+    pub(crate) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
         let device = &engine.device;
-        let engines = device.engines();
-        let is_own = |other: &&Engine| core::ptr::eq(Arc::as_ptr(other.inner()), engine);
+        let holders = device.holders();
+        let is_own =
+            |other: &&Arc<dyn MemoryHolder>| core::ptr::addr_eq(Arc::as_ptr(other), engine);
         if !core::mem::replace(&mut self.polled, true) {
-            for engine in &engines {
-                engine.inner().poll();
-            }
+            holders.iter().cloned().for_each(MemoryHolder::poll);
         }
-        let mut own = engines.iter().filter(is_own);
-        if own.any(|engine| engine.inner().give_a_piece()) {
+        let mut own = holders.iter().filter(is_own).cloned();
+        if own.any(MemoryHolder::give_a_piece) {
             return true;
         }
         if !core::mem::replace(&mut self.retried, true) {
-            for engine in &engines {
-                engine.inner().retry(&Which::All);
-            }
+            holders.iter().cloned().for_each(MemoryHolder::retry);
             device.retry_refused();
             // The driver is asked once more in any case: another process may have given some back.
             return true;
         }
-        let mut others = engines.iter().filter(|engine| !is_own(engine));
-        if others.any(|engine| engine.inner().give_a_piece()) {
+        let mut others = holders.iter().filter(|holder| !is_own(holder)).cloned();
+        if others.any(MemoryHolder::give_a_piece) {
             return true;
         }
         if !MakingRoom::is_here()

@@ -1,229 +1,202 @@
-//! Chunks that wait until the device has finished with them.
+//! How freed chunks are parked: recorded behind fences, looked at, and waited for.
 
-use super::RangeId;
-use super::range::Range;
+use super::at_work::AtWork;
+use super::books::range_id::RangeId;
+use super::changes::Locked;
+use super::inner::Inner;
+use super::queue::Until;
+use super::range::leases::Asker;
+use super::slot::Slot;
 use super::users::Users;
-use crate::capture::NoCapture;
 use crate::sync::Arc;
-use crate::{CaptureGuard, Device, Fence, Result};
+use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
+use crate::{CaptureGuard, Fence, Result, VmmError};
 
-/// What must be past before a chunk may be unmapped.
-#[derive(Debug, Clone)]
-pub(super) enum Until {
-    /// These fences.
-    Fences(Arc<Vec<Arc<Fence>>>),
-    /// A context synchronise that begins from now on.
-    Synchronised,
-}
-
-impl Until {
-    /// The end of everything that can use the range now: the work queued on the streams that are named for it and the ends
-    /// of others' work; where none was named, all work of the context; and of a range that was leased, all work of every
-    /// context. Queues at most one event for each stream, or each context, and waits for nothing. Where no fence can be
-    /// had, a context synchronise later is as good.
-    ///
-    /// A stream that is being captured has no fence to give: an event recorded there belongs to the capture. And
-    /// the per-thread default stream is another one for each thread, so the context answers for it.
-    pub(super) fn now(device: &Device, users: &Users) -> Self {
-        let is_captured = |stream: &Arc<_>| crate::stream::Handle::is_capturing(stream);
-        let mut shared = users.named().filter(|stream| !stream.is_per_thread());
-        if shared.any(|stream| is_captured(stream).unwrap_or(true)) {
-            return Self::Synchronised;
-        }
-        let fences = match users.streams() {
-            Some(streams) => {
-                let mut fences = users.ends().to_vec();
-                let several = streams.len() > 1;
-                let recorded = streams.iter().try_for_each(|(_, named)| {
-                    let stream = named.handle();
-                    if !(several && stream.is_idle()?) {
-                        fences.push(Arc::new(Fence::on_stream(stream)?));
-                    }
-                    Ok(())
-                });
-                recorded.map(|()| Some(fences))
-            }
-            None => match CaptureGuard::try_none() {
-                Some(none) => Self::of_contexts(device, users.are_all(), &none),
-                None => Ok(None),
-            },
-        };
-        match fences {
-            Ok(Some(fences)) => Self::Fences(Arc::new(fences)),
-            Ok(None) | Err(_) => Self::Synchronised,
+impl Inner {
+    /// Records when the freed chunks of a range will be free of the device, and wakes the worker for it.
+    pub(crate) fn retire(self: &Arc<Self>, state: Locked<'_>, id: RangeId, chunks: Vec<usize>) {
+        let freed = state.ranges.slot(id).filter(|_| !chunks.is_empty());
+        let freed = freed.cloned();
+        // Before others are told: that runs their code.
+        let _work = AtWork::begin();
+        drop(state);
+        if let Some(slot) = freed {
+            let users = slot.lock().users.clone();
+            self.record(&slot, users, chunks);
         }
     }
 
-    /// The end of all work of the device's context, or of those of all devices; `None` if the driver is too old for it.
-    pub(super) fn of_contexts(
-        device: &Device,
-        all: bool,
-        none: &NoCapture,
-    ) -> Result<Option<Vec<Arc<Fence>>>> {
-        let peers = if all { device.peers()? } else { Vec::new() };
-        let mut fences = Vec::with_capacity(1 + peers.len());
-        for device in [device].into_iter().chain(&peers) {
-            match Fence::on_context(device, none)? {
-                Some(fence) => fences.push(Arc::new(fence)),
-                None => return Ok(None),
-            }
-        }
-        Ok(Some(fences))
+    /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until a thread looks at the
+    /// queue.
+    pub(crate) fn record(self: &Arc<Self>, slot: &Slot, users: Users, chunks: Vec<usize>) {
+        // In this thread's hands until the range has them: the driver is called, and owners of streams may be dropped.
+        let work = AtWork::begin();
+        let users = slot.settle_users(users);
+        let until = Until::now(&self.device, &users);
+        let mut range = slot.lock();
+        range.freed.push((chunks, until));
+        slot.note(&range);
+        drop((work, range));
+        self.state.tell();
+        self.worker.wake(self, false);
     }
 
-    /// Whether it is past, as far as can be told without waiting.
-    ///
-    /// On a poisoned context nothing runs any more, so everything is past.
-    pub(super) fn is_past(&self) -> Result<bool> {
-        match self {
-            Self::Fences(fences) => {
-                for fence in fences.iter() {
-                    match fence.is_complete() {
-                        Ok(true) => {}
-                        Ok(false) => return Ok(false),
-                        Err(error) if error.is_poisoned() => return Ok(true),
-                        Err(error) => return Err(error),
-                    }
+    /// Looks which leases are over, and parks the chunks that the device has finished with, as far as fences tell; returns
+    /// their bytes. Never waits.
+    pub(crate) fn poll(self: &Arc<Self>) -> usize {
+        self.look_at_news();
+        let (mut past, mut useless) = (Vec::new(), Vec::new());
+        let conditions = self.state.lock().queue.conditions();
+        for (id, until) in conditions {
+            match until.is_past() {
+                Ok(true) => past.push(id),
+                Ok(false) => {}
+                // A capture began between the question whether there is one and the record.
+                Err(error) if is_captured(&error) => useless.push(id),
+                // A fence that cannot be asked now is asked again at the next step.
+                Err(_) => {}
+            }
+        }
+        if !useless.is_empty() {
+            let fences = self.state.lock().queue.give_up_fences(&useless);
+            drop(fences);
+        }
+        self.park(&past)
+    }
+
+    /// Puts what was freed into the queue. What was freed while it was leased, and is leased no longer, retires behind a
+    /// fence of now.
+    fn look_at_news(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        state.quietly().collect_freed();
+        // What has news still waits for leases.
+        let leased: Vec<_> = state.ranges.with_news().cloned().collect();
+        drop(state);
+        if leased.is_empty() {
+            return;
+        }
+        for slot in &leased {
+            slot.ask_tokens(Asker::Passing);
+            let mut range = slot.lock();
+            let (any, unused) = range.sweep_leases();
+            slot.note(&range);
+            let users = range.users.clone();
+            drop(range);
+            if !unused.is_empty() {
+                self.record(slot, users, unused);
+            } else if any {
+                self.state.tell();
+            }
+        }
+        self.state.lock().quietly().collect_freed();
+    }
+
+    fn park(&self, ids: &[u64]) -> usize {
+        if ids.is_empty() {
+            return 0;
+        }
+        let mut state = self.state.lock();
+        let mut bytes = 0;
+        let entries = state.queue.take(ids);
+        for entry in &entries {
+            if let Some(mut range) = state.ranges.get(entry.range) {
+                for first in &entry.chunks {
+                    bytes += range.pages.chunk_bytes(*first);
+                    range.pages.park(*first);
                 }
-                Ok(true)
             }
-            Self::Synchronised => Ok(false),
         }
-    }
-}
-
-/// Chunks of one range that retire together.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) id: u64,
-    pub(super) range: RangeId,
-    /// First pages, rising.
-    pub(super) chunks: Vec<usize>,
-    pub(super) until: Until,
-    /// How much of it is overwritten by then, in bytes.
-    pub(super) scrubbed_bytes: usize,
-    /// The streams of the range whose namings have smaller numbers than this come after the fences.
-    pub(super) followers: u64,
-    /// Whether chunks of it were taken back before its fences were past. Then it stays until they are, even without
-    /// chunks: a stream that is named meanwhile must come after them too.
-    pub(super) followed: bool,
-}
-
-/// Entries in the order in which they were made.
-#[derive(Debug, Default)]
-pub(super) struct Queue {
-    entries: Vec<Entry>,
-    next: u64,
-    /// Entries that were left when somebody last looked which are past.
-    left: usize,
-}
-
-impl Queue {
-    pub(super) fn push(&mut self, range: RangeId, chunks: Vec<usize>, until: Until) {
-        self.add(range, chunks, until, 0);
+        drop(state);
+        if bytes > 0 {
+            // An allocation for which the device has no memory can take it.
+            self.device.note_memory();
+        }
+        // The fences go here, without the lock: dropping them calls the driver.
+        drop(entries);
+        bytes
     }
 
-    /// What was freed of a range under its own lock.
-    pub(super) fn collect(&mut self, id: RangeId, range: &mut Range) {
-        for (chunks, until) in range.freed.drain(..) {
-            self.push(id, chunks, until);
+    /// Waits for all work of the context, then parks what waited for that, of one range or of all; returns the bytes.
+    /// `None` if nothing waits for it, or if a capture is declared.
+    pub(crate) fn synchronise(&self, only: Option<RangeId>) -> Result<Option<usize>> {
+        let (waiting, all) = {
+            let state = self.state.lock();
+            let all = state.ranges.values().any(|range| range.users.are_all());
+            (state.queue.unsynchronised(only), all)
+        };
+        if waiting.is_empty() {
+            return Ok(None);
+        }
+        let Some(no_capture) = CaptureGuard::try_none() else {
+            return Ok(None);
+        };
+        let synchronised = self.device.finish_work(all);
+        // Before anyone is told: that may run code of others, which may begin a capture.
+        drop(no_capture);
+        match synchronised {
+            Err(error) if !error.is_poisoned() => Err(error),
+            // Done; or poisoned, and then nothing runs any more.
+            _ => Ok(Some(self.park(&waiting))),
         }
     }
 
-    /// A chunk that is being overwritten.
-    pub(super) fn push_scrub(&mut self, range: RangeId, first: usize, bytes: usize, until: Until) {
-        self.add(range, vec![first], until, bytes);
-    }
-
-    fn add(&mut self, range: RangeId, chunks: Vec<usize>, until: Until, scrubbed_bytes: usize) {
-        let id = self.next;
-        self.next += 1;
-        self.entries.push(Entry {
-            id,
-            range,
-            chunks,
-            until,
-            scrubbed_bytes,
-            followers: 0,
-            followed: false,
-        });
-    }
-
-    /// What is being overwritten, in bytes.
-    pub(super) fn scrubbing_bytes(&self) -> usize {
-        self.entries.iter().map(|entry| entry.scrubbed_bytes).sum()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
-    /// Every entry's number and condition, to be asked without the lock.
-    pub(super) fn conditions(&self) -> Vec<(u64, Until)> {
-        let entries = self.entries.iter();
-        entries
-            .map(|entry| (entry.id, entry.until.clone()))
-            .collect()
-    }
-
-    /// The first entry whose chunks come back when fences are past, of one range or of all.
-    pub(super) fn first_fences(
-        &self,
+    /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context synchronise,
+    /// or another thread's work. Says whether there was any, or why it cannot be waited for.
+    pub(crate) fn await_progress<'a>(
+        self: &'a Arc<Self>,
+        mut state: Locked<'a>,
         only: Option<RangeId>,
-    ) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
-        let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
-        entries.find_map(|entry| match &entry.until {
-            Until::Fences(fences) => Some((entry.id, fences.clone())),
-            Until::Synchronised => None,
-        })
+    ) -> Result<Option<Locked<'a>>> {
+        state.quietly().collect_freed();
+        if let Some((id, fences)) = state.queue.first_fences(only) {
+            state.quietly().counters.waits += 1;
+            drop(state);
+            self.await_fences(id, &fences)?;
+            // Before the lock is taken: it may be the last to hold them, and dropping a fence calls the driver.
+            drop(fences);
+            return Ok(Some(self.state.lock()));
+        }
+        if !state.queue.unsynchronised(only).is_empty() {
+            state.quietly().counters.waits += 1;
+            drop(state);
+            // `None` also if another thread was faster: then the caller looks again.
+            let synchronised = self.synchronise(only)?.is_some();
+            let may_go_on = synchronised || !CaptureGuard::any();
+            return Ok(may_go_on.then(|| self.state.lock()));
+        }
+        let stats = state.parts();
+        // What is freed now and has no fence yet is retiring too.
+        if stats.filling_bytes + stats.retiring_bytes > 0 && !AtWork::any() {
+            return Ok(Some(self.state.wait(state)));
+        }
+        Ok(None)
     }
 
-    /// Numbers of the entries that need a context synchronise, of one range or of all.
-    pub(super) fn unsynchronised(&self, only: Option<RangeId>) -> Vec<u64> {
-        self.of(only)
-            .filter(|entry| matches!(entry.until, Until::Synchronised))
-            .map(|entry| entry.id)
-            .collect()
+    /// Waits for the fences of an entry of the queue, and parks what they were for.
+    fn await_fences(self: &Arc<Self>, id: u64, fences: &[Arc<Fence>]) -> Result<()> {
+        crate::events::debug!("waits for the device");
+        let mut waited = fences.iter().map(|fence| fence.wait());
+        let stopped = waited.find(|waited| match waited {
+            Err(error) => !error.is_poisoned(),
+            Ok(()) => false,
+        });
+        match stopped {
+            // Not asked again: a driver that would not answer would have this wait for ever.
+            None | Some(Ok(())) => {
+                self.park(&[id]);
+                self.poll();
+            }
+            Some(Err(error)) if is_captured(&error) => {
+                let useless = self.state.lock().queue.give_up_fences(&[id]);
+                drop(useless);
+            }
+            Some(Err(error)) => return Err(error),
+        }
+        Ok(())
     }
+}
 
-    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.iter()
-    }
-
-    pub(super) fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
-        self.entries.iter_mut()
-    }
-
-    /// Whether so many entries have come that somebody should look which are past, if no step does.
-    pub(super) fn is_overgrown(&self) -> bool {
-        self.entries.len() > 2 * self.left + 64
-    }
-
-    /// Somebody has looked.
-    pub(super) fn was_looked_through(&mut self) {
-        self.left = self.entries.len();
-    }
-
-    fn of(&self, only: Option<RangeId>) -> impl Iterator<Item = &Entry> {
-        self.entries
-            .iter()
-            .filter(move |entry| only.is_none_or(|only| entry.range == only))
-    }
-
-    /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands out the fences, which
-    /// are to be dropped without the lock: that calls the driver.
-    pub(super) fn give_up_fences(&mut self, ids: &[u64]) -> Vec<Until> {
-        let entries = self.entries.iter_mut();
-        entries
-            .filter(|entry| ids.contains(&entry.id))
-            .map(|entry| core::mem::replace(&mut entry.until, Until::Synchronised))
-            .collect()
-    }
-
-    /// Takes out the entries of these numbers, which rise.
-    pub(super) fn take(&mut self, ids: &[u64]) -> Vec<Entry> {
-        self.entries
-            .extract_if(.., |entry| ids.binary_search(&entry.id).is_ok())
-            .collect()
-    }
+/// Whether a fence was recorded into a capture that began between the question and the record.
+fn is_captured(error: &VmmError) -> bool {
+    error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT)
 }

@@ -1,7 +1,27 @@
 //! All numbers of an engine under one look.
 
-use super::range::{Range, RangeStats};
-use super::{Engine, EngineCounters, EngineStats, Inner, RangeId, State};
+use super::books::counters::{EngineCounters, PoolCounters};
+use super::books::ledger::Quota;
+use super::books::range_id::RangeId;
+use super::inner::Engine;
+use super::range::Range;
+use super::state::State;
+use super::stats::EngineStats;
+use crate::MemoryParts;
+
+/// Numbers of one range, taken in one moment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RangeStats {
+    pub(crate) parts: MemoryParts,
+    pub(crate) live_bytes: usize,
+    pub(crate) live_pages: usize,
+    pub(crate) committed_bytes: usize,
+    pub(crate) chunks: usize,
+    pub(crate) unused_bytes: usize,
+    pub(crate) largest_unused_run_bytes: usize,
+    pub(crate) quota: Quota,
+    pub(crate) counters: PoolCounters,
+}
 
 /// What an engine and its open ranges hold, and what has happened, at one moment.
 #[derive(Debug, Default)]
@@ -13,29 +33,22 @@ pub(crate) struct Look {
 }
 
 impl Engine {
-    /// One look at everything. All zero but the limit in a forked process.
+    /// One look at everything. All zero except the limit in a forked process, where the lock may be held for good.
     pub(crate) fn look(&self) -> Look {
-        self.inner().look()
-    }
-}
-
-impl Inner {
-    /// One look at everything. All zero but the limit in a forked process, where the lock may be held for good.
-    fn look(&self) -> Look {
-        let mut look = match self.check_process() {
-            Ok(()) => self.lock().look(),
+        let mut look = match self.open() {
+            Ok(inner) => inner.state.lock().look(),
             Err(_) => Look::default(),
         };
-        look.stats.limit_bytes = self.limit_bytes;
-        look.counters.device_calls = self.device.memory_calls();
+        look.stats.limit_bytes = self.limit_bytes();
+        look.counters.device_calls = self.device().memory_calls();
         look
     }
 }
 
 impl State {
-    pub(super) fn look(&self) -> Look {
+    pub(crate) fn look(&self) -> Look {
         let (mut counters, mut ranges) = (self.counters, Vec::new());
-        let stats = self.parts_seen(|id, range| {
+        let stats = self.stats_seen(|id, range| {
             counters.ranges.add(&range.counters);
             if !range.closed {
                 ranges.push((id, self.range_stats(range)));
@@ -49,7 +62,7 @@ impl State {
     }
 
     /// A range's numbers: what its books say, and what is on its account besides.
-    pub(super) fn range_stats(&self, range: &Range) -> RangeStats {
+    pub(crate) fn range_stats(&self, range: &Range) -> RangeStats {
         let account = Some(range.account);
         let live = range.pages.live();
         let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());

@@ -1,22 +1,21 @@
 //! The thread that takes an engine's steps.
 
-use super::{Inner, StepReport};
+use super::options::WorkerMode;
+use super::stats::StepReport;
 use crate::foreign;
 use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-/// Who takes an engine's steps.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum WorkerMode {
-    /// A thread of the engine's own, started when there is first something to do and silent when there
-    /// is not.
-    #[default]
-    Thread,
-    /// Nobody but [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
-    /// tests and simulations, which are deterministic so.
-    Manual,
+/// What the thread does for its owner, the engine.
+pub(crate) trait Steps: Send + Sync + 'static {
+    /// Does the work that is due. The worker's thread says that it is that.
+    fn step(self: &Arc<Self>, is_worker: bool) -> StepReport;
+
+    /// In how long a step would find something to do: at once, or when refused memory is to be tried again; `None` if
+    /// nothing is to be done.
+    fn next_work(&self) -> Option<Duration>;
 }
 
 /// How long memory may wait after it was freed before the first look, so that a caller who takes it back
@@ -29,29 +28,42 @@ const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// How long between looks at most, while nothing comes of them.
 const DELAY_MAX: Duration = Duration::from_millis(16);
 
-#[derive(Debug, Default)]
-struct Signal {
+#[derive(Debug)]
+struct Signal<E> {
     work: bool,
     hurry: bool,
     stop: bool,
     /// An engine whose owners are gone and that has memory to give back.
-    kept: Option<Arc<Inner>>,
+    kept: Option<Arc<E>>,
 }
 
-#[derive(Debug, Default)]
-struct Shared {
+#[derive(Debug)]
+struct Shared<E> {
     /// Whether `signal.work` is set, to be asked without the lock.
     awake: AtomicBool,
-    signal: Mutex<Signal>,
+    signal: Mutex<Signal<E>>,
     changed: Condvar,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Signal> {
+impl<E> Shared<E> {
+    fn new() -> Self {
+        Self {
+            awake: AtomicBool::new(false),
+            signal: Mutex::new(Signal {
+                work: false,
+                hurry: false,
+                stop: false,
+                kept: None,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Signal<E>> {
         self.signal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'a>(&self, signal: MutexGuard<'a, Signal>) -> MutexGuard<'a, Signal> {
+    fn wait<'a>(&self, signal: MutexGuard<'a, Signal<E>>) -> MutexGuard<'a, Signal<E>> {
         self.changed
             .wait(signal)
             .unwrap_or_else(PoisonError::into_inner)
@@ -59,26 +71,60 @@ impl Shared {
 
     fn wait_for<'a>(
         &'a self,
-        signal: MutexGuard<'a, Signal>,
+        signal: MutexGuard<'a, Signal<E>>,
         delay: Duration,
-        condition: impl Fn(&Signal) -> bool,
-    ) -> MutexGuard<'a, Signal> {
-        let condition = |signal: &mut Signal| condition(signal);
+        condition: impl Fn(&Signal<E>) -> bool,
+    ) -> MutexGuard<'a, Signal<E>> {
+        let condition = |signal: &mut Signal<E>| condition(signal);
         sync::wait_timeout_while(&self.changed, &self.signal, signal, delay, condition)
+    }
+}
+
+impl<E> Shared<E> {
+    /// Sleeps until there is work, or for `pause` at most if there is one, and then for `delay`, unless there is a
+    /// hurry. Returns the engine that is kept for this step; `None` if the thread is to end.
+    fn await_work(&self, pause: Option<Duration>, delay: Duration) -> Option<Option<Arc<E>>> {
+        let mut signal = self.lock();
+        if let Some(pause) = pause {
+            signal = self.wait_for(signal, pause, |signal| !signal.work && !signal.stop);
+            signal.work = true;
+        }
+        while !signal.work && !signal.stop {
+            signal = self.wait(signal);
+        }
+        signal = self.wait_for(signal, delay, |signal| !signal.hurry && !signal.stop);
+        if signal.stop {
+            return None;
+        }
+        (signal.hurry, signal.work) = (false, false);
+        self.awake.store(false, Ordering::SeqCst);
+        Some(signal.kept.take())
+    }
+
+    /// Notes that there is more work in `left`, and keeps the engine for it.
+    fn go_on(&self, left: Duration, kept: &mut Option<Arc<E>>) {
+        let mut signal = self.lock();
+        if left.is_zero() {
+            signal.work = true;
+            self.awake.store(true, Ordering::SeqCst);
+        }
+        if signal.kept.is_none() {
+            signal.kept = kept.take();
+        }
     }
 }
 
 /// Starts, wakes and ends the thread.
 #[derive(Debug)]
-pub(super) struct Worker {
-    shared: Arc<Shared>,
-    place: Mutex<Place>,
+pub(crate) struct Worker<E> {
+    shared: Arc<Shared<E>>,
+    held: Mutex<HeldThread>,
     mode: WorkerMode,
 }
 
-/// Where the thread is, if the system gave one.
+/// The thread, if the system gave one.
 #[derive(Debug, Default)]
-struct Place {
+struct HeldThread {
     thread: Option<JoinHandle<()>>,
     /// How often it was refused in a row.
     refusals: u32,
@@ -86,18 +132,40 @@ struct Place {
     rest: u32,
 }
 
-impl Worker {
-    pub(super) fn new(mode: WorkerMode) -> Self {
+impl<E> Worker<E> {
+    pub(crate) fn new(mode: WorkerMode) -> Self {
         Self {
-            shared: Arc::default(),
-            place: Mutex::default(),
+            shared: Arc::new(Shared::new()),
+            held: Mutex::default(),
             mode,
         }
     }
 
+    /// Whether the thread is there.
+    pub(crate) fn is_there(&self) -> bool {
+        self.held().thread.is_some()
+    }
+
+    fn held(&self) -> MutexGuard<'_, HeldThread> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_thread(&mut self) -> Option<JoinHandle<()>> {
+        let held = self.held.get_mut();
+        let held = held.unwrap_or_else(PoisonError::into_inner);
+        held.thread.take()
+    }
+
+    /// Forgets the thread, which a forked process does not have.
+    pub(crate) fn abandon(&mut self) {
+        core::mem::forget(self.take_thread());
+    }
+}
+
+impl<E: Steps> Worker<E> {
     /// Says that there is work. Starts the thread if need be; false if there is none, and then steps
     /// happen on calls.
-    pub(super) fn wake(&self, engine: &Arc<Inner>, hurry: bool) -> bool {
+    pub(crate) fn wake(&self, engine: &Arc<E>, hurry: bool) -> bool {
         if self.mode == WorkerMode::Manual {
             return false;
         }
@@ -120,42 +188,33 @@ impl Worker {
         true
     }
 
-    /// Whether the thread is there.
-    pub(super) fn is_there(&self) -> bool {
-        self.place().thread.is_some()
-    }
-
-    fn place(&self) -> MutexGuard<'_, Place> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Sees to it that the thread is there; says whether it is. If the system refuses one, that is tried again later.
-    fn start(&self, engine: &Arc<Inner>) -> bool {
-        let mut place = self.place();
-        if place.thread.is_some() {
+    fn start(&self, engine: &Arc<E>) -> bool {
+        let mut held = self.held();
+        if held.thread.is_some() {
             return true;
         }
-        if place.rest > 0 {
-            place.rest -= 1;
+        if held.rest > 0 {
+            held.rest -= 1;
             return false;
         }
         let (shared, engine) = (self.shared.clone(), Arc::downgrade(engine));
         let started = thread::Builder::new()
             .name("cuda-vmm".into())
             .spawn(move || take_steps(&shared, &engine));
-        let is_first = place.refusals == 0;
+        let is_first = held.refusals == 0;
         let outcome = match started {
             Ok(thread) => {
-                (place.thread, place.refusals) = (Some(thread), 0);
+                (held.thread, held.refusals) = (Some(thread), 0);
                 Ok(())
             }
             Err(error) => {
-                place.refusals = (place.refusals + 1).min(REFUSALS_MAX);
-                place.rest = 1 << place.refusals;
+                held.refusals = (held.refusals + 1).min(REFUSALS_MAX);
+                held.rest = 1 << held.refusals;
                 Err(error)
             }
         };
-        drop(place);
+        drop(held);
         // Without the lock: a subscriber may free memory, which comes here again.
         match &outcome {
             Ok(()) => crate::events::debug!("the worker thread starts"),
@@ -168,7 +227,7 @@ impl Worker {
     }
 
     /// Keeps the engine alive until it has no work left; in vain if there is no thread.
-    pub(super) fn keep(&self, engine: &Arc<Inner>) {
+    pub(crate) fn keep(&self, engine: &Arc<E>) {
         if self.wake(engine, true) {
             // With the work, so that the thread looks at both or at neither.
             let mut signal = self.shared.lock();
@@ -179,20 +238,9 @@ impl Worker {
             self.shared.changed.notify_one();
         }
     }
-
-    fn take_thread(&mut self) -> Option<JoinHandle<()>> {
-        let place = self.place.get_mut();
-        let place = place.unwrap_or_else(PoisonError::into_inner);
-        place.thread.take()
-    }
-
-    /// Forgets the thread, which a forked process does not have.
-    pub(super) fn abandon(&mut self) {
-        core::mem::forget(self.take_thread());
-    }
 }
 
-impl Drop for Worker {
+impl<E> Drop for Worker<E> {
     fn drop(&mut self) {
         let Some(thread) = self.take_thread() else {
             return;
@@ -208,27 +256,14 @@ impl Drop for Worker {
     }
 }
 
-fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
+fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
     let mut delay = DELAY;
-    // Until when to sleep although nothing was asked for: then memory that the driver refused is tried again.
+    // How long to sleep although nothing was asked for: then memory that the driver refused is tried again.
     let mut pause = None;
     loop {
-        let mut signal = shared.lock();
-        if let Some(pause) = pause.take() {
-            signal = shared.wait_for(signal, pause, |signal| !signal.work && !signal.stop);
-            signal.work = true;
-        }
-        while !signal.work && !signal.stop {
-            signal = shared.wait(signal);
-        }
-        signal = shared.wait_for(signal, delay, |signal| !signal.hurry && !signal.stop);
-        if signal.stop {
+        let Some(mut kept) = shared.await_work(pause.take(), delay) else {
             return;
-        }
-        (signal.hurry, signal.work) = (false, false);
-        shared.awake.store(false, Ordering::SeqCst);
-        let mut kept = signal.kept.take();
-        drop(signal);
+        };
         // Held during a step only, so that an engine ends with its last owner. If that is this step, the
         // engine ends here, on its own thread.
         let Some(engine) = engine.upgrade() else {
@@ -241,17 +276,8 @@ fn take_steps(shared: &Shared, engine: &Weak<Inner>) {
             (StepReport::default(), Some(AFTER_PANIC))
         });
         if let Some(left) = next {
-            let mut signal = shared.lock();
-            if left.is_zero() {
-                signal.work = true;
-                shared.awake.store(true, Ordering::SeqCst);
-            } else {
-                pause = Some(left);
-            }
-            if signal.kept.is_none() {
-                signal.kept = kept.take();
-            }
-            drop(signal);
+            shared.go_on(left, &mut kept);
+            pause = Some(left).filter(|left| !left.is_zero());
             delay = if report.retired_bytes + report.drained_bytes > 0 {
                 DELAY
             } else {

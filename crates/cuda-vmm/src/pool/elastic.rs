@@ -2,8 +2,8 @@
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, Handle, LeaseToken, Owed, Patience, Place,
-    PoolCounters, PoolOptions, Quota, RangeId, RangeStats,
+    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Owed, Patience, Place,
+    PoolCounters, PoolOptions, Quota, RangeHandle, RangeId, RangeStats,
 };
 use crate::process::Here;
 use crate::sync::Arc;
@@ -27,8 +27,7 @@ use core::ops;
 /// waits for the device to do so.
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
-    engine: Engine,
-    pub(super) range: Handle,
+    pub(super) range: RangeHandle,
     pub(super) owed: Here<Arc<Owed>>,
     base_address: u64,
     capacity_bytes: usize,
@@ -88,13 +87,10 @@ impl VirtualMemoryPool {
         quota: Quota,
     ) -> Result<Self> {
         let (range, base_address) =
-            engine
-                .open()?
-                .open_range(capacity_bytes, page_bytes, options, quota)?;
+            RangeHandle::open(engine, capacity_bytes, page_bytes, options, quota)?;
         let process = engine.device().driver().process();
-        let owed = Here::new(process, engine.open()?.owed(&range)?);
+        let owed = Here::new(process, range.owed()?);
         Ok(Self {
-            engine: engine.clone(),
             range,
             owed,
             base_address,
@@ -147,10 +143,7 @@ impl VirtualMemoryPool {
     }
 
     pub(super) fn take(&self, place: Place, bytes: usize, patience: &Patience) -> Result<u64> {
-        let inner = self.engine.open()?;
-        let outcome = inner.allocate(&self.range, place, bytes, patience);
-        let offset =
-            outcome.inspect_err(|error| inner.refused(&self.range, place, bytes, error))?;
+        let offset = self.range.allocate(place, bytes, patience)?;
         Ok(self.base_address + offset as u64)
     }
 
@@ -163,8 +156,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
     /// is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
-        let parts = [(offset, bytes)];
-        self.engine.open()?.deallocate(&self.range, &parts)
+        self.range.deallocate(&[(offset, bytes)])
     }
 
     /// Ends the life of several parts at once, each given by its offset and its bytes, in any order. Never waits for the
@@ -180,7 +172,7 @@ impl VirtualMemoryPool {
     pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
         match parts.is_empty() {
             true => Ok(()),
-            false => self.engine.open()?.deallocate(&self.range, parts),
+            false => self.range.deallocate(parts),
         }
     }
 
@@ -197,7 +189,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver).
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.open()?.use_stream(self.range.id(), stream)
+        self.range.use_stream(stream)
     }
 
     /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and for nothing that it is given
@@ -210,17 +202,17 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).
     pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.open()?.forget_stream(&self.range, stream)
+        self.range.forget_stream(stream)
     }
 
     /// Has a stream that is not named come after what is still done with memory that was taken back.
     pub(super) fn order_stream(&self, stream: &Stream) -> Result<()> {
-        self.engine.open()?.order_stream(self.range.id(), stream)
+        self.range.order_stream(stream)
     }
 
     /// Has frees wait for an end of work on a stream that is not named.
     pub(super) fn add_end(&self, end: &Arc<Fence>) -> Result<()> {
-        self.engine.open()?.add_end(&self.range, end)
+        self.range.add_end(end)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for
@@ -236,7 +228,7 @@ impl VirtualMemoryPool {
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
     /// some of the bytes are not live.
     pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
-        self.engine.open()?.pin(self.range.id(), offset, bytes)
+        self.range.pin(offset, bytes)
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until `token` is released:
@@ -263,14 +255,12 @@ impl VirtualMemoryPool {
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
     /// some of the bytes are not live. The token is then dropped.
     pub fn lease(&self, offset: usize, bytes: usize, token: impl LeaseToken) -> Result<()> {
-        let token = Box::new(token);
-        self.engine.open()?.lease(&self.range, offset, bytes, token)
+        self.range.lease(offset, bytes, Box::new(token))
     }
 
     /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
-        let engine = self.engine.open();
-        engine.is_ok_and(|engine| engine.is_leased(&self.range, offset, bytes))
+        self.range.is_leased(offset, bytes)
     }
 
     /// Has `stream` come after all work that was queued under leases, so that it may write where one is over: the device
@@ -285,14 +275,12 @@ impl VirtualMemoryPool {
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice), [`VmmError::WrongDriver`](crate::VmmError::WrongDriver),
     /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed).
     pub fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
-        let engine = self.engine.open()?;
-        engine.order_after_leases(&self.range, stream)
+        self.range.order_after_leases(stream)
     }
 
     /// The bytes under each lease whose token is not released, freed or not.
     pub(super) fn leased(&self) -> Vec<ops::Range<usize>> {
-        let engine = self.engine.open();
-        engine.map_or(Vec::new(), |engine| engine.leased(&self.range))
+        self.range.leased()
     }
 
     /// Addresses in bytes, as given.
@@ -312,14 +300,12 @@ impl VirtualMemoryPool {
 
     /// Pages with live bytes, in bytes.
     pub fn physical_memory_usage(&self) -> usize {
-        let engine = self.engine.open();
-        engine.map_or(0, |engine| engine.live_pages(&self.range)) * self.page_bytes
+        self.range.live_pages() * self.page_bytes
     }
 
     /// Whether all of the bytes are live; false for none and for bytes outside the pool.
     pub fn is_mapped(&self, offset: usize, bytes: usize) -> bool {
-        let engine = self.engine.open();
-        engine.is_ok_and(|engine| engine.is_live(&self.range, offset, bytes))
+        self.range.is_live(offset, bytes)
     }
 
     /// One moment's numbers; all zero but capacity and page if the pool was closed.
@@ -342,7 +328,7 @@ impl VirtualMemoryPool {
 
     /// Its range, with the bytes of its addresses and of a page.
     fn range_stats(&self) -> Result<RangeStats> {
-        self.engine.open()?.range_stats(self.range.id())
+        self.range.stats()
     }
 
     pub(super) fn key(&self) -> (RangeId, usize, usize) {
@@ -354,7 +340,7 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`Engine::trim`].
     pub fn trim(&self) -> Result<usize> {
-        self.engine.trim()
+        self.engine().trim()
     }
 
     /// Gives back slack, pages without live bytes in chunks that have others, by moving the live pages to chunks that
@@ -386,20 +372,18 @@ impl VirtualMemoryPool {
 
     /// As [`compact`](Self::compact), for callers who were promised that nobody launches work meanwhile.
     pub(super) fn compact_promised(&self) -> Result<CompactReport> {
-        self.engine.open()?.compact(self.range.id())
+        self.range.compact()
     }
 
     /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was closed. Makes no driver
     /// calls.
     pub fn compact_report(&self) -> CompactReport {
-        let engine = self.engine.open();
-        let report = engine.and_then(|engine| engine.compact_report(self.range.id()));
-        report.unwrap_or_default()
+        self.range.compact_report().unwrap_or_default()
     }
 
     /// The engine.
     pub fn engine(&self) -> &Engine {
-        &self.engine
+        self.range.engine()
     }
 
     /// Gives everything back, waiting for the device, and returns the error that dropping would hide.
@@ -411,7 +395,7 @@ impl VirtualMemoryPool {
     }
 
     pub(super) fn shut(&self) -> Result<()> {
-        self.engine.open()?.close_range(self.range.id())
+        self.range.close()
     }
 }
 

@@ -9,6 +9,7 @@ mod shared;
 mod snapshot;
 mod stats;
 
+pub use crate::size::check_page_bytes;
 pub use elastic::VirtualMemoryPool;
 pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
 pub use quota::ModelQuota;

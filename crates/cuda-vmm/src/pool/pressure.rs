@@ -87,7 +87,7 @@ impl VirtualMemoryPool {
     /// # Errors
     /// The driver's, if it refused; what it refused is in quarantine. [`VmmError::Closed`], [`VmmError::Forked`].
     pub fn give_back(&self) -> Result<usize> {
-        self.engine().open()?.give_back_own(&self.range)
+        self.range.give_back()
     }
 }
 
@@ -101,16 +101,13 @@ impl SharedMemoryPool {
     /// [`VmmError::ModelNotFound`]; [`VmmError::QuotaUnsatisfiable`] if the guarantee is above the ceiling, or is more than
     /// what the model holds and what others neither hold nor are guaranteed. Then nothing has changed.
     pub fn set_quota(&self, model: &str, quota: ModelQuota) -> Result<()> {
-        let pool = self.find(model)?;
-        pool.engine().open()?.set_quota(&pool.range, quota.into())
+        self.find(model)?.range.set_quota(quota.into())
     }
 
     /// What a model may hold, as it is now.
     pub fn quota(&self, model: &str) -> Option<ModelQuota> {
         let pool = self.find(model).ok()?;
-        let engine = pool.engine().open();
-        let quota = engine.and_then(|engine| engine.quota(&pool.range));
-        quota.ok().map(ModelQuota::from)
+        pool.range.quota().ok().map(ModelQuota::from)
     }
 
     /// As [`allocate_for_model`](Self::allocate_for_model), but waits up to `timeout` for memory; see

@@ -5,6 +5,7 @@
 #![deny(clippy::unwrap_used)]
 
 use super::{ModelSnapshot, Snapshot};
+use crate::MemoryParts;
 use core::fmt::Write;
 
 /// The `Content-Type` of an answer with the text.
@@ -36,8 +37,15 @@ pub fn prometheus<'a>(pools: impl IntoIterator<Item = (&'a str, &'a Snapshot)>) 
     text(&pools)
 }
 
+impl Snapshot {
+    /// In Prometheus's text format, version 0.0.4; see [`prometheus()`], which takes several.
+    pub fn prometheus(&self) -> String {
+        text(&[(None, self)])
+    }
+}
+
 /// As [`prometheus`], where a pool may be without a name.
-pub(super) fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
+fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
     let mut families = Vec::new();
     engine_families(pools, &mut families);
     model_families(pools, &mut families);
@@ -107,21 +115,6 @@ impl core::fmt::Display for Labels<'_> {
     }
 }
 
-/// What a part is.
-fn meaning(part: &str) -> &'static str {
-    match part {
-        "live" => "Pages with live bytes.",
-        "leased" => "Pages whose bytes were all freed, and some of which are leased.",
-        "slack" => "Pages without live bytes in chunks that have others.",
-        "filling" => "Being made.",
-        "retiring" => "Freed, but the device may still use it, or it is being unmapped.",
-        "parked" => "Freed and still mapped, to be taken back without a driver call.",
-        "ahead" => "Made before anyone asked for it.",
-        "cached" => "Clean and mapped nowhere.",
-        _ => "Refused by the driver when it was to be given back; retried.",
-    }
-}
-
 fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
     use Kind::{Counter, Gauge};
     type Number = fn(&Snapshot) -> u64;
@@ -188,14 +181,10 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
     for (name, help, value) in gauges {
         add(&format!("engine_{name}"), Gauge, help, &value);
     }
-    for (index, (part, _)) in Snapshot::default().others.named().iter().enumerate() {
-        let value = |of: &Snapshot| of.engine.parts().named()[index].1 as u64;
-        add(
-            &format!("engine_{part}_bytes"),
-            Gauge,
-            meaning(part),
-            &value,
-        );
+    for part in &MemoryParts::LIST {
+        let value = |of: &Snapshot| (part.bytes)(&of.engine.parts) as u64;
+        let name = format!("engine_{}_bytes", part.name);
+        add(&name, Gauge, part.meaning, &value);
     }
     for (name, help, value) in counters {
         add(&format!("engine_{name}_total"), Counter, help, &value);
@@ -203,9 +192,12 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
     let help =
         "What is no model's: the cache, other ranges, and what models that are gone have left.";
     families.push(family("other_bytes", Gauge, help, pools, |of| {
-        let parts = of.others.named().into_iter();
+        let parts = MemoryParts::LIST.iter();
         parts
-            .map(|(part, bytes)| (vec![("part", part)], bytes as u64))
+            .map(|part| {
+                let bytes = (part.bytes)(&of.others);
+                (vec![("part", part.name)], bytes as u64)
+            })
             .collect()
     }));
 }
@@ -269,12 +261,9 @@ fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String
     for (name, help, value) in gauges {
         add(name, Gauge, help, &value);
     }
-    for (index, (part, _)) in Snapshot::default().others.named().iter().enumerate() {
-        // Cached memory is nobody's.
-        if *part != "cached" {
-            let value = |of: &ModelSnapshot| Some(of.stats.parts().named()[index].1 as u64);
-            add(&format!("{part}_bytes"), Gauge, meaning(part), &value);
-        }
+    for part in MemoryParts::LIST.iter().filter(|part| part.is_of_ranges) {
+        let value = |of: &ModelSnapshot| Some((part.bytes)(&of.stats.parts) as u64);
+        add(&format!("{}_bytes", part.name), Gauge, part.meaning, &value);
     }
     for (name, help, value) in counters {
         add(&format!("{name}_total"), Counter, help, &value);

@@ -8,6 +8,7 @@
 use super::{ModelQuota, PoolStats, Snapshot, VirtualMemoryPool};
 use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions};
 use crate::process::Here;
+use crate::size::check_page_bytes;
 use crate::sync::{Arc, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
@@ -16,12 +17,35 @@ use std::collections::BTreeMap;
 pub(super) const ALIGNMENT: usize = 256;
 
 /// How a shared pool is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SharedPoolOptions {
     /// The engine behind it: the limit, the headroom, what stays parked.
     pub engine: EngineOptions,
-    /// The page of every model in bytes; the device's granularity where none is given.
+    /// The page of every model in bytes; the device's granularity if none is given.
     pub page_bytes: Option<usize>,
+}
+
+impl SharedPoolOptions {
+    /// The defaults: those of the engine, and the device's granularity as the page.
+    pub const fn new() -> Self {
+        Self {
+            engine: EngineOptions::new(),
+            page_bytes: None,
+        }
+    }
+
+    /// With these options of the engine.
+    pub const fn engine(mut self, engine: EngineOptions) -> Self {
+        self.engine = engine;
+        self
+    }
+
+    /// With pages of this many bytes.
+    pub const fn page_bytes(mut self, bytes: usize) -> Self {
+        self.page_bytes = Some(bytes);
+        self
+    }
 }
 
 /// How a model is registered.
@@ -104,12 +128,11 @@ impl SharedMemoryPool {
     pub fn new(device: &Device, limit_bytes: usize) -> Result<Self> {
         Self::with_options(
             device,
-            SharedPoolOptions {
-                engine: EngineOptions::new()
+            SharedPoolOptions::new().engine(
+                EngineOptions::new()
                     .limit_bytes(limit_bytes)
                     .chunk_bytes_max(0),
-                page_bytes: None,
-            },
+            ),
         )
     }
 
@@ -120,12 +143,7 @@ impl SharedMemoryPool {
     pub fn with_options(device: &Device, options: SharedPoolOptions) -> Result<Self> {
         let granularity_bytes = device.granularity_bytes();
         let page_bytes = options.page_bytes.unwrap_or(granularity_bytes);
-        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
-            return Err(VmmError::InvalidPageSize {
-                page_bytes,
-                granularity_bytes,
-            });
-        }
+        check_page_bytes(page_bytes, granularity_bytes)?;
         Ok(Self {
             engine: Engine::new(device, options.engine)?,
             page_bytes,

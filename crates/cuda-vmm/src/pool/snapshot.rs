@@ -2,10 +2,9 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{PoolStats, prometheus};
-use crate::engine::{
-    Engine, EngineCounters, EngineStats, Look, MemoryParts, PoolCounters, RangeId,
-};
+use super::PoolStats;
+use crate::MemoryParts;
+use crate::engine::{Engine, EngineCounters, EngineStats, Look, PoolCounters, RangeId};
 
 /// One model of a [`SharedMemoryPool`](crate::SharedMemoryPool), as a [`Snapshot`] has it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -55,7 +54,7 @@ impl Snapshot {
             counters,
             ranges,
         } = engine.look();
-        let mut others = stats.parts();
+        let mut others = stats.parts;
         let mut models = Vec::with_capacity(names.len());
         for (model, (id, capacity_bytes, page_bytes)) in names {
             // One that was unregistered meanwhile is no model any more.
@@ -64,7 +63,7 @@ impl Snapshot {
             };
             let range = ranges[at].1;
             let stats = PoolStats::new(capacity_bytes, page_bytes, range);
-            others = others.without(&stats.parts());
+            others = others - stats.parts;
             let ceiling_bytes = range.quota.ceiling_bytes;
             models.push(ModelSnapshot {
                 model,
@@ -80,11 +79,6 @@ impl Snapshot {
             models,
             others,
         }
-    }
-
-    /// In Prometheus's text format, version 0.0.4; see [`prometheus()`](prometheus::prometheus), which takes several.
-    pub fn prometheus(&self) -> String {
-        prometheus::text(&[(None, self)])
     }
 }
 

@@ -127,7 +127,11 @@ impl Fixture {
         self.engine.step();
         self.engine.step();
         let stats = self.engine.stats();
-        assert_eq!(stats.retiring_bytes + stats.quarantined_bytes, 0, "{stats}");
+        assert_eq!(
+            stats.parts.retiring_bytes + stats.parts.quarantined_bytes,
+            0,
+            "{stats}"
+        );
     }
 
     /// Reads every byte that should be there, and holds the books against each other.
@@ -159,9 +163,13 @@ impl Fixture {
         assert_eq!(stats.backed_blocks, backed.len());
         assert_eq!(stats.page_bytes, self.page_bytes(&backed));
         let engine = self.engine.stats();
-        assert_eq!(engine.parts_bytes(), engine.committed_bytes, "{engine}");
         assert_eq!(
-            (engine.live_bytes, engine.slack_bytes),
+            engine.parts.total_bytes(),
+            engine.committed_bytes,
+            "{engine}"
+        );
+        assert_eq!(
+            (engine.parts.live_page_bytes, engine.parts.slack_bytes),
             (stats.page_bytes, 0),
             "{engine}"
         );

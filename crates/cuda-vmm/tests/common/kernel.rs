@@ -1,8 +1,8 @@
 //! A kernel that gathers blocks by a table of their numbers, as attention over paged caches does.
 //!
-//! On a GPU it is `gather.cu`, or rather the PTX of it that is committed, so that no build needs a CUDA compiler:
-//! `cargo xtask test --cuda` keeps the two in step. The simulated driver has no kernels. There a host function on the
-//! stream does the same: mapped addresses are addresses of the host.
+//! The kernel is `gather.cu`. Its PTX is committed, so that no build needs a CUDA compiler;
+//! `cargo xtask test --cuda` keeps the two in step. The simulated driver has no kernels. There a host
+//! function on the stream does the same: mapped addresses are addresses of the host.
 
 use super::with_context;
 use core::ffi::c_void;

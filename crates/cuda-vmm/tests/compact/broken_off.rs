@@ -42,7 +42,7 @@ fn run(failing: &[u64], code: CUresult) -> u64 {
         fixture.engine.step();
     }
     fixture.simulated.device.retry_quarantine();
-    assert_eq!(fixture.engine.stats().quarantined_bytes, 0, "{what}");
+    assert_eq!(fixture.engine.stats().parts.quarantined_bytes, 0, "{what}");
     fixture.check();
     let report = fixture.pool.compact().expect("the driver works again");
     assert_eq!(report.skipped_bytes, 0, "{what}");
@@ -106,8 +106,8 @@ fn stranded_bytes_are_kept_and_answer_that_they_are_in_quarantine() {
     let _turn = turn();
     let fixture = stranded(2);
     let (stats, live) = (fixture.pool.stats(), CHUNK / 2 * PAGE);
-    assert_eq!((stats.live_bytes, stats.live_page_bytes), (live, 0));
-    assert_eq!(stats.quarantined_bytes, CHUNK * PAGE);
+    assert_eq!((stats.live_bytes, stats.parts.live_page_bytes), (live, 0));
+    assert_eq!(stats.parts.quarantined_bytes, CHUNK * PAGE);
     assert_eq!(stats.committed_bytes, CHUNK * PAGE);
     fixture.check_books();
     let (offset, bytes) = (0, PAGE);
@@ -126,7 +126,7 @@ fn stranded_bytes_are_kept_and_answer_that_they_are_in_quarantine() {
     // The driver works again.
     assert_eq!(fixture.engine.step().quarantined_bytes, 0);
     fixture.check();
-    assert_eq!(fixture.pool.stats().slack_bytes, CHUNK / 2 * PAGE);
+    assert_eq!(fixture.pool.stats().parts.slack_bytes, CHUNK / 2 * PAGE);
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn memory_that_is_in_its_place_but_not_accessible_is_made_so_by_a_retry() {
     // The pieces at scratch addresses, the old memory, the new memory, and then the old again.
     let fixture = stranded_with(0, Some(CHUNK as u64 / 2 + 3));
     assert_eq!(fixture.simulated.books().mappings, 1);
-    assert_eq!(fixture.engine.stats().quarantined_bytes, CHUNK * PAGE);
+    assert_eq!(fixture.engine.stats().parts.quarantined_bytes, CHUNK * PAGE);
     fixture.check_books();
     fixture.simulated.simulator.start_trace();
     assert_eq!(fixture.engine.step().quarantined_bytes, 0);
@@ -169,7 +169,7 @@ fn a_pool_that_ends_with_stranded_bytes_gives_all_back() {
     let fixture = stranded(1);
     let engine = fixture.engine.clone();
     fixture.pool.close().expect("nothing but what is stranded");
-    assert_eq!(engine.stats().quarantined_bytes, CHUNK * PAGE);
+    assert_eq!(engine.stats().parts.quarantined_bytes, CHUNK * PAGE);
     for _ in 0..4 {
         engine.step();
     }
@@ -197,12 +197,12 @@ fn a_copy_that_cannot_be_waited_for_keeps_both_ends_mapped() {
     let copied = CHUNK / 2;
     assert_eq!(books.mappings, before.mappings + copied);
     assert_eq!(
-        fixture.engine.stats().quarantined_bytes,
+        fixture.engine.stats().parts.quarantined_bytes,
         (CHUNK + copied) * PAGE
     );
     fixture.check_books();
     simulator.clear_faults();
     fixture.engine.step();
-    assert_eq!(fixture.engine.stats().quarantined_bytes, 0);
+    assert_eq!(fixture.engine.stats().parts.quarantined_bytes, 0);
     fixture.check();
 }

@@ -108,23 +108,23 @@ impl Fixture {
         self.check_books();
         let stats = self.pool.stats();
         assert_eq!(stats.live_pages, self.contents.len());
-        assert_eq!(stats.live_page_bytes, self.contents.len() * PAGE);
+        assert_eq!(stats.parts.live_page_bytes, self.contents.len() * PAGE);
     }
 
     /// Every byte that the driver counts is counted once, in some part.
     #[track_caller]
     pub fn check_books(&self) {
         let stats = self.engine.stats();
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
         let held = stats.committed_bytes + self.simulated.device.quarantined_bytes();
         assert_eq!(held, self.simulated.books().physical_bytes, "{stats}");
         let pool = self.pool.stats();
-        let parts = pool.live_page_bytes
-            + pool.slack_bytes
-            + pool.filling_bytes
-            + pool.retiring_bytes
-            + pool.parked_bytes
-            + pool.quarantined_bytes;
+        let parts = pool.parts.live_page_bytes
+            + pool.parts.slack_bytes
+            + pool.parts.filling_bytes
+            + pool.parts.retiring_bytes
+            + pool.parts.parked_bytes
+            + pool.parts.quarantined_bytes;
         assert_eq!(parts, pool.committed_bytes, "{pool}");
     }
 }

@@ -71,14 +71,18 @@ fn the_rest_of_the_engine_goes_on_and_leaves_it_alone() {
             std::thread::yield_now();
         }
         let stats = engine.stats();
-        assert_eq!(stats.filling_bytes, CHUNK / 2 * PAGE, "held twice: {stats}");
-        assert_eq!(stats.live_bytes, PAGES / 2 * PAGE, "{stats}");
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(
+            stats.parts.filling_bytes,
+            CHUNK / 2 * PAGE,
+            "held twice: {stats}"
+        );
+        assert_eq!(stats.parts.live_page_bytes, PAGES / 2 * PAGE, "{stats}");
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
         neighbour.try_allocate(0, 2 * PAGE).expect("room");
         neighbour.deallocate(0, PAGE).expect("live");
         engine.step();
         engine.trim().expect("nothing is in its way");
-        assert_eq!(engine.stats().slack_bytes, PAGES / 2 * PAGE);
+        assert_eq!(engine.stats().parts.slack_bytes, PAGES / 2 * PAGE);
         assert!(!compacting.is_finished());
         drop(held);
         let report = compacting.join().expect("no panic").expect("room");

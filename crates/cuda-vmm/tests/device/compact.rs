@@ -62,7 +62,7 @@ fn every_other_page_of_large_chunks_goes_back() {
         assert_eq!(report.moved_bytes, PAGES / 2 * page);
         assert_eq!(report.returned_bytes, PAGES / 2 * page);
         assert_eq!(pool.stats().committed_bytes, PAGES / 2 * page);
-        assert_eq!(engine.stats().slack_bytes, 0);
+        assert_eq!(engine.stats().parts.slack_bytes, 0);
         let after = device.free_bytes().expect("a number");
         // A real driver may take some of it for tables of its own.
         match device.driver().kind() {

@@ -215,7 +215,7 @@ fn a_pool_grows_and_frees_while_a_stream_is_captured() {
                     .expect("a step of another thread disturbs no capture");
             });
             assert_eq!(
-                engine.stats().retiring_bytes,
+                engine.stats().parts.retiring_bytes,
                 page(),
                 "the captured stream gave no fence"
             );
@@ -224,7 +224,7 @@ fn a_pool_grows_and_frees_while_a_stream_is_captured() {
         fixture.replay(captured.1, [0; ROWS]);
         device.synchronize().expect("done");
         engine.step();
-        assert_eq!(engine.stats().retiring_bytes, 0);
+        assert_eq!(engine.stats().parts.retiring_bytes, 0);
         destroy(device, captured);
     });
 }
@@ -261,7 +261,7 @@ fn memory_that_is_pinned_for_a_graph_stays_whatever_is_freed_or_dropped() {
         // All is freed, and nothing is to be kept: but for what is pinned it goes.
         blocks.deallocate(0, 3 * page()).expect("live");
         let stats = settle();
-        assert_eq!(stats.parked_bytes, page(), "{stats}");
+        assert_eq!(stats.parts.parked_bytes, page(), "{stats}");
         assert_eq!(engine.trim(), Ok(0));
         // The graph reads what is there, though nobody has it now.
         fixture.replay(captured.1, [0; ROWS]);
@@ -270,9 +270,9 @@ fn memory_that_is_pinned_for_a_graph_stays_whatever_is_freed_or_dropped() {
         fixture.fill(0..1);
         fixture.replay(captured.1, [0; ROWS]);
         blocks.deallocate(0, page()).expect("live");
-        assert_eq!(settle().parked_bytes, page());
+        assert_eq!(settle().parts.parked_bytes, page());
         drop(pin);
-        assert_eq!(settle().parked_bytes, 0);
+        assert_eq!(settle().parts.parked_bytes, 0);
 
         // A pool that is dropped leaves what is pinned until the pin is gone.
         let other = VirtualMemoryPool::on_engine(engine, page(), page()).expect("a pool");

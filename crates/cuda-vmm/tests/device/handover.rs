@@ -115,7 +115,7 @@ fn a_range_finds_its_own_bytes_again_so_others_would_be_found_too() {
         let hands = Hands::new(device, parked());
         hands.write();
         hands.free();
-        assert_eq!(hands.engine.stats().parked_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.parked_bytes, PAGES * page());
         let address = hands.donor.allocate(0, PAGES * page()).expect("parked");
         assert!(holds_pattern(&hands.stream, address, PAGES * page()));
     });
@@ -127,9 +127,9 @@ fn parked_memory_that_is_given_up_for_another() {
         let hands = Hands::new(device, parked());
         hands.write();
         hands.free();
-        assert_eq!(hands.engine.stats().parked_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.parked_bytes, PAGES * page());
         hands.receive();
-        assert_eq!(hands.engine.stats().parked_bytes, 0);
+        assert_eq!(hands.engine.stats().parts.parked_bytes, 0);
     });
 }
 
@@ -139,7 +139,7 @@ fn memory_that_waited_in_the_cache() {
         let hands = Hands::new(device, cached());
         hands.write();
         hands.free();
-        assert_eq!(hands.engine.stats().cached_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.cached_bytes, PAGES * page());
         under_test().interposer.start_trace();
         hands.receive();
         let calls = under_test().interposer.take_trace();
@@ -158,7 +158,7 @@ fn memory_of_the_cache_whose_mapping_failed_on_the_way() {
         under_test().interposer.inject(fault);
         let outcome = hands.receiver.allocate(PAGES * page(), PAGES * page());
         assert!(outcome.is_err_and(|error| error.driver_code().is_some()));
-        assert_eq!(hands.engine.stats().cached_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.cached_bytes, PAGES * page());
         hands.receive();
     });
 }
@@ -172,11 +172,11 @@ fn memory_that_its_owner_took_back_while_it_was_overwritten() {
         hands.donor.deallocate(0, PAGES * page()).expect("live");
         hands.stream.synchronize().expect("done");
         hands.engine.step();
-        let retiring_bytes = hands.engine.stats().retiring_bytes;
+        let retiring_bytes = hands.engine.stats().parts.retiring_bytes;
         assert_eq!(retiring_bytes, PAGES * page(), "being overwritten");
         hands.write();
         hands.free();
-        assert_eq!(hands.engine.stats().cached_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.cached_bytes, PAGES * page());
         hands.receive();
     });
 }
@@ -192,10 +192,10 @@ fn memory_that_was_written_to_after_it_was_freed() {
         unsafe { (hands.stream).memset(address, PATTERN, PAGES * page()) }.expect("queued");
         hands.donor.deallocate(0, PAGES * page()).expect("live");
         hands.engine.step();
-        assert_eq!(hands.engine.stats().cached_bytes, 0);
+        assert_eq!(hands.engine.stats().parts.cached_bytes, 0);
         gate.open();
         hands.settle();
-        assert_eq!(hands.engine.stats().cached_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.cached_bytes, PAGES * page());
         hands.receive();
     });
 }
@@ -228,10 +228,9 @@ fn memory_of_a_pool_that_is_dropped() {
 fn memory_of_a_model_that_is_unregistered() {
     case(|device| {
         for engine in [parked(), cached()] {
-            let options = SharedPoolOptions {
-                engine: engine.limit_bytes(PAGES * page()),
-                page_bytes: Some(page()),
-            };
+            let options = SharedPoolOptions::new()
+                .engine(engine.limit_bytes(PAGES * page()))
+                .page_bytes(page());
             let shared = SharedMemoryPool::with_options(device, options).expect("a pool");
             let stream = Stream::new(device).expect("a stream");
             for model in ["first", "second"] {
@@ -258,7 +257,7 @@ fn memory_in_chunks_of_another_size() {
         let hands = Hands::with(device, cached(), PoolOptions::new(), 2 * page());
         hands.write();
         hands.free();
-        assert_eq!(hands.engine.stats().cached_bytes, PAGES * page());
+        assert_eq!(hands.engine.stats().parts.cached_bytes, PAGES * page());
         hands.receive();
     });
 }
@@ -278,7 +277,7 @@ fn memory_that_the_driver_would_not_take_back_at_first() {
             let fault = Fault::nth_of(refused, 1, CUDA_ERROR_OPERATING_SYSTEM);
             under_test().interposer.inject(fault);
             hands.engine.trim().expect_err("one piece was refused");
-            let quarantined_bytes = hands.engine.stats().quarantined_bytes;
+            let quarantined_bytes = hands.engine.stats().parts.quarantined_bytes;
             assert_eq!(quarantined_bytes, page(), "{refused}");
             hands.engine.step();
             hands.receive();
@@ -297,7 +296,7 @@ fn memory_that_is_made_ahead() {
         hands.free();
         let address = hands.receiver.allocate(0, page()).expect("room");
         hands.settle();
-        assert_eq!(hands.receiver.stats().ahead_bytes, 2 * page());
+        assert_eq!(hands.receiver.stats().parts.ahead_bytes, 2 * page());
         hands.receiver.allocate(page(), 2 * page()).expect("ahead");
         assert!(!holds_pattern(&hands.stream, address, 3 * page()));
     });
@@ -355,7 +354,7 @@ fn memory_of_blocks_that_were_moved_away() {
             device.synchronize().expect("done");
             engine.step();
         }
-        assert!(engine.stats().cached_bytes >= 2 * page());
+        assert!(engine.stats().parts.cached_bytes >= 2 * page());
         let receiver = VirtualMemoryPool::on_engine(&engine, PAGES * page(), page());
         let receiver = receiver.expect("a pool");
         let address = receiver.allocate(0, 2 * page()).expect("room");
@@ -428,7 +427,7 @@ fn exported_memory_goes_to_the_driver_and_to_no_range() {
         ours.close().expect("unmapped");
         hands.settle();
         let stats = hands.engine.stats();
-        assert_eq!((stats.cached_bytes, stats.committed_bytes), (0, 0));
+        assert_eq!((stats.parts.cached_bytes, stats.committed_bytes), (0, 0));
         hands.receive();
         fill(
             &hands.stream,

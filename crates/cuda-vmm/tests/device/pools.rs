@@ -73,10 +73,9 @@ fn a_reservation_of_128_gib_with_one_gib_behind_it() {
 #[test]
 fn two_models_under_a_limit_of_32_gib() {
     case(|device| {
-        let options = SharedPoolOptions {
-            engine: manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20),
-            page_bytes: Some(page()),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20))
+            .page_bytes(page());
         let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
         for model in ["first", "second"] {
             pool.register_model(model, 64 * GIB).expect("addresses");
@@ -150,9 +149,9 @@ fn a_device_that_is_really_full_refuses_and_loses_nothing() {
         assert!(error.is_out_of_memory() && error.is_later());
         assert!(before - live < 2 * GIB, "{live} of {before} bytes were had");
         let stats = engine.stats();
-        assert_eq!(stats.live_bytes, live);
+        assert_eq!(stats.parts.live_page_bytes, live);
         assert_eq!(stats.committed_bytes, live);
-        assert_eq!(stats.parts_bytes(), live);
+        assert_eq!(stats.parts.total_bytes(), live);
         assert_eq!(pool.physical_memory_usage(), live);
         assert!(!pool.is_mapped(live, 1));
         let full = device.free_bytes().expect("a number");

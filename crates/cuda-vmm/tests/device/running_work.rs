@@ -84,7 +84,7 @@ fn free_under_unnamed_work(device: &Device, gate: Gate, finish: impl FnOnce()) {
     gate.wait_until_reached();
     pool.deallocate(0, 2 * page).expect("live");
     assert!(gate.is_closed(), "deallocate returned before the work ran");
-    assert_eq!(engine.stats().retiring_bytes, 2 * page);
+    assert_eq!(engine.stats().parts.retiring_bytes, 2 * page);
     assert_eq!(engine.trim(), Ok(0), "the device may still use it");
     match context_event_is_complete(device) {
         // Only where the driver has no such event would a step wait for the context, and so for the gate.
@@ -162,7 +162,7 @@ fn an_allocation_waits_for_the_very_memory_that_retires() {
             let outcome = waiting.join().expect("no panic");
             assert_eq!(outcome, Ok(address));
         });
-        assert_eq!(engine.stats().live_bytes, page);
+        assert_eq!(engine.stats().parts.live_page_bytes, page);
         pool.close().expect("closed");
     });
 }

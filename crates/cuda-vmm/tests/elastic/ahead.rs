@@ -31,8 +31,8 @@ impl Fixture {
 
     fn ahead_pages(&self) -> usize {
         let stats = self.engine.stats();
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
-        stats.ahead_bytes / PAGE
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
+        stats.parts.ahead_bytes / PAGE
     }
 }
 
@@ -45,7 +45,7 @@ fn a_range_that_grows_finds_its_memory_there() {
         "before the first allocation"
     );
     assert_eq!(fixture.ahead_pages(), 4);
-    assert_eq!(fixture.pool.stats().ahead_bytes, 4 * PAGE);
+    assert_eq!(fixture.pool.stats().parts.ahead_bytes, 4 * PAGE);
     let simulator = &fixture.simulated.simulator;
     for page in 0..12 {
         simulator.start_trace();
@@ -113,7 +113,10 @@ fn what_was_made_ahead_is_given_up_first_and_nothing_is_given_up_for_it() {
     let full = fixture.engine.stats();
     fixture.pool.allocate(0, PAGE).expect("what is left");
     assert_eq!(fixture.engine.step().prefetched_bytes, 0);
-    assert_eq!(fixture.engine.stats().live_bytes, full.live_bytes + PAGE);
+    assert_eq!(
+        fixture.engine.stats().parts.live_page_bytes,
+        full.parts.live_page_bytes + PAGE
+    );
 }
 
 #[test]

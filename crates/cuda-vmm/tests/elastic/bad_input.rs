@@ -4,7 +4,7 @@ use crate::common::{PAGE, Simulated, failure, manual};
 use crate::{CAPACITY, Fixture, LIMIT};
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::sys::DriverFunction;
-use cuda_vmm::{Engine, PoolOptions, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{Engine, PoolOptions, QuotaConflict, Stream, VirtualMemoryPool, VmmError};
 
 #[test]
 fn a_pool_is_refused_bad_pages_and_capacities() {
@@ -72,7 +72,7 @@ fn an_engine_is_refused_limits_that_leave_nothing() {
         assert_eq!(
             refuse(manual().headroom_bytes(headroom_bytes)),
             VmmError::QuotaUnsatisfiable {
-                what: "headroom",
+                what: QuotaConflict::Headroom,
                 asked_bytes: headroom_bytes,
                 available_bytes: 16 * PAGE
             }
@@ -93,7 +93,7 @@ fn watermarks_that_do_not_hold_together_are_refused() {
         simulated
             .unchanged(|| Engine::new(&simulated.device, options))
             .err(),
-        Some(refused("park_bytes_min above park_bytes_max"))
+        Some(refused(QuotaConflict::ParkBytesMin))
     );
     let engine = Engine::new(&simulated.device, options.park_bytes_min(PAGE)).expect("they hold");
     let options = PoolOptions::new()
@@ -102,7 +102,7 @@ fn watermarks_that_do_not_hold_together_are_refused() {
     let open = |options| VirtualMemoryPool::with_options(&engine, PAGE, PAGE, options);
     assert_eq!(
         simulated.unchanged(|| open(options)).err(),
-        Some(refused("ahead_bytes_min above ahead_bytes_max"))
+        Some(refused(QuotaConflict::AheadBytesMin))
     );
     open(options.ahead_bytes_min(PAGE)).expect("they hold");
 }

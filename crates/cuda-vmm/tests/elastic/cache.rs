@@ -21,7 +21,7 @@ impl Fixture {
         }
         let stats = self.engine.stats();
         assert_eq!(
-            (stats.retiring_bytes, stats.parked_bytes),
+            (stats.parts.retiring_bytes, stats.parts.parked_bytes),
             (0, 0),
             "{stats}"
         );
@@ -43,7 +43,7 @@ fn memory_from_the_cache_is_mapped_without_being_made() {
     fixture.settle();
     let stats = fixture.engine.stats();
     assert_eq!(
-        (stats.cached_bytes, stats.committed_bytes),
+        (stats.parts.cached_bytes, stats.committed_bytes),
         (4 * PAGE, 4 * PAGE),
         "{stats}"
     );
@@ -59,7 +59,7 @@ fn memory_from_the_cache_is_mapped_without_being_made() {
         calls,
         [DriverFunction::cuMemMap, DriverFunction::cuMemSetAccess]
     );
-    assert_eq!(fixture.engine.stats().cached_bytes, 3 * PAGE);
+    assert_eq!(fixture.engine.stats().parts.cached_bytes, 3 * PAGE);
 }
 
 #[test]
@@ -84,10 +84,14 @@ fn no_range_finds_another_ones_bytes_in_it() {
     unsafe { stream.memset(address, 77, 2 * PAGE) }.expect("queued");
     fixture.pool.deallocate(0, 2 * PAGE).expect("live");
     fixture.settle();
-    assert_eq!(fixture.engine.stats().cached_bytes, 2 * PAGE);
+    assert_eq!(fixture.engine.stats().parts.cached_bytes, 2 * PAGE);
     let other = VirtualMemoryPool::on_engine(&fixture.engine, 8 * PAGE, PAGE).expect("a pool");
     let address = other.allocate(0, 2 * PAGE).expect("room");
-    assert_eq!(fixture.engine.stats().cached_bytes, 0, "it is that memory");
+    assert_eq!(
+        fixture.engine.stats().parts.cached_bytes,
+        0,
+        "it is that memory"
+    );
     let mut bytes = vec![1; 2 * PAGE];
     // SAFETY: live.
     unsafe { stream.read(address, &mut bytes) }.expect("read");
@@ -100,13 +104,13 @@ fn the_cache_is_given_up_before_anyone_is_refused() {
     fixture.pool.allocate(0, 4 * PAGE).expect("room");
     fixture.pool.deallocate(0, 4 * PAGE).expect("live");
     fixture.settle();
-    assert_eq!(fixture.engine.stats().cached_bytes, 4 * PAGE);
+    assert_eq!(fixture.engine.stats().parts.cached_bytes, 4 * PAGE);
     // Of another size, so that nothing in the cache serves it.
     let other = VirtualMemoryPool::on_engine(&fixture.engine, 16 * PAGE, 2 * PAGE).expect("a pool");
     other.allocate(0, 8 * PAGE).expect("the whole budget");
     let stats = fixture.engine.stats();
     assert_eq!(
-        (stats.cached_bytes, stats.committed_bytes),
+        (stats.parts.cached_bytes, stats.committed_bytes),
         (0, 8 * PAGE),
         "{stats}"
     );
@@ -151,7 +155,7 @@ fn what_cannot_be_overwritten_is_not_kept() {
         fixture.settle();
         let stats = fixture.engine.stats();
         assert_eq!(
-            (stats.cached_bytes, stats.committed_bytes),
+            (stats.parts.cached_bytes, stats.committed_bytes),
             (0, 0),
             "{refused}: {stats}"
         );
@@ -174,7 +178,7 @@ fn what_the_driver_will_not_take_from_the_cache_is_retried() {
     assert_eq!(error.driver_code(), Some(CUDA_ERROR_OPERATING_SYSTEM));
     let stats = fixture.engine.stats();
     assert_eq!(
-        (stats.quarantined_bytes, stats.committed_bytes),
+        (stats.parts.quarantined_bytes, stats.committed_bytes),
         (PAGE, PAGE),
         "{stats}"
     );
@@ -191,7 +195,7 @@ fn what_is_parked_is_given_back_down_to_three_quarters_of_what_may_be() {
     fixture.simulated.device.synchronize().expect("done");
     fixture.engine.step();
     assert_eq!(
-        fixture.engine.stats().parked_bytes,
+        fixture.engine.stats().parts.parked_bytes,
         4 * PAGE,
         "not too much"
     );
@@ -199,7 +203,7 @@ fn what_is_parked_is_given_back_down_to_three_quarters_of_what_may_be() {
     fixture.simulated.device.synchronize().expect("done");
     fixture.engine.step();
     assert_eq!(
-        fixture.engine.stats().parked_bytes,
+        fixture.engine.stats().parts.parked_bytes,
         3 * PAGE,
         "too much, by one"
     );

@@ -15,14 +15,17 @@ fn chunks_larger_than_a_page_leave_slack_and_are_given_back_whole() {
     fixture.engine.step();
     let stats = pool.stats();
     assert_eq!(
-        (stats.slack_bytes, stats.committed_bytes),
+        (stats.parts.slack_bytes, stats.committed_bytes),
         (7 * PAGE, 64 * PAGE)
     );
     assert_eq!(pool.physical_memory_usage(), 57 * PAGE);
     pool.deallocate(7 * PAGE, PAGE).expect("live");
     fixture.engine.step();
     let stats = pool.stats();
-    assert_eq!((stats.slack_bytes, stats.committed_bytes), (0, 56 * PAGE));
+    assert_eq!(
+        (stats.parts.slack_bytes, stats.committed_bytes),
+        (0, 56 * PAGE)
+    );
 }
 
 /// A range that is asked for page after page takes ever fewer driver calls, and no more slack than an eighth.
@@ -32,7 +35,7 @@ fn an_extent_that_grows_is_backed_by_ever_larger_chunks() {
     for page in 0..1024 {
         fixture.pool.allocate(page * PAGE, PAGE).expect("room");
         let stats = fixture.pool.stats();
-        assert!(stats.slack_bytes <= stats.live_bytes / 8, "{stats}");
+        assert!(stats.parts.slack_bytes <= stats.live_bytes / 8, "{stats}");
     }
     let chunks = fixture.pool.stats().chunks;
     assert!(chunks < 100, "{chunks} chunks for 2 GiB");
@@ -44,7 +47,7 @@ fn an_extent_that_grows_is_backed_by_ever_larger_chunks() {
     fixture.engine.step();
     fixture.pool.allocate(800 * PAGE, PAGE).expect("room");
     assert_eq!(
-        fixture.pool.stats().slack_bytes,
+        fixture.pool.stats().parts.slack_bytes,
         0,
         "{}",
         fixture.pool.stats()
@@ -60,7 +63,7 @@ fn a_chunk_that_grows_stops_at_the_budget_and_at_what_is_backed_behind_it() {
     fixture.pool.allocate(34 * PAGE, PAGE).expect("room");
     // A chunk of four pages would be due, but there is something after two.
     fixture.pool.allocate(32 * PAGE, PAGE).expect("room");
-    assert_eq!(fixture.pool.stats().slack_bytes, PAGE);
+    assert_eq!(fixture.pool.stats().parts.slack_bytes, PAGE);
     // And here the budget has room for less than would be due.
     fixture.pool.allocate(33 * PAGE, PAGE).expect("slack");
     fixture
@@ -69,7 +72,7 @@ fn a_chunk_that_grows_stops_at_the_budget_and_at_what_is_backed_behind_it() {
         .expect("the rest of the budget");
     let stats = fixture.pool.stats();
     assert_eq!(
-        (stats.committed_bytes, stats.slack_bytes),
+        (stats.committed_bytes, stats.parts.slack_bytes),
         (limit, 0),
         "{stats}"
     );
@@ -83,11 +86,11 @@ fn a_range_with_single_handles_has_one_for_each_allocation() {
     pool.allocate(3 * PAGE, 61 * PAGE).expect("room");
     pool.allocate(64 * PAGE, PAGE).expect("room");
     assert_eq!(pool.stats().chunks, 2);
-    assert_eq!(pool.stats().slack_bytes, 0);
+    assert_eq!(pool.stats().parts.slack_bytes, 0);
     // It goes back whole.
     pool.deallocate(3 * PAGE, 60 * PAGE).expect("live");
     engine.step();
-    assert_eq!(pool.stats().slack_bytes, 60 * PAGE);
+    assert_eq!(pool.stats().parts.slack_bytes, 60 * PAGE);
     pool.deallocate(63 * PAGE, PAGE).expect("live");
     engine.step();
     assert_eq!(pool.stats().committed_bytes, PAGE);
@@ -138,7 +141,7 @@ fn a_single_handle_is_for_pages_that_have_no_memory_yet() {
     pool.deallocate(12 * PAGE, 4 * PAGE).expect("live");
     assert_eq!(handles(), 4, "it goes back whole");
     pool.compact().expect("room");
-    assert_eq!(pool.stats().slack_bytes, 0);
+    assert_eq!(pool.stats().parts.slack_bytes, 0);
     assert_eq!(handles(), 6, "one for each run of live pages");
 }
 
@@ -157,8 +160,8 @@ fn spare_pages_that_the_device_has_no_memory_for_are_not_charged() {
             .expect("the device has a page");
         let stats = engine.stats();
         assert_eq!(stats.committed_bytes, simulated.books().physical_bytes);
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
-        assert_eq!(stats.slack_bytes, spare_pages * PAGE);
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(stats.parts.slack_bytes, spare_pages * PAGE);
         pool.close().expect("closed");
         assert_eq!(engine.stats().committed_bytes, 0);
     }

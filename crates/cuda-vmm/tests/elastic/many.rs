@@ -32,7 +32,7 @@ fn parts_that_are_freed_at_once_record_one_event_for_each_stream() {
         let records = calls.iter();
         let records = records.filter(|call| **call == DriverFunction::cuEventRecord);
         assert_eq!(records.count(), streams.len(), "{calls:?}");
-        assert_eq!(pool.stats().retiring_bytes, 32 * PAGE);
+        assert_eq!(pool.stats().parts.retiring_bytes, 32 * PAGE);
         assert_eq!(pool.counters().deallocations, 1);
 
         // They can be had again before the device is past that, one by one and in any order.
@@ -42,7 +42,7 @@ fn parts_that_are_freed_at_once_record_one_event_for_each_stream() {
         }
         let calls = simulated.simulator.take_trace();
         assert!(!calls.contains(&DriverFunction::cuMemMap), "{calls:?}");
-        assert_eq!(pool.stats().retiring_bytes, 28 * PAGE);
+        assert_eq!(pool.stats().parts.retiring_bytes, 28 * PAGE);
     }
 }
 
@@ -57,7 +57,7 @@ fn the_parts_of_a_page_free_it_together() {
     pool.deallocate_many(&parts).expect("live");
     let stats = pool.stats();
     assert_eq!(stats.live_bytes, PAGE - 8 + half);
-    assert_eq!((stats.live_pages, stats.retiring_bytes), (2, PAGE));
+    assert_eq!((stats.live_pages, stats.parts.retiring_bytes), (2, PAGE));
 }
 
 /// A pool whose every second quarter of a page, as `live` says, is live; and what it looks like.

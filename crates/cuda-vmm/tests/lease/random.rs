@@ -155,7 +155,7 @@ fn run(operations: Vec<Operation>, chunk_bytes_max: usize) -> Result<(), TestCas
         let (stats, engine_stats) = (pool.stats(), engine.stats());
         let what = format!("{operation:?}: {stats}; {engine_stats}");
         prop_assert_eq!(
-            engine_stats.parts_bytes(),
+            engine_stats.parts.total_bytes(),
             engine_stats.committed_bytes,
             "{}",
             what
@@ -163,8 +163,8 @@ fn run(operations: Vec<Operation>, chunk_bytes_max: usize) -> Result<(), TestCas
         let owned_pages = model.pages(|owned, _| owned.contains(&true));
         let leased_pages =
             model.pages(|owned, held| !owned.contains(&true) && held.contains(&true));
-        prop_assert_eq!(stats.live_page_bytes, owned_pages * PAGE, "{}", what);
-        prop_assert_eq!(stats.leased_bytes, leased_pages * PAGE, "{}", what);
+        prop_assert_eq!(stats.parts.live_page_bytes, owned_pages * PAGE, "{}", what);
+        prop_assert_eq!(stats.parts.leased_bytes, leased_pages * PAGE, "{}", what);
         let owned_units = model.owned.iter().filter(|owned| **owned).count();
         prop_assert_eq!(stats.live_bytes, owned_units * UNIT, "{}", what);
         for unit in 0..UNITS {
@@ -188,7 +188,10 @@ fn run(operations: Vec<Operation>, chunk_bytes_max: usize) -> Result<(), TestCas
     drop(pool);
     let leased_pages =
         (0..UNITS / 4).filter(|page| (4 * page..4 * page + 4).any(|unit| model.is_leased(unit)));
-    prop_assert_eq!(engine.stats().leased_bytes, leased_pages.count() * PAGE);
+    prop_assert_eq!(
+        engine.stats().parts.leased_bytes,
+        leased_pages.count() * PAGE
+    );
     drop(model);
     (0..4).for_each(|_| _ = engine.step());
     prop_assert_eq!(engine.stats().committed_bytes, 0);

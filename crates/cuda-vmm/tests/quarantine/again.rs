@@ -77,7 +77,7 @@ fn a_worker_asks_ever_less_often_and_about_one_piece() {
         let began = Instant::now();
         pool.deallocate(0, CHUNKS * PAGE).expect("live");
         until("it is refused", || {
-            engine.stats().quarantined_bytes == CHUNKS * PAGE
+            engine.stats().parts.quarantined_bytes == CHUNKS * PAGE
         });
         until("it is tried again", || engine.counters().retries >= 4);
         thread::sleep(Duration::from_millis(100));
@@ -127,7 +127,7 @@ fn a_piece_that_is_refused_for_ever_does_not_keep_the_others() {
     simulator.inject(all);
     pool.deallocate(0, CHUNKS * PAGE).expect("live");
     until("all are refused", || {
-        engine.stats().quarantined_bytes == CHUNKS * PAGE
+        engine.stats().parts.quarantined_bytes == CHUNKS * PAGE
     });
     simulator.clear_faults();
     until("the others go back", || {
@@ -151,7 +151,7 @@ fn an_allocation_asks_about_the_pages_in_its_way_and_no_others() {
     assert_eq!(calls, 2);
     simulated.simulator.clear_faults();
     pool.allocate(3 * PAGE, 2 * PAGE).expect("at once");
-    assert_eq!(engine.stats().quarantined_bytes, (CHUNKS - 2) * PAGE);
+    assert_eq!(engine.stats().parts.quarantined_bytes, (CHUNKS - 2) * PAGE);
 }
 
 /// Whether the calls below refuse the engine's thread, or have refused the other one.
@@ -200,10 +200,10 @@ fn a_worker_that_found_nothing_while_another_had_it_in_hand_is_woken() {
     REFUSES_OTHER.store(true, Ordering::SeqCst);
     pool.deallocate(0, PAGE).expect("live");
     until("the worker is refused", || {
-        engine.stats().quarantined_bytes == PAGE
+        engine.stats().parts.quarantined_bytes == PAGE
     });
     _ = engine.trim();
-    assert_eq!(engine.stats().quarantined_bytes, PAGE);
+    assert_eq!(engine.stats().parts.quarantined_bytes, PAGE);
     until("the worker tries again", || {
         engine.stats().committed_bytes == 0
     });
@@ -224,7 +224,7 @@ fn an_allocation_that_lacks_memory_asks_about_all_until_a_piece_is_refused() {
         assert_eq!(simulated.simulator.calls(refused) - before, 1);
         simulated.simulator.clear_faults();
         other.allocate(0, PAGE).expect("at once");
-        assert_eq!(engine.stats().quarantined_bytes, 0);
+        assert_eq!(engine.stats().parts.quarantined_bytes, 0);
     }
 }
 
@@ -249,7 +249,7 @@ fn in_a_context_beyond_use_the_driver_is_asked_once_and_no_more() {
                 engine.step();
                 assert_eq!(simulated.simulator.calls(refused), 1, "{refused:?}");
                 let before = calls();
-                assert_eq!(engine.stats().quarantined_bytes, CHUNKS * PAGE);
+                assert_eq!(engine.stats().parts.quarantined_bytes, CHUNKS * PAGE);
                 for _ in 0..3 {
                     engine.step();
                     engine.trim().expect("nothing is parked");
@@ -278,7 +278,7 @@ fn a_worker_leaves_a_context_beyond_use_alone() {
     simulated.simulator.inject(fault);
     pool.deallocate(0, CHUNKS * PAGE).expect("live");
     until("it is refused", || {
-        engine.stats().quarantined_bytes == CHUNKS * PAGE
+        engine.stats().parts.quarantined_bytes == CHUNKS * PAGE
     });
     thread::sleep(Duration::from_millis(100));
     assert_eq!(simulated.simulator.calls(DriverFunction::cuMemUnmap), 1);
@@ -332,12 +332,12 @@ fn a_move_that_cannot_be_undone_is_one_warning() {
         for _ in 0..5 {
             engine.step();
         }
-        assert!(engine.stats().quarantined_bytes > 0);
+        assert!(engine.stats().parts.quarantined_bytes > 0);
         simulated.simulator.clear_faults();
         engine.step();
     });
     assert_eq!(messages(&told, Level::WARN).len(), 1, "{told:?}");
     assert_eq!(messages(&told, Level::INFO).len(), 1, "{told:?}");
-    assert_eq!(engine.stats().quarantined_bytes, 0);
+    assert_eq!(engine.stats().parts.quarantined_bytes, 0);
     pool.compact().expect("all is well again");
 }

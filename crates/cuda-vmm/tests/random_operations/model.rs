@@ -56,7 +56,7 @@ impl Pools {
     }
 
     pub fn slack_pages(&self) -> usize {
-        self.shared.stats().slack_bytes / PAGE
+        self.shared.stats().parts.slack_bytes / PAGE
     }
 
     pub fn not_found(&self, who: usize) -> VmmError {

@@ -4,7 +4,7 @@ use crate::common::{PAGE, Simulated, failure, manual};
 use crate::{CAPACITY, Fixture, LIMIT, unknown};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{ModelOptions, SharedMemoryPool, SharedPoolOptions, VmmError};
+use cuda_vmm::{ModelOptions, QuotaConflict, SharedMemoryPool, SharedPoolOptions, VmmError};
 
 #[test]
 fn a_pool_is_refused_bad_limits_and_pages() {
@@ -15,10 +15,9 @@ fn a_pool_is_refused_bad_limits_and_pages() {
         VmmError::ZeroSize { what: "limit" }
     );
     for page_bytes in [0, 1, PAGE - 1, PAGE / 2, 3 * PAGE, usize::MAX] {
-        let options = SharedPoolOptions {
-            engine: manual(),
-            page_bytes: Some(page_bytes),
-        };
+        let options = SharedPoolOptions::new()
+            .engine(manual())
+            .page_bytes(page_bytes);
         let outcome =
             simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
         assert_eq!(
@@ -30,16 +29,13 @@ fn a_pool_is_refused_bad_limits_and_pages() {
         );
     }
     let total_bytes = simulated.device.total_bytes();
-    let options = SharedPoolOptions {
-        engine: manual().headroom_bytes(total_bytes),
-        page_bytes: None,
-    };
+    let options = SharedPoolOptions::new().engine(manual().headroom_bytes(total_bytes));
     let outcome =
         simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
     assert_eq!(
         outcome.expect_err("a bad headroom"),
         VmmError::QuotaUnsatisfiable {
-            what: "headroom",
+            what: QuotaConflict::Headroom,
             asked_bytes: total_bytes,
             available_bytes: total_bytes
         }
@@ -98,7 +94,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
     assert_eq!(
         fixture.refused(|pool| pool.register_model_with("c", options(2 * PAGE, Some(PAGE)))),
         VmmError::QuotaUnsatisfiable {
-            what: "guarantee above its ceiling",
+            what: QuotaConflict::GuaranteeAboveCeiling,
             asked_bytes: 2 * PAGE,
             available_bytes: PAGE
         }
@@ -109,7 +105,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
         assert_eq!(
             error,
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee above the limit",
+                what: QuotaConflict::GuaranteeAboveLimit,
                 asked_bytes,
                 available_bytes: LIMIT
             }
@@ -123,7 +119,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
     assert_eq!(
         fixture.refused(|pool| pool.register_model_with("c", watermarks)),
         VmmError::QuotaUnsatisfiable {
-            what: "ahead_bytes_min above ahead_bytes_max",
+            what: QuotaConflict::AheadBytesMin,
             asked_bytes: PAGE,
             available_bytes: 0
         }
@@ -135,7 +131,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
     assert_eq!(
         fixture.refused(|pool| pool.register_model_with("d", options(2 * PAGE, None))),
         VmmError::QuotaUnsatisfiable {
-            what: "guarantee",
+            what: QuotaConflict::Guarantee,
             asked_bytes: 2 * PAGE,
             available_bytes: PAGE
         }

@@ -52,7 +52,7 @@ impl Busy {
         model.allocate(0, 6 * PAGE).expect("room");
         if freed == Freed::Ahead {
             pool.engine().step();
-            assert_eq!(pool.stats().ahead_bytes, 2 * PAGE);
+            assert_eq!(pool.stats().parts.ahead_bytes, 2 * PAGE);
         } else {
             model.allocate(6 * PAGE, 2 * PAGE).expect("room");
             model.deallocate(6 * PAGE, 2 * PAGE).expect("live");
@@ -60,7 +60,7 @@ impl Busy {
         if freed == Freed::Parked {
             simulated.device.synchronize().expect("done");
             pool.engine().step();
-            assert_eq!(pool.stats().parked_bytes, 2 * PAGE);
+            assert_eq!(pool.stats().parts.parked_bytes, 2 * PAGE);
         }
         Self {
             _simulated: simulated,

@@ -47,7 +47,7 @@ fn a_model_that_is_unregistered_with_memory_in_use_serves_who_waits() {
                 .join()
                 .expect("no panic")
                 .expect("all but what is leased");
-            assert_eq!(pool.stats().leased_bytes, 2 * PAGE);
+            assert_eq!(pool.stats().parts.leased_bytes, 2 * PAGE);
             let waits = scope.spawn(|| b.allocate_timeout(6 * PAGE, 2 * PAGE, FOREVER));
             drop(token);
             if worker == WorkerMode::Manual {

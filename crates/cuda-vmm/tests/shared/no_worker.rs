@@ -38,7 +38,7 @@ fn who_waits_tries_again_what_the_driver_refused() {
         pool.deallocate_for_model("holds", 0, 4 * PAGE)
             .expect("live");
         pool.engine().step();
-        assert!(pool.stats().quarantined_bytes > 0);
+        assert!(pool.stats().parts.quarantined_bytes > 0);
         pool.allocate_for_model_timeout("wants", 4 * PAGE, FOREVER)
             .expect("it is taken back at last");
     }

@@ -228,7 +228,7 @@ fn a_token_may_panic_when_it_is_asked_and_when_it_is_dropped() {
         _ = format!("{model:?}");
         model.deallocate(0, PAGE).expect("live");
         model.deallocate(2 * PAGE, PAGE).expect("live");
-        assert_eq!(model.stats().leased_bytes, PAGE);
+        assert_eq!(model.stats().parts.leased_bytes, PAGE);
         assert!(model.is_leased(PAGE, PAGE));
         is_over.store(true, Ordering::SeqCst);
         until(|| {
@@ -371,7 +371,7 @@ fn beside(
             let engine = pool.engine().clone();
             until(|| {
                 engine.step();
-                engine.stats().committed_bytes == engine.stats().cached_bytes
+                engine.stats().committed_bytes == engine.stats().parts.cached_bytes
             });
         });
         drop(dispatch);

@@ -177,7 +177,11 @@ fn giving_back_returns_what_the_model_itself_has_parked_or_ahead() {
     pool.engine().step();
     let parts = |model: &str| {
         let stats = pool.model_stats(model).expect("registered");
-        (stats.live_bytes, stats.parked_bytes, stats.ahead_bytes)
+        (
+            stats.live_bytes,
+            stats.parts.parked_bytes,
+            stats.parts.ahead_bytes,
+        )
     };
     assert_eq!(parts("a"), (PAGE, 2 * PAGE, PAGE));
     let a = pool.model("a").expect("registered");
@@ -203,7 +207,7 @@ fn what_the_driver_will_not_take_back_is_retried_and_still_held() {
             _ => failure!(cuMemRelease, CUDA_ERROR_OPERATING_SYSTEM),
         };
         assert_eq!(a.give_back(), Err(expected));
-        assert_eq!(a.stats().quarantined_bytes, 2 * PAGE);
+        assert_eq!(a.stats().parts.quarantined_bytes, 2 * PAGE);
         simulated.simulator.clear_faults();
         assert_eq!(pool.trim(), Ok(2 * PAGE));
         assert_eq!(simulated.books().physical_bytes, 0);
@@ -278,7 +282,7 @@ fn parked_memory_that_is_taken_back_is_owed_again() {
     asks.try_allocate(0, 4 * PAGE).expect_err("nothing is free");
     holds.deallocate(0, 2 * PAGE).expect("live");
     pool.engine().step();
-    assert_eq!(pool.stats().parked_bytes, 2 * PAGE);
+    assert_eq!(pool.stats().parts.parked_bytes, 2 * PAGE);
     assert_eq!(holds.owed_bytes(), 2 * PAGE);
     holds.allocate(0, PAGE).expect("parked");
     assert_eq!(holds.owed_bytes(), 3 * PAGE);
@@ -329,7 +333,7 @@ fn what_a_pin_keeps_does_not_count_as_given_back() {
     a.deallocate(0, 3 * PAGE).expect("live");
     simulated.device.synchronize().expect("nothing runs");
     pool.engine().step();
-    assert_eq!(pool.stats().parked_bytes, 3 * PAGE);
+    assert_eq!(pool.stats().parts.parked_bytes, 3 * PAGE);
     let quota = pool.quota("a").expect("registered");
     pool.set_quota("a", quota.ceiling_bytes(0))
         .expect("downwards");

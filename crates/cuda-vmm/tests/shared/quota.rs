@@ -2,7 +2,7 @@
 
 use crate::common::{PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool, unknown};
-use cuda_vmm::{ModelOptions, ModelQuota, SharedMemoryPool, VmmError};
+use cuda_vmm::{ModelOptions, ModelQuota, QuotaConflict, SharedMemoryPool, VmmError};
 
 fn pages(guarantee: usize, ceiling: usize) -> ModelQuota {
     ModelQuota::new()
@@ -43,7 +43,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "a",
             pages(4, 8),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: QuotaConflict::Guarantee,
                 asked_bytes: 4 * PAGE,
                 available_bytes: 3 * PAGE,
             },
@@ -52,7 +52,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "a",
             pages(3, 2),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee above its ceiling",
+                what: QuotaConflict::GuaranteeAboveCeiling,
                 asked_bytes: 3 * PAGE,
                 available_bytes: 2 * PAGE,
             },
@@ -61,7 +61,7 @@ fn quotas_that_cannot_hold_are_refused_and_change_nothing() {
             "b",
             pages(7, 8),
             VmmError::QuotaUnsatisfiable {
-                what: "guarantee",
+                what: QuotaConflict::Guarantee,
                 asked_bytes: 7 * PAGE,
                 available_bytes: 6 * PAGE,
             },
@@ -131,13 +131,13 @@ fn what_is_parked_above_a_lowered_ceiling_goes_with_the_next_step() {
     pool.deallocate_for_model("a", 0, 4 * PAGE).expect("live");
     pool.engine().step();
     let stats = || pool.model_stats("a").expect("registered");
-    assert_eq!(stats().parked_bytes, 4 * PAGE);
+    assert_eq!(stats().parts.parked_bytes, 4 * PAGE);
     pool.set_quota("a", pages(0, 3))
         .expect("below what is held");
     assert_eq!(pool.model_owed_bytes("a"), Some(0), "nobody need choose");
     assert_eq!(pool.engine().step().drained_bytes, 3 * PAGE);
     assert_eq!(
-        (stats().parked_bytes, stats().committed_bytes),
+        (stats().parts.parked_bytes, stats().committed_bytes),
         (PAGE, 3 * PAGE)
     );
     assert_eq!(pool.engine().step().drained_bytes, 0);
@@ -157,18 +157,22 @@ fn what_others_have_parked_is_given_up_for_a_guarantee() {
     assert_eq!(
         error,
         VmmError::QuotaUnsatisfiable {
-            what: "guarantee",
+            what: QuotaConflict::Guarantee,
             asked_bytes: 7 * PAGE,
             available_bytes: 0
         }
     );
     assert_eq!(
-        pool.stats().parked_bytes,
+        pool.stats().parts.parked_bytes,
         6 * PAGE,
         "it would not have helped"
     );
     pool.set_quota("b", pages(2, 8)).expect("six are parked");
-    assert_eq!(pool.stats().parked_bytes, 4 * PAGE, "as much as was needed");
+    assert_eq!(
+        pool.stats().parts.parked_bytes,
+        4 * PAGE,
+        "as much as was needed"
+    );
     let options = ModelOptions {
         guarantee_bytes: 4 * PAGE,
         ..ModelOptions::new(CAPACITY)
@@ -202,7 +206,10 @@ fn what_was_made_ahead_above_a_lowered_ceiling_goes_with_the_next_step() {
         .expect("below what is held");
     assert_eq!(pool.engine().step().drained_bytes, PAGE);
     let stats = pool.model_stats("a").expect("registered");
-    assert_eq!((stats.ahead_bytes, stats.committed_bytes), (PAGE, 4 * PAGE));
+    assert_eq!(
+        (stats.parts.ahead_bytes, stats.committed_bytes),
+        (PAGE, 4 * PAGE)
+    );
 }
 
 #[test]

@@ -91,7 +91,7 @@ fn spoken_for(models: &Models, but: usize) -> usize {
 
 /// Lets memory that is on its way to the cache be overwritten, which the device does in its own time.
 fn overwrite(pool: &SharedMemoryPool) {
-    while pool.stats().retiring_bytes > 0 {
+    while pool.stats().parts.retiring_bytes > 0 {
         pool.engine().step();
     }
 }
@@ -164,7 +164,7 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
             };
             let others = spoken_for(models, model);
             let mut outcome = pool.set_quota(name(model), quota);
-            if outcome.is_err() && pool.stats().retiring_bytes > 0 {
+            if outcome.is_err() && pool.stats().parts.retiring_bytes > 0 {
                 overwrite(pool);
                 outcome = pool.set_quota(name(model), quota);
             }
@@ -212,7 +212,7 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
                 let handle = pool.model(name(model)).expect("registered");
                 handle.give_back().expect("the driver takes it");
                 let stats = handle.stats();
-                let left_bytes = stats.live_bytes + stats.retiring_bytes;
+                let left_bytes = stats.live_bytes + stats.parts.retiring_bytes;
                 assert_eq!(stats.committed_bytes, left_bytes);
             }
         }
@@ -221,7 +221,8 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
             let given_bytes = pool.relieve(pages * PAGE);
             let after = pool.stats();
             assert_eq!(before - after.committed_bytes, given_bytes);
-            let spare_bytes = after.committed_bytes - after.live_bytes - after.retiring_bytes;
+            let spare_bytes =
+                after.committed_bytes - after.parts.live_page_bytes - after.parts.retiring_bytes;
             assert!(given_bytes >= pages * PAGE || spare_bytes == 0);
         }
         Operation::TakeStep => {
@@ -233,7 +234,7 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
 /// What holds at every moment.
 fn check(pool: &SharedMemoryPool, models: &Models) {
     let stats = pool.stats();
-    assert_eq!(stats.parts_bytes(), stats.committed_bytes);
+    assert_eq!(stats.parts.total_bytes(), stats.committed_bytes);
     assert!(stats.committed_bytes <= LIMIT_PAGES * PAGE);
     for (name, model) in ["a", "b", "c", "d"].into_iter().zip(models) {
         let owed = pool.model_owed_bytes(name);
@@ -259,7 +260,7 @@ proptest! {
         let driver = Driver::simulated(SimConfig::new().unbacked()).expect("a simulator");
         let device = driver.device(0).expect("the first device");
         let engine = manual().limit_bytes(LIMIT_PAGES * PAGE).park_bytes_max(park).cache_bytes_max(cache).chunk_bytes_max(0);
-        let options = SharedPoolOptions { engine, page_bytes: Some(PAGE) };
+        let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
         let pool = SharedMemoryPool::with_options(&device, options).expect("a pool");
         let mut models = Models::default();
         for model in 0..MODELS {

@@ -92,7 +92,10 @@ fn another_allocator_that_runs_out_is_relieved_with_what_can_be_spared() {
     pool.deallocate_for_model("a", 0, 5 * PAGE).expect("live");
     pool.engine().step();
     let stats = pool.stats();
-    assert_eq!((stats.parked_bytes, stats.ahead_bytes), (5 * PAGE, PAGE));
+    assert_eq!(
+        (stats.parts.parked_bytes, stats.parts.ahead_bytes),
+        (5 * PAGE, PAGE)
+    );
     let refused = Plain::new(&simulated.device, 3 * PAGE).err();
     assert_eq!(refused, Some(CUDA_ERROR_OUT_OF_MEMORY));
     assert_eq!(pool.relieve(0), 0);
@@ -101,7 +104,7 @@ fn another_allocator_that_runs_out_is_relieved_with_what_can_be_spared() {
         2 * PAGE,
         "whole pages, what is ahead first"
     );
-    assert_eq!(pool.stats().ahead_bytes, 0);
+    assert_eq!(pool.stats().parts.ahead_bytes, 0);
     let others = Plain::new(&simulated.device, 3 * PAGE).expect("it was relieved");
     assert_eq!(pool.relieve(usize::MAX), 4 * PAGE, "all that is not live");
     assert_eq!(pool.stats().committed_bytes, PAGE);
@@ -115,7 +118,7 @@ fn what_is_cached_is_given_for_relief_too() {
     let pool = greedy(&simulated.device, manual().cache_bytes_max(MEMORY));
     pool.allocate_for_model_at("a", 0, 6 * PAGE).expect("room");
     pool.deallocate_for_model("a", 0, 6 * PAGE).expect("live");
-    while pool.stats().cached_bytes < 6 * PAGE {
+    while pool.stats().parts.cached_bytes < 6 * PAGE {
         pool.engine().step();
     }
     let given_bytes = pool.relieve(6 * PAGE);
@@ -133,7 +136,7 @@ fn a_pool_that_runs_out_has_its_engines_relieved_and_then_others_make_room() {
     parked.allocate(0, 2 * PAGE).expect("room");
     parked.deallocate(0, 2 * PAGE).expect("live");
     other.step();
-    assert_eq!(other.stats().parked_bytes, 2 * PAGE);
+    assert_eq!(other.stats().parts.parked_bytes, 2 * PAGE);
     let cached = Arc::new(Mutex::new(vec![
         Plain::new(device, 3 * PAGE).expect("room"),
     ]));
@@ -144,11 +147,11 @@ fn a_pool_that_runs_out_has_its_engines_relieved_and_then_others_make_room() {
         move |bytes| {
             // No lock is held, and what is being made is counted.
             let stats = pool.stats();
-            assert_eq!(stats.parts_bytes(), stats.committed_bytes);
+            assert_eq!(stats.parts.total_bytes(), stats.committed_bytes);
             asked
                 .lock()
                 .expect("no panic")
-                .push((bytes, other.stats().parked_bytes));
+                .push((bytes, other.stats().parts.parked_bytes));
             cached.lock().expect("no panic").clear();
         }
     };
@@ -231,7 +234,7 @@ fn a_missing_page_takes_one_page_from_another_engine_after_its_own() {
     asks.deallocate(2 * PAGE, PAGE).expect("live");
     own.step();
     other.step();
-    let parked = || [&own, &other].map(|engine| engine.stats().parked_bytes / PAGE);
+    let parked = || [&own, &other].map(|engine| engine.stats().parts.parked_bytes / PAGE);
     assert_eq!(parked(), [1, 5]);
     asks.allocate(8 * PAGE, PAGE).expect("of its own");
     assert_eq!(parked(), [0, 5]);
@@ -259,7 +262,7 @@ fn a_large_chunk_takes_as_many_pages_as_are_missing() {
     asks.expect("addresses")
         .allocate(0, 8 * PAGE)
         .expect("room");
-    assert_eq!(other.stats().parked_bytes, 32 * PAGE, "two were free");
+    assert_eq!(other.stats().parts.parked_bytes, 32 * PAGE, "two were free");
 }
 
 #[test]
@@ -281,7 +284,7 @@ fn threads_that_are_short_at_once_take_what_they_need() {
             });
         }
     });
-    let taken = 64 - other.stats().parked_bytes / PAGE;
+    let taken = 64 - other.stats().parts.parked_bytes / PAGE;
     // Each may give up a piece that another thread then has.
     assert!((THREADS..=2 * THREADS).contains(&taken), "{taken} pages");
 }
@@ -300,7 +303,7 @@ fn a_driver_that_takes_nothing_back_costs_another_engine_one_piece() {
     assert_eq!(error, failure!(cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY));
     let stats = other.stats();
     assert_eq!(
-        (stats.parked_bytes, stats.quarantined_bytes),
+        (stats.parts.parked_bytes, stats.parts.quarantined_bytes),
         (7 * PAGE, PAGE)
     );
     simulated.simulator.clear_faults();
@@ -332,7 +335,7 @@ fn a_wait_ends_when_the_device_has_memory_again() {
                 .expect("the last page");
             pool.deallocate_for_model("b", 2 * PAGE, PAGE)
                 .expect("live");
-            while pool.stats().filling_bytes > 0 {
+            while pool.stats().parts.filling_bytes > 0 {
                 assert!(began.elapsed() < FOREVER, "between two tries");
                 thread::yield_now();
             }
@@ -416,7 +419,10 @@ fn a_pool_that_runs_out_retries_what_the_driver_refused() {
         }
         drop(dropped);
         other.step();
-        let held = (device.quarantined_bytes(), other.stats().quarantined_bytes);
+        let held = (
+            device.quarantined_bytes(),
+            other.stats().parts.quarantined_bytes,
+        );
         assert_eq!(held, (3 * PAGE, 2 * PAGE));
         simulated.simulator.clear_faults();
         let pool = greedy(device, manual());

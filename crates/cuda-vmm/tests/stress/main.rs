@@ -30,10 +30,7 @@ fn pool(device: &Device, page: usize) -> SharedMemoryPool {
         .park_bytes_max(4 * page)
         .cache_bytes_max(8 * page)
         .chunk_bytes_max(4 * page);
-    let options = SharedPoolOptions {
-        engine,
-        page_bytes: Some(page),
-    };
+    let options = SharedPoolOptions::new().engine(engine).page_bytes(page);
     SharedMemoryPool::with_options(device, options).expect("a pool")
 }
 

@@ -349,7 +349,7 @@ impl<'a> Player<'a> {
 
     fn look_at_the_numbers(&self) {
         let stats = self.pool.stats();
-        assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
         assert!(stats.committed_bytes <= stats.limit_bytes, "{stats}");
         let live: usize = self.pieces.all().map(|piece| piece.bytes).sum();
         assert_eq!(self.range().stats().live_bytes, live, "{}", self.name);

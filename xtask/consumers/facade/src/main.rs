@@ -3,7 +3,7 @@
 use candle_core::Device;
 use candle_cuda_vmm::{Result, VirtualMemoryPool};
 
-fn main() -> Result<()> {
+pub fn main() -> Result<()> {
     let mut pool = VirtualMemoryPool::new(
         128 * 1024 * 1024 * 1024, // 128 GiB of addresses
         2 * 1024 * 1024,          // in pages of 2 MiB

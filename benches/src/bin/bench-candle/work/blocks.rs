@@ -123,7 +123,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     stream.synchronize()?;
     let engine = backing.engine();
     let wait_started = Instant::now();
-    while engine.stats().retiring_bytes > 0 {
+    while engine.stats().parts.retiring_bytes > 0 {
         let waited = wait_started.elapsed();
         ensure!(waited < PATIENCE, "memory does not go back");
         engine.step();

@@ -69,8 +69,8 @@ fn held(pool: &TensorPool) -> Result<(usize, usize)> {
     let started = Instant::now();
     loop {
         let stats = engine.stats();
-        if stats.filling_bytes + stats.retiring_bytes == 0 {
-            let held = stats.committed_bytes - stats.ahead_bytes;
+        if stats.parts.filling_bytes + stats.parts.retiring_bytes == 0 {
+            let held = stats.committed_bytes - stats.parts.ahead_bytes;
             return Ok((held, stats.committed_bytes));
         }
         ensure!(started.elapsed() < PATIENCE, "memory stays on its way");

@@ -132,7 +132,8 @@ impl Memory for Elastic {
     fn free_blocks(&self, model: usize) -> usize {
         let all = self.pool.stats();
         let own = self.models[model].range.stats();
-        let gone = all.live_bytes + all.slack_bytes - own.slack_bytes + all.quarantined_bytes;
+        let gone = all.parts.live_page_bytes + all.parts.slack_bytes - own.parts.slack_bytes
+            + all.parts.quarantined_bytes;
         self.limit - gone / BLOCK_BYTES
     }
 

@@ -67,7 +67,7 @@ pub fn scrubbing(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let started = Instant::now();
         pool.deallocate(0, bytes)?;
         until(pool.engine(), "memory to go where it goes", |stats| {
-            Ok(stats.committed_bytes == kept_bytes && stats.cached_bytes == kept_bytes)
+            Ok(stats.committed_bytes == kept_bytes && stats.parts.cached_bytes == kept_bytes)
         })?;
         Ok(started.elapsed())
     };

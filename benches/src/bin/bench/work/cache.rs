@@ -95,7 +95,7 @@ impl Cache {
         };
         // It makes more only when half of it is gone, and may make a chunk more than is asked for.
         watch(pool.engine(), "memory to be made ahead", |stats| {
-            stats.filling_bytes == 0 && stats.ahead_bytes > bytes / 2
+            stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes > bytes / 2
         })
     }
 

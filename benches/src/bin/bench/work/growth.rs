@@ -73,7 +73,7 @@ impl Ranges {
             // little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
                 let least_bytes = ranges * (PAGES_AHEAD - 1) * page_bytes;
-                stats.filling_bytes == 0 && stats.ahead_bytes >= least_bytes
+                stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes >= least_bytes
             })?;
         }
         Ok(Self {

@@ -55,7 +55,7 @@ pub fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for _ in 0..3 {
         let pool = machine.pool(options, limit_bytes)?;
         let (before, after) = fill(&pool)?;
-        let is_kept = before.live_bytes == after.live_bytes;
+        let is_kept = before.parts.live_page_bytes == after.parts.live_page_bytes;
         ensure!(
             is_kept,
             "what was live before the failure is not live after it"
@@ -79,8 +79,8 @@ pub fn slack(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut pool = machine.pool(EngineOptions::new(), BYTES)?;
     let now = |pool: &VirtualMemoryPool| {
         let stats = pool.stats();
-        let allowed_bytes = stats.live_page_bytes as f64 / 8.0 + stats.page_bytes as f64;
-        (stats.slack_bytes as f64, allowed_bytes)
+        let allowed_bytes = stats.parts.live_page_bytes as f64 / 8.0 + stats.page_bytes as f64;
+        (stats.parts.slack_bytes as f64, allowed_bytes)
     };
     let mut worst = (0.0, page_bytes as f64);
     // Steps that end within pages.

@@ -33,7 +33,9 @@ pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let pool = machine.pool(EngineOptions::new().cache_bytes_max(64 << 20), page_bytes)?;
     let mut sides = Sides::new();
     sides.add("ours, handle in the cache", || {
-        one_page(machine, &pool, |stats| stats.cached_bytes >= page_bytes)
+        one_page(machine, &pool, |stats| {
+            stats.parts.cached_bytes >= page_bytes
+        })
     });
     sides.add("bare map and set access", || {
         let ((), elapsed) = time(|| range.map_last())?;
@@ -145,15 +147,15 @@ impl Other {
                 self = Self::new(machine, engine, capacity_bytes)?;
             }
             watch(engine, "memory to be made ahead", |stats| {
-                stats.filling_bytes == 0 && stats.ahead_bytes > 0
+                stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes > 0
             })?;
             self.0.allocate(self.1, ahead_bytes)?;
             self.1 += ahead_bytes;
             watch(engine, "the thread to begin", |stats| {
-                let there = stats.ahead_bytes + stats.slack_bytes;
-                stats.filling_bytes > 0 || there >= ahead_bytes
+                let there = stats.parts.ahead_bytes + stats.parts.slack_bytes;
+                stats.parts.filling_bytes > 0 || there >= ahead_bytes
             })?;
-            if engine.stats().filling_bytes > 0 {
+            if engine.stats().parts.filling_bytes > 0 {
                 return Ok(self);
             }
         }
@@ -171,7 +173,8 @@ pub fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let idle = machine.pool(EngineOptions::new(), page_bytes)?;
     let other_bytes = machine.fitting(16 << 30, 0.25, PAGES_AHEAD * page_bytes)?;
     let mut other = Some(Other::new(machine, &engine, other_bytes)?);
-    let is_gone = |stats: &cuda_vmm::EngineStats| stats.retiring_bytes + stats.parked_bytes == 0;
+    let is_gone =
+        |stats: &cuda_vmm::EngineStats| stats.parts.retiring_bytes + stats.parts.parked_bytes == 0;
     let mut sides = Sides::new();
     sides.add("ours, worker idle", || one_page(machine, &idle, is_gone));
     sides.add("ours, worker prefetches", || {

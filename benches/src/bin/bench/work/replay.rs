@@ -97,10 +97,10 @@ impl<'a> Gpu<'a> {
                 "second {}: {} MiB committed, {} live, {} retiring, {} parked, {} ahead; used {:?}",
                 self.machine.replay.window_s().0 + second as f64,
                 mib(stats.committed_bytes),
-                mib(stats.live_bytes),
-                mib(stats.retiring_bytes),
-                mib(stats.parked_bytes),
-                mib(stats.ahead_bytes),
+                mib(stats.parts.live_page_bytes),
+                mib(stats.parts.retiring_bytes),
+                mib(stats.parts.parked_bytes),
+                mib(stats.parts.ahead_bytes),
                 used.collect::<Vec<_>>()
             ));
             self.seen = (second, self.seen.1.max(stats.committed_bytes));

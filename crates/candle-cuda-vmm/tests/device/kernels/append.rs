@@ -1,12 +1,12 @@
-//! What an append answers, beside Candle's own concatenation on the CPU: for shapes, strides and
-//! offsets that one launch takes and for those that it does not, in types of which Candle has
-//! copies of any strides.
+//! Compares the output of an append with Candle's concatenation on the CPU: for shapes, strides and
+//! offsets that one launch supports and for others, in all dtypes that Candle copies with any
+//! strides.
 
 use crate::common::open;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 
-/// Numbers from `first` on, that every type can tell from their neighbours.
+/// Makes numbers from `first` on, of which neighbors differ in every dtype.
 fn numbers(first: usize, dims: &[usize], dtype: DType) -> Tensor {
     let count = dims.iter().product();
     let numbers = (first..).map(|number| (number % 13) as f32).take(count);
@@ -14,20 +14,20 @@ fn numbers(first: usize, dims: &[usize], dtype: DType) -> Tensor {
     numbers.to_dtype(dtype).unwrap()
 }
 
-/// How tokens lie before they are appended.
+/// The layout of tokens before they are appended.
 #[derive(Clone, Copy, Debug)]
 enum Lie {
-    /// As their shape has them.
+    /// Contiguous.
     Contiguous,
-    /// As projections leave them.
+    /// Token-major, as the projections return them.
     TokenMajor,
-    /// A part of something larger, along the sequence.
+    /// A part of a larger tensor, along the sequence.
     BehindTokens,
-    /// A part of something larger, along the last dimension.
+    /// A part of a larger tensor, along the last dimension.
     BehindElements,
 }
 
-/// The same tokens, laid out another way on this device.
+/// Returns the same tokens in another layout on this device.
 fn laid(tokens: &Tensor, lie: Lie, device: &Device) -> Tensor {
     let there = |tokens: &Tensor| tokens.to_device(device).unwrap();
     match lie {
@@ -68,7 +68,7 @@ fn expect(answer: &Tensor, expected: &Tensor, what: &str) {
 fn answers_are_what_candle_concatenates() {
     let test = open();
     let dtypes = [DType::F32, DType::F16, DType::BF16, DType::F64, DType::U8];
-    // The last is not of whole pieces in any of the types.
+    // The last is no multiple of 16 bytes in any of the dtypes.
     let shapes = [(1, 8, 128), (2, 3, 16), (1, 1, 64), (2, 2, 5)];
     for contiguous in [false, true] {
         let options = TensorPoolOptions::new().contiguous_output(contiguous);

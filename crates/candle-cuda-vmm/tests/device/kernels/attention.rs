@@ -1,4 +1,5 @@
-//! Grouped-query attention, beside what Candle's models do: repeat K and V, multiply, softmax, multiply.
+//! Compares grouped-query attention with the steps of Candle's models: repeat K and V, multiply,
+//! softmax, multiply.
 
 use crate::common::open;
 use candle_core::{D, DType, Device, Error, Result, Shape, Tensor};
@@ -32,7 +33,8 @@ const fn case(
     }
 }
 
-/// One query, a prompt, a prompt after other tokens; one sequence and several; one, some and all heads shared.
+/// One query, a prompt, a prompt after other tokens; one sequence and several; one, some and all
+/// heads shared.
 const CASES: [Case; 11] = [
     case(1, (8, 2), (1, 33), 64),
     case(1, (8, 2), (1, 1), 64),
@@ -44,16 +46,16 @@ const CASES: [Case; 11] = [
     case(5, (4, 2), (1, 12), 16),
     case(3, (4, 1), (3, 11), 16),
     case(1, (4, 4), (6, 6), 48),
-    // Few long rows, for which a GPU takes another softmax.
+    // Few long rows, for which a GPU uses another softmax.
     case(1, (4, 2), (1, 4100), 8),
 ];
 
-/// Where K and V stand.
+/// The layout of K and V.
 #[derive(Clone, Copy, Debug)]
-enum Place {
-    /// `[batch, kv_heads, keys, dim]`, as it is.
+enum KvLayout {
+    /// Contiguous `[batch, kv_heads, keys, dim]`.
     HeadMajor,
-    /// The first keys of a longer head-major reservation, as Candle's `KvCache` answers them.
+    /// The first keys of a longer head-major reservation, as Candle's `KvCache` returns them.
     HeadMajorPart,
     /// A view of `[batch, keys, kv_heads, dim]`.
     TokenMajor,
@@ -61,7 +63,7 @@ enum Place {
     TokenMajorPart,
 }
 
-impl Place {
+impl KvLayout {
     const ALL: [Self; 4] = [
         Self::HeadMajor,
         Self::HeadMajorPart,
@@ -69,7 +71,7 @@ impl Place {
         Self::TokenMajorPart,
     ];
 
-    /// A view `[batch, kv_heads, keys, dim]` of random numbers that stand so.
+    /// Makes a view `[batch, kv_heads, keys, dim]` of random numbers with this layout.
     fn random(self, case: Case, dtype: DType, device: &Device) -> Result<Tensor> {
         let Case {
             batch,
@@ -90,7 +92,7 @@ impl Place {
     }
 }
 
-/// What Candle's models do, in F32.
+/// Attention as in Candle's models, in F32.
 fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
     let (_, query_heads, queries, _) = q.dims4()?;
     let (batch, kv_heads, keys, dim) = k.dims4()?;
@@ -115,7 +117,7 @@ fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Re
     weights.matmul(&repeated(v)?)
 }
 
-/// The largest difference between two tensors.
+/// Returns the largest difference between two tensors.
 fn difference(left: &Tensor, right: &Tensor) -> Result<f32> {
     let left = left.to_dtype(DType::F32)?;
     (left - right)?
@@ -128,10 +130,10 @@ fn difference(left: &Tensor, right: &Tensor) -> Result<f32> {
 #[test]
 fn every_shape_in_every_place_is_what_repeated_heads_give() {
     let test = open();
-    // How far sums of a few hundred numbers around 1, with weights of that type, may be off.
+    // The allowed error of sums of a few hundred numbers around 1, with weights of that dtype.
     for (dtype, allowed) in [(DType::F32, 2e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         for case in CASES {
-            for place in Place::ALL {
+            for place in KvLayout::ALL {
                 for causal in [true, false] {
                     let device = &test.device;
                     let shape = (case.batch, case.query_heads, case.queries, case.dim);
@@ -162,8 +164,11 @@ fn queries_may_stand_anywhere_and_k_and_v_in_different_places() {
     let case = case(2, (8, 2), (4, 19), 32);
     let q = Tensor::randn(0f32, 1., (2, 4, 8, 32), &test.device).unwrap();
     let q = q.transpose(1, 2).unwrap();
-    let random = |place: Place| place.random(case, DType::F32, &test.device).unwrap();
-    let (k, v) = (random(Place::TokenMajorPart), random(Place::HeadMajorPart));
+    let random = |place: KvLayout| place.random(case, DType::F32, &test.device).unwrap();
+    let (k, v) = (
+        random(KvLayout::TokenMajorPart),
+        random(KvLayout::HeadMajorPart),
+    );
     let ours = gqa(&q, &k, &v, 0.2, true).unwrap();
     let expected = reference(&q, &k, &v, 0.2, true).unwrap();
     assert!(difference(&ours, &expected).unwrap() <= 2e-5);
@@ -180,10 +185,10 @@ fn queries_may_stand_anywhere_and_k_and_v_in_different_places() {
 fn large_scores_do_not_overflow() {
     let test = open();
     let case = case(1, (2, 1), (3, 6), 16);
-    let kv = Place::TokenMajor
+    let kv = KvLayout::TokenMajor
         .random(case, DType::F16, &test.device)
         .unwrap();
-    // Scores up to a hundred thousand, where F16 ends at 65,504.
+    // Scores up to a hundred thousand. The largest F16 is 65,504.
     let q = Tensor::full(600f32, (1, 2, 3, 16), &test.device).unwrap();
     let q = q.to_dtype(DType::F16).unwrap();
     let k = kv.affine(20., 0.).unwrap();
@@ -234,7 +239,7 @@ fn what_does_not_fit_is_refused_by_name() {
             }
         ));
     }
-    // Another batch, head dimension, number of heads that do not divide; more queries than keys.
+    // Another batch or head dimension, heads that do not divide, and more queries than keys.
     for shape in [
         [2, 2, 3, 8],
         [1, 2, 3, 16],
@@ -266,7 +271,7 @@ fn what_does_not_fit_is_refused_by_name() {
             Error::EmptyTensor { op: NAME }
         ));
     }
-    // The head dimension with steps between its elements.
+    // A head dimension with a stride other than 1.
     let across = f32(&[1, 2, 8, 3]).transpose(2, 3).unwrap();
     for (k, v) in [(&across, &kv), (&kv, &across)] {
         match error(&q, k, v) {
@@ -276,7 +281,7 @@ fn what_does_not_fit_is_refused_by_name() {
             other => panic!("{other}"),
         }
     }
-    // More queries than keys are fine where order does not matter.
+    // Without a causal mask there may be more queries than keys.
     let one = f32(&[1, 2, 1, 8]);
     assert_eq!(gqa(&q, &one, &one, 1., false).unwrap().dims(), q.dims());
 
@@ -288,7 +293,7 @@ fn what_does_not_fit_is_refused_by_name() {
                 Error::DeviceMismatchBinaryOp { op: NAME, .. }
             ));
         }
-        // A key's stride below the head's dimension: cuBLAS has no such matrix.
+        // A key's stride below the head dimension: cuBLAS does not support such a matrix.
         let same = f32(&[1, 2, 1, 8]).expand((1, 2, 3, 8)).unwrap();
         assert!(matches!(
             error(&q, &same, &same),

@@ -1,5 +1,5 @@
-//! Blocks as kernels see them: written by `slice_set`, and read by `index_select` over a table, which stands in for paged
-//! attention.
+//! Blocks as kernels use them: written by `slice_set`, and read by `index_select` over a table, in
+//! place of paged attention.
 
 use crate::blocks::{pool, settle, wide};
 use crate::common::{UnderTest, block_page, open};
@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 
-/// A block whose elements all are this number.
+/// Makes a block whose elements all are this number.
 fn block_of(test: &UnderTest, shape: impl Into<Shape>, number: usize) -> Tensor {
     let number = Tensor::new(number as f32, &test.device).unwrap();
     let block = number.broadcast_as(shape).unwrap();
@@ -17,11 +17,11 @@ fn block_of(test: &UnderTest, shape: impl Into<Shape>, number: usize) -> Tensor 
 }
 
 fn reserved(blocks: &ElasticBlocks) -> Vec<Tensor> {
-    // SAFETY: the tests write to, and read by tables of, backed blocks only, all on Candle's stream.
+    // SAFETY: the tests write, and read by tables, backed blocks only, all on Candle's stream.
     unsafe { blocks.reserved_tensors() }.unwrap()
 }
 
-/// The first and the last element of each block of a table.
+/// Reads the first and the last element of each block of a table.
 fn read(test: &UnderTest, blocks: &ElasticBlocks, tensor: &Tensor, table: &[usize]) -> Vec<f32> {
     blocks.check_table(table.iter().copied()).unwrap();
     let ids: Vec<u32> = table.iter().map(|block| *block as u32).collect();
@@ -61,7 +61,7 @@ fn tables_are_read_where_nothing_is_between_the_blocks() {
         let found = read(&test, &blocks, tensor, &table);
         assert_eq!(found, table.iter().flat_map(expected).collect::<Vec<_>>());
     }
-    // Each block lies in a page, or on the edge of two.
+    // Each block lies in one page, or crosses into a second.
     let pages_max = 2 * table.len() * shapes.len();
     assert!(blocks.stats().committed_bytes <= pages_max * block_page());
 }
@@ -81,7 +81,7 @@ fn a_prefix_is_a_tensor_as_any_other() {
     assert_eq!(sums.to_vec1::<f32>().unwrap(), [12., 36., 60., 84., 108.]);
 }
 
-/// What a prefix cache knows of a block that it holds.
+/// A prefix cache's record of a block that it holds.
 struct Cached {
     block: usize,
     used: usize,
@@ -97,7 +97,7 @@ fn a_prefix_cache_is_read_right_while_idle_blocks_move_and_go_back() {
     let blocks = pool.blocks(40, entries).unwrap();
     let tensors = reserved(&blocks);
     let mut random = StdRng::seed_from_u64(5);
-    // By prompt and the place in it; blocks that nobody has are free.
+    // Indexed by prompt and position. Blocks that are not in it are free.
     let mut cached: BTreeMap<(usize, usize), Cached> = BTreeMap::new();
     let (mut hits, mut moved, mut returned_bytes) = (0, 0, 0);
     for round in 0..150 {
@@ -111,7 +111,7 @@ fn a_prefix_cache_is_read_right_while_idle_blocks_move_and_go_back() {
                 continue;
             }
             let free = (0..40).find(|block| cached.values().all(|other| other.block != *block));
-            // The least recently used keeps its numbers until now.
+            // The least recently used block still has its contents.
             let block = free.unwrap_or_else(|| {
                 let oldest = cached.iter().min_by_key(|(_, cached)| cached.used);
                 let oldest = *oldest.unwrap().0;
@@ -140,7 +140,7 @@ fn a_prefix_cache_is_read_right_while_idle_blocks_move_and_go_back() {
         }
         if round % 10 == 9 {
             let owner = |block| cached.values().find(|cached| cached.block == block);
-            // What was used just now is in use still: it may be moved only.
+            // A block that was just used is still in use: it may only be moved.
             let cost = |block| match owner(block) {
                 Some(cached) if cached.used + 2 > round => None,
                 Some(cached) => Some(1.0 + cached.used as f64),
@@ -166,7 +166,7 @@ fn a_prefix_cache_is_read_right_while_idle_blocks_move_and_go_back() {
         hits > 50 && moved > 0 && returned_bytes > 0,
         "{hits} {moved}"
     );
-    // Idle: what is read often stays warm.
+    // Idle: blocks that are read often are kept.
     let idle = blocks.reclaim_candidates(usize::MAX, |block| {
         let warm = cached
             .iter()

@@ -1,6 +1,6 @@
-//! Caches behind the trait, as a model uses them, beside a plain list of tokens.
+//! Compares caches behind the trait, as a model uses them, with a plain list of tokens.
 //!
-//! A cache of another kind is one more line in [`every_kind`].
+//! To test another kind of cache, add a line to [`every_kind`].
 
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
@@ -28,8 +28,8 @@ macro_rules! every_kind {
     };
 }
 
-/// Tokens of these numbers, `[1, HEADS, tokens, HEAD_DIM]`: each number once for each head and
-/// dimension, told apart by head. As models have them after a transposition, if `token_major`.
+/// Makes tokens `[1, HEADS, tokens, HEAD_DIM]` of these numbers, which differ by head. With
+/// `token_major` they are a transposed view, as in models.
 fn tokens(numbers: &[u32], token_major: bool, device: &Device) -> Tensor {
     let elements = |number: u32, head: usize| [(number * 10) as f32 + head as f32; HEAD_DIM];
     let (shape, elements): (_, Vec<f32>) = match token_major {
@@ -66,7 +66,7 @@ fn expect_tokens(tensor: &Tensor, numbers: &[u32], device: &Device) {
     assert_eq!(flat(tensor), flat(&expected));
 }
 
-/// The values that go with keys of these numbers.
+/// Makes the values for keys of these numbers.
 fn values(keys: &[u32]) -> Vec<u32> {
     keys.iter().map(|number| number + 1_000).collect()
 }

@@ -1,4 +1,5 @@
-//! What launches Candle's kernels on a CUDA device: `cargo xtask test --cuda` leaves this module out by its name.
+//! Tests that launch Candle's kernels on a CUDA device: `cargo xtask test --cuda` skips this module
+//! by name.
 
 mod append;
 mod attention;

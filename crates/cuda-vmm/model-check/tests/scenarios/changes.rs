@@ -29,10 +29,7 @@ impl Scene {
     fn new(limit_pages: usize, options: EngineOptions) -> Self {
         let world = World::new(true);
         let engine = options.limit_bytes(limit(limit_pages));
-        let options = SharedPoolOptions {
-            engine,
-            page_bytes: Some(PAGE),
-        };
+        let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
         let pool = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
         for model in ["holds", "wants"] {
             pool.register_model(model, 8 * PAGE).expect("a new name");
@@ -77,7 +74,7 @@ fn explore_both(scenario: fn(WorkerMode)) {
 
 /// Steps until what was freed is parked.
 fn park(scene: &Scene) {
-    while scene.holds.stats().retiring_bytes > 0 {
+    while scene.holds.stats().parts.retiring_bytes > 0 {
         scene.pool.engine().step();
         thread::yield_now();
     }
@@ -268,7 +265,7 @@ fn slack_is_given_back_by_a_compaction() {
         let large = scene.pool.model("large").expect("registered");
         large.allocate(0, 16 * PAGE).expect("room");
         large.deallocate(PAGE, PAGE).expect("live");
-        assert_eq!(large.stats().slack_bytes, PAGE);
+        assert_eq!(large.stats().parts.slack_bytes, PAGE);
         let waits = scene.wait_for(2);
         // SAFETY: nothing was launched.
         unsafe { scene.pool.compact_model("large") }.expect("no call fails");

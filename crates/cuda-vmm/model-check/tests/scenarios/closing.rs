@@ -31,10 +31,8 @@ fn drop_while_another_allocates(new_driver: bool, mode: WorkerMode) {
 /// A model goes while another thread allocates for it: that gets memory which goes with the model, or is told.
 fn unregister_while_another_allocates(mode: WorkerMode) {
     let world = World::new(true);
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new().limit_bytes(8 * PAGE).worker(mode),
-        page_bytes: None,
-    };
+    let options =
+        SharedPoolOptions::new().engine(EngineOptions::new().limit_bytes(8 * PAGE).worker(mode));
     let shared = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
     shared.register_model("model", 8 * PAGE).expect("new");
     let threads = [(); 2].map(|()| {
@@ -140,7 +138,7 @@ fn pool_and_pin_of_parked_memory_go() {
     let address = pool.allocate(0, PAGE).expect("room");
     let pin = pool.pin_for_graph(0, PAGE).expect("live");
     pool.deallocate(0, PAGE).expect("live");
-    while engine.stats().parked_bytes == 0 {
+    while engine.stats().parts.parked_bytes == 0 {
         engine.step();
         thread::yield_now();
     }

@@ -11,13 +11,12 @@ const PAGES: usize = 16;
 
 fn freed_meanwhile(mode: WorkerMode) {
     let world = World::new(true);
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new()
+    let options = SharedPoolOptions::new().engine(
+        EngineOptions::new()
             .limit_bytes(limit(PAGES + 1))
             .chunk_bytes_max(2 * PAGE)
             .worker(mode),
-        page_bytes: None,
-    };
+    );
     let pool = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
     for model in ["a", "b"] {
         pool.register_model(model, PAGES * PAGE)

@@ -109,8 +109,8 @@ fn keeping(world: &World, mode: WorkerMode, kept: Kept) -> (Engine, VirtualMemor
     pool.allocate(0, PAGE).expect("room");
     pool.deallocate(0, PAGE).expect("live");
     let is_kept = || match kept {
-        Kept::Parked => engine.stats().parked_bytes == PAGE,
-        Kept::Cached => engine.stats().cached_bytes == PAGE,
+        Kept::Parked => engine.stats().parts.parked_bytes == PAGE,
+        Kept::Cached => engine.stats().parts.cached_bytes == PAGE,
     };
     while !is_kept() {
         if mode == WorkerMode::Manual {

@@ -85,13 +85,12 @@ fn two_threads_of_one_range(mode: WorkerMode) {
 fn model_goes_while_its_handle_is_used(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
-    let options = SharedPoolOptions {
-        engine: EngineOptions::new()
+    let options = SharedPoolOptions::new().engine(
+        EngineOptions::new()
             .limit_bytes(4 * PAGE)
             .park_bytes_max(2 * PAGE)
             .worker(mode),
-        page_bytes: None,
-    };
+    );
     let shared = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
     shared.register_model("model", 2 * PAGE).expect("new");
     let model = shared.model("model").expect("registered");

@@ -39,10 +39,7 @@ fn shared(world: &World, limit_pages: usize, mode: WorkerMode) -> SharedMemoryPo
         .park_bytes_max(limit_pages * PAGE)
         .chunk_bytes_max(0)
         .worker(mode);
-    let options = SharedPoolOptions {
-        engine,
-        page_bytes: Some(PAGE),
-    };
+    let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
     SharedMemoryPool::with_options(&world.device, options).expect("no call fails")
 }
 

@@ -111,7 +111,7 @@ pub fn write(stream: &Stream, address: u64, bytes: usize) {
 /// The parts of a snapshot add up, within the limit.
 pub fn assert_adds_up(engine: &Engine) {
     let stats = engine.stats();
-    assert_eq!(stats.parts_bytes(), stats.committed_bytes, "{stats}");
+    assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
     assert!(stats.committed_bytes <= stats.limit_bytes, "{stats}");
 }
 

@@ -1,11 +1,8 @@
 //! The budget of an engine, and who is charged for what.
 
 use super::pressure::{self, Holder, Ticket, Want, Wants};
-use crate::{Result, VmmError};
+use crate::{QuotaConflict, Result, VmmError};
 use std::collections::BTreeMap;
-
-/// What cannot be had where a guarantee has no room beside what is held and guaranteed.
-pub(crate) const NO_ROOM: &str = "guarantee";
 
 /// Names an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,7 +36,7 @@ impl Quota {
             return Ok(());
         }
         Err(VmmError::QuotaUnsatisfiable {
-            what: "guarantee above its ceiling",
+            what: QuotaConflict::GuaranteeAboveCeiling,
             asked_bytes: self.guarantee_bytes,
             available_bytes: self.ceiling_bytes,
         })
@@ -173,7 +170,7 @@ impl Ledger {
         if asked_bytes > self.limit_bytes {
             // However much others give back.
             return Err(VmmError::QuotaUnsatisfiable {
-                what: "guarantee above the limit",
+                what: QuotaConflict::GuaranteeAboveLimit,
                 asked_bytes,
                 available_bytes: self.limit_bytes,
             });
@@ -188,7 +185,7 @@ impl Ledger {
             return Ok(());
         }
         Err(VmmError::QuotaUnsatisfiable {
-            what: NO_ROOM,
+            what: QuotaConflict::Guarantee,
             asked_bytes,
             available_bytes,
         })

@@ -15,4 +15,6 @@ pub(crate) mod move_plan;
 pub(crate) mod pages;
 pub(crate) mod policy;
 pub(crate) mod pressure;
+pub(crate) mod range_id;
+pub(crate) mod refusals;
 pub(crate) mod sorted;

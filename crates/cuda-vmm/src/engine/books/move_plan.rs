@@ -1,6 +1,6 @@
 //! Which chunks of a range are worth moving, and which of them fit in the budget.
 
-use super::pages::PartlyLive;
+use super::pages::relocation::PartlyLive;
 
 /// Chunks to be moved, one after the other.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -8,34 +8,16 @@ mod ahead;
 mod chunk;
 mod counts;
 mod draining;
-mod relocation;
+pub(crate) mod relocation;
 
 pub(crate) use chunk::{ChunkState, Contents};
-pub(crate) use relocation::PartlyLive;
 
 use super::intervals::{Around, Intervals};
 use super::sorted::{Place, SortedMap};
+use crate::MemoryParts;
 use chunk::Chunk;
 use core::ops::Range;
 use counts::Counts;
-
-/// Bytes of a range by what they are. Every charged byte is in exactly one part.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Parts {
-    pub(crate) filling_bytes: usize,
-    /// Pages with live bytes that can be reached.
-    pub(crate) live_bytes: usize,
-    /// Pages of which all bytes that are still there were freed, and are leased.
-    pub(crate) leased_bytes: usize,
-    /// Backed pages without.
-    pub(crate) slack_bytes: usize,
-    /// Retiring and draining.
-    pub(crate) retiring_bytes: usize,
-    pub(crate) parked_bytes: usize,
-    /// Made before anyone asked for it.
-    pub(crate) ahead_bytes: usize,
-    pub(crate) quarantined_bytes: usize,
-}
 
 /// What an allocation would find.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -104,21 +86,23 @@ impl<M> Pages<M> {
         self.chunks.len()
     }
 
-    pub(crate) fn parts(&self) -> Parts {
+    /// What the pages are. Leased pages count as live here.
+    pub(crate) fn parts(&self) -> MemoryParts {
         let bytes = |state: ChunkState| self.counts.pages(state) * self.page_bytes;
         let ahead_bytes = self.counts.ahead_pages() * self.page_bytes;
         let backed_bytes = bytes(ChunkState::Backed) + bytes(ChunkState::Relocating);
-        let live_bytes = (self.live_pages - self.stranded_live_pages()) * self.page_bytes;
-        Parts {
+        let live_page_bytes = (self.live_pages - self.stranded_live_pages()) * self.page_bytes;
+        MemoryParts {
             filling_bytes: bytes(ChunkState::Filling),
-            live_bytes,
-            // The books of pages know no leases.
-            leased_bytes: 0,
-            slack_bytes: backed_bytes - live_bytes,
+            live_page_bytes,
+            slack_bytes: backed_bytes - live_page_bytes,
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
             parked_bytes: bytes(ChunkState::Parked) - ahead_bytes,
             ahead_bytes,
             quarantined_bytes: bytes(ChunkState::Quarantined) + bytes(ChunkState::Stranded),
+            // The books of pages know neither leases nor the cache.
+            leased_bytes: 0,
+            cached_bytes: 0,
         }
     }
 

@@ -148,17 +148,7 @@ pub(crate) fn divide<A: Copy + PartialEq>(
     holders: &[Holder<A>],
     wants: impl IntoIterator<Item = (Ticket, Want<A>)>,
 ) -> Vec<usize> {
-    let above_ceiling = |holder: &Holder<A>| holder.used_bytes.saturating_sub(holder.ceiling_bytes);
-    let mut owed: Vec<usize> = holders.iter().map(above_ceiling).collect();
-    let spoken_for = holders
-        .iter()
-        .map(|holder| holder.used_bytes.max(holder.guarantee_bytes));
-    let spoken_for = spoken_for.fold(0, usize::saturating_add);
-    let owed_anyhow = owed.iter().copied().fold(0, usize::saturating_add);
-    // Saturating: where memory in quarantine is on no open account, less is there than the limit. What is owed is part of
-    // what is spoken for, and the limit may be the largest number.
-    let mut room_bytes = limit_bytes.saturating_sub(spoken_for.saturating_sub(owed_anyhow));
-
+    let mut division = Division::new(limit_bytes, holders);
     let at = |account: A| holders.iter().position(|holder| holder.account == account);
     let mut wants: Vec<_> = wants
         .into_iter()
@@ -168,49 +158,95 @@ pub(crate) fn divide<A: Copy + PartialEq>(
         })
         .collect();
     wants.sort_by_key(|(turn, ..)| *turn);
-    let asking: Vec<_> = wants.iter().map(|(_, asker, _)| *asker).collect();
-    let mut askers = Vec::new();
+    division.asking = wants.iter().map(|(_, asker, _)| *asker).collect();
     for (_, asker, want) in wants {
-        let asks = &holders[asker];
-        askers.push(asker);
+        division.serve(asker, &want);
+    }
+    division.owed
+}
+
+/// What is owed of the wants that were looked at so far, in their turn.
+struct Division<'a, A> {
+    holders: &'a [Holder<A>],
+    /// What each holder owes.
+    owed: Vec<usize>,
+    /// What is there, or comes back by itself, and is for nobody yet.
+    room_bytes: usize,
+    /// The holders that want more.
+    asking: Vec<usize>,
+    /// Those of them whose turn has come.
+    served: Vec<usize>,
+}
+
+impl<'a, A> Division<'a, A> {
+    /// What holders owe because they are above their ceilings.
+    fn new(limit_bytes: usize, holders: &'a [Holder<A>]) -> Self {
+        let above_ceiling =
+            |holder: &Holder<A>| holder.used_bytes.saturating_sub(holder.ceiling_bytes);
+        let owed: Vec<usize> = holders.iter().map(above_ceiling).collect();
+        let spoken_for = holders
+            .iter()
+            .map(|holder| holder.used_bytes.max(holder.guarantee_bytes));
+        let spoken_for = spoken_for.fold(0, usize::saturating_add);
+        let owed_anyhow = owed.iter().copied().fold(0, usize::saturating_add);
+        // Saturating: if memory in quarantine is on no open account, less is there than the limit. What is owed is part
+        // of what is spoken for, and the limit may be the largest number.
+        let room_bytes = limit_bytes.saturating_sub(spoken_for.saturating_sub(owed_anyhow));
+        Self {
+            holders,
+            owed,
+            room_bytes,
+            asking: Vec::new(),
+            served: Vec::new(),
+        }
+    }
+
+    /// Adds what is owed for one want.
+    fn serve(&mut self, asker: usize, want: &Want<A>) {
+        let asks = &self.holders[asker];
+        self.served.push(asker);
         let below_ceiling = asks.ceiling_bytes.saturating_sub(asks.used_bytes);
         if want.bytes > below_ceiling {
-            continue;
+            return;
         }
         let beyond_bytes = want.bytes.saturating_sub(asks.unused_guarantee());
-        let mut short_bytes = beyond_bytes.saturating_sub(room_bytes);
-        room_bytes = room_bytes.saturating_sub(beyond_bytes);
-        let spare = |index: usize, owed: &[usize]| {
-            let left_bytes = holders[index].used_bytes - owed[index];
-            left_bytes.saturating_sub(holders[index].guarantee_bytes)
-        };
-        // Of two of one priority, the one that holds more owes. If it stands further ahead for more itself, then only down
-        // to where both hold the same; if it stands behind one that waits, also where both hold the same, so that one of
-        // them is served.
-        let most = |index: usize, owed: &[usize]| {
-            let spare_bytes = spare(index, owed);
-            let giver = &holders[index];
-            if giver.priority < asks.priority {
-                return spare_bytes;
-            }
-            match giver.above_guarantee().checked_sub(asks.above_guarantee()) {
-                None => 0,
-                Some(more_bytes) if askers.contains(&index) => spare_bytes.min(more_bytes / 2),
-                Some(0) if !(want.waits && asking.contains(&index)) => 0,
-                Some(_) => spare_bytes,
-            }
-        };
-        let mut givers: Vec<_> = (0..holders.len())
-            .filter(|index| *index != asker && holders[*index].priority <= asks.priority)
+        let mut short_bytes = beyond_bytes.saturating_sub(self.room_bytes);
+        self.room_bytes = self.room_bytes.saturating_sub(beyond_bytes);
+        let mut givers: Vec<_> = (0..self.holders.len())
+            .filter(|index| *index != asker && self.holders[*index].priority <= asks.priority)
             .collect();
-        givers.sort_by_key(|index| (holders[*index].priority, Reverse(spare(*index, &owed))));
+        givers.sort_by_key(|index| (self.holders[*index].priority, Reverse(self.spare(*index))));
         for index in givers {
-            let bytes = short_bytes.min(most(index, &owed));
-            owed[index] += bytes;
+            let bytes = short_bytes.min(self.most(index, asks, want));
+            self.owed[index] += bytes;
             short_bytes -= bytes;
         }
     }
-    owed
+
+    /// What a holder has beyond its guarantee and does not owe yet, in bytes.
+    fn spare(&self, index: usize) -> usize {
+        let left_bytes = self.holders[index].used_bytes - self.owed[index];
+        left_bytes.saturating_sub(self.holders[index].guarantee_bytes)
+    }
+
+    /// The most that a holder may owe for a want, in bytes.
+    ///
+    /// Of two of one priority, the one that holds more owes. If it stands further ahead for more itself, then only down
+    /// to where both hold the same; if it stands behind one that waits, also if both hold the same, so that one of
+    /// them is served.
+    fn most(&self, index: usize, asks: &Holder<A>, want: &Want<A>) -> usize {
+        let spare_bytes = self.spare(index);
+        let giver = &self.holders[index];
+        if giver.priority < asks.priority {
+            return spare_bytes;
+        }
+        match giver.above_guarantee().checked_sub(asks.above_guarantee()) {
+            None => 0,
+            Some(more_bytes) if self.served.contains(&index) => spare_bytes.min(more_bytes / 2),
+            Some(0) if !(want.waits && self.asking.contains(&index)) => 0,
+            Some(_) => spare_bytes,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -16,29 +16,31 @@
 //! The old memory is the one copy that counts until all of the new is accessible. Bytes may be
 //! freed meanwhile; a chunk that nobody uses retires when its move has ended.
 
-mod relocation;
 mod report;
-mod stranded;
 
 pub use report::CompactReport;
-pub(super) use stranded::Relocations;
 
+use super::at_work::AtWork;
 use super::books::move_plan::MovePlan;
-use super::books::pages::PartlyLive;
-use super::refused::Which;
+use super::books::pages::relocation::PartlyLive;
+use super::books::range_id::RangeId;
+use super::handle::RangeHandle;
+use super::inner::Inner;
+use super::queue::Until;
 use super::relief::Relief;
-use super::retire::Until;
+use super::relocation::{Relocation, Site};
+use super::retry::Which;
+use super::shortage::Shortage;
+use super::state::State;
 use super::users::Users;
-use super::{AtWork, Inner, RangeId, State};
-use crate::capture::CaptureGuard;
+use crate::capture::{CaptureGuard, NoCapture};
 use crate::events::Entered;
 use crate::sync::Arc;
 use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
-use relocation::{Place, Relocation};
 
 impl State {
     /// What can be moved of a range now, and what that would come to.
-    fn plan(&self, id: RangeId) -> (MovePlan, CompactReport) {
+    fn plan_moves(&self, id: RangeId) -> (MovePlan, CompactReport) {
         // What can be spared is given up for it.
         let stats = self.parts();
         let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
@@ -68,86 +70,119 @@ impl State {
     }
 }
 
-impl Inner {
+/// What the moves of one call share.
+struct Compaction<'a> {
+    engine: &'a Arc<Inner>,
+    range: RangeId,
+    /// Where copies are made.
+    stream: Stream,
+    scratch: Arc<Reservation>,
+}
+
+impl RangeHandle {
     /// What [`compact`](Self::compact) would do now.
-    pub(crate) fn compact_report(&self, id: RangeId) -> Result<CompactReport> {
-        self.check_process()?;
-        Ok(self.lock().plan(id).1)
+    pub(crate) fn compact_report(&self) -> Result<CompactReport> {
+        let engine = self.engine().open()?;
+        Ok(engine.state.lock().plan_moves(self.id()).1)
     }
 
-    /// Moves the live pages of partly live chunks of a range. The caller sees to it that nobody launches work on the
+    /// Moves the live pages of partly live chunks of the range. The caller sees to it that nobody launches work on the
     /// range meanwhile.
-    pub(crate) fn compact(self: &Arc<Self>, id: RangeId) -> Result<CompactReport> {
-        self.check_process()?;
+    pub(crate) fn compact(&self) -> Result<CompactReport> {
+        let engine = self.engine().open()?;
+        let id = self.id();
         let _span = Entered::new(|| tracing::debug_span!("compact"));
-        self.retry(&Which::All);
+        engine.retry(&Which::All);
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
         let (users, page_bytes, plan, mut report) = {
-            let state = self.lock();
+            let state = engine.state.lock();
             let (users, page_bytes) = match state.ranges.get(id) {
                 Some(range) if !range.closed => (range.users.clone(), range.page_bytes),
                 _ => return Err(VmmError::Closed),
             };
-            let (plan, report) = state.plan(id);
+            let (plan, report) = state.plan_moves(id);
             (users, page_bytes, plan, report)
         };
         report.skipped_bytes += core::mem::take(&mut report.returned_bytes);
         report.moved_bytes = 0;
         report.chunks_after = report.chunks_before;
-        if no_capture.is_none() || plan.moves.is_empty() {
+        if plan.moves.is_empty() || !may_move(no_capture.as_ref(), &users)? {
             return Ok(report);
         }
-        for stream in users.named() {
-            if !stream.is_per_thread() && stream.is_capturing()? {
-                return Ok(report);
-            }
+        finish_work(engine, &users)?;
+        let device = &engine.device;
+        let stream = Stream::new(device)?;
+        let scratch = Reservation::with_alignment(device, plan.scratch_bytes(), page_bytes)?;
+        let compaction = Compaction {
+            engine,
+            range: id,
+            stream,
+            scratch: Arc::new(scratch),
+        };
+        let work = AtWork::begin();
+        compaction.run(&plan, &mut report)?;
+        let is_left = compaction.report_to(&mut report);
+        if is_left {
+            engine.go_on_closing();
         }
-        self.finish_work(&users)?;
-        let stream = Stream::new(&self.device)?;
-        let scratch = Reservation::with_alignment(&self.device, plan.scratch_bytes(), page_bytes)?;
-        let scratch = Arc::new(scratch);
-        let _work = AtWork::begin();
+        drop(work);
+        Ok(report)
+    }
+}
+
+/// Whether chunks of a range may be moved now: no capture is declared, and none of its streams is captured.
+fn may_move(no_capture: Option<&NoCapture>, users: &Users) -> Result<bool> {
+    if no_capture.is_none() {
+        return Ok(false);
+    }
+    for stream in users.named() {
+        if !stream.is_per_thread() && stream.is_capturing()? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Waits for all work that can use a range. The caller has made sure that no capture is declared.
+fn finish_work(engine: &Inner, users: &Users) -> Result<()> {
+    match Until::now(&engine.device, users) {
+        Until::Fences(fences) => fences.iter().try_for_each(|fence| fence.wait()),
+        Until::Synchronised => engine.device.finish_work(users.are_all()),
+    }
+}
+
+impl Compaction<'_> {
+    /// Moves the chunks of a plan, and counts the bytes.
+    fn run(&self, plan: &MovePlan, report: &mut CompactReport) -> Result<()> {
         for chunk in &plan.moves {
-            if let Some(relocation) = self.depart(id, chunk.first, scratch.bytes())? {
+            if let Some(relocation) = self.depart(chunk.first)? {
                 let moved_bytes = relocation.charged_bytes;
-                report.returned_bytes += self.relocate(relocation, &scratch, &stream)?;
+                report.returned_bytes += self.relocate(relocation)?;
                 report.moved_bytes += moved_bytes;
             }
         }
-        let mut is_left = false;
-        if let Some(range) = self.lock().ranges.get(id) {
-            report.skipped_bytes = range.pages.parts().slack_bytes;
-            report.chunks_after = range.pages.chunks();
-            is_left = range.closed && !range.attended;
-        }
-        if is_left {
-            self.go_on_closing();
-        }
-        Ok(report)
+        Ok(())
     }
 
-    /// Waits for all work that can use a range. The caller has made sure that no capture is declared.
-    fn finish_work(&self, users: &Users) -> Result<()> {
-        match Until::now(&self.device, users) {
-            Until::Fences(fences) => fences.iter().try_for_each(|fence| fence.wait()),
-            Until::Synchronised => self.device.finish_work(users.are_all()),
-        }
+    /// Counts what there is afterwards. Says whether nobody but this thread goes on with the closing of the range.
+    fn report_to(&self, report: &mut CompactReport) -> bool {
+        let state = self.engine.state.lock();
+        let range = state.ranges.get(self.range);
+        range.is_some_and(|range| {
+            report.skipped_bytes = range.pages.parts().slack_bytes;
+            report.chunks_after = range.pages.chunks();
+            range.is_left()
+        })
     }
 
     /// Charges for what the live pages of a chunk need, and takes the chunk out of the books to be moved. `None` if it
     /// is no longer to be moved, or if there is no room.
-    fn depart(
-        self: &Arc<Self>,
-        id: RangeId,
-        first: usize,
-        bytes_max: usize,
-    ) -> Result<Option<Relocation>> {
-        let mut polled = false;
-        // Why the driver would not take back what was given up for this.
-        let mut refused = None;
+    fn depart(&self, first: usize) -> Result<Option<Relocation>> {
+        let id = self.range;
+        let mut shortage = Shortage::default();
         loop {
-            let mut state = self.lock();
+            let mut state = self.engine.state.lock();
             let State {
                 ledger,
                 ranges,
@@ -156,14 +191,14 @@ impl Inner {
             } = &mut *state;
             let mut range = ranges.get(id).ok_or(VmmError::Closed)?;
             let chunk = range.pages.partly_live_at(first);
-            let fits = |chunk: &PartlyLive| chunk.live_bytes <= bytes_max;
+            let fits = |chunk: &PartlyLive| chunk.live_bytes <= self.scratch.bytes();
             let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))
             else {
                 return Ok(None);
             };
             let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
             let Err(refusal) = ledger.charge(range.account, chunk.live_bytes, None) else {
-                let place = Place {
+                let site = Site {
                     range: id,
                     account: range.account,
                     reservation,
@@ -173,62 +208,50 @@ impl Inner {
                 let mapping = range.pages.depart(first);
                 return Ok(mapping.map(|mapping| {
                     relocations.begin(range.account, chunk.live_bytes);
-                    Relocation::new(place, first, chunk.pieces, chunk.live_bytes, mapping)
+                    Relocation::new(site, first, chunk.pieces, chunk.live_bytes, mapping)
                 }));
             };
             drop(range);
             // At its own ceiling a range is helped by its own memory only.
             let only = (chunk.live_bytes > refusal.below_ceiling_bytes).then_some(id);
-            if !polled {
-                polled = true;
-                drop(state);
-                self.poll();
-                continue;
-            }
-            match self.give_up_one(state, only) {
-                None => return refused.map_or(Ok(None), Err),
-                Some(Ok(_)) => {}
-                Some(Err(error)) => refused = Some(error),
+            if shortage.relieve(self.engine, state, only).is_some() {
+                return shortage.refused().map_or(Ok(None), Err);
             }
         }
     }
 
     /// Moves one chunk, or puts it back; returns the bytes that this gave back.
-    fn relocate(
-        self: &Arc<Self>,
-        mut relocation: Relocation,
-        scratch: &Arc<Reservation>,
-        stream: &Stream,
-    ) -> Result<usize> {
-        let id = relocation.place.range;
-        let create = |bytes| self.create(id, bytes);
-        if let Err(error) = relocation.forward(create, scratch, stream) {
+    fn relocate(&self, mut relocation: Relocation) -> Result<usize> {
+        let engine = self.engine;
+        let create = |bytes| self.create(bytes);
+        if let Err(error) = relocation.forward(create, &self.scratch, &self.stream) {
             // What could not be put back is retried.
-            let _ = self.put_back(relocation);
+            let _ = relocation.put_back(engine);
             return Err(error);
         }
         let charged_bytes = relocation.charged_bytes;
-        let (account, first) = (relocation.place.account, relocation.first);
+        let (account, first) = (relocation.site.account, relocation.first);
         let (chunks, old) = relocation.into_arrived();
         let old_bytes = old.bytes();
-        let mut state = self.lock();
-        let unused = (state.ranges.get(id))
+        let mut state = engine.state.lock();
+        let unused = (state.ranges.get(self.range))
             .map_or_else(Vec::new, |mut range| range.pages.arrive(first, chunks));
         state.relocations.end(account, charged_bytes);
         state.releasing.push((Some(account), old_bytes));
-        self.retire(state, id, unused);
+        engine.retire(state, self.range, unused);
         if let Some(old) = Arc::into_inner(old) {
-            self.release(Some(account), old)?;
+            engine.release(Some(account), old)?;
         }
         Ok(old_bytes - charged_bytes)
     }
 
     /// Makes memory for which the budget has room. If the device has none, it is relieved and asked again.
-    fn create(&self, id: RangeId, bytes: usize) -> Result<PhysicalMemory> {
+    fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
         let mut relief = Relief::default();
         loop {
-            match PhysicalMemory::new(&self.device, bytes) {
-                Err(error) if error.is_out_of_memory() && relief.next(self, id, bytes) => {}
+            match PhysicalMemory::new(&self.engine.device, bytes) {
+                Err(error)
+                    if error.is_out_of_memory() && relief.next(self.engine, self.range, bytes) => {}
                 outcome => return outcome,
             }
         }

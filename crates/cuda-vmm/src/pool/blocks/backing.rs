@@ -1,13 +1,12 @@
 //! The tensors of a specification, and the memory behind their blocks.
 
-use super::books::{Arrival, Books};
+use super::books::Books;
 use super::layout::Layout;
-use super::plan::ReclaimPlan;
-use super::reclaim::{Candidate, reclaim};
-use super::runs::Runs;
-use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec};
+use super::memory::BlockMemory;
+use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec, ReclaimPlan};
 use crate::process::Here;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::size::check_page_bytes;
+use crate::sync::{Arc, Condvar, Mutex};
 use crate::{Engine, LeaseToken, Result, Stream, VmmError};
 use core::ops::Range;
 
@@ -30,17 +29,7 @@ use core::ops::Range;
 ///
 /// All methods take `&self`. A call that meets a block that another thread is backing or giving up waits for it.
 #[derive(Debug, Clone)]
-pub struct BlockBacking(Arc<Inner>);
-
-#[derive(Debug)]
-pub(super) struct Inner {
-    engine: Engine,
-    pub(super) tensors: Vec<BlockTensor>,
-    pub(super) layout: Layout,
-    page_bytes: usize,
-    books: Here<Mutex<Books>>,
-    changed: Condvar,
-}
+pub struct BlockBacking(Arc<BlockMemory>);
 
 impl BlockBacking {
     /// Reserves `blocks` blocks of addresses for each tensor. It takes no memory.
@@ -56,13 +45,7 @@ impl BlockBacking {
                 what: "number of blocks",
             });
         }
-        let granularity_bytes = engine.device().granularity_bytes();
-        if !page_bytes.is_power_of_two() || !page_bytes.is_multiple_of(granularity_bytes) {
-            return Err(VmmError::InvalidPageSize {
-                page_bytes,
-                granularity_bytes,
-            });
-        }
+        check_page_bytes(page_bytes, engine.device().granularity_bytes())?;
         let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
         let books = Books::new(blocks)?;
         let tensors = spec.into_tensors().into_iter().zip(class_of);
@@ -70,17 +53,18 @@ impl BlockBacking {
             .map(|(spec, class)| BlockTensor::new(engine, spec, blocks, class, page_bytes))
             .collect::<Result<_>>()?;
         let process = engine.device().driver().process();
-        Ok(Self(Arc::new(Inner {
+        Ok(Self(Arc::new(BlockMemory {
             engine: engine.clone(),
             tensors,
             layout,
             page_bytes,
             books: Here::new(process, Mutex::new(books)),
             changed: Condvar::new(),
+            identity: Arc::default(),
         })))
     }
 
-    pub(super) fn inner(&self) -> &Arc<Inner> {
+    pub(super) fn inner(&self) -> &Arc<BlockMemory> {
         &self.0
     }
 
@@ -317,137 +301,5 @@ impl BlockBacking {
             committed_bytes: tensors.map(|tensor| tensor.stats().committed_bytes).sum(),
             ..counted.unwrap_or_default()
         }
-    }
-}
-
-impl Inner {
-    pub(super) fn check_process(&self) -> Result<()> {
-        self.engine.device().driver().check_process()
-    }
-
-    pub(super) fn engine(&self) -> &Engine {
-        &self.engine
-    }
-
-    /// These blocks, all of which there are.
-    fn runs(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<Runs> {
-        let blocks: Vec<_> = blocks.into_iter().collect();
-        let all = self.layout.blocks;
-        // Here, since behind the largest number there is none to end a run.
-        match blocks.iter().filter(|block| **block >= all).min() {
-            Some(block) => Err(BlockError::Invalid {
-                block: *block,
-                blocks: all,
-            }
-            .into()),
-            None => Ok(Runs::of(blocks)),
-        }
-    }
-
-    fn look<T>(&self, look: impl FnOnce(&Books) -> T) -> Result<T> {
-        Ok(look(&*self.books.lock()?))
-    }
-
-    /// Changes the books and wakes those who wait for that.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> Result<T> {
-        let outcome = change(&mut *self.books.lock()?);
-        self.changed.notify_all();
-        Ok(outcome)
-    }
-
-    /// The books, once nobody is backing or giving up any of the blocks.
-    fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
-        let mut books = self.books.lock()?;
-        while !books.is_settled(runs) {
-            books = self
-                .changed
-                .wait(books)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        Ok(books)
-    }
-
-    pub(super) fn back(&self, runs: &Runs, wait: bool) -> Result<()> {
-        let mut books = self.settled(runs)?;
-        let missing_bytes = books.missing_bytes(&self.layout, runs);
-        let arrival = books.arrive(runs);
-        drop(books);
-        let outcome = match arrival.missing.is_empty() {
-            true => Ok(()),
-            false => self.take(&arrival, missing_bytes, wait),
-        };
-        self.change(|books| books.arrived(&arrival, outcome.is_ok()))?;
-        outcome
-    }
-
-    /// Takes the blocks in all tensors, or frees again what it has taken.
-    fn take(&self, arrival: &Arrival, missing_bytes: usize, wait: bool) -> Result<()> {
-        self.expect_room(missing_bytes)?;
-        let wanted = || {
-            let tensors = self.tensors.iter();
-            tensors.flat_map(|tensor| arrival.missing.iter().map(move |run| (tensor, run)))
-        };
-        for (done, (tensor, run)) in wanted().enumerate() {
-            if let Err(error) = tensor.take(&run, wait) {
-                for (tensor, run) in wanted().take(done) {
-                    tensor.give([run]);
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    /// Refuses at once what the engine's budget cannot hold even if all that nobody uses is given up.
-    fn expect_room(&self, asked_bytes: usize) -> Result<()> {
-        if asked_bytes == 0 {
-            return Ok(());
-        }
-        let stats = self.engine.stats();
-        let used_bytes =
-            stats.live_bytes + stats.slack_bytes + stats.filling_bytes + stats.quarantined_bytes;
-        if asked_bytes <= stats.limit_bytes.saturating_sub(used_bytes) {
-            return Ok(());
-        }
-        Err(VmmError::OutOfPhysicalMemory {
-            asked_bytes,
-            free_bytes: stats.limit_bytes.saturating_sub(stats.committed_bytes),
-            retiring_bytes: stats.retiring_bytes,
-            reclaimable_bytes: stats.parked_bytes + stats.ahead_bytes + stats.cached_bytes,
-            limit_bytes: stats.limit_bytes,
-        })
-    }
-
-    /// Frees blocks in all tensors.
-    pub(super) fn give(&self, runs: &Runs) {
-        for tensor in &self.tensors {
-            tensor.give(runs.iter());
-        }
-    }
-
-    fn plan(
-        self: &Arc<Self>,
-        bytes: usize,
-        move_cost: Option<f64>,
-        cost: impl Fn(BlockId) -> Option<f64>,
-    ) -> ReclaimPlan {
-        // A forked process has no plans: the lock may be held for good.
-        let candidates = self.look(Books::candidates);
-        let (mut candidates, clock) = candidates.unwrap_or_default();
-        candidates.resize(self.layout.blocks, Candidate::Absent);
-        // Looked at after the books: a lease that is made meanwhile makes the plan stale. Blocks that were given up under a
-        // lease keep their pages too.
-        for blocks in self.tensors.iter().flat_map(BlockTensor::leased) {
-            candidates[blocks].fill(Candidate::Fixed);
-        }
-        for (block, candidate) in candidates.iter_mut().enumerate() {
-            if let Candidate::Held { evict } = candidate {
-                *evict = cost(block)
-                    .filter(|cost| cost.is_finite())
-                    .map(|cost| cost.max(0.0));
-            }
-        }
-        let reclaim = reclaim(&self.layout, &candidates, bytes, move_cost);
-        ReclaimPlan::new(reclaim, bytes, clock, Arc::downgrade(self))
     }
 }

@@ -6,24 +6,24 @@
 //! recorded after the copies.
 #![allow(unsafe_code)]
 
-use super::backing::Inner;
+use super::memory::BlockMemory;
 use super::{BlockError, BlockId, ReclaimPlan};
 use crate::sync::Arc;
 use crate::{Result, Stream};
 
-impl Inner {
+impl BlockMemory {
     /// `begin` is called when the plan was found true and its blocks are reserved, and can still refuse it; `end` when it
     /// was carried out, or when it failed after that, with whether it was. Both are called with the books locked.
     pub(super) fn commit(
-        self: &Arc<Self>,
+        &self,
         plan: &ReclaimPlan,
         stream: &Stream,
         begin: impl FnOnce(&ReclaimPlan) -> Result<()>,
         end: impl FnOnce(bool),
     ) -> Result<()> {
         self.check_process()?;
-        self.engine().device().expect_same(stream.device())?;
-        if !plan.is_of(&Arc::downgrade(self)) {
+        self.engine.device().expect_same(stream.device())?;
+        if !plan.is_of(&self.identity) {
             return Err(BlockError::ForeignPlan.into());
         }
         let moves = plan.moves();

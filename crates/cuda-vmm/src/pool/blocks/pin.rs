@@ -1,7 +1,7 @@
 //! Keeping blocks where they are.
 
 use super::BlockId;
-use super::backing::Inner;
+use super::memory::BlockMemory;
 use super::runs::Runs;
 use crate::sync::Arc;
 
@@ -13,13 +13,13 @@ use crate::sync::Arc;
 #[derive(Debug)]
 #[must_use = "the blocks are kept only while the pin lives"]
 pub struct BlockPin {
-    backing: Arc<Inner>,
+    backing: Arc<BlockMemory>,
     runs: Runs,
 }
 
 impl BlockPin {
     /// Of blocks that the books have pinned.
-    pub(super) fn new(backing: Arc<Inner>, runs: Runs) -> Self {
+    pub(super) fn new(backing: Arc<BlockMemory>, runs: Runs) -> Self {
         Self { backing, runs }
     }
 

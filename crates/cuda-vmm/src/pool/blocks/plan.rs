@@ -3,9 +3,8 @@
 #![deny(clippy::unwrap_used)]
 
 use super::BlockId;
-use super::backing::Inner;
 use super::reclaim::Reclaim;
-use crate::sync::Weak;
+use crate::sync::Arc;
 
 /// Which blocks to evict and which to move so that whole pages empty; made by
 /// [`BlockBacking::reclaim_candidates`](super::BlockBacking::reclaim_candidates) and carried out by
@@ -18,21 +17,17 @@ pub struct ReclaimPlan {
     asked_bytes: usize,
     /// Of the books that it was made from.
     clock: u64,
-    backing: Weak<Inner>,
+    /// Of the backing that it was made by.
+    identity: Arc<()>,
 }
 
 impl ReclaimPlan {
-    pub(super) fn new(
-        reclaim: Reclaim,
-        asked_bytes: usize,
-        clock: u64,
-        backing: Weak<Inner>,
-    ) -> Self {
+    pub(super) fn new(reclaim: Reclaim, asked_bytes: usize, clock: u64, identity: Arc<()>) -> Self {
         Self {
             reclaim,
             asked_bytes,
             clock,
-            backing,
+            identity,
         }
     }
 
@@ -81,7 +76,7 @@ impl ReclaimPlan {
         self.clock
     }
 
-    pub(super) fn is_of(&self, backing: &Weak<Inner>) -> bool {
-        self.backing.ptr_eq(backing)
+    pub(super) fn is_of(&self, identity: &Arc<()>) -> bool {
+        Arc::ptr_eq(&self.identity, identity)
     }
 }

@@ -25,7 +25,7 @@ fn a_refusal_says_what_there_was() {
     assert_eq!(
         ledger.open(quota(1)),
         Err(VmmError::QuotaUnsatisfiable {
-            what: "guarantee",
+            what: QuotaConflict::Guarantee,
             asked_bytes: 1,
             available_bytes: 0
         })
@@ -42,7 +42,7 @@ fn a_ceiling_below_the_guarantee_is_refused() {
     assert_eq!(
         Ledger::new(100).open(quota),
         Err(VmmError::QuotaUnsatisfiable {
-            what: "guarantee above its ceiling",
+            what: QuotaConflict::GuaranteeAboveCeiling,
             asked_bytes: 2,
             available_bytes: 1
         })
@@ -106,19 +106,22 @@ fn a_quota_that_cannot_hold_is_refused_and_changes_nothing() {
     };
     // 60 are held by the other, and so 40 are left.
     let outcome = ledger.set_quota(first, quota(41, 50, 7));
-    assert_eq!(outcome, refused("guarantee", 41, 40));
+    assert_eq!(outcome, refused(QuotaConflict::Guarantee, 41, 40));
     let outcome = ledger.set_quota(first, quota(40, 39, 7));
-    assert_eq!(outcome, refused("guarantee above its ceiling", 40, 39));
+    assert_eq!(
+        outcome,
+        refused(QuotaConflict::GuaranteeAboveCeiling, 40, 39)
+    );
     assert_eq!(ledger.quota(first), Some(quota(30, 50, 1)));
     // What is held counts towards a guarantee.
     assert_eq!(
         ledger.set_quota(second, quota(71, 90, 0)),
-        refused("guarantee", 71, 70)
+        refused(QuotaConflict::Guarantee, 71, 70)
     );
     assert_eq!(ledger.set_quota(second, quota(70, 90, 0)), Ok(()));
     assert_eq!(
         ledger.set_quota(first, quota(31, 50, 1)),
-        refused("guarantee", 31, 30)
+        refused(QuotaConflict::Guarantee, 31, 30)
     );
     assert_eq!(ledger.set_quota(second, quota(0, 90, 0)), Ok(()));
     assert_eq!(ledger.set_quota(first, quota(40, 50, 1)), Ok(()));

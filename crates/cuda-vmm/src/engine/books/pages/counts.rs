@@ -1,6 +1,6 @@
 //! Pages counted by state, and lists of what can be given up.
 
-use super::{Chunk, ChunkState};
+use super::chunk::{Chunk, ChunkState};
 use std::collections::{BTreeSet, VecDeque};
 
 /// Kept as chunks change, so that nobody walks them to count.

@@ -61,9 +61,10 @@ impl Model {
         let ahead_bytes = self.ahead.len() * PAGE;
         prop_assert_eq!(
             pages.parts(),
-            Parts {
+            MemoryParts {
                 filling_bytes: 0,
-                live_bytes: live_pages * PAGE,
+                live_page_bytes: live_pages * PAGE,
+                cached_bytes: 0,
                 leased_bytes: 0,
                 slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
                 retiring_bytes: count(ChunkState::Retiring),

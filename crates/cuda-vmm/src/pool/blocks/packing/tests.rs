@@ -1,8 +1,7 @@
 use super::*;
-use crate::pool::blocks::backing::Inner;
 use crate::pool::blocks::reclaim::Reclaim;
 use crate::pool::blocks::{ElementSize, TensorSpec};
-use crate::sync::Weak;
+use crate::sync::Arc;
 use proptest::prelude::*;
 
 const PAGE: usize = 64;
@@ -19,7 +18,7 @@ fn plan(evicted: Vec<BlockId>, moves: Vec<(BlockId, BlockId)>) -> ReclaimPlan {
         moves,
         ..Reclaim::default()
     };
-    ReclaimPlan::new(reclaim, 0, 0, Weak::<Inner>::new())
+    ReclaimPlan::new(reclaim, 0, 0, Arc::default())
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Moves of chunks in the books of a range, against what each page holds.
 
 use super::*;
-use crate::engine::books::pages::Parts;
+use crate::MemoryParts;
 use proptest::prelude::*;
 
 const PAGE: usize = 8;
@@ -106,10 +106,10 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
     pages.strand(0);
     assert_eq!(
         pages.parts(),
-        Parts {
-            live_bytes: (PAGES - 4) * PAGE,
+        MemoryParts {
+            live_page_bytes: (PAGES - 4) * PAGE,
             quarantined_bytes: 4 * PAGE,
-            ..Parts::default()
+            ..MemoryParts::default()
         }
     );
     assert_eq!(pages.live_pages(), PAGES - 1, "they are live all the same");

@@ -1,7 +1,7 @@
 //! Memory that other processes may import: a sealed file in memory, named for its device and size.
 
+use super::DriverResult;
 use crate::host_memory::{FileIdentity, HostFile};
-use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::os::raw::c_int;
 

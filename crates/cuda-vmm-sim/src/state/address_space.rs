@@ -1,7 +1,7 @@
 //! Reserved addresses, and the memory that is mapped to them.
 
+use super::DriverResult;
 use crate::host_memory::{HostFile, HostRange, Protection};
-use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::collections::BTreeMap;
 use std::io;

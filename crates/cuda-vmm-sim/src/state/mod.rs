@@ -1,16 +1,25 @@
 //! The state of one simulator, behind one lock.
 
-use crate::address_space::{AddressSpace, Kind};
-use crate::capture::Graphs;
-use crate::context::Contexts;
-use crate::event::Events;
+pub(crate) mod address_space;
+pub(crate) mod contexts;
+pub(crate) mod events;
+mod export;
+pub(crate) mod graphs;
+pub(crate) mod physical;
+pub(crate) mod streams;
+pub(crate) mod work;
+
 use crate::fault::{FaultPlan, is_counted};
-use crate::physical::PhysicalMemory;
-use crate::stream::Streams;
 use crate::thread::ThreadKey;
 use crate::{Books, CostModel, SimConfig};
+use address_space::{AddressSpace, Kind};
+use contexts::Contexts;
 use cuda_vmm_sys::*;
+use events::Events;
+use graphs::Graphs;
+use physical::PhysicalMemory;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use streams::Streams;
 
 /// The result of a call: a value, or the driver's error code.
 pub(crate) type DriverResult<T = ()> = Result<T, CUresult>;

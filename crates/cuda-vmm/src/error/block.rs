@@ -1,7 +1,5 @@
 //! What can go wrong with blocks, with the values that went wrong.
 
-use super::BlockId;
-
 /// A request about blocks that cannot be granted. Nothing was changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -10,7 +8,7 @@ pub enum BlockError {
     #[error("no block {block}: there are {blocks}")]
     Invalid {
         /// The number asked for.
-        block: BlockId,
+        block: usize,
         /// How many blocks there are.
         blocks: usize,
     },
@@ -32,19 +30,19 @@ pub enum BlockError {
     #[error("block {block} is not backed")]
     NotBacked {
         /// The block.
-        block: BlockId,
+        block: usize,
     },
     /// A pin, or a call that is under way, keeps the block where it is.
     #[error("block {block} is pinned")]
     Pinned {
         /// The block.
-        block: BlockId,
+        block: usize,
     },
     /// The block was backed, pinned or given up after the plan was made.
     #[error("the plan is stale: block {block} was used since it was made")]
     StalePlan {
         /// The block; it is one of the plan's, or shares a page that the plan would empty.
-        block: BlockId,
+        block: usize,
     },
     /// The plan was made by another backing.
     #[error("the plan is another backing's")]
@@ -69,7 +67,7 @@ pub enum BlockError {
     #[error("block {block} is not allocated")]
     NotAllocated {
         /// The block.
-        block: BlockId,
+        block: usize,
     },
     /// Two tensors of one specification have this name.
     #[error("two tensors are named {tensor:?}")]

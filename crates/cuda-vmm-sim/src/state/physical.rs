@@ -1,7 +1,7 @@
 //! Device memory: allocation handles, their references, and the storage of their bytes.
 
+use super::DriverResult;
 use crate::host_memory::{FileIdentity, HostFile};
-use crate::state::DriverResult;
 use cuda_vmm_sys::*;
 use std::collections::{BTreeMap, HashMap};
 use std::os::raw::c_int;
@@ -110,7 +110,7 @@ impl PhysicalMemory {
         self.charge(device, bytes)?;
         let made = match (self.backed, shareable) {
             (false, _) => Ok((Storage::Unbacked, None)),
-            (true, true) => crate::export::shareable_file(device, bytes)
+            (true, true) => super::export::shareable_file(device, bytes)
                 .map(|(file, identity)| (Storage::Shareable(file), Some(identity))),
             (true, false) => self.devices[device]
                 .take(bytes)
@@ -165,7 +165,7 @@ impl PhysicalMemory {
         if !self.backed {
             return Err(CUDA_ERROR_NOT_SUPPORTED);
         }
-        let imported = crate::export::import(descriptor)?;
+        let imported = super::export::import(descriptor)?;
         if let Some(&handle) = self.by_file.get(&imported.identity)
             && let Some(physical) = self.allocations.get_mut(&handle)
         {

@@ -6,8 +6,8 @@
 //! neither before it has seen that the stream is past the copies ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
-use super::super::RangeId;
-use super::super::books::ledger::AccountId;
+use super::books::ledger::AccountId;
+use super::books::range_id::RangeId;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
@@ -15,22 +15,22 @@ use core::ops::Range;
 
 /// What a relocation needs to know of its range.
 #[derive(Debug, Clone)]
-pub(super) struct Place {
-    pub(super) range: RangeId,
-    pub(super) account: AccountId,
-    pub(super) reservation: Arc<Reservation>,
-    pub(super) access: Arc<[(Device, Access)]>,
-    pub(super) page_bytes: usize,
+pub(crate) struct Site {
+    pub(crate) range: RangeId,
+    pub(crate) account: AccountId,
+    pub(crate) reservation: Arc<Reservation>,
+    pub(crate) access: Arc<[(Device, Access)]>,
+    pub(crate) page_bytes: usize,
 }
 
 /// One chunk on its way. The old memory has the contents until every piece of the new is accessible in its place.
 #[derive(Debug)]
-pub(super) struct Relocation {
-    pub(super) place: Place,
+pub(crate) struct Relocation {
+    pub(crate) site: Site,
     /// The chunk's first page.
-    pub(super) first: usize,
+    pub(crate) first: usize,
     /// What is charged for new memory, in bytes.
-    pub(super) charged_bytes: usize,
+    pub(crate) charged_bytes: usize,
     /// Pages of the chunk that are to have memory of their own.
     pieces: Vec<Range<usize>>,
     /// The memory that has the contents.
@@ -51,12 +51,12 @@ pub(super) struct Relocation {
 
 /// What a relocation that was broken off could not give back.
 #[derive(Debug, Default)]
-pub(super) struct Leftovers {
+pub(crate) struct Leftovers {
     /// At scratch addresses.
-    pub(super) mapped: Vec<Mapping>,
-    pub(super) unreleased: Vec<PhysicalMemory>,
+    pub(crate) mapped: Vec<Mapping>,
+    pub(crate) unreleased: Vec<PhysicalMemory>,
     /// Why the driver would not undo something.
-    pub(super) error: Option<VmmError>,
+    pub(crate) error: Option<VmmError>,
 }
 
 impl Leftovers {
@@ -67,7 +67,7 @@ impl Leftovers {
         }
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let mapped: usize = self.mapped.iter().map(Mapping::bytes).sum();
         mapped
             + self
@@ -79,15 +79,15 @@ impl Leftovers {
 }
 
 impl Relocation {
-    pub(super) fn new(
-        place: Place,
+    pub(crate) fn new(
+        site: Site,
         first: usize,
         pieces: Vec<Range<usize>>,
         charged_bytes: usize,
         mapping: Mapping,
     ) -> Self {
         Self {
-            place,
+            site,
             first,
             charged_bytes,
             pieces,
@@ -103,7 +103,7 @@ impl Relocation {
 
     /// Moves. `create` makes memory of a size; `scratch` has room for all pieces. After an error the caller asks
     /// for [`back`](Self::back).
-    pub(super) fn forward(
+    pub(crate) fn forward(
         &mut self,
         create: impl Fn(usize) -> Result<PhysicalMemory>,
         scratch: &Arc<Reservation>,
@@ -111,7 +111,7 @@ impl Relocation {
     ) -> Result<()> {
         let mut offset = 0;
         for pages in &self.pieces {
-            let memory = Arc::new(create(pages.len() * self.place.page_bytes)?);
+            let memory = Arc::new(create(pages.len() * self.site.page_bytes)?);
             let access = [(scratch.device().clone(), Access::ReadWrite)];
             match Mapping::try_new(scratch, offset, &memory, &access) {
                 Ok(mapping) => self.scratch.push((pages.clone(), mapping)),
@@ -130,9 +130,9 @@ impl Relocation {
         // From here on the contents are in two memories, the old and the new.
         self.unmap_old()?;
         while let Some((pages, memory)) = self.loose.pop() {
-            let offset = pages.start * self.place.page_bytes;
-            let place = &self.place;
-            match Mapping::try_new(&place.reservation, offset, &memory, &place.access) {
+            let offset = pages.start * self.site.page_bytes;
+            let site = &self.site;
+            match Mapping::try_new(&site.reservation, offset, &memory, &site.access) {
                 Ok(mapping) => self.placed.push((pages, mapping)),
                 Err(MapFailure { error, stuck }) => {
                     match stuck {
@@ -150,8 +150,8 @@ impl Relocation {
     fn copy(&mut self, stream: &Stream) -> Result<()> {
         self.copying = Some(stream.clone());
         for (pages, mapping) in &self.scratch {
-            let offset = pages.start * self.place.page_bytes;
-            let source = self.place.reservation.address() + offset as u64;
+            let offset = pages.start * self.site.page_bytes;
+            let source = self.site.reservation.address() + offset as u64;
             // SAFETY: the source lies in the chunk's mapping and the target is a mapping of its size; both are
             // owned here and stay until the stream was waited for, as `copying` says.
             unsafe { stream.copy(mapping.address(), source, mapping.bytes()) }?;
@@ -184,7 +184,7 @@ impl Relocation {
 
     /// Undoes as much as the driver lets it: the old memory goes back to its place and the new is released. Returns
     /// what could not be given back and is in nobody's way. May be asked again.
-    pub(super) fn back(&mut self) -> Leftovers {
+    pub(crate) fn back(&mut self) -> Leftovers {
         let mut left = Leftovers::default();
         if let Some(stream) = &self.copying {
             // On a poisoned context nothing runs any more.
@@ -228,14 +228,14 @@ impl Relocation {
 
     /// Puts the old memory back in its place, where nothing else is.
     fn restore(&mut self) -> Result<()> {
-        let place = &self.place;
+        let site = &self.site;
         if let Some(mapping) = &self.home {
             if !self.accessible {
-                mapping.set_access(&place.access)?;
+                mapping.set_access(&site.access)?;
             }
         } else {
-            let offset = self.first * place.page_bytes;
-            match Mapping::try_new(&place.reservation, offset, &self.old, &place.access) {
+            let offset = self.first * site.page_bytes;
+            match Mapping::try_new(&site.reservation, offset, &self.old, &site.access) {
                 Ok(mapping) => self.home = Some(mapping),
                 Err(failure) => {
                     (self.home, self.accessible) = (failure.stuck, false);
@@ -248,7 +248,7 @@ impl Relocation {
     }
 
     /// What it still holds besides the old memory, in bytes.
-    pub(super) fn new_bytes(&self) -> usize {
+    pub(crate) fn new_bytes(&self) -> usize {
         let mapped = self.scratch.iter().chain(&self.placed);
         let mapped: usize = mapped.map(|(_, mapping)| mapping.bytes()).sum();
         mapped
@@ -260,18 +260,18 @@ impl Relocation {
     }
 
     /// Hands out the chunk as it was, if [`back`](Self::back) has put it in its place again.
-    pub(super) fn take_home(&mut self) -> Option<Mapping> {
+    pub(crate) fn take_home(&mut self) -> Option<Mapping> {
         let is_home = self.copying.is_none() && self.placed.is_empty() && self.accessible;
         self.home.take_if(|_| is_home)
     }
 
     /// The chunks that [`forward`](Self::forward) has put in their places, and the old memory.
-    pub(super) fn into_arrived(self) -> (Vec<(Range<usize>, Mapping)>, Arc<PhysicalMemory>) {
+    pub(crate) fn into_arrived(self) -> (Vec<(Range<usize>, Mapping)>, Arc<PhysicalMemory>) {
         (self.placed, self.old)
     }
 
     /// Mappings that may not be unmapped yet, at the end of an engine; all else is dropped.
-    pub(super) fn into_unfinished(self) -> Vec<Mapping> {
+    pub(crate) fn into_unfinished(self) -> Vec<Mapping> {
         let unfinished = self.scratch.into_iter().map(|(_, mapping)| mapping);
         match self.copying {
             Some(_) => unfinished.chain(self.home).collect(),

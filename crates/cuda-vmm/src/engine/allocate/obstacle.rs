@@ -1,0 +1,45 @@
+//! What can be in the way of an allocation.
+
+use crate::VmmError;
+use crate::engine::books::ledger::{AccountId, Refusal};
+use crate::size::Extent;
+
+/// What is in the way of an allocation.
+pub(super) enum Obstacle {
+    /// The call is wrong, or the range is closed.
+    Final(VmmError),
+    /// More than the account may ever hold.
+    TooLarge { whole_bytes: usize, room: Refusal },
+    /// Some of the bytes were freed, and are leased still.
+    Leased(Extent),
+    /// The driver has refused to take back some of the pages, of this many bytes each.
+    Quarantined(Extent, usize),
+    /// Another thread makes, moves or unmaps some of the pages.
+    Busy(Extent),
+    /// The device may still use some of the pages, in the chunks that begin at these.
+    Retiring(Extent, Vec<usize>),
+    /// The budget has no room.
+    Short(Lack),
+}
+
+/// Memory that the budget has no room for.
+pub(super) struct Lack {
+    pub(super) account: AccountId,
+    pub(super) bytes: usize,
+    /// What there is instead.
+    pub(super) refusal: Refusal,
+    /// Whether the account holds more than its ceiling, which was lowered.
+    pub(super) is_above_ceiling: bool,
+}
+
+impl From<VmmError> for Obstacle {
+    fn from(error: VmmError) -> Self {
+        Self::Final(error)
+    }
+}
+
+impl Obstacle {
+    pub(super) fn already_mapped(Extent { offset, bytes }: Extent) -> Self {
+        Self::Final(VmmError::AlreadyMapped { offset, bytes })
+    }
+}

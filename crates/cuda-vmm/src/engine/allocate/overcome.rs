@@ -1,0 +1,117 @@
+//! How each obstacle in the way of an allocation is overcome.
+//!
+//! Each way returns the engine's lock if the allocation may try again, or the error if nothing helps any more.
+
+use super::attempt::Attempt;
+use super::obstacle::Obstacle;
+use crate::engine::changes::Locked;
+use crate::engine::range::leases::Asker;
+use crate::engine::retry::Which;
+use crate::engine::state::State;
+use crate::size::Extent;
+use crate::{Result, VmmError};
+
+impl<'a> Attempt<'a> {
+    /// Does the next thing that may take the obstacle away.
+    pub(super) fn overcome(&mut self, obstacle: Obstacle, state: Locked<'a>) -> Result<Locked<'a>> {
+        match obstacle {
+            Obstacle::Final(error) => Err(error),
+            Obstacle::TooLarge { whole_bytes, room } => {
+                Err(state.out_of_memory(whole_bytes, &room))
+            }
+            Obstacle::Leased(extent) => self.ask_tokens(extent, state),
+            Obstacle::Quarantined(extent, page_bytes) => self.retry(extent, page_bytes, state),
+            Obstacle::Busy(extent) => self.await_others(extent, state),
+            Obstacle::Retiring(extent, chunks) => self.await_retiring(extent, &chunks, state),
+            Obstacle::Short(lack) => self.make_room(&lack, state),
+        }
+    }
+
+    /// Leased: asks the tokens of the leases.
+    fn ask_tokens(&mut self, extent: Extent, state: Locked<'a>) -> Result<Locked<'a>> {
+        let Extent { offset, bytes } = extent;
+        if self.shortage.has_polled() {
+            return Err(VmmError::Leased { offset, bytes });
+        }
+        drop(state);
+        self.handle.slot.ask_tokens(Asker::Waiting);
+        match self.poll_once(self.engine().state.lock()) {
+            Ok(state) | Err(state) => Ok(state),
+        }
+    }
+
+    /// Quarantined: asks the driver again to take the pages back.
+    fn retry(
+        &mut self,
+        extent: Extent,
+        page_bytes: usize,
+        state: Locked<'a>,
+    ) -> Result<Locked<'a>> {
+        let Extent { offset, bytes } = extent;
+        drop(state);
+        if core::mem::replace(&mut self.has_retried, true) {
+            return Err(VmmError::Quarantined { offset, bytes });
+        }
+        let pages = extent.pages(page_bytes);
+        self.engine().retry(&Which::At(self.handle.id(), pages));
+        Ok(self.engine().state.lock())
+    }
+
+    /// Busy: waits for the other thread, which says when it is done.
+    fn await_others(&mut self, extent: Extent, state: Locked<'a>) -> Result<Locked<'a>> {
+        let engine = self.engine();
+        let state = match self.poll_once(state) {
+            Ok(state) => return Ok(state),
+            Err(state) => state,
+        };
+        let state = self.patience.await_change(engine, state);
+        state.ok_or_else(|| self.in_the_way(&engine.state.lock(), extent))
+    }
+
+    /// Retiring: has the streams that will use the pages come after the device's work, or else waits for it.
+    fn await_retiring(
+        &mut self,
+        extent: Extent,
+        chunks: &[usize],
+        state: Locked<'a>,
+    ) -> Result<Locked<'a>> {
+        let state = match self.poll_once(state) {
+            Ok(state) => return Ok(state),
+            Err(state) => state,
+        };
+        if !core::mem::replace(&mut self.has_followed, true) {
+            return Ok(self.handle.make_follow(state, chunks));
+        }
+        let error = self.in_the_way(&state, extent);
+        let only = Some(self.handle.id());
+        let state = self.patience.await_memory(self.engine(), state, only)?;
+        state.ok_or(error)
+    }
+
+    /// Looks what the device has finished with, and locks the engine again; or hands the lock back, if that was done.
+    fn poll_once(&mut self, state: Locked<'a>) -> Result<Locked<'a>, Locked<'a>> {
+        let engine = self.engine();
+        match self.shortage.poll(engine, state) {
+            None => Ok(engine.state.lock()),
+            Some(state) => Err(state),
+        }
+    }
+
+    /// The error if some of the pages retire, or another thread works on them.
+    fn in_the_way(&self, state: &State, extent: Extent) -> VmmError {
+        let stats = state.parts();
+        let range = state.ranges.get(self.handle.id());
+        let (asked_bytes, limit_bytes) = range.map_or((extent.bytes, 0), |range| {
+            let pages = extent.pages(range.page_bytes).len();
+            let limit_bytes = state.ledger.account_limit_bytes(range.account);
+            (pages * range.page_bytes, limit_bytes)
+        });
+        VmmError::OutOfPhysicalMemory {
+            asked_bytes,
+            free_bytes: 0,
+            retiring_bytes: stats.retiring_bytes,
+            reclaimable_bytes: stats.reclaimable_bytes(),
+            limit_bytes,
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Backing pages: charge for them, create, map, set access, and undo it all if one call fails.
+
+use super::books::chunk_plan::ChunkPlan;
+use super::books::ledger::{AccountId, Refusal};
+use super::books::pressure::Ticket;
+use super::changes::Locked;
+use super::range::Range;
+use super::state::State;
+use crate::mapping::MapFailure;
+use crate::sync::Arc;
+use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
+use core::ops;
+
+/// Memory from the cache, for chunks to be made.
+pub(crate) type Supply = Vec<PhysicalMemory>;
+
+/// What a failed filling could not undo, and why it failed.
+pub(crate) struct Failure {
+    pub(crate) error: VmmError,
+    pub(crate) still_mapped: Vec<(ops::Range<usize>, Mapping)>,
+    unreleased: Vec<PhysicalMemory>,
+    /// What came from the cache.
+    pub(crate) cached: Vec<PhysicalMemory>,
+}
+
+/// A chunk that was made.
+pub(crate) struct Made {
+    pub(crate) pages: ops::Range<usize>,
+    pub(crate) mapping: Mapping,
+    /// Whether its memory came from the cache.
+    from_cache: bool,
+}
+
+impl Locked<'_> {
+    /// Charges an account for all that a plan backs, in its turn, and takes from the cache what serves it.
+    pub(crate) fn charge(
+        &mut self,
+        account: AccountId,
+        plan: &ChunkPlan,
+        page_bytes: usize,
+        ticket: Option<Ticket>,
+    ) -> Result<Supply, Refusal> {
+        let need_bytes = plan.pages() * page_bytes;
+        let cannot_help = |cached_bytes: usize| {
+            cached_bytes == 0
+                || need_bytes
+                    > (self.ledger.room(account, ticket).free_bytes).saturating_add(cached_bytes)
+        };
+        // Then without looking at each chunk.
+        if cannot_help(self.cache.bytes()) {
+            self.ledger.admit(account, need_bytes, 0, ticket)?;
+            self.ledger.charge(account, need_bytes, ticket)?;
+            return Ok(Vec::new());
+        }
+        let chunks = plan.chunks().into_iter();
+        let chunks: Vec<_> = chunks.map(|chunk| chunk.len() * page_bytes).collect();
+        self.charge_chunks(account, &chunks, ticket)
+    }
+
+    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them. A refusal changes
+    /// nothing, so that it wakes nobody.
+    pub(crate) fn charge_chunks(
+        &mut self,
+        account: AccountId,
+        chunks: &[usize],
+        ticket: Option<Ticket>,
+    ) -> Result<Supply, Refusal> {
+        let need_bytes = chunks.iter().sum();
+        let supply_bytes = self.cache.supply_bytes(chunks.iter().copied());
+        (self.ledger).admit(account, need_bytes, supply_bytes, ticket)?;
+        let state = &mut **self;
+        let supply = chunks.iter().filter_map(|bytes| state.cache.take(*bytes));
+        let supply = supply.collect();
+        state.ledger.take_from_cache(supply_bytes);
+        state.ledger.charge(account, need_bytes, ticket)?;
+        Ok(supply)
+    }
+}
+
+impl State {
+    /// Takes back the charge for what was not made, but for what is still mapped and what the driver would not release.
+    pub(crate) fn settle(
+        &mut self,
+        account: AccountId,
+        charged_bytes: usize,
+        mapped_bytes: usize,
+        failure: &mut Failure,
+        supply: Supply,
+    ) {
+        let unreleased = failure.unreleased.iter().map(PhysicalMemory::bytes);
+        let kept_bytes = mapped_bytes + unreleased.sum::<usize>();
+        self.ledger.refund(account, charged_bytes - kept_bytes);
+        let unreleased = failure.unreleased.drain(..);
+        self.unreleased
+            .extend(unreleased.map(|memory| (Some(account), memory)));
+        self.restock(supply.into_iter().chain(failure.cached.drain(..)));
+    }
+
+    /// Puts back what was taken from the cache.
+    fn restock(&mut self, supply: impl IntoIterator<Item = PhysicalMemory>) {
+        for memory in supply {
+            self.ledger.restock(memory.bytes());
+            self.cache.put(memory.bytes(), memory);
+        }
+    }
+}
+
+impl Failure {
+    fn new(error: VmmError) -> Self {
+        Self {
+            error,
+            still_mapped: Vec::new(),
+            unreleased: Vec::new(),
+            cached: Vec::new(),
+        }
+    }
+
+    /// Undoes what was made, for want of a use.
+    pub(crate) fn of(error: VmmError, made: Vec<Made>) -> Self {
+        let mut failure = Self::new(error);
+        (made.into_iter().rev()).for_each(|made| failure.undo(made));
+        failure
+    }
+
+    /// Whether nothing is left that the driver would not undo.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.still_mapped.is_empty() && self.unreleased.is_empty()
+    }
+
+    /// Undoes one chunk, or keeps what cannot be undone.
+    pub(crate) fn undo(&mut self, made: Made) {
+        match made.mapping.unmap() {
+            Ok(memory) => self.release(memory, made.from_cache),
+            Err(failure) => self.still_mapped.push((made.pages, failure.object)),
+        }
+    }
+
+    fn release(&mut self, memory: Arc<PhysicalMemory>, from_cache: bool) {
+        match Arc::into_inner(memory) {
+            Some(memory) if from_cache => self.cached.push(memory),
+            Some(memory) => {
+                let stuck = memory.close().err();
+                self.unreleased.extend(stuck.map(|failure| failure.object));
+            }
+            None => {}
+        }
+    }
+}
+
+/// What is needed of a range to back its pages, without the lock.
+pub(crate) struct Target {
+    reservation: Arc<Reservation>,
+    access: Arc<[(Device, Access)]>,
+    pub(crate) page_bytes: usize,
+}
+
+impl Target {
+    /// `None` if the range has ended.
+    pub(crate) fn of(range: &Range) -> Option<Self> {
+        Some(Self {
+            reservation: range.reservation.clone()?,
+            access: range.access.clone(),
+            page_bytes: range.page_bytes,
+        })
+    }
+
+    /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls of the driver that
+    /// take long.
+    pub(crate) fn make(
+        &self,
+        pages: &ops::Range<usize>,
+        supply: &mut Supply,
+        before: impl Fn(),
+    ) -> Result<Made, Failure> {
+        let bytes = pages.len() * self.page_bytes;
+        let fitting = supply.iter().position(|memory| memory.bytes() == bytes);
+        let from_cache = fitting.is_some();
+        let memory = match fitting {
+            Some(at) => Ok(supply.swap_remove(at)),
+            None => {
+                before();
+                PhysicalMemory::new(self.reservation.device(), bytes)
+            }
+        };
+        before();
+        let memory = memory.map(Arc::new).map_err(Failure::new)?;
+        let offset = pages.start * self.page_bytes;
+        match Mapping::try_new(&self.reservation, offset, &memory, &self.access) {
+            Ok(mapping) => Ok(Made {
+                pages: pages.clone(),
+                mapping,
+                from_cache,
+            }),
+            Err(MapFailure { error, stuck }) => {
+                let mut failure = Failure::new(error);
+                match stuck {
+                    Some(mapping) => {
+                        drop(memory);
+                        failure.still_mapped.push((pages.clone(), mapping));
+                    }
+                    None => failure.release(memory, from_cache),
+                }
+                Err(failure)
+            }
+        }
+    }
+}

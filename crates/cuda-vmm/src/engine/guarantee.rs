@@ -1,0 +1,35 @@
+//! Making room for a guarantee.
+
+use super::books::ledger::Ledger;
+use super::inner::Inner;
+use super::shortage::Shortage;
+use crate::sync::Arc;
+use crate::{QuotaConflict, Result, VmmError};
+
+impl Inner {
+    /// Has the ledger give a guarantee. What can be spared is given up for it, if that is what is missing.
+    pub(crate) fn make_room_for<T>(
+        self: &Arc<Self>,
+        guarantee: impl Fn(&mut Ledger) -> Result<T>,
+    ) -> Result<T> {
+        let mut shortage = Shortage::default();
+        loop {
+            let mut state = self.state.lock();
+            let outcome = guarantee(&mut state.ledger);
+            let Err(VmmError::QuotaUnsatisfiable {
+                what: QuotaConflict::Guarantee,
+                asked_bytes,
+                available_bytes,
+            }) = outcome
+            else {
+                return outcome;
+            };
+            let spare_bytes = || state.spare_parked_bytes() + state.parts().ahead_bytes;
+            let is_hopeless =
+                shortage.has_polled() && asked_bytes - available_bytes > spare_bytes();
+            if is_hopeless || shortage.relieve(self, state, None).is_some() {
+                return shortage.refused().map_or(outcome, Err);
+            }
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! The door for a pool to its range: a handle that owns the range's engine.
+//!
+//! The methods of [`RangeHandle`] are in the file of what they do: `allocate`, `free`, `lease`, `pin`, `streams`, `follow`,
+//! `quota`, `compact`, `closing`. Each checks the process first, since in a forked one the locks may be held for good.
+
+use super::books::ledger::Quota;
+use super::books::range_id::RangeId;
+use super::inner::{Engine, Inner};
+use super::options::PoolOptions;
+use super::range::Range;
+use super::slot::Slot;
+use super::snapshot::RangeStats;
+use crate::size::{Extent, check_page_bytes};
+use crate::sync::Arc;
+use crate::{Reservation, Result, VmmError};
+
+/// A range of an engine, by which its pool uses it; a cheap clone.
+#[derive(Debug, Clone)]
+pub(crate) struct RangeHandle {
+    engine: Engine,
+    pub(crate) slot: Slot,
+}
+
+impl RangeHandle {
+    /// Reserves addresses for a new range with an account of its own. Returns it with its first address.
+    pub(crate) fn open(
+        engine: &Engine,
+        capacity_bytes: usize,
+        page_bytes: usize,
+        options: PoolOptions,
+        quota: Quota,
+    ) -> Result<(Self, u64)> {
+        let inner = engine.open()?;
+        let device = &inner.device;
+        check_page_bytes(page_bytes, device.granularity_bytes())?;
+        if capacity_bytes == 0 {
+            return Err(VmmError::ZeroSize { what: "capacity" });
+        }
+        options.check()?;
+        let reserved_bytes = capacity_bytes.checked_next_multiple_of(page_bytes);
+        let reserved_bytes = reserved_bytes.ok_or(VmmError::Overflow {
+            offset: 0,
+            bytes: capacity_bytes,
+        })?;
+        let account = inner.make_room_for(|ledger| ledger.open(quota))?;
+        // What was guaranteed to it may serve a thread that waits, which is told as the lock is let go.
+        let reservation = Reservation::with_alignment(device, reserved_bytes, page_bytes)
+            .inspect_err(|_| inner.state.lock().ledger.close(account))?;
+        let address = reservation.address();
+        let size = (capacity_bytes, page_bytes);
+        let range = Range::new(device, reservation, size, account, options);
+        let process = device.driver().process();
+        let slot = inner.state.lock().ranges.insert(range, process);
+        if options.ahead_bytes_max > 0 {
+            inner.worker.wake(inner, false);
+        }
+        let engine = engine.clone();
+        Ok((Self { engine, slot }, address))
+    }
+
+    pub(crate) fn id(&self) -> RangeId {
+        self.slot.id()
+    }
+
+    /// The engine that the range is on.
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The same, for modules that have checked the process.
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        self.engine.inner()
+    }
+
+    /// Whether all of the bytes are live; false if the range was closed.
+    pub(crate) fn is_live(&self, offset: usize, bytes: usize) -> bool {
+        self.slot.lock_open().is_ok_and(|range| {
+            let extent = Extent::new(offset, bytes, range.capacity_bytes);
+            extent.is_ok_and(|extent| range.is_live(&extent.range()))
+        })
+    }
+
+    /// Pages in which the owner has bytes; 0 if the range was closed.
+    pub(crate) fn live_pages(&self) -> usize {
+        let range = self.slot.lock_open();
+        range.map_or(0, |range| range.owned_pages())
+    }
+
+    /// The range's numbers at one moment.
+    ///
+    /// # Errors
+    /// [`VmmError::Forked`], [`VmmError::Closed`].
+    pub(crate) fn stats(&self) -> Result<RangeStats> {
+        let state = self.engine.open()?.state.lock();
+        let range = state.ranges.get(self.id()).ok_or(VmmError::Closed)?;
+        Ok(state.range_stats(&range))
+    }
+}

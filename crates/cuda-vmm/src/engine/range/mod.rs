@@ -1,0 +1,229 @@
+//! One elastic range of an engine: its addresses, its pages, and who uses them.
+//!
+//! Everything here happens under the range's lock and calls no driver.
+
+mod ahead;
+mod leased;
+pub(crate) mod leases;
+mod pins;
+
+use super::at_work::AtWork;
+use super::books::chunk_plan::ChunkRules;
+use super::books::counters::PoolCounters;
+use super::books::ledger::AccountId;
+use super::books::pages::{Pages, Survey};
+use super::options::PoolOptions;
+use super::owed::Owed;
+use super::queue::Until;
+use super::users::Users;
+use crate::size::Extent;
+use crate::sync::Arc;
+use crate::{Access, Device, Mapping, Reservation, Result, VmmError};
+use core::ops;
+use leases::Leases;
+use std::collections::BTreeMap;
+
+#[derive(Debug)]
+pub(crate) struct Range {
+    /// Its addresses; none when the range has ended.
+    pub(crate) reservation: Option<Arc<Reservation>>,
+    pub(crate) access: Arc<[(Device, Access)]>,
+    pub(crate) pages: Pages<Mapping>,
+    pub(crate) account: AccountId,
+    pub(crate) users: Users,
+    /// Chunks that were freed and are not in the engine's queue yet, and until when they retire.
+    pub(crate) freed: Vec<(Vec<usize>, Until)>,
+    pub(crate) options: PoolOptions,
+    /// Where the latest allocation ended, in bytes.
+    pub(crate) frontier_bytes: usize,
+    /// Whether memory is to be made ahead of it.
+    pub(crate) is_hungry: bool,
+    /// Pages that graphs name, by the number of the pin.
+    pub(crate) pins: BTreeMap<u64, ops::Range<usize>>,
+    /// What is used outside, whether the owner frees it or not.
+    pub(crate) leases: Leases,
+    pub(crate) counters: PoolCounters,
+    pub(crate) owed: Arc<Owed>,
+    pub(crate) capacity_bytes: usize,
+    pub(crate) page_bytes: usize,
+    pub(crate) closed: bool,
+    /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except what the driver
+    /// refused before: two threads that call the driver in turns are slower than one.
+    pub(crate) attended: bool,
+    /// Allocations for which others are making room on the device now.
+    pub(crate) making_room: usize,
+}
+
+/// Where bytes are wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Place {
+    /// At this offset.
+    At(usize),
+    /// At the lowest unused offset that is a multiple of this.
+    FirstFit { alignment: usize },
+}
+
+/// Bytes that an allocation has made live.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Taken {
+    pub(crate) offset: usize,
+    /// Whether the worker has memory to make ahead now.
+    pub(crate) is_hungry: bool,
+}
+
+impl Range {
+    pub(crate) fn new(
+        device: &Device,
+        reservation: Reservation,
+        (capacity_bytes, page_bytes): (usize, usize),
+        account: AccountId,
+        options: PoolOptions,
+    ) -> Self {
+        Self {
+            reservation: Some(Arc::new(reservation)),
+            access: [(device.clone(), Access::ReadWrite)].into(),
+            pages: Pages::new(page_bytes),
+            account,
+            users: Users::default(),
+            freed: Vec::new(),
+            options,
+            frontier_bytes: 0,
+            is_hungry: options.ahead_bytes_max > 0,
+            pins: BTreeMap::new(),
+            leases: Leases::default(),
+            counters: PoolCounters::default(),
+            owed: Arc::default(),
+            capacity_bytes,
+            page_bytes,
+            closed: false,
+            attended: false,
+            making_room: 0,
+        }
+    }
+
+    /// What the range and its engine say about chunks.
+    pub(crate) fn chunk_rules(&self, chunk_bytes_max: usize) -> ChunkRules {
+        ChunkRules {
+            capacity_bytes: self.capacity_bytes,
+            page_bytes: self.page_bytes,
+            chunk_bytes_max,
+            single_handle: self.options.single_handle,
+        }
+    }
+
+    /// Checks bytes that must all be live.
+    pub(crate) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
+        let extent = Extent::new(offset, bytes, self.capacity_bytes)?;
+        if !self.is_live(&extent.range()) {
+            return Err(VmmError::NotMapped { offset, bytes });
+        }
+        Ok(extent)
+    }
+
+    /// The bytes that an allocation is about, where `place` says.
+    pub(crate) fn extent_at(&self, place: Place, bytes: usize) -> Result<Extent> {
+        let offset = self.offset_of(place, bytes)?;
+        Extent::new(offset, bytes, self.capacity_bytes)
+    }
+
+    /// The offset that a place stands for.
+    fn offset_of(&self, place: Place, bytes: usize) -> Result<usize> {
+        let alignment = match place {
+            Place::At(offset) => return Ok(offset),
+            Place::FirstFit { .. } if bytes == 0 => {
+                return Err(VmmError::ZeroSize { what: "size" });
+            }
+            Place::FirstFit { alignment } => alignment,
+        };
+        let placed = self.pages.place(bytes, alignment, self.capacity_bytes);
+        placed.map_err(|largest_free_bytes| VmmError::OutOfVirtualMemory {
+            asked_bytes: bytes,
+            largest_free_bytes,
+        })
+    }
+
+    /// Makes bytes live if all their pages are there and nobody works on them; `None` if that takes more.
+    ///
+    /// # Errors
+    /// Those that the whole allocation would return.
+    pub(crate) fn take_there(&mut self, place: Place, bytes: usize) -> Result<Option<Taken>> {
+        if self.closed {
+            return Err(VmmError::Closed);
+        }
+        let bytes = self.extent_at(place, bytes)?.range();
+        if self.pages.take_within_chunk(&bytes) {
+            return Ok(Some(self.taken(&bytes)));
+        }
+        if !self.pages.is_beyond_chunk(&bytes) {
+            return Ok(None);
+        }
+        let survey = self.pages.survey(&bytes);
+        let survey = survey.filter(Survey::is_there);
+        Ok(survey.map(|survey| self.take(&bytes, &survey)))
+    }
+
+    /// Makes bytes live for which no page is missing.
+    pub(crate) fn take(&mut self, bytes: &ops::Range<usize>, survey: &Survey) -> Taken {
+        self.pages.take(bytes, survey);
+        self.taken(bytes)
+    }
+
+    /// Notes that an allocation has made these bytes live.
+    pub(crate) fn taken(&mut self, bytes: &ops::Range<usize>) -> Taken {
+        self.counters.allocations += 1;
+        Taken {
+            offset: bytes.start,
+            is_hungry: self.advance(bytes.end),
+        }
+    }
+
+    /// Whether a step has something to do: what was freed is to be queued, or waits for leases to end.
+    pub(crate) fn has_news(&self) -> bool {
+        !self.freed.is_empty() || self.waits_for_leases()
+    }
+
+    /// What of it comes back without its owner's doing, in bytes, except what is being released.
+    pub(crate) fn coming_bytes(&self) -> usize {
+        let parts = self.pages.parts();
+        parts.retiring_bytes + parts.ahead_bytes + self.spare_parked_bytes()
+    }
+
+    /// Whether its owner is asked for memory.
+    pub(crate) fn owes(&self) -> bool {
+        self.owed.bytes() > 0
+    }
+
+    /// Whether a thread that closes it waits for work on it: not for its own, nor for pages that wait for others to make
+    /// room, which may be waiting for the range to close.
+    pub(crate) fn is_awaited_by_close(&self) -> bool {
+        self.pages.is_worked_on() && self.making_room == 0 && !AtWork::any()
+    }
+
+    /// Whether it is closed and no thread attends to it any more.
+    pub(crate) fn is_left(&self) -> bool {
+        self.closed && !self.attended
+    }
+
+    /// Ends it. What it is left with is to be dropped without a lock.
+    pub(crate) fn end(&mut self) -> Remains {
+        Remains {
+            counters: self.counters,
+            _pages: core::mem::replace(&mut self.pages, Pages::new(self.page_bytes)),
+            _users: core::mem::take(&mut self.users),
+            _freed: core::mem::take(&mut self.freed),
+            _leases: core::mem::take(&mut self.leases),
+            _reservation: self.reservation.take(),
+        }
+    }
+}
+
+/// What a range that has ended leaves; its addresses go last.
+#[derive(Debug)]
+pub(crate) struct Remains {
+    pub(crate) counters: PoolCounters,
+    _pages: Pages<Mapping>,
+    _users: Users,
+    _freed: Vec<(Vec<usize>, Until)>,
+    _leases: Leases,
+    _reservation: Option<Arc<Reservation>>,
+}

@@ -1,0 +1,145 @@
+//! The state of an engine, and its lock.
+//!
+//! The lock is taken by [`StateLock::lock`](super::changes), which also tells the threads that wait of each change.
+
+use super::books::cache::Cache;
+use super::books::counters::EngineCounters;
+use super::books::ledger::{AccountId, Ledger};
+use super::books::range_id::RangeId;
+use super::books::refusals::Refusals;
+use super::queue::Queue;
+use super::range::Range;
+use super::ranges::Ranges;
+use super::relocations::Relocations;
+use super::stats::EngineStats;
+use crate::sync::atomic::{AtomicBool, AtomicUsize};
+use crate::sync::{Apart, Arc, Condvar, Mutex};
+use crate::{MemoryParts, PhysicalMemory, Stream};
+use core::any::Any;
+
+/// The state behind its lock, with what threads read without it.
+#[derive(Debug)]
+pub(crate) struct StateLock {
+    pub(crate) state: Mutex<State>,
+    /// Signalled when something has changed.
+    pub(crate) changed: Condvar,
+    /// Threads that wait for `changed`. All threads that free memory read it without the lock, and it changes seldom.
+    pub(crate) waiting: Apart<AtomicUsize>,
+    /// Whether anyone owes memory, or wants more than there is. Read as `waiting` is.
+    pub(crate) is_pressing: Apart<AtomicBool>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) ledger: Ledger,
+    /// What has happened, except what ranges that are there count themselves.
+    pub(crate) counters: EngineCounters,
+    pub(crate) ranges: Ranges,
+    pub(crate) next_pin: u64,
+    pub(crate) queue: Queue,
+    pub(crate) cache: Cache<PhysicalMemory>,
+    /// Where memory is overwritten before it goes to the cache; made when it is first needed.
+    pub(crate) scrubbing: Option<Stream>,
+    /// Memory that is mapped nowhere but that the driver would not release, and the account that is charged for it; of
+    /// the cache's there is none.
+    pub(crate) unreleased: Vec<(Option<AccountId>, PhysicalMemory)>,
+    /// Bytes of it that are being released now, by a thread that has taken them out.
+    pub(crate) releasing: Vec<(Option<AccountId>, usize)>,
+    /// Chunks that are being moved, and what that has left.
+    pub(crate) relocations: Relocations,
+    /// When what the driver refused is tried again.
+    pub(crate) refusals: Refusals,
+    /// Ranges that are gone from `ranges` and whose addresses are being freed now.
+    pub(crate) ending: Vec<RangeId>,
+    /// The engine itself, while closed ranges are left of which memory was leased: nobody else may own it. Without a
+    /// worker, a step finds the leases over, or another engine of the device that is short of memory.
+    pub(crate) kept: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl StateLock {
+    /// A state without ranges, for a budget in bytes.
+    pub(crate) fn new(budget_bytes: usize) -> Self {
+        Self {
+            state: Mutex::new(State::new(budget_bytes)),
+            changed: Condvar::new(),
+            waiting: Apart::default(),
+            is_pressing: Apart::default(),
+        }
+    }
+}
+
+impl State {
+    fn new(budget_bytes: usize) -> Self {
+        Self {
+            ledger: Ledger::new(budget_bytes),
+            counters: EngineCounters::default(),
+            ranges: Ranges::default(),
+            next_pin: 0,
+            queue: Queue::default(),
+            cache: Cache::default(),
+            scrubbing: None,
+            unreleased: Vec::new(),
+            releasing: Vec::new(),
+            relocations: Relocations::default(),
+            refusals: Refusals::default(),
+            ending: Vec::new(),
+            kept: None,
+        }
+    }
+
+    /// What is parked and may be unmapped, in bytes.
+    pub(crate) fn spare_parked_bytes(&self) -> usize {
+        let ranges = self.ranges.values();
+        ranges.map(|range| range.spare_parked_bytes()).sum()
+    }
+
+    /// Puts chunks that were freed under their range's lock into the queue; says whether there were any.
+    pub(crate) fn collect_freed(&mut self) -> bool {
+        let mut any = false;
+        for slot in self.ranges.with_news() {
+            let mut range = slot.lock();
+            any |= !range.freed.is_empty();
+            self.queue.collect(slot.id(), range.freed.drain(..));
+            slot.note(&range);
+        }
+        any
+    }
+
+    /// What is committed, by what it is.
+    pub(crate) fn parts(&self) -> MemoryParts {
+        self.stats_seen(|_, _| ()).parts
+    }
+
+    /// The numbers, and a look at each range in the same moment: a range's memory may change from one part to another
+    /// under the range's lock alone.
+    pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
+        let unreleased = self.unreleased.iter().map(|(_, memory)| memory.bytes());
+        let mut parts = MemoryParts {
+            filling_bytes: self.relocations.moving_bytes(None),
+            retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
+            cached_bytes: self.cache.bytes(),
+            quarantined_bytes: unreleased.sum::<usize>() + self.relocations.quarantined_bytes(None),
+            ..MemoryParts::default()
+        };
+        let mut chunks = 0;
+        for (id, range) in self.ranges.iter() {
+            see(id, &range);
+            parts += range.parts();
+            chunks += range.pages.chunks();
+        }
+        EngineStats {
+            limit_bytes: 0,
+            committed_bytes: self.ledger.committed_bytes(),
+            parts,
+            ranges: self.ranges.len(),
+            chunks,
+        }
+    }
+
+    /// Takes one such entry out of the list of what is being released.
+    pub(crate) fn end_releasing(&mut self, account: Option<AccountId>, bytes: usize) {
+        let mut releasing = self.releasing.iter();
+        let at = releasing.position(|held| *held == (account, bytes));
+        at.map(|at| self.releasing.swap_remove(at));
+    }
+}

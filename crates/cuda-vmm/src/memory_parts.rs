@@ -1,0 +1,185 @@
+//! Memory by what it is.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use crate::size::Readable;
+use core::fmt;
+use core::iter::Sum;
+use core::ops::{Add, AddAssign, Sub};
+
+/// Memory by what it is, in bytes of whole pages. Every committed byte is in exactly one part.
+///
+/// Parts add up and subtract one by one: the parts of an engine are the sum of those of its ranges, and of what is on no
+/// range's account.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
+#[non_exhaustive]
+pub struct MemoryParts {
+    /// Pages with live bytes.
+    pub live_page_bytes: usize,
+    /// Pages whose bytes were all freed, and some of which are leased; see
+    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
+    pub leased_bytes: usize,
+    /// Pages without live bytes in chunks that have others.
+    pub slack_bytes: usize,
+    /// Being made.
+    pub filling_bytes: usize,
+    /// Freed, but the device may still use it, or it is being unmapped.
+    pub retiring_bytes: usize,
+    /// Freed and still mapped, to be taken back without a driver call.
+    pub parked_bytes: usize,
+    /// Made before anyone asked for it, and given up first.
+    pub ahead_bytes: usize,
+    /// Clean and mapped nowhere, to be mapped again; on no range's account.
+    pub cached_bytes: usize,
+    /// Refused by the driver when it was to be given back, or mapped again by
+    /// [`compact`](crate::VirtualMemoryPool::compact); retried.
+    pub quarantined_bytes: usize,
+}
+
+/// One part, for those who list them.
+pub(crate) struct Part {
+    pub(crate) name: &'static str,
+    pub(crate) meaning: &'static str,
+    /// Whether it can be on a range's account.
+    pub(crate) is_of_ranges: bool,
+    pub(crate) bytes: fn(&MemoryParts) -> usize,
+}
+
+impl MemoryParts {
+    /// The parts, in the order in which they are printed.
+    pub(crate) const LIST: [Part; 9] = [
+        Part {
+            name: "live",
+            meaning: "Pages with live bytes.",
+            is_of_ranges: true,
+            bytes: |parts| parts.live_page_bytes,
+        },
+        Part {
+            name: "leased",
+            meaning: "Pages whose bytes were all freed, and some of which are leased.",
+            is_of_ranges: true,
+            bytes: |parts| parts.leased_bytes,
+        },
+        Part {
+            name: "slack",
+            meaning: "Pages without live bytes in chunks that have others.",
+            is_of_ranges: true,
+            bytes: |parts| parts.slack_bytes,
+        },
+        Part {
+            name: "filling",
+            meaning: "Being made.",
+            is_of_ranges: true,
+            bytes: |parts| parts.filling_bytes,
+        },
+        Part {
+            name: "retiring",
+            meaning: "Freed, but the device may still use it, or it is being unmapped.",
+            is_of_ranges: true,
+            bytes: |parts| parts.retiring_bytes,
+        },
+        Part {
+            name: "parked",
+            meaning: "Freed and still mapped, to be taken back without a driver call.",
+            is_of_ranges: true,
+            bytes: |parts| parts.parked_bytes,
+        },
+        Part {
+            name: "ahead",
+            meaning: "Made before anyone asked for it.",
+            is_of_ranges: true,
+            bytes: |parts| parts.ahead_bytes,
+        },
+        Part {
+            name: "cached",
+            meaning: "Clean and mapped nowhere.",
+            is_of_ranges: false,
+            bytes: |parts| parts.cached_bytes,
+        },
+        Part {
+            name: "quarantined",
+            meaning: "Refused by the driver when it was to be given back; retried.",
+            is_of_ranges: true,
+            bytes: |parts| parts.quarantined_bytes,
+        },
+    ];
+
+    /// All of it, in bytes: what is committed.
+    pub fn total_bytes(&self) -> usize {
+        Self::LIST.iter().map(|part| (part.bytes)(self)).sum()
+    }
+
+    /// What is held and serves nobody, in bytes: parked, ahead and cached memory, which the engine gives up before it
+    /// refuses an allocation, and slack, which [`compact`](crate::VirtualMemoryPool::compact) gives back.
+    ///
+    /// This is an upper bound: pinned pages, and chunks with live bytes that cannot be moved now, stay.
+    pub fn reclaimable_bytes(&self) -> usize {
+        self.parked_bytes + self.ahead_bytes + self.cached_bytes + self.slack_bytes
+    }
+
+    /// Writes some of the parts.
+    pub(crate) fn write<'a>(
+        &self,
+        formatter: &mut fmt::Formatter<'_>,
+        parts: impl Iterator<Item = &'a Part>,
+    ) -> fmt::Result {
+        for (index, part) in parts.enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            let bytes = Readable((part.bytes)(self));
+            write!(formatter, "{comma}{bytes} {}", part.name)?;
+        }
+        Ok(())
+    }
+
+    fn each(self, other: Self, join: impl Fn(usize, usize) -> usize) -> Self {
+        Self {
+            live_page_bytes: join(self.live_page_bytes, other.live_page_bytes),
+            leased_bytes: join(self.leased_bytes, other.leased_bytes),
+            slack_bytes: join(self.slack_bytes, other.slack_bytes),
+            filling_bytes: join(self.filling_bytes, other.filling_bytes),
+            retiring_bytes: join(self.retiring_bytes, other.retiring_bytes),
+            parked_bytes: join(self.parked_bytes, other.parked_bytes),
+            ahead_bytes: join(self.ahead_bytes, other.ahead_bytes),
+            cached_bytes: join(self.cached_bytes, other.cached_bytes),
+            quarantined_bytes: join(self.quarantined_bytes, other.quarantined_bytes),
+        }
+    }
+}
+
+impl Add for MemoryParts {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        self.each(other, |own, other| own + other)
+    }
+}
+
+impl AddAssign for MemoryParts {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+impl Sum for MemoryParts {
+    fn sum<I: Iterator<Item = Self>>(parts: I) -> Self {
+        parts.fold(Self::default(), Add::add)
+    }
+}
+
+/// No part becomes less than nothing.
+impl Sub for MemoryParts {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        self.each(other, usize::saturating_sub)
+    }
+}
+
+/// As `2 MiB live, 0 B leased, …`.
+impl fmt::Display for MemoryParts {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(formatter, Self::LIST.iter())
+    }
+}
