@@ -236,7 +236,7 @@ impl VirtualMemoryPool {
     ///
     /// For memory that was handed to something which tells of its end by a value that is shared no longer, such as a
     /// tensor of a framework. The bytes can be freed at any time, and the pool dropped. What is leased then is counted as
-    /// [`leased_bytes`](PoolStats::leased_bytes), its allocation answers [`VmmError::Leased`](crate::VmmError::Leased), and
+    /// [`leased_bytes`](crate::MemoryParts::leased_bytes), its allocation returns [`VmmError::Leased`](crate::VmmError::Leased), and
     /// it retires when the engine finds the token released: behind fences recorded then, since a token says nothing of
     /// work that is queued.
     ///
