@@ -19,16 +19,11 @@ const CRATES: [&str; 8] = [
 ];
 
 /// Folders that have circles still, each with the reason.
-const KNOWN: [(&str, &str, &str); 6] = [
+const KNOWN: [(&str, &str, &str); 5] = [
     (
         "crates/cuda-vmm/src",
         "engine",
         "its books move to a folder of their own",
-    ),
-    (
-        "crates/candle-cuda-vmm/src",
-        "",
-        "a pool makes tensors, and they are made from a pool",
     ),
     (
         "crates/cuda-vmm-sim/src",
