@@ -1,9 +1,11 @@
-//! Whether this thread has work of an engine in hand: pages or memory that the books give to nobody else until it is done.
+//! Whether this thread has work of an engine in hand: pages or memory that the books give to nobody
+//! else until it is done.
 //!
-//! Code of others runs in the middle of such work: a subscriber sees each driver call, and what makes room is called while
-//! pages are being filled. If it calls the pools, and the call waited for another thread's work, it could wait for the very
-//! work that it is in. So a call that comes from within work waits for the device at most, never for a thread; what it
-//! leaves undone is done when the work is.
+//! Code of others runs in the middle of such work: a subscriber sees each driver call, and what
+//! makes room is called while pages are being filled. If it calls the pools, and the call waited
+//! for another thread's work, it could wait for the very work that it is in. So a call that comes
+//! from within work waits for the device at most, never for a thread; what it leaves undone is done
+//! when the work is.
 
 use crate::sync::thread_local;
 use core::cell::Cell;
@@ -13,7 +15,8 @@ thread_local! {
     static PIECES: Cell<usize> = const { Cell::new(0) };
 }
 
-/// One piece of work in hand, begun before the lock is let go and ended with the work's end in the books.
+/// One piece of work in hand, begun before the lock is let go and ended with the work's end in the
+/// books.
 #[derive(Debug)]
 pub(crate) struct AtWork(PhantomData<*const ()>);
 

@@ -32,7 +32,8 @@ pub(crate) struct Made {
 }
 
 impl Locked<'_> {
-    /// Charges an account for all that a plan backs, in its turn, and takes from the cache what serves it.
+    /// Charges an account for all that a plan backs, in its turn, and takes from the cache what
+    /// serves it.
     pub(crate) fn charge(
         &mut self,
         account: AccountId,
@@ -46,7 +47,7 @@ impl Locked<'_> {
                 || need_bytes
                     > (self.ledger.room(account, ticket).free_bytes).saturating_add(cached_bytes)
         };
-        // Then without looking at each chunk.
+        // Then no chunk has to be looked at.
         if cannot_help(self.cache.bytes()) {
             self.ledger.admit(account, need_bytes, 0, ticket)?;
             self.ledger.charge(account, need_bytes, ticket)?;
@@ -57,8 +58,8 @@ impl Locked<'_> {
         self.charge_chunks(account, &chunks, ticket)
     }
 
-    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves them. A refusal changes
-    /// nothing, so that it wakes nobody.
+    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves
+    /// them. A refusal changes nothing, so it wakes no thread.
     pub(crate) fn charge_chunks(
         &mut self,
         account: AccountId,
@@ -78,7 +79,8 @@ impl Locked<'_> {
 }
 
 impl State {
-    /// Takes back the charge for what was not made, but for what is still mapped and what the driver would not release.
+    /// Refunds the charge for what was not made, except for what is still mapped and what the
+    /// driver would not release.
     pub(crate) fn settle(
         &mut self,
         account: AccountId,
@@ -115,7 +117,7 @@ impl Failure {
         }
     }
 
-    /// Undoes what was made, for want of a use.
+    /// Undoes what was made, which has no use any more.
     pub(crate) fn of(error: VmmError, made: Vec<Made>) -> Self {
         let mut failure = Self::new(error);
         (made.into_iter().rev()).for_each(|made| failure.undo(made));
@@ -164,8 +166,8 @@ impl Target {
         })
     }
 
-    /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls of the driver that
-    /// take long.
+    /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls
+    /// of the driver that take long.
     pub(crate) fn make(
         &self,
         pages: &ops::Range<usize>,

@@ -16,13 +16,14 @@
 //!                                             if waiting > 0 or is_pressing: as on the left
 //! ```
 //!
-//! Nobody has to remember to wake anyone. [`Locked`] is the one way to the state, and each mutable access to the state, or to a
-//! range through it, is a change. What can serve nobody says so, by `quietly`: a counter for instance. Without that
-//! exception two threads that wait could wake each other for ever.
+//! No caller has to remember to wake a thread. [`Locked`] is the one way to the state, and each
+//! mutable access to the state, or to a range through it, is a change. A change that can serve no
+//! other thread, such as that of a counter, goes through `quietly`. Without that exception two
+//! threads that wait could wake each other for ever.
 //!
-//! A thread that frees under a range's lock alone marks the range before it reads `waiting`; a thread that waits raises
-//! `waiting` before it reads the marks. So one of the two sees the other. [`Locked::share_out`] sets `is_pressing` before it
-//! reads the ranges for the same reason.
+//! A thread that frees under a range's lock alone marks the range before it reads `waiting`; a
+//! thread that waits raises `waiting` before it reads the marks. So one of the two sees the other.
+//! [`Locked::share_out`] sets `is_pressing` before it reads the ranges for the same reason.
 
 use super::owed;
 use super::state::{State, StateLock};
@@ -31,19 +32,19 @@ use crate::sync::{self, MutexGuard, PoisonError};
 use core::ops::{Deref, DerefMut};
 use core::time::Duration;
 
-/// The engine's state, locked. Letting go of it tells those whom a change concerns.
+/// The engine's state, locked. Dropping it wakes the threads and owners that a change concerns.
 ///
-/// That runs wakers, which are code of others: no range is locked when it is let go.
+/// That runs wakers, which are code of others: no range is locked when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Locked<'a> {
     lock: &'a StateLock,
-    /// None only when it was let go.
+    /// None only while it is dropped.
     state: Option<MutexGuard<'a, State>>,
     is_changed: bool,
 }
 
 impl Locked<'_> {
-    /// The state, for a change that can serve nobody and changes nothing that is owed.
+    /// The state, for a change that can serve no other thread and changes nothing that is owed.
     pub(crate) fn quietly(&mut self) -> &mut State {
         match &mut self.state {
             Some(state) => state,
@@ -115,7 +116,8 @@ impl StateLock {
         }
     }
 
-    /// Tells those who wait, and those who owe, of a change under a range's lock alone. That lock is let go.
+    /// Wakes the threads that wait, and the owners that owe, after a change under a range's lock
+    /// alone. The caller has released that lock.
     pub(crate) fn tell(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 || self.is_pressing.load(Ordering::SeqCst) {
             self.lock().note_change();
@@ -127,14 +129,15 @@ impl StateLock {
         self.wait_for(state, Duration::MAX)
     }
 
-    /// Waits until something about the engine's memory has changed, for so long at most. May return before, so callers look
-    /// again.
+    /// Waits until something about the engine's memory has changed, for `left` at most. May return
+    /// before, so callers look again.
     pub(crate) fn wait_for<'a>(&'a self, mut state: Locked<'a>, left: Duration) -> Locked<'a> {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        // What was freed since the lock was taken, by threads that did not see yet that this one waits.
+        // What was freed since the lock was taken, by threads that did not see yet that this one
+        // waits.
         let has_news = state.quietly().collect_freed();
         if state.is_changed() {
-            // Others learn what this thread has changed before it sleeps.
+            // Other threads learn of this thread's change before it sleeps.
             drop(state);
             state = self.lock();
         } else if !has_news {

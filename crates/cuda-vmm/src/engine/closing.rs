@@ -1,4 +1,5 @@
-//! Ending a range: its bytes die, its memory goes back when the device has finished with it, its addresses after that.
+//! Ending a range: its bytes die, its memory goes back when the device has finished with it, its
+//! addresses after that.
 
 use super::at_work::AtWork;
 use super::books::pages::ChunkState;
@@ -30,8 +31,8 @@ impl Drop for Attendance<'_> {
 }
 
 impl<'a> Attendance<'a> {
-    /// Closes a range, and attends to it; `None` if it is closed already. An allocation of another thread that is under way
-    /// ends first, and so does a move.
+    /// Closes a range, and attends to it; `None` if it is closed already. An allocation of another
+    /// thread that is under way ends first, and so does a move.
     fn begin(engine: &'a Inner, id: RangeId) -> Option<Self> {
         // Before the guard of the lock, so that it is dropped after that, also if something panics.
         let mut attendance = Self { engine, id: None };
@@ -44,7 +45,8 @@ impl<'a> Attendance<'a> {
             _ => return None,
         };
         attendance.id = Some(id);
-        // What it was guaranteed others may have now; what it holds is on its account until it is given back.
+        // What it was guaranteed others may have now; what it holds is on its account until it is
+        // given back.
         state.ledger.close(account);
         while (state.ranges.get(id)).is_some_and(|range| range.is_awaited_by_close()) {
             state = engine.state.wait(state);
@@ -63,9 +65,9 @@ enum Left {
 }
 
 impl RangeHandle {
-    /// Ends the range. Waits for the device and for other threads' work on it, but not for the end of a declared capture,
-    /// nor for threads if that could be this thread's own work, or waits for this one: then, and if the driver refuses,
-    /// the engine keeps the range and finishes later.
+    /// Ends the range. Waits for the device and for other threads' work on it, but not for the end
+    /// of a declared capture, nor for threads if that could be this thread's own work, or waits for
+    /// this one: then, and if the driver refuses, the engine keeps the range and finishes later.
     pub(crate) fn close(&self) -> Result<()> {
         let engine = self.engine().open()?;
         let id = self.id();
@@ -100,7 +102,7 @@ impl RangeHandle {
         drained
     }
 
-    /// Frees all bytes of a closed range, except what is leased. Says whether any is.
+    /// Frees all bytes of a closed range, except what is leased. Returns whether any is.
     fn free_all(&self, engine: &Arc<Inner>) -> bool {
         let slot = &self.slot;
         slot.ask_tokens(Asker::Waiting);
@@ -111,7 +113,8 @@ impl RangeHandle {
         slot.note(&range);
         drop(range);
         if leased {
-            // Now, since another thread may find the last lease over, and then nobody else may be left to finish.
+            // Now, since another thread may find the last lease over, and then nobody else may be
+            // left to finish.
             state.kept = Some(engine.clone());
         }
         engine.retire(state, slot.id(), unused);
@@ -147,13 +150,15 @@ impl RangeHandle {
             return Ok(ControlFlow::Continue(()));
         }
         if is_worked_on {
-            // Work that is not waited for. The thread that does it goes on, or else the engine's next step.
+            // Work that is not waited for. The thread that does it goes on, or else the engine's
+            // next step.
             state.kept = Some(engine.clone());
         }
         Ok(ControlFlow::Break(Left::Nothing))
     }
 
-    /// Waits until no other thread is freeing the range's addresses. Says whether the engine is kept for closed ranges.
+    /// Waits until no other thread is freeing the range's addresses. Returns whether the engine is
+    /// kept for closed ranges.
     fn await_ending(&self, engine: &Inner) -> bool {
         let id = self.id();
         let mut state = engine.state.lock();
@@ -165,7 +170,8 @@ impl RangeHandle {
 }
 
 impl Inner {
-    /// Goes on with the closing of ranges that was left to this thread, as far as it goes without waiting.
+    /// Goes on with the closing of ranges that was left to this thread, as far as it goes without
+    /// waiting.
     pub(crate) fn go_on_closing(self: &Arc<Self>) {
         self.poll();
         self.give_back();

@@ -36,7 +36,8 @@ pub(crate) struct Drained {
 }
 
 impl RangeGuard<'_> {
-    /// Takes out a parked or quarantined chunk. That serves nobody yet: what comes of it is told.
+    /// Takes out a parked or quarantined chunk. That serves no other thread yet, so it is no
+    /// change.
     pub(crate) fn drain(&mut self, id: RangeId, first: usize) -> Option<Drained> {
         let mapping = self.quietly().pages.drain(first)?;
         Some(Drained {
@@ -100,14 +101,15 @@ impl State {
         })
     }
 
-    /// What a step gives back, in bytes: what is parked of ranges that no thread attends to. What is attended goes by
-    /// itself, and no other range has to give up anything for it.
+    /// What a step gives back, in bytes: what is parked of ranges that no thread attends to. What
+    /// is attended goes by itself, and no other range has to give up anything for it.
     fn unattended_parked_bytes(&self) -> usize {
         let ranges = self.ranges.values().filter(|range| !range.attended);
         ranges.map(|range| range.spare_parked_bytes()).sum()
     }
 
-    /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none that is attended.
+    /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none
+    /// that is attended.
     fn next_parked(&self, options: &EngineOptions, too_much: bool) -> Option<Next> {
         let held_bytes = self.cache.bytes() + self.queue.scrubbing_bytes();
         let room_bytes = options.cache_bytes_max.saturating_sub(held_bytes);
@@ -129,10 +131,11 @@ impl State {
 }
 
 impl Inner {
-    /// Gives back parked chunks of ranges that are closed, and, if more is parked than may be, of others too;
-    /// returns the bytes that are no longer parked.
+    /// Gives back parked chunks of ranges that are closed, and, if more is parked than may be, of
+    /// others too; returns the bytes that are no longer parked.
     pub(crate) fn give_back(self: &Arc<Self>) -> usize {
-        // Once it is too much, down to the low watermark: else each free would call the driver for itself.
+        // Once it is too much, down to the low watermark: else each free would call the driver for
+        // itself.
         let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {
@@ -164,9 +167,9 @@ impl Inner {
         }
     }
 
-    /// Gives back what can be spared, one piece after the other, until it is enough: what was made ahead, what is
-    /// cached, unless only one range's memory would help, and then what is parked. Returns the bytes that went, and the
-    /// last error if the driver refused some.
+    /// Gives back what can be spared, one piece after the other, until it is enough: what was made
+    /// ahead, what is cached, unless only one range's memory would help, and then what is parked.
+    /// Returns the bytes that went, and the last error if the driver refused some.
     pub(crate) fn give_up(
         self: &Arc<Self>,
         only: Option<RangeId>,
@@ -217,8 +220,8 @@ impl Inner {
 }
 
 impl Drained {
-    /// Unmaps the chunk and gives its memory to the cache or the driver. What the driver refuses stays charged, in
-    /// quarantine.
+    /// Unmaps the chunk and gives its memory to the cache or the driver. What the driver refuses
+    /// stays charged, in quarantine.
     pub(crate) fn unmap(self, engine: &Arc<Inner>, to: To) -> Result<usize> {
         let Self {
             range: id,
@@ -270,8 +273,8 @@ impl Drained {
         outcome
     }
 
-    /// Overwrites the chunk with zeros on a stream of the engine's own. It is retiring until that is past, and then parked
-    /// and clean. If it cannot be overwritten it is parked for the driver.
+    /// Overwrites the chunk with zeros on a stream of the engine's own. It is retiring until that
+    /// is past, and then parked and clean. If it cannot be overwritten it is parked for the driver.
     fn scrub(self, engine: &Arc<Inner>) {
         let Self {
             range: id,
@@ -327,7 +330,8 @@ fn scrubbing_stream(engine: &Inner) -> Result<Stream> {
     if let Some(stream) = &engine.state.lock().scrubbing {
         return Ok(stream.clone());
     }
-    // Two threads may each make one. The second is destroyed again, which calls the driver, without the lock.
+    // Two threads may each make one. The second is destroyed again, which calls the driver, without
+    // the lock.
     let stream = Stream::new(&engine.device)?;
     let mut state = engine.state.lock();
     let kept = state.scrubbing.get_or_insert_with(|| stream.clone());

@@ -1,11 +1,13 @@
-//! Taking back memory before the device has finished with it: the streams that will use it wait, not the caller.
+//! Taking back memory before the device has finished with it: the streams that will use it wait,
+//! not the caller.
 //!
-//! A chunk retires behind fences. Where all streams that are named for its range come after these fences, whatever they
-//! are given to do from now on does too, so the chunk may be used again at once. A stream comes after a fence of its own
-//! anyway; it is made to come after another's by `cuStreamWaitEvent`. So with one stream no call is made.
+//! A chunk retires behind fences. If all streams that are named for its range come after these
+//! fences, so does all work that they get from now on, and the chunk may be used again at once. A
+//! stream comes after a fence of its own anyway; it is made to come after another's by
+//! `cuStreamWaitEvent`. So with one stream no call is made.
 //!
-//! When the chunk is freed again, the new fences on the same streams end the earlier work as well, for each of
-//! these streams came after it.
+//! When the chunk is freed again, the new fences on the same streams end the earlier work as well,
+//! for each of these streams came after it.
 
 use super::books::range_id::RangeId;
 use super::changes::Locked;
@@ -18,7 +20,7 @@ use crate::stream::{Handle, Named};
 use crate::sync::Arc;
 use crate::{CaptureGuard, Fence, Result, Stream, VmmError};
 
-/// Streams that are to come after the fences of an entry of the queue.
+/// Streams that are to wait for the fences of an entry of the queue.
 struct Following {
     entry: u64,
     fences: Arc<Vec<Arc<Fence>>>,
@@ -30,8 +32,9 @@ struct Following {
 impl Following {
     /// Has the streams wait for those fences that are not past and not their own.
     ///
-    /// A stream that is being captured is not made to wait for anything outside, and no stream for an event that belongs
-    /// to a capture, which would draw it in; asking whether the fence is past finds those out.
+    /// A stream that is being captured is not made to wait for anything outside, and no stream for
+    /// an event that belongs to a capture, which would draw it in; the question whether the fence
+    /// is past finds those events.
     fn run(&self) -> Result<bool> {
         for named in &self.streams {
             let stream = named.handle();
@@ -102,8 +105,9 @@ impl Queue {
 }
 
 impl State {
-    /// Whether retiring chunks may be used again now: all streams that are named for the range come after their fences.
-    /// Not while a capture is declared: it could be one of these streams'.
+    /// Whether retiring chunks may be used again now: all streams that are named for the range come
+    /// after their fences. Not while a capture is declared: it could be a capture of one of these
+    /// streams.
     pub(crate) fn may_follow(&self, id: RangeId, range: &Range, chunks: &[usize]) -> bool {
         let Some(streams) = range.users.followers().filter(|_| !CaptureGuard::any()) else {
             return false;
@@ -133,8 +137,8 @@ impl State {
         Some(needed)
     }
 
-    /// The entries of an open range of which chunks were taken back, except those that are known, and the range's users;
-    /// `None` if the stream is named.
+    /// The entries of an open range of which chunks were taken back, except those that are known,
+    /// and the range's users; `None` if the stream is named.
     fn taken_back(
         &self,
         id: RangeId,
@@ -157,19 +161,20 @@ impl State {
     }
 }
 
-/// An entry of which chunks were taken back, and its fences, unless they turned out to be of no use.
+/// An entry of which chunks were taken back, and its fences, unless they turned out to be of no
+/// use.
 type TakenBack = (u64, Option<Arc<Vec<Arc<Fence>>>>);
 
 impl RangeHandle {
-    /// Has the named streams of the range come after the fences of these chunks, without waiting for the device. If that
-    /// cannot be done all is as before, and the caller may wait instead.
+    /// Has the named streams of the range come after the fences of these chunks, without waiting
+    /// for the device. If that cannot be done all is as before, and the caller may wait instead.
     pub(crate) fn make_follow<'a>(&'a self, state: Locked<'a>, chunks: &[usize]) -> Locked<'a> {
         let Some(needed) = state.following(self.id(), chunks) else {
             return state;
         };
         drop(state);
-        // The pages need not be kept for this: what is noted is about the entry, and holds for any thread that takes its
-        // chunks. If it is gone meanwhile, the streams wait for what is over.
+        // The pages need not be kept for this: what is noted is about the entry, and holds for any
+        // thread that takes its chunks. If it is gone meanwhile, the streams wait for what is over.
         let done: Vec<_> = needed.iter().map(Following::run).collect();
         let mut state = self.inner().state.lock();
         for (following, done) in needed.iter().zip(&done) {
@@ -182,13 +187,14 @@ impl RangeHandle {
         for error in done.iter().filter_map(|done| done.as_ref().err()) {
             crate::events::debug!(%error, "a stream could not be made to wait");
         }
-        // Without the lock: these may be the last to hold the fences and streams, and dropping one calls the driver.
+        // Without the lock: these may be the last to hold the fences and streams, and dropping one
+        // calls the driver.
         drop(needed);
         self.inner().state.lock()
     }
 
-    /// Names another stream for the range. If memory was taken back for which the other streams wait, this one does too;
-    /// if it cannot be made to, the caller does.
+    /// Names another stream for the range. If memory was taken back for which the other streams
+    /// wait, this one does too; if it cannot be made to, the caller does.
     pub(crate) fn add_stream(&self, stream: &Stream) -> Result<()> {
         let id = self.id();
         self.come_after_taken_back(stream.handle(), |state| {
@@ -204,14 +210,16 @@ impl RangeHandle {
         })
     }
 
-    /// Has a stream that is not named come after what is still done with memory of the range that was taken back.
+    /// Has a stream that is not named come after what is still done with memory of the range that
+    /// was taken back.
     pub(crate) fn order_stream(&self, stream: &Stream) -> Result<()> {
         self.engine().open()?;
         self.come_after_taken_back(stream.handle(), |_| None)
     }
 
-    /// Has a stream come after what is still done with memory of the range that was taken back. If it is not named,
-    /// `finish` is called in the moment when it does; what that returns is dropped without the lock.
+    /// Has a stream come after what is still done with memory of the range that was taken back. If
+    /// it is not named, `finish` is called in the moment when it does; what that returns is dropped
+    /// without the lock.
     fn come_after_taken_back(
         &self,
         stream: &Arc<Handle>,

@@ -5,7 +5,8 @@ use super::range::Range;
 use super::range::leases::Asker;
 use crate::{Result, VmmError};
 
-/// A part that begins within one that begins before it, or with it. None is empty, and none too long.
+/// A part that begins within one that begins before it, or with it. None is empty, and none too
+/// long.
 fn overlapping(parts: &[(usize, usize)]) -> Option<(usize, usize)> {
     if parts.len() < 2 {
         return None;
@@ -35,8 +36,8 @@ impl Range {
 }
 
 impl RangeHandle {
-    /// Ends the life of bytes: of each part, given by offset and size, or after an error of none. Never waits for the
-    /// device: pages without live bytes retire, all behind the same fences.
+    /// Ends the life of bytes: of each part, given by offset and size, or after an error of none.
+    /// Never waits for the device: pages without live bytes retire, all behind the same fences.
     pub(crate) fn deallocate(&self, parts: &[(usize, usize)]) -> Result<()> {
         let (engine, slot) = (self.inner(), &self.slot);
         slot.check_process()?;

@@ -7,7 +7,8 @@ use crate::sync::Arc;
 use crate::{QuotaConflict, Result, VmmError};
 
 impl Inner {
-    /// Has the ledger give a guarantee. What can be spared is given up for it, if that is what is missing.
+    /// Has the ledger give a guarantee. What can be spared is given up for it, if that is what is
+    /// missing.
     pub(crate) fn make_room_for<T>(
         self: &Arc<Self>,
         guarantee: impl Fn(&mut Ledger) -> Result<T>,

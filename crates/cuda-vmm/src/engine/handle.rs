@@ -1,7 +1,8 @@
 //! The door for a pool to its range: a handle that owns the range's engine.
 //!
-//! The methods of [`RangeHandle`] are in the file of what they do: `allocate`, `free`, `lease`, `pin`, `streams`, `follow`,
-//! `quota`, `compact`, `closing`. Each checks the process first, since in a forked one the locks may be held for good.
+//! The methods of [`RangeHandle`] are in the file of what they do: `allocate`, `free`, `lease`,
+//! `pin`, `streams`, `follow`, `quota`, `compact`, `closing`. Each checks the process first, since
+//! in a forked one the locks may be held for good.
 
 use super::books::ledger::Quota;
 use super::books::range_id::RangeId;
@@ -22,7 +23,8 @@ pub(crate) struct RangeHandle {
 }
 
 impl RangeHandle {
-    /// Reserves addresses for a new range with an account of its own. Returns it with its first address.
+    /// Reserves addresses for a new range with an account of its own. Returns it with its first
+    /// address.
     pub(crate) fn open(
         engine: &Engine,
         capacity_bytes: usize,
@@ -43,7 +45,8 @@ impl RangeHandle {
             bytes: capacity_bytes,
         })?;
         let account = inner.make_room_for(|ledger| ledger.open(quota))?;
-        // What was guaranteed to it may serve a thread that waits, which is told as the lock is let go.
+        // What was guaranteed to it may serve a thread that waits, which is told as the lock is let
+        // go.
         let reservation = Reservation::with_alignment(device, reserved_bytes, page_bytes)
             .inspect_err(|_| inner.state.lock().ledger.close(account))?;
         let address = reservation.address();

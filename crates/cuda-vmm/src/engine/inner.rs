@@ -30,8 +30,8 @@ impl Engine {
     /// An engine on this device.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if the headroom leaves
-    /// nothing, or if `park_bytes_min` is above `park_bytes_max`.
+    /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if the headroom
+    /// leaves nothing, or if `park_bytes_min` is above `park_bytes_max`.
     pub fn new(device: &Device, options: EngineOptions) -> Result<Self> {
         options.check()?;
         let limit_bytes = options.limit_bytes.unwrap_or(device.total_bytes());
@@ -85,8 +85,8 @@ impl Engine {
 }
 
 impl Inner {
-    /// Fails in a forked process, where other threads' locks may be held for good and nothing that is
-    /// waited for comes.
+    /// Fails in a forked process, where other threads' locks may be held for good and nothing that
+    /// is waited for comes.
     pub(crate) fn check_process(&self) -> Result<()> {
         self.device.driver().check_process()
     }
@@ -98,9 +98,9 @@ impl Drop for Inner {
             self.worker.abandon();
             return;
         }
-        // Pools close their ranges, so memory is left here only if the driver refused it, or if a capture
-        // was declared and no worker could wait for its end. The device may still use it, so it is not
-        // unmapped now; the device's quarantine keeps it until that is known.
+        // Pools close their ranges, so memory is left here only if the driver refused it, or if a
+        // capture was declared and no worker could wait for its end. The device may still use it,
+        // so it is not unmapped now; the device's quarantine keeps it until that is known.
         let state = self.state.state.get_mut();
         let state = state.unwrap_or_else(PoisonError::into_inner);
         state.relocations.abandon(&self.device);

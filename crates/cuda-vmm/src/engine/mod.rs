@@ -1,7 +1,7 @@
-//! One budget on one device: who holds which physical memory.
+//! One budget on one device: which range holds which physical memory.
 //!
-//! Three rules hold everywhere: no lock is held over a driver call; what a failed call leaves is what was there before;
-//! nothing is unmapped that the device may still use.
+//! Three rules hold everywhere: no lock is held over a driver call; what a failed call leaves is
+//! what was there before; nothing is unmapped that the device may still use.
 //!
 //! The modules stand on floors, and each uses those below it only:
 //!
@@ -15,7 +15,7 @@
 //! shortage, retry, stranded, drain,
 //! backing, refused, retire
 //! inner, worker                       the budget: the state, its options, its thread
-//! changes                             the lock of the state, and the protocol of those who wait for a change
+//! changes                             the lock of the state, and the protocol of waiting for a change
 //! state, owing                        the state
 //! ranges, slot, range                 a range behind its lock
 //! queue, users, relocation(s), owed   what the driver has to be asked about
@@ -95,7 +95,8 @@ impl Engine {
         stats
     }
 
-    /// What has happened so far; one moment's numbers. All zero in a forked process except what the device counts.
+    /// What has happened so far; one moment's numbers. All zero in a forked process except what the
+    /// device counts.
     pub fn counters(&self) -> EngineCounters {
         let mut counters = match self.open() {
             Ok(inner) => inner.state.lock().look().counters,
@@ -105,12 +106,13 @@ impl Engine {
         counters
     }
 
-    /// Does the work that is due: looks which freed memory the device has finished with, synchronises the
-    /// context if no stream was named (unless a capture is declared), gives back what is above
-    /// `park_bytes_max`, makes memory ahead for the ranges that ask for it, and retries what the driver refused.
+    /// Does the work that is due: looks which freed memory the device has finished with,
+    /// synchronises the context if no stream was named (unless a capture is declared), gives back
+    /// what is above `park_bytes_max`, makes memory ahead for the ranges that ask for it, and
+    /// retries what the driver refused.
     ///
-    /// With [`WorkerMode::Thread`] the engine's thread calls it. Waits for the device only if a context
-    /// synchronise is due.
+    /// With [`WorkerMode::Thread`] the engine's thread calls it. Waits for the device only if a
+    /// context synchronise is due.
     ///
     /// In a forked process it does nothing.
     pub fn step(&self) -> StepReport {
@@ -120,12 +122,14 @@ impl Engine {
         }
     }
 
-    /// Gives back everything that is not live and that the device has finished with; returns the bytes.
+    /// Gives back everything that is not live and that the device has finished with; returns the
+    /// bytes.
     ///
     /// Waits for nothing: what is still retiring goes later.
     ///
     /// # Errors
-    /// The driver's, if it refused; what it refused is in quarantine. [`VmmError::Forked`](crate::VmmError::Forked).
+    /// The driver's, if it refused; what it refused is in quarantine.
+    /// [`VmmError::Forked`](crate::VmmError::Forked).
     pub fn trim(&self) -> Result<usize> {
         self.trim_to(0)
     }

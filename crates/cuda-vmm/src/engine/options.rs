@@ -3,15 +3,15 @@
 use super::books::policy::CHUNK_BYTES_MAX;
 use crate::{QuotaConflict, Result, VmmError};
 
-/// Who takes an engine's steps.
+/// What takes an engine's steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum WorkerMode {
-    /// A thread of the engine's own, started when there is first something to do and silent when there
-    /// is not.
+    /// A thread of the engine's own, started when there is first something to do and silent when
+    /// there is not.
     #[default]
     Thread,
-    /// Nobody but [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
-    /// tests and simulations, which are deterministic so.
+    /// Only [`Engine::step`](crate::Engine::step), and calls that need what a step would bring. For
+    /// tests and simulations, which are deterministic with it.
     Manual,
 }
 
@@ -19,33 +19,37 @@ pub enum WorkerMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct EngineOptions {
-    /// The budget in bytes; the device's total where none is given. A limit above the device's memory is
-    /// kept as given: then the driver says when there is no more.
+    /// The budget in bytes; the device's total if none is given. A limit above the device's memory
+    /// is kept as given: then the driver says when there is no more.
     pub limit_bytes: Option<usize>,
-    /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the process.
+    /// Memory of the device, in bytes, that the budget leaves alone, for other allocators in the
+    /// process.
     pub headroom_bytes: usize,
-    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call. Where more is freed,
-    /// it is given back down to [`park_bytes_min`](Self::park_bytes_min). 0 keeps nothing.
+    /// How much freed memory stays mapped, in bytes, to be taken back without a driver call. If
+    /// more is freed, it is given back down to [`park_bytes_min`](Self::park_bytes_min). 0 keeps
+    /// nothing.
     pub park_bytes_max: usize,
     /// Down to how many bytes freed memory is given back once it is more than
-    /// [`park_bytes_max`](Self::park_bytes_max), so that a range that breathes does not call the driver at each
-    /// breath. Three quarters of that where none is given; never more than that.
+    /// [`park_bytes_max`](Self::park_bytes_max), so that a range that breathes does not call the
+    /// driver at each breath. Three quarters of that if none is given; never more than that.
     pub park_bytes_min: Option<usize>,
-    /// How much memory that is no longer mapped is kept, in bytes, to be mapped again anywhere without being
-    /// made. It is overwritten with zeros on the device before, so that no range finds another's bytes in it, and
-    /// given up before an allocation is refused. 0 keeps nothing.
+    /// How much memory that is no longer mapped is kept, in bytes, to be mapped again anywhere
+    /// without being made. It is overwritten with zeros on the device before, so that no range
+    /// finds another's bytes in it, and given up before an allocation is refused. 0 keeps nothing.
     pub cache_bytes_max: usize,
-    /// The largest chunk in bytes; never more than 128 MiB, which is the default. A page is the smallest chunk whatever
-    /// this says, so with 0 each page has a chunk of its own and can be given back alone. Larger chunks take fewer
-    /// driver calls, and a chunk is only given back whole: what it holds without being live is slack, which
+    /// The largest chunk in bytes; never more than 128 MiB, which is the default. A page is the
+    /// smallest chunk whatever this says, so with 0 each page has a chunk of its own and can be
+    /// given back alone. Larger chunks take fewer driver calls, and a chunk is only given back
+    /// whole: what it holds without being live is slack, which
     /// [`compact`](crate::VirtualMemoryPool::compact) gives back.
     pub chunk_bytes_max: usize,
-    /// Who takes the steps.
+    /// What takes the steps.
     pub worker: WorkerMode,
 }
 
 impl EngineOptions {
-    /// The defaults: the device's total, no headroom, nothing parked or cached, chunks of up to 128 MiB, a worker thread.
+    /// The defaults: the device's total, no headroom, nothing parked or cached, chunks of up to 128
+    /// MiB, a worker thread.
     pub const fn new() -> Self {
         Self {
             limit_bytes: None,
@@ -109,8 +113,8 @@ impl EngineOptions {
     /// Checks what can be told without a device, as [`Engine::new`](crate::Engine::new) does first.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if `park_bytes_min` is above
-    /// `park_bytes_max`.
+    /// [`VmmError::ZeroSize`] for a limit of 0; [`VmmError::QuotaUnsatisfiable`] if
+    /// `park_bytes_min` is above `park_bytes_max`.
     pub fn check(&self) -> Result<()> {
         if self.limit_bytes == Some(0) {
             return Err(VmmError::ZeroSize { what: "limit" });
@@ -130,24 +134,27 @@ impl Default for EngineOptions {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolOptions {
-    /// Whether each run of pages that an allocation finds without memory gets one physical handle, whatever its size, and
-    /// nothing beyond it. For callers that register the memory with a network card.
+    /// Whether each run of pages that an allocation finds without memory gets one physical handle,
+    /// whatever its size, and nothing beyond it. For callers that register the memory with a
+    /// network card.
     ///
-    /// So an allocation has a single handle if none of its pages has memory when it is made. Pages that a neighbour keeps,
-    /// and pages that were freed and are still parked or retiring, keep the handles that they have; a run of missing
-    /// pages on each side of them gets one each. If the device has no memory for a run as a whole, the allocation fails. A handle goes
-    /// back only whole, when none of its pages is live. Nothing is made ahead, whatever
-    /// [`ahead_bytes_max`](Self::ahead_bytes_max) says. [`compact`](crate::VirtualMemoryPool::compact) gives each run of live pages of
-    /// a partly live handle one of its own. The handles are the pool's: they cannot be exported.
+    /// So an allocation has a single handle if none of its pages has memory when it is made. Pages
+    /// that a neighbour keeps, and pages that were freed and are still parked or retiring, keep the
+    /// handles that they have; a run of missing pages on each side of them gets one each. If the
+    /// device has no memory for a run as a whole, the allocation fails. A handle goes back only
+    /// whole, when none of its pages is live. Nothing is made ahead, whatever
+    /// [`ahead_bytes_max`](Self::ahead_bytes_max) says.
+    /// [`compact`](crate::VirtualMemoryPool::compact) gives each run of live pages of a partly live
+    /// handle one of its own. The handles are the pool's: they cannot be exported.
     pub single_handle: bool,
-    /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in bytes, before it is
-    /// asked for, so that a range that grows step by step calls no driver on the way. What is made ahead is on the
-    /// range's account, never takes another's guarantee, and is given up first when memory is short. 0, the default,
-    /// makes none.
+    /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in
+    /// bytes, before it is asked for, so that a range that grows step by step calls no driver on
+    /// the way. What is made ahead is on the range's account, never takes another's guarantee, and
+    /// is given up first when memory is short. 0, the default, makes none.
     pub ahead_bytes_max: usize,
-    /// The worker begins again when fewer than so many bytes are left ahead, in whole pages and at least one. Near
-    /// [`ahead_bytes_max`](Self::ahead_bytes_max) it works in small pieces and often; near 0 it may come too late. Half
-    /// of that where none is given; never more than that.
+    /// The worker begins again when fewer than this many bytes are left ahead, in whole pages and
+    /// at least one. Near [`ahead_bytes_max`](Self::ahead_bytes_max) it works in small pieces and
+    /// often; near 0 it may come too late. Half of that if none is given; never more than that.
     pub ahead_bytes_min: Option<usize>,
 }
 

@@ -1,4 +1,4 @@
-//! What a range owes, where its owner reads it without a lock, and the waker for when it owes more.
+//! What a range owes, which its owner reads without a lock, and the waker for when it owes more.
 
 use crate::foreign::{self, Foreign};
 use crate::sync::atomic::{AtomicUsize, Ordering};
@@ -19,7 +19,7 @@ impl Owed {
         self.bytes.load(Ordering::SeqCst)
     }
 
-    /// Notes what is owed now; says whether it is more than before.
+    /// Notes what is owed now; returns whether it is more than before.
     pub(crate) fn set(&self, bytes: usize) -> bool {
         self.bytes.swap(bytes, Ordering::SeqCst) < bytes
     }

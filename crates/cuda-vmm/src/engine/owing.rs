@@ -11,8 +11,8 @@ use crate::sync::atomic::{AtomicBool, Ordering};
 use std::collections::BTreeMap;
 
 impl State {
-    /// What comes back of each account without its owner's doing, in bytes: what retires, and what is given up for who
-    /// asks.
+    /// What comes back of each account without its owner's doing, in bytes: what retires, and what
+    /// is given up if another account needs it.
     fn coming(&self) -> BTreeMap<AccountId, usize> {
         let mut coming = BTreeMap::new();
         for range in self.ranges.values() {
@@ -26,11 +26,12 @@ impl State {
         coming
     }
 
-    /// Works out anew what each range owes, where anyone may owe anything; returns those that owe more than before, to
-    /// be told when the lock is let go.
+    /// Works out anew what each range owes, if any may owe anything. Returns those that owe more
+    /// than before, to be woken when the lock is released.
     ///
-    /// `is_pressing` says whether anyone owed anything when that was last worked out, and is set before ranges are looked at:
-    /// who takes or frees memory under a range's lock alone sees it, or is seen.
+    /// `is_pressing` says whether any range owed anything when that was last worked out. It is set
+    /// before this inspects the ranges. A thread that takes or frees memory under a range's lock
+    /// alone reads it after taking that lock, so one of the two sees the other.
     pub(crate) fn share_out(&mut self, is_pressing: &AtomicBool) -> Vec<Arc<Owed>> {
         if self.ledger.is_calm() && !is_pressing.load(Ordering::SeqCst) {
             return Vec::new();
@@ -49,7 +50,8 @@ impl State {
             .collect()
     }
 
-    /// Whether a range holds more than it may, and what it may take then; see [`Ledger::room_below_ceiling`].
+    /// Whether a range holds more than it may, and what it may take then; see
+    /// [`Ledger::room_below_ceiling`].
     pub(crate) fn room_below_ceiling(&self, range: &Range) -> Option<Refusal> {
         self.ledger.room_below_ceiling(range.account, || {
             let releasing = self.releasing.iter();

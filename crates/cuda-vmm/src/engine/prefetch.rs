@@ -1,4 +1,5 @@
-//! Making memory before it is asked for: mapped and accessible beyond the end of a range's latest allocation.
+//! Making memory before it is asked for: mapped and accessible beyond the end of a range's latest
+//! allocation.
 
 use super::at_work::AtWork;
 use super::backing::{Failure, Made, Target};
@@ -11,8 +12,9 @@ use crate::sync::{Arc, thread};
 use crate::{PhysicalMemory, VmmError};
 use core::ops;
 
-/// For how many turns the worker leaves the driver to others between two chunks, some microseconds. The driver's lock is
-/// not a fair one: without this a thread that wants it could wait many times over.
+/// For how many turns the worker leaves the driver to others between two chunks, some microseconds.
+/// The driver's lock is not a fair one: without this a thread that wants it could wait many times
+/// over.
 const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 /// A chunk that is to be made ahead of a range's allocations.
@@ -24,7 +26,8 @@ struct Ahead {
 }
 
 impl Inner {
-    /// Makes what is to be there ahead, a chunk at a time; returns the bytes made. The worker's thread rests in between.
+    /// Makes what is to be there ahead, a chunk at a time; returns the bytes made. The worker's
+    /// thread rests in between.
     pub(crate) fn prefetch(self: &Arc<Self>, is_worker: bool) -> usize {
         let mut made_bytes = 0;
         while let Some(bytes) = self.prefetch_one() {
@@ -76,8 +79,8 @@ impl Ahead {
         self.pages.len() * self.target.page_bytes
     }
 
-    /// Notes in the books what came of it. Says whether nobody but this thread goes on with the closing of the range, and
-    /// why there is no memory if there is none.
+    /// Notes in the books what came of it. Returns whether nobody but this thread goes on with the
+    /// closing of the range, and why there is no memory if there is none.
     fn finish(
         &self,
         work: AtWork,
@@ -108,7 +111,8 @@ impl Ahead {
 }
 
 impl State {
-    /// The next chunk to make ahead. `None` if no range wants any; `Some(None)` if the one that did wants none any more.
+    /// The next chunk to make ahead. `None` if no range wants any; `Some(None)` if the one that did
+    /// wants none any more.
     fn next_ahead(&self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
         let mut ranges = self.ranges.iter();
         let (id, mut range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;

@@ -16,13 +16,15 @@ pub(crate) enum Until {
 }
 
 impl Until {
-    /// The end of everything that can use the range now: the work queued on the streams that are named for it and the ends
-    /// of others' work; where none was named, all work of the context; and of a range that was leased, all work of every
-    /// context. Queues at most one event for each stream, or each context, and waits for nothing. Where no fence can be
-    /// had, a context synchronise later is as good.
+    /// The end of everything that can use the range now: the work queued on the streams that are
+    /// named for it and the ends of others' work; if none was named, all work of the context; and
+    /// of a range that was leased, all work of every context. Queues at most one event for each
+    /// stream, or each context, and waits for nothing. If no fence can be had, a context
+    /// synchronise later is as good.
     ///
-    /// A stream that is being captured has no fence to give: an event recorded there belongs to the capture. And
-    /// the per-thread default stream is another one for each thread, so the context answers for it.
+    /// A stream that is being captured has no fence to give: an event recorded there belongs to the
+    /// capture. And the per-thread default stream is another one for each thread, so a fence of the
+    /// context stands for it.
     pub(crate) fn now(device: &Device, users: &Users) -> Self {
         let is_captured = |stream: &Arc<_>| crate::stream::Handle::is_capturing(stream);
         let mut shared = users.named().filter(|stream| !stream.is_per_thread());
@@ -53,7 +55,8 @@ impl Until {
         }
     }
 
-    /// The end of all work of the device's context, or of those of all devices; `None` if the driver is too old for it.
+    /// The end of all work of the device's context, or of those of all devices; `None` if the
+    /// driver is too old for it.
     pub(crate) fn of_contexts(
         device: &Device,
         all: bool,
@@ -70,7 +73,7 @@ impl Until {
         Ok(Some(fences))
     }
 
-    /// Whether it is past, as far as can be told without waiting.
+    /// Whether it is past, as far as this is known without waiting.
     ///
     /// On a poisoned context nothing runs any more, so everything is past.
     pub(crate) fn is_past(&self) -> Result<bool> {
@@ -103,8 +106,8 @@ pub(crate) struct Entry {
     pub(crate) scrubbed_bytes: usize,
     /// The streams of the range whose namings have smaller numbers than this come after the fences.
     pub(crate) followers: u64,
-    /// Whether chunks of it were taken back before its fences were past. Then it stays until they are, even without
-    /// chunks: a stream that is named meanwhile must come after them too.
+    /// Whether chunks of it were taken back before its fences were past. Then it stays until they
+    /// are, even without chunks: a stream that is named meanwhile must come after them too.
     pub(crate) followed: bool,
 }
 
@@ -113,7 +116,7 @@ pub(crate) struct Entry {
 pub(crate) struct Queue {
     entries: Vec<Entry>,
     next: u64,
-    /// Entries that were left when somebody last looked which are past.
+    /// Entries that were left when a thread last looked which are past.
     left: usize,
 }
 
@@ -197,12 +200,13 @@ impl Queue {
         self.entries.iter_mut()
     }
 
-    /// Whether so many entries have come that somebody should look which are past, if no step does.
+    /// Whether enough entries have come since that a call should look which are past, if no step
+    /// does.
     pub(crate) fn is_overgrown(&self) -> bool {
         self.entries.len() > 2 * self.left + 64
     }
 
-    /// Somebody has looked.
+    /// Notes that a thread has looked which entries are past.
     pub(crate) fn was_looked_through(&mut self) {
         self.left = self.entries.len();
     }
@@ -213,8 +217,8 @@ impl Queue {
             .filter(move |entry| only.is_none_or(|only| entry.range == only))
     }
 
-    /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands out the fences, which
-    /// are to be dropped without the lock: that calls the driver.
+    /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands
+    /// out the fences, which are to be dropped without the lock: that calls the driver.
     pub(crate) fn give_up_fences(&mut self, ids: &[u64]) -> Vec<Until> {
         let entries = self.entries.iter_mut();
         entries

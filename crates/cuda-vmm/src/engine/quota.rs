@@ -13,7 +13,8 @@ impl RangeHandle {
         Ok(range.owed.clone())
     }
 
-    /// Gives back to the driver what the range holds and does not use; returns the bytes. Waits for nothing.
+    /// Gives back to the driver what the range holds and does not use; returns the bytes. Waits for
+    /// nothing.
     pub(crate) fn give_back(&self) -> Result<usize> {
         drop(self.slot.lock_open()?);
         let engine = self.inner();

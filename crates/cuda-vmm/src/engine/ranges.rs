@@ -1,8 +1,8 @@
 //! The ranges of an engine, each behind a lock of its own.
 //!
-//! A thread takes the engine's lock first and then one range's, and never two ranges' at a time. A thread that makes or
-//! gives back memory holds the engine's. What is there already is taken and freed under the range's lock alone, so models
-//! that do so write to no cache line in common.
+//! A thread takes the engine's lock first and then one range's, and never two ranges' at a time. A
+//! thread that makes or gives back memory holds the engine's. What is there already is taken and
+//! freed under the range's lock alone, so models that do so write to no cache line in common.
 
 use super::books::range_id::RangeId;
 use super::range::{Range, Remains};
@@ -13,8 +13,8 @@ use core::cell::Cell;
 use core::ops::{Deref, DerefMut};
 use std::collections::BTreeMap;
 
-/// A range that was locked by way of the engine's state. Each mutable access is a change, of which the engine's guard
-/// tells.
+/// A range that was locked by way of the engine's state. Each mutable access is a change, of which
+/// the engine's guard tells.
 #[derive(Debug)]
 pub(crate) struct RangeGuard<'a> {
     range: MutexGuard<'a, Range>,
@@ -22,7 +22,7 @@ pub(crate) struct RangeGuard<'a> {
 }
 
 impl RangeGuard<'_> {
-    /// The range, for a change that can serve nobody and changes nothing that is owed.
+    /// The range, for a change that can serve no other thread and changes nothing that is owed.
     pub(crate) fn quietly(&mut self) -> &mut Range {
         &mut self.range
     }
@@ -61,8 +61,8 @@ impl Ranges {
         slot
     }
 
-    /// Takes out a range that holds no memory any more. What is left of it is to be dropped without a lock: that calls
-    /// the driver.
+    /// Takes out a range that holds no memory any more. What is left of it is to be dropped without
+    /// a lock: that calls the driver.
     pub(crate) fn remove(&mut self, id: RangeId) -> Option<Remains> {
         let slot = self.by_id.remove(&id)?;
         let remains = slot.lock().end();

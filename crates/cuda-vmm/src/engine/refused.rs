@@ -1,11 +1,13 @@
-//! Memory that the driver refused to take back: kept on its account, tried again with growing delays, told of once.
+//! Memory that the driver refused to take back: kept on its account, tried again with growing
+//! delays, and reported once.
 //!
-//! A refusal is news if nothing was refused before. Then there is one warning. The worker hears of each, and tries again when
-//! the back-off says so, one piece after the other, until the driver refuses one; so a driver that refuses all is asked once
-//! each time, however much there is. Each such try begins with another piece. When nothing is left, there is one message more.
+//! A refusal is news if nothing was refused before. Then there is one warning. The worker hears of
+//! each, and tries again when the back-off says so, one piece after the other, until the driver
+//! refuses one; so a driver that refuses all is asked once each time, however much there is. Each
+//! such try begins with another piece. When nothing is left, there is one message more.
 //!
-//! Calls that need the memory try at once: about the pages in their way, or until the driver refuses a piece. In a context
-//! that is beyond use nobody tries: [`Device::is_lost`] says so.
+//! Calls that need the memory try at once: about the pages in their way, or until the driver
+//! refuses a piece. In a context that is beyond use no call tries: [`Device::is_lost`] says so.
 
 use super::books::ledger::AccountId;
 use super::changes::Locked;
@@ -14,8 +16,8 @@ use crate::sync::{self, Arc};
 use crate::{PhysicalMemory, Result, VmmError};
 
 impl Inner {
-    /// Lets go of the lock, after memory was given back or the driver has refused to take it; the first refusal is told, and
-    /// the worker woken for each.
+    /// Releases the lock, after memory was given back or the driver has refused to take it. Warns
+    /// of the first refusal, and wakes the worker for each.
     pub(crate) fn note_refusal(
         self: &Arc<Self>,
         mut state: Locked<'_>,
@@ -37,12 +39,13 @@ impl Inner {
         } else {
             crate::events::warn!(%error, bytes, "the driver did not take memory back, which is quarantined and tried again");
         }
-        // Each time: it may have looked while this thread had the last of it in hand, and found nothing to try again.
+        // Each time: it may have looked while this thread had the last of it in hand, and found
+        // nothing to try again.
         self.worker.wake(self, false);
     }
 
-    /// Releases memory that is mapped nowhere, and that `releasing` names. What the driver refuses is tried again
-    /// later.
+    /// Releases memory that is mapped nowhere, and that `releasing` names. What the driver refuses
+    /// is tried again later.
     pub(crate) fn release(
         self: &Arc<Self>,
         account: Option<AccountId>,

@@ -1,4 +1,4 @@
-//! Making room where the device has run out of memory: others' allocations beside the pools', and theirs beside others'.
+//! Making room if the device has run out of memory: for other allocators, and with their help.
 
 use super::books::range_id::RangeId;
 use super::drain::GivenUp;
@@ -10,12 +10,12 @@ use crate::sync::{Arc, thread_local};
 use core::cell::Cell;
 
 impl Engine {
-    /// Gives at least `bytes` bytes back to the driver, if so much can be spared: memory that was made ahead, cached or
-    /// parked. For when another allocator of the process, a framework's for instance, was refused memory by the driver.
-    /// Returns the bytes that went.
+    /// Gives at least `bytes` bytes back to the driver, if that much can be spared: memory that was
+    /// made ahead, cached or parked. For when another allocator of the process, a framework's for
+    /// instance, was refused memory by the driver. Returns the bytes that went.
     ///
-    /// Waits for nothing: what is still retiring is not among it. What the driver refuses to take back is in quarantine,
-    /// and not counted. In a forked process it does nothing.
+    /// Waits for nothing: what is still retiring is not among it. What the driver refuses to take
+    /// back is in quarantine, and not counted. In a forked process it does nothing.
     pub fn relieve(&self, bytes: usize) -> usize {
         match self.inner().check_process() {
             Ok(()) => self.inner().relieve(bytes),
@@ -25,7 +25,8 @@ impl Engine {
 }
 
 impl Inner {
-    /// Gives so many bytes back to the driver, or what can be spared; returns the bytes that went.
+    /// Gives this many bytes back to the driver, or what can be spared; returns the bytes that
+    /// went.
     pub(crate) fn relieve(self: &Arc<Self>, bytes: usize) -> usize {
         self.poll();
         let mut given_bytes = self.retry(&Which::All);
@@ -63,8 +64,9 @@ thread_local! {
     static MAKING_ROOM: Cell<bool> = const { Cell::new(false) };
 }
 
-/// This thread is in the function that makes room. What that allocates is refused rather than that it is called again, and
-/// whoever closes the range does not wait for its pages: the function may be waiting for that.
+/// This thread is in the function that makes room. If an allocation from there finds no memory, it
+/// is refused, and the function is not called again. A thread that closes the range does not wait
+/// for its pages: the function may be waiting for that thread.
 struct MakingRoom<'a> {
     engine: &'a Inner,
     range: RangeId,
@@ -98,8 +100,9 @@ impl Drop for MakingRoom<'_> {
 
 /// What was done already for an allocation that the device has no memory for.
 ///
-/// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes from others what is
-/// missing, and at most a piece more, and two that are short at once do not take everything.
+/// Only one piece is given up at a time, and then the driver is asked again: so an allocation takes
+/// from others what is missing, and at most a piece more, and two that are short at once do not
+/// take everything.
 #[derive(Debug, Default)]
 pub(crate) struct Relief {
     polled: bool,
@@ -109,7 +112,8 @@ pub(crate) struct Relief {
 }
 
 impl Relief {
-    /// Whether it was not told yet that the device is short of memory. It is told now.
+    /// Whether no message has said yet that the device is short of memory. The caller writes it
+    /// now.
     pub(crate) fn is_news(&mut self) -> bool {
         !core::mem::replace(&mut self.is_told, true)
     }
@@ -122,10 +126,11 @@ impl Relief {
         };
     }
 
-    /// Takes the next step for pages of a range; `false` if all were taken. The caller holds no lock.
+    /// Takes the next step for pages of a range; `false` if all were taken. The caller holds no
+    /// lock.
     ///
-    /// First the engine's own spare memory goes, then what the driver refused before, then what other engines of the device
-    /// can spare, and last what others in the process do.
+    /// First the engine's own spare memory goes, then what the driver refused before, then what
+    /// other engines of the device can spare, and last what others in the process do.
     pub(crate) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
         let device = &engine.device;
         let holders = device.holders();

@@ -1,9 +1,10 @@
 //! One chunk on its way to other memory, and all that is held for it meanwhile.
 //!
 //! # Safety
-//! The one unsafe call queues copies on a private stream. A [`Relocation`] owns both ends: the chunk's mapping, which
-//! the engine's books give to nobody else while it moves, and the mappings at scratch addresses. It unmaps
-//! neither before it has seen that the stream is past the copies ([`Relocation::copying`]).
+//! The one unsafe call queues copies on a private stream. A [`Relocation`] owns both ends: the
+//! chunk's mapping, which the engine's books give to nobody else while it moves, and the mappings
+//! at scratch addresses. It unmaps neither before it has seen that the stream is past the copies
+//! ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
 use super::books::ledger::AccountId;
@@ -23,7 +24,8 @@ pub(crate) struct Site {
     pub(crate) page_bytes: usize,
 }
 
-/// One chunk on its way. The old memory has the contents until every piece of the new is accessible in its place.
+/// One chunk on its way. The old memory has the contents until every piece of the new is accessible
+/// in its place.
 #[derive(Debug)]
 pub(crate) struct Relocation {
     pub(crate) site: Site,
@@ -43,7 +45,8 @@ pub(crate) struct Relocation {
     scratch: Vec<(Range<usize>, Mapping)>,
     /// Pieces at no address.
     loose: Vec<(Range<usize>, Arc<PhysicalMemory>)>,
-    /// Pieces at their final addresses. The last may be inaccessible, if the move was broken off there.
+    /// Pieces at their final addresses. The last may be inaccessible, if the move was broken off
+    /// there.
     placed: Vec<(Range<usize>, Mapping)>,
     /// The stream, if copies may be under way.
     copying: Option<Stream>,
@@ -101,8 +104,8 @@ impl Relocation {
         }
     }
 
-    /// Moves. `create` makes memory of a size; `scratch` has room for all pieces. After an error the caller asks
-    /// for [`back`](Self::back).
+    /// Moves. `create` makes memory of a size; `scratch` has room for all pieces. After an error
+    /// the caller asks for [`back`](Self::back).
     pub(crate) fn forward(
         &mut self,
         create: impl Fn(usize) -> Result<PhysicalMemory>,
@@ -152,8 +155,9 @@ impl Relocation {
         for (pages, mapping) in &self.scratch {
             let offset = pages.start * self.site.page_bytes;
             let source = self.site.reservation.address() + offset as u64;
-            // SAFETY: the source lies in the chunk's mapping and the target is a mapping of its size; both are
-            // owned here and stay until the stream was waited for, as `copying` says.
+            // SAFETY: the source lies in the chunk's mapping and the target is a mapping of its
+            // size; both are owned here and stay until the stream was waited for, as `copying`
+            // says.
             unsafe { stream.copy(mapping.address(), source, mapping.bytes()) }?;
         }
         stream.synchronize()?;
@@ -182,8 +186,8 @@ impl Relocation {
         Err(failure.error)
     }
 
-    /// Undoes as much as the driver lets it: the old memory goes back to its place and the new is released. Returns
-    /// what could not be given back and is in nobody's way. May be asked again.
+    /// Undoes as much as the driver lets it: the old memory goes back to its place and the new is
+    /// released. Returns what could not be given back and is in nobody's way. May be asked again.
     pub(crate) fn back(&mut self) -> Leftovers {
         let mut left = Leftovers::default();
         if let Some(stream) = &self.copying {

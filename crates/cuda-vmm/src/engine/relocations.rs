@@ -16,7 +16,7 @@ pub(crate) struct Relocations {
 }
 
 impl Relocations {
-    /// A chunk moves, and so many bytes are charged for that.
+    /// Notes that a chunk moves, and the bytes that are charged for that.
     pub(crate) fn begin(&mut self, account: AccountId, charged_bytes: usize) {
         self.moving.push((account, charged_bytes));
     }
@@ -35,7 +35,8 @@ impl Relocations {
         moving.map(|(_, bytes)| bytes).sum()
     }
 
-    /// Bytes that the driver would not take back, of one account or of all, beside the chunks themselves.
+    /// Bytes that the driver would not take back, of one account or of all, beside the chunks
+    /// themselves.
     pub(crate) fn quarantined_bytes(&self, only: Option<AccountId>) -> usize {
         let stranded = self.stranded.iter();
         let stranded = stranded.map(|relocation| (relocation.site.account, relocation.new_bytes()));
@@ -50,7 +51,8 @@ impl Relocations {
         (self.stranded.len(), self.stuck.len())
     }
 
-    /// Hands over what must not be unmapped yet to the device, at the end of the engine; all else is dropped.
+    /// Hands over what must not be unmapped yet to the device, at the end of the engine; all else
+    /// is dropped.
     pub(crate) fn abandon(&mut self, device: &Device) {
         for relocation in core::mem::take(&mut self.stranded) {
             device.keep_unfinished(relocation.into_unfinished());

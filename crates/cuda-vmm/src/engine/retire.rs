@@ -13,7 +13,8 @@ use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Fence, Result, VmmError};
 
 impl Inner {
-    /// Records when the freed chunks of a range will be free of the device, and wakes the worker for it.
+    /// Records when the freed chunks of a range will be free of the device, and wakes the worker
+    /// for it.
     pub(crate) fn retire(self: &Arc<Self>, state: Locked<'_>, id: RangeId, chunks: Vec<usize>) {
         let freed = state.ranges.slot(id).filter(|_| !chunks.is_empty());
         let freed = freed.cloned();
@@ -26,10 +27,11 @@ impl Inner {
         }
     }
 
-    /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until a thread looks at the
-    /// queue.
+    /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until
+    /// a thread looks at the queue.
     pub(crate) fn record(self: &Arc<Self>, slot: &Slot, users: Users, chunks: Vec<usize>) {
-        // In this thread's hands until the range has them: the driver is called, and owners of streams may be dropped.
+        // In this thread's hands until the range has them: the driver is called, and owners of
+        // streams may be dropped.
         let work = AtWork::begin();
         let users = slot.settle_users(users);
         let until = Until::now(&self.device, &users);
@@ -41,8 +43,8 @@ impl Inner {
         self.worker.wake(self, false);
     }
 
-    /// Looks which leases are over, and parks the chunks that the device has finished with, as far as fences tell; returns
-    /// their bytes. Never waits.
+    /// Looks which leases are over, and parks the chunks that the device has finished with, as far
+    /// as fences tell; returns their bytes. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
         self.look_at_news();
         let (mut past, mut useless) = (Vec::new(), Vec::new());
@@ -64,8 +66,8 @@ impl Inner {
         self.park(&past)
     }
 
-    /// Puts what was freed into the queue. What was freed while it was leased, and is leased no longer, retires behind a
-    /// fence of now.
+    /// Puts what was freed into the queue. What was freed while it was leased, and is leased no
+    /// longer, retires behind a fence of now.
     fn look_at_news(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.quietly().collect_freed();
@@ -116,8 +118,8 @@ impl Inner {
         bytes
     }
 
-    /// Waits for all work of the context, then parks what waited for that, of one range or of all; returns the bytes.
-    /// `None` if nothing waits for it, or if a capture is declared.
+    /// Waits for all work of the context, then parks what waited for that, of one range or of all;
+    /// returns the bytes. `None` if nothing waits for it, or if a capture is declared.
     pub(crate) fn synchronise(&self, only: Option<RangeId>) -> Result<Option<usize>> {
         let (waiting, all) = {
             let state = self.state.lock();
@@ -140,8 +142,9 @@ impl Inner {
         }
     }
 
-    /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context synchronise,
-    /// or another thread's work. Says whether there was any, or why it cannot be waited for.
+    /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context
+    /// synchronise, or another thread's work. Returns whether there was any, or why it cannot be
+    /// waited for.
     pub(crate) fn await_progress<'a>(
         self: &'a Arc<Self>,
         mut state: Locked<'a>,
@@ -152,7 +155,8 @@ impl Inner {
             state.quietly().counters.waits += 1;
             drop(state);
             self.await_fences(id, &fences)?;
-            // Before the lock is taken: it may be the last to hold them, and dropping a fence calls the driver.
+            // Before the lock is taken: it may be the last to hold them, and dropping a fence calls
+            // the driver.
             drop(fences);
             return Ok(Some(self.state.lock()));
         }
@@ -181,7 +185,7 @@ impl Inner {
             Ok(()) => false,
         });
         match stopped {
-            // Not asked again: a driver that would not answer would have this wait for ever.
+            // Not asked again: with a driver that never says so this would wait for ever.
             None | Some(Ok(())) => {
                 self.park(&[id]);
                 self.poll();

@@ -144,7 +144,7 @@ impl Inner {
             state.refusals = Refusals::default();
         } else if is_refused {
             state.refusals.take_turn();
-            // Callers who want memory do not put off the worker's next try.
+            // Callers that want memory do not put off the worker's next try.
             if !matches!(which, Which::Wanted) {
                 state.refusals.fail(sync::now());
             }

@@ -1,11 +1,13 @@
-//! What every call does that needs more memory than the budget has: an allocation, a guarantee, a compaction.
+//! What every call does that needs more memory than the budget has: an allocation, a guarantee, a
+//! compaction.
 //!
 //! ```text
 //! look what the device has finished with ── once
-//! give up what can be spared ────────────── a piece at a time: made ahead, then cached, then parked
+//! give up what can be spared ────────────── a piece at a time: made ahead, cached, parked
 //! ```
 //!
-//! After each piece the caller tries again, so it takes from others what is missing, and at most a piece more.
+//! After each piece the caller tries again, so it takes from others what is missing, and at most a
+//! piece more.
 
 use super::books::range_id::RangeId;
 use super::changes::Locked;
@@ -33,8 +35,9 @@ impl Shortage {
         self.polled = false;
     }
 
-    /// Takes the next step against the shortage. At its own ceiling a range is helped by its own memory only: `only` names
-    /// it then. Returns the lock if nothing is left to do, and `None` if the caller is to look again.
+    /// Takes the next step against the shortage. At its own ceiling a range is helped by its own
+    /// memory only: `only` names it then. Returns the lock if nothing is left to do, and `None` if
+    /// the caller is to look again.
     pub(crate) fn relieve<'a>(
         &mut self,
         engine: &Arc<Inner>,

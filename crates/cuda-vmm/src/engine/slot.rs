@@ -1,4 +1,5 @@
-//! One range behind its lock, and what is asked of others' code and of the driver before that lock is taken.
+//! One range behind its lock, and what is asked of others' code and of the driver before that lock
+//! is taken.
 
 use super::at_work::AtWork;
 use super::books::range_id::RangeId;
@@ -24,8 +25,8 @@ pub(crate) struct Slot {
 #[derive(Debug)]
 struct Shared {
     range: Mutex<Range>,
-    /// Whether a step has something to do for the range. Changed under the range's lock, and read without it, as there
-    /// may be many ranges.
+    /// Whether a step has something to do for the range. Changed under the range's lock, and read
+    /// without it, as there may be many ranges.
     has_news: AtomicBool,
     /// Signalled when the tokens of the range's leases were asked.
     answered: Condvar,
@@ -54,7 +55,8 @@ impl Slot {
         self.process.check()
     }
 
-    /// Locks the range without the engine, or beside it. The caller tells of a change by hand (`changes`).
+    /// Locks the range without the engine, or beside it. The caller tells of a change by hand
+    /// (`changes`).
     pub(crate) fn lock(&self) -> MutexGuard<'_, Range> {
         let range = self.shared.range.lock();
         range.unwrap_or_else(PoisonError::into_inner)
@@ -73,7 +75,8 @@ impl Slot {
         }
     }
 
-    /// Notes whether a step has something to do for the range, which the caller has locked and may have changed.
+    /// Notes whether a step has something to do for the range, which the caller has locked and may
+    /// have changed.
     pub(crate) fn note(&self, range: &Range) {
         let has_news = range.has_news();
         if self.has_news() != has_news {
@@ -87,8 +90,8 @@ impl Slot {
 
     /// Asks the tokens of the range's leases, and ends the leases of those that are released.
     ///
-    /// The caller holds no lock: the tokens are out of the range while they are asked, and the leases stay until they
-    /// have answered.
+    /// The caller holds no lock: the tokens are out of the range while they are asked, and the
+    /// leases stay until they have answered.
     pub(crate) fn ask_tokens(&self, asker: Asker) {
         let mut range = self.lock();
         if range.leases.is_empty() {
@@ -115,15 +118,16 @@ impl Slot {
         drop(released);
     }
 
-    /// Waits while another thread asks the tokens, but not for long: what they do is not the engine's.
+    /// Waits while another thread asks the tokens, but not for long: what they do is not the
+    /// engine's.
     fn await_answers<'a>(&'a self, range: MutexGuard<'a, Range>) -> MutexGuard<'a, Range> {
         let (shared, limit) = (&self.shared, Duration::from_millis(100));
         let is_asked = |range: &mut Range| range.leases.is_asked_elsewhere();
         sync::wait_timeout_while(&shared.answered, &shared.range, range, limit, is_asked)
     }
 
-    /// What a free of the range has to wait for: `users` without streams that nobody can use any more, and without ends
-    /// that are past. The caller holds no lock.
+    /// What a free of the range has to wait for: `users` without streams that nobody can use any
+    /// more, and without ends that are past. The caller holds no lock.
     pub(crate) fn settle_users(&self, users: Users) -> Users {
         if users.are_lasting() {
             return users;
@@ -134,7 +138,8 @@ impl Slot {
         self.lock().users.clone()
     }
 
-    /// Stops naming streams that nobody can use any more. What is still queued on them is waited for once.
+    /// Stops naming streams that nobody can use any more. What is still queued on them is waited
+    /// for once.
     fn let_go(&self, users: &Users) {
         let abandoned = users.abandoned();
         if !abandoned.is_empty() {

@@ -33,7 +33,8 @@ pub(crate) struct Look {
 }
 
 impl Engine {
-    /// One look at everything. All zero except the limit in a forked process, where the lock may be held for good.
+    /// One look at everything. All zero except the limit in a forked process, where the lock may be
+    /// held for good.
     pub(crate) fn look(&self) -> Look {
         let mut look = match self.open() {
             Ok(inner) => inner.state.lock().look(),

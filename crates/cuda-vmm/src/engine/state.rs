@@ -1,6 +1,7 @@
 //! The state of an engine, and its lock.
 //!
-//! The lock is taken by [`StateLock::lock`](super::changes), which also tells the threads that wait of each change.
+//! The lock is taken by [`StateLock::lock`](super::changes), which also tells the threads that wait
+//! of each change.
 
 use super::books::cache::Cache;
 use super::books::counters::EngineCounters;
@@ -23,7 +24,8 @@ pub(crate) struct StateLock {
     pub(crate) state: Mutex<State>,
     /// Signalled when something has changed.
     pub(crate) changed: Condvar,
-    /// Threads that wait for `changed`. All threads that free memory read it without the lock, and it changes seldom.
+    /// Threads that wait for `changed`. All threads that free memory read it without the lock, and
+    /// it changes seldom.
     pub(crate) waiting: Apart<AtomicUsize>,
     /// Whether anyone owes memory, or wants more than there is. Read as `waiting` is.
     pub(crate) is_pressing: Apart<AtomicBool>,
@@ -40,8 +42,8 @@ pub(crate) struct State {
     pub(crate) cache: Cache<PhysicalMemory>,
     /// Where memory is overwritten before it goes to the cache; made when it is first needed.
     pub(crate) scrubbing: Option<Stream>,
-    /// Memory that is mapped nowhere but that the driver would not release, and the account that is charged for it; of
-    /// the cache's there is none.
+    /// Memory that is mapped nowhere but that the driver would not release, and the account that is
+    /// charged for it; of the cache's there is none.
     pub(crate) unreleased: Vec<(Option<AccountId>, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
     pub(crate) releasing: Vec<(Option<AccountId>, usize)>,
@@ -51,8 +53,9 @@ pub(crate) struct State {
     pub(crate) refusals: Refusals,
     /// Ranges that are gone from `ranges` and whose addresses are being freed now.
     pub(crate) ending: Vec<RangeId>,
-    /// The engine itself, while closed ranges are left of which memory was leased: nobody else may own it. Without a
-    /// worker, a step finds the leases over, or another engine of the device that is short of memory.
+    /// The engine itself, while closed ranges are left of which memory was leased: nobody else may
+    /// own it. Without a worker, a step finds the leases over, or another engine of the device that
+    /// is short of memory.
     pub(crate) kept: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -93,7 +96,8 @@ impl State {
         ranges.map(|range| range.spare_parked_bytes()).sum()
     }
 
-    /// Puts chunks that were freed under their range's lock into the queue; says whether there were any.
+    /// Puts chunks that were freed under their range's lock into the queue; returns whether there
+    /// were any.
     pub(crate) fn collect_freed(&mut self) -> bool {
         let mut any = false;
         for slot in self.ranges.with_news() {
@@ -110,8 +114,8 @@ impl State {
         self.stats_seen(|_, _| ()).parts
     }
 
-    /// The numbers, and a look at each range in the same moment: a range's memory may change from one part to another
-    /// under the range's lock alone.
+    /// The numbers, and a look at each range in the same moment: a range's memory may change from
+    /// one part to another under the range's lock alone.
     pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
         let unreleased = self.unreleased.iter().map(|(_, memory)| memory.bytes());
         let mut parts = MemoryParts {

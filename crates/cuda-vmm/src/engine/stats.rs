@@ -4,7 +4,8 @@ use crate::MemoryParts;
 use crate::size::Readable;
 use core::fmt;
 
-/// What an engine holds. The parts add up to [`committed_bytes`](Self::committed_bytes) in every snapshot.
+/// What an engine holds. The parts add up to [`committed_bytes`](Self::committed_bytes) in every
+/// snapshot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]

@@ -13,7 +13,7 @@ impl Steps for Inner {
         // What cannot be synchronised now is tried again at the next step.
         let synchronised = self.synchronise(None).unwrap_or_default();
         retired_bytes += synchronised.unwrap_or_default();
-        // A step that somebody calls is a try; the worker's are many.
+        // A step that a caller takes is a try; the worker takes many.
         let due = if is_worker { Which::Due } else { Which::All };
         let retried_bytes = self.retry(&due);
         let drained_bytes = self.give_back();

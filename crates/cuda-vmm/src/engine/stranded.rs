@@ -8,8 +8,9 @@ use crate::Result;
 use crate::sync::Arc;
 
 impl Relocation {
-    /// Ends a move that was broken off, or that is tried again: everything goes back where it was, so far as the
-    /// driver lets it. The rest stays charged and is retried; then the error is the driver's.
+    /// Ends a move that was broken off, or that is tried again: everything goes back to its place,
+    /// as far as the driver lets it. The rest stays charged and is retried; then the error is the
+    /// driver's.
     pub(crate) fn put_back(mut self, engine: &Arc<Inner>) -> Result<()> {
         let mut left = self.back();
         let error = left.error.take();
@@ -74,7 +75,8 @@ pub(crate) fn retry_stranded(engine: &Arc<Inner>) -> Result<usize> {
     relocation.put_back(engine).map(|()| 0)
 }
 
-/// Tries again to unmap what a move has left at scratch addresses; returns the bytes that went to the driver.
+/// Tries again to unmap what a move has left at scratch addresses; returns the bytes that went to
+/// the driver.
 pub(crate) fn retry_stuck(engine: &Arc<Inner>) -> Result<usize> {
     let _work = AtWork::begin();
     let (account, mapping) = {

@@ -18,7 +18,8 @@ impl RangeHandle {
         Ok(())
     }
 
-    /// Names a stream for the range no more: frees wait for what is queued on it now, and not for what comes.
+    /// Names a stream for the range no more: frees wait for what is queued on it now, and not for
+    /// what comes.
     pub(crate) fn forget_stream(&self, stream: &Stream) -> Result<()> {
         let engine = self.engine().open()?;
         engine.device.expect_same(stream.device())?;
@@ -33,7 +34,8 @@ impl RangeHandle {
         Ok(())
     }
 
-    /// Has a stream come after all work that was queued under leases of the range. False if there is no telling.
+    /// Has a stream come after all work that was queued under leases of the range. False if there
+    /// is no telling.
     pub(crate) fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
         let engine = self.engine().open()?;
         engine.device.expect_same(stream.device())?;

@@ -3,32 +3,35 @@
 //! ```text
 //! use_stream          named ──────────────┐ a fence of its own at each free
 //! forget_stream,                          │
-//! the last clone gone    └─► its end ─────┤ one fence, recorded when it stops being named, until that is past
+//! the last clone gone    └─► its end ─────┤ one fence, recorded when it stops being named
 //! commit's copies            their end ───┘
 //! leased, or an end that cannot be told:  all work, of every stream (`all`)
 //! ```
 //!
-//! A named stream that somebody holds may get work at any time, of which we hear nothing; so it is asked at each free. If
-//! several are named, those that are idle then need no fence: all that was queued before the free is done. A stream of
-//! which only pools are left can get no more work: its end is final, and it is not named any more.
+//! A named stream that a caller holds may get work at any time, of which the pool does not hear. So
+//! each free asks it. If several are named, those that are idle then need no fence: all that was
+//! queued before the free is done. A stream of which only pools are left can get no more work: its
+//! end is final, and it is not named any more.
 
 use crate::stream::{self, Named};
 use crate::sync::Arc;
 use crate::{Fence, Stream, VmmError};
 
-/// Whose work may be on a range's memory; a cheap clone. Clones are dropped without a lock: they may be the last to hold
-/// streams and fences, which calls the driver.
+/// Whose work may be on a range's memory; a cheap clone. Clones are dropped without a lock: they
+/// may be the last to hold streams and fences, which calls the driver.
 #[derive(Debug, Clone)]
 pub(crate) struct Users {
     /// Streams that are named, each with the number of its naming; the numbers rise.
     streams: Arc<[(u64, Named)]>,
     /// The number of the next naming.
     next: u64,
-    /// Whether any stream was named and not all were forgotten: then only those that are named use the range.
+    /// Whether any stream was named and not all were forgotten: then only those that are named use
+    /// the range.
     names: bool,
     /// The ends of work of streams that are not named.
     ends: Vec<Arc<Fence>>,
-    /// Whether the range was leased, or an end could not be told: then any stream of any device may have work on it.
+    /// Whether the range was leased, or an end could not be told: then any stream of any device may
+    /// have work on it.
     all: bool,
 }
 
@@ -45,14 +48,16 @@ impl Default for Users {
 }
 
 impl Users {
-    /// The streams whose fences together end all work on the range; `None` if the context, or all of them, must answer. The
-    /// per-thread default stream is another one for each thread.
+    /// The streams whose fences together end all work on the range; `None` if only a fence of the
+    /// context, or of all contexts, does. The per-thread default stream is another one for each
+    /// thread.
     pub(crate) fn streams(&self) -> Option<&[(u64, Named)]> {
         let can_tell = !self.all && self.has_followers();
         can_tell.then_some(&self.streams)
     }
 
-    /// Whether the streams that are named, which get all later work, can be made to wait for fences.
+    /// Whether the streams that are named, which get all later work, can be made to wait for
+    /// fences.
     fn has_followers(&self) -> bool {
         let is_per_thread = |(_, named): &(u64, Named)| named.handle().is_per_thread();
         self.names && !self.streams.iter().any(is_per_thread)
@@ -101,7 +106,8 @@ impl Users {
         core::mem::replace(&mut self.streams, all)
     }
 
-    /// Stops naming a stream, of whose work this is the end. Returns what is to be dropped without the lock.
+    /// Stops naming a stream, of whose work this is the end. Returns what is to be dropped without
+    /// the lock.
     #[must_use]
     pub(crate) fn forget(&mut self, stream: &stream::Handle, end: End) -> Arc<[(u64, Named)]> {
         let dropped = self.un_name(|named| named.handle().raw() == stream.raw());
@@ -115,8 +121,8 @@ impl Users {
         dropped
     }
 
-    /// Stops naming streams that nobody can use any more, and waits for their ends instead, unless another thread has
-    /// done it. Returns what is to be dropped without the lock.
+    /// Stops naming streams that nobody can use any more, and waits for their ends instead, unless
+    /// another thread has done it. Returns what is to be dropped without the lock.
     #[must_use]
     pub(crate) fn let_go(&mut self, gone: &[(Named, End)]) -> Arc<[(u64, Named)]> {
         let before = self.streams.len();
@@ -135,8 +141,8 @@ impl Users {
         dropped
     }
 
-    /// Streams that nobody can use any more, with the ends of their work. One that is being captured has no end yet: the
-    /// next free asks again.
+    /// Streams that nobody can use any more, with the ends of their work. One that is being
+    /// captured has no end yet: the next free asks again.
     pub(crate) fn abandoned(&self) -> Vec<(Named, End)> {
         let abandoned = self.streams.iter().filter(|(_, named)| named.is_let_go());
         let ended = abandoned.map(|(_, named)| (named.clone(), End::of(named.handle())));
@@ -145,14 +151,15 @@ impl Users {
             .collect()
     }
 
-    /// Whether no named stream was abandoned and no other end of work is known, so that a look changes nothing.
+    /// Whether no named stream was abandoned and no other end of work is known, so that a look
+    /// changes nothing.
     pub(crate) fn are_lasting(&self) -> bool {
         let mut streams = self.streams.iter();
         self.ends.is_empty() && !streams.any(|(_, named)| named.is_let_go())
     }
 
-    /// Adds the end of work of a stream that is not named. Returns all ends if they are to be looked through: now and
-    /// then, so that many at once do not cost the square of their number.
+    /// Adds the end of work of a stream that is not named. Returns all ends if they are to be
+    /// looked through: now and then, so that many at once do not cost the square of their number.
     pub(crate) fn add_end(&mut self, end: &Arc<Fence>) -> Option<Vec<Arc<Fence>>> {
         self.ends.push(end.clone());
         let is_look = self.ends.len() >= 8 && self.ends.len().is_power_of_two();
@@ -181,12 +188,13 @@ pub(crate) enum End {
     Past,
     /// This fence is behind it.
     At(Arc<Fence>),
-    /// There is no telling: only the context can say.
+    /// It cannot be told: only a fence of the context is behind it.
     Unknown,
 }
 
 impl End {
-    /// The end of what was queued so far on a stream, or, of the per-thread default stream, on those of all threads.
+    /// The end of what was queued so far on a stream, or, of the per-thread default stream, on
+    /// those of all threads.
     ///
     /// A stream that is being captured has none: an event recorded there belongs to the capture.
     pub(crate) fn of(stream: &Arc<stream::Handle>) -> Self {

@@ -9,13 +9,13 @@ use crate::sync::{self, Arc, Deadline};
 use crate::{Result, VmmError};
 use core::time::Duration;
 
-/// How long a thread sleeps at most before it looks for itself what the device has finished with: long if a worker
-/// looks anyway.
+/// How long a thread sleeps at most before it looks for itself what the device has finished with:
+/// long if a worker looks anyway.
 const LOOK_BESIDE_WORKER: Duration = Duration::from_millis(16);
 const LOOK_ALONE: Duration = Duration::from_millis(1);
 
-/// How long a thread waits at first, and at most, before it asks the driver again for memory that the device did not
-/// have: another process does not say when it gives some back.
+/// How long a thread waits at first, and at most, before it asks the driver again for memory that
+/// the device did not have: another process does not say when it gives some back.
 const ASK: Duration = Duration::from_millis(1);
 const ASK_MAX: Duration = Duration::from_millis(64);
 
@@ -56,8 +56,8 @@ impl Patience {
         }
     }
 
-    /// Waits for what may bring memory, to one range or to any; `None` if there is no patience left, or nothing that can be
-    /// waited for.
+    /// Waits for what may bring memory, to one range or to any; `None` if there is no patience
+    /// left, or nothing that can be waited for.
     pub(crate) fn await_memory<'a>(
         &self,
         engine: &'a Arc<Inner>,
@@ -71,8 +71,8 @@ impl Patience {
         }
     }
 
-    /// The budget had room, and the device had no memory: waits until some of the device's comes free in this process, or
-    /// until the next try is due. The caller holds no lock and no pages.
+    /// The budget had room, and the device had no memory: waits until some of the device's comes
+    /// free in this process, or until the next try is due. The caller holds no lock and no pages.
     ///
     /// # Errors
     /// `error`, if there is no patience left.

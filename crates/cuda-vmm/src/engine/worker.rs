@@ -13,13 +13,13 @@ pub(crate) trait Steps: Send + Sync + 'static {
     /// Does the work that is due. The worker's thread says that it is that.
     fn step(self: &Arc<Self>, is_worker: bool) -> StepReport;
 
-    /// In how long a step would find something to do: at once, or when refused memory is to be tried again; `None` if
-    /// nothing is to be done.
+    /// In how long a step would find something to do: at once, or when refused memory is to be
+    /// tried again; `None` if nothing is to be done.
     fn next_work(&self) -> Option<Duration>;
 }
 
-/// How long memory may wait after it was freed before the first look, so that a caller who takes it back
-/// at once finds it.
+/// How long memory may wait after it was freed before the first look, so that a caller that takes
+/// it back at once finds it.
 const DELAY: Duration = Duration::from_millis(1);
 /// A thread that the system refuses is asked for again after up to two to this power of wake-ups.
 const REFUSALS_MAX: u32 = 10;
@@ -81,8 +81,9 @@ impl<E> Shared<E> {
 }
 
 impl<E> Shared<E> {
-    /// Sleeps until there is work, or for `pause` at most if there is one, and then for `delay`, unless there is a
-    /// hurry. Returns the engine that is kept for this step; `None` if the thread is to end.
+    /// Sleeps until there is work, or for `pause` at most if there is one, and then for `delay`,
+    /// unless there is a hurry. Returns the engine that is kept for this step; `None` if the thread
+    /// is to end.
     fn await_work(&self, pause: Option<Duration>, delay: Duration) -> Option<Option<Arc<E>>> {
         let mut signal = self.lock();
         if let Some(pause) = pause {
@@ -128,7 +129,7 @@ struct HeldThread {
     thread: Option<JoinHandle<()>>,
     /// How often it was refused in a row.
     refusals: u32,
-    /// How often it is not tried before the next time.
+    /// How many wake-ups pass before the next try.
     rest: u32,
 }
 
@@ -156,20 +157,21 @@ impl<E> Worker<E> {
         held.thread.take()
     }
 
-    /// Forgets the thread, which a forked process does not have.
+    /// Forgets the thread, which does not exist in a forked process.
     pub(crate) fn abandon(&mut self) {
         core::mem::forget(self.take_thread());
     }
 }
 
 impl<E: Steps> Worker<E> {
-    /// Says that there is work. Starts the thread if need be; false if there is none, and then steps
-    /// happen on calls.
+    /// Says that there is work. Starts the thread if need be; false if there is none, and then
+    /// steps happen on calls.
     pub(crate) fn wake(&self, engine: &Arc<E>, hurry: bool) -> bool {
         if self.mode == WorkerMode::Manual {
             return false;
         }
-        // The thread exists, and looks at the work before it sleeps again: it clears the flag first.
+        // The thread exists, and looks at the work before it sleeps again: it clears the flag
+        // first.
         if !hurry && self.shared.awake.load(Ordering::SeqCst) {
             return true;
         }
@@ -188,7 +190,8 @@ impl<E: Steps> Worker<E> {
         true
     }
 
-    /// Sees to it that the thread is there; says whether it is. If the system refuses one, that is tried again later.
+    /// Starts the thread if it is not there; returns whether it is. If the system refuses one, that
+    /// is tried again later.
     fn start(&self, engine: &Arc<E>) -> bool {
         let mut held = self.held();
         if held.thread.is_some() {
@@ -251,25 +254,28 @@ impl<E> Drop for Worker<E> {
         if thread.thread().id() != thread::current().id() {
             let _ = thread.join();
         }
-        // Not on that thread: who ends the engine waits for it, maybe with a lock that a subscriber takes.
+        // Not on that thread: the caller that ends the engine waits for it, maybe with a lock that
+        // a subscriber takes.
         crate::events::debug!("the worker thread ends");
     }
 }
 
 fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
     let mut delay = DELAY;
-    // How long to sleep although nothing was asked for: then memory that the driver refused is tried again.
+    // How long to sleep although nothing was asked for: then memory that the driver refused is
+    // tried again.
     let mut pause = None;
     loop {
         let Some(mut kept) = shared.await_work(pause.take(), delay) else {
             return;
         };
-        // Held during a step only, so that an engine ends with its last owner. If that is this step, the
-        // engine ends here, on its own thread.
+        // Held during a step only, so that an engine ends with its last owner. If that is this
+        // step, the engine ends here, on its own thread.
         let Some(engine) = engine.upgrade() else {
             return;
         };
-        // A step that panics is a fault of ours. The next may do what it left, and nobody else would.
+        // A step that panics is a fault of ours. The next may do what it left, and nobody else
+        // would.
         let stepped = foreign::call(|| (engine.step(true), engine.next_work()));
         let (report, next) = stepped.unwrap_or_else(|| {
             crate::events::warn!("a step of the worker panicked");
@@ -286,7 +292,8 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
         } else {
             delay = DELAY;
         }
-        // It may be the last owner; a panic as it ends must not take the thread along, which ends by itself.
+        // It may be the last owner; a panic as it ends must not take the thread along, which ends
+        // by itself.
         _ = foreign::call(|| drop((engine, kept)));
     }
 }

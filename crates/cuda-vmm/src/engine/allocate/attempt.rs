@@ -46,7 +46,8 @@ pub(super) enum Outcome<'a> {
     Done(Taken),
     /// Nothing has changed, because of this.
     Blocked(Obstacle, Locked<'a>),
-    /// The budget had room, but the device has no memory. `seen` are the device's memory events before the try.
+    /// The budget had room, but the device has no memory. `seen` are the device's memory events
+    /// before the try.
     DeviceShort { error: VmmError, seen: u64 },
 }
 

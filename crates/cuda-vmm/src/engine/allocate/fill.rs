@@ -28,7 +28,8 @@ struct Filling<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    /// Makes the bytes live. After an error the state is what it was, except what the driver would not take back.
+    /// Makes the bytes live. After an error the state is what it was, except what the driver would
+    /// not take back.
     pub(super) fn fill(
         &mut self,
         mut state: Locked<'a>,
@@ -112,10 +113,12 @@ impl Filling<'_> {
         Ok(done)
     }
 
-    /// What to make instead of a chunk that could not be made, the next one last; `None` if nothing helps.
+    /// What to make instead of a chunk that could not be made, the next one last; `None` if nothing
+    /// helps.
     ///
-    /// If the budget had room but the device has no memory, engines of the device give up what they can spare, a piece at
-    /// a time, then others in the process do, and then smaller chunks may still find room.
+    /// If the budget had room but the device has no memory, engines of the device give up what they
+    /// can spare, a piece at a time, then others in the process do, and then smaller chunks may
+    /// still find room.
     fn instead_of(
         &mut self,
         pages: ops::Range<usize>,
@@ -150,7 +153,8 @@ impl Filling<'_> {
         let mut state = engine.state.lock();
         let is_closed = |state: &State| state.ranges.get(self.id).is_none_or(|range| range.closed);
         if made.is_ok() && is_closed(&state) {
-            // Nobody gets these pages. A thread that closed the range from within this work has not waited for it.
+            // Nobody gets these pages. A thread that closed the range from within this work has not
+            // waited for it.
             drop(state);
             made = made.and_then(|chunks| Err(Failure::of(VmmError::Closed, chunks)));
             state = engine.state.lock();

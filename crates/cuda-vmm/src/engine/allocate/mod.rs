@@ -3,21 +3,23 @@
 //! ```text
 //! take_there ── all pages are there, under the range's lock alone: done
 //!     │ no
-//!  Attempt: under the engine's lock
+//! Attempt, under the engine's lock
 //!     │
 //!     ├─► try once ──► Done
-//!     │      │
-//!     │      └── an obstacle ─── how it is overcome
+//!     │      └── an obstacle, and how it is overcome
 //!     │          Leased ──────── ask the tokens of the leases, once
 //!     │          Quarantined ─── ask the driver again, once
 //!     │          Busy ────────── look what is past, once; wait for the other thread
-//!     │          Retiring ────── look what is past, once; have the streams follow, once; wait for the device
-//!     │          Short ───────── look what is past, once; give up what can be spared, a piece at a time;
-//!     │                          ask the driver again, once; stand in the line and wait
+//!     │          Retiring ────── look what is past, once; have the streams follow, once;
+//!     │                          wait for the device
+//!     │          Short ───────── look what is past, once; give up what can be spared,
+//!     │                          a piece at a time; ask the driver again, once;
+//!     │                          stand in the line and wait
 //!     │          DeviceShort ─── wait until the device may have memory, and begin anew
-//!     │              │
-//!     └──────────────┘ overcome: try again. If nothing helps or the patience ends, the obstacle is the error
+//!     └──────────────┘ try again
 //! ```
+//!
+//! If nothing helps, or the patience ends, the obstacle is the error.
 
 mod attempt;
 mod fill;
@@ -36,7 +38,8 @@ use attempt::{Attempt, Outcome};
 impl RangeHandle {
     /// Makes bytes live, backing the pages that are not; returns their offset.
     ///
-    /// Waits as `patience` says. An allocation that waits for more than the budget has stands in a line until it is served.
+    /// Waits as `patience` says. An allocation that waits for more than the budget has stands in a
+    /// line until it is served.
     pub(crate) fn allocate(
         &self,
         place: Place,
@@ -66,9 +69,9 @@ impl RangeHandle {
     /// Takes what is there already, under the range's lock alone; `None` if that takes more.
     fn take_there(&self, place: Place, bytes: usize) -> Result<Option<Taken>> {
         let mut range = self.slot.lock();
-        // A thread that needs memory sets `is_pressing` before it inspects ranges. This thread reads it after taking the
-        // lock, so one of the two sees the other. Then what is parked counts as coming back, and to take it changes what
-        // is owed.
+        // A thread that needs memory sets `is_pressing` before it inspects ranges. This thread
+        // reads it after taking the lock, so one of the two sees the other. Then what is parked
+        // counts as coming back, and to take it changes what is owed.
         match self.inner().state.is_pressing.load(Ordering::SeqCst) {
             true => Ok(None),
             false => range.take_there(place, bytes),

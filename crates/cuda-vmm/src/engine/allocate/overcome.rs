@@ -1,6 +1,7 @@
 //! How each obstacle in the way of an allocation is overcome.
 //!
-//! Each way returns the engine's lock if the allocation may try again, or the error if nothing helps any more.
+//! Each way returns the engine's lock if the allocation may try again, or the error if nothing
+//! helps any more.
 
 use super::attempt::Attempt;
 use super::obstacle::Obstacle;
@@ -68,7 +69,8 @@ impl<'a> Attempt<'a> {
         state.ok_or_else(|| self.in_the_way(&engine.state.lock(), extent))
     }
 
-    /// Retiring: has the streams that will use the pages come after the device's work, or else waits for it.
+    /// Retiring: has the streams that will use the pages come after the device's work, or else
+    /// waits for it.
     fn await_retiring(
         &mut self,
         extent: Extent,
@@ -88,7 +90,8 @@ impl<'a> Attempt<'a> {
         state.ok_or(error)
     }
 
-    /// Looks what the device has finished with, and locks the engine again; or hands the lock back, if that was done.
+    /// Looks what the device has finished with, and locks the engine again; or hands the lock back,
+    /// if that was done.
     fn poll_once(&mut self, state: Locked<'a>) -> Result<Locked<'a>, Locked<'a>> {
         let engine = self.engine();
         match self.shortage.poll(engine, state) {

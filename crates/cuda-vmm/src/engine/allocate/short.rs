@@ -9,7 +9,8 @@ use crate::engine::waiting::Patience;
 use crate::{Result, VmmError};
 
 impl<'a> Attempt<'a> {
-    /// Gives up what can be spared. If nothing can, stands in the line and waits, as long as there is patience.
+    /// Gives up what can be spared. If nothing can, stands in the line and waits, as long as there
+    /// is patience.
     pub(super) fn make_room(&mut self, lack: &Lack, state: Locked<'a>) -> Result<Locked<'a>> {
         let engine = self.engine();
         if lack.bytes > lack.refusal.beside_guarantees_bytes {
@@ -77,7 +78,8 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Remembers that the allocation was refused memory that others hold, so that they come to owe it.
+    /// Remembers that the allocation was refused memory that others hold, so that they come to owe
+    /// it.
     fn refuse(
         &mut self,
         lack: &Lack,
@@ -94,7 +96,8 @@ impl<'a> Attempt<'a> {
         error
     }
 
-    /// Only a guarantee that goes helps: waits for that. Nobody owes memory for it, and nobody behind has to wait.
+    /// Only a guarantee that goes helps: waits for that. Nobody owes memory for it, and nobody
+    /// behind has to wait.
     fn await_guarantee(&mut self, lack: &Lack, mut state: Locked<'a>) -> Result<Locked<'a>> {
         let error = state.out_of_memory(lack.bytes, &lack.refusal);
         if let Some(ticket) = self.ticket.take() {

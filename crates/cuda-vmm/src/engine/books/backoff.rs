@@ -1,4 +1,5 @@
-//! When something that failed is tried again: soon, then ever later, up to a limit. Pure: the caller says what time it is.
+//! When something that failed is tried again: soon, then ever later, up to a limit. Pure: the
+//! caller says what time it is.
 
 use core::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Clean memory that is mapped nowhere, waiting to be used again, by size. Pure: over a payload `M`, which is
-//! physical memory in production and a number in tests.
+//! Clean memory that is mapped nowhere, waiting to be used again, by size. Pure: over a payload
+//! `M`, which is physical memory in production and a number in tests.
 //!
 //! A chunk that comes from here takes a map and a set-access, but no create.
 
@@ -54,7 +54,8 @@ impl<M> Cache<M> {
         memory
     }
 
-    /// Takes out the largest, with its size in bytes: what is needed least is given up with the fewest calls.
+    /// Takes out the largest, with its size in bytes: what is needed least is given up with the
+    /// fewest calls.
     pub(crate) fn take_largest(&mut self) -> Option<(usize, M)> {
         let (&bytes, _) = self.by_bytes.last_key_value()?;
         self.take(bytes).map(|memory| (bytes, memory))

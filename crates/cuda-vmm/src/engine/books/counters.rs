@@ -35,7 +35,8 @@ impl PoolCounters {
 pub struct EngineCounters {
     /// On all its ranges, those included that are gone.
     pub ranges: PoolCounters,
-    /// How often a thread has waited for the device, or for what another thread does with the same memory.
+    /// How often a thread has waited for the device, or for what another thread does with the same
+    /// memory.
     pub waits: u64,
     /// How often the device had no memory although the budget had room.
     pub device_shortages: u64,
@@ -43,8 +44,8 @@ pub struct EngineCounters {
     pub retries: u64,
     /// Bytes overwritten with zeros before others may have them.
     pub scrubbed_bytes: u64,
-    /// Calls that reserve, make, map, open, unmap, release or free memory or addresses of the device, refused ones and
-    /// those outside engines included: everyone's in this process who goes through the same
-    /// [`Device`](crate::Device).
+    /// Calls that reserve, make, map, open, unmap, release or free memory or addresses of the
+    /// device, refused ones and those outside engines included: everyone's in this process who goes
+    /// through the same [`Device`](crate::Device).
     pub device_calls: u64,
 }

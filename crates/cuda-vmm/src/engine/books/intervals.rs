@@ -1,6 +1,6 @@
 //! A set of integers kept as merged intervals.
 
-use super::sorted::{Place, SortedMap};
+use super::sorted::{Position, SortedMap};
 use core::ops::Range;
 
 /// Merged, disjoint, non-empty intervals: neighbours that touch are one. Ends by their starts.
@@ -12,18 +12,18 @@ pub(crate) struct Intervals(SortedMap<usize>);
 pub(crate) struct Around {
     pub(crate) before: Option<Range<usize>>,
     pub(crate) after: Option<Range<usize>>,
-    /// Where the one before is stored, until the set changes.
-    place: Option<Place>,
+    /// The place of the one before, until the set changes.
+    place: Option<Position>,
 }
 
 impl Intervals {
-    fn stored(&self, place: Place) -> Range<usize> {
+    fn stored(&self, place: Position) -> Range<usize> {
         let (start, end) = self.0.entry(place);
         start..*end
     }
 
     /// Where the stored interval is that holds `point`, or else the next one after it.
-    fn place_at_or_after(&self, point: usize) -> Option<Place> {
+    fn place_at_or_after(&self, point: usize) -> Option<Position> {
         let before = self.0.at_or_before(point);
         before
             .filter(|place| self.stored(*place).end > point)
@@ -37,7 +37,7 @@ impl Intervals {
     }
 
     /// The stored interval that begins before `point` and after all others that do.
-    fn before(&self, point: usize) -> Option<Place> {
+    fn before(&self, point: usize) -> Option<Position> {
         point
             .checked_sub(1)
             .and_then(|last| self.0.at_or_before(last))

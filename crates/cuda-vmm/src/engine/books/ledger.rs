@@ -1,4 +1,4 @@
-//! The budget of an engine, and who is charged for what.
+//! The budget of an engine, and what each account is charged for.
 
 use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{QuotaConflict, Result, VmmError};
@@ -15,7 +15,7 @@ pub(crate) struct Quota {
     pub(crate) guarantee_bytes: usize,
     /// The most that it may hold.
     pub(crate) ceiling_bytes: usize,
-    /// Who is served first and asked last: the higher.
+    /// The account with the higher is served first and asked last.
     pub(crate) priority: i32,
 }
 
@@ -74,9 +74,11 @@ impl Account {
 pub(crate) struct Refusal {
     /// What the account could have had, in bytes.
     pub(crate) free_bytes: usize,
-    /// What its ceiling leaves it, in bytes: with less than is needed, nobody else's memory would help.
+    /// What its ceiling leaves it, in bytes: with less than is needed, nobody else's memory would
+    /// help.
     pub(crate) below_ceiling_bytes: usize,
-    /// The most that the account may hold while others have the guarantees that they have, in bytes.
+    /// The most that the account may hold while others have the guarantees that they have, in
+    /// bytes.
     pub(crate) beside_guarantees_bytes: usize,
     /// The most that the account may ever hold, in bytes.
     pub(crate) limit_bytes: usize,
@@ -84,9 +86,10 @@ pub(crate) struct Refusal {
 
 /// One budget in bytes, divided among accounts.
 ///
-/// A charge within an account's guarantee always fits; one beyond it is admitted only if it leaves room
-/// for the unused guarantees of all others. That, not reclaiming, is what makes a guarantee hold. Those who wait for more
-/// than theirs stand in a line, and what comes free is for those who stand further ahead.
+/// A charge within an account's guarantee always fits; one beyond it is admitted only if it leaves
+/// room for the unused guarantees of all others. That, not reclaiming, is what makes a guarantee
+/// hold. Allocations that wait for more stand in a line, and what comes free is for those that
+/// stand further ahead.
 #[derive(Debug)]
 pub(crate) struct Ledger {
     limit_bytes: usize,
@@ -159,8 +162,8 @@ impl Ledger {
         Ok(id)
     }
 
-    /// Whether an account that holds `held_bytes`, and whose guarantee leaves `unused_bytes` to it until now, can be
-    /// guaranteed so much beside what others hold and are guaranteed.
+    /// Whether an account that holds `held_bytes`, and whose guarantee leaves `unused_bytes` to it
+    /// until now, can be guaranteed `asked_bytes` beside what others hold and are guaranteed.
     fn check_guarantee(
         &self,
         asked_bytes: usize,
@@ -191,8 +194,8 @@ impl Ledger {
         })
     }
 
-    /// Changes what an account may hold, if its guarantee can hold beside what is committed and guaranteed already; else
-    /// nothing changes. The ceiling may be below what it holds.
+    /// Changes what an account may hold, if its guarantee can hold beside what is committed and
+    /// guaranteed already; else nothing changes. The ceiling may be below what it holds.
     pub(crate) fn set_quota(&mut self, id: AccountId, quota: Quota) -> Result<()> {
         quota.check()?;
         let account = self.accounts.get(&id).ok_or(VmmError::Closed)?;
@@ -225,8 +228,8 @@ impl Ledger {
         }
     }
 
-    /// Bytes that the account could be charged now, by one who stands there in the line, or in none, if so much comes out of the
-    /// cache.
+    /// Bytes that the account could be charged now, at this place in the line, or at none, if
+    /// `cached_bytes` of it come out of the cache.
     fn free_bytes(&self, account: &Account, cached_bytes: usize, ticket: Option<Ticket>) -> usize {
         let own_bytes = account.unused_guarantee();
         let others = self.unused_guarantee_bytes - own_bytes;
@@ -242,7 +245,7 @@ impl Ledger {
             .min(account.below_ceiling())
     }
 
-    /// What those who stand further ahead wait for, beyond what they are guaranteed, in bytes.
+    /// What the allocations further ahead wait for, beyond what they are guaranteed, in bytes.
     fn claimed_ahead(&self, account: &Account, ticket: Option<Ticket>) -> usize {
         if self.wants.is_empty() {
             return 0;
@@ -272,8 +275,8 @@ impl Ledger {
         }
     }
 
-    /// The most that an account may ever hold, in bytes, as long as its quota stays. What others are guaranteed is not
-    /// taken off: they may leave.
+    /// The most that an account may ever hold, in bytes, as long as its quota stays. What others
+    /// are guaranteed is not taken off: they may leave.
     pub(crate) fn account_limit_bytes(&self, id: AccountId) -> usize {
         let account = self.accounts.get(&id);
         let ceiling_bytes = account.map_or(0, |account| account.quota.ceiling_bytes);
@@ -286,9 +289,9 @@ impl Ledger {
         beside_bytes.min(account.quota.ceiling_bytes)
     }
 
-    /// What an account above its ceiling may take, in bytes, of what it has freed and the engine still holds for it, and of
-    /// new memory: nothing that brings what it uses above the ceiling. `coming_bytes` is what it holds and does not use.
-    /// `None` if it is not above its ceiling.
+    /// What an account above its ceiling may take, in bytes, of what it has freed and the engine
+    /// still holds for it, and of new memory: nothing that brings what it uses above the ceiling.
+    /// `coming_bytes` is what it holds and does not use. `None` if it is not above its ceiling.
     pub(crate) fn room_below_ceiling(
         &self,
         id: AccountId,
@@ -307,8 +310,8 @@ impl Ledger {
         })
     }
 
-    /// Whether an account can be charged so much now, of which some is in the cache; or what it could have had. With a
-    /// ticket it is in its turn.
+    /// Checks that an account can be charged `bytes` now, of which some are in the cache; or
+    /// returns what it could have had. With a ticket it is in its turn.
     pub(crate) fn admit(
         &self,
         id: AccountId,
@@ -335,7 +338,8 @@ impl Ledger {
         })
     }
 
-    /// Charges an account, or says what it could have had. With a ticket it is in its turn, and leaves the line.
+    /// Charges an account, or says what it could have had. With a ticket it is in its turn, and
+    /// leaves the line.
     pub(crate) fn charge(
         &mut self,
         id: AccountId,
@@ -362,7 +366,7 @@ impl Ledger {
         self.forget_empty(id);
     }
 
-    /// Puts an account in the line for so much more.
+    /// Puts an account in the line for `bytes` more.
     pub(crate) fn line_up(&mut self, id: AccountId, bytes: usize) -> Ticket {
         self.wants.push(id, bytes, true)
     }
@@ -377,12 +381,12 @@ impl Ledger {
         self.wants.set_bytes(ticket, bytes);
     }
 
-    /// Takes a place in the line out; says whether it was still there.
+    /// Takes a place in the line out; returns whether it was still there.
     pub(crate) fn leave_line(&mut self, ticket: Ticket) -> bool {
         self.wants.remove(ticket)
     }
 
-    /// Remembers that an account was refused so much, and does not wait for it.
+    /// Remembers that an account was refused `bytes`, and does not wait for them.
     pub(crate) fn refuse(&mut self, id: AccountId, bytes: usize) {
         self.wants.push(id, bytes, false);
     }
@@ -401,7 +405,8 @@ impl Ledger {
                 .is_some_and(Account::is_above_ceiling)
     }
 
-    /// What each account owes, in bytes; the second argument is what comes back of it without its doing.
+    /// What each account owes, in bytes; the second argument is what comes back of it without its
+    /// doing.
     pub(crate) fn owed(
         &mut self,
         coming: impl Fn(AccountId) -> usize,

@@ -1,7 +1,9 @@
-//! Pure bookkeeping: who is charged for what, which bytes are live, what an allocation takes.
+//! Pure bookkeeping: what each account is charged for, which bytes are live, what an allocation
+//! takes.
 //!
-//! Nothing here calls the driver, locks, waits or asks for the time, and nothing here uses a module outside this folder
-//! except errors and checked sizes. So each part has property tests that compare it with a plain model.
+//! Nothing here calls the driver, locks, waits or asks for the time, and nothing here uses a module
+//! outside this folder except errors, checked sizes and parts of memory. So each part has property
+//! tests that compare it with a plain model.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 

@@ -9,8 +9,9 @@ pub(crate) struct MovePlan {
 }
 
 impl MovePlan {
-    /// Chooses those for which there is room when their turn comes: while one moves, its live pages are held twice,
-    /// and afterwards its slack is free. What needs least goes first, and so makes room for the others.
+    /// Chooses those for which there is room when their turn comes: while one moves, its live pages
+    /// are held twice, and afterwards its slack is free. What needs least goes first, and so makes
+    /// room for the others.
     pub(crate) fn new(chunks: impl Iterator<Item = PartlyLive>, free_bytes: usize) -> Self {
         let mut moves: Vec<_> = chunks.collect();
         moves.sort_by_key(|chunk| chunk.live_bytes);

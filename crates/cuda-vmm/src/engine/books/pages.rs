@@ -1,8 +1,8 @@
 //! Which bytes of a range are live, and which chunk backs which pages.
 //!
-//! Pure bookkeeping over a payload `M`, which is a mapping in production and a number in tests. A page's
-//! state follows from two facts, so it is not stored: a page is live while any byte in it is, and
-//! otherwise is in the state of the chunk that backs it, or free if none does.
+//! Pure bookkeeping over a payload `M`, which is a mapping in production and a number in tests. A
+//! page's state follows from two facts, so it is not stored: a page is live while any byte in it
+//! is, and otherwise is in the state of the chunk that backs it, or free if none does.
 
 mod ahead;
 mod chunk;
@@ -13,7 +13,7 @@ pub(crate) mod relocation;
 pub(crate) use chunk::{ChunkState, Contents};
 
 use super::intervals::{Around, Intervals};
-use super::sorted::{Place, SortedMap};
+use super::sorted::{Position, SortedMap};
 use crate::MemoryParts;
 use chunk::Chunk;
 use core::ops::Range;
@@ -26,7 +26,8 @@ pub(crate) struct Survey {
     pub(crate) missing: Vec<Range<usize>>,
     /// First pages of parked chunks.
     pub(crate) parked: Vec<usize>,
-    /// First pages of retiring chunks. Taking such bytes is right only where what uses them comes after the device's work.
+    /// First pages of retiring chunks. Such bytes may be taken only if their new users come after
+    /// the device's work.
     pub(crate) retiring: Vec<usize>,
     /// Whether some pages are being filled, drained or moved by someone else.
     pub(crate) busy: bool,
@@ -118,14 +119,14 @@ impl<M> Pages<M> {
         (at < pages.end).then_some(at)
     }
 
-    /// First pages of the parked chunks, but for those made ahead; the one parked first before the others. Some may be
-    /// named twice.
+    /// First pages of the parked chunks, except those made ahead; the one parked first before the
+    /// others. Some may be named twice.
     pub(crate) fn parked(&self) -> impl Iterator<Item = usize> + '_ {
         let maybe = self.counts.maybe_parked();
         maybe.filter(|first| self.chunks.get(*first).is_some_and(Chunk::is_parked))
     }
 
-    /// The chunk that was parked before all others, but for those made ahead.
+    /// The chunk that was parked before all others, except those made ahead.
     pub(crate) fn first_parked(&mut self) -> Option<usize> {
         let chunks = &self.chunks;
         self.counts
@@ -171,17 +172,17 @@ impl<M> Pages<M> {
     }
 
     /// Where the chunk is that backs `page`, or else the next one after it.
-    fn place_at_or_after(&self, page: usize) -> Option<Place> {
+    fn place_at_or_after(&self, page: usize) -> Option<Position> {
         let before = self.chunks.at_or_before(page);
-        let backs = |place: &Place| {
+        let backs = |place: &Position| {
             let (first, chunk) = self.chunks.entry(*place);
             first + chunk.pages() > page
         };
         before.filter(backs).or_else(|| self.chunks.next(before))
     }
 
-    /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below `capacity`;
-    /// or else the length of the largest unused run.
+    /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below
+    /// `capacity`; or else the length of the largest unused run.
     pub(crate) fn place(
         &self,
         bytes: usize,
@@ -232,7 +233,8 @@ impl<M> Pages<M> {
         Some(survey)
     }
 
-    /// The bytes of the extent that these would lengthen at its end, with them; just these if they would lengthen none.
+    /// The bytes of the extent that these would lengthen at its end, with them; just these if they
+    /// would lengthen none.
     pub(crate) fn extent_bytes(&self, bytes: &Range<usize>) -> usize {
         self.live.length_before(bytes.start) + bytes.len()
     }
@@ -243,8 +245,8 @@ impl<M> Pages<M> {
         next.map_or(end, |(first, _)| first)
     }
 
-    /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says whether they do. The short
-    /// way for what a cache does most: few look-ups, no allocation.
+    /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says
+    /// whether they do. The short way for what a cache does most: few look-ups, no allocation.
     pub(crate) fn take_within_chunk(&mut self, bytes: &Range<usize>) -> bool {
         if !self.pending.is_empty() {
             return false;
@@ -292,8 +294,8 @@ impl<M> Pages<M> {
         self.make_live(bytes);
     }
 
-    /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones, as being filled
-    /// and the parked and retiring ones as backed.
+    /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones,
+    /// as being filled and the parked and retiring ones as backed.
     pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey, runs: &[Range<usize>]) {
         self.pending.insert(bytes.clone());
         for run in runs {
@@ -310,7 +312,8 @@ impl<M> Pages<M> {
         }
     }
 
-    /// Ends a filling that worked: its chunks lie in its runs and cover all the pages that were missing.
+    /// Ends a filling that worked: its chunks lie in its runs and cover all the pages that were
+    /// missing.
     pub(crate) fn finish(
         &mut self,
         bytes: &Range<usize>,
@@ -340,9 +343,9 @@ impl<M> Pages<M> {
         self.live.insert(bytes.clone());
     }
 
-    /// Ends a filling that failed: everything is as before, but for chunks that could not be undone.
-    /// Returns the chunks that nobody uses any more because they were retiring before or a neighbour freed its bytes
-    /// meanwhile; they are now retiring.
+    /// Ends a filling that failed: everything is as before, except chunks that could not be undone.
+    /// Returns the chunks that nobody uses any more because they were retiring before or a
+    /// neighbour freed its bytes meanwhile; they are now retiring.
     pub(crate) fn abort(
         &mut self,
         bytes: &Range<usize>,
@@ -370,7 +373,8 @@ impl<M> Pages<M> {
         unused
     }
 
-    /// Ends the life of live bytes. Adds the chunks that nobody uses any more to `unused`; they are retiring.
+    /// Ends the life of live bytes. Adds the chunks that nobody uses any more to `unused`; they are
+    /// retiring.
     pub(crate) fn release(&mut self, bytes: &Range<usize>, unused: &mut Vec<usize>) {
         self.live.remove(bytes);
         let ended = self.unshared_pages(bytes);
@@ -378,7 +382,8 @@ impl<M> Pages<M> {
         self.retire_unused(bytes, &ended, unused);
     }
 
-    /// Takes pages of these bytes from the counts of live ones, and has those chunks retire that nobody uses any more.
+    /// Takes pages of these bytes from the counts of live ones, and has those chunks retire that
+    /// nobody uses any more.
     fn retire_unused(
         &mut self,
         bytes: &Range<usize>,

@@ -1,22 +1,23 @@
 //! How a run of pages is cut into chunks.
 //!
-//! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole. So:
-//! the largest power-of-two multiple of the page that is at most an eighth of the ask, or of the extent that
-//! grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own size in the range; edges are
-//! cut into smaller aligned chunks. An aligned GiB then takes eight mappings.
+//! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole.
+//! So: the largest power-of-two multiple of the page that is at most an eighth of the ask, or of
+//! the extent that grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own size
+//! in the range; edges are cut into smaller aligned chunks. An aligned GiB then takes eight
+//! mappings.
 //!
-//! Where an extent grows, its last chunk may reach beyond the ask, so that the next asks find their pages
-//! there. What is there without being live is slack, at most an eighth of the extent.
+//! If an extent grows, its last chunk may reach beyond the ask, so that the next asks find their
+//! pages there. What is there without being live is slack, at most an eighth of the extent.
 
 use core::ops::Range;
 
-/// The largest chunk in bytes. Beyond it the cost per byte no longer falls, while the cost of releasing
-/// grows with the bytes.
+/// The largest chunk in bytes. Beyond it the cost per byte no longer falls, while the cost of
+/// releasing grows with the bytes.
 pub(crate) const CHUNK_BYTES_MAX: usize = 128 << 20;
 
 /// The largest chunk, in pages, for an extent of `extent_pages`; a power of two, at least 1.
 ///
-/// `bytes_max` bounds it further where less is wanted.
+/// `bytes_max` bounds it further if less is wanted.
 pub(crate) fn chunk_pages(extent_pages: usize, page_bytes: usize, bytes_max: usize) -> usize {
     let most = (extent_pages / 8).min(bytes_max.min(CHUNK_BYTES_MAX) / page_bytes);
     match most {
@@ -25,7 +26,8 @@ pub(crate) fn chunk_pages(extent_pages: usize, page_bytes: usize, bytes_max: usi
     }
 }
 
-/// The largest chunk that may begin at page `at`: `largest`, or less where the page is not aligned to it.
+/// The largest chunk that may begin at page `at`: `largest`, or less if the page is not aligned to
+/// it.
 fn aligned(at: usize, largest: usize) -> usize {
     if at == 0 {
         largest
@@ -34,8 +36,8 @@ fn aligned(at: usize, largest: usize) -> usize {
     }
 }
 
-/// Where a run of pages at the end of a growing extent may end, for chunks of at most `largest` pages: at `end` at
-/// most, which is not below the run's own.
+/// The end that a run of pages at the end of a growing extent may have, for chunks of at most
+/// `largest` pages: at `end` at most, which is not below the run's own.
 pub(crate) fn grown_end(run: &Range<usize>, largest: usize, end: usize) -> usize {
     let mut at = run.start;
     while at < run.end {
@@ -48,8 +50,8 @@ pub(crate) fn grown_end(run: &Range<usize>, largest: usize, end: usize) -> usize
     at
 }
 
-/// Cuts a run of pages into chunks: powers of two of at most `largest` pages (itself a power of two),
-/// each aligned to its own size, covering the run exactly and in order.
+/// Cuts a run of pages into chunks: powers of two of at most `largest` pages (itself a power of
+/// two), each aligned to its own size, covering the run exactly and in order.
 pub(crate) fn cut(run: Range<usize>, largest: usize) -> impl Iterator<Item = Range<usize>> {
     let mut at = run.start;
     core::iter::from_fn(move || {

@@ -1,13 +1,14 @@
-//! Who wants memory, in which order they are served, and what that asks of those who hold it. Pure.
+//! Which accounts want memory, in which order they are served, and what the holders owe for that.
 
 use core::cmp::Reverse;
 use std::collections::BTreeMap;
 
-/// When an allocation came; who came first is served first among those of one priority.
+/// When an allocation came. Of one priority, the first to come is served first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Ticket(u64);
 
-/// Where an allocation stands: higher priority first, then who came first, and last who does not wait.
+/// The place of an allocation in the line: higher priority first, then the first to come, and last
+/// those that do not wait.
 pub(crate) type Turn = (Reverse<i32>, bool, Option<Ticket>);
 
 pub(crate) fn turn(priority: i32, ticket: Option<Ticket>) -> Turn {
@@ -25,14 +26,16 @@ pub(crate) struct Want<A> {
     chances: u32,
 }
 
-/// How often a want that nobody waits for finds room before it is forgotten. Its model asks again at its next boundary, and
-/// another may have taken the room until then; a model that has moved on must not press others for ever.
+/// How often a want that nobody waits for finds room before it is forgotten. Its model asks again
+/// at its next boundary, and another may have taken the room until then; a model that has moved on
+/// must not press others for ever.
 pub(crate) const CHANCES: u32 = 64;
 
 /// What was refused and is still wanted, by ticket.
 ///
-/// A want that nobody waits for stays until there was room for it a number of times, until its account gets memory or asks again, or until it
-/// is closed; so an account has one of those at most.
+/// A want that nobody waits for stays until there was room for it a number of times, until its
+/// account gets memory or asks again, or until it is closed; so an account has one of those at
+/// most.
 #[derive(Debug)]
 pub(crate) struct Wants<A> {
     wants: BTreeMap<Ticket, Want<A>>,
@@ -85,7 +88,7 @@ impl<A: Copy + PartialEq> Wants<A> {
         }
     }
 
-    /// Takes a want out; says whether it was there.
+    /// Takes a want out; returns whether it was there.
     pub(crate) fn remove(&mut self, ticket: Ticket) -> bool {
         self.wants.remove(&ticket).is_some()
     }
@@ -136,13 +139,13 @@ impl<A> Holder<A> {
     }
 }
 
-/// What each holder owes, in their order: what it holds above its ceiling; and, for each want in its turn, what is missing
-/// for it although all that comes back by itself is there.
+/// What each holder owes, in their order: what it holds above its ceiling; and, for each want in
+/// its turn, what is missing for it although all that comes back by itself is there.
 ///
-/// It is owed by holders of no higher priority than who wants it, those of the lowest first, and among those of one
-/// priority the furthest above its guarantee first; never below a guarantee. Of two of one priority, never by the one that
-/// holds less above its guarantee: so models that always want more come to hold the same.
-/// What nobody can owe is left out.
+/// It is owed by holders of no higher priority than the account that wants it, those of the lowest
+/// first, and among those of one priority the furthest above its guarantee first; never below a
+/// guarantee. Of two of one priority, never by the one that holds less above its guarantee: so
+/// models that always want more come to hold the same. What no holder can owe is left out.
 pub(crate) fn divide<A: Copy + PartialEq>(
     limit_bytes: usize,
     holders: &[Holder<A>],
@@ -189,8 +192,8 @@ impl<'a, A> Division<'a, A> {
             .map(|holder| holder.used_bytes.max(holder.guarantee_bytes));
         let spoken_for = spoken_for.fold(0, usize::saturating_add);
         let owed_anyhow = owed.iter().copied().fold(0, usize::saturating_add);
-        // Saturating: if memory in quarantine is on no open account, less is there than the limit. What is owed is part
-        // of what is spoken for, and the limit may be the largest number.
+        // Saturating: if memory in quarantine is on no open account, less is there than the limit.
+        // What is owed is part of what is spoken for, and the limit may be the largest number.
         let room_bytes = limit_bytes.saturating_sub(spoken_for.saturating_sub(owed_anyhow));
         Self {
             holders,
@@ -231,9 +234,9 @@ impl<'a, A> Division<'a, A> {
 
     /// The most that a holder may owe for a want, in bytes.
     ///
-    /// Of two of one priority, the one that holds more owes. If it stands further ahead for more itself, then only down
-    /// to where both hold the same; if it stands behind one that waits, also if both hold the same, so that one of
-    /// them is served.
+    /// Of two of one priority, the one that holds more owes. If it stands further ahead for more
+    /// itself, then only down to where both hold the same; if it stands behind one that waits, also
+    /// if both hold the same, so that one of them is served.
     fn most(&self, index: usize, asks: &Holder<A>, want: &Want<A>) -> usize {
         let spare_bytes = self.spare(index);
         let giver = &self.holders[index];

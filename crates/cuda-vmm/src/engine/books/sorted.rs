@@ -1,18 +1,19 @@
 //! A map of integers in sorted blocks: what is next to a key is next to it in memory.
 //!
-//! The standard library's B-tree looks a key up from the top each time, and again for each neighbour. Here one look-up
-//! finds a place, from which neighbours are read and beside which is inserted; and none is needed where the place used
-//! last, or the one after it, is the right one, as it is for whoever goes on where he was.
+//! The standard library's B-tree looks a key up from the top each time, and again for each
+//! neighbour. Here one look-up finds a place, from which neighbours are read and beside which is
+//! inserted; and none is needed if the place used last, or the one after it, is the right one. So
+//! sequential access needs no look-up.
 
 use core::ops::Range;
 
-/// Entries in a block at most. Two blocks beside each other hold more than one could, so that at least half of what
-/// they take is used.
+/// Entries in a block at most. Two blocks beside each other hold more than one could, so that at
+/// least half of what they take is used.
 const BLOCK: usize = 32;
 
 /// Where an entry is, until one is added or removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct Position {
     block: usize,
     at: usize,
 }
@@ -31,7 +32,7 @@ pub(crate) struct SortedMap<V> {
     blocks: Vec<Block<V>>,
     len: usize,
     /// What was used last, or what is now in its place.
-    last: Place,
+    last: Position,
 }
 
 impl<V> Default for SortedMap<V> {
@@ -40,7 +41,7 @@ impl<V> Default for SortedMap<V> {
             firsts: Vec::new(),
             blocks: Vec::new(),
             len: 0,
-            last: Place::default(),
+            last: Position::default(),
         }
     }
 }
@@ -56,14 +57,14 @@ impl<V> SortedMap<V> {
 
     /// The entry with the greatest key that is not above this one.
     #[inline]
-    pub(crate) fn at_or_before(&self, key: usize) -> Option<Place> {
+    pub(crate) fn at_or_before(&self, key: usize) -> Option<Position> {
         if let Some(place) = self.near(key) {
             return Some(place);
         }
         let blocks = self.firsts.partition_point(|first| *first <= key);
         let block = blocks.checked_sub(1)?;
         let entries = self.blocks[block].keys.partition_point(|of| *of <= key);
-        Some(Place {
+        Some(Position {
             block,
             at: entries - 1,
         })
@@ -71,21 +72,21 @@ impl<V> SortedMap<V> {
 
     /// The same, if it is the entry used last or the next one in its block.
     #[inline]
-    fn near(&self, key: usize) -> Option<Place> {
-        let Place { block, at } = self.last;
+    fn near(&self, key: usize) -> Option<Position> {
+        let Position { block, at } = self.last;
         let keys = &self.blocks.get(block)?.keys;
         if *keys.get(at)? > key {
             return None;
         }
         for at in at..at + 2 {
             match keys.get(at + 1) {
-                Some(next) if *next > key => return Some(Place { block, at }),
+                Some(next) if *next > key => return Some(Position { block, at }),
                 Some(_) => {}
                 None => {
                     let next = self.firsts.get(block + 1);
                     return next
                         .is_none_or(|next| *next > key)
-                        .then_some(Place { block, at });
+                        .then_some(Position { block, at });
                 }
             }
         }
@@ -94,13 +95,13 @@ impl<V> SortedMap<V> {
 
     /// The entry after this one, or the first.
     #[inline]
-    pub(crate) fn next(&self, place: Option<Place>) -> Option<Place> {
+    pub(crate) fn next(&self, place: Option<Position>) -> Option<Position> {
         let next = match place {
-            None => Place::default(),
-            Some(Place { block, at }) if at + 1 < self.blocks[block].keys.len() => {
-                Place { block, at: at + 1 }
+            None => Position::default(),
+            Some(Position { block, at }) if at + 1 < self.blocks[block].keys.len() => {
+                Position { block, at: at + 1 }
             }
-            Some(Place { block, .. }) => Place {
+            Some(Position { block, .. }) => Position {
                 block: block + 1,
                 at: 0,
             },
@@ -109,19 +110,19 @@ impl<V> SortedMap<V> {
     }
 
     #[inline]
-    pub(crate) fn entry(&self, Place { block, at }: Place) -> (usize, &V) {
+    pub(crate) fn entry(&self, Position { block, at }: Position) -> (usize, &V) {
         let block = &self.blocks[block];
         (block.keys[at], &block.values[at])
     }
 
     /// Uses an entry: it is found at once when it is wanted again, or the one after it.
     #[inline]
-    pub(crate) fn value_mut(&mut self, place: Place) -> &mut V {
+    pub(crate) fn value_mut(&mut self, place: Position) -> &mut V {
         self.last = place;
         &mut self.blocks[place.block].values[place.at]
     }
 
-    fn place_of(&self, key: usize) -> Option<Place> {
+    fn place_of(&self, key: usize) -> Option<Position> {
         self.at_or_before(key)
             .filter(|place| self.entry(*place).0 == key)
     }
@@ -145,18 +146,18 @@ impl<V> SortedMap<V> {
     }
 
     /// Adds an entry whose key lies between that of the entry before it, or none, and the next one.
-    pub(crate) fn insert_after(&mut self, before: Option<Place>, key: usize, value: V) {
+    pub(crate) fn insert_after(&mut self, before: Option<Position>, key: usize, value: V) {
         self.len += 1;
         let Some(before) = before else {
             if self.blocks.is_empty() {
                 self.add_block(0, vec![key], vec![value]);
             } else {
-                self.insert_at(Place::default(), key, value);
+                self.insert_at(Position::default(), key, value);
             }
             return;
         };
         self.insert_at(
-            Place {
+            Position {
                 at: before.at + 1,
                 ..before
             },
@@ -165,7 +166,7 @@ impl<V> SortedMap<V> {
         );
     }
 
-    fn insert_at(&mut self, Place { mut block, mut at }: Place, key: usize, value: V) {
+    fn insert_at(&mut self, Position { mut block, mut at }: Position, key: usize, value: V) {
         let entries = self.blocks[block].keys.len();
         if entries == BLOCK {
             // What grows at its end leaves full blocks behind.
@@ -186,7 +187,7 @@ impl<V> SortedMap<V> {
                 (block, at) = (block + 1, at - stay);
             }
         }
-        let place = Place { block, at };
+        let place = Position { block, at };
         self.blocks[block].keys.insert(at, key);
         self.blocks[block].values.insert(at, value);
         if at == 0 {
@@ -198,11 +199,11 @@ impl<V> SortedMap<V> {
     fn add_block(&mut self, block: usize, keys: Vec<usize>, values: Vec<V>) {
         self.firsts.insert(block, keys[0]);
         self.blocks.insert(block, Block { keys, values });
-        self.last = Place { block, at: 0 };
+        self.last = Position { block, at: 0 };
     }
 
     /// Gives an entry another key, which leaves it between its neighbours.
-    pub(crate) fn rename(&mut self, place: Place, key: usize) {
+    pub(crate) fn rename(&mut self, place: Position, key: usize) {
         self.blocks[place.block].keys[place.at] = key;
         if place.at == 0 {
             self.firsts[place.block] = key;
@@ -214,7 +215,7 @@ impl<V> SortedMap<V> {
         self.place_of(key).map(|place| self.remove_at(place))
     }
 
-    pub(crate) fn remove_at(&mut self, Place { block, at }: Place) -> V {
+    pub(crate) fn remove_at(&mut self, Position { block, at }: Position) -> V {
         self.len -= 1;
         let from = &mut self.blocks[block];
         from.keys.remove(at);
@@ -252,9 +253,9 @@ impl<V> SortedMap<V> {
     }
 
     /// The first entry whose key is not below this one.
-    fn from(&self, key: usize) -> Place {
+    fn from(&self, key: usize) -> Position {
         let before = key.checked_sub(1).and_then(|key| self.at_or_before(key));
-        self.next(before).unwrap_or(Place {
+        self.next(before).unwrap_or(Position {
             block: self.blocks.len(),
             at: 0,
         })
@@ -274,11 +275,11 @@ impl<V> SortedMap<V> {
     /// Uses the entries from this place on whose keys are below `end`, in order.
     pub(crate) fn visit_mut(
         &mut self,
-        from: Option<Place>,
+        from: Option<Position>,
         end: usize,
         mut visit: impl FnMut(usize, &mut V),
     ) {
-        let Some(Place { block, mut at }) = from else {
+        let Some(Position { block, mut at }) = from else {
             return;
         };
         for Block { keys, values } in &mut self.blocks[block..] {

@@ -1,4 +1,5 @@
-//! Returning slack: live pages of partly live chunks move to chunks that fit, at unchanged addresses.
+//! Returning slack: live pages of partly live chunks move to chunks that fit, at unchanged
+//! addresses.
 //!
 //! First the work on the range ends, and no capture may begin until all is done. Then one chunk
 //! after another moves:
@@ -86,8 +87,8 @@ impl RangeHandle {
         Ok(engine.state.lock().plan_moves(self.id()).1)
     }
 
-    /// Moves the live pages of partly live chunks of the range. The caller sees to it that nobody launches work on the
-    /// range meanwhile.
+    /// Moves the live pages of partly live chunks of the range. The caller sees to it that nobody
+    /// launches work on the range meanwhile.
     pub(crate) fn compact(&self) -> Result<CompactReport> {
         let engine = self.engine().open()?;
         let id = self.id();
@@ -131,7 +132,8 @@ impl RangeHandle {
     }
 }
 
-/// Whether chunks of a range may be moved now: no capture is declared, and none of its streams is captured.
+/// Whether chunks of a range may be moved now: no capture is declared, and none of its streams is
+/// captured.
 fn may_move(no_capture: Option<&NoCapture>, users: &Users) -> Result<bool> {
     if no_capture.is_none() {
         return Ok(false);
@@ -165,7 +167,8 @@ impl Compaction<'_> {
         Ok(())
     }
 
-    /// Counts what there is afterwards. Says whether nobody but this thread goes on with the closing of the range.
+    /// Counts what there is afterwards. Returns whether nobody but this thread goes on with the
+    /// closing of the range.
     fn report_to(&self, report: &mut CompactReport) -> bool {
         let state = self.engine.state.lock();
         let range = state.ranges.get(self.range);
@@ -176,8 +179,8 @@ impl Compaction<'_> {
         })
     }
 
-    /// Charges for what the live pages of a chunk need, and takes the chunk out of the books to be moved. `None` if it
-    /// is no longer to be moved, or if there is no room.
+    /// Charges for what the live pages of a chunk need, and takes the chunk out of the books to be
+    /// moved. `None` if it is no longer to be moved, or if there is no room.
     fn depart(&self, first: usize) -> Result<Option<Relocation>> {
         let id = self.range;
         let mut shortage = Shortage::default();
@@ -245,7 +248,8 @@ impl Compaction<'_> {
         Ok(old_bytes - charged_bytes)
     }
 
-    /// Makes memory for which the budget has room. If the device has none, it is relieved and asked again.
+    /// Makes memory for which the budget has room. If the device has none, it is relieved and asked
+    /// again.
     fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
         let mut relief = Relief::default();
         loop {

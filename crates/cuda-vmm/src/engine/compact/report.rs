@@ -13,8 +13,8 @@ pub struct CompactReport {
     pub moved_bytes: usize,
     /// Bytes given back to the budget.
     pub returned_bytes: usize,
-    /// Slack that is left, in bytes: the budget has no room for the move, a capture is under way, or another
-    /// thread is taking bytes there.
+    /// Slack that is left, in bytes: the budget has no room for the move, a capture is under way,
+    /// or another thread is taking bytes there.
     pub skipped_bytes: usize,
     /// Mappings of the pool before.
     pub chunks_before: usize,

@@ -5,7 +5,8 @@ use crate::engine::books::policy::{chunk_pages, grown_end};
 use core::ops;
 
 impl Range {
-    /// The pages that are to be backed ahead. None where each allocation is to have a handle of its own.
+    /// The pages that are to be backed ahead. None if each allocation is to have a handle of its
+    /// own.
     fn window(&self) -> ops::Range<usize> {
         let start = self.frontier_bytes.div_ceil(self.page_bytes);
         let end = self.capacity_bytes.div_ceil(self.page_bytes);
@@ -16,8 +17,9 @@ impl Range {
         start..(start + pages).min(end)
     }
 
-    /// A chunk made ahead of where allocations go no longer: nowhere, if the range is closed. While nothing is wanted where
-    /// they go now, it stays: who takes back what was freed at one place comes again to where his memory ends.
+    /// A chunk made ahead at a place that allocations have left; any, if the range is closed. While
+    /// no memory is wanted ahead at their new place, it stays: allocations that fill what was freed
+    /// come back to the old end.
     pub(crate) fn stale_ahead(&self) -> Option<usize> {
         if self.attended {
             return None;
@@ -31,7 +33,8 @@ impl Range {
         }
     }
 
-    /// Notes where the latest allocation ended; says whether that gives the worker something to do.
+    /// Notes where the latest allocation ended; returns whether that gives the worker something to
+    /// do.
     pub(crate) fn advance(&mut self, end_bytes: usize) -> bool {
         if self.options.ahead_bytes_max == 0 {
             return false;

@@ -47,7 +47,8 @@ impl Range {
         parts
     }
 
-    /// Frees bytes that are live, but for those that are leased. Adds the chunks that nobody uses any more to `unused`.
+    /// Frees bytes that are live, except those that are leased. Adds the chunks that nobody uses
+    /// any more to `unused`.
     pub(crate) fn free(&mut self, bytes: &ops::Range<usize>, unused: &mut Vec<usize>) {
         if self.leases.is_empty() {
             return self.pages.release(bytes, unused);
@@ -57,7 +58,7 @@ impl Range {
         }
     }
 
-    /// Frees all that the owner has, but for what is leased.
+    /// Frees all that the owner has, except what is leased.
     pub(crate) fn free_all(&mut self) -> Vec<usize> {
         let live: Vec<_> = self.pages.live().iter().collect();
         let owned: Vec<_> = (live.into_iter())
@@ -68,8 +69,8 @@ impl Range {
         unused
     }
 
-    /// Frees what was freed before and is leased no longer. Says whether there was any, and returns the chunks that nobody
-    /// uses any more.
+    /// Frees what was freed before and is leased no longer. Returns whether there was any, and
+    /// returns the chunks that nobody uses any more.
     pub(crate) fn sweep_leases(&mut self) -> (bool, Vec<usize>) {
         let parts = self.leases.sweep();
         let mut unused = Vec::new();

@@ -5,17 +5,19 @@ use crate::foreign::Foreign;
 use crate::sync::thread::{self, ThreadId};
 use core::{fmt, ops};
 
-/// Tells whether leased memory can still be used; see [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
+/// Tells whether leased memory can still be used; see
+/// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
 ///
 /// An `Arc` is one: it is released when no other `Arc` or `Weak` shares its value.
 pub trait LeaseToken: fmt::Debug + Send + 'static {
-    /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued already may still run, on any
-    /// stream of any device.
+    /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued
+    /// already may still run, on any stream of any device.
     ///
-    /// The pools ask again and again, from any thread, with no lock held; so this may call them. While one thread asks, others
-    /// take the token for not released; those that need to know wait a tenth of a second at most. So it should be quick. After
-    /// it has returned `true` the token is dropped, on any thread. A token that panics here counts as not released; a
-    /// panic of its drop is caught.
+    /// The pools ask again and again, from any thread, with no lock held; so this may call them.
+    /// While one thread asks, others take the token for not released; those that need to know wait
+    /// a tenth of a second at most. So it should be quick. After it has returned `true` the token
+    /// is dropped, on any thread. A token that panics here counts as not released; a panic of its
+    /// drop is caught.
     fn is_released(&mut self) -> bool;
 }
 
@@ -35,7 +37,7 @@ pub(crate) type Asked = (u64, Token);
 pub(crate) enum Asker {
     /// Takes them for not released.
     Passing,
-    /// Waits for the answers, for a while.
+    /// Waits until they were asked, for a while.
     Waiting,
 }
 
@@ -55,7 +57,8 @@ pub(crate) struct Leases {
     next: u64,
     /// The thread that has tokens out to ask them.
     asking: Option<ThreadId>,
-    /// Bytes that were freed while they were leased. They are live in the books of pages, so that nobody gets them.
+    /// Bytes that were freed while they were leased. They are live in the books of pages, so that
+    /// nobody gets them.
     freed: Intervals,
     /// Tokens are asked before the list grows longer than this.
     look_at: usize,
@@ -65,8 +68,8 @@ impl Leases {
     /// As few as are worth a look.
     const FEW: usize = 4;
 
-    /// Adds a lease; says whether the tokens are to be asked again: not for each new one, so that many views at once do not cost
-    /// the square of their number.
+    /// Adds a lease; returns whether the tokens are to be asked again: not for each new one, so
+    /// that many views at once do not cost the square of their number.
     pub(crate) fn add(&mut self, bytes: ops::Range<usize>, token: Token) -> bool {
         let is_due = self.leases.len() >= self.look_at.max(Self::FEW);
         self.leases.push(Lease {

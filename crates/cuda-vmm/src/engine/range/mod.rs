@@ -1,4 +1,4 @@
-//! One elastic range of an engine: its addresses, its pages, and who uses them.
+//! One elastic range of an engine: its addresses, its pages, and their users.
 //!
 //! Everything here happens under the range's lock and calls no driver.
 
@@ -47,8 +47,9 @@ pub(crate) struct Range {
     pub(crate) capacity_bytes: usize,
     pub(crate) page_bytes: usize,
     pub(crate) closed: bool,
-    /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except what the driver
-    /// refused before: two threads that call the driver in turns are slower than one.
+    /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except
+    /// what the driver refused before: two threads that call the driver in turns are slower than
+    /// one.
     pub(crate) attended: bool,
     /// Allocations for which others are making room on the device now.
     pub(crate) making_room: usize,
@@ -142,7 +143,8 @@ impl Range {
         })
     }
 
-    /// Makes bytes live if all their pages are there and nobody works on them; `None` if that takes more.
+    /// Makes bytes live if all their pages are there and nobody works on them; `None` if that takes
+    /// more.
     ///
     /// # Errors
     /// Those that the whole allocation would return.
@@ -177,7 +179,8 @@ impl Range {
         }
     }
 
-    /// Whether a step has something to do: what was freed is to be queued, or waits for leases to end.
+    /// Whether a step has something to do: what was freed is to be queued, or waits for leases to
+    /// end.
     pub(crate) fn has_news(&self) -> bool {
         !self.freed.is_empty() || self.waits_for_leases()
     }
@@ -193,8 +196,8 @@ impl Range {
         self.owed.bytes() > 0
     }
 
-    /// Whether a thread that closes it waits for work on it: not for its own, nor for pages that wait for others to make
-    /// room, which may be waiting for the range to close.
+    /// Whether a thread that closes it waits for work on it: not for its own, nor for pages that
+    /// wait for others to make room, which may be waiting for the range to close.
     pub(crate) fn is_awaited_by_close(&self) -> bool {
         self.pages.is_worked_on() && self.making_room == 0 && !AtWork::any()
     }

@@ -17,8 +17,8 @@ pub(crate) enum ChunkState {
     Quarantined,
     /// Its live pages are being moved to other memory; the pages are the reservation of that work.
     Relocating,
-    /// A move was broken off and the driver would not map it again. Its bytes are live and safe, and nobody
-    /// reaches them; retried.
+    /// A move was broken off and the driver would not map it again. Its bytes are live and safe,
+    /// and nobody reaches them; retried.
     Stranded,
 }
 
@@ -44,7 +44,8 @@ pub(super) struct Chunk<M> {
     pub(super) contents: Contents,
     /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
     pub(super) ahead: bool,
-    /// Absent while Filling, Draining, Relocating or Stranded, when it is with whoever does that work.
+    /// Absent while Filling, Draining, Relocating or Stranded, when the thread that does that work
+    /// has it.
     pub(super) memory: Option<M>,
 }
 

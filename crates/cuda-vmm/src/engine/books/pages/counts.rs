@@ -8,8 +8,9 @@ use std::collections::{BTreeSet, VecDeque};
 pub(super) struct Counts {
     /// Pages by chunk state, in the order of the enum.
     by_state: [usize; 8],
-    /// First pages of the parked chunks, but for those made ahead, in the order in which they were parked. Entries that
-    /// are out of date stay until they are met, or until there are many: taking a chunk back is to cost little.
+    /// First pages of the parked chunks, except those made ahead, in the order in which they were
+    /// parked. Entries that are out of date stay until they are met, or until there are many:
+    /// taking a chunk back is to cost little.
     parked: VecDeque<usize>,
     parked_chunks: usize,
     /// First pages of the chunks made ahead that nobody has taken.
@@ -32,8 +33,8 @@ impl Counts {
         &self.ahead
     }
 
-    /// Where parked chunks may begin, the one parked first before the others; some may be parked no longer, and some
-    /// may be named again.
+    /// Where parked chunks may begin, the one parked first before the others; some may be parked no
+    /// longer, and some may be named again.
     pub(super) fn maybe_parked(&self) -> impl Iterator<Item = usize> + '_ {
         self.parked.iter().copied()
     }

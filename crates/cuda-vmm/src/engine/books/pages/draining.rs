@@ -1,9 +1,10 @@
-//! Chunks that are given back, and what becomes of them where the driver refuses.
+//! Chunks that are given back, and what becomes of them if the driver refuses.
 
 use super::{ChunkState, Contents, Pages};
 
 impl<M> Pages<M> {
-    /// A draining chunk is to be parked again when the device has overwritten it, or done whatever it does.
+    /// A draining chunk is to be parked again when the device has overwritten it, or done whatever
+    /// it does.
     pub(crate) fn retire_drained(&mut self, first: usize, memory: M, overwritten: bool) {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Draining));
         self.set_state(first, ChunkState::Retiring);
@@ -48,8 +49,8 @@ impl<M> Pages<M> {
         }
     }
 
-    /// Empties the books and hands out all memory that is in them: what the device may still use, and what it has
-    /// finished with.
+    /// Empties the books and hands out all memory that is in them: what the device may still use,
+    /// and what it has finished with.
     pub(crate) fn take_all(&mut self) -> (Vec<M>, Vec<M>) {
         let page_bytes = self.page_bytes;
         let all = core::mem::replace(self, Self::new(page_bytes));

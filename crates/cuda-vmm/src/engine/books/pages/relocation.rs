@@ -21,8 +21,8 @@ impl<M> Pages<M> {
         (self.chunks.iter()).filter_map(|(first, _)| self.partly_live_at(first))
     }
 
-    /// The chunk that begins at this page, if it is partly live and may be moved: nobody works on it, or is about to
-    /// take bytes of it. Whatever else is to hold a chunk where it is, is asked here.
+    /// The chunk that begins at this page, if it is partly live and may be moved: nobody works on
+    /// it, or is about to take bytes of it. The caller checks what else keeps a chunk in its place.
     pub(crate) fn partly_live_at(&self, first: usize) -> Option<PartlyLive> {
         let chunk = self.chunks.get(first)?;
         let pages = first..first + chunk.pages();
@@ -51,7 +51,8 @@ impl<M> Pages<M> {
         })
     }
 
-    /// Hands out the memory of a chunk whose pages are to be moved. They stay live and may be freed meanwhile.
+    /// Hands out the memory of a chunk whose pages are to be moved. They stay live and may be freed
+    /// meanwhile.
     pub(crate) fn depart(&mut self, first: usize) -> Option<M> {
         if self.state_of(first)? != ChunkState::Backed {
             return None;
@@ -60,8 +61,8 @@ impl<M> Pages<M> {
         self.chunks.get_mut(first)?.memory.take()
     }
 
-    /// Puts chunks of other memory in the place of one that was moved. Returns those that nobody uses because their
-    /// bytes were freed meanwhile; they are now retiring.
+    /// Puts chunks of other memory in the place of one that was moved. Returns those that nobody
+    /// uses because their bytes were freed meanwhile; they are now retiring.
     pub(crate) fn arrive(
         &mut self,
         first: usize,
@@ -87,8 +88,8 @@ impl<M> Pages<M> {
         unused
     }
 
-    /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if nobody uses it, because
-    /// its bytes were freed meanwhile; it is now retiring.
+    /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if
+    /// nobody uses it, because its bytes were freed meanwhile; it is now retiring.
     pub(crate) fn come_back(&mut self, first: usize, memory: M) -> Vec<usize> {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
         self.set_state(first, ChunkState::Backed);
@@ -114,7 +115,7 @@ impl<M> Pages<M> {
         self.set_state(first, ChunkState::Relocating);
     }
 
-    /// Whether pages are being made or moved, which whoever closes the range waits for.
+    /// Whether pages are being made or moved. A thread that closes the range waits for that.
     pub(crate) fn is_worked_on(&self) -> bool {
         self.counts.pages(ChunkState::Filling) + self.counts.pages(ChunkState::Relocating) > 0
     }

@@ -133,7 +133,8 @@ fn holders() -> impl Strategy<Value = Vec<Holder<usize>>> {
     })
 }
 
-/// What is missing for a want, in a world where `owed` has been given back: worked out anew, without `divide`.
+/// What is missing for a want, in a world where `owed` has been given back: worked out anew,
+/// without `divide`.
 fn missing(holders: &[Holder<usize>], owed: &[usize], wants: &[(usize, usize)]) -> usize {
     let used = |index: usize| holders[index].used_bytes - owed[index];
     let taken: usize = (0..holders.len())
@@ -174,7 +175,8 @@ proptest! {
             if owed[index] == excess(holder) {
                 continue;
             }
-            // Someone of a higher priority wants more than there is, or of its own who holds no more than it.
+            // Someone of a higher priority wants more than there is, or of its own who holds no
+            // more than it.
             let may_ask = |account: usize| {
                 let asker = &holders[account];
                 let is_equal = asker.priority == holder.priority
