@@ -20,6 +20,7 @@ fn overlapping(parts: &[(usize, usize)]) -> Option<(usize, usize)> {
 
 impl Range {
     /// Checks that these parts can all be freed.
+    #[inline]
     fn check_free(&self, parts: &[(usize, usize)]) -> Result<()> {
         for (offset, bytes) in parts.iter().copied() {
             let extent = self.live_extent(offset, bytes)?;

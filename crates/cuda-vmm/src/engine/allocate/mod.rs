@@ -67,6 +67,7 @@ impl RangeHandle {
     }
 
     /// Takes what is there already, under the range's lock alone; `None` if that takes more.
+    #[inline]
     fn take_there(&self, place: Place, bytes: usize) -> Result<Option<Taken>> {
         let mut range = self.slot.lock();
         // A thread that needs memory sets `is_pressing` before it inspects ranges. This thread

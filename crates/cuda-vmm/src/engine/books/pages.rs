@@ -247,6 +247,7 @@ impl<M> Pages<M> {
 
     /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says
     /// whether they do. The short way for what a cache does most: few look-ups, no allocation.
+    #[inline]
     pub(crate) fn take_within_chunk(&mut self, bytes: &Range<usize>) -> bool {
         if !self.pending.is_empty() {
             return false;

@@ -122,6 +122,7 @@ impl Range {
     }
 
     /// The bytes that an allocation is about, where `place` says.
+    #[inline]
     pub(crate) fn extent_at(&self, place: Place, bytes: usize) -> Result<Extent> {
         let offset = self.offset_of(place, bytes)?;
         Extent::new(offset, bytes, self.capacity_bytes)
@@ -148,6 +149,7 @@ impl Range {
     ///
     /// # Errors
     /// Those that the whole allocation would return.
+    #[inline]
     pub(crate) fn take_there(&mut self, place: Place, bytes: usize) -> Result<Option<Taken>> {
         if self.closed {
             return Err(VmmError::Closed);
@@ -171,6 +173,7 @@ impl Range {
     }
 
     /// Notes that an allocation has made these bytes live.
+    #[inline]
     pub(crate) fn taken(&mut self, bytes: &ops::Range<usize>) -> Taken {
         self.counters.allocations += 1;
         Taken {
