@@ -18,21 +18,6 @@ const CRATES: [&str; 8] = [
     "xtask/src",
 ];
 
-/// Folders that have circles still, each with the reason.
-const KNOWN: [(&str, &str, &str); 3] = [
-    (
-        "benches/src/bin/bench",
-        "",
-        "what is measured is in the machine's file",
-    ),
-    (
-        "xtask/src",
-        "",
-        "`bench` and `gpu-test` share the start of a program",
-    ),
-    ("xtask/src", "gpu_test", "a runner tells what a row may run"),
-];
-
 /// Texts by the paths of their modules: `""`, `"pool"`, `"pool::blocks"`.
 type Texts = BTreeMap<String, String>;
 
@@ -247,12 +232,7 @@ fn no_modules_need_each_other() {
         let mut texts = Texts::new();
         read(&root.join(source), "", &mut texts);
         assert!(texts.len() > 2, "{source} has {} modules", texts.len());
-        let mut circles = circles(&texts);
-        circles.retain(|(folder, _)| {
-            !KNOWN
-                .iter()
-                .any(|known| (known.0, known.1) == (source, folder))
-        });
+        let circles = circles(&texts);
         assert!(circles.is_empty(), "{source}: {circles:#?}");
     }
 }

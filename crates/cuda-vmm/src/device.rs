@@ -5,17 +5,22 @@
 //! and releases in `Drop` only.
 #![allow(unsafe_code)]
 
+mod quarantine;
+mod room;
+
+pub use room::MakeRoom;
+pub(crate) use room::MemoryHolder;
+
 use crate::driver::{Driver, Opened, call};
-use crate::foreign::Foreign;
 use crate::process::Here;
-use crate::quarantine::{Quarantine, Stuck};
-use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{self, Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, thread};
+use crate::quarantine::Quarantine;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Arc, Mutex, Weak};
 use crate::sys::{self, CUcontext, CUdevice, CUmemAllocationProp};
 use crate::{CaptureGuard, Result, VmmError};
 use core::ffi::{CStr, c_char, c_int};
 use core::ptr::null_mut;
-use core::time::Duration;
+use room::Room;
 use std::sync::OnceLock;
 
 /// A GPU of a [`Driver`]; a cheap clone.
@@ -37,45 +42,17 @@ struct Inner {
     recommended_granularity_bytes: usize,
     exports: bool,
     quarantine: Here<Mutex<Quarantine>>,
-    holders: Here<Mutex<Vec<Weak<dyn MemoryHolder>>>>,
-    /// What others do to make room.
-    make_room: Mutex<Option<Foreign<std::sync::Arc<MakeRoom>>>>,
-    /// Threads that call the driver for someone who waits for memory.
-    callers: AtomicUsize,
+    room: Room,
     /// Calls that manage memory.
     memory_calls: AtomicU64,
-    /// By which error the driver first refused to take something back because the context is beyond use.
+    /// The error by which the driver first said that the context is poisoned.
     lost: OnceLock<VmmError>,
-    /// How often memory has come free.
-    memory_events: AtomicU64,
-    /// Threads that wait for memory of the device.
-    short: AtomicUsize,
-    shortage: Mutex<()>,
-    memory: Condvar,
 }
 
 // SAFETY: the context is used through the driver's calls only, which may be made from any thread.
 unsafe impl Send for Inner {}
 // SAFETY: as above; all other fields are `Sync` themselves.
 unsafe impl Sync for Inner {}
-
-/// What others in the process do to make room on a device; see [`Device::set_make_room`]. It gets the bytes that are
-/// wanted.
-pub type MakeRoom = dyn Fn(usize) + Send + Sync;
-
-/// What holds memory of a device and can spare some of it: an engine, as its device and the device's other engines see it.
-///
-/// The caller holds no lock. Nothing here waits for the device.
-pub(crate) trait MemoryHolder: Send + Sync {
-    /// Notes what the device has finished with.
-    fn poll(self: Arc<Self>);
-
-    /// Asks the driver again to take back what it refused.
-    fn retry(self: Arc<Self>);
-
-    /// Gives one piece of spare memory back to the driver; returns whether it did.
-    fn give_a_piece(self: Arc<Self>) -> bool;
-}
 
 impl Driver {
     /// The device of this number, with its primary context retained while any clone lives.
@@ -163,15 +140,9 @@ impl Device {
             recommended_granularity_bytes,
             exports,
             quarantine: Here::new(process, Mutex::default()),
-            holders: Here::new(process, Mutex::default()),
-            make_room: Mutex::default(),
-            callers: AtomicUsize::new(0),
+            room: Room::new(process),
             memory_calls: AtomicU64::new(0),
             lost: OnceLock::new(),
-            memory_events: AtomicU64::new(0),
-            short: AtomicUsize::new(0),
-            shortage: Mutex::default(),
-            memory: Condvar::new(),
         })))
     }
 
@@ -305,226 +276,6 @@ impl Device {
         Ok(peers)
     }
 
-    /// Bytes that the driver refused to take back when an object was dropped. They are retried by
-    /// [`retry_quarantine`](Self::retry_quarantine) and never handed out. 0 in a forked process.
-    pub fn quarantined_bytes(&self) -> usize {
-        self.quarantine(|quarantine| quarantine.bytes())
-    }
-
-    /// As [`quarantined_bytes`](Self::quarantined_bytes), for addresses that could not be freed.
-    pub fn quarantined_address_bytes(&self) -> usize {
-        self.quarantine(|quarantine| quarantine.address_bytes())
-    }
-
-    /// Tries again to give back what is in quarantine; returns the bytes of memory that went.
-    ///
-    /// Where an engine ended with memory that the device might still use, this waits for the device
-    /// ([`synchronize`](Self::synchronize)), unless a capture is declared. In a forked process it does nothing.
-    pub fn retry_quarantine(&self) -> usize {
-        if self.driver().check_process().is_err() {
-            return 0;
-        }
-        let before = self.quarantined_bytes();
-        let unfinished = self.quarantine(Quarantine::take_unfinished);
-        if !unfinished.is_empty() {
-            let finished = CaptureGuard::try_none().is_some_and(|_no_capture| {
-                match self.finish_work(true) {
-                    Ok(()) => true,
-                    // Nothing runs on a poisoned context any more.
-                    Err(error) => error.is_poisoned(),
-                }
-            });
-            if finished {
-                drop(unfinished);
-            } else {
-                self.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
-            }
-        }
-        self.retry_refused();
-        before.saturating_sub(self.quarantined_bytes())
-    }
-
-    /// Tries again to give back what the driver refused; returns the bytes that went. Waits for nothing.
-    pub(crate) fn retry_refused(&self) -> usize {
-        // Taken out while the driver is called, so that no lock is held meanwhile; what fails again
-        // puts itself back when it is dropped.
-        let refused = self.quarantine(Quarantine::take_refused);
-        let refused_bytes: usize = refused.iter().map(|stuck| stuck.bytes()).sum();
-        drop(refused);
-        let left_bytes = self.quarantine(|quarantine| quarantine.refused_bytes());
-        if self.quarantine(Quarantine::is_over) {
-            crate::events::info!("the driver has taken back all that was quarantined");
-        }
-        refused_bytes.saturating_sub(left_bytes)
-    }
-
-    /// What dropping does with the driver's answer: what the driver refused goes to the quarantine. After a fork, and on a
-    /// context beyond use, there is nothing to keep.
-    pub(crate) fn after_drop<S: Stuck + 'static>(
-        &self,
-        outcome: Result<()>,
-        stuck: impl FnOnce() -> S,
-    ) {
-        match outcome {
-            Ok(()) | Err(VmmError::Forked) => {}
-            Err(error) if error.is_poisoned() => {}
-            Err(error) => self.keep(stuck(), Some(&error)),
-        }
-    }
-
-    /// Keeps what could not be destroyed, because of this error if it is known, until it is retried.
-    pub(crate) fn keep(&self, stuck: impl Stuck + 'static, error: Option<&VmmError>) {
-        if self.is_lost() {
-            // Its drop calls no driver, and keeps nothing.
-            return drop(stuck);
-        }
-        let bytes = stuck.bytes();
-        if self.quarantine(|quarantine| quarantine.push(Box::new(stuck))) {
-            match error {
-                Some(error) => {
-                    crate::events::warn!(%error, bytes, "the driver did not take an object back, which is quarantined");
-                }
-                None => crate::events::warn!(bytes, "an engine left memory, which is quarantined"),
-            }
-        }
-    }
-
-    /// Keeps what the device may still use until a context synchronise.
-    pub(crate) fn keep_unfinished<S: Stuck + 'static>(&self, unfinished: Vec<S>) {
-        let boxed = |stuck| -> Box<dyn Stuck> { Box::new(stuck) };
-        let unfinished = unfinished.into_iter().map(boxed);
-        self.quarantine(|quarantine| quarantine.push_unfinished(unfinished));
-    }
-
-    /// Has the driver take something back. If it answers that the context is beyond use, it is asked no more: that answer
-    /// stands for all later calls of this kind.
-    pub(crate) fn give_to_driver(&self, call: impl FnOnce(&Driver) -> Result<()>) -> Result<()> {
-        if let Some(error) = self.0.lost.get() {
-            return Err(error.clone());
-        }
-        call(self.counted_driver()).inspect_err(|error| {
-            if error.is_poisoned() {
-                let _ = self.0.lost.set(error.clone());
-            }
-        })
-    }
-
-    /// Some memory of the device has come free, or can be given up now: those who wait for it ask again.
-    pub(crate) fn note_memory(&self) {
-        self.0.memory_events.fetch_add(1, Ordering::SeqCst);
-        if self.0.short.load(Ordering::SeqCst) > 0 {
-            // With the lock, so that a thread that is about to wait has seen the event or is woken.
-            drop(self.lock_shortage());
-            self.0.memory.notify_all();
-        }
-    }
-
-    /// How often memory has come free until now.
-    pub(crate) fn memory_events(&self) -> u64 {
-        self.0.memory_events.load(Ordering::SeqCst)
-    }
-
-    /// Waits until more memory has come free than `seen` says, for so long at most. The caller holds no lock.
-    pub(crate) fn await_memory(&self, seen: u64, at_most: Duration) {
-        self.0.short.fetch_add(1, Ordering::SeqCst);
-        let guard = self.lock_shortage();
-        let is_unchanged = |_: &mut ()| self.memory_events() == seen;
-        let waited = sync::wait_timeout_while(
-            &self.0.memory,
-            &self.0.shortage,
-            guard,
-            at_most,
-            is_unchanged,
-        );
-        drop(waited);
-        self.0.short.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    fn lock_shortage(&self) -> MutexGuard<'_, ()> {
-        let guard = self.0.shortage.lock();
-        guard.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether the driver takes nothing back any more, since the context is beyond use.
-    pub(crate) fn is_lost(&self) -> bool {
-        self.0.lost.get().is_some()
-    }
-
-    /// Looks at the quarantine; a forked process has none.
-    pub(crate) fn quarantine<T: Default>(&self, use_it: impl FnOnce(&mut Quarantine) -> T) -> T {
-        let locked = self.0.quarantine.lock();
-        locked.map_or_else(|_| T::default(), |mut quarantine| use_it(&mut quarantine))
-    }
-
-    /// Remembers an engine, so that memory it can spare is given up when the device runs out.
-    pub(crate) fn register(&self, holder: Weak<dyn MemoryHolder>) -> Result<()> {
-        let mut holders = self.0.holders.lock()?;
-        holders.retain(|holder| holder.strong_count() > 0);
-        holders.push(holder);
-        Ok(())
-    }
-
-    /// Says what others in the process do to make room on this device, such as trimming a framework's pool; `None` for
-    /// nothing. There is one for each device, whichever engine runs out.
-    ///
-    /// It is called if the driver has no memory for an allocation although the budget had room, after all engines of
-    /// the device have given up what they can spare; then the driver is asked again. While
-    /// [`allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout) waits for the device, it is called again now and then.
-    /// It gets the bytes that are wanted, and runs on the thread that allocates, with no lock held. A panic in it, or in its drop, is
-    /// caught.
-    ///
-    /// It may call the pools, also to unregister the model for which it makes room: that allocation is then
-    /// [`VmmError::Closed`], and what is left of the model goes when it ends. What it allocates waits for no other thread, and if
-    /// there is no memory it is not called for that.
-    ///
-    /// The device keeps it until another takes its place. Capture a `Weak`, of an `Arc<SharedMemoryPool>` for
-    /// instance: a pool keeps its device, so with a pool in here neither would ever end.
-    /// In a forked process this does nothing.
-    pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
-        if self.driver().check_process().is_err() {
-            return;
-        }
-        let mut held = self.held_make_room();
-        let before = core::mem::replace(&mut *held, make_room.map(Foreign::new));
-        drop(held);
-        // Without the lock: it is not ours.
-        drop(before);
-    }
-
-    pub(crate) fn make_room(&self) -> Option<Foreign<std::sync::Arc<MakeRoom>>> {
-        let held = self.held_make_room();
-        held.as_ref().map(|held| Foreign::new((**held).clone()))
-    }
-
-    fn held_make_room(&self) -> MutexGuard<'_, Option<Foreign<std::sync::Arc<MakeRoom>>>> {
-        let held = self.0.make_room.lock();
-        held.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Counts this thread among those that call the driver for someone who waits, until the guard is dropped.
-    pub(crate) fn call_for_someone(&self) -> CallsForSomeone<'_> {
-        self.0.callers.fetch_add(1, Ordering::Relaxed);
-        CallsForSomeone(self)
-    }
-
-    /// Lets those go first, for a while, who call the driver for someone who waits: it does one call at a time.
-    pub(crate) fn give_way(&self) {
-        for _ in 0..TURNS_GIVEN {
-            if self.0.callers.load(Ordering::Relaxed) == 0 {
-                return;
-            }
-            thread::yield_now();
-        }
-    }
-
-    /// The engines of this device in this process.
-    pub(crate) fn holders(&self) -> Vec<Arc<dyn MemoryHolder>> {
-        let holders = self.0.holders.lock();
-        holders.map_or(Vec::new(), |holders| {
-            holders.iter().filter_map(Weak::upgrade).collect()
-        })
-    }
-
     /// Fails unless both are the same device of the same driver.
     pub(crate) fn expect_same(&self, other: &Self) -> Result<()> {
         if !self.driver().is_same(other.driver()) {
@@ -593,18 +344,6 @@ impl Drop for Inner {
             // SAFETY: releases what `open` retained, once.
             let _ = unsafe { call!(&self.driver, cuDevicePrimaryCtxRelease(self.raw)) };
         }
-    }
-}
-
-/// How often a thread that nobody waits for looks whether it may go on.
-const TURNS_GIVEN: usize = if cfg!(model_check) { 3 } else { 1_000 };
-
-/// Counted among the threads that call the driver for someone who waits.
-pub(crate) struct CallsForSomeone<'a>(&'a Device);
-
-impl Drop for CallsForSomeone<'_> {
-    fn drop(&mut self) {
-        self.0.0.callers.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

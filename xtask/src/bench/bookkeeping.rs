@@ -1,7 +1,7 @@
 //! What the bookkeeping costs on the CPU: the times that criterion estimates, and the host memory that a test measures.
 
-use super::PACKAGE;
 use super::finding::{Finding, Reach};
+use crate::gpu_test::BENCHES;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
 use fs_err as fs;
@@ -35,12 +35,12 @@ pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
     // A folder of its own, emptied, so that no estimate is from an earlier run.
     let folder = workspace.target.join("bench/criterion");
     workspace.shell.remove_path(&folder)?;
-    let benches = workspace.cargo("bench --benches --package").arg(PACKAGE);
+    let benches = workspace.cargo("bench --benches --package").arg(BENCHES);
     benches.env("CRITERION_HOME", &folder).run()?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut findings = times(&estimates(&folder)?, cores);
 
-    let test = workspace.cargo("test --test memory --package").arg(PACKAGE);
+    let test = workspace.cargo("test --test memory --package").arg(BENCHES);
     // It fails if too much is held, which its figures tell.
     let test = test.args(["--", "--nocapture"]).ignore_status();
     let output = test.output()?;

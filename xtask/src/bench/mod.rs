@@ -3,6 +3,7 @@
 mod bookkeeping;
 mod finding;
 
+use crate::gpu_test::{BENCH, BENCH_CANDLE, BENCHES};
 use crate::workspace::{Workspace, code};
 use crate::{display, gpu_test, setup};
 use anyhow::{Context, Result};
@@ -14,13 +15,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The package of the benches.
-pub const PACKAGE: &str = "cuda-vmm-benches";
-/// Its program that measures on a GPU.
-pub const PROGRAM: &str = "bench";
-/// The same for tensors and caches, with Candle on CUDA devices.
-pub const CANDLE_PROGRAM: &str = "bench-candle";
-/// The one that simulates serving.
+/// The program of the benches that simulates serving.
 const SERVING: &str = "bench-serving";
 
 /// What is measured on a GPU.
@@ -90,7 +85,7 @@ fn with_plots(arguments: &[OsString], folder: &Path) -> Vec<OsString> {
 }
 
 fn by_cargo(workspace: &Workspace, program: &str) -> Result<Command> {
-    workspace.program(&format!("--package {PACKAGE} --bin {program}"))
+    workspace.program(&format!("--package {BENCHES} --bin {program}"))
 }
 
 /// Runs the measuring programs, which print and write all by themselves.
@@ -100,12 +95,12 @@ fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     let mut findings: Vec<Value> = Vec::new();
     for part in parts(arguments.part, !arguments.arguments.is_empty()) {
         let mut command = match part {
-            Part::Pools => by_cargo(workspace, PROGRAM)?,
+            Part::Pools => by_cargo(workspace, BENCH)?,
             Part::Candle if gpu_test::has_gpu(workspace)? => {
-                gpu_test::with_cuda(workspace, arguments.compute_cap, CANDLE_PROGRAM)?
+                gpu_test::with_cuda(workspace, arguments.compute_cap, BENCH_CANDLE)?
             }
             // It says that no GPU answers, for which Candle's kernels need not be compiled.
-            Part::Candle => by_cargo(workspace, CANDLE_PROGRAM)?,
+            Part::Candle => by_cargo(workspace, BENCH_CANDLE)?,
         };
         if let Some(json) = json {
             // A list of an earlier run is not to be taken for this one's.

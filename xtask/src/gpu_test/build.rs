@@ -4,7 +4,6 @@ use super::cell::{CORE, FACADE, Program};
 use super::conditions::{first_line, matching};
 use super::runner::Programs;
 use super::stand_ins;
-use crate::bench;
 use crate::setup;
 use crate::tests::FEATURES;
 use crate::workspace::{Workspace, array, text};
@@ -17,6 +16,12 @@ use std::process::Command;
 use xshell::Cmd;
 
 pub const GENERATE: &str = "generate";
+/// The package of the benches.
+pub const BENCHES: &str = "cuda-vmm-benches";
+/// Its program that measures pools on a GPU.
+pub const BENCH: &str = "bench";
+/// Its program that measures tensors and caches, with Candle on CUDA devices.
+pub const BENCH_CANDLE: &str = "bench-candle";
 /// The feature with which Candle has CUDA devices.
 const CUDA: &str = "cuda";
 
@@ -24,8 +29,8 @@ const CUDA: &str = "cuda";
 pub const OTHERS: [Other; 4] = [
     ("demo", CORE, "simulator", "example"),
     (GENERATE, FACADE, CUDA, "example"),
-    (bench::PROGRAM, bench::PACKAGE, "", "bin"),
-    (bench::CANDLE_PROGRAM, bench::PACKAGE, CUDA, "bin"),
+    (BENCH, BENCHES, "", "bin"),
+    (BENCH_CANDLE, BENCHES, CUDA, "bin"),
 ];
 pub type Other = (&'static str, &'static str, &'static str, &'static str);
 

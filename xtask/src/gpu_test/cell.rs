@@ -17,7 +17,6 @@ macro_rules! choice {
         }
     };
 }
-pub(crate) use choice;
 
 choice! {
     /// The driver under the tests.
@@ -29,6 +28,18 @@ choice! {
         /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has the
         /// facade's CUDA programs run on it.
         SimulatedLibrary = "simulated-library",
+    }
+}
+
+choice! {
+    /// What came of a row.
+    State {
+        /// Each program succeeded, ran tests, and opened the driver that it should.
+        Pass = "PASS",
+        /// One of them did not.
+        Fail = "FAIL",
+        /// It was not run, as the machine lacks something.
+        Skipped = "SKIPPED",
     }
 }
 

@@ -1,9 +1,8 @@
 //! What this machine has of what rows need: GPUs, the CUDA libraries that Candle links, NVIDIA's memory checker.
 
 use super::arguments::Arguments;
-use super::cell::{Cell, Driver, Suite};
+use super::cell::{Cell, Driver, State, Suite};
 use super::probe::Answer;
-use super::runner::State;
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
 use std::ffi::OsString;

@@ -14,7 +14,7 @@ mod stand_ins;
 mod without_gpu;
 
 pub use arguments::{Arguments, BundleArguments, COMPUTE_CAP, Usage};
-pub use build::GENERATE;
+pub use build::{BENCH, BENCH_CANDLE, BENCHES, GENERATE};
 pub use without_gpu::run as without_gpu;
 
 use crate::workspace::{Workspace, code};

@@ -1,9 +1,10 @@
 //! What is printed of a run, and written down: `report.md`, and JSON.
 
 use super::build::Manifest;
+use super::cell::State;
 use super::conditions::{Conditions, first_line};
 use super::probe::Answer;
-use super::runner::{Row, State};
+use super::runner::Row;
 use crate::display;
 use anstyle::AnsiColor;
 use serde_json::{Map, json};

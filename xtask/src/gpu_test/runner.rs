@@ -1,6 +1,6 @@
 //! Runs the programs of a cell, and judges them.
 
-use super::cell::{Cell, Driver, Program, Suite, choice};
+use super::cell::{Cell, Driver, Program, State, Suite};
 use super::conditions::{Conditions, SANITIZER_ERRORS};
 use super::process;
 use crate::files;
@@ -17,18 +17,6 @@ use std::time::{Duration, Instant};
 pub const KERNELS: &str = "kernels::";
 /// How the names of the facade's tests begin that have the simulated library's calls fail, which a real driver cannot.
 const SIMULATED: &str = "simulated::";
-
-choice! {
-    /// What came of a row.
-    State {
-        /// Each program succeeded, ran tests, and opened the driver that it should.
-        Pass = "PASS",
-        /// One of them did not.
-        Fail = "FAIL",
-        /// It was not run, as the machine lacks something.
-        Skipped = "SKIPPED",
-    }
-}
 
 /// A row of the report: a cell, and what came of it.
 #[derive(Clone, Debug)]

@@ -1,9 +1,9 @@
 //! `test --cuda`: the facade's CUDA programs where there is no GPU, over the simulated driver.
 
-use super::cell::Cell;
+use super::cell::{Cell, State};
 use super::conditions::{Conditions, Libraries};
 use super::report;
-use super::runner::{KERNELS, Runner, State};
+use super::runner::{KERNELS, Runner};
 use super::{COMPUTE_CAP, matrix, process, stand_ins};
 use crate::display;
 use crate::kernels;
