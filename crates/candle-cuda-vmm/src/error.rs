@@ -160,9 +160,11 @@ impl VmmError {
     /// use candle_cuda_vmm::{VmmError, cuda_vmm};
     ///
     /// # let error = cuda_vmm::VmmError::OutOfPhysicalMemory {
-    /// #     asked_bytes: 2, free_bytes: 1, retiring_bytes: 1, reclaimable_bytes: 0, limit_bytes: 4,
+    /// #     asked_bytes: 2, free_bytes: 1, retiring_bytes: 1,
+    /// #     reclaimable_bytes: 0, limit_bytes: 4,
     /// # };
-    /// # let forward = || Err::<(), _>(candle_core::Error::from(VmmError::from(error)).context("layer 3"));
+    /// # let error = candle_core::Error::from(VmmError::from(error));
+    /// # let forward = || Err::<(), _>(error.context("layer 3"));
     /// let error = forward().unwrap_err();
     /// let cause = VmmError::find(&error).expect("the cache had no memory");
     /// assert!(cause.is_out_of_memory());

@@ -17,7 +17,7 @@ impl Inner {
             return Ok(());
         }
         let thread = std::thread::current().id();
-        self.kill(|capture, _| {
+        self.invalidate_exposed(|capture, _| {
             let own = capture.thread == thread && capture.mode != CU_STREAM_CAPTURE_MODE_RELAXED;
             let global = capture.mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
             own || global && mode == CU_STREAM_CAPTURE_MODE_GLOBAL
@@ -25,19 +25,19 @@ impl Inner {
     }
 
     /// Begins a call that waits for a whole context: it invalidates every capture there.
-    pub(crate) fn kill_captures_of(&mut self, device: usize) -> DriverResult {
-        self.kill(|_, owner| owner == device)
+    pub(crate) fn invalidate_captures_of(&mut self, device: usize) -> DriverResult {
+        self.invalidate_exposed(|_, owner| owner == device)
     }
 
-    fn kill(&mut self, exposed: impl Fn(&Capture, usize) -> bool) -> DriverResult {
-        let mut answer = Ok(());
+    fn invalidate_exposed(&mut self, exposed: impl Fn(&Capture, usize) -> bool) -> DriverResult {
+        let mut result = Ok(());
         for (capture, device, _) in self.streams.captures() {
             if exposed(capture, device) {
                 capture.invalidated = true;
-                answer = Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+                result = Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
             }
         }
-        answer
+        result
     }
 
     /// Invalidates a capture, so that it makes no graph.
@@ -48,7 +48,7 @@ impl Inner {
     }
 
     /// Fails and invalidates the capture if this stream is being captured.
-    pub(crate) fn refuse_in_capture(&mut self, key: Key) -> DriverResult {
+    pub(crate) fn check_not_captured(&mut self, key: Key) -> DriverResult {
         match &mut self.streams.get_mut(key)?.capture {
             Some(capture) => {
                 capture.invalidated = true;
@@ -65,14 +65,14 @@ impl Inner {
             return Ok(());
         }
         let device = self.streams.get(key)?.device;
-        let mut answer = Ok(());
+        let mut result = Ok(());
         for (capture, owner, blocking) in self.streams.captures() {
             if blocking && owner == device {
                 capture.invalidated = true;
-                answer = Err(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
+                result = Err(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT);
             }
         }
-        answer
+        result
     }
 }
 
@@ -178,7 +178,7 @@ impl State {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
         let nodes = Arc::clone(&inner.graphs.get(graph.addr(), true)?.nodes);
-        inner.refuse_in_capture(key)?;
+        inner.check_not_captured(key)?;
         inner.check_implicit(key)?;
         for node in nodes.iter() {
             let work = inner.resolve(node, true, self.config.backed);

@@ -76,7 +76,7 @@ impl State {
         if inner.events.get(handle)?.device != device {
             return Err(CUDA_ERROR_INVALID_HANDLE);
         }
-        inner.kill_captures_of(device)?;
+        inner.invalidate_captures_of(device)?;
         let mut keys: Vec<_> = inner
             .streams
             .pending(device)
@@ -113,7 +113,7 @@ impl State {
         let event = inner.events.get(handle)?;
         let (device, clock_ns) = (event.device, event.clock_ns);
         let inner = self.wait_for(inner, device, &points)?;
-        inner.thread_reaches(clock_ns);
+        inner.advance_thread_to(clock_ns);
         Ok(())
     }
 

@@ -50,7 +50,7 @@ impl Fault {
     }
 
     /// Counts a call, and returns whether it must fail.
-    fn hits(&mut self, called: DriverFunction) -> bool {
+    fn applies_to(&mut self, called: DriverFunction) -> bool {
         let left = match &mut self.calls {
             Calls::Always { function } => return *function == called,
             Calls::Nth { left } if is_counted(called) => left,
@@ -86,7 +86,7 @@ impl FaultPlan {
     pub(crate) fn call(&mut self, function: DriverFunction) -> Option<CUresult> {
         let mut code = None;
         for fault in &mut self.faults {
-            if fault.hits(function) && code.is_none() {
+            if fault.applies_to(function) && code.is_none() {
                 code = Some(fault.code);
             }
         }

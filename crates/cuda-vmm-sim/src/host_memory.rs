@@ -195,12 +195,12 @@ mod linux {
             file: &HostFile,
             file_offset: u64,
         ) -> Result<()> {
-            let place = self.part(offset, bytes)?;
+            let pointer = self.part(offset, bytes)?;
             // SAFETY: the addresses lie within this range, which owns them. The file keeps its size
             // as long as it is mapped.
             let mapped = unsafe {
                 libc::mmap(
-                    place,
+                    pointer,
                     bytes,
                     libc::PROT_NONE,
                     libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
@@ -217,11 +217,11 @@ mod linux {
 
         /// Unmaps a part of the range and removes access to it.
         pub(crate) fn clear(&self, offset: usize, bytes: usize) -> Result<()> {
-            let place = self.part(offset, bytes)?;
+            let pointer = self.part(offset, bytes)?;
             // SAFETY: the addresses lie within this range, which owns them.
             let mapped = unsafe {
                 libc::mmap(
-                    place,
+                    pointer,
                     bytes,
                     libc::PROT_NONE,
                     RESERVED | libc::MAP_FIXED,
@@ -243,7 +243,7 @@ mod linux {
             bytes: usize,
             protection: Protection,
         ) -> Result<()> {
-            let place = self.part(offset, bytes)?;
+            let pointer = self.part(offset, bytes)?;
             let flags = match protection {
                 Protection::None => libc::PROT_NONE,
                 Protection::Read => libc::PROT_READ,
@@ -251,7 +251,7 @@ mod linux {
             };
             // SAFETY: the addresses lie within this range, which owns them, and no Rust reference
             // points there.
-            if unsafe { libc::mprotect(place, bytes, flags) } < 0 {
+            if unsafe { libc::mprotect(pointer, bytes, flags) } < 0 {
                 return Err(Error::last_os_error());
             }
             Ok(())

@@ -45,7 +45,7 @@ impl State {
             let stream = inner.streams.get(key)?;
             let (device, clock_ns) = (stream.device, stream.clock_ns);
             let inner = self.wait_for(inner, device, &[(key, sequence)])?;
-            inner.thread_reaches(clock_ns);
+            inner.advance_thread_to(clock_ns);
         }
         Ok(())
     }

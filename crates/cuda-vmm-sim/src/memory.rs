@@ -103,7 +103,7 @@ impl State {
         }
         inner
             .space
-            .map(address, bytes, handle, inner.physical.place(handle))?;
+            .map(address, bytes, handle, inner.physical.storage(handle))?;
         inner.physical.add_mapping(handle);
         inner.charge(|cost| cost.map.at(bytes));
         Ok(())
@@ -196,7 +196,7 @@ impl State {
     pub(crate) fn plain_alloc_async(&self, bytes: usize, stream: CUstream) -> DriverResult<u64> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
-        inner.refuse_in_capture(key)?;
+        inner.check_not_captured(key)?;
         let device = inner.streams.get(key)?.device;
         let address = inner.add_plain(device, bytes)?;
         inner.charge(|cost| cost.async_alloc.at(bytes));
@@ -255,7 +255,7 @@ impl Inner {
         let handle = self.physical.create(device, bytes, false)?;
         let placed = self
             .space
-            .add_plain(device, bytes, handle, self.physical.place(handle));
+            .add_plain(device, bytes, handle, self.physical.storage(handle));
         if placed.is_err() {
             self.physical.release(handle)?;
         }

@@ -25,15 +25,15 @@ static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) 
 
 /// Makes a simulator for a free slot and puts it there; `None` if no slot is free.
 pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State>> {
-    for (slot, place) in STATES.iter().enumerate() {
+    for (slot, occupant) in STATES.iter().enumerate() {
         // A locked slot is in use, or was a moment ago. In a forked process its lock may never be
         // released.
-        let Some(mut place) = try_write(place) else {
+        let Some(mut occupant) = try_write(occupant) else {
             continue;
         };
-        if place.is_none() {
+        if occupant.is_none() {
             let state = make(slot);
-            *place = Some(Arc::clone(&state));
+            *occupant = Some(Arc::clone(&state));
             return Some(state);
         }
     }
@@ -41,9 +41,9 @@ pub(crate) fn occupy(make: impl FnOnce(usize) -> Arc<State>) -> Option<Arc<State
 }
 
 /// Locks if that needs no waiting.
-pub(crate) fn try_write<T>(place: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>> {
-    match place.try_write() {
-        Ok(place) => Some(place),
+pub(crate) fn try_write<T>(occupant: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>> {
+    match occupant.try_write() {
+        Ok(occupant) => Some(occupant),
         Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
         Err(TryLockError::WouldBlock) => None,
     }
@@ -51,11 +51,11 @@ pub(crate) fn try_write<T>(place: &RwLock<T>) -> Option<RwLockWriteGuard<'_, T>>
 
 /// Frees a slot. Its functions return `CUDA_ERROR_DEINITIALIZED` until the slot is used again.
 pub(crate) fn vacate(slot: usize) {
-    let mut place = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
-    *place = None;
+    let mut occupant = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
+    *occupant = None;
 }
 
-fn answer(
+fn call_slot(
     slot: usize,
     function: DriverFunction,
     call: impl FnOnce(&Arc<State>) -> DriverResult,
@@ -103,7 +103,7 @@ macro_rules! define_slots {
         /// # Safety
         /// As the driver's function of this name.
         pub(crate) unsafe fn $name(slot: usize $(, $argument: $type)*) -> CUresult {
-            answer(slot, DriverFunction::$name, |state| {
+            call_slot(slot, DriverFunction::$name, |state| {
                 // SAFETY: the caller keeps the contract of the driver's function.
                 unsafe { calls::$name(state $(, $argument)*) }
             })

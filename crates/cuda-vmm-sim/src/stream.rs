@@ -32,7 +32,7 @@ impl Inner {
     }
 
     /// Moves the calling thread's virtual clock to the completion of work that it waited for.
-    pub(crate) fn thread_reaches(&self, clock_ns: u64) {
+    pub(crate) fn advance_thread_to(&self, clock_ns: u64) {
         if self.cost.is_some() {
             self.threads
                 .update(|thread| thread.clock_ns = thread.clock_ns.max(clock_ns));
@@ -74,7 +74,7 @@ impl State {
     pub(crate) fn stream_query(&self, handle: CUstream) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(handle)?;
-        inner.refuse_in_capture(key)?;
+        inner.check_not_captured(key)?;
         inner.check_implicit(key)?;
         inner.unsafe_call()?;
         let stream = inner.streams.get(key)?;
@@ -88,13 +88,13 @@ impl State {
     pub(crate) fn stream_synchronize(&self, handle: CUstream) -> DriverResult {
         let mut inner = self.lock();
         let key = inner.enter_stream(handle)?;
-        inner.refuse_in_capture(key)?;
+        inner.check_not_captured(key)?;
         inner.check_implicit(key)?;
         inner.unsafe_call()?;
         let stream = inner.streams.get(key)?;
         let (device, sequence, clock_ns) = (stream.device, stream.enqueued, stream.clock_ns);
         let inner = self.wait_for(inner, device, &[(key, sequence)])?;
-        inner.thread_reaches(clock_ns);
+        inner.advance_thread_to(clock_ns);
         Ok(())
     }
 
@@ -102,7 +102,7 @@ impl State {
     pub(crate) fn synchronize(&self) -> DriverResult {
         let mut inner = self.lock();
         let device = inner.enter()?;
-        inner.kill_captures_of(device)?;
+        inner.invalidate_captures_of(device)?;
         self.wait_for_device(inner, device).map(drop)
     }
 }

@@ -74,7 +74,7 @@ impl State {
             (inner, sequence, clock_ns)
         };
         let inner = self.wait_for(inner, device, &[(key, sequence)])?;
-        inner.thread_reaches(clock_ns);
+        inner.advance_thread_to(clock_ns);
         Ok(())
     }
 
@@ -157,7 +157,7 @@ impl State {
         let points = inner.streams.pending(device);
         let clock_ns = inner.streams.device_clock_ns(device);
         let inner = self.wait_for(inner, device, &points)?;
-        inner.thread_reaches(clock_ns);
+        inner.advance_thread_to(clock_ns);
         Ok(inner)
     }
 }

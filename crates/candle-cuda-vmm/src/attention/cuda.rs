@@ -86,7 +86,7 @@ fn attend_typed<T: Element>(
         return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
     };
     let weights = extent::<T>(sizes, q.1, (storage, layout))?;
-    let result = multiply::<T, T>(device, sizes, Product::Mixed, &values, &weights)?;
+    let result = multiply::<T, T>(device, sizes, Product::Output, &values, &weights)?;
     Ok(CudaStorage::wrap_cuda_slice(result, device.clone()))
 }
 
@@ -127,7 +127,7 @@ impl<'a, T: Element> Heads<'a, T> {
         }
         Ok(Self {
             elements: extent(sizes, q, from)?,
-            key_stride: count(key_stride)?,
+            key_stride: cublas_int(key_stride)?,
             batches: Batches::new(sizes, strides[0], strides[1]),
         })
     }
@@ -190,7 +190,7 @@ enum Product {
     /// `[rows, keys] = scale · queries[rows, dim] · K[keys, dim]ᵀ`
     Scores { scale: f32 },
     /// `[rows, dim] = weights[rows, keys] · V[keys, dim]`
-    Mixed,
+    Output,
 }
 
 /// Multiplies all heads with their query rows. The result is contiguous, `[batch, kv_heads, rows,
@@ -210,7 +210,7 @@ fn multiply<T: Element, R: Element>(
             sizes.dim,
             scale,
         ),
-        Product::Mixed => (
+        Product::Output => (
             sys::cublasOperation_t::CUBLAS_OP_N,
             sizes.dim,
             sizes.keys,
@@ -219,12 +219,16 @@ fn multiply<T: Element, R: Element>(
     };
     // Elements of one head's query rows, and of their product.
     let (rows_of_head, result_of_head) = (sizes.rows() * along, sizes.rows() * across);
-    let (m, n, k) = (count(across)?, count(sizes.rows())?, count(along)?);
+    let (m, n, k) = (
+        cublas_int(across)?,
+        cublas_int(sizes.rows())?,
+        cublas_int(along)?,
+    );
     let Batches { calls, matrices } = heads.batches;
-    let batch_count = count(matrices.count)?;
-    let heads_stride = stride(matrices.elements)?;
-    let rows_stride = stride(matrices.heads * rows_of_head)?;
-    let result_stride = stride(matrices.heads * result_of_head)?;
+    let batch_count = cublas_int(matrices.count)?;
+    let heads_stride = cublas_stride(matrices.elements)?;
+    let rows_stride = cublas_stride(matrices.heads * rows_of_head)?;
+    let result_stride = cublas_stride(matrices.heads * result_of_head)?;
     let compute_type = match T::DTYPE == DType::F32 && gemm_reduced_precision_f32() {
         true => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
         false => sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -319,11 +323,11 @@ fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
 }
 
 /// Converts a number to cuBLAS's type.
-fn count(number: usize) -> Result<c_int> {
+fn cublas_int(number: usize) -> Result<c_int> {
     number.try_into().map_err(Error::wrap)
 }
 
 /// Converts a stride from matrix to matrix to cuBLAS's type.
-fn stride(elements: usize) -> Result<c_longlong> {
+fn cublas_stride(elements: usize) -> Result<c_longlong> {
     elements.try_into().map_err(Error::wrap)
 }

@@ -48,7 +48,8 @@ use std::sync::Arc;
 ///
 /// let pool = TensorPool::new(&Device::Cpu)?; // or `Device::new_cuda(0)?`
 /// // [size, heads, dim] for one layer's keys and values, and addresses for 4096 blocks.
-/// let blocks = pool.blocks(4096, [("k", (16, 8, 64), DType::F16), ("v", (16, 8, 64), DType::F16)])?;
+/// let entries = ["k", "v"].map(|name| (name, (16, 8, 64), DType::F16));
+/// let blocks = pool.blocks(4096, entries)?;
 /// blocks.back(0..10)?;
 /// let k = blocks.prefix("k")?;
 /// assert_eq!(k.dims(), [10, 16, 8, 64]);
@@ -69,15 +70,18 @@ use std::sync::Arc;
 /// let device = Device::Cpu; // or `Device::new_cuda(0)?`
 /// let pool = TensorPool::new(&device)?;
 ///
-/// // Before: `Tensor::zeros((4096, 16, 8, 128), DType::F16, &device)?` for each of the four, 512 MiB in all.
+/// // Before: `Tensor::zeros((4096, 16, 8, 128), DType::F16, &device)?` for each of the four,
+/// // 512 MiB in all.
 /// let shape = (16, 8, 128);
 /// let entries = ["0.k", "0.v", "1.k", "1.v"].map(|name| (name, shape, DType::F16));
 /// let cache = pool.blocks(4096, entries)?;
-/// // SAFETY: kernels get tables of backed blocks only, and nothing takes one of these tensors whole.
+/// // SAFETY: kernels get tables of backed blocks only, and no operation reads a whole tensor.
+/// // [4096, 16, 8, 128] each. Their addresses never change.
 /// # #[allow(unused_variables)]
-/// let tensors = unsafe { cache.reserved_tensors()? }; // [4096, 16, 8, 128] each, at the same addresses for life
+/// let tensors = unsafe { cache.reserved_tensors()? };
 ///
-/// // Sixteen sequences of 64 blocks. The engine's allocator has chosen them, and now they get memory.
+/// // Sixteen sequences of 64 blocks. The engine's allocator has chosen the blocks, and now they
+/// // get memory.
 /// let mut tables: Vec<Vec<usize>> = (0..16).map(|at| (64 * at..64 * at + 64).collect()).collect();
 /// for table in &tables {
 ///     cache.back(table.iter().copied())?;
@@ -86,8 +90,9 @@ use std::sync::Arc;
 /// }
 /// assert_eq!(cache.stats().committed_bytes, 128 << 20); // of 512 MiB
 ///
-/// // All but two have ended. Their blocks keep what they hold, for a prompt that begins alike, until memory is wanted
-/// // elsewhere. Then the least valuable blocks go, and those in use may move.
+/// // All but two sequences have ended. Their blocks are kept for prompts with the same prefix,
+/// // until memory is needed elsewhere. Then the blocks of least value are evicted, and those in
+/// // use may move.
 /// tables.truncate(2);
 /// let is_used = |block| tables.iter().flatten().any(|used| *used == block);
 /// let cost = |block| (!is_used(block)).then_some(0.0);
@@ -99,7 +104,7 @@ use std::sync::Arc;
 ///     }
 /// }
 /// device.synchronize()?;
-/// cache.engine().step(); // a worker does so too, a little later
+/// cache.engine().step(); // the engine's worker does so too, a little later
 /// assert_eq!(cache.stats().committed_bytes, 16 << 20);
 /// # }
 /// # Ok::<(), candle_cuda_vmm::VmmError>(())

@@ -244,8 +244,8 @@ impl DeviceRows {
     /// set.
     ///
     /// Both have one shape and dtype, the same number of rows, and their sequence in dimension
-    /// `dim`. Returns [`AppendOutcome::Unsupported`] if one launch cannot do it. In that case, and after an error,
-    /// memory may have been allocated; [`undo`](Self::undo) frees it.
+    /// `dim`. Returns [`AppendOutcome::Unsupported`] if one launch cannot do it. In that case, and
+    /// after an error, memory may have been allocated; [`undo`](Self::undo) frees it.
     pub(super) fn append_both(
         [keys, values]: [(&mut Self, &Tensor); 2],
         dim: usize,

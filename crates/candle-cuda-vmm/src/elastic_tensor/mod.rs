@@ -272,8 +272,8 @@ impl ElasticTensor {
     /// Appends the tokens of keys and values by one launch, with the sequence in dimension `dim`.
     /// Returns all of them as contiguous tensors if `contiguous` is set.
     ///
-    /// Returns [`AppendOutcome::Unsupported`] if that is not possible for these tensors. The rows are then
-    /// unchanged, and [`append`](Self::append) works or returns the reason.
+    /// Returns [`AppendOutcome::Unsupported`] if that is not possible for these tensors. The rows
+    /// are then unchanged, and [`append`](Self::append) works or returns the reason.
     ///
     /// # Errors
     /// As [`append`](Self::append), and then the rows are unchanged. Call [`undo`](Self::undo) to
@@ -324,7 +324,7 @@ impl ElasticTensor {
     /// [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs` if there are fewer than
     /// `len` rows; then nothing changes.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
-        self.check_rows(&(0..len), "truncate beyond the rows")?;
+        self.check_rows(&(0..len), "len is more than the number of rows")?;
         with_rows!(&mut self.rows, rows => rows.truncate(len));
         Ok(())
     }
@@ -343,7 +343,7 @@ impl ElasticTensor {
     /// # Errors
     /// As [`truncate`](Self::truncate).
     pub fn shrink(&mut self, rows: usize) -> Result<()> {
-        self.check_rows(&(0..rows), "shrink by more than the rows")?;
+        self.check_rows(&(0..rows), "cannot drop more rows than there are")?;
         self.truncate(self.len() - rows)
     }
 
@@ -353,7 +353,7 @@ impl ElasticTensor {
     /// # Errors
     /// As [`truncate`](Self::truncate).
     pub fn release_front(&mut self, count: usize) -> Result<()> {
-        self.check_rows(&(0..count), "release more than the rows")?;
+        self.check_rows(&(0..count), "cannot drop more rows than there are")?;
         with_rows!(&mut self.rows, rows => rows.release_front(count));
         Ok(())
     }
@@ -378,7 +378,7 @@ impl ElasticTensor {
     /// As [`view`](Self::view), and [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs`
     /// if there are no such rows.
     pub fn view_rows(&self, rows: Range<usize>) -> Result<Tensor> {
-        self.check_rows(&rows, "view of rows that are not there")?;
+        self.check_rows(&rows, "there are no such rows")?;
         with_rows!(&self.rows, all => all.view(rows))
     }
 

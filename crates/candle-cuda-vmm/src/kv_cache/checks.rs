@@ -13,7 +13,7 @@ pub(super) fn check_truncate(tokens: usize, len: usize) -> Result<()> {
         dim: 0,
         start: 0,
         len,
-        msg: "truncate to more tokens than there are",
+        msg: "len is more than the number of tokens",
     }
     .into())
 }

@@ -79,12 +79,12 @@ impl ElasticCache {
         self.check()?;
         match self.current_seq_len() {
             0 => Ok(None),
-            _ => self.all().map(Some),
+            _ => self.view().map(Some),
         }
     }
 
     /// Returns all tokens, whose shape must be known.
-    fn all(&self) -> candle_core::Result<Tensor> {
+    fn view(&self) -> candle_core::Result<Tensor> {
         let Some(rows) = &self.rows else {
             return Err(Error::Msg("the cache has no tokens yet".to_owned()));
         };
@@ -292,11 +292,11 @@ impl ElasticKvCache {
         match self.append_in_one_launch(k, v)? {
             AppendOutcome::Unsupported => {}
             AppendOutcome::Contiguous([k, v]) => return Ok((k, v)),
-            AppendOutcome::Appended => return Ok(self.both()?),
+            AppendOutcome::Appended => return Ok(self.output()?),
         }
         self.k.try_append(k)?;
         self.v.try_append(v)?;
-        Ok(self.both()?)
+        Ok(self.output()?)
     }
 
     /// Appends keys and values by one launch, if possible.
@@ -314,8 +314,8 @@ impl ElasticKvCache {
 
     /// Returns all keys and values. Something must have been appended before, at least an empty
     /// tensor of some shape.
-    fn both(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        let (k, v) = (self.k.all()?, self.v.all()?);
+    fn output(&self) -> candle_core::Result<(Tensor, Tensor)> {
+        let (k, v) = (self.k.view()?, self.v.view()?);
         match self.k.is_output_contiguous() {
             true => Ok((k.force_contiguous()?, v.force_contiguous()?)),
             false => Ok((k, v)),

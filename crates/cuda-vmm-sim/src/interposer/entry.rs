@@ -26,21 +26,21 @@ pub(super) const SLOTS: usize = 8;
 static STATES: [RwLock<Option<Arc<State>>>; SLOTS] = [const { RwLock::new(None) }; SLOTS];
 
 pub(super) fn occupy(state: &Arc<State>) -> Option<usize> {
-    STATES.iter().position(|place| {
-        let Some(mut place) = try_write(place) else {
+    STATES.iter().position(|occupant| {
+        let Some(mut occupant) = try_write(occupant) else {
             return false;
         };
-        let free = place.is_none();
+        let free = occupant.is_none();
         if free {
-            *place = Some(Arc::clone(state));
+            *occupant = Some(Arc::clone(state));
         }
         free
     })
 }
 
 pub(super) fn vacate(slot: usize) {
-    let mut place = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
-    *place = None;
+    let mut occupant = STATES[slot].write().unwrap_or_else(PoisonError::into_inner);
+    *occupant = None;
 }
 
 /// Returns the functions of a slot.
@@ -59,16 +59,16 @@ pub(super) fn table(slot: usize) -> DriverTable {
 }
 
 /// Counts a call and makes it, unless a fault fails it.
-fn pass_on(
+fn forward_call(
     slot: usize,
     function: DriverFunction,
     call: impl FnOnce(&State) -> CUresult,
 ) -> CUresult {
-    let place = STATES[slot].read().unwrap_or_else(PoisonError::into_inner);
-    let Some(state) = place.clone() else {
+    let occupant = STATES[slot].read().unwrap_or_else(PoisonError::into_inner);
+    let Some(state) = occupant.clone() else {
         return CUDA_ERROR_DEINITIALIZED;
     };
-    drop(place);
+    drop(occupant);
     match state.begin(function) {
         Ok(()) => call(&state),
         Err(code) => code,
@@ -76,7 +76,7 @@ fn pass_on(
 }
 
 /// Adds what a call created to the books, if the call succeeded.
-fn make(state: &State, code: CUresult, note: impl FnOnce(&mut Holdings)) -> CUresult {
+fn note_created(state: &State, code: CUresult, note: impl FnOnce(&mut Holdings)) -> CUresult {
     if code == CUDA_SUCCESS {
         note(&mut state.lock().holdings);
     }
@@ -120,27 +120,27 @@ fn destroy<T>(
 
 /// Reads an out-parameter after a call that succeeded.
 macro_rules! result {
-    ($place:expr) => {
+    ($pointer:expr) => {
         // SAFETY: the call succeeded, so the driver has written the out-parameter, which the caller
         // guarantees to be valid.
-        unsafe { $place.read() }
+        unsafe { $pointer.read() }
     };
 }
 
 /// Makes one call of the driver, and updates the books with what it creates or frees.
 macro_rules! call {
     (cuMemCreate $state:ident ($handle:ident, $size:ident, $properties:ident, $flags:ident)) => {
-        make($state, forward!(cuMemCreate $state ($handle, $size, $properties, $flags)), |holdings| {
+        note_created($state, forward!(cuMemCreate $state ($handle, $size, $properties, $flags)), |holdings| {
             holdings.add_reference(result!($handle), $size)
         })
     };
     (cuMemImportFromShareableHandle $state:ident ($handle:ident, $os_handle:ident, $type:ident)) => {
-        make($state, forward!(cuMemImportFromShareableHandle $state ($handle, $os_handle, $type)), |holdings| {
+        note_created($state, forward!(cuMemImportFromShareableHandle $state ($handle, $os_handle, $type)), |holdings| {
             holdings.add_reference(result!($handle), 0)
         })
     };
     (cuMemRetainAllocationHandle $state:ident ($handle:ident, $address:ident)) => {
-        make($state, forward!(cuMemRetainAllocationHandle $state ($handle, $address)), |holdings| {
+        note_created($state, forward!(cuMemRetainAllocationHandle $state ($handle, $address)), |holdings| {
             holdings.add_reference(result!($handle), 0)
         })
     };
@@ -153,7 +153,7 @@ macro_rules! call {
         )
     };
     (cuMemMap $state:ident ($pointer:ident, $size:ident, $offset:ident, $handle:ident, $flags:ident)) => {
-        make($state, forward!(cuMemMap $state ($pointer, $size, $offset, $handle, $flags)), |holdings| {
+        note_created($state, forward!(cuMemMap $state ($pointer, $size, $offset, $handle, $flags)), |holdings| {
             holdings.map($pointer, $size, $handle)
         })
     };
@@ -166,7 +166,7 @@ macro_rules! call {
         )
     };
     (cuMemAddressReserve $state:ident ($pointer:ident, $size:ident, $alignment:ident, $address:ident, $flags:ident)) => {
-        make(
+        note_created(
             $state,
             forward!(cuMemAddressReserve $state ($pointer, $size, $alignment, $address, $flags)),
             |holdings| holdings.reserve(result!($pointer), $size),
@@ -181,12 +181,12 @@ macro_rules! call {
         )
     };
     (cuMemAlloc $state:ident ($pointer:ident, $size:ident)) => {
-        make($state, forward!(cuMemAlloc $state ($pointer, $size)), |holdings| {
+        note_created($state, forward!(cuMemAlloc $state ($pointer, $size)), |holdings| {
             holdings.plain_alloc(result!($pointer), $size)
         })
     };
     (cuMemAllocAsync $state:ident ($pointer:ident, $size:ident, $stream:ident)) => {
-        make($state, forward!(cuMemAllocAsync $state ($pointer, $size, $stream)), |holdings| {
+        note_created($state, forward!(cuMemAllocAsync $state ($pointer, $size, $stream)), |holdings| {
             holdings.plain_alloc(result!($pointer), $size)
         })
     };
@@ -207,7 +207,7 @@ macro_rules! call {
         )
     };
     (cuStreamCreate $state:ident ($stream:ident, $flags:ident)) => {
-        make($state, forward!(cuStreamCreate $state ($stream, $flags)), |holdings| {
+        note_created($state, forward!(cuStreamCreate $state ($stream, $flags)), |holdings| {
             holdings.streams.insert(result!($stream).addr());
         })
     };
@@ -217,7 +217,7 @@ macro_rules! call {
         })
     };
     (cuEventCreate $state:ident ($event:ident, $flags:ident)) => {
-        make($state, forward!(cuEventCreate $state ($event, $flags)), |holdings| {
+        note_created($state, forward!(cuEventCreate $state ($event, $flags)), |holdings| {
             holdings.events.insert(result!($event).addr());
         })
     };
@@ -227,7 +227,7 @@ macro_rules! call {
         })
     };
     (cuStreamEndCapture $state:ident ($stream:ident, $graph:ident)) => {
-        make($state, forward!(cuStreamEndCapture $state ($stream, $graph)), |holdings| {
+        note_created($state, forward!(cuStreamEndCapture $state ($stream, $graph)), |holdings| {
             holdings.graphs.insert(result!($graph).addr());
         })
     };
@@ -237,7 +237,7 @@ macro_rules! call {
         })
     };
     (cuGraphInstantiateWithFlags $state:ident ($exec:ident, $graph:ident, $flags:ident)) => {
-        make($state, forward!(cuGraphInstantiateWithFlags $state ($exec, $graph, $flags)), |holdings| {
+        note_created($state, forward!(cuGraphInstantiateWithFlags $state ($exec, $graph, $flags)), |holdings| {
             holdings.graphs.insert(result!($exec).addr());
         })
     };
@@ -247,12 +247,12 @@ macro_rules! call {
         })
     };
     (cuDevicePrimaryCtxRetain $state:ident ($context:ident, $device:ident)) => {
-        make($state, forward!(cuDevicePrimaryCtxRetain $state ($context, $device)), |holdings| {
+        note_created($state, forward!(cuDevicePrimaryCtxRetain $state ($context, $device)), |holdings| {
             holdings.context_retains += 1
         })
     };
     (cuDevicePrimaryCtxRelease $state:ident ($device:ident)) => {
-        make($state, forward!(cuDevicePrimaryCtxRelease $state ($device)), |holdings| {
+        note_created($state, forward!(cuDevicePrimaryCtxRelease $state ($device)), |holdings| {
             holdings.context_retains = holdings.context_retains.saturating_sub(1)
         })
     };
@@ -280,12 +280,12 @@ macro_rules! define_slot {
         impl<const N: usize> Slot<N> {
             $(
                 unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
-                    pass_on(N, DriverFunction::$name, |state| call!($name state ($($argument),*)))
+                    forward_call(N, DriverFunction::$name, |state| call!($name state ($($argument),*)))
                 }
             )*
             $(
                 unsafe extern "C" fn $optional($($optional_argument: $optional_type),*) -> CUresult {
-                    pass_on(N, DriverFunction::$optional, |state| match state.driver.$optional {
+                    forward_call(N, DriverFunction::$optional, |state| match state.driver.$optional {
                         // SAFETY: the caller keeps the contract of the driver's function.
                         Some(function) => unsafe { function($($optional_argument),*) },
                         None => CUDA_ERROR_NOT_SUPPORTED,

@@ -38,10 +38,10 @@ impl Holdings {
     /// Adds a reference to the memory of a handle. `bytes` is 0 if unknown: the size of imported
     /// memory is known once it is mapped.
     pub(super) fn add_reference(&mut self, handle: u64, bytes: usize) {
-        self.known(handle, bytes).references += 1;
+        self.entry(handle, bytes).references += 1;
     }
 
-    fn known(&mut self, handle: u64, bytes: usize) -> &mut Memory {
+    fn entry(&mut self, handle: u64, bytes: usize) -> &mut Memory {
         let memory = self.memory.entry(handle).or_default();
         memory.bytes = memory.bytes.max(bytes);
         memory
@@ -52,11 +52,11 @@ impl Holdings {
         let memory = self.memory.get_mut(&handle)?;
         let bytes = memory.bytes;
         memory.references = memory.references.checked_sub(1)?;
-        self.forget_unused(handle);
+        self.remove_unused(handle);
         Some(bytes)
     }
 
-    fn forget_unused(&mut self, handle: u64) {
+    fn remove_unused(&mut self, handle: u64) {
         let unused = |memory: &Memory| memory.references + memory.mappings == 0;
         if self.memory.get(&handle).is_some_and(unused) {
             self.memory.remove(&handle);
@@ -64,7 +64,7 @@ impl Holdings {
     }
 
     pub(super) fn map(&mut self, address: u64, bytes: usize, handle: u64) {
-        self.known(handle, bytes).mappings += 1;
+        self.entry(handle, bytes).mappings += 1;
         self.mappings.insert(address, Mapped { handle, bytes });
     }
 
@@ -78,7 +78,7 @@ impl Holdings {
             if let Some(memory) = self.memory.get_mut(&mapped.handle) {
                 memory.mappings = memory.mappings.saturating_sub(1);
             }
-            self.forget_unused(mapped.handle);
+            self.remove_unused(mapped.handle);
         }
         inside
     }

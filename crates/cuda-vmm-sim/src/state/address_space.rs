@@ -114,7 +114,7 @@ impl AddressSpace {
         self.ranges.iter().map(|(&address, range)| (address, range))
     }
 
-    fn fresh_addresses(
+    fn new_addresses(
         &mut self,
         bytes: usize,
         alignment: usize,
@@ -154,7 +154,7 @@ impl AddressSpace {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
         let alignment = alignment.max(self.granularity_bytes);
-        let (address, host) = self.fresh_addresses(bytes, alignment, hint)?;
+        let (address, host) = self.new_addresses(bytes, alignment, hint)?;
         self.reservations
             .insert(address, Reservation { bytes, host });
         self.reserved_bytes += bytes;
@@ -260,14 +260,14 @@ impl AddressSpace {
         address: u64,
         bytes: usize,
         handle: u64,
-        place: Option<(&HostFile, u64)>,
+        storage: Option<(&HostFile, u64)>,
     ) -> DriverResult {
         self.check_aligned(address, bytes)?;
         let (start, reservation) = self.reservation_of(address, bytes)?;
         if self.overlapping(address, bytes).next().is_some() {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
-        if let (Some(host), Some((file, offset))) = (&reservation.host, place) {
+        if let (Some(host), Some((file, offset))) = (&reservation.host, storage) {
             host.map((address - start) as usize, bytes, file, offset)
                 .map_err(out_of_memory)?;
         }
@@ -364,10 +364,10 @@ impl AddressSpace {
         device: usize,
         bytes: usize,
         handle: u64,
-        place: Option<(&HostFile, u64)>,
+        storage: Option<(&HostFile, u64)>,
     ) -> DriverResult<u64> {
-        let (address, host) = self.fresh_addresses(bytes, self.granularity_bytes, 0)?;
-        if let (Some(host), Some((file, offset))) = (&host, place) {
+        let (address, host) = self.new_addresses(bytes, self.granularity_bytes, 0)?;
+        if let (Some(host), Some((file, offset))) = (&host, storage) {
             host.map(0, bytes, file, offset).map_err(out_of_memory)?;
             host.protect(0, bytes, Protection::ReadWrite)
                 .map_err(out_of_memory)?;

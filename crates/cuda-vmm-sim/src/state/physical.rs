@@ -255,7 +255,7 @@ impl PhysicalMemory {
     }
 
     /// Returns the file and offset of an allocation's bytes; `None` if they are not stored.
-    pub(crate) fn place(&self, handle: u64) -> Option<(&HostFile, u64)> {
+    pub(crate) fn storage(&self, handle: u64) -> Option<(&HostFile, u64)> {
         let physical = self.allocations.get(&handle)?;
         match &physical.storage {
             Storage::Device { offset } => {
