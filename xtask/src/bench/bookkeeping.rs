@@ -1,6 +1,6 @@
 //! What the bookkeeping costs on the CPU: the times that criterion estimates, and the host memory that a test measures.
 
-use super::finding::{Finding, Reach};
+use super::finding::{Reach, has_failed, judge};
 use crate::gpu_test::BENCHES;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
@@ -31,7 +31,7 @@ const TOGETHER: &str = "take back parked pages: two threads on two models, one t
 const TOGETHER_LEAST: Reach = Reach::AtLeastTimes(1.7);
 
 /// Runs all benches and the test of the memory, and returns their figures.
-pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
+pub fn run(workspace: &Workspace) -> Result<Vec<Value>> {
     // A folder of its own, emptied, so that no estimate is from an earlier run.
     let folder = workspace.target.join("bench/criterion");
     workspace.shell.remove_path(&folder)?;
@@ -46,7 +46,7 @@ pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
     let output = test.output()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let held: Vec<_> = text.lines().filter_map(held).collect();
-    let is_told = output.status.success() || held.iter().any(Finding::has_failed);
+    let is_told = output.status.success() || held.iter().any(has_failed);
     let status = output.status;
     ensure!(is_told && !held.is_empty(), "{test}: {status}\n{text}");
     findings.extend(held);
@@ -54,18 +54,18 @@ pub fn run(workspace: &Workspace) -> Result<Vec<Finding>> {
 }
 
 /// The figures of the benches: those that have a name here, what two threads do if there are two cores, and others.
-fn times(estimates: &[(String, f64)], cores: usize) -> Vec<Finding> {
+fn times(estimates: &[(String, f64)], cores: usize) -> Vec<Value> {
     let us = |name: &str| {
         let mut found = estimates.iter().filter(|(bench, _)| bench == name);
         found.next().map(|(_, us)| *us)
     };
-    let time = |name: &str, reach| Finding::new(name, "µs", [us(name), None], reach);
+    let time = |name: &str, reach| judge(name, "µs", [us(name), None], reach);
     let mut findings = PAGES.map(|name| time(name, PAGE_US_MOST)).to_vec();
     findings.extend(OPEN.map(|name| time(name, Reach::Open)));
     let threads = us(ONE_THREAD).zip(us(TWO_THREADS));
     if let Some((one, two)) = threads.filter(|_| cores > 1) {
         let figures = [Some(2.0 / two), Some(1.0 / one)];
-        findings.push(Finding::new(TOGETHER, "pages/µs", figures, TOGETHER_LEAST));
+        findings.push(judge(TOGETHER, "pages/µs", figures, TOGETHER_LEAST));
     }
     let mut others: Vec<_> = estimates.iter().map(|(name, _)| name.as_str()).collect();
     others.retain(|name| !PAGES.contains(name) && !OPEN.contains(name));
@@ -96,14 +96,14 @@ fn estimates(folder: &Path) -> Result<Vec<(String, f64)>> {
 }
 
 /// The figure in a line such as `2097152 bytes mapped: 4736 bytes of bookkeeping, 65745 allowed`.
-fn held(line: &str) -> Option<Finding> {
+fn held(line: &str) -> Option<Value> {
     let (mapped, rest) = line.split_once(" bytes mapped: ")?;
     let (held, rest) = rest.split_once(" bytes of bookkeeping, ")?;
     let allowed = rest.strip_suffix(" allowed")?;
     let mapped: u64 = mapped.parse().ok()?;
     let name = format!("host memory of the bookkeeping, {mapped} bytes mapped: 64 KiB and 0.01%");
     let figures = [held.parse().ok()?, allowed.parse().ok()?];
-    Some(Finding::new(
+    Some(judge(
         &name,
         "bytes",
         figures.map(Some),
@@ -141,17 +141,12 @@ mod tests {
             let names = [ONE_THREAD, TWO_THREADS].map(str::to_owned);
             let estimates: Vec<_> = names.into_iter().zip(us.iter().copied()).collect();
             let mut findings = times(&estimates, cores).into_iter();
-            let finding = findings.find(|finding| finding.name == TOGETHER);
-            finding.map(|finding| (finding.ratio, finding.pass))
+            let finding = findings.find(|finding| finding["name"] == TOGETHER);
+            finding.map(|finding| (finding["ratio"].as_f64(), finding["pass"].as_bool()))
         };
-        assert_eq!(
-            two_against_one(&[0.5, 0.5], 2),
-            Some((Some(2.0), Some(true)))
-        );
-        assert_eq!(
-            two_against_one(&[0.5, 1.0], 2),
-            Some((Some(1.0), Some(false)))
-        );
+        let both = [[0.5, 0.5], [0.5, 1.0]].map(|us| two_against_one(&us, 2));
+        let passes = Some((Some(2.0), Some(true)));
+        assert_eq!(both, [passes, Some((Some(1.0), Some(false)))]);
         assert_eq!(two_against_one(&[0.5, 1.0], 1), None);
         assert_eq!(two_against_one(&[0.5], 2), None);
     }
@@ -170,10 +165,13 @@ mod tests {
     fn figures_are_found_among_the_lines_of_a_test() {
         let line = "2097152 bytes mapped: 4736 bytes of bookkeeping, 65745 allowed";
         let found = held(line).unwrap();
-        assert_eq!((found.ours, found.peer), (Some(4736.0), Some(65745.0)));
-        assert_eq!(found.pass, Some(true));
+        assert_eq!(
+            (&found["ours"], &found["peer"]),
+            (&json!(4736.0), &json!(65745.0))
+        );
+        assert_eq!(found["pass"], true);
         let much = line.replace("4736", "65746");
-        assert!(held(&much).unwrap().has_failed());
+        assert!(has_failed(&held(&much).unwrap()));
         assert_eq!(held("test result: ok. 1 passed; 0 failed"), None);
     }
 }

@@ -8,7 +8,6 @@ use crate::workspace::{Workspace, code};
 use crate::{display, gpu_test, setup};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
-use finding::Finding;
 use fs_err as fs;
 use serde_json::Value;
 use std::ffi::OsString;
@@ -134,7 +133,7 @@ fn worst(codes: &[u8]) -> u8 {
     *failed.or(codes.iter().max()).unwrap_or(&0)
 }
 
-fn write<T: serde::Serialize>(json: Option<&Path>, findings: &[T]) -> Result<()> {
+fn write(json: Option<&Path>, findings: &[Value]) -> Result<()> {
     let text = serde_json::to_string_pretty(findings)? + "\n";
     Ok(json.map_or(Ok(()), |json| fs::write(json, text))?)
 }
@@ -143,10 +142,10 @@ fn write<T: serde::Serialize>(json: Option<&Path>, findings: &[T]) -> Result<()>
 fn on_cpu(workspace: &Workspace, json: Option<&Path>) -> Result<u8> {
     let findings = bookkeeping::run(workspace)?;
     let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
-    let table = display::table(head, findings.iter().map(Finding::cells));
+    let table = display::table(head, findings.iter().map(finding::cells));
     println!("\n{table}");
     write(json, &findings)?;
-    Ok(u8::from(findings.iter().any(Finding::has_failed)))
+    Ok(u8::from(findings.iter().any(finding::has_failed)))
 }
 
 #[cfg(test)]
