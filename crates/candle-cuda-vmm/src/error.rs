@@ -254,42 +254,42 @@ impl VmmError {
     }
 
     /// Returns whether the same call can succeed later, after memory was freed
-    /// ([`later_bytes`](Self::later_bytes)).
+    /// ([`shortfall_bytes`](Self::shortfall_bytes)).
     ///
     /// [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) has no field for the limit, so this
     /// returns `true` for it even if the request exceeds the limit. Compare `requested` with
     /// `global_stats().physical_limit` before you wait.
-    pub fn is_later(&self) -> bool {
+    pub fn is_retryable(&self) -> bool {
         match self.cause() {
             Self::OutOfPhysicalMemory { .. } => true,
-            Self::Vmm(error) => error.is_later(),
+            Self::Vmm(error) => error.is_retryable(),
             _ => false,
         }
     }
 
     /// Returns how many bytes must be freed before a retry can succeed; 0 if that is not known.
-    pub fn later_bytes(&self) -> usize {
+    pub fn shortfall_bytes(&self) -> usize {
         match self.cause() {
             Self::OutOfPhysicalMemory {
                 requested,
                 available,
             } => requested.saturating_sub(*available),
-            Self::Vmm(error) => error.later_bytes(),
+            Self::Vmm(error) => error.shortfall_bytes(),
             _ => 0,
         }
     }
 
     /// Returns whether the same call fails always, whatever happens in between.
     ///
-    /// If neither this nor [`is_later`](Self::is_later) is `true`, the result depends on what the
-    /// program does: on bytes that it allocates or frees, and on models. Both are `false` for
-    /// errors of which nothing is known: [`CudaError`](Self::CudaError), [`Other`](Self::Other) and
-    /// Candle's.
-    pub fn is_never(&self) -> bool {
+    /// If neither this nor [`is_retryable`](Self::is_retryable) is `true`, the result depends on
+    /// what the program does: on bytes that it allocates or frees, and on models. Both are `false`
+    /// for errors of which nothing is known: [`CudaError`](Self::CudaError), [`Other`](Self::Other)
+    /// and Candle's.
+    pub fn is_permanent(&self) -> bool {
         // No wildcard, so that a new variant does not compile until it is listed. Variants of the
         // core return what the core's return.
         match self.cause() {
-            Self::Vmm(error) => error.is_never(),
+            Self::Vmm(error) => error.is_permanent(),
             Self::CudaError(_)
             | Self::Other(_)
             | Self::CandleError(_)

@@ -120,8 +120,8 @@ fn each_core_error_becomes_the_variant_that_says_the_same() {
     for (core, expected) in pairs {
         let error = VmmError::from(core.clone());
         assert_eq!(format!("{error:?}"), format!("{expected:?}"));
-        assert_eq!(error.is_later(), core.is_later(), "{core:?}");
-        assert_eq!(error.is_never(), core.is_never(), "{core:?}");
+        assert_eq!(error.is_retryable(), core.is_retryable(), "{core:?}");
+        assert_eq!(error.is_permanent(), core.is_permanent(), "{core:?}");
     }
     for core in [
         Core::ZeroSize { what: "size" },
@@ -157,10 +157,10 @@ fn predicates_say_what_to_do() {
     let say = |error: &VmmError| {
         (
             error.is_out_of_memory(),
-            error.is_later(),
-            error.is_never(),
+            error.is_retryable(),
+            error.is_permanent(),
             error.is_poisoned(),
-            error.later_bytes(),
+            error.shortfall_bytes(),
         )
     };
     let out = VmmError::OutOfPhysicalMemory {
@@ -279,12 +279,15 @@ fn an_error_of_this_crate_is_found_in_one_of_candles() {
         assert!(text.contains("2 retiring"), "{text}");
         // The wrapping error answers the same questions as the one inside.
         let error = VmmError::from(error);
-        assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
-        assert_eq!((error.later_bytes(), error.shortage()), (4, Some(shortage)));
+        assert!(error.is_out_of_memory() && error.is_retryable() && !error.is_permanent());
+        assert_eq!(
+            (error.shortfall_bytes(), error.shortage()),
+            (4, Some(shortage))
+        );
     }
     for error in wrapped(|| driver(sys::CUDA_ERROR_ILLEGAL_ADDRESS).into()) {
         let error = VmmError::from(error);
-        assert!(error.is_poisoned() && error.is_never(), "{error:?}");
+        assert!(error.is_poisoned() && error.is_permanent(), "{error:?}");
         assert_eq!(error.driver_code(), Some(sys::CUDA_ERROR_ILLEGAL_ADDRESS));
     }
     for error in wrapped(|| Error::msg("words")) {

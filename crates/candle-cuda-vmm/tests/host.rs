@@ -120,7 +120,11 @@ fn expect_shortage<T: std::fmt::Debug>(outcome: Result<T, VmmError>, bytes: usiz
     assert!(error.is_out_of_memory(), "{error:?}");
     let shortage = error.shortage().unwrap();
     assert!(shortage.requested_bytes >= bytes, "{shortage:?}");
-    assert_eq!(error.is_never(), bytes > isize::MAX as usize, "{error:?}");
+    assert_eq!(
+        error.is_permanent(),
+        bytes > isize::MAX as usize,
+        "{error:?}"
+    );
 }
 
 #[test]

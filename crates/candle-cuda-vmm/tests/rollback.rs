@@ -256,7 +256,7 @@ fn the_drivers_own_out_of_memory_is_told_from_other_failures() {
         .inject(Fault::always(create, sys::CUDA_ERROR_OUT_OF_MEMORY));
     let error = pool.allocate(0, GRANULE).unwrap_err();
     bench.simulator().clear_faults();
-    assert!(error.is_out_of_memory() && error.is_later(), "{error}");
+    assert!(error.is_out_of_memory() && error.is_retryable(), "{error}");
     match error {
         VmmError::Vmm(Core::Driver(error)) => assert_eq!(error.call, create),
         VmmError::OutOfPhysicalMemory { .. } => {}

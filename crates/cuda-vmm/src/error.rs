@@ -45,8 +45,8 @@ pub struct DriverError {
 ///     loop {
 ///         match pool.allocate(offset, bytes) {
 ///             // At least so many bytes must come back; 0 if the driver does not say how many.
-///             Err(error) if error.is_later() && evict(error.later_bytes())? => continue,
-///             // Success; or too large for the budget (`is_never`), or nothing is left to evict.
+///             Err(error) if error.is_retryable() && evict(error.shortfall_bytes())? => continue,
+///             // Success; or a permanent error (too large); or nothing is left to evict.
 ///             outcome => return outcome,
 ///         }
 ///     }
@@ -68,7 +68,7 @@ pub struct DriverError {
 /// assert_eq!(sequences.len(), 2);
 ///
 /// let error = pool.allocate(8 << 30, 2 << 30).unwrap_err();
-/// assert!(error.is_out_of_memory() && error.is_never()); // more than the budget
+/// assert!(error.is_out_of_memory() && error.is_permanent()); // more than the budget
 /// # }
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
@@ -294,7 +294,8 @@ impl VmmError {
 
     /// Whether the same call can succeed later with the same options and quotas: when memory is back that the device still
     /// uses, that others hold or are guaranteed, or, at the caller's own ceiling, that the caller holds
-    /// ([`later_bytes`](Self::later_bytes)). What is larger than the pool's limit or the caller's own ceiling is never that.
+    /// ([`shortfall_bytes`](Self::shortfall_bytes)). A request above the pool's limit or the caller's
+    /// own ceiling is never retryable.
     ///
     /// Every error is one of three kinds:
     ///
@@ -305,26 +306,27 @@ impl VmmError {
     /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors |
     ///
     /// The driver does not say how much memory it lacks, so what is larger than the whole device is later too.
-    pub fn is_later(&self) -> bool {
+    pub fn is_retryable(&self) -> bool {
         self.prospect() == Prospect::Later
     }
 
     /// How many bytes must come back before a later try can succeed; 0 if that is not known.
-    pub fn later_bytes(&self) -> usize {
+    pub fn shortfall_bytes(&self) -> usize {
         match self {
             Self::OutOfPhysicalMemory {
                 asked_bytes,
                 free_bytes,
                 ..
-            } if self.is_later() => asked_bytes.saturating_sub(*free_bytes),
+            } if self.is_retryable() => asked_bytes.saturating_sub(*free_bytes),
             _ => 0,
         }
     }
 
     /// Whether the same call fails for good, whatever others do meanwhile, as long as the options and quotas of the caller stay
-    /// as they are. What would fit if another model left, with its guarantee, is not never. The table is at
-    /// [`is_later`](Self::is_later); an error that is neither depends on what the program does.
-    pub fn is_never(&self) -> bool {
+    /// as they are. A request that would fit if another model left, with its guarantee, is not permanent.
+    /// The table is at [`is_retryable`](Self::is_retryable). An error that is neither depends on what
+    /// the program does.
+    pub fn is_permanent(&self) -> bool {
         self.prospect() == Prospect::Never
     }
 
@@ -359,7 +361,7 @@ impl VmmError {
                 | QuotaConflict::ParkBytesMin
                 | QuotaConflict::AheadBytesMin => Prospect::Never,
             },
-            Self::Block(error) => match error.is_never() {
+            Self::Block(error) => match error.is_permanent() {
                 true => Prospect::Never,
                 false => Prospect::Depends,
             },

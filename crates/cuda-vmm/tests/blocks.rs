@@ -234,7 +234,7 @@ fn backing_what_was_given_up_waits_and_trying_does_not() {
         .backing
         .try_back([0])
         .expect_err("the device is not past it");
-    assert!(error.is_later(), "{error}");
+    assert!(error.is_retryable(), "{error}");
     assert!(!fixture.backing.is_backed(0));
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| fixture.backing.back([0]));

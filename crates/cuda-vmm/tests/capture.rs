@@ -117,7 +117,7 @@ fn memory_without_a_stream_is_given_back_after_the_capture_and_not_before() {
             pool.allocate(4 * PAGE, PAGE)
                 .expect("the calls of growth disturb no capture");
             let error = pool.allocate(0, PAGE).expect_err("nothing may wait now");
-            assert!(error.is_later(), "{error}");
+            assert!(error.is_retryable(), "{error}");
             end(&stream);
             drop(guard);
             assert_eq!(engine.step().drained_bytes, 2 * PAGE);

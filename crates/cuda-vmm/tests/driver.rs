@@ -96,7 +96,7 @@ fn a_device_that_is_not_there_is_named() {
 fn a_driver_without_a_device_fails_to_start() {
     let error = Driver::simulated(SimConfig::new().devices(0)).expect_err("no device");
     assert_eq!(error, failure!(cuInit, CUDA_ERROR_NO_DEVICE));
-    assert!(!error.is_later() && !error.is_poisoned());
+    assert!(!error.is_retryable() && !error.is_poisoned());
 }
 
 #[test]
@@ -197,7 +197,7 @@ fn a_device_without_virtual_memory_management_is_refused() {
     assert!(driver.simulator().is_none(), "it knows only the table");
     let error = driver.device(1).expect_err("not supported");
     assert_eq!(error, VmmError::UnsupportedDevice { ordinal: 1 });
-    assert!(error.is_never());
+    assert!(error.is_permanent());
     assert_eq!(simulator.books(1), cuda_vmm::sim::Books::default());
 }
 
@@ -235,7 +235,7 @@ fn is_refused(expected: LoadError) {
     });
     let error = Driver::cuda().expect_err("no driver");
     assert_eq!(error, expected);
-    assert!(error.is_never() && !error.is_poisoned());
+    assert!(error.is_permanent() && !error.is_poisoned());
     assert_eq!(error.driver_code(), None);
     assert!(error.to_string().starts_with(DRIVER_PATH_VARIABLE));
     assert_eq!(Driver::detect().expect_err("not simulated"), expected);

@@ -33,29 +33,36 @@ fn out_of_memory(asked_bytes: usize, free_bytes: usize, limit_bytes: usize) -> V
 #[test]
 fn later_and_never_exclude_each_other_and_say_how_much() {
     let later = out_of_memory(10, 4, 10);
-    assert!(later.is_later() && !later.is_never() && later.is_out_of_memory());
-    assert_eq!(later.later_bytes(), 6);
+    assert!(later.is_retryable() && !later.is_permanent() && later.is_out_of_memory());
+    assert_eq!(later.shortfall_bytes(), 6);
     let never = out_of_memory(11, 4, 10);
-    assert!(never.is_never() && !never.is_later() && never.is_out_of_memory());
-    assert_eq!(never.later_bytes(), 0);
+    assert!(never.is_permanent() && !never.is_retryable() && never.is_out_of_memory());
+    assert_eq!(never.shortfall_bytes(), 0);
     let ready = out_of_memory(3, 4, 10);
-    assert_eq!(ready.later_bytes(), 0, "fragments, not bytes, are missing");
+    assert_eq!(
+        ready.shortfall_bytes(),
+        0,
+        "fragments, not bytes, are missing"
+    );
 
     let full = driver_error(CUDA_ERROR_OUT_OF_MEMORY);
-    assert!(full.is_later() && !full.is_never() && full.is_out_of_memory());
-    assert_eq!(full.later_bytes(), 0, "the driver does not say");
+    assert!(full.is_retryable() && !full.is_permanent() && full.is_out_of_memory());
+    assert_eq!(full.shortfall_bytes(), 0, "the driver does not say");
     let quarantined = VmmError::Quarantined {
         offset: 1,
         bytes: 2,
     };
-    assert!(quarantined.is_later() && !quarantined.is_never());
+    assert!(quarantined.is_retryable() && !quarantined.is_permanent());
     assert!(!quarantined.is_out_of_memory());
     // An error of the driver's that is not known to last is neither.
     let odd = driver_error(CUDA_ERROR_INVALID_VALUE);
-    assert!(!odd.is_later() && !odd.is_never() && !odd.is_poisoned());
+    assert!(!odd.is_retryable() && !odd.is_permanent() && !odd.is_poisoned());
     for error in every_error() {
-        assert!(!(error.is_later() && error.is_never()), "{error:?}");
-        assert!(error.later_bytes() == 0 || error.is_later(), "{error:?}");
+        assert!(!(error.is_retryable() && error.is_permanent()), "{error:?}");
+        assert!(
+            error.shortfall_bytes() == 0 || error.is_retryable(),
+            "{error:?}"
+        );
     }
 }
 
@@ -71,9 +78,9 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
             })
             .collect()
     };
-    assert_eq!(kinds(VmmError::is_later), ["Quarantined"]);
+    assert_eq!(kinds(VmmError::is_retryable), ["Quarantined"]);
     assert_eq!(
-        kinds(|error| !error.is_later() && !error.is_never()),
+        kinds(|error| !error.is_retryable() && !error.is_permanent()),
         [
             "Driver",
             "Simulator",
@@ -92,8 +99,8 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
         asked_bytes: 8,
         available_bytes: 4,
     };
-    assert!(quota(QuotaConflict::GuaranteeAboveCeiling).is_never());
-    assert!(quota(QuotaConflict::Headroom).is_never());
+    assert!(quota(QuotaConflict::GuaranteeAboveCeiling).is_permanent());
+    assert!(quota(QuotaConflict::Headroom).is_permanent());
     let of_call = |call, code| {
         VmmError::Driver(DriverError {
             call,
@@ -102,12 +109,12 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
         })
     };
     let access = of_call(DriverFunction::cuMemSetAccess, CUDA_ERROR_NOT_READY);
-    assert!(access.is_later() && !access.is_never());
+    assert!(access.is_retryable() && !access.is_permanent());
     let addresses = of_call(
         DriverFunction::cuMemAddressReserve,
         CUDA_ERROR_OUT_OF_MEMORY,
     );
-    assert!(!addresses.is_later() && !addresses.is_never());
+    assert!(!addresses.is_retryable() && !addresses.is_permanent());
 }
 
 #[test]
@@ -127,7 +134,7 @@ fn a_poisoned_context_is_told_from_a_refusal() {
         CUDA_ERROR_LAUNCH_FAILED,
     ] {
         let error = driver_error(code);
-        assert!(error.is_poisoned() && error.is_never() && !error.is_later());
+        assert!(error.is_poisoned() && error.is_permanent() && !error.is_retryable());
         assert_eq!(error.driver_code(), Some(code));
     }
     for code in [
@@ -140,7 +147,7 @@ fn a_poisoned_context_is_told_from_a_refusal() {
         987_654,
     ] {
         let error = driver_error(code);
-        assert!(!error.is_poisoned() && !error.is_never(), "{code}");
+        assert!(!error.is_poisoned() && !error.is_permanent(), "{code}");
         assert_eq!(error.driver_code(), Some(code), "codes stay as they are");
     }
     assert_eq!(VmmError::Closed.driver_code(), None);
@@ -195,7 +202,7 @@ fn after_an_illegal_access_every_call_of_the_context_says_so() {
         error,
         failure!(cuStreamSynchronize, CUDA_ERROR_ILLEGAL_ADDRESS)
     );
-    assert!(error.is_poisoned() && error.is_never() && !error.is_later());
+    assert!(error.is_poisoned() && error.is_permanent() && !error.is_retryable());
     assert!(simulated.simulator.is_poisoned(0));
     for outcome in [
         device.synchronize(),

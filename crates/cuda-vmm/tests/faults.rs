@@ -487,7 +487,7 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
                 "{what}: failed with nothing injected: {error}"
             );
             assert!(
-                error.driver_code() == Some(code) || error.is_later(),
+                error.driver_code() == Some(code) || error.is_retryable(),
                 "{what}: {error:?}"
             );
             if !case.gives_back {

@@ -102,7 +102,7 @@ impl Fixture {
 
     fn refused(&self) {
         let error = self.take().expect_err("the device may still use it");
-        assert!(error.is_later(), "{error}");
+        assert!(error.is_retryable(), "{error}");
     }
 }
 

@@ -108,7 +108,7 @@ fn the_parts_add_up_while_threads_allocate_and_free() {
                             match model.try_allocate(offset, bytes) {
                                 Ok(_) => held.push((offset, bytes)),
                                 Err(VmmError::AlreadyMapped { .. }) => {}
-                                Err(error) => assert!(error.is_later(), "{error}"),
+                                Err(error) => assert!(error.is_retryable(), "{error}"),
                             }
                         }
                     }

@@ -63,8 +63,12 @@ fn more_than_the_device_has_is_the_drivers_out_of_memory() {
         let outcome = simulated.unchanged(|| PhysicalMemory::new(&simulated.device, bytes));
         let error = outcome.expect_err("more than is left");
         assert_eq!(error, failure!(cuMemCreate, CUDA_ERROR_OUT_OF_MEMORY));
-        assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
-        assert_eq!(error.later_bytes(), 0, "the driver does not say how much");
+        assert!(error.is_out_of_memory() && error.is_retryable() && !error.is_permanent());
+        assert_eq!(
+            error.shortfall_bytes(),
+            0,
+            "the driver does not say how much"
+        );
     }
     drop(held);
     PhysicalMemory::new(&simulated.device, 4 * PAGE).expect("all of it");

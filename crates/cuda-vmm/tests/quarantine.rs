@@ -147,8 +147,8 @@ fn what_an_engine_cannot_unmap_stays_charged_and_is_not_handed_out() {
                 bytes: 2 * PAGE
             }
         );
-        assert!(error.is_later() && !error.is_never());
-        assert_eq!(error.later_bytes(), 0);
+        assert!(error.is_retryable() && !error.is_permanent());
+        assert_eq!(error.shortfall_bytes(), 0);
         // Elsewhere there is room for one page, and no more: the rest of the budget is in quarantine.
         let error = pool.allocate(2 * PAGE, 2 * PAGE).expect_err("no room");
         assert_eq!(

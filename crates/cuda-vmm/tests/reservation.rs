@@ -97,7 +97,7 @@ fn more_addresses_than_there_are_is_the_drivers_out_of_memory() {
             failure!(cuMemAddressReserve, CUDA_ERROR_OUT_OF_MEMORY)
         );
         assert!(
-            error.is_out_of_memory() && !error.is_later(),
+            error.is_out_of_memory() && !error.is_retryable(),
             "memory would not help"
         );
     }

@@ -145,8 +145,8 @@ fn a_try_does_not_wait_and_says_how_much_is_retiring() {
             limit_bytes: 4 * PAGE,
         }
     );
-    assert!(error.is_later() && !error.is_never());
-    assert_eq!(error.later_bytes(), 2 * PAGE);
+    assert!(error.is_retryable() && !error.is_permanent());
+    assert_eq!(error.shortfall_bytes(), 2 * PAGE);
     fixture.simulator.release_work();
     stream.synchronize().expect("legal");
     pool.try_allocate(8 * PAGE, 2 * PAGE)
@@ -161,7 +161,7 @@ fn an_allocation_that_cannot_ever_fit_is_refused_before_any_driver_call() {
     let error = pool
         .allocate(0, 5 * PAGE)
         .expect_err("the limit is four pages");
-    assert!(error.is_never() && error.is_out_of_memory() && !error.is_later());
+    assert!(error.is_permanent() && error.is_out_of_memory() && !error.is_retryable());
     assert_eq!(fixture.simulator.take_trace(), []);
 }
 
@@ -183,7 +183,11 @@ fn an_allocation_waits_for_retiring_memory_that_satisfies_it() {
         );
     });
     // But not for what would not satisfy it.
-    assert!(pool.allocate(12 * PAGE, PAGE).expect_err("full").is_later());
+    assert!(
+        pool.allocate(12 * PAGE, PAGE)
+            .expect_err("full")
+            .is_retryable()
+    );
 }
 
 #[test]
@@ -215,7 +219,7 @@ fn a_declared_capture_holds_back_the_context_synchronise_only() {
     let error = pool
         .allocate(4 * PAGE, PAGE)
         .expect_err("cannot be had during the capture");
-    assert!(error.is_later(), "{error}");
+    assert!(error.is_retryable(), "{error}");
     assert_eq!(fixture.calls(DriverFunction::cuCtxSynchronize), 0);
     drop(capture);
     pool.allocate(4 * PAGE, PAGE).expect("room again");

@@ -138,8 +138,8 @@ fn a_model_cannot_have_what_the_others_hold_until_they_give_it_back() {
             limit_bytes: LIMIT
         }
     );
-    assert!(error.is_later());
-    assert_eq!(error.later_bytes(), 2 * PAGE);
+    assert!(error.is_retryable());
+    assert_eq!(error.shortfall_bytes(), 2 * PAGE);
     pool.deallocate_for_model("a", 0, 3 * PAGE).expect("live");
     pool.allocate_for_model("b", 3 * PAGE)
         .expect("what the other gave back");
@@ -204,7 +204,7 @@ fn a_guarantee_holds_and_a_ceiling_too() {
         }
     );
     assert!(
-        error.is_later(),
+        error.is_retryable(),
         "a model that leaves gives up its guarantee"
     );
     pool.allocate_for_model("greedy", 5 * PAGE).expect("room");
@@ -238,7 +238,7 @@ fn a_guarantee_holds_and_a_ceiling_too() {
     let error = pool
         .allocate_for_model("none", 1)
         .expect_err("no room ever");
-    assert!(error.is_never() && error.is_out_of_memory());
+    assert!(error.is_permanent() && error.is_out_of_memory());
 }
 
 #[test]

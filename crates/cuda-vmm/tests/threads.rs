@@ -94,7 +94,7 @@ fn models_that_compete_for_one_limit_never_pass_it_and_all_finish() {
                             pool.deallocate_for_model_address(&model, address, bytes)
                                 .expect("live");
                         }
-                        Err(error) => assert!(error.is_later(), "{error}"),
+                        Err(error) => assert!(error.is_retryable(), "{error}"),
                     }
                 }
                 pool.unregister_model(&model).expect("registered");

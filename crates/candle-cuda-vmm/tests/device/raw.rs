@@ -63,7 +63,7 @@ fn the_drivers_refusals_keep_call_and_code() {
         );
         let more = 2 * test.core.total_bytes().next_multiple_of(GRANULE);
         let error = cuda_ffi::mem_create(more, &device).unwrap_err();
-        assert!(error.is_out_of_memory() && error.is_later(), "{error}");
+        assert!(error.is_out_of_memory() && error.is_retryable(), "{error}");
         for ordinal in [-1, 1000] {
             let nowhere = AllocationProp::device(ordinal);
             refused(

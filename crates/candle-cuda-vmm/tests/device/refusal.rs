@@ -131,7 +131,7 @@ fn more_than_the_device_has_is_out_of_memory_and_leaves_nothing() {
     pool.allocate(0, page()).unwrap();
     let (before, free) = (state(&pool), test.free_bytes());
     let error = pool.allocate(page(), all).unwrap_err();
-    assert!(error.is_out_of_memory() && error.is_later(), "{error}");
+    assert!(error.is_out_of_memory() && error.is_retryable(), "{error}");
     if test.kind == DriverKind::Simulated {
         refused_with(
             pool.allocate(page(), all),

@@ -96,8 +96,8 @@ fn the_limit_holds_and_what_is_freed_can_be_had_again() {
         }
     );
     let error = pool.allocate_for_model("model", HALF).unwrap_err();
-    assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
-    assert_eq!(error.later_bytes(), HALF);
+    assert!(error.is_out_of_memory() && error.is_retryable() && !error.is_permanent());
+    assert_eq!(error.shortfall_bytes(), HALF);
     assert_eq!(state(&pool), before);
     pool.deallocate_for_model_address("model", first, HALF)
         .unwrap();

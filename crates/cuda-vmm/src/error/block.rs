@@ -97,7 +97,7 @@ pub enum BlockError {
 
 impl BlockError {
     /// Whether the same call fails for good, whatever else happens meanwhile.
-    pub(crate) fn is_never(&self) -> bool {
+    pub(crate) fn is_permanent(&self) -> bool {
         match self {
             Self::Invalid { .. }
             | Self::InvalidTensor { .. }

@@ -121,7 +121,7 @@ impl VirtualMemoryPool {
     }
 
     /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is an
-    /// error for which [`is_later`](crate::VmmError::is_later) holds, and which says how much is retiring.
+    /// error for which [`is_retryable`](crate::VmmError::is_retryable) holds, and which says how much is retiring.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).

@@ -96,8 +96,8 @@ type Models = BTreeMap<String, Arc<VirtualMemoryPool>>;
 ///
 /// let address = pool.allocate_for_model("chat", 6 << 30)?;
 /// let error = pool.allocate_for_model("code", 4 << 30).unwrap_err();
-/// assert!(error.is_later()); // it fits once `chat` has freed 2 GiB
-/// assert_eq!(error.later_bytes(), 2 << 30);
+/// assert!(error.is_retryable()); // it fits once `chat` has freed 2 GiB
+/// assert_eq!(error.shortfall_bytes(), 2 << 30);
 ///
 /// pool.deallocate_for_model_address("chat", address, 6 << 30)?;
 /// pool.allocate_for_model("code", 4 << 30)?;

@@ -100,7 +100,7 @@ fn what_fails_hands_nothing_out() {
             blocks
         })
     );
-    assert!(!error.is_never() && !error.is_later());
+    assert!(!error.is_permanent() && !error.is_retryable());
     assert_eq!(allocator.allocated(), 20);
     assert_eq!(fixture.backing.stats().backed_blocks, 20);
     allocator.free([3, 3, 4]).expect("handed out");

@@ -97,8 +97,8 @@ fn two_models_under_a_limit_of_32_gib() {
                 limit_bytes: 32 * GIB
             }
         );
-        assert!(error.is_later());
-        assert_eq!(error.later_bytes(), GIB);
+        assert!(error.is_retryable());
+        assert_eq!(error.shortfall_bytes(), GIB);
         assert_eq!(pool.stats().committed_bytes, 32 * GIB);
         pool.deallocate_for_model_address("first", first + 16 * GIB as u64, 4 * GIB)
             .expect("live");
@@ -146,7 +146,7 @@ fn a_device_that_is_really_full_refuses_and_loses_nothing() {
             Some(CUDA_ERROR_OUT_OF_MEMORY),
             "{error}"
         );
-        assert!(error.is_out_of_memory() && error.is_later());
+        assert!(error.is_out_of_memory() && error.is_retryable());
         assert!(before - live < 2 * GIB, "{live} of {before} bytes were had");
         let stats = engine.stats();
         assert_eq!(stats.parts.live_page_bytes, live);

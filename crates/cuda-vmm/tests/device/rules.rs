@@ -32,7 +32,7 @@ fn more_memory_than_there_is_is_refused_for_now() {
         let more = device.total_bytes().next_multiple_of(page) + page;
         let error = PhysicalMemory::new(device, more).expect_err("more than there is");
         assert_eq!(error.driver_code(), Some(CUDA_ERROR_OUT_OF_MEMORY));
-        assert!(error.is_out_of_memory() && error.is_later());
+        assert!(error.is_out_of_memory() && error.is_retryable());
     });
 }
 

@@ -171,7 +171,7 @@ fn allocate_is_refused_bad_extents() {
             let error = fixture.refused(|pool| call(pool, offset, bytes));
             assert_eq!(error, expected);
             let depends = matches!(error, VmmError::AlreadyMapped { .. });
-            assert!(error.is_never() != depends && !error.is_later());
+            assert!(error.is_permanent() != depends && !error.is_retryable());
         }
     }
 }
@@ -361,8 +361,8 @@ fn an_exhausted_budget_says_what_there_was_and_takes_nothing() {
             limit_bytes: LIMIT
         }
     );
-    assert!(error.is_out_of_memory() && error.is_later() && !error.is_never());
-    assert_eq!(error.later_bytes(), PAGE);
+    assert!(error.is_out_of_memory() && error.is_retryable() && !error.is_permanent());
+    assert_eq!(error.shortfall_bytes(), PAGE);
     // Bytes in a page that is backed already cost nothing.
     let error = fixture.refused(|pool| pool.allocate(3 * PAGE, LIMIT + 1));
     assert_eq!(
@@ -375,8 +375,8 @@ fn an_exhausted_budget_says_what_there_was_and_takes_nothing() {
             limit_bytes: LIMIT
         }
     );
-    assert!(error.is_never() && !error.is_later());
-    assert_eq!(error.later_bytes(), 0);
+    assert!(error.is_permanent() && !error.is_retryable());
+    assert_eq!(error.shortfall_bytes(), 0);
     fixture
         .pool
         .allocate(3 * PAGE, PAGE)

@@ -118,7 +118,7 @@ fn the_cache_is_given_up_before_anyone_is_refused() {
         .pool
         .allocate(0, 1)
         .expect_err("nothing is left to give up");
-    assert!(error.is_later(), "{error}");
+    assert!(error.is_retryable(), "{error}");
 }
 
 #[test]

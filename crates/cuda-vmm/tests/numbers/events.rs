@@ -29,7 +29,7 @@ fn a_refusal_is_told_with_what_was_asked_for() {
     has(
         &told,
         Level::DEBUG,
-        &["memory was refused;", &at, &bytes, "is_later=false"],
+        &["memory was refused;", &at, &bytes, "is_retryable=false"],
     );
 }
 

@@ -146,7 +146,7 @@ fn an_allocation_asks_about_the_pages_in_its_way_and_no_others() {
     engine.step();
     let before = simulated.simulator.calls(DriverFunction::cuMemUnmap);
     let error = pool.allocate(3 * PAGE, 2 * PAGE).expect_err("refused");
-    assert!(error.is_later(), "{error}");
+    assert!(error.is_retryable(), "{error}");
     let calls = simulated.simulator.calls(DriverFunction::cuMemUnmap) - before;
     assert_eq!(calls, 2);
     simulated.simulator.clear_faults();
@@ -220,7 +220,7 @@ fn an_allocation_that_lacks_memory_asks_about_all_until_a_piece_is_refused() {
         engine.step();
         let before = simulated.simulator.calls(refused);
         let error = other.allocate(0, PAGE).expect_err("refused");
-        assert!(error.is_later(), "{error}");
+        assert!(error.is_retryable(), "{error}");
         assert_eq!(simulated.simulator.calls(refused) - before, 1);
         simulated.simulator.clear_faults();
         other.allocate(0, PAGE).expect("at once");

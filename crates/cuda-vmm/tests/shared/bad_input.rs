@@ -110,7 +110,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
                 available_bytes: LIMIT
             }
         );
-        assert!(error.is_never(), "{error}");
+        assert!(error.is_permanent(), "{error}");
     }
     let watermarks = ModelOptions {
         ahead_bytes_min: Some(PAGE),
@@ -174,7 +174,7 @@ fn an_unknown_model_is_named_by_every_call() {
         let error = fixture.refused(|pool| call(pool, model));
         assert_eq!(error, unknown(model));
         assert!(
-            !error.is_later() && !error.is_never(),
+            !error.is_retryable() && !error.is_permanent(),
             "it may be registered"
         );
     }
@@ -299,7 +299,7 @@ fn deallocations_for_a_model_are_refused_what_is_not_its_own() {
     assert!(
         fixture
             .refused(|pool| pool.deallocate_for_model_address("a", u64::MAX, PAGE))
-            .is_never()
+            .is_permanent()
     );
     pool.deallocate_for_model_address("a", address, PAGE)
         .expect("its own");

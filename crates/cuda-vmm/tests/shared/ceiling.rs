@@ -110,7 +110,7 @@ fn above_a_lowered_ceiling_nothing_that_was_freed_is_used_again() {
             };
             assert_eq!((asked_bytes, free_bytes), (PAGE, 0), "{freed:?}");
             assert_eq!(limit_bytes, 3 * PAGE, "{freed:?}");
-            assert!(error.is_later(), "{error}");
+            assert!(error.is_retryable(), "{error}");
         }
         // Bytes of a page that it has cost nothing.
         model.deallocate(0, 10).expect("live");
@@ -126,7 +126,7 @@ fn above_a_lowered_ceiling_nothing_that_was_freed_is_used_again() {
         assert_eq!(model.owed_bytes(), 0);
         model.allocate(0, 3 * PAGE).expect("up to its ceiling");
         let error = model.allocate(3 * PAGE, PAGE).expect_err("no more");
-        assert!(error.is_later(), "{error}");
+        assert!(error.is_retryable(), "{error}");
         pool.engine().step();
         assert_eq!(pool.stats().committed_bytes, 3 * PAGE, "{freed:?}");
     }
@@ -142,7 +142,7 @@ fn below_a_lowered_ceiling_what_was_freed_is_used_again() {
         busy.model.allocate(6 * PAGE, PAGE).expect("seven at most");
         assert_eq!(made(), before, "{freed:?}: it was there");
         let error = busy.model.allocate(7 * PAGE, PAGE).expect_err("no more");
-        assert!(error.is_later(), "{error}");
+        assert!(error.is_retryable(), "{error}");
         busy.ceiling(8);
         busy.model.allocate(7 * PAGE, PAGE).expect("it is raised");
     }
@@ -216,14 +216,17 @@ fn what_can_never_fit_the_limit_or_the_own_ceiling_is_never_later() {
                 let error = model.allocate_timeout(offset * PAGE, pages * PAGE - 1, timeout);
                 let is_too_long = offset + pages > CAPACITY / PAGE;
                 let error = error.expect_err("too much");
-                assert!(error.is_never() && !error.is_later(), "{name}: {error}");
+                assert!(
+                    error.is_permanent() && !error.is_retryable(),
+                    "{name}: {error}"
+                );
                 assert_eq!(error.is_out_of_memory(), !is_too_long);
             }
         }
         // The first page lies at the edge of another allocation, and counts as well.
         model.allocate(0, PAGE / 2).expect("room");
         let error = model.allocate(PAGE / 2, most * PAGE).expect_err("too much");
-        assert!(error.is_never(), "{name}: {error}");
+        assert!(error.is_permanent(), "{name}: {error}");
         model.deallocate(0, PAGE / 2).expect("live");
         model.allocate(0, most * PAGE).expect("as much as may be");
         model.deallocate(0, most * PAGE).expect("live");
@@ -250,8 +253,8 @@ fn what_another_is_guaranteed_may_come_free() {
         a.allocate_timeout(0, 4 * PAGE, Duration::from_millis(2)),
     ] {
         let error = error.expect_err("six are guaranteed");
-        assert!(error.is_later() && !error.is_never(), "{error}");
-        assert_eq!(error.later_bytes(), 2 * PAGE);
+        assert!(error.is_retryable() && !error.is_permanent(), "{error}");
+        assert_eq!(error.shortfall_bytes(), 2 * PAGE);
     }
     thread::scope(|scope| {
         let waits = scope.spawn(|| a.allocate_timeout(0, 4 * PAGE, FOREVER));

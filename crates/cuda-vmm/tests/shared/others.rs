@@ -149,7 +149,7 @@ fn making_room_may_allocate_and_is_not_called_for_that() {
             let more = pool.allocate_for_model_timeout("a", PAGE, Duration::ZERO);
             assert!(more.expect_err("no memory").is_out_of_memory());
             let own = pool.allocate_for_model_at("b", 0, PAGE);
-            assert!(own.expect_err("it is being taken").is_later());
+            assert!(own.expect_err("it is being taken").is_retryable());
         }
     });
     let taken = {
@@ -441,7 +441,7 @@ fn a_subscriber_may_allocate_when_a_free_has_no_fence() {
                 if text.contains("cuEventRecord") && !asked.swap(true, Ordering::SeqCst) {
                     // What it would wait for is in this thread's own hands.
                     let error = wants.allocate(0, PAGE).expect_err("not freed yet");
-                    assert!(error.is_later(), "{error}");
+                    assert!(error.is_retryable(), "{error}");
                 }
             })))
         };

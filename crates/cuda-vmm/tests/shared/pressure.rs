@@ -144,7 +144,7 @@ fn a_panic_in_a_waker_harms_nobody() {
     holds.set_owed_waker(Some(Arc::new(Panics).into()));
     holds.allocate(0, 8 * PAGE).expect("room");
     let error = asks.try_allocate(0, PAGE).expect_err("nothing is free");
-    assert!(error.is_later(), "{error}");
+    assert!(error.is_retryable(), "{error}");
     assert_eq!(holds.owed_bytes(), PAGE);
     holds.set_owed_waker(Some(Arc::new(Panics).into()));
     holds.set_owed_waker(None);

@@ -88,7 +88,7 @@ fn a_raised_guarantee_holds_and_a_lowered_one_is_for_others() {
     let pool = &fixture.pool;
     pool.set_quota("a", pages(6, 8)).expect("it can hold");
     let error = fixture.refused(|pool| pool.allocate_for_model("b", 3 * PAGE));
-    assert!(error.is_later() && !error.is_never(), "{error}");
+    assert!(error.is_retryable() && !error.is_permanent(), "{error}");
     assert_eq!(pool.model_owed_bytes("a"), Some(0), "nobody can help");
     pool.set_quota("a", pages(5, 8)).expect("downwards");
     pool.allocate_for_model("b", 3 * PAGE).expect("room");

@@ -192,7 +192,7 @@ fn pages_that_retire_at_the_very_addresses_are_waited_for() {
     unsafe { stream.memset(address, 1, PAGE) }.expect("queued");
     a.deallocate(0, PAGE).expect("live");
     let error = a.allocate_timeout(0, PAGE, Duration::from_millis(2));
-    assert!(error.expect_err("it retires").is_later());
+    assert!(error.expect_err("it retires").is_retryable());
     drop(held);
     a.allocate_timeout(0, PAGE, FOREVER).expect("it is parked");
 }
@@ -250,7 +250,7 @@ fn who_comes_later_does_not_take_what_others_wait_for_but_a_guarantee_does() {
             holds.try_allocate(0, PAGE),
         ] {
             let error = error.expect_err("it is for another");
-            assert_eq!(error.later_bytes(), PAGE, "{error}");
+            assert_eq!(error.shortfall_bytes(), PAGE, "{error}");
         }
         pool.allocate_for_model("sure", PAGE).expect("guaranteed");
         urgent.try_allocate(0, PAGE).expect("before all others");
@@ -292,7 +292,7 @@ fn at_its_own_ceiling_a_model_waits_for_what_it_frees_itself() {
             .expect("it can hold");
         a.allocate(0, 2 * PAGE).expect("room");
         let error = a.allocate_timeout(4 * PAGE, PAGE, Duration::ZERO);
-        assert!(error.expect_err("at its ceiling").is_later());
+        assert!(error.expect_err("at its ceiling").is_retryable());
         thread::scope(|scope| {
             let waits = scope.spawn(|| a.allocate_timeout(4 * PAGE, PAGE, FOREVER));
             a.deallocate(0, PAGE).expect("live");

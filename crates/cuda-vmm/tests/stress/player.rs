@@ -175,7 +175,7 @@ impl<'a> Player<'a> {
             Err(VmmError::Quarantined { .. }) => return,
             Err(error) if is_injected(&error) => return self.tally.failed += 1,
             Err(error) => {
-                assert!(error.is_later(), "{}: {error}", self.name);
+                assert!(error.is_retryable(), "{}: {error}", self.name);
                 return self.tally.refused += 1;
             }
         }

@@ -62,7 +62,7 @@ fn outlasts_the_waits_of_others(mode: WorkerMode) {
     let others = [
         thread::spawn(move || {
             if let Err(error) = taking.allocate(0, PAGE) {
-                assert!(error.is_later(), "{error}");
+                assert!(error.is_retryable(), "{error}");
             }
         }),
         thread::spawn(move || drop(giving)),

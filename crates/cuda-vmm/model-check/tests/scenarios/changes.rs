@@ -155,7 +155,7 @@ fn who_stands_ahead_leaves_the_line() {
         let ahead = scene.pool.model("ahead").expect("registered");
         let leaves = thread::spawn(move || {
             let outcome = ahead.allocate_timeout(0, 2 * PAGE, Duration::from_secs(3));
-            assert!(outcome.expect_err("one is held").is_later());
+            assert!(outcome.expect_err("one is held").is_retryable());
         });
         let waits = scene.wait_for(1);
         leaves.join().expect("it gives up");
@@ -196,7 +196,7 @@ fn an_unmapping_is_refused() {
                     match model.allocate(0, PAGE) {
                         Ok(_) => return,
                         Err(VmmError::Driver(_)) => {}
-                        Err(error) => assert!(error.is_later(), "{error}"),
+                        Err(error) => assert!(error.is_retryable(), "{error}"),
                     }
                     model.engine().step();
                     thread::yield_now();

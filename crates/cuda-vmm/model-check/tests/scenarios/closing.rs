@@ -42,7 +42,7 @@ fn unregister_while_another_allocates(mode: WorkerMode) {
                 match shared.allocate_for_model("model", PAGE + 1) {
                     Ok(_) => {}
                     Err(VmmError::Closed | VmmError::ModelNotFound { .. }) => return,
-                    Err(error) => assert!(error.is_later(), "{error}"),
+                    Err(error) => assert!(error.is_retryable(), "{error}"),
                 }
             }
         })

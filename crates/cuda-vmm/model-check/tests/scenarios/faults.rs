@@ -21,7 +21,7 @@ fn take_and_give(pool: &VirtualMemoryPool, offset: usize, bytes: usize) {
         }
         Err(error) => {
             let known = matches!(error, VmmError::Driver(_) | VmmError::Quarantined { .. });
-            assert!(known || error.is_later(), "{error}");
+            assert!(known || error.is_retryable(), "{error}");
             assert!(!pool.is_mapped(offset, bytes));
         }
     }
@@ -132,7 +132,7 @@ fn refused_while_another_waits(kept: Kept, call: DriverFunction) {
         move || _ = engine.trim()
     });
     while let Err(error) = wants.allocate(0, PAGE) {
-        let known = matches!(error, VmmError::Driver(_)) || error.is_later();
+        let known = matches!(error, VmmError::Driver(_)) || error.is_retryable();
         assert!(known, "{error}");
         engine.step();
         thread::yield_now();

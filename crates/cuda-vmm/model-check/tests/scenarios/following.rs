@@ -13,7 +13,7 @@ fn take(pool: &VirtualMemoryPool) -> u64 {
         match pool.allocate(0, PAGE) {
             Ok(address) => return address,
             Err(error) => assert!(
-                error.is_later() || matches!(error, VmmError::AlreadyMapped { .. }),
+                error.is_retryable() || matches!(error, VmmError::AlreadyMapped { .. }),
                 "{error}"
             ),
         }

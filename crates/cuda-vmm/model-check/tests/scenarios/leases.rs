@@ -83,7 +83,7 @@ fn owner_takes_back(mode: WorkerMode) {
         match pool.allocate(0, PAGE) {
             Ok(_) => break,
             Err(VmmError::Leased { .. }) => assert_adds_up(&engine),
-            Err(error) => assert!(error.is_later(), "{error}"),
+            Err(error) => assert!(error.is_retryable(), "{error}"),
         }
         thread::yield_now();
     }

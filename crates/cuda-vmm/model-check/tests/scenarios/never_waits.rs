@@ -32,7 +32,7 @@ fn answered_at_once(mode: WorkerMode, held: DriverFunction, new_driver: bool) {
             Ok(_) => pool.deallocate(offset, PAGE / 2).expect("live"),
             Err(error) => {
                 let taken = matches!(error, cuda_vmm::VmmError::AlreadyMapped { .. });
-                assert!(taken || error.is_later(), "{error}");
+                assert!(taken || error.is_retryable(), "{error}");
             }
         }
     }

@@ -92,7 +92,7 @@ fn by_priority(mode: WorkerMode) {
     sleep_until_owed(&holds, 2);
     holds.deallocate(0, PAGE).expect("live");
     let late = holds.try_allocate(2 * PAGE, PAGE);
-    assert!(late.expect_err("it is for another").is_later());
+    assert!(late.expect_err("it is for another").is_retryable());
     high.join().expect("it is served first");
     holds.deallocate(PAGE, PAGE).expect("live");
     low.join().expect("it is served then");
@@ -156,7 +156,7 @@ fn time_that_runs_out(mode: WorkerMode) {
         thread::spawn(
             move || match wants.allocate_timeout(0, PAGE, Duration::from_secs(4)) {
                 Ok(_) => wants.deallocate(0, PAGE).expect("live"),
-                Err(error) => assert!(error.is_later(), "{error}"),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
             },
         );
     thread::yield_now();

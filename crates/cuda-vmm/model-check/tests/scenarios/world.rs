@@ -120,7 +120,7 @@ pub fn insist(pool: &VirtualMemoryPool, offset: usize, bytes: usize) -> u64 {
     loop {
         match pool.allocate(offset, bytes) {
             Ok(address) => return address,
-            Err(error) => assert!(error.is_later(), "{error}"),
+            Err(error) => assert!(error.is_retryable(), "{error}"),
         }
         assert_adds_up(pool.engine());
         thread::yield_now();

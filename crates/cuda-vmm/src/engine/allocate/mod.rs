@@ -86,8 +86,8 @@ impl RangeHandle {
             return;
         }
         self.slot.lock().counters.refusals += 1;
-        let is_later = error.is_later();
-        crate::events::debug!(?place, bytes, %error, is_later, "memory was refused");
+        let is_retryable = error.is_retryable();
+        crate::events::debug!(?place, bytes, %error, is_retryable, "memory was refused");
     }
 }
 

@@ -84,7 +84,7 @@ impl BlockBacking {
     }
 
     /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
-    /// [`is_later`](VmmError::is_later) holds.
+    /// [`is_retryable`](VmmError::is_retryable) holds.
     ///
     /// # Errors
     /// As [`back`](Self::back).
