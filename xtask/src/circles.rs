@@ -1,7 +1,9 @@
-//! No circles between modules: those of one folder can be read in an order, each after those that it uses.
+//! No circles between modules: those of one folder can be read in an order, each after those that
+//! it uses.
 //!
-//! A source uses what its paths name: those that begin with `crate`, `super` or a child's name. The check looks through
-//! re-exports, which are no use by themselves. Tests do not count, nor does a folder's own file, which joins its modules.
+//! A source uses what its paths name: those that begin with `crate`, `super` or a child's name. The
+//! check looks through re-exports, which are no use by themselves. Tests do not count, nor does a
+//! folder's own file, which joins its modules.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::{fs, path::Path};
@@ -51,7 +53,8 @@ fn read(folder: &Path, module: &str, texts: &mut Texts) {
     }
 }
 
-/// Splits a source, up to its tests, into paths and signs. `tests` gets the tests that have files of their own.
+/// Splits a source, up to its tests, into paths and signs. `tests` gets the tests that have files
+/// of their own.
 fn words(text: &str, tests: &mut Vec<String>) -> Vec<String> {
     let (mut spaced, mut is_test) = (String::new(), false);
     for line in text.lines() {

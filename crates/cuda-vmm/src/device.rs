@@ -25,9 +25,9 @@ use std::sync::OnceLock;
 
 /// A GPU of a [`Driver`]; a cheap clone.
 ///
-/// It retains the device's primary context (`cuDevicePrimaryCtxRetain`), the one that Candle and the
-/// CUDA runtime use, makes it current only around the calls that need one, and restores what was
-/// current before.
+/// It retains the device's primary context (`cuDevicePrimaryCtxRetain`), the one that Candle and
+/// the CUDA runtime use, makes it current only around the calls that need one, and restores what
+/// was current before.
 #[derive(Clone)]
 pub struct Device(Arc<Inner>);
 
@@ -161,8 +161,8 @@ impl Device {
         &self.0.driver
     }
 
-    /// The driver, for a call that reserves, makes, maps, opens, unmaps, releases or frees memory or addresses: it is
-    /// counted.
+    /// The driver, for a call that reserves, makes, maps, opens, unmaps, releases or frees memory
+    /// or addresses: it is counted.
     pub(crate) fn counted_driver(&self) -> &Driver {
         self.0.memory_calls.fetch_add(1, Ordering::Relaxed);
         &self.0.driver
@@ -236,7 +236,8 @@ impl Device {
         unsafe { call!(self.driver(), cuCtxSynchronize()) }
     }
 
-    /// As [`synchronize_now`](Self::synchronize_now), or, where work of any device may count, of every device's context.
+    /// As [`synchronize_now`](Self::synchronize_now), or, where work of any device may count, of
+    /// every device's context.
     pub(crate) fn finish_work(&self, all: bool) -> Result<()> {
         self.synchronize_now()?;
         let peers = if all { self.peers()? } else { Vec::new() };
@@ -249,8 +250,8 @@ impl Device {
         })
     }
 
-    /// The other devices whose primary context is in use in this process (`cuDevicePrimaryCtxGetState`), so that work of
-    /// theirs may read this one's memory.
+    /// The other devices whose primary context is in use in this process
+    /// (`cuDevicePrimaryCtxGetState`), so that work of theirs may read this one's memory.
     pub(crate) fn peers(&self) -> Result<Vec<Self>> {
         let mut peers = Vec::new();
         for ordinal in (0..self.driver().device_count()?).filter(|at| *at != self.ordinal()) {
@@ -340,7 +341,7 @@ impl core::fmt::Debug for Device {
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.driver.check_process().is_ok() {
-            // Best effort: a driver that is shutting down refuses, and then nothing is left to keep.
+            // Best effort: a driver that is shutting down refuses, and nothing is left to keep.
             // SAFETY: releases what `open` retained, once.
             let _ = unsafe { call!(&self.driver, cuDevicePrimaryCtxRelease(self.raw)) };
         }

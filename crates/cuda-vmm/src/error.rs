@@ -179,7 +179,8 @@ pub enum VmmError {
         free_bytes: usize,
         /// Bytes that come back when the device has finished with them.
         retiring_bytes: usize,
-        /// Bytes held but not in use, which others could give up.
+        /// Bytes that are held and not in use; see
+        /// [`MemoryParts::reclaimable_bytes`](crate::MemoryParts::reclaimable_bytes).
         reclaimable_bytes: usize,
         /// The most that the asker may ever hold, in bytes.
         limit_bytes: usize,

@@ -9,8 +9,8 @@ use core::ops::{Add, AddAssign, Sub};
 
 /// Memory by what it is, in bytes of whole pages. Every committed byte is in exactly one part.
 ///
-/// Parts add up and subtract one by one: the parts of an engine are the sum of those of its ranges, and of what is on no
-/// range's account.
+/// Parts add up and subtract one by one: the parts of an engine are the sum of those of its ranges,
+/// and of what is on no range's account.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
@@ -111,10 +111,12 @@ impl MemoryParts {
         Self::LIST.iter().map(|part| (part.bytes)(self)).sum()
     }
 
-    /// What is held and serves nobody, in bytes: parked, ahead and cached memory, which the engine gives up before it
-    /// refuses an allocation, and slack, which [`compact`](crate::VirtualMemoryPool::compact) gives back.
+    /// What is held and serves nobody, in bytes: parked, ahead and cached memory, which the engine
+    /// gives up before it refuses an allocation, and slack, which
+    /// [`compact`](crate::VirtualMemoryPool::compact) gives back.
     ///
-    /// This is an upper bound: pinned pages, and chunks with live bytes that cannot be moved now, stay.
+    /// This is an upper bound: pinned pages, and chunks with live bytes that cannot be moved now,
+    /// stay.
     pub fn reclaimable_bytes(&self) -> usize {
         self.parked_bytes + self.ahead_bytes + self.cached_bytes + self.slack_bytes
     }

@@ -4,7 +4,8 @@
 
 use core::fmt::Debug;
 
-/// An object that the driver did not destroy, and that still owns what it owned. Dropping it asks the driver again.
+/// An object that the driver did not destroy, and that still owns what it owned. Dropping it asks
+/// the driver again.
 pub(crate) trait Stuck: Debug + Send + Sync {
     /// Physical memory that it holds, in bytes.
     fn bytes(&self) -> usize {
@@ -19,8 +20,8 @@ pub(crate) trait Stuck: Debug + Send + Sync {
 
 /// What a device could not give back when its owner was dropped.
 ///
-/// The quarantine owns its objects whole: dropping one tries once more, and what fails again puts itself into the
-/// device's current quarantine.
+/// The quarantine owns its objects whole: dropping one tries once more, and what fails again puts
+/// itself into the device's current quarantine.
 #[derive(Debug, Default)]
 pub(crate) struct Quarantine {
     /// What the driver refused.
@@ -32,7 +33,8 @@ pub(crate) struct Quarantine {
 }
 
 impl Quarantine {
-    /// Adds an object. Returns whether that is news, so that one warning stands for all that follows.
+    /// Adds an object. Returns whether that is news, so that one warning stands for all that
+    /// follows.
     pub(crate) fn push(&mut self, stuck: Box<dyn Stuck>) -> bool {
         self.refused.push(stuck);
         !core::mem::replace(&mut self.is_told, true)

@@ -1,8 +1,9 @@
 //! A stream by the driver's handle: what fences and pools keep of it.
 //!
 //! # Safety
-//! A stream is alive while its [`Handle`] is: the handle owns it and destroys it once, or keeps its owner alive, or
-//! borrows it from an owner that promised to outlive it. All calls run with the device's context current.
+//! A stream is alive while its [`Handle`] is: the handle owns it and destroys it once, or keeps its
+//! owner alive, or borrows it from an owner that promised to outlive it. All calls run with the
+//! device's context current.
 #![allow(unsafe_code)]
 
 use crate::capture::Relaxed;
@@ -13,7 +14,8 @@ use crate::sys::{CU_STREAM_CAPTURE_STATUS_NONE, CUDA_ERROR_NOT_READY, CUstream};
 use crate::{Device, Result};
 use core::any::Any;
 
-/// What is known of a stream by all that hold it. Its place in memory is its identity: the driver's handles come again.
+/// What is known of a stream by all that hold it. Its place in memory is its identity: the driver's
+/// handles come again.
 #[derive(Debug)]
 pub(crate) struct Handle {
     pub(crate) device: Device,
@@ -58,8 +60,8 @@ impl Handle {
         Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
-    /// Whether everything queued so far is done (`cuStreamQuery`). Never waits. False of the default streams: an event
-    /// recorded there comes after work of others too.
+    /// Whether everything queued so far is done (`cuStreamQuery`). Never waits. False of the
+    /// default streams: an event recorded there comes after work of others too.
     pub(crate) fn is_idle(&self) -> Result<bool> {
         if self.raw.addr() <= 2 {
             return Ok(false);

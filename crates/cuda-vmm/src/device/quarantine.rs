@@ -64,8 +64,8 @@ impl Device {
         refused_bytes.saturating_sub(left_bytes)
     }
 
-    /// Quarantines an object that the driver refused to destroy as it was dropped. After a fork, and
-    /// in a poisoned context, there is nothing to keep.
+    /// Quarantines an object that the driver refused to destroy as it was dropped. After a fork,
+    /// and in a poisoned context, there is nothing to keep.
     pub(crate) fn after_drop<S: Stuck + 'static>(
         &self,
         outcome: Result<()>,

@@ -75,8 +75,8 @@ impl Device {
         self.0.room.memory_events.load(Ordering::SeqCst)
     }
 
-    /// Waits until [`memory_events`](Self::memory_events) is no longer `seen`, or for `at_most`. The
-    /// caller holds no lock.
+    /// Waits until [`memory_events`](Self::memory_events) is no longer `seen`, or for `at_most`.
+    /// The caller holds no lock.
     pub(crate) fn await_memory(&self, seen: u64, at_most: Duration) {
         self.0.room.short.fetch_add(1, Ordering::SeqCst);
         let guard = self.lock_shortage();
@@ -105,8 +105,8 @@ impl Device {
         Ok(())
     }
 
-    /// Sets the function that makes room on this device, such as trimming a framework's pool. `None`
-    /// removes it. A device has one, for all of its engines.
+    /// Sets the function that makes room on this device, such as trimming a framework's pool.
+    /// `None` removes it. A device has one, for all of its engines.
     ///
     /// An allocation calls it if the driver has no memory although the budget has room. All engines
     /// of the device give up their spare memory first. Then the driver is asked again. While
@@ -116,13 +116,13 @@ impl Device {
     /// caught.
     ///
     /// The function may call the pools. It may also unregister the model for which it makes room:
-    /// that allocation then fails with [`VmmError::Closed`](crate::VmmError::Closed), and the rest of
-    /// the model is given back when the allocation ends. An allocation of the function waits for no
-    /// other thread, and does not call the function again.
+    /// that allocation then fails with [`VmmError::Closed`](crate::VmmError::Closed), and the rest
+    /// of the model is given back when the allocation ends. An allocation of the function waits for
+    /// no other thread, and does not call the function again.
     ///
-    /// The device keeps the function until another replaces it. Let it capture a `Weak`, for instance
-    /// of an `Arc<SharedMemoryPool>`: a pool keeps its device, so neither would ever end otherwise.
-    /// In a forked process this does nothing.
+    /// The device keeps the function until another replaces it. Let it capture a `Weak`, for
+    /// instance of an `Arc<SharedMemoryPool>`: a pool keeps its device, so neither would ever end
+    /// otherwise. In a forked process this does nothing.
     pub fn set_make_room(&self, make_room: Option<std::sync::Arc<MakeRoom>>) {
         if self.driver().check_process().is_err() {
             return;
@@ -144,15 +144,15 @@ impl Device {
         held.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts this thread, until the guard is dropped, among those that call the driver for a thread
-    /// that waits.
+    /// Counts this thread, until the guard is dropped, among those that call the driver for a
+    /// thread that waits.
     pub(crate) fn call_for_someone(&self) -> CallsForSomeone<'_> {
         self.0.room.callers.fetch_add(1, Ordering::Relaxed);
         CallsForSomeone(self)
     }
 
-    /// Yields, for a while, to threads that call the driver for a thread that waits: the driver does
-    /// one call at a time.
+    /// Yields, for a while, to threads that call the driver for a thread that waits: the driver
+    /// does one call at a time.
     pub(crate) fn give_way(&self) {
         for _ in 0..TURNS_GIVEN {
             if self.0.room.callers.load(Ordering::Relaxed) == 0 {

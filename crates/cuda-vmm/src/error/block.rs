@@ -47,7 +47,8 @@ pub enum BlockError {
     /// The plan was made by another backing.
     #[error("the plan is another backing's")]
     ForeignPlan,
-    /// Blocks cannot be moved on a stream that is being captured: the copies would run when the graph does.
+    /// Blocks cannot be moved on a stream that is being captured: the copies would run when the
+    /// graph does.
     #[error("the stream is being captured, and the plan moves {moves} blocks")]
     Capturing {
         /// How many blocks the plan moves.

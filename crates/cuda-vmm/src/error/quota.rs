@@ -2,11 +2,13 @@
 
 use core::fmt;
 
-/// The two values of a [`QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable) that exclude each other.
+/// The two values of a [`QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable) that exclude
+/// each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum QuotaConflict {
-    /// A guarantee, and the memory that others hold or are guaranteed. It can be given once they need less.
+    /// A guarantee, and the memory that others hold or are guaranteed. It can be given once they
+    /// need less.
     Guarantee,
     /// A guarantee, and the ceiling of the same quota.
     GuaranteeAboveCeiling,

@@ -14,10 +14,10 @@ impl MovePlan {
     /// room for the others.
     pub(crate) fn new(chunks: impl Iterator<Item = PartlyLive>, free_bytes: usize) -> Self {
         let mut moves: Vec<_> = chunks.collect();
-        moves.sort_by_key(|chunk| chunk.live_bytes);
+        moves.sort_by_key(|chunk| chunk.live_page_bytes);
         let mut free_bytes = free_bytes;
         let fitting = moves.iter().take_while(|chunk| {
-            let fits = chunk.live_bytes <= free_bytes;
+            let fits = chunk.live_page_bytes <= free_bytes;
             free_bytes = free_bytes.saturating_add(chunk.slack_bytes);
             fits
         });
@@ -27,7 +27,7 @@ impl MovePlan {
 
     /// Bytes that would be copied.
     pub(crate) fn moved_bytes(&self) -> usize {
-        self.moves.iter().map(|chunk| chunk.live_bytes).sum()
+        self.moves.iter().map(|chunk| chunk.live_page_bytes).sum()
     }
 
     /// Bytes that would be given back.
@@ -43,7 +43,7 @@ impl MovePlan {
 
     /// The most that is held twice at a time, in bytes; 0 if nothing is to be moved.
     pub(crate) fn scratch_bytes(&self) -> usize {
-        self.moves.last().map_or(0, |chunk| chunk.live_bytes)
+        self.moves.last().map_or(0, |chunk| chunk.live_page_bytes)
     }
 }
 
@@ -52,12 +52,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn chunk(first: usize, live_bytes: usize, slack_bytes: usize) -> PartlyLive {
+    fn chunk(first: usize, live_page_bytes: usize, slack_bytes: usize) -> PartlyLive {
         PartlyLive {
             first,
-            live_bytes,
+            live_page_bytes,
             slack_bytes,
-            pieces: core::iter::once(first..first + live_bytes).collect(),
+            pieces: core::iter::once(first..first + live_page_bytes).collect(),
         }
     }
 
@@ -86,11 +86,11 @@ mod tests {
             let plan = MovePlan::new(chunks.clone(), free_bytes);
             let mut free_bytes = free_bytes;
             for chunk in &plan.moves {
-                prop_assert!(chunk.live_bytes <= free_bytes);
+                prop_assert!(chunk.live_page_bytes <= free_bytes);
                 free_bytes += chunk.slack_bytes;
             }
             for chunk in chunks {
-                prop_assert!(plan.moves.contains(&chunk) || chunk.live_bytes > free_bytes);
+                prop_assert!(plan.moves.contains(&chunk) || chunk.live_page_bytes > free_bytes);
             }
         }
     }

@@ -194,13 +194,13 @@ impl Compaction<'_> {
             } = &mut *state;
             let mut range = ranges.get(id).ok_or(VmmError::Closed)?;
             let chunk = range.pages.partly_live_at(first);
-            let fits = |chunk: &PartlyLive| chunk.live_bytes <= self.scratch.bytes();
+            let fits = |chunk: &PartlyLive| chunk.live_page_bytes <= self.scratch.bytes();
             let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))
             else {
                 return Ok(None);
             };
             let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
-            let Err(refusal) = ledger.charge(range.account, chunk.live_bytes, None) else {
+            let Err(refusal) = ledger.charge(range.account, chunk.live_page_bytes, None) else {
                 let site = Site {
                     range: id,
                     account: range.account,
@@ -210,13 +210,13 @@ impl Compaction<'_> {
                 };
                 let mapping = range.pages.depart(first);
                 return Ok(mapping.map(|mapping| {
-                    relocations.begin(range.account, chunk.live_bytes);
-                    Relocation::new(site, first, chunk.pieces, chunk.live_bytes, mapping)
+                    relocations.begin(range.account, chunk.live_page_bytes);
+                    Relocation::new(site, first, chunk.pieces, chunk.live_page_bytes, mapping)
                 }));
             };
             drop(range);
             // At its own ceiling a range is helped by its own memory only.
-            let only = (chunk.live_bytes > refusal.below_ceiling_bytes).then_some(id);
+            let only = (chunk.live_page_bytes > refusal.below_ceiling_bytes).then_some(id);
             if shortage.relieve(self.engine, state, only).is_some() {
                 return shortage.refused().map_or(Ok(None), Err);
             }

@@ -98,7 +98,8 @@ impl BlockMemory {
         Ok(())
     }
 
-    /// Refuses at once what the engine's budget cannot hold even if all that nobody uses is given up.
+    /// Refuses at once what the engine's budget cannot hold even if all that nobody uses is given
+    /// up.
     fn expect_room(&self, asked_bytes: usize) -> Result<()> {
         if asked_bytes == 0 {
             return Ok(());
@@ -138,8 +139,8 @@ impl BlockMemory {
         let candidates = self.look(Books::candidates);
         let (mut candidates, clock) = candidates.unwrap_or_default();
         candidates.resize(self.layout.blocks, Candidate::Absent);
-        // Looked at after the books: a lease that is made meanwhile makes the plan stale. Blocks that were given up under a
-        // lease keep their pages too.
+        // Looked at after the books: a lease that is made meanwhile makes the plan stale. Blocks
+        // that were given up under a lease keep their pages too.
         for blocks in self.tensors.iter().flat_map(BlockTensor::leased) {
             candidates[blocks].fill(Candidate::Fixed);
         }

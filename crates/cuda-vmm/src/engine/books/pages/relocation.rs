@@ -9,7 +9,7 @@ use core::ops::Range;
 pub(crate) struct PartlyLive {
     /// Its first page, by which it is known.
     pub(crate) first: usize,
-    pub(crate) live_bytes: usize,
+    pub(crate) live_page_bytes: usize,
     pub(crate) slack_bytes: usize,
     /// The pages with live bytes, cut into the chunks that are to hold them.
     pub(crate) pieces: Vec<Range<usize>>,
@@ -33,7 +33,7 @@ impl<M> Pages<M> {
         {
             return None;
         }
-        let live_bytes = chunk.live_pages as usize * self.page_bytes;
+        let live_page_bytes = chunk.live_pages as usize * self.page_bytes;
         let largest = 1 << pages.len().ilog2();
         let mut pieces = Vec::new();
         let mut at = pages.start;
@@ -45,8 +45,8 @@ impl<M> Pages<M> {
         }
         Some(PartlyLive {
             first,
-            live_bytes,
-            slack_bytes: pages.len() * self.page_bytes - live_bytes,
+            live_page_bytes,
+            slack_bytes: pages.len() * self.page_bytes - live_page_bytes,
             pieces,
         })
     }
