@@ -23,7 +23,7 @@
 //!
 //! A thread that frees under a range's lock alone marks the range before it reads `waiting`; a
 //! thread that waits raises `waiting` before it reads the marks. So one of the two sees the other.
-//! [`Locked::share_out`] sets `is_pressing` before it reads the ranges for the same reason.
+//! [`State::share_out`] sets `is_pressing` before it reads the ranges for the same reason.
 
 use super::owed;
 use super::state::{State, StateLock};

@@ -51,7 +51,7 @@ impl State {
     }
 
     /// Whether a range holds more than it may, and what it may take then; see
-    /// [`Ledger::room_below_ceiling`].
+    /// `Ledger::room_below_ceiling`.
     pub(crate) fn room_below_ceiling(&self, range: &Range) -> Option<Refusal> {
         self.ledger.room_below_ceiling(range.account, || {
             let releasing = self.releasing.iter();

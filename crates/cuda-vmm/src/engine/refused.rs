@@ -7,7 +7,8 @@
 //! such try begins with another piece. When nothing is left, there is one message more.
 //!
 //! Calls that need the memory try at once: about the pages in their way, or until the driver
-//! refuses a piece. In a context that is beyond use no call tries: [`Device::is_lost`] says so.
+//! refuses a piece. In a context that is beyond use no call tries:
+//! [`Device::is_lost`](crate::Device::is_lost) says so.
 
 use super::books::ledger::AccountId;
 use super::changes::Locked;
