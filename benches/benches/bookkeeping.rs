@@ -35,7 +35,7 @@ fn in_rounds(pages: u64, of_round: usize, round: impl FnMut() -> Duration) -> Du
 /// a thread.
 const PARKED_OF_EACH: usize = 4096;
 
-/// The time of growing by so many tokens whose pages are live already.
+/// The time of growing by tokens whose pages are live already.
 fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
     const TOKEN: usize = 4096;
     let mut elapsed = Duration::ZERO;

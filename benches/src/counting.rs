@@ -52,7 +52,7 @@ unsafe impl GlobalAlloc for CountingAllocator {
     }
 }
 
-/// What is held when so much is mapped.
+/// What is held when an amount is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filling {
     /// Bytes of device memory that are mapped.

@@ -12,11 +12,11 @@ use cuda_vmm_sim::CostModel;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
-/// A pool whose every answer is checked.
+/// A pool whose every outcome is checked.
 struct Checked {
     pool: Box<dyn Memory>,
     limit: usize,
-    /// Blocks in use, of each model; names may be the same where a pool only counts.
+    /// Blocks in use, of each model; names may be the same if a pool only counts.
     used: Vec<Vec<u32>>,
     has_names: bool,
 }
@@ -69,7 +69,7 @@ impl Memory for Checked {
 
 const POOLS: usize = 4;
 
-/// The pools, with so much memory for all models; the static one gives each as much of it.
+/// The pools, with this many blocks for all models; the static one gives each the same share.
 fn pool(which: usize, limit: usize, models: usize, costs: Option<CostModel>) -> Checked {
     // Nothing of it stands beyond a fraction of so small a pool.
     let settings = (limit * BLOCK_BYTES / 8, 4 * BLOCK_BYTES);

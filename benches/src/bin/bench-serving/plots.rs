@@ -3,6 +3,7 @@
 use crate::contest::{Contest, Pool};
 use crate::ramps::{Point, Ramps};
 use anyhow::{Context, Result, anyhow};
+use cuda_vmm_benches::serving::Served;
 use plotters::prelude::*;
 use std::path::Path;
 
@@ -112,14 +113,10 @@ fn draw_memory(contest: &Contest, path: &Path) -> Drawn {
         .titled(&title, ("sans-serif", 24))?
         .split_evenly((Pool::ALL.len(), 1));
     let outcomes = Pool::ALL.map(|pool| contest.of(pool));
-    let ends = outcomes
-        .iter()
-        .filter_map(|outcome| outcome.over_time.last());
-    let end_s = ends
-        .map(|moment| moment.at_ns as f64 / 1e9)
-        .fold(1.0, f64::max);
-    let most = outcomes.iter().map(|outcome| outcome.held_bytes_max).max();
-    let most_gib = most.unwrap_or_default() as f64 / GIB;
+    let most = |of: fn(&Served) -> u64| outcomes.iter().map(|served| of(served)).max();
+    let end_ns = most(|served| served.over_time.last().map_or(0, |moment| moment.at_ns));
+    let end_s = (end_ns.unwrap_or_default() as f64 / 1e9).max(1.0);
+    let most_gib = most(|served| served.held_bytes_max).unwrap_or_default() as f64 / GIB;
     for (pool, area) in Pool::ALL.into_iter().zip(&charts) {
         let mut chart = ChartBuilder::on(area)
             .caption(pool.name(), ("sans-serif", 18))

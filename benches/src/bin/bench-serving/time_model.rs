@@ -1,7 +1,7 @@
 //! How long a step of a model takes on the GPU.
 //!
 //! A decode step costs a constant and an amount for each sequence in it; both are fitted
-//! ([`crate::fit`]). Prompt tokens follow a roofline: the floating-point operations of the weights
+//! (`fit`). Prompt tokens follow a roofline: the floating-point operations of the weights
 //! at a stated share of the card's peak, but never less than the time in which the weights are read
 //! once.
 

@@ -1,7 +1,6 @@
 //! What the program is asked to do.
 
 use clap::{Args, Parser, ValueEnum};
-use core::fmt;
 use cuda_vmm_benches::Settings;
 use cuda_vmm_benches::program::Wanted;
 use std::time::Duration;
@@ -99,7 +98,7 @@ impl Replay {
         (from_s, from_s + self.seconds)
     }
 
-    /// How long a step of so many sequences and prompt tokens takes.
+    /// How long a step of these numbers of sequences and prompt tokens takes.
     pub fn step_time(&self, sequences: usize, prompt_tokens: usize) -> Duration {
         let decode_ms = match sequences {
             0 => 0.0,
@@ -107,18 +106,6 @@ impl Replay {
         };
         let prompt_ms = self.prompt_token_ms * prompt_tokens as f64;
         Duration::from_secs_f64((decode_ms + prompt_ms) / 1e3)
-    }
-}
-
-impl fmt::Display for Replay {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (from_s, to_s) = self.window_s();
-        write!(
-            formatter,
-            "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a sequence, {} ms a \
-             prompt's token",
-            self.peak, self.step_ms, self.sequence_ms, self.prompt_token_ms
-        )
     }
 }
 

@@ -1,5 +1,5 @@
-//! Memory traffic on a stream that stands for a model's compute: a kernel that writes so many
-//! bytes, as fast as the memory takes them.
+//! Memory traffic on a stream that stands for a model's compute: a kernel that writes
+//! bytes as fast as the memory takes them.
 
 use crate::bare::Plain;
 use crate::kernel::{launch, load};
@@ -69,14 +69,14 @@ impl<'a> Traffic<'a> {
         self.kernel.map(|_| self.bytes_per_second)
     }
 
-    /// Queues so many bytes of traffic in memory of its own.
+    /// Queues bytes of traffic in memory of its own.
     pub fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {
-        // SAFETY: the memory is ours while this lives, which is beyond the stream's work: whoever
-        // drops it has synchronised, and `cuMemFree` waits besides.
+        // SAFETY: the memory is ours while this lives, which is beyond the stream's work: the owner
+        // has synchronised before it drops this, and `cuMemFree` waits besides.
         unsafe { self.write(stream, self.buffer.address(), self.buffer_bytes, bytes) }
     }
 
-    /// Queues as much traffic as takes so long.
+    /// Queues as much traffic as takes this long.
     pub fn queue_for(&self, stream: &Stream, time: Duration) -> Result<()> {
         match self.bytes_per_second() {
             Some(rate) => self.queue(stream, (rate * time.as_secs_f64()) as usize),

@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn only_at_32k_is_more_demanded_than_not_to_be_slower() {
-        let figures = Figure::list(crate::FIGURES).unwrap();
+        let figures = include_str!("../../../../figures/bench-candle.csv");
+        let figures = Figure::list(figures).unwrap();
         let of_attention = figures.iter().filter(|figure| figure.work == "attention");
         for (figure, keys) in of_attention.zip(KEYS[0]) {
             let least = if keys == 32_768 { 4.0 } else { 1.0 };

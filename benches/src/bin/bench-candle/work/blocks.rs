@@ -21,7 +21,7 @@ const BLOCKS: usize = 64;
 const BLOCK_TOKENS: usize = 16;
 /// Blocks of a prefix that all sequences share, which graphs refer to and so is pinned.
 const PINNED: usize = 100;
-/// Of so many sequences one goes on when the others end.
+/// Of this many sequences one goes on when the others end.
 const ONE_OF: usize = 8;
 const SEED: u64 = 7;
 /// For how long memory may be on its way.
@@ -35,7 +35,7 @@ impl Curve {
     /// About as many points as this, of those there are.
     const POINTS: usize = 40;
 
-    /// The points as text. Of many, every so manieth and the last.
+    /// The points as text. Of many, some at equal distances, and the last.
     fn text(&self) -> String {
         let every = self.0.len().div_ceil(Self::POINTS).max(1);
         let last = self.0.len().saturating_sub(1);

@@ -210,8 +210,14 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let caches = (0..MODELS).map(|_| Cache::backed(&blocks, plain.address()));
     let before = Gpu::new(machine, &traffic, caches.collect()).serve(&requests)?;
     let note = format!(
-        "{replay}; {} requests ended, at most {} sequences in a step",
-        ours.served, ours.sequences_max
+        "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a \
+         sequence, {} ms a prompt's token; {} requests ended, at most {} sequences in a step",
+        replay.peak,
+        replay.step_ms,
+        replay.sequence_ms,
+        replay.prompt_token_ms,
+        ours.served,
+        ours.sequences_max
     );
     outcome.note("the pool's own time in a step", note);
     for (served, whose) in [(ours, ""), (before, ", everything allocated before")] {
