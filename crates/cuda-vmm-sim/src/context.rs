@@ -1,4 +1,4 @@
-//! Primary contexts: retain counts, the current context of each thread, and poisoned contexts.
+//! The calls for primary contexts: retain, release, and the current context of a thread.
 
 use crate::state::contexts::Contexts;
 use crate::state::{DriverResult, Inner, State};

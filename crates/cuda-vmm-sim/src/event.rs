@@ -1,4 +1,4 @@
-//! Events: points in streams that can be queried and waited for.
+//! The calls for events: create, destroy, record, query and wait.
 
 use crate::state::events::{Event, FIRST_KEY};
 use crate::state::streams::Point;

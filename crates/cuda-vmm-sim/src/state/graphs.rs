@@ -1,4 +1,4 @@
-//! Captures under way, and the graphs that they make.
+//! Captures in progress, and the graphs that they make.
 
 use super::DriverResult;
 use cuda_vmm_sys::*;
