@@ -45,12 +45,12 @@
 //!
 //! - *committed*: held from the driver; the sum of the parts.
 //! - *live*†: in a page with a byte that is allocated and not freed.
-//! - *leased*†: freed, and still in use under a token, such as a tensor's.
+//! - *leased*†: freed, and kept by a lease.
 //! - *slack*†: in a page without live bytes, in a chunk with live pages.
-//! - *filling*†: being made, mapped and opened, or new memory of a compaction.
+//! - *filling*†: being made and mapped and its access set, or new memory of a compaction.
 //! - *retiring*†: freed, but the device may still use it, or it is being unmapped.
 //! - *parked*†: freed, and the device has finished with it; still mapped, for the next allocation.
-//! - *ahead*†: made, mapped and opened before it is asked for; given up first.
+//! - *ahead*†: made and mapped before it is asked for; given up first.
 //! - *cached*†: unmapped and overwritten with zeros, on no account; any range may take it.
 //! - *quarantined*†: refused by the driver when it was unmapped, released or moved; retried.
 //! - *pinned*: kept mapped for a captured graph, though it is freed.
@@ -68,6 +68,9 @@
 //!
 //! - *fence*: a point in the work of a stream or a context; once it is past, that work is done.
 //! - *capture*: recording a stream's work into a graph; some driver calls would end it.
+//! - *lease*: live bytes that stay mapped after they are freed, until a token says that they are no
+//!   longer in use. An allocation of leased bytes asks the tokens once and does not wait.
+//! - *token*: what a lease asks; a Candle tensor's storage is one.
 //! - *step*: one round of an engine's work in the background, by its worker or by a caller.
 //! - *trim*: give back all that is parked, cached or ahead, except what is pinned.
 //! - *relieve*: give memory that is spare back to the driver, for another allocator.

@@ -1,18 +1,18 @@
 //! How a run of pages is cut into chunks.
 //!
 //! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole.
-//! So: the largest power-of-two multiple of the page that is at most an eighth of the ask, or of
+//! So: the largest power-of-two multiple of the page that is at most an eighth of the request, or of
 //! the extent that grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own size
 //! in the range; edges are cut into smaller aligned chunks. An aligned GiB then takes eight
 //! mappings.
 //!
-//! If an extent grows, its last chunk may reach beyond the ask, so that the next asks find their
-//! pages there. What is there without being live is slack, at most an eighth of the extent.
+//! If an extent grows, its last chunk may reach beyond the request, so that the next requests find
+//! their pages there. What is there without being live is slack, at most an eighth of the extent.
 
 use core::ops::Range;
 
-/// The largest chunk in bytes. Beyond it the cost per byte no longer falls, while the cost of
-/// releasing grows with the bytes.
+/// The largest chunk in bytes: eight mappings for a GiB. A larger one would save few calls, and a
+/// chunk is given back only when all of it is free. `single_handle` pools are not bound by it.
 pub(crate) const CHUNK_BYTES_MAX: usize = 128 << 20;
 
 /// The largest chunk, in pages, for an extent of `extent_pages`; a power of two, at least 1.
