@@ -60,6 +60,11 @@ fn play(round: u64) -> Tally {
             .expect("no work met memory that was gone");
         pool.trim().expect("nothing is in the way");
         device.retry_quarantine();
+        // The worker may be about to end a closed range, whose memory the driver had refused.
+        let patience = Instant::now() + Duration::from_secs(10);
+        while pool.stats().ranges > 0 && Instant::now() < patience {
+            std::thread::yield_now();
+        }
         let stats = pool.stats();
         assert_eq!((stats.committed_bytes, stats.ranges), (0, 0), "{stats}");
     }
