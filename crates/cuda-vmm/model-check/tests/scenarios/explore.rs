@@ -5,7 +5,7 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
 /// Executions of each scenario by each scheduler; `SHUTTLE_ITERATIONS` asks for more, as `cargo xtask ci` does.
-const ITERATIONS: usize = 400;
+const ITERATIONS: usize = 200;
 /// The same orders each time; `SHUTTLE_RANDOM_SEED` asks for others.
 const SEED: u64 = 0x5eed;
 /// Threads that change places out of turn, as PCT counts.
