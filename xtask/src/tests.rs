@@ -26,7 +26,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 }
 
 /// Runs what takes longer: a thousand cases of the property test in a release build, and the model checker's scenarios in
-/// six times as many orders.
+/// fifteen times as many orders.
 pub fn long(workspace: &Workspace) -> Result<()> {
     let cases = "test --release --package cuda-vmm --features simulator --test random_operations";
     workspace.cargo(cases).run()?;

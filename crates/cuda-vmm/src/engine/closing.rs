@@ -12,39 +12,39 @@ use crate::Result;
 use crate::sync::Arc;
 use core::ops::ControlFlow;
 
-/// Says that a range is not attended any more when it is dropped, which takes the engine's lock.
-struct Attendance<'a> {
+/// A thread is closing a range while this lives. Dropping it takes the engine's lock.
+struct Closer<'a> {
     engine: &'a Inner,
-    /// The range, from when it is attended.
+    /// The range, from when it is marked.
     id: Option<RangeId>,
 }
 
-impl Drop for Attendance<'_> {
+impl Drop for Closer<'_> {
     fn drop(&mut self) {
         let Some(id) = self.id else {
             return;
         };
         if let Some(mut range) = self.engine.state.lock().ranges.get(id) {
-            range.attended = false;
+            range.has_closer = false;
         }
     }
 }
 
-impl<'a> Attendance<'a> {
-    /// Closes a range, and attends to it; `None` if it is closed already. An allocation of another
+impl<'a> Closer<'a> {
+    /// Marks a range as closed, and as being closed by this thread; `None` if it is closed already. An allocation of another
     /// thread that is under way ends first, and so does a move.
     fn begin(engine: &'a Inner, id: RangeId) -> Option<Self> {
         // Before the guard of the lock, so that it is dropped after that, also if something panics.
-        let mut attendance = Self { engine, id: None };
+        let mut closer = Self { engine, id: None };
         let mut state = engine.state.lock();
         let account = match state.ranges.get(id) {
             Some(mut range) if !range.closed => {
-                (range.closed, range.attended) = (true, true);
+                (range.closed, range.has_closer) = (true, true);
                 range.account
             }
             _ => return None,
         };
-        attendance.id = Some(id);
+        closer.id = Some(id);
         // What it was guaranteed others may have now; what it holds is on its account until it is
         // given back.
         state.ledger.close(account);
@@ -52,7 +52,7 @@ impl<'a> Attendance<'a> {
             state = engine.state.wait(state);
         }
         drop(state);
-        Some(attendance)
+        Some(closer)
     }
 }
 
@@ -71,7 +71,7 @@ impl RangeHandle {
     pub(crate) fn close(&self) -> Result<()> {
         let engine = self.engine().open()?;
         let id = self.id();
-        let Some(attendance) = Attendance::begin(engine, id) else {
+        let Some(closer) = Closer::begin(engine, id) else {
             return Ok(());
         };
         if self.free_all(engine) {
@@ -86,14 +86,14 @@ impl RangeHandle {
                 ControlFlow::Continue(()) => {}
                 ControlFlow::Break(Left::Nothing) => break,
                 ControlFlow::Break(Left::ToTheWorker) => {
-                    drop(attendance);
+                    drop(closer);
                     engine.worker.keep(engine);
                     return Ok(());
                 }
             }
         }
-        drop(attendance);
-        // What others let go since the last look, and left because the range was attended.
+        drop(closer);
+        // What others let go since the last look, and left because this thread was closing the range.
         drained = engine.give_up(Some(id), |_| false).1.and(drained);
         engine.finish_closing();
         if self.await_ending(engine) {

@@ -101,21 +101,21 @@ impl State {
         })
     }
 
-    /// What a step gives back, in bytes: what is parked of ranges that no thread attends to. What
-    /// is attended goes by itself, and no other range has to give up anything for it.
-    fn unattended_parked_bytes(&self) -> usize {
-        let ranges = self.ranges.values().filter(|range| !range.attended);
+    /// What a step gives back, in bytes: what is parked of ranges that no thread is closing. The
+    /// closing thread gives back its range itself, and no other range gives up anything for it.
+    fn parked_bytes_without_closer(&self) -> usize {
+        let ranges = self.ranges.values().filter(|range| !range.has_closer);
         ranges.map(|range| range.spare_parked_bytes()).sum()
     }
 
     /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none
-    /// that is attended.
+    /// that a thread is closing.
     fn next_parked(&self, options: &EngineOptions, too_much: bool) -> Option<Next> {
         let held_bytes = self.cache.bytes() + self.queue.scrubbing_bytes();
         let room_bytes = options.cache_bytes_max.saturating_sub(held_bytes);
         let ranges = self.ranges.iter();
         ranges
-            .filter(|(_, range)| !range.attended && (too_much || range.closed))
+            .filter(|(_, range)| !range.has_closer && (too_much || range.closed))
             .find_map(|(id, mut range)| {
                 let first = range.quietly().spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
@@ -152,7 +152,7 @@ impl Inner {
                 }
                 continue;
             }
-            let too_much = state.unattended_parked_bytes() > keep_bytes;
+            let too_much = state.parked_bytes_without_closer() > keep_bytes;
             if too_much {
                 keep_bytes = self.options.park_low_bytes();
             }

@@ -21,7 +21,7 @@ impl Range {
     /// no memory is wanted ahead at their new place, it stays: allocations that fill what was freed
     /// come back to the old end.
     pub(crate) fn stale_ahead(&self) -> Option<usize> {
-        if self.attended {
+        if self.has_closer {
             return None;
         }
         if self.closed {

@@ -50,7 +50,7 @@ pub(crate) struct Range {
     /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except
     /// what the driver refused before: two threads that call the driver in turns are slower than
     /// one.
-    pub(crate) attended: bool,
+    pub(crate) has_closer: bool,
     /// Allocations for which others are making room on the device now.
     pub(crate) making_room: usize,
 }
@@ -97,7 +97,7 @@ impl Range {
             capacity_bytes,
             page_bytes,
             closed: false,
-            attended: false,
+            has_closer: false,
             making_room: 0,
         }
     }
@@ -205,9 +205,9 @@ impl Range {
         self.pages.is_worked_on() && self.making_room == 0 && !AtWork::any()
     }
 
-    /// Whether it is closed and no thread attends to it any more.
+    /// Whether it is closed and no thread is closing it any more.
     pub(crate) fn is_left(&self) -> bool {
-        self.closed && !self.attended
+        self.closed && !self.has_closer
     }
 
     /// Ends it. What it is left with is to be dropped without a lock.
