@@ -1,27 +1,60 @@
 //! What the pools cost beside the driver: every driver call is a function that does nothing.
+//!
+//! Run as `cargo bench`, with no other arguments, it also judges its figures: the median of each
+//! bench, and the host memory of the bookkeeping. `BENCH_JSON` names the file of their list.
 
-// criterion's macro makes a public function that cannot be documented.
-#![allow(missing_docs)]
-
-use criterion::{Criterion, criterion_group, criterion_main};
-use cuda_vmm::{Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::{GRANULARITY, ParkedModels, no_op_driver};
+use anyhow::Result;
+use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
+use cuda_vmm::{Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
+use cuda_vmm_benches::{GRANULARITY, Outcome, ParkedModels, Samples, bookkeeping_memory};
+use cuda_vmm_benches::{figure::Figure, no_op_driver, report};
 use std::hint::black_box;
+use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 const CAPACITY: usize = 128 << 30;
 
 /// Pages that are parked at a time.
 const PARKED: usize = 64;
+/// Pages that each of several models has parked at a time. To take them takes long beside starting
+/// a thread.
+const PARKED_OF_EACH: usize = 4096;
 
-/// The time of taking back parked pages of a model, in whole rounds, without that of parking them.
-fn take_back_parked(model: &ParkedModels, pages: u64) -> Duration {
-    in_rounds(pages, PARKED, || {
-        model.park(0).expect("room");
-        let started = Instant::now();
-        model.take_back(0).expect("parked");
-        started.elapsed()
-    })
+/// What a page takes one thread, and each of two threads at the same time.
+const THREADS: [&str; 2] = [
+    "take back a parked page of a model, one thread",
+    "take back a parked page of a model, each of two threads",
+];
+
+/// The benches, and what came of those that were run.
+struct Benches<'a> {
+    group: BenchmarkGroup<'a, WallTime>,
+    outcome: Outcome,
+}
+
+impl Benches<'_> {
+    /// Runs a bench, which returns the time of as many iterations as it is told.
+    fn add(&mut self, name: &str, mut act: impl FnMut(u64) -> Duration) {
+        let mut samples = Samples::default();
+        self.group.bench_function(name, |bencher| {
+            bencher.iter_custom(|iterations| {
+                let time = act(iterations);
+                samples.extend([time.as_nanos() as f64 / iterations as f64]);
+                time
+            });
+        });
+        self.outcome.times(name, samples);
+    }
+
+    /// Runs a bench of something that is timed as a whole.
+    fn add_plain(&mut self, name: &str, mut act: impl FnMut()) {
+        self.add(name, |iterations| {
+            let started = Instant::now();
+            (0..iterations).for_each(|_| act());
+            started.elapsed()
+        });
+    }
 }
 
 /// The time of this many pages, of rounds of some pages each.
@@ -30,10 +63,6 @@ fn in_rounds(pages: u64, of_round: usize, round: impl FnMut() -> Duration) -> Du
     let elapsed: Duration = std::iter::repeat_with(round).take(rounds as usize).sum();
     elapsed.mul_f64(pages as f64 / (rounds * of_round as u64) as f64)
 }
-
-/// Pages that each of several models has parked at a time. To take them takes long beside starting
-/// a thread.
-const PARKED_OF_EACH: usize = 4096;
 
 /// The time of growing by tokens whose pages are live already.
 fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
@@ -55,84 +84,103 @@ fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
     elapsed
 }
 
-fn bookkeeping(criterion: &mut Criterion) {
-    let device = no_op_driver().device(0).expect("device");
-    let mut group = criterion.benchmark_group("bookkeeping");
-
-    let pool = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY).expect("pool");
-    let named = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY).expect("pool");
-    let stream = Stream::new(&device).expect("stream");
-    named.use_stream(&stream).expect("same device");
+fn run(benches: &mut Benches, device: &Device) -> Result<()> {
+    let stream = Stream::new(device)?;
+    let pool = || VirtualMemoryPool::new(device, CAPACITY, GRANULARITY);
+    let (unnamed, named) = (pool()?, pool()?);
+    named.use_stream(&stream)?;
     for (name, pool) in [
-        ("allocate and deallocate one page, no stream named", pool),
+        ("allocate and deallocate one page, no stream named", unnamed),
         ("allocate and deallocate one page, one stream named", named),
     ] {
-        group.bench_function(name, |bencher| {
-            bencher.iter(|| {
-                black_box(pool.allocate(0, GRANULARITY).expect("room"));
-                pool.deallocate(0, GRANULARITY).expect("live");
-            });
+        benches.add_plain(name, || {
+            black_box(pool.allocate(0, GRANULARITY).expect("room"));
+            pool.deallocate(0, GRANULARITY).expect("live");
         });
     }
 
-    let model = ParkedModels::new(&device, &stream, 1, PARKED).expect("room");
-    group.bench_function("take back a parked page", |bencher| {
-        bencher.iter_custom(|pages| take_back_parked(&model, pages));
+    let model = ParkedModels::new(device, &stream, 1, PARKED)?;
+    // Without the time of parking them.
+    let take_back = || {
+        model.park(0).expect("room");
+        let started = Instant::now();
+        model.take_back(0).expect("parked");
+        started.elapsed()
+    };
+    benches.add("take back a parked page", |pages| {
+        in_rounds(pages, PARKED, take_back)
     });
     drop(model);
 
     // The time of one page stays as it is with one thread if threads do not disturb each other.
-    let models = ParkedModels::new(&device, &stream, 2, PARKED_OF_EACH).expect("room");
-    for (threads, name) in [
-        (1, "take back a parked page of a model, one thread"),
-        (2, "take back a parked page of a model, each of two threads"),
-    ] {
+    let models = ParkedModels::new(device, &stream, 2, PARKED_OF_EACH)?;
+    for (threads, name) in (1..).zip(THREADS) {
         let take = || models.take(threads).expect("parked");
-        group.bench_function(name, |bencher| {
-            bencher.iter_custom(|pages| in_rounds(pages, PARKED_OF_EACH, take));
-        });
+        benches.add(name, |pages| in_rounds(pages, PARKED_OF_EACH, take));
     }
     drop(models);
 
-    let engine = Engine::new(&device, EngineOptions::new()).expect("engine");
-    let tokens = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
-    tokens.allocate(0, 1).expect("room");
-    group.bench_function(
-        "allocate and deallocate a token in a live page",
-        |bencher| {
-            bencher.iter(|| {
-                black_box(tokens.allocate(4096, 4096).expect("room"));
-                tokens.deallocate(4096, 4096).expect("live");
-            });
-        },
-    );
-
-    let growing = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY).expect("pool");
-    group.bench_function("allocate a token in a live page", |bencher| {
-        bencher.iter_custom(|tokens| grow_in_live_pages(&growing, tokens));
+    let engine = Engine::new(device, EngineOptions::new())?;
+    let tokens = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY)?;
+    tokens.allocate(0, 1)?;
+    benches.add_plain("allocate and deallocate a token in a live page", || {
+        black_box(tokens.allocate(4096, 4096).expect("room"));
+        tokens.deallocate(4096, 4096).expect("live");
     });
 
-    let shared = SharedMemoryPool::new(&device, 1 << 40).expect("pool");
+    let growing = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY)?;
+    benches.add("allocate a token in a live page", |tokens| {
+        grow_in_live_pages(&growing, tokens)
+    });
+
+    let shared = SharedMemoryPool::new(device, 1 << 40)?;
     for model in 0..64 {
-        shared
-            .register_model(&format!("model {model}"), CAPACITY)
-            .expect("a new name");
+        shared.register_model(&format!("model {model}"), CAPACITY)?;
     }
-    group.bench_function(
+    benches.add_plain(
         "allocate and deallocate one page of one model in 64",
-        |bencher| {
-            bencher.iter(|| {
-                let address = shared
-                    .allocate_for_model("model 7", GRANULARITY)
-                    .expect("room");
-                shared
-                    .deallocate_for_model_address("model 7", black_box(address), GRANULARITY)
-                    .expect("live");
-            });
+        || {
+            let address = shared.allocate_for_model("model 7", GRANULARITY);
+            let address = black_box(address.expect("room"));
+            let freed = shared.deallocate_for_model_address("model 7", address, GRANULARITY);
+            freed.expect("live");
         },
     );
-    group.finish();
+    Ok(())
 }
 
-criterion_group!(benches, bookkeeping);
-criterion_main!(benches);
+/// Judges the benches, what two threads do together against one, and the host memory.
+fn judge(mut outcome: Outcome) -> Result<ExitCode> {
+    let [one_us, two_us] = THREADS.map(|name| outcome.us(name, 500));
+    match std::thread::available_parallelism()?.get() {
+        1 => outcome.note("pages of two threads", "one core"),
+        _ => outcome.count("pages of two threads", 2.0 / two_us?),
+    }
+    outcome.count("pages of one thread", 1.0 / one_us?);
+    for filling in bookkeeping_memory()? {
+        let mapped = format!("{} bytes mapped", filling.mapped_bytes);
+        outcome.count(&format!("held, {mapped}"), filling.held_bytes as f64);
+        outcome.count(
+            &format!("allowed, {mapped}"),
+            filling.allowed_bytes() as f64,
+        );
+    }
+    let figures = Figure::list(include_str!("../figures/bookkeeping.csv"))?;
+    let findings: Vec<_> = figures.iter().map(|one| outcome.judge(one, true)).collect();
+    let json = std::env::var_os("BENCH_JSON").map(PathBuf::from);
+    report::end(&findings, json.as_deref())
+}
+
+fn main() -> Result<ExitCode> {
+    let mut criterion = Criterion::default().configure_from_args();
+    let mut benches = Benches {
+        group: criterion.benchmark_group("bookkeeping"),
+        outcome: Outcome::default(),
+    };
+    run(&mut benches, &no_op_driver().device(0)?)?;
+    benches.group.finish();
+    match std::env::args().skip(1).eq(["--bench"]) {
+        true => judge(benches.outcome),
+        false => Ok(ExitCode::SUCCESS),
+    }
+}

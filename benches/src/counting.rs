@@ -3,50 +3,37 @@
 //! # Safety
 //! Every call goes to the system's allocator unchanged; only numbers are kept beside.
 
-use crate::no_op::{GRANULARITY, no_op_driver};
+use crate::drivers::{GRANULARITY, no_op_driver};
 use cuda_vmm::{Result, VirtualMemoryPool};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicIsize, Ordering};
 
-/// The system's allocator, which counts what is held while it is told to.
-#[derive(Debug, Default)]
-pub struct CountingAllocator {
-    counting: AtomicBool,
-    held_bytes: AtomicIsize,
-}
+/// The system's allocator for every program of this package.
+struct CountingAllocator;
 
-impl CountingAllocator {
-    /// One that does not count yet.
-    pub const fn new() -> Self {
-        Self {
-            counting: AtomicBool::new(false),
-            held_bytes: AtomicIsize::new(0),
-        }
-    }
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-    fn count(&self, bytes: isize) {
-        if self.counting.load(Ordering::Relaxed) {
-            self.held_bytes.fetch_add(bytes, Ordering::Relaxed);
-        }
-    }
+/// Whether allocations are counted now, and the bytes that were allocated and not freed meanwhile.
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static HELD_BYTES: AtomicIsize = AtomicIsize::new(0);
 
-    /// Bytes that were allocated and not freed while it counted.
-    fn held_bytes(&self) -> usize {
-        let bytes = self.held_bytes.load(Ordering::Relaxed);
-        usize::try_from(bytes).unwrap_or_default()
+fn count(bytes: isize) {
+    if COUNTING.load(Ordering::Relaxed) {
+        HELD_BYTES.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 
 // SAFETY: the system's allocator keeps the contract, and every call goes to it unchanged.
 unsafe impl GlobalAlloc for CountingAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        self.count(layout.size() as isize);
+        count(layout.size() as isize);
         // SAFETY: the caller's promise is passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        self.count(-(layout.size() as isize));
+        count(-(layout.size() as isize));
         // SAFETY: the caller's promise is passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -69,35 +56,31 @@ impl Filling {
 }
 
 /// Fills a pool of 128 GiB by pages on a driver that does nothing: nothing, one page, every other
-/// page, which is the worst for the set of live bytes, and all.
-///
-/// The allocator must be this program's, and no other thread may allocate meanwhile.
+/// page, which is the worst for the set of live bytes, and all. No other thread may allocate
+/// meanwhile.
 ///
 /// # Errors
 /// Those of the pool.
-pub fn bookkeeping_memory(allocator: &CountingAllocator) -> Result<[Filling; 4]> {
+pub fn bookkeeping_memory() -> Result<[Filling; 4]> {
     const CAPACITY: usize = 128 << 30;
     const PAGES: usize = CAPACITY / GRANULARITY;
     let device = no_op_driver().device(0)?;
-    let before = allocator.held_bytes();
-    allocator.counting.store(true, Ordering::Relaxed);
+    HELD_BYTES.store(0, Ordering::Relaxed);
+    COUNTING.store(true, Ordering::Relaxed);
     let pool = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY)?;
-    let now = || Filling {
-        held_bytes: allocator.held_bytes() - before,
-        mapped_bytes: pool.stats().committed_bytes,
-    };
-    let fill = |pages: &mut dyn Iterator<Item = usize>| -> Result<Filling> {
-        for page in pages {
-            pool.allocate(page * GRANULARITY, GRANULARITY)?;
-        }
-        Ok(now())
+    let fill = |mut pages: std::iter::StepBy<std::ops::Range<usize>>| -> Result<Filling> {
+        pages.try_for_each(|page| pool.allocate(page * GRANULARITY, GRANULARITY).map(drop))?;
+        Ok(Filling {
+            held_bytes: HELD_BYTES.load(Ordering::Relaxed).max(0) as usize,
+            mapped_bytes: pool.stats().committed_bytes,
+        })
     };
     let fillings = [
-        now(),
-        fill(&mut core::iter::once(0))?,
-        fill(&mut (2..PAGES).step_by(2))?,
-        fill(&mut (1..PAGES).step_by(2))?,
+        fill((0..0).step_by(1))?,
+        fill((0..1).step_by(1))?,
+        fill((2..PAGES).step_by(2))?,
+        fill((1..PAGES).step_by(2))?,
     ];
-    allocator.counting.store(false, Ordering::Relaxed);
+    COUNTING.store(false, Ordering::Relaxed);
     Ok(fillings)
 }

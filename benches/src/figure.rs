@@ -1,157 +1,119 @@
 //! What is demanded of a figure, and whether it is reached.
 
-use anyhow::{Error, Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-
-/// How far a figure must reach.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
-#[serde(try_from = "String")]
-pub enum Reach {
-    /// At most this many times the peer's figure.
-    AtMostTimes(f64),
-    /// At least this many times the peer's figure.
-    AtLeastTimes(f64),
-    /// At most this much.
-    AtMost(f64),
-    /// Nothing is demanded.
-    #[default]
-    Open,
-}
-
-impl TryFrom<String> for Reach {
-    type Error = Error;
-
-    /// Reads what reports show: `≤ 1.5 ×`, `≥ 2 ×`, `≤ 20 µs`, or nothing.
-    fn try_from(text: String) -> Result<Self> {
-        let parts: Vec<_> = text.split_whitespace().collect();
-        Ok(match parts[..] {
-            [] => Self::Open,
-            ["≤", most, "×"] => Self::AtMostTimes(most.parse()?),
-            ["≥", least, "×"] => Self::AtLeastTimes(least.parse()?),
-            ["≤", most, _] => Self::AtMost(most.parse()?),
-            _ => bail!("not a reach: {text:?}"),
-        })
-    }
-}
 
 /// What a figure is worth on a simulated driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub(crate) enum Kind {
     /// It is a time, a ratio of times, or depends on which thread is first: only a GPU can tell.
     Time,
     /// It is a count, which is right on any driver.
     Count,
 }
 
-/// A figure, which is a quantile of what one side of some work took, and what is demanded of it.
+/// A quantile of what one side of some work took, and what is demanded of it.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Figure {
     /// The work's name.
     pub work: String,
-    /// What is done, and against what.
-    pub name: String,
-    /// The unit of our figure and of the peer's.
-    pub unit: String,
-    /// What must be reached.
-    pub reach: Reach,
-    /// What it is worth on a simulated driver.
-    pub kind: Kind,
-    /// The quantile, as a number of a thousand.
-    pub per_mille: usize,
-    /// Our side.
-    pub ours: String,
-    /// The peer's, if there is one.
-    pub peer: Option<String>,
+    pub(crate) name: String,
+    pub(crate) unit: String,
+    reach: String,
+    pub(crate) kind: Kind,
+    pub(crate) per_mille: usize,
+    /// The name of our side, and of the peer's if there is one.
+    pub(crate) ours: String,
+    pub(crate) peer: Option<String>,
 }
 
 impl Figure {
     /// Reads a list of figures, in the order of the report.
     ///
     /// # Errors
-    /// If the text is no such list.
+    /// If the text is no such list, or a reach is none that [`Finding::new`] takes.
     pub fn list(text: &str) -> Result<Vec<Self>> {
         let mut reader = csv::Reader::from_reader(text.as_bytes());
-        Ok(reader.deserialize().collect::<Result<_, _>>()?)
+        let figures: Vec<Self> = reader.deserialize().collect::<Result<_, _>>()?;
+        for figure in &figures {
+            is_reached(&figure.reach, f64::NAN, None).with_context(|| figure.name.clone())?;
+        }
+        Ok(figures)
     }
 
     /// The figure without a value.
     pub fn blank(&self) -> Finding {
-        Finding::new(&self.name, &self.unit, self.reach)
+        Finding::new(&self.name, &self.unit, &self.reach)
     }
+}
+
+/// Whether our figure and its ratio to the peer's reach what is demanded; `None` if nothing is.
+fn is_reached(reach: &str, ours: f64, ratio: Option<f64>) -> Result<Option<bool>> {
+    let parts: Vec<_> = reach.split_whitespace().collect();
+    Ok(Some(match parts[..] {
+        [] => return Ok(None),
+        ["≤", most, "×"] => {
+            let most: f64 = most.parse()?;
+            ratio.is_some_and(|ratio| ratio <= most)
+        }
+        ["≥", least, "×"] => {
+            let least: f64 = least.parse()?;
+            ratio.is_some_and(|ratio| ratio >= least)
+        }
+        ["≤", most, _] => ours <= most.parse()?,
+        _ => bail!("not a reach: {reach:?}"),
+    }))
 }
 
 /// A figure, as it is reported.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
-    /// What was done, and against what.
-    pub name: String,
-    /// Our figure.
-    pub ours: Option<f64>,
-    /// The peer's, if there is one.
-    pub peer: Option<f64>,
-    /// Ours divided by the peer's.
-    pub ratio: Option<f64>,
-    /// What is demanded.
-    pub reach: Option<String>,
-    /// Whether it is reached; nothing if nothing is demanded, or nothing could be measured.
+    pub(crate) name: String,
+    pub(crate) ours: Option<f64>,
+    pub(crate) peer: Option<f64>,
+    pub(crate) ratio: Option<f64>,
+    pub(crate) reach: Option<String>,
+    /// Whether it is reached; `None` if nothing is demanded, or nothing could be measured.
     pub pass: Option<bool>,
-    /// The unit of both figures.
-    pub unit: String,
-    /// What else there is to say.
-    pub note: Option<String>,
-    #[serde(skip)]
-    demanded: Reach,
+    pub(crate) unit: String,
+    pub(crate) note: Option<String>,
 }
 
 impl Finding {
-    /// A figure without a value.
-    pub fn new(name: &str, unit: &str, reach: Reach) -> Self {
+    /// A figure without a value. Its reach is `≤ 1.5 ×` or `≥ 2 ×` the peer's figure, at most an
+    /// amount, as in `≤ 20 µs`, or empty if nothing is demanded.
+    pub fn new(name: &str, unit: &str, reach: &str) -> Self {
         Self {
             name: name.to_owned(),
             ours: None,
             peer: None,
             ratio: None,
-            reach: match reach {
-                Reach::AtMostTimes(most) => Some(format!("≤ {most} ×")),
-                Reach::AtLeastTimes(least) => Some(format!("≥ {least} ×")),
-                Reach::AtMost(most) => Some(format!("≤ {most} {unit}")),
-                Reach::Open => None,
-            },
+            reach: (!reach.is_empty()).then(|| reach.to_owned()),
             pass: None,
             unit: unit.to_owned(),
             note: None,
-            demanded: reach,
         }
     }
 
     /// Judges what was measured.
     pub fn judge(self, ours: f64, peer: Option<f64>) -> Self {
         let ratio = peer.map(|peer| ours / peer);
-        let pass = match self.demanded {
-            Reach::AtMostTimes(most) => Some(ratio.is_some_and(|ratio| ratio <= most)),
-            Reach::AtLeastTimes(least) => Some(ratio.is_some_and(|ratio| ratio >= least)),
-            Reach::AtMost(most) => Some(ours <= most),
-            Reach::Open => None,
-        };
-        // A peer that has none of something leaves nothing to divide by.
-        let ratio = ratio.filter(|ratio| ratio.is_finite());
+        let reach = self.reach.as_deref().unwrap_or_default();
         Self {
+            pass: is_reached(reach, ours, ratio).unwrap_or(Some(false)),
             ours: Some(ours),
             peer,
-            ratio,
-            pass,
+            // A peer that has none of something leaves nothing to divide by.
+            ratio: ratio.filter(|ratio| ratio.is_finite()),
             ..self
         }
     }
 
     /// Says how measuring failed on a machine that could have done it, which is not reaching it.
     pub fn failed(self, error: &str) -> Self {
-        let pass = (self.demanded != Reach::Open).then_some(false);
-        Self {
-            pass,
-            ..self.noted(error)
-        }
+        let pass = self.reach.as_ref().map(|_| false);
+        Self { pass, ..self }.noted(error)
     }
 
     /// Says something of it, before what was said already.
@@ -172,69 +134,66 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    fn figure(reach: Reach) -> Finding {
+    fn figure(reach: &str) -> Finding {
         Finding::new("work", "µs", reach)
     }
 
     #[test]
     fn a_figure_that_equals_its_reach_passes() {
         for (reach, ours, peer, pass) in [
-            (Reach::AtMostTimes(2.0), 4.0, Some(2.0), Some(true)),
-            (Reach::AtMostTimes(2.0), 4.1, Some(2.0), Some(false)),
-            (Reach::AtLeastTimes(0.5), 1.0, Some(2.0), Some(true)),
-            (Reach::AtLeastTimes(0.5), 0.9, Some(2.0), Some(false)),
-            (Reach::AtMost(20.0), 20.0, None, Some(true)),
-            (Reach::AtMost(20.0), 20.5, Some(1.0), Some(false)),
-            (Reach::Open, 1e9, Some(1.0), None),
+            ("≤ 2 ×", 4.0, Some(2.0), Some(true)),
+            ("≤ 2 ×", 4.1, Some(2.0), Some(false)),
+            ("≥ 0.5 ×", 1.0, Some(2.0), Some(true)),
+            ("≥ 0.5 ×", 0.9, Some(2.0), Some(false)),
+            ("≤ 20 µs", 20.0, None, Some(true)),
+            ("≤ 20 µs", 20.5, Some(1.0), Some(false)),
+            ("", 1e9, Some(1.0), None),
         ] {
-            assert_eq!(
-                figure(reach).judge(ours, peer).pass,
-                pass,
-                "{reach:?} {ours}"
-            );
+            let found = figure(reach).judge(ours, peer);
+            assert_eq!(found.pass, pass, "{reach} {ours}");
         }
     }
 
     #[test]
     fn what_is_no_number_does_not_pass() {
         for reach in ["≤ 2 ×", "≥ 2 ×", "≤ 2 µs"] {
-            let reach = Reach::try_from(reach.to_owned()).unwrap();
             let finding = figure(reach).judge(f64::NAN, Some(1.0));
-            assert_eq!(finding.pass, Some(false), "{reach:?}");
+            assert_eq!(finding.pass, Some(false), "{reach}");
         }
-        let finding = figure(Reach::AtMostTimes(2.0)).judge(1.0, None);
+        let finding = figure("≤ 2 ×").judge(1.0, None);
         assert_eq!(finding.pass, Some(false));
     }
 
     #[test]
     fn failing_is_not_reaching_where_something_is_demanded() {
-        assert_eq!(figure(Reach::AtMost(1.0)).failed("why").pass, Some(false));
-        assert_eq!(figure(Reach::Open).failed("why").pass, None);
-        let finding = figure(Reach::AtMost(1.0)).noted("why");
+        assert_eq!(figure("≤ 1 µs").failed("why").pass, Some(false));
+        assert_eq!(figure("").failed("why").pass, None);
+        let finding = figure("≤ 1 µs").noted("why");
         assert_eq!((finding.pass, finding.ours), (None, None));
         assert_eq!(finding.reach.as_deref(), Some("≤ 1 µs"));
         assert_eq!(finding.note.as_deref(), Some("why"));
     }
 
     #[test]
-    fn every_figure_has_a_name_of_its_own_and_the_reach_that_its_list_shows() {
+    fn every_figure_has_a_name_of_its_own_and_a_reach_in_its_unit() {
         for text in [
             include_str!("../figures/bench.csv"),
             include_str!("../figures/bench-candle.csv"),
+            include_str!("../figures/bookkeeping.csv"),
         ] {
             let figures = Figure::list(text).unwrap();
             let names: BTreeSet<_> = figures.iter().map(|figure| &figure.name).collect();
             assert_eq!(names.len(), figures.len());
-            for figure in &figures {
-                let reach = figure.blank().reach.unwrap_or_default();
+            for Figure { reach, unit, .. } in &figures {
+                let is_absolute = !reach.is_empty() && !reach.ends_with(" ×");
                 assert!(
-                    text.contains(&format!(",{},{reach},", figure.unit)),
+                    !is_absolute || reach.ends_with(&format!(" {unit}")),
                     "{reach}"
                 );
             }
         }
         for wrong in ["2 ×", "≤ two ×", "≥ 2 µs"] {
-            assert!(Reach::try_from(wrong.to_owned()).is_err(), "{wrong}");
+            assert!(is_reached(wrong, 1.0, None).is_err(), "{wrong}");
         }
     }
 }

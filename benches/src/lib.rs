@@ -2,21 +2,21 @@
 //! in turns, the report, and the parts of a server that is simulated or replayed.
 
 mod counting;
+mod drivers;
 pub mod figure;
-mod no_op;
-mod parked;
+mod models;
 pub mod program;
 pub mod report;
 mod samples;
 pub mod serving;
-mod shared;
 mod sides;
+mod waiting;
 mod work;
 
-pub use counting::{CountingAllocator, Filling, bookkeeping_memory};
-pub use no_op::{GRANULARITY, no_op_driver};
-pub use parked::ParkedModels;
+pub use counting::{Filling, bookkeeping_memory};
+pub use drivers::{Call, GRANULARITY, no_op_driver, noted_calls, noting_driver};
+pub use models::{ParkedModels, model_name, shared_models};
 pub use samples::Samples;
-pub use shared::{SharedSizes, model_name, shared_models};
 pub use sides::{Settings, Sides, time};
+pub use waiting::{step_until, watch};
 pub use work::{Outcome, Work};

@@ -2,7 +2,7 @@
 
 use crate::figure::Figure;
 use crate::report;
-use crate::work::Work;
+use crate::work::{Outcome, Work};
 use anyhow::{Result, ensure};
 use clap::{Args, Parser};
 use cuda_vmm::Device;
@@ -69,7 +69,7 @@ pub fn measure<M: Machine>(
     open: impl FnOnce() -> Result<M>,
 ) -> Result<ExitCode> {
     let figures = of_wanted_work(Figure::list(figures)?, &wanted.only);
-    let is_wanted = |work: &&Work<M>| figures.iter().any(|figure| figure.work == work.name);
+    let is_wanted = |work: &&Work<M>| figures.iter().any(|figure| figure.work == work.0);
     let chosen: Vec<_> = all.iter().filter(is_wanted).collect();
     ensure!(
         !chosen.is_empty(),
@@ -90,9 +90,10 @@ pub fn measure<M: Machine>(
     report::print_head(machine.device(), machine.is_real());
     let mut findings = Vec::new();
     for work in chosen {
-        let (outcome, found) = work.run(&machine, machine.is_real(), &figures);
-        report::print_sides(work.name, outcome.timed());
-        findings.extend(found);
+        let outcome = Outcome::of(*work, &machine);
+        report::print_sides(work.0, outcome.timed());
+        let mine = figures.iter().filter(|figure| figure.work == work.0);
+        findings.extend(mine.map(|figure| outcome.judge(figure, machine.is_real())));
     }
     report::end(&findings, json)
 }

@@ -11,32 +11,24 @@ use std::time::SystemTime;
 
 /// Prints when it was run, and what.
 pub fn print_command() {
-    println!(
-        "Date: {}",
-        humantime::format_rfc3339_seconds(SystemTime::now())
-    );
-    println!(
-        "Command: {}",
-        std::env::args().collect::<Vec<_>>().join(" ")
-    );
+    let now = humantime::format_rfc3339_seconds(SystemTime::now());
+    let words: Vec<_> = std::env::args().collect();
+    println!("Date: {now}\nCommand: {}", words.join(" "));
 }
 
 /// Prints what was measured on, and when.
-pub fn print_head(device: &Device, is_real: bool) {
+pub(crate) fn print_head(device: &Device, is_real: bool) {
     let driver = device.driver();
+    let (kind, version) = (driver.kind(), driver.version());
     // The kernel module's own version; the driver tells only the newest CUDA version that it knows.
-    let module = match driver.kind() {
+    let module = match kind {
         DriverKind::Real => std::fs::read_to_string("/sys/module/nvidia/version").ok(),
         DriverKind::Simulated => Some("none".to_owned()),
     };
     let module = module.unwrap_or_else(|| "not known".to_owned());
+    let module = module.trim();
     println!("GPU: {}, {} bytes", device.name(), device.total_bytes());
-    println!(
-        "Driver: {}, kernel module {}, CUDA {}",
-        driver.kind(),
-        module.trim(),
-        driver.version()
-    );
+    println!("Driver: {kind}, kernel module {module}, CUDA {version}");
     print_command();
     if !is_real {
         println!("Times of this run mean nothing, and are not judged.");
@@ -44,19 +36,12 @@ pub fn print_head(device: &Device, is_real: bool) {
 }
 
 /// Prints what the sides of some work took.
-pub fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
+pub(crate) fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
     println!("\n{name}");
     let mut rows = sides.map(|side| {
         let quantiles = [500, 990, 999, 1000].map(|part| time(side.samples.quantile(part)));
-        let [median, p99, p999, max] = quantiles;
-        [
-            side.name.clone(),
-            side.samples.count().to_string(),
-            median,
-            p99,
-            p999,
-            max,
-        ]
+        let row = [side.name.clone(), side.samples.count().to_string()];
+        row.into_iter().chain(quantiles)
     });
     if let Some(first) = rows.next() {
         let head = ["side", "rounds", "median", "p99", "p99.9", "max"];
@@ -70,21 +55,15 @@ pub fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
 /// If the file cannot be written.
 pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
     let rows = findings.iter().map(|finding| {
-        let amount = |value: Option<f64>| {
-            value
-                .map(|value| format!("{} {}", number(value), finding.unit))
-                .unwrap_or_default()
-        };
+        let amount = |value| format!("{} {}", number(value), finding.unit);
+        let pass = finding.pass.map(|pass| if pass { "yes" } else { "NO" });
         [
             finding.name.clone(),
-            amount(finding.ours),
-            amount(finding.peer),
+            finding.ours.map(amount).unwrap_or_default(),
+            finding.peer.map(amount).unwrap_or_default(),
             finding.ratio.map(number).unwrap_or_default(),
             finding.reach.clone().unwrap_or_default(),
-            finding
-                .pass
-                .map_or("", |pass| if pass { "yes" } else { "NO" })
-                .to_owned(),
+            pass.unwrap_or_default().to_owned(),
         ]
     });
     let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
@@ -98,11 +77,7 @@ pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
         write(path, findings)?;
     }
     let fails = findings.iter().any(|finding| finding.pass == Some(false));
-    Ok(if fails {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(ExitCode::from(u8::from(fails)))
 }
 
 fn write(path: &Path, findings: &[Finding]) -> Result<()> {
@@ -144,7 +119,6 @@ fn time(ns: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::figure::Reach;
 
     #[test]
     fn numbers_have_four_digits_that_count() {
@@ -169,7 +143,7 @@ mod tests {
     #[test]
     fn json_is_a_list_with_null_for_what_is_not() {
         let file = std::env::temp_dir().join(format!("bench-listing-{}", std::process::id()));
-        let work = || Finding::new("work: peer", "µs", Reach::AtMostTimes(4.5));
+        let work = || Finding::new("work: peer", "µs", "≤ 4.5 ×");
         let findings = [
             work().judge(2.0, Some(1.0)),
             work().judge(9.0, Some(1.0)),

@@ -40,14 +40,12 @@ impl Settings {
 
 /// What one side of some work took.
 #[derive(Clone, Debug)]
-pub struct Side {
-    /// What it is.
+pub(crate) struct Side {
     pub name: String,
-    /// Times in nanoseconds, or counts.
     pub samples: Samples,
     /// How much is done in the time of a sample, for figures that are rates.
     pub amount: f64,
-    /// Whether they are times.
+    /// Whether the samples are times.
     pub is_time: bool,
 }
 
@@ -56,7 +54,7 @@ type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 
 /// The sides of a comparison.
 #[derive(Default)]
-pub struct Sides<'a>(Vec<(String, f64, Act<'a>)>);
+pub struct Sides<'a>(Vec<(Side, Act<'a>)>);
 
 impl<'a> Sides<'a> {
     /// None yet.
@@ -77,30 +75,25 @@ impl<'a> Sides<'a> {
         amount: f64,
         act: impl FnMut() -> Result<Duration> + 'a,
     ) {
-        self.0.push((name.to_owned(), amount, Box::new(act)));
-    }
-
-    /// Runs all sides in turns. A round before the first warms up and does not count.
-    ///
-    /// # Errors
-    /// A side's, with its name.
-    pub fn measure(mut self, settings: &Settings, rounds: usize) -> Result<Vec<Side>> {
-        let mut times = vec![Vec::with_capacity(rounds); self.0.len()];
-        for (round, side) in settings.turns(self.0.len(), rounds, 1) {
-            let (name, _, act) = &mut self.0[side];
-            let time = act().with_context(|| name.clone())?;
-            if round > 0 {
-                times[side].push(time);
-            }
-        }
-        let sides = self.0.into_iter().zip(times);
-        let side = |((name, amount, _), times): ((_, _, _), Vec<_>)| Side {
-            name,
-            samples: times.into_iter().collect(),
+        let side = Side {
+            name: name.to_owned(),
+            samples: Samples::default(),
             amount,
             is_time: true,
         };
-        Ok(sides.map(side).collect())
+        self.0.push((side, Box::new(act)));
+    }
+
+    /// Runs all sides in turns. A round before the first warms up and does not count.
+    pub(crate) fn measure(mut self, settings: &Settings, rounds: usize) -> Result<Vec<Side>> {
+        for (round, side) in settings.turns(self.0.len(), rounds, 1) {
+            let (side, act) = &mut self.0[side];
+            let time = act().with_context(|| side.name.clone())?;
+            if round > 0 {
+                side.samples.extend([time.as_nanos() as f64]);
+            }
+        }
+        Ok(self.0.into_iter().map(|(side, _)| side).collect())
     }
 }
 
@@ -145,7 +138,7 @@ mod tests {
         let measured = sides.measure(&settings(Duration::MAX), 3).unwrap();
         assert_eq!(*order.borrow(), "abcbcacababc");
         assert!(measured.iter().all(|side| side.samples.count() == 3));
-        assert_eq!(measured[0].samples.median(), 5.0);
+        assert_eq!(measured[0].samples.quantile(500), 5.0);
     }
 
     #[test]

@@ -5,12 +5,8 @@ use crate::samples::Samples;
 use crate::sides::{Settings, Side, Sides};
 use anyhow::{Context, Result};
 
-/// One kind of work, whose figures come of what its sides take.
-pub struct Work<M> {
-    /// What it is.
-    pub name: &'static str,
-    measure: fn(&M, &mut Outcome) -> Result<()>,
-}
+/// Work on a machine, by name. Its figures come of what its sides take.
+pub type Work<M> = (&'static str, fn(&M, &mut Outcome) -> Result<()>);
 
 /// What came of some work.
 #[derive(Debug, Default)]
@@ -18,9 +14,23 @@ pub struct Outcome {
     sides: Vec<Side>,
     /// What is to be said of the figures of a side, which may have no samples.
     notes: Vec<(String, String)>,
+    /// Why nothing came of it.
+    error: Option<String>,
 }
 
 impl Outcome {
+    /// Does some work.
+    pub(crate) fn of<M>(work: Work<M>, machine: &M) -> Self {
+        let mut outcome = Self::default();
+        match work.1(machine, &mut outcome) {
+            Ok(()) => outcome,
+            Err(error) => Self {
+                error: Some(format!("{error:#}")),
+                ..Self::default()
+            },
+        }
+    }
+
     /// Measures sides in turns.
     ///
     /// # Errors
@@ -31,22 +41,20 @@ impl Outcome {
     }
 
     /// Takes in times that were measured otherwise.
-    pub fn times(&mut self, name: &str, samples: impl IntoIterator<Item = std::time::Duration>) {
-        self.samples_of(name, samples.into_iter().collect(), true);
+    pub fn times(&mut self, name: &str, samples: Samples) {
+        self.push(name, samples, true);
     }
 
     /// Takes in a number.
     pub fn count(&mut self, name: &str, value: f64) {
-        self.samples_of(name, Samples::from_iter([value]), false);
+        self.push(name, Samples::from_iter([value]), false);
     }
 
-    /// Takes in a side that was measured otherwise.
-    pub fn samples_of(&mut self, name: &str, samples: Samples, is_time: bool) {
-        let (name, amount) = (name.to_owned(), 1.0);
+    fn push(&mut self, name: &str, samples: Samples, is_time: bool) {
         self.sides.push(Side {
-            name,
+            name: name.to_owned(),
             samples,
-            amount,
+            amount: 1.0,
             is_time,
         });
     }
@@ -56,27 +64,19 @@ impl Outcome {
         self.notes.push((side.to_owned(), text.into()));
     }
 
-    /// One side's measurements.
-    ///
-    /// # Errors
-    /// If there is no such side.
-    pub fn samples(&self, name: &str) -> Result<&Samples> {
-        Ok(&self
-            .side(name)
-            .with_context(|| format!("no side is named {name}"))?
-            .samples)
-    }
-
     /// One side's quantile in microseconds.
     ///
     /// # Errors
     /// If there is no such side.
     pub fn us(&self, name: &str, per_mille: usize) -> Result<f64> {
-        Ok(self.samples(name)?.quantile(per_mille) / 1e3)
+        let side = self
+            .side(name)
+            .with_context(|| format!("no side is named {name}"))?;
+        Ok(side.samples.quantile(per_mille) / 1e3)
     }
 
     /// All sides whose measurements are times.
-    pub fn timed(&self) -> impl Iterator<Item = &Side> {
+    pub(crate) fn timed(&self) -> impl Iterator<Item = &Side> {
         self.sides.iter().filter(|side| side.is_time)
     }
 
@@ -84,21 +84,31 @@ impl Outcome {
         self.sides.iter().find(|side| side.name == name)
     }
 
-    /// Judges a figure, if its sides were measured or it was said why not.
-    fn judge(&self, figure: &Figure) -> Option<Finding> {
+    /// Judges a figure, whatever happened: a time only on a real machine.
+    pub fn judge(&self, figure: &Figure, is_real: bool) -> Finding {
+        let blank = figure.blank();
+        if let Some(error) = &self.error {
+            return blank.failed(error);
+        }
         let notes = self.notes.iter().filter(|(side, _)| *side == figure.ours);
         let notes: Vec<_> = notes.map(|(_, text)| text.as_str()).collect();
-        let noted = |finding: Finding| match notes.is_empty() {
+        let value = |name: &String| self.side(name).map(|side| value(figure, side));
+        let finding = match value(&figure.ours) {
+            Some(ours) => {
+                let peer = figure.peer.as_ref();
+                blank.judge(ours, peer.map(|peer| value(peer).unwrap_or(f64::NAN)))
+            }
+            None if notes.is_empty() => blank.failed("it was not measured"),
+            None => blank,
+        };
+        let finding = match notes.is_empty() {
             true => finding,
             false => finding.noted(notes.join("; ")),
         };
-        let value = |name: &String| Some(value(figure, self.side(name)?));
-        let Some(ours) = value(&figure.ours) else {
-            return (!notes.is_empty()).then(|| noted(figure.blank()));
-        };
-        let peer = figure.peer.as_ref();
-        let peer = peer.map(|peer| value(peer).unwrap_or(f64::NAN));
-        Some(noted(figure.blank().judge(ours, peer)))
+        match is_real || figure.kind == Kind::Count {
+            true => finding,
+            false => finding.unjudged(),
+        }
     }
 }
 
@@ -111,38 +121,6 @@ fn value(figure: &Figure, side: &Side) -> f64 {
         "GB/s" => side.amount / value,
         unit if unit.ends_with("/s") => side.amount * 1e9 / value,
         _ => value,
-    }
-}
-
-impl<M> Work<M> {
-    /// Work that is measured on a machine.
-    pub const fn new(name: &'static str, measure: fn(&M, &mut Outcome) -> Result<()>) -> Self {
-        Self { name, measure }
-    }
-
-    /// Measures, and returns one finding for each figure whatever happens. Times are judged only on
-    /// a real machine.
-    pub fn run(&self, machine: &M, is_real: bool, figures: &[Figure]) -> (Outcome, Vec<Finding>) {
-        let mut outcome = Outcome::default();
-        let error = (self.measure)(machine, &mut outcome).err();
-        if error.is_some() {
-            outcome = Outcome::default();
-        }
-        let error = error.map(|error| format!("{error:#}"));
-        let find = |figure: &Figure| {
-            let failed = || {
-                let why = error.as_deref().unwrap_or("it was not measured");
-                figure.blank().failed(why)
-            };
-            let finding = outcome.judge(figure).unwrap_or_else(failed);
-            match figure.kind == Kind::Time && !is_real && error.is_none() {
-                true => finding.unjudged(),
-                false => finding,
-            }
-        };
-        let figures = figures.iter().filter(|figure| figure.work == self.name);
-        let findings = figures.map(find).collect();
-        (outcome, findings)
     }
 }
 
@@ -177,24 +155,26 @@ mod tests {
     #[test]
     fn every_figure_is_found_judged_or_excused() {
         let figures = Figure::list(FIGURES).unwrap();
-        let work = Work { name: "w", measure };
-        let (outcome, found) = work.run(&false, true, &figures);
+        let found = |outcome: &Outcome, is_real| -> Vec<Finding> {
+            let judge = |figure| outcome.judge(figure, is_real);
+            figures.iter().map(judge).collect()
+        };
+        let passes = |found: &[Finding]| -> Vec<_> { found.iter().map(|one| one.pass).collect() };
+        let outcome = Outcome::of(("w", measure), &false);
         assert_eq!(outcome.timed().count(), 2);
-        assert!(outcome.samples("d").is_err());
+        assert!(outcome.us("d", 500).is_err());
+        let real = found(&outcome, true);
         assert_eq!(outcome.us("fast", 500).unwrap(), 2.0);
-        assert_eq!((found[0].ours, found[0].ratio), (Some(2.0), Some(0.5)));
-        assert_eq!((found[1].ours, found[1].peer), (Some(0.005), Some(0.0025)));
-        assert_eq!(found[3].note.as_deref(), Some("one core"));
-        let passes: Vec<_> = found.iter().map(|finding| finding.pass).collect();
+        assert_eq!((real[0].ours, real[0].ratio), (Some(2.0), Some(0.5)));
+        assert_eq!((real[1].ours, real[1].peer), (Some(0.005), Some(0.0025)));
+        assert_eq!(real[3].note.as_deref(), Some("one core"));
         let judged = [Some(true), Some(true), Some(false), None, Some(false)];
-        assert_eq!(passes, judged);
-        let (_, simulated) = work.run(&false, false, &figures);
-        let passes: Vec<_> = simulated.iter().map(|finding| finding.pass).collect();
-        assert_eq!(passes, [None, None, Some(false), None, Some(false)]);
-        let (_, failed) = work.run(&true, false, &figures);
-        for finding in failed {
-            assert_eq!(finding.note.as_deref(), Some("the device is lost"));
-            assert_eq!(finding.pass, Some(false));
+        assert_eq!(passes(&real), judged);
+        let simulated = passes(&found(&outcome, false));
+        assert_eq!(simulated, [None, None, Some(false), None, Some(false)]);
+        for failed in found(&Outcome::of(("w", measure), &true), false) {
+            assert_eq!(failed.note.as_deref(), Some("the device is lost"));
+            assert_eq!(failed.pass, Some(false));
         }
     }
 }

@@ -45,7 +45,7 @@ pub fn allocate_runs(range: &VirtualMemoryPool, runs: &[(usize, usize)]) -> Resu
 /// A pool of blocks for several models, on a GPU that runs their steps.
 ///
 /// The thread that takes the models' steps makes the calls, at a moment in nanoseconds, and moves
-/// it forward by what they cost that thread.
+/// it forward by what they cost that thread. Calls fail if the driver refuses what must succeed.
 pub trait Memory {
     /// The most blocks that a model can have, if no other has any.
     fn most_blocks(&self, model: usize) -> usize;
@@ -54,40 +54,30 @@ pub trait Memory {
     fn free_blocks(&self, model: usize) -> usize;
 
     /// Takes `count` blocks for a model; `None` if they cannot be had.
-    ///
-    /// # Errors
-    /// If the driver refuses what must succeed.
     fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>>;
 
     /// Gives back blocks of a model, which the device uses no more.
-    ///
-    /// # Errors
-    /// As [`take`](Self::take).
     fn give(&mut self, now_ns: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()>;
 
     /// Lets the background work begin at a moment, while a step is on the GPU.
-    ///
-    /// # Errors
-    /// As [`take`](Self::take).
     fn work(&mut self, _now_ns: u64) -> Result<()> {
         Ok(())
     }
 
-    /// Runs a step of a model that takes this long on the GPU.
-    ///
-    /// # Errors
-    /// As [`take`](Self::take).
-    fn step(&mut self, now_ns: &mut u64, _model: usize, time_ns: u64) -> Result<()> {
+    /// Runs a step that takes this long on the GPU.
+    fn step(&mut self, now_ns: &mut u64, time_ns: u64) -> Result<()> {
         self.idle(now_ns, time_ns)
     }
 
     /// Lets at most this much time go by.
-    ///
-    /// # Errors
-    /// As [`take`](Self::take).
     fn idle(&mut self, now_ns: &mut u64, time_ns: u64) -> Result<()> {
         self.work(*now_ns)?;
         *now_ns += time_ns;
+        Ok(())
+    }
+
+    /// Has the background give back what an idle model holds beside its live blocks, if it can.
+    fn go_idle(&mut self, _now_ns: u64, _model: usize) -> Result<()> {
         Ok(())
     }
 

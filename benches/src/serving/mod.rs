@@ -4,9 +4,11 @@
 mod memory;
 mod request;
 mod scheduler;
+mod served;
 mod server;
 
 pub use memory::*;
 pub use request::*;
-pub use scheduler::{Limits, Order};
-pub use server::{Served, Server};
+pub use scheduler::Limits;
+pub use served::Served;
+pub use server::Server;

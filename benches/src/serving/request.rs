@@ -31,7 +31,7 @@ pub type Phase = u64;
 pub const PHASES: Phase = 32;
 
 /// Requests whose number in each second is given, evenly spaced within it.
-pub fn paced(start_ns: u64, phase: Phase, rates: impl Iterator<Item = u32>) -> Vec<Request> {
+pub fn paced(start_ns: u64, phase: Phase, rates: impl IntoIterator<Item = u32>) -> Vec<Request> {
     let seconds = (0_u64..).zip(rates);
     let of_second = |(second, rate): (u64, u32)| {
         (0..u64::from(rate)).map(move |index| Request {
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn each_second_has_its_rate() {
-        let requests = paced(500, PHASES - 1, [3, 0, 7].into_iter());
+        let requests = paced(500, PHASES - 1, [3, 0, 7]);
         let in_second = |second: u64| {
             let within = |request: &&Request| (request.arrival_ns - 500) / SECOND_NS == second;
             requests.iter().filter(within).count()

@@ -3,28 +3,17 @@
 //! Iteration-level scheduling as in Orca and vLLM: sequences come and go between any two steps. A
 //! step has all sequences that run, and the prompts whose blocks fit, whole, in the order in which
 //! they came. If a sequence finds no block for its next token, the one admitted last is preempted:
-//! its blocks are freed, and it waits at the front to have all its tokens computed again. Prompts
-//! can also come first, in steps of their own.
+//! its blocks are freed, and it waits at the front to have all its tokens computed again.
 
-use super::memory::{Memory, blocks_of};
+use super::memory::blocks_of;
 use super::request::Request;
+use super::served::Run;
 use anyhow::Result;
 use std::collections::VecDeque;
-
-/// Whether prompts have steps of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// Prompts first, in steps of their own.
-    PromptsFirst,
-    /// Prompts join the step of the sequences that decode.
-    Mixed,
-}
 
 /// What an engine allows itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Whether prompts have steps of their own.
-    pub order: Order,
     /// The most sequences in a step.
     pub sequences_max: usize,
     /// The most prompt tokens in a step, except for a single longer prompt.
@@ -37,7 +26,6 @@ pub struct Limits {
 impl Limits {
     /// vLLM's defaults: 256 sequences, a hundredth of the blocks left free.
     pub const DEFAULT: Self = Self {
-        order: Order::Mixed,
         sequences_max: 256,
         prompt_tokens_max: 8192,
         watermark_divisor: 100,
@@ -61,20 +49,12 @@ impl Sequence {
     }
 }
 
-/// What a step does.
+/// What a step does: all sequences that run, the last of them prompts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Step {
-    /// Prompts, the last ones that run.
+    pub decodes: usize,
     pub prompts: usize,
     pub prompt_tokens: u32,
-    /// Sequences that decode, the first ones that run.
-    pub decodes: usize,
-}
-
-impl Step {
-    pub fn sequences(&self) -> usize {
-        self.prompts + self.decodes
-    }
 }
 
 /// The engine of one model.
@@ -83,12 +63,6 @@ pub(super) struct Scheduler {
     limits: Limits,
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
-    /// Sequences that lost their blocks so far.
-    pub preemptions: u64,
-    /// Prompts so far that had to wait because memory was short.
-    pub refused_prompts: usize,
-    /// From each request's arrival to its first token.
-    pub first_token_ns: Vec<u64>,
 }
 
 impl Scheduler {
@@ -99,25 +73,22 @@ impl Scheduler {
             limits,
             waiting: VecDeque::new(),
             running: Vec::new(),
-            preemptions: 0,
-            refused_prompts: 0,
-            first_token_ns: Vec::new(),
         }
     }
 
     /// Takes a request, or refuses one that could never have its blocks.
-    pub fn arrive(&mut self, request: Request, memory: &dyn Memory) -> bool {
-        let fits = blocks_of(request.tokens_max()) <= memory.most_blocks(self.model);
-        if fits {
-            self.waiting.push_back(Sequence {
-                request,
-                generated: 0,
-                first_ns: None,
-                was_refused: false,
-                blocks: Vec::new(),
-            });
+    pub fn arrive(&mut self, request: Request, run: &mut Run) {
+        if blocks_of(request.tokens_max()) > run.memory.most_blocks(self.model) {
+            run.served.refused += 1;
+            return;
         }
-        fits
+        self.waiting.push_back(Sequence {
+            request,
+            generated: 0,
+            first_ns: None,
+            was_refused: false,
+            blocks: Vec::new(),
+        });
     }
 
     /// Whether anything is to be done.
@@ -126,28 +97,22 @@ impl Scheduler {
     }
 
     /// Chooses the next step and takes its blocks; an empty step if no block can be had.
-    pub fn plan(&mut self, memory: &mut dyn Memory, now_ns: &mut u64) -> Result<Step> {
-        let mut step = Step::default();
-        if self.limits.order == Order::PromptsFirst {
-            self.admit(memory, now_ns, &mut step)?;
-            if step.sequences() == 0 {
-                self.grow(memory, now_ns)?;
-                step.decodes = self.running.len();
-            }
-        } else {
-            let preempted = self.grow(memory, now_ns)?;
-            step.decodes = self.running.len();
-            if !preempted {
-                self.admit(memory, now_ns, &mut step)?;
-            }
+    pub fn plan(&mut self, run: &mut Run) -> Result<Step> {
+        let preempted = self.grow(run)?;
+        let mut step = Step {
+            decodes: self.running.len(),
+            ..Step::default()
+        };
+        if !preempted {
+            self.admit(run, &mut step)?;
         }
         Ok(step)
     }
 
     /// Admits prompts in the order in which they wait, as long as their blocks fit.
-    fn admit(&mut self, memory: &mut dyn Memory, now_ns: &mut u64, step: &mut Step) -> Result<()> {
+    fn admit(&mut self, run: &mut Run, step: &mut Step) -> Result<()> {
         let (limits, model) = (&self.limits, self.model);
-        let reserve = memory.most_blocks(model) / limits.watermark_divisor;
+        let reserve = run.memory.most_blocks(model) / limits.watermark_divisor;
         while let Some(next) = self.waiting.front_mut() {
             let (tokens, need) = (next.tokens(), blocks_of(next.tokens()));
             let over = step.prompt_tokens + tokens > limits.prompt_tokens_max && step.prompts > 0;
@@ -155,12 +120,12 @@ impl Scheduler {
                 break;
             }
             let reserve = if self.running.is_empty() { 0 } else { reserve };
-            let blocks = match need + reserve > memory.free_blocks(model) {
+            let blocks = match need + reserve > run.memory.free_blocks(model) {
                 true => None,
-                false => memory.take(now_ns, model, need)?,
+                false => run.memory.take(&mut run.now_ns, model, need)?,
             };
             let Some(blocks) = blocks else {
-                self.refused_prompts += usize::from(!next.was_refused);
+                run.served.refused_prompts += usize::from(!next.was_refused);
                 next.was_refused = true;
                 break;
             };
@@ -174,55 +139,46 @@ impl Scheduler {
 
     /// Takes the block of its next token for every running sequence, the oldest first; returns
     /// whether one was preempted.
-    fn grow(&mut self, memory: &mut dyn Memory, now_ns: &mut u64) -> Result<bool> {
-        let before = self.preemptions;
-        let mut at = 0;
+    fn grow(&mut self, run: &mut Run) -> Result<bool> {
+        let (mut at, mut preempted) = (0, false);
         while at < self.running.len() {
             let sequence = &mut self.running[at];
             let missing = blocks_of(sequence.tokens()) - sequence.blocks.len();
             let taken = match missing {
                 0 => Some(Vec::new()),
-                _ => memory.take(now_ns, self.model, missing)?,
+                _ => run.memory.take(&mut run.now_ns, self.model, missing)?,
             };
             if let Some(blocks) = taken {
                 sequence.blocks.extend(blocks);
                 at += 1;
             } else if let Some(mut victim) = self.running.pop() {
                 let blocks = std::mem::take(&mut victim.blocks);
-                memory.give(now_ns, self.model, blocks)?;
+                run.memory.give(&mut run.now_ns, self.model, blocks)?;
                 self.waiting.push_front(victim);
-                self.preemptions += 1;
+                run.served.preemptions += 1;
+                preempted = true;
             }
         }
-        Ok(self.preemptions > before)
+        Ok(preempted)
     }
 
     /// Ends a step: each sequence in it has a token more. Returns those that have all.
-    pub fn finish(
-        &mut self,
-        step: Step,
-        memory: &mut dyn Memory,
-        now_ns: &mut u64,
-    ) -> Result<Vec<Sequence>> {
-        let ready_ns = *now_ns;
-        let first_prompt = self.running.len() - step.prompts;
-        let stepped = self.running.iter_mut().enumerate();
-        for (_, sequence) in stepped.filter(|(at, _)| *at < step.decodes || *at >= first_prompt) {
+    pub fn finish(&mut self, run: &mut Run) -> Result<Vec<Sequence>> {
+        let ready_ns = run.now_ns;
+        for sequence in &mut self.running {
             sequence.generated += 1;
             if sequence.first_ns.is_none() {
                 sequence.first_ns = Some(ready_ns);
-                self.first_token_ns
-                    .push(ready_ns - sequence.request.arrival_ns);
+                let waited_ns = ready_ns - sequence.request.arrival_ns;
+                run.served.first_token.extend([waited_ns as f64]);
             }
         }
         let is_over = |one: &mut Sequence| one.generated >= one.request.generated_tokens;
         let ended: Vec<_> = self.running.extract_if(.., is_over).collect();
-        let blocks: Vec<_> = ended
-            .iter()
-            .flat_map(|one| one.blocks.iter().copied())
-            .collect();
+        let blocks = ended.iter().flat_map(|one| one.blocks.iter().copied());
+        let blocks: Vec<_> = blocks.collect();
         if !blocks.is_empty() {
-            memory.give(now_ns, self.model, blocks)?;
+            run.memory.give(&mut run.now_ns, self.model, blocks)?;
         }
         Ok(ended)
     }

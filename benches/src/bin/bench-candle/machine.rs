@@ -70,14 +70,10 @@ impl Machine {
         if self.is_small { small } else { full }
     }
 
-    /// How pools for tensors and caches that grow are made.
-    pub fn pool_options(&self) -> TensorPoolOptions {
-        TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES)
-    }
-
-    /// A pool for tensors and caches that grow.
-    pub fn pool(&self) -> Result<TensorPool> {
-        let options = self.pool_options();
+    /// A pool for tensors and caches that grow, whose caches perhaps copy what they return.
+    pub fn pool(&self, is_contiguous: bool) -> Result<TensorPool> {
+        let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
+        let options = options.contiguous_output(is_contiguous);
         Ok(TensorPool::with_options(&self.candle, options)?)
     }
 
@@ -87,17 +83,12 @@ impl Machine {
         count: usize,
         mut act: impl FnMut() -> candle_core::Result<T>,
     ) -> Result<Duration> {
-        self.synchronize()?;
+        self.candle.synchronize()?;
         let started = Instant::now();
         for _ in 0..count {
             black_box(act()?);
         }
-        self.synchronize()?;
+        self.candle.synchronize()?;
         Ok(started.elapsed() / count as u32)
-    }
-
-    /// Waits for everything that is queued.
-    pub fn synchronize(&self) -> Result<()> {
-        Ok(self.candle.synchronize()?)
     }
 }

@@ -2,14 +2,9 @@
 
 // The decoder is the one of the facade's example, which also reads what is not needed here.
 #[allow(dead_code)]
-#[path = "../../../../crates/candle-cuda-vmm/examples/generate/caches.rs"]
-mod caches;
-#[allow(dead_code)]
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate/config.rs"]
 mod config;
 #[allow(dead_code)]
-#[path = "../../../../crates/candle-cuda-vmm/examples/generate/generation.rs"]
-mod generation;
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate/model.rs"]
 mod model;
 #[allow(dead_code)]
@@ -51,10 +46,6 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.device == Place::Cuda;
-    program::measure(
-        (work::ALL, FIGURES),
-        &arguments.wanted,
-        may_be_absent,
-        || Machine::open(arguments.device, arguments.quick),
-    )
+    let open = || Machine::open(arguments.device, arguments.quick);
+    program::measure((work::ALL, FIGURES), &arguments.wanted, may_be_absent, open)
 }

@@ -1,12 +1,7 @@
 //! The simulated card, and the clocks of the two threads that call its driver.
-//!
-//! # Safety
-//! The simulator is kept beside the driver that is made of its table, and behind it in the order of
-//! dropping.
-#![allow(unsafe_code)]
 
-use anyhow::Result;
-use cuda_vmm::{Device, Driver, DriverKind};
+use anyhow::{Context, Result};
+use cuda_vmm::{Device, Driver};
 use cuda_vmm_sim::{CostModel, SimConfig, Simulator};
 use std::thread;
 
@@ -25,12 +20,11 @@ impl Card {
     /// A card of its own, on which calls take time if their costs are given.
     pub fn new(costs: Option<CostModel>) -> Result<Self> {
         let config = SimConfig::new().unbacked();
-        let simulator = Simulator::new(match costs {
+        let driver = Driver::simulated(match costs {
             Some(costs) => config.cost_model(costs),
             None => config,
         })?;
-        // SAFETY: the simulator is kept in the card, behind the device.
-        let driver = unsafe { Driver::from_table(simulator.table(), DriverKind::Simulated) }?;
+        let simulator = driver.simulator().context("no simulator")?.clone();
         Ok(Self {
             device: driver.device(0)?,
             simulator,

@@ -9,10 +9,7 @@ use crate::pools::counted::Counted;
 use crate::ramps::{CURVES, MODELS};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
-use cuda_vmm_benches::Samples;
-use cuda_vmm_benches::serving::{
-    Limits, Order, PHASES, Request, Server, blocks_within, staggered_ramps,
-};
+use cuda_vmm_benches::serving::{Limits, PHASES, Request, Served, Server, staggered_ramps};
 use std::ops::RangeInclusive;
 
 /// Values of one constant: from, to, and by steps, in nanoseconds.
@@ -23,8 +20,8 @@ const FINE_STEPS: [usize; 2] = [250_000, 5_000];
 /// Every phase of this many is tried.
 const PHASE_STEP: usize = 2;
 
-/// The requests of all models.
-type Models = Vec<Vec<Request>>;
+/// Variants of the requests of all models, for each peak.
+type Ramps = [Vec<Vec<Vec<Request>>>];
 
 /// What a pair of constants comes to.
 struct Try {
@@ -34,18 +31,16 @@ struct Try {
 }
 
 /// The static curve with these constants.
-fn attempt(ramps: &[Vec<Models>], time: TimeModel, limits: Limits) -> Result<Try> {
+fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
     let step = |prompt, decodes| time.step(prompt, decodes);
-    let first_token = |models: &Models| {
-        let blocks = blocks_within(Sizes::PUBLISHED.static_tokens);
-        let mut memory = Counted::split(blocks, models.len());
-        let server = Server::new(models, &mut memory, limits, &step);
-        Ok(server.run(u64::MAX)?.first_token)
-    };
     let p99_ms = ramps.iter().map(|variants| {
-        let times: Result<Vec<Samples>> = variants.iter().map(first_token).collect();
-        let times = times?.into_iter().reduce(Samples::merged);
-        Ok(times.context("no workload")?.quantile(990) / 1e6)
+        let mut served = Served::default();
+        for models in variants {
+            let mut memory = Counted::split(Sizes::PUBLISHED.static_tokens, models.len());
+            let limits = Limits::DEFAULT;
+            Server::new(models, &mut memory, limits, &step, &mut served).run(u64::MAX)?;
+        }
+        Ok(served.first_token.quantile(990) / 1e6)
     });
     let p99_ms = p99_ms.collect::<Result<Vec<_>>>()?;
     let errors = CURVES.iter().zip(&p99_ms);
@@ -58,7 +53,7 @@ fn attempt(ramps: &[Vec<Models>], time: TimeModel, limits: Limits) -> Result<Try
 }
 
 /// The best pair of a grid.
-fn search(ramps: &[Vec<Models>], limits: Limits, [step, sequence]: &[Axis; 2]) -> Result<Try> {
+fn search(ramps: &Ramps, [step, sequence]: &[Axis; 2]) -> Result<Try> {
     let mut best: Option<Try> = None;
     for step_ns in step.0.clone().step_by(step.1) {
         for sequence_ns in sequence.0.clone().step_by(sequence.1) {
@@ -66,7 +61,7 @@ fn search(ramps: &[Vec<Models>], limits: Limits, [step, sequence]: &[Axis; 2]) -
                 step_ns,
                 sequence_ns,
             };
-            let one = attempt(ramps, time, limits)?;
+            let one = attempt(ramps, time)?;
             if best.as_ref().is_none_or(|best| one.error < best.error) {
                 best = Some(one);
             }
@@ -75,33 +70,25 @@ fn search(ramps: &[Vec<Models>], limits: Limits, [step, sequence]: &[Axis; 2]) -
     best.context("an empty grid")
 }
 
-/// Fits, and prints what was found for each order of prompts.
+/// Fits, and prints what was found.
 pub fn run() -> Result<()> {
     let phases = || (0..PHASES).step_by(PHASE_STEP);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));
     let ramps = CURVES.map(|point| variants(point.peak).collect());
-    for order in [Order::Mixed, Order::PromptsFirst] {
-        let limits = Limits {
-            order,
-            ..Limits::DEFAULT
-        };
-        let coarse = search(&ramps, limits, &COARSE)?.time;
-        // Around the best, as far as the coarse grid's step.
-        let fine = |axis: usize, value: u64| {
-            let apart = COARSE[axis].1 as u64;
-            (
-                value.saturating_sub(apart)..=value + apart,
-                FINE_STEPS[axis],
-            )
-        };
-        let fine = [fine(0, coarse.step_ns), fine(1, coarse.sequence_ns)];
-        let best = search(&ramps, limits, &fine)?;
-        let Try { error, time, .. } = best;
-        println!("{order:?}: {time:?}, sum of squared logarithms {error:.3}");
-        for (point, ms) in CURVES.iter().zip(&best.p99_ms) {
-            let (peak, published) = (point.peak, point.static_ms);
-            println!("  peak {peak}: {ms:.0} ms, published {published:.0} ms");
-        }
+    let coarse = search(&ramps, &COARSE)?.time;
+    // Around the best, as far as the coarse grid's step.
+    let fine = |axis: usize, value: u64| {
+        let apart = COARSE[axis].1 as u64;
+        let range = value.saturating_sub(apart)..=value + apart;
+        (range, FINE_STEPS[axis])
+    };
+    let fine = [fine(0, coarse.step_ns), fine(1, coarse.sequence_ns)];
+    let best = search(&ramps, &fine)?;
+    let Try { error, time, .. } = best;
+    println!("{time:?}, sum of squared logarithms {error:.3}");
+    for (point, ms) in CURVES.iter().zip(&best.p99_ms) {
+        let (peak, published) = (point.peak, point.static_ms);
+        println!("  peak {peak}: {ms:.0} ms, published {published:.0} ms");
     }
     Ok(())
 }

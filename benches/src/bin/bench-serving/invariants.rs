@@ -6,7 +6,7 @@ use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::Result;
 use cuda_vmm_benches::serving::{
-    BLOCK_BYTES, Limits, Memory, Order, Request, Served, Server, blocks_of,
+    BLOCK_BYTES, BLOCK_TOKENS, Limits, Memory, Request, Served, Server, blocks_of,
 };
 use cuda_vmm_sim::CostModel;
 use proptest::prelude::*;
@@ -74,10 +74,13 @@ fn pool(which: usize, limit: usize, models: usize, costs: Option<CostModel>) -> 
     // Nothing of it stands beyond a fraction of so small a pool.
     let settings = (limit * BLOCK_BYTES / 8, 4 * BLOCK_BYTES);
     let pool: Box<dyn Memory> = match which {
-        0 => Box::new(Counted::split(limit / models, models)),
+        0 => Box::new(Counted::split(
+            limit / models * BLOCK_TOKENS as usize,
+            models,
+        )),
         1 => Box::new(PageAtATime::new(limit, models, costs).unwrap()),
         2 => Box::new(Elastic::new(limit, models, costs, settings).unwrap()),
-        _ => Box::new(Counted::shared(limit, models)),
+        _ => Box::new(Counted::shared(limit * BLOCK_TOKENS as usize, models)),
     };
     Checked {
         pool,
@@ -100,17 +103,17 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     })
 }
 
-fn run(models: &[Vec<Request>], memory: &mut Checked, order: Order) -> Served {
+fn run(models: &[Vec<Request>], memory: &mut Checked) -> Served {
     let limits = Limits {
-        order,
         sequences_max: 8,
         prompt_tokens_max: 512,
         watermark_divisor: 50,
     };
     let time = |prompt, decodes| TimeModel::FITTED.step(prompt, decodes);
-    Server::new(models, memory, limits, &time)
-        .run(u64::MAX)
-        .unwrap()
+    let mut served = Served::default();
+    let server = Server::new(models, memory, limits, &time, &mut served);
+    server.run(u64::MAX).unwrap();
+    served
 }
 
 proptest! {
@@ -118,12 +121,11 @@ proptest! {
 
     #[test]
     fn every_request_ends_or_is_refused_and_no_token_is_lost(
-        models in prop::collection::vec(requests(), 1..4), limit in 12..80_usize, mixed: bool,
+        models in prop::collection::vec(requests(), 1..4), limit in 12..80_usize,
     ) {
-        let order = if mixed { Order::Mixed } else { Order::PromptsFirst };
         for which in 0..POOLS {
             let mut memory = pool(which, limit, models.len(), Some(CostModel::h100()));
-            let outcome = run(&models, &mut memory, order);
+            let outcome = run(&models, &mut memory);
             let most = memory.most_blocks(0);
             let all = models.iter().flatten();
             let (served, refused): (Vec<&Request>, Vec<&Request>) =
@@ -142,7 +144,7 @@ proptest! {
     ) {
         let models = [requests];
         let outcome = |which| {
-            let outcome = run(&models, &mut pool(which, limit, 1, None), Order::Mixed);
+            let outcome = run(&models, &mut pool(which, limit, 1, None));
             // All but what tells of the pool itself.
             Served { held_bytes_max: 0, over_time: Vec::new(), ..outcome }
         };
@@ -155,7 +157,7 @@ proptest! {
     #[test]
     fn a_run_is_the_same_again(models in prop::collection::vec(requests(), 2..4), limit in 12..80_usize) {
         for which in [1, 2] {
-            let again = || run(&models, &mut pool(which, limit, models.len(), Some(CostModel::h100())), Order::Mixed);
+            let again = || run(&models, &mut pool(which, limit, models.len(), Some(CostModel::h100())));
             prop_assert_eq!(again(), again());
         }
     }
@@ -170,7 +172,7 @@ fn memory_that_is_short_preempts_and_computes_again() {
     };
     let models = [vec![request; 3]];
     // Three prompts of four blocks fit, but not what they grow to.
-    let outcome = run(&models, &mut pool(3, 14, 1, None), Order::Mixed);
+    let outcome = run(&models, &mut pool(3, 14, 1, None));
     assert_eq!((outcome.served, outcome.refused), (3, 0));
     assert!(outcome.preemptions > 0);
     assert_eq!(outcome.tokens, 3 * 65);

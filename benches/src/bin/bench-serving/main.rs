@@ -72,19 +72,14 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let traces = workloads::traces(quick, &arguments.trace)?;
     let ramps = ramps::hold(quick)?;
     let (idle, single) = (workloads::idle(quick)?, workloads::single(quick)?);
-    let mut contests: Vec<_> = traces
-        .iter()
-        .map(|one| ("traces".to_owned(), one))
-        .collect();
+    let mut contests = Vec::new();
+    contests.extend(traces.iter().map(|one| ("traces".to_owned(), one)));
     contests.extend([("idle".to_owned(), &idle), ("single".to_owned(), &single)]);
-    contests.extend(
-        ramps
-            .iter()
-            .map(|(point, one)| (format!("ramps-{}", point.peak), one)),
-    );
-    contests
-        .iter()
-        .for_each(|(_, contest)| tables::print_contest(contest));
+    let peaks = ramps.iter();
+    contests.extend(peaks.map(|(point, one)| (format!("ramps-{}", point.peak), one)));
+    for (_, contest) in &contests {
+        tables::print_contest(contest);
+    }
     tables::print_curves(&ramps);
 
     let mut findings = ramps::judge(quick, &ramps)?;

@@ -1,14 +1,12 @@
 //! Plots as SVG.
 
 use crate::contest::{Contest, Pool};
-use crate::ramps::{Point, Ramps};
-use anyhow::{Context, Result, anyhow};
+use crate::ramps::Ramps;
+use anyhow::{Context, Result};
 use cuda_vmm_benches::serving::Served;
 use plotters::prelude::*;
 use std::path::Path;
 
-const SIZE: (u32, u32) = (1_000, 640);
-const STACK_SIZE: (u32, u32) = (1_000, 1_100);
 const MODEL_COLOURS: [RGBColor; 4] = [
     RGBColor(78, 121, 167),
     RGBColor(242, 142, 43),
@@ -16,8 +14,6 @@ const MODEL_COLOURS: [RGBColor; 4] = [
     RGBColor(176, 122, 161),
 ];
 const GIB: f64 = (1_u64 << 30) as f64;
-
-type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 fn colour(pool: Pool) -> RGBColor {
     match pool {
@@ -32,36 +28,31 @@ fn colour(pool: Pool) -> RGBColor {
 /// contests.
 pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
-    let plot = |name: &str, draw: &dyn Fn(&Path) -> Drawn| {
-        let path = folder.join(format!("{name}.svg"));
-        draw(&path).map_err(|error| anyhow!("cannot draw {}: {error}", path.display()))
-    };
-    plot("ramps", &|path| draw_curves(ramps, path))?;
-    let mut contests = contests.iter();
-    contests.try_for_each(|(name, contest)| plot(name, &|path| draw_memory(contest, path)))
+    let file = |name: &str| folder.join(format!("{name}.svg"));
+    draw_curves(ramps, &file("ramps")).context("cannot draw the curves")?;
+    contests.iter().try_for_each(|(name, contest)| {
+        draw_memory(contest, &file(name)).with_context(|| format!("cannot draw {name}"))
+    })
 }
 
 /// p99 time to first token by peak, simulated and published.
-fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
-    let root = SVGBackend::new(path, SIZE).into_drawing_area();
+fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
+    let root = SVGBackend::new(path, (1_000, 640)).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = "Three models on one GPU: p99 time to first token";
-    let curve = |of: &dyn Fn(&Point, &Contest) -> f64| -> Vec<_> {
-        let points = ramps
-            .iter()
-            .map(|(point, one)| (f64::from(point.peak), of(point, one)));
-        points.collect()
-    };
-    let [first, .., last] = &ramps[..] else {
-        return Err("fewer than two peaks".into());
-    };
-    let peaks = f64::from(first.0.peak)..f64::from(last.0.peak);
+    let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
+    let (first, last) = peaks()
+        .next()
+        .zip(peaks().next_back())
+        .context("no peaks")?;
     let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 24))
+        .caption(
+            "Three models on one GPU: p99 time to first token",
+            ("sans-serif", 24),
+        )
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(72)
-        .build_cartesian_2d(peaks, (50.0..100_000.0).log_scale())?;
+        .build_cartesian_2d(first..last, (50.0..100_000.0).log_scale())?;
     chart
         .configure_mesh()
         .x_desc("peak of each ramp (requests a second)")
@@ -72,22 +63,24 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
         .draw()?;
     for pool in Pool::ALL {
         let style = colour(pool).stroke_width(2);
-        let points = curve(&|_, contest| contest.p99_ms(pool));
+        let points = peaks().zip(ramps.iter().map(|(_, contest)| contest.p99_ms(pool)));
         chart
             .draw_series(LineSeries::new(points, style))?
             .label(pool.name())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
     }
-    let split = curve(&|point, _| point.static_ms);
-    let elastic = curve(&|point, _| point.elastic_ms);
-    for (label, pool, points) in [
-        ("static, published", Pool::StaticSplit, split),
-        ("KVCached, published", Pool::PageAtATime, elastic),
+    for (label, pool) in [
+        ("static, published", Pool::StaticSplit),
+        ("KVCached, published", Pool::PageAtATime),
     ] {
         let style = colour(pool).filled();
-        let marks = points.into_iter().map(|point| Circle::new(point, 5, style));
+        let published = ramps.iter().map(|(point, _)| match pool {
+            Pool::StaticSplit => point.static_ms,
+            _ => point.elastic_ms,
+        });
+        let points = peaks().zip(published);
         chart
-            .draw_series(marks)?
+            .draw_series(points.map(|point| Circle::new(point, 5, style)))?
             .label(label)
             .legend(move |(x, y)| Circle::new((x + 10, y), 5, style));
     }
@@ -97,33 +90,30 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Drawn {
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK)
         .draw()?;
-    root.present()?;
-    Ok(())
+    Ok(root.present()?)
 }
 
 /// What each model held over time, a chart for each pool.
-fn draw_memory(contest: &Contest, path: &Path) -> Drawn {
-    let root = SVGBackend::new(path, STACK_SIZE).into_drawing_area();
+fn draw_memory(contest: &Contest, path: &Path) -> Result<()> {
+    let root = SVGBackend::new(path, (1_000, 1_100)).into_drawing_area();
     root.fill(&WHITE)?;
-    let title = format!(
-        "{}: memory held by each model, the first at the bottom",
-        contest.name
-    );
-    let charts = root
-        .titled(&title, ("sans-serif", 24))?
-        .split_evenly((Pool::ALL.len(), 1));
-    let outcomes = Pool::ALL.map(|pool| contest.of(pool));
-    let most = |of: fn(&Served) -> u64| outcomes.iter().map(|served| of(served)).max();
+    let of = &contest.name;
+    let title = format!("{of}: memory held by each model, the first at the bottom");
+    let titled = root.titled(&title, ("sans-serif", 24))?;
+    let charts = titled.split_evenly((Pool::ALL.len(), 1));
+    let most = |of: fn(&Served) -> u64| {
+        let values = Pool::ALL.map(|pool| of(contest.of(pool)));
+        values.into_iter().max().unwrap_or_default() as f64
+    };
     let end_ns = most(|served| served.over_time.last().map_or(0, |moment| moment.at_ns));
-    let end_s = (end_ns.unwrap_or_default() as f64 / 1e9).max(1.0);
-    let most_gib = most(|served| served.held_bytes_max).unwrap_or_default() as f64 / GIB;
+    let most_gib = most(|served| served.held_bytes_max) / GIB;
     for (pool, area) in Pool::ALL.into_iter().zip(&charts) {
         let mut chart = ChartBuilder::on(area)
             .caption(pool.name(), ("sans-serif", 18))
             .margin(8)
             .x_label_area_size(36)
             .y_label_area_size(56)
-            .build_cartesian_2d(0.0..end_s, 0.0..most_gib * 1.05)?;
+            .build_cartesian_2d(0.0..(end_ns / 1e9).max(1.0), 0.0..most_gib * 1.05)?;
         chart
             .configure_mesh()
             .x_desc("simulated seconds")
@@ -139,10 +129,9 @@ fn draw_memory(contest: &Contest, path: &Path) -> Drawn {
                 let bytes: u64 = moment.held_bytes[..=model].iter().sum();
                 (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
             });
-            chart
-                .draw_series(AreaSeries::new(points, 0.0, colour.filled()).border_style(colour))?;
+            let area = AreaSeries::new(points, 0.0, colour.filled());
+            chart.draw_series(area.border_style(colour))?;
         }
     }
-    root.present()?;
-    Ok(())
+    Ok(root.present()?)
 }

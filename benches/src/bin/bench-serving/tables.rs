@@ -2,54 +2,49 @@
 
 use crate::contest::{Contest, Pool};
 use crate::ramps::Ramps;
-use cuda_vmm_benches::Samples;
 use cuda_vmm_benches::report::table;
+use cuda_vmm_benches::serving::Served;
 
 fn milliseconds(value: f64) -> String {
     format!("{value:.0$}", if value < 100.0 { 2 } else { 1 })
 }
 
-fn times(times: &Samples) -> [String; 3] {
-    [times.mean(), times.median(), times.quantile(990)].map(|ns| milliseconds(ns / 1e6))
+fn ms(ns: f64) -> String {
+    milliseconds(ns / 1e6)
 }
+
+/// A column's head and its cells.
+type Column = (&'static str, fn(&Served) -> String);
+
+/// The columns of a contest's table after the pool.
+const COLUMNS: [Column; 13] = [
+    ("first token: mean", |it| ms(it.first_token.mean())),
+    ("p50", |it| ms(it.first_token.quantile(500))),
+    ("p99 (ms)", |it| ms(it.first_token.quantile(990))),
+    ("per token: mean", |it| ms(it.per_token.mean())),
+    ("p50", |it| ms(it.per_token.quantile(500))),
+    ("p99 (ms)", |it| ms(it.per_token.quantile(990))),
+    ("served", |it| it.served.to_string()),
+    ("refused", |it| it.refused.to_string()),
+    ("preempted", |it| it.preemptions.to_string()),
+    ("tokens/s", |it| format!("{:.1}", it.tokens_per_second())),
+    ("most held (GiB)", |it| {
+        format!("{:.2}", it.held_bytes_max as f64 / (1_u64 << 30) as f64)
+    }),
+    ("calls, mean a step (µs)", |it| {
+        format!("{:.2}", it.calls_ns as f64 / 1e3 / it.calls.count() as f64)
+    }),
+    ("worst (µs)", |it| {
+        format!("{:.0}", it.calls.quantile(1000) / 1e3)
+    }),
+];
 
 /// Prints what came of a workload in each pool.
 pub fn print_contest(contest: &Contest) {
-    let head = [
-        "pool",
-        "first token: mean",
-        "p50",
-        "p99 (ms)",
-        "per token: mean",
-        "p50",
-        "p99 (ms)",
-        "served",
-        "refused",
-        "preempted",
-        "tokens/s",
-        "most held (GiB)",
-        "calls, mean a step (µs)",
-        "worst (µs)",
-    ];
+    let head: Vec<_> = ["pool"].into_iter().chain(COLUMNS.map(|it| it.0)).collect();
     let rows = Pool::ALL.map(|pool| {
-        let outcome = contest.of(pool);
-        let steps = outcome.calls.count() as f64;
-        let mut row = vec![pool.name().to_owned()];
-        row.extend(times(&outcome.first_token));
-        row.extend(times(&outcome.per_token));
-        row.extend([
-            outcome.served.to_string(),
-            outcome.refused.to_string(),
-            outcome.preemptions.to_string(),
-            format!("{:.1}", outcome.tokens_per_second()),
-            format!(
-                "{:.2}",
-                outcome.held_bytes_max as f64 / (1_u64 << 30) as f64
-            ),
-            format!("{:.2}", outcome.calls_ns as f64 / 1e3 / steps),
-            format!("{:.0}", outcome.calls.quantile(1000) / 1e3),
-        ]);
-        row
+        let cells = COLUMNS.map(|(_, cell)| cell(contest.of(pool)));
+        [pool.name().to_owned()].into_iter().chain(cells)
     });
     println!("\n{}\n{}", contest.name, table(&head, rows));
 }
@@ -73,8 +68,6 @@ pub fn print_curves(ramps: &Ramps) {
         ]);
         row
     });
-    println!(
-        "\n(a), p99 time to first token (ms)\n{}",
-        table(&head, rows)
-    );
+    let table = table(&head, rows);
+    println!("\n(a), p99 time to first token (ms)\n{table}");
 }

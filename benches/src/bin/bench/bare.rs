@@ -4,7 +4,7 @@
 //! Everything here owns what it made, gives it back once, and names only addresses and handles that
 //! it owns to the driver. Places for what the driver writes are valid during the call.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
 
@@ -25,13 +25,7 @@ pub fn check(code: CUresult, function: DriverFunction) -> Result<()> {
     Ok(())
 }
 
-/// Makes the device's context current on this thread for good, as programs have it that use the
-/// CUDA runtime.
-pub fn make_current(device: &Device) -> Result<()> {
-    // SAFETY: the context is retained while the device lives, which is as long as the program.
-    unsafe { call!(device, cuCtxSetCurrent(device.raw_context())) }
-}
-
+/// Memory behind a part of a range.
 struct Chunk {
     address: CUdeviceptr,
     bytes: usize,
@@ -90,19 +84,11 @@ impl Range {
     pub fn create(&mut self, bytes: usize) -> Result<()> {
         let last = self.chunks.last();
         let address = last.map_or(self.address, |chunk| chunk.address + chunk.bytes as u64);
-        let end = self.address + self.bytes as u64;
-        ensure!(
-            address + bytes as u64 <= end,
-            "the reservation is too short"
-        );
-        let mut handle = 0;
+        let fits = address + bytes as u64 <= self.address + self.bytes as u64;
+        ensure!(fits, "the reservation is too short");
+        let (mut handle, properties) = (0, &self.properties);
         // SAFETY: see the module's documentation; the properties are valid during the call.
-        unsafe {
-            call!(
-                self.device,
-                cuMemCreate(&mut handle, bytes, &self.properties, 0)
-            )
-        }?;
+        unsafe { call!(self.device, cuMemCreate(&mut handle, bytes, properties, 0)) }?;
         self.chunks.push(Chunk {
             address,
             bytes,
@@ -111,25 +97,28 @@ impl Range {
         Ok(())
     }
 
+    fn last(&self) -> Result<&Chunk> {
+        self.chunks.last().context("no memory is behind the range")
+    }
+
     /// Maps the last chunk and makes it accessible.
     pub fn map_last(&mut self) -> Result<()> {
-        let Some(chunk) = self.chunks.last() else {
-            return Ok(());
-        };
-        let (address, bytes) = (chunk.address, chunk.bytes);
+        let Chunk {
+            address,
+            bytes,
+            handle,
+        } = *self.last()?;
         // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is
         // ours. The descriptor is valid during the call.
         unsafe {
-            call!(self.device, cuMemMap(address, bytes, 0, chunk.handle, 0))?;
+            call!(self.device, cuMemMap(address, bytes, 0, handle, 0))?;
             call!(self.device, cuMemSetAccess(address, bytes, &self.access, 1))
         }
     }
 
     /// Unmaps the last chunk and keeps its memory.
     pub fn unmap_last(&mut self) -> Result<()> {
-        let Some(chunk) = self.chunks.last() else {
-            return Ok(());
-        };
+        let chunk = self.last()?;
         // SAFETY: the addresses are those of our chunk.
         unsafe { call!(self.device, cuMemUnmap(chunk.address, chunk.bytes)) }
     }
@@ -157,15 +146,15 @@ impl Drop for Range {
 }
 
 /// Memory of `cuMemAlloc`.
-pub struct Plain<'a>(&'a Device, CUdeviceptr);
+pub struct Plain(Device, CUdeviceptr);
 
-impl<'a> Plain<'a> {
-    /// Allocates.
-    pub fn new(device: &'a Device, bytes: usize) -> Result<Self> {
+impl Plain {
+    /// Allocates; the context is current.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
         let mut address = 0;
-        // SAFETY: see the module's documentation; the context is current.
+        // SAFETY: see the module's documentation.
         unsafe { call!(device, cuMemAlloc(&mut address, bytes)) }?;
-        Ok(Self(device, address))
+        Ok(Self(device.clone(), address))
     }
 
     /// The first address.
@@ -174,7 +163,7 @@ impl<'a> Plain<'a> {
     }
 }
 
-impl Drop for Plain<'_> {
+impl Drop for Plain {
     fn drop(&mut self) {
         // SAFETY: the memory is ours, and this is its end.
         let _ = unsafe { call!(self.0, cuMemFree(self.1)) };
@@ -188,14 +177,9 @@ pub struct Ordered<'a>(&'a Stream, CUdeviceptr);
 impl<'a> Ordered<'a> {
     /// Allocates in the order of the stream.
     pub fn new(stream: &'a Stream, bytes: usize) -> Result<Self> {
-        let mut address = 0;
+        let (device, queue, mut address) = (stream.device(), stream.raw(), 0);
         // SAFETY: see the module's documentation; the stream is alive.
-        unsafe {
-            call!(
-                stream.device(),
-                cuMemAllocAsync(&mut address, bytes, stream.raw())
-            )
-        }?;
+        unsafe { call!(device, cuMemAllocAsync(&mut address, bytes, queue)) }?;
         Ok(Self(stream, address))
     }
 }

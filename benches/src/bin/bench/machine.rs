@@ -1,22 +1,18 @@
 //! The driver and the device on which everything is measured.
 
 use crate::arguments::{Arguments, Choice, Replay};
-use crate::{bare, recorder};
+use crate::bare::call;
 use anyhow::{Result, ensure};
 use cuda_vmm::{
-    Device, Driver, DriverKind, Engine, EngineOptions, EngineStats, PoolOptions, Stream,
-    VirtualMemoryPool,
+    Device, Driver, DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool,
 };
-use cuda_vmm_benches::{Filling, Settings, program};
-use cuda_vmm_sim::{SimConfig, Simulator};
-use std::time::{Duration, Instant};
+use cuda_vmm_benches::{Settings, noting_driver, program, step_until};
+use cuda_vmm_sim::SimConfig;
 
 /// A device with nothing else to do.
 pub struct Machine {
-    /// The device, with its context current on this thread.
-    pub device: Device,
-    /// The same device, whose driver's calls can be recorded.
-    pub recorded: Device,
+    /// A stream of the same device, of a driver whose calls can be noted.
+    pub noted: Stream,
     /// A stream of the device.
     pub stream: Stream,
     /// The page of all pools in bytes: the device's granularity.
@@ -25,11 +21,9 @@ pub struct Machine {
     pub settings: Settings,
     /// How the replay of a server's work is made.
     pub replay: Replay,
-    /// Fills a pool on a driver that does nothing, and counts the host memory that the process
-    /// holds for it.
-    pub fillings: fn() -> Result<[Filling; 4]>,
-    /// Behind the tables of the drivers above, so that it must go last.
-    _simulator: Option<Simulator>,
+    /// The device, with its context current on this thread. It goes last, for its driver stands
+    /// behind the one that notes.
+    pub device: Device,
 }
 
 impl program::Machine for Machine {
@@ -44,29 +38,23 @@ impl program::Machine for Machine {
 
 impl Machine {
     /// Opens the driver that is asked for, and no other.
-    pub fn open(arguments: &Arguments, fillings: fn() -> Result<[Filling; 4]>) -> Result<Self> {
-        let (driver, simulator) = match arguments.driver {
-            Choice::Real => (Driver::cuda()?, None),
-            Choice::Simulated => {
-                let simulator = Simulator::new(SimConfig::new())?;
-                let (table, kind) = (simulator.table(), DriverKind::Simulated);
-                // SAFETY: the simulator is kept in the machine, behind all that is made of its
-                // table.
-                (unsafe { Driver::from_table(table, kind) }?, Some(simulator))
-            }
+    pub fn open(arguments: &Arguments) -> Result<Self> {
+        let driver = match arguments.driver {
+            Choice::Real => Driver::cuda()?,
+            Choice::Simulated => Driver::simulated(SimConfig::new())?,
         };
         ensure!(driver.device_count()? > 0, "the driver has no device");
         let device = driver.device(0)?;
-        bare::make_current(&device)?;
+        // For good, as programs have it that use the CUDA runtime.
+        // SAFETY: the context is retained while the device lives, which is as long as the program.
+        unsafe { call!(device, cuCtxSetCurrent(device.raw_context())) }?;
         Ok(Self {
-            recorded: recorder::open(&driver)?.device(0)?,
+            noted: Stream::new(&noting_driver(&driver)?.device(0)?)?,
             stream: Stream::new(&device)?,
             page_bytes: device.granularity_bytes(),
-            device,
             settings: arguments.settings(),
             replay: arguments.replay,
-            fillings,
-            _simulator: simulator,
+            device,
         })
     }
 
@@ -82,56 +70,28 @@ impl Machine {
     /// A pool on an engine of its own, whose memory is used on the machine's stream.
     pub fn pool(&self, engine: EngineOptions, capacity_bytes: usize) -> Result<VirtualMemoryPool> {
         let engine = Engine::new(&self.device, engine)?;
-        self.range(&engine, capacity_bytes, PoolOptions::new())
-    }
-
-    /// A pool on an engine, whose memory is used on the machine's stream.
-    pub fn range(
-        &self,
-        engine: &Engine,
-        capacity_bytes: usize,
-        options: PoolOptions,
-    ) -> Result<VirtualMemoryPool> {
-        let (bytes, page_bytes) = (capacity_bytes, self.page_bytes);
-        let pool = VirtualMemoryPool::with_options(engine, bytes, page_bytes, options)?;
-        pool.use_stream(&self.stream)?;
-        Ok(pool)
+        range(&engine, capacity_bytes, PoolOptions::new(), &self.stream)
     }
 
     /// Waits for the stream, and then until the engine holds nothing that is not live.
     pub fn give_back(&self, engine: &Engine) -> Result<()> {
         self.stream.synchronize()?;
-        until(engine, "memory to go back", |stats| {
+        step_until(engine, "memory to go back", |stats| {
             engine.trim()?;
             Ok(stats.committed_bytes == stats.parts.live_page_bytes + stats.parts.slack_bytes)
         })
     }
 }
 
-/// For how long something may be waited for.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// Takes steps of an engine until its numbers are as they should be.
-pub fn until(
+/// A pool on an engine, whose memory is used on a stream.
+pub fn range(
     engine: &Engine,
-    what: &str,
-    mut is_so: impl FnMut(&EngineStats) -> Result<bool>,
-) -> Result<()> {
-    let started = Instant::now();
-    while !is_so(&engine.stats())? {
-        ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
-        engine.step();
-    }
-    Ok(())
-}
-
-/// Looks at an engine's numbers until they are as they should be, and leaves the steps to its
-/// thread.
-pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
-    let started = Instant::now();
-    while !is_so(&engine.stats()) {
-        ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
-        std::hint::spin_loop();
-    }
-    Ok(())
+    capacity_bytes: usize,
+    options: PoolOptions,
+    stream: &Stream,
+) -> Result<VirtualMemoryPool> {
+    let page_bytes = stream.device().granularity_bytes();
+    let pool = VirtualMemoryPool::with_options(engine, capacity_bytes, page_bytes, options)?;
+    pool.use_stream(stream)?;
+    Ok(pool)
 }

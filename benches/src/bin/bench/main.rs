@@ -2,21 +2,15 @@
 
 mod arguments;
 mod bare;
-mod kernel;
 mod machine;
-mod recorder;
 mod traffic;
 mod work;
 
 use anyhow::Result;
 use arguments::{Arguments, Choice};
-use cuda_vmm_benches::{CountingAllocator, bookkeeping_memory, program};
+use cuda_vmm_benches::program;
 use machine::Machine;
 use std::process::ExitCode;
-
-/// Counts only while the bookkeeping's memory is measured.
-#[global_allocator]
-static ALLOCATOR: CountingAllocator = CountingAllocator::new();
 
 const FIGURES: &str = include_str!("../../../figures/bench.csv");
 
@@ -26,13 +20,6 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.driver == Choice::Real;
-    program::measure(
-        (work::ALL, FIGURES),
-        &arguments.wanted,
-        may_be_absent,
-        || {
-            let fillings = || Ok(bookkeeping_memory(&ALLOCATOR)?);
-            Machine::open(arguments, fillings)
-        },
-    )
+    let open = || Machine::open(arguments);
+    program::measure((work::ALL, FIGURES), &arguments.wanted, may_be_absent, open)
 }

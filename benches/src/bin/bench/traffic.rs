@@ -1,15 +1,21 @@
-//! Memory traffic on a stream that stands for a model's compute: a kernel that writes
-//! bytes as fast as the memory takes them.
+//! Work for a stream, as a program that serves models queues it: a kernel that writes bytes as fast
+//! as the memory takes them, and so stands for a model's compute.
+//!
+//! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits
+//! while another thread maps. A kernel's launch does not.
 
-use crate::bare::Plain;
-use crate::kernel::{launch, load};
+use crate::bare::{Plain, call};
 use crate::machine::Machine;
 use anyhow::{Result, ensure};
-use cuda_vmm::sys::CUfunction;
-use cuda_vmm::{Device, Stream};
-use std::ffi::c_void;
+use cuda_vmm::sys::{CUfunction, CUmodule};
+use cuda_vmm::{Device, DriverKind, Stream};
+use std::ffi::{CString, c_void};
+use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
+/// Generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test
+/// --cuda` keeps the two in step.
+const PTX: &str = include_str!("traffic.ptx");
 const VECTOR_BYTES: usize = 16;
 /// As many as keep all of a large GPU's memory busy.
 const BLOCKS: u32 = 1056;
@@ -21,31 +27,93 @@ const TRIAL_BYTES: usize = 8 << 30;
 /// What is written in the simulator in place of more: it is there to run, not to take time.
 const SIMULATED_BYTES: usize = 4096;
 
+/// The kernel, loaded for the process's life; the simulated driver has none, and a memset stands
+/// for it there.
+#[derive(Clone, Copy)]
+pub struct Kernel(Option<CUfunction>);
+
+impl Kernel {
+    /// Loads it on a device whose context is current on this thread.
+    pub fn load(device: &Device) -> Result<Self> {
+        if device.driver().kind() == DriverKind::Simulated {
+            return Ok(Self(None));
+        }
+        let image = CString::new(PTX)?;
+        let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
+        let (name, image) = (c"traffic".as_ptr(), image.as_ptr().cast());
+        // SAFETY: the image is PTX that ends with a zero, and `module` and `function` are valid
+        // places.
+        unsafe {
+            call!(device, cuModuleLoadData(&mut module, image))?;
+            call!(device, cuModuleGetFunction(&mut function, module, name))?;
+        }
+        Ok(Self(Some(function)))
+    }
+
+    /// Queues a write of so many bytes that begins again after `room_bytes`, a power of two.
+    ///
+    /// # Safety
+    /// The `room_bytes` bytes from `target` on are live until the stream is past this.
+    pub unsafe fn write(
+        self,
+        stream: &Stream,
+        mut target: u64,
+        room_bytes: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let Some(kernel) = self.0 else {
+            let bytes = bytes.min(room_bytes).min(SIMULATED_BYTES);
+            // SAFETY: the caller's promise.
+            return Ok(unsafe { stream.memset(target, 1, bytes) }?);
+        };
+        let mut mask = (room_bytes / VECTOR_BYTES - 1) as u64;
+        let mut vectors = (bytes / VECTOR_BYTES) as u64;
+        // No more than there is work for.
+        let blocks = vectors.div_ceil(THREADS.into()).clamp(1, BLOCKS.into()) as u32;
+        let mut parameters: [*mut c_void; 3] = [
+            (&raw mut target).cast(),
+            (&raw mut mask).cast(),
+            (&raw mut vectors).cast(),
+        ];
+        let (parameters, queue, none) = (parameters.as_mut_ptr(), stream.raw(), null_mut());
+        // SAFETY: the parameters are those that the kernel declares, and are read before the call
+        // returns; it writes within the caller's memory, as the mask has it begin again at its end.
+        unsafe {
+            call!(
+                stream.device(),
+                cuLaunchKernel(
+                    kernel, blocks, 1, 1, THREADS, 1, 1, 0, queue, parameters, none
+                )
+            )
+        }
+    }
+}
+
 /// The kernel, and memory of its own to write to.
-pub struct Traffic<'a> {
-    kernel: Option<CUfunction>,
-    buffer: Plain<'a>,
+pub struct Traffic {
+    pub kernel: Kernel,
+    buffer: Plain,
     buffer_bytes: usize,
     bytes_per_second: f64,
 }
 
-impl<'a> Traffic<'a> {
+impl Traffic {
     /// Loads the kernel and finds out how fast it writes, on this stream.
-    pub fn new(machine: &Machine, device: &'a Device, stream: &Stream) -> Result<Self> {
-        let kernel = load(device, include_str!("traffic.ptx"), c"traffic")?;
-        let buffer_bytes = match kernel {
-            Some(_) => BUFFER_BYTES.min(machine.fitting(BUFFER_BYTES, 0.05, 1 << 20)?),
+    pub fn new(machine: &Machine, stream: &Stream) -> Result<Self> {
+        let kernel = Kernel::load(stream.device())?;
+        let buffer_bytes = match kernel.0 {
+            Some(_) => machine.fitting(BUFFER_BYTES, 0.05, 1 << 20)?,
             None => SIMULATED_BYTES,
         };
         // A power of two, for the kernel goes round by a mask.
         let buffer_bytes = 1 << buffer_bytes.ilog2();
         let mut traffic = Self {
             kernel,
-            buffer: Plain::new(device, buffer_bytes)?,
+            buffer: Plain::new(stream.device(), buffer_bytes)?,
             buffer_bytes,
             bytes_per_second: f64::INFINITY,
         };
-        if traffic.kernel.is_some() {
+        if traffic.kernel.0.is_some() {
             traffic.bytes_per_second = traffic.trial(stream)?;
         }
         Ok(traffic)
@@ -64,61 +132,21 @@ impl<'a> Traffic<'a> {
         Ok(TRIAL_BYTES as f64 / best.as_secs_f64())
     }
 
-    /// How fast it writes; nothing in the simulator.
-    pub fn bytes_per_second(&self) -> Option<f64> {
-        self.kernel.map(|_| self.bytes_per_second)
+    /// How fast it writes; infinitely in the simulator.
+    pub fn bytes_per_second(&self) -> f64 {
+        self.bytes_per_second
     }
 
-    /// Queues bytes of traffic in memory of its own.
-    pub fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {
+    fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {
+        let (target, room_bytes) = (self.buffer.address(), self.buffer_bytes);
         // SAFETY: the memory is ours while this lives, which is beyond the stream's work: the owner
         // has synchronised before it drops this, and `cuMemFree` waits besides.
-        unsafe { self.write(stream, self.buffer.address(), self.buffer_bytes, bytes) }
+        unsafe { self.kernel.write(stream, target, room_bytes, bytes) }
     }
 
-    /// Queues as much traffic as takes this long.
+    /// Queues as much traffic as takes this long, in memory of its own.
     pub fn queue_for(&self, stream: &Stream, time: Duration) -> Result<()> {
-        match self.bytes_per_second() {
-            Some(rate) => self.queue(stream, (rate * time.as_secs_f64()) as usize),
-            None => self.queue(stream, SIMULATED_BYTES),
-        }
-    }
-
-    /// Queues a write of a power of two of bytes.
-    ///
-    /// # Safety
-    /// The bytes are live until the stream is past this.
-    pub unsafe fn touch(&self, stream: &Stream, target: u64, bytes: usize) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.write(stream, target, bytes, bytes) }
-    }
-
-    /// # Safety
-    /// The `room_bytes` bytes from `target` on, a power of two, are live until the stream is past
-    /// this.
-    unsafe fn write(
-        &self,
-        stream: &Stream,
-        mut target: u64,
-        room_bytes: usize,
-        bytes: usize,
-    ) -> Result<()> {
-        let Some(kernel) = self.kernel else {
-            let bytes = bytes.min(room_bytes).min(SIMULATED_BYTES);
-            // SAFETY: the caller's promise.
-            return Ok(unsafe { stream.memset(target, 1, bytes) }?);
-        };
-        let mut mask = (room_bytes / VECTOR_BYTES - 1) as u64;
-        let mut vectors = (bytes / VECTOR_BYTES) as u64;
-        let mut parameters: [*mut c_void; 3] = [
-            (&raw mut target).cast(),
-            (&raw mut mask).cast(),
-            (&raw mut vectors).cast(),
-        ];
-        // No more than there is work for.
-        let blocks = vectors.div_ceil(u64::from(THREADS)).clamp(1, BLOCKS.into()) as u32;
-        // SAFETY: the parameters are those that the kernel declares; it writes within the caller's
-        // memory, as the mask has it begin again at its end.
-        unsafe { launch(kernel, stream, (blocks, THREADS), &mut parameters) }
+        let bytes = (self.bytes_per_second * time.as_secs_f64()) as usize;
+        self.queue(stream, bytes.max(1))
     }
 }

@@ -45,10 +45,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let by_stock = || stock(&q, &head_k, &head_v, scale);
         let apart = (by_gqa()?.to_dtype(DType::F32)? - by_stock()?.to_dtype(DType::F32)?)?;
         let apart = apart.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-        ensure!(
-            apart <= TOLERANCE,
-            "over {keys} keys the results are {apart} apart"
-        );
+        let is_near = apart <= TOLERANCE;
+        ensure!(is_near, "over {keys} keys the results are {apart} apart");
         let mut sides = Sides::new();
         sides.add(&ours, || machine.mean_time(QUERIES, by_gqa));
         sides.add(&peer, || machine.mean_time(QUERIES, by_stock));

@@ -7,10 +7,10 @@ use cuda_vmm::pool::blocks::{
     BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
 };
 use cuda_vmm::{Engine, EngineOptions, Stream};
-use cuda_vmm_benches::Outcome;
+use cuda_vmm_benches::{Outcome, step_until};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 const LAYERS: [usize; 2] = [32, 1];
@@ -24,27 +24,16 @@ const PINNED: usize = 100;
 /// Of this many sequences one goes on when the others end.
 const ONE_OF: usize = 8;
 const SEED: u64 = 7;
-/// For how long memory may be on its way.
-const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Bytes over time.
-#[derive(Default)]
-struct Curve(Vec<(Duration, usize)>);
-
-impl Curve {
-    /// About as many points as this, of those there are.
-    const POINTS: usize = 40;
-
-    /// The points as text. Of many, some at equal distances, and the last.
-    fn text(&self) -> String {
-        let every = self.0.len().div_ceil(Self::POINTS).max(1);
-        let last = self.0.len().saturating_sub(1);
-        let points = self.0.iter().enumerate();
-        let points = points.filter(|(index, _)| index % every == 0 || *index == last);
-        let points = points
-            .map(|(_, (time, bytes))| format!("{:.3} s {} MiB", time.as_secs_f64(), bytes >> 20));
-        points.collect::<Vec<_>>().join(", ")
-    }
+/// Bytes over time as text: of many points some at equal distances, about 40, and the last.
+fn text(curve: &[(Duration, usize)]) -> String {
+    let every = curve.len().div_ceil(40).max(1);
+    let last = curve.len().saturating_sub(1);
+    let points = curve.iter().enumerate();
+    let points = points.filter(|(index, _)| index % every == 0 || *index == last);
+    let points =
+        points.map(|(_, (time, bytes))| format!("{:.3} s {} MiB", time.as_secs_f64(), bytes >> 20));
+    points.collect::<Vec<_>>().join(", ")
 }
 
 fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
@@ -71,11 +60,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     backing.use_stream(&stream)?;
     let allocator = BlockAllocator::new(backing.clone());
     let started = Instant::now();
-    let mut curve = Curve::default();
-    let mut look = || {
-        let bytes = backing.stats().committed_bytes;
-        curve.0.push((started.elapsed(), bytes));
-    };
+    let mut curve = Vec::new();
+    let mut look = || curve.push((started.elapsed(), backing.stats().committed_bytes));
 
     let prefix = allocator.allocate(PINNED)?;
     let pin = backing.pin(prefix.iter().copied())?;
@@ -95,7 +81,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 
     // Most end. The prefix cache keeps their blocks, the longest unused of which are worth the
     // least.
-    let mut cached = VecDeque::new();
+    let mut cached = Vec::new();
     let mut live = Vec::new();
     for (index, sequence) in sequences.into_iter().enumerate() {
         match index % ONE_OF {
@@ -108,11 +94,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let warm_bytes = backing.stats().committed_bytes;
 
     // Idle: all that is not in use may go.
-    let worth: BTreeMap<BlockId, f64> = cached
-        .iter()
-        .enumerate()
-        .map(|(age, block)| (*block, 1.0 + age as f64))
-        .collect();
+    let worth = cached.iter().copied().zip((1..).map(f64::from));
+    let worth: BTreeMap<BlockId, f64> = worth.collect();
     let plan_started = Instant::now();
     // Moving a block costs less than losing any.
     let plan = allocator
@@ -122,20 +105,15 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     rewrite(&mut live, &plan);
     stream.synchronize()?;
     let engine = backing.engine();
-    let wait_started = Instant::now();
-    while engine.stats().parts.retiring_bytes > 0 {
-        let waited = wait_started.elapsed();
-        ensure!(waited < PATIENCE, "memory does not go back");
-        engine.step();
+    step_until(engine, "memory to go back", |stats| {
         look();
-    }
+        Ok(stats.parts.retiring_bytes == 0)
+    })?;
     engine.trim()?;
     look();
     let mut in_use = live.iter().copied().chain(pin.blocks());
-    ensure!(
-        in_use.all(|block| backing.is_backed(block)),
-        "a block in use has no memory"
-    );
+    let has_memory = in_use.all(|block| backing.is_backed(block));
+    ensure!(has_memory, "a block in use has no memory");
     let left_bytes = backing.stats().committed_bytes;
     let note = format!(
         "{} blocks live, {PINNED} pinned, {} in the prefix cache before; planned in {:.1} ms; {} evicted, {} moved; \
@@ -145,7 +123,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         planned.as_secs_f64() * 1e3,
         plan.evicted().len(),
         plan.moves().len(),
-        curve.text()
+        text(&curve)
     );
     outcome.count("live and pinned", used_bytes as f64);
     outcome.count("committed before reclaiming", warm_bytes as f64);
@@ -169,17 +147,12 @@ mod tests {
     #[test]
     fn a_curve_of_many_points_is_told_by_some_and_the_last() {
         let point = |index: usize| (Duration::from_millis(index as u64), index << 20);
-        let text = Curve((0..100).map(point).collect()).text();
-        assert!(text.starts_with("0.000 s 0 MiB, 0.003 s 3 MiB, "), "{text}");
-        assert!(text.ends_with(", 0.099 s 99 MiB"), "{text}");
-        assert_eq!(text.split(", ").count(), 34);
-        assert_eq!(
-            Curve((0..101).map(point).collect())
-                .text()
-                .split(", ")
-                .count(),
-            35
-        );
-        assert_eq!(Curve::default().text(), "");
+        let points = |count| text(&(0..count).map(point).collect::<Vec<_>>());
+        let told = points(100);
+        assert!(told.starts_with("0.000 s 0 MiB, 0.003 s 3 MiB, "), "{told}");
+        assert!(told.ends_with(", 0.099 s 99 MiB"), "{told}");
+        assert_eq!(told.split(", ").count(), 34);
+        assert_eq!(points(101).split(", ").count(), 35);
+        assert_eq!(points(0), "");
     }
 }

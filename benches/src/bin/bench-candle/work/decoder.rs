@@ -1,19 +1,18 @@
 //! The whole decoder.
 
-use crate::caches::Measured;
 use crate::config::Config;
-use crate::generation::{generate, prompt};
 use crate::machine::Machine;
 use crate::model::{Attention, Decoder};
 use crate::weights::{Source, Weights};
 use anyhow::Result;
-use candle_core::DType;
-use candle_cuda_vmm::TensorPool;
-use candle_cuda_vmm::kv_cache::PreallocatedCaches;
+use candle_core::{DType, Device};
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
 use cuda_vmm_benches::program::Machine as _;
 use cuda_vmm_benches::{Outcome, Sides};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use std::cell::RefCell;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Llama 3.2 1B's shape.
 const LARGE: &str = r#"{ "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -38,44 +37,51 @@ const fn tokens_max(size: usize) -> usize {
     CONTEXT[size] + 2 * (ROUNDS[size] + 1) * (GENERATED[size] + 1)
 }
 
-/// A decoder that has taken its prompt, and what made its caches.
-struct Subject<'a, F: Measured> {
-    factory: &'a F,
-    decoder: Decoder<F::Cache>,
+/// A decoder that has taken its prompt.
+struct Subject<C> {
+    decoder: Decoder<C>,
     /// The token that comes next.
     last: u32,
 }
 
-impl<'a, F: Measured> Subject<'a, F> {
-    fn new(machine: &Machine, config: &Config, factory: &'a F) -> Result<Self> {
-        let context = machine.sized(CONTEXT);
+impl<C: KvCache> Subject<C> {
+    fn new<F>(machine: &Machine, config: &Config, factory: &F) -> Result<Self>
+    where
+        F: KvCacheFactory<Cache = C>,
+    {
         let weights = Weights::new(Source::Random(SEED), DType::BF16, &machine.candle);
         let most = machine.sized([tokens_max(0), tokens_max(1)]);
         // The prompt is not what is measured, and with stock attention its scores would take
         // gigabytes.
         let mut decoder = Decoder::new(config, weights, factory, most, Attention::Gqa)?;
-        let prompt = prompt(config.vocab_size, context, SEED);
+        let mut random = StdRng::seed_from_u64(SEED);
+        let token = |_| random.random_range(0..config.vocab_size as u32);
+        let prompt: Vec<_> = (0..machine.sized(CONTEXT)).map(token).collect();
         for part in prompt.chunks(PART) {
             decoder.forward(part)?;
         }
-        machine.synchronize()?;
-        Ok(Self {
-            factory,
-            decoder,
-            last: prompt[prompt.len() - 1],
-        })
+        machine.candle.synchronize()?;
+        let last = prompt[prompt.len() - 1];
+        Ok(Self { decoder, last })
     }
 
-    /// The time of a token, of some that are generated.
+    /// Generates a token, and waits for it.
+    fn generate(&mut self) -> candle_core::Result<()> {
+        let logits = self.decoder.forward(&[self.last])?.to_dtype(DType::F32)?;
+        self.last = logits.argmax(0)?.to_device(&Device::Cpu)?.to_scalar()?;
+        Ok(())
+    }
+
+    /// The time of a token, of some that are generated after one that does not count.
     fn timed(&mut self, machine: &Machine, attention: Attention) -> Result<Duration> {
         self.decoder.attention = attention;
-        let count = machine.sized(GENERATED);
-        // The first token is waited for, and is not timed.
-        let prompt = [self.last];
-        let generation = generate(&mut self.decoder, self.factory, 0, &prompt, count + 1, 1)?;
-        self.last = generation.tokens[count];
-        let seconds = generation.decode_seconds / count as f64;
-        Ok(Duration::from_secs_f64(seconds))
+        self.generate()?;
+        let count = machine.sized(GENERATED) as u32;
+        let started = Instant::now();
+        for _ in 0..count {
+            self.generate()?;
+        }
+        Ok(started.elapsed() / count)
     }
 }
 
@@ -83,11 +89,8 @@ impl<'a, F: Measured> Subject<'a, F> {
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const CONTIGUOUS: &str = "ElasticKvCache, contiguous answers, stock attention";
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
-    let pool = machine.pool()?;
-    let options = machine.pool_options().contiguous_output(true);
-    let copying_pool = TensorPool::with_options(&machine.candle, options)?;
-    let elastic = &RefCell::new(Subject::new(machine, &config, &pool)?);
-    let mut copying = Subject::new(machine, &config, &copying_pool)?;
+    let new = |is_contiguous| Subject::new(machine, &config, &machine.pool(is_contiguous)?);
+    let (elastic, mut copying) = (&RefCell::new(new(false)?), new(true)?);
     let preallocated = &RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
     let mut sides = Sides::new();
     sides.add(CONTIGUOUS, || copying.timed(machine, Attention::Stock));
@@ -105,11 +108,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             preallocated.borrow_mut().timed(machine, attention)
         });
     }
-    outcome.measure(
-        sides,
-        &machine.settings.patient(u32::MAX),
-        machine.sized(ROUNDS),
-    )?;
+    let settings = machine.settings.patient(u32::MAX);
+    outcome.measure(sides, &settings, machine.sized(ROUNDS))?;
     let (from, to) = (machine.sized(CONTEXT), elastic.borrow().decoder.tokens());
     let generated = machine.sized(GENERATED);
     let note =

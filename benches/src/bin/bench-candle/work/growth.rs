@@ -3,13 +3,12 @@
 
 use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, LAYERS, Layers, token_bytes, tokens};
 use crate::machine::Machine;
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use candle_core::Tensor;
-use candle_cuda_vmm::TensorPool;
 use candle_cuda_vmm::kv_cache::PreallocatedCaches;
-use cuda_vmm_benches::{Outcome, Sides};
+use cuda_vmm_benches::{Outcome, Sides, watch};
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Tokens appended one by one, and all of them looked at, against Candle's preallocated cache.
 pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
@@ -18,7 +17,7 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let token = tokens(machine, 1)?;
-        let pool = machine.pool()?;
+        let pool = machine.pool(false)?;
         let mut elastic = Layers::new(machine, &pool, count)?;
         let mut preallocated = Layers::new(machine, &PreallocatedCaches, count)?;
         let layers = machine.sized(LAYERS) as u32;
@@ -31,11 +30,8 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             Ok(machine.mean_time(stretch, || preallocated.append(&token))? / layers)
         });
         // All tokens are appended; the first stretch warms up.
-        outcome.measure(
-            sides,
-            &machine.settings.patient(u32::MAX),
-            count / stretch - 1,
-        )?;
+        let settings = machine.settings.patient(u32::MAX);
+        outcome.measure(sides, &settings, count / stretch - 1)?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
         let note = format!(
             "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
@@ -49,8 +45,6 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 const PART: usize = 1000;
 /// What Candle's cache is told to be ready for.
 const PREALLOCATED_TOKENS: usize = 131_072;
-/// For how long memory may be on its way.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The most that may be held for this many live bytes.
 fn allowed_bytes(live_bytes: usize, page_bytes: usize) -> f64 {
@@ -61,23 +55,6 @@ fn allowed_bytes(live_bytes: usize, page_bytes: usize) -> f64 {
     most + 64.0 * page_bytes as f64
 }
 
-/// What is held without, and with, what was made ahead; when nothing is on its way.
-fn held(pool: &TensorPool) -> Result<(usize, usize)> {
-    let Some(engine) = pool.engine() else {
-        return Ok((pool.committed_bytes(), pool.committed_bytes()));
-    };
-    let started = Instant::now();
-    loop {
-        let stats = engine.stats();
-        if stats.parts.filling_bytes + stats.parts.retiring_bytes == 0 {
-            let held = stats.committed_bytes - stats.parts.ahead_bytes;
-            return Ok((held, stats.committed_bytes));
-        }
-        ensure!(started.elapsed() < PATIENCE, "memory stays on its way");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// The memory behind the caches of all layers, against what is allowed.
 pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let token_bytes = token_bytes(machine.sized(LAYERS));
@@ -85,20 +62,27 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let lengths = ["1,000", "10,000", "100,000"];
     let counts = machine.sized([[1000, 10_000, 100_000], [20, 40, 80]]);
     for (length, count) in lengths.into_iter().zip(counts) {
-        let pool = machine.pool()?;
+        let pool = machine.pool(false)?;
         let mut layers = Layers::new(machine, &pool, count)?;
         let part = PART.min(count);
         let tokens = tokens(machine, part)?;
         for _ in 0..count / part {
             layers.append(&tokens)?;
         }
-        machine.synchronize()?;
+        machine.candle.synchronize()?;
         let live_bytes = count * token_bytes;
-        let (held_bytes, committed_bytes) = held(&pool)?;
-        let (ahead, others) = (
-            committed_bytes - held_bytes,
-            PREALLOCATED_TOKENS * token_bytes,
-        );
+        // On a CPU a pool has none, and makes nothing ahead.
+        let ahead = match pool.engine() {
+            Some(engine) => {
+                watch(engine, "memory on its way", |stats| {
+                    stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
+                })?;
+                engine.stats().parts.ahead_bytes
+            }
+            None => 0,
+        };
+        let held_bytes = pool.committed_bytes() - ahead;
+        let others = PREALLOCATED_TOKENS * token_bytes;
         let side = format!("held, {length} tokens");
         outcome.count(&side, held_bytes as f64);
         let allowed_bytes = allowed_bytes(live_bytes, page_bytes);
@@ -122,7 +106,7 @@ pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let most = steps + WARM + 1;
     let token = tokens(machine, 1)?;
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
-    let pool = machine.pool()?;
+    let pool = machine.pool(false)?;
     let mut elastic = Layers::new(machine, &pool, most)?;
     let mut preallocated = Layers::new(machine, &PreallocatedCaches, most)?;
     for _ in 0..WARM {
@@ -145,10 +129,8 @@ pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     });
     outcome.measure(sides, &machine.settings.patient(u32::MAX), steps)?;
     let [ours_us, peer_us] = [outcome.us(OURS, 500)?, outcome.us(PEER, 500)?];
-    outcome.note(
-        OURS,
-        format!("{steps} steps; medians {ours_us:.1} µs and {peer_us:.1} µs"),
-    );
+    let note = format!("{steps} steps; medians {ours_us:.1} µs and {peer_us:.1} µs");
+    outcome.note(OURS, note);
     Ok(())
 }
 
@@ -157,10 +139,10 @@ pub fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     /// One view takes hardly longer than reading the clock, so a sample is the mean of all.
     const VIEWS: usize = 64;
     const OURS: &str = "ours, mean of 64 views";
-    let pool = machine.pool()?;
+    let pool = machine.pool(false)?;
     let mut tensor = pool.tensor((KV_HEADS, HEAD_DIM), DTYPE)?;
     tensor.grow(1000)?;
-    machine.synchronize()?;
+    machine.candle.synchronize()?;
     let mut sides = Sides::new();
     sides.add(OURS, || {
         let started = Instant::now();

@@ -10,11 +10,11 @@ use cuda_vmm_benches::Work;
 
 /// All of it, in the order of the figures.
 pub const ALL: &[Work<Machine>] = &[
-    Work::new("append and view", growth::append),
-    Work::new("memory of the caches", growth::memory),
-    Work::new("worst decode step", growth::step),
-    Work::new("attention", attention::measure),
-    Work::new("whole decoder", decoder::measure),
-    Work::new("make and drop a view", growth::view),
-    Work::new("blocks", blocks::measure),
+    ("append and view", growth::append),
+    ("memory of the caches", growth::memory),
+    ("worst decode step", growth::step),
+    ("attention", attention::measure),
+    ("whole decoder", decoder::measure),
+    ("make and drop a view", growth::view),
+    ("blocks", blocks::measure),
 ];

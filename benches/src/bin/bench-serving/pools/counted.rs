@@ -1,7 +1,7 @@
 //! Pools whose calls cost nothing, which only count blocks.
 
 use anyhow::Result;
-use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, blocks_within};
 
 /// How many blocks each model has.
 pub struct Counted {
@@ -13,18 +13,18 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// This many blocks for each model.
-    pub fn split(limit: usize, models: usize) -> Self {
+    /// Blocks of this many tokens for each model.
+    pub fn split(tokens: usize, models: usize) -> Self {
         Self {
             is_split: true,
-            ..Self::shared(limit, models)
+            ..Self::shared(tokens, models)
         }
     }
 
-    /// This many blocks for all models.
-    pub fn shared(limit: usize, models: usize) -> Self {
+    /// Blocks of this many tokens for all models.
+    pub fn shared(tokens: usize, models: usize) -> Self {
         Self {
-            limit,
+            limit: blocks_within(tokens),
             is_split: false,
             held: vec![0; models],
         }
@@ -57,10 +57,9 @@ impl Memory for Counted {
     }
 
     fn held_bytes(&self, model: usize) -> u64 {
-        let held = if self.is_split {
-            self.limit
-        } else {
-            self.held[model]
+        let held = match self.is_split {
+            true => self.limit,
+            false => self.held[model],
         };
         (held * BLOCK_BYTES) as u64
     }

@@ -13,7 +13,7 @@ use crate::card::Card;
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
-use cuda_vmm_benches::{SharedSizes, model_name, shared_models};
+use cuda_vmm_benches::{model_name, shared_models};
 use cuda_vmm_sim::CostModel;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -52,11 +52,7 @@ impl Elastic {
             .park_bytes_max(share_bytes)
             .chunk_bytes_max(chunk_bytes_max)
             .worker(WorkerMode::Manual);
-        let sizes = SharedSizes {
-            page_bytes: BLOCK_BYTES,
-            capacity_bytes: limit * BLOCK_BYTES,
-            ahead_bytes: share_bytes / models,
-        };
+        let sizes = (limit * BLOCK_BYTES, share_bytes / models);
         let streams = (0..models).map(|_| Stream::new(&card.device));
         let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;
         let (pool, ranges) = shared_models(&card.device, engine, sizes, &streams)?;
@@ -76,16 +72,6 @@ impl Elastic {
             limit,
             card,
         })
-    }
-
-    /// Has the background give back what an idle model holds beside its live blocks.
-    pub fn go_idle(&mut self, model: usize, now_ns: u64) -> Result<()> {
-        let pool = &self.pool;
-        self.card.behind(now_ns, || {
-            // SAFETY: no work is launched; see the module's documentation.
-            unsafe { pool.compact_model(&model_name(model)) }
-        })?;
-        Ok(())
     }
 }
 
@@ -160,6 +146,15 @@ impl Memory for Elastic {
             pool.engine().step();
             Ok(())
         })
+    }
+
+    fn go_idle(&mut self, now_ns: u64, model: usize) -> Result<()> {
+        let pool = &self.pool;
+        self.card.behind(now_ns, || {
+            // SAFETY: no work is launched; see the module's documentation.
+            unsafe { pool.compact_model(&model_name(model)) }
+        })?;
+        Ok(())
     }
 
     fn held_bytes(&self, model: usize) -> u64 {

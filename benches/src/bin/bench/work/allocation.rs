@@ -2,12 +2,11 @@
 //! same chunks.
 
 use crate::bare::{Ordered, Plain, Range};
-use crate::machine::Machine;
-use crate::recorder;
+use crate::machine::{Machine, range};
 use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
-use cuda_vmm_benches::{Outcome, Sides, time};
+use cuda_vmm_benches::{Call, Outcome, Sides, noted_calls, time};
 use std::time::{Duration, Instant};
 
 const GIB: usize = 1 << 30;
@@ -36,13 +35,13 @@ fn bare_release(range: &mut Range, chunks: &[usize]) -> Result<Duration> {
 
 /// The sizes of the chunks, in order, by which a pool backs an allocation.
 fn chunks_of(machine: &Machine, bytes: usize) -> Result<Vec<usize>> {
-    let engine = Engine::new(&machine.recorded, EngineOptions::new())?;
-    let pool = VirtualMemoryPool::on_engine(&engine, bytes, machine.page_bytes)?;
-    let (address, calls) = recorder::record(|| pool.allocate(0, bytes));
+    let pool = VirtualMemoryPool::new(machine.noted.device(), bytes, machine.page_bytes)?;
+    let (address, calls) = noted_calls(|| pool.allocate(0, bytes));
     address?;
     pool.close()?;
-    let is_map = |call: &&recorder::Call| call.function == DriverFunction::cuMemMap;
-    Ok(calls.iter().filter(is_map).map(|call| call.bytes).collect())
+    let is_map = |call: &&Call| call.function == DriverFunction::cuMemMap;
+    let maps = calls.iter().filter(is_map);
+    Ok(maps.map(|call| call.mapped_bytes).collect())
 }
 
 /// Against one handle, page at a time, and the driver's allocators.
@@ -50,7 +49,7 @@ pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (device, stream) = (&machine.device, &machine.stream);
     let chunked = machine.pool(EngineOptions::new(), GIB)?;
     let engine = Engine::new(device, EngineOptions::new())?;
-    let single = machine.range(&engine, GIB, PoolOptions::new().single_handle(true))?;
+    let single = range(&engine, GIB, PoolOptions::new().single_handle(true), stream)?;
     let (mut one, mut many) = (Range::reserve(device, GIB)?, Range::reserve(device, GIB)?);
     let pages = vec![machine.page_bytes; GIB / machine.page_bytes];
     let mut sides = Sides::new();
@@ -99,8 +98,7 @@ pub fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 pub fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let device = &machine.device;
     let named = machine.pool(EngineOptions::new(), GIB)?;
-    let engine = Engine::new(device, EngineOptions::new())?;
-    let unnamed = VirtualMemoryPool::on_engine(&engine, GIB, machine.page_bytes)?;
+    let unnamed = VirtualMemoryPool::new(device, GIB, machine.page_bytes)?;
     let chunks = chunks_of(machine, GIB)?;
     let mut range = Range::reserve(device, GIB)?;
     // What is freed is in use by the device until just before.
@@ -141,10 +139,8 @@ pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     sides.add("bare unmap and release", || {
         bare_release(&mut range, &chunks)
     });
-    outcome.note(
-        "ours",
-        format!("{} GiB in {} chunks", bytes >> 30, chunks.len()),
-    );
+    let note = format!("{} GiB in {} chunks", bytes >> 30, chunks.len());
+    outcome.note("ours", note);
     // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by
     // more than what is demanded of their ratio. A round takes about a third of a second, most of
     // it to fill the range again.

@@ -1,11 +1,11 @@
 //! What it costs to copy within memory, and to overwrite it before another range may have it.
 
 use crate::bare::{Plain, Range};
-use crate::machine::{Machine, until};
+use crate::machine::Machine;
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::program::Machine as _;
-use cuda_vmm_benches::{Outcome, Sides, time};
+use cuda_vmm_benches::{Outcome, Sides, step_until, time};
 use std::time::Instant;
 
 /// Copies in a sample.
@@ -66,7 +66,7 @@ pub fn scrubbing(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         machine.stream.synchronize()?;
         let started = Instant::now();
         pool.deallocate(0, bytes)?;
-        until(pool.engine(), "memory to go where it goes", |stats| {
+        step_until(pool.engine(), "memory to go where it goes", |stats| {
             Ok(stats.committed_bytes == kept_bytes && stats.parts.cached_bytes == kept_bytes)
         })?;
         Ok(started.elapsed())

@@ -1,166 +1,140 @@
 //! 128 sequences of one model that grow, each by a token in a step.
 
-use super::cache::{Blocks, Cache};
+use super::gpu::Gpu;
 use crate::bare::Plain;
 use crate::machine::Machine;
-use crate::recorder::{self, Call};
 use crate::traffic::Traffic;
-use anyhow::{Context, Result};
+use anyhow::Result;
+use cuda_vmm::Stream;
 use cuda_vmm::sys::DriverFunction;
-use cuda_vmm::{Device, EngineOptions, Stream};
-use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS};
-use cuda_vmm_benches::{Outcome, SharedSizes, shared_models};
-use std::time::{Duration, Instant};
+use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS, Limits, Request, Served, Server};
+use cuda_vmm_benches::{Outcome, Samples, noted_calls, watch};
 
 const SEQUENCES: usize = 128;
-/// Tokens of a block.
-const BLOCK: usize = BLOCK_TOKENS as usize;
 /// Tokens after which a sequence ends and another begins in its place.
-const TOKENS: usize = 256;
-/// The first 256 steps take memory that nothing had, the others what was freed.
-const STEPS: usize = 2 * TOKENS;
+const TOKENS: u32 = 256;
 /// Memory traffic of a step: the weights of an 8B model, read once.
 const STEP_BYTES: usize = 16 << 30;
 /// What is made ahead: pages of some steps.
 const AHEAD_BYTES: usize = 64 * BLOCK_BYTES;
-/// Blocks that all sequences together have at most.
-const BLOCKS_MAX: usize = SEQUENCES * TOKENS.div_ceil(BLOCK);
+/// What the blocks of all sequences together have at most.
+const BYTES: usize = SEQUENCES * TOKENS.div_ceil(BLOCK_TOKENS) as usize * BLOCK_BYTES;
+const RECORDS: [DriverFunction; 2] = [
+    DriverFunction::cuEventRecord,
+    DriverFunction::cuCtxRecordEvent,
+];
+const LIMITS: Limits = Limits {
+    sequences_max: SEQUENCES,
+    prompt_tokens_max: u32::MAX,
+    watermark_divisor: usize::MAX,
+};
 
-/// A model that decodes.
-struct Decode<'a> {
-    cache: Cache,
-    /// For each sequence, how many tokens it has, and its blocks.
-    sequences: Vec<(usize, Vec<u32>)>,
-    stream: &'a Stream,
-    traffic: &'a Traffic<'a>,
-}
-
-impl<'a> Decode<'a> {
-    /// Sequences that have begun at different times, so that in each step as many need a new block.
-    fn new(mut cache: Cache, stream: &'a Stream, traffic: &'a Traffic<'a>) -> Result<Self> {
-        let sequences = (0..SEQUENCES).map(|index| {
-            let tokens = index % BLOCK;
-            Ok((
-                tokens,
-                cache.take(tokens.min(1))?.context("no room to begin")?,
-            ))
-        });
-        let sequences = sequences.collect::<Result<_>>()?;
-        cache.await_ahead(AHEAD_BYTES)?;
-        cache.own_time();
-        Ok(Self {
-            cache,
-            sequences,
-            stream,
-            traffic,
-        })
-    }
-
-    /// Ends what has all its tokens, and makes one token of each sequence. Returns the pool's own
-    /// time and that of the whole step.
-    fn step(&mut self) -> Result<(Duration, Duration)> {
-        let started = Instant::now();
-        let mut ended = Vec::new();
-        for (tokens, blocks) in &mut self.sequences {
-            if *tokens == TOKENS {
-                *tokens = 0;
-                ended.append(blocks);
-            }
-        }
-        self.cache.give(ended)?;
-        for (tokens, blocks) in &mut self.sequences {
-            if tokens.is_multiple_of(BLOCK) {
-                for block in self.cache.take(1)?.context("the pool has no room")? {
-                    let target = self.cache.address(block);
-                    // SAFETY: the block is live until its sequence ends, which is after this step's
-                    // work.
-                    unsafe { self.traffic.touch(self.stream, target, BLOCK_BYTES) }?;
-                    blocks.push(block);
-                }
-            }
-            *tokens += 1;
-        }
-        self.traffic.queue(self.stream, STEP_BYTES)?;
-        self.stream.synchronize()?;
-        Ok((self.cache.own_time(), started.elapsed()))
-    }
-}
-
-/// A model of a shared pool with memory made ahead; freed memory stays mapped, as the model is
-/// alone.
-fn elastic(device: &Device, stream: &Stream) -> Result<Cache> {
-    let limit_bytes = BLOCKS_MAX * BLOCK_BYTES + AHEAD_BYTES;
-    let engine = EngineOptions::new()
-        .limit_bytes(limit_bytes)
-        .park_bytes_max(limit_bytes)
-        .chunk_bytes_max(0);
-    let sizes = SharedSizes {
-        page_bytes: BLOCK_BYTES,
-        capacity_bytes: limit_bytes,
-        ahead_bytes: AHEAD_BYTES,
+/// Sequences that have begun at different times, so that in each step as many need a new block, and
+/// those that take their places. The first 256 steps take memory that nothing had, another 256 what
+/// was freed.
+fn requests() -> Vec<Request> {
+    let request = |prompt_tokens, generated_tokens| Request {
+        arrival_ns: 0,
+        prompt_tokens,
+        generated_tokens,
     };
-    let (_, mut models) = shared_models(device, engine, sizes, std::slice::from_ref(stream))?;
-    Ok(Cache::elastic(models.remove(0)))
+    let ages = || (0..SEQUENCES as u32).map(|index| index * BLOCK_TOKENS / SEQUENCES as u32);
+    let first = ages().map(|age| request(1 + age, TOKENS - age));
+    let second = ages().map(|_| request(1, TOKENS));
+    // The oldest ends first, and so leaves the most steps.
+    let third = ages()
+        .rev()
+        .filter(|age| *age > 0)
+        .map(|age| request(1, age));
+    first.chain(second).chain(third).collect()
+}
+
+/// What came of the steps, how many VMM calls they made in all, and the most event records in one.
+type Ran = (Served, usize, usize);
+
+/// Takes all steps, with memory made ahead, or with everything allocated before. What is freed
+/// stays mapped, as the model is alone. In the first step all sequences begin; its calls do not
+/// count.
+fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran> {
+    let (pool, mut gpu) = match plain {
+        Some(plain) => (None, Gpu::backed(stream, traffic, 1, (plain, BYTES))),
+        None => {
+            let limit_bytes = BYTES + AHEAD_BYTES;
+            let bytes = [limit_bytes, limit_bytes, AHEAD_BYTES];
+            let (pool, gpu) = Gpu::elastic(stream, traffic, 1, bytes)?;
+            (Some(pool), gpu)
+        }
+    };
+    let (models, mut served) = ([requests()], Served::default());
+    let step_ns = (STEP_BYTES as f64 / traffic.bytes_per_second() * 1e9) as u64;
+    let step_ns = |_, _| step_ns;
+    let mut server = Server::new(&models, &mut gpu, LIMITS, &step_ns, &mut served);
+    server.step()?;
+    if let Some(pool) = pool {
+        // It makes more only when half of it is gone, and may make a chunk more than is asked for.
+        watch(pool.engine(), "memory to be made ahead", |stats| {
+            stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes > AHEAD_BYTES / 2
+        })?;
+    }
+    let (mut management, mut records) = (0, 0);
+    loop {
+        let (stepped, calls) = noted_calls(|| server.step());
+        if !stepped? {
+            return Ok((served, management, records));
+        }
+        let mine = calls.iter().filter(|call| call.is_memory_management());
+        management += mine.count();
+        let functions = calls.iter().map(|call| call.function);
+        let mine = functions.filter(|function| RECORDS.contains(function));
+        records = records.max(mine.count());
+    }
 }
 
 /// Against the same steps with everything allocated before.
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let (device, stream) = (&machine.device, &machine.stream);
-    let traffic = Traffic::new(machine, device, stream)?;
-    let plain = Plain::new(device, BLOCKS_MAX * BLOCK_BYTES)?;
-    // Own times and whole steps, with the pool and without.
-    let mut times = [(); 2].map(|()| (Vec::new(), Vec::new()));
+    let traffic = Traffic::new(machine, &machine.stream)?;
+    let plain = Plain::new(&machine.device, BYTES)?;
+    let (mut own, mut with, mut without) = <(Samples, Samples, Samples)>::default();
     let settings = machine.settings.patient(4);
     for (_, side) in settings.turns(2, settings.rounds, 0) {
-        let cache = match side {
-            0 => elastic(device, stream)?,
-            _ => Cache::backed(&Blocks::new(BLOCKS_MAX), plain.address()),
-        };
-        let mut decode = Decode::new(cache, stream, &traffic)?;
-        for _ in 0..STEPS {
-            let (own, whole) = decode.step()?;
-            times[side].0.push(own);
-            times[side].1.push(whole);
+        let plain = [None, Some(&plain)][side];
+        let (served, ..) = run(&machine.stream, &traffic, plain)?;
+        let steps = served.steps.into_iter().skip(1);
+        match plain {
+            Some(_) => without.extend(steps),
+            None => {
+                with.extend(steps);
+                own.extend(served.calls.into_iter().skip(1));
+            }
         }
     }
-    let [(own, with), (_, without)] = times;
-    let note = traffic.bytes_per_second().map(|rate| {
-        let (gib, rate) = (STEP_BYTES >> 30, rate / 1e9);
-        format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s")
-    });
-    let note = note.unwrap_or_else(|| "no memory traffic to speak of".to_owned());
+    let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second() / 1e9);
+    let note = match rate.is_finite() {
+        true => format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s"),
+        false => "no memory traffic to speak of".to_owned(),
+    };
     outcome.note("the pool's own time in a step", note);
     outcome.times("the pool's own time in a step", own);
     outcome.times("whole steps", with);
     outcome.times("whole steps, everything allocated before", without);
-    count_calls(machine, outcome)
-}
 
-/// The steps with their calls noted: how many VMM calls this thread makes in all, and how many
-/// event records in a step at most.
-fn count_calls(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let is_record = |call: &&Call| {
-        let function = call.function;
-        [
-            DriverFunction::cuEventRecord,
-            DriverFunction::cuCtxRecordEvent,
-        ]
-        .contains(&function)
-    };
-    let stream = Stream::new(&machine.recorded)?;
-    let traffic = Traffic::new(machine, &machine.recorded, &stream)?;
-    let mut decode = Decode::new(elastic(&machine.recorded, &stream)?, &stream, &traffic)?;
-    let (mut calls, mut records) = (0, 0);
-    for _ in 0..STEPS {
-        let (stepped, made) = recorder::record(|| decode.step());
-        stepped?;
-        calls += made
-            .iter()
-            .filter(|call| call.is_memory_management())
-            .count();
-        records = records.max(made.iter().filter(is_record).count());
-    }
-    outcome.count("VMM calls", calls as f64);
+    let traffic = Traffic::new(machine, &machine.noted)?;
+    let (_, management, records) = run(&machine.noted, &traffic, None)?;
+    outcome.count("VMM calls", management as f64);
     outcome.count("event records", records as f64);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_has_all_sequences() {
+        let requests = requests();
+        let tokens = requests.iter().map(|request| request.generated_tokens);
+        assert_eq!(tokens.sum::<u32>(), 2 * TOKENS * SEQUENCES as u32);
+        let most = requests.iter().map(Request::tokens_max).max();
+        assert_eq!(most, Some(TOKENS));
+    }
 }

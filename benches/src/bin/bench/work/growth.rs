@@ -1,12 +1,11 @@
 //! Many ranges that grow in step, as the caches of a model's layers do.
 
-use crate::kernel::Fill;
-use crate::machine::{Machine, watch};
-use crate::recorder;
-use anyhow::{Context, Result};
+use crate::machine::{Machine, range};
+use crate::traffic::Kernel;
+use anyhow::Result;
 use cuda_vmm::{DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::Outcome;
-use std::time::{Duration, Instant};
+use cuda_vmm_benches::{Call, Outcome, Samples, noted_calls, watch};
+use std::time::Instant;
 
 const RANGES: usize = 64;
 /// The same on the simulated driver, whose memory is the host's.
@@ -26,45 +25,33 @@ enum Manner {
     Ahead,
 }
 
-/// What the steps of some rounds took.
-#[derive(Default)]
-struct Steps {
-    /// Steps in which every range needs a new page.
-    growing: Vec<Duration>,
-    /// All others.
-    resting: Vec<Duration>,
-}
-
 /// The ranges of one round.
-struct Ranges {
+struct Ranges<'a> {
     pools: Vec<VirtualMemoryPool>,
-    stream: Stream,
-    fill: Fill,
+    stream: &'a Stream,
+    page_bytes: usize,
     manner: Manner,
 }
 
-impl Ranges {
+impl<'a> Ranges<'a> {
     /// Ranges in which the bytes of the first step are live.
-    fn new(stream: &Stream, fill: Fill, manner: Manner) -> Result<Self> {
+    fn new(stream: &'a Stream, manner: Manner) -> Result<Self> {
         let device = stream.device();
         let ranges = match device.driver().kind() {
             DriverKind::Real => RANGES,
             DriverKind::Simulated => RANGES_SIMULATED,
         };
         let page_bytes = device.granularity_bytes();
-        let capacity_bytes = PAGES * page_bytes;
+        let (ahead_bytes, first_bytes) = match manner {
+            Manner::Before => (0, PAGES * page_bytes),
+            Manner::OnDemand => (0, page_bytes / STEPS_OF_A_PAGE),
+            Manner::Ahead => (PAGES_AHEAD * page_bytes, page_bytes / STEPS_OF_A_PAGE),
+        };
         let engine = Engine::new(device, EngineOptions::new())?;
+        let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
         let mut pools = Vec::with_capacity(ranges);
         for _ in 0..ranges {
-            let ahead_bytes = usize::from(manner == Manner::Ahead) * PAGES_AHEAD * page_bytes;
-            let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
-            let pool =
-                VirtualMemoryPool::with_options(&engine, capacity_bytes, page_bytes, options)?;
-            pool.use_stream(stream)?;
-            let first_bytes = match manner {
-                Manner::Before => capacity_bytes,
-                Manner::OnDemand | Manner::Ahead => page_bytes / STEPS_OF_A_PAGE,
-            };
+            let pool = range(&engine, PAGES * page_bytes, options, stream)?;
             pool.allocate(0, first_bytes)?;
             pools.push(pool);
         }
@@ -78,18 +65,17 @@ impl Ranges {
         }
         Ok(Self {
             pools,
-            stream: stream.clone(),
-            fill,
+            stream,
+            page_bytes,
             manner,
         })
     }
 
-    /// Takes all steps after the first.
-    fn run(&self, steps: &mut Steps) -> Result<()> {
-        let page_bytes = self.pools.first().context("no ranges")?.page_bytes();
-        let step_bytes = page_bytes / STEPS_OF_A_PAGE;
-        for step in 1..PAGES * STEPS_OF_A_PAGE {
-            let offset = step * step_bytes;
+    /// Takes all steps after the first. Those count in which every range needs a new page, or all
+    /// if they have memory from the beginning.
+    fn run(&self, kernel: Kernel, times: &mut Samples) -> Result<()> {
+        let step_bytes = self.page_bytes / STEPS_OF_A_PAGE;
+        for offset in (step_bytes..PAGES * self.page_bytes).step_by(step_bytes) {
             let started = Instant::now();
             for pool in &self.pools {
                 if self.manner != Manner::Before {
@@ -97,13 +83,12 @@ impl Ranges {
                 }
                 let target = pool.base_address() + offset as u64;
                 // SAFETY: the bytes are live, and stay so until the stream was synchronised.
-                unsafe { self.fill.launch(&self.stream, target, step_bytes) }?;
+                unsafe { kernel.write(self.stream, target, step_bytes, step_bytes) }?;
             }
             self.stream.synchronize()?;
             let elapsed = started.elapsed();
-            match offset.is_multiple_of(page_bytes) {
-                true => steps.growing.push(elapsed),
-                false => steps.resting.push(elapsed),
+            if self.manner == Manner::Before || offset.is_multiple_of(self.page_bytes) {
+                times.extend([elapsed.as_nanos() as f64]);
             }
         }
         Ok(())
@@ -112,9 +97,9 @@ impl Ranges {
 
 /// Against the same steps with everything allocated before.
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let fill = Fill::new(&machine.device)?;
+    let kernel = Kernel::load(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
-    let mut steps = manners.map(|_| Steps::default());
+    let mut times = manners.map(|_| Samples::default());
     // Longer than other work: the thousandth of the growth steps is to be more than the worst of
     // them.
     let settings = machine.settings.patient(8);
@@ -123,24 +108,17 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         if manners[side] == Manner::OnDemand && round % 8 != 0 {
             continue;
         }
-        let ranges = Ranges::new(&machine.stream, fill, manners[side])?;
-        ranges.run(&mut steps[side])?;
+        Ranges::new(&machine.stream, manners[side])?.run(kernel, &mut times[side])?;
     }
-    let [before, ahead, on_demand] = steps;
-    outcome.times("growth steps, prefetched", ahead.growing);
-    outcome.times("steps between them, prefetched", ahead.resting);
-    outcome.times("growth steps, not prefetched", on_demand.growing);
-    let all = before.growing.iter().chain(&before.resting).copied();
-    outcome.times("all steps, everything allocated before", all);
-    outcome.times(
-        "the same steps, everything allocated before",
-        before.growing,
-    );
+    let [before, ahead, on_demand] = times;
+    outcome.times("growth steps, prefetched", ahead);
+    outcome.times("growth steps, not prefetched", on_demand);
+    outcome.times("all steps, everything allocated before", before);
 
-    let stream = Stream::new(&machine.recorded)?;
-    let ranges = Ranges::new(&stream, Fill::new(&machine.recorded)?, Manner::Ahead)?;
-    let (ran, calls) = recorder::record(|| ranges.run(&mut Steps::default()));
-    let calls = calls.iter().filter(|call| call.is_memory_management());
+    let kernel = Kernel::load(machine.noted.device())?;
+    let ranges = Ranges::new(&machine.noted, Manner::Ahead)?;
+    let (ran, calls) = noted_calls(|| ranges.run(kernel, &mut Samples::default()));
+    let calls = calls.iter().filter(|call| Call::is_memory_management(call));
     outcome.count("VMM calls", calls.count() as f64);
     ran
 }

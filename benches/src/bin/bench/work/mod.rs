@@ -2,8 +2,8 @@
 
 mod allocation;
 mod bytes;
-mod cache;
 mod decode;
+mod gpu;
 mod growth;
 mod limits;
 mod page;
@@ -14,24 +14,24 @@ use cuda_vmm_benches::Work;
 
 /// All of it, in the order of the figures.
 pub const ALL: &[Work<Machine>] = &[
-    Work::new("allocate 1 GiB", allocation::one_call),
-    Work::new("our own time in allocating", allocation::overhead),
-    Work::new("allocate one page from the cache", page::cached),
-    Work::new("allocate one parked page", page::parked),
-    Work::new("parked pages of several models at a time", page::models),
-    Work::new("deallocate 1 GiB", allocation::deallocation),
-    Work::new("64 ranges grow at once", growth::measure),
-    Work::new("128 sequences grow, serving", decode::measure),
-    Work::new("serving replayed, three models", replay::measure),
-    Work::new(
+    ("allocate 1 GiB", allocation::one_call),
+    ("our own time in allocating", allocation::overhead),
+    ("allocate one page from the cache", page::cached),
+    ("allocate one parked page", page::parked),
+    ("parked pages of several models at a time", page::models),
+    ("deallocate 1 GiB", allocation::deallocation),
+    ("64 ranges grow at once", growth::measure),
+    ("128 sequences grow, serving", decode::measure),
+    ("serving replayed, three models", replay::measure),
+    (
         "allocate one page while the worker prefetches",
         page::foreground,
     ),
-    Work::new("copy within 8 GiB", bytes::copies),
-    Work::new("a request that cannot fit", limits::refused),
-    Work::new("fill the card until OUT_OF_MEMORY", limits::filled),
-    Work::new("tear down 64 GiB", allocation::tear_down),
-    Work::new("scrubbing", bytes::scrubbing),
-    Work::new("slack", limits::slack),
-    Work::new("bookkeeping", limits::bookkeeping),
+    ("copy within 8 GiB", bytes::copies),
+    ("a request that cannot fit", limits::refused),
+    ("fill the card until OUT_OF_MEMORY", limits::filled),
+    ("tear down 64 GiB", allocation::tear_down),
+    ("scrubbing", bytes::scrubbing),
+    ("slack", limits::slack),
+    ("bookkeeping", limits::bookkeeping),
 ];

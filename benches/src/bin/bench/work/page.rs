@@ -1,27 +1,27 @@
 //! Allocating one page that was in use before, from the cache of handles and parked, and while the
 //! engine's thread makes memory ahead for others.
 
-use crate::bare::{Ordered, Plain, Range};
-use crate::machine::{Machine, until, watch};
-use crate::recorder;
-use anyhow::{Context, Result, bail};
-use cuda_vmm::{Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::{Outcome, ParkedModels, Sides, time};
+use crate::bare::Range;
+use crate::machine::{Machine, range};
+use anyhow::{Result, bail};
+use cuda_vmm::{Engine, EngineOptions, EngineStats, PoolOptions, VirtualMemoryPool};
+use cuda_vmm_benches::{Outcome, ParkedModels, Sides, noted_calls, step_until, time, watch};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Allocates one page and frees it; the time of the allocation. Returns when the page is where it
 /// goes.
 fn one_page(
     machine: &Machine,
     pool: &VirtualMemoryPool,
-    is_there: impl Fn(&cuda_vmm::EngineStats) -> bool,
+    is_there: impl Fn(&EngineStats) -> bool,
 ) -> Result<Duration> {
     let (_, elapsed) = time(|| pool.allocate(0, machine.page_bytes))?;
     pool.deallocate(0, machine.page_bytes)?;
     machine.stream.synchronize()?;
-    let is_there = |stats: &_| Ok(is_there(stats));
-    until(pool.engine(), "the page to go back", is_there)?;
+    step_until(pool.engine(), "the page to go back", |stats| {
+        Ok(is_there(stats))
+    })?;
     Ok(elapsed)
 }
 
@@ -43,17 +43,6 @@ pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         Ok(elapsed)
     });
     outcome.measure(sides, settings, settings.rounds * 5)?;
-    // In turns of their own, so that neither of the two above comes after one of these.
-    let mut sides = Sides::new();
-    sides.add("cuMemAlloc", || {
-        Ok(time(|| Plain::new(&machine.device, page_bytes))?.1)
-    });
-    sides.add("cuMemAllocAsync, warm", || {
-        // The driver's own pool keeps what was freed until something is synchronised.
-        drop(Ordered::new(&machine.stream, page_bytes)?);
-        Ok(time(|| Ordered::new(&machine.stream, page_bytes))?.1)
-    });
-    outcome.measure(sides, settings, settings.rounds * 5)?;
     // A page that is mapped goes back by itself, one that is not would be unmapped in vain.
     range.map_last()
 }
@@ -70,27 +59,11 @@ pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         parked.park(0)?;
         Ok(time(|| parked.take_back(0))?.1 / PAGES as u32)
     });
-    sides.add("cuMemAllocAsync, warm, mean of 64 pages", || {
-        let mut memory = Vec::with_capacity(PAGES);
-        let mut take = || {
-            let started = Instant::now();
-            for _ in 0..PAGES {
-                memory.push(Ordered::new(&machine.stream, machine.page_bytes)?);
-            }
-            let elapsed = started.elapsed();
-            memory.clear();
-            anyhow::Ok(elapsed / PAGES as u32)
-        };
-        // The driver's own pool keeps what was freed until something is synchronised.
-        take()?;
-        take()
-    });
     // A round takes less than a millisecond.
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 25)?;
-    let stream = Stream::new(&machine.recorded)?;
-    let recorded = ParkedModels::new(&machine.recorded, &stream, 1, PAGES)?;
-    recorded.park(0)?;
-    let (taken, calls) = recorder::record(|| recorded.take_back(0));
+    let noted = ParkedModels::new(machine.noted.device(), &machine.noted, 1, PAGES)?;
+    noted.park(0)?;
+    let (taken, calls) = noted_calls(|| noted.take_back(0));
     outcome.count("driver calls", calls.len() as f64);
     taken
 }
@@ -122,65 +95,39 @@ pub fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 5)
 }
 
-/// What is made ahead for the other range, in pages.
+/// What is made ahead for another range, in pages.
 const PAGES_AHEAD: usize = 64;
-
-/// A range that keeps its engine's thread at work, and where its live bytes end.
-struct Other(VirtualMemoryPool, usize);
-
-impl Other {
-    fn new(machine: &Machine, engine: &Engine, capacity_bytes: usize) -> Result<Self> {
-        let options = PoolOptions::new().ahead_bytes_max(PAGES_AHEAD * machine.page_bytes);
-        let pool = machine.range(engine, capacity_bytes, options)?;
-        pool.allocate(0, machine.page_bytes)?;
-        Ok(Self(pool, machine.page_bytes))
-    }
-
-    /// Takes what was made ahead, so that the thread makes more, and returns when it is at it.
-    fn keep_busy(mut self, machine: &Machine, engine: &Engine) -> Result<Self> {
-        let ahead_bytes = PAGES_AHEAD * machine.page_bytes;
-        // The thread may be done before it is seen at work.
-        for _ in 0..100 {
-            let capacity_bytes = self.0.capacity_bytes();
-            if self.1 + 2 * ahead_bytes > capacity_bytes {
-                self.0.close()?;
-                self = Self::new(machine, engine, capacity_bytes)?;
-            }
-            watch(engine, "memory to be made ahead", |stats| {
-                stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes > 0
-            })?;
-            self.0.allocate(self.1, ahead_bytes)?;
-            self.1 += ahead_bytes;
-            watch(engine, "the thread to begin", |stats| {
-                let there = stats.parts.ahead_bytes + stats.parts.slack_bytes;
-                stats.parts.filling_bytes > 0 || there >= ahead_bytes
-            })?;
-            if engine.stats().parts.filling_bytes > 0 {
-                return Ok(self);
-            }
-        }
-        bail!("the thread was never seen at work")
-    }
-}
 
 /// Against the same with an idle worker.
 pub fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let page_bytes = machine.page_bytes;
+    let (page_bytes, stream) = (machine.page_bytes, &machine.stream);
+    let ahead_bytes = machine.fitting(PAGES_AHEAD * page_bytes, 0.25, page_bytes)?;
     // A chunk a page, so that the thread calls the driver as often as it can.
     let options = EngineOptions::new().chunk_bytes_max(0);
     let engine = Engine::new(&machine.device, options)?;
-    let pool = machine.range(&engine, page_bytes, PoolOptions::new())?;
+    let pool = range(&engine, page_bytes, PoolOptions::new(), stream)?;
     let idle = machine.pool(EngineOptions::new(), page_bytes)?;
-    let other_bytes = machine.fitting(16 << 30, 0.25, PAGES_AHEAD * page_bytes)?;
-    let mut other = Some(Other::new(machine, &engine, other_bytes)?);
-    let is_gone =
-        |stats: &cuda_vmm::EngineStats| stats.parts.retiring_bytes + stats.parts.parked_bytes == 0;
+    let is_gone = |stats: &EngineStats| stats.parts.retiring_bytes + stats.parts.parked_bytes == 0;
     let mut sides = Sides::new();
     sides.add("ours, worker idle", || one_page(machine, &idle, is_gone));
     sides.add("ours, worker prefetches", || {
-        let idle = other.take().context("the thread failed before")?;
-        other = Some(idle.keep_busy(machine, &engine)?);
-        one_page(machine, &pool, is_gone)
+        // The thread may be done before it is seen at work.
+        for _ in 0..100 {
+            let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
+            let other = range(&engine, 2 * ahead_bytes, options, stream)?;
+            other.allocate(0, page_bytes)?;
+            watch(&engine, "the thread to begin", |stats| {
+                let there = stats.parts.ahead_bytes + stats.parts.slack_bytes;
+                stats.parts.filling_bytes > 0 || there >= ahead_bytes
+            })?;
+            let is_at_work = engine.stats().parts.filling_bytes > 0;
+            let elapsed = one_page(machine, &pool, is_gone)?;
+            other.close()?;
+            if is_at_work {
+                return Ok(elapsed);
+            }
+        }
+        bail!("the thread was never seen at work")
     });
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 5)
 }

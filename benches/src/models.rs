@@ -1,8 +1,11 @@
-//! Threads that take back parked pages at the same time, each those of a model of its own.
+//! Models of one shared pool, and threads that take back their parked pages at the same time.
 
-use crate::shared::{SharedSizes, shared_models};
-use anyhow::{Context, Result, ensure};
-use cuda_vmm::{Device, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
+use crate::waiting::step_until;
+use anyhow::{Context, Result};
+use cuda_vmm::{
+    Device, EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream,
+    VirtualMemoryPool, WorkerMode,
+};
 use std::hint::black_box;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -10,8 +13,35 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// For how long the device may work on pages that were freed.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// The name of a model in the pool.
+pub fn model_name(number: usize) -> String {
+    format!("model {number}")
+}
+
+/// A shared pool with a model for each stream, which uses its memory. Each model has addresses of
+/// `capacity_bytes`, and `ahead_bytes` are made ahead of it.
+///
+/// # Errors
+/// The pool's.
+pub fn shared_models(
+    device: &Device,
+    engine: EngineOptions,
+    (capacity_bytes, ahead_bytes): (usize, usize),
+    streams: &[Stream],
+) -> Result<(SharedMemoryPool, Vec<Arc<VirtualMemoryPool>>)> {
+    let shared = SharedMemoryPool::with_options(device, SharedPoolOptions::new().engine(engine))?;
+    let mut models = Vec::with_capacity(streams.len());
+    for (number, stream) in streams.iter().enumerate() {
+        let name = model_name(number);
+        let mut options = ModelOptions::new(capacity_bytes);
+        options.ahead_bytes_max = ahead_bytes;
+        shared.register_model_with(&name, options)?;
+        let model = shared.model(&name)?;
+        model.use_stream(stream)?;
+        models.push(model);
+    }
+    Ok((shared, models))
+}
 
 /// Models of one shared pool, whose pages are taken back, each a chunk of its own.
 #[derive(Debug)]
@@ -24,21 +54,14 @@ impl ParkedModels {
     /// This many models with this many pages each.
     ///
     /// # Errors
-    ///
     /// The pool's, if there is no memory for all of them.
     pub fn new(device: &Device, stream: &Stream, count: usize, pages: usize) -> Result<Self> {
-        let page_bytes = device.granularity_bytes();
-        let bytes = pages * page_bytes;
+        let bytes = pages * device.granularity_bytes();
         let engine = EngineOptions::new()
             .chunk_bytes_max(0)
             .park_bytes_max(count * bytes)
             .worker(WorkerMode::Manual);
-        let sizes = SharedSizes {
-            page_bytes,
-            capacity_bytes: bytes,
-            ahead_bytes: 0,
-        };
-        let (_, models) = shared_models(device, engine, sizes, &vec![stream.clone(); count])?;
+        let (_, models) = shared_models(device, engine, (bytes, 0), &vec![stream.clone(); count])?;
         for model in &models {
             model.allocate(0, bytes)?;
         }
@@ -57,7 +80,6 @@ impl ParkedModels {
     /// were the ways between cores.
     ///
     /// # Errors
-    ///
     /// The pool's.
     pub fn take(&self, threads: usize) -> Result<Duration> {
         let parked = AtomicUsize::new(0);
@@ -96,7 +118,6 @@ impl ParkedModels {
     /// Takes all parked pages of a model back, one by one.
     ///
     /// # Errors
-    ///
     /// The pool's.
     pub fn take_back(&self, model: usize) -> Result<()> {
         let model = &self.models[model];
@@ -109,17 +130,13 @@ impl ParkedModels {
     /// Frees all pages of a model, and waits until they are parked.
     ///
     /// # Errors
-    ///
     /// The pool's, or if they are not parked in time.
     pub fn park(&self, model: usize) -> Result<()> {
         let model = &self.models[model];
         model.deallocate(0, model.capacity_bytes())?;
         self.stream.synchronize()?;
-        let started = Instant::now();
-        while model.stats().parts.parked_bytes < model.capacity_bytes() {
-            ensure!(started.elapsed() < PATIENCE, "pages are not parked");
-            model.engine().step();
-        }
-        Ok(())
+        step_until(model.engine(), "pages to be parked", |_| {
+            Ok(model.stats().parts.parked_bytes == model.capacity_bytes())
+        })
     }
 }

@@ -1,11 +1,8 @@
 //! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
 
-mod bookkeeping;
-mod finding;
-
 use crate::gpu_test::{BENCH, BENCH_CANDLE, BENCHES};
 use crate::workspace::{Workspace, code};
-use crate::{display, gpu_test, setup};
+use crate::{gpu_test, setup};
 use anyhow::{Context, Result};
 use clap::{Args, Subcommand, ValueEnum};
 use fs_err as fs;
@@ -138,14 +135,14 @@ fn write(json: Option<&Path>, findings: &[Value]) -> Result<()> {
     Ok(json.map_or(Ok(()), |json| fs::write(json, text))?)
 }
 
-/// Runs the criterion benches and the test of the bookkeeping's memory.
+/// Runs the criterion bench, which prints, judges and writes its figures by itself.
 fn on_cpu(workspace: &Workspace, json: Option<&Path>) -> Result<u8> {
-    let findings = bookkeeping::run(workspace)?;
-    let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
-    let table = display::table(head, findings.iter().map(finding::cells));
-    println!("\n{table}");
-    write(json, &findings)?;
-    Ok(u8::from(findings.iter().any(finding::has_failed)))
+    let bench = workspace.cargo("bench --benches --package").arg(BENCHES);
+    let mut bench = Command::from(bench);
+    if let Some(json) = json {
+        bench.env("BENCH_JSON", std::path::absolute(json)?);
+    }
+    Ok(u8::from(code(&mut bench)? != 0))
 }
 
 #[cfg(test)]

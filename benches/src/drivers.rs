@@ -1,0 +1,193 @@
+//! Drivers of functions of our own: one whose calls do nothing, so that what is measured is this
+//! project's own work, and one in front of another driver that notes the calls of a thread. Noting
+//! takes time, so nothing is timed through it.
+//!
+//! # Safety
+//! A function that notes passes its arguments on to the driver's function of the same name,
+//! unchanged, so the contract that its caller keeps is that function's own. One that does nothing
+//! touches no memory, except the places of the few that return values.
+
+use anyhow::{Result, ensure};
+use core::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
+use cuda_vmm::sys::*;
+use cuda_vmm::{Driver, DriverKind};
+use std::cell::RefCell;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The granularity in bytes of the driver that does nothing.
+pub const GRANULARITY: usize = 2 << 20;
+
+/// A call of the driver that was noted.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// What was called.
+    pub function: DriverFunction,
+    /// What was mapped, in bytes, if it was `cuMemMap`.
+    pub mapped_bytes: usize,
+}
+
+impl Call {
+    /// Whether it reserves, makes, maps, or gives back memory or addresses.
+    pub fn is_memory_management(&self) -> bool {
+        matches!(
+            self.function,
+            DriverFunction::cuMemAddressReserve
+                | DriverFunction::cuMemAddressFree
+                | DriverFunction::cuMemCreate
+                | DriverFunction::cuMemRelease
+                | DriverFunction::cuMemMap
+                | DriverFunction::cuMemUnmap
+                | DriverFunction::cuMemSetAccess
+        )
+    }
+}
+
+/// The driver behind the one that notes calls.
+static BEHIND: OnceLock<DriverTable> = OnceLock::new();
+
+thread_local! {
+    /// The thread's calls so far, while they are noted.
+    static CALLS: RefCell<Option<Vec<Call>>> = const { RefCell::new(None) };
+}
+
+/// Notes a call, and makes it behind.
+fn note(
+    function: DriverFunction,
+    mapped_bytes: usize,
+    make: impl FnOnce(&DriverTable) -> Option<CUresult>,
+) -> CUresult {
+    // A thread that ends notes nothing.
+    let _ = CALLS.try_with(|calls| {
+        if let Some(calls) = &mut *calls.borrow_mut() {
+            calls.push(Call {
+                function,
+                mapped_bytes,
+            });
+        }
+    });
+    let code = BEHIND.get().and_then(make);
+    code.unwrap_or(CUDA_ERROR_NOT_INITIALIZED)
+}
+
+macro_rules! mapped_bytes {
+    (cuMemMap $address:ident $bytes:ident $($other:ident)*) => {
+        $bytes
+    };
+    ($function:ident $($argument:ident)*) => {
+        0
+    };
+}
+
+macro_rules! define_table {
+    (
+        required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
+        optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
+    ) => {
+        /// Functions that note their calls, or else return success and do nothing.
+        fn table<const NOTES: bool>(has_optional: bool) -> DriverTable {
+            $(
+                #[allow(non_snake_case)]
+                unsafe extern "C" fn $name<const NOTES: bool>($($argument: $type),*) -> CUresult {
+                    if !NOTES {
+                        return CUDA_SUCCESS;
+                    }
+                    note(DriverFunction::$name, mapped_bytes!($name $($argument)*), |behind| {
+                        // SAFETY: the caller keeps the contract of the function of this name.
+                        Some(unsafe { (behind.$name)($($argument),*) })
+                    })
+                }
+            )*
+            $(
+                #[allow(non_snake_case)]
+                unsafe extern "C" fn $optional<const NOTES: bool>($($optional_argument: $optional_type),*) -> CUresult {
+                    if !NOTES {
+                        return CUDA_SUCCESS;
+                    }
+                    note(DriverFunction::$optional, 0, |behind| {
+                        // SAFETY: the caller keeps the contract of the function of this name.
+                        behind.$optional.map(|function| unsafe { function($($optional_argument),*) })
+                    })
+                }
+            )*
+            DriverTable {
+                $($name: $name::<NOTES>,)*
+                $($optional: has_optional.then_some($optional::<NOTES> as _),)*
+            }
+        }
+    };
+}
+driver_functions!(define_table);
+
+/// Opens the driver that notes calls in front of `driver`, of which there can be only one. `driver`
+/// must stay open as long.
+///
+/// # Errors
+/// If there is one already, or the driver fails.
+pub fn noting_driver(driver: &Driver) -> Result<Driver> {
+    let behind = driver.table();
+    ensure!(BEHIND.set(*behind).is_ok(), "calls are noted already");
+    let table = table::<true>(behind.cuCtxRecordEvent.is_some());
+    // SAFETY: the functions are static; those behind them stay as long as the caller's driver.
+    Ok(unsafe { Driver::from_table(table, driver.kind()) }?)
+}
+
+/// Notes this thread's calls while something is done.
+pub fn noted_calls<T>(act: impl FnOnce() -> T) -> (T, Vec<Call>) {
+    CALLS.set(Some(Vec::new()));
+    let outcome = act();
+    (outcome, CALLS.take().unwrap_or_default())
+}
+
+/// Functions that write one value to their first argument.
+macro_rules! define_values {
+    ($($name:ident($written:ty $(, $ignored:ty)*) = $value:expr;)*) => {$(
+        unsafe extern "C" fn $name(place: *mut $written $(, _: $ignored)*) -> CUresult {
+            // SAFETY: the caller passes a valid place, as CUDA's contract asks.
+            unsafe { *place = $value };
+            CUDA_SUCCESS
+        }
+    )*};
+}
+define_values! {
+    version(c_int) = 13000;
+    count(c_int) = 1;
+    attribute(c_int, CUdevice_attribute, CUdevice) = 1;
+    total(usize, CUdevice) = 1 << 40;
+    granularity(usize, *const CUmemAllocationProp, CUmemAllocationGranularity_flags) = GRANULARITY;
+    create(CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, c_ulonglong) =
+        NEXT.fetch_add(1, Ordering::Relaxed);
+}
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+unsafe extern "C" fn reserve(
+    address: *mut CUdeviceptr,
+    bytes: usize,
+    alignment: usize,
+    _: CUdeviceptr,
+    _: c_ulonglong,
+) -> CUresult {
+    let room = bytes.next_multiple_of(alignment) as u64;
+    let free = NEXT.fetch_add(room, Ordering::Relaxed);
+    // SAFETY: the caller passes a valid place, as CUDA's contract asks.
+    unsafe { *address = free.next_multiple_of(alignment as u64) };
+    CUDA_SUCCESS
+}
+
+/// A driver of one device with 1 TiB, whose calls return success and do nothing.
+pub fn no_op_driver() -> Driver {
+    let table = DriverTable {
+        cuDriverGetVersion: version,
+        cuDeviceGetCount: count,
+        cuDeviceGetAttribute: attribute,
+        cuDeviceTotalMem: total,
+        cuMemGetAllocationGranularity: granularity,
+        cuMemAddressReserve: reserve,
+        cuMemCreate: create,
+        ..table::<false>(true)
+    };
+    // SAFETY: the functions are static and write nothing except the values above; no memory is
+    // behind the addresses, and nothing here touches any.
+    unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
+}

@@ -1,0 +1,60 @@
+//! What came of serving.
+
+use super::memory::Memory;
+use crate::samples::Samples;
+
+/// What was held at a moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// When.
+    pub at_ns: u64,
+    /// What each model held, in bytes.
+    pub held_bytes: Vec<u64>,
+}
+
+/// What came of serving, in one run or in several of the same.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Served {
+    /// From a request's arrival to the end of the step that made its first token.
+    pub first_token: Samples,
+    /// From a request's first token to its last, for each token after the first.
+    pub per_token: Samples,
+    /// Requests that were served to their end.
+    pub served: usize,
+    /// Requests that could never have had their memory.
+    pub refused: usize,
+    /// Prompts that had to wait because memory was short.
+    pub refused_prompts: usize,
+    /// Sequences that lost their memory and were computed again.
+    pub preemptions: u64,
+    /// Tokens that were generated.
+    pub tokens: u64,
+    /// The most sequences in a step.
+    pub sequences_max: usize,
+    /// What the pool's calls cost the thread that takes the steps, for each step.
+    pub calls: Samples,
+    /// What each step took in all.
+    pub steps: Samples,
+    /// When the last request ended; of several runs the sum.
+    pub end_ns: u64,
+    /// What the pool's calls cost in all, those without a step among them.
+    pub calls_ns: u64,
+    /// The most that was held at once, in bytes.
+    pub held_bytes_max: u64,
+    /// Memory over time, in the first run.
+    pub over_time: Vec<Moment>,
+}
+
+impl Served {
+    /// Tokens that were generated in a second, over all the time.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / (self.end_ns as f64 / 1e9)
+    }
+}
+
+/// Serving as it goes on.
+pub(super) struct Run<'a> {
+    pub memory: &'a mut dyn Memory,
+    pub now_ns: u64,
+    pub served: &'a mut Served,
+}
