@@ -6,7 +6,7 @@
 use anyhow::Result;
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
 use cuda_vmm::{Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::{GRANULARITY, Outcome, ParkedModels, Samples, bookkeeping_memory};
+use cuda_vmm_benches::{GRANULARITY, Outcome, ParkedModels, bookkeeping_memory};
 use cuda_vmm_benches::{figure::Figure, no_op_driver, report};
 use std::hint::black_box;
 use std::path::PathBuf;
@@ -36,11 +36,11 @@ struct Benches<'a> {
 impl Benches<'_> {
     /// Runs a bench, which returns the time of as many iterations as it is told.
     fn add(&mut self, name: &str, mut act: impl FnMut(u64) -> Duration) {
-        let mut samples = Samples::default();
+        let mut samples = Vec::new();
         self.group.bench_function(name, |bencher| {
             bencher.iter_custom(|iterations| {
                 let time = act(iterations);
-                samples.extend([time.as_nanos() as f64 / iterations as f64]);
+                samples.push(time.as_nanos() as f64 / iterations as f64);
                 time
             });
         });

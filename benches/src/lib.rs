@@ -16,7 +16,7 @@ mod work;
 pub use counting::{Filling, bookkeeping_memory};
 pub use drivers::{Call, GRANULARITY, no_op_driver, noted_calls, noting_driver};
 pub use models::{ParkedModels, model_name, shared_models};
-pub use samples::Samples;
+pub use samples::{mean, quantile};
 pub use sides::{Settings, Sides, time};
 pub use waiting::{step_until, watch};
 pub use work::{Outcome, Work};

@@ -1,6 +1,7 @@
 //! What is printed and written of a run.
 
 use crate::figure::Finding;
+use crate::samples::quantile;
 use crate::sides::Side;
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
@@ -39,8 +40,8 @@ pub(crate) fn print_head(device: &Device, is_real: bool) {
 pub(crate) fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
     println!("\n{name}");
     let mut rows = sides.map(|side| {
-        let quantiles = [500, 990, 999, 1000].map(|part| time(side.samples.quantile(part)));
-        let row = [side.name.clone(), side.samples.count().to_string()];
+        let quantiles = [500, 990, 999, 1000].map(|part| time(quantile(&side.samples, part)));
+        let row = [side.name.clone(), side.samples.len().to_string()];
         row.into_iter().chain(quantiles)
     });
     if let Some(first) = rows.next() {

@@ -1,7 +1,7 @@
 //! A piece of work, and what comes of it.
 
 use crate::figure::{Figure, Finding, Kind};
-use crate::samples::Samples;
+use crate::samples::quantile;
 use crate::sides::{Settings, Side, Sides};
 use anyhow::{Context, Result};
 
@@ -41,16 +41,16 @@ impl Outcome {
     }
 
     /// Takes in times that were measured otherwise.
-    pub fn times(&mut self, name: &str, samples: Samples) {
+    pub fn times(&mut self, name: &str, samples: Vec<f64>) {
         self.push(name, samples, true);
     }
 
     /// Takes in a number.
     pub fn count(&mut self, name: &str, value: f64) {
-        self.push(name, Samples::from_iter([value]), false);
+        self.push(name, vec![value], false);
     }
 
-    fn push(&mut self, name: &str, samples: Samples, is_time: bool) {
+    fn push(&mut self, name: &str, samples: Vec<f64>, is_time: bool) {
         self.sides.push(Side {
             name: name.to_owned(),
             samples,
@@ -72,7 +72,7 @@ impl Outcome {
         let side = self
             .side(name)
             .with_context(|| format!("no side is named {name}"))?;
-        Ok(side.samples.quantile(per_mille) / 1e3)
+        Ok(quantile(&side.samples, per_mille) / 1e3)
     }
 
     /// All sides whose measurements are times.
@@ -114,7 +114,7 @@ impl Outcome {
 
 /// A side's value in the unit of a figure. Units that end with `/s` are rates.
 fn value(figure: &Figure, side: &Side) -> f64 {
-    let value = side.samples.quantile(figure.per_mille);
+    let value = quantile(&side.samples, figure.per_mille);
     match figure.unit.as_str() {
         "µs" => value / 1e3,
         "ms" => value / 1e6,

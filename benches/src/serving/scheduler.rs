@@ -170,7 +170,7 @@ impl Scheduler {
             if sequence.first_ns.is_none() {
                 sequence.first_ns = Some(ready_ns);
                 let waited_ns = ready_ns - sequence.request.arrival_ns;
-                run.served.first_token.extend([waited_ns as f64]);
+                run.served.first_token.push(waited_ns as f64);
             }
         }
         let is_over = |one: &mut Sequence| one.generated >= one.request.generated_tokens;

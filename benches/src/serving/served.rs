@@ -1,7 +1,6 @@
 //! What came of serving.
 
 use super::memory::Memory;
-use crate::samples::Samples;
 
 /// What was held at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,9 +15,9 @@ pub struct Moment {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Served {
     /// From a request's arrival to the end of the step that made its first token.
-    pub first_token: Samples,
+    pub first_token: Vec<f64>,
     /// From a request's first token to its last, for each token after the first.
-    pub per_token: Samples,
+    pub per_token: Vec<f64>,
     /// Requests that were served to their end.
     pub served: usize,
     /// Requests that could never have had their memory.
@@ -32,9 +31,9 @@ pub struct Served {
     /// The most sequences in a step.
     pub sequences_max: usize,
     /// What the pool's calls cost the thread that takes the steps, for each step.
-    pub calls: Samples,
+    pub calls: Vec<f64>,
     /// What each step took in all.
-    pub steps: Samples,
+    pub steps: Vec<f64>,
     /// When the last request ended; of several runs the sum.
     pub end_ns: u64,
     /// What the pool's calls cost in all, those without a step among them.

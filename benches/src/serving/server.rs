@@ -132,8 +132,8 @@ impl<'a> Server<'a> {
             let ended = engine.finish(run)?;
             calls_ns += run.now_ns - ready_ns;
             let served = &mut *run.served;
-            served.calls.extend([calls_ns as f64]);
-            served.steps.extend([(run.now_ns - began_ns) as f64]);
+            served.calls.push(calls_ns as f64);
+            served.steps.push((run.now_ns - began_ns) as f64);
             served.tokens += sequences as u64;
             served.sequences_max = served.sequences_max.max(sequences);
             served.calls_ns += calls_ns;

@@ -4,11 +4,11 @@
 //! peaks, of the squared logarithms of simulated to published p99 time to first token. First on a
 //! coarse grid, then on a fine one around the best.
 
-use crate::contest::Sizes;
 use crate::pools::counted::Counted;
-use crate::ramps::{CURVES, MODELS};
+use crate::ramps::{CURVES, MODELS, STATIC_TOKENS};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
+use cuda_vmm_benches::quantile;
 use cuda_vmm_benches::serving::{Limits, PHASES, Request, Served, Server, staggered_ramps};
 use std::ops::RangeInclusive;
 
@@ -36,11 +36,11 @@ fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
     let p99_ms = ramps.iter().map(|variants| {
         let mut served = Served::default();
         for models in variants {
-            let mut memory = Counted::split(Sizes::PUBLISHED.static_tokens, models.len());
+            let mut memory = Counted::split(STATIC_TOKENS, models.len());
             let limits = Limits::DEFAULT;
             Server::new(models, &mut memory, limits, &step, &mut served).run(u64::MAX)?;
         }
-        Ok(served.first_token.quantile(990) / 1e6)
+        Ok(quantile(&served.first_token, 990) / 1e6)
     });
     let p99_ms = p99_ms.collect::<Result<Vec<_>>>()?;
     let errors = CURVES.iter().zip(&p99_ms);

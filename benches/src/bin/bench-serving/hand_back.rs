@@ -1,6 +1,6 @@
 //! A busy model goes idle beside one that needs all the memory that it had.
 
-use crate::contest::{Pool, Sizes, told};
+use crate::contest::{Pool, SHARED_TOKENS};
 use anyhow::{Context, Result};
 use cuda_vmm_benches::figure::Finding;
 
@@ -14,7 +14,7 @@ const LIVE_EVERY: usize = 1000;
 /// When one model has filled the pool and frees all except a few blocks here and there, how long it
 /// takes until the other has all that is free, in milliseconds.
 fn hand_back(pool: Pool) -> Result<f64> {
-    let mut memory = pool.memory(Sizes::PUBLISHED, 2)?;
+    let mut memory = pool.memory(2, SHARED_TOKENS)?;
     let (busy, needy) = (0, 1);
     let mut now_ns = 0;
     let mut blocks = Vec::new();
@@ -49,9 +49,8 @@ fn hand_back(pool: Pool) -> Result<f64> {
 }
 
 /// Measures both elastic pools, and judges ours.
-pub fn judge(quick: bool) -> Result<Finding> {
+pub fn judge() -> Result<Finding> {
     let (ours_ms, peer_ms) = (hand_back(Pool::Ours)?, hand_back(Pool::PageAtATime)?);
     let name = "a busy model goes idle: until the other has all that is not live: page at a time";
-    let finding = Finding::new(name, "ms", "≤ 100 ms");
-    Ok(told(quick, finding.judge(ours_ms, Some(peer_ms))))
+    Ok(Finding::new(name, "ms", "≤ 100 ms").judge(ours_ms, Some(peer_ms)))
 }

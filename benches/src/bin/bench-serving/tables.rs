@@ -4,6 +4,7 @@ use crate::contest::{Contest, Pool};
 use crate::ramps::Ramps;
 use cuda_vmm_benches::report::table;
 use cuda_vmm_benches::serving::Served;
+use cuda_vmm_benches::{mean, quantile};
 
 fn milliseconds(value: f64) -> String {
     format!("{value:.0$}", if value < 100.0 { 2 } else { 1 })
@@ -18,12 +19,12 @@ type Column = (&'static str, fn(&Served) -> String);
 
 /// The columns of a contest's table after the pool.
 const COLUMNS: [Column; 13] = [
-    ("first token: mean", |it| ms(it.first_token.mean())),
-    ("p50", |it| ms(it.first_token.quantile(500))),
-    ("p99 (ms)", |it| ms(it.first_token.quantile(990))),
-    ("per token: mean", |it| ms(it.per_token.mean())),
-    ("p50", |it| ms(it.per_token.quantile(500))),
-    ("p99 (ms)", |it| ms(it.per_token.quantile(990))),
+    ("first token: mean", |it| ms(mean(&it.first_token))),
+    ("p50", |it| ms(quantile(&it.first_token, 500))),
+    ("p99 (ms)", |it| ms(quantile(&it.first_token, 990))),
+    ("per token: mean", |it| ms(mean(&it.per_token))),
+    ("p50", |it| ms(quantile(&it.per_token, 500))),
+    ("p99 (ms)", |it| ms(quantile(&it.per_token, 990))),
     ("served", |it| it.served.to_string()),
     ("refused", |it| it.refused.to_string()),
     ("preempted", |it| it.preemptions.to_string()),
@@ -32,10 +33,10 @@ const COLUMNS: [Column; 13] = [
         format!("{:.2}", it.held_bytes_max as f64 / (1_u64 << 30) as f64)
     }),
     ("calls, mean a step (µs)", |it| {
-        format!("{:.2}", it.calls_ns as f64 / 1e3 / it.calls.count() as f64)
+        format!("{:.2}", it.calls_ns as f64 / 1e3 / it.calls.len() as f64)
     }),
     ("worst (µs)", |it| {
-        format!("{:.0}", it.calls.quantile(1000) / 1e3)
+        format!("{:.0}", quantile(&it.calls, 1000) / 1e3)
     }),
 ];
 

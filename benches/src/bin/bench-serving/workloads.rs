@@ -1,12 +1,12 @@
 //! Workloads (b), traces, and (c), idle models beside a busy one, and a single model that has the
 //! whole card.
 
-use crate::contest::{Contest, Figure, P99, Pool, Sizes};
+use crate::contest::{Contest, P99, Pool, SHARED_TOKENS, THROUGHPUT};
 use crate::trace;
 use anyhow::Result;
 use cuda_vmm_benches::figure::Finding;
 use cuda_vmm_benches::serving::{PHASES, Request, paced};
-use std::iter::repeat_n;
+use std::iter::{once, repeat_n};
 use std::path::PathBuf;
 
 /// How many times later each request arrives than in the trace. At the traces' own speed the
@@ -17,6 +17,9 @@ const QUICK_NS: u64 = 60_000_000_000;
 
 /// Replays the Azure LLM inference traces, each as a model, if there are any.
 pub fn traces(quick: bool, paths: &[PathBuf]) -> Result<Option<Contest>> {
+    if paths.is_empty() {
+        return Ok(None);
+    }
     let mut models = Vec::new();
     for path in paths {
         let mut requests = trace::read(path)?;
@@ -31,21 +34,17 @@ pub fn traces(quick: bool, paths: &[PathBuf]) -> Result<Option<Contest>> {
         }
         models.push(requests);
     }
-    if models.is_empty() {
-        return Ok(None);
-    }
-    let name = format!("(b) {} traces, {STRETCH} times as slow", models.len());
-    let sizes = Sizes::split(models.len());
-    Contest::hold(&name, quick, &[models], sizes).map(Some)
+    let count = models.len();
+    let name = format!("(b) {count} traces, {STRETCH} times as slow");
+    Contest::hold(&name, SHARED_TOKENS / count, once(models)).map(Some)
 }
 
-/// Judges them, or says that they were not run.
 pub fn judge_traces(contest: Option<&Contest>) -> Vec<Finding> {
     let Some(contest) = contest else {
         let absent = Finding::new("(b) traces", "ms", "");
         return vec![absent.noted("not run: no trace was given (--trace FILE)")];
     };
-    contest.never_slower().collect()
+    contest.never_slower().into()
 }
 
 /// Models that have served a few requests and are idle then.
@@ -62,21 +61,18 @@ pub fn idle(quick: bool) -> Result<Contest> {
     let (phases, seconds) = if quick { (1, 10) } else { (PHASES, 60) };
     let variants = (0..phases).map(|phase| {
         let idle = (0..IDLE as u64).map(|model| paced(model * APART_NS, phase, IDLE_RATES));
-        let busy = paced(IDLE as u64 * APART_NS, phase, repeat_n(BUSY_RATE, seconds));
-        idle.chain([busy]).collect()
+        let rates = repeat_n(BUSY_RATE, seconds);
+        idle.chain(once(paced(IDLE as u64 * APART_NS, phase, rates)))
+            .collect()
     });
-    let (name, variants) = (
-        format!("(c) {IDLE} idle models and a busy one"),
-        variants.collect::<Vec<_>>(),
-    );
-    Contest::hold(&name, quick, &variants, Sizes::split(IDLE + 1))
+    let name = format!("(c) {IDLE} idle models and a busy one");
+    Contest::hold(&name, SHARED_TOKENS / (IDLE + 1), variants)
 }
 
-/// Judges it.
 pub fn judge_idle(contest: &Contest) -> impl Iterator<Item = Finding> {
     let others = [Pool::StaticSplit, Pool::Ideal];
-    let others = others.map(|pool| contest.judge(P99, "ms", pool, ""));
-    contest.never_slower().chain(others)
+    let others = others.map(|pool| contest.judge(P99, pool, ""));
+    contest.never_slower().into_iter().chain(others)
 }
 
 /// Requests a second, more than the card computes.
@@ -96,13 +92,10 @@ pub fn single(quick: bool) -> Result<Contest> {
         let requests = paced(0, phase, repeat_n(SINGLE_RATE, seconds));
         vec![requests.into_iter().map(long).collect()]
     });
-    let (name, variants) = ("single model, whole card", variants.collect::<Vec<_>>());
-    Contest::hold(name, quick, &variants, Sizes::split(1))
+    Contest::hold("single model, whole card", SHARED_TOKENS, variants)
 }
 
-/// Judges it.
 pub fn judge_single(contest: &Contest) -> [Finding; 2] {
-    const THROUGHPUT: Figure = ("tokens a second", |outcome| outcome.tokens_per_second());
     let others = [Pool::StaticSplit, Pool::PageAtATime];
-    others.map(|pool| contest.judge(THROUGHPUT, "tokens/s", pool, "≥ 1 ×"))
+    others.map(|pool| contest.judge(THROUGHPUT, pool, "≥ 1 ×"))
 }

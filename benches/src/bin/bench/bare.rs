@@ -4,7 +4,7 @@
 //! Everything here owns what it made, gives it back once, and names only addresses and handles that
 //! it owns to the driver. Places for what the driver writes are valid during the call.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
 
@@ -26,7 +26,8 @@ pub fn check(code: CUresult, function: DriverFunction) -> Result<()> {
 }
 
 /// Memory behind a part of a range.
-struct Chunk {
+#[derive(Clone, Copy)]
+pub struct Chunk {
     address: CUdeviceptr,
     bytes: usize,
     handle: CUmemGenericAllocationHandle,
@@ -74,14 +75,14 @@ impl Range {
     /// Creates and maps chunks of these sizes, one after the other.
     pub fn back(&mut self, chunks: &[usize]) -> Result<()> {
         for bytes in chunks {
-            self.create(*bytes)?;
-            self.map_last()?;
+            let chunk = self.create(*bytes)?;
+            self.map(chunk)?;
         }
         Ok(())
     }
 
-    /// Creates memory behind the chunks that are there, without mapping it.
-    pub fn create(&mut self, bytes: usize) -> Result<()> {
+    /// Creates memory for the addresses after the chunks that are there, without mapping it.
+    pub fn create(&mut self, bytes: usize) -> Result<Chunk> {
         let last = self.chunks.last();
         let address = last.map_or(self.address, |chunk| chunk.address + chunk.bytes as u64);
         let fits = address + bytes as u64 <= self.address + self.bytes as u64;
@@ -89,36 +90,28 @@ impl Range {
         let (mut handle, properties) = (0, &self.properties);
         // SAFETY: see the module's documentation; the properties are valid during the call.
         unsafe { call!(self.device, cuMemCreate(&mut handle, bytes, properties, 0)) }?;
-        self.chunks.push(Chunk {
+        let chunk = Chunk {
             address,
             bytes,
             handle,
-        });
-        Ok(())
+        };
+        self.chunks.push(chunk);
+        Ok(chunk)
     }
 
-    fn last(&self) -> Result<&Chunk> {
-        self.chunks.last().context("no memory is behind the range")
-    }
-
-    /// Maps the last chunk and makes it accessible.
-    pub fn map_last(&mut self) -> Result<()> {
-        let Chunk {
-            address,
-            bytes,
-            handle,
-        } = *self.last()?;
+    /// Maps a chunk of this range and makes it accessible.
+    pub fn map(&self, chunk: Chunk) -> Result<()> {
+        let (address, bytes) = (chunk.address, chunk.bytes);
         // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is
         // ours. The descriptor is valid during the call.
         unsafe {
-            call!(self.device, cuMemMap(address, bytes, 0, handle, 0))?;
+            call!(self.device, cuMemMap(address, bytes, 0, chunk.handle, 0))?;
             call!(self.device, cuMemSetAccess(address, bytes, &self.access, 1))
         }
     }
 
-    /// Unmaps the last chunk and keeps its memory.
-    pub fn unmap_last(&mut self) -> Result<()> {
-        let chunk = self.last()?;
+    /// Unmaps a chunk of this range and keeps its memory.
+    pub fn unmap(&self, chunk: Chunk) -> Result<()> {
         // SAFETY: the addresses are those of our chunk.
         unsafe { call!(self.device, cuMemUnmap(chunk.address, chunk.bytes)) }
     }

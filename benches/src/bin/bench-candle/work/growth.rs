@@ -10,28 +10,47 @@ use cuda_vmm_benches::{Outcome, Sides, watch};
 use std::hint::black_box;
 use std::time::Instant;
 
+/// Appends a token to all layers, of caches of ours and of Candle's in turns, and does something
+/// after it. A sample is the mean time of a stretch of steps, which are waited for at its end, or a
+/// part of that.
+fn in_turns(
+    machine: &Machine,
+    outcome: &mut Outcome,
+    [ours, peer]: [&str; 2],
+    (stretch, rounds, warm): (usize, usize, usize),
+    parts: usize,
+    after: impl Fn() -> candle_core::Result<()>,
+) -> Result<()> {
+    let (token, pool) = (tokens(machine, 1)?, machine.pool(false)?);
+    let most = warm + stretch * (rounds + 1);
+    let mut elastic = Layers::new(machine, &pool, most)?;
+    let mut preallocated = Layers::new(machine, &PreallocatedCaches, most)?;
+    let mut step_ours = || elastic.append(&token).and_then(|()| after());
+    let mut step_peer = || preallocated.append(&token).and_then(|()| after());
+    for _ in 0..warm {
+        step_ours()?;
+        step_peer()?;
+    }
+    let mut sides = Sides::new();
+    let parts = parts as u32;
+    sides.add(ours, || {
+        Ok(machine.mean_time(stretch, &mut step_ours)? / parts)
+    });
+    sides.add(peer, || {
+        Ok(machine.mean_time(stretch, &mut step_peer)? / parts)
+    });
+    // All tokens are appended, however long that takes; the first stretch warms up.
+    outcome.measure(sides, &machine.settings.patient(u32::MAX), rounds)
+}
+
 /// Tokens appended one by one, and all of them looked at, against Candle's preallocated cache.
 pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (stretch, lengths) = (machine.sized([64, 8]), ["shorter", "longer"]);
     let counts = machine.sized([[4096, 16_384], [32, 64]]);
     for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
-        let token = tokens(machine, 1)?;
-        let pool = machine.pool(false)?;
-        let mut elastic = Layers::new(machine, &pool, count)?;
-        let mut preallocated = Layers::new(machine, &PreallocatedCaches, count)?;
-        let layers = machine.sized(LAYERS) as u32;
-        let mut sides = Sides::new();
-        // The time of one layer's step, of a stretch of steps that are waited for at its end.
-        sides.add(&ours, || {
-            Ok(machine.mean_time(stretch, || elastic.append(&token))? / layers)
-        });
-        sides.add(&peer, || {
-            Ok(machine.mean_time(stretch, || preallocated.append(&token))? / layers)
-        });
-        // All tokens are appended; the first stretch warms up.
-        let settings = machine.settings.patient(u32::MAX);
-        outcome.measure(sides, &settings, count / stretch - 1)?;
+        let (sizes, layers) = ((stretch, count / stretch - 1, 0), machine.sized(LAYERS));
+        in_turns(machine, outcome, [&ours, &peer], sizes, layers, || Ok(()))?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
         let note = format!(
             "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
@@ -95,39 +114,19 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-/// Steps before the first that counts, besides the round that warms up.
-const WARM: usize = 16;
-
 /// The worst step of a long decode, against memory that was there before.
 pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const OURS: &str = "ours";
     const PEER: &str = "KvCache, preallocated";
     let (steps, size) = (machine.sized([16_384, 32]), machine.sized([1024, 16]));
-    let most = steps + WARM + 1;
-    let token = tokens(machine, 1)?;
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
-    let pool = machine.pool(false)?;
-    let mut elastic = Layers::new(machine, &pool, most)?;
-    let mut preallocated = Layers::new(machine, &PreallocatedCaches, most)?;
-    for _ in 0..WARM {
-        elastic.append(&token)?;
-        preallocated.append(&token)?;
-        black_box(matrix.matmul(&matrix)?);
-    }
-    let mut sides = Sides::new();
-    sides.add(OURS, || {
-        machine.mean_time(1, || {
-            elastic.append(&token)?;
-            matrix.matmul(&matrix)
-        })
-    });
-    sides.add(PEER, || {
-        machine.mean_time(1, || {
-            preallocated.append(&token)?;
-            matrix.matmul(&matrix)
-        })
-    });
-    outcome.measure(sides, &machine.settings.patient(u32::MAX), steps)?;
+    let multiply = || {
+        matrix
+            .matmul(&matrix)
+            .map(|product| drop(black_box(product)))
+    };
+    // Some steps come before the first that counts, besides the round that warms up.
+    in_turns(machine, outcome, [OURS, PEER], (1, steps, 16), 1, multiply)?;
     let [ours_us, peer_us] = [outcome.us(OURS, 500)?, outcome.us(PEER, 500)?];
     let note = format!("{steps} steps; medians {ours_us:.1} µs and {peer_us:.1} µs");
     outcome.note(OURS, note);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
 use cuda_vmm_sim::CostModel;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// With fewer mapped pages at hand the background maps more.
@@ -23,20 +23,27 @@ const RESERVE_MAX: usize = 10;
 struct Model {
     reservation: Arc<Reservation>,
     /// Mapped pages, in use or not.
-    mapped: Vec<Option<Mapping>>,
+    mapped: BTreeMap<u32, Mapping>,
     /// Mapped pages that are not in use, the last one first.
     reserve: Vec<u32>,
-    /// Pages that are not mapped.
     unmapped: BTreeSet<u32>,
 }
 
 impl Model {
-    fn held(&self) -> usize {
-        self.mapped.len() - self.unmapped.len()
+    /// Maps the lowest page that is not.
+    fn map(&mut self, device: &Device) -> Result<u32> {
+        let page = self.unmapped.pop_first();
+        let page = page.context("fewer pages than the limit")?;
+        let memory = Arc::new(PhysicalMemory::new(device, BLOCK_BYTES)?);
+        let access = [(device.clone(), Access::ReadWrite)];
+        let offset = page as usize * BLOCK_BYTES;
+        let mapping = Mapping::new(&self.reservation, offset, &memory, &access)?;
+        self.mapped.insert(page, mapping);
+        Ok(page)
     }
 
-    fn unmap(&mut self, page: u32) -> cuda_vmm::Result<()> {
-        if let Some(mapping) = self.mapped[page as usize].take() {
+    fn unmap(&mut self, page: u32) -> Result<()> {
+        if let Some(mapping) = self.mapped.remove(&page) {
             mapping.close().map_err(|failure| failure.error)?;
         }
         self.unmapped.insert(page);
@@ -51,12 +58,6 @@ pub struct PageAtATime {
     card: Card,
 }
 
-fn map(device: &Device, reservation: &Arc<Reservation>, page: u32) -> cuda_vmm::Result<Mapping> {
-    let memory = Arc::new(PhysicalMemory::new(device, BLOCK_BYTES)?);
-    let access = [(device.clone(), Access::ReadWrite)];
-    Mapping::new(reservation, page as usize * BLOCK_BYTES, &memory, &access)
-}
-
 impl PageAtATime {
     /// A pool of this many blocks for this many models.
     pub fn new(limit: usize, models: usize, costs: Option<CostModel>) -> Result<Self> {
@@ -64,7 +65,7 @@ impl PageAtATime {
         let models = (0..models).map(|_| {
             Ok(Model {
                 reservation: Arc::new(Reservation::new(&card.device, limit * BLOCK_BYTES)?),
-                mapped: (0..limit).map(|_| None).collect(),
+                mapped: BTreeMap::new(),
                 reserve: Vec::new(),
                 unmapped: (0..limit as u32).collect(),
             })
@@ -79,7 +80,7 @@ impl PageAtATime {
     }
 
     fn held(&self) -> usize {
-        self.models.iter().map(Model::held).sum()
+        self.models.iter().map(|model| model.mapped.len()).sum()
     }
 
     /// Unmaps what other models keep in reserve, as far as a model cannot have its pages without.
@@ -92,10 +93,10 @@ impl PageAtATime {
                 continue;
             }
             missing -= pages;
-            let mut pages: Vec<_> = other.reserve.drain(..pages).collect();
-            self.card.call(now_ns, || {
-                pages.drain(..).try_for_each(|page| other.unmap(page))
-            })?;
+            let pages: Vec<_> = other.reserve.drain(..pages).collect();
+            let mut pages = pages.into_iter();
+            self.card
+                .call(now_ns, || pages.try_for_each(|page| other.unmap(page)))?;
         }
         Ok(())
     }
@@ -116,17 +117,8 @@ impl Memory for PageAtATime {
             return Ok(None);
         }
         self.take_back(now_ns, model, count)?;
-        let device = self.card.device.clone();
-        let own = &mut self.models[model];
-        let mut take = || {
-            if let Some(page) = own.reserve.pop() {
-                return Ok(page);
-            }
-            let page = own.unmapped.pop_first();
-            let page = page.context("fewer pages than the limit")?;
-            own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
-            Ok(page)
-        };
+        let (own, device) = (&mut self.models[model], self.card.device.clone());
+        let mut take = || own.reserve.pop().map_or_else(|| own.map(&device), Ok);
         let take_all = || (0..count).map(|_| take()).collect::<Result<_>>();
         self.card.call(now_ns, take_all).map(Some)
     }
@@ -137,8 +129,7 @@ impl Memory for PageAtATime {
         own.reserve.extend(&blocks[..kept]);
         let mut surplus = blocks[kept..].iter();
         self.card
-            .call(now_ns, || surplus.try_for_each(|page| own.unmap(*page)))?;
-        Ok(())
+            .call(now_ns, || surplus.try_for_each(|page| own.unmap(*page)))
     }
 
     fn work(&mut self, now_ns: u64) -> Result<()> {
@@ -150,12 +141,9 @@ impl Memory for PageAtATime {
             }
             let wanted = (RESERVE_MAX - own.reserve.len()).min(room);
             let device = self.card.device.clone();
-            self.card.behind(now_ns, || -> cuda_vmm::Result<()> {
+            self.card.behind(now_ns, || -> Result<()> {
                 for _ in 0..wanted {
-                    let Some(page) = own.unmapped.pop_first() else {
-                        break;
-                    };
-                    own.mapped[page as usize] = Some(map(&device, &own.reservation, page)?);
+                    let page = own.map(&device)?;
                     own.reserve.insert(0, page);
                 }
                 Ok(())
@@ -165,6 +153,6 @@ impl Memory for PageAtATime {
     }
 
     fn held_bytes(&self, model: usize) -> u64 {
-        (self.models[model].held() * BLOCK_BYTES) as u64
+        (self.models[model].mapped.len() * BLOCK_BYTES) as u64
     }
 }

@@ -8,7 +8,7 @@ use anyhow::Result;
 use cuda_vmm::Stream;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS, Limits, Request, Served, Server};
-use cuda_vmm_benches::{Outcome, Samples, noted_calls, watch};
+use cuda_vmm_benches::{Outcome, noted_calls, watch};
 
 const SEQUENCES: usize = 128;
 /// Tokens after which a sequence ends and another begins in its place.
@@ -94,7 +94,7 @@ fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran>
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let traffic = Traffic::new(machine, &machine.stream)?;
     let plain = Plain::new(&machine.device, BYTES)?;
-    let (mut own, mut with, mut without) = <(Samples, Samples, Samples)>::default();
+    let (mut own, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
     let settings = machine.settings.patient(4);
     for (_, side) in settings.turns(2, settings.rounds, 0) {
         let plain = [None, Some(&plain)][side];

@@ -4,7 +4,7 @@ use crate::machine::{Machine, range};
 use crate::traffic::Kernel;
 use anyhow::Result;
 use cuda_vmm::{DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::{Call, Outcome, Samples, noted_calls, watch};
+use cuda_vmm_benches::{Call, Outcome, noted_calls, watch};
 use std::time::Instant;
 
 const RANGES: usize = 64;
@@ -73,7 +73,7 @@ impl<'a> Ranges<'a> {
 
     /// Takes all steps after the first. Those count in which every range needs a new page, or all
     /// if they have memory from the beginning.
-    fn run(&self, kernel: Kernel, times: &mut Samples) -> Result<()> {
+    fn run(&self, kernel: Kernel, times: &mut Vec<f64>) -> Result<()> {
         let step_bytes = self.page_bytes / STEPS_OF_A_PAGE;
         for offset in (step_bytes..PAGES * self.page_bytes).step_by(step_bytes) {
             let started = Instant::now();
@@ -88,7 +88,7 @@ impl<'a> Ranges<'a> {
             self.stream.synchronize()?;
             let elapsed = started.elapsed();
             if self.manner == Manner::Before || offset.is_multiple_of(self.page_bytes) {
-                times.extend([elapsed.as_nanos() as f64]);
+                times.push(elapsed.as_nanos() as f64);
             }
         }
         Ok(())
@@ -99,7 +99,7 @@ impl<'a> Ranges<'a> {
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let kernel = Kernel::load(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
-    let mut times = manners.map(|_| Samples::default());
+    let mut times = manners.map(|_| Vec::new());
     // Longer than other work: the thousandth of the growth steps is to be more than the worst of
     // them.
     let settings = machine.settings.patient(8);
@@ -117,7 +117,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 
     let kernel = Kernel::load(machine.noted.device())?;
     let ranges = Ranges::new(&machine.noted, Manner::Ahead)?;
-    let (ran, calls) = noted_calls(|| ranges.run(kernel, &mut Samples::default()));
+    let (ran, calls) = noted_calls(|| ranges.run(kernel, &mut Vec::new()));
     let calls = calls.iter().filter(|call| Call::is_memory_management(call));
     outcome.count("VMM calls", calls.count() as f64);
     ran

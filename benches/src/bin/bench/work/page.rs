@@ -19,9 +19,8 @@ fn one_page(
     let (_, elapsed) = time(|| pool.allocate(0, machine.page_bytes))?;
     pool.deallocate(0, machine.page_bytes)?;
     machine.stream.synchronize()?;
-    step_until(pool.engine(), "the page to go back", |stats| {
-        Ok(is_there(stats))
-    })?;
+    let is_there = |stats: &_| Ok(is_there(stats));
+    step_until(pool.engine(), "the page to go back", is_there)?;
     Ok(elapsed)
 }
 
@@ -29,22 +28,21 @@ fn one_page(
 pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (page_bytes, settings) = (machine.page_bytes, &machine.settings);
     let mut range = Range::reserve(&machine.device, page_bytes)?;
-    range.create(page_bytes)?;
+    let chunk = range.create(page_bytes)?;
     let pool = machine.pool(EngineOptions::new().cache_bytes_max(64 << 20), page_bytes)?;
     let mut sides = Sides::new();
+    let is_cached = |stats: &EngineStats| stats.parts.cached_bytes >= page_bytes;
     sides.add("ours, handle in the cache", || {
-        one_page(machine, &pool, |stats| {
-            stats.parts.cached_bytes >= page_bytes
-        })
+        one_page(machine, &pool, is_cached)
     });
     sides.add("bare map and set access", || {
-        let ((), elapsed) = time(|| range.map_last())?;
-        range.unmap_last()?;
+        let ((), elapsed) = time(|| range.map(chunk))?;
+        range.unmap(chunk)?;
         Ok(elapsed)
     });
     outcome.measure(sides, settings, settings.rounds * 5)?;
     // A page that is mapped goes back by itself, one that is not would be unmapped in vain.
-    range.map_last()
+    range.map(chunk)
 }
 
 /// Pages that are parked in each round.
