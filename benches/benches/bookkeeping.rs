@@ -15,6 +15,10 @@ use std::time::{Duration, Instant};
 
 const CAPACITY: usize = 128 << 30;
 
+/// Bytes of a token, and how many are in a page after the first.
+const TOKEN: usize = 4096;
+const TOKENS: usize = GRANULARITY / TOKEN - 1;
+
 /// Pages that are parked at a time.
 const PARKED: usize = 64;
 /// Pages that each of several models has parked at a time. To take them takes long beside starting
@@ -64,26 +68,6 @@ fn in_rounds(pages: u64, of_round: usize, round: impl FnMut() -> Duration) -> Du
     elapsed.mul_f64(pages as f64 / (rounds * of_round as u64) as f64)
 }
 
-/// The time of growing by tokens whose pages are live already.
-fn grow_in_live_pages(pool: &VirtualMemoryPool, tokens: u64) -> Duration {
-    const TOKEN: usize = 4096;
-    let mut elapsed = Duration::ZERO;
-    let mut left = tokens as usize;
-    while left > 0 {
-        // The first token brings the page.
-        let round = left.min(GRANULARITY / TOKEN - 1);
-        pool.allocate(0, TOKEN).expect("room");
-        let started = Instant::now();
-        for token in 1..=round {
-            black_box(pool.allocate(token * TOKEN, TOKEN).expect("room"));
-        }
-        elapsed += started.elapsed();
-        pool.deallocate(0, (round + 1) * TOKEN).expect("live");
-        left -= round;
-    }
-    elapsed
-}
-
 fn run(benches: &mut Benches, device: &Device) -> Result<()> {
     let stream = Stream::new(device)?;
     let pool = || VirtualMemoryPool::new(device, CAPACITY, GRANULARITY);
@@ -99,7 +83,7 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
         });
     }
 
-    let model = ParkedModels::new(device, &stream, 1, PARKED)?;
+    let model = ParkedModels::new(&stream, 1, PARKED)?;
     // Without the time of parking them.
     let take_back = || {
         model.park(0).expect("room");
@@ -113,7 +97,7 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
     drop(model);
 
     // The time of one page stays as it is with one thread if threads do not disturb each other.
-    let models = ParkedModels::new(device, &stream, 2, PARKED_OF_EACH)?;
+    let models = ParkedModels::new(&stream, 2, PARKED_OF_EACH)?;
     for (threads, name) in (1..).zip(THREADS) {
         let take = || models.take(threads).expect("parked");
         benches.add(name, |pages| in_rounds(pages, PARKED_OF_EACH, take));
@@ -124,13 +108,24 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
     let tokens = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY)?;
     tokens.allocate(0, 1)?;
     benches.add_plain("allocate and deallocate a token in a live page", || {
-        black_box(tokens.allocate(4096, 4096).expect("room"));
-        tokens.deallocate(4096, 4096).expect("live");
+        black_box(tokens.allocate(TOKEN, TOKEN).expect("room"));
+        tokens.deallocate(TOKEN, TOKEN).expect("live");
     });
 
     let growing = VirtualMemoryPool::on_engine(&engine, CAPACITY, GRANULARITY)?;
+    // The first token brings the page.
+    let grow = || {
+        growing.allocate(0, TOKEN).expect("room");
+        let started = Instant::now();
+        for token in 1..=TOKENS {
+            black_box(growing.allocate(token * TOKEN, TOKEN).expect("room"));
+        }
+        let elapsed = started.elapsed();
+        growing.deallocate(0, GRANULARITY).expect("live");
+        elapsed
+    };
     benches.add("allocate a token in a live page", |tokens| {
-        grow_in_live_pages(&growing, tokens)
+        in_rounds(tokens, TOKENS, grow)
     });
 
     let shared = SharedMemoryPool::new(device, 1 << 40)?;

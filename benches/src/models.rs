@@ -3,8 +3,8 @@
 use crate::waiting::step_until;
 use anyhow::{Context, Result};
 use cuda_vmm::{
-    Device, EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream,
-    VirtualMemoryPool, WorkerMode,
+    EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    WorkerMode,
 };
 use std::hint::black_box;
 use std::panic::resume_unwind;
@@ -18,17 +18,17 @@ pub fn model_name(number: usize) -> String {
     format!("model {number}")
 }
 
-/// A shared pool with a model for each stream, which uses its memory. Each model has addresses of
-/// `capacity_bytes`, and `ahead_bytes` are made ahead of it.
+/// A shared pool with a model for each stream of a device, which uses its memory. Each model has
+/// addresses of `capacity_bytes`, and `ahead_bytes` are made ahead of it.
 ///
 /// # Errors
-/// The pool's.
+/// The pool's, or if there is no stream.
 pub fn shared_models(
-    device: &Device,
     engine: EngineOptions,
     (capacity_bytes, ahead_bytes): (usize, usize),
     streams: &[Stream],
 ) -> Result<(SharedMemoryPool, Vec<Arc<VirtualMemoryPool>>)> {
+    let device = streams.first().context("no model")?.device();
     let shared = SharedMemoryPool::with_options(device, SharedPoolOptions::new().engine(engine))?;
     let mut models = Vec::with_capacity(streams.len());
     for (number, stream) in streams.iter().enumerate() {
@@ -55,13 +55,13 @@ impl ParkedModels {
     ///
     /// # Errors
     /// The pool's, if there is no memory for all of them.
-    pub fn new(device: &Device, stream: &Stream, count: usize, pages: usize) -> Result<Self> {
-        let bytes = pages * device.granularity_bytes();
+    pub fn new(stream: &Stream, count: usize, pages: usize) -> Result<Self> {
+        let bytes = pages * stream.device().granularity_bytes();
         let engine = EngineOptions::new()
             .chunk_bytes_max(0)
             .park_bytes_max(count * bytes)
             .worker(WorkerMode::Manual);
-        let (_, models) = shared_models(device, engine, (bytes, 0), &vec![stream.clone(); count])?;
+        let (_, models) = shared_models(engine, (bytes, 0), &vec![stream.clone(); count])?;
         for model in &models {
             model.allocate(0, bytes)?;
         }

@@ -48,34 +48,24 @@ pub struct Wanted {
     pub only: String,
 }
 
-/// What work is measured on.
-pub trait Machine {
-    /// The device.
-    fn device(&self) -> &Device;
-    /// Whether times mean something here.
-    fn is_real(&self) -> bool;
-}
-
 /// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of
 /// all figures. If the machine cannot be opened and may be absent, every figure is reported without
-/// a verdict.
+/// a verdict. `device` returns a machine's device, and whether times mean something there.
 ///
 /// # Errors
 /// If nothing is wanted, or the machine cannot be opened and must be there.
-pub fn measure<M: Machine>(
+pub fn measure<M>(
     (all, figures): (&[Work<M>], &str),
     wanted: &Wanted,
     may_be_absent: bool,
     open: impl FnOnce() -> Result<M>,
+    device: fn(&M) -> (&Device, bool),
 ) -> Result<ExitCode> {
     let figures = of_wanted_work(Figure::list(figures)?, &wanted.only);
     let is_wanted = |work: &&Work<M>| figures.iter().any(|figure| figure.work == work.0);
     let chosen: Vec<_> = all.iter().filter(is_wanted).collect();
-    ensure!(
-        !chosen.is_empty(),
-        "no work and no figure has {:?} in its name",
-        wanted.only
-    );
+    let (is_any, word) = (!chosen.is_empty(), &wanted.only);
+    ensure!(is_any, "no work and no figure has {word:?} in its name");
     let json = wanted.json.as_deref();
     let machine = match open() {
         Err(error) if may_be_absent => {
@@ -87,22 +77,22 @@ pub fn measure<M: Machine>(
         }
         machine => machine?,
     };
-    report::print_head(machine.device(), machine.is_real());
+    let (device, is_real) = device(&machine);
+    report::print_head(device, is_real);
     let mut findings = Vec::new();
     for work in chosen {
         let outcome = Outcome::of(*work, &machine);
         report::print_sides(work.0, outcome.timed());
         let mine = figures.iter().filter(|figure| figure.work == work.0);
-        findings.extend(mine.map(|figure| outcome.judge(figure, machine.is_real())));
+        findings.extend(mine.map(|figure| outcome.judge(figure, is_real)));
     }
     report::end(&findings, json)
 }
 
 /// All figures of the work whose name, or a figure of it, contains a word.
 fn of_wanted_work(mut figures: Vec<Figure>, word: &str) -> Vec<Figure> {
-    let named = figures
-        .iter()
-        .filter(|one| one.work.contains(word) || one.name.contains(word));
+    let is_named = |one: &&Figure| one.work.contains(word) || one.name.contains(word);
+    let named = figures.iter().filter(is_named);
     let wanted: BTreeSet<_> = named.map(|figure| figure.work.clone()).collect();
     figures.retain(|figure| wanted.contains(&figure.work));
     figures

@@ -5,7 +5,7 @@ use candle_core::Device;
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::ValueEnum;
-use cuda_vmm_benches::{Settings, program};
+use cuda_vmm_benches::Settings;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -20,11 +20,9 @@ pub enum Place {
 
 /// A device with nothing else to do.
 pub struct Machine {
-    /// Candle's.
     pub candle: Device,
     /// The same; where that is a CPU, the simulated one behind it.
     pub device: cuda_vmm::Device,
-    /// How long each piece of work is measured.
     pub settings: Settings,
     /// Whether all is small, which shows in seconds that everything runs.
     is_small: bool,
@@ -33,16 +31,6 @@ pub struct Machine {
 /// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the
 /// driver.
 const AHEAD_BYTES: usize = 4 << 20;
-
-impl program::Machine for Machine {
-    fn device(&self) -> &cuda_vmm::Device {
-        &self.device
-    }
-
-    fn is_real(&self) -> bool {
-        self.candle.is_cuda() && !self.is_small
-    }
-}
 
 impl Machine {
     /// Opens what is asked for, and nothing else.
@@ -63,6 +51,11 @@ impl Machine {
             is_small,
             candle,
         })
+    }
+
+    /// Whether times mean something here.
+    pub fn is_real(&self) -> bool {
+        self.candle.is_cuda() && !self.is_small
     }
 
     /// The size of the figures, or the one that only shows that everything runs.

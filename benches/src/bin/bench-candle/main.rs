@@ -47,5 +47,8 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.device == Place::Cuda;
     let open = || Machine::open(arguments.device, arguments.quick);
-    program::measure((work::ALL, FIGURES), &arguments.wanted, may_be_absent, open)
+    let work = (work::ALL, FIGURES);
+    program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
+        (&machine.device, machine.is_real())
+    })
 }

@@ -12,11 +12,9 @@ use cuda_vmm_benches::quantile;
 use cuda_vmm_benches::serving::{Limits, PHASES, Request, Served, Server, staggered_ramps};
 use std::ops::RangeInclusive;
 
-/// Values of one constant: from, to, and by steps, in nanoseconds.
-type Axis = (RangeInclusive<u64>, usize);
-
-const COARSE: [Axis; 2] = [(10_000_000..=40_000_000, 2_000_000), (0..=300_000, 20_000)];
-const FINE_STEPS: [usize; 2] = [250_000, 5_000];
+/// By how much the two constants, a step's and a sequence's, are apart in the grids, in nanoseconds.
+const COARSE: [usize; 2] = [2_000_000, 20_000];
+const FINE: [usize; 2] = [250_000, 5_000];
 /// Every phase of this many is tried.
 const PHASE_STEP: usize = 2;
 
@@ -53,20 +51,19 @@ fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
 }
 
 /// The best pair of a grid.
-fn search(ramps: &Ramps, [step, sequence]: &[Axis; 2]) -> Result<Try> {
-    let mut best: Option<Try> = None;
-    for step_ns in step.0.clone().step_by(step.1) {
-        for sequence_ns in sequence.0.clone().step_by(sequence.1) {
-            let time = TimeModel {
-                step_ns,
-                sequence_ns,
-            };
-            let one = attempt(ramps, time)?;
-            if best.as_ref().is_none_or(|best| one.error < best.error) {
-                best = Some(one);
-            }
-        }
-    }
+fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) -> Result<Try> {
+    let [steps, sequences] = ranges;
+    let pairs = steps.step_by(apart[0]).flat_map(|step_ns| {
+        let sequences = sequences.clone().step_by(apart[1]);
+        sequences.map(move |sequence_ns| TimeModel {
+            step_ns,
+            sequence_ns,
+        })
+    });
+    let tries: Result<Vec<_>> = pairs.map(|time| attempt(ramps, time)).collect();
+    let best = tries?
+        .into_iter()
+        .min_by(|one, other| one.error.total_cmp(&other.error));
     best.context("an empty grid")
 }
 
@@ -75,15 +72,15 @@ pub fn run() -> Result<()> {
     let phases = || (0..PHASES).step_by(PHASE_STEP);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));
     let ramps = CURVES.map(|point| variants(point.peak).collect());
-    let coarse = search(&ramps, &COARSE)?.time;
+    let coarse = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?.time;
     // Around the best, as far as the coarse grid's step.
-    let fine = |axis: usize, value: u64| {
-        let apart = COARSE[axis].1 as u64;
-        let range = value.saturating_sub(apart)..=value + apart;
-        (range, FINE_STEPS[axis])
+    let around = |value: u64, apart: usize| {
+        let apart = apart as u64;
+        value.saturating_sub(apart)..=value + apart
     };
-    let fine = [fine(0, coarse.step_ns), fine(1, coarse.sequence_ns)];
-    let best = search(&ramps, &fine)?;
+    let steps = around(coarse.step_ns, COARSE[0]);
+    let sequences = around(coarse.sequence_ns, COARSE[1]);
+    let best = search(&ramps, [steps, sequences], FINE)?;
     let Try { error, time, .. } = best;
     println!("{time:?}, sum of squared logarithms {error:.3}");
     for (point, ms) in CURVES.iter().zip(&best.p99_ms) {

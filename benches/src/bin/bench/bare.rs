@@ -7,6 +7,8 @@
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
+use cuda_vmm_benches::time;
+use std::time::Duration;
 
 /// Calls a function of a device's driver; a code other than success is an error that names the
 /// function.
@@ -44,7 +46,6 @@ pub struct Range {
 }
 
 impl Range {
-    /// Reserves addresses.
     pub fn reserve(device: &Device, bytes: usize) -> Result<Self> {
         // SAFETY: the structs hold integers and pointers, for which all zeros is valid.
         let (mut properties, mut access): (CUmemAllocationProp, CUmemAccessDesc) =
@@ -67,7 +68,6 @@ impl Range {
         })
     }
 
-    /// The first address.
     pub fn address(&self) -> u64 {
         self.address
     }
@@ -116,8 +116,21 @@ impl Range {
         unsafe { call!(self.device, cuMemUnmap(chunk.address, chunk.bytes)) }
     }
 
+    /// The time of backing by chunks of these sizes, which are given back.
+    pub fn round(&mut self, chunks: &[usize]) -> Result<Duration> {
+        let ((), elapsed) = time(|| self.back(chunks))?;
+        self.give_back()?;
+        Ok(elapsed)
+    }
+
+    /// The time of unmapping and releasing chunks of these sizes.
+    pub fn release(&mut self, chunks: &[usize]) -> Result<Duration> {
+        self.back(chunks)?;
+        Ok(time(|| self.give_back())?.1)
+    }
+
     /// Unmaps and releases all chunks, one after the other.
-    pub fn give_back(&mut self) -> Result<()> {
+    fn give_back(&mut self) -> Result<()> {
         for chunk in self.chunks.drain(..) {
             // SAFETY: the chunk is ours, and forgotten after this.
             unsafe {
@@ -142,7 +155,6 @@ impl Drop for Range {
 pub struct Plain(Device, CUdeviceptr);
 
 impl Plain {
-    /// Allocates; the context is current.
     pub fn new(device: &Device, bytes: usize) -> Result<Self> {
         let mut address = 0;
         // SAFETY: see the module's documentation.
@@ -150,7 +162,6 @@ impl Plain {
         Ok(Self(device.clone(), address))
     }
 
-    /// The first address.
     pub fn address(&self) -> u64 {
         self.1
     }

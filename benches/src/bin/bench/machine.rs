@@ -6,34 +6,21 @@ use anyhow::{Result, ensure};
 use cuda_vmm::{
     Device, Driver, DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool,
 };
-use cuda_vmm_benches::{Settings, noting_driver, program, step_until};
+use cuda_vmm_benches::{Settings, noting_driver, step_until};
 use cuda_vmm_sim::SimConfig;
 
 /// A device with nothing else to do.
 pub struct Machine {
     /// A stream of the same device, of a driver whose calls can be noted.
     pub noted: Stream,
-    /// A stream of the device.
     pub stream: Stream,
     /// The page of all pools in bytes: the device's granularity.
     pub page_bytes: usize,
-    /// How long each piece of work is measured.
     pub settings: Settings,
-    /// How the replay of a server's work is made.
     pub replay: Replay,
     /// The device, with its context current on this thread. It goes last, for its driver stands
     /// behind the one that notes.
     pub device: Device,
-}
-
-impl program::Machine for Machine {
-    fn device(&self) -> &Device {
-        &self.device
-    }
-
-    fn is_real(&self) -> bool {
-        self.device.driver().kind() == DriverKind::Real
-    }
 }
 
 impl Machine {
@@ -56,6 +43,11 @@ impl Machine {
             replay: arguments.replay,
             device,
         })
+    }
+
+    /// Whether times mean something here.
+    pub fn is_real(&self) -> bool {
+        self.device.driver().kind() == DriverKind::Real
     }
 
     /// The wanted bytes, or as much less as the device's memory allows: at most a share of what is

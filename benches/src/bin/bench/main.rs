@@ -21,5 +21,8 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.driver == Choice::Real;
     let open = || Machine::open(arguments);
-    program::measure((work::ALL, FIGURES), &arguments.wanted, may_be_absent, open)
+    let work = (work::ALL, FIGURES);
+    program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
+        (&machine.device, machine.is_real())
+    })
 }

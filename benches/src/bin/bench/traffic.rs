@@ -94,7 +94,8 @@ pub struct Traffic {
     pub kernel: Kernel,
     buffer: Plain,
     buffer_bytes: usize,
-    bytes_per_second: f64,
+    /// How fast it writes; infinitely in the simulator.
+    pub bytes_per_second: f64,
 }
 
 impl Traffic {
@@ -114,27 +115,18 @@ impl Traffic {
             bytes_per_second: f64::INFINITY,
         };
         if traffic.kernel.0.is_some() {
-            traffic.bytes_per_second = traffic.trial(stream)?;
+            // The best of a few tries, the first of which warms up.
+            let mut best = Duration::MAX;
+            for _ in 0..4 {
+                let started = Instant::now();
+                traffic.queue(stream, TRIAL_BYTES)?;
+                stream.synchronize()?;
+                best = best.min(started.elapsed());
+            }
+            ensure!(!best.is_zero(), "memory traffic took no time");
+            traffic.bytes_per_second = TRIAL_BYTES as f64 / best.as_secs_f64();
         }
         Ok(traffic)
-    }
-
-    /// The best of a few tries, the first of which warms up.
-    fn trial(&self, stream: &Stream) -> Result<f64> {
-        let mut best = Duration::MAX;
-        for _ in 0..4 {
-            let started = Instant::now();
-            self.queue(stream, TRIAL_BYTES)?;
-            stream.synchronize()?;
-            best = best.min(started.elapsed());
-        }
-        ensure!(!best.is_zero(), "memory traffic took no time");
-        Ok(TRIAL_BYTES as f64 / best.as_secs_f64())
-    }
-
-    /// How fast it writes; infinitely in the simulator.
-    pub fn bytes_per_second(&self) -> f64 {
-        self.bytes_per_second
     }
 
     fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {

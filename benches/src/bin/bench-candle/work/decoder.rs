@@ -7,7 +7,6 @@ use crate::weights::{Source, Weights};
 use anyhow::Result;
 use candle_core::{DType, Device};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
-use cuda_vmm_benches::program::Machine as _;
 use cuda_vmm_benches::{Outcome, Sides};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

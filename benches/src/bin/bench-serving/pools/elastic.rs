@@ -55,7 +55,7 @@ impl Elastic {
         let sizes = (limit * BLOCK_BYTES, share_bytes / models);
         let streams = (0..models).map(|_| Stream::new(&card.device));
         let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;
-        let (pool, ranges) = shared_models(&card.device, engine, sizes, &streams)?;
+        let (pool, ranges) = shared_models(engine, sizes, &streams)?;
         let models = ranges.into_iter().map(|range| Model {
             range,
             unused: (0..limit as u32).collect(),

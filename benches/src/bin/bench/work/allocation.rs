@@ -20,19 +20,6 @@ fn cold_round(machine: &Machine, pool: &VirtualMemoryPool) -> Result<Duration> {
     Ok(elapsed)
 }
 
-/// A round of bare calls for chunks of these sizes.
-fn bare_round(range: &mut Range, chunks: &[usize]) -> Result<Duration> {
-    let ((), elapsed) = time(|| range.back(chunks))?;
-    range.give_back()?;
-    Ok(elapsed)
-}
-
-/// The time in which bare calls unmap and release chunks of these sizes.
-fn bare_release(range: &mut Range, chunks: &[usize]) -> Result<Duration> {
-    range.back(chunks)?;
-    Ok(time(|| range.give_back())?.1)
-}
-
 /// The sizes of the chunks, in order, by which a pool backs an allocation.
 fn chunks_of(machine: &Machine, bytes: usize) -> Result<Vec<usize>> {
     let pool = VirtualMemoryPool::new(machine.noted.device(), bytes, machine.page_bytes)?;
@@ -55,10 +42,8 @@ pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut sides = Sides::new();
     sides.add("ours", || cold_round(machine, &chunked));
     sides.add("ours, single handle", || cold_round(machine, &single));
-    sides.add("one handle by bare calls", || bare_round(&mut one, &[GIB]));
-    sides.add("page at a time by bare calls", || {
-        bare_round(&mut many, &pages)
-    });
+    sides.add("one handle by bare calls", || one.round(&[GIB]));
+    sides.add("page at a time by bare calls", || many.round(&pages));
     sides.add("cuMemAlloc", || Ok(time(|| Plain::new(device, GIB))?.1));
     sides.add("cuMemAllocAsync and synchronise", || {
         let (memory, elapsed) = time(|| {
@@ -86,9 +71,7 @@ pub fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let mut range = Range::reserve(&machine.device, bytes)?;
         let mut sides = Sides::new();
         sides.add(&format!("ours, {size}"), || cold_round(machine, &pool));
-        sides.add(&format!("bare calls, {size}"), || {
-            bare_round(&mut range, &chunks)
-        });
+        sides.add(&format!("bare calls, {size}"), || range.round(&chunks));
         outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)?;
     }
     Ok(())
@@ -113,9 +96,7 @@ pub fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut sides = Sides::new();
     sides.add("ours, one stream named", || round(&named));
     sides.add("ours, no stream named", || round(&unnamed));
-    sides.add("bare unmap and release", || {
-        bare_release(&mut range, &chunks)
-    });
+    sides.add("bare unmap and release", || range.release(&chunks));
     sides.add("cuMemFree", || {
         let memory = Plain::new(device, GIB)?;
         let started = Instant::now();
@@ -136,9 +117,7 @@ pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         pool.allocate(0, bytes)?;
         Ok(time(|| pool.close())?.1)
     });
-    sides.add("bare unmap and release", || {
-        bare_release(&mut range, &chunks)
-    });
+    sides.add("bare unmap and release", || range.release(&chunks));
     let note = format!("{} GiB in {} chunks", bytes >> 30, chunks.len());
     outcome.note("ours", note);
     // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by

@@ -4,7 +4,6 @@ use crate::bare::{Plain, Range};
 use crate::machine::Machine;
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, VirtualMemoryPool, WorkerMode};
-use cuda_vmm_benches::program::Machine as _;
 use cuda_vmm_benches::{Outcome, Sides, step_until, time};
 use std::time::Instant;
 

@@ -66,7 +66,7 @@ fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran>
         }
     };
     let (models, mut served) = ([requests()], Served::default());
-    let step_ns = (STEP_BYTES as f64 / traffic.bytes_per_second() * 1e9) as u64;
+    let step_ns = (STEP_BYTES as f64 / traffic.bytes_per_second * 1e9) as u64;
     let step_ns = |_, _| step_ns;
     let mut server = Server::new(&models, &mut gpu, LIMITS, &step_ns, &mut served);
     server.step()?;
@@ -108,7 +108,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             }
         }
     }
-    let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second() / 1e9);
+    let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second / 1e9);
     let note = match rate.is_finite() {
         true => format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s"),
         false => "no memory traffic to speak of".to_owned(),

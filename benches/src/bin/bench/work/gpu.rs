@@ -92,9 +92,8 @@ impl<'a> Gpu<'a> {
             .limit_bytes(limit_bytes)
             .park_bytes_max(park_bytes)
             .chunk_bytes_max(0);
-        let (device, sizes) = (stream.device(), (limit_bytes, ahead_bytes));
-        let streams = vec![stream.clone(); models];
-        let (pool, ranges) = shared_models(device, engine, sizes, &streams)?;
+        let (sizes, streams) = ((limit_bytes, ahead_bytes), vec![stream.clone(); models]);
+        let (pool, ranges) = shared_models(engine, sizes, &streams)?;
         let blocks = limit_bytes / BLOCK_BYTES;
         let models = ranges.into_iter().map(|range| Model {
             base_address: range.base_address(),

@@ -56,10 +56,7 @@ pub fn filled(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let pool = machine.pool(options, limit_bytes)?;
         let (before, after) = fill(&pool)?;
         let is_kept = before.parts.live_page_bytes == after.parts.live_page_bytes;
-        ensure!(
-            is_kept,
-            "what was live before the failure is not live after it"
-        );
+        ensure!(is_kept, "what was live is not after the failure");
         lost_bytes = lost_bytes.max(after.committed_bytes.saturating_sub(before.committed_bytes));
         pool.close()?;
         let now_bytes = machine.device.free_bytes()?;

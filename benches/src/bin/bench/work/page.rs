@@ -50,7 +50,7 @@ const PAGES: usize = 64;
 
 /// A page that is parked.
 pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let parked = ParkedModels::new(&machine.device, &machine.stream, 1, PAGES)?;
+    let parked = ParkedModels::new(&machine.stream, 1, PAGES)?;
     let mut sides = Sides::new();
     // One page takes hardly longer than reading the clock, so a sample is the mean of all.
     sides.add("ours, mean of 64 pages", || {
@@ -59,7 +59,7 @@ pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     });
     // A round takes less than a millisecond.
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 25)?;
-    let noted = ParkedModels::new(machine.noted.device(), &machine.noted, 1, PAGES)?;
+    let noted = ParkedModels::new(&machine.noted, 1, PAGES)?;
     noted.park(0)?;
     let (taken, calls) = noted_calls(|| noted.take_back(0));
     outcome.count("driver calls", calls.len() as f64);
@@ -76,7 +76,7 @@ pub fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let count = if cores < 8 { 2 } else { 8 };
     let unit_bytes = count * machine.page_bytes;
     let pages = machine.fitting(MODEL_PAGES * unit_bytes, 0.8, unit_bytes)? / unit_bytes;
-    let models = &ParkedModels::new(&machine.device, &machine.stream, count, pages)?;
+    let models = &ParkedModels::new(&machine.stream, count, pages)?;
     let mut sides = Sides::new();
     for (name, threads) in [
         ("one thread, all pages of a model", 1),

@@ -6,7 +6,6 @@ use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
 use cuda_vmm_benches::Outcome;
-use cuda_vmm_benches::program::Machine as _;
 use cuda_vmm_benches::serving::{
     BLOCK_BYTES, Limits, PROMPT_TOKENS, Served, Server, TOKEN_BYTES, staggered_ramps,
 };
