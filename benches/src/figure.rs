@@ -179,6 +179,7 @@ mod tests {
         for text in [
             include_str!("../figures/bench.csv"),
             include_str!("../figures/bench-candle.csv"),
+            include_str!("../figures/bench-serving.csv"),
             include_str!("../figures/bookkeeping.csv"),
         ] {
             let figures = Figure::list(text).unwrap();

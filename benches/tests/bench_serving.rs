@@ -8,7 +8,6 @@ use std::process::Command;
 use support::{exit_code, run};
 
 const BENCH: &str = env!("CARGO_BIN_EXE_bench-serving");
-const PEAKS: [u32; 7] = [12, 14, 15, 16, 17, 18, 20];
 
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("serving-{name}"));
@@ -37,37 +36,8 @@ fn every_workload_has_its_rows_which_a_short_run_does_not_judge() {
     let folder = folder("all");
     let list = list(&[], &folder);
     let names = names(&list);
-    let mut expected = vec![
-        "(a) best peak: p99 time to first token of the static split: of ours".to_owned(),
-        "(b) traces".to_owned(),
-        "a busy model goes idle: until the other has all that is not live: page at a time"
-            .to_owned(),
-    ];
-    for peak in PEAKS {
-        let workload = format!("(a) peak {peak}");
-        for figure in [
-            "p99 time to first token: ideal",
-            "p99 time to first token: static split",
-            "simulated static split: published static",
-            "simulated page at a time: published KVCached",
-        ] {
-            expected.push(format!("{workload}: {figure}"));
-        }
-        expected.extend(never_slower(&workload));
-    }
-    let idle = "(c) 7 idle models and a busy one";
-    expected.extend(never_slower(idle));
-    for pool in ["static split", "ideal"] {
-        expected.push(format!("{idle}: p99 time to first token: {pool}"));
-    }
-    for pool in ["static split", "page at a time"] {
-        expected.push(format!("single model, whole card: tokens a second: {pool}"));
-    }
-    for name in &expected {
-        let is_there = names.contains(&name.as_str());
-        assert!(is_there, "{name} is missing: {names:?}");
-    }
-    assert_eq!(names.len(), expected.len(), "{names:?}");
+    let expected: Vec<_> = include_str!("support/bench_serving.txt").lines().collect();
+    assert_eq!(names, expected);
     for finding in &list {
         assert!(finding["pass"].is_null(), "{finding}");
         let has_ratio = finding["ratio"].as_f64().is_some_and(|ratio| ratio > 0.0);

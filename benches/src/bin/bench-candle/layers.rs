@@ -5,17 +5,12 @@ use candle_core::{DType, Result, Tensor};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use std::hint::black_box;
 
-/// Heads of keys, and of values.
+/// Of keys and values.
 pub const KV_HEADS: usize = 8;
-/// Elements of a head.
 pub const HEAD_DIM: usize = 128;
-/// The type of keys and values.
 pub const DTYPE: DType = DType::F16;
-
-/// How many layers there are.
 pub const LAYERS: [usize; 2] = [32, 2];
 
-/// A cache for each layer.
 pub struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
 impl<F: KvCacheFactory> Layers<F> {

@@ -9,7 +9,6 @@ use cuda_vmm_benches::Settings;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// Where it runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Place {
     /// GPU 0; without it nothing is measured.

@@ -5,11 +5,10 @@ use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
-use cuda_vmm_benches::figure::Finding;
 use cuda_vmm_benches::serving::{
     Limits, Memory, Request, Served, Server, TOKEN_BYTES, blocks_within,
 };
-use cuda_vmm_benches::{mean, quantile};
+use cuda_vmm_benches::{Outcome, mean, quantile};
 use cuda_vmm_sim::CostModel;
 
 /// The pools, in the order of the tables.
@@ -61,20 +60,6 @@ impl Pool {
     }
 }
 
-/// A figure of what came of serving, with its name and unit.
-type Figure = (&'static str, &'static str, fn(&Served) -> f64);
-
-const MEAN: Figure = ("mean time to first token", "ms", |served| {
-    mean(&served.first_token) / 1e6
-});
-pub const P99: Figure = ("p99 time to first token", "ms", |served| {
-    quantile(&served.first_token, 990) / 1e6
-});
-const PER_TOKEN: Figure = ("mean time per token", "ms", |served| {
-    mean(&served.per_token) / 1e6
-});
-pub const THROUGHPUT: Figure = ("tokens a second", "tokens/s", Served::tokens_per_second);
-
 /// What came of a workload in each pool.
 pub struct Contest {
     pub name: String,
@@ -112,18 +97,24 @@ impl Contest {
     }
 
     pub fn p99_ms(&self, pool: Pool) -> f64 {
-        P99.2(self.of(pool))
+        quantile(&self.of(pool).first_token, 990) / 1e6
     }
 
-    /// Judges a figure of ours against that of another pool.
-    pub fn judge(&self, (figure, unit, value): Figure, against: Pool, reach: &str) -> Finding {
-        let name = format!("{}: {figure}: {}", self.name, against.name());
-        let [ours, peer] = [Pool::Ours, against].map(|pool| value(self.of(pool)));
-        Finding::new(&name, unit, reach).judge(ours, Some(peer))
-    }
-
-    /// Ours must never be slower than the page-at-a-time pool.
-    pub fn never_slower(&self) -> [Finding; 3] {
-        [MEAN, P99, PER_TOKEN].map(|figure| self.judge(figure, Pool::PageAtATime, "≤ 1 ×"))
+    /// Tells what its figures come of, in nanoseconds.
+    pub fn tell(&self, outcome: &mut Outcome) {
+        for pool in Pool::ALL {
+            let (served, pool_name) = (self.of(pool), pool.name());
+            for (figure, ns) in [
+                ("mean time to first token", mean(&served.first_token)),
+                (
+                    "p99 time to first token",
+                    quantile(&served.first_token, 990),
+                ),
+                ("mean time per token", mean(&served.per_token)),
+                ("tokens a second", 1e9 / served.tokens_per_second()),
+            ] {
+                outcome.count(&format!("{}: {figure}: {pool_name}", self.name), ns);
+            }
+        }
     }
 }

@@ -7,7 +7,6 @@ mod trace;
 mod card;
 mod contest;
 mod fit;
-mod hand_back;
 #[cfg(test)]
 mod invariants;
 mod plots;
@@ -19,10 +18,16 @@ mod workloads;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use cuda_vmm_benches::figure::{Figure, Finding};
 use cuda_vmm_benches::serving as workload;
-use cuda_vmm_benches::{program, report};
+use cuda_vmm_benches::{Outcome, program, report};
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+const FIGURES: &str = include_str!("../../../figures/bench-serving.csv");
+/// The workload that there is only if traces are given, and that is named for them then.
+const TRACES: &str = "(b) traces";
+const ABSENT: &str = "not run: no trace was given (--trace FILE)";
 
 /// Simulates serving several models on one GPU, in four pools, on the same arrivals. Needs no GPU.
 ///
@@ -77,16 +82,25 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     contests.extend([("idle".to_owned(), &idle), ("single".to_owned(), &single)]);
     let peaks = ramps.iter();
     contests.extend(peaks.map(|(point, one)| (format!("ramps-{}", point.peak), one)));
+    let mut outcome = Outcome::default();
     for (_, contest) in &contests {
         tables::print_contest(contest);
+        contest.tell(&mut outcome);
     }
     tables::print_curves(&ramps);
-
-    let mut findings = ramps::judge(&ramps)?;
-    findings.extend(workloads::judge_traces(traces.as_ref()));
-    findings.extend(workloads::judge_idle(&idle));
-    findings.extend(workloads::judge_single(&single));
-    findings.push(hand_back::judge()?);
+    let is_best_judged = ramps::tell(&ramps, &mut outcome)?;
+    workloads::tell_hand_back(&mut outcome)?;
+    let name = traces.as_ref().map_or(TRACES, |traces| &traces.name);
+    let mut findings = Vec::new();
+    for figure in Figure::list(&FIGURES.replace(TRACES, name))? {
+        let is_judged = figure.work != ramps::BEST || is_best_judged;
+        findings.push(match figure.work == TRACES {
+            true => Finding::new(TRACES, "ms", "").noted(ABSENT),
+            false => outcome.judge(&figure, is_judged),
+        });
+    }
+    // One row says that traces are absent.
+    findings.dedup();
     let judged = findings.iter_mut().filter(|finding| finding.pass.is_some());
     for finding in judged.filter(|_| quick) {
         *finding = finding

@@ -14,7 +14,6 @@ const EFFICIENCY: f64 = 0.5;
 /// The bandwidth of an 80 GB A100 (SXM), in bytes a second.
 const BANDWIDTH: f64 = 2.039e12;
 
-/// Time on the GPU, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeModel {
     /// A decode step without its sequences.

@@ -1,10 +1,10 @@
-//! Workloads (b), traces, and (c), idle models beside a busy one, and a single model that has the
-//! whole card.
+//! Workloads (b), traces, and (c), idle models beside a busy one, a single model that has the whole
+//! card, and a busy model that goes idle beside one that needs all the memory that it had.
 
-use crate::contest::{Contest, P99, Pool, SHARED_TOKENS, THROUGHPUT};
+use crate::contest::{Contest, Pool, SHARED_TOKENS};
 use crate::trace;
-use anyhow::Result;
-use cuda_vmm_benches::figure::Finding;
+use anyhow::{Context, Result};
+use cuda_vmm_benches::Outcome;
 use cuda_vmm_benches::serving::{PHASES, Request, paced};
 use std::iter::{once, repeat_n};
 use std::path::PathBuf;
@@ -39,14 +39,6 @@ pub fn traces(quick: bool, paths: &[PathBuf]) -> Result<Option<Contest>> {
     Contest::hold(&name, SHARED_TOKENS / count, once(models)).map(Some)
 }
 
-pub fn judge_traces(contest: Option<&Contest>) -> Vec<Finding> {
-    let Some(contest) = contest else {
-        let absent = Finding::new("(b) traces", "ms", "");
-        return vec![absent.noted("not run: no trace was given (--trace FILE)")];
-    };
-    contest.never_slower().into()
-}
-
 /// Models that have served a few requests and are idle then.
 const IDLE: usize = 7;
 /// How long after one idle model the next has its requests.
@@ -69,12 +61,6 @@ pub fn idle(quick: bool) -> Result<Contest> {
     Contest::hold(&name, SHARED_TOKENS / (IDLE + 1), variants)
 }
 
-pub fn judge_idle(contest: &Contest) -> impl Iterator<Item = Finding> {
-    let others = [Pool::StaticSplit, Pool::Ideal];
-    let others = others.map(|pool| contest.judge(P99, pool, ""));
-    contest.never_slower().into_iter().chain(others)
-}
-
 /// Requests a second, more than the card computes.
 const SINGLE_RATE: u32 = 10;
 /// Tokens of each prompt, so long that the memory is full before the steps are.
@@ -95,7 +81,55 @@ pub fn single(quick: bool) -> Result<Contest> {
     Contest::hold("single model, whole card", SHARED_TOKENS, variants)
 }
 
-pub fn judge_single(contest: &Contest) -> [Finding; 2] {
-    let others = [Pool::StaticSplit, Pool::PageAtATime];
-    others.map(|pool| contest.judge(THROUGHPUT, pool, "≥ 1 ×"))
+/// Blocks of one request as it grows.
+const REQUEST_BLOCKS: usize = 16;
+/// Time between two of them, in nanoseconds.
+const STEP_NS: u64 = 50_000_000;
+/// One block in this many stays live.
+const LIVE_EVERY: usize = 1000;
+
+/// When one model has filled the pool and frees all except a few blocks here and there, how long it
+/// takes until the other has all that is free, in nanoseconds.
+fn hand_back(pool: Pool) -> Result<f64> {
+    let mut memory = pool.memory(2, SHARED_TOKENS)?;
+    let (busy, needy) = (0, 1);
+    let mut now_ns = 0;
+    let mut blocks = Vec::new();
+    memory.work(now_ns)?;
+    loop {
+        let count = memory.free_blocks(busy).min(REQUEST_BLOCKS);
+        let taken = match count {
+            0 => None,
+            _ => memory.take(&mut now_ns, busy, count)?,
+        };
+        let Some(taken) = taken else {
+            break;
+        };
+        blocks.extend(taken);
+        memory.idle(&mut now_ns, STEP_NS)?;
+    }
+    // All work is over, and its last fence past; what follows is what handing over takes.
+    let idle_ns = now_ns;
+    let freed = blocks.into_iter().enumerate();
+    let freed = freed.filter(|(at, _)| !at.is_multiple_of(LIVE_EVERY));
+    let blocks: Vec<_> = freed.map(|(_, block)| block).collect();
+    let wanted = blocks.len();
+    memory.give(&mut now_ns, busy, blocks)?;
+    memory.work(now_ns)?;
+    memory.go_idle(now_ns, busy)?;
+    for taken in (0..wanted).step_by(REQUEST_BLOCKS) {
+        let count = (wanted - taken).min(REQUEST_BLOCKS);
+        let blocks = memory.take(&mut now_ns, needy, count)?;
+        blocks.with_context(|| format!("only {taken} of {wanted} blocks came back"))?;
+    }
+    Ok((now_ns - idle_ns) as f64)
+}
+
+/// Tells how long it takes in both elastic pools.
+pub fn tell_hand_back(outcome: &mut Outcome) -> Result<()> {
+    for pool in [Pool::Ours, Pool::PageAtATime] {
+        let side = format!("hand back: {}", pool.name());
+        outcome.count(&side, hand_back(pool)?);
+    }
+    Ok(())
 }

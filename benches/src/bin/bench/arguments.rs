@@ -5,7 +5,6 @@ use cuda_vmm_benches::Settings;
 use cuda_vmm_benches::program::Wanted;
 use std::time::Duration;
 
-/// Which driver is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
     /// NVIDIA's; without it nothing is measured.

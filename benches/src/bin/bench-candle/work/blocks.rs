@@ -17,7 +17,6 @@ const LAYERS: [usize; 2] = [32, 1];
 const SEQUENCES: [usize; 2] = [64, 48];
 /// Blocks of the shortest sequence. The longest are three times as long.
 const BLOCKS: usize = 64;
-/// Tokens of a block.
 const BLOCK_TOKENS: usize = 16;
 /// Blocks of a prefix that all sequences share, which graphs refer to and so is pinned.
 const PINNED: usize = 100;

@@ -3,7 +3,6 @@
 use anyhow::Result;
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, blocks_within};
 
-/// How many blocks each model has.
 pub struct Counted {
     limit: usize,
     /// Whether each model has a part of its own of this many blocks, allocated before the first
@@ -13,7 +12,6 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// Blocks of this many tokens for each model.
     pub fn split(tokens: usize, models: usize) -> Self {
         Self {
             is_split: true,
@@ -21,7 +19,6 @@ impl Counted {
         }
     }
 
-    /// Blocks of this many tokens for all models.
     pub fn shared(tokens: usize, models: usize) -> Self {
         Self {
             limit: blocks_within(tokens),

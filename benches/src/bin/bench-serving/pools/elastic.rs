@@ -18,7 +18,6 @@ use cuda_vmm_sim::CostModel;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// One model's range.
 struct Model {
     range: Arc<VirtualMemoryPool>,
     /// Blocks that are not live.
@@ -29,7 +28,6 @@ struct Model {
     has_strayed: bool,
 }
 
-/// Models that share a budget.
 pub struct Elastic {
     models: Vec<Model>,
     pool: SharedMemoryPool,

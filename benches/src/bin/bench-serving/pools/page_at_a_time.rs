@@ -19,7 +19,6 @@ const RESERVE_MIN: usize = 5;
 /// This many are kept.
 const RESERVE_MAX: usize = 10;
 
-/// The pages of one model.
 struct Model {
     reservation: Arc<Reservation>,
     /// Mapped pages, in use or not.
@@ -51,7 +50,6 @@ impl Model {
     }
 }
 
-/// Models that share a number of pages.
 pub struct PageAtATime {
     models: Vec<Model>,
     limit: usize,
@@ -59,7 +57,6 @@ pub struct PageAtATime {
 }
 
 impl PageAtATime {
-    /// A pool of this many blocks for this many models.
     pub fn new(limit: usize, models: usize, costs: Option<CostModel>) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let models = (0..models).map(|_| {
