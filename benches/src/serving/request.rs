@@ -25,13 +25,11 @@ pub const PROMPT_TOKENS: u32 = 256;
 /// Tokens that each of them generates.
 pub const GENERATED_TOKENS: u32 = 256;
 
-/// Where in its share of a second each request arrives, as parts of [`PHASES`].
-pub type Phase = u64;
-/// How many phases there are.
-pub const PHASES: Phase = 32;
+/// At so many places within its share of a second, its phases, each request may arrive.
+pub const PHASES: u64 = 32;
 
 /// Requests whose number in each second is given, evenly spaced within it.
-pub fn paced(start_ns: u64, phase: Phase, rates: impl IntoIterator<Item = u32>) -> Vec<Request> {
+pub fn paced(start_ns: u64, phase: u64, rates: impl IntoIterator<Item = u32>) -> Vec<Request> {
     let seconds = (0_u64..).zip(rates);
     let of_second = |(second, rate): (u64, u32)| {
         (0..u64::from(rate)).map(move |index| Request {
@@ -52,12 +50,10 @@ fn ramp(peak: u32) -> impl Iterator<Item = u32> {
 
 /// This many models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes as many
 /// seconds as the peak has requests a second.
-pub fn staggered_ramps(models: u32, peak: u32, phase: Phase) -> Vec<Vec<Request>> {
+pub fn staggered_ramps(models: u32, peak: u32, phase: u64) -> Vec<Vec<Request>> {
     let apart_ns = u64::from(peak) * SECOND_NS * 9 / 4;
-    let models = 0..u64::from(models);
-    models
-        .map(|model| paced(model * apart_ns, phase, ramp(peak)))
-        .collect()
+    let ramp = |model| paced(model * apart_ns, phase, ramp(peak));
+    (0..u64::from(models)).map(ramp).collect()
 }
 
 #[cfg(test)]
@@ -101,12 +97,9 @@ mod tests {
             let begin_ns = model as u64 * 9 * SECOND_NS;
             assert!(arrivals(model).eq(arrivals(0).map(|ns| ns + begin_ns)));
         }
-        let later = staggered_ramps(1, 4, PHASES / 2);
-        let later = later[0]
-            .iter()
-            .map(|request| request.arrival_ns / 1_000_000);
-        let later: Vec<_> = later.collect();
-        assert_eq!(later[..3], [1500, 2250, 2750], "half a share later");
+        let later = &staggered_ramps(1, 4, PHASES / 2)[0];
+        let later = [0, 1, 2].map(|index| later[index].arrival_ns / 1_000_000);
+        assert_eq!(later, [1500, 2250, 2750], "half a share later");
     }
 
     #[test]

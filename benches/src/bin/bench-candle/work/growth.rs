@@ -13,13 +13,13 @@ use std::time::Instant;
 /// Appends a token to all layers, of caches of ours and of Candle's in turns, and does something
 /// after it. A sample is the mean time of a stretch of steps, which are waited for at its end, or a
 /// part of that.
-fn in_turns(
+fn in_turns<T>(
     machine: &Machine,
     outcome: &mut Outcome,
     [ours, peer]: [&str; 2],
     (stretch, rounds, warm): (usize, usize, usize),
     parts: usize,
-    after: impl Fn() -> candle_core::Result<()>,
+    after: impl Fn() -> candle_core::Result<T>,
 ) -> Result<()> {
     let (token, pool) = (tokens(machine, 1)?, machine.pool(false)?);
     let most = warm + stretch * (rounds + 1);
@@ -31,14 +31,13 @@ fn in_turns(
         step_ours()?;
         step_peer()?;
     }
+    let time = |step: &mut dyn FnMut() -> candle_core::Result<T>| {
+        let mean = machine.mean_time(stretch, step)?;
+        Ok(mean / parts as u32)
+    };
     let mut sides = Sides::new();
-    let parts = parts as u32;
-    sides.add(ours, || {
-        Ok(machine.mean_time(stretch, &mut step_ours)? / parts)
-    });
-    sides.add(peer, || {
-        Ok(machine.mean_time(stretch, &mut step_peer)? / parts)
-    });
+    sides.add(ours, || time(&mut step_ours));
+    sides.add(peer, || time(&mut step_peer));
     // All tokens are appended, however long that takes; the first stretch warms up.
     outcome.measure(sides, &machine.settings.patient(u32::MAX), rounds)
 }
@@ -120,11 +119,7 @@ pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     const PEER: &str = "KvCache, preallocated";
     let (steps, size) = (machine.sized([16_384, 32]), machine.sized([1024, 16]));
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
-    let multiply = || {
-        matrix
-            .matmul(&matrix)
-            .map(|product| drop(black_box(product)))
-    };
+    let multiply = || matrix.matmul(&matrix);
     // Some steps come before the first that counts, besides the round that warms up.
     in_turns(machine, outcome, [OURS, PEER], (1, steps, 16), 1, multiply)?;
     let [ours_us, peer_us] = [outcome.us(OURS, 500)?, outcome.us(PEER, 500)?];

@@ -7,22 +7,19 @@ use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
 use cuda_vmm_benches::shared_models;
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Free blocks, the next at the end. The last that was freed is taken first, since its memory is
 /// likely to be there still.
-type Free = Rc<RefCell<Vec<u32>>>;
+type Free = Vec<u32>;
 
 fn all(blocks: usize) -> Free {
-    Rc::new(RefCell::new((0..blocks as u32).rev().collect()))
+    (0..blocks as u32).rev().collect()
 }
 
 /// Takes this many blocks out, in order; `None` if there are fewer.
-fn pick(free: &Free, wanted: usize) -> Option<Vec<u32>> {
-    let mut free = free.borrow_mut();
+fn pick(free: &mut Free, wanted: usize) -> Option<Vec<u32>> {
     let left = free.len().checked_sub(wanted)?;
     let mut picked = free.split_off(left);
     picked.sort_unstable();
@@ -30,8 +27,8 @@ fn pick(free: &Free, wanted: usize) -> Option<Vec<u32>> {
 }
 
 /// Puts blocks back that are in order, the lowest on top.
-fn put(free: &Free, blocks: &[u32]) {
-    free.borrow_mut().extend(blocks.iter().rev());
+fn put(free: &mut Free, blocks: &[u32]) {
+    free.extend(blocks.iter().rev());
 }
 
 /// One model's blocks.
@@ -39,7 +36,8 @@ struct Model {
     /// The range whose memory comes and goes; none if all blocks have memory from the beginning.
     range: Option<Arc<VirtualMemoryPool>>,
     base_address: u64,
-    free: Free,
+    /// Which of the lists of free blocks is its own, or is shared.
+    list: usize,
     used: usize,
 }
 
@@ -54,6 +52,7 @@ pub struct Gpu<'a> {
     stream: &'a Stream,
     traffic: &'a Traffic,
     models: Vec<Model>,
+    free: Vec<Free>,
     /// How many blocks a model can have.
     blocks: usize,
     /// Addresses of blocks that were taken since the last step, and that it writes to.
@@ -71,6 +70,7 @@ impl<'a> Gpu<'a> {
         Self {
             stream,
             traffic,
+            free: vec![all(blocks); models.len()],
             models,
             blocks,
             taken: Vec::new(),
@@ -95,10 +95,11 @@ impl<'a> Gpu<'a> {
         let (sizes, streams) = ((limit_bytes, ahead_bytes), vec![stream.clone(); models]);
         let (pool, ranges) = shared_models(engine, sizes, &streams)?;
         let blocks = limit_bytes / BLOCK_BYTES;
-        let models = ranges.into_iter().map(|range| Model {
+        let ranges = ranges.into_iter().enumerate();
+        let models = ranges.map(|(list, range)| Model {
             base_address: range.base_address(),
             range: Some(range),
-            free: all(blocks),
+            list,
             used: 0,
         });
         Ok((pool, Self::new(stream, traffic, models.collect(), blocks)))
@@ -111,11 +112,10 @@ impl<'a> Gpu<'a> {
         models: usize,
         (plain, bytes): (&Plain, usize),
     ) -> Self {
-        let free = all(bytes / BLOCK_BYTES);
         let models = (0..models).map(|_| Model {
             range: None,
             base_address: plain.address(),
-            free: Rc::clone(&free),
+            list: 0,
             used: 0,
         });
         Self::new(stream, traffic, models.collect(), bytes / BLOCK_BYTES)
@@ -146,7 +146,7 @@ impl Memory for Gpu<'_> {
 
     fn take(&mut self, now_ns: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
         let own = &mut self.models[model];
-        let Some(picked) = pick(&own.free, count) else {
+        let Some(picked) = pick(&mut self.free[own.list], count) else {
             return Ok(None);
         };
         if let Some(range) = &own.range {
@@ -158,7 +158,7 @@ impl Memory for Gpu<'_> {
             let taken = allocate_runs(range, &runs);
             *now_ns += started.elapsed().as_nanos() as u64;
             if !matches!(taken, Ok(true)) {
-                put(&own.free, &picked);
+                put(&mut self.free[own.list], &picked);
                 return taken.map(|_| None);
             }
         }
@@ -181,7 +181,7 @@ impl Memory for Gpu<'_> {
             outcome?;
         }
         own.used -= blocks.len();
-        put(&own.free, &blocks);
+        put(&mut self.free[own.list], &blocks);
         Ok(())
     }
 
@@ -220,13 +220,13 @@ mod tests {
 
     #[test]
     fn blocks_are_in_use_once_and_the_last_freed_come_first() {
-        let free = all(6);
-        assert_eq!(pick(&free, 4), Some(vec![0, 1, 2, 3]));
-        put(&free, &[1, 3]);
-        assert_eq!(free.borrow().len(), 4);
-        assert_eq!(pick(&free, 5), None);
-        assert_eq!(pick(&free, 1), Some(vec![1]));
-        assert_eq!(pick(&free, 3), Some(vec![3, 4, 5]));
-        assert_eq!(pick(&free, 1), None);
+        let mut free = all(6);
+        assert_eq!(pick(&mut free, 4), Some(vec![0, 1, 2, 3]));
+        put(&mut free, &[1, 3]);
+        assert_eq!(free.len(), 4);
+        assert_eq!(pick(&mut free, 5), None);
+        assert_eq!(pick(&mut free, 1), Some(vec![1]));
+        assert_eq!(pick(&mut free, 3), Some(vec![3, 4, 5]));
+        assert_eq!(pick(&mut free, 1), None);
     }
 }
