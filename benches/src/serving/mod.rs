@@ -3,12 +3,10 @@
 
 mod memory;
 mod request;
-mod scheduler;
 mod served;
 mod server;
 
 pub use memory::*;
 pub use request::*;
-pub use scheduler::Limits;
 pub use served::Served;
-pub use server::Server;
+pub use server::{Limits, Server};

@@ -1,7 +1,5 @@
 //! What came of serving.
 
-use super::memory::Memory;
-
 /// What was held at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Moment {
@@ -49,11 +47,4 @@ impl Served {
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / (self.end_ns as f64 / 1e9)
     }
-}
-
-/// Serving as it goes on.
-pub(super) struct Run<'a> {
-    pub memory: &'a mut dyn Memory,
-    pub now_ns: u64,
-    pub served: &'a mut Served,
 }

@@ -4,12 +4,18 @@
 //! each: the engines are processes beside each other, between which the card switches in time
 //! slices, and as their steps are alike this gives each the same share of the card as smaller
 //! slices would.
+//!
+//! Each engine schedules by iterations, as in Orca and vLLM: sequences come and go between any two
+//! steps. A step has all sequences that run, and the prompts whose blocks fit, whole, in the order
+//! in which they came. If a sequence finds no block for its next token, the one admitted last is
+//! preempted: its blocks are freed, and it waits at the front to have all its tokens computed
+//! again.
 
-use super::memory::Memory;
+use super::memory::{Memory, blocks_of};
 use super::request::Request;
-use super::scheduler::{Limits, Scheduler};
-use super::served::{Moment, Run, Served};
+use super::served::{Moment, Served};
 use anyhow::{Result, ensure};
+use std::collections::VecDeque;
 
 /// How long between two looks at the memory.
 const LOOK_NS: u64 = 250_000_000;
@@ -18,13 +24,77 @@ const PATIENCE_NS: u64 = 1_000_000_000;
 /// How long a turn of the background takes then.
 const TURN_NS: u64 = 1_000_000;
 
+/// What an engine allows itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The most sequences in a step.
+    pub sequences_max: usize,
+    /// The most prompt tokens in a step, except for a single longer prompt.
+    pub prompt_tokens_max: u32,
+    /// The share of blocks that stays free when a prompt is admitted, as a divisor; none if nothing
+    /// runs.
+    pub watermark_divisor: usize,
+}
+
+impl Limits {
+    /// vLLM's defaults: 256 sequences, a hundredth of the blocks left free.
+    pub const DEFAULT: Self = Self {
+        sequences_max: 256,
+        prompt_tokens_max: 8192,
+        watermark_divisor: 100,
+    };
+}
+
+/// A request on its way.
+struct Sequence {
+    request: Request,
+    generated: u32,
+    /// When its first token was there.
+    first_ns: Option<u64>,
+    was_refused: bool,
+    blocks: Vec<u32>,
+}
+
+impl Sequence {
+    fn new(request: Request) -> Self {
+        Self {
+            request,
+            generated: 0,
+            first_ns: None,
+            was_refused: false,
+            blocks: Vec::new(),
+        }
+    }
+
+    /// Tokens whose KV the next step writes or reads.
+    fn tokens(&self) -> u32 {
+        self.request.prompt_tokens + self.generated
+    }
+}
+
+/// One model's sequences.
+#[derive(Default)]
+struct Engine<'a> {
+    /// Requests that have not arrived.
+    to_come: &'a [Request],
+    waiting: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+}
+
+impl Engine<'_> {
+    fn is_busy(&self) -> bool {
+        !(self.waiting.is_empty() && self.running.is_empty())
+    }
+}
+
 /// Everything that shares the GPU.
 pub struct Server<'a> {
-    run: Run<'a>,
+    engines: Vec<Engine<'a>>,
+    memory: &'a mut dyn Memory,
+    limits: Limits,
     step_ns: &'a dyn Fn(u32, usize) -> u64,
-    engines: Vec<Scheduler>,
-    /// Requests that have not arrived, of each model.
-    to_come: Vec<&'a [Request]>,
+    served: &'a mut Served,
+    now_ns: u64,
     /// The model whose turn it is to take a step, if it can.
     turn: usize,
     /// When memory is looked at next, if its course is noted.
@@ -44,19 +114,20 @@ impl<'a> Server<'a> {
         step_ns: &'a dyn Fn(u32, usize) -> u64,
         served: &'a mut Served,
     ) -> Self {
-        let engines = (0..models.len()).map(|model| Scheduler::new(model, limits));
+        let engines = models.iter().map(|to_come| Engine {
+            to_come,
+            ..Engine::default()
+        });
         Self {
-            step_ns,
             engines: engines.collect(),
-            to_come: models.iter().map(Vec::as_slice).collect(),
+            memory,
+            limits,
+            step_ns,
+            now_ns: 0,
             turn: 0,
             look_ns: served.over_time.is_empty().then_some(0),
             end_ns: 0,
-            run: Run {
-                memory,
-                now_ns: 0,
-                served,
-            },
+            served,
         }
     }
 
@@ -66,43 +137,33 @@ impl<'a> Server<'a> {
     /// If the memory fails, or if requests are left that can never go on.
     pub fn run(mut self, until_ns: u64) -> Result<()> {
         let mut idle_from_ns = None;
-        self.run.memory.work(0)?;
-        while self.run.now_ns < until_ns {
+        self.memory.work(0)?;
+        while self.now_ns < until_ns {
             self.look();
             if self.step()? {
                 idle_from_ns = None;
                 continue;
             }
-            let now_ns = self.run.now_ns;
-            let next = self.to_come.iter().filter_map(|requests| requests.first());
+            let next = self
+                .engines
+                .iter()
+                .filter_map(|engine| engine.to_come.first());
             let idle_ns = match next.map(|request| request.arrival_ns).min() {
-                Some(next_ns) => next_ns.min(until_ns) - now_ns,
-                None if self.engines.iter().all(|engine| !engine.is_busy()) => break,
+                Some(next_ns) => next_ns.min(until_ns) - self.now_ns,
+                None if !self.engines.iter().any(Engine::is_busy) => break,
                 None => {
-                    let idle_ns = now_ns - *idle_from_ns.get_or_insert(now_ns);
+                    let idle_ns = self.now_ns - *idle_from_ns.get_or_insert(self.now_ns);
                     let is_patient = idle_ns < PATIENCE_NS;
                     ensure!(is_patient, "requests are left that get no memory");
                     TURN_NS
                 }
             };
-            self.run.memory.idle(&mut self.run.now_ns, idle_ns)?;
+            self.memory.idle(&mut self.now_ns, idle_ns)?;
         }
-        self.look_ns = self.look_ns.map(|_| self.run.now_ns);
+        self.look_ns = self.look_ns.map(|_| self.now_ns);
         self.look();
-        self.run.served.end_ns += self.end_ns;
+        self.served.end_ns += self.end_ns;
         Ok(())
-    }
-
-    /// Takes in what has arrived by now.
-    fn arrive(&mut self) {
-        for (engine, requests) in self.engines.iter_mut().zip(&mut self.to_come) {
-            while let [next, later @ ..] = requests
-                && next.arrival_ns <= self.run.now_ns
-            {
-                engine.arrive(*next, &mut self.run);
-                *requests = later;
-            }
-        }
     }
 
     /// Takes in what has arrived, and has the next model that can take a step; returns whether one
@@ -114,57 +175,151 @@ impl<'a> Server<'a> {
         self.arrive();
         let (first, models) = (self.turn, self.engines.len());
         for model in (first..first + models).map(|model| model % models) {
-            let (engine, run) = (&mut self.engines[model], &mut self.run);
-            if !engine.is_busy() {
+            if !self.engines[model].is_busy() {
                 continue;
             }
-            let began_ns = run.now_ns;
-            let step = engine.plan(run)?;
-            let mut calls_ns = run.now_ns - began_ns;
-            let sequences = step.decodes + step.prompts;
+            let began_ns = self.now_ns;
+            // If memory is so short that a sequence was preempted, no prompt comes in.
+            let preempted = self.grow(model)?;
+            let decodes = self.engines[model].running.len();
+            let prompt_tokens = match preempted {
+                true => 0,
+                false => self.admit(model)?,
+            };
+            let sequences = self.engines[model].running.len();
+            let mut calls_ns = self.now_ns - began_ns;
             if sequences == 0 {
-                run.served.calls_ns += calls_ns;
+                self.served.calls_ns += calls_ns;
                 continue;
             }
-            let step_ns = (self.step_ns)(step.prompt_tokens, step.decodes);
-            run.memory.step(&mut run.now_ns, step_ns)?;
-            let ready_ns = run.now_ns;
-            let ended = engine.finish(run)?;
-            calls_ns += run.now_ns - ready_ns;
-            let served = &mut *run.served;
-            served.calls.push(calls_ns as f64);
-            served.steps.push((run.now_ns - began_ns) as f64);
-            served.tokens += sequences as u64;
-            served.sequences_max = served.sequences_max.max(sequences);
-            served.calls_ns += calls_ns;
-            served.served += ended.len();
-            for sequence in ended {
-                let first_ns = sequence.first_ns.unwrap_or(ready_ns);
-                let later = u64::from(sequence.request.generated_tokens.saturating_sub(1));
-                let per_token = (ready_ns - first_ns).checked_div(later);
-                served.per_token.extend(per_token.map(|ns| ns as f64));
-                self.end_ns = ready_ns;
-            }
+            let step_ns = (self.step_ns)(prompt_tokens, decodes);
+            self.memory.step(&mut self.now_ns, step_ns)?;
+            let ready_ns = self.now_ns;
+            self.finish(model)?;
+            calls_ns += self.now_ns - ready_ns;
+            self.served.calls.push(calls_ns as f64);
+            self.served.steps.push((self.now_ns - began_ns) as f64);
+            self.served.tokens += sequences as u64;
+            self.served.sequences_max = self.served.sequences_max.max(sequences);
+            self.served.calls_ns += calls_ns;
             self.turn = model + 1;
             return Ok(true);
         }
         Ok(false)
     }
 
+    /// Takes in what has arrived by now, except for requests that could never have their blocks.
+    fn arrive(&mut self) {
+        for (model, engine) in self.engines.iter_mut().enumerate() {
+            while let [next, later @ ..] = engine.to_come
+                && next.arrival_ns <= self.now_ns
+            {
+                match blocks_of(next.tokens_max()) <= self.memory.most_blocks(model) {
+                    true => engine.waiting.push_back(Sequence::new(*next)),
+                    false => self.served.refused += 1,
+                }
+                engine.to_come = later;
+            }
+        }
+    }
+
+    /// Takes the block of its next token for every running sequence, the oldest first; returns
+    /// whether one was preempted.
+    fn grow(&mut self, model: usize) -> Result<bool> {
+        let engine = &mut self.engines[model];
+        let (mut at, mut preempted) = (0, false);
+        while at < engine.running.len() {
+            let sequence = &mut engine.running[at];
+            let missing = blocks_of(sequence.tokens()) - sequence.blocks.len();
+            let taken = match missing {
+                0 => Some(Vec::new()),
+                _ => self.memory.take(&mut self.now_ns, model, missing)?,
+            };
+            if let Some(blocks) = taken {
+                sequence.blocks.extend(blocks);
+                at += 1;
+            } else if let Some(mut victim) = engine.running.pop() {
+                let blocks = std::mem::take(&mut victim.blocks);
+                self.memory.give(&mut self.now_ns, model, blocks)?;
+                engine.waiting.push_front(victim);
+                self.served.preemptions += 1;
+                preempted = true;
+            }
+        }
+        Ok(preempted)
+    }
+
+    /// Admits prompts in the order in which they wait, as long as their blocks fit; returns how many
+    /// tokens they have.
+    fn admit(&mut self, model: usize) -> Result<u32> {
+        let (engine, limits) = (&mut self.engines[model], &self.limits);
+        let reserve = self.memory.most_blocks(model) / limits.watermark_divisor;
+        let mut prompt_tokens = 0;
+        while let Some(next) = engine.waiting.front_mut() {
+            let (tokens, need) = (next.tokens(), blocks_of(next.tokens()));
+            let over = prompt_tokens > 0 && prompt_tokens + tokens > limits.prompt_tokens_max;
+            if over || engine.running.len() >= limits.sequences_max {
+                break;
+            }
+            let reserve = if engine.running.is_empty() {
+                0
+            } else {
+                reserve
+            };
+            let blocks = match need + reserve > self.memory.free_blocks(model) {
+                true => None,
+                false => self.memory.take(&mut self.now_ns, model, need)?,
+            };
+            let Some(blocks) = blocks else {
+                self.served.refused_prompts += usize::from(!next.was_refused);
+                next.was_refused = true;
+                break;
+            };
+            next.blocks = blocks;
+            prompt_tokens += tokens;
+            engine.running.extend(engine.waiting.pop_front());
+        }
+        Ok(prompt_tokens)
+    }
+
+    /// Ends a step: each sequence has a token more, and those that have all give their blocks back.
+    fn finish(&mut self, model: usize) -> Result<()> {
+        let (running, ready_ns) = (&mut self.engines[model].running, self.now_ns);
+        for sequence in running.iter_mut() {
+            sequence.generated += 1;
+            if sequence.first_ns.is_none() {
+                sequence.first_ns = Some(ready_ns);
+                let waited_ns = ready_ns - sequence.request.arrival_ns;
+                self.served.first_token.push(waited_ns as f64);
+            }
+        }
+        let is_over = |one: &mut Sequence| one.generated >= one.request.generated_tokens;
+        let mut given = Vec::new();
+        for sequence in running.extract_if(.., is_over) {
+            let first_ns = sequence.first_ns.unwrap_or(ready_ns);
+            let later = u64::from(sequence.request.generated_tokens.saturating_sub(1));
+            let per_token = (ready_ns - first_ns).checked_div(later);
+            self.served.per_token.extend(per_token.map(|ns| ns as f64));
+            self.served.served += 1;
+            self.end_ns = ready_ns;
+            given.extend(sequence.blocks);
+        }
+        match given.is_empty() {
+            true => Ok(()),
+            false => self.memory.give(&mut self.now_ns, model, given),
+        }
+    }
+
     /// Notes what is held, now and then.
     fn look(&mut self) {
-        let Run {
-            memory,
-            now_ns: at_ns,
-            served,
-        } = &mut self.run;
         let models = 0..self.engines.len();
-        let held_bytes: Vec<_> = models.map(|model| memory.held_bytes(model)).collect();
-        served.held_bytes_max = served.held_bytes_max.max(held_bytes.iter().sum());
-        if self.look_ns.is_some_and(|look_ns| *at_ns >= look_ns) {
-            self.look_ns = Some(*at_ns + LOOK_NS);
-            let at_ns = *at_ns;
-            served.over_time.push(Moment { at_ns, held_bytes });
+        let held_bytes: Vec<_> = models.map(|model| self.memory.held_bytes(model)).collect();
+        let most = self.served.held_bytes_max.max(held_bytes.iter().sum());
+        self.served.held_bytes_max = most;
+        let at_ns = self.now_ns;
+        if self.look_ns.is_some_and(|look_ns| at_ns >= look_ns) {
+            self.look_ns = Some(at_ns + LOOK_NS);
+            self.served.over_time.push(Moment { at_ns, held_bytes });
         }
     }
 }
