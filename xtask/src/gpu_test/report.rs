@@ -241,8 +241,6 @@ fn end_of(log: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu_test::cell::Cell;
-    use crate::tests::Counts;
 
     #[test]
     fn a_long_log_is_cut_at_its_beginning() {
@@ -256,30 +254,6 @@ mod tests {
     #[test]
     fn a_note_cannot_break_the_table() {
         assert_eq!(cell("a|b\nc"), "a\\|b c");
-    }
-
-    #[test]
-    fn rows_are_counted_by_driver_and_suite() {
-        let (passed, failed) = (2, 0);
-        let row = |cell| Row {
-            counts: Counts { passed, failed },
-            ..Row::not_run(cell, State::Pass, String::new())
-        };
-        let mut cells = Cell::all(false);
-        cells.retain(|cell| cell.is("2") && (cell.is("core") || cell.is("leaks")));
-        let rows: Vec<Row> = cells.into_iter().map(row).collect();
-        let lines: Vec<_> = groups(&rows).iter().map(|line| line.join(" ")).collect();
-        let mut expected = Vec::new();
-        for suite in [
-            "real core",
-            "real leaks",
-            "simulated core",
-            "simulated leaks",
-        ] {
-            expected.push(format!("{suite} 4 4 0 0 8 0s"));
-        }
-        expected.push("all  16 16 0 0 32 0s".to_owned());
-        assert_eq!(lines, expected);
     }
 
     #[test]

@@ -183,16 +183,3 @@ fn sanitizer_summary(text: &str) -> Option<&str> {
     let mut lines = text.lines().rev();
     lines.find_map(|line| line.find("ERROR SUMMARY").map(|start| line[start..].trim()))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_summary_is_the_last_line_that_says_so() {
-        let text =
-            "========= COMPUTE-SANITIZER\ntest result: ok\n========= ERROR SUMMARY: 0 errors\n";
-        assert_eq!(sanitizer_summary(text), Some("ERROR SUMMARY: 0 errors"));
-        assert_eq!(sanitizer_summary("test result: ok"), None);
-    }
-}
