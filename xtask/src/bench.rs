@@ -91,12 +91,12 @@ fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     let mut findings: Vec<Value> = Vec::new();
     for part in parts(arguments.part, !arguments.arguments.is_empty()) {
         let mut command = match part {
-            Part::Pools => by_cargo(workspace, BENCH)?,
+            Part::Pools => by_cargo(workspace, BENCH.name)?,
             Part::Candle if gpu_test::has_gpu(workspace)? => {
                 gpu_test::with_cuda(workspace, arguments.compute_cap, BENCH_CANDLE)?
             }
             // It says that no GPU answers, for which Candle's kernels need not be compiled.
-            Part::Candle => by_cargo(workspace, BENCH_CANDLE)?,
+            Part::Candle => by_cargo(workspace, BENCH_CANDLE.name)?,
         };
         if let Some(json) = json {
             // A list of an earlier run is not to be taken for this one's.

@@ -4,7 +4,7 @@ mod dependencies;
 mod machine;
 mod published;
 
-use crate::workspace::{Workspace, text};
+use crate::workspace::Workspace;
 use crate::{files, package, setup};
 use anyhow::{Context, Result, ensure};
 use fs_err as fs;
@@ -92,12 +92,14 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 }
 
 fn prepare(workspace: &Workspace, name: &str, folder: &Path, packages: &Path) -> Result<()> {
-    let libraries = package::libraries(workspace)?;
-    let library = libraries.first().context("there is no library crate")?;
+    let library = workspace
+        .libraries()
+        .next()
+        .context("there is no library crate")?;
     workspace.shell.remove_path(folder)?;
     files::copy_tree(&workspace.root.join("xtask/consumers").join(name), folder)?;
     let manifest = fs::read_to_string(folder.join("Cargo.toml.in"))?;
-    let manifest = manifest.replace("@VERSION@", text(library, "version"));
+    let manifest = manifest.replace("@VERSION@", &library.version.to_string());
     let manifest = manifest.replace("@PACKAGES@", &packages.display().to_string());
     fs::write(folder.join("Cargo.toml"), manifest)?;
     // The versions of everything else are those that the workspace is tested with.

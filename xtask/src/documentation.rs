@@ -1,7 +1,7 @@
 //! Documentation: of the checkout, and of each library as a documentation host builds it.
 
-use crate::workspace::{Workspace, array, text};
-use crate::{files, package, tests};
+use crate::workspace::Workspace;
+use crate::{files, tests};
 use anyhow::{Result, ensure};
 use fs_err as fs;
 use std::path::PathBuf;
@@ -27,14 +27,14 @@ pub fn workspace(workspace: &Workspace) -> Result<()> {
 /// rustdoc has not finished.
 pub fn hosted(workspace: &Workspace) -> Result<()> {
     let rustdoc = unfinished(workspace)?;
-    for library in package::libraries(workspace)? {
-        let name = text(&library, "name");
+    for library in workspace.libraries() {
+        let name = library.name.as_str();
         let mut doc = workspace.cargo(&format!("doc --offline --no-deps --package {name}"));
-        let words = &library["metadata"]["docs"]["rs"];
+        let words = &library.metadata["docs"]["rs"];
         if words["no-default-features"] == true {
             doc = doc.arg("--no-default-features");
         }
-        for feature in array(&words["features"]) {
+        for feature in words["features"].as_array().into_iter().flatten() {
             doc = doc.args(["--features", feature.as_str().unwrap_or_default()]);
         }
         let doc = doc.env("DOCS_RS", "1").env("RUSTDOC", &rustdoc);

@@ -1,7 +1,6 @@
 //! Licences: of every package that a user of the libraries gets, by the list in `deny.toml`.
 
-use crate::package;
-use crate::workspace::{Workspace, text};
+use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
 use spdx::{Expression, ParseMode};
 use std::collections::BTreeSet;
@@ -10,9 +9,10 @@ use std::collections::BTreeSet;
 pub fn run(workspace: &Workspace) -> Result<()> {
     let deny = workspace.shell.read_file("deny.toml")?;
     let allowed = allowed(&deny)?;
-    let libraries = package::libraries(workspace)?;
-    let names = libraries.iter().map(|library| text(library, "name"));
-    let names: Vec<&str> = names.collect();
+    let names: Vec<&str> = workspace
+        .libraries()
+        .map(|library| library.name.as_str())
+        .collect();
     let packages = dependencies(workspace, &names)?;
     let problem = |line: &String| problem(line, &names, &allowed);
     let problems: Vec<_> = packages.iter().filter_map(problem).collect();

@@ -151,7 +151,7 @@ fn start(task: Task) -> Result<u8> {
     match task {
         Task::Setup { cuda } => {
             setup::ensure(&workspace, cuda, true)?;
-            let configuration = setup::configuration(&workspace.setup_folder());
+            let configuration = setup::configuration(&workspace.setup_folder())?;
             if !configuration.is_empty() {
                 eprintln!("xtask: for a program outside this checkout, in its .cargo/config.toml:");
                 print!("{configuration}");

@@ -1,31 +1,21 @@
 //! Brings what the machine lacks into the set-up folder, as wheels, with the machine's own pip.
+//! `xtask/pins` lists the wheels of each folder, by exact version and hash.
 
 use crate::files;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, bail};
 use fs_err as fs;
-use places::Found;
 pub use places::cuda_version;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use xshell::cmd;
 
 #[path = "../../crates/cuda-vmm-sys/build/places.rs"]
 mod places;
 
-/// Every wheel that may be brought, by exact version and hash, in pip's requirements format.
-const PINS: &str = include_str!("../pins.txt");
-/// The wheel that holds `libclang.so`.
-const LIBCLANG: &[&str] = &["libclang==18.1.1"];
-/// The wheel that holds `cuda.h`.
-const RUNTIME: &[&str] = &["nvidia-cuda-runtime==13.0.96"];
-/// The wheels that together make a CUDA compiler, headers included.
-const TOOLKIT: &[&str] = &[
-    "nvidia-cuda-runtime==13.0.96",
-    "nvidia-cuda-nvcc==13.0.88",
-    "nvidia-nvvm==13.0.88",
-    "nvidia-cuda-crt==13.0.88",
-    "nvidia-cuda-cccl==13.0.85",
-];
+/// The list of the headers that a build takes if the machine has none, and that of the whole compiler.
+const RUNTIME: &str = "13.0";
+const TOOLKIT: &str = "toolkit";
 
 /// Where unpacked wheels hold what is wanted of them.
 const IN_LIBCLANG: &str = "clang/native";
@@ -34,7 +24,7 @@ const IN_CUDA: &str = "nvidia/*";
 /// The file in a finished folder that says which wheels it was made from.
 const STAMP: &str = ".pins";
 
-/// How pip unpacks exactly the wheels that a list names.
+/// How pip unpacks exactly the wheels that a list names. It refuses one without a version or a hash.
 const PIP: &str = "--quiet --no-input --disable-pip-version-check --no-compile --no-deps \
                    --only-binary=:all: --require-hashes";
 const ADVICE: &str = "\
@@ -57,31 +47,35 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
         }
     };
     let _lock = lock(workspace)?;
+    let is_made_from =
+        |folder: &Path, list| Ok::<_, anyhow::Error>(is_stamped(folder, &pins(workspace, list)?));
 
     let libclang = workspace.setup_folder().join("libclang");
-    let own = match is_made_from(&libclang, LIBCLANG)? {
+    let own = match is_made_from(&libclang, "libclang")? {
         true => None,
         false => own_libclang()?,
     };
     if let Some(path) = own {
         say(format!("libclang: {path}, the machine's own"));
     } else {
-        make(workspace, &libclang, LIBCLANG, IN_LIBCLANG)?;
+        make(workspace, &libclang, "libclang", IN_LIBCLANG)?;
         say(format!("libclang: {}", workspace.short(&libclang)));
     }
 
     let toolkit = toolkit_folder(workspace);
     let is_full = is_made_from(&toolkit, TOOLKIT)?;
     let is_enough = is_full || is_made_from(&toolkit, RUNTIME)?;
-    if let Some(found) = own_headers().filter(|_| !cuda && !is_enough) {
+    // The machine's own headers, with the variables that name none.
+    let own = places::search(&places::places(|name| std::env::var_os(name), &[]));
+    if let Some(found) = own.ok().filter(|_| !cuda && !is_enough) {
         for wrong in found.wrong {
             eprintln!("xtask: warning: {wrong}");
         }
         let include = found.include.display();
         say(format!("cuda.h: {include}, the machine's own"));
     } else {
-        let wheels = if cuda || is_full { TOOLKIT } else { RUNTIME };
-        make(workspace, &toolkit, wheels, IN_CUDA)?;
+        let list = if cuda || is_full { TOOLKIT } else { RUNTIME };
+        make(workspace, &toolkit, list, IN_CUDA)?;
         say(format!("CUDA: {}", workspace.short(&toolkit)));
     }
     Ok(())
@@ -105,38 +99,31 @@ fn own_libclang() -> Result<Option<String>> {
     }
 }
 
-/// The machine's own include folder with usable CUDA headers, and the variables that name none.
-fn own_headers() -> Option<Found> {
-    places::search(&places::places(|name| std::env::var_os(name), &[])).ok()
-}
-
-/// The folder of another version's headers, brought if it is not there.
-pub fn ensure_headers(workspace: &Workspace, version: &str, key: &str) -> Result<PathBuf> {
+/// The folder of the headers of a version, brought if it is not there.
+pub fn ensure_headers(workspace: &Workspace, version: &str) -> Result<PathBuf> {
     let _lock = lock(workspace)?;
     let folder = workspace.setup_folder().join("headers").join(version);
-    make(workspace, &folder, &[key], IN_CUDA)?;
+    make(workspace, &folder, version, IN_CUDA)?;
     Ok(folder)
 }
 
-/// What a program outside the checkout puts into its `.cargo/config.toml` to be built with what the set-up folder holds;
-/// nothing if the machine has all of its own.
-pub fn configuration(setup: &Path) -> String {
-    let mut lines = String::new();
+/// What a program outside the checkout puts into its `.cargo/config.toml` to be built with what the
+/// set-up folder holds; nothing if the machine has all of its own.
+pub fn configuration(setup: &Path) -> Result<String> {
+    let mut variables = BTreeMap::new();
     for (variable, folder, file) in [
         ("CUDA_HOME", "cuda", "include/cuda.h"),
         ("LIBCLANG_PATH", "libclang", "libclang.so"),
     ] {
         let folder = setup.join(folder);
         if folder.join(file).is_file() {
-            let path = folder.display().to_string();
-            let path = path.replace('\\', "\\\\").replace('"', "\\\"");
-            lines += &format!("{variable} = \"{path}\"\n");
+            variables.insert(variable, folder);
         }
     }
-    match lines.is_empty() {
-        true => lines,
-        false => format!("[env]\n{lines}"),
-    }
+    Ok(match variables.is_empty() {
+        true => String::new(),
+        false => toml::to_string(&BTreeMap::from([("env", variables)]))?,
+    })
 }
 
 /// Keeps a second xtask out while one changes the set-up folder; freed when dropped.
@@ -148,38 +135,48 @@ fn lock(workspace: &Workspace) -> Result<fs::File> {
     Ok(file)
 }
 
-fn is_made_from(folder: &Path, keys: &[&str]) -> Result<bool> {
-    let requirements = requirements(keys)?;
-    Ok(fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == requirements))
+/// The wheels of a list, without its comments.
+fn pins(workspace: &Workspace, list: &str) -> Result<String> {
+    let list = workspace.root.join(format!("xtask/pins/{list}.txt"));
+    let list = fs::read_to_string(list)?;
+    let pins = list.lines().filter(|line| !line.starts_with('#'));
+    Ok(pins.map(|pin| format!("{pin}\n")).collect())
 }
 
-/// Makes `folder` of what lies at `place` in the wheels of `keys`, unless it is made of them already. It moves to its final
-/// place only when it is whole.
-fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Result<()> {
-    if is_made_from(folder, keys)? {
+fn is_stamped(folder: &Path, pins: &str) -> bool {
+    fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == pins)
+}
+
+/// Makes `folder` of what lies at `place` in the wheels of a list, unless it is made of them already.
+/// It moves to its final place only when it is whole.
+fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result<()> {
+    let pins = pins(workspace, list)?;
+    if is_stamped(folder, &pins) {
         return Ok(());
     }
-    let (shell, requirements) = (&workspace.shell, requirements(keys)?);
+    let shell = &workspace.shell;
     let work = workspace.setup_folder().join(".partial");
     shell.remove_path(&work)?;
-    let (list, unpacked) = (work.join("requirements.txt"), work.join("unpacked"));
-    shell.write_file(&list, &requirements)?;
-    eprintln!("xtask: bringing {}", keys.join(", "));
+    let (requirements, unpacked) = (work.join("requirements.txt"), work.join("unpacked"));
+    shell.write_file(&requirements, &pins)?;
+    eprintln!("xtask: bringing the wheels of xtask/pins/{list}.txt");
     let options = PIP.split(' ');
     let pip = cmd!(
         shell,
-        "python3 -m pip install {options...} --target {unpacked} -r {list}"
+        "python3 -m pip install {options...} --target {unpacked} -r {requirements}"
     );
-    let pip = pip.env("PIP_REQUIRE_VIRTUALENV", "false").ignore_stdout();
-    let pip = pip
-        .env("PIP_USER", "0")
-        .env("PIP_ROOT_USER_ACTION", "ignore");
-    pip.quiet().run().context(ADVICE)?;
-    let mut found = glob::glob(&unpacked.join(place).to_string_lossy())?.flatten();
+    let variables = [
+        ("REQUIRE_VIRTUALENV", "false"),
+        ("USER", "0"),
+        ("ROOT_USER_ACTION", "ignore"),
+    ];
+    let pip = pip.envs(variables.map(|(name, value)| (format!("PIP_{name}"), value)));
+    pip.ignore_stdout().quiet().run().context(ADVICE)?;
+    let mut found = files::matching(&unpacked.join(place).to_string_lossy());
     let whole = found.find(|path| path.is_dir());
-    let whole = whole.with_context(|| format!("{keys:?} hold no {place}"))?;
+    let whole = whole.with_context(|| format!("the wheels of {list} hold no {place}"))?;
     files::keep_times(folder, &whole)?;
-    fs::write(whole.join(STAMP), requirements)?;
+    fs::write(whole.join(STAMP), pins)?;
     shell.remove_path(folder)?;
     shell.create_dir(folder.parent().unwrap_or(folder))?;
     fs::rename(&whole, folder)?;
@@ -187,60 +184,55 @@ fn make(workspace: &Workspace, folder: &Path, keys: &[&str], place: &str) -> Res
     Ok(())
 }
 
-/// The pins of `keys` (`name==version`), a line each. pip itself refuses one that has no version or no good hash.
-fn requirements(keys: &[&str]) -> Result<String> {
-    let mut lines = String::new();
-    for key in keys {
-        let mut pins = PINS.lines();
-        let pin = pins.find(|line| line.split(' ').next() == Some(key));
-        lines += pin.with_context(|| format!("xtask/pins.txt has no pin for {key}"))?;
-        lines += "\n";
-    }
-    Ok(lines)
-}
-
 #[cfg(test)]
 mod unit {
     use super::*;
-    use std::collections::BTreeSet;
 
     #[test]
-    fn the_file_of_pins_holds_every_set_and_each_pin_once_with_version_and_hash() {
-        let mut keys = BTreeSet::new();
-        let pins = PINS.lines().filter(|line| line.contains("=="));
-        for (key, hashes) in pins.map(|pin| pin.split_once(' ').unwrap()) {
-            assert!(keys.insert(key), "{key} is there twice");
-            let (name, version) = key.split_once("==").unwrap();
-            assert!(!name.is_empty() && !version.is_empty(), "{key}");
-            for hash in hashes.split(' ') {
-                let digits = hash.strip_prefix("--hash=sha256:").unwrap();
-                let is_hash = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
-                assert!(is_hash && digits.len() == 64, "{key}");
+    fn every_list_has_pins_with_version_and_hash() {
+        let workspace = Workspace::find().unwrap();
+        for list in crate::headers::VERSIONS
+            .into_iter()
+            .chain(["libclang", RUNTIME, TOOLKIT])
+        {
+            let pins = pins(&workspace, list).unwrap();
+            assert!(!pins.is_empty(), "{list}");
+            for pin in pins.lines() {
+                let (key, hashes) = pin.split_once(' ').expect(pin);
+                let is_hash = |hash: &str| {
+                    let digits = hash.strip_prefix("--hash=sha256:").unwrap_or_default();
+                    digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+                };
+                assert!(hashes.split(' ').all(is_hash), "{pin}");
+                let is_pinned = key
+                    .split_once("==")
+                    .is_some_and(|(_, version)| !version.is_empty());
+                assert!(
+                    is_pinned && pins.matches(&format!("{key} ")).count() == 1,
+                    "{pin}"
+                );
             }
         }
-        let headers = crate::headers::VERSIONS.map(|(_, key)| key);
-        for set in [LIBCLANG, RUNTIME, TOOLKIT, &headers] {
-            assert_eq!(requirements(set).unwrap().lines().count(), set.len());
-        }
-        let error = requirements(&["nothing==0"]).unwrap_err().to_string();
-        assert!(error.contains("nothing==0"), "{error}");
+        let error = super::pins(&workspace, "nothing").unwrap_err().to_string();
+        assert!(error.contains("nothing.txt"), "{error}");
     }
 
     #[test]
     fn the_configuration_names_what_the_set_up_folder_holds() {
         let base = tempfile::tempdir().unwrap();
         let setup = base.path().join("a \"b\"");
-        assert_eq!(configuration(&setup), "");
-
-        fs::create_dir_all(setup.join("cuda/include")).unwrap();
-        fs::write(setup.join("cuda/include/cuda.h"), "").unwrap();
-        let escaped = format!("{}/a \\\"b\\\"", base.path().display());
-        let cuda = format!("[env]\nCUDA_HOME = \"{escaped}/cuda\"\n");
-        assert_eq!(configuration(&setup), cuda);
-
-        fs::create_dir_all(setup.join("libclang")).unwrap();
-        fs::write(setup.join("libclang/libclang.so"), "").unwrap();
-        let both = format!("{cuda}LIBCLANG_PATH = \"{escaped}/libclang\"\n");
-        assert_eq!(configuration(&setup), both);
+        assert_eq!(configuration(&setup).unwrap(), "");
+        let mut expected = toml::Table::new();
+        for (variable, folder, file) in [
+            ("CUDA_HOME", "cuda/include", "cuda.h"),
+            ("LIBCLANG_PATH", "libclang", "libclang.so"),
+        ] {
+            fs::create_dir_all(setup.join(folder)).unwrap();
+            fs::write(setup.join(folder).join(file), "").unwrap();
+            let folder = setup.join(folder.trim_end_matches("/include"));
+            expected.insert(variable.to_owned(), folder.to_str().unwrap().into());
+            let configuration: toml::Table = configuration(&setup).unwrap().parse().unwrap();
+            assert_eq!(configuration["env"], expected.clone().into());
+        }
     }
 }

@@ -3,6 +3,7 @@
 use crate::workspace::Workspace;
 use crate::{display, setup};
 use anyhow::Result;
+use serde::Serialize;
 use std::time::Instant;
 
 /// What turns on the simulator wherever it is optional, and what else of the core is.
@@ -35,9 +36,11 @@ pub fn long(workspace: &Workspace) -> Result<()> {
 }
 
 /// Sums of the runner's own summary lines.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
+    #[serde(rename = "tests_passed")]
     pub passed: u64,
+    #[serde(rename = "tests_failed")]
     pub failed: u64,
 }
 

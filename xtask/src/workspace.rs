@@ -1,7 +1,7 @@
 //! Where the checkout and its target folder are, and how cargo is called in it.
 
 use anyhow::{Context, Result};
-use serde_json::Value;
+use cargo_metadata::{MetadataCommand, Package};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,22 +14,42 @@ pub struct Workspace {
     pub root: PathBuf,
     /// The target folder, as cargo itself names it.
     pub target: PathBuf,
+    pub packages: Vec<Package>,
 }
 
 impl Workspace {
     pub fn find() -> Result<Self> {
-        let own = std::env::var_os("CARGO_MANIFEST_DIR")
-            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-        let root = own.parent().context("xtask lies in no folder")?.to_owned();
-        let mut workspace = Self {
-            shell: Shell::new()?,
-            target: root.join("target"),
+        let own = std::env::var_os("CARGO_MANIFEST_DIR");
+        let own = own.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+        let mut metadata = MetadataCommand::new();
+        let metadata = metadata
+            .manifest_path(own.join("Cargo.toml"))
+            .no_deps()
+            .exec()?;
+        let (shell, root) = (Shell::new()?, metadata.workspace_root.into_std_path_buf());
+        shell.change_dir(&root);
+        let target = metadata.target_directory.into();
+        Ok(Self {
+            shell,
             root,
-        };
-        workspace.shell.change_dir(&workspace.root);
-        let metadata = workspace.metadata(&["--no-deps"])?;
-        workspace.target = text(&metadata, "target_directory").into();
-        Ok(workspace)
+            target,
+            packages: metadata.packages,
+        })
+    }
+
+    pub fn package(&self, name: &str) -> Result<&Package> {
+        let mut packages = self.packages.iter();
+        packages
+            .find(|it| it.name == name)
+            .with_context(|| format!("there is no package {name}"))
+    }
+
+    /// The crates that may be published.
+    pub fn libraries(&self) -> impl Iterator<Item = &Package> {
+        // `publish = false` is an empty list of registries.
+        self.packages
+            .iter()
+            .filter(|it| it.publish.as_ref().is_none_or(|it| !it.is_empty()))
     }
 
     /// The project's own set-up folder, where the build script of `cuda-vmm-sys` looks.
@@ -49,8 +69,8 @@ impl Workspace {
         cargo.args(line.split_whitespace())
     }
 
-    /// A command by which cargo builds a program in release and runs it in the caller's folder: the paths among the arguments
-    /// that follow are relative to that.
+    /// A command by which cargo builds a program in release and runs it in the caller's folder: the
+    /// paths among the arguments that follow are relative to that.
     pub fn program(&self, line: &str) -> Result<Command> {
         let run = self.cargo("run --release --manifest-path");
         let run = run.arg(self.root.join("Cargo.toml"));
@@ -59,13 +79,8 @@ impl Workspace {
         Ok(command)
     }
 
-    pub fn metadata(&self, arguments: &[&str]) -> Result<Value> {
-        let command = self.cargo("metadata --format-version 1").quiet();
-        let text = command.args(arguments).read()?;
-        serde_json::from_str(&text).context("cargo metadata prints no JSON")
-    }
-
-    /// What packages need when they are built and when they run, as `cargo tree` prints it, each package once.
+    /// What packages need when they are built and when they run, as `cargo tree` prints it, each
+    /// package once.
     pub fn tree(&self, arguments: &str) -> Result<BTreeSet<String>> {
         let tree = format!("tree --edges normal,build --prefix none {arguments}");
         Ok(packages(&self.cargo(&tree).quiet().read()?))
@@ -73,35 +88,29 @@ impl Workspace {
 
     /// `path` relative to the checkout if it lies below it.
     pub fn short(&self, path: &Path) -> String {
-        let short = path.strip_prefix(&self.root).unwrap_or(path);
-        short.display().to_string()
+        path.strip_prefix(&self.root)
+            .unwrap_or(path)
+            .display()
+            .to_string()
     }
 }
 
 /// The packages of a tree without indentation, each once.
 fn packages(tree: &str) -> BTreeSet<String> {
     let lines = tree.lines().filter(|line| !line.is_empty());
-    let plain = |line: &str| line.replace(" (*)", "").replace(" (proc-macro)", "");
-    lines.map(plain).collect()
+    lines
+        .map(|line| line.replace(" (*)", "").replace(" (proc-macro)", ""))
+        .collect()
 }
 
-/// Runs a program with this one's own input and output, and returns its exit code; it has said itself what went wrong.
+/// Runs a program with this one's own input and output, and returns its exit code; it has said itself
+/// what went wrong.
 pub fn code(command: &mut Command) -> Result<u8> {
-    let program = command.get_program().display().to_string();
     let status = command.status();
-    let status = status.with_context(|| format!("{program} could not be started"))?;
+    let status = status
+        .with_context(|| format!("{} could not be started", command.get_program().display()))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.unwrap_or(1))
-}
-
-/// The elements of a JSON array; none if it is no array.
-pub fn array(value: &Value) -> impl Iterator<Item = &Value> + Clone {
-    value.as_array().into_iter().flatten()
-}
-
-/// The text of a member; empty if it has none.
-pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
-    value[key].as_str().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 //! in the repository.
 
 use crate::files;
-use crate::workspace::{Workspace, array, text};
+use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
+use cargo_metadata::{MetadataCommand, Package};
 use fs_err as fs;
-use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// The oldest Candle that the facade takes.
@@ -30,7 +30,7 @@ const CHANGES: [(&str, &str, &str); 2] = [
 ];
 
 /// What cargo says of the packages in its own store.
-pub struct Published(Value);
+pub struct Published(Vec<Package>);
 
 impl Published {
     /// Has cargo bring them, by a manifest that names them.
@@ -43,8 +43,8 @@ impl Published {
         let shell = &workspace.shell;
         shell.write_file(&path, manifest)?;
         shell.write_file(base.join("published/src/lib.rs"), "")?;
-        let path = path.to_string_lossy();
-        Ok(Self(workspace.metadata(&["--manifest-path", &path])?))
+        let metadata = MetadataCommand::new().manifest_path(path).exec()?;
+        Ok(Self(metadata.packages))
     }
 
     /// Copies Candle with its [`CHANGES`].
@@ -76,10 +76,9 @@ impl Published {
     }
 
     fn folder(&self, name: &str, version: &str) -> Result<PathBuf> {
-        let mut packages = array(&self.0["packages"]);
-        let package = packages.find(|it| it["name"] == name && it["version"] == version);
+        let mut packages = self.0.iter();
+        let package = packages.find(|it| it.name == name && it.version.to_string() == version);
         let package = package.with_context(|| format!("cargo brought no {name} {version}"))?;
-        let manifest = Path::new(text(package, "manifest_path"));
-        Ok(manifest.with_file_name(""))
+        Ok(package.manifest_path.with_file_name("").into())
     }
 }

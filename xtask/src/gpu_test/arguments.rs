@@ -67,19 +67,20 @@ fn known_words(text: &str) -> Result<Words, String> {
 }
 
 impl Arguments {
-    /// The rows that are asked for on a machine with this many GPUs, `None` if none answers; a usage error if there are none.
+    /// The rows that are asked for on a machine with this many GPUs, `None` if none answers; a usage
+    /// error if there are none.
     pub fn select(&self, gpus: Option<u32>) -> Result<Vec<Cell>, Usage> {
         let devices = self.devices.unwrap_or(if gpus == Some(1) { 1 } else { 2 });
         let cells = self.cells(devices);
-        if !cells.is_empty() {
-            return Ok(cells);
-        }
-        Err(Usage(match self.left_out(gpus) {
-            0 => "--driver, --devices, --sanitize and --only together ask for no row".to_owned(),
-            count => format!(
+        match self.left_out(gpus) {
+            _ if !cells.is_empty() => Ok(cells),
+            0 => Err(Usage(
+                "--driver, --devices, --sanitize and --only together ask for no row".to_owned(),
+            )),
+            count => Err(Usage(format!(
                 "the {count} rows asked for need two GPUs and this machine has one; --devices 2 demands them"
-            ),
-        }))
+            ))),
+        }
     }
 
     /// How many rows were not asked for only because this machine has one GPU.
@@ -98,25 +99,27 @@ impl Arguments {
                 Driver::Real => (devices, self.driver != Drivers::Simulated),
                 _ => (self.devices.unwrap_or(2), self.driver != Drivers::Real),
             };
-            let mut only = self.only.iter();
-            let words_are_true = (self.only.is_empty() && self.is_due(cell, &[]))
-                || only.any(|Words(words)| {
-                    words.iter().all(|word| cell.is(word)) && self.is_due(cell, words)
-                });
+            let everything = [Words(Vec::new())];
+            let only = if self.only.is_empty() {
+                &everything[..]
+            } else {
+                &self.only
+            };
+            let words_are_true = only.iter().any(|Words(words)| {
+                words.iter().all(|word| cell.is(word)) && self.is_due(cell, words)
+            });
             is_asked && cell.devices <= most && words_are_true
         });
         cells
     }
 
-    /// Whether `words` are enough to ask for this cell. Sanitizing takes long: on an axis of which nothing is said, it is done
-    /// for one value only.
+    /// Whether `words` are enough to ask for this cell. Sanitizing takes long: on an axis of which
+    /// nothing is said, it is done for one value only.
     fn is_due(&self, cell: &Cell, words: &[String]) -> bool {
-        let name = cell.name();
-        let said = |value: &str| words.iter().any(|word| word == value || *word == name);
-        let devices =
-            cell.devices == 1 || self.devices.is_some() || said(&cell.devices.to_string());
-        let page = cell.page_mib == 2 || said(&cell.page());
-        !self.sanitize || (devices && page)
+        let said = |value: &str| words.iter().any(|word| word == value || word == cell.name);
+        let is_device = self.devices.is_some() || said(&cell.devices.to_string());
+        let is_page = cell.page == "2MiB" || said(cell.page);
+        !self.sanitize || ((cell.devices == 1 || is_device) && is_page)
     }
 }
 

@@ -1,38 +1,19 @@
 //! Building the programs, for this machine or for a bundle.
 
-use super::cell::{CORE, FACADE, Program};
-use super::conditions::{first_line, matching};
-use super::runner::Programs;
+use super::cell::{CUDA, FACADE, Program, Programs};
+use super::conditions::first_line;
 use super::stand_ins;
+use crate::files::matching;
 use crate::setup;
 use crate::tests::FEATURES;
-use crate::workspace::{Workspace, array, text};
+use crate::workspace::Workspace;
 use anyhow::{Context, Result};
+use cargo_metadata::{Artifact, Message, TargetKind};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::Command;
 use xshell::Cmd;
-
-pub const GENERATE: &str = "generate";
-/// The package of the benches.
-pub const BENCHES: &str = "cuda-vmm-benches";
-/// Its program that measures pools on a GPU.
-pub const BENCH: &str = "bench";
-/// Its program that measures tensors and caches, with Candle on CUDA devices.
-pub const BENCH_CANDLE: &str = "bench-candle";
-/// The feature with which Candle has CUDA devices.
-const CUDA: &str = "cuda";
-
-/// Programs that are no test: the name, the package, its features, and the kind of target.
-pub const OTHERS: [Other; 4] = [
-    ("demo", CORE, "simulator", "example"),
-    (GENERATE, FACADE, CUDA, "example"),
-    (BENCH, BENCHES, "", "bin"),
-    (BENCH_CANDLE, BENCHES, CUDA, "bin"),
-];
-pub type Other = (&'static str, &'static str, &'static str, &'static str);
 
 /// What a build says of itself, and a bundle carries along.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,58 +26,88 @@ pub struct Manifest {
     pub libraries: Vec<String>,
 }
 
-/// Whether a program that is no test needs the CUDA libraries.
-pub fn needs_libraries(name: &str) -> bool {
-    let mut others = OTHERS.iter().filter(|other| other.0 == name);
-    others.any(|other| other.2 == CUDA)
-}
-
-/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is left to build.
+/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is
+/// left to build.
 pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Programs> {
     setup::ensure(workspace, false, false)?;
     let test = format!("test --no-run --workspace {FEATURES}");
-    let messages = messages(workspace.cargo(&test))?;
-    let path = |it: &Program| executable(&messages, it.package, "test", it.target);
-    wanted.iter().map(|it| Ok((*it, path(it)?))).collect()
+    executables(workspace, &messages(workspace.cargo(&test))?, wanted)
 }
 
 /// Builds for release, with the pinned CUDA compiler.
 pub struct Builder<'a> {
-    pub workspace: &'a Workspace,
+    workspace: &'a Workspace,
     pub target: PathBuf,
     /// The oldest GPUs for which it compiles kernels: 90 for 9.0.
-    pub compute_cap: u32,
+    compute_cap: u32,
 }
 
-impl Builder<'_> {
-    pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
-        let mut programs = Programs::new();
-        for (package, is_library, features) in [
-            (CORE, true, "simulator"),
-            (CORE, false, "simulator"),
-            (FACADE, true, CUDA),
-            // Its tests for CPU devices start on any machine.
-            (FACADE, false, ""),
-        ] {
-            let mut mine = wanted.clone();
-            mine.retain(|it| it.package == package && it.driver.is_library() == is_library);
-            let names: Vec<&str> = mine.iter().map(|program| program.target).collect();
-            let built = self.build(package, features, "test", &names)?;
-            programs.extend(mine.into_iter().zip(built));
+impl<'a> Builder<'a> {
+    pub fn new(workspace: &'a Workspace, compute_cap: u32) -> Self {
+        let target = workspace.target.join("gpu-test");
+        Self {
+            workspace,
+            target,
+            compute_cap,
         }
-        Ok(programs)
     }
 
-    /// Builds one of [`OTHERS`], or the program of a package without features.
-    pub fn other(&self, (name, package, features, kind): Other) -> Result<PathBuf> {
-        Ok(self.build(package, features, kind, &[name])?.remove(0))
+    /// Has cargo build programs. With CUDA they are linked against libraries that are made here for
+    /// what the facade asks for.
+    pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
+        let mut groups: BTreeMap<_, BTreeSet<Program>> = BTreeMap::new();
+        for it in wanted {
+            groups
+                .entry((it.package, it.features(), it.kind))
+                .or_default()
+                .insert(*it);
+        }
+        let mut built = Programs::new();
+        for ((package, features, kind), programs) in groups {
+            setup::ensure(self.workspace, true, false)?;
+            let verb = if kind == "test" {
+                "test --no-run"
+            } else {
+                "build"
+            };
+            let names: BTreeSet<_> = programs
+                .iter()
+                .map(|it| format!("--{kind} {}", it.name))
+                .collect();
+            let names = names.into_iter().collect::<Vec<_>>().join(" ");
+            let mut build = self.cargo(&format!(
+                "{verb} --package {package} --features={features} {names}"
+            ));
+            if features == CUDA {
+                // The C compiler, which links, searches there after what it is told on its command line.
+                build = build.env("LIBRARY_PATH", self.stubs()?);
+            }
+            built.extend(executables(self.workspace, &messages(build)?, &programs)?);
+        }
+        Ok(built)
+    }
+
+    /// Makes libraries to link against for what the facade asks for.
+    fn stubs(&self) -> Result<PathBuf> {
+        let facade = format!("build --package {FACADE} --features {CUDA}");
+        let messages = messages(self.cargo(&facade))?;
+        let folders = messages.iter().filter_map(|message| match message {
+            Message::BuildScriptExecuted(script) => Some(&script.out_dir),
+            _ => None,
+        });
+        let archives = folders.flat_map(|folder| matching(&format!("{folder}/*.a")));
+        let archives = files(&messages, ".rlib").chain(archives).collect();
+        let stubs = self.target.join("stubs");
+        stand_ins::make_stubs(&self.workspace.shell, &stubs, &archives)?;
+        Ok(stubs)
     }
 
     /// What the build of these programs says of itself.
     pub fn manifest(&self, programs: &Programs) -> Result<Manifest> {
-        let mut facade = programs.clone();
-        facade.retain(|it, _| it.package == FACADE && it.driver.is_library());
-        let libraries = self.needed(facade.into_values().collect())?;
+        let facade = programs
+            .iter()
+            .filter(|(it, _)| it.kind == "test" && it.features() == CUDA);
+        let libraries = self.needed(facade.map(|(_, path)| path.clone()).collect())?;
         let (major, minor) = (self.compute_cap / 10, self.compute_cap % 10);
         let kernels = format!("compute capability {major}.{minor}");
         let mut git = Command::new("git");
@@ -126,47 +137,7 @@ impl Builder<'_> {
     /// The facade's lints with Candle's feature `cuda`, in the build of its programs.
     pub fn clippy(&self) -> Result<()> {
         let line = format!("clippy --package {FACADE} --features {CUDA} --all-targets");
-        let clippy = self.cargo(&line).args(["--", "-D", "warnings"]);
-        Ok(clippy.run()?)
-    }
-
-    /// Has cargo build targets of one kind, and returns their executables. With CUDA they are linked against libraries that are
-    /// made here for what the facade asks for.
-    fn build(
-        &self,
-        package: &str,
-        features: &str,
-        kind: &str,
-        names: &[&str],
-    ) -> Result<Vec<PathBuf>> {
-        if names.is_empty() {
-            return Ok(Vec::new());
-        }
-        setup::ensure(self.workspace, true, false)?;
-        let verb = if kind == "test" {
-            "test --no-run"
-        } else {
-            "build"
-        };
-        let targets = names.iter().map(|name| format!(" --{kind} {name}"));
-        let targets: String = targets.collect();
-        let line = format!("{verb} --package {package} --features={features}{targets}");
-        let mut build = self.cargo(&line);
-        if features == CUDA {
-            let facade = format!("build --package {FACADE} --features {CUDA}");
-            let messages = messages(self.cargo(&facade))?;
-            let folders = messages.iter().map(|message| text(message, "out_dir"));
-            let folders = folders.filter(|folder| !folder.is_empty());
-            let archives = folders.flat_map(|folder| matching(&format!("{folder}/*.a")));
-            let archives = files(&messages, ".rlib").chain(archives).collect();
-            let stubs = self.target.join("stubs");
-            stand_ins::make_stubs(&self.workspace.shell, &stubs, &archives)?;
-            // The C compiler, which links, searches there after what it is told on its command line.
-            build = build.env("LIBRARY_PATH", stubs);
-        }
-        let messages = messages(build)?;
-        let path = |name: &&str| executable(&messages, package, kind, name);
-        names.iter().map(path).collect()
+        Ok(self.cargo(&line).args(["--", "-D", "warnings"]).run()?)
     }
 
     fn cargo(&self, line: &str) -> Cmd<'_> {
@@ -175,9 +146,11 @@ impl Builder<'_> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
         let path = std::env::join_paths(path).expect("they come from such a variable");
-        let cargo = self.workspace.cargo(line);
+        let cargo = self
+            .workspace
+            .cargo(line)
+            .args(["--release", "--target-dir"]);
         cargo
-            .args(["--release", "--target-dir"])
             .arg(&self.target)
             .env("PATH", path)
             .env("CUDA_HOME", &toolkit)
@@ -190,72 +163,101 @@ impl Builder<'_> {
 }
 
 /// Runs cargo, and returns its messages.
-fn messages(command: Cmd<'_>) -> Result<Vec<Value>> {
+fn messages(command: Cmd<'_>) -> Result<Vec<Message>> {
     let command = command.args(["--message-format", "json-render-diagnostics"]);
     eprintln!("xtask: {command}");
     let text = command.quiet().read()?;
-    let lines = text.lines().filter(|line| line.starts_with('{'));
-    let message = |line| serde_json::from_str(line).context("cargo's message is not JSON");
-    lines.map(message).collect()
+    let messages = Message::parse_stream(text.as_bytes()).collect::<std::io::Result<_>>();
+    messages.context("cargo's messages cannot be read")
 }
 
-/// The executable of a target among those that cargo tells of.
-fn executable(messages: &[Value], package: &str, kind: &str, name: &str) -> Result<PathBuf> {
-    let found = messages.iter().find_map(|message| {
-        let executable = message["executable"].as_str()?;
-        // A package's identity ends with name@version, or with #version after a folder of its name.
-        let identity = message["package_id"].as_str()?;
-        let is_of_package = identity.contains(&format!("#{package}@"))
-            || identity.contains(&format!("/{package}#"));
-        let target = &message["target"];
-        let is_target = target["name"] == name && array(&target["kind"]).any(|k| k == kind);
-        // Programs and examples may have tests of their own, built from the same target.
-        let is_test = message["profile"]["test"] == true;
-        (is_of_package && is_target && is_test == (kind == "test")).then(|| executable.into())
-    });
-    found.with_context(|| format!("{package} has no {kind} named {name}"))
+fn artifacts(messages: &[Message]) -> impl Iterator<Item = &Artifact> {
+    messages.iter().filter_map(|message| match message {
+        Message::CompilerArtifact(artifact) => Some(artifact),
+        _ => None,
+    })
+}
+
+/// The executables of programs among those that cargo tells of.
+fn executables(
+    workspace: &Workspace,
+    messages: &[Message],
+    wanted: &BTreeSet<Program>,
+) -> Result<Programs> {
+    let path = |program: &Program| {
+        let Program {
+            package,
+            kind,
+            name,
+            ..
+        } = *program;
+        let id = &workspace.package(package)?.id;
+        let found = artifacts(messages).find_map(|it| {
+            let is_target =
+                it.target.name == name && it.target.kind.contains(&TargetKind::from(kind));
+            // Programs and examples may have tests of their own, built from the same target.
+            let is_wanted = is_target && it.profile.test == (kind == "test");
+            it.executable
+                .clone()
+                .filter(|_| is_wanted && it.package_id == *id)
+        });
+        found.with_context(|| format!("{package} has no {kind} named {name}"))
+    };
+    wanted
+        .iter()
+        .map(|it| Ok((*it, path(it)?.into())))
+        .collect()
 }
 
 /// The files with this ending that cargo tells of.
-fn files(messages: &[Value], ending: &str) -> impl Iterator<Item = PathBuf> {
-    let files = messages.iter().map(|message| &message["filenames"]);
-    let files = files.flat_map(array).filter_map(Value::as_str);
-    let mine = files.filter(move |file| file.ends_with(ending));
-    mine.map(PathBuf::from)
+fn files(messages: &[Message], ending: &str) -> impl Iterator<Item = PathBuf> {
+    let files = artifacts(messages).flat_map(|artifact| &artifact.filenames);
+    files
+        .filter(move |file| file.as_str().ends_with(ending))
+        .map(PathBuf::from)
 }
 
 #[cfg(test)]
 mod unit {
     use super::*;
+    use crate::gpu_test::cell::{CORE, DEMO};
     use serde_json::json;
 
     #[test]
     fn programs_are_told_apart_by_package_kind_and_name() {
-        let core = "path+file:///checkout/crates/cuda-vmm#0.2.0";
-        let facade = "path+file:///checkout/crates/candle-cuda-vmm#0.2.0";
-        let sim = "path+file:///x#cuda-vmm-sim@0.2.0";
+        let workspace = Workspace::find().unwrap();
+        let artifact = |package, kind, name, is_test, file| {
+            let artifact = json!({
+                "reason": "compiler-artifact", "package_id": workspace.package(package).unwrap().id,
+                "manifest_path": "", "executable": file, "filenames": [], "features": [], "fresh": true,
+                "profile": {
+                    "opt_level": "0", "debug_assertions": true, "overflow_checks": true, "test": is_test
+                },
+                "target": { "kind": [kind], "name": name, "crate_types": [], "src_path": "" },
+            });
+            serde_json::from_value(artifact).unwrap()
+        };
         let messages = [
-            (facade, "test", "device", true, "facade"),
-            (core, "example", "demo", true, "demo-tests"),
-            (core, "example", "demo", false, "demo"),
-            (core, "test", "device", true, "core"),
-            (sim, "test", "share", true, "sim"),
+            artifact(FACADE, "test", "device", true, "facade"),
+            artifact(CORE, "example", "demo", true, "demo-tests"),
+            artifact(CORE, "example", "demo", false, "demo"),
+            artifact(CORE, "test", "device", true, "core"),
+            artifact("cuda-vmm-sim", "test", "share", true, "sim"),
         ];
-        let messages = messages.map(|(package, kind, name, is_test, file)| {
-            json!({
-                "reason": "compiler-artifact", "package_id": package, "executable": file,
-                "profile": { "test": is_test }, "target": { "kind": [kind], "name": name },
-            })
-        });
-        for (package, kind, name, file) in [
-            (FACADE, "test", "device", "facade"),
-            (CORE, "test", "device", "core"),
-            (CORE, "example", "demo", "demo"),
-        ] {
-            let found = executable(&messages, package, kind, name).unwrap();
-            assert_eq!(found.to_str(), Some(file));
-        }
-        let error = executable(&messages, CORE, "test", "share").unwrap_err();
+        let test = |package, name| Program {
+            package,
+            kind: "test",
+            name,
+            ..DEMO
+        };
+        let wanted = [test(FACADE, "device"), test(CORE, "device"), DEMO];
+        let found = executables(&workspace, &messages, &wanted.into()).unwrap();
+        assert_eq!(
+            wanted.map(|it| found[&it].clone()),
+            ["facade", "core", "demo"].map(PathBuf::from)
+        );
+        let absent = [test(CORE, "share")].into();
+        let error = executables(&workspace, &messages, &absent).unwrap_err();
         assert_eq!(error.to_string(), "cuda-vmm has no test named share");
     }
 }

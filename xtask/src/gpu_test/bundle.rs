@@ -1,10 +1,9 @@
 //! The bundle: everything that the matrix needs on a machine without a toolchain.
 
 use super::arguments::Usage;
-use super::build::{Manifest, OTHERS};
-use super::cell::{Cell, Program};
+use super::build::{Builder, Manifest};
+use super::cell::{BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, XTASK};
 use super::probe;
-use super::runner::Programs;
 use crate::files;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
@@ -14,40 +13,37 @@ use xshell::{Shell, cmd};
 
 /// The packed programs.
 const ARCHIVE: &str = "bundle.tar.xz";
-/// How they are packed. Several have the same kernels of Candle, so the packer looks further back than one is long.
+/// How they are packed. Several have the same kernels of Candle, so the packer looks further back than
+/// one is long.
 const XZ: &str = "xz -T1 --lzma2=preset=6,dict=128MiB";
 /// The most that a packed bundle may weigh.
 const LIMIT_BYTES: u64 = 40 << 20;
-/// Where things are in it: what the build says of itself, this program, the probe.
+/// Where things are in it that are no programs: what the build says of itself, and the probe.
 const MANIFEST: &str = "bundle.json";
-const XTASK: &str = "bin/xtask";
 pub const PROBE: &str = "bin/probe";
+/// Those of its programs that are no tests, and can be asked for by name.
+pub const OTHERS: [Program; 4] = [DEMO, GENERATE, BENCH, BENCH_CANDLE];
 
 /// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
-    let builder = super::builder(workspace, compute_cap);
-    let programs = Cell::all(false).iter().flat_map(Cell::programs).collect();
-    let programs = builder.programs(&programs)?;
+    let builder = Builder::new(workspace, compute_cap);
+    let wanted = tests().chain(OTHERS).chain([XTASK]).collect();
+    let programs = builder.programs(&wanted)?;
     let manifest = builder.manifest(&programs)?;
-    let xtask = env!("CARGO_PKG_NAME");
     let probe = probe::compile(&workspace.shell, &builder.target)?;
-    let mut built = vec![
-        (XTASK.to_owned(), builder.other((xtask, xtask, "", "bin"))?),
-        (PROBE.to_owned(), probe),
-    ];
-    for other in OTHERS {
-        built.push((other_file(other.0), builder.other(other)?));
-    }
-    let tests = programs.len();
-    for (program, from) in programs {
-        built.push((test_file(&program), from));
-    }
+    let tests = programs
+        .keys()
+        .filter(|program| program.kind == "test")
+        .count();
+    let built = programs
+        .into_iter()
+        .map(|(program, file)| (program.place(), file));
+    let built: Vec<_> = built.chain([(PROBE.to_owned(), probe)]).collect();
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;
     let bytes = pack(&workspace.shell, &stage, folder)?;
-    let is_small = bytes <= LIMIT_BYTES;
     ensure!(
-        is_small,
+        bytes <= LIMIT_BYTES,
         "the bundle has {bytes} bytes, more than the {LIMIT_BYTES} allowed"
     );
     let (short, folder) = (workspace.short(folder), folder.display());
@@ -59,6 +55,11 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
          {folder}/run --help"
     );
     Ok(())
+}
+
+/// Every test program of the matrix.
+fn tests() -> impl Iterator<Item = Program> {
+    Cell::all(false).into_iter().flat_map(|cell| cell.programs)
 }
 
 /// Puts what was built in its place below `stage`.
@@ -97,39 +98,29 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
     serde_json::from_str(&text).with_context(|| format!("{MANIFEST} is damaged"))
 }
 
-/// Every test program of the matrix in `folder`.
+/// The executables of the matrix in `folder`.
 pub fn programs(folder: &Path) -> Programs {
-    let cells = Cell::all(false);
-    let programs = cells.iter().flat_map(Cell::programs);
-    let path = |program: &Program| folder.join(test_file(program));
-    programs.map(|program| (program, path(&program))).collect()
+    tests()
+        .map(|program| (program, folder.join(program.place())))
+        .collect()
 }
 
 /// A program in `folder` that is no test; a usage error if there is none of this name.
 pub fn other(folder: &Path, name: &str) -> Result<PathBuf> {
-    let others = files::entries(&folder.join(other_file("")))?;
-    let names = others.iter().filter_map(|path| path.file_name()?.to_str());
-    let names: Vec<&str> = names.collect();
-    if names.contains(&name) {
-        return Ok(folder.join(other_file(name)));
+    let others = files::matching(&folder.join("programs/*").to_string_lossy());
+    let names = others.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let names: Vec<String> = names.collect();
+    if names.iter().any(|it| it == name) {
+        return Ok(folder.join("programs").join(name));
     }
     let names = names.join(", ");
     let usage = format!("the bundle has no program {name:?}; it has {names}");
     Err(Usage(usage).into())
 }
 
-fn test_file(program: &Program) -> String {
-    format!("tests/{}", program.file_name())
-}
-
-fn other_file(name: &str) -> String {
-    format!("programs/{name}")
-}
-
 #[cfg(test)]
-mod tests {
+mod unit {
     use super::*;
-    use std::collections::BTreeSet;
 
     #[test]
     fn what_is_packed_is_where_the_unpacked_bundle_looks() {
@@ -137,10 +128,8 @@ mod tests {
         let folder = folder.path();
         let built = folder.join("built");
         fs::write(&built, "#!/bin/sh\n").unwrap();
-        let cells = Cell::all(false);
-        let programs: BTreeSet<Program> = cells.iter().flat_map(Cell::programs).collect();
-        let tests = programs.iter().map(test_file);
-        let files = tests.chain([XTASK.to_owned(), PROBE.to_owned(), other_file("demo")]);
+        let programs = tests().chain([XTASK, DEMO]).map(|program| program.place());
+        let files = programs.chain([PROBE.to_owned()]);
         let files: Vec<_> = files.map(|file| (file, built.clone())).collect();
         let packed = Manifest {
             commit: "abc".to_owned(),
@@ -156,12 +145,16 @@ mod tests {
 
         let unpacked = shell.create_dir(folder.join("unpacked")).unwrap();
         let archive = bundle.join(ARCHIVE);
-        let tar = cmd!(shell, "tar -xJf {archive} -C {unpacked}");
-        tar.run().unwrap();
+        cmd!(shell, "tar -xJf {archive} -C {unpacked}")
+            .run()
+            .unwrap();
         assert_eq!(manifest(&unpacked).unwrap(), packed);
         assert!(unpacked.join(PROBE).is_file());
-        let programs = super::programs(&unpacked);
-        assert!(programs.values().all(|path| path.is_file()));
+        assert!(
+            super::programs(&unpacked)
+                .values()
+                .all(|path| path.is_file())
+        );
         assert!(other(&unpacked, "demo").unwrap().is_file());
         assert!(other(&unpacked, "../demo").unwrap_err().is::<Usage>());
     }

@@ -1,253 +1,231 @@
-//! One cell of the matrix: what a row runs, and under which conditions.
+//! The cells of the matrix: what a row runs, and under which conditions.
+//!
+//! `rows.csv` has a line for each: its name, its test programs (the package and the target), and the
+//! variables by which the tests know their cell.
 
-/// A choice of named values, in order.
-macro_rules! choice {
-    ($(#[$doc:meta])* $name:ident { $($(#[$about:meta])* $value:ident = $word:literal,)* }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-        pub enum $name { $($(#[$about])* $value),* }
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use strum::{Display, EnumIter, EnumString};
 
-        impl $name {
-            pub const ALL: [Self; [$($word),*].len()] = [$(Self::$value),*];
+const ROWS: &str = include_str!("rows.csv");
+/// For how many seconds a stress test goes on. A cell of each driver has as many as are asked for.
+const STRESS_SECONDS: &str = "CUDA_VMM_TEST_STRESS_SECONDS";
+const ASKED: &str = "asked";
 
-            /// How reports and command lines name it.
-            pub fn word(self) -> &'static str {
-                match self { $(Self::$value => $word),* }
-            }
-        }
-    };
+/// The driver under the tests.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Display,
+    EnumIter,
+    EnumString,
+    Hash,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+)]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum Driver {
+    /// NVIDIA's, with a GPU behind it.
+    Real,
+    /// The one of `cuda-vmm-sim`, called from within the program.
+    Simulated,
+    /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix:
+    /// `test --cuda` has the facade's CUDA programs run on it.
+    SimulatedLibrary,
 }
 
-choice! {
-    /// The driver under the tests.
-    Driver {
-        /// NVIDIA's, with a GPU behind it.
-        Real = "real",
-        /// The one of `cuda-vmm-sim`, called from within the program.
-        Simulated = "simulated",
-        /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix: `test --cuda` has the
-        /// facade's CUDA programs run on it.
-        SimulatedLibrary = "simulated-library",
-    }
+/// What came of a row.
+#[derive(Clone, Copy, Debug, Display, EnumIter, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+#[strum(serialize_all = "UPPERCASE")]
+pub enum State {
+    /// Each program succeeded, ran tests, and opened the driver that it should.
+    Pass,
+    /// One of them did not.
+    Fail,
+    /// It was not run, as the machine lacks something.
+    Skipped,
 }
 
-choice! {
-    /// What came of a row.
-    State {
-        /// Each program succeeded, ran tests, and opened the driver that it should.
-        Pass = "PASS",
-        /// One of them did not.
-        Fail = "FAIL",
-        /// It was not run, as the machine lacks something.
-        Skipped = "SKIPPED",
-    }
-}
-
-choice! {
-    /// A list of test programs that belong together.
-    Suite {
-        /// The driver's rules, and memory shared between processes.
-        Core = "core",
-        Pools = "pools",
-        /// The Candle crate.
-        Facade = "facade",
-        /// Whether anything is left over.
-        Leaks = "leaks",
-        /// Random operations on many threads for some seconds.
-        Stress = "stress",
-    }
-}
-
-/// The package without Candle, and that of the facade.
+/// The package without Candle, that of the facade, and that of the benches.
 pub const CORE: &str = "cuda-vmm";
 pub const FACADE: &str = "candle-cuda-vmm";
+pub const BENCHES: &str = "cuda-vmm-benches";
+/// The feature with which Candle has CUDA devices.
+pub const CUDA: &str = "cuda";
 
-/// The sizes of the pools' pages in MiB. With 0 they have the device's own granularity, whatever it is; that of NVIDIA's
-/// present GPUs is 2 MiB.
-const PAGES_MIB: [u64; 4] = [0, 2, 16, 32];
-
-impl Driver {
-    /// Whether its programs open a `libcuda.so.1`.
-    pub fn is_library(self) -> bool {
-        self != Self::Simulated
-    }
-
-    /// The kinds of Candle device that the facade's tests open on it: CUDA devices that work on the default stream or on one
-    /// of their own, or Candle's CPU device.
-    fn candle_devices(self) -> &'static [Option<&'static str>] {
-        match self {
-            Self::Real | Self::SimulatedLibrary => &[Some("default-stream"), Some("own-stream")],
-            Self::Simulated => &[Some("cpu")],
-        }
-    }
-}
-
-/// A test target of a package, built for one driver.
+/// A target of a package, built for one driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Program {
-    /// The driver that its rows are for.
     pub driver: Driver,
-    /// The package.
     pub package: &'static str,
-    /// The test target.
-    pub target: &'static str,
+    /// What cargo calls it: a `test`, an `example` or a `bin`.
+    pub kind: &'static str,
+    pub name: &'static str,
 }
 
+/// The programs of a bundle that are no tests.
+pub const DEMO: Program = Program::new(Driver::Real, CORE, "example", "demo");
+pub const GENERATE: Program = Program::new(Driver::Real, FACADE, "example", "generate");
+/// Measures pools on a GPU.
+pub const BENCH: Program = Program::new(Driver::Real, BENCHES, "bin", "bench");
+/// Measures tensors and caches, with Candle on CUDA devices.
+pub const BENCH_CANDLE: Program = Program::new(Driver::Real, BENCHES, "bin", "bench-candle");
+pub const XTASK: Program = Program::new(Driver::Real, "xtask", "bin", "xtask");
+
 impl Program {
-    /// Its name in a bundle. The core's programs serve both drivers; the facade's are built twice, as the one for the real
-    /// driver cannot even start without the CUDA libraries.
-    pub fn file_name(&self) -> String {
-        let name = format!("{}-{}", self.package, self.target);
+    const fn new(
+        driver: Driver,
+        package: &'static str,
+        kind: &'static str,
+        name: &'static str,
+    ) -> Self {
+        Self {
+            driver,
+            package,
+            kind,
+            name,
+        }
+    }
+
+    /// The features of its package with which it is built.
+    pub fn features(&self) -> &'static str {
         match self.package {
-            FACADE => format!("{name}-{}", self.driver.word()),
-            _ => name,
+            CORE => "simulator",
+            // The tests for CPU devices start on any machine.
+            FACADE if self.driver != Driver::Simulated => CUDA,
+            _ if *self == BENCH_CANDLE => CUDA,
+            _ => "",
+        }
+    }
+
+    /// Its file in a bundle. The core's tests serve both drivers; the facade's are built twice, as the
+    /// ones for the real driver cannot even start without the CUDA libraries.
+    pub fn place(&self) -> String {
+        let (name, driver) = (self.name, self.driver);
+        match (self.kind, self.package) {
+            ("test", FACADE) => format!("tests/{FACADE}-{name}-{driver}"),
+            ("test", package) => format!("tests/{package}-{name}"),
+            _ if *self == XTASK => "bin/xtask".to_owned(),
+            _ => format!("programs/{name}"),
         }
     }
 }
 
+/// Where the executables of programs are.
+pub type Programs = BTreeMap<Program, PathBuf>;
+
 /// One cell of the matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Cell {
+    /// Its place on each axis.
+    pub name: &'static str,
     pub driver: Driver,
     /// How many devices the tests use.
     pub devices: u32,
-    /// The size of the pools' pages, of [`PAGES_MIB`].
-    pub page_mib: u64,
-    /// The kind of Candle device, for the facade only.
+    /// The size of the pools' pages, or the device's own granularity, whatever it is; that of
+    /// NVIDIA's present GPUs is 2 MiB.
+    pub page: &'static str,
+    /// The kind of Candle device, for the facade only: a CUDA device that works on the default stream
+    /// or on one of its own, or the CPU device, of which there is one.
     pub candle_device: Option<&'static str>,
-    pub suite: Suite,
-    /// Whether it is run under NVIDIA's memory checker.
-    pub sanitized: bool,
+    pub suite: &'static str,
+    /// The test programs, in order.
+    #[serde(skip)]
+    pub programs: Vec<Program>,
+    #[serde(skip)]
+    variables: Vec<(&'static str, &'static str)>,
 }
 
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let mut cells = Self::of(Driver::Real, sanitized);
-        match sanitized {
-            true => cells.retain(|cell| cell.suite == Suite::Core),
-            false => cells.extend(Self::of(Driver::Simulated, false)),
-        }
+        let cells = Self::listed().filter(|cell| cell.driver != Driver::SimulatedLibrary);
         cells
+            .filter(|cell| cell.is_sanitized() == sanitized)
+            .collect()
     }
 
-    /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with two.
+    /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with
+    /// two.
     pub fn simulated_library() -> Vec<Self> {
-        let mut cells = Self::of(Driver::SimulatedLibrary, false);
-        cells.retain(|cell| cell.suite == Suite::Facade && cell.page_mib == 0);
-        cells
+        Self::listed()
+            .filter(|cell| cell.driver == Driver::SimulatedLibrary)
+            .collect()
     }
 
-    fn of(driver: Driver, sanitized: bool) -> Vec<Self> {
-        let mut cells = Vec::new();
-        let pages = [1, 2].map(|devices| PAGES_MIB.map(|page_mib| (devices, page_mib)));
-        for (devices, page_mib) in pages.concat() {
-            for suite in Suite::ALL {
-                let candle_devices = match (suite, driver, devices) {
-                    // Candle has one CPU device.
-                    (Suite::Facade, Driver::Simulated, 2) => &[],
-                    (Suite::Facade, ..) => driver.candle_devices(),
-                    _ => &[None],
-                };
-                cells.extend(candle_devices.iter().map(|&candle_device| Self {
-                    driver,
-                    devices,
-                    page_mib,
-                    candle_device,
-                    suite,
-                    sanitized,
-                }));
-            }
-        }
-        cells
+    fn listed() -> impl Iterator<Item = Self> {
+        // The first line is a heading.
+        let lines = ROWS.lines().skip(1);
+        lines.map(|line| Self::parse(line).expect("rows.csv is damaged"))
     }
 
-    /// The suite's name, which says whether it is sanitized.
-    pub fn suite_name(&self) -> String {
-        let suffix = if self.sanitized { "-sanitized" } else { "" };
-        format!("{}{suffix}", self.suite.word())
+    fn parse(line: &'static str) -> Option<Self> {
+        let (name, rest) = line.split_once(',')?;
+        let (tests, variables) = rest.split_once(',')?;
+        let axes: [&str; 5] = name.split('/').collect::<Vec<_>>().try_into().ok()?;
+        let [driver, devices, page, candle_device, suite] = axes;
+        let driver = driver.parse().ok()?;
+        let tests = tests.split(' ').map(|test| test.split_once('/'));
+        let test = |(package, name)| Program::new(driver, package, "test", name);
+        let variables = variables
+            .split(' ')
+            .map(|variable| variable.split_once('='));
+        Some(Self {
+            name,
+            driver,
+            devices: devices.parse().ok()?,
+            page,
+            candle_device: Some(candle_device).filter(|kind| *kind != "-"),
+            suite,
+            programs: tests.map(|it| it.map(test)).collect::<Option<_>>()?,
+            variables: variables.collect::<Option<_>>()?,
+        })
     }
 
-    /// The page's size, as reports and command lines name it.
-    pub fn page(&self) -> String {
-        match self.page_mib {
-            0 => "granularity".to_owned(),
-            mib => format!("{mib}MiB"),
-        }
+    /// Whether its programs open a `libcuda.so.1`.
+    pub fn opens_library(&self) -> bool {
+        self.driver != Driver::Simulated
     }
 
-    /// The row's name: its place on each axis.
-    pub fn name(&self) -> String {
-        let (driver, page, suite) = (self.driver.word(), self.page(), self.suite_name());
-        let candle_device = self.candle_device.unwrap_or("-");
-        format!("{driver}/{}/{page}/{candle_device}/{suite}", self.devices)
+    pub fn is_facade(&self) -> bool {
+        self.suite == "facade"
+    }
+
+    /// Whether it is run under NVIDIA's memory checker.
+    pub fn is_sanitized(&self) -> bool {
+        self.suite == "core-sanitized"
     }
 
     /// Whether a word of the command line is true of this cell.
     pub fn is(&self, word: &str) -> bool {
-        let name = self.name();
-        let is_on_axis = word != "-" && name.split('/').any(|place| place == word);
-        is_on_axis || word == self.suite.word() || word == name
-    }
-
-    /// The test programs, in order.
-    pub fn programs(&self) -> Vec<Program> {
-        let driver = self.driver;
-        let (package, targets): (_, &[_]) = match self.suite {
-            Suite::Core => (CORE, &["conformance", "share"]),
-            Suite::Pools => (CORE, &["device", "faults"]),
-            Suite::Facade if driver.is_library() => (FACADE, &["device", "cuda"]),
-            Suite::Facade => (FACADE, &["device"]),
-            Suite::Leaks => (CORE, &["leaks"]),
-            Suite::Stress => (CORE, &["stress"]),
-        };
-        let program = |&target| Program {
-            driver,
-            package,
-            target,
-        };
-        targets.iter().map(program).collect()
-    }
-
-    /// For how many seconds the stress test goes on; 0 for other suites. One cell of each driver has
-    /// the seconds that were asked for, the others have few.
-    pub fn stress_seconds(&self, asked: u64) -> u64 {
-        match (self.suite, self.devices, self.page_mib) {
-            (Suite::Stress, 1, 2) => asked,
-            (Suite::Stress, _, _) => 2,
-            _ => 0,
-        }
+        let is_on_axis = word != "-" && self.name.split('/').any(|place| place == word);
+        is_on_axis || word == self.name || (word == "core" && self.is_sanitized())
     }
 
     /// The variables by which the tests know their cell.
-    pub fn variables(&self, stress_seconds: u64) -> Vec<(&'static str, String)> {
-        let driver = match self.driver {
-            Driver::Simulated => self.driver,
-            // The programs take for real what they open as a library.
-            Driver::Real | Driver::SimulatedLibrary => Driver::Real,
-        };
-        let mut variables = vec![
-            ("CUDA_VMM_TEST_DRIVER", driver.word().to_owned()),
-            ("CUDA_VMM_TEST_DEVICES", self.devices.to_string()),
-        ];
-        if self.driver == Driver::SimulatedLibrary {
-            variables.push(("CUDA_VMM_SIM_DEVICES", self.devices.to_string()));
-        }
-        if self.page_mib > 0 {
-            let bytes = self.page_mib << 20;
-            variables.push(("CUDA_VMM_TEST_PAGE_BYTES", bytes.to_string()));
-        } else if self.driver == Driver::Simulated && self.suite != Suite::Facade {
-            // Small, so that a test which takes 2 MiB for granted fails.
-            variables.push(("CUDA_VMM_TEST_GRANULARITY_BYTES", "65536".to_owned()));
-        }
-        if let (true, Some(kind)) = (self.driver.is_library(), self.candle_device) {
-            variables.push(("CUDA_VMM_TEST_CANDLE_DEVICE", kind.to_owned()));
-        }
-        if self.suite == Suite::Stress {
-            let seconds = self.stress_seconds(stress_seconds);
-            variables.push(("CUDA_VMM_TEST_STRESS_SECONDS", seconds.to_string()));
-        }
-        variables
+    pub fn variables(&self, stress_seconds: u64) -> impl Iterator<Item = (&str, String)> {
+        self.variables
+            .iter()
+            .map(move |&(name, value)| match value {
+                ASKED => (name, stress_seconds.to_string()),
+                _ => (name, value.to_owned()),
+            })
+    }
+
+    /// For how many seconds the stress test goes on; 0 for other suites.
+    pub fn stress_seconds(&self, asked: u64) -> u64 {
+        let mut variables = self.variables(asked);
+        let seconds = variables.find(|(name, _)| *name == STRESS_SECONDS);
+        seconds
+            .and_then(|(_, seconds)| seconds.parse().ok())
+            .unwrap_or(0)
     }
 }
 
@@ -257,21 +235,30 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn every_row_has_a_name_of_its_own_programs_and_variables() {
-        let cells = [Cell::all(false), Cell::all(true), Cell::simulated_library()].concat();
-        let names: BTreeSet<String> = cells.iter().map(Cell::name).collect();
-        assert_eq!(names.len(), cells.len());
-        let lines = cells.iter().map(|cell| {
-            let programs = cell.programs();
-            let programs: Vec<_> = programs.iter().map(Program::file_name).collect();
-            let variables = cell.variables(60);
-            let variables = variables
-                .iter()
-                .map(|(name, value)| format!(" {name}={value}"));
-            let variables = variables.collect::<String>();
-            format!("{}: {};{variables}\n", cell.name(), programs.join(" "))
-        });
-        // `UPDATE_EXPECT=1` writes the file anew.
-        expect_test::expect_file!["rows.txt"].assert_eq(&lines.collect::<String>());
+    fn every_row_has_a_name_of_its_own_and_the_variables_that_it_says() {
+        let names: BTreeSet<_> = Cell::listed().map(|cell| cell.name).collect();
+        assert_eq!(names.len(), Cell::listed().count());
+        for cell in Cell::listed() {
+            let variables: BTreeMap<_, _> = cell.variables(60).collect();
+            let says = |variable: &str, expected: Option<String>| {
+                let name = format!("CUDA_VMM_TEST_{variable}");
+                assert_eq!(variables.get(&*name), expected.as_ref(), "{}", cell.name);
+            };
+            let simulated = if cell.opens_library() {
+                "real"
+            } else {
+                "simulated"
+            };
+            says("DRIVER", Some(simulated.to_owned()));
+            says("DEVICES", Some(cell.devices.to_string()));
+            let mib = cell
+                .page
+                .strip_suffix("MiB")
+                .map(|mib| mib.parse::<u64>().unwrap());
+            says("PAGE_BYTES", mib.map(|mib| (mib << 20).to_string()));
+            let cuda = cell.candle_device.filter(|kind| *kind != "cpu");
+            says("CANDLE_DEVICE", cuda.map(str::to_owned));
+            assert_eq!(cell.stress_seconds(60) > 0, cell.suite == "stress");
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! What this machine has of what rows need: GPUs, the CUDA libraries that Candle links, NVIDIA's memory checker.
 
 use super::arguments::Arguments;
-use super::cell::{Cell, Driver, State, Suite};
-use super::probe::Answer;
-use anyhow::{Context, Result};
+use super::cell::{Cell, Driver, State};
+use super::probe::{Gpus, Obstacle};
+use crate::files::matching;
+use anyhow::Context;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,20 +14,11 @@ use std::process::Command;
 const SANITIZER: &str = "compute-sanitizer";
 pub const SANITIZER_ERRORS: i32 = 86;
 
-/// Prints the folders of the CUDA libraries that came as Python packages.
-const WHEELS: &str = r#"
-import glob, os, site, sys
-folders = list(sys.path) + site.getsitepackages() + [site.getusersitepackages()]
-for folder in dict.fromkeys(folders):
-    for library in sorted(glob.glob(os.path.join(folder, "nvidia", "*", "lib"))):
-        print(library)
-"#;
-
 /// What this machine has.
-#[derive(Clone, Debug, Default)]
+#[derive(Default)]
 pub struct Conditions {
     /// What the probe found, if it was asked.
-    pub gpu: Option<Answer>,
+    pub gpus: Option<Result<Gpus, Obstacle>>,
     /// The CUDA libraries for Candle.
     pub libraries: Libraries,
     /// The memory checker, if it was looked for and is here.
@@ -34,41 +26,40 @@ pub struct Conditions {
 }
 
 impl Conditions {
-    /// What can be known before anything is built; `probe` is asked if a row of the real driver could be run.
-    /// A usage error if there is no row: it is one on every machine, and found before anything is started.
-    pub fn find(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
+    /// What can be known before anything is built; `probe` is asked if a row of the real driver could
+    /// be run. A usage error if there is no row: it is one on every machine, and found before
+    /// anything is started.
+    pub fn find(
+        arguments: &Arguments,
+        probe: impl FnOnce() -> anyhow::Result<Result<Gpus, Obstacle>>,
+    ) -> anyhow::Result<Self> {
         let most = arguments.select(None)?;
         let needs_gpu = most.iter().any(|cell| cell.driver == Driver::Real);
         Ok(Self {
-            gpu: needs_gpu.then(probe).transpose()?,
+            gpus: needs_gpu.then(probe).transpose()?,
             libraries: Libraries::default(),
             sanitizer: arguments.sanitize.then(sanitizer).flatten(),
         })
     }
 
     /// How many GPUs answer, if any does.
-    pub fn gpus(&self) -> Option<u32> {
-        self.gpu.as_ref().and_then(Answer::count)
+    pub fn gpu_count(&self) -> Option<u32> {
+        Some(self.gpus.as_ref()?.as_ref().ok()?.count)
     }
 
-    /// Why a cell cannot be run here, and whether that is a failure.
-    pub fn obstacle(&self, cell: &Cell) -> Option<(State, String)> {
-        let gpus = match &self.gpu {
-            _ if cell.driver != Driver::Real => return None,
-            None => return Some((State::Skipped, "no GPU was looked for".to_owned())),
-            Some(Answer::NoGpu(reason)) => return Some((State::Skipped, reason.clone())),
-            Some(Answer::Broken(reason)) => {
-                let reason = format!("the CUDA driver is here, but fails: {reason}");
-                return Some((State::Fail, reason));
-            }
-            Some(Answer::Gpu { count, .. }) => *count,
+    /// Why a cell cannot be run here, and what becomes of its row.
+    pub fn obstacle(&self, cell: &Cell) -> Option<Obstacle> {
+        let count = match &self.gpus {
+            Some(Err(obstacle)) if cell.driver == Driver::Real => return Some(obstacle.clone()),
+            Some(Ok(gpus)) if cell.driver == Driver::Real => gpus.count,
+            _ => return None,
         };
         let missing = &self.libraries.missing;
-        let reason = if gpus < cell.devices {
-            format!("needs {} GPUs, this machine has {gpus}", cell.devices)
-        } else if cell.sanitized && self.sanitizer.is_none() {
+        let reason = if count < cell.devices {
+            format!("needs {} GPUs, this machine has {count}", cell.devices)
+        } else if cell.is_sanitized() && self.sanitizer.is_none() {
             format!("{SANITIZER} is neither on PATH nor in a CUDA toolkit")
-        } else if cell.suite == Suite::Facade && !missing.is_empty() {
+        } else if cell.is_facade() && !missing.is_empty() {
             format!("missing {}", missing.join(", "))
         } else {
             return None;
@@ -132,7 +123,7 @@ impl Libraries {
     }
 
     /// `LD_LIBRARY_PATH` for a program that links them: their folders, and after them what it says already.
-    pub fn path(&self) -> Result<OsString> {
+    pub fn path(&self) -> anyhow::Result<OsString> {
         let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
         let mut folders = self.folders.clone();
         folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
@@ -143,12 +134,14 @@ impl Libraries {
     pub fn describe(&self) -> String {
         let folders = self.folders.iter().map(|it| it.display().to_string());
         let folders = folders.collect::<Vec<_>>().join(":");
-        let missing = self.missing.join(", ");
-        match (folders.is_empty(), missing.is_empty()) {
-            (true, true) => "those of the dynamic loader".to_owned(),
-            (false, true) => folders,
-            (true, false) => format!("those of the dynamic loader; missing: {missing}"),
-            (false, false) => format!("{folders}; missing: {missing}"),
+        let found = if folders.is_empty() {
+            "those of the dynamic loader"
+        } else {
+            &folders
+        };
+        match &*self.missing.join(", ") {
+            "" => found.to_owned(),
+            missing => format!("{found}; missing: {missing}"),
         }
     }
 }
@@ -160,14 +153,10 @@ fn folders() -> Vec<PathBuf> {
     folders.retain(|folder| !folder.as_os_str().is_empty());
     folders.extend(matching("/usr/local/cuda*/lib64"));
     folders.extend(matching("/usr/local/cuda*/targets/*/lib"));
-    let wheels = output(Command::new("python3").args(["-c", WHEELS])).unwrap_or_default();
+    let wheels =
+        output(Command::new("python3").args(["-c", include_str!("wheels.py")])).unwrap_or_default();
     folders.extend(wheels.lines().map(PathBuf::from));
     folders
-}
-
-/// The paths of a pattern, in order.
-pub fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
-    glob::glob(pattern).into_iter().flatten().flatten()
 }
 
 /// The libraries that the dynamic loader finds by itself.
@@ -218,13 +207,10 @@ mod tests {
     fn sanitized_rows_are_skipped_where_there_is_no_sanitizer() {
         let (name, cuda, count) = ("Test GPU".to_owned(), "13.0".to_owned(), 1);
         let mut conditions = Conditions {
-            gpu: Some(Answer::Gpu { name, count, cuda }),
+            gpus: Some(Ok(Gpus { name, count, cuda })),
             ..Conditions::default()
         };
-        let [plain, sanitized] = [false, true].map(|sanitized| {
-            let mut cells = Cell::all(sanitized).into_iter();
-            cells.find(|cell| cell.is("core")).unwrap()
-        });
+        let [plain, sanitized] = [false, true].map(|sanitized| Cell::all(sanitized).remove(0));
         assert_eq!(conditions.obstacle(&plain), None);
         let (state, reason) = conditions.obstacle(&sanitized).unwrap();
         assert_eq!(state, State::Skipped);

@@ -2,16 +2,13 @@
 
 use super::arguments::Arguments;
 use super::build::Manifest;
-use super::cell::{Cell, Driver};
+use super::cell::Programs;
 use super::conditions::{Conditions, Libraries};
-use super::process;
-use super::report::{self, Report};
-use super::runner::{Programs, Row, Runner};
-use anyhow::{Context, Result};
+use super::report::{Machine, Report};
+use super::runner::Runner;
+use anyhow::Result;
 use fs_err as fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::Instant;
 
 /// The exit code of what was interrupted, as a shell has it.
@@ -25,99 +22,55 @@ pub struct Matrix<'a> {
     pub programs: Programs,
     pub manifest: Manifest,
     /// Where temporary files go.
-    pub folder: &'a Path,
+    pub folder: PathBuf,
     /// Where the report goes if `$OUT` names no folder.
     pub beside: &'a Path,
-    /// The command line as one would type it: the program, and how many of this one's arguments are left out.
-    pub command: (String, usize),
+    /// The command line as one would type it.
+    pub command: String,
 }
 
 impl Matrix<'_> {
     /// Runs the rows, prints and writes what came of them, and returns the exit code.
     pub fn run(mut self) -> Result<u8> {
         let started = Instant::now();
-        let gpus = self.conditions.gpus();
+        let gpus = self.conditions.gpu_count();
         let cells = self.arguments.select(gpus)?;
         self.conditions.libraries = Libraries::find(&self.manifest.libraries);
         // Better found out now than after the last row that a report cannot be written.
         let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
         let out = out.map_or_else(|| self.beside.into(), PathBuf::from);
         fs::create_dir_all(&out)?;
-        let markdown = out.join("report.md");
-        let json = self.arguments.json.as_ref();
-        for path in json.into_iter().chain([&markdown]) {
+        let (markdown, json) = (out.join("report.md"), &self.arguments.json);
+        for path in json.iter().chain([&markdown]) {
             fs::write(path, "")?;
         }
-        process::heed_interrupts()?;
-        fs::create_dir_all(self.folder)?;
-        let work = tempfile::tempdir_in(self.folder).context("making a folder")?;
+        let machine = Machine::find(self.command, &self.conditions, &self.manifest);
         let runner = Runner {
-            programs: &self.programs,
-            conditions: &self.conditions,
-            work: work.path(),
+            programs: self.programs,
+            conditions: self.conditions,
+            folder: self.folder,
             stress_seconds: self.arguments.stress_seconds,
             limit_seconds: self.arguments.limit_seconds,
         };
-        let (mut typed, skipped) = self.command;
-        for word in std::env::args_os().skip(skipped) {
-            typed = typed + " " + &word.to_string_lossy();
-        }
-        let mut report = Report::new(typed, &self.conditions, &self.manifest);
-        report.rows = run_all(&runner, &cells)?;
-        let (ended, asked) = (report.rows.len(), cells.len());
-        let left_out = self.arguments.left_out(gpus);
-        report.remark = if ended < asked {
-            Some(format!("Interrupted after {ended} of {asked} rows."))
-        } else {
-            (left_out > 0).then(|| format!(
-                "{left_out} rows for two devices were not asked for, as this machine has one GPU; --devices 2 demands them."
-            ))
+        let rows = runner.run(&cells)?;
+        let (ended, asked) = (rows.len(), cells.len());
+        let remark = match self.arguments.left_out(gpus) {
+            _ if ended < asked => format!("Interrupted after {ended} of {asked} rows."),
+            0 => String::new(),
+            count => format!(
+                "{count} rows for two devices were not asked for, as this machine has one GPU; \
+                 --devices 2 demands them."
+            ),
         };
-        fs::write(&markdown, report.markdown())?;
+        let report = Report::new(machine, &rows, remark);
+        fs::write(&markdown, report.markdown()?)?;
         if let Some(path) = json {
-            fs::write(path, report.json()?)?;
+            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
         }
         report.print(started.elapsed(), &markdown.display().to_string());
-        let is_whole = ended == asked;
-        Ok(if is_whole {
-            report.exit_code()
-        } else {
-            INTERRUPTED
+        Ok(match ended < asked {
+            true => INTERRUPTED,
+            false => report.exit_code(),
         })
     }
-}
-
-/// Runs `cells`: those of the real driver one after another, and beside them two at a time of the simulated driver. What a GPU
-/// is asked does not depend on what the simulator does meanwhile. Returns the rows in the order of `cells`, without those that
-/// an interrupt kept from ending.
-pub fn run_all(runner: &Runner<'_>, cells: &[Cell]) -> Result<Vec<Row>> {
-    let [real, simulated, library] = Driver::ALL.map(|driver| {
-        let mut mine = cells.to_vec();
-        mine.retain(|cell| cell.driver == driver);
-        Mutex::new(mine.into_iter())
-    });
-    let run = |queue: &Mutex<std::vec::IntoIter<Cell>>| {
-        let mut rows = Vec::new();
-        let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-        while let Some(cell) = next() {
-            // A machine that fails at files fails the whole run, and the other rows with it.
-            let row = runner.run(cell).inspect_err(|_| process::interrupt())?;
-            if process::is_interrupted() {
-                break;
-            }
-            report::print_row(&row);
-            rows.push(row);
-        }
-        Ok(rows)
-    };
-    let rows: Result<Vec<Vec<Row>>> = thread::scope(|scope| {
-        let run = &run;
-        let start = |queue| scope.spawn(move || run(queue));
-        let threads = [&real, &library, &simulated, &simulated].map(start);
-        let join = |thread: thread::ScopedJoinHandle<_>| thread.join().expect("rows do not panic");
-        threads.map(join).into_iter().collect()
-    });
-    let mut rows = rows?.concat();
-    rows.sort_by_key(|row| cells.iter().position(|cell| *cell == row.cell));
-    Ok(rows)
 }

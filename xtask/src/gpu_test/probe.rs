@@ -1,5 +1,6 @@
 //! Whether a GPU answers on this machine: a small C program asks, as it does in the bundle.
 
+use super::cell::State;
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,30 +9,18 @@ use xshell::{Shell, cmd};
 /// How the names of simulated devices begin.
 const SIMULATED: &str = "Simulated device ";
 
-/// What the probe found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// A GPU answers: the first one's name, how many there are, and the CUDA version of the driver.
-    Gpu {
-        name: String,
-        count: u32,
-        cuda: String,
-    },
-    /// There is no driver, or no device; why.
-    NoGpu(String),
-    /// There is a driver, and it fails; how.
-    Broken(String),
+/// The GPUs that answer.
+#[derive(Clone, Debug)]
+pub struct Gpus {
+    /// The first one's name.
+    pub name: String,
+    pub count: u32,
+    /// The CUDA version of the driver.
+    pub cuda: String,
 }
 
-impl Answer {
-    /// How many GPUs answer, if any does.
-    pub fn count(&self) -> Option<u32> {
-        match self {
-            Self::Gpu { count, .. } => Some(*count),
-            _ => None,
-        }
-    }
-}
+/// What becomes of a row that cannot be run, and why.
+pub type Obstacle = (State, String);
 
 /// Compiles the probe into `folder`.
 pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
@@ -42,29 +31,32 @@ pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Runs the probe.
-pub fn ask(program: &Path) -> Result<Answer> {
+/// Runs the probe. Without a driver or a GPU, rows are skipped; a driver that fails is their failure.
+pub fn ask(program: &Path) -> Result<Result<Gpus, Obstacle>> {
     let output = Command::new(program).output();
     let output = output.with_context(|| format!("{} does not start", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let value = |key: &str| {
-        let pairs = text.lines().filter_map(|line| line.split_once('='));
-        let mut values = pairs.filter(|(name, _)| *name == key);
-        values.next().map(|(_, value)| value.trim().to_owned())
+        let mut pairs = text.lines().filter_map(|line| line.split_once('='));
+        let (_, value) = pairs.find(|(name, _)| *name == key)?;
+        Some(value.trim().to_owned())
     };
     let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
-    let [name, count] = ["name", "devices"].map(|key| value(key).unwrap_or_default());
+    let [name, count, cuda] = ["name", "devices", "cuda"].map(|key| value(key).unwrap_or_default());
     Ok(match output.status.code() {
         // Rows of the real driver are not for the simulator, by whatever name it was opened.
         Some(0) if name.starts_with(SIMULATED) => {
-            Answer::NoGpu("the libcuda.so.1 that is found here is the simulated one".to_owned())
+            let reason = "the libcuda.so.1 that is found here is the simulated one";
+            Err((State::Skipped, reason.to_owned()))
         }
-        Some(0) => Answer::Gpu {
-            name,
-            count: count.parse().context("the number of GPUs")?,
-            cuda: value("cuda").unwrap_or_default(),
-        },
-        Some(2) => Answer::NoGpu(reason()),
-        _ => Answer::Broken(reason()),
+        Some(0) => {
+            let count = count.parse().context("the number of GPUs")?;
+            Ok(Gpus { name, count, cuda })
+        }
+        Some(2) => Err((State::Skipped, reason())),
+        _ => {
+            let reason = format!("the CUDA driver is here, but fails: {}", reason());
+            Err((State::Fail, reason))
+        }
     })
 }

@@ -1,8 +1,11 @@
 //! Runs processes for a limited time, and stops them with all that they have started.
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use std::collections::BTreeSet;
-use std::process::{Child, Command, ExitStatus};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitStatus};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use wait_timeout::ChildExt;
@@ -34,36 +37,30 @@ pub fn is_interrupted() -> bool {
     interrupts().came
 }
 
-/// Runs `command` in a process group of its own, for no longer than `limit`; returns no status if it was stopped.
+/// Runs `command` in a process group of its own, for no longer than `limit`; returns no status if it
+/// was stopped.
 ///
 /// It must write to files only: a pipe would stay open while a process that it left behind lives.
 pub fn run(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
-    #[cfg(unix)]
-    std::os::unix::process::CommandExt::process_group(command, 0);
     let mut child = {
         // An interrupt in between would miss the new process.
         let mut interrupts = interrupts();
         ensure!(!interrupts.came, "interrupted");
-        let program = command.get_program().display().to_string();
-        let child = command.spawn();
-        let child = child.with_context(|| format!("{program} could not be started"))?;
+        let child = command.process_group(0).spawn();
+        let child = child
+            .with_context(|| format!("{} could not be started", command.get_program().display()))?;
         interrupts.running.insert(child.id());
         child
     };
-    let end = wait(&mut child, limit);
+    let end = child.wait_timeout(limit).and_then(|end| {
+        if end.is_none() {
+            stop_group(child.id());
+            child.wait()?;
+        }
+        Ok(end)
+    });
     interrupts().running.remove(&child.id());
-    end
-}
-
-fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
-    if let Some(status) = child.wait_timeout(limit)? {
-        return Ok(Some(status));
-    }
-    stop_group(child.id());
-    // Where there are no groups, at least this one is stopped; where it is stopped, it cannot be again.
-    let _ = child.kill();
-    child.wait()?;
-    Ok(None)
+    Ok(end?)
 }
 
 fn interrupts() -> MutexGuard<'static, Interrupts> {
@@ -72,13 +69,7 @@ fn interrupts() -> MutexGuard<'static, Interrupts> {
 
 /// Kills the process group that this process leads. One that has ended is none of our concern.
 fn stop_group(process: u32) {
-    #[cfg(unix)]
-    if let Ok(process) = i32::try_from(process) {
-        use nix::sys::signal::{Signal, killpg};
-        let _ = killpg(nix::unistd::Pid::from_raw(process), Signal::SIGKILL);
-    }
-    #[cfg(not(unix))]
-    let _ = process;
+    let _ = killpg(Pid::from_raw(process as i32), Signal::SIGKILL);
 }
 
 #[cfg(test)]

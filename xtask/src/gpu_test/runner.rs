@@ -1,90 +1,116 @@
-//! Runs the programs of a cell, and judges them.
+//! Runs rows: the programs of a cell, one after another, and judges them.
 
-use super::cell::{Cell, Driver, Program, State, Suite};
+use super::cell::{Cell, Driver, Program, Programs, State};
 use super::conditions::{Conditions, SANITIZER_ERRORS};
 use super::process;
-use crate::files;
+use super::report::{self, Row};
+use crate::files::matching;
 use crate::tests::{self as tally, Counts};
 use anyhow::{Context, Result};
 use fs_err as fs;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
+use strum::IntoEnumIterator;
 
-/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so these are left out when a
-/// CUDA program runs on one.
+/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so
+/// these are left out when a CUDA program runs on one.
 pub const KERNELS: &str = "kernels::";
-/// How the names of the facade's tests begin that have the simulated library's calls fail, which a real driver cannot.
+/// How the names of the facade's tests begin that have the simulated library's calls fail, which a
+/// real driver cannot.
 const SIMULATED: &str = "simulated::";
 
-/// A row of the report: a cell, and what came of it.
-#[derive(Clone, Debug)]
-pub struct Row {
-    pub cell: Cell,
-    pub state: State,
-    pub time: Duration,
-    pub counts: Counts,
-    /// Why it did not pass, or what else is to be said.
-    pub note: String,
-    pub log: String,
-}
-
-impl Row {
-    pub fn not_run(cell: Cell, state: State, note: String) -> Self {
-        Self {
-            cell,
-            state,
-            time: Duration::ZERO,
-            counts: Counts::default(),
-            note,
-            log: String::new(),
-        }
-    }
-}
-
-/// Where the executables of programs are.
-pub type Programs = BTreeMap<Program, PathBuf>;
-
 /// What all rows have in common.
-pub struct Runner<'a> {
-    pub programs: &'a Programs,
-    pub conditions: &'a Conditions,
-    /// A folder for what the programs write, which stays if this process is interrupted.
-    pub work: &'a Path,
+pub struct Runner {
+    pub programs: Programs,
+    pub conditions: Conditions,
+    /// Where temporary files go, which stay if this process is interrupted.
+    pub folder: PathBuf,
     /// For how many seconds the longest stress test goes on.
     pub stress_seconds: u64,
     /// How many seconds a program may take besides.
     pub limit_seconds: u64,
 }
 
-impl Runner<'_> {
-    /// Runs a cell's programs one after another, each of them whatever became of the one before.
-    /// It fails only if this machine fails at files; a program that fails is a row's failure.
-    pub fn run(&self, cell: Cell) -> Result<Row> {
-        if let Some((state, reason)) = self.conditions.obstacle(&cell) {
-            return Ok(Row::not_run(cell, state, reason));
+impl Runner {
+    /// Runs `cells`: those of the real driver one after another, and beside them two at a time of the
+    /// simulated driver. What a GPU is asked does not depend on what the simulator does meanwhile.
+    /// Returns the rows in the order of `cells`, without those that an interrupt kept from ending.
+    pub fn run(&self, cells: &[Cell]) -> Result<Vec<Row>> {
+        process::heed_interrupts()?;
+        fs::create_dir_all(&self.folder)?;
+        let work = tempfile::tempdir_in(&self.folder).context("making a folder")?;
+        let queues = Driver::iter().map(|driver| {
+            let mut mine = cells.to_vec();
+            mine.retain(|cell| cell.driver == driver);
+            (driver, Mutex::new(mine.into_iter()))
+        });
+        let queues: BTreeMap<_, _> = queues.collect();
+        let run = |driver: Driver| {
+            let mut rows = Vec::new();
+            let queue = &queues[&driver];
+            let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            while let Some(cell) = next() {
+                // A machine that fails at files fails the whole run, and the other rows with it.
+                let row = self.row(&cell, work.path());
+                let row = row.inspect_err(|_| process::interrupt())?;
+                if process::is_interrupted() {
+                    break;
+                }
+                report::print_row(&row);
+                rows.push(row);
+            }
+            Ok(rows)
+        };
+        let rows: Result<Vec<Vec<Row>>> = thread::scope(|scope| {
+            let start = |driver| scope.spawn(move || run(driver));
+            let threads = Driver::iter().chain([Driver::Simulated]).map(start);
+            let threads: Vec<_> = threads.collect();
+            let threads = threads.into_iter();
+            threads
+                .map(|thread| thread.join().expect("rows do not panic"))
+                .collect()
+        });
+        let mut rows = rows?.concat();
+        rows.sort_by_key(|row| cells.iter().position(|cell| *cell == row.cell));
+        Ok(rows)
+    }
+
+    /// Runs a cell's programs, each of them whatever became of the one before. It fails only if this
+    /// machine fails at files; a program that fails is a row's failure.
+    fn row(&self, cell: &Cell, work: &Path) -> Result<Row> {
+        let obstacle = self.conditions.obstacle(cell);
+        let is_due = obstacle.is_none();
+        let (state, note) = obstacle.unwrap_or((State::Pass, String::new()));
+        let mut row = Row {
+            cell: cell.clone(),
+            state,
+            seconds: 0.0,
+            counts: Counts::default(),
+            note,
+            log: String::new(),
+        };
+        let (started, mut notes) = (Instant::now(), Vec::new());
+        for program in cell.programs.iter().filter(|_| is_due) {
+            notes.extend(self.program(program, &mut row, work)?);
+            row.seconds = (started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+            row.note = notes.join("; ");
         }
-        let started = Instant::now();
-        let mut row = Row::not_run(cell, State::Pass, String::new());
-        let mut notes = Vec::new();
-        for program in cell.programs() {
-            notes.extend(self.program(&program, &mut row)?);
-        }
-        row.time = started.elapsed();
-        row.note = notes.join("; ");
         Ok(row)
     }
 
     /// Runs a program, enters into the row what it did, and returns what is to be said of it.
-    fn program(&self, program: &Program, row: &mut Row) -> Result<Vec<String>> {
-        let cell = row.cell;
+    fn program(&self, program: &Program, row: &mut Row, work: &Path) -> Result<Vec<String>> {
+        let cell = &row.cell.clone();
         // What a program left behind may still write to its own folder, so each has one.
-        let folder = tempfile::tempdir_in(self.work).context("making a folder")?;
+        let folder = tempfile::tempdir_in(work).context("making a folder")?;
         let (log, opened) = (folder.path().join("log"), folder.path().join("opened"));
         fs::create_dir(&opened)?;
         let output = fs::File::create(&log)?.into_file();
-        let mut command = self.command(&cell, program, &opened)?;
+        let mut command = self.command(cell, program, &opened)?;
         command.current_dir(folder.path()).stdin(Stdio::null());
         command.stdout(output.try_clone()?).stderr(output);
         let seconds = self.limit_seconds + cell.stress_seconds(self.stress_seconds);
@@ -92,16 +118,16 @@ impl Runner<'_> {
 
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tally::count(&text);
-        let summary = sanitizer_summary(&text).filter(|_| cell.sanitized);
+        let summary = sanitizer_summary(&text).filter(|_| cell.is_sanitized());
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
             Ok(None) => Some(format!("stopped after {seconds} s")),
-            Ok(Some(status)) if !status.success() => Some(failure(status, &cell, counts)),
+            Ok(Some(status)) if !status.success() => Some(failure(status, cell, counts)),
             Ok(_) if counts.passed == 0 => Some("no test passed".to_owned()),
-            Ok(_) if !self.opened_driver(&cell, &opened)? => {
-                Some(format!("it did not open the {} driver", cell.driver.word()))
+            Ok(_) if !self.opened_driver(cell, &opened)? => {
+                Some(format!("it did not open the {} driver", cell.driver))
             }
-            Ok(_) if cell.sanitized && summary.is_none() => {
+            Ok(_) if cell.is_sanitized() && summary.is_none() => {
                 Some("compute-sanitizer gave no summary".to_owned())
             }
             Ok(_) => None,
@@ -111,17 +137,18 @@ impl Runner<'_> {
         }
         row.counts.passed += counts.passed;
         row.counts.failed += counts.failed;
-        row.log += &format!("==== {} ====\n{text}", program.target);
+        row.log += &format!("==== {} ====\n{text}", program.name);
         let said = complaint.into_iter().chain(summary.map(str::to_owned));
-        let said = said.map(|said| format!("{}: {said}", program.target));
-        Ok(said.collect())
+        Ok(said
+            .map(|said| format!("{}: {said}", program.name))
+            .collect())
     }
 
     fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {
         let executable = self.programs.get(program);
         let executable =
-            executable.with_context(|| format!("{} was not built", program.file_name()))?;
-        let mut command = match cell.sanitized {
+            executable.with_context(|| format!("{} was not built", program.place()))?;
+        let mut command = match cell.is_sanitized() {
             true => self.conditions.sanitized(executable),
             false => Command::new(executable),
         };
@@ -130,16 +157,16 @@ impl Runner<'_> {
             command.env_remove(name);
         }
         command.envs(cell.variables(self.stress_seconds));
-        match (cell.driver, cell.suite) {
+        match (cell.driver, cell.is_facade()) {
             (Driver::SimulatedLibrary, _) => command.args(["--skip", KERNELS]),
-            (Driver::Real, Suite::Facade) => command.args(["--skip", SIMULATED]),
+            (Driver::Real, true) => command.args(["--skip", SIMULATED]),
             _ => &mut command,
         };
-        if cell.driver.is_library() {
+        if cell.opens_library() {
             // The dynamic loader writes down what each process opens.
             command.env("LD_DEBUG", "files");
             command.env("LD_DEBUG_OUTPUT", opened.join("process"));
-            if cell.suite == Suite::Facade {
+            if cell.is_facade() {
                 command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
             }
         }
@@ -149,14 +176,13 @@ impl Runner<'_> {
     /// Whether the program opened the driver that it should, if that is a library.
     fn opened_driver(&self, cell: &Cell, opened: &Path) -> Result<bool> {
         let mut drivers = Vec::new();
-        for path in files::entries(opened)? {
-            let text = String::from_utf8_lossy(&fs::read(&path)?).into_owned();
-            let pairs = text.lines().map(|line| line.split_once("calling init:"));
-            let libraries = pairs
-                .flatten()
-                .map(|(_, library)| PathBuf::from(library.trim()));
-            let is_driver = |library: &PathBuf| library.to_string_lossy().contains("libcuda.so.1");
-            drivers.extend(libraries.filter(is_driver));
+        for path in matching(&format!("{}/*", opened.display())) {
+            let text = String::from_utf8_lossy(&fs::read(path)?).into_owned();
+            let loaded = text
+                .lines()
+                .filter_map(|line| line.split_once("calling init:"));
+            let loaded = loaded.map(|(_, library)| PathBuf::from(library.trim()));
+            drivers.extend(loaded.filter(|it| it.to_string_lossy().contains("libcuda.so.1")));
         }
         let folders = &self.conditions.libraries.folders;
         let is_ours = |path: &PathBuf| folders.iter().any(|folder| path.starts_with(folder));
@@ -171,7 +197,9 @@ impl Runner<'_> {
 /// What to say of a program that ended without success.
 fn failure(status: ExitStatus, cell: &Cell, counts: Counts) -> String {
     match status.code() {
-        Some(SANITIZER_ERRORS) if cell.sanitized => "compute-sanitizer found errors".to_owned(),
+        Some(SANITIZER_ERRORS) if cell.is_sanitized() => {
+            "compute-sanitizer found errors".to_owned()
+        }
         Some(code) => format!("exit code {code}, {} tests failed", counts.failed),
         // The status names the signal.
         None => status.to_string(),

@@ -1,23 +1,27 @@
 //! `test --cuda`: the facade's CUDA programs where there is no GPU, over the simulated driver.
 
+use super::build::Builder;
 use super::cell::{Cell, State};
 use super::conditions::{Conditions, Libraries};
-use super::report;
 use super::runner::{KERNELS, Runner};
-use super::{COMPUTE_CAP, matrix, process, stand_ins};
-use crate::display;
-use crate::kernels;
+use super::{COMPUTE_CAP, report, stand_ins};
 use crate::workspace::Workspace;
-use anyhow::{Context, Result, ensure};
+use crate::{display, kernels};
+use anyhow::{Result, ensure};
 use std::time::Instant;
 
 /// Builds the programs as `gpu-test` does and runs them on each kind of CUDA device that Candle has.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     kernels::check(workspace)?;
-    let builder = super::builder(workspace, COMPUTE_CAP);
+    let builder = Builder::new(workspace, COMPUTE_CAP);
     let cells = Cell::simulated_library();
-    let programs = builder.programs(&cells.iter().flat_map(Cell::programs).collect())?;
+    let programs = builder.programs(
+        &cells
+            .iter()
+            .flat_map(|cell| cell.programs.clone())
+            .collect(),
+    )?;
     builder.clippy()?;
     let folder = builder.target.join("stand-ins");
     let executables = programs.values().cloned().collect();
@@ -30,23 +34,18 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         workspace.short(&folder.join("libcuda.so.1")),
         builder.needed(executables)?.join(", ")
     );
-    process::heed_interrupts()?;
-    let conditions = Conditions {
-        libraries: Libraries {
-            folders: vec![folder],
-            ..Libraries::default()
-        },
-        ..Conditions::default()
-    };
-    let work = tempfile::tempdir_in(&builder.target).context("making a folder")?;
+    let (folders, missing) = (vec![folder], Vec::new());
     let runner = Runner {
-        programs: &programs,
-        conditions: &conditions,
-        work: work.path(),
+        programs,
+        conditions: Conditions {
+            libraries: Libraries { folders, missing },
+            ..Conditions::default()
+        },
+        folder: builder.target,
         stress_seconds: 0,
         limit_seconds: 300,
     };
-    let rows = matrix::run_all(&runner, &cells)?;
+    let rows = runner.run(&cells)?;
     for row in rows.iter().filter(|row| row.state != State::Pass) {
         print!("{}", row.log);
     }
