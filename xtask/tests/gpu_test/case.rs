@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Instant;
 
 const PROGRAMS: &str = "cuda-vmm-conformance cuda-vmm-share cuda-vmm-device cuda-vmm-faults \
@@ -19,20 +19,22 @@ const FACTS: &str = "gpu gpus driver cuda kernel date command commit compiler ca
 #[serde(default, deny_unknown_fields)]
 pub struct Case {
     pub name: String,
-    /// The task; a bundle's unless told otherwise.
-    task: Option<String>,
+    /// What is started: `bundle`, `script` for its script from end to end, or `in-place`.
+    place: Option<String>,
     line: String,
     /// A script; one GPU unless told otherwise.
     probe: Option<String>,
     /// Scripts, by their places in the case's folder.
-    pub files: BTreeMap<String, String>,
+    files: BTreeMap<String, String>,
     absent_files: Vec<String>,
+    variables: BTreeMap<String, String>,
     /// The CUDA libraries that the facade needs.
     libraries: Vec<String>,
 
     code: i32,
     /// All lines that are printed, if the matrix is not run.
     list: Option<Vec<String>>,
+    helps: bool,
     /// How many rows the matrix has.
     count: Option<usize>,
     /// By the name of a row: its state, and words of its note.
@@ -51,7 +53,7 @@ impl Case {
     pub fn wrong(place: &str, line: String) -> Self {
         Self {
             name: format!("{line:?} is wrong, {place}"),
-            task: (place == "in-place").then(|| "gpu-test".to_owned()),
+            place: Some(place.to_owned()),
             line,
             probe: Some("forbidden".to_owned()),
             code: 64,
@@ -63,21 +65,51 @@ impl Case {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path();
         self.make_bundle(folder, scripts);
-        let task = self.task.as_deref().unwrap_or("run-bundle");
+        let place = self.place.as_deref().unwrap_or("bundle");
+        let (out, temporary) = (folder.join("out"), folder.join("temporary"));
         let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-        command.arg(task);
-        if self.task.is_none() {
-            command.arg("--folder").arg(folder.join("bundle"));
-            command.arg("--beside").arg(folder);
-        }
+        match place {
+            "in-place" => command.arg("gpu-test"),
+            "script" => {
+                command = packed(folder);
+                command.current_dir(&temporary).env("TMPDIR", &temporary)
+            }
+            _ => command
+                .arg("run-bundle")
+                .arg("--folder")
+                .arg(folder.join("bundle"))
+                .arg("--beside")
+                .arg(folder),
+        };
         command.args(self.line.split_whitespace());
-        let runs_rows = self.code != 64 && self.list.is_none();
+        let runs_rows = self.code != 64 && self.list.is_none() && !self.helps;
         if runs_rows {
-            command.arg("--json").arg(folder.join("out/report.json"));
+            command.arg("--json").arg(out.join("report.json"));
         }
+        if place != "script" {
+            command.env("OUT", &out);
+        }
+        // These must not reach a program.
+        command.env("CUDA_VMM_DRIVER_PATH", "/elsewhere");
+        command.env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
+        command
+            .env("LD_LIBRARY_PATH", folder.join("cuda"))
+            .env_remove("CUDA_PATH");
+        command
+            .env("CUDA_HOME", folder.join("toolkit"))
+            .envs(&self.variables);
         let started = Instant::now();
-        let output = with_variables(&mut command, folder).output().unwrap();
-        let printed = printed(&output);
+        let output = command.output().unwrap();
+        let printed = [&*output.stdout, &output.stderr].concat();
+        let printed = String::from_utf8(printed).unwrap();
+        let contains = |text: &str, parts: &[String]| {
+            for part in parts
+                .iter()
+                .map(|part| part.replace("{fake}", folder.to_str().unwrap()))
+            {
+                assert!(text.contains(&part), "{part} in {text}");
+            }
+        };
 
         assert_eq!(output.status.code(), Some(self.code), "{printed}");
         assert!(!folder.join("bundle/bin/probe.asked").exists(), "{printed}");
@@ -91,13 +123,23 @@ impl Case {
         for part in &self.absent {
             assert!(!printed.contains(part), "{part} in {printed}");
         }
-        let report = fs::read_to_string(folder.join("out/report.md"));
+        assert_eq!(
+            fs::read_dir(&temporary).unwrap().count(),
+            0,
+            "something was left behind"
+        );
+        let beside = if place == "script" {
+            folder.join("packed")
+        } else {
+            out.clone()
+        };
+        let report = fs::read_to_string(beside.join("report.md"));
         match report {
             Ok(report) if runs_rows => contains(&report, &self.report),
             report => assert!(report.is_err() && !runs_rows, "{printed}"),
         }
         if runs_rows {
-            let json = fs::read_to_string(folder.join("out/report.json")).unwrap();
+            let json = fs::read_to_string(out.join("report.json")).unwrap();
             self.check_json(serde_json::from_str(&json).unwrap());
         } else {
             assert!(self.code != 64 || !output.stderr.is_empty());
@@ -127,7 +169,7 @@ impl Case {
     }
 
     /// Makes the unpacked bundle, and a folder of which the dynamic loader is told.
-    pub fn make_bundle(&self, folder: &Path, scripts: &BTreeMap<String, String>) {
+    fn make_bundle(&self, folder: &Path, scripts: &BTreeMap<String, String>) {
         let fill = |text: &str| {
             let text = text.replace("{fake}", folder.to_str().unwrap());
             let names = scripts.iter();
@@ -148,7 +190,7 @@ impl Case {
         for program in PROGRAMS.split(' ') {
             script(&format!("bundle/tests/{program}"), "{opens}{passes}");
         }
-        for place in ["bundle/programs", "cuda", "out"] {
+        for place in ["bundle/programs", "cuda", "out", "temporary"] {
             fs::create_dir_all(folder.join(place)).unwrap();
         }
         self.files
@@ -164,24 +206,34 @@ impl Case {
     }
 }
 
-/// Sets the variables of a run. Those of `CUDA_VMM_` must not reach a program.
-pub fn with_variables<'a>(command: &'a mut Command, folder: &Path) -> &'a mut Command {
-    command.env("CUDA_VMM_DRIVER_PATH", "/elsewhere");
-    command.env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
-    command.env("OUT", folder.join("out"));
-    command.env("LD_LIBRARY_PATH", folder.join("cuda"));
+/// Packs a bundle as one is packed, this project's own `xtask` in it, and returns a command that runs
+/// its script where there is neither cargo nor a workspace.
+fn packed(folder: &Path) -> Command {
+    let (bundle, packed) = (folder.join("bundle"), folder.join("packed"));
+    fs::copy(env!("CARGO_BIN_EXE_xtask"), bundle.join("bin/xtask")).unwrap();
+    fs::create_dir(&packed).unwrap();
+    let mut tar = Command::new("tar");
+    tar.env("XZ_OPT", "-0")
+        .arg("-cJf")
+        .arg(packed.join("bundle.tar.xz"));
+    assert!(
+        tar.arg("-C")
+            .arg(bundle)
+            .arg(".")
+            .status()
+            .unwrap()
+            .success()
+    );
+    fs::write(
+        packed.join("run"),
+        include_str!("../../src/gpu_test/run.sh"),
+    )
+    .unwrap();
+    let mut command = Command::new("sh");
     command
-        .env("CUDA_HOME", folder.join("toolkit"))
-        .env_remove("CUDA_PATH")
-}
-
-/// All that a process printed.
-pub fn printed(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
-}
-
-pub fn contains(text: &str, parts: &[impl AsRef<str>]) {
-    for part in parts.iter().map(AsRef::as_ref) {
-        assert!(text.contains(part), "{part} in {text}");
-    }
+        .arg(packed.join("run"))
+        .env_remove("OUT")
+        .env_remove("CARGO_MANIFEST_DIR");
+    command.env("PATH", "/usr/bin:/bin");
+    command
 }
