@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
+use xshell::{Cmd, Shell, cmd};
 
+const XTASK: &str = env!("CARGO_BIN_EXE_xtask");
 const PROGRAMS: &str = "cuda-vmm-conformance cuda-vmm-share cuda-vmm-device cuda-vmm-faults \
     cuda-vmm-leaks cuda-vmm-stress candle-cuda-vmm-device-real candle-cuda-vmm-cuda-real \
     candle-cuda-vmm-device-simulated";
@@ -63,59 +64,51 @@ impl Case {
 
     pub fn check(&self, scripts: &BTreeMap<String, String>) {
         let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        self.make_bundle(folder, scripts);
+        let (shell, folder) = (&Shell::new().unwrap(), folder.path());
+        self.make_bundle(shell, folder, scripts);
+        let [bundle, cuda, out, packed, temporary, toolkit] =
+            ["bundle", "cuda", "out", "packed", "temporary", "toolkit"].map(|it| folder.join(it));
+        shell.change_dir(&temporary);
         let place = self.place.as_deref().unwrap_or("bundle");
-        let (out, temporary) = (folder.join("out"), folder.join("temporary"));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_xtask"));
-        match place {
-            "in-place" => command.arg("gpu-test"),
-            "script" => {
-                command = packed(folder);
-                command.current_dir(&temporary).env("TMPDIR", &temporary)
-            }
-            _ => command
-                .arg("run-bundle")
-                .arg("--folder")
-                .arg(folder.join("bundle"))
-                .arg("--beside")
-                .arg(folder),
+        let (command, reports) = match place {
+            "in-place" => (cmd!(shell, "{XTASK} gpu-test"), &out),
+            "script" => (script(shell, &bundle, &packed), &packed),
+            _ => (
+                cmd!(
+                    shell,
+                    "{XTASK} run-bundle --folder {bundle} --beside {folder}"
+                ),
+                &out,
+            ),
         };
-        command.args(self.line.split_whitespace());
+        let mut command = command.args(self.line.split_whitespace());
         let runs_rows = self.code != 64 && self.list.is_none() && !self.helps;
         if runs_rows {
-            command.arg("--json").arg(out.join("report.json"));
+            command = command.arg("--json").arg(out.join("report.json"));
         }
-        if place != "script" {
-            command.env("OUT", &out);
-        }
-        // These must not reach a program.
-        command.env("CUDA_VMM_DRIVER_PATH", "/elsewhere");
-        command.env("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
-        command
-            .env("LD_LIBRARY_PATH", folder.join("cuda"))
-            .env_remove("CUDA_PATH");
-        command
-            .env("CUDA_HOME", folder.join("toolkit"))
-            .envs(&self.variables);
+        // Those of CUDA_VMM_ must not reach a program.
+        let kind = ("CUDA_VMM_TEST_CANDLE_DEVICE", "own-stream");
+        let command = command.envs([kind, ("CUDA_VMM_DRIVER_PATH", "/elsewhere")]);
+        let command = command.env("LD_LIBRARY_PATH", cuda).env_remove("CUDA_PATH");
+        let command = command.env("CUDA_HOME", toolkit).envs(&self.variables);
+        let command = match place {
+            "script" => command.env_remove("OUT").env("TMPDIR", &temporary),
+            _ => command.env("OUT", &out),
+        };
         let started = Instant::now();
-        let output = command.output().unwrap();
+        let output = command.quiet().ignore_status().output().unwrap();
         let printed = [&*output.stdout, &output.stderr].concat();
         let printed = String::from_utf8(printed).unwrap();
         let contains = |text: &str, parts: &[String]| {
-            for part in parts
+            let parts = parts
                 .iter()
-                .map(|part| part.replace("{fake}", folder.to_str().unwrap()))
-            {
-                assert!(text.contains(&part), "{part} in {text}");
-            }
+                .map(|part| part.replace("{fake}", folder.to_str().unwrap()));
+            parts.for_each(|part| assert!(text.contains(&part), "{part} in {text}"));
         };
 
         assert_eq!(output.status.code(), Some(self.code), "{printed}");
-        assert!(!folder.join("bundle/bin/probe.asked").exists(), "{printed}");
-        if let Some(most) = self.seconds_at_most {
-            assert!(started.elapsed().as_secs() < most);
-        }
+        assert!(!bundle.join("bin/probe.asked").exists(), "{printed}");
+        assert!(started.elapsed().as_secs() <= self.seconds_at_most.unwrap_or(u64::MAX));
         if let Some(list) = &self.list {
             assert_eq!(printed, list.join("\n") + "\n");
         }
@@ -123,26 +116,15 @@ impl Case {
         for part in &self.absent {
             assert!(!printed.contains(part), "{part} in {printed}");
         }
-        assert_eq!(
-            fs::read_dir(&temporary).unwrap().count(),
-            0,
-            "something was left behind"
-        );
-        let beside = if place == "script" {
-            folder.join("packed")
-        } else {
-            out.clone()
-        };
-        let report = fs::read_to_string(beside.join("report.md"));
-        match report {
-            Ok(report) if runs_rows => contains(&report, &self.report),
-            report => assert!(report.is_err() && !runs_rows, "{printed}"),
-        }
+        let left = shell.read_dir(&temporary).unwrap();
+        assert!(left.is_empty(), "left behind: {left:?}");
+        let report = shell.read_file(reports.join("report.md"));
         if runs_rows {
-            let json = fs::read_to_string(out.join("report.json")).unwrap();
+            contains(&report.unwrap(), &self.report);
+            let json = shell.read_file(out.join("report.json")).unwrap();
             self.check_json(serde_json::from_str(&json).unwrap());
         } else {
-            assert!(self.code != 64 || !output.stderr.is_empty());
+            assert!(report.is_err() && (self.code != 64 || !output.stderr.is_empty()));
         }
     }
 
@@ -169,71 +151,53 @@ impl Case {
     }
 
     /// Makes the unpacked bundle, and a folder of which the dynamic loader is told.
-    fn make_bundle(&self, folder: &Path, scripts: &BTreeMap<String, String>) {
+    fn make_bundle(&self, shell: &Shell, folder: &Path, scripts: &BTreeMap<String, String>) {
         let fill = |text: &str| {
-            let text = text.replace("{fake}", folder.to_str().unwrap());
-            let names = scripts.iter();
-            names.fold(text, |text, (name, script)| {
-                text.replace(&format!("{{{name}}}"), script)
-            })
+            let mut text = text.replace("{fake}", folder.to_str().unwrap());
+            for (name, script) in scripts {
+                text = text.replace(&format!("{{{name}}}"), script);
+            }
+            text
         };
         let script = |place: &str, text: &str| {
             let path = folder.join(place);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(&path, format!("#!/bin/sh\n{}", fill(text))).unwrap();
+            shell
+                .write_file(&path, format!("#!/bin/sh\n{}", fill(text)))
+                .unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         };
-        script(
-            "bundle/bin/probe",
-            &scripts[self.probe.as_deref().unwrap_or("one")],
-        );
+        let probe = self.probe.as_deref().unwrap_or("one");
+        script("bundle/bin/probe", &scripts[probe]);
         for program in PROGRAMS.split(' ') {
             script(&format!("bundle/tests/{program}"), "{opens}{passes}");
         }
         for place in ["bundle/programs", "cuda", "out", "temporary"] {
-            fs::create_dir_all(folder.join(place)).unwrap();
+            shell.create_dir(folder.join(place)).unwrap();
         }
-        self.files
-            .iter()
-            .for_each(|(place, text)| script(place, text));
+        for (place, text) in &self.files {
+            script(place, text);
+        }
         for place in &self.absent_files {
-            fs::remove_file(folder.join(place)).unwrap();
+            shell.remove_path(folder.join(place)).unwrap();
         }
         let manifest = json!({
             "commit": "abc", "compiler": "rustc 1", "candle_kernels": null, "libraries": self.libraries,
         });
-        fs::write(folder.join("bundle/bundle.json"), manifest.to_string()).unwrap();
+        let file = folder.join("bundle/bundle.json");
+        shell.write_file(file, manifest.to_string()).unwrap();
     }
 }
 
 /// Packs a bundle as one is packed, this project's own `xtask` in it, and returns a command that runs
 /// its script where there is neither cargo nor a workspace.
-fn packed(folder: &Path) -> Command {
-    let (bundle, packed) = (folder.join("bundle"), folder.join("packed"));
-    fs::copy(env!("CARGO_BIN_EXE_xtask"), bundle.join("bin/xtask")).unwrap();
-    fs::create_dir(&packed).unwrap();
-    let mut tar = Command::new("tar");
-    tar.env("XZ_OPT", "-0")
-        .arg("-cJf")
-        .arg(packed.join("bundle.tar.xz"));
-    assert!(
-        tar.arg("-C")
-            .arg(bundle)
-            .arg(".")
-            .status()
-            .unwrap()
-            .success()
-    );
-    fs::write(
-        packed.join("run"),
-        include_str!("../../src/gpu_test/run.sh"),
-    )
-    .unwrap();
-    let mut command = Command::new("sh");
-    command
-        .arg(packed.join("run"))
-        .env_remove("OUT")
-        .env_remove("CARGO_MANIFEST_DIR");
-    command.env("PATH", "/usr/bin:/bin");
-    command
+fn script<'a>(shell: &'a Shell, bundle: &Path, packed: &Path) -> Cmd<'a> {
+    shell.copy_file(XTASK, bundle.join("bin/xtask")).unwrap();
+    let run = packed.join("run");
+    shell
+        .write_file(&run, include_str!("../../src/gpu_test/run.sh"))
+        .unwrap();
+    let tar = cmd!(shell, "tar -C {bundle} -cJf {packed}/bundle.tar.xz .");
+    tar.quiet().env("XZ_OPT", "-0").run().unwrap();
+    let command = cmd!(shell, "sh {run}").env("PATH", "/usr/bin:/bin");
+    command.env_remove("CARGO_MANIFEST_DIR")
 }
