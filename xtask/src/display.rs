@@ -1,16 +1,14 @@
 //! How tables and times are printed.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Row, Table, presets};
 use std::time::Duration;
 
-/// A table with `rows` below `head`, as Markdown has it; all columns but the first are aligned to the right.
-pub fn table<const N: usize>(
-    head: [&str; N],
-    rows: impl IntoIterator<Item = [String; N]>,
-) -> Table {
+/// A table with `rows` below `head`, whose columns have commas between them, as Markdown has it. All
+/// columns except the first are aligned to the right.
+pub fn table<R: Into<Row>>(head: &str, rows: impl IntoIterator<Item = R>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header(head).add_rows(rows);
+    table.set_header(head.split(',')).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -46,7 +46,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             taken,
         ]);
     }
-    let head = ["header", "CUDA_VERSION", "state", "tests", "time"];
+    let head = "header,CUDA_VERSION,state,tests,time";
     println!("{}", display::table(head, rows));
     ensure!(
         failures.is_empty(),

@@ -109,9 +109,21 @@ enum Task {
     /// FAIL; 2, no row FAIL, but some SKIPPED, for want of a GPU or of what else this machine lacks; 64, wrong usage.
     #[command(
         hide = true,
+        disable_help_subcommand = true,
         override_usage = "run [OPTIONS]\n       run program NAME [ARGUMENTS]..."
     )]
-    RunBundle(gpu_test::BundleArguments),
+    RunBundle {
+        /// Where the bundle was unpacked
+        #[arg(long, hide = true)]
+        folder: PathBuf,
+        /// The folder of `run`
+        #[arg(long, hide = true)]
+        beside: PathBuf,
+        #[command(flatten)]
+        matrix: gpu_test::Arguments,
+        #[command(subcommand)]
+        other: Option<gpu_test::Other>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -144,8 +156,14 @@ fn main() -> ExitCode {
 /// Does the task, and returns the exit code.
 fn start(task: Task) -> Result<u8> {
     // On the machine where a bundle runs, there is no workspace.
-    if let Task::RunBundle(arguments) = task {
-        return gpu_test::run_bundle(&arguments);
+    if let Task::RunBundle {
+        folder,
+        beside,
+        matrix,
+        other,
+    } = &task
+    {
+        return gpu_test::run_bundle(matrix, other.as_ref(), folder, beside);
     }
     let workspace = Workspace::find()?;
     match task {
@@ -190,7 +208,7 @@ fn start(task: Task) -> Result<u8> {
             bundle,
             compute_cap,
         } => return gpu_test::run(&workspace, &matrix, bundle.as_deref(), compute_cap),
-        Task::RunBundle(_) => {}
+        Task::RunBundle { .. } => {}
     }
     Ok(0)
 }

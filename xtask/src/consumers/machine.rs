@@ -31,14 +31,8 @@ impl Bare {
         shell.remove_path(&path)?;
         shell.create_dir(&path)?;
         for (program, name) in [("cc", "linker"), ("ld", "ld")] {
-            let folders = std::env::var_os("PATH").unwrap_or_default();
-            let mut files = std::env::split_paths(&folders).map(|folder| folder.join(program));
-            let file = files.find(|file| file.is_file());
-            let file = file.with_context(|| format!("there is no {program} on PATH"))?;
-            #[cfg(unix)]
+            let file = which::which(program)?;
             fs_err::os::unix::fs::symlink(file, path.join(name))?;
-            #[cfg(not(unix))]
-            let _ = (name, file);
         }
         Ok(Self {
             path,

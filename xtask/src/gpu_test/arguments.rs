@@ -123,24 +123,6 @@ impl Arguments {
     }
 }
 
-/// What a bundle's `run` passes on, and what it was told.
-#[derive(Clone, Debug, clap::Args)]
-#[command(disable_help_subcommand = true)]
-pub struct BundleArguments {
-    /// Where the bundle was unpacked
-    #[arg(long, hide = true)]
-    pub folder: PathBuf,
-    /// The folder of `run`
-    #[arg(long, hide = true)]
-    pub beside: PathBuf,
-    /// What is asked of the matrix.
-    #[command(flatten)]
-    pub matrix: Arguments,
-    /// Something else than the matrix.
-    #[command(subcommand)]
-    pub other: Option<Other>,
-}
-
 /// What a bundle's `run` can do but run the matrix.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum Other {

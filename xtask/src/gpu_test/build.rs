@@ -57,27 +57,22 @@ impl<'a> Builder<'a> {
     pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
         let mut groups: BTreeMap<_, BTreeSet<Program>> = BTreeMap::new();
         for it in wanted {
-            groups
-                .entry((it.package, it.features(), it.kind))
-                .or_default()
-                .insert(*it);
+            let group = groups.entry((it.package, it.features(), it.kind));
+            group.or_default().insert(*it);
         }
         let mut built = Programs::new();
         for ((package, features, kind), programs) in groups {
             setup::ensure(self.workspace, true, false)?;
-            let verb = if kind == "test" {
-                "test --no-run"
-            } else {
-                "build"
+            let build = match kind {
+                "test" => "test --no-run",
+                _ => "build",
             };
-            let names: BTreeSet<_> = programs
-                .iter()
-                .map(|it| format!("--{kind} {}", it.name))
-                .collect();
-            let names = names.into_iter().collect::<Vec<_>>().join(" ");
-            let mut build = self.cargo(&format!(
-                "{verb} --package {package} --features={features} {names}"
+            let build = self.cargo(&format!(
+                "{build} --package {package} --features={features}"
             ));
+            let names: BTreeSet<_> = programs.iter().map(|it| it.name).collect();
+            let kind = format!("--{kind}");
+            let mut build = build.args(names.iter().flat_map(|name| [&*kind, name]));
             if features == CUDA {
                 // The C compiler, which links, searches there after what it is told on its command line.
                 build = build.env("LIBRARY_PATH", self.stubs()?);
@@ -104,9 +99,8 @@ impl<'a> Builder<'a> {
 
     /// What the build of these programs says of itself.
     pub fn manifest(&self, programs: &Programs) -> Result<Manifest> {
-        let facade = programs
-            .iter()
-            .filter(|(it, _)| it.kind == "test" && it.features() == CUDA);
+        let is_linked = |it: &Program| it.kind == "test" && it.features() == CUDA;
+        let facade = programs.iter().filter(|(it, _)| is_linked(it));
         let libraries = self.needed(facade.map(|(_, path)| path.clone()).collect())?;
         let (major, minor) = (self.compute_cap / 10, self.compute_cap % 10);
         let kernels = format!("compute capability {major}.{minor}");
@@ -127,7 +121,6 @@ impl<'a> Builder<'a> {
         stand_ins::needed(&self.workspace.shell, &programs)
     }
 
-    /// Builds the simulated driver as a shared library.
     pub fn simulated_library(&self) -> Result<PathBuf> {
         let messages = messages(self.cargo("build --package cuda-vmm-sim-library"))?;
         let library = files(&messages, "libcuda_vmm_sim_library.so").next();
@@ -146,12 +139,9 @@ impl<'a> Builder<'a> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::iter::once(bin.clone()).chain(std::env::split_paths(&path));
         let path = std::env::join_paths(path).expect("they come from such a variable");
-        let cargo = self
-            .workspace
-            .cargo(line)
-            .args(["--release", "--target-dir"]);
+        let cargo = self.workspace.cargo(line).arg("--release");
+        let cargo = cargo.arg("--target-dir").arg(&self.target);
         cargo
-            .arg(&self.target)
             .env("PATH", path)
             .env("CUDA_HOME", &toolkit)
             .env("CUDA_PATH", &toolkit)
@@ -162,7 +152,6 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Runs cargo, and returns its messages.
 fn messages(command: Cmd<'_>) -> Result<Vec<Message>> {
     let command = command.args(["--message-format", "json-render-diagnostics"]);
     eprintln!("xtask: {command}");
@@ -185,28 +174,18 @@ fn executables(
     wanted: &BTreeSet<Program>,
 ) -> Result<Programs> {
     let path = |program: &Program| {
-        let Program {
-            package,
-            kind,
-            name,
-            ..
-        } = *program;
-        let id = &workspace.package(package)?.id;
-        let found = artifacts(messages).find_map(|it| {
-            let is_target =
-                it.target.name == name && it.target.kind.contains(&TargetKind::from(kind));
+        let (package, kind, name) = (program.package, program.kind, program.name);
+        let (id, target_kind) = (&workspace.package(package)?.id, TargetKind::from(kind));
+        let mut mine = artifacts(messages).filter(|it| {
+            let is_target = it.target.name == name && it.target.kind.contains(&target_kind);
             // Programs and examples may have tests of their own, built from the same target.
-            let is_wanted = is_target && it.profile.test == (kind == "test");
-            it.executable
-                .clone()
-                .filter(|_| is_wanted && it.package_id == *id)
+            is_target && it.profile.test == (kind == "test") && it.package_id == *id
         });
+        let found = mine.find_map(|it| it.executable.clone());
         found.with_context(|| format!("{package} has no {kind} named {name}"))
     };
-    wanted
-        .iter()
-        .map(|it| Ok((*it, path(it)?.into())))
-        .collect()
+    let paths = wanted.iter().map(|it| Ok((*it, path(it)?.into())));
+    paths.collect()
 }
 
 /// The files with this ending that cargo tells of.

@@ -9,27 +9,13 @@ use std::path::PathBuf;
 use strum::{Display, EnumIter, EnumString};
 
 const ROWS: &str = include_str!("rows.csv");
-/// For how many seconds a stress test goes on. A cell of each driver has as many as are asked for.
-const STRESS_SECONDS: &str = "CUDA_VMM_TEST_STRESS_SECONDS";
-const ASKED: &str = "asked";
-
 /// The driver under the tests.
 #[derive(
-    Clone,
-    Copy,
-    Debug,
-    Display,
-    EnumIter,
-    EnumString,
-    Hash,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Serialize,
+    Clone, Copy, Debug, Display, EnumIter, EnumString, PartialEq, Eq, PartialOrd, Ord, Hash,
 )]
-#[serde(rename_all = "kebab-case")]
 #[strum(serialize_all = "kebab-case")]
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Driver {
     /// NVIDIA's, with a GPU behind it.
     Real,
@@ -70,30 +56,24 @@ pub struct Program {
     pub name: &'static str,
 }
 
-/// The programs of a bundle that are no tests.
-pub const DEMO: Program = Program::new(Driver::Real, CORE, "example", "demo");
-pub const GENERATE: Program = Program::new(Driver::Real, FACADE, "example", "generate");
-/// Measures pools on a GPU.
-pub const BENCH: Program = Program::new(Driver::Real, BENCHES, "bin", "bench");
-/// Measures tensors and caches, with Candle on CUDA devices.
-pub const BENCH_CANDLE: Program = Program::new(Driver::Real, BENCHES, "bin", "bench-candle");
-pub const XTASK: Program = Program::new(Driver::Real, "xtask", "bin", "xtask");
+/// The programs of a bundle that are no tests: those that run, those that measure pools, and tensors
+/// and caches with Candle on CUDA devices, and this one.
+pub const DEMO: Program = other(CORE, "example", "demo");
+pub const GENERATE: Program = other(FACADE, "example", "generate");
+pub const BENCH: Program = other(BENCHES, "bin", "bench");
+pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");
+pub const XTASK: Program = other("xtask", "bin", "xtask");
+
+const fn other(package: &'static str, kind: &'static str, name: &'static str) -> Program {
+    Program {
+        driver: Driver::Real,
+        package,
+        kind,
+        name,
+    }
+}
 
 impl Program {
-    const fn new(
-        driver: Driver,
-        package: &'static str,
-        kind: &'static str,
-        name: &'static str,
-    ) -> Self {
-        Self {
-            driver,
-            package,
-            kind,
-            name,
-        }
-    }
-
     /// The features of its package with which it is built.
     pub fn features(&self) -> &'static str {
         match self.package {
@@ -118,13 +98,11 @@ impl Program {
     }
 }
 
-/// Where the executables of programs are.
 pub type Programs = BTreeMap<Program, PathBuf>;
 
 /// One cell of the matrix.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Cell {
-    /// Its place on each axis.
     pub name: &'static str,
     pub driver: Driver,
     /// How many devices the tests use.
@@ -136,7 +114,6 @@ pub struct Cell {
     /// or on one of its own, or the CPU device, of which there is one.
     pub candle_device: Option<&'static str>,
     pub suite: &'static str,
-    /// The test programs, in order.
     #[serde(skip)]
     pub programs: Vec<Program>,
     #[serde(skip)]
@@ -152,8 +129,7 @@ impl Cell {
             .collect()
     }
 
-    /// The cells of `test --cuda`: each kind of CUDA device that Candle has, with one device and with
-    /// two.
+    /// The cells of `test --cuda`.
     pub fn simulated_library() -> Vec<Self> {
         Self::listed()
             .filter(|cell| cell.driver == Driver::SimulatedLibrary)
@@ -173,7 +149,10 @@ impl Cell {
         let [driver, devices, page, candle_device, suite] = axes;
         let driver = driver.parse().ok()?;
         let tests = tests.split(' ').map(|test| test.split_once('/'));
-        let test = |(package, name)| Program::new(driver, package, "test", name);
+        let test = |(package, name)| Program {
+            driver,
+            ..other(package, "test", name)
+        };
         let variables = variables
             .split(' ')
             .map(|variable| variable.split_once('='));
@@ -194,10 +173,6 @@ impl Cell {
         self.driver != Driver::Simulated
     }
 
-    pub fn is_facade(&self) -> bool {
-        self.suite == "facade"
-    }
-
     /// Whether it is run under NVIDIA's memory checker.
     pub fn is_sanitized(&self) -> bool {
         self.suite == "core-sanitized"
@@ -211,18 +186,16 @@ impl Cell {
 
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> impl Iterator<Item = (&str, String)> {
-        self.variables
-            .iter()
-            .map(move |&(name, value)| match value {
-                ASKED => (name, stress_seconds.to_string()),
-                _ => (name, value.to_owned()),
-            })
+        let variables = self.variables.iter();
+        variables
+            .map(move |(name, value)| (*name, value.replace("asked", &stress_seconds.to_string())))
     }
 
-    /// For how many seconds the stress test goes on; 0 for other suites.
+    /// For how many seconds the stress test goes on; 0 for other suites. A cell of each driver has as
+    /// many as are asked for, the others have few.
     pub fn stress_seconds(&self, asked: u64) -> u64 {
         let mut variables = self.variables(asked);
-        let seconds = variables.find(|(name, _)| *name == STRESS_SECONDS);
+        let seconds = variables.find(|(name, _)| *name == "CUDA_VMM_TEST_STRESS_SECONDS");
         seconds
             .and_then(|(_, seconds)| seconds.parse().ok())
             .unwrap_or(0)

@@ -59,7 +59,7 @@ impl Conditions {
             format!("needs {} GPUs, this machine has {count}", cell.devices)
         } else if cell.is_sanitized() && self.sanitizer.is_none() {
             format!("{SANITIZER} is neither on PATH nor in a CUDA toolkit")
-        } else if cell.is_facade() && !missing.is_empty() {
+        } else if cell.suite == "facade" && !missing.is_empty() {
             format!("missing {}", missing.join(", "))
         } else {
             return None;

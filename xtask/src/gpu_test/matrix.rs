@@ -14,63 +14,55 @@ use std::time::Instant;
 /// The exit code of what was interrupted, as a shell has it.
 const INTERRUPTED: u8 = 130;
 
-/// All that is needed to run the rows.
-pub struct Matrix<'a> {
-    pub arguments: &'a Arguments,
-    /// What the machine has; the libraries are still to be found.
-    pub conditions: Conditions,
-    pub programs: Programs,
-    pub manifest: Manifest,
-    /// Where temporary files go.
-    pub folder: PathBuf,
-    /// Where the report goes if `$OUT` names no folder.
-    pub beside: &'a Path,
-    /// The command line as one would type it.
-    pub command: String,
-}
-
-impl Matrix<'_> {
-    /// Runs the rows, prints and writes what came of them, and returns the exit code.
-    pub fn run(mut self) -> Result<u8> {
-        let started = Instant::now();
-        let gpus = self.conditions.gpu_count();
-        let cells = self.arguments.select(gpus)?;
-        self.conditions.libraries = Libraries::find(&self.manifest.libraries);
-        // Better found out now than after the last row that a report cannot be written.
-        let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
-        let out = out.map_or_else(|| self.beside.into(), PathBuf::from);
-        fs::create_dir_all(&out)?;
-        let (markdown, json) = (out.join("report.md"), &self.arguments.json);
-        for path in json.iter().chain([&markdown]) {
-            fs::write(path, "")?;
-        }
-        let machine = Machine::find(self.command, &self.conditions, &self.manifest);
-        let runner = Runner {
-            programs: self.programs,
-            conditions: self.conditions,
-            folder: self.folder,
-            stress_seconds: self.arguments.stress_seconds,
-            limit_seconds: self.arguments.limit_seconds,
-        };
-        let rows = runner.run(&cells)?;
-        let (ended, asked) = (rows.len(), cells.len());
-        let remark = match self.arguments.left_out(gpus) {
-            _ if ended < asked => format!("Interrupted after {ended} of {asked} rows."),
-            0 => String::new(),
-            count => format!(
-                "{count} rows for two devices were not asked for, as this machine has one GPU; \
-                 --devices 2 demands them."
-            ),
-        };
-        let report = Report::new(machine, &rows, remark);
-        fs::write(&markdown, report.markdown()?)?;
-        if let Some(path) = json {
-            fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
-        }
-        report.print(started.elapsed(), &markdown.display().to_string());
-        Ok(match ended < asked {
-            true => INTERRUPTED,
-            false => report.exit_code(),
-        })
+/// Runs the rows, prints and writes what came of them, and returns the exit code. The report goes
+/// `beside` if `$OUT` names no folder; `command` is what one types.
+pub fn run(
+    arguments: &Arguments,
+    mut conditions: Conditions,
+    programs: Programs,
+    manifest: &Manifest,
+    folder: &Path,
+    beside: &Path,
+    command: String,
+) -> Result<u8> {
+    let started = Instant::now();
+    let gpus = conditions.gpu_count();
+    let cells = arguments.select(gpus)?;
+    conditions.libraries = Libraries::find(&manifest.libraries);
+    // Better found out now than after the last row that a report cannot be written.
+    let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
+    let out = out.map_or_else(|| beside.into(), PathBuf::from);
+    fs::create_dir_all(&out)?;
+    let (markdown, json) = (out.join("report.md"), &arguments.json);
+    for path in json.iter().chain([&markdown]) {
+        fs::write(path, "")?;
     }
+    let machine = Machine::find(command, &conditions, manifest);
+    let runner = Runner {
+        programs,
+        conditions,
+        folder: folder.to_owned(),
+        stress_seconds: arguments.stress_seconds,
+        limit_seconds: arguments.limit_seconds,
+    };
+    let rows = runner.run(&cells)?;
+    let (ended, asked) = (rows.len(), cells.len());
+    let remark = match arguments.left_out(gpus) {
+        _ if ended < asked => format!("Interrupted after {ended} of {asked} rows."),
+        0 => String::new(),
+        count => format!(
+            "{count} rows for two devices were not asked for, as this machine has one GPU; \
+             --devices 2 demands them."
+        ),
+    };
+    let report = Report::new(machine, &rows, remark);
+    fs::write(&markdown, report.markdown()?)?;
+    if let Some(path) = json {
+        fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
+    }
+    report.print(started.elapsed(), &markdown.display().to_string());
+    Ok(match ended < asked {
+        true => INTERRUPTED,
+        false => report.exit_code(),
+    })
 }

@@ -13,17 +13,15 @@ mod runner;
 mod stand_ins;
 mod without_gpu;
 
-pub use arguments::{Arguments, BundleArguments, COMPUTE_CAP, Usage};
+pub use arguments::{Arguments, COMPUTE_CAP, Other, Usage};
 pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program};
 pub use without_gpu::run as without_gpu;
 
 use crate::workspace::{Workspace, code};
 use anyhow::{Context, Result};
-use arguments::Other;
 use build::Builder;
 use cell::{CUDA, Driver, State};
 use conditions::{Conditions, Libraries};
-use matrix::Matrix;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
@@ -55,16 +53,10 @@ pub fn run(
         programs.extend(build::simulated(workspace, &simulated)?);
     }
     let has_no_gpu = matches!(conditions.gpus, Some(Err((State::Skipped, _))));
-    let matrix = Matrix {
-        arguments,
-        conditions,
-        programs,
-        manifest,
-        folder: builder.target.clone(),
-        beside: &builder.target,
-        command: typed("cargo xtask gpu-test", 2),
-    };
-    let code = matrix.run()?;
+    let (folder, command) = (&builder.target, typed("cargo xtask gpu-test", 2));
+    let code = matrix::run(
+        arguments, conditions, programs, &manifest, folder, folder, command,
+    )?;
     if has_no_gpu {
         let bundle = "cargo xtask gpu-test --bundle FOLDER";
         println!("To run the rows of the real driver elsewhere: {bundle}");
@@ -72,34 +64,33 @@ pub fn run(
     Ok(code)
 }
 
-/// What a bundle's `run` does. Returns the exit code.
-pub fn run_bundle(arguments: &BundleArguments) -> Result<u8> {
-    let folder = std::path::absolute(&arguments.folder).context("the bundle's folder")?;
-    if let Some(Other::Program { name, arguments }) = &arguments.other {
-        let program = bundle::other(&folder, name)?;
+/// What the script `run` of the bundle in `folder` does. Returns the exit code.
+pub fn run_bundle(
+    arguments: &Arguments,
+    other: Option<&Other>,
+    folder: &Path,
+    beside: &Path,
+) -> Result<u8> {
+    let folder = &std::path::absolute(folder).context("the bundle's folder")?;
+    if let Some(Other::Program { name, arguments }) = other {
+        let program = bundle::other(folder, name)?;
         let needs_cuda = |it: &Program| it.name == name && it.features() == CUDA;
         let mut command = match bundle::OTHERS.iter().any(needs_cuda) {
-            true => with_libraries(&program, &bundle::manifest(&folder)?.libraries)?,
+            true => with_libraries(&program, &bundle::manifest(folder)?.libraries)?,
             false => Command::new(program),
         };
         return code(command.args(arguments));
     }
-    if arguments.matrix.list {
-        return list(&arguments.matrix);
+    if arguments.list {
+        return list(arguments);
     }
-    let matrix = Matrix {
-        arguments: &arguments.matrix,
-        conditions: Conditions::find(&arguments.matrix, || {
-            probe::ask(&folder.join(bundle::PROBE))
-        })?,
-        programs: bundle::programs(&folder),
-        manifest: bundle::manifest(&folder)?,
-        folder,
-        beside: &arguments.beside,
-        // The script itself says --folder and --beside with their values.
-        command: typed(&arguments.beside.join("run").to_string_lossy(), 6),
-    };
-    matrix.run()
+    let conditions = Conditions::find(arguments, || probe::ask(&folder.join(bundle::PROBE)))?;
+    let (programs, manifest) = (bundle::programs(folder), bundle::manifest(folder)?);
+    // The script itself says --folder and --beside with their values.
+    let command = typed(&beside.join("run").to_string_lossy(), 6);
+    matrix::run(
+        arguments, conditions, programs, &manifest, folder, beside, command,
+    )
 }
 
 /// The command line as one would type it, with `program` in place of the first words.

@@ -89,14 +89,12 @@ impl Machine {
 
 impl<'a> Report<'a> {
     pub fn new(machine: Machine, rows: &'a [Row], remark: String) -> Self {
-        let [passed, failed, skipped] =
-            [State::Pass, State::Fail, State::Skipped].map(|state| count(rows, state));
         Self {
             machine,
             rows,
-            passed,
-            failed,
-            skipped,
+            passed: count(rows, State::Pass),
+            failed: count(rows, State::Fail),
+            skipped: count(rows, State::Skipped),
             remark,
         }
     }
@@ -112,18 +110,17 @@ impl<'a> Report<'a> {
 
     /// How many rows have which state.
     fn counts(&self) -> String {
-        State::iter()
-            .map(|state| format!("{} {state}", count(self.rows, state)))
-            .join(", ")
+        let count = |state| format!("{} {state}", count(self.rows, state));
+        State::iter().map(count).join(", ")
     }
 
     /// For people.
     pub fn markdown(&self) -> Result<String, minijinja::Error> {
-        let logs = self
-            .rows
-            .iter()
-            .filter(|row| row.state == State::Fail && !row.log.is_empty());
-        let logs: Vec<_> = logs.map(|row| (row.cell.name, end_of(&row.log))).collect();
+        let has_log = |row: &&Row| row.state == State::Fail && !row.log.is_empty();
+        let logs = self.rows.iter().filter(has_log);
+        let logs = logs
+            .map(|row| (row.cell.name, end_of(&row.log)))
+            .collect_vec();
         let (counts, remark) = (self.counts(), &self.remark);
         let mut templates = Environment::new();
         templates.add_filter("cell", cell);
@@ -136,9 +133,7 @@ impl<'a> Report<'a> {
 
     /// Prints the table at the end, what failed, and where the report is.
     pub fn print(&self, time: Duration, written_to: &str) {
-        let head = [
-            "driver", "suite", "rows", "PASS", "FAIL", "SKIPPED", "tests", "time",
-        ];
+        let head = "driver,suite,rows,PASS,FAIL,SKIPPED,tests,time";
         println!("\n{}\n", display::table(head, groups(self.rows)));
         let failed = self.rows.iter().filter(|row| row.state == State::Fail);
         failed.for_each(print_row);
@@ -165,27 +160,22 @@ pub fn print_row(row: &Row) {
         State::Skipped => AnsiColor::Yellow,
     };
     let (style, state) = (colour.on_default().bold(), row.state.to_string());
-    let (name, time) = (
-        row.cell.name,
-        display::time(Duration::from_secs_f64(row.seconds)).to_string(),
-    );
-    let (passed, note) = (row.counts.passed, &row.note);
+    let time = display::time(Duration::from_secs_f64(row.seconds)).to_string();
+    let (name, passed, note) = (row.cell.name, row.counts.passed, &row.note);
     let line = format!("{style}{state}{style:#}{:1$}", "", 7 - state.len());
     let line = format!("{line} {name:<46} {time:>13} {passed:>5} tests  {note}");
     anstream::println!("{}", line.trim_end());
 }
 
 /// A line for each suite on each driver, and one for all.
-fn groups(rows: &[Row]) -> Vec<[String; 8]> {
+fn groups(rows: &[Row]) -> Vec<Vec<String>> {
     let line = |driver: String, suite: &str, rows: &[&Row]| {
-        let [passed, failed, skipped] = [State::Pass, State::Fail, State::Skipped]
-            .map(|state| count(rows.iter().copied(), state).to_string());
         let tests: u64 = rows.iter().map(|row| row.counts.passed).sum();
-        let seconds = rows.iter().map(|row| row.seconds).sum();
-        let time = display::time(Duration::from_secs_f64(seconds));
-        let (count, tests, time) = (rows.len().to_string(), tests.to_string(), time.to_string());
-        let suite = suite.to_owned();
-        [driver, suite, count, passed, failed, skipped, tests, time]
+        let time = Duration::from_secs_f64(rows.iter().map(|row| row.seconds).sum());
+        let mut line = vec![driver, suite.to_owned(), rows.len().to_string()];
+        line.extend(State::iter().map(|state| count(rows.iter().copied(), state).to_string()));
+        line.extend([tests.to_string(), display::time(time).to_string()]);
+        line
     };
     let group = |row: &Row| (row.cell.driver, row.cell.suite);
     let groups = rows.iter().map(group).unique().map(|(driver, suite)| {

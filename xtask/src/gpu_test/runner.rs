@@ -8,6 +8,7 @@ use crate::files::matching;
 use crate::tests::{self as tally, Counts};
 use anyhow::{Context, Result};
 use fs_err as fs;
+use itertools::Itertools;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -43,19 +44,22 @@ impl Runner {
         process::heed_interrupts()?;
         fs::create_dir_all(&self.folder)?;
         let work = tempfile::tempdir_in(&self.folder).context("making a folder")?;
-        let queues = Driver::iter().map(|driver| {
-            let mut mine = cells.to_vec();
-            mine.retain(|cell| cell.driver == driver);
-            (driver, Mutex::new(mine.into_iter()))
-        });
-        let queues: BTreeMap<_, _> = queues.collect();
+        let queue = |driver| {
+            let mine = cells.iter().filter(move |cell| cell.driver == driver);
+            (driver, Mutex::new(mine))
+        };
+        let queues: BTreeMap<_, _> = Driver::iter().map(queue).collect();
         let run = |driver: Driver| {
             let mut rows = Vec::new();
-            let queue = &queues[&driver];
-            let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let queue = || {
+                queues[&driver]
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+            };
+            let next = || queue().next();
             while let Some(cell) = next() {
                 // A machine that fails at files fails the whole run, and the other rows with it.
-                let row = self.row(&cell, work.path());
+                let row = self.row(cell, work.path());
                 let row = row.inspect_err(|_| process::interrupt())?;
                 if process::is_interrupted() {
                     break;
@@ -68,11 +72,8 @@ impl Runner {
         let rows: Result<Vec<Vec<Row>>> = thread::scope(|scope| {
             let start = |driver| scope.spawn(move || run(driver));
             let threads = Driver::iter().chain([Driver::Simulated]).map(start);
-            let threads: Vec<_> = threads.collect();
-            let threads = threads.into_iter();
-            threads
-                .map(|thread| thread.join().expect("rows do not panic"))
-                .collect()
+            let join = |thread: thread::ScopedJoinHandle<_>| thread.join().expect("no panic");
+            threads.collect_vec().into_iter().map(join).collect()
         });
         let mut rows = rows?.concat();
         rows.sort_by_key(|row| cells.iter().position(|cell| *cell == row.cell));
@@ -157,16 +158,16 @@ impl Runner {
             command.env_remove(name);
         }
         command.envs(cell.variables(self.stress_seconds));
-        match (cell.driver, cell.is_facade()) {
+        match (cell.driver, cell.suite) {
             (Driver::SimulatedLibrary, _) => command.args(["--skip", KERNELS]),
-            (Driver::Real, true) => command.args(["--skip", SIMULATED]),
+            (Driver::Real, "facade") => command.args(["--skip", SIMULATED]),
             _ => &mut command,
         };
         if cell.opens_library() {
             // The dynamic loader writes down what each process opens.
             command.env("LD_DEBUG", "files");
             command.env("LD_DEBUG_OUTPUT", opened.join("process"));
-            if cell.is_facade() {
+            if cell.suite == "facade" {
                 command.env("LD_LIBRARY_PATH", self.conditions.libraries.path()?);
             }
         }
