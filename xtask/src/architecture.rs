@@ -2,23 +2,24 @@
 
 use std::fs;
 use std::path::Path;
+use walkdir::WalkDir;
 
-/// Adds the words of each source below a folder, without its comments, with a space around each.
-fn read_sources(folder: &Path, sources: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).expect("a folder") {
-        let path = entry.expect("an entry").path();
-        if path.is_dir() && !path.ends_with("target") {
-            read_sources(&path, sources);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let source = fs::read_to_string(&path).expect("a source");
-            let code = source.lines();
-            let code = code.filter(|line| !line.trim_start().starts_with("//"));
-            let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
-            let words = code.flat_map(|line| line.split(|letter| !is_word(letter)));
-            let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
-            sources.push(format!(" {} ", words.join(" ")));
-        }
-    }
+/// The words of each source below a folder, without its comments, with a space around each.
+fn sources(folder: &Path) -> Vec<String> {
+    let entries = WalkDir::new(folder).into_iter();
+    let entries = entries.filter_entry(|entry| !entry.path().ends_with("target"));
+    let paths = entries.map(|entry| entry.expect("an entry").into_path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    let words = paths.map(|path| {
+        let source = fs::read_to_string(&path).expect("a source");
+        let code = source.lines();
+        let code = code.filter(|line| !line.trim_start().starts_with("//"));
+        let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+        let words = code.flat_map(|line| line.split(|letter| !is_word(letter)));
+        let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+        format!(" {} ", words.join(" "))
+    });
+    words.collect()
 }
 
 /// Whether one source has `Type`, or `Type::function`, or defines `macro!`.
@@ -37,10 +38,8 @@ fn has_item(words: &str, item: &str) -> bool {
 fn the_map_names_what_is_there() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let page = fs::read_to_string(root.join("docs/ARCHITECTURE.md")).expect("the page");
-    let mut sources = Vec::new();
-    for folder in ["crates", "benches", "xtask"] {
-        read_sources(&root.join(folder), &mut sources);
-    }
+    let sources = ["crates", "benches", "xtask"].map(|folder| sources(&root.join(folder)));
+    let sources = sources.concat();
     let is_item = |span: &str| {
         span.contains("::") || span.ends_with('!') || span.starts_with(char::is_uppercase)
     };

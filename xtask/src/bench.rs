@@ -86,9 +86,7 @@ fn by_cargo(workspace: &Workspace, program: &str) -> Result<Command> {
 
 /// Runs the measuring programs, which print and write all by themselves.
 fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
-    let json = arguments.json.as_deref();
-    let mut codes = Vec::new();
-    let mut findings: Vec<Value> = Vec::new();
+    let (mut codes, mut findings) = (Vec::new(), Vec::<Value>::new());
     for part in parts(arguments.part, !arguments.arguments.is_empty()) {
         let mut command = match part {
             Part::Pools => by_cargo(workspace, BENCH.name)?,
@@ -98,20 +96,19 @@ fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
             // It says that no GPU answers, for which Candle's kernels need not be compiled.
             Part::Candle => by_cargo(workspace, BENCH_CANDLE.name)?,
         };
-        if let Some(json) = json {
+        if let Some(json) = &arguments.json {
             // A list of an earlier run is not to be taken for this one's.
-            if json.exists() {
-                fs::remove_file(json)?;
-            }
+            workspace.shell.remove_path(std::path::absolute(json)?)?;
             command.arg("--json").arg(json);
         }
         codes.push(code(command.args(&arguments.arguments))?);
+        let json = arguments.json.as_ref();
         if let Some(text) = json.and_then(|json| fs::read_to_string(json).ok()) {
             let list: Vec<Value> = serde_json::from_str(&text).context("the list of figures")?;
             findings.extend(list);
         }
     }
-    write(json, &findings)?;
+    write(arguments.json.as_deref(), &findings)?;
     Ok(worst(&codes))
 }
 
@@ -172,14 +169,7 @@ mod tests {
 
     #[test]
     fn a_failure_counts_for_more_than_no_gpu() {
-        for (codes, code) in [
-            (&[0, 0][..], 0),
-            (&[0, 2], 2),
-            (&[2, 1], 1),
-            (&[64, 2], 64),
-            (&[], 0),
-        ] {
-            assert_eq!(worst(codes), code, "{codes:?}");
-        }
+        let all = [[0, 0], [0, 2], [2, 1], [64, 2]].map(|codes| worst(&codes));
+        assert_eq!((all, worst(&[])), ([0, 2, 1, 64], 0));
     }
 }

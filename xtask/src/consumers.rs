@@ -14,7 +14,6 @@ use fs_err as fs;
 use published::Published;
 use serde::Deserialize;
 
-/// The metadata of a consumer's manifest.
 #[derive(Deserialize)]
 struct Consumer {
     #[serde(default)]

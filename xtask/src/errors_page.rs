@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use syn::Item;
 
 /// Where the page has the error, and where the source has it.
 const ERRORS: [(&str, &str); 5] = [
@@ -14,17 +15,6 @@ const ERRORS: [(&str, &str); 5] = [
     ("cuda_vmm_sys::LoadError", "cuda-vmm-sys/src/load.rs"),
     ("cuda_vmm_sim::SimError", "cuda-vmm-sim/src/simulator.rs"),
 ];
-
-/// The variants of a public enum, as rustfmt indents them.
-fn variants<'a>(source: &'a str, name: &str) -> Vec<&'a str> {
-    let body = source.split(&format!("pub enum {name} {{\n")).nth(1);
-    let body = body.and_then(|rest| rest.split("\n}\n").next());
-    let lines = body.unwrap_or_default().lines();
-    let lines = lines.filter_map(|line| line.strip_prefix("    "));
-    let words = lines.map(|line| line.split(['(', ' ', ',']).next().unwrap_or_default());
-    let words = words.filter(|word| word.starts_with(char::is_uppercase));
-    words.collect()
-}
 
 /// The first cell of each row of the tables under a heading.
 fn rows<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
@@ -41,12 +31,20 @@ fn the_page_of_errors_has_every_variant() {
     let page = fs::read_to_string(root.join("docs/ERRORS.md")).expect("the page is there");
     for (path, file) in ERRORS {
         let source = fs::read_to_string(root.join("crates").join(file)).expect("the source");
-        let name = path.rsplit("::").next().expect("a name");
-        let (variants, rows) = (variants(&source, name), rows(&page, path));
-        assert!(variants.len() > 3, "{path}: {variants:?}");
-        for variant in variants {
+        let items = syn::parse_file(&source).expect("Rust").items.into_iter();
+        let mut errors = items.filter_map(|item| match item {
+            Item::Enum(item) if path.ends_with(&format!("::{}", item.ident)) => Some(item),
+            _ => None,
+        });
+        let (error, rows) = (errors.next().expect(path), rows(&page, path));
+        assert!(error.variants.len() > 3, "{path}");
+        for variant in error
+            .variants
+            .iter()
+            .map(|variant| variant.ident.to_string())
+        {
             assert!(
-                rows.contains(&variant),
+                rows.contains(&&*variant),
                 "docs/ERRORS.md, {path}: {variant} is missing"
             );
         }

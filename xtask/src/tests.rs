@@ -35,7 +35,6 @@ pub fn long(workspace: &Workspace) -> Result<()> {
     Ok(orders.env("SHUTTLE_ITERATIONS", "3000").run()?)
 }
 
-/// Sums of the runner's own summary lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     #[serde(rename = "tests_passed")]

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 /// The oldest GPU for which Candle's kernels are built unless told otherwise: 90 is 9.0.
 pub const COMPUTE_CAP: u32 = 90;
 
-/// What can be asked of the matrix.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
     /// The drivers whose rows are asked for

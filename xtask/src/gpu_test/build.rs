@@ -1,7 +1,6 @@
 //! Building the programs, for this machine or for a bundle.
 
 use super::cell::{CUDA, FACADE, Program, Programs};
-use super::conditions::first_line;
 use super::stand_ins;
 use crate::files::matching;
 use crate::setup;
@@ -12,8 +11,7 @@ use cargo_metadata::{Artifact, Message, TargetKind};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::process::Command;
-use xshell::Cmd;
+use xshell::{Cmd, cmd};
 
 /// What a build says of itself, and a bundle carries along.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,13 +102,15 @@ impl<'a> Builder<'a> {
         let libraries = self.needed(facade.map(|(_, path)| path.clone()).collect())?;
         let (major, minor) = (self.compute_cap / 10, self.compute_cap % 10);
         let kernels = format!("compute capability {major}.{minor}");
-        let mut git = Command::new("git");
-        git.current_dir(&self.workspace.root);
-        git.args(["describe", "--always", "--dirty", "--abbrev=12"]);
-        let known = |line: Option<String>| line.unwrap_or_else(|| "not known".to_owned());
+        let shell = &self.workspace.shell;
+        let git = cmd!(shell, "git describe --always --dirty --abbrev=12");
+        let known = |command: Cmd<'_>| {
+            let line = command.quiet().ignore_stderr().read();
+            line.unwrap_or_else(|_| "not known".to_owned())
+        };
         Ok(Manifest {
-            commit: known(first_line(&mut git)),
-            compiler: known(first_line(Command::new("rustc").arg("--version"))),
+            commit: known(git),
+            compiler: known(cmd!(shell, "rustc --version")),
             candle_kernels: (!libraries.is_empty()).then_some(kernels),
             libraries,
         })

@@ -11,7 +11,6 @@ use fs_err as fs;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
-/// The packed programs.
 const ARCHIVE: &str = "bundle.tar.xz";
 /// How they are packed. Several have the same kernels of Candle, so the packer looks further back than
 /// one is long.
@@ -24,7 +23,6 @@ pub const PROBE: &str = "bin/probe";
 /// Those of its programs that are no tests, and can be asked for by name.
 pub const OTHERS: [Program; 4] = [DEMO, GENERATE, BENCH, BENCH_CANDLE];
 
-/// Builds everything and packs it into `folder`.
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let builder = Builder::new(workspace, compute_cap);
     let wanted = tests().chain(OTHERS).chain([XTASK]).collect();
@@ -98,7 +96,6 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
     serde_json::from_str(&text).with_context(|| format!("{MANIFEST} is damaged"))
 }
 
-/// The executables of the matrix in `folder`.
 pub fn programs(folder: &Path) -> Programs {
     tests()
         .map(|program| (program, folder.join(program.place())))

@@ -5,6 +5,7 @@ use super::cell::{Cell, Driver, State};
 use super::probe::{Gpus, Obstacle};
 use crate::files::matching;
 use anyhow::Context;
+use itertools::Itertools;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,12 +15,10 @@ use std::process::Command;
 const SANITIZER: &str = "compute-sanitizer";
 pub const SANITIZER_ERRORS: i32 = 86;
 
-/// What this machine has.
 #[derive(Default)]
 pub struct Conditions {
     /// What the probe found, if it was asked.
     pub gpus: Option<Result<Gpus, Obstacle>>,
-    /// The CUDA libraries for Candle.
     pub libraries: Libraries,
     /// The memory checker, if it was looked for and is here.
     pub sanitizer: Option<PathBuf>,
@@ -42,7 +41,6 @@ impl Conditions {
         })
     }
 
-    /// How many GPUs answer, if any does.
     pub fn gpu_count(&self) -> Option<u32> {
         Some(self.gpus.as_ref()?.as_ref().ok()?.count)
     }
@@ -130,56 +128,48 @@ impl Libraries {
         std::env::join_paths(folders).context("the folders of CUDA libraries")
     }
 
-    /// One line for the report.
     pub fn describe(&self) -> String {
-        let folders = self.folders.iter().map(|it| it.display().to_string());
-        let folders = folders.collect::<Vec<_>>().join(":");
-        let found = if folders.is_empty() {
-            "those of the dynamic loader"
-        } else {
-            &folders
-        };
+        let mut found = self.folders.iter().map(|it| it.display()).join(":");
+        if found.is_empty() {
+            found = "those of the dynamic loader".to_owned();
+        }
         match &*self.missing.join(", ") {
-            "" => found.to_owned(),
+            "" => found,
             missing => format!("{found}; missing: {missing}"),
         }
     }
 }
 
-/// The folders in which to look, in order.
 fn folders() -> Vec<PathBuf> {
     let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
     let mut folders: Vec<_> = std::env::split_paths(&given).collect();
     folders.retain(|folder| !folder.as_os_str().is_empty());
     folders.extend(matching("/usr/local/cuda*/lib64"));
     folders.extend(matching("/usr/local/cuda*/targets/*/lib"));
-    let wheels =
-        output(Command::new("python3").args(["-c", include_str!("wheels.py")])).unwrap_or_default();
-    folders.extend(wheels.lines().map(PathBuf::from));
+    let wheels = lines("python3", &["-c", include_str!("wheels.py")]);
+    folders.extend(wheels.into_iter().map(PathBuf::from));
     folders
 }
 
 /// The libraries that the dynamic loader finds by itself.
 fn known_to_the_loader() -> BTreeSet<String> {
-    let mut programs = ["ldconfig", "/sbin/ldconfig"].into_iter();
-    let text = programs.find_map(|program| output(Command::new(program).arg("-p")));
-    let text = text.unwrap_or_default();
+    let list = ["ldconfig", "/sbin/ldconfig"].map(|program| lines(program, &["-p"]));
     // The first line is a heading.
-    let lines = text.lines().skip(1).map(str::split_whitespace);
-    let names = lines.filter_map(|mut words| words.next());
-    names.map(str::to_owned).collect()
+    let lines = list.into_iter().flat_map(|lines| lines.into_iter().skip(1));
+    lines
+        .filter_map(|line| Some(line.split_whitespace().next()?.to_owned()))
+        .collect()
 }
 
-/// What `command` prints, if it can be started and succeeds.
-fn output(command: &mut Command) -> Option<String> {
-    let output = command.output().ok()?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    output.status.success().then_some(text)
-}
-
-/// The first line that `command` prints, if it can be started and succeeds.
-pub fn first_line(command: &mut Command) -> Option<String> {
-    output(command)?.lines().next().map(str::to_owned)
+/// The lines that a program prints; none if it cannot be started or fails.
+pub fn lines(program: &str, arguments: &[&str]) -> Vec<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.ok().filter(|output| output.status.success());
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    text.unwrap_or_default()
+        .lines()
+        .map(str::to_owned)
+        .collect()
 }
 
 #[cfg(test)]
@@ -190,11 +180,9 @@ mod tests {
     fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {
         let folder = tempfile::tempdir().unwrap();
         let folders = ["one", "two"].map(|name| folder.path().join(name));
-        for folder in &folders {
-            std::fs::create_dir(folder).unwrap();
-        }
+        let shell = xshell::Shell::new().unwrap();
         for file in ["one/a.so", "two/a.so", "two/b.so"] {
-            std::fs::write(folder.path().join(file), "").unwrap();
+            shell.write_file(folder.path().join(file), "").unwrap();
         }
         let names = ["a.so", "b.so", "c.so", "d.so"].map(str::to_owned);
         let found = Libraries::find_in(&names, &folders, &BTreeSet::from(["c.so".to_owned()]));

@@ -22,7 +22,6 @@ pub struct Gpus {
 /// What becomes of a row that cannot be run, and why.
 pub type Obstacle = (State, String);
 
-/// Compiles the probe into `folder`.
 pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
     let (source, program) = (folder.join("probe.c"), folder.join("probe"));
     shell.write_file(&source, include_str!("probe.c"))?;

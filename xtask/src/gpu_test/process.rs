@@ -26,7 +26,6 @@ pub fn heed_interrupts() -> Result<()> {
     ctrlc::set_handler(interrupt).context("no handler for interrupts could be set")
 }
 
-/// Does what an interrupt does.
 pub fn interrupt() {
     let mut interrupts = interrupts();
     interrupts.came = true;

@@ -2,14 +2,13 @@
 
 use super::build::Manifest;
 use super::cell::{Cell, State};
-use super::conditions::{Conditions, first_line};
+use super::conditions::{Conditions, lines};
 use crate::display;
 use crate::tests::Counts;
 use anstyle::AnsiColor;
 use itertools::Itertools;
 use minijinja::{Environment, context};
 use serde::Serialize;
-use std::process::Command;
 use std::time::Duration;
 use strum::IntoEnumIterator;
 
@@ -65,19 +64,16 @@ impl Machine {
     pub fn find(command: String, conditions: &Conditions, manifest: &Manifest) -> Self {
         let asked = conditions.gpus.as_ref();
         let gpus = asked.and_then(|answer| answer.as_ref().ok());
-        let say = |line: &str| {
-            let mut words = line.split_whitespace();
-            first_line(Command::new(words.next()?).args(words))
-        };
+        let say = |program, arguments: &[_]| lines(program, arguments).into_iter().next();
+        let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
         let is_linked = !manifest.libraries.is_empty();
         Self {
             gpu: gpus.map(|gpus| gpus.name.clone()),
             gpus: asked.map(|_| gpus.map_or(0, |gpus| gpus.count)),
-            driver: gpus
-                .and_then(|_| say("nvidia-smi --query-gpu=driver_version --format=csv,noheader")),
+            driver: gpus.and_then(|_| say("nvidia-smi", &query)),
             cuda: gpus.map(|gpus| gpus.cuda.clone()),
-            kernel: say("uname -sr"),
-            date: first_line(Command::new("date").args(["-u", "+%Y-%m-%d %H:%M UTC"])),
+            kernel: say("uname", &["-sr"]),
+            date: say("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
             command,
             commit: manifest.commit.clone(),
             compiler: manifest.compiler.clone(),
@@ -108,13 +104,11 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// How many rows have which state.
     fn counts(&self) -> String {
         let count = |state| format!("{} {state}", count(self.rows, state));
         State::iter().map(count).join(", ")
     }
 
-    /// For people.
     pub fn markdown(&self) -> Result<String, minijinja::Error> {
         let has_log = |row: &&Row| row.state == State::Fail && !row.log.is_empty();
         let logs = self.rows.iter().filter(has_log);
@@ -147,7 +141,6 @@ impl<'a> Report<'a> {
     }
 }
 
-/// How many rows have this state.
 pub fn count<'a>(rows: impl IntoIterator<Item = &'a Row>, state: State) -> usize {
     rows.into_iter().filter(|row| row.state == state).count()
 }
@@ -186,7 +179,6 @@ fn groups(rows: &[Row]) -> Vec<Vec<String>> {
     groups.chain([all]).collect()
 }
 
-/// Text for a cell of a table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace('\n', " ")
 }

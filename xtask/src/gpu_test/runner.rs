@@ -24,7 +24,6 @@ pub const KERNELS: &str = "kernels::";
 /// real driver cannot.
 const SIMULATED: &str = "simulated::";
 
-/// What all rows have in common.
 pub struct Runner {
     pub programs: Programs,
     pub conditions: Conditions,

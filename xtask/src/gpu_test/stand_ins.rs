@@ -23,7 +23,6 @@ const LIBRARIES: &[Library] = &[
 ];
 const DRIVER: &str = "cuda";
 
-/// What stand-ins can do.
 const SOURCE: &str = include_str!("stand_ins.c");
 
 /// Makes libraries in `folder` to link against: the right names, the symbols that `archives` leave undefined, and nothing in
@@ -87,11 +86,8 @@ fn answer(symbol: &String) -> String {
     let mut texts = ["String", "GetErrorName", "StatusName"].iter();
     // These return text; a caller that prints it must not follow a code.
     let (kind, value) = match texts.any(|end| symbol.ends_with(end)) {
-        true => (
-            "const char *",
-            "\"an error of a stand-in for CUDA\"".to_owned(),
-        ),
-        false => ("int ", code.to_string()),
+        true => ("const char *", "\"an error of a stand-in for CUDA\""),
+        false => ("int ", &*code.to_string()),
     };
     format!("__attribute__((weak)) {kind}{symbol}(void) {{ return {value}; }}\n")
 }
@@ -165,18 +161,13 @@ mod tests {
 
     #[test]
     fn symbols_go_to_the_library_that_has_them() {
-        for (symbol, library) in [
-            ("cuMemCreate", "cuda"),
-            ("cublasSgemm_v2", "cublas"),
-            ("cublasLtMatmul", "cublasLt"),
-            ("curandCreateGenerator", "curand"),
-            ("nvrtcVersion", "nvrtc"),
-            ("cudaMalloc", "cudart"),
-            ("__cudaRegisterFunction", "cudart"),
-            ("custom", ""),
-            ("curl_easy_init", ""),
-            ("memcpy", ""),
-        ] {
+        let symbols = "cuda cuMemCreate; cublas cublasSgemm_v2; cublasLt cublasLtMatmul; \
+            curand curandCreateGenerator; nvrtc nvrtcVersion; cudart cudaMalloc; \
+            cudart __cudaRegisterFunction;  custom;  curl_easy_init;  memcpy";
+        for (library, symbol) in symbols
+            .split("; ")
+            .map(|pair| pair.split_once(' ').unwrap())
+        {
             assert_eq!(owner(symbol), library, "{symbol}");
         }
     }
@@ -195,30 +186,15 @@ mod tests {
         assert_eq!(owners(&BTreeSet::from(symbols)), libraries);
     }
 
-    /// Compiles a program, or with `-shared` a library, in the shell's folder.
-    fn cc(shell: &Shell, output: &str, source: &str, arguments: &str) {
-        shell.write_file("source.c", source).unwrap();
-        let cc = cmd!(shell, "cc -o {output} source.c").args(arguments.split(' '));
-        cc.run().unwrap();
-    }
-
     #[test]
     fn what_is_simulated_is_the_simulators_and_all_else_answers() {
         let folder = tempfile::tempdir().unwrap();
-        let folder = folder.path();
-        let shell = Shell::new().unwrap();
+        let (folder, shell) = (folder.path(), Shell::new().unwrap());
         shell.change_dir(folder);
         let driver = "int cuInit(unsigned flags) { return flags == 7 ? 42 : 1; }";
-        let link = "-shared -fPIC -Wl,-soname,libcuda.so.1";
-        cc(&shell, "simulator.so", driver, link);
+        let simulator = folder.join("simulator.so");
+        compile(&shell, folder, "simulator.so", "libcuda.so.1", &[driver]).unwrap();
         // A program that is linked against stubs, as the facade's are.
-        let names = "cuInit cuMemPrefetch cublasCreate_v2 cublasDestroy_v2 cublasSgemm_v2 cublasGetStatusString";
-        let asks =
-            |name| format!("int {name}(void); int asks_{name}(void) {{ return {name}(); }}\n");
-        let asks: String = names.split(' ').map(asks).collect();
-        cc(&shell, "asks.o", &asks, "-c");
-        let asks = BTreeSet::from([folder.join("asks.o")]);
-        make_stubs(&shell, &folder.join("stubs"), &asks).unwrap();
         let program = "int cuInit(unsigned); int cuMemPrefetch(void); int cublasCreate_v2(void **);\n\
             int cublasDestroy_v2(void *); int cublasSgemm_v2(void); const char *cublasGetStatusString(int);\n\
             int main(void) { void *handle = 0;\n\
@@ -227,16 +203,27 @@ mod tests {
             if (cublasCreate_v2(&handle) || !handle || cublasDestroy_v2(handle)) return 3;\n\
             if (cublasSgemm_v2() != 15) return 4;\n\
             return cublasGetStatusString(1)[0] != 'a'; }";
-        cc(
-            &shell,
-            "program",
-            program,
-            "-Lstubs -lcublas -lcuda -Wl,-z,now",
+        shell.write_file("program.c", program).unwrap();
+        cmd!(shell, "cc -c program.c").run().unwrap();
+        let objects = BTreeSet::from([folder.join("program.o")]);
+        make_stubs(&shell, &folder.join("stubs"), &objects).unwrap();
+        let link = cmd!(
+            shell,
+            "cc -o program program.o -Lstubs -lcublas -lcuda -Wl,-z,now"
         );
+        link.run().unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
-        let programs = BTreeSet::from([program.clone()]);
-        make(&shell, &made, &programs, &folder.join("simulator.so")).unwrap();
-        let program = shell.cmd(program).env("LD_LIBRARY_PATH", &made);
-        program.run().unwrap();
+        make(
+            &shell,
+            &made,
+            &BTreeSet::from([program.clone()]),
+            &simulator,
+        )
+        .unwrap();
+        shell
+            .cmd(program)
+            .env("LD_LIBRARY_PATH", made)
+            .run()
+            .unwrap();
     }
 }
