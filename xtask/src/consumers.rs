@@ -13,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use fs_err as fs;
 use published::Published;
 use serde::Deserialize;
+use std::path::PathBuf;
 
 #[derive(Deserialize)]
 struct Consumer {
@@ -46,11 +47,15 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         .next()
         .context("there is no library crate")?;
     let sources = workspace.root.join("xtask/consumers/*/");
-    for source in files::matching(&sources.to_string_lossy()) {
-        let name = source.file_name().unwrap_or_default();
-        let (folder, target) = (base.join(name), base.join("target"));
-        workspace.shell.remove_path(&folder)?;
-        files::copy_tree(&source, &folder)?;
+    let sources: Vec<_> = files::matching(&sources.to_string_lossy()).collect();
+    let folder = |source: &PathBuf| base.join(source.file_name().unwrap_or_default());
+    // All first, as some have sources of others.
+    for source in &sources {
+        workspace.shell.remove_path(folder(source))?;
+        files::copy_tree(source, &folder(source))?;
+    }
+    for folder in sources.iter().map(folder) {
+        let name = workspace.short(&folder);
         let manifest = fs::read_to_string(folder.join("Cargo.toml.in"))?;
         let manifest = manifest.replace("@VERSION@", &library.version.to_string());
         let manifest = manifest.replace("@PACKAGES@", &packages.display().to_string());
@@ -61,7 +66,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let manifest: toml::Table = manifest.parse()?;
         let consumer: Consumer = manifest["package"]["metadata"].clone().try_into()?;
         for run in consumer.run {
-            let mut command = workspace.cargo("run --quiet --target-dir").arg(&target);
+            let mut command = workspace
+                .cargo("run --quiet --target-dir")
+                .arg(base.join("target"));
             command = command.arg("--manifest-path").arg(&path);
             // Nobody looks at these programs with a debugger.
             command = command.env("CARGO_PROFILE_DEV_DEBUG", "0");
@@ -72,16 +79,12 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             if consumer.bare {
                 command = bare_machine.apply(command);
             }
-            eprintln!("xtask: {}: {command}", name.display());
+            eprintln!("xtask: {name}: {command}");
             let text = command.quiet().read()?;
             println!("{text}");
             for part in run.prints {
                 let has = format!("{text}\n").contains(&part);
-                ensure!(
-                    has,
-                    "the consumer {} did not print {part:?}",
-                    name.display()
-                );
+                ensure!(has, "the consumer {name} did not print {part:?}");
             }
         }
     }

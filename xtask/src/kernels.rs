@@ -21,18 +21,12 @@ const ASSEMBLE: [&str; 2] = ["--gpu-name=sm_75", "--output-file"];
 /// version.
 const VERSION: &str = ".version 7.0";
 
-/// Compiles the sources with the pinned toolkit, and updates PTX that differs.
-///
-/// # Errors
-///
-/// If a file differed, or does not compile.
+/// Compiles the sources with the pinned toolkit, and updates PTX that differs. An error if a file
+/// differed, or does not compile.
 pub fn check(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, true, false)?;
-    let (shell, bin) = (
-        &workspace.shell,
-        setup::toolkit_folder(workspace).join("bin"),
-    );
-    let [nvcc, ptxas] = ["nvcc", "ptxas"].map(|name| bin.join(name));
+    let (shell, toolkit) = (&workspace.shell, setup::toolkit_folder(workspace));
+    let [nvcc, ptxas] = ["bin/nvcc", "bin/ptxas"].map(|name| toolkit.join(name));
     let output = tempfile::NamedTempFile::new_in(&workspace.target).context("making a file")?;
     let mut updated = Vec::new();
     for source in SOURCES.map(|source| workspace.root.join(source)) {
@@ -48,10 +42,7 @@ pub fn check(workspace: &Workspace) -> Result<()> {
         cmd!(shell, "{ptxas} {ASSEMBLE...} {object} {file}").run()?;
     }
     let updated = updated.join(", ");
-    ensure!(
-        updated.is_empty(),
-        "out of date, and generated anew: {updated}"
-    );
+    ensure!(updated.is_empty(), "out of date, generated anew: {updated}");
     Ok(())
 }
 

@@ -47,11 +47,9 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
         }
     };
     let _lock = lock(workspace)?;
-    let is_made_from =
-        |folder: &Path, list| Ok::<_, anyhow::Error>(is_stamped(folder, &pins(workspace, list)?));
 
     let libclang = workspace.setup_folder().join("libclang");
-    let own = match is_made_from(&libclang, "libclang")? {
+    let own = match is_made_from(workspace, &libclang, "libclang")? {
         true => None,
         false => own_libclang()?,
     };
@@ -63,8 +61,8 @@ pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
     }
 
     let toolkit = toolkit_folder(workspace);
-    let is_full = is_made_from(&toolkit, TOOLKIT)?;
-    let is_enough = is_full || is_made_from(&toolkit, RUNTIME)?;
+    let is_full = is_made_from(workspace, &toolkit, TOOLKIT)?;
+    let is_enough = is_full || is_made_from(workspace, &toolkit, RUNTIME)?;
     // The machine's own headers, with the variables that name none.
     let own = places::search(&places::places(|name| std::env::var_os(name), &[]));
     if let Some(found) = own.ok().filter(|_| !cuda && !is_enough) {
@@ -135,46 +133,45 @@ fn lock(workspace: &Workspace) -> Result<fs::File> {
     Ok(file)
 }
 
+fn pins_of(workspace: &Workspace, list: &str) -> PathBuf {
+    workspace.root.join(format!("xtask/pins/{list}.txt"))
+}
+
 /// The wheels of a list, without its comments.
 fn pins(workspace: &Workspace, list: &str) -> Result<String> {
-    let list = workspace.root.join(format!("xtask/pins/{list}.txt"));
-    let list = fs::read_to_string(list)?;
+    let list = fs::read_to_string(pins_of(workspace, list))?;
     let pins = list.lines().filter(|line| !line.starts_with('#'));
     Ok(pins.map(|pin| format!("{pin}\n")).collect())
 }
 
-fn is_stamped(folder: &Path, pins: &str) -> bool {
-    fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == pins)
+fn is_made_from(workspace: &Workspace, folder: &Path, list: &str) -> Result<bool> {
+    let pins = pins(workspace, list)?;
+    Ok(fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == pins))
 }
 
 /// Makes `folder` of what lies at `place` in the wheels of a list, unless it is made of them already.
 /// It moves to its final place only when it is whole.
 fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result<()> {
-    let pins = pins(workspace, list)?;
-    if is_stamped(folder, &pins) {
+    if is_made_from(workspace, folder, list)? {
         return Ok(());
     }
-    let shell = &workspace.shell;
+    let (shell, pins) = (&workspace.shell, pins(workspace, list)?);
     let work = workspace.setup_folder().join(".partial");
     shell.remove_path(&work)?;
-    let (requirements, unpacked) = (work.join("requirements.txt"), work.join("unpacked"));
-    shell.write_file(&requirements, &pins)?;
     eprintln!("xtask: bringing the wheels of xtask/pins/{list}.txt");
-    let options = PIP.split(' ');
+    let (options, list) = (PIP.split(' '), pins_of(workspace, list));
     let pip = cmd!(
         shell,
-        "python3 -m pip install {options...} --target {unpacked} -r {requirements}"
+        "python3 -m pip install {options...} --target {work} -r {list}"
     );
-    let variables = [
-        ("REQUIRE_VIRTUALENV", "false"),
-        ("USER", "0"),
-        ("ROOT_USER_ACTION", "ignore"),
-    ];
-    let pip = pip.envs(variables.map(|(name, value)| (format!("PIP_{name}"), value)));
+    let pip = pip
+        .env("PIP_REQUIRE_VIRTUALENV", "false")
+        .env("PIP_USER", "0");
+    let pip = pip.env("PIP_ROOT_USER_ACTION", "ignore");
     pip.ignore_stdout().quiet().run().context(ADVICE)?;
-    let mut found = files::matching(&unpacked.join(place).to_string_lossy());
+    let mut found = files::matching(&work.join(place).to_string_lossy());
     let whole = found.find(|path| path.is_dir());
-    let whole = whole.with_context(|| format!("the wheels of {list} hold no {place}"))?;
+    let whole = whole.with_context(|| format!("the wheels of {list:?} hold no {place}"))?;
     files::keep_times(folder, &whole)?;
     fs::write(whole.join(STAMP), pins)?;
     shell.remove_path(folder)?;
@@ -191,10 +188,8 @@ mod unit {
     #[test]
     fn every_list_has_pins_with_version_and_hash() {
         let workspace = Workspace::find().unwrap();
-        for list in crate::headers::VERSIONS
-            .into_iter()
-            .chain(["libclang", RUNTIME, TOOLKIT])
-        {
+        let headers = crate::headers::VERSIONS;
+        for list in [&headers[..], &["libclang", RUNTIME, TOOLKIT]].concat() {
             let pins = pins(&workspace, list).unwrap();
             assert!(!pins.is_empty(), "{list}");
             for pin in pins.lines() {

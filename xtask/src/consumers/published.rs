@@ -12,20 +12,17 @@ use std::path::{Path, PathBuf};
 const CANDLE: &str = "0.11.0";
 /// The version before this workspace's first.
 const BEFORE: &str = "0.1.1";
-
-/// The changes to a copy of Candle: a constant by which a program can tell it from the registry's, and `Device::new_cuda`,
-/// which returns the CPU device, so that programs which want a GPU run without one.
+/// Files of `candle-core`, what is there once, and what takes its place.
 const CHANGES: [(&str, &str, &str); 2] = [
     (
-        "src/device.rs",
+        "device",
         "Ok(Self::Cuda(crate::CudaDevice::new(ordinal)?))",
-        "let _ = ordinal;\n        Ok(Self::Cpu)",
+        "Ok({ let _ = ordinal; Self::Cpu })",
     ),
     (
-        "src/lib.rs",
+        "lib",
         "\nmod device;\n",
-        "\n/// Says that this copy is not the registry's.\n\
-         pub const FROM_A_PATH: &str = env!(\"CARGO_PKG_VERSION\");\nmod device;\n",
+        "\nmod device;\n#[doc(hidden)]\npub const FROM_A_PATH: &str = env!(\"CARGO_PKG_VERSION\");\n",
     ),
 ];
 
@@ -47,21 +44,18 @@ impl Published {
         Ok(Self(metadata.packages))
     }
 
-    /// Copies Candle with its [`CHANGES`].
+    /// Copies Candle, with a constant by which a program can tell it from the registry's. Its
+    /// `Device::new_cuda` returns the CPU device, so that programs which want a GPU run without one.
     pub fn copy_candle_to(&self, packages: &Path) -> Result<()> {
         for name in ["candle-core", "candle-nn"] {
             let folder = packages.join(format!("{name}-{CANDLE}"));
             files::copy_tree(&self.folder(name, CANDLE)?, &folder)?;
         }
         for (file, from, to) in CHANGES {
-            let file = packages.join(format!("candle-core-{CANDLE}/{file}"));
+            let file = packages.join(format!("candle-core-{CANDLE}/src/{file}.rs"));
             let text = fs::read_to_string(&file)?;
             let count = text.matches(from).count();
-            ensure!(
-                count == 1,
-                "{from:?} is {count} times in {}",
-                file.display()
-            );
+            ensure!(count == 1, "{from:?} is {count} times in {file:?}");
             fs::write(&file, text.replace(from, to))?;
         }
         Ok(())
@@ -69,10 +63,8 @@ impl Published {
 
     /// Copies the examples of the version before, as they are.
     pub fn copy_examples_to(&self, folder: &Path) -> Result<()> {
-        files::copy_tree(
-            &self.folder("candle-cuda-vmm", BEFORE)?.join("examples"),
-            folder,
-        )
+        let package = self.folder("candle-cuda-vmm", BEFORE)?;
+        files::copy_tree(&package.join("examples"), folder)
     }
 
     fn folder(&self, name: &str, version: &str) -> Result<PathBuf> {

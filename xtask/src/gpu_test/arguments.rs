@@ -71,15 +71,14 @@ impl Arguments {
     pub fn select(&self, gpus: Option<u32>) -> Result<Vec<Cell>, Usage> {
         let devices = self.devices.unwrap_or(if gpus == Some(1) { 1 } else { 2 });
         let cells = self.cells(devices);
-        match self.left_out(gpus) {
+        let cells = match self.left_out(gpus) {
             _ if !cells.is_empty() => Ok(cells),
-            0 => Err(Usage(
-                "--driver, --devices, --sanitize and --only together ask for no row".to_owned(),
-            )),
-            count => Err(Usage(format!(
+            0 => Err("--driver, --devices, --sanitize and --only together ask for no row".into()),
+            count => Err(format!(
                 "the {count} rows asked for need two GPUs and this machine has one; --devices 2 demands them"
-            ))),
-        }
+            )),
+        };
+        cells.map_err(Usage)
     }
 
     /// How many rows were not asked for only because this machine has one GPU.
@@ -98,15 +97,12 @@ impl Arguments {
                 Driver::Real => (devices, self.driver != Drivers::Simulated),
                 _ => (self.devices.unwrap_or(2), self.driver != Drivers::Real),
             };
-            let everything = [Words(Vec::new())];
-            let only = if self.only.is_empty() {
-                &everything[..]
-            } else {
-                &self.only
-            };
-            let words_are_true = only.iter().any(|Words(words)| {
+            let is_meant = |Words(words): &Words| {
                 words.iter().all(|word| cell.is(word)) && self.is_due(cell, words)
-            });
+            };
+            // Without words every row is meant.
+            let no_words = self.only.is_empty().then(|| Words(Vec::new()));
+            let words_are_true = self.only.iter().chain(&no_words).any(is_meant);
             is_asked && cell.devices <= most && words_are_true
         });
         cells

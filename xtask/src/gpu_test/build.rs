@@ -99,7 +99,8 @@ impl<'a> Builder<'a> {
     pub fn manifest(&self, programs: &Programs) -> Result<Manifest> {
         let is_linked = |it: &Program| it.kind == "test" && it.features() == CUDA;
         let facade = programs.iter().filter(|(it, _)| is_linked(it));
-        let libraries = self.needed(facade.map(|(_, path)| path.clone()).collect())?;
+        let facade = facade.map(|(_, path)| path.clone()).collect();
+        let libraries = stand_ins::needed(&self.workspace.shell, &facade)?;
         let (major, minor) = (self.compute_cap / 10, self.compute_cap % 10);
         let kernels = format!("compute capability {major}.{minor}");
         let shell = &self.workspace.shell;
@@ -114,11 +115,6 @@ impl<'a> Builder<'a> {
             candle_kernels: (!libraries.is_empty()).then_some(kernels),
             libraries,
         })
-    }
-
-    /// The CUDA libraries that programs need, the driver's left out.
-    pub fn needed(&self, programs: BTreeSet<PathBuf>) -> Result<Vec<String>> {
-        stand_ins::needed(&self.workspace.shell, &programs)
     }
 
     pub fn simulated_library(&self) -> Result<PathBuf> {

@@ -29,20 +29,18 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let programs = builder.programs(&wanted)?;
     let manifest = builder.manifest(&programs)?;
     let probe = probe::compile(&workspace.shell, &builder.target)?;
-    let tests = programs
-        .keys()
-        .filter(|program| program.kind == "test")
-        .count();
+    let tests = programs.keys().filter(|it| it.kind == "test").count();
     let built = programs
-        .into_iter()
-        .map(|(program, file)| (program.place(), file));
-    let built: Vec<_> = built.chain([(PROBE.to_owned(), probe)]).collect();
+        .iter()
+        .map(|(program, file)| (program.place(), &**file));
+    let built: Vec<_> = built.chain([(PROBE.to_owned(), &*probe)]).collect();
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;
     let bytes = pack(&workspace.shell, &stage, folder)?;
+    let is_small = bytes <= LIMIT_BYTES;
     ensure!(
-        bytes <= LIMIT_BYTES,
-        "the bundle has {bytes} bytes, more than the {LIMIT_BYTES} allowed"
+        is_small,
+        "the bundle has {bytes} bytes, more than {LIMIT_BYTES}"
     );
     let (short, folder) = (workspace.short(folder), folder.display());
     let megabytes = bytes as f64 / 1e6;
@@ -61,15 +59,9 @@ fn tests() -> impl Iterator<Item = Program> {
 }
 
 /// Puts what was built in its place below `stage`.
-fn fill(
-    shell: &Shell,
-    stage: &Path,
-    built: &[(String, PathBuf)],
-    manifest: &Manifest,
-) -> Result<()> {
+fn fill(shell: &Shell, stage: &Path, built: &[(String, &Path)], of: &Manifest) -> Result<()> {
     shell.remove_path(stage)?;
-    let manifest = serde_json::to_string_pretty(manifest)?;
-    shell.write_file(stage.join(MANIFEST), manifest)?;
+    shell.write_file(stage.join(MANIFEST), serde_json::to_string_pretty(of)?)?;
     for (place, from) in built {
         let to = stage.join(place);
         shell.create_dir(to.parent().unwrap_or(stage))?;
@@ -97,9 +89,8 @@ pub fn manifest(folder: &Path) -> Result<Manifest> {
 }
 
 pub fn programs(folder: &Path) -> Programs {
-    tests()
-        .map(|program| (program, folder.join(program.place())))
-        .collect()
+    let places = tests().map(|program| (program, folder.join(program.place())));
+    places.collect()
 }
 
 /// A program in `folder` that is no test; a usage error if there is none of this name.
@@ -127,7 +118,7 @@ mod unit {
         fs::write(&built, "#!/bin/sh\n").unwrap();
         let programs = tests().chain([XTASK, DEMO]).map(|program| program.place());
         let files = programs.chain([PROBE.to_owned()]);
-        let files: Vec<_> = files.map(|file| (file, built.clone())).collect();
+        let files: Vec<_> = files.map(|file| (file, &*built)).collect();
         let packed = Manifest {
             commit: "abc".to_owned(),
             compiler: "rustc".to_owned(),
@@ -142,16 +133,12 @@ mod unit {
 
         let unpacked = shell.create_dir(folder.join("unpacked")).unwrap();
         let archive = bundle.join(ARCHIVE);
-        cmd!(shell, "tar -xJf {archive} -C {unpacked}")
-            .run()
-            .unwrap();
+        let tar = cmd!(shell, "tar -xJf {archive} -C {unpacked}");
+        tar.run().unwrap();
         assert_eq!(manifest(&unpacked).unwrap(), packed);
         assert!(unpacked.join(PROBE).is_file());
-        assert!(
-            super::programs(&unpacked)
-                .values()
-                .all(|path| path.is_file())
-        );
+        let programs = super::programs(&unpacked);
+        assert!(programs.values().all(|path| path.is_file()));
         assert!(other(&unpacked, "demo").unwrap().is_file());
         assert!(other(&unpacked, "../demo").unwrap_err().is::<Usage>());
     }

@@ -116,7 +116,7 @@ pub fn with_cuda(workspace: &Workspace, compute_cap: u32, program: Program) -> R
         .programs(&BTreeSet::from([program]))?
         .remove(&program);
     let program = program.context("it was not built")?;
-    let libraries = builder.needed(BTreeSet::from([program.clone()]))?;
+    let libraries = stand_ins::needed(&workspace.shell, &BTreeSet::from([program.clone()]))?;
     with_libraries(&program, &libraries)
 }
 

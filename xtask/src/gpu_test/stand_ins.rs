@@ -73,10 +73,8 @@ fn compile(shell: &Shell, folder: &Path, file: &str, soname: &str, texts: &[&str
     for (source, text) in sources.iter().zip(texts) {
         shell.write_file(source, text)?;
     }
-    let cc = cmd!(
-        shell,
-        "cc -shared -fPIC -fno-builtin -Wl,-soname,{soname} -o {library}"
-    );
+    let options = ["-shared", "-fPIC", "-fno-builtin"];
+    let cc = cmd!(shell, "cc {options...} -Wl,-soname,{soname} -o {library}");
     Ok(cc.args(sources).quiet().run()?)
 }
 
@@ -92,21 +90,18 @@ fn answer(symbol: &String) -> String {
     format!("__attribute__((weak)) {kind}{symbol}(void) {{ return {value}; }}\n")
 }
 
-/// Which symbols `nm` lists: its arguments, and how it marks them.
-type Kind = (&'static [&'static str], &'static str);
-/// Those that object files and archives leave to others.
-const UNDEFINED: Kind = (&["-u"], "U");
-/// Those that programs and shared libraries ask of others when they are started.
-const ASKED: Kind = (&["-D", "-u"], "U");
-/// Those that shared libraries have for others.
-const EXPORTED: Kind = (&["-D", "--defined-only"], "T");
+/// The options of `nm` for symbols that object files and archives leave to others; that programs ask
+/// of libraries when they are started; and that libraries have for others.
+const UNDEFINED: &[&str] = &["-u"];
+const ASKED: &[&str] = &["-D", "-u"];
+const EXPORTED: &[&str] = &["-D", "--defined-only"];
 
 /// The symbols of CUDA libraries in these files.
-fn symbols(shell: &Shell, kind: Kind, files: &BTreeSet<PathBuf>) -> Result<BTreeSet<String>> {
+fn symbols(shell: &Shell, of: &[&str], files: &BTreeSet<PathBuf>) -> Result<BTreeSet<String>> {
     // nm complains of the members that are not object files, and goes on.
-    let nm = cmd!(shell, "nm -P").args(kind.0).args(files).quiet();
+    let nm = cmd!(shell, "nm -P {of...}").args(files).quiet();
     let text = nm.ignore_status().ignore_stderr().read()?;
-    Ok(listed(&text, kind.1))
+    Ok(listed(&text, if of == EXPORTED { "T" } else { "U" }))
 }
 
 /// The symbols of CUDA libraries in what `nm -P` prints, of one kind.
@@ -119,10 +114,9 @@ fn listed(text: &str, kind: &str) -> BTreeSet<String> {
 
 /// The run-time names of the CUDA libraries that programs need, the driver's left out.
 pub fn needed(shell: &Shell, programs: &BTreeSet<PathBuf>) -> Result<Vec<String>> {
-    Ok(match programs.is_empty() {
-        true => Vec::new(),
-        false => owners(&symbols(shell, ASKED, programs)?),
-    })
+    // Without a file nm reads one of its own choice.
+    let symbols = (!programs.is_empty()).then(|| symbols(shell, ASKED, programs));
+    Ok(owners(&symbols.transpose()?.unwrap_or_default()))
 }
 
 /// The run-time names of the libraries that have these symbols, the driver's left out.
@@ -207,11 +201,10 @@ mod tests {
         cmd!(shell, "cc -c program.c").run().unwrap();
         let objects = BTreeSet::from([folder.join("program.o")]);
         make_stubs(&shell, &folder.join("stubs"), &objects).unwrap();
-        let link = cmd!(
-            shell,
-            "cc -o program program.o -Lstubs -lcublas -lcuda -Wl,-z,now"
-        );
-        link.run().unwrap();
+        let libraries = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
+        cmd!(shell, "cc -o program program.o {libraries...}")
+            .run()
+            .unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
         make(
             &shell,

@@ -32,7 +32,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
          devices can be opened and plain copies made. The modules {KERNELS} are left out: they launch kernels, \
          which run on\nGPUs only.",
         workspace.short(&folder.join("libcuda.so.1")),
-        builder.needed(executables)?.join(", ")
+        stand_ins::needed(&workspace.shell, &executables)?.join(", ")
     );
     let (folders, missing) = (vec![folder], Vec::new());
     let runner = Runner {
