@@ -68,8 +68,8 @@ impl Visit<'_> for Module {
     fn visit_macro(&mut self, item: &Macro) {
         let text = item.tokens.to_string().replace(" :: ", "::");
         let words = text.split(|sign: char| !sign.is_alphanumeric() && !"_:".contains(sign));
-        self.used
-            .extend(words.filter(|word| word.contains("::")).map(str::to_owned));
+        let paths = words.filter(|word| word.contains("::"));
+        self.used.extend(paths.map(str::to_owned));
     }
 
     // A path that says who may see an item uses nothing.
@@ -140,10 +140,8 @@ fn resolve(modules: &Modules, module: &str, path: &str, steps: u8) -> Option<Str
 fn circles(modules: &Modules) -> Vec<String> {
     let mut graphs: BTreeMap<String, DiGraphMap<&str, ()>> = BTreeMap::new();
     for (user, module) in modules {
-        let used = module
-            .used
-            .iter()
-            .filter_map(|path| resolve(modules, user, path, 9));
+        let resolve = |path: &String| resolve(modules, user, path, 9);
+        let used = module.used.iter().filter_map(resolve);
         for (used, _) in used.filter_map(|used| modules.get_key_value(&used)) {
             let pairs = user.split("::").zip(used.split("::"));
             let common = pairs.take_while(|(user, used)| user == used).count();
@@ -155,9 +153,8 @@ fn circles(modules: &Modules) -> Vec<String> {
         }
     }
     let circles = graphs.iter().flat_map(|(folder, graph)| {
-        let groups = tarjan_scc(graph)
-            .into_iter()
-            .filter(|group| group.len() > 1);
+        let groups = tarjan_scc(graph).into_iter();
+        let groups = groups.filter(|group| group.len() > 1);
         groups.map(move |group| format!("{folder}: {}", group.iter().sorted().join(", ")))
     });
     circles.collect()
@@ -172,10 +169,8 @@ fn no_modules_need_each_other() {
         let paths = entries.map(|entry| entry.expect("an entry").into_path());
         let sources = paths.filter(|path| path.extension().is_some_and(|it| it == "rs"));
         let modules = modules(sources.map(|path| {
-            let name = path
-                .strip_prefix(&folder)
-                .expect("it is below")
-                .with_extension("");
+            let name = path.strip_prefix(&folder).expect("it is below");
+            let name = name.with_extension("");
             let mut words = name.iter().map(|word| word.to_string_lossy()).collect_vec();
             words.pop_if(|last| ["lib", "main", "mod"].contains(&&**last));
             (
@@ -196,9 +191,8 @@ fn no_modules_need_each_other() {
 #[test]
 fn a_circle_is_found_in_its_folder() {
     let found = |files: &[(&str, &str)]| {
-        let sources = files
-            .iter()
-            .map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
+        let owned = |(name, text): &(&str, &str)| ((*name).to_owned(), (*text).to_owned());
+        let sources = files.iter().map(owned);
         circles(&modules(sources))
     };
     let root = ("", "mod a;\nmod b;\npub use a::{c::C as See, A};\n");

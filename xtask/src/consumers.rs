@@ -9,7 +9,7 @@ mod published;
 
 use crate::workspace::Workspace;
 use crate::{files, package, setup};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use fs_err as fs;
 use published::Published;
 use serde::Deserialize;
@@ -42,10 +42,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let published = Published::find(workspace, &base)?;
     published.copy_candle_to(&packages)?;
     let bare_machine = machine::Bare::make(workspace, &base)?;
-    let library = workspace
-        .libraries()
-        .next()
-        .context("there is no library crate")?;
+    let library = workspace.package("cuda-vmm")?;
     let sources = workspace.root.join("xtask/consumers/*/");
     let sources: Vec<_> = files::matching(&sources.to_string_lossy()).collect();
     let folder = |source: &PathBuf| base.join(source.file_name().unwrap_or_default());
@@ -66,10 +63,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let manifest: toml::Table = manifest.parse()?;
         let consumer: Consumer = manifest["package"]["metadata"].clone().try_into()?;
         for run in consumer.run {
-            let mut command = workspace
-                .cargo("run --quiet --target-dir")
-                .arg(base.join("target"));
-            command = command.arg("--manifest-path").arg(&path);
+            let command = workspace.cargo("run --quiet --target-dir");
+            let command = command.arg(base.join("target"));
+            let mut command = command.arg("--manifest-path").arg(&path);
             // Nobody looks at these programs with a debugger.
             command = command.env("CARGO_PROFILE_DEV_DEBUG", "0");
             if let Some(example) = run.example {

@@ -38,14 +38,14 @@ fn the_page_of_errors_has_every_variant() {
         });
         let (error, rows) = (errors.next().expect(path), rows(&page, path));
         assert!(error.variants.len() > 3, "{path}");
-        for variant in error
+        let names = error
             .variants
             .iter()
-            .map(|variant| variant.ident.to_string())
-        {
+            .map(|variant| variant.ident.to_string());
+        for name in names {
             assert!(
-                rows.contains(&&*variant),
-                "docs/ERRORS.md, {path}: {variant} is missing"
+                rows.contains(&&*name),
+                "docs/ERRORS.md, {path}: {name} is missing"
             );
         }
     }

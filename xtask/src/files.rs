@@ -55,11 +55,8 @@ mod tests {
         for file in ["include/one.h", "bin/tool"] {
             let file = c.join(file);
             fs::create_dir_all(file.parent().unwrap()).unwrap();
-            fs::File::create(file)
-                .unwrap()
-                .file()
-                .set_modified(past)
-                .unwrap();
+            let file = std::fs::File::create(file).unwrap();
+            file.set_modified(past).unwrap();
         }
         copy_tree(&c, &d).unwrap();
         fs::write(d.join("bin/tool"), "changed").unwrap();

@@ -9,10 +9,8 @@ use std::collections::BTreeSet;
 pub fn run(workspace: &Workspace) -> Result<()> {
     let deny = workspace.shell.read_file("deny.toml")?;
     let allowed = allowed(&deny)?;
-    let names: Vec<&str> = workspace
-        .libraries()
-        .map(|library| library.name.as_str())
-        .collect();
+    let names = workspace.libraries().map(|library| &**library.name);
+    let names: Vec<&str> = names.collect();
     let packages = dependencies(workspace, &names)?;
     let problem = |line: &String| problem(line, &names, &allowed);
     let problems: Vec<_> = packages.iter().filter_map(problem).collect();
@@ -26,9 +24,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
 /// The list `allow` of the file's table `licenses`.
 fn allowed(text: &str) -> Result<BTreeSet<String>> {
     let file: toml::Table = text.parse()?;
-    let list = file
-        .get("licenses")
-        .and_then(|licenses| licenses.get("allow"));
+    let list = file.get("licenses").and_then(|it| it.get("allow"));
     let allowed: BTreeSet<_> = list.context("deny.toml has no list")?.clone().try_into()?;
     ensure!(!allowed.is_empty(), "no licence is allowed");
     Ok(allowed)
@@ -119,9 +115,8 @@ mod unit {
     fn what_only_tests_need_is_left_out() {
         let packages = dependencies(&Workspace::find().unwrap(), &["cuda-vmm"]).unwrap();
         let has = |name: &str| {
-            packages
-                .iter()
-                .any(|line| line.split(' ').next() == Some(name))
+            let mut names = packages.iter().map(|line| line.split(' ').next());
+            names.any(|it| it == Some(name))
         };
         assert!(has("cuda-vmm") && has("cuda-vmm-sys") && has("bindgen"));
         assert!(!has("proptest") && !has("indicatif"), "{packages:?}");

@@ -24,7 +24,6 @@ mod workspace;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use workspace::{Workspace, code};
 
@@ -93,37 +92,16 @@ enum Task {
     ///
     /// The report goes to the folder $OUT if that is set, else to target/gpu-test. Exit code: 0, every row PASS; 1, a
     /// row FAIL; 2, no row FAIL, but some SKIPPED, for want of a GPU or of what else this machine lacks; 64, wrong usage.
-    GpuTest {
-        #[command(flatten)]
-        matrix: gpu_test::Arguments,
-        /// Run nothing, but pack all programs into this folder, for a machine that has a GPU and no toolchain
-        #[arg(long, value_name = "FOLDER", conflicts_with_all = ["driver", "devices", "only", "list", "json", "stress_seconds", "sanitize"])]
-        bundle: Option<PathBuf>,
-        /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
-        #[arg(long, default_value_t = gpu_test::COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
-        compute_cap: u32,
-    },
+    GpuTest(gpu_test::InPlace),
     /// Run the matrix of tests that need a GPU, or the same on the simulator
     ///
     /// The report goes to the folder $OUT if that is set, else beside `run`. Exit code: 0, every row PASS; 1, a row
     /// FAIL; 2, no row FAIL, but some SKIPPED, for want of a GPU or of what else this machine lacks; 64, wrong usage.
     #[command(
         hide = true,
-        disable_help_subcommand = true,
         override_usage = "run [OPTIONS]\n       run program NAME [ARGUMENTS]..."
     )]
-    RunBundle {
-        /// Where the bundle was unpacked
-        #[arg(long, hide = true)]
-        folder: PathBuf,
-        /// The folder of `run`
-        #[arg(long, hide = true)]
-        beside: PathBuf,
-        #[command(flatten)]
-        matrix: gpu_test::Arguments,
-        #[command(subcommand)]
-        other: Option<gpu_test::Other>,
-    },
+    RunBundle(gpu_test::InBundle),
 }
 
 fn main() -> ExitCode {
@@ -156,14 +134,8 @@ fn main() -> ExitCode {
 /// Does the task, and returns the exit code.
 fn start(task: Task) -> Result<u8> {
     // On the machine where a bundle runs, there is no workspace.
-    if let Task::RunBundle {
-        folder,
-        beside,
-        matrix,
-        other,
-    } = &task
-    {
-        return gpu_test::run_bundle(matrix, other.as_ref(), folder, beside);
+    if let Task::RunBundle(asked) = task {
+        return gpu_test::run_bundle(&asked);
     }
     let workspace = Workspace::find()?;
     match task {
@@ -203,12 +175,8 @@ fn start(task: Task) -> Result<u8> {
             consumers::run(&workspace)?;
         }
         Task::Headers => headers::run(&workspace)?,
-        Task::GpuTest {
-            matrix,
-            bundle,
-            compute_cap,
-        } => return gpu_test::run(&workspace, &matrix, bundle.as_deref(), compute_cap),
-        Task::RunBundle { .. } => {}
+        Task::GpuTest(asked) => return gpu_test::run(&workspace, &asked),
+        Task::RunBundle(_) => {}
     }
     Ok(0)
 }

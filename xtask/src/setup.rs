@@ -164,9 +164,8 @@ fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result
         shell,
         "python3 -m pip install {options...} --target {work} -r {list}"
     );
-    let pip = pip
-        .env("PIP_REQUIRE_VIRTUALENV", "false")
-        .env("PIP_USER", "0");
+    let pip = pip.env("PIP_REQUIRE_VIRTUALENV", "false");
+    let pip = pip.env("PIP_USER", "0");
     let pip = pip.env("PIP_ROOT_USER_ACTION", "ignore");
     pip.ignore_stdout().quiet().run().context(ADVICE)?;
     let mut found = files::matching(&work.join(place).to_string_lossy());
@@ -199,9 +198,8 @@ mod unit {
                     digits.len() == 64 && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
                 };
                 assert!(hashes.split(' ').all(is_hash), "{pin}");
-                let is_pinned = key
-                    .split_once("==")
-                    .is_some_and(|(_, version)| !version.is_empty());
+                let version = key.split_once("==").map(|(_, version)| version);
+                let is_pinned = version.is_some_and(|version| !version.is_empty());
                 assert!(
                     is_pinned && pins.matches(&format!("{key} ")).count() == 1,
                     "{pin}"

@@ -22,34 +22,28 @@ impl Workspace {
         let own = std::env::var_os("CARGO_MANIFEST_DIR");
         let own = own.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
         let mut metadata = MetadataCommand::new();
-        let metadata = metadata
-            .manifest_path(own.join("Cargo.toml"))
-            .no_deps()
-            .exec()?;
-        let (shell, root) = (Shell::new()?, metadata.workspace_root.into_std_path_buf());
-        shell.change_dir(&root);
-        let target = metadata.target_directory.into();
-        Ok(Self {
-            shell,
-            root,
-            target,
+        metadata.manifest_path(own.join("Cargo.toml")).no_deps();
+        let metadata = metadata.exec()?;
+        let workspace = Self {
+            shell: Shell::new()?,
+            root: metadata.workspace_root.into(),
+            target: metadata.target_directory.into(),
             packages: metadata.packages,
-        })
+        };
+        workspace.shell.change_dir(&workspace.root);
+        Ok(workspace)
     }
 
     pub fn package(&self, name: &str) -> Result<&Package> {
-        let mut packages = self.packages.iter();
-        packages
-            .find(|it| it.name == name)
-            .with_context(|| format!("there is no package {name}"))
+        let package = self.packages.iter().find(|it| it.name == name);
+        package.with_context(|| format!("there is no package {name}"))
     }
 
     /// The crates that may be published.
     pub fn libraries(&self) -> impl Iterator<Item = &Package> {
         // `publish = false` is an empty list of registries.
-        self.packages
-            .iter()
-            .filter(|it| it.publish.as_ref().is_none_or(|it| !it.is_empty()))
+        let is_public = |it: &&Package| it.publish.as_ref().is_none_or(|it| !it.is_empty());
+        self.packages.iter().filter(is_public)
     }
 
     /// The project's own set-up folder, where the build script of `cuda-vmm-sys` looks.
@@ -88,27 +82,24 @@ impl Workspace {
 
     /// `path` relative to the checkout if it lies below it.
     pub fn short(&self, path: &Path) -> String {
-        path.strip_prefix(&self.root)
-            .unwrap_or(path)
-            .display()
-            .to_string()
+        let short = path.strip_prefix(&self.root).unwrap_or(path);
+        short.display().to_string()
     }
 }
 
 /// The packages of a tree without indentation, each once.
 fn packages(tree: &str) -> BTreeSet<String> {
     let lines = tree.lines().filter(|line| !line.is_empty());
-    lines
-        .map(|line| line.replace(" (*)", "").replace(" (proc-macro)", ""))
-        .collect()
+    let plain = |line: &str| line.replace(" (*)", "").replace(" (proc-macro)", "");
+    lines.map(plain).collect()
 }
 
 /// Runs a program with this one's own input and output, and returns its exit code; it has said itself
 /// what went wrong.
 pub fn code(command: &mut Command) -> Result<u8> {
     let status = command.status();
-    let status = status
-        .with_context(|| format!("{} could not be started", command.get_program().display()))?;
+    let program = command.get_program().display();
+    let status = status.with_context(|| format!("{program} could not be started"))?;
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(code.unwrap_or(1))
 }

@@ -38,6 +38,35 @@ pub struct Arguments {
     pub limit_seconds: u64,
 }
 
+/// What can be asked of `gpu-test`.
+#[derive(Debug, clap::Args)]
+pub struct InPlace {
+    #[command(flatten)]
+    pub matrix: Arguments,
+    /// Run nothing, but pack all programs into this folder, for a machine that has a GPU and no toolchain
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["driver", "devices", "only", "list", "json", "stress_seconds", "sanitize"])]
+    pub bundle: Option<PathBuf>,
+    /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
+    #[arg(long, default_value_t = COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
+    pub compute_cap: u32,
+}
+
+/// What a bundle's `run` passes on, and what it was told.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_subcommand = true)]
+pub struct InBundle {
+    /// Where the bundle was unpacked
+    #[arg(long, hide = true)]
+    pub folder: PathBuf,
+    /// The folder of `run`
+    #[arg(long, hide = true)]
+    pub beside: PathBuf,
+    #[command(flatten)]
+    pub matrix: Arguments,
+    #[command(subcommand)]
+    pub other: Option<Other>,
+}
+
 /// Which drivers' rows are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Drivers {

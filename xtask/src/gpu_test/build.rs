@@ -187,9 +187,8 @@ fn executables(
 /// The files with this ending that cargo tells of.
 fn files(messages: &[Message], ending: &str) -> impl Iterator<Item = PathBuf> {
     let files = artifacts(messages).flat_map(|artifact| &artifact.filenames);
-    files
-        .filter(move |file| file.as_str().ends_with(ending))
-        .map(PathBuf::from)
+    let mine = files.filter(move |file| file.as_str().ends_with(ending));
+    mine.map(PathBuf::from)
 }
 
 #[cfg(test)]

@@ -30,9 +30,7 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let manifest = builder.manifest(&programs)?;
     let probe = probe::compile(&workspace.shell, &builder.target)?;
     let tests = programs.keys().filter(|it| it.kind == "test").count();
-    let built = programs
-        .iter()
-        .map(|(program, file)| (program.place(), &**file));
+    let built = programs.iter().map(|(it, file)| (it.place(), &**file));
     let built: Vec<_> = built.chain([(PROBE.to_owned(), &*probe)]).collect();
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;

@@ -124,14 +124,14 @@ impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
         let cells = Self::listed().filter(|cell| cell.driver != Driver::SimulatedLibrary);
-        cells
-            .filter(|cell| cell.is_sanitized() == sanitized)
-            .collect()
+        let cells = cells.filter(|cell| cell.is_sanitized() == sanitized);
+        cells.collect()
     }
 
     /// The cells of `test --cuda`.
     pub fn simulated_library() -> Vec<Self> {
-        Self::listed()
+        let cells = Self::listed();
+        cells
             .filter(|cell| cell.driver == Driver::SimulatedLibrary)
             .collect()
     }
@@ -153,9 +153,7 @@ impl Cell {
             driver,
             ..other(package, "test", name)
         };
-        let variables = variables
-            .split(' ')
-            .map(|variable| variable.split_once('='));
+        let variables = variables.split(' ').map(|it| it.split_once('='));
         Some(Self {
             name,
             driver,
@@ -187,8 +185,8 @@ impl Cell {
     /// The variables by which the tests know their cell.
     pub fn variables(&self, stress_seconds: u64) -> impl Iterator<Item = (&str, String)> {
         let variables = self.variables.iter();
-        variables
-            .map(move |(name, value)| (*name, value.replace("asked", &stress_seconds.to_string())))
+        let seconds = stress_seconds.to_string();
+        variables.map(move |(name, value)| (*name, value.replace("asked", &seconds)))
     }
 
     /// For how many seconds the stress test goes on; 0 for other suites. A cell of each driver has as
@@ -196,9 +194,7 @@ impl Cell {
     pub fn stress_seconds(&self, asked: u64) -> u64 {
         let mut variables = self.variables(asked);
         let seconds = variables.find(|(name, _)| *name == "CUDA_VMM_TEST_STRESS_SECONDS");
-        seconds
-            .and_then(|(_, seconds)| seconds.parse().ok())
-            .unwrap_or(0)
+        seconds.map_or(0, |(_, seconds)| seconds.parse().unwrap_or(0))
     }
 }
 
@@ -224,11 +220,9 @@ mod tests {
             };
             says("DRIVER", Some(simulated.to_owned()));
             says("DEVICES", Some(cell.devices.to_string()));
-            let mib = cell
-                .page
-                .strip_suffix("MiB")
-                .map(|mib| mib.parse::<u64>().unwrap());
-            says("PAGE_BYTES", mib.map(|mib| (mib << 20).to_string()));
+            let mib = cell.page.strip_suffix("MiB");
+            let bytes = mib.map(|mib| mib.parse::<u64>().unwrap() << 20);
+            says("PAGE_BYTES", bytes.map(|bytes| bytes.to_string()));
             let cuda = cell.candle_device.filter(|kind| *kind != "cpu");
             says("CANDLE_DEVICE", cuda.map(str::to_owned));
             assert_eq!(cell.stress_seconds(60) > 0, cell.suite == "stress");

@@ -156,9 +156,8 @@ fn known_to_the_loader() -> BTreeSet<String> {
     let list = ["ldconfig", "/sbin/ldconfig"].map(|program| lines(program, &["-p"]));
     // The first line is a heading.
     let lines = list.into_iter().flat_map(|lines| lines.into_iter().skip(1));
-    lines
-        .filter_map(|line| Some(line.split_whitespace().next()?.to_owned()))
-        .collect()
+    let names = lines.filter_map(|line| Some(line.split_whitespace().next()?.to_owned()));
+    names.collect()
 }
 
 /// The lines that a program prints; none if it cannot be started or fails.
@@ -166,10 +165,8 @@ pub fn lines(program: &str, arguments: &[&str]) -> Vec<String> {
     let output = Command::new(program).args(arguments).output();
     let output = output.ok().filter(|output| output.status.success());
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    text.unwrap_or_default()
-        .lines()
-        .map(str::to_owned)
-        .collect()
+    let text = text.unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
 }
 
 #[cfg(test)]

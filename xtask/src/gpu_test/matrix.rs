@@ -4,7 +4,7 @@ use super::arguments::Arguments;
 use super::build::Manifest;
 use super::cell::Programs;
 use super::conditions::{Conditions, Libraries};
-use super::report::{Machine, Report};
+use super::report::{self, Report};
 use super::runner::Runner;
 use anyhow::Result;
 use fs_err as fs;
@@ -23,7 +23,7 @@ pub fn run(
     manifest: &Manifest,
     folder: &Path,
     beside: &Path,
-    command: String,
+    command: &str,
 ) -> Result<u8> {
     let started = Instant::now();
     let gpus = conditions.gpu_count();
@@ -37,7 +37,7 @@ pub fn run(
     for path in json.iter().chain([&markdown]) {
         fs::write(path, "")?;
     }
-    let machine = Machine::find(command, &conditions, manifest);
+    let machine = report::machine(command, &conditions, manifest);
     let runner = Runner {
         programs,
         conditions,

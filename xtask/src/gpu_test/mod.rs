@@ -13,12 +13,13 @@ mod runner;
 mod stand_ins;
 mod without_gpu;
 
-pub use arguments::{Arguments, COMPUTE_CAP, Other, Usage};
+pub use arguments::{COMPUTE_CAP, InBundle, InPlace, Usage};
 pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program};
 pub use without_gpu::run as without_gpu;
 
 use crate::workspace::{Workspace, code};
 use anyhow::{Context, Result};
+use arguments::{Arguments, Other};
 use build::Builder;
 use cell::{CUDA, Driver, State};
 use conditions::{Conditions, Libraries};
@@ -26,21 +27,17 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-/// Makes a bundle in the folder `bundle`, or without one runs the matrix here. Returns the exit code.
-pub fn run(
-    workspace: &Workspace,
-    arguments: &Arguments,
-    bundle: Option<&Path>,
-    compute_cap: u32,
-) -> Result<u8> {
+/// Makes a bundle, or runs the matrix here. Returns the exit code.
+pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
+    let arguments = &asked.matrix;
     if arguments.list {
         return list(arguments);
     }
-    if let Some(folder) = bundle {
-        bundle::make(workspace, &std::path::absolute(folder)?, compute_cap)?;
+    if let Some(folder) = &asked.bundle {
+        bundle::make(workspace, &std::path::absolute(folder)?, asked.compute_cap)?;
         return Ok(0);
     }
-    let builder = Builder::new(workspace, compute_cap);
+    let builder = Builder::new(workspace, asked.compute_cap);
     let probe = || probe::ask(&probe::compile(&workspace.shell, &builder.target)?);
     let conditions = Conditions::find(arguments, probe)?;
     let mut cells = arguments.select(conditions.gpu_count())?;
@@ -55,7 +52,7 @@ pub fn run(
     let has_no_gpu = matches!(conditions.gpus, Some(Err((State::Skipped, _))));
     let (folder, command) = (&builder.target, typed("cargo xtask gpu-test", 2));
     let code = matrix::run(
-        arguments, conditions, programs, &manifest, folder, folder, command,
+        arguments, conditions, programs, &manifest, folder, folder, &command,
     )?;
     if has_no_gpu {
         let bundle = "cargo xtask gpu-test --bundle FOLDER";
@@ -64,15 +61,11 @@ pub fn run(
     Ok(code)
 }
 
-/// What the script `run` of the bundle in `folder` does. Returns the exit code.
-pub fn run_bundle(
-    arguments: &Arguments,
-    other: Option<&Other>,
-    folder: &Path,
-    beside: &Path,
-) -> Result<u8> {
-    let folder = &std::path::absolute(folder).context("the bundle's folder")?;
-    if let Some(Other::Program { name, arguments }) = other {
+/// What a bundle's script `run` does. Returns the exit code.
+pub fn run_bundle(asked: &InBundle) -> Result<u8> {
+    let folder = &std::path::absolute(&asked.folder).context("the bundle's folder")?;
+    let (arguments, beside) = (&asked.matrix, &asked.beside);
+    if let Some(Other::Program { name, arguments }) = &asked.other {
         let program = bundle::other(folder, name)?;
         let needs_cuda = |it: &Program| it.name == name && it.features() == CUDA;
         let mut command = match bundle::OTHERS.iter().any(needs_cuda) {
@@ -89,7 +82,7 @@ pub fn run_bundle(
     // The script itself says --folder and --beside with their values.
     let command = typed(&beside.join("run").to_string_lossy(), 6);
     matrix::run(
-        arguments, conditions, programs, &manifest, folder, beside, command,
+        arguments, conditions, programs, &manifest, folder, beside, &command,
     )
 }
 
@@ -112,10 +105,8 @@ fn list(arguments: &Arguments) -> Result<u8> {
 /// A command that runs a program on the real driver; builds it for GPUs of `compute_cap` and newer.
 pub fn with_cuda(workspace: &Workspace, compute_cap: u32, program: Program) -> Result<Command> {
     let builder = Builder::new(workspace, compute_cap);
-    let program = builder
-        .programs(&BTreeSet::from([program]))?
-        .remove(&program);
-    let program = program.context("it was not built")?;
+    let programs = builder.programs(&BTreeSet::from([program]))?;
+    let program = programs.into_values().next().context("it was not built")?;
     let libraries = stand_ins::needed(&workspace.shell, &BTreeSet::from([program.clone()]))?;
     with_libraries(&program, &libraries)
 }

@@ -1,6 +1,6 @@
 //! Runs processes for a limited time, and stops them with all that they have started.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
@@ -10,16 +10,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use wait_timeout::ChildExt;
 
-/// The processes that run now, and whether an interrupt came.
-struct Interrupts {
-    running: BTreeSet<u32>,
-    came: bool,
-}
+/// The processes that run now; nothing once an interrupt came.
+static RUNNING: Mutex<Option<BTreeSet<u32>>> = Mutex::new(Some(BTreeSet::new()));
 
-static INTERRUPTS: Mutex<Interrupts> = Mutex::new(Interrupts {
-    running: BTreeSet::new(),
-    came: false,
-});
+fn running() -> MutexGuard<'static, Option<BTreeSet<u32>>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// From now on an interrupt stops the processes that run, and lets no other start; this one goes on.
 pub fn heed_interrupts() -> Result<()> {
@@ -27,13 +23,11 @@ pub fn heed_interrupts() -> Result<()> {
 }
 
 pub fn interrupt() {
-    let mut interrupts = interrupts();
-    interrupts.came = true;
-    interrupts.running.iter().copied().for_each(stop_group);
+    running().take().into_iter().flatten().for_each(stop_group);
 }
 
 pub fn is_interrupted() -> bool {
-    interrupts().came
+    running().is_none()
 }
 
 /// Runs `command` in a process group of its own, for no longer than `limit`; returns no status if it
@@ -43,12 +37,12 @@ pub fn is_interrupted() -> bool {
 pub fn run(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
     let mut child = {
         // An interrupt in between would miss the new process.
-        let mut interrupts = interrupts();
-        ensure!(!interrupts.came, "interrupted");
+        let mut running = running();
+        let running = running.as_mut().context("interrupted")?;
         let child = command.process_group(0).spawn();
-        let child = child
-            .with_context(|| format!("{} could not be started", command.get_program().display()))?;
-        interrupts.running.insert(child.id());
+        let program = command.get_program().display();
+        let child = child.with_context(|| format!("{program} could not be started"))?;
+        running.insert(child.id());
         child
     };
     let end = child.wait_timeout(limit).and_then(|end| {
@@ -58,12 +52,8 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>>
         }
         Ok(end)
     });
-    interrupts().running.remove(&child.id());
+    running().as_mut().map(|it| it.remove(&child.id()));
     Ok(end?)
-}
-
-fn interrupts() -> MutexGuard<'static, Interrupts> {
-    INTERRUPTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Kills the process group that this process leads. One that has ended is none of our concern.

@@ -9,6 +9,7 @@ use anstyle::AnsiColor;
 use itertools::Itertools;
 use minijinja::{Environment, context};
 use serde::Serialize;
+use serde_json::{Value, json};
 use std::time::Duration;
 use strum::IntoEnumIterator;
 
@@ -33,7 +34,7 @@ pub struct Row {
 /// A run of the matrix, as programs read it.
 #[derive(Serialize)]
 pub struct Report<'a> {
-    pub machine: Machine,
+    pub machine: Value,
     pub rows: &'a [Row],
     pub passed: usize,
     pub failed: usize,
@@ -44,47 +45,30 @@ pub struct Report<'a> {
 }
 
 /// The machine, and what was run there.
-#[derive(Serialize)]
-pub struct Machine {
-    gpu: Option<String>,
-    /// How many; nothing if it was not asked.
-    gpus: Option<u32>,
-    driver: Option<String>,
-    cuda: Option<String>,
-    kernel: Option<String>,
-    date: Option<String>,
-    command: String,
-    commit: String,
-    compiler: String,
-    candle_kernels: Option<String>,
-    cuda_libraries: Option<String>,
-}
-
-impl Machine {
-    pub fn find(command: String, conditions: &Conditions, manifest: &Manifest) -> Self {
-        let asked = conditions.gpus.as_ref();
-        let gpus = asked.and_then(|answer| answer.as_ref().ok());
-        let say = |program, arguments: &[_]| lines(program, arguments).into_iter().next();
-        let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
-        let is_linked = !manifest.libraries.is_empty();
-        Self {
-            gpu: gpus.map(|gpus| gpus.name.clone()),
-            gpus: asked.map(|_| gpus.map_or(0, |gpus| gpus.count)),
-            driver: gpus.and_then(|_| say("nvidia-smi", &query)),
-            cuda: gpus.map(|gpus| gpus.cuda.clone()),
-            kernel: say("uname", &["-sr"]),
-            date: say("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
-            command,
-            commit: manifest.commit.clone(),
-            compiler: manifest.compiler.clone(),
-            candle_kernels: manifest.candle_kernels.clone(),
-            cuda_libraries: is_linked.then(|| conditions.libraries.describe()),
-        }
-    }
+pub fn machine(command: &str, conditions: &Conditions, manifest: &Manifest) -> Value {
+    let asked = conditions.gpus.as_ref();
+    let gpus = asked.and_then(|answer| answer.as_ref().ok());
+    let say = |program, arguments: &[_]| lines(program, arguments).into_iter().next();
+    let query = ["--query-gpu=driver_version", "--format=csv,noheader"];
+    let is_linked = !manifest.libraries.is_empty();
+    json!({
+        "gpu": gpus.map(|gpus| &gpus.name),
+        // Nothing if it was not asked.
+        "gpus": asked.map(|_| gpus.map_or(0, |gpus| gpus.count)),
+        "driver": gpus.and_then(|_| say("nvidia-smi", &query)),
+        "cuda": gpus.map(|gpus| &gpus.cuda),
+        "kernel": say("uname", &["-sr"]),
+        "date": say("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
+        "command": command,
+        "commit": manifest.commit,
+        "compiler": manifest.compiler,
+        "candle_kernels": manifest.candle_kernels,
+        "cuda_libraries": is_linked.then(|| conditions.libraries.describe()),
+    })
 }
 
 impl<'a> Report<'a> {
-    pub fn new(machine: Machine, rows: &'a [Row], remark: String) -> Self {
+    pub fn new(machine: Value, rows: &'a [Row], remark: String) -> Self {
         Self {
             machine,
             rows,
@@ -112,9 +96,8 @@ impl<'a> Report<'a> {
     pub fn markdown(&self) -> Result<String, minijinja::Error> {
         let has_log = |row: &&Row| row.state == State::Fail && !row.log.is_empty();
         let logs = self.rows.iter().filter(has_log);
-        let logs = logs
-            .map(|row| (row.cell.name, end_of(&row.log)))
-            .collect_vec();
+        let logs = logs.map(|row| (row.cell.name, end_of(&row.log)));
+        let logs = logs.collect_vec();
         let (counts, remark) = (self.counts(), &self.remark);
         let mut templates = Environment::new();
         templates.add_filter("cell", cell);
@@ -135,8 +118,12 @@ impl<'a> Report<'a> {
             println!("{}", self.remark);
         }
         let (counts, time) = (self.counts(), display::time(time));
-        let no_gpu = self.machine.gpus.map_or("not asked", |_| "none");
-        let gpu = self.machine.gpu.as_deref().unwrap_or(no_gpu);
+        let no_gpu = if self.machine["gpus"].is_null() {
+            "not asked"
+        } else {
+            "none"
+        };
+        let gpu = self.machine["gpu"].as_str().unwrap_or(no_gpu);
         println!("{counts} in {time}; GPU: {gpu}; report: {written_to}");
     }
 }

@@ -139,9 +139,8 @@ impl Runner {
         row.counts.failed += counts.failed;
         row.log += &format!("==== {} ====\n{text}", program.name);
         let said = complaint.into_iter().chain(summary.map(str::to_owned));
-        Ok(said
-            .map(|said| format!("{}: {said}", program.name))
-            .collect())
+        let said = said.map(|said| format!("{}: {said}", program.name));
+        Ok(said.collect())
     }
 
     fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {

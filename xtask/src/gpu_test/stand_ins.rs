@@ -158,10 +158,8 @@ mod tests {
         let symbols = "cuda cuMemCreate; cublas cublasSgemm_v2; cublasLt cublasLtMatmul; \
             curand curandCreateGenerator; nvrtc nvrtcVersion; cudart cudaMalloc; \
             cudart __cudaRegisterFunction;  custom;  curl_easy_init;  memcpy";
-        for (library, symbol) in symbols
-            .split("; ")
-            .map(|pair| pair.split_once(' ').unwrap())
-        {
+        for pair in symbols.split("; ") {
+            let (library, symbol) = pair.split_once(' ').unwrap();
             assert_eq!(owner(symbol), library, "{symbol}");
         }
     }
@@ -202,9 +200,8 @@ mod tests {
         let objects = BTreeSet::from([folder.join("program.o")]);
         make_stubs(&shell, &folder.join("stubs"), &objects).unwrap();
         let libraries = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
-        cmd!(shell, "cc -o program program.o {libraries...}")
-            .run()
-            .unwrap();
+        let link = cmd!(shell, "cc -o program program.o {libraries...}");
+        link.run().unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
         make(
             &shell,
@@ -213,10 +210,7 @@ mod tests {
             &simulator,
         )
         .unwrap();
-        shell
-            .cmd(program)
-            .env("LD_LIBRARY_PATH", made)
-            .run()
-            .unwrap();
+        let program = shell.cmd(program).env("LD_LIBRARY_PATH", made);
+        program.run().unwrap();
     }
 }

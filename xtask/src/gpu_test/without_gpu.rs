@@ -16,12 +16,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     kernels::check(workspace)?;
     let builder = Builder::new(workspace, COMPUTE_CAP);
     let cells = Cell::simulated_library();
-    let programs = builder.programs(
-        &cells
-            .iter()
-            .flat_map(|cell| cell.programs.clone())
-            .collect(),
-    )?;
+    let programs = cells.iter().flat_map(|cell| cell.programs.clone());
+    let programs = builder.programs(&programs.collect())?;
     builder.clippy()?;
     let folder = builder.target.join("stand-ins");
     let executables = programs.values().cloned().collect();

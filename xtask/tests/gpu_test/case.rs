@@ -100,10 +100,10 @@ impl Case {
         let printed = [&*output.stdout, &output.stderr].concat();
         let printed = String::from_utf8(printed).unwrap();
         let contains = |text: &str, parts: &[String]| {
-            let parts = parts
-                .iter()
-                .map(|part| part.replace("{fake}", folder.to_str().unwrap()));
-            parts.for_each(|part| assert!(text.contains(&part), "{part} in {text}"));
+            for part in parts {
+                let part = part.replace("{fake}", folder.to_str().unwrap());
+                assert!(text.contains(&part), "{part} in {text}");
+            }
         };
 
         assert_eq!(output.status.code(), Some(self.code), "{printed}");
@@ -161,9 +161,8 @@ impl Case {
         };
         let script = |place: &str, text: &str| {
             let path = folder.join(place);
-            shell
-                .write_file(&path, format!("#!/bin/sh\n{}", fill(text)))
-                .unwrap();
+            let text = format!("#!/bin/sh\n{}", fill(text));
+            shell.write_file(&path, text).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         };
         let probe = self.probe.as_deref().unwrap_or("one");
@@ -193,9 +192,8 @@ impl Case {
 fn script<'a>(shell: &'a Shell, bundle: &Path, packed: &Path) -> Cmd<'a> {
     shell.copy_file(XTASK, bundle.join("bin/xtask")).unwrap();
     let run = packed.join("run");
-    shell
-        .write_file(&run, include_str!("../../src/gpu_test/run.sh"))
-        .unwrap();
+    let text = include_str!("../../src/gpu_test/run.sh");
+    shell.write_file(&run, text).unwrap();
     let tar = cmd!(shell, "tar -C {bundle} -cJf {packed}/bundle.tar.xz .");
     tar.quiet().env("XZ_OPT", "-0").run().unwrap();
     let command = cmd!(shell, "sh {run}").env("PATH", "/usr/bin:/bin");
