@@ -48,11 +48,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     }
     let head = "header,CUDA_VERSION,state,tests,time";
     println!("{}", display::table(head, rows));
-    ensure!(
-        failures.is_empty(),
-        "failed against {}",
-        failures.join(", ")
-    );
+    let failures = failures.join(", ");
+    ensure!(failures.is_empty(), "failed against {failures}");
     Ok(())
 }
 

@@ -25,10 +25,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     shell.remove_path(&folder)?;
     shell.create_dir(&folder)?;
     for library in workspace.libraries() {
-        let (name, stem) = (
-            &library.name,
-            format!("{}-{}", library.name, library.version),
-        );
+        let name = &library.name;
+        let stem = format!("{name}-{}", library.version);
         let packed = workspace.target.join(format!("package/{stem}.crate"));
         cmd!(shell, "tar -xzf {packed} -C {folder}").quiet().run()?;
         let unpacked = folder.join(&stem);

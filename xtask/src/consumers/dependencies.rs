@@ -25,10 +25,10 @@ pub fn check(workspace: &Workspace) -> Result<()> {
         rows.push([user.to_owned(), count, recorded.to_owned()]);
     }
     println!("{}", display::table("user of,packages,recorded", rows));
+    let differing = differing.join(", ");
     ensure!(
         differing.is_empty(),
-        "users get another number of packages than {RECORDED} says. If that is meant, write there: {}",
-        differing.join(", ")
+        "if this is meant, write it to {RECORDED}: {differing}"
     );
     Ok(())
 }

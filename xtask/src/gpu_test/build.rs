@@ -226,10 +226,8 @@ mod unit {
         };
         let wanted = [test(FACADE, "device"), test(CORE, "device"), DEMO];
         let found = executables(&workspace, &messages, &wanted.into()).unwrap();
-        assert_eq!(
-            wanted.map(|it| found[&it].clone()),
-            ["facade", "core", "demo"].map(PathBuf::from)
-        );
+        let files = ["facade", "core", "demo"].map(PathBuf::from);
+        assert_eq!(wanted.map(|it| found[&it].clone()), files);
         let absent = [test(CORE, "share")].into();
         let error = executables(&workspace, &messages, &absent).unwrap_err();
         assert_eq!(error.to_string(), "cuda-vmm has no test named share");

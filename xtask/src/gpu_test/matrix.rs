@@ -2,8 +2,7 @@
 
 use super::arguments::Arguments;
 use super::build::Manifest;
-use super::cell::Programs;
-use super::conditions::{Conditions, Libraries};
+use super::conditions::Libraries;
 use super::report::{self, Report};
 use super::runner::Runner;
 use anyhow::Result;
@@ -18,17 +17,17 @@ const INTERRUPTED: u8 = 130;
 /// `beside` if `$OUT` names no folder; `command` is what one types.
 pub fn run(
     arguments: &Arguments,
-    mut conditions: Conditions,
-    programs: Programs,
+    mut runner: Runner,
     manifest: &Manifest,
-    folder: &Path,
     beside: &Path,
-    command: &str,
+    command: String,
 ) -> Result<u8> {
     let started = Instant::now();
-    let gpus = conditions.gpu_count();
+    let gpus = runner.conditions.gpu_count();
     let cells = arguments.select(gpus)?;
-    conditions.libraries = Libraries::find(&manifest.libraries);
+    runner.stress_seconds = arguments.stress_seconds;
+    runner.limit_seconds = arguments.limit_seconds;
+    runner.conditions.libraries = Libraries::find(&manifest.libraries);
     // Better found out now than after the last row that a report cannot be written.
     let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
     let out = out.map_or_else(|| beside.into(), PathBuf::from);
@@ -37,14 +36,7 @@ pub fn run(
     for path in json.iter().chain([&markdown]) {
         fs::write(path, "")?;
     }
-    let machine = report::machine(command, &conditions, manifest);
-    let runner = Runner {
-        programs,
-        conditions,
-        folder: folder.to_owned(),
-        stress_seconds: arguments.stress_seconds,
-        limit_seconds: arguments.limit_seconds,
-    };
+    let machine = report::machine(&command, &runner.conditions, manifest);
     let rows = runner.run(&cells)?;
     let (ended, asked) = (rows.len(), cells.len());
     let remark = match arguments.left_out(gpus) {
@@ -61,8 +53,10 @@ pub fn run(
         fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
     }
     report.print(started.elapsed(), &markdown.display().to_string());
-    Ok(match ended < asked {
-        true => INTERRUPTED,
-        false => report.exit_code(),
+    let is_whole = ended == asked;
+    Ok(if is_whole {
+        report.exit_code()
+    } else {
+        INTERRUPTED
     })
 }

@@ -23,6 +23,7 @@ use arguments::{Arguments, Other};
 use build::Builder;
 use cell::{CUDA, Driver, State};
 use conditions::{Conditions, Libraries};
+use runner::Runner;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
@@ -50,10 +51,9 @@ pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
         programs.extend(build::simulated(workspace, &simulated)?);
     }
     let has_no_gpu = matches!(conditions.gpus, Some(Err((State::Skipped, _))));
-    let (folder, command) = (&builder.target, typed("cargo xtask gpu-test", 2));
-    let code = matrix::run(
-        arguments, conditions, programs, &manifest, folder, folder, &command,
-    )?;
+    let runner = Runner::new(conditions, programs, &builder.target);
+    let command = typed("cargo xtask gpu-test", 2);
+    let code = matrix::run(arguments, runner, &manifest, &builder.target, command)?;
     if has_no_gpu {
         let bundle = "cargo xtask gpu-test --bundle FOLDER";
         println!("To run the rows of the real driver elsewhere: {bundle}");
@@ -78,20 +78,25 @@ pub fn run_bundle(asked: &InBundle) -> Result<u8> {
         return list(arguments);
     }
     let conditions = Conditions::find(arguments, || probe::ask(&folder.join(bundle::PROBE)))?;
-    let (programs, manifest) = (bundle::programs(folder), bundle::manifest(folder)?);
+    let runner = Runner::new(conditions, bundle::programs(folder), folder);
     // The script itself says --folder and --beside with their values.
     let command = typed(&beside.join("run").to_string_lossy(), 6);
     matrix::run(
-        arguments, conditions, programs, &manifest, folder, beside, &command,
+        arguments,
+        runner,
+        &bundle::manifest(folder)?,
+        beside,
+        command,
     )
 }
 
 /// The command line as one would type it, with `program` in place of the first words.
 fn typed(program: &str, words: usize) -> String {
-    let rest = std::env::args_os().skip(words);
-    rest.fold(program.to_owned(), |typed, word| {
-        typed + " " + &word.to_string_lossy()
-    })
+    let mut typed = program.to_owned();
+    for word in std::env::args_os().skip(words) {
+        typed = typed + " " + &word.to_string_lossy();
+    }
+    typed
 }
 
 /// Prints the rows' names, as on a machine with two GPUs.

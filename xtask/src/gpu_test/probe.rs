@@ -53,9 +53,9 @@ pub fn ask(program: &Path) -> Result<Result<Gpus, Obstacle>> {
             Ok(Gpus { name, count, cuda })
         }
         Some(2) => Err((State::Skipped, reason())),
-        _ => {
-            let reason = format!("the CUDA driver is here, but fails: {}", reason());
-            Err((State::Fail, reason))
-        }
+        _ => Err((
+            State::Fail,
+            format!("the CUDA driver is here, but fails: {}", reason()),
+        )),
     })
 }

@@ -102,10 +102,9 @@ impl<'a> Report<'a> {
         let mut templates = Environment::new();
         templates.add_filter("cell", cell);
         templates.set_trim_blocks(true);
-        templates.render_str(
-            include_str!("report.md.j2"),
-            context! { logs, counts, remark, ..minijinja::Value::from_serialize(self) },
-        )
+        let data = minijinja::Value::from_serialize(self);
+        let data = context! { logs, counts, remark, ..data };
+        templates.render_str(include_str!("report.md.j2"), data)
     }
 
     /// Prints the table at the end, what failed, and where the report is.

@@ -25,10 +25,10 @@ pub const KERNELS: &str = "kernels::";
 const SIMULATED: &str = "simulated::";
 
 pub struct Runner {
-    pub programs: Programs,
+    programs: Programs,
     pub conditions: Conditions,
     /// Where temporary files go, which stay if this process is interrupted.
-    pub folder: PathBuf,
+    folder: PathBuf,
     /// For how many seconds the longest stress test goes on.
     pub stress_seconds: u64,
     /// How many seconds a program may take besides.
@@ -36,6 +36,16 @@ pub struct Runner {
 }
 
 impl Runner {
+    pub fn new(conditions: Conditions, programs: Programs, folder: &Path) -> Self {
+        Self {
+            programs,
+            conditions,
+            folder: folder.to_owned(),
+            stress_seconds: 0,
+            limit_seconds: 300,
+        }
+    }
+
     /// Runs `cells`: those of the real driver one after another, and beside them two at a time of the
     /// simulated driver. What a GPU is asked does not depend on what the simulator does meanwhile.
     /// Returns the rows in the order of `cells`, without those that an interrupt kept from ending.

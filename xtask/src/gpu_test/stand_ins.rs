@@ -203,13 +203,8 @@ mod tests {
         let link = cmd!(shell, "cc -o program program.o {libraries...}");
         link.run().unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
-        make(
-            &shell,
-            &made,
-            &BTreeSet::from([program.clone()]),
-            &simulator,
-        )
-        .unwrap();
+        let programs = BTreeSet::from([program.clone()]);
+        make(&shell, &made, &programs, &simulator).unwrap();
         let program = shell.cmd(program).env("LD_LIBRARY_PATH", made);
         program.run().unwrap();
     }

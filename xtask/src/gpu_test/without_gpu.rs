@@ -2,7 +2,7 @@
 
 use super::build::Builder;
 use super::cell::{Cell, State};
-use super::conditions::{Conditions, Libraries};
+use super::conditions::Conditions;
 use super::runner::{KERNELS, Runner};
 use super::{COMPUTE_CAP, report, stand_ins};
 use crate::workspace::Workspace;
@@ -30,26 +30,16 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         workspace.short(&folder.join("libcuda.so.1")),
         stand_ins::needed(&workspace.shell, &executables)?.join(", ")
     );
-    let (folders, missing) = (vec![folder], Vec::new());
-    let runner = Runner {
-        programs,
-        conditions: Conditions {
-            libraries: Libraries { folders, missing },
-            ..Conditions::default()
-        },
-        folder: builder.target,
-        stress_seconds: 0,
-        limit_seconds: 300,
-    };
+    let mut conditions = Conditions::default();
+    conditions.libraries.folders.push(folder);
+    let runner = Runner::new(conditions, programs, &builder.target);
     let rows = runner.run(&cells)?;
     for row in rows.iter().filter(|row| row.state != State::Pass) {
         print!("{}", row.log);
     }
     let failed = report::count(&rows, State::Fail);
     ensure!(failed == 0, "{failed} of {} rows failed", rows.len());
-    eprintln!(
-        "xtask: test --cuda: PASS in {}",
-        display::time(started.elapsed())
-    );
+    let taken = display::time(started.elapsed());
+    eprintln!("xtask: test --cuda: PASS in {taken}");
     Ok(())
 }
