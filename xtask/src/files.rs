@@ -5,6 +5,7 @@ use fs_err as fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
+use xshell::{Shell, cmd};
 
 /// The paths of a pattern, in order.
 pub fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
@@ -12,15 +13,9 @@ pub fn matching(pattern: &str) -> impl Iterator<Item = PathBuf> + use<> {
 }
 
 pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
-    for entry in WalkDir::new(from) {
-        let entry = entry?;
-        let target = to.join(entry.path().strip_prefix(from)?);
-        match entry.file_type().is_dir() {
-            true => fs::create_dir_all(target)?,
-            false => drop(fs::copy(entry.path(), target)?),
-        }
-    }
-    Ok(())
+    fs::create_dir_all(to)?;
+    let shell = Shell::new()?;
+    Ok(cmd!(shell, "cp -R {from}/. {to}").quiet().run()?)
 }
 
 /// Gives each file in `new` that equals its namesake in `old` that one's time of modification, so that

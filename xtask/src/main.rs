@@ -30,12 +30,9 @@ use workspace::{Workspace, code};
 /// The exit code of a usage error where 2 has another meaning.
 const USAGE: u8 = 64;
 
+/// The project's own tasks
 #[derive(Parser)]
-#[command(
-    name = "cargo xtask",
-    bin_name = "cargo xtask",
-    about = "The project's own tasks"
-)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -119,16 +116,15 @@ fn main() -> ExitCode {
             };
         }
     };
-    match start(arguments.task) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("xtask: error: {error:#}");
-            match error.is::<gpu_test::Usage>() {
-                true => ExitCode::from(USAGE),
-                false => ExitCode::FAILURE,
-            }
+    let code = start(arguments.task).unwrap_or_else(|error| {
+        eprintln!("xtask: error: {error:#}");
+        if error.is::<gpu_test::Usage>() {
+            USAGE
+        } else {
+            1
         }
-    }
+    });
+    code.into()
 }
 
 /// Does the task, and returns the exit code.

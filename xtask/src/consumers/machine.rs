@@ -1,7 +1,7 @@
 //! A machine with nothing installed but Rust and a linker, as far as a build can see.
 
 use crate::workspace::Workspace;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 use xshell::{Cmd, cmd};
 
@@ -20,10 +20,7 @@ impl Bare {
     pub fn make(workspace: &Workspace, base: &Path) -> Result<Self> {
         let shell = &workspace.shell;
         let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
-        let version = cmd!(shell, "rustc -vV").quiet().read()?;
-        let mut lines = version.lines();
-        let host = lines.find_map(|line| line.strip_prefix("host: "));
-        let host = host.context("rustc -vV names no host")?;
+        let host = cmd!(shell, "rustc --print host-tuple").quiet().read()?;
         let triple = host.to_uppercase().replace(['-', '.'], "_");
 
         // Rust links by way of a C compiler, which here has another name and no other program to find.

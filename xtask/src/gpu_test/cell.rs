@@ -123,23 +123,23 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let cells = Self::listed().filter(|cell| cell.driver != Driver::SimulatedLibrary);
-        let cells = cells.filter(|cell| cell.is_sanitized() == sanitized);
-        cells.collect()
+        let mut cells = Self::listed();
+        cells.retain(|cell| cell.driver != Driver::SimulatedLibrary);
+        cells.retain(|cell| cell.is_sanitized() == sanitized);
+        cells
     }
 
     /// The cells of `test --cuda`.
     pub fn simulated_library() -> Vec<Self> {
-        let cells = Self::listed();
+        let mut cells = Self::listed();
+        cells.retain(|cell| cell.driver == Driver::SimulatedLibrary);
         cells
-            .filter(|cell| cell.driver == Driver::SimulatedLibrary)
-            .collect()
     }
 
-    fn listed() -> impl Iterator<Item = Self> {
+    fn listed() -> Vec<Self> {
         // The first line is a heading.
-        let lines = ROWS.lines().skip(1);
-        lines.map(|line| Self::parse(line).expect("rows.csv is damaged"))
+        let cells = ROWS.lines().skip(1).map(Self::parse);
+        cells.collect::<Option<_>>().expect("rows.csv is damaged")
     }
 
     fn parse(line: &'static str) -> Option<Self> {
@@ -205,9 +205,10 @@ mod tests {
 
     #[test]
     fn every_row_has_a_name_of_its_own_and_the_variables_that_it_says() {
-        let names: BTreeSet<_> = Cell::listed().map(|cell| cell.name).collect();
-        assert_eq!(names.len(), Cell::listed().count());
-        for cell in Cell::listed() {
+        let cells = Cell::listed();
+        let names: BTreeSet<_> = cells.iter().map(|cell| cell.name).collect();
+        assert_eq!(names.len(), cells.len());
+        for cell in cells {
             let variables: BTreeMap<_, _> = cell.variables(60).collect();
             let says = |variable: &str, expected: Option<String>| {
                 let name = format!("CUDA_VMM_TEST_{variable}");

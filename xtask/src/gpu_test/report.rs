@@ -88,16 +88,20 @@ impl<'a> Report<'a> {
         }
     }
 
+    fn failures(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter().filter(|row| row.state == State::Fail)
+    }
+
     fn counts(&self) -> String {
         let count = |state| format!("{} {state}", count(self.rows, state));
         State::iter().map(count).join(", ")
     }
 
     pub fn markdown(&self) -> Result<String, minijinja::Error> {
-        let has_log = |row: &&Row| row.state == State::Fail && !row.log.is_empty();
-        let logs = self.rows.iter().filter(has_log);
-        let logs = logs.map(|row| (row.cell.name, end_of(&row.log)));
-        let logs = logs.collect_vec();
+        let logs = self.failures().filter(|row| !row.log.is_empty());
+        let logs = logs
+            .map(|row| (row.cell.name, end_of(&row.log)))
+            .collect_vec();
         let (counts, remark) = (self.counts(), &self.remark);
         let mut templates = Environment::new();
         templates.add_filter("cell", cell);
@@ -111,17 +115,13 @@ impl<'a> Report<'a> {
     pub fn print(&self, time: Duration, written_to: &str) {
         let head = "driver,suite,rows,PASS,FAIL,SKIPPED,tests,time";
         println!("\n{}\n", display::table(head, groups(self.rows)));
-        let failed = self.rows.iter().filter(|row| row.state == State::Fail);
-        failed.for_each(print_row);
+        self.failures().for_each(print_row);
         if !self.remark.is_empty() {
             println!("{}", self.remark);
         }
         let (counts, time) = (self.counts(), display::time(time));
-        let no_gpu = if self.machine["gpus"].is_null() {
-            "not asked"
-        } else {
-            "none"
-        };
+        let was_asked = self.machine["gpus"].is_number();
+        let no_gpu = if was_asked { "none" } else { "not asked" };
         let gpu = self.machine["gpu"].as_str().unwrap_or(no_gpu);
         println!("{counts} in {time}; GPU: {gpu}; report: {written_to}");
     }
