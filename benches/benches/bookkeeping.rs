@@ -5,7 +5,9 @@
 
 use anyhow::Result;
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use cuda_vmm::{Device, Engine, EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
+use cuda_vmm::{
+    Device, Engine, EngineOptions, PoolOptions, Quota, SharedMemoryPool, Stream, VirtualMemoryPool,
+};
 use cuda_vmm_benches::{GRANULARITY, Outcome, ParkedModels, bookkeeping_memory};
 use cuda_vmm_benches::{figure::Figure, no_op_driver, report};
 use std::hint::black_box;
@@ -129,15 +131,18 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
     });
 
     let shared = SharedMemoryPool::new(device, 1 << 40)?;
-    for model in 0..64 {
-        shared.register_model(&format!("model {model}"), CAPACITY)?;
-    }
+    let model = |number| {
+        let account = shared.register_model(&format!("model {number}"), Quota::new())?;
+        VirtualMemoryPool::on_account(&account, CAPACITY, GRANULARITY, PoolOptions::new())
+    };
+    let models = (0..64).map(model).collect::<cuda_vmm::Result<Vec<_>>>()?;
+    let model = &models[7];
     benches.add_plain(
         "allocate and deallocate one page of one model in 64",
         || {
-            let address = shared.allocate_for_model("model 7", GRANULARITY);
-            let address = black_box(address.expect("room"));
-            let freed = shared.deallocate_for_model_address("model 7", address, GRANULARITY);
+            let address = model.allocate_anywhere(GRANULARITY, 256).expect("room");
+            let offset = black_box(address) - model.base_address();
+            let freed = model.deallocate(offset as usize, GRANULARITY);
             freed.expect("live");
         },
     );

@@ -15,7 +15,7 @@ mod work;
 
 pub use counting::{Filling, bookkeeping_memory};
 pub use drivers::{Call, GRANULARITY, no_op_driver, noted_calls, noting_driver};
-pub use models::{ParkedModels, model_name, shared_models};
+pub use models::{ParkedModels, shared_models};
 pub use samples::{mean, quantile};
 pub use sides::{Settings, Sides, time};
 pub use waiting::{step_until, watch};

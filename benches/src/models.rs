@@ -3,8 +3,8 @@
 use crate::waiting::step_until;
 use anyhow::{Context, Result};
 use cuda_vmm::{
-    EngineOptions, ModelOptions, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
-    WorkerMode,
+    EngineOptions, PoolOptions, Quota, SharedMemoryPool, SharedPoolOptions, Stream,
+    VirtualMemoryPool, WorkerMode,
 };
 use std::hint::black_box;
 use std::panic::resume_unwind;
@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// The name of a model in the pool.
-pub fn model_name(number: usize) -> String {
+fn model_name(number: usize) -> String {
     format!("model {number}")
 }
 
@@ -33,12 +33,12 @@ pub fn shared_models(
     let mut models = Vec::with_capacity(streams.len());
     for (number, stream) in streams.iter().enumerate() {
         let name = model_name(number);
-        let mut options = ModelOptions::new(capacity_bytes);
-        options.ahead_bytes_max = ahead_bytes;
-        shared.register_model_with(&name, options)?;
-        let model = shared.model(&name)?;
+        let account = shared.register_model(&name, Quota::new())?;
+        let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
+        let page_bytes = shared.page_bytes();
+        let model = VirtualMemoryPool::on_account(&account, capacity_bytes, page_bytes, options)?;
         model.use_stream(stream)?;
-        models.push(model);
+        models.push(Arc::new(model));
     }
     Ok((shared, models))
 }

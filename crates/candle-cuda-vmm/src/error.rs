@@ -116,6 +116,13 @@ pub enum VmmError {
     #[error("Candle error: {0}")]
     CandleError(#[source] candle_core::Error),
 
+    /// Memory was to be reserved for a cache before it had tokens. New in 0.2.0.
+    #[error("the shape of tokens in the cache of layer {layer} is not known yet")]
+    UnknownShape {
+        /// The layer, counted from 0.
+        layer: usize,
+    },
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -298,6 +305,7 @@ impl VmmError {
             | Self::AlreadyMapped { .. }
             | Self::NotMapped { .. }
             | Self::ModelNotFound(_)
+            | Self::UnknownShape { .. }
             | Self::ModelAlreadyExists(_) => false,
             Self::InvalidOffset { .. }
             | Self::MappingFailed(_)

@@ -8,6 +8,9 @@
 //! use candle_core::{DType, Device, Tensor};
 //! use candle_cuda_vmm::{Result, TensorPool};
 //!
+//! # #[cfg(not(feature = "simulator"))]
+//! # fn main() {}
+//! # #[cfg(feature = "simulator")]
 //! # fn main() -> Result<()> {
 //! let device = Device::Cpu; // with the feature `cuda`: `Device::new_cuda(0)?`
 //! let pool = TensorPool::new(&device)?;
@@ -81,10 +84,10 @@ pub mod virtual_memory;
 mod zeros;
 
 pub use cuda_ffi::AccessFlags;
-pub use elastic_blocks::ElasticBlocks;
+pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks};
 pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, Shortage, VmmError};
-pub use kv_cache::{ElasticCache, ElasticKvCache};
+pub use kv_cache::{ElasticCache, ElasticKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
 pub use relief::{let_candle_make_room, trim_candle_memory};
@@ -97,14 +100,15 @@ pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, Virtu
 pub use cuda_vmm;
 
 pub use cuda_vmm::pool::blocks::{
-    BlockAllocator, BlockBacking, BlockError, BlockId, BlockPin, BlockStats, ReclaimPlan,
+    BackedBlocks, BlockAllocator, BlockBacking, BlockError, BlockId, BlockPin, BlockStats,
+    ReclaimPlan,
 };
 #[cfg(feature = "simulator")]
 pub use cuda_vmm::sim;
 pub use cuda_vmm::{
-    CaptureGuard, Driver, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin,
-    MemoryParts, ModelOptions, ModelQuota, ModelSnapshot, PoolCounters, PoolOptions, PoolStats,
-    Snapshot, StepReport, Stream, WorkerMode, sys,
+    Account, AccountSnapshot, AccountStats, CaptureGuard, Demand, Driver, Engine, EngineCounters,
+    EngineOptions, EngineStats, Givable, GraphPin, MemoryParts, PoolCounters, PoolOptions,
+    PoolStats, Quota, Snapshot, StepReport, Stream, WorkerMode, sys,
 };
 
 /// This crate's version.

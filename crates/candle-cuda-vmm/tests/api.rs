@@ -184,6 +184,7 @@ fn describe(error: VmmError) -> String {
         VmmError::UnsupportedDevice => String::new(),
         VmmError::CandleError(error) => error.to_string(),
         VmmError::Vmm(error) => error.to_string(),
+        VmmError::UnknownShape { layer } => layer.to_string(),
     }
 }
 
@@ -218,23 +219,24 @@ fn types_cross_threads() {
 #[test]
 fn the_types_of_the_core_that_signatures_use_are_here() {
     use candle_cuda_vmm::{
-        BlockBacking, BlockError, BlockId, BlockPin, BlockStats, Driver, ElasticBlocks, Engine,
-        EngineOptions, EngineStats, ModelOptions, ModelQuota, PoolStats, ReclaimPlan, TensorPool,
+        Account, BlockBacking, BlockError, BlockId, BlockPin, BlockStats, Driver, ElasticBlocks,
+        Engine, EngineOptions, EngineStats, PoolStats, Quota, ReclaimPlan, TensorPool,
         TensorPoolOptions,
     };
 
     is::<fn() -> Result<Driver>>(candle_cuda_vmm::device::default_driver);
-    is::<fn(&TensorPool) -> Option<&Engine>>(TensorPool::engine);
+    is::<fn(&TensorPool) -> &Engine>(TensorPool::engine);
     is::<fn(TensorPoolOptions, EngineOptions) -> TensorPoolOptions>(TensorPoolOptions::engine);
     is::<fn(&ElasticBlocks, Vec<BlockId>) -> Result<BlockPin>>(ElasticBlocks::pin);
     is::<fn(&ElasticBlocks, &ReclaimPlan) -> Result<()>>(ElasticBlocks::commit);
     is::<fn(&ElasticBlocks) -> BlockStats>(ElasticBlocks::stats);
     is::<fn(&BlockBacking) -> usize>(BlockBacking::backed_prefix);
     is::<fn(BlockError) -> String>(|error| error.to_string());
-    is::<fn(&mut SharedMemoryPool, &str, ModelOptions) -> Result<()>>(
+    is::<fn(&mut SharedMemoryPool, &str, usize, Quota) -> Result<()>>(
         SharedMemoryPool::register_model_with,
     );
-    is::<fn(&SharedMemoryPool, &str) -> Option<ModelQuota>>(SharedMemoryPool::quota);
+    is::<fn(&SharedMemoryPool, &str) -> Result<Account>>(SharedMemoryPool::model);
+    is::<fn(&TensorPool) -> &Account>(TensorPool::account);
     is::<fn(&SharedMemoryPool) -> EngineStats>(SharedMemoryPool::detailed_stats);
     is::<fn(&VirtualMemoryPool) -> PoolStats>(VirtualMemoryPool::detailed_stats);
     is::<fn(&VmmError) -> Option<candle_cuda_vmm::sys::CUresult>>(VmmError::driver_code);

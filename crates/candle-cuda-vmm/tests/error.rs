@@ -203,6 +203,7 @@ fn predicates_say_what_to_do() {
         VmmError::NotMapped { offset: 0, size: 1 },
         VmmError::ModelNotFound(String::new()),
         VmmError::ModelAlreadyExists(String::new()),
+        VmmError::UnknownShape { layer: 0 },
         VmmError::cuda("words"),
         VmmError::other("words"),
         VmmError::from(candle_core::Error::msg("words")),
@@ -235,6 +236,7 @@ fn messages_name_the_values() {
     assert!(["11", "22"].iter().all(|value| memory.contains(value)));
     assert!(text(VmmError::InvalidPageSize(11)).contains("11"));
     assert!(text(VmmError::ModelNotFound("gpt2".to_owned())).contains("gpt2"));
+    assert!(text(VmmError::UnknownShape { layer: 11 }).contains("11"));
     assert_eq!(text(VmmError::other("as it is")), "as it is");
 }
 

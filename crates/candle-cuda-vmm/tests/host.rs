@@ -1,10 +1,11 @@
-//! Tensors and caches on the CPU, whose memory is Candle's own.
+//! Tensors and caches on the CPU, whose rows are in Candle's own memory.
 #![cfg(feature = "simulator")]
 
 use candle_core::{DType, Device, Tensor};
-use candle_cuda_vmm::cuda_vmm::{EngineOptions, VmmError as Core};
-use candle_cuda_vmm::kv_cache::{KvCacheFactory, PreallocatedCaches};
-use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
+use candle_cuda_vmm::cuda_vmm::{EngineOptions, VmmError as Core, WorkerMode};
+use candle_cuda_vmm::device::core_device;
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::{ElasticTensor, Shortage, TensorPool, TensorPoolOptions, VmmError};
 
 fn rows(numbers: &[f32]) -> Tensor {
     let elements: Vec<f32> = numbers.iter().flat_map(|number| [*number; 4]).collect();
@@ -113,44 +114,150 @@ fn growing_writes_no_zeros_a_second_time() {
     assert!(peak_bytes() - before < BYTES / 2, "fresh memory is zero");
 }
 
-/// Checks that the host was short of at least this many bytes.
+/// Checks that memory was short, of at least this many bytes.
 #[track_caller]
-fn expect_shortage<T: std::fmt::Debug>(outcome: Result<T, VmmError>, bytes: usize) {
-    let error = outcome.expect_err("no host has so much");
+fn expect_shortage<T: std::fmt::Debug>(outcome: Result<T, VmmError>, bytes: usize) -> Shortage {
+    let error = outcome.expect_err("there is not so much");
     assert!(error.is_out_of_memory(), "{error:?}");
     let shortage = error.shortage().unwrap();
     assert!(shortage.requested_bytes >= bytes, "{shortage:?}");
-    assert_eq!(
-        error.is_permanent(),
-        bytes > isize::MAX as usize,
-        "{error:?}"
-    );
+    shortage
 }
 
 #[test]
-fn memory_that_the_host_has_not_is_an_error() {
-    let options = TensorPoolOptions::new().reservation_bytes(usize::MAX);
+fn memory_that_the_device_has_not_is_an_error() {
+    let options = TensorPoolOptions::new().reservation_bytes(1 << 46);
     let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+    let device_bytes = core_device(&Device::Cpu).unwrap().total_bytes();
     for start in [0, 3] {
         let mut tensor = pool.tensor(1024, DType::U8).unwrap();
         tensor.grow(start).unwrap();
         let committed_bytes = pool.committed_bytes();
-        for count in [1 << 36, usize::MAX / 1024 - 8] {
-            expect_shortage(tensor.grow(count), count * 1024);
+        for count in [device_bytes / 1024 + 1, (1 << 36) - 8] {
+            // A part fits in the page that is there.
+            let more_bytes = count * 1024 - committed_bytes;
+            let shortage = expect_shortage(tensor.grow(count), more_bytes);
+            assert_eq!(shortage.limit_bytes, Some(device_bytes));
             let one = Tensor::zeros((1, 1024), DType::U8, &Device::Cpu).unwrap();
-            if let Ok(many) = one.broadcast_as((count, 1024)) {
-                expect_shortage(tensor.append(&many), count * 1024);
-            }
+            let many = one.broadcast_as((count, 1024)).unwrap();
+            expect_shortage(tensor.append(&many), more_bytes);
             assert_eq!(tensor.len(), start);
             assert_eq!(pool.committed_bytes(), committed_bytes);
         }
         tensor.grow(1).unwrap();
     }
-    // One row that needs nearly all addresses.
-    let mut wide = pool.tensor(usize::MAX / 2 - 1, DType::U8).unwrap();
-    expect_shortage(wide.grow(1), usize::MAX / 2 - 1);
-    expect_shortage(wide.grow(2), 2 * (usize::MAX / 2 - 1));
-    assert_eq!(wide.len(), 0);
+    // One row that needs more than all addresses.
+    for bytes in [(1 << 46) + 1, usize::MAX / 2 - 1] {
+        let mut wide = pool.tensor(bytes, DType::U8).unwrap();
+        let outcome = wide.grow(1);
+        assert!(
+            matches!(outcome, Err(VmmError::InvalidOffset { .. })),
+            "{outcome:?}"
+        );
+        assert_eq!(wide.len(), 0);
+    }
+    // Addresses that no driver has.
+    let options = TensorPoolOptions::new().reservation_bytes(usize::MAX);
+    let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+    let mut tensor = pool.tensor(1024, DType::U8).unwrap();
+    let outcome = tensor.grow(1);
+    assert!(
+        matches!(outcome, Err(VmmError::InvalidOffset { .. })),
+        "{outcome:?}"
+    );
+    assert_eq!((tensor.len(), pool.committed_bytes()), (0, 0));
+}
+
+/// Limits the addresses of this process to `more_bytes` beyond those in use.
+#[cfg(target_os = "linux")]
+fn limit_addresses(more_bytes: u64) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = statm.split_whitespace().next().unwrap().parse().unwrap();
+    // SAFETY: it takes no pointer.
+    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64;
+    let bytes = pages * page_bytes + more_bytes;
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: bytes,
+    };
+    // SAFETY: the limit is a valid value, and is read only.
+    let outcome = unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) };
+    assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_the_host_has_not_is_an_error() {
+    const CHILD: &str = "CUDA_VMM_TEST_LIMITED_CHILD";
+    const ROW: usize = 1 << 20;
+    if std::env::var_os(CHILD).is_none() {
+        // The limit would hold for tests that run beside this one.
+        let test = "memory_that_the_host_has_not_is_an_error";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        child.args([test, "--exact", "--nocapture"]).env(CHILD, "1");
+        assert!(child.status().unwrap().success());
+        return;
+    }
+    let engine = EngineOptions::new()
+        .worker(WorkerMode::Manual)
+        .chunk_bytes_max(0);
+    let options = TensorPoolOptions::new().engine(engine);
+    let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+    let mut tensor = pool.tensor(ROW, DType::U8).unwrap();
+    tensor.grow(3).unwrap();
+    let mut cache = pool.kv_cache(0, 16);
+    let token = Tensor::ones((1, ROW), DType::U8, &Device::Cpu).unwrap();
+    cache.append(&token, &token).unwrap();
+    // It has addresses on the simulated device, and no rows.
+    let mut empty = pool.tensor(ROW, DType::U8).unwrap();
+    empty.grow(1).unwrap();
+    empty.clear();
+    pool.engine().step();
+    let before = pool.engine().stats();
+    limit_addresses(512 << 20);
+    // The simulated device has memory for each of these, and the host has not.
+    let count = 1024;
+    let many = token.broadcast_as((count, ROW)).unwrap();
+    let host = |outcome: Result<(), VmmError>| {
+        let shortage = expect_shortage(outcome, count * ROW);
+        assert_eq!(shortage.limit_bytes, Some(isize::MAX as usize));
+        pool.engine().step();
+        assert_eq!(pool.engine().stats(), before);
+    };
+    host(tensor.grow(count));
+    host(tensor.append(&many));
+    host(empty.grow(count));
+    host(KvCache::append(&mut cache, &many, &many).map(drop));
+    assert_eq!(
+        (tensor.len(), empty.len(), cache.current_seq_len()),
+        (3, 0, 1)
+    );
+    // A part of that is there.
+    tensor.grow(64).unwrap();
+    assert_eq!(pool.committed_bytes(), before.committed_bytes + 64 * ROW);
+}
+
+/// Candle does not tell when a view on the CPU is dropped, so it holds no page.
+#[test]
+fn a_view_holds_no_page_and_stays_as_it_is() {
+    let engine = EngineOptions::new().worker(WorkerMode::Manual);
+    let options = TensorPoolOptions::new().engine(engine);
+    let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+    let mut tensor = pool.tensor(4, DType::F32).unwrap();
+    tensor.append(&rows(&[1., 2., 3.])).unwrap();
+    let view = tensor.view().unwrap();
+    // One page, whatever the rows do under the view.
+    tensor.truncate(1).unwrap();
+    tensor.append(&rows(&[4., 5.])).unwrap();
+    let stats = pool.engine().stats();
+    assert_eq!((stats.committed_bytes, stats.ranges), (2 << 20, 1));
+    expect(&tensor, &[1., 4., 5.]);
+    tensor.clear();
+    pool.engine().step();
+    assert_eq!(pool.committed_bytes(), 0);
+    tensor.append(&rows(&[6.; 3])).unwrap();
+    let values = view.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(values, [1., 1., 1., 1., 2., 2., 2., 2., 3., 3., 3., 3.]);
 }
 
 #[test]

@@ -278,7 +278,10 @@ impl Device {
     }
 
     /// Fails unless both are the same device of the same driver.
-    pub(crate) fn expect_same(&self, other: &Self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`VmmError::WrongDriver`], [`VmmError::WrongDevice`].
+    pub fn expect_same(&self, other: &Self) -> Result<()> {
         if !self.driver().is_same(other.driver()) {
             return Err(VmmError::WrongDriver);
         }

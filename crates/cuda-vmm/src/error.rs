@@ -235,6 +235,14 @@ pub enum VmmError {
         /// The name.
         model: String,
     },
+    /// Memory of several accounts was asked for as if it were of one.
+    #[error("expected memory of the account {expected:?}, found memory of {found:?}")]
+    ForeignAccount {
+        /// The account that was asked.
+        expected: Box<str>,
+        /// The account that the memory is of.
+        found: Box<str>,
+    },
     /// Two things that must belong to one device belong to two.
     #[error("expected device {expected}, found device {found}")]
     WrongDevice {
@@ -358,6 +366,7 @@ impl VmmError {
                 QuotaConflict::Guarantee => Prospect::Depends,
                 QuotaConflict::GuaranteeAboveCeiling
                 | QuotaConflict::GuaranteeAboveLimit
+                | QuotaConflict::LimitBelowGuarantees
                 | QuotaConflict::Headroom
                 | QuotaConflict::ParkBytesMin
                 | QuotaConflict::AheadBytesMin => Prospect::Never,
@@ -389,6 +398,7 @@ impl VmmError {
             | Self::InvalidPageSize { .. }
             | Self::OutOfRange { .. }
             | Self::WrongDevice { .. }
+            | Self::ForeignAccount { .. }
             | Self::WrongDriver
             | Self::Closed
             | Self::Forked => Prospect::Never,

@@ -57,12 +57,16 @@
 //!
 //! Budgets:
 //!
-//! - *account*: what one range or model is charged for.
-//! - *guarantee*: memory that a model can always have, whatever others hold.
-//! - *ceiling*: the most that a model may hold.
+//! - *account*: a share of a budget, to which any number of ranges is charged. A model is one with a
+//!   name; a range that is made alone has one of its own. A closed account gets no memory any more.
+//! - *guarantee*: memory that an account can always have, whatever others hold.
+//! - *ceiling*: the most that an account may hold.
+//! - *limit*: the most that all accounts of a budget may hold.
 //! - *headroom*: memory of the device that a budget leaves to other allocators.
-//! - *pressure*: models want more memory than there is, so others are asked for some.
-//! - *owed*: the bytes that a model is asked to free for others, or to come below its ceiling.
+//! - *pressure*: accounts want more memory than there is, so others are asked for some.
+//! - *owed*: the bytes that an account is asked to free for others, or so that it comes below its
+//!   ceiling or all come below the limit.
+//! - *withdraw*: no longer want what was refused, so that others do not owe it.
 //!
 //! Calls:
 //!
@@ -120,8 +124,9 @@ pub use cuda_vmm_sys as sys;
 pub use device::{Device, MakeRoom};
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
-    CompactReport, Engine, EngineCounters, EngineOptions, EngineStats, GraphPin, LeaseToken,
-    PoolCounters, PoolOptions, StepReport, WorkerMode,
+    Account, AccountStats, CompactReport, Demand, Engine, EngineCounters, EngineOptions,
+    EngineStats, Givable, GraphPin, LeaseToken, PoolCounters, PoolOptions, Quota, StepReport,
+    WorkerMode,
 };
 #[cfg(feature = "simulator")]
 pub use error::REQUIRE_GPU_VARIABLE;
@@ -131,8 +136,8 @@ pub use mapping::{Access, Mapping};
 pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;
 pub use pool::{
-    ModelOptions, ModelQuota, ModelSnapshot, PoolStats, SharedMemoryPool, SharedPoolOptions,
-    Snapshot, VirtualMemoryPool,
+    AccountSnapshot, Backed, PoolStats, SharedMemoryPool, SharedPoolOptions, Snapshot,
+    VirtualMemoryPool,
 };
 #[doc(hidden)]
 pub use process::PerProcess;

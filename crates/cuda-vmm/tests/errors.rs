@@ -101,6 +101,7 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
     };
     assert!(quota(QuotaConflict::GuaranteeAboveCeiling).is_permanent());
     assert!(quota(QuotaConflict::Headroom).is_permanent());
+    assert!(quota(QuotaConflict::LimitBelowGuarantees).is_permanent());
     let of_call = |call, code| {
         VmmError::Driver(DriverError {
             call,
@@ -340,6 +341,21 @@ fn texts() -> Vec<(VmmError, &'static str)> {
         (
             VmmError::ModelAlreadyRegistered { model: model() },
             r#"a model named "m\"1" is registered already"#,
+        ),
+        (
+            VmmError::ForeignAccount {
+                expected: "chat".into(),
+                found: "#2".into(),
+            },
+            r##"expected memory of the account "chat", found memory of "#2""##,
+        ),
+        (
+            VmmError::QuotaUnsatisfiable {
+                what: QuotaConflict::LimitBelowGuarantees,
+                asked_bytes: 8,
+                available_bytes: 4,
+            },
+            "guarantees above a new limit: 8 bytes asked, at most 4 possible",
         ),
         (
             VmmError::WrongDevice {

@@ -5,15 +5,15 @@
 
 mod common;
 
-use common::{PAGE, Simulated, manual};
+use common::{ModelOptions, Models, PAGE, Simulated, manual};
 use core::time::Duration;
 use cuda_vmm::pool::blocks::{
     BlockAllocator, BlockBacking, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
 };
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::{
-    Device, Engine, EngineOptions, Mapping, ModelOptions, ModelQuota, PhysicalMemory, PoolOptions,
-    Reservation, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    Device, Engine, EngineOptions, Mapping, PhysicalMemory, PoolOptions, Quota, Reservation,
+    SharedPoolOptions, Stream, VirtualMemoryPool,
 };
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -100,26 +100,26 @@ fn step() -> impl Strategy<Value = Step> {
     (0..24u8, any_size(), any_size(), extreme())
 }
 
-fn shared_pool(device: &Device, options: EngineOptions, page: Option<usize>) -> SharedMemoryPool {
+fn shared_pool(device: &Device, options: EngineOptions, page: Option<usize>) -> Models {
     let with = |engine, page_bytes| {
         let mut options = SharedPoolOptions::new().engine(engine);
         options.page_bytes = page_bytes;
         options
     };
-    let pool = SharedMemoryPool::with_options(device, with(options, page));
-    let pool = pool.or_else(|_| SharedMemoryPool::with_options(device, with(options, None)));
+    let pool = Models::with_options(device, with(options, page));
+    let pool = pool.or_else(|_| Models::with_options(device, with(options, None)));
     pool.unwrap_or_else(|_| {
         let options = manual().limit_bytes(usize::MAX).park_bytes_max(usize::MAX);
-        SharedMemoryPool::with_options(device, with(options, None)).expect("a pool")
+        Models::with_options(device, with(options, None)).expect("a pool")
     })
 }
 
 /// Takes a step; whatever comes of it is no panic.
-fn take(pool: &SharedMemoryPool, stream: &Stream, step: Step) {
+fn take(pool: &Models, stream: &Stream, step: Step) {
     let (call, first, second, third) = step;
     let name = if third % 2 == 0 { "a" } else { "b" };
     let model = || pool.model(name);
-    let Ok(model) = model() else {
+    let Ok(mut model) = model() else {
         let registered = pool.register_model_with(
             name,
             ModelOptions {
@@ -163,27 +163,29 @@ fn take(pool: &SharedMemoryPool, stream: &Stream, step: Step) {
         11 => drop(pool.deallocate_for_model(name, first, second)),
         12 => drop(pool.deallocate_for_model_address(name, first as u64, second)),
         13 | 14 => {
-            let quota = ModelQuota {
-                guarantee_bytes: if call == 13 { first } else { 0 },
-                ceiling_bytes: (third % 2 == 0).then_some(second),
-                priority: if first % 2 == 0 { i32::MIN } else { i32::MAX },
-            };
+            let mut quota = Quota::new().guarantee_bytes(if call == 13 { first } else { 0 });
+            quota.ceiling_bytes = (third % 2 == 0).then_some(second);
+            quota.priority = if first % 2 == 0 { i32::MIN } else { i32::MAX };
             drop(pool.set_quota(name, quota));
         }
         15 => drop(pool.relieve(first)),
         16 => drop(pool.engine().trim_to(first)),
-        17 => drop(model.give_back()),
+        17 => drop(model.account().give_back()),
         18 => drop(pool.unregister_model(name)),
         19 => drop(model.use_stream(stream)),
-        // SAFETY: nothing runs on the pool's memory.
-        20 => drop(unsafe { pool.compact_model(name) }),
+        20 => {
+            // No handle may live meanwhile.
+            drop(model);
+            drop(pool.compact_model(name));
+            model = pool.model(name).expect("registered");
+        }
         21 => drop(pool.trim()),
         _ => drop(pool.engine().step()),
     }
     let stats = pool.stats();
     assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{step:?}");
     let snapshot = pool.snapshot();
-    let _ = (snapshot.prometheus().len(), model.owed_bytes());
+    let _ = (snapshot.prometheus().len(), model.account().owed_bytes());
     let _ = (
         format!("{} {}", stats, model.stats()),
         model.compact_report(),
@@ -220,7 +222,7 @@ proptest! {
         let device = &simulated.device;
         simulated.unchanged(|| {
             drop(VirtualMemoryPool::new(device, capacity, page));
-            drop(SharedMemoryPool::new(device, capacity));
+            drop(Models::new(device, capacity));
             let Ok(engine) = Engine::new(device, options) else {
                 return;
             };
@@ -338,7 +340,7 @@ proptest! {
 #[test]
 fn a_wait_may_be_as_long_as_there_is() {
     let simulated = Simulated::default();
-    let pool = SharedMemoryPool::new(&simulated.device, usize::MAX).expect("a pool");
+    let pool = Models::new(&simulated.device, usize::MAX).expect("a pool");
     pool.register_model("a", CAPACITY).expect("addresses");
     let model = pool.model("a").expect("registered");
     for (page, timeout) in [Duration::MAX, Duration::MAX - Duration::from_nanos(1)]
@@ -355,12 +357,12 @@ fn a_wait_may_be_as_long_as_there_is() {
 fn pressure_with_a_limit_near_the_largest() {
     for limit in [usize::MAX, usize::MAX - 1, usize::MAX - PAGE] {
         let simulated = Simulated::default();
-        let pool = SharedMemoryPool::new(&simulated.device, limit).expect("a pool");
+        let pool = Models::new(&simulated.device, limit).expect("a pool");
         for name in ["a", "b"] {
             pool.register_model(name, CAPACITY).expect("addresses");
             pool.allocate_for_model_at(name, 0, 8 * PAGE).expect("room");
         }
-        let quota = ModelQuota::new().ceiling_bytes(2 * PAGE);
+        let quota = Quota::new().ceiling_bytes(2 * PAGE);
         pool.set_quota("a", quota).expect("no guarantee");
         assert_eq!(pool.model_owed_bytes("a"), Some(6 * PAGE));
         pool.allocate_for_model_at("b", 8 * PAGE, 8 * PAGE)
@@ -368,7 +370,7 @@ fn pressure_with_a_limit_near_the_largest() {
         let a = pool.model("a").expect("registered");
         a.try_allocate(8 * PAGE, PAGE)
             .expect_err("above its ceiling");
-        let quota = ModelQuota::new().guarantee_bytes(limit - 24 * PAGE);
+        let quota = Quota::new().guarantee_bytes(limit - 24 * PAGE);
         let outcome = pool.set_quota("b", quota);
         assert!(outcome.is_ok(), "{outcome:?}");
         assert_eq!(pool.model_owed_bytes("b"), Some(0));

@@ -7,12 +7,14 @@
 
 mod common;
 
-use common::{Gate, UnderTest, manual, turn, under_test_without_contents as under_test};
+use common::{
+    Gate, ModelOptions, Models, UnderTest, manual, turn, under_test_without_contents as under_test,
+};
 use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{
-    Device, Engine, EngineOptions, ModelOptions, ModelQuota, PoolOptions, Result, SharedMemoryPool,
-    SharedPoolOptions, Stream, VirtualMemoryPool,
+    Device, Engine, EngineOptions, PoolOptions, Quota, Result, SharedPoolOptions, Stream,
+    VirtualMemoryPool,
 };
 use std::cell::RefCell;
 use std::time::Duration;
@@ -32,7 +34,7 @@ struct Fixture {
     held_bytes: usize,
     engine: Engine,
     pool: Option<VirtualMemoryPool>,
-    shared: SharedMemoryPool,
+    shared: Models,
     /// Made by an operation, and closed by the next.
     made: Option<VirtualMemoryPool>,
     /// Those that are named for the pool, which lets go of streams that nobody holds.
@@ -59,7 +61,7 @@ impl Fixture {
             pool.use_stream(stream).expect("same device");
         }
         let shared = SharedPoolOptions::new().engine(options).page_bytes(page());
-        let shared = SharedMemoryPool::with_options(&device, shared).expect("shared pool");
+        let shared = Models::with_options(&device, shared).expect("shared pool");
         shared.register_model("old", 8 * page()).expect("model");
         Self {
             device,
@@ -395,7 +397,7 @@ fn cases() -> Vec<Case> {
         Case {
             options: options().park_bytes_max(limit()),
             ..back("give back what is parked", eight_parked, |f| {
-                f.shared.model("old")?.give_back().map(drop)
+                f.shared.model("old")?.account().give_back().map(drop)
             })
         },
         Case {
@@ -408,14 +410,14 @@ fn cases() -> Vec<Case> {
         Case {
             options: options().park_bytes_max(limit()),
             ..back("guarantee what is parked", eight_parked, |f| {
-                let quota = ModelQuota::new().guarantee_bytes(37 * page());
+                let quota = Quota::new().guarantee_bytes(37 * page());
                 f.shared.set_quota("new", quota)
             })
         },
         Case {
             options: options().park_bytes_max(limit()),
             ..back("lower a ceiling", eight_parked, |f| {
-                let quota = ModelQuota::new().ceiling_bytes(2 * page());
+                let quota = Quota::new().ceiling_bytes(2 * page());
                 f.shared.set_quota("old", quota)?;
                 f.shared.engine().step();
                 Ok(())

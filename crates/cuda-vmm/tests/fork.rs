@@ -7,8 +7,8 @@ mod common;
 use common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Books;
 use cuda_vmm::{
-    Access, Device, Engine, Fence, Mapping, PhysicalMemory, Reservation, SharedMemoryPool,
-    StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
+    Access, Device, Engine, Fence, Mapping, PhysicalMemory, PoolOptions, Quota, Reservation,
+    SharedMemoryPool, StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
 };
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -23,6 +23,7 @@ struct Everything {
     fence: Fence,
     pools: Vec<(Engine, VirtualMemoryPool)>,
     shared: SharedMemoryPool,
+    model: VirtualMemoryPool,
     /// The last owners of another simulated driver, one of whose streams has a thread.
     lonely: (Stream, Mapping),
 }
@@ -61,8 +62,10 @@ impl Everything {
         }
         pools[0].1.deallocate(PAGE, PAGE).expect("live");
         let shared = SharedMemoryPool::new(device, 4 * PAGE).expect("a pool");
-        shared.register_model("one", 4 * PAGE).expect("addresses");
-        shared.allocate_for_model("one", PAGE).expect("room");
+        let account = shared.register_model("one", Quota::new()).expect("new");
+        let model = VirtualMemoryPool::on_account(&account, 4 * PAGE, PAGE, PoolOptions::new());
+        let model = model.expect("addresses");
+        model.allocate(0, PAGE).expect("room");
         Self {
             reservation: Reservation::new(device, PAGE).expect("address space"),
             memory: PhysicalMemory::new(device, PAGE).expect("memory"),
@@ -71,6 +74,7 @@ impl Everything {
             stream,
             pools,
             shared,
+            model,
             lonely: busy(&Simulated::default().device),
             simulated,
         }
@@ -117,8 +121,11 @@ impl Everything {
             assert_eq!(engine.step(), StepReport::default());
             assert_eq!(engine.stats(), before);
         }
-        forked(self.shared.allocate_for_model("one", PAGE));
-        forked(self.shared.register_model("two", PAGE));
+        forked(self.model.allocate(PAGE, PAGE));
+        let (account, options) = (self.model.account(), PoolOptions::new());
+        forked(VirtualMemoryPool::on_account(account, PAGE, PAGE, options));
+        forked(self.shared.register_model("two", Quota::new()));
+        forked(self.shared.engine().account("two", Quota::new()));
     }
 }
 

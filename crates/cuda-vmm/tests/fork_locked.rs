@@ -8,11 +8,15 @@ use common::{PAGE, Simulated, manual};
 use cuda_vmm::pool::blocks::{BlockAllocator, BlockBacking, ElementSize, LayerSpec, TensorSpec};
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::{
-    CaptureGuard, CompactReport, Driver, Engine, EngineOptions, ModelOptions, ModelQuota,
-    SharedMemoryPool, Snapshot, StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
+    Account, AccountStats, CaptureGuard, CompactReport, Driver, Engine, EngineOptions, Givable,
+    PoolOptions, Quota, SharedMemoryPool, Snapshot, StepReport, Stream, VirtualMemoryPool,
+    VmmError, WorkerMode,
 };
+use std::future::Future;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 /// What has a lock, of each kind.
@@ -21,6 +25,7 @@ struct Everything {
     engine: Engine,
     range: VirtualMemoryPool,
     shared: SharedMemoryPool,
+    model: VirtualMemoryPool,
     blocks: BlockAllocator,
     backing: BlockBacking,
     stream: Stream,
@@ -35,7 +40,9 @@ impl Everything {
         let range = VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("a pool");
         range.allocate(0, 2 * PAGE).expect("room");
         let shared = SharedMemoryPool::new(device, 64 * PAGE).expect("a pool");
-        shared.register_model("model", PAGE).expect("addresses");
+        let account = shared.register_model("model", Quota::new()).expect("new");
+        let model = VirtualMemoryPool::on_account(&account, 64 * PAGE, PAGE, PoolOptions::new());
+        let model = model.expect("addresses");
         let backing = || {
             let tensor = TensorSpec::new("k", &[16], ElementSize::new(2).expect("not zero"));
             let spec = LayerSpec::new(vec![tensor.expect("small")]).expect("one");
@@ -49,6 +56,7 @@ impl Everything {
             engine,
             range,
             shared,
+            model,
             simulated,
         }
     }
@@ -58,7 +66,9 @@ impl Everything {
         let device = &self.simulated.device;
         Some(match what {
             0 => Box::new(|| {
-                self.shared.register_model("other", PAGE).expect("new");
+                self.shared
+                    .register_model("other", Quota::new())
+                    .expect("new");
                 self.shared.unregister_model("other").expect("there");
             }),
             1 => Box::new(|| drop(self.shared.models())),
@@ -67,7 +77,7 @@ impl Everything {
             4 => Box::new(|| drop(CaptureGuard::new())),
             5 => Box::new(|| _ = self.engine.stats()),
             6 => Box::new(|| _ = self.range.is_mapped(0, PAGE)),
-            7 => Box::new(|| self.range.set_owed_waker(None)),
+            7 => Box::new(|| self.range.account().set_owed_waker(None)),
             8 => Box::new(|| drop(self.simulated.driver.device(0))),
             9 => Box::new(|| _ = self.backing.backed_prefix()),
             10 => Box::new(|| _ = self.blocks.allocated()),
@@ -77,6 +87,9 @@ impl Everything {
             }),
             12 => Box::new(|| drop(Driver::simulated(SimConfig::new()))),
             13 => Box::new(|| drop(Driver::cuda())),
+            14 => Box::new(|| self.range.account().set_memory_waker(None)),
+            15 => Box::new(|| _ = self.blocks.backing().account().givable()),
+            16 => Box::new(|| drop(self.range.account().demand())),
             _ => return None,
         })
     }
@@ -100,13 +113,21 @@ impl Everything {
         let engine = &self.engine;
         assert_eq!(engine.stats().committed_bytes, 0);
         assert_eq!(engine.counters().ranges.allocations, 0);
-        assert_eq!(engine.snapshot().models, Snapshot::default().models);
+        assert_eq!(engine.snapshot().accounts, Snapshot::default().accounts);
         assert_eq!(engine.step(), StepReport::default());
         forked(engine.trim());
         forked(engine.trim_to(0));
         assert_eq!(engine.relieve(PAGE), 0);
         forked(VirtualMemoryPool::new(device, PAGE, PAGE));
-        self.check_range(&self.range);
+        forked(engine.account("new", Quota::new()));
+        forked(engine.own_account());
+        forked(engine.set_limit_bytes(PAGE));
+        for range in [&self.range, &self.model] {
+            self.check_range(range);
+            self.check_account(range.account());
+        }
+        self.check_account(self.backing.account());
+        self.check_account(self.blocks.backing().account());
         self.check_shared();
         self.check_blocks();
         let own = Driver::simulated(SimConfig::new()).expect("one of its own");
@@ -129,39 +150,54 @@ impl Everything {
         forked(range.pin_for_graph(0, PAGE));
         forked(range.lease(0, PAGE, Arc::new(())));
         forked(range.trim());
-        forked(range.give_back());
         assert!(!range.is_leased(0, PAGE) && !range.is_mapped(0, PAGE));
         assert_eq!(range.physical_memory_usage(), 0);
         assert_eq!(range.stats().committed_bytes, 0);
         assert_eq!(range.counters().allocations, 0);
         assert_eq!(range.compact_report(), CompactReport::default());
-        assert_eq!(range.owed_bytes(), 0);
-        range.set_owed_waker(None);
+        let account = range.account();
+        forked(account.try_allocate_many(&[(range, 2 * PAGE, PAGE)]));
+        forked(account.allocate_many(&[(range, 2 * PAGE, PAGE)]));
+        forked(account.allocate_many_timeout(&[(range, 2 * PAGE, PAGE)], Duration::MAX));
+        let mut context = Context::from_waker(Waker::noop());
+        match pin!(range.allocate_async(2 * PAGE, PAGE)).poll(&mut context) {
+            Poll::Ready(outcome) => forked(outcome),
+            Poll::Pending => panic!("nothing wakes it"),
+        }
+    }
+
+    fn check_account(&self, account: &Account) {
+        fn forked<T>(outcome: Result<T, VmmError>) {
+            assert_eq!(outcome.map(|_| ()), Err(VmmError::Forked));
+        }
+        forked(account.quota());
+        forked(account.set_quota(Quota::new()));
+        forked(account.give_back());
+        let range = VirtualMemoryPool::on_account(account, PAGE, PAGE, PoolOptions::new());
+        forked(range);
+        assert_eq!(account.givable(), Givable::default());
+        assert_eq!((account.owed_bytes(), account.available_bytes()), (0, 0));
+        assert_eq!(account.withdraw(), 0);
+        assert_eq!(account.stats(), AccountStats::default());
+        assert_eq!(account.committed_bytes(), 0);
+        drop(account.demand());
+        account.set_owed_waker(None);
+        account.set_memory_waker(None);
+        account.close();
+        assert!(!account.name().is_empty());
     }
 
     fn check_shared(&self) {
         fn forked<T>(outcome: Result<T, VmmError>) {
             assert_eq!(outcome.map(|_| ()), Err(VmmError::Forked));
         }
-        let (shared, model, at_most) = (&self.shared, "model", Duration::MAX);
-        forked(shared.register_model("new", PAGE));
-        forked(shared.register_model_with("new", ModelOptions::new(PAGE)));
+        let (shared, model) = (&self.shared, "model");
+        forked(shared.register_model("new", Quota::new()));
         forked(shared.unregister_model(model));
         forked(shared.model(model));
-        forked(shared.allocate_for_model(model, PAGE));
-        forked(shared.allocate_for_model_at(model, 0, PAGE));
-        forked(shared.allocate_for_model_timeout(model, PAGE, at_most));
-        forked(shared.deallocate_for_model(model, 0, PAGE));
-        forked(shared.deallocate_for_model_address(model, 0, PAGE));
-        forked(shared.set_quota(model, ModelQuota::new()));
+        forked(shared.set_limit_bytes(PAGE));
         forked(shared.trim());
-        // SAFETY: nothing is launched here.
-        forked(unsafe { shared.compact_model(model) });
-        assert_eq!(shared.model_base_address(model), None);
-        assert!(shared.model_stats(model).is_none() && shared.quota(model).is_none());
-        assert!(shared.model_compact_report(model).is_none());
-        assert_eq!(shared.model_owed_bytes(model), None);
-        assert!(shared.models().is_empty() && shared.snapshot().models.is_empty());
+        assert!(shared.models().is_empty() && shared.snapshot().accounts.is_empty());
         assert_eq!(
             (shared.stats().committed_bytes, shared.relieve(PAGE)),
             (0, 0)
@@ -219,7 +255,7 @@ fn a_process_forked_under_a_lock_never_waits_for_it() {
     for what in 0.. {
         let all = everything.as_ref().expect("taken in children only");
         let Some(act) = all.busy(what) else {
-            assert_eq!(what, 14, "all of them");
+            assert_eq!(what, 17, "all of them");
             break;
         };
         let is_over = AtomicBool::new(false);

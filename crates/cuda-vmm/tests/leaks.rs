@@ -5,13 +5,13 @@
 
 mod common;
 
-use common::{Gate, PATIENCE, UnderTest, manual, turn, under_test, with_context};
+use common::{Gate, Models, PATIENCE, UnderTest, manual, turn, under_test, with_context};
 use core::ptr::null_mut;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_SUCCESS, DriverFunction};
 use cuda_vmm::{
     Access, Device, Engine, EngineOptions, Mapping, PhysicalMemory, Reservation, Result,
-    SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    SharedPoolOptions, Stream, VirtualMemoryPool,
 };
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -137,7 +137,7 @@ fn shared_pools_whose_models_are_unregistered_or_not() {
         let options = SharedPoolOptions::new()
             .engine(options())
             .page_bytes(page());
-        let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
+        let pool = Models::with_options(device, options).expect("a pool");
         for model in ["unregistered", "left"] {
             pool.register_model(model, 16 * page()).expect("a new name");
             pool.allocate_for_model(model, 3 * page()).expect("room");

@@ -7,12 +7,12 @@ mod events;
 #[path = "numbers/prometheus.rs"]
 mod text;
 
-use common::{PAGE, Simulated, manual};
+use common::{ModelOptions, Models, PAGE, Simulated, manual};
 use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
 use cuda_vmm::{
-    Device, EngineOptions, MemoryParts, ModelOptions, SharedMemoryPool, SharedPoolOptions,
-    Snapshot, Stream, VirtualMemoryPool, VmmError,
+    Device, Engine, EngineOptions, MemoryParts, Quota, SharedPoolOptions, Snapshot, Stream,
+    VirtualMemoryPool, VmmError,
 };
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -23,9 +23,9 @@ const CAPACITY: usize = 64 * PAGE;
 /// A name that every format has to take care of.
 const NAME: &str = "a \"b\"\\c\nd";
 
-fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+fn pool(device: &Device, options: EngineOptions) -> Models {
     let options = SharedPoolOptions::new().engine(options.chunk_bytes_max(0));
-    SharedMemoryPool::with_options(device, options).expect("a pool")
+    Models::with_options(device, options).expect("a pool")
 }
 
 /// The parts of models and others, one by one, are the engine's; and each sum is what is charged.
@@ -39,7 +39,7 @@ fn adds_up(snapshot: &Snapshot) {
     );
     assert!(engine.committed_bytes <= engine.limit_bytes);
     let mut sum = snapshot.others;
-    for model in &snapshot.models {
+    for model in &snapshot.accounts {
         let parts = model.stats.parts;
         let committed_bytes = model.stats.committed_bytes;
         assert_eq!(parts.total_bytes(), committed_bytes, "{snapshot:?}");
@@ -81,7 +81,7 @@ fn the_parts_add_up_while_threads_allocate_and_free() {
                 let now = pool.snapshot();
                 adds_up(&now);
                 only_the_cache_is_nobodys(&now);
-                assert_eq!(now.models.len(), MODELS);
+                assert_eq!(now.accounts.len(), MODELS);
                 let (was, is) = (before.counters, now.counters);
                 assert!(was.ranges.allocations <= is.ranges.allocations);
                 assert!(was.ranges.deallocations <= is.ranges.deallocations);
@@ -136,19 +136,20 @@ fn what_is_no_models_is_told_apart() {
     beside.deallocate(0, PAGE).expect("live");
     let snapshot = pool.snapshot();
     adds_up(&snapshot);
-    let mut others = MemoryParts::default();
-    (others.live_page_bytes, others.retiring_bytes) = (2 * PAGE, PAGE);
-    assert_eq!(snapshot.others, others);
-    assert_eq!(snapshot.models[0].stats.committed_bytes, 2 * PAGE);
-
-    // To the engine alone everything is nobody's.
-    let alone = pool.engine().snapshot();
-    adds_up(&alone);
-    assert_eq!(
-        (alone.engine, alone.others),
-        (snapshot.engine, snapshot.engine.parts)
-    );
-    assert_eq!(alone.models, []);
+    // A range that is made alone has an account of its own.
+    assert_eq!(snapshot.others, MemoryParts::default());
+    let [own, a] = &*snapshot.accounts else {
+        panic!("{snapshot:?}");
+    };
+    assert_eq!((&*own.name, &*a.name), (beside.account().name(), "a"));
+    assert!(own.name.starts_with('#'), "{snapshot:?}");
+    let mut parts = MemoryParts::default();
+    (parts.live_page_bytes, parts.retiring_bytes) = (2 * PAGE, PAGE);
+    assert_eq!(own.stats.parts, parts);
+    assert_eq!((own.stats.ranges, own.stats.live_bytes), (1, 2 * PAGE));
+    assert_eq!(own.quota, Quota::new());
+    assert_eq!(a.stats.committed_bytes, 2 * PAGE);
+    assert_eq!(pool.engine().snapshot(), snapshot);
 
     // A model that is gone while the driver keeps its memory has left it to the engine.
     simulated.simulator.inject(Fault::always(
@@ -158,9 +159,35 @@ fn what_is_no_models_is_told_apart() {
     pool.unregister_model("a").expect_err("the driver refuses");
     let snapshot = pool.snapshot();
     adds_up(&snapshot);
-    assert_eq!(snapshot.models, []);
-    assert_eq!(snapshot.others.quarantined_bytes, 2 * PAGE);
+    let names = snapshot.accounts.iter().map(|account| &*account.name);
+    assert_eq!(names.collect::<Vec<_>>(), [beside.account().name()]);
+    let mut others = MemoryParts::default();
+    others.quarantined_bytes = 2 * PAGE;
+    assert_eq!(snapshot.others, others);
     simulated.simulator.clear_faults();
+}
+
+#[test]
+fn accounts_of_pools_made_alone_have_names_of_their_own() {
+    let simulated = Simulated::default();
+    let engine = Engine::new(&simulated.device, manual()).expect("an engine");
+    let range = || VirtualMemoryPool::on_engine(&engine, CAPACITY, PAGE).expect("a range");
+    let first = range();
+    let name = first.account().name().to_owned();
+    let taken = engine.account(&name, Quota::new()).map(drop);
+    let expected = VmmError::ModelAlreadyRegistered { model: name };
+    assert_eq!(taken, Err(expected));
+    // Names that such pools would get.
+    let chosen = (0..9).filter_map(|number| {
+        let name = format!("#{number}");
+        engine.account(&name, Quota::new()).ok()
+    });
+    let _chosen: Vec<_> = chosen.collect();
+    let _ranges = [range(), range()];
+    let accounts = engine.snapshot().accounts;
+    let mut names: Vec<_> = accounts.iter().map(|account| &account.name).collect();
+    names.dedup();
+    assert_eq!((names.len(), accounts.len()), (11, 11), "{names:?}");
 }
 
 #[test]
@@ -172,13 +199,13 @@ fn a_snapshot_has_the_quotas_of_a_model() {
     options.ceiling_bytes = Some(3 * PAGE);
     pool.register_model_with("b", options).expect("a new name");
     pool.register_model("a", 2 * PAGE).expect("a new name");
-    let models = pool.snapshot().models;
+    let models = pool.snapshot().accounts;
     let quotas = models.iter().map(|of| {
         let capacity_bytes = of.stats.capacity_bytes;
         (
-            &*of.model,
-            of.guarantee_bytes,
-            of.ceiling_bytes,
+            &*of.name,
+            of.quota.guarantee_bytes,
+            of.quota.ceiling_bytes,
             capacity_bytes,
         )
     });
@@ -260,9 +287,12 @@ fn each_counter_counts_what_it_says() {
     // What has happened on a range stays in the engine's numbers when the range is gone.
     let before = pool.snapshot().counters.ranges;
     assert_eq!(before, a.counters());
+    assert_eq!(pool.snapshot().accounts[0].counters, before);
     pool.unregister_model("a").expect("registered");
     assert_eq!(pool.snapshot().counters.ranges, before);
-    assert_eq!(a.counters(), cuda_vmm::PoolCounters::default());
+    assert_eq!(a.counters(), before, "the range is there");
+    drop(a);
+    assert_eq!(pool.snapshot().counters.ranges, before);
 }
 
 #[test]
@@ -310,15 +340,15 @@ fn a_snapshot_can_be_written_and_read() {
     let value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert_eq!(value["engine"]["parts"]["live_page_bytes"], PAGE);
     assert_eq!(value["counters"]["ranges"]["allocations"], 1);
-    assert_eq!(value["models"][0]["model"], NAME);
-    assert_eq!(value["models"][0]["stats"]["live_bytes"], 3);
-    assert_eq!(value["models"][0]["ceiling_bytes"], 9 * PAGE);
-    assert!(value["models"][1]["ceiling_bytes"].is_null());
+    assert_eq!(value["accounts"][0]["name"], NAME);
+    assert_eq!(value["accounts"][0]["stats"]["live_bytes"], 3);
+    assert_eq!(value["accounts"][0]["quota"]["ceiling_bytes"], 9 * PAGE);
+    assert!(value["accounts"][1]["quota"]["ceiling_bytes"].is_null());
     // Written by a version that knew less.
-    let old = serde_json::from_str::<Snapshot>("{\"models\": [{\"model\": \"a\"}]}");
+    let old = serde_json::from_str::<Snapshot>("{\"accounts\": [{\"name\": \"a\"}]}");
     let old = old.expect("what is missing is zero");
     assert_eq!(
-        (&*old.models[0].model, old.engine.parts.live_page_bytes),
+        (&*old.accounts[0].name, old.engine.parts.live_page_bytes),
         ("a", 0)
     );
 }

@@ -3,14 +3,16 @@
 //! The model keeps one flag for each quarter of a page. An allocation is refused for want of memory only if
 //! the live pages and the new ones exceed the limit: all else can be given up.
 
+mod common;
+
 #[path = "random_operations/model.rs"]
 mod model;
 
+use common::Models;
 use cuda_vmm::sim::{Books, Fault, SimConfig, Simulator};
 use cuda_vmm::sys::CUDA_ERROR_OPERATING_SYSTEM;
 use cuda_vmm::{
-    CaptureGuard, Driver, EngineOptions, SharedMemoryPool, SharedPoolOptions, Stream, VmmError,
-    WorkerMode,
+    CaptureGuard, Driver, EngineOptions, SharedPoolOptions, Stream, VmmError, WorkerMode,
 };
 use model::{Model, Pools};
 use proptest::prelude::*;
@@ -129,8 +131,8 @@ fn run(
     let engine = options
         .limit_bytes(LIMIT_PAGES * PAGE)
         .worker(WorkerMode::Manual);
-    let shared = SharedMemoryPool::with_options(&device, SharedPoolOptions::new().engine(engine))
-        .expect("pool");
+    let shared =
+        Models::with_options(&device, SharedPoolOptions::new().engine(engine)).expect("pool");
     let mut pools = Pools::new(shared, ahead_bytes_max);
     let mut model = Model(vec![None; MODELS]);
     let mut faulty = false;

@@ -1,4 +1,4 @@
-//! `SharedMemoryPool`: what it refuses, who is charged, and that guarantees and ceilings hold.
+//! `Models`: what it refuses, who is charged, and that guarantees and ceilings hold.
 
 mod common;
 
@@ -25,26 +25,27 @@ mod relief;
 #[path = "shared/waiting.rs"]
 mod waiting;
 
-use common::{PAGE, Simulated, failure, manual};
+use common::{ModelOptions, Models, PAGE, Simulated, failure, manual};
 use cuda_vmm::sim::{Books, SimConfig};
 use cuda_vmm::{
-    Device, EngineOptions, EngineStats, ModelOptions, PoolStats, SharedMemoryPool,
-    SharedPoolOptions, Stream, VmmError,
+    Account, Device, EngineOptions, EngineStats, MemoryParts, PoolOptions, PoolStats, Quota,
+    SharedPoolOptions, Stream, VirtualMemoryPool, VmmError,
 };
 use std::sync::Arc;
+use std::time::Duration;
 
 const LIMIT: usize = 8 * PAGE;
 const CAPACITY: usize = 16 * PAGE;
 
-fn pool(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+fn pool(device: &Device, options: EngineOptions) -> Models {
     let options = SharedPoolOptions::new().engine(options);
-    SharedMemoryPool::with_options(device, options).expect("a pool")
+    Models::with_options(device, options).expect("a pool")
 }
 
 /// A pool with a limit of eight pages and two models of sixteen pages of addresses.
 struct Fixture {
     simulated: Simulated,
-    pool: SharedMemoryPool,
+    pool: Models,
 }
 
 type Snapshot = (Vec<String>, Vec<Option<PoolStats>>, EngineStats, Books);
@@ -70,7 +71,7 @@ impl Fixture {
     #[track_caller]
     fn refused<T: core::fmt::Debug>(
         &self,
-        act: impl FnOnce(&SharedMemoryPool) -> Result<T, VmmError>,
+        act: impl FnOnce(&Models) -> Result<T, VmmError>,
     ) -> VmmError {
         let before = self.snapshot();
         let outcome = act(&self.pool);
@@ -88,7 +89,7 @@ fn unknown(model: &str) -> VmmError {
 #[test]
 fn a_limit_above_the_device_is_reported_as_given() {
     let simulated = Simulated::new(SimConfig::new().memory_bytes(4 * PAGE));
-    let pool = SharedMemoryPool::new(&simulated.device, 1 << 50).expect("a pool");
+    let pool = Models::new(&simulated.device, 1 << 50).expect("a pool");
     assert_eq!(pool.limit_bytes(), 1 << 50);
     assert_eq!(pool.stats().limit_bytes, 1 << 50);
     assert_eq!(pool.page_bytes(), PAGE);
@@ -242,39 +243,125 @@ fn a_guarantee_holds_and_a_ceiling_too() {
 }
 
 #[test]
-fn an_unregistered_model_gives_everything_back_and_its_handles_are_closed() {
+fn an_unregistered_model_gives_everything_back_with_its_range() {
     let fixture = Fixture::new();
     let pool = &fixture.pool;
     pool.unregister_model("b").expect("registered");
     fixture.simulated.unchanged(|| {
         pool.register_model("b", CAPACITY).expect("addresses");
         pool.allocate_for_model("b", 3 * PAGE).expect("room");
-        let handle = pool.model("b").expect("registered");
         pool.unregister_model("b").expect("registered");
         assert_eq!(pool.models(), ["a"]);
         assert_eq!(pool.unregister_model("b"), Err(unknown("b")));
         assert_eq!(fixture.simulated.books().physical_bytes, 0);
-
-        let stream = Stream::new(&fixture.simulated.device).expect("a stream");
-        fixture.simulated.unchanged(|| {
-            assert_eq!(handle.allocate(0, PAGE), Err(VmmError::Closed));
-            assert_eq!(handle.try_allocate(0, PAGE), Err(VmmError::Closed));
-            assert_eq!(handle.allocate_anywhere(PAGE, 1), Err(VmmError::Closed));
-            assert_eq!(handle.deallocate(0, PAGE), Err(VmmError::Closed));
-            assert_eq!(handle.use_stream(&stream), Err(VmmError::Closed));
-            assert_eq!(handle.trim(), Ok(0));
-            assert!(!handle.is_mapped(0, PAGE));
-            assert_eq!(handle.physical_memory_usage(), 0);
-        });
-        let mut expected = PoolStats::default();
-        expected.capacity_bytes = CAPACITY;
-        expected.page_bytes = PAGE;
-        assert_eq!(handle.stats(), expected);
-        assert_eq!(Arc::strong_count(&handle), 1);
     });
     pool.register_model("b", PAGE)
         .expect("the name is free again");
     pool.allocate_for_model("b", PAGE).expect("room");
+}
+
+/// What an open account has and a closed one has not.
+#[track_caller]
+fn assert_closed(account: &Account) {
+    assert_eq!(account.quota(), Err(VmmError::Closed));
+    assert_eq!(account.set_quota(Quota::new()), Err(VmmError::Closed));
+    assert_eq!((account.owed_bytes(), account.available_bytes()), (0, 0));
+    let range = VirtualMemoryPool::on_account(account, CAPACITY, PAGE, PoolOptions::new());
+    assert_eq!(range.map(drop), Err(VmmError::Closed));
+}
+
+#[test]
+fn a_range_of_an_unregistered_model_gets_nothing_and_keeps_what_is_live() {
+    let fixture = Fixture::new();
+    let (pool, simulated) = (&fixture.pool, &fixture.simulated);
+    pool.unregister_model("b").expect("registered");
+    simulated.unchanged(|| {
+        let guaranteed = ModelOptions {
+            guarantee_bytes: 5 * PAGE,
+            ..ModelOptions::new(CAPACITY)
+        };
+        pool.register_model_with("b", guaranteed)
+            .expect("it can hold");
+        let handle = pool.model("b").expect("registered");
+        let address = handle.allocate(0, 3 * PAGE - 8).expect("room");
+        pool.unregister_model("b").expect("registered");
+        assert_eq!(pool.models(), ["a"]);
+        assert_eq!(pool.unregister_model("b"), Err(unknown("b")));
+
+        simulated.unchanged(|| {
+            assert_closed(handle.account());
+            assert_eq!(handle.allocate(4 * PAGE, PAGE), Err(VmmError::Closed));
+            assert_eq!(handle.try_allocate(4 * PAGE, PAGE), Err(VmmError::Closed));
+            assert_eq!(handle.allocate_anywhere(PAGE, 1), Err(VmmError::Closed));
+            let waits = handle.allocate_timeout(4 * PAGE, PAGE, Duration::MAX);
+            assert_eq!(waits, Err(VmmError::Closed));
+            // Also bytes of a page that is there.
+            assert_eq!(handle.allocate(3 * PAGE - 8, 8), Err(VmmError::Closed));
+        });
+
+        // What is live is as it was, and on no open account.
+        assert!(handle.is_mapped(0, 3 * PAGE - 8));
+        let live = |pages| {
+            let mut parts = MemoryParts::default();
+            parts.live_page_bytes = pages * PAGE;
+            parts
+        };
+        let names = |snapshot: &cuda_vmm::Snapshot| -> Vec<String> {
+            let accounts = snapshot.accounts.iter();
+            accounts.map(|account| account.name.clone()).collect()
+        };
+        let snapshot = pool.snapshot();
+        assert_eq!(names(&snapshot), ["a"]);
+        assert_eq!(snapshot.others, live(3));
+        assert_eq!(simulated.books().physical_bytes, 3 * PAGE);
+        let stream = Stream::new(&simulated.device).expect("a stream");
+        handle.use_stream(&stream).expect("of this device");
+        // SAFETY: the bytes are live.
+        unsafe { stream.memset(address, 1, PAGE) }.expect("queued");
+        stream.synchronize().expect("done");
+
+        // It gave up its guarantee. A new model may have its name, and what it frees.
+        let error = pool
+            .allocate_for_model("a", 6 * PAGE)
+            .expect_err("3 are live");
+        assert_eq!(error.shortfall_bytes(), PAGE);
+        pool.register_model("b", CAPACITY).expect("a new name");
+        assert_eq!(names(&pool.snapshot()), ["a", "b"]);
+        handle.deallocate(0, PAGE).expect("live");
+        assert_eq!(
+            handle.deallocate(0, PAGE),
+            Err(VmmError::NotMapped {
+                offset: 0,
+                bytes: PAGE
+            })
+        );
+        assert_eq!(handle.allocate(0, PAGE), Err(VmmError::Closed));
+        pool.allocate_for_model("a", 6 * PAGE).expect("one is free");
+        let snapshot = pool.snapshot();
+        assert_eq!(snapshot.others, live(2));
+        assert_eq!(snapshot.engine.parts, live(8));
+        pool.deallocate_for_model("a", 0, 6 * PAGE).expect("live");
+        pool.engine().step();
+        pool.unregister_model("b").expect("registered");
+
+        let expected = {
+            let mut expected = PoolStats::default();
+            (expected.capacity_bytes, expected.page_bytes) = (CAPACITY, PAGE);
+            (expected.live_bytes, expected.live_pages) = (2 * PAGE - 8, 2);
+            (expected.committed_bytes, expected.chunks) = (2 * PAGE, 2);
+            expected.parts = live(2);
+            // The page that was freed, and the rest behind what is live.
+            expected.unused_bytes = CAPACITY - (2 * PAGE - 8);
+            expected.largest_unused_run_bytes = CAPACITY - (3 * PAGE - 8);
+            expected
+        };
+        assert_eq!(handle.stats(), expected);
+        assert_eq!(handle.trim(), Ok(0));
+        assert_eq!(Arc::strong_count(&handle), 1);
+        drop(handle);
+        assert_eq!(pool.stats().committed_bytes, 0);
+        drop(stream);
+    });
 }
 
 #[test]
@@ -314,7 +401,7 @@ fn a_model_is_compacted_while_others_go_on() {
     let options = SharedPoolOptions::new()
         .engine(manual().limit_bytes(80 * PAGE).chunk_bytes_max(4 * PAGE))
         .page_bytes(PAGE);
-    let pool = SharedMemoryPool::with_options(&simulated.device, options).expect("a pool");
+    let pool = Models::with_options(&simulated.device, options).expect("a pool");
     for model in ["a", "b"] {
         pool.register_model(model, 64 * PAGE).expect("a new name");
         pool.allocate_for_model_at(model, 0, 32 * PAGE)
@@ -334,8 +421,7 @@ fn a_model_is_compacted_while_others_go_on() {
         (8 * PAGE, 24 * PAGE)
     );
     let before = pool.stats();
-    // SAFETY: nobody launches anything.
-    let report = unsafe { pool.compact_model("a") }.expect("room");
+    let report = pool.compact_model("a").expect("room");
     assert_eq!(report, planned);
     assert_eq!(
         pool.stats().committed_bytes,
@@ -349,11 +435,9 @@ fn a_model_is_compacted_while_others_go_on() {
     // SAFETY: the page is live, and nothing runs on it.
     unsafe { stream.read(address + 3 * PAGE as u64, &mut bytes) }.expect("mapped");
     assert_eq!(bytes, [7; 64]);
-    // SAFETY: as above.
-    let nothing = unsafe { pool.compact_model("b") }.expect("nothing to do");
+    let nothing = pool.compact_model("b").expect("nothing to do");
     assert_eq!((nothing.moved_bytes, nothing.returned_bytes), (0, 0));
     assert_eq!(pool.model_compact_report("c"), None);
-    // SAFETY: there is no such model.
-    let unknown = unsafe { pool.compact_model("c") };
+    let unknown = pool.compact_model("c");
     assert_eq!(unknown, Err(VmmError::ModelNotFound { model: "c".into() }));
 }

@@ -1,7 +1,10 @@
 //! Many threads on one engine: nothing is handed out twice, nothing is lost.
 
+mod common;
+
+use common::Models;
 use cuda_vmm::sim::{Books, SimConfig, Simulator};
-use cuda_vmm::{Driver, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{Driver, Stream, VirtualMemoryPool, VmmError};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -74,7 +77,7 @@ fn models_that_compete_for_one_limit_never_pass_it_and_all_finish() {
     let simulator = driver.simulator().expect("simulated").clone();
     let device = driver.device(0).expect("device");
     const LIMIT: usize = 6 * PAGE;
-    let pool = SharedMemoryPool::new(&device, LIMIT).expect("pool");
+    let pool = Models::new(&device, LIMIT).expect("pool");
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
             let pool = pool.clone();
@@ -108,16 +111,21 @@ fn models_that_compete_for_one_limit_never_pass_it_and_all_finish() {
 }
 
 #[test]
-fn a_handle_of_a_model_that_is_gone_answers_closed() {
+fn a_handle_of_a_model_that_is_gone_gets_no_memory_and_frees_what_is_live() {
     let driver = Driver::simulated(SimConfig::new().unbacked()).expect("simulator");
     let device = driver.device(0).expect("device");
-    let pool = SharedMemoryPool::new(&device, 8 * PAGE).expect("pool");
+    let pool = Models::new(&device, 8 * PAGE).expect("pool");
     pool.register_model("gone", 8 * PAGE).expect("a new name");
     let handle = pool.model("gone").expect("registered");
     handle.allocate(0, PAGE).expect("room");
     pool.unregister_model("gone").expect("registered");
+    assert_eq!(handle.allocate(PAGE, PAGE), Err(VmmError::Closed));
+    assert!(handle.is_mapped(0, PAGE));
+    assert_eq!(handle.stats().committed_bytes, PAGE);
+    handle.deallocate(0, PAGE).expect("live");
     assert_eq!(handle.allocate(0, PAGE), Err(VmmError::Closed));
-    assert_eq!(handle.deallocate(0, PAGE), Err(VmmError::Closed));
     assert!(!handle.is_mapped(0, PAGE));
+    pool.trim().expect("nothing is in its way");
     assert_eq!(handle.stats().committed_bytes, 0);
+    assert_eq!(pool.stats().committed_bytes, 0);
 }

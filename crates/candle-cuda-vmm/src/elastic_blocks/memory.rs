@@ -6,19 +6,19 @@
 //! to free its address.
 #![allow(unsafe_code)]
 
-use crate::device::core_device;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::lease::Token;
 #[cfg(feature = "cuda")]
 use crate::tensor_pool::DeviceMemory;
-use crate::tensor_pool::{self, TensorPoolInner};
+use crate::tensor_pool::{Memory, PoolMemory, TensorPoolInner};
+use crate::zeros::zeros;
 use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use cuda_vmm::LeaseToken;
-use cuda_vmm::pool::blocks::{BlockBacking, BlockId, LayerSpec, ReclaimPlan};
-use cuda_vmm::{Engine, Stream};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use cuda_vmm::Stream;
+use cuda_vmm::pool::blocks::{BlockBacking, LayerSpec, ReclaimPlan};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The block tensors, and the record of which blocks are backed.
 #[derive(Debug)]
@@ -30,17 +30,16 @@ pub(super) struct BlockMemory {
 /// Where the block tensors are.
 #[derive(Debug)]
 enum BlockStorage {
-    /// Candle tensors of all blocks. The backing's record is kept on a simulated device whose
-    /// memory is not used, and `stream` is a stream of that device. The lock is held while blocks
-    /// are backed or moved.
+    /// Candle tensors of all blocks. The backing's memory is the simulated device's, and is not
+    /// used. The lock is held while blocks are backed or moved.
     Host {
+        memory: Arc<PoolMemory>,
         tensors: Mutex<Vec<Tensor>>,
-        stream: Stream,
     },
     /// In the backing's addresses. Each token belongs to a tensor over all of them.
     #[cfg(feature = "cuda")]
     Device {
-        memory: std::sync::Arc<DeviceMemory>,
+        memory: Arc<DeviceMemory>,
         reserved: Mutex<Vec<Token>>,
     },
 }
@@ -53,26 +52,18 @@ impl BlockMemory {
         dtypes: &[DType],
     ) -> Result<Self> {
         match &pool.memory {
-            tensor_pool::Memory::Host(budget) => {
-                let core = core_device(&pool.device)?;
-                let engine = Engine::new(&core, pool.options.engine)?;
-                let page_bytes = pool.options.page_bytes.unwrap_or(core.granularity_bytes());
-                let backing = BlockBacking::new(&engine, spec, blocks, page_bytes)?;
-                let stream = Stream::new(&core)?;
-                backing.use_stream(&stream)?;
+            Memory::Host(memory) => {
+                let backing = memory.backing(spec, blocks)?;
                 let tensors = backing.tensors().iter().zip(dtypes);
-                let tensors = tensors.map(|(tensor, dtype)| {
-                    let zeros = crate::zeros::zeros(&tensor.shape(), *dtype)?;
-                    zeros.ok_or_else(|| budget.shortage(tensor.capacity_bytes(), 0))
-                });
+                let tensors = tensors.map(|(tensor, dtype)| zeros(&tensor.shape(), *dtype));
                 let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
-                let storage = BlockStorage::Host { tensors, stream };
+                let memory = memory.clone();
+                let storage = BlockStorage::Host { memory, tensors };
                 Ok(Self { backing, storage })
             }
             #[cfg(feature = "cuda")]
-            tensor_pool::Memory::Device(memory) => {
-                let backing = BlockBacking::new(&memory.engine, spec, blocks, memory.page_bytes)?;
-                backing.use_stream(&memory.stream)?;
+            Memory::Device(memory) => {
+                let backing = memory.common.backing(spec, blocks)?;
                 let (memory, reserved) = (memory.clone(), Mutex::default());
                 let storage = BlockStorage::Device { memory, reserved };
                 Ok(Self { backing, storage })
@@ -90,22 +81,26 @@ impl BlockMemory {
         &self.backing
     }
 
-    pub(super) fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        let blocks: Vec<_> = blocks.into_iter().collect();
-        // The record already shows moved blocks while `commit` still copies them.
-        let _lock = match &self.storage {
-            BlockStorage::Host { tensors, .. } => Some(self.lock(tensors)?),
+    /// Returns when the copies of a commit that has freed blocks are done. Called after blocks were
+    /// backed, before they are written: on the CPU a commit copies after it has changed the record.
+    pub(super) fn await_copies(&self) -> Result<()> {
+        match &self.storage {
+            BlockStorage::Host { tensors, .. } => self.lock(tensors).map(drop),
             #[cfg(feature = "cuda")]
-            BlockStorage::Device { .. } => None,
-        };
-        Ok(self.backing.back(blocks)?)
+            BlockStorage::Device { .. } => Ok(()),
+        }
     }
 
-    pub(super) fn commit(&self, plan: &ReclaimPlan) -> Result<()> {
+    /// Carries out a plan by `commit`, and copies the contents of the blocks that move.
+    pub(super) fn commit(
+        &self,
+        plan: &ReclaimPlan,
+        commit: impl FnOnce(&Stream) -> cuda_vmm::Result<()>,
+    ) -> Result<()> {
         match &self.storage {
-            BlockStorage::Host { tensors, stream } => {
-                let tensors = self.lock(tensors)?;
-                self.backing.commit(plan, stream)?;
+            BlockStorage::Host { memory, tensors } => {
+                let (tensors, stream) = (self.lock(tensors)?, memory.stream());
+                commit(stream)?;
                 for tensor in tensors.iter() {
                     for (from, to) in plan.moves() {
                         // Candle copies no tensor into itself.
@@ -117,7 +112,7 @@ impl BlockMemory {
                 Ok(stream.synchronize()?)
             }
             #[cfg(feature = "cuda")]
-            BlockStorage::Device { memory, .. } => Ok(self.backing.commit(plan, &memory.stream)?),
+            BlockStorage::Device { memory, .. } => Ok(commit(memory.common.stream())?),
         }
     }
 

@@ -1,16 +1,20 @@
 //! The tensors of a paged cache, with memory for the blocks in use.
 
+mod allocator;
 mod memory;
 
 use crate::error::Result;
 use crate::tensor_pool::TensorPool;
+pub use allocator::ElasticBlockAllocator;
 use candle_core::{DType, Error, Shape, Tensor};
-use cuda_vmm::Engine;
 use cuda_vmm::pool::blocks::{
-    BlockError, BlockId, BlockPin, BlockStats, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
+    BackedBlocks, BlockBacking, BlockError, BlockId, BlockPin, BlockStats, ElementSize, LayerSpec,
+    ReclaimPlan, TensorSpec,
 };
+use cuda_vmm::{Account, Engine};
 use memory::BlockMemory;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The tensors of a paged cache, `[num_blocks, block shape…]` each, with memory for the blocks that
 /// are backed. Cloning is cheap.
@@ -33,11 +37,9 @@ use std::sync::Arc;
 /// The content of a backed block is undefined until it is written.
 ///
 /// # On a CPU device
-/// It needs the feature `simulator`. The tensors are plain tensors of all `num_blocks`, allocated
-/// by [`new`](Self::new), and results are the same. The simulated driver keeps track of the backed
-/// blocks, plans and [`stats`](Self::stats) as a GPU would. They count against the pool's limit,
-/// but not in its [`committed_bytes`](TensorPool::committed_bytes). Host memory does not follow
-/// them.
+/// The tensors are plain tensors of all `num_blocks`, allocated by [`new`](Self::new), and results
+/// are the same. The blocks are backed on the simulated device, on the pool's engine, as on a GPU:
+/// plans, refusals and [`stats`](Self::stats) are those of a GPU. Host memory does not follow them.
 ///
 /// # Examples
 ///
@@ -150,8 +152,6 @@ impl ElasticBlocks {
     ///   the tensors.
     /// - [`OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory), or
     ///   [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
-    /// - [`UnsupportedDevice`](crate::VmmError::UnsupportedDevice) for a CPU device without the
-    ///   feature `simulator`.
     pub fn new<N: Into<String>, S: Into<Shape>>(
         pool: &TensorPool,
         num_blocks: usize,
@@ -191,7 +191,42 @@ impl ElasticBlocks {
     /// - [`Vmm`](crate::VmmError::Vmm) with `OutOfPhysicalMemory` if the budget is exhausted.
     /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.memory.back(blocks)
+        self.backing().back(blocks)?;
+        self.0.memory.await_copies()
+    }
+
+    /// As [`back`](Self::back), but never waits for the device.
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        self.backing().try_back(blocks)?;
+        self.0.memory.await_copies()
+    }
+
+    /// As [`back`](Self::back), but waits up to `timeout` for memory, also for what other accounts
+    /// are asked to give back.
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn back_timeout(
+        &self,
+        blocks: impl IntoIterator<Item = BlockId>,
+        timeout: Duration,
+    ) -> Result<()> {
+        self.backing().back_timeout(blocks, timeout)?;
+        self.0.memory.await_copies()
+    }
+
+    /// As [`try_back`](Self::try_back), but frees exactly the blocks that it has newly backed when
+    /// the guard is dropped, unless they are [kept](BackedBlocks::keep).
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn try_reserve(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BackedBlocks> {
+        let backed = self.backing().try_reserve(blocks)?;
+        self.0.memory.await_copies()?;
+        Ok(backed)
     }
 
     /// Frees blocks with their contents. A prefix that shows them keeps their memory.
@@ -203,7 +238,7 @@ impl ElasticBlocks {
     /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`],
     /// [`BlockError::NotBacked`] or [`BlockError::Pinned`]; then no block is freed.
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        Ok(self.0.memory.backing().unback(blocks)?)
+        Ok(self.backing().unback(blocks)?)
     }
 
     /// Keeps backed blocks in place until the pin is dropped.
@@ -212,7 +247,7 @@ impl ElasticBlocks {
     /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`] or
     /// [`BlockError::NotBacked`]; then no block is pinned.
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
-        Ok(self.0.memory.backing().pin(blocks)?)
+        Ok(self.backing().pin(blocks)?)
     }
 
     /// Keeps the blocks that a graph's kernels read or write in place until the pin is dropped.
@@ -238,7 +273,7 @@ impl ElasticBlocks {
         bytes: usize,
         cost: impl Fn(BlockId) -> Option<f64>,
     ) -> ReclaimPlan {
-        self.0.memory.backing().reclaim_candidates(bytes, cost)
+        self.backing().reclaim_candidates(bytes, cost)
     }
 
     /// As [`reclaim_candidates`](Self::reclaim_candidates), but may also move blocks, at a cost of
@@ -249,7 +284,7 @@ impl ElasticBlocks {
         move_cost: f64,
         cost: impl Fn(BlockId) -> Option<f64>,
     ) -> ReclaimPlan {
-        let backing = self.0.memory.backing();
+        let backing = self.backing();
         backing.reclaim_candidates_with_moves(bytes, move_cost, cost)
     }
 
@@ -263,7 +298,8 @@ impl ElasticBlocks {
     /// [`BlockBacking::commit`](cuda_vmm::pool::blocks::BlockBacking::commit); then nothing has
     /// changed.
     pub fn commit(&self, plan: &ReclaimPlan) -> Result<()> {
-        self.0.memory.commit(plan)
+        let backing = self.backing();
+        (self.0.memory).commit(plan, |stream| backing.commit(plan, stream))
     }
 
     /// Checks that all blocks of a table exist and are backed. It calls no driver.
@@ -299,7 +335,7 @@ impl ElasticBlocks {
     ///   [`BlockError::NotBacked`] if another thread frees a block during the call.
     /// - [`CandleError`](crate::VmmError::CandleError) if Candle fails.
     pub fn prefix(&self, name: &str) -> Result<Tensor> {
-        self.prefix_of(self.0.memory.backing().index_of(name)?)
+        self.prefix_of(self.backing().index_of(name)?)
     }
 
     /// As [`prefix`](Self::prefix), for the tensor of this index among the entries.
@@ -346,35 +382,51 @@ impl ElasticBlocks {
 
     /// Returns whether a block is backed; `false` if there is no such block.
     pub fn is_backed(&self, block: BlockId) -> bool {
-        self.0.memory.backing().is_backed(block)
+        self.backing().is_backed(block)
     }
 
     /// Returns how many blocks, from block 0 on, are backed without a gap.
     pub fn backed_prefix(&self) -> usize {
-        self.0.memory.backing().backed_prefix()
+        self.backing().backed_prefix()
     }
 
     /// Returns the number of blocks.
     pub fn num_blocks(&self) -> usize {
-        self.0.memory.backing().blocks()
+        self.backing().blocks()
     }
 
     /// Returns the names of the tensors, in the order of the entries.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        let tensors = self.0.memory.backing().tensors().iter();
+        let tensors = self.backing().tensors().iter();
         tensors.map(|tensor| tensor.name())
     }
 
     /// Returns how many blocks are backed and pinned, and how much memory the device holds for
     /// them.
     pub fn stats(&self) -> BlockStats {
-        self.0.memory.backing().stats()
+        self.backing().stats()
     }
 
-    /// Returns the engine behind the blocks: the pool's on a CUDA device, one of its own on the
-    /// simulated driver on a CPU device.
+    /// Returns the core's record of the blocks, with their leases and statistics by tensor. Carry
+    /// out plans by [`commit`](Self::commit), which also moves the blocks of a CPU device.
+    pub fn backing(&self) -> &BlockBacking {
+        self.0.memory.backing()
+    }
+
+    /// Returns an allocator of all blocks, none of which is backed yet. It prefers backed blocks,
+    /// so that the blocks in use fill whole pages.
+    pub fn allocator(&self) -> ElasticBlockAllocator {
+        ElasticBlockAllocator::new(self)
+    }
+
+    /// Returns the account that the memory of the blocks is charged to: the pool's.
+    pub fn account(&self) -> &Account {
+        self.backing().account()
+    }
+
+    /// Returns the engine behind the blocks, which is the pool's.
     pub fn engine(&self) -> &Engine {
-        self.0.memory.backing().engine()
+        self.backing().engine()
     }
 
     /// Returns the pool.

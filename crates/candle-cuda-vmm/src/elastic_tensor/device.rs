@@ -6,12 +6,14 @@
 
 #![allow(unsafe_code)]
 
+use super::extent::{Extent, Live};
+use super::growth::Growth;
 use crate::append::{AppendOutcome, Side};
 use crate::error::{Result, VmmError};
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
 use candle_core::{DType, Tensor};
-use cuda_vmm::{PoolOptions, Stream, VirtualMemoryPool};
+use cuda_vmm::{Stream, VirtualMemoryPool};
 use std::iter;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,47 +30,28 @@ struct Base {
     rows: Range<usize>,
 }
 
-/// A range of addresses, and the bytes of it that are live: base_rows pages, so that most rows need
-/// no allocation.
+/// The memory behind the rows, and what views show of it.
 #[derive(Debug)]
 struct Space {
     /// Views of all rows are parts of it. It is dropped before the range.
     base: Mutex<Option<Base>>,
-    range: VirtualMemoryPool,
-    live: Range<usize>,
+    extent: Extent,
     /// No view shows bytes from this offset on.
     viewed_end: AtomicUsize,
 }
 
 impl Space {
     fn new(memory: &DeviceMemory) -> Result<Self> {
-        let range = VirtualMemoryPool::with_options(
-            &memory.engine,
-            memory.reservation_bytes,
-            memory.page_bytes,
-            PoolOptions::new().ahead_bytes_max(memory.ahead_bytes_max),
-        )?;
-        range.use_stream(&memory.stream)?;
-        Ok(Self {
-            base: Mutex::default(),
-            range,
-            live: 0..0,
-            viewed_end: AtomicUsize::new(0),
-        })
+        Ok(Self::over(Extent::new(&memory.common)?))
     }
 
-    /// Allocates the bytes up to `end`.
-    fn extend(&mut self, end: usize) -> cuda_vmm::Result<()> {
-        if end <= self.live.end {
-            return Ok(());
+    /// Rows in this extent, which no view shows.
+    fn over(extent: Extent) -> Self {
+        Self {
+            base: Mutex::default(),
+            extent,
+            viewed_end: AtomicUsize::new(0),
         }
-        let capacity_bytes = self.range.capacity_bytes();
-        let end = end
-            .next_multiple_of(self.range.page_bytes())
-            .min(capacity_bytes);
-        self.range.allocate(self.live.end, end - self.live.end)?;
-        self.live.end = end;
-        Ok(())
     }
 
     /// Returns whether these bytes must not be written: a view shows them, or work on a dropped
@@ -80,12 +63,11 @@ impl Space {
             return Ok(false);
         }
         self.drop_base();
-        if self.range.is_leased(bytes.start, bytes.len())
-            || !self.range.order_after_leases(stream)?
-        {
+        let range = self.extent.range();
+        if range.is_leased(bytes.start, bytes.len()) || !range.order_after_leases(stream)? {
             return Ok(true);
         }
-        if !(self.range).is_leased(bytes.start, viewed_end.saturating_sub(bytes.start)) {
+        if !range.is_leased(bytes.start, viewed_end.saturating_sub(bytes.start)) {
             *self.viewed_end.get_mut() = bytes.start;
         }
         Ok(false)
@@ -97,16 +79,9 @@ impl Space {
 
     /// Frees live bytes at the start or the end.
     fn free(&mut self, bytes: Range<usize>) {
-        if bytes.is_empty() {
-            return;
-        }
-        self.drop_base();
-        // The bytes are live, so this fails in a forked process only, which has nothing to free.
-        let _ = self.range.deallocate(bytes.start, bytes.len());
-        if bytes.start == self.live.start {
-            self.live.start = bytes.end;
-        } else {
-            self.live.end = bytes.start;
+        if !bytes.is_empty() {
+            self.drop_base();
+            self.extent.free(bytes);
         }
     }
 }
@@ -154,12 +129,12 @@ impl DeviceRows {
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if bytes.end > space.range.capacity_bytes()
-            || space.is_in_use(&bytes, &self.memory.stream)?
+        if !space.extent.has_addresses(bytes.end)
+            || space.is_in_use(&bytes, self.memory.common.stream())?
         {
             return Ok(false);
         }
-        match space.extend(bytes.end) {
+        match space.extent.extend(bytes.end) {
             // The page was freed while a view shows it.
             Err(cuda_vmm::VmmError::Leased { .. }) => Ok(false),
             extended => Ok(extended.map(|()| true)?),
@@ -172,10 +147,9 @@ impl DeviceRows {
         // Cannot overflow: `ElasticTensor` has checked the number of rows.
         let bytes = (len + more) * self.row_bytes;
         let mut fresh = Space::new(&self.memory)?;
-        fresh.extend(bytes)?;
+        fresh.extent.extend(bytes)?;
         if len > 0 {
-            let rows = self.view(0..len)?;
-            self.memory.leases.write(&fresh.range, 0, &rows)?;
+            self.copy_to(&fresh.extent)?;
         }
         Ok(fresh)
     }
@@ -197,13 +171,13 @@ impl DeviceRows {
         if self.extend(count)? {
             let offset = self.rows.end * self.row_bytes;
             let space = self.space.as_ref();
-            if let Err(error) = space.map_or(Ok(()), |space| write(&space.range, offset)) {
+            if let Err(error) = space.map_or(Ok(()), |space| write(space.extent.range(), offset)) {
                 self.free_behind(live);
                 return Err(error);
             }
         } else {
             let fresh = self.copy_to_new_space(count)?;
-            write(&fresh.range, self.rows.len() * self.row_bytes)?;
+            write(fresh.extent.range(), self.rows.len() * self.row_bytes)?;
             self.replace_space(fresh);
         }
         self.rows.end += count;
@@ -212,14 +186,15 @@ impl DeviceRows {
 
     /// Returns the range of live bytes.
     fn live_bytes(&self) -> Range<usize> {
-        self.space.as_ref().map_or(0..0, |space| space.live.clone())
+        self.space
+            .as_ref()
+            .map_or(0..0, |space| space.extent.live())
     }
 
     /// Frees the bytes that were allocated behind `live`, the bytes that were live before.
     fn free_behind(&mut self, live: Range<usize>) {
         if let Some(space) = &mut self.space {
-            space.free(live.end..space.live.end);
-            space.live = live;
+            space.free(live.end..space.extent.live().end);
         }
     }
 
@@ -236,7 +211,7 @@ impl DeviceRows {
             let fresh = self.copy_to_new_space(count)?;
             self.replace_space(fresh);
         }
-        let base = (self.space.as_ref()).map_or(0, |space| space.range.base_address());
+        let base = (self.space.as_ref()).map_or(0, |space| space.extent.range().base_address());
         Ok(base + (self.rows.start * self.row_bytes) as u64)
     }
 
@@ -273,7 +248,7 @@ impl DeviceRows {
     pub(super) fn grow(&mut self, count: usize) -> Result<()> {
         let (memory, bytes) = (self.memory.clone(), count * self.row_bytes);
         self.add(count, |range, offset| {
-            lease::zero(&memory.stream, range, offset, bytes)
+            lease::zero(memory.common.stream(), range, offset, bytes)
         })
     }
 
@@ -284,21 +259,60 @@ impl DeviceRows {
         }
         let end = self.rows.end * self.row_bytes;
         if let Some(space) = &mut self.space {
-            // One more page stays, so that a length that alternates around a page boundary makes no
-            // calls.
-            let page_bytes = space.range.page_bytes();
-            let keep = (end.next_multiple_of(page_bytes) + page_bytes).min(space.live.end);
-            space.free(keep..space.live.end);
+            space.free(space.extent.behind_spare(end));
         }
     }
 
-    /// Drops the rows from `len` on, and frees all pages behind the remaining rows.
-    pub(super) fn undo(&mut self, len: usize) {
-        self.truncate(len);
+    /// Drops the rows from `len` on, and frees what was allocated for them since `live` was live.
+    pub(super) fn undo(&mut self, len: usize, live: &Live) {
+        self.rows.end = self.rows.start + len;
         let end = self.rows.end * self.row_bytes;
         if let Some(space) = &mut self.space {
-            let keep = end.next_multiple_of(space.range.page_bytes());
-            space.free(keep.min(space.live.end)..space.live.end);
+            space.free(space.extent.newer(live, end));
+        }
+    }
+
+    pub(super) fn extent(&self) -> Option<&Extent> {
+        self.space.as_ref().map(|space| &space.extent)
+    }
+
+    /// What `more` rows after the last need. They move if a view shows memory that they need.
+    pub(super) fn plan(&mut self, more: usize) -> Result<Growth> {
+        let bytes = self.bytes(&(self.rows.end..self.rows.end + more));
+        if let Some(space) = &mut self.space
+            && space.extent.has_addresses(bytes.end)
+        {
+            let missing = space.extent.missing(bytes.end);
+            let range = space.extent.range();
+            let is_leased = (missing.as_ref())
+                .is_some_and(|missing| range.is_leased(missing.start, missing.len()));
+            if !is_leased && !space.is_in_use(&bytes, self.memory.common.stream())? {
+                let (bytes, moved) = (missing, None);
+                return Ok(Growth { bytes, moved });
+            }
+        }
+        let moved = Extent::new(&self.memory.common)?;
+        let bytes = moved.missing((self.rows.len() + more) * self.row_bytes);
+        let moved = Some(moved);
+        Ok(Growth { bytes, moved })
+    }
+
+    /// Copies the rows to new addresses, whose memory is allocated.
+    pub(super) fn copy_to(&self, moved: &Extent) -> Result<()> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        let rows = self.view(0..self.rows.len())?;
+        self.memory.leases.write(moved.range(), 0, &rows)
+    }
+
+    /// Notes that what was planned is allocated, and the rows are copied if they move.
+    pub(super) fn finish(&mut self, growth: Growth) {
+        if let Some(extent) = growth.moved {
+            self.replace_space(Space::over(extent));
+        }
+        if let (Some(space), Some(bytes)) = (&mut self.space, growth.bytes) {
+            space.extent.extended(bytes);
         }
     }
 
@@ -309,15 +323,13 @@ impl DeviceRows {
         }
         let start = self.rows.start * self.row_bytes;
         if let Some(space) = &mut self.space {
-            let page_bytes = space.range.page_bytes();
-            space.free(space.live.start..start / page_bytes * page_bytes);
+            space.free(space.extent.before(start));
         }
     }
 
     pub(super) fn clear(&mut self) {
         if let Some(space) = &mut self.space {
-            space.free(space.live.clone());
-            space.live = 0..0;
+            space.free(space.extent.live());
         }
         self.rows = 0..0;
     }
@@ -349,20 +361,21 @@ impl DeviceRows {
     /// Makes a tensor with a lease of its own over some rows, counted from the start of the range.
     fn lease(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
         let (shape, offset) = (self.shape(rows.len()), rows.start * self.row_bytes);
-        (self.memory.leases).tensor(&space.range, offset, &shape, self.dtype)
+        (self.memory.leases).tensor(space.extent.range(), offset, &shape, self.dtype)
     }
 
     /// Returns a part of the base over some rows, counted from the start of the range. Makes a new
     /// base if the pages around the rows have changed.
     fn view_of_base(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
-        let page_bytes = space.range.page_bytes();
+        let (page_bytes, live) = (space.extent.range().page_bytes(), space.extent.live());
         let first = (rows.start * self.row_bytes / page_bytes * page_bytes)
-            .max(space.live.start)
+            .max(live.start)
             .div_ceil(self.row_bytes);
         let end = (rows.end * self.row_bytes).next_multiple_of(page_bytes);
-        let base_rows = first..end.min(space.live.end) / self.row_bytes;
+        let base_rows = first..end.min(live.end) / self.row_bytes;
         // In a forked process the lock may never be released.
-        self.memory.engine.device().driver().check_process()?;
+        let engine = self.memory.common.account().engine();
+        engine.device().driver().check_process()?;
         let mut base = space.base.lock().unwrap_or_else(PoisonError::into_inner);
         if base.as_ref().is_none_or(|base| base.rows != base_rows) {
             let tensor = self.lease(space, base_rows.clone())?;

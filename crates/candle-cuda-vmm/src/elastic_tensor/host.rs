@@ -1,7 +1,12 @@
 //! Rows in a plain tensor on the CPU, which moves when it grows.
+//!
+//! Beside it the rows have the memory that they would have on a GPU, in a range on the simulated
+//! device. Nothing is written there.
 
+use super::extent::{Extent, Live};
+use super::growth::Growth;
 use crate::error::Result;
-use crate::tensor_pool::HostBudget;
+use crate::tensor_pool::PoolMemory;
 use crate::zeros::zeros;
 use candle_core::{DType, Device, Tensor};
 use std::iter;
@@ -9,43 +14,28 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// A buffer of rows, charged to a budget.
+/// A buffer of rows.
 #[derive(Debug)]
 struct Buffer {
-    budget: Arc<HostBudget>,
     /// `[rows, row…]`.
     data: Tensor,
     rows: usize,
     /// Rows from this one on were never written, so they are zeros.
     written_end: usize,
-    bytes: usize,
+    row_bytes: usize,
 }
 
 impl Buffer {
     /// The size of each copy if rows cannot be copied directly.
     const PIECE_BYTES: usize = 1 << 20;
 
-    fn new(budget: &Arc<HostBudget>, rows: usize, row: &[usize], dtype: DType) -> Result<Self> {
-        let row_bytes = row.iter().product::<usize>() * dtype.size_in_bytes();
-        let bytes = rows.saturating_mul(row_bytes);
-        budget.charge(bytes)?;
-        match zeros(&shape_of_rows(rows, row), dtype) {
-            Ok(Some(data)) => Ok(Self {
-                budget: budget.clone(),
-                data,
-                rows,
-                written_end: 0,
-                bytes,
-            }),
-            Ok(None) => {
-                budget.refund(bytes);
-                Err(budget.shortage(bytes, 0))
-            }
-            Err(error) => {
-                budget.refund(bytes);
-                Err(error.into())
-            }
-        }
+    fn new(rows: usize, row: &[usize], dtype: DType) -> Result<Self> {
+        Ok(Self {
+            data: zeros(&shape_of_rows(rows, row), dtype)?,
+            rows,
+            written_end: 0,
+            row_bytes: row.iter().product::<usize>() * dtype.size_in_bytes(),
+        })
     }
 
     fn shares_storage(&self, other: &Tensor) -> bool {
@@ -91,7 +81,7 @@ impl Buffer {
 
     /// Splits rows into pieces; the first is the longest.
     fn pieces(&self, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
-        let step = (Self::PIECE_BYTES / (self.bytes / self.rows)).max(1);
+        let step = (Self::PIECE_BYTES / self.row_bytes).max(1);
         let end = rows.end;
         rows.step_by(step)
             .map(move |start| start..end.min(start + step))
@@ -103,30 +93,37 @@ fn shape_of_rows(rows: usize, row: &[usize]) -> Vec<usize> {
     iter::once(rows).chain(row.iter().copied()).collect()
 }
 
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.budget.refund(self.bytes);
-    }
-}
-
 /// Rows of one shape, a part of a buffer's rows.
 #[derive(Debug)]
 pub(super) struct HostRows {
-    budget: Arc<HostBudget>,
+    extent: Option<Extent>,
+    memory: Arc<PoolMemory>,
     row: Vec<usize>,
     dtype: DType,
+    row_bytes: usize,
+    /// The place of the first row in the extent, counted in rows.
+    place: usize,
     buffer: Option<Buffer>,
+    /// The current rows, counted from the start of the buffer.
     rows: Range<usize>,
     /// No view shows the buffer's rows from this one on, so they may be written.
     viewed_end: AtomicUsize,
 }
 
 impl HostRows {
-    pub(super) fn new(budget: &Arc<HostBudget>, row: Vec<usize>, dtype: DType) -> Self {
+    pub(super) fn new(
+        memory: &Arc<PoolMemory>,
+        row: Vec<usize>,
+        dtype: DType,
+        row_bytes: usize,
+    ) -> Self {
         Self {
-            budget: budget.clone(),
+            extent: None,
+            memory: memory.clone(),
             row,
             dtype,
+            row_bytes,
+            place: 0,
             buffer: None,
             rows: 0..0,
             viewed_end: AtomicUsize::new(0),
@@ -146,7 +143,7 @@ impl HostRows {
             Some(buffer) => buffer,
             None => {
                 // Twice the length, so that growth row by row copies each row only a few times.
-                let new = |rows| Buffer::new(&self.budget, rows, &self.row, self.dtype);
+                let new = |rows| Buffer::new(rows, &self.row, self.dtype);
                 let mut fresh = new((len + more).max(2 * len)).or_else(|_| new(len + more))?;
                 if let Some(old) = self.buffer.as_ref().filter(|_| len > 0) {
                     fresh.write(0, &old.data.narrow(0, self.rows.start, len)?)?;
@@ -160,56 +157,139 @@ impl HostRows {
         Ok(())
     }
 
-    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
-        let count = rows.dim(0)?;
-        self.make_room(count)?;
-        if let Some(buffer) = &mut self.buffer {
-            buffer.write(self.rows.end, rows)?;
+    /// Returns the end of the rows in the extent, in bytes, with `more` rows after them.
+    fn end_bytes(&self, more: usize) -> usize {
+        // Cannot overflow: `ElasticTensor` has checked the number of rows.
+        (self.place + self.rows.len() + more) * self.row_bytes
+    }
+
+    /// Returns the live bytes of the extent.
+    fn live_bytes(&self) -> Range<usize> {
+        self.extent.as_ref().map_or(0..0, Extent::live)
+    }
+
+    /// Frees live bytes at the start or the end of the extent.
+    fn free(&mut self, part: impl FnOnce(&Extent) -> Range<usize>) {
+        if let Some(extent) = &mut self.extent {
+            extent.free(part(extent));
+        }
+    }
+
+    /// Allocates memory for `more` rows after the last, in place. Returns a new extent for all rows
+    /// if there are no addresses.
+    fn extend(&mut self, more: usize) -> Result<Option<Extent>> {
+        let end = self.end_bytes(more);
+        match &mut self.extent {
+            Some(extent) if extent.has_addresses(end) => {
+                extent.extend(end)?;
+                Ok(None)
+            }
+            _ => {
+                let mut fresh = Extent::new(&self.memory)?;
+                fresh.extend((self.rows.len() + more) * self.row_bytes)?;
+                Ok(Some(fresh))
+            }
+        }
+    }
+
+    /// Adds `count` rows, which `write` writes from a row of the buffer on. After an error rows and
+    /// memory are as before.
+    fn add(
+        &mut self,
+        count: usize,
+        write: impl FnOnce(&mut Buffer, usize) -> Result<()>,
+    ) -> Result<()> {
+        let live = self.live_bytes();
+        let moved = self.extend(count)?;
+        let made = self.make_room(count);
+        let written = made.and_then(|()| match &mut self.buffer {
+            Some(buffer) => write(buffer, self.rows.end),
+            None => Ok(()),
+        });
+        match (written, moved) {
+            (Err(error), _) => {
+                self.free(|extent| live.end..extent.live().end);
+                return Err(error);
+            }
+            (Ok(()), Some(fresh)) => (self.extent, self.place) = (Some(fresh), 0),
+            (Ok(()), None) => {}
         }
         self.rows.end += count;
         Ok(())
+    }
+
+    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
+        self.add(rows.dim(0)?, |buffer, at| buffer.write(at, rows))
     }
 
     pub(super) fn grow(&mut self, count: usize) -> Result<()> {
-        self.make_room(count)?;
-        if let Some(buffer) = &mut self.buffer {
-            buffer.zero(self.rows.end..self.rows.end + count)?;
-        }
-        self.rows.end += count;
-        Ok(())
+        self.add(count, |buffer, at| buffer.zero(at..at + count))
     }
 
-    /// Copies all rows to a buffer of its own, which is not charged to the budget.
+    /// Copies all rows to a buffer of its own, which the pool does not count.
     pub(super) fn to_owned(&self) -> Result<Tensor> {
         let rows = self.view(0..self.len())?;
-        match zeros(rows.dims(), self.dtype)? {
-            Some(copy) => {
-                copy.slice_set(&rows, 0, 0)?;
-                Ok(copy)
-            }
-            None => {
-                let bytes = rows.elem_count() * self.dtype.size_in_bytes();
-                Err(self.budget.shortage(bytes, 0))
-            }
-        }
+        let copy = zeros(rows.dims(), self.dtype)?;
+        copy.slice_set(&rows, 0, 0)?;
+        Ok(copy)
     }
 
     pub(super) fn truncate(&mut self, len: usize) {
         self.rows.end = self.rows.start + len;
         if len == 0 {
-            self.clear();
+            return self.clear();
+        }
+        let end = self.end_bytes(0);
+        self.free(|extent| extent.behind_spare(end));
+    }
+
+    /// Drops the rows from `len` on, and frees what was allocated for them since `live` was live.
+    pub(super) fn undo(&mut self, len: usize, live: &Live) {
+        self.rows.end = self.rows.start + len;
+        let end = self.end_bytes(0);
+        self.free(|extent| extent.newer(live, end));
+    }
+
+    pub(super) fn extent(&self) -> Option<&Extent> {
+        self.extent.as_ref()
+    }
+
+    /// What `more` rows after the last need.
+    pub(super) fn plan(&mut self, more: usize) -> Result<Growth> {
+        let end = self.end_bytes(more);
+        if let Some(extent) = self.extent.as_ref().filter(|it| it.has_addresses(end)) {
+            let (bytes, moved) = (extent.missing(end), None);
+            return Ok(Growth { bytes, moved });
+        }
+        let moved = Extent::new(&self.memory)?;
+        let bytes = moved.missing((self.rows.len() + more) * self.row_bytes);
+        let moved = Some(moved);
+        Ok(Growth { bytes, moved })
+    }
+
+    /// Notes that what was planned is allocated.
+    pub(super) fn finish(&mut self, growth: Growth) {
+        if let Some(moved) = growth.moved {
+            (self.extent, self.place) = (Some(moved), 0);
+        }
+        if let (Some(extent), Some(bytes)) = (&mut self.extent, growth.bytes) {
+            extent.extended(bytes);
         }
     }
 
     pub(super) fn release_front(&mut self, count: usize) {
         self.rows.start += count;
+        self.place += count;
         if self.rows.is_empty() {
-            self.clear();
+            return self.clear();
         }
+        let start = self.place * self.row_bytes;
+        self.free(|extent| extent.before(start));
     }
 
     pub(super) fn clear(&mut self) {
-        (self.buffer, self.rows) = (None, 0..0);
+        self.free(Extent::live);
+        (self.buffer, self.rows, self.place) = (None, 0..0, 0);
         *self.viewed_end.get_mut() = 0;
     }
 

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "cuda")]
 mod device;
+mod extent;
+mod growth;
 mod host;
 
 #[cfg(feature = "cuda")]
@@ -11,6 +13,8 @@ use crate::tensor_pool::{Memory, TensorPool};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use device::DeviceRows;
+pub(crate) use extent::Live;
+pub(crate) use growth::Wait;
 use host::HostRows;
 use std::ops::Range;
 
@@ -25,7 +29,7 @@ use std::ops::Range;
 ///
 /// On a CUDA device views of all rows share one storage, which covers the whole pages around the
 /// rows. So no driver call is needed to make or drop a view. A view holds the pages that its rows
-/// are in.
+/// are in. On a CPU device it holds no page of the pool; see [`TensorPool`].
 ///
 /// # When rows move
 /// On a CUDA device appending copies the new rows only, and allocates memory at most once per page.
@@ -64,6 +68,9 @@ use std::ops::Range;
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_cuda_vmm::TensorPool;
 ///
+/// # #[cfg(not(feature = "simulator"))]
+/// # fn main() {}
+/// # #[cfg(feature = "simulator")]
 /// # fn main() -> candle_cuda_vmm::Result<()> {
 /// let pool = TensorPool::new(&Device::Cpu)?;
 /// let mut rows = pool.tensor((2, 3), DType::F32)?;
@@ -139,7 +146,9 @@ impl ElasticTensor {
             return Err(cuda_vmm::VmmError::ZeroSize { what: "row" }.into());
         }
         let rows = match &pool.inner().memory {
-            Memory::Host(budget) => Rows::Host(HostRows::new(budget, row.clone(), dtype)),
+            Memory::Host(memory) => {
+                Rows::Host(HostRows::new(memory, row.clone(), dtype, row_bytes))
+            }
             #[cfg(feature = "cuda")]
             Memory::Device(memory) => {
                 Rows::Device(DeviceRows::new(memory, row.clone(), dtype, row_bytes))
@@ -329,13 +338,15 @@ impl ElasticTensor {
         Ok(())
     }
 
-    /// Drops the rows from `len` on, and frees all memory that the remaining rows do not need.
-    pub(crate) fn undo(&mut self, len: usize) {
-        match &mut self.rows {
-            Rows::Host(rows) => rows.truncate(len),
-            #[cfg(feature = "cuda")]
-            Rows::Device(rows) => rows.undo(len),
-        }
+    /// The bytes of device memory that are allocated for the rows now.
+    pub(crate) fn live(&self) -> Live {
+        Live::of(with_rows!(&self.rows, rows => rows.extent()))
+    }
+
+    /// Drops the rows from `len` on, and frees the memory that was allocated for them since `live`
+    /// was.
+    pub(crate) fn undo(&mut self, len: usize, live: &Live) {
+        with_rows!(&mut self.rows, rows => rows.undo(len, live));
     }
 
     /// Drops the last `rows` rows; see [`truncate`](Self::truncate).

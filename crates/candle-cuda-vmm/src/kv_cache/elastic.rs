@@ -4,10 +4,10 @@ use super::checks::{check_pair, check_truncate};
 use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
-use crate::elastic_tensor::ElasticTensor;
+use crate::elastic_tensor::{ElasticTensor, Live};
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
-use candle_core::{Error, Tensor};
+use candle_core::{DType, Error, Shape, Tensor};
 use std::sync::Arc;
 
 /// The keys or the values of an [`ElasticKvCache`], with the methods of
@@ -136,10 +136,22 @@ impl ElasticCache {
         }
     }
 
-    /// Drops the tokens from `len` on, and frees the memory that was allocated for them.
-    fn undo(&mut self, len: usize) {
+    /// Makes the tensor of an empty cache, for tokens of this shape.
+    pub(super) fn set_rows(&mut self, row: &Shape, dtype: DType) -> Result<()> {
+        self.rows = Some(self.pool.tensor(row, dtype)?);
+        Ok(())
+    }
+
+    /// The tokens and the memory of the cache now.
+    fn mark(&self) -> (usize, Live) {
+        let live = self.rows.as_ref().map(ElasticTensor::live);
+        (self.current_seq_len(), live.unwrap_or_default())
+    }
+
+    /// Drops the tokens that came after a mark, and frees the memory that was allocated for them.
+    fn undo(&mut self, (len, live): &(usize, Live)) {
         if let Some(rows) = &mut self.rows {
-            rows.undo(len);
+            rows.undo(*len, live);
         }
     }
 
@@ -195,6 +207,9 @@ impl ElasticCache {
 /// use candle_core::{DType, Device, Tensor};
 /// use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 ///
+/// # #[cfg(not(feature = "simulator"))]
+/// # fn main() {}
+/// # #[cfg(feature = "simulator")]
 /// # fn main() -> candle_cuda_vmm::Result<()> {
 /// let pool = TensorPool::new(&Device::Cpu)?;
 /// let mut cache = ElasticKvCache::new(&pool, 2, 16);
@@ -277,11 +292,11 @@ impl ElasticKvCache {
     /// As [`append`](Self::append), with this crate's errors.
     fn try_append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.k.dim, "elastic-append")?;
-        let (k_len, v_len) = (self.k.current_seq_len(), self.v.current_seq_len());
+        let (k_mark, v_mark) = (self.k.mark(), self.v.mark());
         let outcome = self.append_or_fail(k, v);
         if outcome.is_err() {
-            self.k.undo(k_len);
-            self.v.undo(v_len);
+            self.k.undo(&k_mark);
+            self.v.undo(&v_mark);
         }
         outcome
     }
@@ -325,6 +340,22 @@ impl ElasticKvCache {
     /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.k.current_seq_len()
+    }
+
+    /// Returns the tensors of keys and values; `None` if their shapes are not known yet.
+    pub(super) fn rows_mut(&mut self) -> Result<Option<[&mut ElasticTensor; 2]>> {
+        self.k.check()?;
+        self.v.check()?;
+        let (k, v) = (self.k.rows.as_mut(), self.v.rows.as_mut());
+        Ok(k.zip(v).map(|(k, v)| [k, v]))
+    }
+
+    /// Returns the bytes of device memory that are allocated for keys and values: whole pages.
+    pub fn allocated_bytes(&self) -> usize {
+        let rows = [&self.k, &self.v]
+            .into_iter()
+            .filter_map(ElasticCache::rows);
+        rows.map(ElasticTensor::allocated_bytes).sum()
     }
 
     /// Drops all tokens and frees their memory. Tensors that were returned before are unchanged.

@@ -43,9 +43,11 @@ mod checks;
 mod concat;
 mod elastic;
 mod preallocated;
+mod sequence;
 mod traits;
 
 pub use concat::ConcatCaches;
 pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
+pub use sequence::{Sequence, SequenceCache};
 pub use traits::{KvCache, KvCacheFactory};

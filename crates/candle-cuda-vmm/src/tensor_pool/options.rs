@@ -17,7 +17,7 @@ use cuda_vmm::EngineOptions;
 #[non_exhaustive]
 pub struct TensorPoolOptions {
     /// Options of the engine behind the pool: its limit, the memory that stays mapped after a free,
-    /// the largest chunk. A CPU device checks all of them and uses the limit only.
+    /// the largest chunk.
     pub engine: EngineOptions,
     /// Page size in bytes. `None` selects the device's granularity.
     pub page_bytes: Option<usize>,

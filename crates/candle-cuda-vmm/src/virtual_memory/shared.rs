@@ -4,13 +4,18 @@ use super::pages::whole_pages;
 use super::stats::{GlobalMemoryStats, MemoryStats};
 use crate::device::core_device;
 use crate::error::{Result, VmmError};
+use crate::tensor_pool::{TensorPool, TensorPoolOptions};
 use candle_core::Device;
-use cuda_vmm::{EngineStats, ModelOptions, ModelQuota};
-use std::task::Waker;
+use cuda_vmm::{Account, EngineStats, PoolOptions, Quota};
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 /// Models that share one limit of physical memory on one device, each with its own range of
 /// addresses.
+///
+/// Each model is an [`Account`], which all that it holds is charged to: its range here, and the
+/// tensors, caches and blocks of [`tensor_pool`](Self::tensor_pool).
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -27,9 +32,38 @@ use std::time::Duration;
 /// # }
 /// # Ok::<(), candle_cuda_vmm::VmmError>(())
 /// ```
+///
+/// Tensors of two models under one limit:
+///
+/// ```
+/// # #[cfg(feature = "simulator")] {
+/// use candle_core::{DType, Device};
+/// use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPoolOptions};
+///
+/// let mut shared = SharedMemoryPool::new(24 << 20, Device::Cpu)?;
+/// shared.register_model_with("chat", 1 << 30, Quota::new().guarantee_bytes(8 << 20))?;
+/// shared.register_model("code", 1 << 30)?;
+/// let chat = shared.tensor_pool("chat", TensorPoolOptions::new())?;
+/// let code = shared.tensor_pool("code", TensorPoolOptions::new())?;
+///
+/// let mut rows = code.tensor(1 << 18, DType::F32)?; // a megabyte each
+/// rows.grow(16)?;
+/// assert!(rows.grow(2).is_err()); // the rest is kept for `chat`
+/// chat.tensor(1 << 18, DType::F32)?.grow(8)?;
+/// # }
+/// # Ok::<(), candle_cuda_vmm::VmmError>(())
+/// ```
 pub struct SharedMemoryPool {
     pool: cuda_vmm::SharedMemoryPool,
+    device: Device,
+    ranges: RwLock<Ranges>,
 }
+
+/// The range of each model.
+type Ranges = BTreeMap<String, Arc<cuda_vmm::VirtualMemoryPool>>;
+
+/// The multiple of which allocated addresses are, as those of `cuMemAlloc` are.
+const ALIGNMENT: usize = 256;
 
 impl SharedMemoryPool {
     /// Makes a pool without models. All models together may hold `physical_limit` bytes. Pages have
@@ -41,9 +75,12 @@ impl SharedMemoryPool {
     /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if `physical_limit` is 0.
     /// - Any error of [`core_device`].
     pub fn new(physical_limit: usize, device: Device) -> Result<Self> {
-        let device = core_device(&device)?;
-        let pool = cuda_vmm::SharedMemoryPool::new(&device, physical_limit)?;
-        Ok(Self { pool })
+        let core = core_device(&device)?;
+        Ok(Self {
+            pool: cuda_vmm::SharedMemoryPool::new(&core, physical_limit)?,
+            device,
+            ranges: RwLock::default(),
+        })
     }
 
     /// Registers a model, and reserves addresses for `virtual_capacity` bytes, rounded up to whole
@@ -57,8 +94,7 @@ impl SharedMemoryPool {
     /// - [`InvalidOffset`](VmmError::InvalidOffset) if the capacity cannot be rounded up.
     /// - [`Vmm`](VmmError::Vmm) with the driver's error if it cannot reserve that many addresses.
     pub fn register_model(&mut self, model_id: &str, virtual_capacity: usize) -> Result<()> {
-        let capacity = whole_pages(virtual_capacity, self.pool.page_bytes());
-        Ok(self.pool.register_model(model_id, capacity)?)
+        self.register_model_with(model_id, virtual_capacity, Quota::new())
     }
 
     /// As [`register_model`](Self::register_model), with a guarantee, a ceiling and a priority. New
@@ -68,29 +104,76 @@ impl SharedMemoryPool {
     /// As [`register_model`](Self::register_model), and [`Vmm`](VmmError::Vmm) with
     /// `QuotaUnsatisfiable` if the guarantee is above the ceiling, or cannot hold beside what
     /// others hold and are guaranteed.
-    pub fn register_model_with(&mut self, model_id: &str, options: ModelOptions) -> Result<()> {
-        let options = ModelOptions {
-            capacity_bytes: whole_pages(options.capacity_bytes, self.pool.page_bytes()),
-            ..options
-        };
-        Ok(self.pool.register_model_with(model_id, options)?)
+    pub fn register_model_with(
+        &mut self,
+        model_id: &str,
+        virtual_capacity: usize,
+        quota: Quota,
+    ) -> Result<()> {
+        let page_bytes = self.pool.page_bytes();
+        let capacity_bytes = whole_pages(virtual_capacity, page_bytes);
+        let account = self.pool.register_model(model_id, quota)?;
+        let range = cuda_vmm::VirtualMemoryPool::on_account(
+            &account,
+            capacity_bytes,
+            page_bytes,
+            PoolOptions::new(),
+        );
+        match range {
+            Ok(range) => {
+                self.write(|ranges| ranges.insert(model_id.to_owned(), Arc::new(range)))?;
+                Ok(())
+            }
+            Err(error) => {
+                self.pool.unregister_model(model_id)?;
+                Err(error.into())
+            }
+        }
     }
 
-    /// Changes a model's guarantee, ceiling and priority at any time; see
-    /// [`cuda_vmm::SharedMemoryPool::set_quota`]. New in 0.2.0.
+    /// Returns the account of a model: its quota, what it owes, what is available to it. New in
+    /// 0.2.0.
     ///
     /// # Errors
-    /// After an error nothing has changed.
-    /// - [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
-    /// - [`Vmm`](VmmError::Vmm) with `QuotaUnsatisfiable` if the quota cannot hold.
-    pub fn set_quota(&self, model_id: &str, quota: ModelQuota) -> Result<()> {
-        Ok(self.pool.set_quota(model_id, quota)?)
+    /// [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
+    pub fn model(&self, model_id: &str) -> Result<Account> {
+        Ok(self.pool.model(model_id)?)
     }
 
-    /// Returns a model's guarantee, ceiling and priority; `None` if there is no such model. New in
+    /// Returns the range of addresses of a model, with which other threads can allocate and free
+    /// memory of it. New in 0.2.0.
+    ///
+    /// # Errors
+    /// [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
+    pub fn range(&self, model_id: &str) -> Result<Arc<cuda_vmm::VirtualMemoryPool>> {
+        self.check_process()?;
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let range = ranges.get(model_id).cloned();
+        range.ok_or_else(|| VmmError::ModelNotFound(model_id.to_owned()))
+    }
+
+    /// Makes a pool for tensors, caches and blocks whose memory is charged to a model. New in
     /// 0.2.0.
-    pub fn quota(&self, model_id: &str) -> Option<ModelQuota> {
-        self.pool.quota(model_id)
+    ///
+    /// The engine options among `options` are not used: the limit is this pool's.
+    ///
+    /// # Errors
+    /// - [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
+    /// - Any error of [`TensorPool::on_account`].
+    pub fn tensor_pool(&self, model_id: &str, options: TensorPoolOptions) -> Result<TensorPool> {
+        let account = self.pool.model(model_id)?;
+        TensorPool::on_account(&self.device, &account, options)
+    }
+
+    /// Fails in a forked process, where the lock may never be released.
+    fn check_process(&self) -> Result<()> {
+        Ok(self.pool.engine().device().driver().check_process()?)
+    }
+
+    fn write<T>(&self, change: impl FnOnce(&mut Ranges) -> T) -> Result<T> {
+        self.check_process()?;
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        Ok(change(&mut ranges))
     }
 
     /// Allocates `size` bytes for a model and returns their address, a multiple of 256.
@@ -107,7 +190,7 @@ impl SharedMemoryPool {
     ///   memory, is exhausted.
     /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn allocate_for_model(&mut self, model_id: &str, size: usize) -> Result<usize> {
-        let address = self.pool.allocate_for_model(model_id, size);
+        let address = self.range(model_id)?.allocate_anywhere(size, ALIGNMENT);
         Ok(address.map_err(VmmError::as_in_0_1_1)? as usize)
     }
 
@@ -116,7 +199,7 @@ impl SharedMemoryPool {
     ///
     /// Other models are asked to free memory for it. Waiting calls are served by priority, then in
     /// the order of arrival. The call takes `&self`, so that other threads can use the pool
-    /// meanwhile; they free their memory through [`core`](Self::core).
+    /// meanwhile; they free their memory through [`range`](Self::range).
     ///
     /// # Errors
     /// As [`allocate_for_model`](Self::allocate_for_model).
@@ -129,41 +212,9 @@ impl SharedMemoryPool {
         size: usize,
         timeout: Duration,
     ) -> Result<usize> {
-        let pool = &self.pool;
-        let address = pool.allocate_for_model_timeout(model_id, size, timeout);
+        let range = self.range(model_id)?;
+        let address = range.allocate_anywhere_timeout(size, ALIGNMENT, timeout);
         Ok(address.map_err(VmmError::as_in_0_1_1)? as usize)
-    }
-
-    /// Returns how many bytes a model is asked to free, because others need memory or because its
-    /// ceiling was lowered. New in 0.2.0.
-    ///
-    /// Returns `None` if there is no such model. See [`cuda_vmm::VirtualMemoryPool::owed_bytes`],
-    /// which takes no lock.
-    pub fn owed_bytes(&self, model_id: &str) -> Option<usize> {
-        self.pool.model_owed_bytes(model_id)
-    }
-
-    /// Sets a waker that is woken each time a model owes more; `None` removes it. New in 0.2.0.
-    ///
-    /// See [`cuda_vmm::VirtualMemoryPool::set_owed_waker`].
-    ///
-    /// # Errors
-    /// [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
-    pub fn set_owed_waker(&self, model_id: &str, waker: Option<Waker>) -> Result<()> {
-        self.pool.model(model_id)?.set_owed_waker(waker);
-        Ok(())
-    }
-
-    /// Returns a model's unused memory to the driver, and returns how many bytes that were. New in
-    /// 0.2.0.
-    ///
-    /// See [`cuda_vmm::VirtualMemoryPool::give_back`].
-    ///
-    /// # Errors
-    /// - [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
-    /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
-    pub fn give_back(&self, model_id: &str) -> Result<usize> {
-        Ok(self.pool.model(model_id)?.give_back()?)
     }
 
     /// Returns at least `bytes` bytes of unused memory to the driver, if the pool has as many, and
@@ -190,9 +241,9 @@ impl SharedMemoryPool {
         offset: usize,
         size: usize,
     ) -> Result<()> {
-        self.pool
-            .deallocate_for_model(model_id, offset, size)
-            .map_err(|error| self.convert(model_id, error))
+        let range = self.range(model_id)?;
+        let freed = range.deallocate(offset, size);
+        freed.map_err(|error| with_capacity(&range, error))
     }
 
     /// Frees `size` live bytes at an address that [`allocate_for_model`](Self::allocate_for_model)
@@ -207,9 +258,12 @@ impl SharedMemoryPool {
         address: usize,
         size: usize,
     ) -> Result<()> {
-        self.pool
-            .deallocate_for_model_address(model_id, address as u64, size)
-            .map_err(|error| self.convert(model_id, error))
+        let range = self.range(model_id)?;
+        let base = range.base_address() as usize;
+        let offset = address.checked_sub(base);
+        let offset = offset.ok_or(VmmError::NotMapped { offset: 0, size })?;
+        let freed = range.deallocate(offset, size);
+        freed.map_err(|error| with_capacity(&range, error))
     }
 
     /// Returns the address of the first byte of a model's range; `None` if there is no such model.
@@ -217,13 +271,15 @@ impl SharedMemoryPool {
     /// [`deallocate_for_model`](Self::deallocate_for_model) takes the difference of an allocated
     /// address and this one.
     pub fn model_base_address(&self, model_id: &str) -> Option<usize> {
-        let address = self.pool.model_base_address(model_id)?;
-        Some(address as usize)
+        let range = self.range(model_id).ok()?;
+        Some(range.base_address() as usize)
     }
 
-    /// Returns a model's statistics of 0.1.1; `None` if there is no such model.
+    /// Returns the statistics of 0.1.1 for a model's range; `None` if there is no such model. What
+    /// its tensors, caches and blocks hold is in those of its [account](Self::model).
     pub fn get_model_stats(&self, model_id: &str) -> Option<MemoryStats> {
-        self.pool.model_stats(model_id).map(MemoryStats::from)
+        let range = self.range(model_id).ok()?;
+        Some(MemoryStats::from(range.stats()))
     }
 
     /// Returns the statistics of 0.1.1 for all models together.
@@ -232,12 +288,20 @@ impl SharedMemoryPool {
         GlobalMemoryStats::new(self.pool.limit_bytes(), models, &self.pool.stats())
     }
 
-    /// Unregisters a model and frees all its memory.
+    /// Unregisters a model and frees all memory of its range; while another thread holds the
+    /// [`range`](Self::range), that is done when it drops it. What tensors, caches and blocks of
+    /// the model hold stays until they are dropped; they get no more.
     ///
     /// # Errors
-    /// [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model.
+    /// [`ModelNotFound`](VmmError::ModelNotFound) if there is no such model;
+    /// [`Vmm`](VmmError::Vmm) if the driver refused memory of the range. The model is gone all the
+    /// same, and what is left is retried.
     pub fn unregister_model(&mut self, model_id: &str) -> Result<()> {
-        Ok(self.pool.unregister_model(model_id)?)
+        let range = self.write(|ranges| ranges.remove(model_id))?;
+        self.pool.unregister_model(model_id)?;
+        // Without the lock: it waits for the device.
+        let closed = range.and_then(Arc::into_inner).map(|range| range.close());
+        Ok(closed.unwrap_or(Ok(()))?)
     }
 
     /// Returns how many bytes the device holds for this pool, by state. `Display` prints them.
@@ -245,29 +309,21 @@ impl SharedMemoryPool {
         self.pool.stats()
     }
 
-    /// Returns the pool of [`cuda_vmm`] inside, which has more functions, such as placement by
-    /// offset and named streams. What it allocates and frees is this pool's.
+    /// Returns the pool of [`cuda_vmm`] inside, which has more functions, such as a limit that
+    /// changes at run time. Its models are this pool's.
     pub fn core(&self) -> &cuda_vmm::SharedMemoryPool {
         &self.pool
     }
+}
 
-    /// Converts an error of the core, and adds the model's capacity if the core's error lacks it.
-    fn convert(&self, model_id: &str, error: cuda_vmm::VmmError) -> VmmError {
-        let capacity = |unknown| match self.pool.model_stats(model_id) {
-            Some(stats) => stats.capacity_bytes,
-            None => unknown,
-        };
-        match VmmError::from(error) {
-            VmmError::InvalidOffset {
-                offset,
-                size,
-                capacity: unknown,
-            } => VmmError::InvalidOffset {
-                offset,
-                size,
-                capacity: capacity(unknown),
-            },
-            error => error,
-        }
+/// Converts an error of the core, and adds the range's capacity if the core's error lacks it.
+fn with_capacity(range: &cuda_vmm::VirtualMemoryPool, error: cuda_vmm::VmmError) -> VmmError {
+    match VmmError::from(error) {
+        VmmError::InvalidOffset { offset, size, .. } => VmmError::InvalidOffset {
+            offset,
+            size,
+            capacity: range.capacity_bytes(),
+        },
+        error => error,
     }
 }

@@ -74,16 +74,6 @@ pub struct UnderTest {
 }
 
 impl UnderTest {
-    /// The allocation unit of tensors that grow, in bytes: a page, or a small size on a CPU device,
-    /// which has no pages.
-    pub fn unit(&self) -> usize {
-        if self.device.is_cuda() {
-            page()
-        } else {
-            64 * KIB
-        }
-    }
-
     /// Returns the free memory of the device, in bytes.
     pub fn free_bytes(&self) -> usize {
         self.core.free_bytes().unwrap()

@@ -84,7 +84,7 @@ fn a_view_that_is_dropped_during_a_capture_leaves_the_capture_alone() {
         expect_candle_undisturbed(&test.device);
         assert_eq!(tensor.view().unwrap().to_vec2::<f32>().unwrap(), numbers);
     }
-    let engine = pool.engine().unwrap().clone();
+    let engine = pool.engine().clone();
     drop((tensor, pool));
     test.device.synchronize().unwrap();
     expect_given_back(&engine);

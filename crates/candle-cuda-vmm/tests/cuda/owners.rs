@@ -119,7 +119,7 @@ const KINDS: [(&str, Make); 9] = [
         tensor.append(&filled(device)).unwrap();
         let view = tensor.view().unwrap();
         tensor.truncate(1).unwrap();
-        Box::new((view, tensor, pool.engine().cloned()))
+        Box::new((view, tensor, pool.engine().clone()))
     }),
 ];
 

@@ -4,7 +4,9 @@ use crate::common::{GIB, MIB, UnderTest, open};
 use candle_core::CudaDevice;
 use candle_core::cuda::cudarc::driver::CudaSlice;
 use candle_cuda_vmm::cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
-use candle_cuda_vmm::cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions};
+use candle_cuda_vmm::cuda_vmm::{
+    EngineOptions, PoolOptions, Quota, SharedMemoryPool, SharedPoolOptions, VirtualMemoryPool,
+};
 use candle_cuda_vmm::let_candle_make_room;
 
 /// The bytes that stay free when nearly all memory is allocated. A driver needs some for its own
@@ -21,17 +23,19 @@ pub fn take(candle: &CudaDevice, bytes: usize) -> candle_core::Result<CudaSlice<
     unsafe { candle.alloc::<u8>(bytes) }
 }
 
-/// Makes a pool whose limit exceeds the device's memory and which keeps freed memory, with a model
-/// of this many bytes of addresses.
-pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> SharedMemoryPool {
+/// Makes a pool whose limit exceeds the device's memory and which keeps freed memory, and a model's
+/// range of this many bytes of addresses in it.
+pub fn greedy(test: &UnderTest, capacity_bytes: usize) -> (SharedMemoryPool, VirtualMemoryPool) {
     let options = SharedPoolOptions::new().engine(
         EngineOptions::new()
             .limit_bytes(usize::MAX / 2)
             .park_bytes_max(usize::MAX / 2),
     );
     let pool = SharedMemoryPool::with_options(&test.core, options).unwrap();
-    pool.register_model("model", capacity_bytes).unwrap();
-    pool
+    let model = pool.register_model("model", Quota::new()).unwrap();
+    let (page_bytes, options) = (pool.page_bytes(), PoolOptions::new());
+    let range = VirtualMemoryPool::on_account(&model, capacity_bytes, page_bytes, options);
+    (pool, range.unwrap())
 }
 
 /// Waits until all freed memory is parked.
@@ -47,9 +51,9 @@ fn candle_that_runs_out_is_relieved_with_what_a_pool_keeps() {
     let test = open();
     let candle = candle(&test);
     let most_bytes = (test.free_bytes() - LEFT) / MIB * MIB;
-    let pool = greedy(&test, most_bytes);
-    pool.allocate_for_model_at("model", 0, most_bytes).unwrap();
-    pool.deallocate_for_model("model", 0, most_bytes).unwrap();
+    let (pool, range) = greedy(&test, most_bytes);
+    range.allocate(0, most_bytes).unwrap();
+    range.deallocate(0, most_bytes).unwrap();
     settle(&pool);
     let wanted_bytes = 4 * GIB;
     let refused = take(&candle, wanted_bytes).unwrap_err();
@@ -71,8 +75,8 @@ fn a_pool_that_runs_out_has_candle_asked_and_then_the_drivers_own_error() {
     let test = open();
     let_candle_make_room(&test.device).unwrap();
     let capacity_bytes = test.core.total_bytes() * 2;
-    let pool = greedy(&test, capacity_bytes);
-    let outcome = pool.allocate_for_model("model", capacity_bytes);
+    let (pool, range) = greedy(&test, capacity_bytes);
+    let outcome = range.allocate(0, capacity_bytes);
     let error = outcome.unwrap_err();
     assert_eq!(error.driver_code(), Some(CUDA_ERROR_OUT_OF_MEMORY));
     assert!(
@@ -84,5 +88,5 @@ fn a_pool_that_runs_out_has_candle_asked_and_then_the_drivers_own_error() {
     assert_eq!(pool.stats().committed_bytes, 0);
     // The callback keeps a clone of Candle's device, and later tests would call it.
     test.core.set_make_room(None);
-    pool.allocate_for_model("model", 2 * MIB).unwrap();
+    range.allocate(0, 2 * MIB).unwrap();
 }

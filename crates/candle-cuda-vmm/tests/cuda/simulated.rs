@@ -119,7 +119,7 @@ fn fail_each_call<S: Subject>(
     work: impl Fn(&mut S) -> Result<()>,
 ) -> usize {
     let pool = TensorPool::new(&test.device).unwrap();
-    let engine = pool.engine().unwrap().clone();
+    let engine = pool.engine().clone();
     let mut subject = make(&pool);
     let before = settled(test, &engine, &subject);
     work(&mut subject).unwrap();

@@ -57,7 +57,7 @@ pub fn four_rows(test: &UnderTest) -> (Engine, TensorPool, ElasticTensor) {
     let mut tensor = pool.tensor(width(), DType::F32).unwrap();
     tensor.append(&rows(0, 4, &test.device)).unwrap();
     test.device.synchronize().unwrap();
-    (pool.engine().unwrap().clone(), pool, tensor)
+    (pool.engine().clone(), pool, tensor)
 }
 
 /// Checks that both streams complete their work without error.

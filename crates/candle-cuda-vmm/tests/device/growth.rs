@@ -6,14 +6,14 @@ use candle_cuda_vmm::cuda_vmm::{self, EngineOptions};
 use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
 use std::time::{Duration, Instant};
 
-fn options(test: &UnderTest) -> TensorPoolOptions {
+fn options() -> TensorPoolOptions {
     TensorPoolOptions::new()
         .page_bytes(page())
-        .reservation_bytes(64 * test.unit())
+        .reservation_bytes(64 * page())
 }
 
 fn pool(test: &UnderTest) -> TensorPool {
-    TensorPool::with_options(&test.device, options(test)).unwrap()
+    TensorPool::with_options(&test.device, options()).unwrap()
 }
 
 /// Makes rows of `columns` consecutive numbers from `first` on.
@@ -43,39 +43,35 @@ fn settle(pool: &TensorPool, bytes_max: usize) {
     while pool.committed_bytes() > bytes_max {
         assert!(Instant::now() < until, "{pool}");
         pool.device().synchronize().unwrap();
-        if let Some(engine) = pool.engine() {
-            engine.step();
-        }
+        pool.engine().step();
     }
 }
 
-/// Returns a number of columns with which three rows take more than one unit.
-fn wide(test: &UnderTest) -> usize {
-    test.unit() / 4 / 3 + 17
+/// Returns a number of columns with which three rows take more than one page.
+fn wide() -> usize {
+    page() / 4 / 3 + 17
 }
 
 #[test]
 fn rows_stay_where_they_are_while_more_are_appended() {
     let test = open();
     let pool = pool(&test);
-    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
     assert!(tensor.is_empty() && pool.committed_bytes() == 0);
-    assert_eq!(tensor.view().unwrap().dims(), [0, wide(&test)]);
+    assert_eq!(tensor.view().unwrap().dims(), [0, wide()]);
     let mut views = Vec::new();
     for len in (0..12).step_by(2) {
-        tensor.append(&rows(&test, len, 2, wide(&test))).unwrap();
+        tensor.append(&rows(&test, len, 2, wide())).unwrap();
         views.push(tensor.view().unwrap());
     }
     for (index, view) in views.iter().enumerate() {
         expect(view, 0, 2 * (index + 1));
     }
     expect(&tensor.view_rows(3..7).unwrap(), 3, 4);
-    if let Some(engine) = pool.engine() {
-        let live_bytes = 12 * tensor.row_bytes();
-        let stats = engine.stats();
-        assert_eq!(stats.ranges, 1, "they never moved");
-        assert!(stats.committed_bytes <= live_bytes + live_bytes / 8 + 2 * page());
-    }
+    let live_bytes = 12 * tensor.row_bytes();
+    let stats = pool.engine().stats();
+    assert_eq!(stats.ranges, 1, "they never moved");
+    assert!(stats.committed_bytes <= live_bytes + live_bytes / 8 + 2 * page());
 }
 
 #[test]
@@ -89,15 +85,15 @@ fn a_view_is_a_snapshot_whatever_becomes_of_the_rows() {
         |tensor| tensor.release_front(6).unwrap(),
     ];
     for change in ways {
-        let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
-        tensor.append(&rows(&test, 0, 7, wide(&test))).unwrap();
+        let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+        tensor.append(&rows(&test, 0, 7, wide())).unwrap();
         let before = tensor.view().unwrap();
         change(&mut tensor);
         let left = tensor.len();
-        tensor.append(&rows(&test, 100, 7, wide(&test))).unwrap();
+        tensor.append(&rows(&test, 100, 7, wide())).unwrap();
         expect(&before, 0, 7);
         let after = tensor.view().unwrap();
-        assert_eq!(after.dims(), [left + 7, wide(&test)]);
+        assert_eq!(after.dims(), [left + 7, wide()]);
         expect(&after.narrow(0, left, 7).unwrap(), 100, 7);
         drop(tensor);
         expect(&before, 0, 7);
@@ -113,16 +109,14 @@ fn rows_are_written_over_in_place_where_no_view_shows_them() {
     let mut tensor = pool.tensor(64, DType::F32).unwrap();
     tensor.append(&rows(&test, 0, 10, 64)).unwrap();
     drop(tensor.view().unwrap());
-    let ranges = || pool.engine().map(|engine| engine.stats().ranges);
+    let ranges = || pool.engine().stats().ranges;
     let before = (ranges(), pool.committed_bytes());
     for _ in 0..100 {
         tensor.append(&rows(&test, 10, 8, 64)).unwrap();
         expect(&tensor.view().unwrap(), 0, 18);
         tensor.truncate(10).unwrap();
     }
-    if pool.engine().is_some() {
-        assert_eq!((ranges(), pool.committed_bytes()), before);
-    }
+    assert_eq!((ranges(), pool.committed_bytes()), before);
 }
 
 #[test]
@@ -130,9 +124,9 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
     let test = open();
     for order in 0..6 {
         let pool = pool(&test);
-        let watch = pool.engine().cloned();
-        let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
-        tensor.append(&rows(&test, 0, 5, wide(&test))).unwrap();
+        let engine = pool.engine().clone();
+        let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+        tensor.append(&rows(&test, 0, 5, wide())).unwrap();
         let view = tensor.view().unwrap();
         let part = view.narrow(0, 2, 3).unwrap();
         let (mut pool, mut tensor, mut view) = (Some(pool), Some(tensor), Some(view));
@@ -149,13 +143,11 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
         }
         let elsewhere = std::thread::spawn(move || drop(part));
         elsewhere.join().unwrap();
-        if let Some(engine) = watch {
-            let until = Instant::now() + Duration::from_secs(60);
-            while engine.stats().committed_bytes > 0 {
-                assert!(Instant::now() < until, "{}", engine.stats());
-                test.device.synchronize().unwrap();
-                engine.step();
-            }
+        let until = Instant::now() + Duration::from_secs(60);
+        while engine.stats().committed_bytes > 0 {
+            assert!(Instant::now() < until, "{}", engine.stats());
+            test.device.synchronize().unwrap();
+            engine.step();
         }
     }
 }
@@ -163,16 +155,16 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
 #[test]
 fn a_window_that_slides_takes_memory_for_the_window_only() {
     let test = open();
-    let units = 16;
-    let options = options(&test).reservation_bytes(units * test.unit());
+    let pages = 16;
+    let options = options().reservation_bytes(pages * page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
-    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
+    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
     let window = 9;
     let window_bytes = (window + 1) * tensor.row_bytes();
     // Three times through the addresses.
-    let steps = 3 * units * test.unit() / tensor.row_bytes();
+    let steps = 3 * pages * page() / tensor.row_bytes();
     for step in 0..steps {
-        tensor.append(&rows(&test, step, 1, wide(&test))).unwrap();
+        tensor.append(&rows(&test, step, 1, wide())).unwrap();
         if tensor.len() > window {
             tensor.release_front(1).unwrap();
         }
@@ -180,7 +172,7 @@ fn a_window_that_slides_takes_memory_for_the_window_only() {
             let first = (step + 1).saturating_sub(window);
             expect(&tensor.view().unwrap(), first, tensor.len());
             // Freed memory may be retiring, and a window that moves to new addresses exists twice.
-            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * test.unit());
+            settle(&pool, 2 * window_bytes + window_bytes / 4 + 4 * page());
         }
     }
 }
@@ -229,12 +221,12 @@ fn every_type_that_candle_computes_with_grows() {
 fn a_copy_owns_its_memory() {
     let test = open();
     let pool = pool(&test);
-    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
-    tensor.append(&rows(&test, 0, 4, wide(&test))).unwrap();
+    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+    tensor.append(&rows(&test, 0, 4, wide())).unwrap();
     let (copy, mut clone) = (tensor.to_owned().unwrap(), tensor.try_clone().unwrap());
     tensor.truncate(1).unwrap();
-    tensor.append(&rows(&test, 50, 3, wide(&test))).unwrap();
-    clone.append(&rows(&test, 4, 1, wide(&test))).unwrap();
+    tensor.append(&rows(&test, 50, 3, wide())).unwrap();
+    clone.append(&rows(&test, 4, 1, wide())).unwrap();
     expect(&copy, 0, 4);
     expect(&clone.view().unwrap(), 0, 5);
     drop((tensor, clone));
@@ -245,16 +237,16 @@ fn a_copy_owns_its_memory() {
 #[test]
 fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
     let test = open();
-    let limit = EngineOptions::new().limit_bytes(8 * test.unit());
-    let pool = TensorPool::with_options(&test.device, options(&test).engine(limit)).unwrap();
-    let mut tensor = pool.tensor(wide(&test), DType::F32).unwrap();
-    tensor.append(&rows(&test, 0, 4, wide(&test))).unwrap();
+    let limit = EngineOptions::new().limit_bytes(8 * page());
+    let pool = TensorPool::with_options(&test.device, options().engine(limit)).unwrap();
+    let mut tensor = pool.tensor(wide(), DType::F32).unwrap();
+    tensor.append(&rows(&test, 0, 4, wide())).unwrap();
     let row_bytes = tensor.row_bytes();
     let too_many = tensor.rows_max() - 3;
     let error = tensor.grow(too_many).unwrap_err();
     assert!(
         matches!(error, VmmError::InvalidOffset { offset, size, capacity }
-            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * test.unit()),
+            if offset == 4 * row_bytes && size == too_many * row_bytes && capacity == 64 * page()),
         "{error}"
     );
     assert!(matches!(
@@ -278,7 +270,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
             );
         };
     }
-    let bytes = Tensor::zeros((1, wide(&test)), DType::U8, &test.device).unwrap();
+    let bytes = Tensor::zeros((1, wide()), DType::U8, &test.device).unwrap();
     refused!(
         tensor.append(&bytes),
         Error::DTypeMismatchBinaryOp {
@@ -294,7 +286,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
             ..
         }
     );
-    let flat = Tensor::zeros(wide(&test), DType::F32, &test.device).unwrap();
+    let flat = Tensor::zeros(wide(), DType::F32, &test.device).unwrap();
     refused!(
         tensor.append(&flat),
         Error::UnexpectedNumberOfDims {
@@ -336,7 +328,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
         }
     );
     if test.device.is_cuda() {
-        let elsewhere = Tensor::zeros((1, wide(&test)), DType::F32, &Device::Cpu).unwrap();
+        let elsewhere = Tensor::zeros((1, wide()), DType::F32, &Device::Cpu).unwrap();
         refused!(
             tensor.append(&elsewhere),
             Error::DeviceMismatchBinaryOp {
@@ -346,7 +338,7 @@ fn what_does_not_fit_is_refused_by_its_values_and_changes_nothing() {
         );
     }
     expect(&tensor.view().unwrap(), 0, 4);
-    tensor.append(&rows(&test, 4, 1, wide(&test))).unwrap();
+    tensor.append(&rows(&test, 4, 1, wide())).unwrap();
     expect(&tensor.view().unwrap(), 0, 5);
 }
 
@@ -356,9 +348,9 @@ fn pools_that_cannot_be_are_refused() {
     let with = |options| TensorPool::with_options(&test.device, options).map(drop);
     let zero = |what| VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what });
     for (options, error) in [
-        (options(&test).reservation_bytes(0), zero("reservation")),
+        (options().reservation_bytes(0), zero("reservation")),
         (
-            options(&test).engine(EngineOptions::new().limit_bytes(0)),
+            options().engine(EngineOptions::new().limit_bytes(0)),
             zero("limit"),
         ),
     ] {
@@ -367,10 +359,8 @@ fn pools_that_cannot_be_are_refused() {
             format!("{:?}", Err::<(), _>(error))
         );
     }
-    if test.device.is_cuda() {
-        let odd = with(options(&test).page_bytes(GRANULE / 2));
-        assert!(matches!(odd, Err(VmmError::InvalidPageSize(bytes)) if bytes == GRANULE / 2));
-    }
+    let odd = with(options().page_bytes(GRANULE / 2));
+    assert!(matches!(odd, Err(VmmError::InvalidPageSize(bytes)) if bytes == GRANULE / 2));
     let pool = pool(&test);
     let row = pool.tensor((3, 0), DType::F32).map(drop);
     assert_eq!(

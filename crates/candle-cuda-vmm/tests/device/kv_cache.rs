@@ -103,14 +103,14 @@ fn a_length_that_goes_to_and_fro_takes_nothing_from_the_driver() {
     drop(append(&test, &mut cache, 0..8));
     cache.truncate(3).unwrap();
     numbers.extend(0..3);
-    let before = pool.engine().map(|engine| engine.stats());
+    let before = pool.engine().stats();
     for round in 1..eight {
         drop(append(&test, &mut cache, 8 * round..8 * round + 8));
         cache.truncate(3 * round + 3).unwrap();
         numbers.extend(8 * round..8 * round + 3);
     }
     assert!(3 * eight * HEADS * DIM * 4 < page());
-    assert_eq!(pool.engine().map(|engine| engine.stats()), before);
+    assert_eq!(pool.engine().stats(), before);
     expect(&cache.k().unwrap().unwrap(), &numbers);
 }
 
@@ -141,7 +141,7 @@ fn a_reset_leaves_what_was_answered_alone() {
 #[test]
 fn a_clone_has_tokens_of_its_own_and_says_so_if_it_could_not() {
     let test = open();
-    let limit = EngineOptions::new().limit_bytes(6 * test.unit());
+    let limit = EngineOptions::new().limit_bytes(6 * page());
     let options = TensorPoolOptions::new().page_bytes(page()).engine(limit);
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.kv_cache(2, 64);
@@ -153,7 +153,7 @@ fn a_clone_has_tokens_of_its_own_and_says_so_if_it_could_not() {
     expect(&clone.k().unwrap().unwrap(), &[0, 1, 2, 3, 4, 50]);
     drop(clone);
     // Keys and values take two each. A second such pair exceeds the limit.
-    let count = 2 * test.unit() / (HEADS * DIM * 4);
+    let count = 2 * page() / (HEADS * DIM * 4);
     append(&test, &mut cache, 6..count);
     let mut clone = cache.clone();
     let error = clone

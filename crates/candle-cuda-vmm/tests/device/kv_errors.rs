@@ -146,17 +146,17 @@ fn a_cache_that_is_uneven_already_stays_as_it_is() {
 #[test]
 fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
     let test = open();
-    let engine = EngineOptions::new().limit_bytes(2 * test.unit());
+    let engine = EngineOptions::new().limit_bytes(2 * page());
     let options = TensorPoolOptions::new().engine(engine).page_bytes(page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.layer(0, DIM, 16).unwrap();
     // The keys fit, and then the values do not.
-    let many = tokens(&test, test.unit() / 16, 2);
+    let many = tokens(&test, page() / 16, 2);
     let error = KvCache::append(&mut cache, &many, &many).unwrap_err();
     let VmmError::Vmm(Core::OutOfPhysicalMemory { limit_bytes, .. }) = error else {
         panic!("{error:?}");
     };
-    assert_eq!(limit_bytes, 2 * test.unit());
+    assert_eq!(limit_bytes, 2 * page());
     let [k, v] = [cache.k_cache(), cache.v_cache()].map(|cache| cache.current_seq_len());
     assert_eq!((k, v), (0, 0));
     let model = |cache: &mut candle_cuda_vmm::ElasticKvCache| -> candle_core::Result<()> {
@@ -166,7 +166,7 @@ fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
     };
     let error = model(&mut cache).unwrap_err();
     let shortage = VmmError::find(&error).and_then(VmmError::shortage).unwrap();
-    assert_eq!(shortage.limit_bytes, Some(2 * test.unit()));
+    assert_eq!(shortage.limit_bytes, Some(2 * page()));
     // The same with Candle's own signature.
     let error = cache.append(&many, &many).unwrap_err();
     assert!(VmmError::find(&error).unwrap().is_out_of_memory());
@@ -175,11 +175,11 @@ fn out_of_memory_keeps_its_numbers_through_the_trait_and_through_a_model() {
 #[test]
 fn a_clone_that_failed_says_why() {
     let test = open();
-    let engine = EngineOptions::new().limit_bytes(2 * test.unit());
+    let engine = EngineOptions::new().limit_bytes(2 * page());
     let options = TensorPoolOptions::new().engine(engine).page_bytes(page());
     let pool = TensorPool::with_options(&test.device, options).unwrap();
     let mut cache = pool.kv_cache(DIM, 16);
-    let tokens = tokens(&test, test.unit() / 32, 2);
+    let tokens = tokens(&test, page() / 32, 2);
     cache.append(&tokens, &tokens).unwrap();
     let mut clone = cache.clone();
     let error = clone.k().unwrap_err();

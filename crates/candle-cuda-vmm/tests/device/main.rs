@@ -6,9 +6,11 @@
 mod common;
 
 mod blocks;
+mod budget;
 mod bytes;
 mod elastic;
 mod growth;
+mod joined;
 mod kernels;
 mod kv_cache;
 mod kv_errors;
@@ -20,5 +22,6 @@ mod physical_memory;
 mod raw;
 mod refusal;
 mod seed;
+mod sequence;
 mod settings;
 mod shared;

@@ -3,9 +3,10 @@
 use crate::common::{GIB, GRANULE, KIB, MIB, open, page};
 use crate::refused;
 use candle_core::Device;
-use candle_cuda_vmm::cuda_vmm::{ModelOptions, VmmError as Core};
+use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::{
-    SharedMemoryPool, VirtualMemoryPool, VmmError, let_candle_make_room, trim_candle_memory,
+    Quota, SharedMemoryPool, TensorPoolOptions, VirtualMemoryPool, VmmError, let_candle_make_room,
+    trim_candle_memory,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,7 +32,7 @@ fn state(pool: &SharedMemoryPool) -> (usize, usize, usize, usize) {
         global.physical_usage,
         global.num_models,
         model.physical_usage,
-        pool.core().model_stats("model").unwrap().live_bytes,
+        pool.model("model").unwrap().stats().live_bytes,
     )
 }
 
@@ -367,20 +368,19 @@ fn each_device_has_its_own_limit() {
 fn quotas_hold_and_are_changed_while_models_run() {
     let test = open();
     let mut pool = pool(&test.device);
-    let sure = ModelOptions {
-        guarantee_bytes: 16 * MIB,
-        ceiling_bytes: Some(32 * MIB),
-        priority: 2,
-        ..ModelOptions::new(CAPACITY - 1)
-    };
-    pool.register_model_with("sure", sure).unwrap();
+    let quota = Quota::new()
+        .guarantee_bytes(16 * MIB)
+        .ceiling_bytes(32 * MIB)
+        .priority(2);
+    pool.register_model_with("sure", CAPACITY - 1, quota)
+        .unwrap();
     assert_eq!(
         pool.get_model_stats("sure").unwrap().virtual_capacity,
         CAPACITY,
         "whole pages"
     );
-    let quota = pool.quota("sure").unwrap();
-    assert_eq!((quota.guarantee_bytes, quota.priority), (16 * MIB, 2));
+    let sure = pool.model("sure").unwrap();
+    assert_eq!(sure.quota(), Ok(quota));
     refused!(
         pool.allocate_for_model("model", 50 * MIB),
         VmmError::OutOfPhysicalMemory { .. }
@@ -388,20 +388,24 @@ fn quotas_hold_and_are_changed_while_models_run() {
     pool.allocate_for_model("model", 48 * MIB).unwrap();
     pool.allocate_for_model("sure", 16 * MIB).unwrap();
     refused!(
-        pool.set_quota("sure", quota.guarantee_bytes(18 * MIB)),
-        VmmError::Vmm(Core::QuotaUnsatisfiable { asked_bytes, available_bytes, .. })
+        sure.set_quota(quota.guarantee_bytes(18 * MIB)),
+        Core::QuotaUnsatisfiable { asked_bytes, available_bytes, .. }
             if (asked_bytes, available_bytes) == (18 * MIB, 16 * MIB)
     );
-    assert_eq!(pool.quota("sure"), Some(quota));
-    pool.set_quota("sure", quota.guarantee_bytes(0).ceiling_bytes(10 * MIB))
+    assert_eq!(sure.quota(), Ok(quota));
+    sure.set_quota(quota.guarantee_bytes(0).ceiling_bytes(10 * MIB))
         .unwrap();
-    assert_eq!(pool.owed_bytes("sure"), Some(6 * MIB));
-    refused!(pool.set_quota("none", quota), VmmError::ModelNotFound(_));
+    assert_eq!(sure.owed_bytes(), 6 * MIB);
     refused!(
-        pool.register_model_with("model", sure),
+        pool.register_model_with("model", CAPACITY, quota),
         VmmError::ModelAlreadyExists(_)
     );
-    assert_eq!((pool.quota("none"), pool.owed_bytes("none")), (None, None));
+    refused!(pool.model("none"), VmmError::ModelNotFound(_));
+    refused!(pool.range("none"), VmmError::ModelNotFound(_));
+    refused!(
+        pool.tensor_pool("none", TensorPoolOptions::new()),
+        VmmError::ModelNotFound(_)
+    );
 }
 
 /// Counts how often it is woken.
@@ -421,8 +425,8 @@ fn a_model_that_waits_is_served_by_one_that_is_told_what_it_owes() {
     pool.register_model("waits", CAPACITY).unwrap();
     pool.allocate_for_model("model", LIMIT).unwrap();
     let woken = Arc::new(Woken::default());
-    pool.set_owed_waker("model", Some(woken.clone().into()))
-        .unwrap();
+    let model = pool.model("model").unwrap();
+    model.set_owed_waker(Some(woken.clone().into()));
     refused!(
         pool.allocate_for_model_timeout("waits", 4 * MIB, Duration::ZERO),
         VmmError::OutOfPhysicalMemory {
@@ -431,29 +435,24 @@ fn a_model_that_waits_is_served_by_one_that_is_told_what_it_owes() {
         } if requested == 4 * MIB
     );
     assert_eq!(woken.0.load(Ordering::SeqCst), 1);
-    assert_eq!(pool.owed_bytes("model"), Some(4 * MIB));
+    assert_eq!(model.owed_bytes(), 4 * MIB);
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| {
             let pool = &pool;
             pool.allocate_for_model_timeout("waits", 8 * MIB, Duration::MAX)
         });
-        while pool.owed_bytes("model") != Some(8 * MIB) {
+        while model.owed_bytes() != 8 * MIB {
             std::thread::yield_now();
         }
-        let core = pool.core();
-        core.deallocate_for_model("model", 0, 8 * MIB).unwrap();
-        pool.give_back("model").unwrap();
+        let range = pool.range("model").unwrap();
+        range.deallocate(0, 8 * MIB).unwrap();
+        model.give_back().unwrap();
         let base = pool.model_base_address("waits").unwrap();
         assert_eq!(waits.join().unwrap().unwrap(), base);
     });
-    assert_eq!(pool.owed_bytes("model"), Some(0));
-    pool.set_owed_waker("model", None).unwrap();
+    assert_eq!(model.owed_bytes(), 0);
+    model.set_owed_waker(None);
     assert_eq!(Arc::strong_count(&woken), 1);
-    refused!(pool.give_back("none"), VmmError::ModelNotFound(_));
-    refused!(
-        pool.set_owed_waker("none", None),
-        VmmError::ModelNotFound(_)
-    );
     refused!(
         pool.allocate_for_model_timeout("none", 1, Duration::MAX),
         VmmError::ModelNotFound(_)

@@ -1,7 +1,9 @@
 //! All use of `cuda-vmm`: the GPU, and the pool that the models share.
 
 use anyhow::{Context, Result, ensure};
-use cuda_vmm::{Device, Driver, DriverKind, SharedMemoryPool};
+use cuda_vmm::{
+    Device, Driver, DriverKind, PoolOptions, Quota, SharedMemoryPool, VirtualMemoryPool,
+};
 use serde::Serialize;
 
 use crate::replay::{Answer, KvMemory, Place};
@@ -73,6 +75,7 @@ pub struct ElasticPool {
 
 struct Range {
     model: &'static str,
+    pool: VirtualMemoryPool,
     bytes_per_token: usize,
     slot_bytes: usize,
     page_bytes: usize,
@@ -96,12 +99,18 @@ impl ElasticPool {
             let capacity_bytes = slot_bytes.checked_mul(slots).with_context(|| {
                 format!("{model}: {slots} requests of {slot_bytes} bytes are too many")
             })?;
-            pool.register_model(model, capacity_bytes)
-                .with_context(|| {
-                    format!("cannot reserve {capacity_bytes} bytes of addresses for {model}")
-                })?;
+            let account = pool
+                .register_model(model, Quota::new())
+                .with_context(|| format!("cannot register {model}"))?;
+            let options = PoolOptions::new();
+            let range =
+                VirtualMemoryPool::on_account(&account, capacity_bytes, page_bytes, options)
+                    .with_context(|| {
+                        format!("cannot reserve {capacity_bytes} bytes of addresses for {model}")
+                    })?;
             ranges.push(Range {
                 model,
+                pool: range,
                 bytes_per_token: usize::try_from(service.model.bytes_per_token)?,
                 slot_bytes,
                 page_bytes,
@@ -126,25 +135,21 @@ impl ElasticPool {
 
     /// Unregisters all models and gives all memory back to the device, which must leave nothing.
     pub fn close(self) -> Result<()> {
-        for range in &self.ranges {
+        for range in self.ranges {
             let model = range.model;
             self.pool
                 .unregister_model(model)
                 .with_context(|| format!("cannot unregister {model}"))?;
+            let closed = range.pool.close();
+            closed.with_context(|| format!("cannot give back what {model} holds"))?;
         }
         self.pool.trim().context("cannot trim the pool")?;
-        let committed_bytes = self.committed_bytes();
+        let committed_bytes = self.pool.stats().committed_bytes;
         ensure!(
             committed_bytes == 0,
             "the pool still holds {committed_bytes} bytes after every model has gone"
         );
         Ok(())
-    }
-
-    fn committed_of(&self, model: &str) -> Result<u64> {
-        let stats = self.pool.model_stats(model);
-        let stats = stats.with_context(|| format!("{model} is not registered"))?;
-        Ok(stats.committed_bytes as u64)
     }
 }
 
@@ -154,7 +159,7 @@ impl KvMemory for ElasticPool {
         let held_bytes = held_tokens as usize * range.bytes_per_token;
         let bytes = tokens as usize * range.bytes_per_token;
         let offset = place.slot * range.slot_bytes + held_bytes;
-        match self.pool.allocate_for_model_at(range.model, offset, bytes) {
+        match range.pool.allocate(offset, bytes) {
             Ok(_) => {}
             Err(error) if error.is_out_of_memory() => return Ok(Answer::Refused),
             Err(error) => {
@@ -163,7 +168,7 @@ impl KvMemory for ElasticPool {
         }
         let pages = |bytes: usize| bytes.div_ceil(range.page_bytes);
         if pages(held_bytes + bytes) > pages(held_bytes) {
-            let committed_bytes = self.committed_of(range.model)?;
+            let committed_bytes = range.pool.stats().committed_bytes as u64;
             let range = &mut self.ranges[place.model];
             range.peak_committed_bytes = range.peak_committed_bytes.max(committed_bytes);
         }
@@ -174,8 +179,7 @@ impl KvMemory for ElasticPool {
         let range = &self.ranges[place.model];
         let bytes = tokens as usize * range.bytes_per_token;
         let offset = place.slot * range.slot_bytes;
-        self.pool
-            .deallocate_for_model(range.model, offset, bytes)
-            .with_context(|| format!("{} cannot give back {bytes} bytes at {offset}", range.model))
+        let freed = range.pool.deallocate(offset, bytes);
+        freed.with_context(|| format!("{} cannot give back {bytes} bytes at {offset}", range.model))
     }
 }

@@ -1,7 +1,8 @@
 //! Backing pages: charge for them, create, map, set access, and undo it all if one call fails.
 
-use super::books::chunk_plan::ChunkPlan;
-use super::books::ledger::{AccountId, Refusal};
+use super::books::account::AccountId;
+use super::books::ledger::Refusal;
+use super::books::owner::Owner;
 use super::books::pressure::Ticket;
 use super::changes::Locked;
 use super::range::Range;
@@ -14,9 +15,15 @@ use core::ops;
 /// Memory from the cache, for chunks to be made.
 pub(crate) type Supply = Vec<PhysicalMemory>;
 
-/// What a failed filling could not undo, and why it failed.
+/// Why a chunk could not be made, and what is left of it.
 pub(crate) struct Failure {
     pub(crate) error: VmmError,
+    pub(crate) left: Left,
+}
+
+/// What was undone of chunks that have no use, and what of them could not be undone.
+#[derive(Default)]
+pub(crate) struct Left {
     pub(crate) still_mapped: Vec<(ops::Range<usize>, Mapping)>,
     unreleased: Vec<PhysicalMemory>,
     /// What came from the cache.
@@ -32,16 +39,15 @@ pub(crate) struct Made {
 }
 
 impl Locked<'_> {
-    /// Charges an account for all that a plan backs, in its turn, and takes from the cache what
-    /// serves it.
+    /// Charges an account for `need_bytes` bytes, in its turn, and takes from the cache what serves
+    /// it. `chunks` tells the sizes of the chunks, if the cache can help.
     pub(crate) fn charge(
         &mut self,
         account: AccountId,
-        plan: &ChunkPlan,
-        page_bytes: usize,
+        need_bytes: usize,
+        chunks: impl FnOnce() -> Vec<usize>,
         ticket: Option<Ticket>,
     ) -> Result<Supply, Refusal> {
-        let need_bytes = plan.pages() * page_bytes;
         let cannot_help = |cached_bytes: usize| {
             cached_bytes == 0
                 || need_bytes
@@ -53,9 +59,7 @@ impl Locked<'_> {
             self.ledger.charge(account, need_bytes, ticket)?;
             return Ok(Vec::new());
         }
-        let chunks = plan.chunks().into_iter();
-        let chunks: Vec<_> = chunks.map(|chunk| chunk.len() * page_bytes).collect();
-        self.charge_chunks(account, &chunks, ticket)
+        self.charge_chunks(account, &chunks(), ticket)
     }
 
     /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves
@@ -83,23 +87,23 @@ impl State {
     /// driver would not release.
     pub(crate) fn settle(
         &mut self,
-        account: AccountId,
+        owner: Owner,
         charged_bytes: usize,
         mapped_bytes: usize,
-        failure: &mut Failure,
-        supply: Supply,
+        left: &mut Left,
     ) {
-        let unreleased = failure.unreleased.iter().map(PhysicalMemory::bytes);
+        let unreleased = left.unreleased.iter().map(PhysicalMemory::bytes);
         let kept_bytes = mapped_bytes + unreleased.sum::<usize>();
-        self.ledger.refund(account, charged_bytes - kept_bytes);
-        let unreleased = failure.unreleased.drain(..);
+        self.ledger
+            .refund(owner.account, charged_bytes - kept_bytes);
+        let unreleased = left.unreleased.drain(..);
         self.unreleased
-            .extend(unreleased.map(|memory| (Some(account), memory)));
-        self.restock(supply.into_iter().chain(failure.cached.drain(..)));
+            .extend(unreleased.map(|memory| (Some(owner), memory)));
+        self.restock(left.cached.drain(..));
     }
 
     /// Puts back what was taken from the cache.
-    fn restock(&mut self, supply: impl IntoIterator<Item = PhysicalMemory>) {
+    pub(crate) fn restock(&mut self, supply: impl IntoIterator<Item = PhysicalMemory>) {
         for memory in supply {
             self.ledger.restock(memory.bytes());
             self.cache.put(memory.bytes(), memory);
@@ -109,31 +113,24 @@ impl State {
 
 impl Failure {
     fn new(error: VmmError) -> Self {
-        Self {
-            error,
-            still_mapped: Vec::new(),
-            unreleased: Vec::new(),
-            cached: Vec::new(),
-        }
+        let left = Left::default();
+        Self { error, left }
     }
+}
 
-    /// Undoes what was made, which has no use any more.
-    pub(crate) fn of(error: VmmError, made: Vec<Made>) -> Self {
-        let mut failure = Self::new(error);
-        (made.into_iter().rev()).for_each(|made| failure.undo(made));
-        failure
-    }
-
+impl Left {
     /// Whether nothing is left that the driver would not undo.
     pub(crate) fn is_clean(&self) -> bool {
         self.still_mapped.is_empty() && self.unreleased.is_empty()
     }
 
-    /// Undoes one chunk, or keeps what cannot be undone.
-    pub(crate) fn undo(&mut self, made: Made) {
-        match made.mapping.unmap() {
-            Ok(memory) => self.release(memory, made.from_cache),
-            Err(failure) => self.still_mapped.push((made.pages, failure.object)),
+    /// Undoes chunks, the last one first, or keeps what cannot be undone.
+    pub(crate) fn undo(&mut self, made: Vec<Made>) {
+        for made in made.into_iter().rev() {
+            match made.mapping.unmap() {
+                Ok(memory) => self.release(memory, made.from_cache),
+                Err(failure) => self.still_mapped.push((made.pages, failure.object)),
+            }
         }
     }
 
@@ -198,9 +195,9 @@ impl Target {
                 match stuck {
                     Some(mapping) => {
                         drop(memory);
-                        failure.still_mapped.push((pages.clone(), mapping));
+                        failure.left.still_mapped.push((pages.clone(), mapping));
                     }
-                    None => failure.release(memory, from_cache),
+                    None => failure.left.release(memory, from_cache),
                 }
                 Err(failure)
             }

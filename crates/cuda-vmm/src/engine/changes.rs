@@ -25,7 +25,7 @@
 //! thread that waits raises `waiting` before it reads the marks. So one of the two sees the other.
 //! [`State::share_out`] sets `is_pressing` before it reads the ranges for the same reason.
 
-use super::owed;
+use super::owed::Wakers;
 use super::state::{State, StateLock};
 use crate::sync::atomic::Ordering;
 use crate::sync::{self, MutexGuard, PoisonError};
@@ -89,16 +89,17 @@ impl Drop for Locked<'_> {
             return;
         }
         // A panic of our own must not become two.
-        let owing = match std::thread::panicking() {
-            true => Vec::new(),
+        let mut wakers = match std::thread::panicking() {
+            true => Wakers::default(),
             false => state.share_out(&self.lock.is_pressing),
         };
         let is_awaited = self.lock.waiting.load(Ordering::SeqCst) > 0;
         drop(state);
         if is_awaited {
             self.lock.changed.notify_all();
+            wakers.extend(self.lock.listeners.all());
         }
-        owed::wake(owing);
+        wakers.wake();
     }
 }
 

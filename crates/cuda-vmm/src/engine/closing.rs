@@ -1,6 +1,7 @@
 //! Ending a range: its bytes die, its memory goes back when the device has finished with it, its
 //! addresses after that.
 
+use super::account::Account;
 use super::at_work::AtWork;
 use super::books::pages::ChunkState;
 use super::books::range_id::RangeId;
@@ -8,6 +9,7 @@ use super::handle::RangeHandle;
 use super::inner::Inner;
 use super::range::Remains;
 use super::range::leases::Asker;
+use super::scope::Scope;
 use crate::Result;
 use crate::sync::Arc;
 use core::ops::ControlFlow;
@@ -33,21 +35,21 @@ impl Drop for Closer<'_> {
 impl<'a> Closer<'a> {
     /// Marks a range as closed, and as being closed by this thread; `None` if it is closed already. An allocation of another
     /// thread that is under way ends first, and so does a move.
-    fn begin(engine: &'a Inner, id: RangeId) -> Option<Self> {
+    fn begin(engine: &'a Inner, id: RangeId, account: &Account) -> Option<Self> {
         // Before the guard of the lock, so that it is dropped after that, also if something panics.
         let mut closer = Self { engine, id: None };
         let mut state = engine.state.lock();
-        let account = match state.ranges.get(id) {
+        match state.ranges.get(id) {
             Some(mut range) if !range.closed => {
                 (range.closed, range.has_closer) = (true, true);
-                range.account
             }
             _ => return None,
-        };
+        }
         closer.id = Some(id);
-        // What it was guaranteed others may have now; what it holds is on its account until it is
-        // given back.
-        state.ledger.close(account);
+        if account.is_of_range() {
+            // Nothing else is charged to it. What the range holds is on it until it is given back.
+            state.ledger.close(account.id());
+        }
         while (state.ranges.get(id)).is_some_and(|range| range.is_awaited_by_close()) {
             state = engine.state.wait(state);
         }
@@ -71,7 +73,7 @@ impl RangeHandle {
     pub(crate) fn close(&self) -> Result<()> {
         let engine = self.engine().open()?;
         let id = self.id();
-        let Some(closer) = Closer::begin(engine, id) else {
+        let Some(closer) = Closer::begin(engine, id, self.account()) else {
             return Ok(());
         };
         if self.free_all(engine) {
@@ -81,7 +83,7 @@ impl RangeHandle {
         let mut drained = Ok(());
         loop {
             // What the device has finished with does not wait for the rest.
-            drained = engine.give_up(Some(id), |_| false).1.and(drained);
+            drained = engine.give_up(Scope::Range(id), |_| false).1.and(drained);
             match self.await_chunks(engine)? {
                 ControlFlow::Continue(()) => {}
                 ControlFlow::Break(Left::Nothing) => break,
@@ -94,7 +96,7 @@ impl RangeHandle {
         }
         drop(closer);
         // What others let go since the last look, and left because this thread was closing the range.
-        drained = engine.give_up(Some(id), |_| false).1.and(drained);
+        drained = engine.give_up(Scope::Range(id), |_| false).1.and(drained);
         engine.finish_closing();
         if self.await_ending(engine) {
             engine.worker.wake(engine, false);
@@ -138,7 +140,7 @@ impl RangeHandle {
             return Ok(ControlFlow::Continue(()));
         }
         if retires {
-            let progress = engine.await_progress(state, Some(id))?;
+            let progress = engine.await_progress(state, Scope::Range(id))?;
             return Ok(match progress {
                 Some(_) => ControlFlow::Continue(()),
                 None => ControlFlow::Break(Left::ToTheWorker),
@@ -196,6 +198,7 @@ impl Inner {
             .collect();
         for range in &done {
             state.counters.ranges.add(&range.counters);
+            state.accounts.add_counters(range.account, &range.counters);
         }
         state.ending.extend(&empty);
         drop(state);

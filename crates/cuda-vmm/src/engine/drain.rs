@@ -23,6 +23,7 @@ use super::options::EngineOptions;
 use super::queue::Until;
 use super::range::Range;
 use super::ranges::RangeGuard;
+use super::scope::Scope;
 use super::state::State;
 use crate::sync::Arc;
 use crate::{CloseError, Fence, Mapping, MemoryParts, PhysicalMemory, Result, Stream};
@@ -79,22 +80,17 @@ pub(crate) enum GivenUp<'a> {
 
 impl State {
     /// Takes out a chunk made ahead, of one range or of all, to be unmapped.
-    fn take_ahead(
-        &self,
-        only: Option<RangeId>,
-        pick: impl Fn(&Range) -> Option<usize>,
-    ) -> Option<Drained> {
-        let mut ranges = self.ranges.iter();
+    fn take_ahead(&self, scope: Scope, pick: impl Fn(&Range) -> Option<usize>) -> Option<Drained> {
+        let mut ranges = self.ranges.within(scope);
         ranges.find_map(|(id, mut range)| {
-            let first = pick(&range).filter(|_| only.is_none_or(|only| only == id))?;
+            let first = pick(&range)?;
             range.drain(id, first)
         })
     }
 
     /// Takes out a parked chunk that no pin keeps, of one range or of all, to be unmapped.
-    fn take_parked(&self, only: Option<RangeId>) -> Option<Drained> {
-        let ranges = self.ranges.iter();
-        let mut ranges = ranges.filter(|(id, _)| only.is_none_or(|only| *id == only));
+    fn take_parked(&self, scope: Scope) -> Option<Drained> {
+        let mut ranges = self.ranges.within(scope);
         ranges.find_map(|(id, mut range)| {
             let first = range.quietly().spare_parked()?;
             range.drain(id, first)
@@ -115,14 +111,16 @@ impl State {
         let room_bytes = options.cache_bytes_max.saturating_sub(held_bytes);
         let ranges = self.ranges.iter();
         ranges
-            .filter(|(_, range)| !range.has_closer && (too_much || range.closed))
+            .filter(|(_, range)| !range.has_closer && (too_much || range.takes_no_more()))
             .find_map(|(id, mut range)| {
                 let first = range.quietly().spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
                 let contents = range.pages.contents(first);
                 let chunk = range.drain(id, first)?;
                 Some(match contents {
-                    Contents::Unknown if bytes <= room_bytes && !range.closed => Next::Scrub(chunk),
+                    Contents::Unknown if bytes <= room_bytes && !range.takes_no_more() => {
+                        Next::Scrub(chunk)
+                    }
                     Contents::Clean if bytes <= room_bytes => Next::Unmap(chunk, To::Cache),
                     _ => Next::Unmap(chunk, To::Driver),
                 })
@@ -140,13 +138,13 @@ impl Inner {
         let mut given_bytes = 0;
         loop {
             let state = self.state.lock();
-            if let Some(chunk) = state.take_ahead(None, Range::stale_ahead) {
+            if let Some(chunk) = state.take_ahead(Scope::All, Range::stale_ahead) {
                 drop(state);
                 given_bytes += chunk.unmap(self, To::Driver).unwrap_or_default();
                 continue;
             }
-            if let Some(id) = state.spare_above_ceiling() {
-                match self.give_up_one(state, Some(id)) {
+            if let Some(scope) = state.spare_when_over() {
+                match self.give_up_one(state, scope) {
                     GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
                     GivenUp::Nothing(_) => return given_bytes,
                 }
@@ -172,7 +170,7 @@ impl Inner {
     /// Returns the bytes that went, and the last error if the driver refused some.
     pub(crate) fn give_up(
         self: &Arc<Self>,
-        only: Option<RangeId>,
+        scope: Scope,
         enough: impl Fn(&MemoryParts) -> bool,
     ) -> (usize, Result<()>) {
         let (mut given_bytes, mut outcome) = (0, Ok(()));
@@ -181,7 +179,7 @@ impl Inner {
             if enough(&state.parts()) {
                 break;
             }
-            match self.give_up_one(state, only) {
+            match self.give_up_one(state, scope) {
                 GivenUp::Nothing(_) => break,
                 GivenUp::Piece(Ok(bytes)) => given_bytes += bytes,
                 GivenUp::Piece(Err(error)) => outcome = Err(error),
@@ -194,15 +192,15 @@ impl Inner {
     pub(crate) fn give_up_one<'a>(
         self: &Arc<Self>,
         mut state: Locked<'a>,
-        only: Option<RangeId>,
+        scope: Scope,
     ) -> GivenUp<'a> {
-        let ahead = state.take_ahead(only, |range| range.pages.ahead().next_back());
+        let ahead = state.take_ahead(scope, |range| range.pages.ahead().next_back());
         if let Some(chunk) = ahead {
             drop(state);
             return GivenUp::Piece(chunk.unmap(self, To::Driver));
         }
         // Asked first, since an access for a change tells others.
-        if only.is_none()
+        if scope == Scope::All
             && state.cache.bytes() > 0
             && let Some((bytes, memory)) = state.cache.take_largest()
         {
@@ -211,7 +209,7 @@ impl Inner {
             drop(state);
             return GivenUp::Piece(self.release(None, memory));
         }
-        let Some(chunk) = state.take_parked(only) else {
+        let Some(chunk) = state.take_parked(scope) else {
             return GivenUp::Nothing(state);
         };
         drop(state);
@@ -247,7 +245,7 @@ impl Drained {
         let Some(mut range) = ranges.get(id) else {
             return Ok(0);
         };
-        let account = range.account;
+        let owner = range.owner(id);
         let released = released.inspect(|_| range.pages.drained(first));
         let outcome = match released {
             Err(failure) => {
@@ -255,16 +253,16 @@ impl Drained {
                 Err(failure.error)
             }
             Ok(Some(Released::Cached(memory))) => {
-                ledger.put_in_cache(account, bytes);
+                ledger.put_in_cache(owner.account, bytes);
                 cache.put(bytes, memory);
                 Ok(bytes)
             }
             Ok(Some(Released::Closed(Err(failure)))) => {
-                unreleased.push((Some(account), failure.object));
+                unreleased.push((Some(owner), failure.object));
                 Err(failure.error)
             }
             Ok(Some(Released::Closed(Ok(()))) | None) => {
-                ledger.refund(account, bytes);
+                ledger.refund(owner.account, bytes);
                 Ok(bytes)
             }
         };

@@ -1,22 +1,23 @@
 //! Making room for a guarantee.
 
-use super::books::ledger::Ledger;
 use super::inner::Inner;
+use super::scope::Scope;
 use super::shortage::Shortage;
+use super::state::State;
 use crate::sync::Arc;
 use crate::{QuotaConflict, Result, VmmError};
 
 impl Inner {
-    /// Has the ledger give a guarantee. What can be spared is given up for it, if that is what is
+    /// Gives a guarantee in the books. What can be spared is given up for it, if that is what is
     /// missing.
     pub(crate) fn make_room_for<T>(
         self: &Arc<Self>,
-        guarantee: impl Fn(&mut Ledger) -> Result<T>,
+        guarantee: impl Fn(&mut State) -> Result<T>,
     ) -> Result<T> {
         let mut shortage = Shortage::default();
         loop {
             let mut state = self.state.lock();
-            let outcome = guarantee(&mut state.ledger);
+            let outcome = guarantee(&mut state);
             let Err(VmmError::QuotaUnsatisfiable {
                 what: QuotaConflict::Guarantee,
                 asked_bytes,
@@ -28,7 +29,7 @@ impl Inner {
             let spare_bytes = || state.spare_parked_bytes() + state.parts().ahead_bytes;
             let is_hopeless =
                 shortage.has_polled() && asked_bytes - available_bytes > spare_bytes();
-            if is_hopeless || shortage.relieve(self, state, None).is_some() {
+            if is_hopeless || shortage.relieve(self, state, Scope::All).is_some() {
                 return shortage.refused().map_or(outcome, Err);
             }
         }

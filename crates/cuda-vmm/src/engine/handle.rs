@@ -1,10 +1,10 @@
 //! The door for a pool to its range: a handle that owns the range's engine.
 //!
 //! The methods of [`RangeHandle`] are in the file of what they do: `allocate`, `free`, `lease`,
-//! `pin`, `streams`, `follow`, `quota`, `compact`, `closing`. Each checks the process first, since
+//! `pin`, `streams`, `follow`, `compact`, `closing`. Each checks the process first, since
 //! in a forked one the locks may be held for good.
 
-use super::books::ledger::Quota;
+use super::account::Account;
 use super::books::range_id::RangeId;
 use super::inner::{Engine, Inner};
 use super::options::PoolOptions;
@@ -18,21 +18,21 @@ use crate::{Reservation, Result, VmmError};
 /// A range of an engine, by which its pool uses it; a cheap clone.
 #[derive(Debug, Clone)]
 pub(crate) struct RangeHandle {
-    engine: Engine,
+    account: Account,
+    page_bytes: usize,
     pub(crate) slot: Slot,
 }
 
 impl RangeHandle {
-    /// Reserves addresses for a new range with an account of its own. Returns it with its first
+    /// Reserves addresses for a new range that is charged to an account. Returns it with its first
     /// address.
     pub(crate) fn open(
-        engine: &Engine,
+        account: &Account,
         capacity_bytes: usize,
         page_bytes: usize,
         options: PoolOptions,
-        quota: Quota,
     ) -> Result<(Self, u64)> {
-        let inner = engine.open()?;
+        let inner = account.engine().open()?;
         let device = &inner.device;
         check_page_bytes(page_bytes, device.granularity_bytes())?;
         if capacity_bytes == 0 {
@@ -44,35 +44,54 @@ impl RangeHandle {
             offset: 0,
             bytes: capacity_bytes,
         })?;
-        let account = inner.make_room_for(|ledger| ledger.open(quota))?;
-        // What was guaranteed to it may serve a thread that waits, which is told as the lock is let
-        // go.
-        let reservation = Reservation::with_alignment(device, reserved_bytes, page_bytes)
-            .inspect_err(|_| inner.state.lock().ledger.close(account))?;
+        let reservation = Reservation::with_alignment(device, reserved_bytes, page_bytes)?;
         let address = reservation.address();
         let size = (capacity_bytes, page_bytes);
-        let range = Range::new(device, reservation, size, account, options);
+        let charged = (account.id(), account.owed()?.clone());
+        let range = Range::new(device, reservation, size, charged, options);
         let process = device.driver().process();
-        let slot = inner.state.lock().ranges.insert(range, process);
+        let mut state = inner.state.lock();
+        if !state.accounts.is_open(account.id()) {
+            // The range goes without the lock: that calls the driver.
+            drop(state);
+            return Err(VmmError::Closed);
+        }
+        let slot = state.ranges.insert(range, process);
+        drop(state);
         if options.ahead_bytes_max > 0 {
             inner.worker.wake(inner, false);
         }
-        let engine = engine.clone();
-        Ok((Self { engine, slot }, address))
+        let account = account.clone();
+        let handle = Self {
+            account,
+            page_bytes,
+            slot,
+        };
+        Ok((handle, address))
     }
 
     pub(crate) fn id(&self) -> RangeId {
         self.slot.id()
     }
 
+    /// The account that the range is charged to.
+    pub(crate) fn account(&self) -> &Account {
+        &self.account
+    }
+
     /// The engine that the range is on.
     pub(crate) fn engine(&self) -> &Engine {
-        &self.engine
+        self.account.engine()
     }
 
     /// The same, for modules that have checked the process.
     pub(crate) fn inner(&self) -> &Arc<Inner> {
-        self.engine.inner()
+        self.engine().inner()
+    }
+
+    /// Its page in bytes.
+    pub(crate) fn page_bytes(&self) -> usize {
+        self.page_bytes
     }
 
     /// Whether all of the bytes are live; false if the range was closed.
@@ -94,8 +113,8 @@ impl RangeHandle {
     /// # Errors
     /// [`VmmError::Forked`], [`VmmError::Closed`].
     pub(crate) fn stats(&self) -> Result<RangeStats> {
-        let state = self.engine.open()?.state.lock();
+        let state = self.engine().open()?.state.lock();
         let range = state.ranges.get(self.id()).ok_or(VmmError::Closed)?;
-        Ok(state.range_stats(&range))
+        Ok(state.range_stats(self.id(), &range))
     }
 }

@@ -4,6 +4,7 @@ use super::options::EngineOptions;
 use super::state::StateLock;
 use super::worker::Worker;
 use crate::process::Process;
+use crate::sync::atomic::AtomicUsize;
 use crate::sync::{Arc, PoisonError, Weak};
 use crate::{Device, QuotaConflict, Result, VmmError};
 
@@ -20,8 +21,8 @@ pub struct Engine {
 pub(crate) struct Inner {
     pub(crate) device: Device,
     pub(crate) options: EngineOptions,
-    /// The limit as it was given, or the device's total.
-    pub(crate) limit_bytes: usize,
+    /// The limit as it was given last, or the device's total.
+    pub(crate) limit_bytes: AtomicUsize,
     pub(crate) state: StateLock,
     pub(crate) worker: Worker<Inner>,
 }
@@ -53,7 +54,7 @@ impl Engine {
         let inner = Arc::new(Inner {
             device: device.clone(),
             options,
-            limit_bytes,
+            limit_bytes: AtomicUsize::new(limit_bytes),
             state: StateLock::new(budget_bytes),
             worker: Worker::new(options.worker),
         });
@@ -76,11 +77,6 @@ impl Engine {
     /// The device.
     pub fn device(&self) -> &Device {
         &self.inner.device
-    }
-
-    /// The limit in bytes, as it was given.
-    pub fn limit_bytes(&self) -> usize {
-        self.inner.limit_bytes
     }
 }
 

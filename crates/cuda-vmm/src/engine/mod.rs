@@ -9,8 +9,9 @@
 //! allocate, compact                   what takes several of the steps below
 //! waiting, step                       how long a call waits; the work that is due now and then
 //! free, lease, pin, streams, follow,  the methods of a range's handle
-//! quota, closing
-//! handle                              a range, with the engine that it is on
+//! closing
+//! handle                              a range, with the account that it is charged to
+//! account, listener                   a share of the budget; a task that waits for a change
 //! relief, prefetch, guarantee,        what is done with the budget
 //! shortage, retry, stranded, drain,
 //! backing, refused, retire
@@ -18,11 +19,14 @@
 //! changes                             the lock of the state, and the protocol of waiting for a change
 //! state, owing                        the state
 //! ranges, slot, range                 a range behind its lock
-//! queue, users, relocation(s), owed   what the driver has to be asked about
+//! queue, users, relocation(s)         what the driver has to be asked about
+//! accounts, owed, scope, listeners    whose memory it is, and what is woken
 //! books, options, stats, at_work      pure bookkeeping, and plain values
 //! ```
 #![deny(clippy::unwrap_used)]
 
+mod account;
+mod accounts;
 mod allocate;
 mod at_work;
 mod backing;
@@ -37,13 +41,15 @@ mod guarantee;
 mod handle;
 mod inner;
 mod lease;
+mod limit;
+mod listener;
+mod listeners;
 mod options;
 mod owed;
 mod owing;
 mod pin;
 mod prefetch;
 mod queue;
-mod quota;
 mod range;
 mod ranges;
 mod refused;
@@ -52,6 +58,7 @@ mod relocation;
 mod relocations;
 mod retire;
 mod retry;
+mod scope;
 mod shortage;
 mod slot;
 mod snapshot;
@@ -64,23 +71,25 @@ mod users;
 mod waiting;
 mod worker;
 
+pub(crate) use account::Reclaimer;
+pub use account::{Account, Demand};
+pub(crate) use allocate::{Ask, Later, allocate_all};
+pub use books::account::Quota;
 pub use books::counters::{EngineCounters, PoolCounters};
-pub(crate) use books::ledger::Quota;
-pub(crate) use books::range_id::RangeId;
 pub use compact::CompactReport;
 pub(crate) use handle::RangeHandle;
 pub use inner::Engine;
 pub use options::{EngineOptions, PoolOptions, WorkerMode};
-pub(crate) use owed::Owed;
 pub use pin::GraphPin;
 pub(crate) use range::Place;
 pub use range::leases::LeaseToken;
-pub(crate) use snapshot::{Look, RangeStats};
-pub use stats::{EngineStats, StepReport};
+pub(crate) use snapshot::{AccountLook, Look, RangeStats};
+pub use stats::{AccountStats, EngineStats, Givable, StepReport};
 pub(crate) use waiting::Patience;
 
 use crate::Result;
 use retry::Which;
+use scope::Scope;
 use worker::Steps;
 
 impl Engine {
@@ -142,7 +151,8 @@ impl Engine {
         let inner = self.open()?;
         inner.poll();
         let retried_bytes = inner.retry(&Which::All);
-        let (given_bytes, outcome) = inner.give_up(None, |parts| parts.total_bytes() <= bytes);
+        let (given_bytes, outcome) =
+            inner.give_up(Scope::All, |parts| parts.total_bytes() <= bytes);
         outcome.map(|()| retried_bytes + given_bytes)
     }
 }

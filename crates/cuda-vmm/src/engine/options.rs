@@ -147,6 +147,10 @@ pub struct PoolOptions {
     /// [`compact`](crate::VirtualMemoryPool::compact) gives each run of live pages of a partly live
     /// handle one of its own. The handles are the pool's: they cannot be exported.
     pub single_handle: bool,
+    /// The largest chunk in bytes, if it is to be smaller than the engine's
+    /// ([`EngineOptions::chunk_bytes_max`]). With 0 each page has a chunk of its own, and goes back
+    /// alone.
+    pub chunk_bytes_max: Option<usize>,
     /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in
     /// bytes, before it is asked for, so that a range that grows step by step calls no driver on
     /// the way. What is made ahead is on the range's account, never takes another's guarantee, and
@@ -163,9 +167,16 @@ impl PoolOptions {
     pub const fn new() -> Self {
         Self {
             single_handle: false,
+            chunk_bytes_max: None,
             ahead_bytes_max: 0,
             ahead_bytes_min: None,
         }
+    }
+
+    /// With chunks of at most this many bytes.
+    pub const fn chunk_bytes_max(mut self, bytes: usize) -> Self {
+        self.chunk_bytes_max = Some(bytes);
+        self
     }
 
     /// With memory made ahead, up to this many bytes.

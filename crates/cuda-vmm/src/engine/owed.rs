@@ -1,16 +1,18 @@
-//! What a range owes, which its owner reads without a lock, and the waker for when it owes more.
+//! What an account owes, which is read without a lock, and the wakers of its owner.
 
 use crate::foreign::{self, Foreign};
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError};
 use core::task::Waker;
 
-/// What one range owes.
+/// What one account owes, and whom to wake for it.
 #[derive(Debug, Default)]
 pub(crate) struct Owed {
     bytes: AtomicUsize,
-    /// Shared, so that the owner's code that clones it is never called with a lock held.
-    waker: Mutex<Option<Arc<Foreign<Waker>>>>,
+    /// Woken when it owes more.
+    pub(crate) more: WakerCell,
+    /// Woken when there may be memory that it was refused.
+    pub(crate) memory: WakerCell,
 }
 
 impl Owed {
@@ -23,30 +25,52 @@ impl Owed {
     pub(crate) fn set(&self, bytes: usize) -> bool {
         self.bytes.swap(bytes, Ordering::SeqCst) < bytes
     }
+}
 
-    /// Says whom to wake from now on. What was there before is dropped here, without the lock.
-    pub(crate) fn set_waker(&self, waker: Option<Waker>) {
+/// A waker of the caller's, or none.
+///
+/// It is shared, so that code of others that clones or drops it is never called with a lock held.
+#[derive(Debug, Default)]
+pub(crate) struct WakerCell(Mutex<Option<Arc<Foreign<Waker>>>>);
+
+impl WakerCell {
+    /// Replaces the waker. The one before is dropped here, without the lock.
+    pub(crate) fn set(&self, waker: Option<Waker>) {
         let waker = waker.map(|waker| Arc::new(Foreign::new(waker)));
-        let mut held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let before = core::mem::replace(&mut *held, waker);
         drop(held);
         drop(before);
     }
 
-    fn wake(&self) {
-        let held = self.waker.lock().unwrap_or_else(PoisonError::into_inner);
-        let waker = held.clone();
-        drop(held);
-        // Dropped here, without the lock: this may be the last that holds it.
-        if let Some(waker) = waker
-            && foreign::call(|| waker.wake_by_ref()).is_none()
-        {
-            crate::events::warn!("a waker panicked");
-        }
+    /// The waker, to be woken when no lock is held.
+    fn get(&self) -> Option<Arc<Foreign<Waker>>> {
+        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.clone()
     }
 }
 
-/// Wakes the owners of ranges that owe more. The caller holds no lock.
-pub(crate) fn wake(owing: Vec<Arc<Owed>>) {
-    owing.iter().for_each(|owed| owed.wake());
+/// Wakers of others that are to be woken when the engine's lock is let go.
+#[derive(Debug, Default)]
+pub(crate) struct Wakers(Vec<Arc<Foreign<Waker>>>);
+
+impl Wakers {
+    /// Adds the waker of a cell, if there is one.
+    pub(crate) fn add(&mut self, cell: &WakerCell) {
+        self.0.extend(cell.get());
+    }
+
+    /// Adds wakers that are shared already.
+    pub(crate) fn extend(&mut self, wakers: impl IntoIterator<Item = Arc<Foreign<Waker>>>) {
+        self.0.extend(wakers);
+    }
+
+    /// Wakes all of them. The caller holds no lock.
+    pub(crate) fn wake(self) {
+        for waker in self.0 {
+            if foreign::call(|| waker.wake_by_ref()).is_none() {
+                crate::events::warn!("a waker panicked");
+            }
+        }
+    }
 }

@@ -3,7 +3,7 @@
 
 use super::at_work::AtWork;
 use super::backing::{Failure, Made, Target};
-use super::books::ledger::AccountId;
+use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::changes::Locked;
 use super::inner::Inner;
@@ -19,8 +19,7 @@ const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 /// A chunk that is to be made ahead of a range's allocations.
 struct Ahead {
-    range: RangeId,
-    account: AccountId,
+    owner: Owner,
     target: Target,
     pages: ops::Range<usize>,
 }
@@ -46,14 +45,14 @@ impl Inner {
             return Some(0);
         };
         let bytes = ahead.bytes();
-        let Ok(mut supply) = state.charge_chunks(ahead.account, &[bytes], None) else {
+        let Ok(mut supply) = state.charge_chunks(ahead.owner.account, &[bytes], None) else {
             // Nothing is given up for what nobody has asked for.
-            state.stop_prefetching(ahead.range);
+            state.stop_prefetching(ahead.owner.range);
             drop(state);
             crate::events::debug!(bytes, "the budget has no room for memory made ahead");
             return Some(0);
         };
-        if let Some(mut range) = state.ranges.get(ahead.range) {
+        if let Some(mut range) = state.ranges.get(ahead.owner.range) {
             range.quietly().pages.begin_ahead(ahead.pages.clone());
         }
         let work = AtWork::begin();
@@ -91,19 +90,20 @@ impl Ahead {
         let bytes = self.bytes();
         let (chunk, mut failure) = match made {
             Ok(made) => (Some((made.pages, made.mapping)), None),
-            Err(mut failure) => (failure.still_mapped.pop(), Some(failure)),
+            Err(mut failure) => (failure.left.still_mapped.pop(), Some(failure)),
         };
         let kept_bytes = chunk.as_ref().map_or(0, |_| bytes);
         // The range cannot have gone: it ends with its last chunk, and one is being filled.
         let mut is_left = false;
-        if let Some(mut range) = state.ranges.get(self.range) {
+        if let Some(mut range) = state.ranges.get(self.owner.range) {
             let pages = &mut range.pages;
             pages.finish_ahead(self.pages.start, chunk, failure.is_none());
             is_left = range.is_left();
         }
         if let Some(failure) = &mut failure {
-            state.settle(self.account, bytes, kept_bytes, failure, supply);
-            state.stop_prefetching(self.range);
+            state.settle(self.owner, bytes, kept_bytes, &mut failure.left);
+            state.restock(supply);
+            state.stop_prefetching(self.owner.range);
         }
         drop((work, state));
         (is_left, failure.map(|failure| failure.error))
@@ -115,7 +115,8 @@ impl State {
     /// wants none any more.
     fn next_ahead(&self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
         let mut ranges = self.ranges.iter();
-        let (id, mut range) = ranges.find(|(_, range)| range.is_hungry && !range.closed)?;
+        let (id, mut range) =
+            ranges.find(|(_, range)| range.is_hungry && !range.takes_no_more())?;
         let pages = match range.owes() {
             // What it is asked to give back is not made anew.
             true => None,
@@ -127,8 +128,7 @@ impl State {
         };
         // Nobody else makes pages of it, which takes the engine's lock.
         Some(Some(Ahead {
-            range: id,
-            account: range.account,
+            owner: range.owner(id),
             target,
             pages,
         }))

@@ -172,21 +172,21 @@ impl Queue {
             .collect()
     }
 
-    /// The first entry whose chunks come back when fences are past, of one range or of all.
+    /// The first entry whose chunks come back when fences are past, of the ranges that are meant.
     pub(crate) fn first_fences(
         &self,
-        only: Option<RangeId>,
+        is_meant: impl Fn(RangeId) -> bool,
     ) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
-        let mut entries = self.of(only).filter(|entry| !entry.chunks.is_empty());
+        let mut entries = self.of(is_meant).filter(|entry| !entry.chunks.is_empty());
         entries.find_map(|entry| match &entry.until {
             Until::Fences(fences) => Some((entry.id, fences.clone())),
             Until::Synchronised => None,
         })
     }
 
-    /// Numbers of the entries that need a context synchronise, of one range or of all.
-    pub(crate) fn unsynchronised(&self, only: Option<RangeId>) -> Vec<u64> {
-        self.of(only)
+    /// Numbers of the entries that need a context synchronise, of the ranges that are meant.
+    pub(crate) fn unsynchronised(&self, is_meant: impl Fn(RangeId) -> bool) -> Vec<u64> {
+        self.of(is_meant)
             .filter(|entry| matches!(entry.until, Until::Synchronised))
             .map(|entry| entry.id)
             .collect()
@@ -211,10 +211,9 @@ impl Queue {
         self.left = self.entries.len();
     }
 
-    fn of(&self, only: Option<RangeId>) -> impl Iterator<Item = &Entry> {
-        self.entries
-            .iter()
-            .filter(move |entry| only.is_none_or(|only| entry.range == only))
+    fn of(&self, is_meant: impl Fn(RangeId) -> bool) -> impl Iterator<Item = &Entry> {
+        let entries = self.entries.iter();
+        entries.filter(move |entry| is_meant(entry.range))
     }
 
     /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands

@@ -4,8 +4,10 @@
 //! thread that makes or gives back memory holds the engine's. What is there already is taken and
 //! freed under the range's lock alone, so models that do so write to no cache line in common.
 
+use super::books::account::AccountId;
 use super::books::range_id::RangeId;
 use super::range::{Range, Remains};
+use super::scope::Scope;
 use super::slot::Slot;
 use crate::process::Process;
 use crate::sync::MutexGuard;
@@ -80,6 +82,31 @@ impl Ranges {
     /// Locks one range.
     pub(crate) fn get(&self, id: RangeId) -> Option<RangeGuard<'_>> {
         self.by_id.get(&id).map(|slot| self.guard(slot))
+    }
+
+    /// The ranges that are charged to an account.
+    pub(crate) fn of_account(&self, account: AccountId) -> impl Iterator<Item = &Slot> {
+        let slots = self.by_id.values();
+        slots.filter(move |slot| slot.account() == account)
+    }
+
+    /// Whether a call with this scope looks at the range.
+    pub(crate) fn covers(&self, scope: Scope, id: RangeId) -> bool {
+        match scope {
+            Scope::All => true,
+            Scope::Range(only) => only == id,
+            Scope::Account(account) => {
+                let slot = self.by_id.get(&id);
+                slot.is_some_and(|slot| slot.account() == account)
+            }
+        }
+    }
+
+    /// The ranges that a call with this scope looks at, each locked in its turn.
+    pub(crate) fn within(&self, scope: Scope) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
+        let ranges = self.by_id.iter();
+        let ranges = ranges.filter(move |(id, _)| self.covers(scope, **id));
+        ranges.map(|(id, slot)| (*id, self.guard(slot)))
     }
 
     fn guard<'a>(&'a self, slot: &'a Slot) -> RangeGuard<'a> {

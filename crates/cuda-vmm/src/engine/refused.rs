@@ -10,7 +10,7 @@
 //! refuses a piece. In a context that is beyond use no call tries:
 //! [`Device::is_lost`](crate::Device::is_lost) says so.
 
-use super::books::ledger::AccountId;
+use super::books::owner::Owner;
 use super::changes::Locked;
 use super::inner::Inner;
 use crate::sync::{self, Arc};
@@ -49,16 +49,16 @@ impl Inner {
     /// is tried again later.
     pub(crate) fn release(
         self: &Arc<Self>,
-        account: Option<AccountId>,
+        owner: Option<Owner>,
         memory: PhysicalMemory,
     ) -> Result<usize> {
         let bytes = memory.bytes();
         let outcome = memory.close();
         let mut state = self.state.lock();
-        state.end_releasing(account, bytes);
-        let outcome = match (outcome, account) {
-            (Ok(()), Some(account)) => {
-                state.ledger.refund(account, bytes);
+        state.end_releasing(owner, bytes);
+        let outcome = match (outcome, owner) {
+            (Ok(()), Some(owner)) => {
+                state.ledger.refund(owner.account, bytes);
                 Ok(bytes)
             }
             (Ok(()), None) => {
@@ -66,7 +66,7 @@ impl Inner {
                 Ok(bytes)
             }
             (Err(failure), _) => {
-                state.unreleased.push((account, failure.object));
+                state.unreleased.push((owner, failure.object));
                 Err(failure.error)
             }
         };

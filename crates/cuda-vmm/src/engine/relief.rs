@@ -4,6 +4,7 @@ use super::books::range_id::RangeId;
 use super::drain::GivenUp;
 use super::inner::{Engine, Inner};
 use super::retry::Which;
+use super::scope::Scope;
 use crate::device::MemoryHolder;
 use crate::foreign;
 use crate::sync::{Arc, thread_local};
@@ -31,7 +32,7 @@ impl Inner {
         self.poll();
         let mut given_bytes = self.retry(&Which::All);
         while given_bytes < bytes {
-            match self.give_up_one(self.state.lock(), None) {
+            match self.give_up_one(self.state.lock(), Scope::All) {
                 GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
                 GivenUp::Nothing(_) => break,
             }
@@ -52,7 +53,7 @@ impl MemoryHolder for Inner {
 
     /// If the driver refuses, more is not tried.
     fn give_a_piece(self: Arc<Self>) -> bool {
-        let given = self.give_up_one(self.state.lock(), None);
+        let given = self.give_up_one(self.state.lock(), Scope::All);
         let is_given = matches!(given, GivenUp::Piece(Ok(_)));
         drop(given);
         self.finish_closing();
@@ -69,13 +70,13 @@ thread_local! {
 /// for its pages: the function may be waiting for that thread.
 struct MakingRoom<'a> {
     engine: &'a Inner,
-    range: RangeId,
+    ranges: &'a [RangeId],
 }
 
 impl<'a> MakingRoom<'a> {
-    fn begin(engine: &'a Inner, range: RangeId) -> Self {
+    fn begin(engine: &'a Inner, ranges: &'a [RangeId]) -> Self {
         MAKING_ROOM.with(|here| here.set(true));
-        let this = Self { engine, range };
+        let this = Self { engine, ranges };
         this.count(|making_room| *making_room += 1);
         this
     }
@@ -84,9 +85,12 @@ impl<'a> MakingRoom<'a> {
         MAKING_ROOM.with(Cell::get)
     }
 
-    fn count(&self, change: impl FnOnce(&mut usize)) {
-        if let Some(mut range) = self.engine.state.lock().ranges.get(self.range) {
-            change(&mut range.making_room);
+    fn count(&self, change: impl Fn(&mut usize)) {
+        let state = self.engine.state.lock();
+        for id in self.ranges {
+            if let Some(mut range) = state.ranges.get(*id) {
+                change(&mut range.making_room);
+            }
         }
     }
 }
@@ -131,7 +135,7 @@ impl Relief {
     ///
     /// First the engine's own spare memory goes, then what the driver refused before, then what
     /// other engines of the device can spare, and last what others in the process do.
-    pub(crate) fn next(&mut self, engine: &Inner, range: RangeId, bytes: usize) -> bool {
+    pub(crate) fn next(&mut self, engine: &Inner, ranges: &[RangeId], bytes: usize) -> bool {
         let device = &engine.device;
         let holders = device.holders();
         let is_own =
@@ -157,7 +161,7 @@ impl Relief {
             && !core::mem::replace(&mut self.others, true)
             && let Some(make_room) = device.make_room()
         {
-            let _making = MakingRoom::begin(engine, range);
+            let _making = MakingRoom::begin(engine, ranges);
             if foreign::call(|| make_room(bytes)).is_none() {
                 crate::events::warn!("what makes room for the pools panicked");
             }

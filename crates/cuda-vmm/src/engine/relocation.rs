@@ -7,8 +7,7 @@
 //! ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
-use super::books::ledger::AccountId;
-use super::books::range_id::RangeId;
+use super::books::owner::Owner;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
 use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
@@ -17,8 +16,7 @@ use core::ops::Range;
 /// What a relocation needs to know of its range.
 #[derive(Debug, Clone)]
 pub(crate) struct Site {
-    pub(crate) range: RangeId,
-    pub(crate) account: AccountId,
+    pub(crate) owner: Owner,
     pub(crate) reservation: Arc<Reservation>,
     pub(crate) access: Arc<[(Device, Access)]>,
     pub(crate) page_bytes: usize,

@@ -6,7 +6,9 @@ use super::changes::Locked;
 use super::inner::Inner;
 use super::queue::Until;
 use super::range::leases::Asker;
+use super::scope::Scope;
 use super::slot::Slot;
+use super::state::State;
 use super::users::Users;
 use crate::sync::Arc;
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
@@ -118,13 +120,13 @@ impl Inner {
         bytes
     }
 
-    /// Waits for all work of the context, then parks what waited for that, of one range or of all;
+    /// Waits for all work of the context, then parks what waited for that, of the ranges in scope;
     /// returns the bytes. `None` if nothing waits for it, or if a capture is declared.
-    pub(crate) fn synchronise(&self, only: Option<RangeId>) -> Result<Option<usize>> {
+    pub(crate) fn synchronise(&self, scope: Scope) -> Result<Option<usize>> {
         let (waiting, all) = {
             let state = self.state.lock();
             let all = state.ranges.values().any(|range| range.users.are_all());
-            (state.queue.unsynchronised(only), all)
+            (state.unsynchronised(scope), all)
         };
         if waiting.is_empty() {
             return Ok(None);
@@ -142,16 +144,16 @@ impl Inner {
         }
     }
 
-    /// Waits for one thing that can bring memory back, to one range or to any: a fence, a context
+    /// Waits for one thing that can bring memory back, to a range in scope: a fence, a context
     /// synchronise, or another thread's work. Returns whether there was any, or why it cannot be
     /// waited for.
     pub(crate) fn await_progress<'a>(
         self: &'a Arc<Self>,
         mut state: Locked<'a>,
-        only: Option<RangeId>,
+        scope: Scope,
     ) -> Result<Option<Locked<'a>>> {
         state.quietly().collect_freed();
-        if let Some((id, fences)) = state.queue.first_fences(only) {
+        if let Some((id, fences)) = state.first_fences(scope) {
             state.quietly().counters.waits += 1;
             drop(state);
             self.await_fences(id, &fences)?;
@@ -160,11 +162,11 @@ impl Inner {
             drop(fences);
             return Ok(Some(self.state.lock()));
         }
-        if !state.queue.unsynchronised(only).is_empty() {
+        if !state.unsynchronised(scope).is_empty() {
             state.quietly().counters.waits += 1;
             drop(state);
             // `None` also if another thread was faster: then the caller looks again.
-            let synchronised = self.synchronise(only)?.is_some();
+            let synchronised = self.synchronise(scope)?.is_some();
             let may_go_on = synchronised || !CaptureGuard::any();
             return Ok(may_go_on.then(|| self.state.lock()));
         }
@@ -197,6 +199,21 @@ impl Inner {
             Some(Err(error)) => return Err(error),
         }
         Ok(())
+    }
+}
+
+impl State {
+    /// The first entry of the queue whose chunks come back to a range in scope when fences are
+    /// past.
+    fn first_fences(&self, scope: Scope) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+        let is_meant = |id| self.ranges.covers(scope, id);
+        self.queue.first_fences(is_meant)
+    }
+
+    /// Numbers of the entries of ranges in scope that need a context synchronise.
+    fn unsynchronised(&self, scope: Scope) -> Vec<u64> {
+        let is_meant = |id| self.ranges.covers(scope, id);
+        self.queue.unsynchronised(is_meant)
     }
 }
 

@@ -97,11 +97,11 @@ impl Piece {
                 if state.unreleased.is_empty() {
                     return Ok(0);
                 }
-                let (account, memory) = state.unreleased.remove(0);
-                state.releasing.push((account, memory.bytes()));
+                let (owner, memory) = state.unreleased.remove(0);
+                state.releasing.push((owner, memory.bytes()));
                 let _work = AtWork::begin();
                 drop(state);
-                engine.release(account, memory)
+                engine.release(owner, memory)
             }
             Self::Stuck => stranded::retry_stuck(engine),
             Self::Stranded => stranded::retry_stranded(engine),

@@ -9,10 +9,10 @@
 //! After each piece the caller tries again, so it takes from others what is missing, and at most a
 //! piece more.
 
-use super::books::range_id::RangeId;
 use super::changes::Locked;
 use super::drain::GivenUp;
 use super::inner::Inner;
+use super::scope::Scope;
 use crate::VmmError;
 use crate::sync::Arc;
 
@@ -35,17 +35,17 @@ impl Shortage {
         self.polled = false;
     }
 
-    /// Takes the next step against the shortage. At its own ceiling a range is helped by its own
-    /// memory only: `only` names it then. Returns the lock if nothing is left to do, and `None` if
+    /// Takes the next step against the shortage. At its own ceiling an account is helped by its own
+    /// memory only: `scope` names it then. Returns the lock if nothing is left to do, and `None` if
     /// the caller is to look again.
     pub(crate) fn relieve<'a>(
         &mut self,
         engine: &Arc<Inner>,
         state: Locked<'a>,
-        only: Option<RangeId>,
+        scope: Scope,
     ) -> Option<Locked<'a>> {
         let state = self.poll(engine, state)?;
-        match engine.give_up_one(state, only) {
+        match engine.give_up_one(state, scope) {
             GivenUp::Nothing(state) => return Some(state),
             GivenUp::Piece(Ok(_)) => {}
             GivenUp::Piece(Err(error)) => self.refused = Some(error),

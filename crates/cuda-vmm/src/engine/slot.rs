@@ -2,6 +2,7 @@
 //! is taken.
 
 use super::at_work::AtWork;
+use super::books::account::AccountId;
 use super::books::range_id::RangeId;
 use super::range::Range;
 use super::range::leases::{Asked, Asker};
@@ -18,6 +19,7 @@ use core::time::Duration;
 #[derive(Debug, Clone)]
 pub(crate) struct Slot {
     id: RangeId,
+    account: AccountId,
     process: Process,
     shared: Arc<Apart<Shared>>,
 }
@@ -34,6 +36,7 @@ struct Shared {
 
 impl Slot {
     pub(crate) fn new(id: RangeId, process: Process, range: Range) -> Self {
+        let account = range.account;
         let shared = Arc::new(Apart(Shared {
             range: Mutex::new(range),
             has_news: AtomicBool::new(false),
@@ -41,6 +44,7 @@ impl Slot {
         }));
         Self {
             id,
+            account,
             process,
             shared,
         }
@@ -48,6 +52,11 @@ impl Slot {
 
     pub(crate) fn id(&self) -> RangeId {
         self.id
+    }
+
+    /// The account that it is charged to.
+    pub(crate) fn account(&self) -> AccountId {
+        self.account
     }
 
     /// Fails in a forked process, where the lock may be held for good.

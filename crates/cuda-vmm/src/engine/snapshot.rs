@@ -1,40 +1,51 @@
 //! All numbers of an engine under one look.
 
+use super::books::account::{AccountId, Quota};
 use super::books::counters::{EngineCounters, PoolCounters};
-use super::books::ledger::Quota;
+use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::inner::Engine;
 use super::range::Range;
+use super::scope::Scope;
 use super::state::State;
-use super::stats::EngineStats;
+use super::stats::{AccountStats, EngineStats};
 use crate::MemoryParts;
+use crate::sync::Arc;
 
-/// Numbers of one range, taken in one moment.
+/// One range's numbers, and the counts that walk its books.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RangeStats {
+    /// Nothing of it is cached.
     pub(crate) parts: MemoryParts,
     pub(crate) live_bytes: usize,
     pub(crate) live_pages: usize,
-    pub(crate) committed_bytes: usize,
     pub(crate) chunks: usize,
     pub(crate) unused_bytes: usize,
     pub(crate) largest_unused_run_bytes: usize,
-    pub(crate) quota: Quota,
     pub(crate) counters: PoolCounters,
 }
 
-/// What an engine and its open ranges hold, and what has happened, at one moment.
+/// One account's numbers.
+#[derive(Debug, Clone)]
+pub(crate) struct AccountLook {
+    pub(crate) name: Arc<str>,
+    pub(crate) quota: Quota,
+    pub(crate) owed_bytes: usize,
+    pub(crate) stats: AccountStats,
+    pub(crate) counters: PoolCounters,
+}
+
+/// An engine's numbers at one moment.
 #[derive(Debug, Default)]
 pub(crate) struct Look {
     pub(crate) stats: EngineStats,
     pub(crate) counters: EngineCounters,
-    /// Ranges that are not closed.
-    pub(crate) ranges: Vec<(RangeId, RangeStats)>,
+    /// The open accounts, in the order in which they were opened.
+    pub(crate) accounts: Vec<AccountLook>,
 }
 
 impl Engine {
-    /// One look at everything. All zero except the limit in a forked process, where the lock may be
-    /// held for good.
+    /// All of its numbers at one moment; all zero except the limit in a forked process.
     pub(crate) fn look(&self) -> Look {
         let mut look = match self.open() {
             Ok(inner) => inner.state.lock().look(),
@@ -47,43 +58,97 @@ impl Engine {
 }
 
 impl State {
+    /// All numbers at one moment.
     pub(crate) fn look(&self) -> Look {
-        let (mut counters, mut ranges) = (self.counters, Vec::new());
-        let stats = self.stats_seen(|id, range| {
+        let mut counters = self.counters;
+        let accounts = self.accounts.iter();
+        let mut accounts: Vec<_> = accounts
+            .map(|(id, entry)| {
+                let look = AccountLook {
+                    name: entry.name.clone(),
+                    quota: self.ledger.quota(id).unwrap_or_default(),
+                    owed_bytes: entry.owed.bytes(),
+                    stats: self.stats_without_ranges(id),
+                    counters: entry.counters,
+                };
+                (id, look)
+            })
+            .collect();
+        let stats = self.stats_seen(|_, range| {
             counters.ranges.add(&range.counters);
-            if !range.closed {
-                ranges.push((id, self.range_stats(range)));
+            let of = |(id, _): &(AccountId, AccountLook)| *id;
+            if let Ok(at) = accounts.binary_search_by_key(&range.account, of) {
+                let account = &mut accounts[at].1;
+                account.stats.add(range);
+                account.counters.add(&range.counters);
             }
         });
         Look {
             stats,
             counters,
-            ranges,
+            accounts: accounts.into_iter().map(|(_, look)| look).collect(),
         }
     }
 
-    /// A range's numbers: what its books say, and what is on its account besides.
-    pub(crate) fn range_stats(&self, range: &Range) -> RangeStats {
-        let account = Some(range.account);
+    /// One account's numbers; all zero if it is closed.
+    pub(crate) fn account_stats(&self, id: AccountId) -> AccountStats {
+        if !self.accounts.is_open(id) {
+            return AccountStats::default();
+        }
+        let mut stats = self.stats_without_ranges(id);
+        let ranges = self.ranges.within(Scope::Account(id));
+        ranges.for_each(|(_, range)| stats.add(&range));
+        stats
+    }
+
+    fn stats_without_ranges(&self, id: AccountId) -> AccountStats {
+        AccountStats {
+            committed_bytes: self.ledger.account_bytes(id),
+            parts: self.parts_without_range(|owner| owner.account == id),
+            ..AccountStats::default()
+        }
+    }
+
+    /// A range's numbers: what its books say, and what is held for it besides.
+    pub(crate) fn range_stats(&self, id: RangeId, range: &Range) -> RangeStats {
         let live = range.pages.live();
         let gaps = || live.gaps(0..range.capacity_bytes).map(|gap| gap.len());
-        let mut parts = range.parts();
-        let unreleased = self.unreleased.iter().filter(|(of, _)| *of == account);
-        parts.quarantined_bytes += unreleased.map(|(_, memory)| memory.bytes()).sum::<usize>();
-        let releasing = self.releasing.iter().filter(|(of, _)| *of == account);
-        parts.retiring_bytes += releasing.map(|(_, bytes)| bytes).sum::<usize>();
-        parts.filling_bytes += self.relocations.moving_bytes(account);
-        parts.quarantined_bytes += self.relocations.quarantined_bytes(account);
         RangeStats {
-            parts,
+            parts: range.parts() + self.parts_without_range(|owner| owner.range == id),
             live_bytes: range.owned_bytes(),
             live_pages: range.owned_pages(),
-            committed_bytes: self.ledger.account_bytes(range.account),
             chunks: range.pages.chunks(),
             unused_bytes: gaps().sum(),
             largest_unused_run_bytes: gaps().max().unwrap_or_default(),
-            quota: self.ledger.quota(range.account).unwrap_or_default(),
             counters: range.counters,
+        }
+    }
+
+    /// What is held of the owners that are meant and is in no range's books: what the driver would
+    /// not release, what is being released, and what moves.
+    fn parts_without_range(&self, is_meant: impl Fn(&Owner) -> bool) -> MemoryParts {
+        let meant = |owner: &Option<Owner>| owner.as_ref().is_some_and(&is_meant);
+        let unreleased = self.unreleased.iter().filter(|(owner, _)| meant(owner));
+        let unreleased_bytes: usize = unreleased.map(|(_, memory)| memory.bytes()).sum();
+        let releasing = self.releasing.iter().filter(|(owner, _)| meant(owner));
+        MemoryParts {
+            filling_bytes: self.relocations.moving_bytes(&is_meant),
+            retiring_bytes: releasing.map(|(_, bytes)| bytes).sum(),
+            quarantined_bytes: unreleased_bytes + self.relocations.quarantined_bytes(&is_meant),
+            ..MemoryParts::default()
+        }
+    }
+}
+
+impl AccountStats {
+    /// Adds one of the account's ranges.
+    fn add(&mut self, range: &Range) {
+        self.parts += range.parts();
+        self.chunks += range.pages.chunks();
+        if !range.closed {
+            self.ranges += 1;
+            self.capacity_bytes += range.capacity_bytes;
+            self.live_bytes += range.owned_bytes();
         }
     }
 }

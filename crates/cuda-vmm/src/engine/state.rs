@@ -3,11 +3,14 @@
 //! The lock is taken by [`StateLock::lock`](super::changes), which also tells the threads that wait
 //! of each change.
 
+use super::accounts::Accounts;
 use super::books::cache::Cache;
 use super::books::counters::EngineCounters;
-use super::books::ledger::{AccountId, Ledger};
+use super::books::ledger::Ledger;
+use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
+use super::listeners::Listeners;
 use super::queue::Queue;
 use super::range::Range;
 use super::ranges::Ranges;
@@ -24,9 +27,11 @@ pub(crate) struct StateLock {
     pub(crate) state: Mutex<State>,
     /// Signalled when something has changed.
     pub(crate) changed: Condvar,
-    /// Threads that wait for `changed`. All threads that free memory read it without the lock, and
+    /// Threads that wait for `changed`, and listeners. All threads that free memory read it without the lock, and
     /// it changes seldom.
     pub(crate) waiting: Apart<AtomicUsize>,
+    /// Tasks that wait for a change; each counts in `waiting`.
+    pub(crate) listeners: Listeners,
     /// Whether anyone owes memory, or wants more than there is. Read as `waiting` is.
     pub(crate) is_pressing: Apart<AtomicBool>,
 }
@@ -34,6 +39,7 @@ pub(crate) struct StateLock {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) ledger: Ledger,
+    pub(crate) accounts: Accounts,
     /// What has happened, except what ranges that are there count themselves.
     pub(crate) counters: EngineCounters,
     pub(crate) ranges: Ranges,
@@ -42,11 +48,11 @@ pub(crate) struct State {
     pub(crate) cache: Cache<PhysicalMemory>,
     /// Where memory is overwritten before it goes to the cache; made when it is first needed.
     pub(crate) scrubbing: Option<Stream>,
-    /// Memory that is mapped nowhere but that the driver would not release, and the account that is
-    /// charged for it; of the cache's there is none.
-    pub(crate) unreleased: Vec<(Option<AccountId>, PhysicalMemory)>,
+    /// Memory that is mapped nowhere but that the driver would not release, and whose it is; the
+    /// cache's is no account's.
+    pub(crate) unreleased: Vec<(Option<Owner>, PhysicalMemory)>,
     /// Bytes of it that are being released now, by a thread that has taken them out.
-    pub(crate) releasing: Vec<(Option<AccountId>, usize)>,
+    pub(crate) releasing: Vec<(Option<Owner>, usize)>,
     /// Chunks that are being moved, and what that has left.
     pub(crate) relocations: Relocations,
     /// When what the driver refused is tried again.
@@ -66,6 +72,7 @@ impl StateLock {
             state: Mutex::new(State::new(budget_bytes)),
             changed: Condvar::new(),
             waiting: Apart::default(),
+            listeners: Listeners::default(),
             is_pressing: Apart::default(),
         }
     }
@@ -75,6 +82,7 @@ impl State {
     fn new(budget_bytes: usize) -> Self {
         Self {
             ledger: Ledger::new(budget_bytes),
+            accounts: Accounts::default(),
             counters: EngineCounters::default(),
             ranges: Ranges::default(),
             next_pin: 0,
@@ -119,10 +127,11 @@ impl State {
     pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
         let unreleased = self.unreleased.iter().map(|(_, memory)| memory.bytes());
         let mut parts = MemoryParts {
-            filling_bytes: self.relocations.moving_bytes(None),
+            filling_bytes: self.relocations.moving_bytes(|_| true),
             retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
             cached_bytes: self.cache.bytes(),
-            quarantined_bytes: unreleased.sum::<usize>() + self.relocations.quarantined_bytes(None),
+            quarantined_bytes: unreleased.sum::<usize>()
+                + self.relocations.quarantined_bytes(|_| true),
             ..MemoryParts::default()
         };
         let mut chunks = 0;
@@ -141,9 +150,9 @@ impl State {
     }
 
     /// Takes one such entry out of the list of what is being released.
-    pub(crate) fn end_releasing(&mut self, account: Option<AccountId>, bytes: usize) {
+    pub(crate) fn end_releasing(&mut self, owner: Option<Owner>, bytes: usize) {
         let mut releasing = self.releasing.iter();
-        let at = releasing.position(|held| *held == (account, bytes));
+        let at = releasing.position(|held| *held == (owner, bytes));
         at.map(|at| self.releasing.swap_remove(at));
     }
 }

@@ -54,3 +54,51 @@ pub struct StepReport {
     /// Bytes that the driver refused to take back.
     pub quarantined_bytes: usize,
 }
+
+/// What an account could give back now, in bytes, by how that is done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Givable {
+    /// Parked, or made ahead: goes by [`Account::give_back`](crate::Account::give_back), at once.
+    pub trimmed_bytes: usize,
+    /// In pages of block tables whose blocks are neither pinned, nor leased, nor handed out by an
+    /// allocator: goes by a [`ReclaimPlan`](crate::pool::blocks::ReclaimPlan) for all of it. Of
+    /// blocks without an allocator the caller alone knows which are in use, so this is the most.
+    pub reclaimable_bytes: usize,
+    /// Freed, and kept by leases: goes when those end.
+    pub leased_bytes: usize,
+}
+
+/// What an account holds, on all its ranges.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
+#[non_exhaustive]
+pub struct AccountStats {
+    /// Its ranges of addresses that are open.
+    pub ranges: usize,
+    /// Their addresses in bytes.
+    pub capacity_bytes: usize,
+    /// Bytes that were asked for and not given back.
+    pub live_bytes: usize,
+    /// What the device really holds for the account, in bytes.
+    pub committed_bytes: usize,
+    /// The same, by what it is; nothing of it is cached.
+    pub parts: MemoryParts,
+    /// Mappings.
+    pub chunks: usize,
+}
+
+impl fmt::Display for AccountStats {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "{} live over {} of addresses in {} ranges; {} committed: {}",
+            Readable(self.live_bytes),
+            Readable(self.capacity_bytes),
+            self.ranges,
+            Readable(self.committed_bytes),
+            self.parts,
+        )
+    }
+}

@@ -2,6 +2,7 @@
 
 use super::inner::Inner;
 use super::retry::Which;
+use super::scope::Scope;
 use super::stats::StepReport;
 use super::worker::Steps;
 use crate::sync::Arc;
@@ -11,7 +12,7 @@ impl Steps for Inner {
     fn step(self: &Arc<Self>, is_worker: bool) -> StepReport {
         let mut retired_bytes = self.poll();
         // What cannot be synchronised now is tried again at the next step.
-        let synchronised = self.synchronise(None).unwrap_or_default();
+        let synchronised = self.synchronise(Scope::All).unwrap_or_default();
         retired_bytes += synchronised.unwrap_or_default();
         // A step that a caller takes is a try; the worker takes many.
         let due = if is_worker { Which::Due } else { Which::All };
@@ -36,7 +37,7 @@ impl Steps for Inner {
         let has_work = !state.queue.is_empty()
             || state.ranges.with_news().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
-            || state.spare_above_ceiling().is_some()
+            || state.spare_when_over().is_some()
             || (state.ranges.values())
                 .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some());
         match has_work {

@@ -14,20 +14,22 @@ impl Relocation {
     pub(crate) fn put_back(mut self, engine: &Arc<Inner>) -> Result<()> {
         let mut left = self.back();
         let error = left.error.take();
-        let account = self.site.account;
-        let (id, first) = (self.site.range, self.first);
+        let owner = self.site.owner;
+        let (id, first) = (owner.range, self.first);
         let charged_bytes = self.charged_bytes;
         self.charged_bytes = self.new_bytes();
         let kept_bytes = self.charged_bytes + left.bytes();
         let mut state = engine.state.lock();
-        state.relocations.end(account, charged_bytes);
-        state.ledger.refund(account, charged_bytes - kept_bytes);
-        let stuck = left.mapped.into_iter().map(|mapping| (account, mapping));
+        state.relocations.end(owner, charged_bytes);
+        state
+            .ledger
+            .refund(owner.account, charged_bytes - kept_bytes);
+        let stuck = left.mapped.into_iter().map(|mapping| (owner, mapping));
         state.relocations.stuck.extend(stuck);
         let unreleased = left.unreleased.into_iter();
         state
             .unreleased
-            .extend(unreleased.map(|memory| (Some(account), memory)));
+            .extend(unreleased.map(|memory| (Some(owner), memory)));
         let mut unused = Vec::new();
         // The range cannot have gone: it ends with its last chunk, and one moves.
         let State {
@@ -66,8 +68,8 @@ pub(crate) fn retry_stranded(engine: &Arc<Inner>) -> Result<usize> {
         }
         let relocation = state.relocations.stranded.remove(0);
         let site = &relocation.site;
-        (state.relocations).begin(site.account, relocation.charged_bytes);
-        if let Some(mut range) = state.ranges.get(site.range) {
+        (state.relocations).begin(site.owner, relocation.charged_bytes);
+        if let Some(mut range) = state.ranges.get(site.owner.range) {
             range.pages.resume(relocation.first);
         }
         relocation
@@ -79,25 +81,25 @@ pub(crate) fn retry_stranded(engine: &Arc<Inner>) -> Result<usize> {
 /// the driver.
 pub(crate) fn retry_stuck(engine: &Arc<Inner>) -> Result<usize> {
     let _work = AtWork::begin();
-    let (account, mapping) = {
+    let (owner, mapping) = {
         let mut state = engine.state.lock();
         if state.relocations.stuck.is_empty() {
             return Ok(0);
         }
-        let (account, mapping) = state.relocations.stuck.remove(0);
-        state.releasing.push((Some(account), mapping.bytes()));
-        (account, mapping)
+        let (owner, mapping) = state.relocations.stuck.remove(0);
+        state.releasing.push((Some(owner), mapping.bytes()));
+        (owner, mapping)
     };
     let bytes = mapping.bytes();
     match mapping.unmap() {
         Ok(memory) => match Arc::into_inner(memory) {
-            Some(memory) => engine.release(Some(account), memory),
+            Some(memory) => engine.release(Some(owner), memory),
             None => Ok(0),
         },
         Err(failure) => {
             let mut state = engine.state.lock();
-            state.end_releasing(Some(account), bytes);
-            state.relocations.stuck.push((account, failure.object));
+            state.end_releasing(Some(owner), bytes);
+            state.relocations.stuck.push((owner, failure.object));
             engine.note_refusal(state, Some(&failure.error), bytes);
             Err(failure.error)
         }

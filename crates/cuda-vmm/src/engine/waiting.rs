@@ -1,9 +1,9 @@
 //! How long an allocation waits for memory, and what it does meanwhile.
 
 use super::books::backoff::Backoff;
-use super::books::range_id::RangeId;
 use super::changes::Locked;
 use super::inner::Inner;
+use super::scope::Scope;
 use super::worker::Steps;
 use crate::sync::{self, Arc, Deadline};
 use crate::{Result, VmmError};
@@ -32,6 +32,8 @@ pub(crate) enum Patience {
     Retiring,
     /// For any memory, until then.
     Until(Deadline),
+    /// Not here: the call is repeated later, and keeps its place in the line until then.
+    Poll,
 }
 
 impl Patience {
@@ -47,7 +49,7 @@ impl Patience {
         state: Locked<'a>,
     ) -> Option<Locked<'a>> {
         match self {
-            Self::None => None,
+            Self::None | Self::Poll => None,
             Self::Retiring => Some(engine.state.wait(state)),
             Self::Until(deadline) => {
                 let left = deadline.left()?;
@@ -56,17 +58,17 @@ impl Patience {
         }
     }
 
-    /// Waits for what may bring memory, to one range or to any; `None` if there is no patience
+    /// Waits for what may bring memory, to the ranges in scope; `None` if there is no patience
     /// left, or nothing that can be waited for.
     pub(crate) fn await_memory<'a>(
         &self,
         engine: &'a Arc<Inner>,
         state: Locked<'a>,
-        only: Option<RangeId>,
+        scope: Scope,
     ) -> Result<Option<Locked<'a>>> {
         match self {
-            Self::None => Ok(None),
-            Self::Retiring => engine.await_progress(state, only),
+            Self::None | Self::Poll => Ok(None),
+            Self::Retiring => engine.await_progress(state, scope),
             Self::Until(deadline) => Ok(await_look(engine, state, deadline)),
         }
     }

@@ -14,6 +14,8 @@ pub enum QuotaConflict {
     GuaranteeAboveCeiling,
     /// A guarantee, and the engine's limit.
     GuaranteeAboveLimit,
+    /// What all accounts are guaranteed, and a limit that is to be lowered below that.
+    LimitBelowGuarantees,
     /// [`headroom_bytes`](crate::EngineOptions::headroom_bytes), and the device's memory.
     Headroom,
     /// [`park_bytes_min`](crate::EngineOptions::park_bytes_min), and `park_bytes_max`.
@@ -28,6 +30,7 @@ impl fmt::Display for QuotaConflict {
             Self::Guarantee => "guarantee",
             Self::GuaranteeAboveCeiling => "guarantee above its ceiling",
             Self::GuaranteeAboveLimit => "guarantee above the limit",
+            Self::LimitBelowGuarantees => "guarantees above a new limit",
             Self::Headroom => "headroom",
             Self::ParkBytesMin => "park_bytes_min above park_bytes_max",
             Self::AheadBytesMin => "ahead_bytes_min above ahead_bytes_max",

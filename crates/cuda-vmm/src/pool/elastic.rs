@@ -1,11 +1,15 @@
 //! One elastic range.
+//!
+//! # Safety
+//! Nothing unsafe is done here. [`VirtualMemoryPool::compact_shared`] is unsafe to call: its caller
+//! promises what the `&mut` of [`VirtualMemoryPool::compact`] stands for.
+#![allow(unsafe_code)]
 
 use super::PoolStats;
 use crate::engine::{
-    CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Owed, Patience, Place,
-    PoolCounters, PoolOptions, Quota, RangeHandle, RangeId, RangeStats,
+    Account, CompactReport, Engine, EngineOptions, GraphPin, LeaseToken, Patience, Place,
+    PoolCounters, PoolOptions, RangeHandle, RangeStats,
 };
-use crate::process::Here;
 use crate::sync::Arc;
 use crate::{Device, Fence, Result, Stream};
 use core::ops;
@@ -28,7 +32,6 @@ use core::ops;
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     pub(super) range: RangeHandle,
-    pub(super) owed: Here<Arc<Owed>>,
     base_address: u64,
     capacity_bytes: usize,
     page_bytes: usize,
@@ -70,29 +73,25 @@ impl VirtualMemoryPool {
         page_bytes: usize,
         options: PoolOptions,
     ) -> Result<Self> {
-        Self::with_quota(
-            engine,
-            capacity_bytes,
-            page_bytes,
-            options,
-            Quota::default(),
-        )
+        let account = engine.account_of_range()?;
+        Self::on_account(&account, capacity_bytes, page_bytes, options)
     }
 
-    pub(super) fn with_quota(
-        engine: &Engine,
+    /// A pool that is charged to an account, together with all else that is.
+    ///
+    /// # Errors
+    /// As [`with_options`](Self::with_options); [`VmmError::Closed`](crate::VmmError::Closed) if
+    /// the account is closed.
+    pub fn on_account(
+        account: &Account,
         capacity_bytes: usize,
         page_bytes: usize,
         options: PoolOptions,
-        quota: Quota,
     ) -> Result<Self> {
         let (range, base_address) =
-            RangeHandle::open(engine, capacity_bytes, page_bytes, options, quota)?;
-        let process = engine.device().driver().process();
-        let owed = Here::new(process, range.owed()?);
+            RangeHandle::open(account, capacity_bytes, page_bytes, options)?;
         Ok(Self {
             range,
-            owed,
             base_address,
             capacity_bytes,
             page_bytes,
@@ -331,10 +330,6 @@ impl VirtualMemoryPool {
         self.range.stats()
     }
 
-    pub(super) fn key(&self) -> (RangeId, usize, usize) {
-        (self.range.id(), self.capacity_bytes, self.page_bytes)
-    }
-
     /// Gives back what the engine holds, is not live, and the device has finished with; returns the bytes.
     ///
     /// # Errors
@@ -367,11 +362,21 @@ impl VirtualMemoryPool {
     /// `deallocate` of them answer [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used,
     /// until a later `compact`, [`trim`](Self::trim) or step has mapped them again.
     pub fn compact(&mut self) -> Result<CompactReport> {
-        self.compact_promised()
+        self.range.compact()
     }
 
-    /// As [`compact`](Self::compact), for callers who were promised that nobody launches work meanwhile.
-    pub(super) fn compact_promised(&self) -> Result<CompactReport> {
+    /// As [`compact`](Self::compact), for a pool that other threads have too. They may allocate and
+    /// free meanwhile.
+    ///
+    /// # Errors
+    /// As [`compact`](Self::compact).
+    ///
+    /// # Safety
+    /// No work that uses the pool's memory may be launched, by any thread, from the beginning of the
+    /// call to its end: pages are unmapped for a moment, and what is written to the old memory after
+    /// it was copied is lost. Work that was queued before, on the streams that were named for the
+    /// pool or on any if none was, is waited for.
+    pub unsafe fn compact_shared(&self) -> Result<CompactReport> {
         self.range.compact()
     }
 
@@ -379,6 +384,11 @@ impl VirtualMemoryPool {
     /// calls.
     pub fn compact_report(&self) -> CompactReport {
         self.range.compact_report().unwrap_or_default()
+    }
+
+    /// The account that it is charged to: the one that it was made on, or one of its own.
+    pub fn account(&self) -> &Account {
+        self.range.account()
     }
 
     /// The engine.
@@ -391,10 +401,6 @@ impl VirtualMemoryPool {
     /// # Errors
     /// The driver's, if it refused; the engine keeps and retries what is left.
     pub fn close(self) -> Result<()> {
-        self.shut()
-    }
-
-    pub(super) fn shut(&self) -> Result<()> {
         self.range.close()
     }
 }
@@ -402,6 +408,6 @@ impl VirtualMemoryPool {
 impl Drop for VirtualMemoryPool {
     fn drop(&mut self) {
         // What is refused stays with the engine, which retries it.
-        let _ = self.shut();
+        let _ = self.range.close();
     }
 }

@@ -2,17 +2,18 @@
 
 pub mod blocks;
 mod elastic;
-mod pressure;
+mod many;
 mod prometheus;
-mod quota;
 mod shared;
 mod snapshot;
 mod stats;
+mod waiting;
 
 pub use crate::size::check_page_bytes;
 pub use elastic::VirtualMemoryPool;
+pub use many::{Backed, PoolPart};
 pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
-pub use quota::ModelQuota;
-pub use shared::{ModelOptions, SharedMemoryPool, SharedPoolOptions};
-pub use snapshot::{ModelSnapshot, Snapshot};
+pub use shared::{SharedMemoryPool, SharedPoolOptions};
+pub use snapshot::{AccountSnapshot, Snapshot};
 pub use stats::PoolStats;
+pub use waiting::Allocation;

@@ -4,28 +4,29 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::{ModelSnapshot, Snapshot};
+use super::{AccountSnapshot, Snapshot};
 use crate::MemoryParts;
 use core::fmt::Write;
 
 /// The `Content-Type` of an answer with the text.
 pub const PROMETHEUS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Some snapshots in Prometheus's text format, version 0.0.4, each under the name that its samples have as the label
-/// `pool`.
+/// Some snapshots in Prometheus's text format, version 0.0.4, each under the name that its samples
+/// have as the label `pool`.
 ///
-/// Names of the engine's numbers begin with `cuda_vmm_engine_`; those with the label `model` are a model's. Bytes are
-/// bytes. What is no model's is `cuda_vmm_other_bytes`, by parts, so that for each part the models and the others make up
-/// the engine. Samples of one name stand together however many pools there are, as the format demands; so two pools of
-/// one process belong in one call, under different names.
+/// Names of the engine's numbers begin with `cuda_vmm_engine_`; those with the label `model` are an
+/// account's, by its name. Bytes are bytes. What is no open account's is `cuda_vmm_other_bytes`, by
+/// parts, so that for each part the accounts and the others make up the engine. Samples of one name
+/// stand together however many pools there are, as the format demands; so two pools of one process
+/// belong in one call, under different names.
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
-/// use cuda_vmm::{Driver, SharedMemoryPool, pool};
+/// use cuda_vmm::{Driver, Quota, SharedMemoryPool, pool};
 ///
 /// let device = Driver::detect()?.device(0)?;
 /// let shared = SharedMemoryPool::new(&device, 1 << 30)?;
-/// shared.register_model("chat", 64 << 30)?;
+/// shared.register_model("chat", Quota::new())?;
 /// let text = pool::prometheus([("gpu0", &shared.snapshot())]);
 /// assert!(text.contains("cuda_vmm_live_bytes{pool=\"gpu0\",model=\"chat\"} 0\n"));
 /// # }
@@ -48,7 +49,7 @@ impl Snapshot {
 fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
     let mut families = Vec::new();
     engine_families(pools, &mut families);
-    model_families(pools, &mut families);
+    account_families(pools, &mut families);
     families.concat()
 }
 
@@ -189,8 +190,7 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
     for (name, help, value) in counters {
         add(&format!("engine_{name}_total"), Counter, help, &value);
     }
-    let help =
-        "What is no model's: the cache, other ranges, and what models that are gone have left.";
+    let help = "What is no open account's: the cache, and what accounts that are closed have left.";
     families.push(family("other_bytes", Gauge, help, pools, |of| {
         let parts = MemoryParts::LIST.iter();
         parts
@@ -202,22 +202,22 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
     }));
 }
 
-fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
+fn account_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
     use Kind::{Counter, Gauge};
-    type Number = fn(&ModelSnapshot) -> Option<u64>;
-    let gauges: [(&str, &str, Number); 6] = [
+    type Number = fn(&AccountSnapshot) -> Option<u64>;
+    let gauges: [(&str, &str, Number); 8] = [
         ("capacity_bytes", "Addresses.", |of| {
             Some(of.stats.capacity_bytes as u64)
         }),
         (
             "guarantee_bytes",
             "Memory that is always to be had.",
-            |of| Some(of.guarantee_bytes as u64),
+            |of| Some(of.quota.guarantee_bytes as u64),
         ),
         (
             "ceiling_bytes",
             "The most memory that may be held, where there is a limit.",
-            |of| of.ceiling_bytes.map(|bytes| bytes as u64),
+            |of| of.quota.ceiling_bytes.map(|bytes| bytes as u64),
         ),
         (
             "committed_bytes",
@@ -229,6 +229,12 @@ fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String
             "Bytes that were asked for and not given back.",
             |of| Some(of.stats.live_bytes as u64),
         ),
+        ("owed_bytes", "What others ask it to give back.", |of| {
+            Some(of.owed_bytes as u64)
+        }),
+        ("ranges", "Ranges of addresses.", |of| {
+            Some(of.stats.ranges as u64)
+        }),
         ("mappings", "Mappings.", |of| Some(of.stats.chunks as u64)),
     ];
     let counters: [(&str, &str, Number); 4] = [
@@ -249,10 +255,13 @@ fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String
             |of| Some(of.counters.late_prefetches),
         ),
     ];
-    let mut add = |name: &str, kind, help, value: &dyn Fn(&ModelSnapshot) -> Option<u64>| {
+    let mut add = |name: &str, kind, help, value: &dyn Fn(&AccountSnapshot) -> Option<u64>| {
         families.push(family(name, kind, help, pools, |of| {
-            let models = of.models.iter();
-            let samples = models.map(|model| (vec![("model", &*model.model)], value(model)));
+            let accounts = of.accounts.iter();
+            let samples = accounts.map(|account| {
+                let labels = vec![("model", &*account.name)];
+                (labels, value(account))
+            });
             samples
                 .filter_map(|(labels, value)| Some((labels, value?)))
                 .collect()
@@ -262,7 +271,7 @@ fn model_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String
         add(name, Gauge, help, &value);
     }
     for part in MemoryParts::LIST.iter().filter(|part| part.is_of_ranges) {
-        let value = |of: &ModelSnapshot| Some((part.bytes)(&of.stats.parts) as u64);
+        let value = |of: &AccountSnapshot| Some((part.bytes)(&of.stats.parts) as u64);
         add(&format!("{}_bytes", part.name), Gauge, part.meaning, &value);
     }
     for (name, help, value) in counters {

@@ -1,20 +1,12 @@
 //! Many models under one physical limit.
-//!
-//! # Safety
-//! Nothing unsafe is done here. [`SharedMemoryPool::compact_model`] is unsafe to call, as its caller promises what the
-//! `&mut` of [`VirtualMemoryPool::compact`] stands for: others may have the model too.
-#![allow(unsafe_code)]
 
-use super::{ModelQuota, PoolStats, Snapshot, VirtualMemoryPool};
-use crate::engine::{CompactReport, Engine, EngineOptions, EngineStats, PoolOptions};
+use super::Snapshot;
+use crate::engine::{Account, Engine, EngineOptions, EngineStats, Quota};
 use crate::process::Here;
 use crate::size::check_page_bytes;
 use crate::sync::{Arc, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
-
-/// Addresses that are placed for a model begin at a multiple of this many bytes, as those of `cuMemAlloc` do.
-pub(super) const ALIGNMENT: usize = 256;
 
 /// How a shared pool is made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -48,80 +40,57 @@ impl SharedPoolOptions {
     }
 }
 
-/// How a model is registered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ModelOptions {
-    /// Its addresses in bytes.
-    pub capacity_bytes: usize,
-    /// Memory in bytes that is always to be had for it, whatever other models do.
-    pub guarantee_bytes: usize,
-    /// The most memory in bytes that it may hold, if less than the pool's limit.
-    pub ceiling_bytes: Option<usize>,
-    /// Who is served first when several wait for memory, and asked last to give some back: the higher. 0 unless told
-    /// otherwise; any number.
-    pub priority: i32,
-    /// How much memory in bytes is made ahead of its latest allocation; see
-    /// [`PoolOptions::ahead_bytes_max`].
-    pub ahead_bytes_max: usize,
-    /// When the worker begins again to make memory ahead; see [`PoolOptions::ahead_bytes_min`].
-    pub ahead_bytes_min: Option<usize>,
-}
-
-impl ModelOptions {
-    /// Addresses, no guarantee, no ceiling, priority 0, nothing made ahead.
-    pub const fn new(capacity_bytes: usize) -> Self {
-        Self {
-            capacity_bytes,
-            guarantee_bytes: 0,
-            ceiling_bytes: None,
-            priority: 0,
-            ahead_bytes_max: 0,
-            ahead_bytes_min: None,
-        }
-    }
-}
-
-type Models = BTreeMap<String, Arc<VirtualMemoryPool>>;
-
-/// Models that share one budget, each with a range of addresses of its own; a cheap clone.
+/// Models that share one budget; a cheap clone.
+///
+/// A model is an [`Account`] with a name. Whatever is made on it is charged to it: ranges of
+/// addresses, tensors, caches, block tables.
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
-/// use cuda_vmm::{Driver, SharedMemoryPool};
+/// use cuda_vmm::{Driver, PoolOptions, Quota, SharedMemoryPool, VirtualMemoryPool};
 ///
 /// let device = Driver::detect()?.device(0)?;
-/// let pool = SharedMemoryPool::new(&device, 8 << 30)?; // 8 GiB of memory for all models
-/// pool.register_model("chat", 64 << 30)?; // 64 GiB of addresses
-/// pool.register_model("code", 64 << 30)?;
+/// let shared = SharedMemoryPool::new(&device, 8 << 30)?; // 8 GiB of memory for all models
+/// let chat = shared.register_model("chat", Quota::new().guarantee_bytes(1 << 30))?;
+/// let code = shared.register_model("code", Quota::new())?;
 ///
-/// let address = pool.allocate_for_model("chat", 6 << 30)?;
-/// let error = pool.allocate_for_model("code", 4 << 30).unwrap_err();
+/// // 64 GiB of addresses for each.
+/// let page_bytes = shared.page_bytes();
+/// let [chat, code] = [&chat, &code]
+///     .map(|model| VirtualMemoryPool::on_account(model, 64 << 30, page_bytes, PoolOptions::new()));
+/// let (chat, code) = (chat?, code?);
+/// chat.allocate(0, 6 << 30)?;
+/// let error = code.allocate(0, 4 << 30).unwrap_err();
 /// assert!(error.is_retryable()); // it fits once `chat` has freed 2 GiB
 /// assert_eq!(error.shortfall_bytes(), 2 << 30);
+/// assert_eq!(chat.account().owed_bytes(), 2 << 30);
 ///
-/// pool.deallocate_for_model_address("chat", address, 6 << 30)?;
-/// pool.allocate_for_model("code", 4 << 30)?;
+/// chat.deallocate(4 << 30, 2 << 30)?;
+/// code.allocate(0, 4 << 30)?;
 /// # }
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
 ///
-/// A model's memory is charged to it until the device holds it no longer. What one model gives back, any
-/// other can have.
+/// A model's memory is charged to it until the device holds it no longer. What one model gives
+/// back, any other can have.
 ///
-/// What comes to another model by way of the cache ([`EngineOptions::cache_bytes_max`]) is overwritten with zeros before,
-/// behind the last work of the first. All else goes back to the driver and is made anew; drivers clear it, and CUDA does not
-/// promise that they do. So no model finds another's bytes where it allocates. That is no wall between models: they share a
+/// Memory that comes to another model by way of the cache ([`EngineOptions::cache_bytes_max`]) is
+/// overwritten with zeros before, behind the last work of the first. All else goes back to the
+/// driver and is made anew; drivers clear it, and CUDA does not promise that they do. So no model
+/// finds another's bytes in what it allocates. That is no wall between models: they share a
 /// context, in which a kernel can use any mapped address.
 #[derive(Debug, Clone)]
 pub struct SharedMemoryPool {
     engine: Engine,
     page_bytes: usize,
-    models: Arc<Here<RwLock<Models>>>,
+    /// Registered models stay open though nobody else has a handle.
+    models: Arc<Here<RwLock<BTreeMap<String, Account>>>>,
 }
 
 impl SharedMemoryPool {
     /// A pool with a limit in bytes, which may exceed the device's memory. Pages are the device's
-    /// granularity, and each has a chunk of its own, so that whatever one model frees another can have.
+    /// granularity, and each has a chunk of its own, so that whatever one model frees another can
+    /// have.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a limit of 0.
@@ -151,128 +120,39 @@ impl SharedMemoryPool {
         })
     }
 
-    /// Registers a model with this many bytes of addresses, which cost no memory.
+    /// Registers a model. It stays registered until [`unregister_model`](Self::unregister_model),
+    /// whether the returned handle lives or not.
     ///
     /// # Errors
-    /// [`VmmError::ModelAlreadyRegistered`]; otherwise as [`VirtualMemoryPool::new`].
-    pub fn register_model(&self, model: &str, capacity_bytes: usize) -> Result<()> {
-        self.register_model_with(model, ModelOptions::new(capacity_bytes))
+    /// As [`Engine::account`].
+    pub fn register_model(&self, model: &str, quota: Quota) -> Result<Account> {
+        let account = self.engine.account(model, quota)?;
+        let mut models = self.models.write()?;
+        let before = models.insert(model.to_owned(), account.clone());
+        drop(models);
+        // One that was closed by its handle. It goes without the lock.
+        drop(before);
+        Ok(account)
     }
 
-    /// Registers a model with a guarantee, a ceiling and a priority.
+    /// Forgets a model, and [closes](Account::close) its account: it gets no memory any more, and
+    /// what it has live stays until its owners free it.
     ///
     /// # Errors
-    /// As [`register_model`](Self::register_model); [`VmmError::QuotaUnsatisfiable`] if the guarantee is
-    /// above the ceiling or cannot hold beside the others, or if `ahead_bytes_min` is above `ahead_bytes_max`.
-    pub fn register_model_with(&self, model: &str, options: ModelOptions) -> Result<()> {
-        let already = || VmmError::ModelAlreadyRegistered {
-            model: model.to_owned(),
-        };
-        if self.models.read()?.contains_key(model) {
-            return Err(already());
-        }
-        let quota = ModelQuota {
-            guarantee_bytes: options.guarantee_bytes,
-            ceiling_bytes: options.ceiling_bytes,
-            priority: options.priority,
-        };
-        let mut ahead = PoolOptions::new().ahead_bytes_max(options.ahead_bytes_max);
-        ahead.ahead_bytes_min = options.ahead_bytes_min;
-        let pool = VirtualMemoryPool::with_quota(
-            &self.engine,
-            options.capacity_bytes,
-            self.page_bytes,
-            ahead,
-            quota.into(),
-        )?;
-        let mut models = self.models.write()?;
-        if models.contains_key(model) {
-            // Another thread was faster. The pool is dropped, which calls the driver, after the lock.
-            drop(models);
-            return Err(already());
-        }
-        models.insert(model.to_owned(), Arc::new(pool));
+    /// [`VmmError::ModelNotFound`], [`VmmError::Forked`].
+    pub fn unregister_model(&self, model: &str) -> Result<()> {
+        let removed = self.models.write()?.remove(model);
+        removed.ok_or_else(|| not_found(model))?.close();
         Ok(())
     }
 
-    /// Forgets a model and gives back all that it holds, waiting for the device, and for allocations of other threads that are
-    /// under way. It does not wait for one that [makes room](Device::set_make_room) on the device, nor at all for other threads
-    /// if it is called from there or by a subscriber of `tracing` in the middle of an engine's work: what is left then goes
-    /// when that work ends.
-    ///
-    /// Handles from [`model`](Self::model) then answer [`VmmError::Closed`].
+    /// A registered model.
     ///
     /// # Errors
-    /// [`VmmError::ModelNotFound`]; the driver's, if it refused: the model is gone all the same, and what
-    /// is left is retried.
-    pub fn unregister_model(&self, model: &str) -> Result<()> {
-        let removed = self.models.write()?.remove(model);
-        removed.ok_or_else(|| not_found(model))?.shut()
-    }
-
-    pub(super) fn find(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
+    /// [`VmmError::ModelNotFound`], [`VmmError::Forked`].
+    pub fn model(&self, model: &str) -> Result<Account> {
         let models = self.models.read()?;
         models.get(model).cloned().ok_or_else(|| not_found(model))
-    }
-
-    /// The model's own range.
-    ///
-    /// # Errors
-    /// [`VmmError::ModelNotFound`].
-    pub fn model(&self, model: &str) -> Result<Arc<VirtualMemoryPool>> {
-        self.find(model)
-    }
-
-    /// Makes `bytes` bytes live at the model's lowest unused address, a multiple of 256 from its base, and
-    /// returns the address.
-    ///
-    /// # Errors
-    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::allocate_anywhere`].
-    pub fn allocate_for_model(&self, model: &str, bytes: usize) -> Result<u64> {
-        self.find(model)?.allocate_anywhere(bytes, ALIGNMENT)
-    }
-
-    /// Makes `bytes` bytes live at an offset of the model's range, and returns their address.
-    ///
-    /// # Errors
-    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::allocate`].
-    pub fn allocate_for_model_at(&self, model: &str, offset: usize, bytes: usize) -> Result<u64> {
-        self.find(model)?.allocate(offset, bytes)
-    }
-
-    /// Ends the life of bytes at an offset of the model's range.
-    ///
-    /// # Errors
-    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::deallocate`].
-    pub fn deallocate_for_model(&self, model: &str, offset: usize, bytes: usize) -> Result<()> {
-        self.find(model)?.deallocate(offset, bytes)
-    }
-
-    /// As [`deallocate_for_model`](Self::deallocate_for_model), by address.
-    ///
-    /// # Errors
-    /// As there; [`VmmError::NotMapped`] for an address below the model's base, with the offset 0.
-    pub fn deallocate_for_model_address(
-        &self,
-        model: &str,
-        address: u64,
-        bytes: usize,
-    ) -> Result<()> {
-        let pool = self.find(model)?;
-        match address.checked_sub(pool.base_address()) {
-            Some(offset) => pool.deallocate(offset as usize, bytes),
-            None => Err(VmmError::NotMapped { offset: 0, bytes }),
-        }
-    }
-
-    /// The first address of a model's range; none in a forked process.
-    pub fn model_base_address(&self, model: &str) -> Option<u64> {
-        self.find(model).ok().map(|pool| pool.base_address())
-    }
-
-    /// A model's numbers; none in a forked process.
-    pub fn model_stats(&self, model: &str) -> Option<PoolStats> {
-        self.find(model).ok().map(|pool| pool.stats())
     }
 
     /// The names of the models, in order; none in a forked process.
@@ -281,16 +161,10 @@ impl SharedMemoryPool {
         models.map_or(Vec::new(), |models| models.keys().cloned().collect())
     }
 
-    /// The numbers of the budget and of every model at one moment: no call of another thread comes between, so that
-    /// what the models hold and what is no model's add up to what the engine holds.
-    ///
-    /// Makes no driver calls. All zero except the limit in a forked process. Takes the engine's lock for as long as it takes to count the runs of live bytes.
+    /// The numbers of the budget and of every account on it at one moment; see
+    /// [`Engine::snapshot`].
     pub fn snapshot(&self) -> Snapshot {
-        let names = self.models.read().map_or(Vec::new(), |models| {
-            let names = models.iter().map(|(name, pool)| (name.clone(), pool.key()));
-            names.collect()
-        });
-        Snapshot::of(&self.engine, names)
+        self.engine.snapshot()
     }
 
     /// The numbers of the budget.
@@ -298,12 +172,20 @@ impl SharedMemoryPool {
         self.engine.stats()
     }
 
-    /// The limit in bytes, as it was given.
+    /// The limit in bytes, as it was given last.
     pub fn limit_bytes(&self) -> usize {
         self.engine.limit_bytes()
     }
 
-    /// The page of every model in bytes.
+    /// Changes the limit while models run; see [`Engine::set_limit_bytes`].
+    ///
+    /// # Errors
+    /// As [`Engine::set_limit_bytes`].
+    pub fn set_limit_bytes(&self, bytes: usize) -> Result<()> {
+        self.engine.set_limit_bytes(bytes)
+    }
+
+    /// The page that models are meant to have, in bytes.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
     }
@@ -316,29 +198,13 @@ impl SharedMemoryPool {
         self.engine.trim()
     }
 
-    /// Gives back a model's slack by moving its live pages to chunks that fit, at unchanged addresses; see
-    /// [`VirtualMemoryPool::compact`]. Other models go on meanwhile.
-    ///
-    /// There is slack only where [`EngineOptions::chunk_bytes_max`] of the pool is more than a page; with
-    /// [`new`](Self::new) it is not.
-    ///
-    /// # Errors
-    /// [`VmmError::ModelNotFound`]; otherwise as [`VirtualMemoryPool::compact`].
-    ///
-    /// # Safety
-    /// No work that uses the model's memory may be launched, by anyone, from the beginning of the call to its end: pages are
-    /// unmapped for a moment, and what is written to the old memory after it was copied is lost. Work that was queued
-    /// before, on the streams that were named for the model or on any where none was, is waited for.
-    pub unsafe fn compact_model(&self, model: &str) -> Result<CompactReport> {
-        self.find(model)?.compact_promised()
+    /// Gives at least `bytes` bytes back to the driver, if so much can be spared; returns the bytes
+    /// that went. See [`Engine::relieve`](crate::Engine::relieve).
+    pub fn relieve(&self, bytes: usize) -> usize {
+        self.engine.relieve(bytes)
     }
 
-    /// What [`compact_model`](Self::compact_model) would move and give back now. Makes no driver calls.
-    pub fn model_compact_report(&self, model: &str) -> Option<CompactReport> {
-        self.find(model).ok().map(|pool| pool.compact_report())
-    }
-
-    /// The engine behind the pool, on which further ranges can be made.
+    /// The engine behind the pool.
     pub fn engine(&self) -> &Engine {
         &self.engine
     }

@@ -38,7 +38,7 @@ impl PoolStats {
             page_bytes,
             live_bytes: range.live_bytes,
             live_pages: range.live_pages,
-            committed_bytes: range.committed_bytes,
+            committed_bytes: range.parts.total_bytes(),
             parts: range.parts,
             chunks: range.chunks,
             unused_bytes: range.unused_bytes,

@@ -3,10 +3,12 @@
 #![allow(dead_code, unused_imports, unused_macros)]
 
 mod kernel;
+mod models;
 pub mod told;
 mod under_test;
 
 pub use kernel::{Gather, Rows};
+pub use models::{ModelOptions, Models};
 pub use under_test::{PATIENCE, UnderTest, number, turn, under_test, under_test_without_contents};
 
 use cuda_vmm::sim::{Books, SimConfig, Simulator};

@@ -3,7 +3,7 @@
 //! Memory that the engine keeps is overwritten by the engine. Memory that goes back to the driver is made anew by the
 //! driver, and that this is clean is the driver's doing: nobody promises it, so these cases are where it would show.
 
-use crate::common::{Gate, manual, under_test, with_context};
+use crate::common::{Gate, Models, manual, under_test, with_context};
 use crate::{case, fill, page};
 use core::ffi::{c_int, c_void};
 use cuda_vmm::pool::blocks::{BlockBacking, ElementSize, LayerSpec, TensorSpec};
@@ -14,7 +14,7 @@ use cuda_vmm::sys::{
 };
 use cuda_vmm::{
     Access, Device, Engine, EngineOptions, Mapping, PhysicalMemory, PoolOptions, Reservation,
-    SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
+    SharedPoolOptions, Stream, VirtualMemoryPool,
 };
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -231,7 +231,7 @@ fn memory_of_a_model_that_is_unregistered() {
             let options = SharedPoolOptions::new()
                 .engine(engine.limit_bytes(PAGES * page()))
                 .page_bytes(page());
-            let shared = SharedMemoryPool::with_options(device, options).expect("a pool");
+            let shared = Models::with_options(device, options).expect("a pool");
             let stream = Stream::new(device).expect("a stream");
             for model in ["first", "second"] {
                 let registered = shared.register_model(model, PAGES * page());

@@ -1,12 +1,11 @@
 //! Pools on a device as large as it is.
 
-use crate::common::manual;
+use crate::common::{Models, manual};
 use crate::{case, ends, fill, page, pool};
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::sys::CUDA_ERROR_OUT_OF_MEMORY;
 use cuda_vmm::{
-    Driver, DriverKind, Engine, SharedMemoryPool, SharedPoolOptions, Stream, VirtualMemoryPool,
-    VmmError,
+    Driver, DriverKind, Engine, SharedPoolOptions, Stream, VirtualMemoryPool, VmmError,
 };
 
 const GIB: usize = 1 << 30;
@@ -76,7 +75,7 @@ fn two_models_under_a_limit_of_32_gib() {
         let options = SharedPoolOptions::new()
             .engine(manual().limit_bytes(32 * GIB).chunk_bytes_max(128 << 20))
             .page_bytes(page());
-        let pool = SharedMemoryPool::with_options(device, options).expect("a pool");
+        let pool = Models::with_options(device, options).expect("a pool");
         for model in ["first", "second"] {
             pool.register_model(model, 64 * GIB).expect("addresses");
         }

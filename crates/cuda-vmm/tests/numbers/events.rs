@@ -2,10 +2,10 @@
 
 use super::{CAPACITY, pool};
 use crate::common::told::{Keeper, told};
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{ModelOptions, PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
-use cuda_vmm::{Engine, EngineOptions, ModelOptions, VirtualMemoryPool};
+use cuda_vmm::{Engine, EngineOptions, VirtualMemoryPool};
 use tracing::Level;
 
 #[track_caller]

@@ -1,8 +1,8 @@
 //! The exact text that Prometheus reads.
 
 use super::{NAME, pool};
-use crate::common::{PAGE, Simulated, manual};
-use cuda_vmm::{ModelOptions, Snapshot};
+use crate::common::{ModelOptions, PAGE, Simulated, manual};
+use cuda_vmm::Snapshot;
 
 /// Two models of a small pool: one with live bytes and a ceiling, one without anything.
 fn snapshot() -> Snapshot {

@@ -1,7 +1,8 @@
 //! What the pools are held against, and the pools.
 
+use crate::common::{ModelOptions, Models};
 use crate::{GUARANTEE_PAGES, LIMIT_PAGES, MODELS, PAGE, SHARED, UNIT, UNITS};
-use cuda_vmm::{ModelOptions, PoolOptions, SharedMemoryPool, VirtualMemoryPool, VmmError};
+use cuda_vmm::{PoolOptions, VirtualMemoryPool, VmmError};
 
 /// The plain account: which quarters of which pages of which models are live.
 pub struct Model(pub Vec<Option<[bool; UNITS]>>);
@@ -39,14 +40,14 @@ impl Model {
 
 /// The models of a shared pool, and after them one pool of its own on the same engine, which alone can be compacted.
 pub struct Pools {
-    pub shared: SharedMemoryPool,
+    pub shared: Models,
     pub own: Option<VirtualMemoryPool>,
     pub names: Vec<String>,
     ahead_bytes_max: usize,
 }
 
 impl Pools {
-    pub fn new(shared: SharedMemoryPool, ahead_bytes_max: usize) -> Self {
+    pub fn new(shared: Models, ahead_bytes_max: usize) -> Self {
         Self {
             shared,
             own: None,

@@ -1,15 +1,15 @@
 //! Each argument's refusals, and that they change nothing.
 
-use crate::common::{PAGE, Simulated, failure, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, failure, manual};
 use crate::{CAPACITY, Fixture, LIMIT, unknown};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{ModelOptions, QuotaConflict, SharedMemoryPool, SharedPoolOptions, VmmError};
+use cuda_vmm::{QuotaConflict, SharedPoolOptions, VmmError};
 
 #[test]
 fn a_pool_is_refused_bad_limits_and_pages() {
     let simulated = Simulated::default();
-    let outcome = simulated.unchanged(|| SharedMemoryPool::new(&simulated.device, 0));
+    let outcome = simulated.unchanged(|| Models::new(&simulated.device, 0));
     assert_eq!(
         outcome.expect_err("a bad limit"),
         VmmError::ZeroSize { what: "limit" }
@@ -18,8 +18,7 @@ fn a_pool_is_refused_bad_limits_and_pages() {
         let options = SharedPoolOptions::new()
             .engine(manual())
             .page_bytes(page_bytes);
-        let outcome =
-            simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
+        let outcome = simulated.unchanged(|| Models::with_options(&simulated.device, options));
         assert_eq!(
             outcome.expect_err("a bad page"),
             VmmError::InvalidPageSize {
@@ -30,8 +29,7 @@ fn a_pool_is_refused_bad_limits_and_pages() {
     }
     let total_bytes = simulated.device.total_bytes();
     let options = SharedPoolOptions::new().engine(manual().headroom_bytes(total_bytes));
-    let outcome =
-        simulated.unchanged(|| SharedMemoryPool::with_options(&simulated.device, options));
+    let outcome = simulated.unchanged(|| Models::with_options(&simulated.device, options));
     assert_eq!(
         outcome.expect_err("a bad headroom"),
         VmmError::QuotaUnsatisfiable {
@@ -157,7 +155,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
 fn an_unknown_model_is_named_by_every_call() {
     let fixture = Fixture::new();
     let model = "nobody";
-    type Call = fn(&SharedMemoryPool, &str) -> Result<u64, VmmError>;
+    type Call = fn(&Models, &str) -> Result<u64, VmmError>;
     let calls: [Call; 7] = [
         |pool, model| pool.allocate_for_model(model, PAGE),
         |pool, model| pool.allocate_for_model(model, 0),

@@ -1,10 +1,8 @@
 //! A ceiling that is lowered while its model is busy, and what can never be had.
 
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, manual};
 use crate::{CAPACITY, LIMIT, pool};
-use cuda_vmm::{
-    EngineOptions, ModelOptions, ModelQuota, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError,
-};
+use cuda_vmm::{EngineOptions, Quota, Stream, VirtualMemoryPool, VmmError};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,7 +25,7 @@ enum Freed {
 /// A model that holds six live pages and two that it could take at once, at page 6; nothing steps by itself.
 struct Busy {
     _simulated: Simulated,
-    pool: SharedMemoryPool,
+    pool: Models,
     model: Arc<VirtualMemoryPool>,
     _stream: Option<Stream>,
 }
@@ -71,7 +69,7 @@ impl Busy {
     }
 
     fn ceiling(&self, pages: usize) {
-        let quota = ModelQuota::new().ceiling_bytes(pages * PAGE);
+        let quota = Quota::new().ceiling_bytes(pages * PAGE);
         self.pool.set_quota("a", quota).expect("no guarantee");
     }
 }
@@ -91,7 +89,7 @@ fn above_a_lowered_ceiling_nothing_that_was_freed_is_used_again() {
             busy.ceiling(3);
             busy
         };
-        assert_eq!(model.owed_bytes(), 3 * PAGE, "{freed:?}");
+        assert_eq!(model.account().owed_bytes(), 3 * PAGE, "{freed:?}");
         for patience in 0..3 {
             let error = match patience {
                 0 => model.allocate(6 * PAGE, PAGE),
@@ -123,7 +121,7 @@ fn above_a_lowered_ceiling_nothing_that_was_freed_is_used_again() {
                 assert!(error.is_err(), "{freed:?}: page {page} came back");
             }
         }
-        assert_eq!(model.owed_bytes(), 0);
+        assert_eq!(model.account().owed_bytes(), 0);
         model.allocate(0, 3 * PAGE).expect("up to its ceiling");
         let error = model.allocate(3 * PAGE, PAGE).expect_err("no more");
         assert!(error.is_retryable(), "{error}");
@@ -178,7 +176,7 @@ fn a_worker_that_steps_meanwhile_changes_nothing_about_it() {
     pool.register_model("a", 64 * PAGE).expect("addresses");
     let model = pool.model("a").expect("registered");
     model.allocate(0, 32 * PAGE).expect("room");
-    let quota = ModelQuota::new().ceiling_bytes(8 * PAGE);
+    let quota = Quota::new().ceiling_bytes(8 * PAGE);
     pool.set_quota("a", quota).expect("no guarantee");
     for page in 0..24 {
         model.deallocate(page * PAGE, PAGE).expect("live");

@@ -2,10 +2,10 @@
 //!
 //! The time is one of steps, so each run is the same.
 
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, manual};
 use crate::pool;
+use cuda_vmm::VirtualMemoryPool;
 use cuda_vmm::sim::SimConfig;
-use cuda_vmm::{ModelOptions, SharedMemoryPool, VirtualMemoryPool};
 use std::sync::Arc;
 
 const LIMIT: usize = 64;
@@ -34,7 +34,7 @@ struct Model {
 }
 
 impl Model {
-    fn new(pool: &SharedMemoryPool, name: &str, way: Way) -> Self {
+    fn new(pool: &Models, name: &str, way: Way) -> Self {
         let options = ModelOptions::new(CAPACITY * PAGE);
         pool.register_model_with(name, options).expect("addresses");
         Self {
@@ -69,8 +69,8 @@ impl Model {
         }
         // Whole sequences, the youngest first, as a server preempts. A model that gives back asks for more at its next
         // boundary, or it would have the same memory again before the other asks.
-        let owes = self.pool.owed_bytes() > 0;
-        while self.pool.owed_bytes() > 0 && !self.sequences.is_empty() {
+        let owes = self.pool.account().owed_bytes() > 0;
+        while self.pool.account().owed_bytes() > 0 && !self.sequences.is_empty() {
             self.end(self.sequences.len() - 1);
         }
         while !owes && self.held() + self.way.sequence <= self.way.demand {

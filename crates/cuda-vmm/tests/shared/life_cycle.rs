@@ -1,8 +1,8 @@
 //! Models that go, and pools, while others wait, owe, use or lease.
 
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{Models, PAGE, Simulated, manual};
 use crate::{CAPACITY, LIMIT, pool};
-use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VmmError, WorkerMode};
+use cuda_vmm::{EngineOptions, Stream, VmmError, WorkerMode};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Longer than any wait here is; a test that fails ends all the same.
 const FOREVER: Duration = Duration::from_secs(60);
 
-fn two_models(simulated: &Simulated, worker: WorkerMode) -> SharedMemoryPool {
+fn two_models(simulated: &Simulated, worker: WorkerMode) -> Models {
     let options = EngineOptions::new().limit_bytes(LIMIT).worker(worker);
     let pool = pool(&simulated.device, options);
     for model in ["a", "b"] {
@@ -20,7 +20,7 @@ fn two_models(simulated: &Simulated, worker: WorkerMode) -> SharedMemoryPool {
 }
 
 /// Returns when something waits for memory of the model.
-fn until_it_owes(pool: &SharedMemoryPool, model: &str) {
+fn until_it_owes(pool: &Models, model: &str) {
     while pool.model_owed_bytes(model).expect("registered") == 0 {
         thread::yield_now();
     }
@@ -42,6 +42,7 @@ fn a_model_that_is_unregistered_with_memory_in_use_serves_who_waits() {
         thread::scope(|scope| {
             let waits = scope.spawn(|| b.allocate_timeout(0, 6 * PAGE, FOREVER));
             until_it_owes(&pool, "a");
+            drop(a);
             pool.unregister_model("a").expect("registered");
             waits
                 .join()

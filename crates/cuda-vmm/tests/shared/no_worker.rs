@@ -1,10 +1,10 @@
 //! No worker thread: calls that wait do its work.
 
-use crate::common::{PAGE, Simulated, alone, manual, role, run_alone};
+use crate::common::{Models, PAGE, Simulated, alone, manual, role, run_alone};
 use crate::{CAPACITY, pool};
 use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{Device, EngineOptions, SharedMemoryPool};
+use cuda_vmm::{Device, EngineOptions};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tracing::span::{Attributes, Id, Record};
@@ -16,7 +16,7 @@ const FOREVER: Duration = Duration::from_secs(60);
 const OLD: i32 = 12_040;
 
 /// A model that holds all eight pages, and one that wants some.
-fn full(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+fn full(device: &Device, options: EngineOptions) -> Models {
     let pool = pool(device, options.limit_bytes(8 * PAGE));
     for model in ["holds", "wants"] {
         pool.register_model(model, CAPACITY).expect("a new name");
@@ -66,7 +66,7 @@ fn who_waits_finds_that_leases_are_over() {
 }
 
 /// Frees memory when it is told that no thread could start.
-struct Frees(Mutex<Option<SharedMemoryPool>>);
+struct Frees(Mutex<Option<Models>>);
 
 impl Subscriber for Frees {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {

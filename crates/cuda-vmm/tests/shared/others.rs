@@ -1,11 +1,9 @@
 //! Code of others: what makes room, tokens, wakers and subscribers panic, take locks of their own, and call the pool.
 
-use crate::common::{PAGE, PATIENCE, Simulated, manual};
+use crate::common::{Models, PAGE, PATIENCE, Simulated, manual};
 use crate::{CAPACITY, pool};
 use cuda_vmm::sim::{Fault, SimConfig};
-use cuda_vmm::{
-    EngineOptions, LeaseToken, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError, sys,
-};
+use cuda_vmm::{EngineOptions, LeaseToken, Stream, VirtualMemoryPool, VmmError, sys};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -40,7 +38,7 @@ fn until(holds: impl Fn() -> bool) {
 }
 
 /// A device of eight pages, and a pool of a hundred with two models.
-fn small(options: EngineOptions) -> (Simulated, SharedMemoryPool) {
+fn small(options: EngineOptions) -> (Simulated, Models) {
     let simulated = Simulated::new(SimConfig::new().memory_bytes(8 * PAGE));
     let pool = pool(&simulated.device, options.limit_bytes(100 * PAGE));
     for model in ["a", "b"] {
@@ -50,11 +48,7 @@ fn small(options: EngineOptions) -> (Simulated, SharedMemoryPool) {
 }
 
 /// What the device is to do for room, with the pool; it is called once.
-fn make_room(
-    simulated: &Simulated,
-    pool: &SharedMemoryPool,
-    act: impl Fn(&SharedMemoryPool) + Send + Sync + 'static,
-) {
+fn make_room(simulated: &Simulated, pool: &Models, act: impl Fn(&Models) + Send + Sync + 'static) {
     let pool = pool.clone();
     let act = move |_| act(&pool);
     simulated.device.set_make_room(Some(Arc::new(act)));
@@ -66,7 +60,7 @@ fn modes() -> [EngineOptions; 2] {
 
 /// Nothing is left of the pool once its engine is gone.
 #[track_caller]
-fn assert_nothing_left(simulated: Simulated, pool: SharedMemoryPool) {
+fn assert_nothing_left(simulated: Simulated, pool: Models) {
     simulated.device.set_make_room(None);
     drop(pool);
     until(|| simulated.books() == Simulated::default().books());
@@ -339,11 +333,7 @@ impl Acting {
 }
 
 /// Everything that a pool does, beside this subscriber.
-fn beside(
-    simulated: &Simulated,
-    options: EngineOptions,
-    act: impl Fn(&SharedMemoryPool) + Send + 'static,
-) {
+fn beside(simulated: &Simulated, options: EngineOptions, act: impl Fn(&Models) + Send + 'static) {
     let pool = pool(
         &simulated.device,
         options.limit_bytes(16 * PAGE).cache_bytes_max(2 * PAGE),
@@ -481,7 +471,7 @@ fn a_waker_may_free_on_the_thread_that_waits_and_panic() {
         let [holds, wants] = ["holds", "wants"].map(|name| pool.model(name).expect("there"));
         holds.allocate(0, 4 * PAGE).expect("room");
         let waker = Waker::from(Arc::new(Frees(Mutex::new(Some(holds.clone())))));
-        holds.set_owed_waker(Some(waker));
+        holds.account().set_owed_waker(Some(waker));
         let waits = wants.clone();
         in_time(move || waits.allocate_timeout(0, PAGE, FOREVER)).expect("it was freed");
         drop((holds, wants));

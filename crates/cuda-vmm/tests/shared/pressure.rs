@@ -1,12 +1,10 @@
 //! What models owe, how they learn of it, and giving back.
 
-use crate::common::{PAGE, Simulated, failure, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, failure, manual};
 use crate::{CAPACITY, LIMIT, pool};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{
-    EngineOptions, ModelOptions, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError,
-};
+use cuda_vmm::{EngineOptions, Stream, VirtualMemoryPool};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Wake;
@@ -16,7 +14,7 @@ fn models<const COUNT: usize>(
     simulated: &Simulated,
     options: EngineOptions,
     models: [(&str, i32); COUNT],
-) -> (SharedMemoryPool, [Arc<VirtualMemoryPool>; COUNT]) {
+) -> (Models, [Arc<VirtualMemoryPool>; COUNT]) {
     let pool = pool(&simulated.device, options.limit_bytes(LIMIT));
     let handles = models.map(|(model, priority)| {
         let options = ModelOptions {
@@ -32,7 +30,7 @@ fn models<const COUNT: usize>(
 /// Counts how often it is woken, and looks at a pool each time, which only works without a lock.
 struct Counts {
     woken: AtomicUsize,
-    pool: SharedMemoryPool,
+    pool: Models,
 }
 
 impl Wake for Counts {
@@ -72,7 +70,7 @@ fn a_refused_allocation_is_owed_by_the_lowest_priority_first() {
     low.allocate(0, 2 * PAGE).expect("room");
     middle.allocate(0, 3 * PAGE).expect("room");
     high.allocate(0, 3 * PAGE).expect("room");
-    let owed = || [&low, &middle, &high, &asks].map(|model| model.owed_bytes() / PAGE);
+    let owed = || [&low, &middle, &high, &asks].map(|model| model.account().owed_bytes() / PAGE);
     asks.try_allocate(0, PAGE).expect_err("nothing is free");
     assert_eq!(owed(), [1, 0, 0, 0]);
     asks.allocate(0, 4 * PAGE).expect_err("nothing is free");
@@ -99,13 +97,13 @@ fn what_nobody_could_give_is_owed_by_nobody() {
     let (pool, [a, b]) = models(&simulated, manual(), [("a", 0), ("b", 0)]);
     a.allocate(0, 4 * PAGE).expect("room");
     b.try_allocate(0, 9 * PAGE).expect_err("more than there is");
-    assert_eq!(a.owed_bytes(), 0, "it can never be had");
+    assert_eq!(a.account().owed_bytes(), 0, "it can never be had");
     let quota = pool.quota("b").expect("registered");
     pool.set_quota("b", quota.ceiling_bytes(2 * PAGE))
         .expect("it can hold");
     b.allocate(0, 2 * PAGE).expect("room");
     b.try_allocate(2 * PAGE, PAGE).expect_err("at its ceiling");
-    assert_eq!(a.owed_bytes(), 0, "others' memory would not help");
+    assert_eq!(a.account().owed_bytes(), 0, "others' memory would not help");
 }
 
 #[test]
@@ -117,22 +115,22 @@ fn a_waker_is_woken_without_a_lock_each_time_more_is_owed() {
         pool: pool.clone(),
     });
     let woken = || counts.woken.load(Ordering::SeqCst);
-    holds.set_owed_waker(Some(counts.clone().into()));
+    holds.account().set_owed_waker(Some(counts.clone().into()));
     holds.allocate(0, 8 * PAGE).expect("room");
     assert_eq!(woken(), 0);
     asks.try_allocate(0, 2 * PAGE).expect_err("nothing is free");
-    assert_eq!((woken(), holds.owed_bytes()), (1, 2 * PAGE));
+    assert_eq!((woken(), holds.account().owed_bytes()), (1, 2 * PAGE));
     asks.try_allocate(0, 2 * PAGE).expect_err("nothing is free");
     assert_eq!(woken(), 1, "no more than before");
     asks.try_allocate(0, 3 * PAGE).expect_err("nothing is free");
     assert_eq!(woken(), 2);
     holds.deallocate(0, 3 * PAGE).expect("live");
-    assert_eq!((woken(), holds.owed_bytes()), (2, 0));
+    assert_eq!((woken(), holds.account().owed_bytes()), (2, 0));
     asks.try_allocate(0, 3 * PAGE).expect("was given back");
-    holds.set_owed_waker(None);
+    holds.account().set_owed_waker(None);
     asks.try_allocate(3 * PAGE, PAGE)
         .expect_err("nothing is free");
-    assert_eq!((woken(), holds.owed_bytes()), (2, PAGE));
+    assert_eq!((woken(), holds.account().owed_bytes()), (2, PAGE));
     // Only the test and nobody else still holds it.
     assert_eq!(Arc::strong_count(&counts), 1);
 }
@@ -141,14 +139,20 @@ fn a_waker_is_woken_without_a_lock_each_time_more_is_owed() {
 fn a_panic_in_a_waker_harms_nobody() {
     let simulated = Simulated::default();
     let (pool, [holds, asks]) = models(&simulated, manual(), [("holds", 0), ("asks", 0)]);
-    holds.set_owed_waker(Some(Arc::new(Panics).into()));
+    holds
+        .account()
+        .set_owed_waker(Some(Arc::new(Panics).into()));
     holds.allocate(0, 8 * PAGE).expect("room");
     let error = asks.try_allocate(0, PAGE).expect_err("nothing is free");
     assert!(error.is_retryable(), "{error}");
-    assert_eq!(holds.owed_bytes(), PAGE);
-    holds.set_owed_waker(Some(Arc::new(Panics).into()));
-    holds.set_owed_waker(None);
-    holds.set_owed_waker(Some(Arc::new(Panics).into()));
+    assert_eq!(holds.account().owed_bytes(), PAGE);
+    holds
+        .account()
+        .set_owed_waker(Some(Arc::new(Panics).into()));
+    holds.account().set_owed_waker(None);
+    holds
+        .account()
+        .set_owed_waker(Some(Arc::new(Panics).into()));
     holds.deallocate(0, PAGE).expect("live");
     asks.try_allocate(0, PAGE).expect("was given back");
     pool.unregister_model("holds").expect("registered");
@@ -185,11 +189,11 @@ fn giving_back_returns_what_the_model_itself_has_parked_or_ahead() {
     };
     assert_eq!(parts("a"), (PAGE, 2 * PAGE, PAGE));
     let a = pool.model("a").expect("registered");
-    assert_eq!(a.give_back(), Ok(3 * PAGE));
+    assert_eq!(a.account().give_back(), Ok(3 * PAGE));
     assert_eq!(parts("a"), (PAGE, 0, 0));
     assert_eq!(parts("b"), (PAGE, 2 * PAGE, PAGE));
     assert_eq!(simulated.books().physical_bytes, 5 * PAGE);
-    assert_eq!(a.give_back(), Ok(0));
+    assert_eq!(a.account().give_back(), Ok(0));
 }
 
 #[test]
@@ -206,7 +210,7 @@ fn what_the_driver_will_not_take_back_is_retried_and_still_held() {
             DriverFunction::cuMemUnmap => failure!(cuMemUnmap, CUDA_ERROR_OPERATING_SYSTEM),
             _ => failure!(cuMemRelease, CUDA_ERROR_OPERATING_SYSTEM),
         };
-        assert_eq!(a.give_back(), Err(expected));
+        assert_eq!(a.account().give_back(), Err(expected));
         assert_eq!(a.stats().parts.quarantined_bytes, 2 * PAGE);
         simulated.simulator.clear_faults();
         assert_eq!(pool.trim(), Ok(2 * PAGE));
@@ -220,11 +224,15 @@ fn a_closed_model_owes_nothing_and_gives_nothing_back() {
     let (pool, [holds, asks]) = models(&simulated, manual(), [("holds", 0), ("asks", 0)]);
     holds.allocate(0, 8 * PAGE).expect("room");
     asks.try_allocate(0, PAGE).expect_err("nothing is free");
-    assert_eq!(holds.owed_bytes(), PAGE);
+    assert_eq!(holds.account().owed_bytes(), PAGE);
     pool.unregister_model("holds").expect("registered");
-    assert_eq!(holds.owed_bytes(), 0);
-    assert_eq!(holds.give_back(), Err(VmmError::Closed));
+    assert_eq!(holds.account().owed_bytes(), 0);
+    assert_eq!(holds.account().give_back(), Ok(0), "all is live");
     assert_eq!(pool.model_owed_bytes("holds"), None);
+    let error = asks.try_allocate(0, 8 * PAGE).expect_err("all is live");
+    assert_eq!(error.shortfall_bytes(), 8 * PAGE);
+    assert_eq!(holds.account().owed_bytes(), 0, "it is closed");
+    drop(holds);
     asks.try_allocate(0, 8 * PAGE).expect("all is back");
 }
 
@@ -239,10 +247,10 @@ fn leased_memory_is_owed_until_its_lease_ends() {
     holds.lease(0, 2 * PAGE, token.clone()).expect("live");
     holds.deallocate(0, 2 * PAGE).expect("live");
     asks.try_allocate(0, 2 * PAGE).expect_err("nothing is free");
-    assert_eq!(holds.owed_bytes(), 2 * PAGE);
+    assert_eq!(holds.account().owed_bytes(), 2 * PAGE);
     drop(token);
     asks.try_allocate(0, 2 * PAGE).expect("the lease is over");
-    assert_eq!(holds.owed_bytes(), 0);
+    assert_eq!(holds.account().owed_bytes(), 0);
 }
 
 #[test]
@@ -259,7 +267,7 @@ fn what_a_model_owes_is_not_made_ahead_for_it() {
     holds.allocate(0, 5 * PAGE).expect("room");
     asks.try_allocate(0, 4 * PAGE)
         .expect_err("three pages are free");
-    assert_eq!(holds.owed_bytes(), PAGE);
+    assert_eq!(holds.account().owed_bytes(), PAGE);
     assert_eq!(
         pool.engine().step().prefetched_bytes,
         0,
@@ -268,7 +276,7 @@ fn what_a_model_owes_is_not_made_ahead_for_it() {
     holds.deallocate(4 * PAGE, PAGE).expect("live");
     asks.try_allocate(0, 2 * PAGE).expect("there is room");
     holds.allocate(4 * PAGE, PAGE).expect("there is room");
-    assert_eq!(holds.owed_bytes(), 0);
+    assert_eq!(holds.account().owed_bytes(), 0);
     assert_eq!(pool.engine().step().prefetched_bytes, PAGE);
 }
 
@@ -283,9 +291,9 @@ fn parked_memory_that_is_taken_back_is_owed_again() {
     holds.deallocate(0, 2 * PAGE).expect("live");
     pool.engine().step();
     assert_eq!(pool.stats().parts.parked_bytes, 2 * PAGE);
-    assert_eq!(holds.owed_bytes(), 2 * PAGE);
+    assert_eq!(holds.account().owed_bytes(), 2 * PAGE);
     holds.allocate(0, PAGE).expect("parked");
-    assert_eq!(holds.owed_bytes(), 3 * PAGE);
+    assert_eq!(holds.account().owed_bytes(), 3 * PAGE);
 }
 
 /// Memory that was made ahead for one model is given up for anyone, so nobody else owes more because of it.
@@ -319,7 +327,7 @@ fn giving_back_looks_what_the_device_has_finished_with() {
     a.allocate(0, 2 * PAGE).expect("room");
     a.deallocate(0, 2 * PAGE).expect("live");
     simulated.device.synchronize().expect("nothing runs");
-    assert_eq!(a.give_back(), Ok(2 * PAGE));
+    assert_eq!(a.account().give_back(), Ok(2 * PAGE));
 }
 
 /// Parked memory that is pinned for a graph is given up for nobody, so its model owes it.
@@ -337,8 +345,11 @@ fn what_a_pin_keeps_does_not_count_as_given_back() {
     let quota = pool.quota("a").expect("registered");
     pool.set_quota("a", quota.ceiling_bytes(0))
         .expect("downwards");
-    assert_eq!(a.owed_bytes(), 2 * PAGE);
+    assert_eq!(a.account().owed_bytes(), 2 * PAGE);
     drop(pin);
     pool.engine().step();
-    assert_eq!((a.owed_bytes(), pool.stats().committed_bytes), (0, 0));
+    assert_eq!(
+        (a.account().owed_bytes(), pool.stats().committed_bytes),
+        (0, 0)
+    );
 }

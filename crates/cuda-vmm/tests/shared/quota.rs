@@ -1,11 +1,11 @@
 //! Quotas that change while models run.
 
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool, unknown};
-use cuda_vmm::{ModelOptions, ModelQuota, QuotaConflict, SharedMemoryPool, VmmError};
+use cuda_vmm::{Quota, QuotaConflict, VmmError};
 
-fn pages(guarantee: usize, ceiling: usize) -> ModelQuota {
-    ModelQuota::new()
+fn pages(guarantee: usize, ceiling: usize) -> Quota {
+    Quota::new()
         .guarantee_bytes(guarantee * PAGE)
         .ceiling_bytes(ceiling * PAGE)
 }
@@ -14,7 +14,7 @@ fn pages(guarantee: usize, ceiling: usize) -> ModelQuota {
 fn a_quota_is_what_was_registered_and_then_what_was_set() {
     let fixture = Fixture::new();
     let pool = &fixture.pool;
-    assert_eq!(pool.quota("a"), Some(ModelQuota::new()));
+    assert_eq!(pool.quota("a"), Some(Quota::new()));
     assert_eq!(pool.quota("c"), None);
     let options = ModelOptions {
         guarantee_bytes: PAGE,
@@ -101,24 +101,24 @@ fn who_is_above_a_lowered_ceiling_owes_the_rest_and_gets_no_more() {
     let pool = &fixture.pool;
     let a = pool.model("a").expect("registered");
     a.allocate(0, 6 * PAGE).expect("room");
-    assert_eq!(a.owed_bytes(), 0);
+    assert_eq!(a.account().owed_bytes(), 0);
     pool.set_quota("a", pages(1, 4))
         .expect("below what is held");
-    assert_eq!(a.owed_bytes(), 2 * PAGE);
+    assert_eq!(a.account().owed_bytes(), 2 * PAGE);
     assert_eq!(pool.model_owed_bytes("a"), Some(2 * PAGE));
     assert_eq!(pool.model_owed_bytes("b"), Some(0));
     let error = fixture.refused(|pool| pool.allocate_for_model("a", 1));
     assert!(error.is_out_of_memory(), "{error}");
     // Freed is given back, though the device may still use it.
     a.deallocate(0, PAGE).expect("live");
-    assert_eq!(a.owed_bytes(), PAGE);
+    assert_eq!(a.account().owed_bytes(), PAGE);
     pool.set_quota("a", pages(1, 5)).expect("upwards");
-    assert_eq!(a.owed_bytes(), 0);
+    assert_eq!(a.account().owed_bytes(), 0);
     pool.set_quota("a", pages(0, 0))
         .expect("below what is held");
-    assert_eq!(a.owed_bytes(), 5 * PAGE);
+    assert_eq!(a.account().owed_bytes(), 5 * PAGE);
     a.deallocate(PAGE, 5 * PAGE).expect("live");
-    assert_eq!(a.owed_bytes(), 0);
+    assert_eq!(a.account().owed_bytes(), 0);
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn what_others_have_parked_is_given_up_for_a_guarantee() {
 }
 
 /// A pool whose model `a` has memory made ahead beside what it holds, and another model.
-fn made_ahead(simulated: &Simulated, live_pages: usize, ahead_pages: usize) -> SharedMemoryPool {
+fn made_ahead(simulated: &Simulated, live_pages: usize, ahead_pages: usize) -> Models {
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     let ahead = ModelOptions {
         ahead_bytes_max: ahead_pages * PAGE,

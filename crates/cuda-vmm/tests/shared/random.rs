@@ -1,9 +1,9 @@
 //! Random operations of models with quotas that change, against a plain model: what is within a guarantee is always had,
 //! whatever others do, and the rest exactly when it leaves room for all guarantees.
 
-use crate::common::{PAGE, manual};
+use crate::common::{ModelOptions, Models, PAGE, manual};
 use cuda_vmm::sim::SimConfig;
-use cuda_vmm::{Driver, ModelOptions, ModelQuota, SharedMemoryPool, SharedPoolOptions, VmmError};
+use cuda_vmm::{Driver, Quota, SharedPoolOptions, VmmError};
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -67,7 +67,7 @@ struct Plain {
     live: [bool; PAGES],
     guarantee: usize,
     ceiling: Option<usize>,
-    quota: ModelQuota,
+    quota: Quota,
 }
 
 impl Plain {
@@ -80,23 +80,23 @@ impl Plain {
     }
 }
 
-type Models = [Option<Plain>; MODELS];
+type Plains = [Option<Plain>; MODELS];
 
 /// Pages spoken for by all but one.
-fn spoken_for(models: &Models, but: usize) -> usize {
+fn spoken_for(models: &Plains, but: usize) -> usize {
     let others = models.iter().enumerate().filter(|(index, _)| *index != but);
     let others = others.filter_map(|(_, model)| model.as_ref());
     others.map(|model| model.held().max(model.guarantee)).sum()
 }
 
 /// Lets memory that is on its way to the cache be overwritten, which the device does in its own time.
-fn overwrite(pool: &SharedMemoryPool) {
+fn overwrite(pool: &Models) {
     while pool.stats().parts.retiring_bytes > 0 {
         pool.engine().step();
     }
 }
 
-fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
+fn play(pool: &Models, models: &mut Plains, operation: Operation) {
     let name = |model: usize| ["a", "b", "c", "d"][model];
     match operation {
         Operation::Allocate {
@@ -157,11 +157,9 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
             ceiling,
             priority,
         } => {
-            let quota = ModelQuota {
-                guarantee_bytes: guarantee * PAGE,
-                ceiling_bytes: ceiling.map(|pages| pages * PAGE),
-                priority,
-            };
+            let mut quota = Quota::new().guarantee_bytes(guarantee * PAGE);
+            quota.ceiling_bytes = ceiling.map(|pages| pages * PAGE);
+            quota.priority = priority;
             let others = spoken_for(models, model);
             let mut outcome = pool.set_quota(name(model), quota);
             if outcome.is_err() && pool.stats().parts.retiring_bytes > 0 {
@@ -210,7 +208,7 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
         Operation::GiveBack { model } => {
             if models[model].is_some() {
                 let handle = pool.model(name(model)).expect("registered");
-                handle.give_back().expect("the driver takes it");
+                handle.account().give_back().expect("the driver takes it");
                 let stats = handle.stats();
                 let left_bytes = stats.live_bytes + stats.parts.retiring_bytes;
                 assert_eq!(stats.committed_bytes, left_bytes);
@@ -232,7 +230,7 @@ fn play(pool: &SharedMemoryPool, models: &mut Models, operation: Operation) {
 }
 
 /// What holds at every moment.
-fn check(pool: &SharedMemoryPool, models: &Models) {
+fn check(pool: &Models, models: &Plains) {
     let stats = pool.stats();
     assert_eq!(stats.parts.total_bytes(), stats.committed_bytes);
     assert!(stats.committed_bytes <= LIMIT_PAGES * PAGE);
@@ -261,8 +259,8 @@ proptest! {
         let device = driver.device(0).expect("the first device");
         let engine = manual().limit_bytes(LIMIT_PAGES * PAGE).park_bytes_max(park).cache_bytes_max(cache).chunk_bytes_max(0);
         let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
-        let pool = SharedMemoryPool::with_options(&device, options).expect("a pool");
-        let mut models = Models::default();
+        let pool = Models::with_options(&device, options).expect("a pool");
+        let mut models = Plains::default();
         for model in 0..MODELS {
             play(&pool, &mut models, Operation::Register { model });
         }

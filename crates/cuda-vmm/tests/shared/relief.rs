@@ -1,16 +1,13 @@
 //! Another allocator beside the pool: it runs out and is relieved, or the pool does and others make room.
 
-use crate::common::{PAGE, Simulated, failure, manual, with_context};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, failure, manual, with_context};
 use crate::{CAPACITY, pool};
 use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{
     CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUDA_SUCCESS, CUdeviceptr, CUresult,
     DriverFunction,
 };
-use cuda_vmm::{
-    Device, Engine, EngineOptions, ModelOptions, PhysicalMemory, SharedMemoryPool,
-    VirtualMemoryPool, VmmError,
-};
+use cuda_vmm::{Device, Engine, EngineOptions, PhysicalMemory, VirtualMemoryPool, VmmError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
@@ -56,7 +53,7 @@ fn small_device() -> Simulated {
 }
 
 /// A pool whose limit is more than the device has, and which keeps what is freed; with one model.
-fn greedy(device: &Device, options: EngineOptions) -> SharedMemoryPool {
+fn greedy(device: &Device, options: EngineOptions) -> Models {
     let pool = pool(device, options.limit_bytes(100 * PAGE));
     let options = ModelOptions {
         ahead_bytes_max: PAGE,

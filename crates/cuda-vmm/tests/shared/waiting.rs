@@ -1,10 +1,8 @@
 //! Waiting for memory: who is served, in which order, and what the error says.
 
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{ModelOptions, Models, PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool};
-use cuda_vmm::{
-    EngineOptions, ModelOptions, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError, WorkerMode,
-};
+use cuda_vmm::{EngineOptions, Stream, VirtualMemoryPool, VmmError, WorkerMode};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,14 +14,14 @@ const FOREVER: Duration = Duration::from_secs(60);
 #[track_caller]
 fn until_owed(model: &VirtualMemoryPool, pages: usize) {
     let deadline = Instant::now() + FOREVER;
-    while model.owed_bytes() != pages * PAGE {
-        let owed_bytes = model.owed_bytes();
+    while model.account().owed_bytes() != pages * PAGE {
+        let owed_bytes = model.account().owed_bytes();
         assert!(Instant::now() < deadline, "{owed_bytes} bytes are owed");
         thread::yield_now();
     }
 }
 
-fn register(pool: &SharedMemoryPool, model: &str, priority: i32) -> Arc<VirtualMemoryPool> {
+fn register(pool: &Models, model: &str, priority: i32) -> Arc<VirtualMemoryPool> {
     let options = ModelOptions {
         priority,
         ..ModelOptions::new(CAPACITY)
@@ -149,7 +147,7 @@ fn a_wait_ends_with_the_work_that_freed_memory_was_waiting_for() {
                     limit_bytes: LIMIT
                 })
             );
-            assert_eq!(a.owed_bytes(), 0, "it has done its part");
+            assert_eq!(a.account().owed_bytes(), 0, "it has done its part");
             thread::scope(|scope| {
                 let waits = scope.spawn(|| b.allocate_timeout(0, PAGE, FOREVER));
                 drop(held);
@@ -259,7 +257,7 @@ fn who_comes_later_does_not_take_what_others_wait_for_but_a_guarantee_does() {
         holds.deallocate(4 * PAGE, 2 * PAGE).expect("live");
         waiting.join().expect("no panic").expect("its turn");
     });
-    assert_eq!(late.owed_bytes(), 0);
+    assert_eq!(late.account().owed_bytes(), 0);
 }
 
 #[test]

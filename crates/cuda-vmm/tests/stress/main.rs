@@ -10,8 +10,8 @@ mod common;
 mod pieces;
 mod player;
 
-use common::{number, under_test};
-use cuda_vmm::{Device, EngineOptions, SharedMemoryPool, SharedPoolOptions};
+use common::{Models, number, under_test};
+use cuda_vmm::{Device, EngineOptions, SharedPoolOptions};
 use player::{Player, Tally};
 use std::time::{Duration, Instant};
 
@@ -24,14 +24,14 @@ fn seconds() -> u64 {
     number("CUDA_VMM_TEST_STRESS_SECONDS").unwrap_or(2) as u64
 }
 
-fn pool(device: &Device, page: usize) -> SharedMemoryPool {
+fn pool(device: &Device, page: usize) -> Models {
     let engine = EngineOptions::new()
         .limit_bytes(LIMIT_PAGES * page)
         .park_bytes_max(4 * page)
         .cache_bytes_max(8 * page)
         .chunk_bytes_max(4 * page);
     let options = SharedPoolOptions::new().engine(engine).page_bytes(page);
-    SharedMemoryPool::with_options(device, options).expect("a pool")
+    Models::with_options(device, options).expect("a pool")
 }
 
 /// Plays on all devices for the seconds asked, and gives everything back.

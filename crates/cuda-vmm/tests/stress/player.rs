@@ -1,12 +1,12 @@
 //! One thread of the stress test.
 
-use crate::common::under_test;
+use crate::common::{ModelOptions, Models, under_test};
 use crate::pieces::{Piece, Pieces};
 use core::fmt;
 use core::ops::Range;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
-use cuda_vmm::{ModelOptions, Result, SharedMemoryPool, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{Result, Stream, VirtualMemoryPool, VmmError};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
@@ -82,7 +82,7 @@ impl fmt::Display for Tally {
 /// A thread with a range of its own on an engine that all threads of a device share.
 pub struct Player<'a> {
     name: String,
-    pool: &'a SharedMemoryPool,
+    pool: &'a Models,
     /// Half of the threads have a model of the shared pool, the others a pool on its engine.
     is_model: bool,
     /// For the last two threads of a device no stream is named, so what they free waits for the context.
@@ -97,7 +97,7 @@ pub struct Player<'a> {
 
 impl<'a> Player<'a> {
     /// Thread `number` in its `round`.
-    pub fn new(number: usize, round: u64, pool: &'a SharedMemoryPool) -> Self {
+    pub fn new(number: usize, round: u64, pool: &'a Models) -> Self {
         let mut tally = Tally::default();
         let name = format!("thread {number}");
         let is_model = number % 4 < 2;
@@ -376,7 +376,7 @@ fn insist<T>(tally: &mut Tally, mut act: impl FnMut() -> Result<T>) -> T {
 /// A new range: a model's, or one on the engine.
 fn open(
     tally: &mut Tally,
-    pool: &SharedMemoryPool,
+    pool: &Models,
     model: Option<&String>,
     stream: Option<&Stream>,
 ) -> Arc<VirtualMemoryPool> {

@@ -89,16 +89,10 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         }
         machine.candle.synchronize()?;
         let live_bytes = count * token_bytes;
-        // On a CPU a pool has none, and makes nothing ahead.
-        let ahead = match pool.engine() {
-            Some(engine) => {
-                watch(engine, "memory on its way", |stats| {
-                    stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
-                })?;
-                engine.stats().parts.ahead_bytes
-            }
-            None => 0,
-        };
+        watch(pool.engine(), "memory on its way", |stats| {
+            stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
+        })?;
+        let ahead = pool.engine().stats().parts.ahead_bytes;
         let held_bytes = pool.committed_bytes() - ahead;
         let others = PREALLOCATED_TOKENS * token_bytes;
         let side = format!("held, {length} tokens");

@@ -13,7 +13,7 @@ use crate::card::Card;
 use anyhow::Result;
 use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
-use cuda_vmm_benches::{model_name, shared_models};
+use cuda_vmm_benches::shared_models;
 use cuda_vmm_sim::CostModel;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -147,10 +147,10 @@ impl Memory for Elastic {
     }
 
     fn go_idle(&mut self, now_ns: u64, model: usize) -> Result<()> {
-        let pool = &self.pool;
+        let range = &self.models[model].range;
         self.card.behind(now_ns, || {
             // SAFETY: no work is launched; see the module's documentation.
-            unsafe { pool.compact_model(&model_name(model)) }
+            unsafe { range.compact_shared() }
         })?;
         Ok(())
     }

@@ -33,10 +33,10 @@ fn a_pool_gets_what_candle_has_freed_and_keeps() {
     assert!(test.free_bytes() < 3 * LEFT, "Candle's pool keeps it");
     // Drivers such as 580 take the memory back without help.
     let_candle_make_room(&test.device).unwrap();
-    let pool = greedy(&test, 8 * GIB);
-    pool.allocate_for_model("model", 8 * GIB).unwrap();
+    let (pool, range) = greedy(&test, 8 * GIB);
+    range.allocate(0, 8 * GIB).unwrap();
     test.core.set_make_room(None);
-    drop(pool);
+    drop((range, pool));
     keep(&candle, 0);
     trim_candle_memory(&test.device).unwrap();
     test.expect_in_use(free_bytes, 0);
@@ -48,17 +48,17 @@ fn a_pool_that_runs_out_has_the_framework_give_up_what_it_holds() {
     let candle = candle(&test);
     let free_bytes = test.free_bytes();
     let held = Mutex::new(Some(take(&candle, free_bytes - 2 * LEFT).unwrap()));
-    let pool = greedy(&test, 8 * GIB);
-    let error = pool.allocate_for_model("model", 8 * GIB).unwrap_err();
+    let (pool, range) = greedy(&test, 8 * GIB);
+    let error = range.allocate(0, 8 * GIB).unwrap_err();
     assert_eq!(error.driver_code(), Some(CUDA_ERROR_OUT_OF_MEMORY));
     let device = test.device.clone();
     test.core.set_make_room(Some(Arc::new(move |_bytes| {
         drop(held.lock().unwrap().take());
         trim_candle_memory(&device).unwrap();
     })));
-    pool.allocate_for_model("model", 8 * GIB).unwrap();
+    range.allocate(0, 8 * GIB).unwrap();
     test.core.set_make_room(None);
-    drop(pool);
+    drop((range, pool));
     test.expect_in_use(free_bytes, 0);
 }
 

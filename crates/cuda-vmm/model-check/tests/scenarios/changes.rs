@@ -4,11 +4,11 @@
 
 use crate::books::{PAGE, books};
 use crate::explore::explore;
+use crate::models::{ModelOptions, Models};
 use crate::world::{World, limit, write};
 use cuda_vmm::sys::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
 use cuda_vmm::{
-    EngineOptions, LeaseToken, ModelOptions, ModelQuota, SharedMemoryPool, SharedPoolOptions,
-    VirtualMemoryPool, VmmError, WorkerMode,
+    EngineOptions, LeaseToken, Quota, SharedPoolOptions, VirtualMemoryPool, VmmError, WorkerMode,
 };
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread::{self, JoinHandle};
@@ -20,7 +20,7 @@ const FOREVER: Duration = Duration::MAX;
 /// Two models and a budget: `holds` is to let some go, and `wants` waits.
 struct Scene {
     world: World,
-    pool: SharedMemoryPool,
+    pool: Models,
     holds: Arc<VirtualMemoryPool>,
     wants: Arc<VirtualMemoryPool>,
 }
@@ -30,7 +30,7 @@ impl Scene {
         let world = World::new(true);
         let engine = options.limit_bytes(limit(limit_pages));
         let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
-        let pool = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
+        let pool = Models::with_options(&world.device, options).expect("a limit");
         for model in ["holds", "wants"] {
             pool.register_model(model, 8 * PAGE).expect("a new name");
         }
@@ -120,14 +120,14 @@ fn a_registration_fails() {
 fn a_guarantee_is_lowered() {
     explore_both(|mode| {
         let scene = Scene::new(4, parking(mode));
-        let sure = ModelQuota::new().guarantee_bytes(PAGE);
+        let sure = Quota::new().guarantee_bytes(PAGE);
         scene.holds.allocate(0, PAGE).expect("room");
         scene.pool.register_model("sure", PAGE).expect("a new name");
         scene.pool.set_quota("sure", sure).expect("room");
         let waits = scene.wait_for(3);
         scene
             .pool
-            .set_quota("sure", ModelQuota::new())
+            .set_quota("sure", Quota::new())
             .expect("less than before");
         scene.end(waits);
     });
@@ -137,7 +137,7 @@ fn a_guarantee_is_lowered() {
 fn a_ceiling_is_raised() {
     explore_both(|mode| {
         let scene = Scene::new(4, parking(mode));
-        let ceiling = |pages| ModelQuota::new().ceiling_bytes(pages * PAGE);
+        let ceiling = |pages| Quota::new().ceiling_bytes(pages * PAGE);
         scene.pool.set_quota("wants", ceiling(2)).expect("no more");
         scene.wants.allocate(2 * PAGE, PAGE).expect("room");
         let waits = scene.wait_for(2);
@@ -166,10 +166,56 @@ fn who_stands_ahead_leaves_the_line() {
 #[test]
 fn a_model_goes() {
     explore_both(|mode| {
-        let scene = Scene::new(2, parking(mode));
+        let mut scene = Scene::new(2, parking(mode));
         scene.holds.allocate(0, 2 * PAGE).expect("room");
         let waits = scene.wait_for(2);
+        // The only handle beside the pool's own.
+        scene.holds = scene.wants.clone();
         scene.pool.unregister_model("holds").expect("registered");
+        scene.end(waits);
+    });
+}
+
+#[test]
+fn a_model_that_is_gone_frees_memory() {
+    explore_both(|mode| {
+        let scene = Scene::new(2, parking(mode));
+        scene.holds.allocate(0, 2 * PAGE).expect("room");
+        scene.pool.unregister_model("holds").expect("registered");
+        let waits = scene.wait_for(2);
+        scene.holds.deallocate(0, 2 * PAGE).expect("live");
+        let again = scene.holds.try_allocate(0, PAGE);
+        assert_eq!(again, Err(VmmError::Closed));
+        scene.end(waits);
+    });
+}
+
+#[test]
+fn a_guarantee_goes_with_its_account() {
+    explore_both(|mode| {
+        let scene = Scene::new(4, parking(mode));
+        scene.holds.allocate(0, PAGE).expect("room");
+        let sure = Quota::new().guarantee_bytes(PAGE);
+        let sure = scene.pool.engine().account("sure", sure).expect("room");
+        let waits = scene.wait_for(3);
+        drop(sure);
+        scene.end(waits);
+    });
+}
+
+#[test]
+fn a_limit_is_raised() {
+    explore_both(|mode| {
+        let scene = Scene::new(4, parking(mode));
+        scene.pool.set_limit_bytes(2 * PAGE).expect("no guarantees");
+        scene.holds.allocate(0, PAGE).expect("room");
+        let waits = scene.wait_for(2);
+        let limit_of_holds = Quota::new().ceiling_bytes(PAGE);
+        scene
+            .pool
+            .set_quota("holds", limit_of_holds)
+            .expect("no more");
+        scene.pool.set_limit_bytes(3 * PAGE).expect("more");
         scene.end(waits);
     });
 }
@@ -260,16 +306,15 @@ fn slack_is_given_back_by_a_compaction() {
         let scene = Scene::new(17, options);
         scene.pool.register_model("large", 16 * PAGE).expect("new");
         // Above the one who waits, or there would be no room to move to.
-        let above = ModelQuota::new().priority(1);
+        let above = Quota::new().priority(1);
         scene.pool.set_quota("large", above).expect("no guarantee");
         let large = scene.pool.model("large").expect("registered");
         large.allocate(0, 16 * PAGE).expect("room");
         large.deallocate(PAGE, PAGE).expect("live");
         assert_eq!(large.stats().parts.slack_bytes, PAGE);
         let waits = scene.wait_for(2);
-        // SAFETY: nothing was launched.
-        unsafe { scene.pool.compact_model("large") }.expect("no call fails");
         drop(large);
+        scene.pool.compact_model("large").expect("no call fails");
         scene.end(waits);
     });
 }

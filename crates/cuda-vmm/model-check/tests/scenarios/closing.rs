@@ -2,8 +2,9 @@
 
 use crate::books::{PAGE, books, task};
 use crate::explore::explore;
+use crate::models::Models;
 use crate::world::{World, insist, pool, write};
-use cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions, VmmError, WorkerMode};
+use cuda_vmm::{EngineOptions, SharedPoolOptions, VmmError, WorkerMode};
 use shuttle::thread;
 
 /// One thread frees a page, drops its pool and with it another page; the other wants both.
@@ -33,7 +34,7 @@ fn unregister_while_another_allocates(mode: WorkerMode) {
     let world = World::new(true);
     let options =
         SharedPoolOptions::new().engine(EngineOptions::new().limit_bytes(8 * PAGE).worker(mode));
-    let shared = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
+    let shared = Models::with_options(&world.device, options).expect("a limit");
     shared.register_model("model", 8 * PAGE).expect("new");
     let threads = [(); 2].map(|()| {
         let shared = shared.clone();
@@ -59,7 +60,7 @@ fn unregister_while_another_allocates(mode: WorkerMode) {
 /// Two threads register one name; one of them is told, and its range goes away.
 fn register_twice() {
     let world = World::new(true);
-    let shared = SharedMemoryPool::new(&world.device, 2 * PAGE).expect("a limit");
+    let shared = Models::new(&world.device, 2 * PAGE).expect("a limit");
     let threads = [(); 2].map(|()| {
         let shared = shared.clone();
         thread::spawn(move || shared.register_model("model", PAGE).is_ok())

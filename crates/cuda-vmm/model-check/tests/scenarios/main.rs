@@ -18,6 +18,9 @@ mod faults;
 mod following;
 mod kept;
 mod leases;
+#[path = "../../../tests/common/models.rs"]
+#[allow(dead_code)]
+mod models;
 mod neighbours;
 mod never_waits;
 mod parked;

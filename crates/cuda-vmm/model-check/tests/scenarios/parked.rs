@@ -2,8 +2,9 @@
 
 use crate::books::{PAGE, books};
 use crate::explore::explore;
+use crate::models::Models;
 use crate::world::{World, assert_adds_up, insist, pool, write};
-use cuda_vmm::{EngineOptions, SharedMemoryPool, SharedPoolOptions, VmmError, WorkerMode};
+use cuda_vmm::{EngineOptions, SharedPoolOptions, VmmError, WorkerMode};
 use shuttle::thread;
 use std::sync::Arc;
 
@@ -80,8 +81,8 @@ fn two_threads_of_one_range(mode: WorkerMode) {
     world.end();
 }
 
-/// A model goes while a thread that has its handle takes parked pages and frees them: it gets them, and they go with the
-/// model, or it is told.
+/// A model goes while a thread that has its handle takes parked pages and frees them: it gets them until it is
+/// told, and all goes with the handle.
 fn model_goes_while_its_handle_is_used(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
@@ -91,7 +92,7 @@ fn model_goes_while_its_handle_is_used(mode: WorkerMode) {
             .park_bytes_max(2 * PAGE)
             .worker(mode),
     );
-    let shared = SharedMemoryPool::with_options(&world.device, options).expect("a limit");
+    let shared = Models::with_options(&world.device, options).expect("a limit");
     shared.register_model("model", 2 * PAGE).expect("new");
     let model = shared.model("model").expect("registered");
     let stream = world.stream();
@@ -104,15 +105,14 @@ fn model_goes_while_its_handle_is_used(mode: WorkerMode) {
                 Ok(address) => address,
                 Err(error) => return assert_eq!(error, VmmError::Closed),
             };
+            assert_eq!(address, model.base_address());
             assert_adds_up(model.engine());
-            if let Err(error) = model.deallocate(0, PAGE) {
-                return assert_eq!(error, VmmError::Closed, "{address:#x}");
-            }
+            model.deallocate(0, PAGE).expect("live");
         }
     });
     shared.unregister_model("model").expect("registered");
-    assert_eq!(shared.stats().committed_bytes, 0);
     user.join().expect("no thread fails");
+    assert_eq!(shared.stats().committed_bytes, 0);
     drop((stream, shared));
     world.end();
 }

@@ -2,11 +2,9 @@
 
 use crate::books::PAGE;
 use crate::explore::explore;
+use crate::models::{ModelOptions, Models};
 use crate::world::{World, assert_adds_up, limit, settle, write};
-use cuda_vmm::{
-    EngineOptions, ModelOptions, ModelQuota, SharedMemoryPool, SharedPoolOptions,
-    VirtualMemoryPool, VmmError, WorkerMode,
-};
+use cuda_vmm::{EngineOptions, Quota, SharedPoolOptions, VirtualMemoryPool, VmmError, WorkerMode};
 use shuttle::thread::{self, Thread};
 use std::sync::Arc;
 use std::task::Wake;
@@ -25,25 +23,27 @@ impl Wake for Unpark {
 
 /// Sleeps until the model owes so many pages; what is missed here is a thread that nothing wakes any more.
 fn sleep_until_owed(model: &VirtualMemoryPool, pages: usize) {
-    model.set_owed_waker(Some(Arc::new(Unpark(thread::current())).into()));
-    while model.owed_bytes() != pages * PAGE {
+    model
+        .account()
+        .set_owed_waker(Some(Arc::new(Unpark(thread::current())).into()));
+    while model.account().owed_bytes() != pages * PAGE {
         thread::park();
     }
-    model.set_owed_waker(None);
+    model.account().set_owed_waker(None);
 }
 
 /// A pool of so many pages, which keeps what is freed until it is asked for.
-fn shared(world: &World, limit_pages: usize, mode: WorkerMode) -> SharedMemoryPool {
+fn shared(world: &World, limit_pages: usize, mode: WorkerMode) -> Models {
     let engine = EngineOptions::new()
         .limit_bytes(limit(limit_pages))
         .park_bytes_max(limit_pages * PAGE)
         .chunk_bytes_max(0)
         .worker(mode);
     let options = SharedPoolOptions::new().engine(engine).page_bytes(PAGE);
-    SharedMemoryPool::with_options(&world.device, options).expect("no call fails")
+    Models::with_options(&world.device, options).expect("no call fails")
 }
 
-fn register(pool: &SharedMemoryPool, model: &str, priority: i32) -> Arc<VirtualMemoryPool> {
+fn register(pool: &Models, model: &str, priority: i32) -> Arc<VirtualMemoryPool> {
     let options = ModelOptions {
         priority,
         ..ModelOptions::new(4 * PAGE)
@@ -68,7 +68,7 @@ fn served_by_who_owes(mode: WorkerMode) {
     });
     sleep_until_owed(&holds, 2);
     holds.deallocate(0, PAGE).expect("live");
-    holds.give_back().expect("no call fails");
+    holds.account().give_back().expect("no call fails");
     holds.deallocate(PAGE, PAGE).expect("live");
     assert_adds_up(pool.engine());
     waits.join().expect("it is served");
@@ -118,7 +118,7 @@ fn guarantees_that_change(mode: WorkerMode) {
     });
     let mut held = 0;
     for page in 0..2 {
-        let quota = ModelQuota::new().guarantee_bytes((page + 1) * PAGE);
+        let quota = Quota::new().guarantee_bytes((page + 1) * PAGE);
         match pool.set_quota("sure", quota) {
             Ok(()) => {
                 sure.try_allocate(page * PAGE, PAGE).expect("guaranteed");
@@ -134,11 +134,11 @@ fn guarantees_that_change(mode: WorkerMode) {
         }
     }
     // Others may take it now, but what it holds is above its ceiling and owed.
-    let nothing = ModelQuota::new().ceiling_bytes(0);
+    let nothing = Quota::new().ceiling_bytes(0);
     pool.set_quota("sure", nothing).expect("no guarantee");
-    assert_eq!(sure.owed_bytes(), held * PAGE);
+    assert_eq!(sure.account().owed_bytes(), held * PAGE);
     (0..held).for_each(|page| sure.deallocate(page * PAGE, PAGE).expect("live"));
-    assert_eq!(sure.owed_bytes(), 0);
+    assert_eq!(sure.account().owed_bytes(), 0);
     for thread in greedy {
         thread.join().expect("no thread fails");
     }
@@ -161,14 +161,14 @@ fn time_that_runs_out(mode: WorkerMode) {
         );
     thread::yield_now();
     holds.deallocate(0, 2 * PAGE).expect("live");
-    holds.give_back().expect("no call fails");
+    holds.account().give_back().expect("no call fails");
     waits.join().expect("no thread fails");
     // Nobody stands in the line any more.
     holds
         .allocate_timeout(2 * PAGE, 2 * PAGE, FOREVER)
         .expect("all is back");
     holds.deallocate(2 * PAGE, 2 * PAGE).expect("live");
-    holds.give_back().expect("no call fails");
+    holds.account().give_back().expect("no call fails");
     let engine = pool.engine().clone();
     while engine.stats().committed_bytes > 0 {
         engine.trim().expect("no call fails");

@@ -1,11 +1,12 @@
 //! One allocation under the engine's lock: tries, and obstacles that are overcome between them.
 
+use super::ask::Ask;
+use super::need::{Need, Needs, without};
 use super::obstacle::{Lack, Obstacle};
 use crate::engine::at_work::AtWork;
-use crate::engine::backing::Supply;
 use crate::engine::books::backoff::Backoff;
 use crate::engine::books::chunk_plan::ChunkPlan;
-use crate::engine::books::ledger::{AccountId, Refusal};
+use crate::engine::books::ledger::Refusal;
 use crate::engine::books::pressure::Ticket;
 use crate::engine::changes::Locked;
 use crate::engine::handle::RangeHandle;
@@ -15,18 +16,19 @@ use crate::engine::relief::Relief;
 use crate::engine::shortage::Shortage;
 use crate::engine::state::State;
 use crate::engine::waiting::{Patience, device_backoff};
-use crate::size::Extent;
-use crate::sync::Arc;
+use crate::sync::{Arc, MutexGuard};
 use crate::{Result, VmmError};
 
 /// An allocation under way, and what was done for it so far.
 pub(super) struct Attempt<'a> {
-    pub(super) handle: &'a RangeHandle,
-    place: Place,
-    bytes: usize,
+    pub(super) asks: &'a [Ask<'a>],
+    /// The ask that was looked at last.
+    at: usize,
     pub(super) patience: &'a Patience,
     /// Its place in the line, if it stands there.
     pub(super) ticket: Option<Ticket>,
+    /// Whether it ended where a thread would wait.
+    pub(super) would_wait: bool,
     /// What was done against a shortage of the budget.
     pub(super) shortage: Shortage,
     /// What was done against a shortage of the device.
@@ -46,37 +48,26 @@ pub(super) enum Outcome<'a> {
     Done(Taken),
     /// Nothing has changed, because of this.
     Blocked(Obstacle, Locked<'a>),
+    /// Nothing has changed, because another thread changed what was found.
+    Again(Locked<'a>),
     /// The budget had room, but the device has no memory. `seen` are the device's memory events
     /// before the try.
     DeviceShort { error: VmmError, seen: u64 },
 }
 
-/// What an allocation finds at its pages, and so needs.
-pub(super) struct Need {
-    pub(super) extent: Extent,
-    pub(super) plan: ChunkPlan,
-    account: AccountId,
-    page_bytes: usize,
-}
-
 impl<'a> Attempt<'a> {
-    pub(super) fn new(
-        handle: &'a RangeHandle,
-        place: Place,
-        bytes: usize,
-        patience: &'a Patience,
-    ) -> Self {
+    pub(super) fn new(asks: &'a [Ask<'a>], patience: &'a Patience) -> Self {
         // A call from within this thread's own work would wait for that.
         let patience = match AtWork::any() {
             true => &Patience::None,
             false => patience,
         };
         Self {
-            handle,
-            place,
-            bytes,
+            asks,
+            at: 0,
             patience,
             ticket: None,
+            would_wait: false,
             shortage: Shortage::default(),
             relief: Relief::default(),
             has_retried: false,
@@ -86,8 +77,13 @@ impl<'a> Attempt<'a> {
         }
     }
 
+    /// The range that was looked at last.
+    pub(super) fn handle(&self) -> &'a RangeHandle {
+        self.asks[self.at].handle
+    }
+
     pub(super) fn engine(&self) -> &'a Arc<Inner> {
-        self.handle.inner()
+        self.asks[0].handle.inner()
     }
 
     /// Forgets what was done before a wait for the device: it may help anew.
@@ -97,12 +93,48 @@ impl<'a> Attempt<'a> {
         (self.has_retried, self.has_followed) = (false, false);
     }
 
-    /// What the allocation needs, unless something is in the way at its pages.
-    pub(super) fn look(&self, state: &State, range: &Range) -> Result<Need, Obstacle> {
-        if range.closed {
+    /// What the allocation needs, unless something is in the way at its pages. With one ask, also
+    /// the lock of its range, so that nothing changes there.
+    pub(super) fn look_at_all(
+        &mut self,
+        state: &mut Locked<'a>,
+    ) -> Result<(Needs, Option<MutexGuard<'a, Range>>), Obstacle> {
+        let account = self.asks[0].account();
+        let over = state.room_when_over(account);
+        let mut needs = Needs::new(account);
+        let mut held = None;
+        for (at, ask) in self.asks.iter().enumerate() {
+            self.at = at;
+            // Before the next one is locked.
+            drop(held.take());
+            let slot = &ask.handle.slot;
+            let mut range = slot.lock();
+            if !range.freed.is_empty() {
+                let queue = &mut state.quietly().queue;
+                queue.collect(slot.id(), range.freed.drain(..));
+                slot.note(&range);
+            }
+            for (place, bytes) in ask.places {
+                self.look(state, &range, (*place, *bytes), over, &mut needs)?;
+            }
+            held = Some(range);
+        }
+        Ok((needs, held.filter(|_| self.asks.len() == 1)))
+    }
+
+    /// Adds what one piece of the allocation needs, unless something is in the way at its pages.
+    fn look(
+        &self,
+        state: &State,
+        range: &Range,
+        (place, bytes): (Place, usize),
+        over: Option<Refusal>,
+        needs: &mut Needs,
+    ) -> Result<(), Obstacle> {
+        if range.takes_no_more() {
             return Err(VmmError::Closed.into());
         }
-        let extent = range.extent_at(self.place, self.bytes)?;
+        let extent = range.extent_at(place, bytes)?;
         let bytes = extent.range();
         let Some(survey) = range.pages.survey(&bytes) else {
             return Err(match range.is_held_by_lease(&bytes) {
@@ -112,11 +144,14 @@ impl<'a> Attempt<'a> {
         };
         let (account, page_bytes) = (range.account, range.page_bytes);
         let rules = range.chunk_rules(self.engine().options.chunk_bytes_max);
+        let claimed_end = needs.claimed_end(self.at);
+        let survey = without(survey, claimed_end);
         let plan = ChunkPlan::new(&range.pages, &extent, survey, &rules);
         let survey = &plan.survey;
         let unused = survey.unused().map(|first| range.pages.chunk_bytes(first));
-        let more_bytes = survey.missing_pages() * page_bytes + unused.sum::<usize>();
-        let whole_bytes = extent.pages(page_bytes).len() * page_bytes;
+        let piece_bytes = survey.missing_pages() * page_bytes + unused.sum::<usize>();
+        let more_bytes = needs.more_bytes + piece_bytes;
+        let whole_bytes = self.whole_bytes(&extent.pages(page_bytes), page_bytes);
         if more_bytes > 0 && whole_bytes > state.ledger.account_limit_bytes(account) {
             // Though a part of it may be there, it never is all at once.
             let room = state.ledger.room(account, self.ticket);
@@ -128,25 +163,44 @@ impl<'a> Attempt<'a> {
         if survey.busy {
             return Err(Obstacle::Busy(extent));
         }
-        // Above a lowered ceiling it may not use what it has freed again, though that is there.
-        let above_ceiling = state.room_below_ceiling(range);
-        if let Some(refusal) = above_ceiling.filter(|room| more_bytes > room.free_bytes) {
+        // If more is held than a lowered ceiling or limit allows, it may not use what it has freed
+        // again, though that is there.
+        if let Some(refusal) = over.filter(|room| more_bytes > room.free_bytes) {
             return Err(Obstacle::Short(Lack {
                 account,
                 bytes: more_bytes,
                 refusal,
-                is_above_ceiling: true,
+                is_over: true,
             }));
         }
         if self.must_wait(state, range, &survey.retiring) {
             return Err(Obstacle::Retiring(extent, plan.survey.retiring));
         }
-        Ok(Need {
-            extent,
-            plan,
-            account,
-            page_bytes,
-        })
+        let need = Need::new(self.at, extent, plan, range, claimed_end)?;
+        needs.push(need, piece_bytes);
+        Ok(())
+    }
+
+    /// All pages of the allocation, in bytes; of its only piece these.
+    fn whole_bytes(&self, pages: &core::ops::Range<usize>, page_bytes: usize) -> usize {
+        if let [Ask { places: [_], .. }] = self.asks {
+            return pages.len() * page_bytes;
+        }
+        let of_ask = |ask: &Ask<'_>| {
+            let page_bytes = ask.handle.page_bytes();
+            let (mut pages, mut counted_end) = (0, 0);
+            for (place, bytes) in ask.places {
+                if let Place::At(offset) = place {
+                    let end = offset.saturating_add(*bytes).div_ceil(page_bytes);
+                    let start = (offset / page_bytes).max(counted_end);
+                    pages += end.saturating_sub(start);
+                    counted_end = end.max(counted_end);
+                }
+            }
+            pages.saturating_mul(page_bytes)
+        };
+        let asks = self.asks.iter().map(of_ask);
+        asks.fold(0, usize::saturating_add)
     }
 
     /// Whether chunks that retire cannot be used again now.
@@ -156,36 +210,6 @@ impl<'a> Attempt<'a> {
         }
         // If nobody takes steps, or not often, what is past is looked for now and then.
         let is_overgrown = !self.shortage.has_polled() && state.queue.is_overgrown();
-        is_overgrown || !state.may_follow(self.handle.id(), range, retiring)
-    }
-}
-
-impl Need {
-    /// Charges the account for it, and takes from the cache what serves it.
-    pub(super) fn charge(
-        &mut self,
-        state: &mut Locked<'_>,
-        ticket: Option<Ticket>,
-    ) -> Result<Supply, Obstacle> {
-        let mut charge =
-            |plan: &ChunkPlan| state.charge(self.account, plan, self.page_bytes, ticket);
-        let charged = charge(&self.plan).or_else(|refusal| {
-            if self.plan.spare_pages == 0 {
-                return Err(refusal);
-            }
-            // What would only be there for later is left out before anything is given up for it.
-            self.plan.spare_pages = 0;
-            charge(&self.plan)
-        });
-        charged.map_err(|refusal| self.lack(refusal))
-    }
-
-    fn lack(&self, refusal: Refusal) -> Obstacle {
-        Obstacle::Short(Lack {
-            account: self.account,
-            bytes: self.plan.survey.missing_pages() * self.page_bytes,
-            refusal,
-            is_above_ceiling: false,
-        })
+        is_overgrown || !state.may_follow(self.handle().id(), range, retiring)
     }
 }

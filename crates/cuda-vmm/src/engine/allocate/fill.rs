@@ -1,11 +1,13 @@
 //! The last part of a try: taking the pages that are there, and backing those that are missing.
 
-use super::attempt::{Attempt, Need, Outcome};
+use super::attempt::{Attempt, Outcome};
+use super::need::{Need, Needs};
 use crate::engine::at_work::AtWork;
-use crate::engine::backing::{Failure, Made, Supply, Target};
+use crate::engine::backing::{Failure, Left, Made, Supply, Target};
 use crate::engine::books::chunk_plan::ChunkPlan;
 use crate::engine::books::range_id::RangeId;
 use crate::engine::changes::Locked;
+use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
 use crate::engine::range::{Range, Taken};
 use crate::engine::relief::Relief;
@@ -18,55 +20,80 @@ use core::ops;
 /// Pages that are being backed for an allocation, for which the account is charged already.
 struct Filling<'a> {
     engine: &'a Arc<Inner>,
+    pieces: Vec<Piece>,
+    /// The ranges that they are of.
+    ranges: Vec<RangeId>,
+    supply: Supply,
+}
+
+/// One run of bytes of one range, whose missing pages are being backed.
+struct Piece {
     id: RangeId,
     bytes: ops::Range<usize>,
     plan: ChunkPlan,
     /// The runs of pages that the plan backs.
     runs: Vec<ops::Range<usize>>,
-    target: Target,
-    supply: Supply,
+    page_bytes: usize,
+    /// Where chunks are made; `None` if none is missing.
+    target: Option<Target>,
+    made: Vec<Made>,
+    /// What is left of chunks that were undone.
+    left: Left,
 }
 
 impl<'a> Attempt<'a> {
     /// Makes the bytes live. After an error the state is what it was, except what the driver would
-    /// not take back.
+    /// not take back. `held` is the lock of the only range.
     pub(super) fn fill(
         &mut self,
         mut state: Locked<'a>,
-        mut range: MutexGuard<'a, Range>,
-        need: Need,
+        held: Option<MutexGuard<'a, Range>>,
+        needs: Needs,
         supply: Supply,
     ) -> Result<Outcome<'a>> {
-        let (engine, id) = (self.engine(), self.handle.id());
-        let (bytes, plan) = (need.extent.range(), need.plan);
-        state.queue.follow(id, &plan.survey.retiring);
-        if plan.survey.missing.is_empty() {
-            let taken = range.take(&bytes, &plan.survey);
-            // What was parked is in use again.
-            drop((range, state));
-            return Ok(Outcome::Done(taken));
-        }
+        let engine = self.engine();
+        let asks = self.asks;
         let seen = engine.device.memory_events();
-        let is_late = range.options.ahead_bytes_max > 0;
-        range.counters.late_prefetches += u64::from(is_late);
         let mut filling = Filling {
             engine,
-            id,
-            runs: plan.runs().collect(),
-            bytes,
-            plan,
-            target: Target::of(&range).ok_or(VmmError::Closed)?,
+            pieces: Vec::with_capacity(needs.pieces.len()),
+            ranges: Vec::with_capacity(asks.len()),
             supply,
         };
-        let work = filling.begin(&mut range);
-        drop((range, state));
+        let work = AtWork::begin();
+        if let Some(mut range) = held {
+            let handle = asks[0].handle;
+            if let [need] = &needs.pieces[..]
+                && need.plan.survey.missing.is_empty()
+            {
+                let survey = &need.plan.survey;
+                state.queue.follow(handle.id(), &survey.retiring);
+                let taken = range.take(&need.extent.range(), survey);
+                // What was parked is in use again.
+                drop((work, range, state));
+                return Ok(Outcome::Done(taken));
+            }
+            filling.begin(&mut state, &mut range, handle, needs.pieces);
+        } else {
+            let charged_bytes = needs.bytes();
+            let mut pieces = needs.pieces.into_iter().peekable();
+            while let Some(ask) = pieces.peek().map(|need| need.ask) {
+                let of_ask = core::iter::from_fn(|| pieces.next_if(|need| need.ask == ask));
+                let of_ask: Vec<_> = of_ask.collect();
+                let handle = asks[ask].handle;
+                let mut range = handle.slot.lock();
+                if !of_ask.iter().all(|need| need.is_still_true(&range)) {
+                    drop(range);
+                    return Ok(filling.take_back(work, state, asks[0].handle, charged_bytes));
+                }
+                filling.begin(&mut state, &mut range, handle, of_ask);
+            }
+        }
+        drop(state);
         let _span = Entered::new(|| {
-            let (offset, bytes) = (filling.bytes.start, filling.bytes.len());
+            let (offset, bytes) = filling.first();
             tracing::debug_span!("fill", offset, bytes)
         });
-        if is_late {
-            crate::events::debug!("memory that was to be made ahead is not there yet");
-        }
         let made = {
             let _caller = engine.device.call_for_someone();
             filling.back(&mut self.relief)
@@ -79,38 +106,48 @@ impl<'a> Attempt<'a> {
     }
 }
 
-impl Filling<'_> {
-    /// Takes the pages in the books, so that no other thread makes them.
-    fn begin(&self, range: &mut Range) -> AtWork {
-        range
-            .pages
-            .begin(&self.bytes, &self.plan.survey, &self.runs);
-        AtWork::begin()
+impl Piece {
+    fn charged_bytes(&self) -> usize {
+        self.plan.pages() * self.page_bytes
+    }
+
+    /// Undoes all that was made for it.
+    fn undo(&mut self) {
+        self.left.undo(core::mem::take(&mut self.made));
     }
 
     /// Makes chunks for all missing pages, or none. Spare pages may stay without.
-    fn back(&mut self, relief: &mut Relief) -> Result<Vec<Made>, Failure> {
+    fn back(
+        &mut self,
+        supply: &mut Supply,
+        relief: &mut Relief,
+        (engine, ranges): (&Arc<Inner>, &[RangeId]),
+    ) -> Result<()> {
+        let Some(target) = &self.target else {
+            return Ok(());
+        };
         // Chunks still to be made, the next one last.
         let mut left = self.plan.chunks();
         left.reverse();
-        let mut done: Vec<Made> = Vec::with_capacity(left.len());
+        self.made.reserve_exact(left.len());
         while let Some(pages) = left.pop() {
-            let mut failure = match self.target.make(&pages, &mut self.supply, || ()) {
+            let mut failure = match target.make(&pages, supply, || ()) {
                 Ok(made) => {
-                    done.push(made);
+                    self.made.push(made);
                     continue;
                 }
                 Err(failure) => failure,
             };
-            let Some(instead) = self.instead_of(pages, &mut failure, relief) else {
-                for made in done.into_iter().rev() {
-                    failure.undo(made);
-                }
-                return Err(failure);
+            let instead = self.instead_of(pages, &mut failure, relief, (engine, ranges));
+            supply.append(&mut failure.left.cached);
+            let Some(instead) = instead else {
+                self.left = failure.left;
+                self.undo();
+                return Err(failure.error);
             };
             left.extend(instead);
         }
-        Ok(done)
+        Ok(())
     }
 
     /// What to make instead of a chunk that could not be made, the next one last; `None` if nothing
@@ -120,26 +157,26 @@ impl Filling<'_> {
     /// can spare, a piece at a time, then others in the process do, and then smaller chunks may
     /// still find room.
     fn instead_of(
-        &mut self,
+        &self,
         pages: ops::Range<usize>,
         failure: &mut Failure,
         relief: &mut Relief,
+        (engine, ranges): (&Arc<Inner>, &[RangeId]),
     ) -> Option<Vec<ops::Range<usize>>> {
-        if !(failure.error.is_out_of_memory() && failure.is_clean()) {
+        if !(failure.error.is_out_of_memory() && failure.left.is_clean()) {
             return None;
         }
-        let bytes = pages.len() * self.target.page_bytes;
+        let bytes = pages.len() * self.page_bytes;
         if relief.is_news() {
-            self.engine.state.lock().counters.device_shortages += 1;
+            engine.state.lock().counters.device_shortages += 1;
             let error = &failure.error;
             crate::events::warn!(%error, bytes, "the device has no memory though the budget has room");
         }
-        if relief.next(self.engine, self.id, bytes) {
-            self.supply.append(&mut failure.cached);
+        if relief.next(engine, ranges, bytes) {
             return Some(vec![pages]);
         }
         // Memory that is there already is not what the device has too little of.
-        if !(failure.cached.is_empty() && self.plan.may_halve(&pages)) {
+        if !(failure.left.cached.is_empty() && self.plan.may_halve(&pages)) {
             return None;
         }
         let middle = pages.start + pages.len() / 2;
@@ -147,70 +184,177 @@ impl Filling<'_> {
         Some(halves.filter(|half| self.plan.is_asked_for(half)).collect())
     }
 
+    /// Ends its filling in the books: its bytes are live.
+    fn succeed(self, state: &mut State) -> Option<Taken> {
+        let State { ranges, ledger, .. } = state;
+        // The range cannot have gone: it ends with its last chunk, and some are being filled; or
+        // the caller holds its handle.
+        let mut range = ranges.get(self.id)?;
+        let made_pages: usize = self.made.iter().map(|made| made.pages.len()).sum();
+        let unmade_pages = self.plan.pages() - made_pages;
+        let chunks = self.made.into_iter();
+        let chunks = chunks.map(|made| (made.pages, made.mapping));
+        range.pages.finish(&self.bytes, &self.runs, chunks);
+        ledger.refund(range.account, unmade_pages * self.page_bytes);
+        Some(range.taken(&self.bytes))
+    }
+
+    /// Ends its filling in the books: all is as before. Returns the chunks that nobody uses any
+    /// more, and whether nobody but this thread goes on with the closing of the range.
+    fn fail(&mut self, state: &mut State) -> (Vec<usize>, bool) {
+        let charged_bytes = self.charged_bytes();
+        // As above.
+        let Some(mut range) = state.ranges.get(self.id) else {
+            return (Vec::new(), false);
+        };
+        let owner = range.owner(self.id);
+        let still_mapped = core::mem::take(&mut self.left.still_mapped);
+        let kept_bytes = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
+        let kept_bytes = kept_bytes.sum();
+        let (pages, survey) = (&mut range.pages, &self.plan.survey);
+        let unused = pages.abort(&self.bytes, survey, &self.runs, still_mapped);
+        let is_left = range.is_left();
+        drop(range);
+        state.settle(owner, charged_bytes, kept_bytes, &mut self.left);
+        (unused, is_left)
+    }
+}
+
+impl Filling<'_> {
+    /// Takes the pages of a range in the books, so that no other thread makes them.
+    fn begin(
+        &mut self,
+        state: &mut Locked<'_>,
+        range: &mut Range,
+        handle: &RangeHandle,
+        needs: Vec<Need>,
+    ) {
+        let id = handle.id();
+        self.ranges.push(id);
+        let is_missing = needs
+            .iter()
+            .any(|need| !need.plan.survey.missing.is_empty());
+        if is_missing && range.options.ahead_bytes_max > 0 {
+            range.counters.late_prefetches += 1;
+            crate::events::debug!("memory that was to be made ahead is not there yet");
+        }
+        for need in needs {
+            let (bytes, plan) = (need.extent.range(), need.plan);
+            let runs: Vec<_> = plan.runs().collect();
+            state.queue.follow(id, &plan.survey.retiring);
+            range.pages.begin(&bytes, &plan.survey, &runs);
+            self.pieces.push(Piece {
+                id,
+                bytes,
+                plan,
+                runs,
+                page_bytes: need.page_bytes,
+                target: need.target,
+                made: Vec::new(),
+                left: Left::default(),
+            });
+        }
+    }
+
+    /// Where it begins, and how many bytes it makes live.
+    fn first(&self) -> (usize, usize) {
+        let first = self.pieces.first().map_or(0, |piece| piece.bytes.start);
+        let bytes = self.pieces.iter().map(|piece| piece.bytes.len());
+        (first, bytes.sum())
+    }
+
+    /// Makes chunks for all pieces, or none.
+    fn back(&mut self, relief: &mut Relief) -> Result<()> {
+        let context = (self.engine, &self.ranges[..]);
+        for at in 0..self.pieces.len() {
+            let made = self.pieces[at].back(&mut self.supply, relief, context);
+            if let Err(error) = made {
+                let before = self.pieces[..at].iter_mut().rev();
+                before.for_each(Piece::undo);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     /// Ends the filling in the books.
-    fn finish(self, work: AtWork, mut made: Result<Vec<Made>, Failure>) -> Result<Taken> {
+    fn finish(mut self, work: AtWork, mut made: Result<()>) -> Result<Taken> {
         let engine = self.engine;
         let mut state = engine.state.lock();
-        let is_closed = |state: &State| state.ranges.get(self.id).is_none_or(|range| range.closed);
+        let is_closed = |state: &State| {
+            let mut ranges = self.ranges.iter().map(|id| state.ranges.get(*id));
+            ranges.any(|range| range.is_none_or(|range| range.takes_no_more()))
+        };
         if made.is_ok() && is_closed(&state) {
             // Nobody gets these pages. A thread that closed the range from within this work has not
             // waited for it.
             drop(state);
-            made = made.and_then(|chunks| Err(Failure::of(VmmError::Closed, chunks)));
+            self.pieces.iter_mut().rev().for_each(Piece::undo);
+            made = Err(VmmError::Closed);
             state = engine.state.lock();
         }
+        state.restock(core::mem::take(&mut self.supply));
         match made {
-            Ok(chunks) => self.succeed(work, state, chunks),
-            Err(failure) => self.fail(work, state, failure),
+            Ok(()) => self.succeed(work, state),
+            Err(error) => {
+                self.fail(work, state);
+                Err(error)
+            }
         }
     }
 
-    fn succeed(self, work: AtWork, mut state: Locked<'_>, chunks: Vec<Made>) -> Result<Taken> {
-        let State { ranges, ledger, .. } = &mut *state;
-        // The range cannot have gone: it ends with its last chunk, and some are being filled.
-        let Some(mut range) = ranges.get(self.id) else {
-            return Err(VmmError::Closed);
-        };
-        let made_pages: usize = chunks.iter().map(|made| made.pages.len()).sum();
-        let chunks = chunks.into_iter().map(|made| (made.pages, made.mapping));
-        range.pages.finish(&self.bytes, &self.runs, chunks);
-        let unmade_pages = self.plan.pages() - made_pages;
-        ledger.refund(range.account, unmade_pages * self.target.page_bytes);
-        let taken = range.taken(&self.bytes);
-        drop((work, range));
+    fn succeed(self, work: AtWork, mut state: Locked<'_>) -> Result<Taken> {
+        let mut all: Option<Taken> = None;
+        for piece in self.pieces {
+            let taken = piece.succeed(&mut state).ok_or(VmmError::Closed)?;
+            match &mut all {
+                Some(all) => all.is_hungry |= taken.is_hungry,
+                None => all = Some(taken),
+            }
+        }
+        drop(work);
         drop(state);
-        Ok(taken)
+        all.ok_or(VmmError::Closed)
     }
 
-    fn fail(self, work: AtWork, mut state: Locked<'_>, mut failure: Failure) -> Result<Taken> {
+    /// Undoes in the books what was begun.
+    fn fail(mut self, work: AtWork, mut state: Locked<'_>) {
         let engine = self.engine;
-        // As above.
-        let Some(mut range) = state.ranges.get(self.id) else {
-            return Err(VmmError::Closed);
-        };
-        let account = range.account;
-        let still_mapped = core::mem::take(&mut failure.still_mapped);
-        let kept_bytes = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
-        let kept_bytes = kept_bytes.sum();
-        let pages = &mut range.pages;
-        let unused = pages.abort(&self.bytes, &self.plan.survey, &self.runs, still_mapped);
-        let is_left = range.is_left();
-        drop(range);
-        let charged_bytes = self.plan.pages() * self.target.page_bytes;
-        state.settle(
-            account,
-            charged_bytes,
-            kept_bytes,
-            &mut failure,
-            self.supply,
-        );
+        let mut any_left = false;
+        let mut unused: Vec<(RangeId, Vec<usize>)> = Vec::new();
+        for piece in self.pieces.iter_mut().rev() {
+            let (chunks, is_left) = piece.fail(&mut state);
+            any_left |= is_left;
+            unused.push((piece.id, chunks));
+        }
+        let mut state = Some(state);
+        for (id, chunks) in unused {
+            let state = state.take().unwrap_or_else(|| engine.state.lock());
+            engine.retire(state, id, chunks);
+        }
         drop(work);
-        engine.retire(state, self.id, unused);
-        if is_left {
+        if any_left {
             engine.go_on_closing();
         }
         // Something may be stuck, or parked again.
         engine.worker.wake(engine, false);
-        Err(failure.error)
+    }
+
+    /// Takes back what was begun, and the charge for all: another thread has changed what was
+    /// found, so the allocation looks again.
+    fn take_back<'b>(
+        mut self,
+        work: AtWork,
+        mut state: Locked<'b>,
+        handle: &'b RangeHandle,
+        charged_bytes: usize,
+    ) -> Outcome<'b> {
+        let engine = handle.inner();
+        state.restock(core::mem::take(&mut self.supply));
+        let begun_bytes: usize = self.pieces.iter().map(Piece::charged_bytes).sum();
+        let rest_bytes = charged_bytes - begun_bytes;
+        state.ledger.refund(handle.account().id(), rest_bytes);
+        self.fail(work, state);
+        Outcome::Again(engine.state.lock())
     }
 }

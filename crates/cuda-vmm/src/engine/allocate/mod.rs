@@ -16,21 +16,34 @@
 //!     │                          a piece at a time; ask the driver again, once;
 //!     │                          stand in the line and wait
 //!     │          DeviceShort ─── wait until the device may have memory, and begin anew
+//!     │          Again ───────── another thread has changed what was found
 //!     └──────────────┘ try again
 //! ```
 //!
 //! If nothing helps, or the patience ends, the obstacle is the error.
+//!
+//! An allocation may be about several ranges of one account. It is all or none: all pieces are
+//! looked at, the account is charged once for all of them, and all are begun in the books before
+//! the lock is let go.
 
+mod ask;
 mod attempt;
 mod fill;
+mod later;
+mod need;
 mod obstacle;
 mod overcome;
 mod short;
 
+pub(crate) use ask::Ask;
+pub(crate) use later::Later;
+
 use super::changes::Locked;
 use super::handle::RangeHandle;
+use super::inner::Inner;
 use super::range::{Place, Taken};
 use super::waiting::Patience;
+use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
 use crate::{Result, VmmError};
 use attempt::{Attempt, Outcome};
@@ -47,17 +60,15 @@ impl RangeHandle {
         patience: &Patience,
     ) -> Result<usize> {
         self.slot.check_process()?;
-        let taken = match self.take_there(place, bytes) {
-            Ok(None) => Attempt::new(self, place, bytes, patience).run(),
-            Ok(Some(taken)) => Ok(taken),
-            Err(error) => Err(error),
-        };
-        match taken {
-            Ok(taken) => {
-                if taken.is_hungry {
-                    self.inner().worker.wake(self.inner(), false);
-                }
-                Ok(taken.offset)
+        match self.take_there(place, bytes) {
+            Ok(Some(taken)) => Ok(taken.tell(self.inner())),
+            Ok(None) => {
+                let places = [(place, bytes)];
+                let ask = Ask {
+                    handle: self,
+                    places: &places,
+                };
+                allocate_all(&[ask], patience)
             }
             Err(error) => {
                 self.note_out_of_memory(place, bytes, &error);
@@ -91,15 +102,57 @@ impl RangeHandle {
     }
 }
 
+/// Makes the bytes of all asks live, or none; returns the offset of the first. There is one ask at
+/// least, and each has a place.
+pub(crate) fn allocate_all(asks: &[Ask<'_>], patience: &Patience) -> Result<usize> {
+    let [first, ..] = asks else {
+        return Ok(0);
+    };
+    first.handle.slot.check_process()?;
+    let taken = Attempt::new(asks, patience).run();
+    first.tell(taken)
+}
+
+impl Ask<'_> {
+    /// Ends the call: wakes the worker, or counts the refusal.
+    fn tell(&self, taken: Result<Taken>) -> Result<usize> {
+        let handle = self.handle;
+        match (taken, self.places.first()) {
+            (Ok(taken), _) => Ok(taken.tell(handle.inner())),
+            (Err(error), Some((place, bytes))) => {
+                handle.note_out_of_memory(*place, *bytes, &error);
+                Err(error)
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+}
+
+impl Taken {
+    /// Wakes the worker if it has memory to make ahead now; returns the offset.
+    #[inline]
+    fn tell(self, engine: &Arc<Inner>) -> usize {
+        if self.is_hungry {
+            engine.worker.wake(engine, false);
+        }
+        self.offset
+    }
+}
+
 impl<'a> Attempt<'a> {
     /// Tries until the bytes are live, or nothing helps any more.
     pub(super) fn run(mut self) -> Result<Taken> {
         let outcome = self.climb();
+        self.leave_line();
+        outcome
+    }
+
+    /// Leaves the line, if it still stands there.
+    fn leave_line(&mut self) {
         if let Some(ticket) = self.ticket.take() {
             // It was not served. Those behind it may be.
             self.engine().state.lock().ledger.leave_line(ticket);
         }
-        outcome
     }
 
     fn climb(&mut self) -> Result<Taken> {
@@ -109,6 +162,7 @@ impl<'a> Attempt<'a> {
             state = match self.try_once(state)? {
                 Outcome::Done(taken) => return Ok(taken),
                 Outcome::Blocked(obstacle, state) => self.overcome(obstacle, state)?,
+                Outcome::Again(state) => state,
                 Outcome::DeviceShort { error, seen } => {
                     (self.patience).await_device(engine, error, seen, &mut self.backoff)?;
                     self.begin_again();
@@ -120,27 +174,19 @@ impl<'a> Attempt<'a> {
 
     /// Makes the bytes live, or says what is in the way.
     fn try_once(&mut self, mut state: Locked<'a>) -> Result<Outcome<'a>> {
-        let slot = &self.handle.slot;
-        let mut range = slot.lock();
-        if !range.freed.is_empty() {
-            let queue = &mut state.quietly().queue;
-            queue.collect(slot.id(), range.freed.drain(..));
-            slot.note(&range);
-        }
-        let charged = self.look(&state, &range).and_then(|mut need| {
-            let supply = need.charge(&mut state, self.ticket)?;
-            Ok((need, supply))
+        let ticket = self.ticket;
+        let looked = self.look_at_all(&mut state);
+        let charged = looked.and_then(|(mut needs, held)| {
+            let supply = needs.charge(&mut state, ticket)?;
+            Ok((needs, held, supply))
         });
         match charged {
-            Ok((need, supply)) => {
+            Ok((needs, held, supply)) => {
                 // The charge took it out of the line.
                 self.ticket = None;
-                self.fill(state, range, need, supply)
+                self.fill(state, held, needs, supply)
             }
-            Err(obstacle) => {
-                drop(range);
-                Ok(Outcome::Blocked(obstacle, state))
-            }
+            Err(obstacle) => Ok(Outcome::Blocked(obstacle, state)),
         }
     }
 }

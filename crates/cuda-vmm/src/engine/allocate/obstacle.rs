@@ -1,7 +1,8 @@
 //! What can be in the way of an allocation.
 
 use crate::VmmError;
-use crate::engine::books::ledger::{AccountId, Refusal};
+use crate::engine::books::account::AccountId;
+use crate::engine::books::ledger::Refusal;
 use crate::size::Extent;
 
 /// What is in the way of an allocation.
@@ -28,8 +29,8 @@ pub(super) struct Lack {
     pub(super) bytes: usize,
     /// What there is instead.
     pub(super) refusal: Refusal,
-    /// Whether the account holds more than its ceiling, which was lowered.
-    pub(super) is_above_ceiling: bool,
+    /// Whether more is held than a ceiling or limit allows that was lowered.
+    pub(super) is_over: bool,
 }
 
 impl From<VmmError> for Obstacle {

@@ -8,6 +8,7 @@ use super::obstacle::Obstacle;
 use crate::engine::changes::Locked;
 use crate::engine::range::leases::Asker;
 use crate::engine::retry::Which;
+use crate::engine::scope::Scope;
 use crate::engine::state::State;
 use crate::size::Extent;
 use crate::{Result, VmmError};
@@ -35,7 +36,7 @@ impl<'a> Attempt<'a> {
             return Err(VmmError::Leased { offset, bytes });
         }
         drop(state);
-        self.handle.slot.ask_tokens(Asker::Waiting);
+        self.handle().slot.ask_tokens(Asker::Waiting);
         match self.poll_once(self.engine().state.lock()) {
             Ok(state) | Err(state) => Ok(state),
         }
@@ -54,7 +55,7 @@ impl<'a> Attempt<'a> {
             return Err(VmmError::Quarantined { offset, bytes });
         }
         let pages = extent.pages(page_bytes);
-        self.engine().retry(&Which::At(self.handle.id(), pages));
+        self.engine().retry(&Which::At(self.handle().id(), pages));
         Ok(self.engine().state.lock())
     }
 
@@ -65,8 +66,11 @@ impl<'a> Attempt<'a> {
             Ok(state) => return Ok(state),
             Err(state) => state,
         };
-        let state = self.patience.await_change(engine, state);
-        state.ok_or_else(|| self.in_the_way(&engine.state.lock(), extent))
+        if let Some(state) = self.patience.await_change(engine, state) {
+            return Ok(state);
+        }
+        self.keeps_its_place();
+        Err(self.in_the_way(&engine.state.lock(), extent))
     }
 
     /// Retiring: has the streams that will use the pages come after the device's work, or else
@@ -82,12 +86,15 @@ impl<'a> Attempt<'a> {
             Err(state) => state,
         };
         if !core::mem::replace(&mut self.has_followed, true) {
-            return Ok(self.handle.make_follow(state, chunks));
+            return Ok(self.handle().make_follow(state, chunks));
         }
         let error = self.in_the_way(&state, extent);
-        let only = Some(self.handle.id());
-        let state = self.patience.await_memory(self.engine(), state, only)?;
-        state.ok_or(error)
+        let only = Scope::Range(self.handle().id());
+        if let Some(state) = (self.patience).await_memory(self.engine(), state, only)? {
+            return Ok(state);
+        }
+        self.keeps_its_place();
+        Err(error)
     }
 
     /// Looks what the device has finished with, and locks the engine again; or hands the lock back,
@@ -103,7 +110,7 @@ impl<'a> Attempt<'a> {
     /// The error if some of the pages retire, or another thread works on them.
     fn in_the_way(&self, state: &State, extent: Extent) -> VmmError {
         let stats = state.parts();
-        let range = state.ranges.get(self.handle.id());
+        let range = state.ranges.get(self.handle().id());
         let (asked_bytes, limit_bytes) = range.map_or((extent.bytes, 0), |range| {
             let pages = extent.pages(range.page_bytes).len();
             let limit_bytes = state.ledger.account_limit_bytes(range.account);

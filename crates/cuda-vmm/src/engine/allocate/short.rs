@@ -2,9 +2,10 @@
 
 use super::attempt::Attempt;
 use super::obstacle::Lack;
-use crate::engine::books::range_id::RangeId;
 use crate::engine::changes::Locked;
 use crate::engine::retry::Which;
+use crate::engine::scope::Scope;
+use crate::engine::state::State;
 use crate::engine::waiting::Patience;
 use crate::{Result, VmmError};
 
@@ -16,10 +17,17 @@ impl<'a> Attempt<'a> {
         if lack.bytes > lack.refusal.beside_guarantees_bytes {
             return self.await_guarantee(lack, state);
         }
-        // At its own ceiling a range is helped by its own memory only.
-        let is_at_ceiling = lack.bytes > lack.refusal.below_ceiling_bytes;
-        let only = is_at_ceiling.then_some(self.handle.id());
-        let Some(state) = self.shortage.relieve(engine, state, only) else {
+        // At its own ceiling an account is helped by its own memory only.
+        let scope = match lack.bytes > lack.refusal.below_ceiling_bytes {
+            true => Scope::Account(lack.account),
+            false => Scope::All,
+        };
+        if self.shortage.has_polled() && self.is_beyond_reach(lack, &state) {
+            // What could be spared would be given up for nothing.
+            let error = state.out_of_memory(lack.bytes, &lack.refusal);
+            return Err(self.refuse(lack, scope, state, error));
+        }
+        let Some(state) = self.shortage.relieve(engine, state, scope) else {
             return Ok(engine.state.lock());
         };
         if !self.has_retried_all && state.parts().quarantined_bytes > 0 {
@@ -29,23 +37,37 @@ impl<'a> Attempt<'a> {
             engine.retry(&Which::Wanted);
             return Ok(engine.state.lock());
         }
-        self.await_room(lack, only, state)
+        self.await_room(lack, scope, state)
+    }
+
+    /// Whether the allocation does not wait for others, and all that comes back without them is not
+    /// enough.
+    fn is_beyond_reach(&self, lack: &Lack, state: &State) -> bool {
+        let parts = state.parts();
+        let coming_bytes = match self.patience {
+            Patience::None => 0,
+            Patience::Retiring => parts.retiring_bytes,
+            Patience::Until(_) | Patience::Poll => return false,
+        };
+        let available_bytes = state.available_bytes(lack.account, self.ticket);
+        let reach_bytes = available_bytes + coming_bytes + parts.quarantined_bytes;
+        !lack.is_over && lack.bytes > reach_bytes
     }
 
     /// Waits for what comes back by itself, or what others are asked to give back.
     fn await_room(
         &mut self,
         lack: &Lack,
-        only: Option<RangeId>,
+        scope: Scope,
         mut state: Locked<'a>,
     ) -> Result<Locked<'a>> {
         let engine = self.engine();
         let error = state.out_of_memory(lack.bytes, &lack.refusal);
-        if self.is_in_vain(lack, only, &state) {
+        if self.is_in_vain(lack, scope, &state) {
             let error = self.shortage.error_or(error);
-            return Err(self.refuse(lack, only, state, error));
+            return Err(self.refuse(lack, scope, state, error));
         }
-        if only.is_none() && state.ledger.awaited_bytes(self.ticket) != Some(lack.bytes) {
+        if scope == Scope::All && state.ledger.awaited_bytes(self.ticket) != Some(lack.bytes) {
             match self.ticket {
                 Some(ticket) => state.ledger.wait_for(ticket, lack.bytes),
                 None => self.ticket = Some(state.ledger.line_up(lack.account, lack.bytes)),
@@ -54,27 +76,32 @@ impl<'a> Attempt<'a> {
             drop(state);
             return Ok(engine.state.lock());
         }
-        match self.patience.await_memory(engine, state, only)? {
+        match self.patience.await_memory(engine, state, scope)? {
             Some(state) => Ok(state),
-            None if only.is_some() => Err(error),
-            None => Err(self.refuse(lack, only, engine.state.lock(), error)),
+            None if self.keeps_its_place() => Err(error),
+            None if scope != Scope::All => Err(error),
+            None => Err(self.refuse(lack, scope, engine.state.lock(), error)),
         }
     }
 
     /// Whether the allocation does not wait, or not for what could come.
-    fn is_in_vain(&self, lack: &Lack, only: Option<RangeId>, state: &Locked<'_>) -> bool {
+    fn is_in_vain(&self, lack: &Lack, scope: Scope, state: &Locked<'_>) -> bool {
         match self.patience {
             Patience::None => true,
             // What retires is not what it uses too much of.
-            Patience::Retiring if lack.is_above_ceiling => true,
+            Patience::Retiring if lack.is_over => true,
             Patience::Retiring => {
-                let retiring_bytes = match only {
-                    Some(_) => self.handle.slot.lock().pages.parts().retiring_bytes,
-                    None => state.parts().retiring_bytes,
+                let retiring_bytes = match scope {
+                    Scope::All => state.parts().retiring_bytes,
+                    scope => {
+                        let own = state.ranges.within(scope);
+                        own.map(|(_, range)| range.pages.parts().retiring_bytes)
+                            .sum()
+                    }
                 };
                 retiring_bytes.saturating_add(lack.refusal.free_bytes) < lack.bytes
             }
-            Patience::Until(_) => false,
+            Patience::Until(_) | Patience::Poll => false,
         }
     }
 
@@ -83,11 +110,11 @@ impl<'a> Attempt<'a> {
     fn refuse(
         &mut self,
         lack: &Lack,
-        only: Option<RangeId>,
+        scope: Scope,
         mut state: Locked<'_>,
         error: VmmError,
     ) -> VmmError {
-        if only.is_none() {
+        if scope == Scope::All {
             if let Some(ticket) = self.ticket.take() {
                 state.ledger.leave_line(ticket);
             }
@@ -105,10 +132,21 @@ impl<'a> Attempt<'a> {
         }
         match self.patience {
             Patience::None | Patience::Retiring => Err(error),
+            Patience::Poll => {
+                self.would_wait = true;
+                Err(error)
+            }
             Patience::Until(_) => {
                 let state = self.patience.await_change(self.engine(), state);
                 state.ok_or(error)
             }
         }
+    }
+
+    /// Whether the allocation is tried again later and keeps its place until then. Notes that it
+    /// would wait here.
+    pub(super) fn keeps_its_place(&mut self) -> bool {
+        self.would_wait = matches!(self.patience, Patience::Poll);
+        self.would_wait
     }
 }

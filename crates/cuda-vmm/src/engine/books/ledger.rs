@@ -1,73 +1,9 @@
 //! The budget of an engine, and what each account is charged for.
 
+use super::account::{Account, AccountId, Quota};
 use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{QuotaConflict, Result, VmmError};
 use std::collections::BTreeMap;
-
-/// Names an account.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct AccountId(u64);
-
-/// What an account may hold, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Quota {
-    /// Memory that is always to be had for it, whatever others do.
-    pub(crate) guarantee_bytes: usize,
-    /// The most that it may hold.
-    pub(crate) ceiling_bytes: usize,
-    /// The account with the higher is served first and asked last.
-    pub(crate) priority: i32,
-}
-
-impl Default for Quota {
-    fn default() -> Self {
-        Self {
-            guarantee_bytes: 0,
-            ceiling_bytes: usize::MAX,
-            priority: 0,
-        }
-    }
-}
-
-impl Quota {
-    /// Checks that the guarantee is not above the ceiling.
-    fn check(&self) -> Result<()> {
-        if self.guarantee_bytes <= self.ceiling_bytes {
-            return Ok(());
-        }
-        Err(VmmError::QuotaUnsatisfiable {
-            what: QuotaConflict::GuaranteeAboveCeiling,
-            asked_bytes: self.guarantee_bytes,
-            available_bytes: self.ceiling_bytes,
-        })
-    }
-}
-
-#[derive(Debug)]
-struct Account {
-    quota: Quota,
-    committed_bytes: usize,
-    /// It goes with the last of what it is charged for.
-    closed: bool,
-}
-
-impl Account {
-    fn below_ceiling(&self) -> usize {
-        self.quota
-            .ceiling_bytes
-            .saturating_sub(self.committed_bytes)
-    }
-
-    fn unused_guarantee(&self) -> usize {
-        self.quota
-            .guarantee_bytes
-            .saturating_sub(self.committed_bytes)
-    }
-
-    fn is_above_ceiling(&self) -> bool {
-        self.committed_bytes > self.quota.ceiling_bytes && !self.closed
-    }
-}
 
 /// A charge that was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,30 +82,18 @@ impl Ledger {
     /// Opens an account, if its guarantee can hold beside what is committed and guaranteed already.
     pub(crate) fn open(&mut self, quota: Quota) -> Result<AccountId> {
         quota.check()?;
-        self.check_guarantee(quota.guarantee_bytes, 0, 0)?;
+        self.check_guarantee(quota.guarantee_bytes, None)?;
         let id = AccountId(self.next);
         self.next += 1;
         self.unused_guarantee_bytes += quota.guarantee_bytes;
         self.guaranteed_bytes += quota.guarantee_bytes;
-        self.accounts.insert(
-            id,
-            Account {
-                quota,
-                committed_bytes: 0,
-                closed: false,
-            },
-        );
+        self.accounts.insert(id, Account::new(quota));
         Ok(id)
     }
 
-    /// Whether an account that holds `held_bytes`, and whose guarantee leaves `unused_bytes` to it
-    /// until now, can be guaranteed `asked_bytes` beside what others hold and are guaranteed.
-    fn check_guarantee(
-        &self,
-        asked_bytes: usize,
-        held_bytes: usize,
-        unused_bytes: usize,
-    ) -> Result<()> {
+    /// Whether an account, or a new one, can be guaranteed `asked_bytes` beside what others hold
+    /// and are guaranteed.
+    fn check_guarantee(&self, asked_bytes: usize, account: Option<&Account>) -> Result<()> {
         if asked_bytes > self.limit_bytes {
             // However much others give back.
             return Err(VmmError::QuotaUnsatisfiable {
@@ -178,12 +102,18 @@ impl Ledger {
                 available_bytes: self.limit_bytes,
             });
         }
+        let unused_bytes = account.map_or(0, Account::unused_guarantee);
+        let held_bytes = account.map_or(0, |account| account.committed_bytes);
+        let guaranteed_bytes = account.map_or(0, |account| account.quota.guarantee_bytes);
         let unused_by_others = self.unused_guarantee_bytes - unused_bytes;
         let room_bytes = self
             .limit_bytes
             .saturating_sub(self.committed_bytes)
             .saturating_sub(unused_by_others);
-        let available_bytes = held_bytes + room_bytes;
+        // Above a lowered limit more may be held than can be guaranteed.
+        let guaranteed_to_others = self.guaranteed_bytes - guaranteed_bytes;
+        let beside_bytes = self.limit_bytes.saturating_sub(guaranteed_to_others);
+        let available_bytes = (held_bytes + room_bytes).min(beside_bytes);
         if asked_bytes <= available_bytes {
             return Ok(());
         }
@@ -198,23 +128,27 @@ impl Ledger {
     /// guaranteed already; else nothing changes. The ceiling may be below what it holds.
     pub(crate) fn set_quota(&mut self, id: AccountId, quota: Quota) -> Result<()> {
         quota.check()?;
-        let account = self.accounts.get(&id).ok_or(VmmError::Closed)?;
-        let (held_bytes, unused_bytes) = (account.committed_bytes, account.unused_guarantee());
-        self.check_guarantee(quota.guarantee_bytes, held_bytes, unused_bytes)?;
+        let account = self.opened(id).ok_or(VmmError::Closed)?;
+        self.check_guarantee(quota.guarantee_bytes, Some(account))?;
         self.change(id, |account| account.quota = quota);
         Ok(())
     }
 
-    /// What an account may hold.
+    /// What an account may hold; `None` if it is closed.
     pub(crate) fn quota(&self, id: AccountId) -> Option<Quota> {
-        self.accounts.get(&id).map(|account| account.quota)
+        self.opened(id).map(|account| account.quota)
+    }
+
+    /// An account that is not closed.
+    fn opened(&self, id: AccountId) -> Option<&Account> {
+        self.accounts.get(&id).filter(|account| !account.closed)
     }
 
     /// Gives up an account's guarantee; what it still holds stays charged until it is refunded.
     pub(crate) fn close(&mut self, id: AccountId) {
         self.change(id, |account| {
             account.quota.guarantee_bytes = 0;
-            account.quota.ceiling_bytes = 0;
+            account.quota.ceiling_bytes = Some(0);
             account.closed = true;
         });
         self.wants.close(id);
@@ -279,35 +213,77 @@ impl Ledger {
     /// are guaranteed is not taken off: they may leave.
     pub(crate) fn account_limit_bytes(&self, id: AccountId) -> usize {
         let account = self.accounts.get(&id);
-        let ceiling_bytes = account.map_or(0, |account| account.quota.ceiling_bytes);
+        let ceiling_bytes = account.map_or(0, |account| account.quota.most_bytes());
         self.limit_bytes.min(ceiling_bytes)
     }
 
     fn beside_guarantees_bytes(&self, account: &Account) -> usize {
         let others_bytes = self.guaranteed_bytes - account.quota.guarantee_bytes;
         let beside_bytes = self.limit_bytes.saturating_sub(others_bytes);
-        beside_bytes.min(account.quota.ceiling_bytes)
+        beside_bytes.min(account.quota.most_bytes())
     }
 
-    /// What an account above its ceiling may take, in bytes, of what it has freed and the engine
-    /// still holds for it, and of new memory: nothing that brings what it uses above the ceiling.
-    /// `coming_bytes` is what it holds and does not use. `None` if it is not above its ceiling.
-    pub(crate) fn room_below_ceiling(
+    /// What an account may take, in bytes, if more is held than its ceiling or the limit allows, of
+    /// what it has freed and the engine still holds for it, and of new memory: nothing that brings
+    /// what is used above the ceiling or the limit. `coming` is what an account holds and does not
+    /// use. `None` if neither is exceeded.
+    pub(crate) fn room_when_over<C: Fn(AccountId) -> usize>(
         &self,
         id: AccountId,
-        coming_bytes: impl FnOnce() -> usize,
+        coming: impl FnOnce() -> C,
     ) -> Option<Refusal> {
-        if !self.is_above_ceiling(id) {
+        let is_above_ceiling = self.is_above_ceiling(id);
+        if !is_above_ceiling && !self.is_over_limit() {
             return None;
         }
         let account = self.accounts.get(&id)?;
-        let used_bytes = account.committed_bytes.saturating_sub(coming_bytes());
-        let room_bytes = account.quota.ceiling_bytes.saturating_sub(used_bytes);
+        let coming = coming();
+        let own = account.without(coming(id));
+        let others = self.accounts.iter().filter(|(of, _)| **of != id);
+        let others_bytes = others.map(|(of, account)| {
+            let used = account.without(coming(*of));
+            used.committed_bytes.max(used.quota.guarantee_bytes)
+        });
+        let taken_bytes = others_bytes.fold(own.committed_bytes, usize::saturating_add);
+        let in_limit_bytes = self.limit_bytes.saturating_sub(taken_bytes);
+        let free_bytes = in_limit_bytes.min(own.below_ceiling());
+        let room = self.room(id, None);
         Some(Refusal {
-            free_bytes: room_bytes,
-            below_ceiling_bytes: room_bytes,
-            ..self.room(id, None)
+            free_bytes,
+            below_ceiling_bytes: match is_above_ceiling {
+                true => free_bytes,
+                false => room.below_ceiling_bytes,
+            },
+            ..room
         })
+    }
+
+    /// What an account could be charged without anything that is in use being given back, in bytes,
+    /// at this place in the line, or at its end; `spare` is what an account holds and gives up if
+    /// it is needed.
+    pub(crate) fn available_bytes(
+        &self,
+        id: AccountId,
+        ticket: Option<Ticket>,
+        spare: impl Fn(AccountId) -> usize,
+    ) -> usize {
+        let Some(account) = self.opened(id) else {
+            return 0;
+        };
+        let own = account.without(spare(id));
+        let others = self.accounts.iter().filter(|(of, _)| **of != id);
+        let others_bytes = others.map(|(of, account)| {
+            let used = account.without(spare(*of));
+            used.committed_bytes.max(used.quota.guarantee_bytes)
+        });
+        let taken_bytes = others_bytes.fold(own.committed_bytes, usize::saturating_add);
+        let in_budget = self.limit_bytes.saturating_sub(taken_bytes);
+        let waited_for_bytes = self.claimed_ahead(account, ticket);
+        let own_bytes = own.unused_guarantee();
+        in_budget
+            .saturating_sub(waited_for_bytes)
+            .max(own_bytes.min(in_budget))
+            .min(own.below_ceiling())
     }
 
     /// Checks that an account can be charged `bytes` now, of which some are in the cache; or
@@ -391,9 +367,46 @@ impl Ledger {
         self.wants.push(id, bytes, false);
     }
 
-    /// Whether nobody wants more than there was, and nobody holds more than it may.
+    /// Whether no account wants more than there was, and none holds more than it may.
     pub(crate) fn is_calm(&self) -> bool {
-        self.wants.is_empty() && self.above_ceiling == 0
+        self.wants.is_empty() && self.above_ceiling == 0 && !self.is_over_limit()
+    }
+
+    /// Whether more is held, or guaranteed and not held, than the limit allows: it was lowered.
+    pub(crate) fn is_over_limit(&self) -> bool {
+        let kept_bytes = self.committed_bytes + self.unused_guarantee_bytes;
+        self.limit_bytes < kept_bytes.max(self.committed_bytes())
+    }
+
+    /// Changes the limit, which may be below what is held.
+    ///
+    /// # Errors
+    /// [`VmmError::QuotaUnsatisfiable`] if the accounts are guaranteed more. Then nothing changes.
+    pub(crate) fn set_limit(&mut self, limit_bytes: usize) -> Result<()> {
+        if self.guaranteed_bytes > limit_bytes {
+            return Err(VmmError::QuotaUnsatisfiable {
+                what: QuotaConflict::LimitBelowGuarantees,
+                asked_bytes: self.guaranteed_bytes,
+                available_bytes: limit_bytes,
+            });
+        }
+        self.limit_bytes = limit_bytes;
+        Ok(())
+    }
+
+    /// Forgets what an account was refused and does not wait for; returns the bytes.
+    pub(crate) fn withdraw(&mut self, id: AccountId) -> usize {
+        let refused = self.wants.iter().filter(|(_, want)| want.account == id);
+        let refused_bytes = refused.filter(|(_, want)| !want.waits);
+        let bytes = refused_bytes.map(|(_, want)| want.bytes).sum();
+        self.wants.forget(id);
+        bytes
+    }
+
+    /// What an account was refused and does not wait for, in bytes.
+    pub(crate) fn refused(&self) -> impl Iterator<Item = (AccountId, usize)> + '_ {
+        let refused = self.wants.iter().filter(|(_, want)| !want.waits);
+        refused.map(|(_, want)| (want.account, want.bytes))
     }
 
     /// Whether an account holds more than it may.
@@ -437,7 +450,7 @@ impl Ledger {
                 account: *id,
                 priority: account.quota.priority,
                 guarantee_bytes: account.quota.guarantee_bytes,
-                ceiling_bytes: account.quota.ceiling_bytes,
+                ceiling_bytes: account.quota.most_bytes(),
                 used_bytes,
             });
         }

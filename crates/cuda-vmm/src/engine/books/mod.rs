@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+pub(crate) mod account;
 pub(crate) mod backoff;
 pub(crate) mod cache;
 pub(crate) mod chunk_plan;
@@ -14,6 +15,7 @@ pub(crate) mod counters;
 pub(crate) mod intervals;
 pub(crate) mod ledger;
 pub(crate) mod move_plan;
+pub(crate) mod owner;
 pub(crate) mod pages;
 pub(crate) mod policy;
 pub(crate) mod pressure;

@@ -139,8 +139,9 @@ impl<A> Holder<A> {
     }
 }
 
-/// What each holder owes, in their order: what it holds above its ceiling; and, for each want in
-/// its turn, what is missing for it although all that comes back by itself is there.
+/// What each holder owes, in their order: what it holds above its ceiling; what is missing for all
+/// that is held and guaranteed, if the limit was lowered; and, for each want in its turn, what is
+/// missing for it although all that comes back by itself is there.
 ///
 /// It is owed by holders of no higher priority than the account that wants it, those of the lowest
 /// first, and among those of one priority the furthest above its guarantee first; never below a
@@ -194,14 +195,38 @@ impl<'a, A> Division<'a, A> {
         let owed_anyhow = owed.iter().copied().fold(0, usize::saturating_add);
         // Saturating: if memory in quarantine is on no open account, less is there than the limit.
         // What is owed is part of what is spoken for, and the limit may be the largest number.
-        let room_bytes = limit_bytes.saturating_sub(spoken_for.saturating_sub(owed_anyhow));
-        Self {
+        let kept_bytes = spoken_for.saturating_sub(owed_anyhow);
+        let mut division = Self {
             holders,
             owed,
-            room_bytes,
+            room_bytes: limit_bytes.saturating_sub(kept_bytes),
             asking: Vec::new(),
             served: Vec::new(),
+        };
+        division.fit(kept_bytes.saturating_sub(limit_bytes));
+        division
+    }
+
+    /// Adds what is owed because more is held and guaranteed than the limit allows.
+    fn fit(&mut self, mut over_bytes: usize) {
+        if over_bytes == 0 {
+            return;
         }
+        for index in self.givers(|_| true) {
+            let bytes = over_bytes.min(self.spare(index));
+            self.owed[index] += bytes;
+            over_bytes -= bytes;
+        }
+    }
+
+    /// Those of the holders that may give, in the order in which they are asked: the lowest
+    /// priority first, and of one priority the furthest above its guarantee.
+    fn givers(&self, may_give: impl Fn(usize) -> bool) -> Vec<usize> {
+        let mut givers: Vec<_> = (0..self.holders.len())
+            .filter(|index| may_give(*index))
+            .collect();
+        givers.sort_by_key(|index| (self.holders[*index].priority, Reverse(self.spare(*index))));
+        givers
     }
 
     /// Adds what is owed for one want.
@@ -215,11 +240,9 @@ impl<'a, A> Division<'a, A> {
         let beyond_bytes = want.bytes.saturating_sub(asks.unused_guarantee());
         let mut short_bytes = beyond_bytes.saturating_sub(self.room_bytes);
         self.room_bytes = self.room_bytes.saturating_sub(beyond_bytes);
-        let mut givers: Vec<_> = (0..self.holders.len())
-            .filter(|index| *index != asker && self.holders[*index].priority <= asks.priority)
-            .collect();
-        givers.sort_by_key(|index| (self.holders[*index].priority, Reverse(self.spare(*index))));
-        for index in givers {
+        let holders = self.holders;
+        let may_give = |index: usize| index != asker && holders[index].priority <= asks.priority;
+        for index in self.givers(may_give) {
             let bytes = short_bytes.min(self.most(index, asks, want));
             self.owed[index] += bytes;
             short_bytes -= bytes;

@@ -31,6 +31,7 @@ use super::queue::Until;
 use super::relief::Relief;
 use super::relocation::{Relocation, Site};
 use super::retry::Which;
+use super::scope::Scope;
 use super::shortage::Shortage;
 use super::state::State;
 use super::users::Users;
@@ -45,6 +46,10 @@ impl State {
         // What can be spared is given up for it.
         let stats = self.parts();
         let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
+        let own_bytes = self.ranges.slot(id).map_or(0, |slot| {
+            let own = self.ranges.within(Scope::Account(slot.account()));
+            own.map(|(_, range)| range.spare_bytes()).sum()
+        });
         let Some(range) = self.ranges.get(id).filter(|range| !range.closed) else {
             return Default::default();
         };
@@ -53,7 +58,6 @@ impl State {
             MovePlan::default()
         } else {
             let room = self.ledger.room(range.account, None);
-            let own_bytes = parts.ahead_bytes + range.spare_parked_bytes();
             let in_budget = room.free_bytes.saturating_add(spare_bytes);
             let below_ceiling = room.below_ceiling_bytes.saturating_add(own_bytes);
             let chunks = range.pages.partly_live();
@@ -202,22 +206,24 @@ impl Compaction<'_> {
             let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
             let Err(refusal) = ledger.charge(range.account, chunk.live_page_bytes, None) else {
                 let site = Site {
-                    range: id,
-                    account: range.account,
+                    owner: range.owner(id),
                     reservation,
                     access: range.access.clone(),
                     page_bytes: range.page_bytes,
                 };
                 let mapping = range.pages.depart(first);
                 return Ok(mapping.map(|mapping| {
-                    relocations.begin(range.account, chunk.live_page_bytes);
+                    relocations.begin(range.owner(id), chunk.live_page_bytes);
                     Relocation::new(site, first, chunk.pieces, chunk.live_page_bytes, mapping)
                 }));
             };
+            // At its own ceiling an account is helped by its own memory only.
+            let scope = match chunk.live_page_bytes > refusal.below_ceiling_bytes {
+                true => Scope::Account(range.account),
+                false => Scope::All,
+            };
             drop(range);
-            // At its own ceiling a range is helped by its own memory only.
-            let only = (chunk.live_page_bytes > refusal.below_ceiling_bytes).then_some(id);
-            if shortage.relieve(self.engine, state, only).is_some() {
+            if shortage.relieve(self.engine, state, scope).is_some() {
                 return shortage.refused().map_or(Ok(None), Err);
             }
         }
@@ -233,17 +239,17 @@ impl Compaction<'_> {
             return Err(error);
         }
         let charged_bytes = relocation.charged_bytes;
-        let (account, first) = (relocation.site.account, relocation.first);
+        let (owner, first) = (relocation.site.owner, relocation.first);
         let (chunks, old) = relocation.into_arrived();
         let old_bytes = old.bytes();
         let mut state = engine.state.lock();
         let unused = (state.ranges.get(self.range))
             .map_or_else(Vec::new, |mut range| range.pages.arrive(first, chunks));
-        state.relocations.end(account, charged_bytes);
-        state.releasing.push((Some(account), old_bytes));
+        state.relocations.end(owner, charged_bytes);
+        state.releasing.push((Some(owner), old_bytes));
         engine.retire(state, self.range, unused);
         if let Some(old) = Arc::into_inner(old) {
-            engine.release(Some(account), old)?;
+            engine.release(Some(owner), old)?;
         }
         Ok(old_bytes - charged_bytes)
     }
@@ -255,7 +261,8 @@ impl Compaction<'_> {
         loop {
             match PhysicalMemory::new(&self.engine.device, bytes) {
                 Err(error)
-                    if error.is_out_of_memory() && relief.next(self.engine, self.range, bytes) => {}
+                    if error.is_out_of_memory()
+                        && relief.next(self.engine, &[self.range], bytes) => {}
                 outcome => return outcome,
             }
         }

@@ -24,7 +24,7 @@ impl Range {
         if self.has_closer {
             return None;
         }
-        if self.closed {
+        if self.takes_no_more() {
             return self.pages.ahead().next();
         }
         match self.is_hungry {
@@ -59,6 +59,7 @@ impl Range {
         let first = self.pages.first_missing(window.clone())?;
         let extent_bytes = self.pages.live().length_before(self.frontier_bytes);
         let extent_pages = extent_bytes.div_ceil(self.page_bytes) + first - window.start;
+        let chunk_bytes_max = self.chunk_bytes_max(chunk_bytes_max);
         let largest = chunk_pages(extent_pages, self.page_bytes, chunk_bytes_max);
         let end = self.pages.next_chunk(first, window.end);
         Some(first..grown_end(&(first..first + 1), largest, end))

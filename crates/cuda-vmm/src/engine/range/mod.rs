@@ -8,10 +8,12 @@ pub(crate) mod leases;
 mod pins;
 
 use super::at_work::AtWork;
+use super::books::account::AccountId;
 use super::books::chunk_plan::ChunkRules;
 use super::books::counters::PoolCounters;
-use super::books::ledger::AccountId;
+use super::books::owner::Owner;
 use super::books::pages::{Pages, Survey};
+use super::books::range_id::RangeId;
 use super::options::PoolOptions;
 use super::owed::Owed;
 use super::queue::Until;
@@ -43,10 +45,13 @@ pub(crate) struct Range {
     /// What is used outside, whether the owner frees it or not.
     pub(crate) leases: Leases,
     pub(crate) counters: PoolCounters,
+    /// What its account owes.
     pub(crate) owed: Arc<Owed>,
     pub(crate) capacity_bytes: usize,
     pub(crate) page_bytes: usize,
     pub(crate) closed: bool,
+    /// Whether its account is closed: it gets no more memory.
+    pub(crate) is_account_closed: bool,
     /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except
     /// what the driver refused before: two threads that call the driver in turns are slower than
     /// one.
@@ -77,7 +82,7 @@ impl Range {
         device: &Device,
         reservation: Reservation,
         (capacity_bytes, page_bytes): (usize, usize),
-        account: AccountId,
+        (account, owed): (AccountId, Arc<Owed>),
         options: PoolOptions,
     ) -> Self {
         Self {
@@ -93,17 +98,25 @@ impl Range {
             pins: BTreeMap::new(),
             leases: Leases::default(),
             counters: PoolCounters::default(),
-            owed: Arc::default(),
+            owed,
             capacity_bytes,
             page_bytes,
             closed: false,
+            is_account_closed: false,
             has_closer: false,
             making_room: 0,
         }
     }
 
+    /// The largest chunk in bytes, if the engine says this.
+    fn chunk_bytes_max(&self, of_engine: usize) -> usize {
+        let own = self.options.chunk_bytes_max;
+        own.map_or(of_engine, |own| own.min(of_engine))
+    }
+
     /// What the range and its engine say about chunks.
     pub(crate) fn chunk_rules(&self, chunk_bytes_max: usize) -> ChunkRules {
+        let chunk_bytes_max = self.chunk_bytes_max(chunk_bytes_max);
         ChunkRules {
             capacity_bytes: self.capacity_bytes,
             page_bytes: self.page_bytes,
@@ -151,7 +164,7 @@ impl Range {
     /// Those that the whole allocation would return.
     #[inline]
     pub(crate) fn take_there(&mut self, place: Place, bytes: usize) -> Result<Option<Taken>> {
-        if self.closed {
+        if self.takes_no_more() {
             return Err(VmmError::Closed);
         }
         let bytes = self.extent_at(place, bytes)?.range();
@@ -190,11 +203,27 @@ impl Range {
 
     /// What of it comes back without its owner's doing, in bytes, except what is being released.
     pub(crate) fn coming_bytes(&self) -> usize {
-        let parts = self.pages.parts();
-        parts.retiring_bytes + parts.ahead_bytes + self.spare_parked_bytes()
+        self.pages.parts().retiring_bytes + self.spare_bytes()
     }
 
-    /// Whether its owner is asked for memory.
+    /// Whether it is closed, or its account is.
+    #[inline]
+    pub(crate) fn takes_no_more(&self) -> bool {
+        self.closed || self.is_account_closed
+    }
+
+    /// Whose its memory is; the range is the one of this name.
+    pub(crate) fn owner(&self, range: RangeId) -> Owner {
+        let account = self.account;
+        Owner { account, range }
+    }
+
+    /// What of it comes back without its owner's doing if it is needed, in bytes.
+    pub(crate) fn spare_bytes(&self) -> usize {
+        self.pages.parts().ahead_bytes + self.spare_parked_bytes()
+    }
+
+    /// Whether the owner of its account is asked for memory.
     pub(crate) fn owes(&self) -> bool {
         self.owed.bytes() > 0
     }
@@ -213,6 +242,7 @@ impl Range {
     /// Ends it. What it is left with is to be dropped without a lock.
     pub(crate) fn end(&mut self) -> Remains {
         Remains {
+            account: self.account,
             counters: self.counters,
             _pages: core::mem::replace(&mut self.pages, Pages::new(self.page_bytes)),
             _users: core::mem::take(&mut self.users),
@@ -226,6 +256,7 @@ impl Range {
 /// What a range that has ended leaves; its addresses go last.
 #[derive(Debug)]
 pub(crate) struct Remains {
+    pub(crate) account: AccountId,
     pub(crate) counters: PoolCounters,
     _pages: Pages<Mapping>,
     _users: Users,

@@ -3,9 +3,11 @@
 use super::packing::Packing;
 use super::runs::Runs;
 use super::{BlockBacking, BlockId, ReclaimPlan};
+use crate::engine::Patience;
 use crate::process::Here;
-use crate::sync::Mutex;
+use crate::sync::{Arc, Mutex};
 use crate::{Result, Stream, VmmError};
+use core::time::Duration;
 use std::collections::BTreeSet;
 
 /// Hands out the blocks of a [`BlockBacking`], for engines that have no allocator of their own.
@@ -59,14 +61,16 @@ use std::collections::BTreeSet;
 #[derive(Debug)]
 pub struct BlockAllocator {
     backing: BlockBacking,
-    packing: Here<Mutex<Packing>>,
+    packing: Arc<Here<Mutex<Packing>>>,
 }
 
 impl BlockAllocator {
     /// An allocator of all blocks of a backing of which nothing is backed yet.
     pub fn new(backing: BlockBacking) -> Self {
         let packing = Mutex::new(Packing::new(&backing.inner().layout));
-        let packing = Here::new(backing.engine().device().driver().process(), packing);
+        let process = backing.engine().device().driver().process();
+        let packing = Arc::new(Here::new(process, packing));
+        backing.inner().set_packing(&packing);
         Self { backing, packing }
     }
 
@@ -80,7 +84,7 @@ impl BlockAllocator {
     /// # Errors
     /// [`BlockError::OutOfBlocks`](crate::pool::blocks::BlockError::OutOfBlocks); otherwise as [`BlockBacking::back`]. After an error none is handed out.
     pub fn allocate(&self, count: usize) -> Result<Vec<BlockId>> {
-        self.take(count, true)
+        self.take(count, &Patience::Retiring)
     }
 
     /// As [`allocate`](Self::allocate), but never waits for the device.
@@ -88,10 +92,19 @@ impl BlockAllocator {
     /// # Errors
     /// As [`allocate`](Self::allocate) and [`BlockBacking::try_back`].
     pub fn try_allocate(&self, count: usize) -> Result<Vec<BlockId>> {
-        self.take(count, false)
+        self.take(count, &Patience::None)
     }
 
-    fn take(&self, count: usize, wait: bool) -> Result<Vec<BlockId>> {
+    /// As [`allocate`](Self::allocate), but waits up to `timeout` for memory, as
+    /// [`BlockBacking::back_timeout`] does.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_timeout(&self, count: usize, timeout: Duration) -> Result<Vec<BlockId>> {
+        self.take(count, &Patience::for_at_most(timeout))
+    }
+
+    fn take(&self, count: usize, patience: &Patience) -> Result<Vec<BlockId>> {
         let inner = self.backing.inner();
         // In one step with the books, so that no plan of an earlier moment is carried out in between.
         let blocks = inner.change(|books| {
@@ -99,7 +112,7 @@ impl BlockAllocator {
             books.used(&Runs::of(blocks.iter().copied()));
             Ok::<_, VmmError>(blocks)
         })??;
-        let backed = inner.back(&Runs::of(blocks.iter().copied()), wait);
+        let backed = inner.back(&Runs::of(blocks.iter().copied()), patience);
         backed.inspect_err(|_| {
             let backed = blocks.iter().copied();
             let backed = backed.filter(|block| self.backing.is_backed(*block));

@@ -3,12 +3,16 @@
 use super::books::Books;
 use super::layout::Layout;
 use super::memory::BlockMemory;
-use super::{BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec, ReclaimPlan};
+use super::{
+    BackedBlocks, BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec, ReclaimPlan,
+};
+use crate::engine::Patience;
 use crate::process::Here;
 use crate::size::check_page_bytes;
-use crate::sync::{Arc, Condvar, Mutex};
-use crate::{Engine, LeaseToken, Result, Stream, VmmError};
+use crate::sync::{Arc, Condvar, Mutex, Weak};
+use crate::{Account, Engine, LeaseToken, Result, Stream, VmmError};
 use core::ops::Range;
+use core::time::Duration;
 
 /// Memory behind the blocks of a paged cache; a cheap clone.
 ///
@@ -32,36 +36,54 @@ use core::ops::Range;
 pub struct BlockBacking(Arc<BlockMemory>);
 
 impl BlockBacking {
-    /// Reserves `blocks` blocks of addresses for each tensor. It takes no memory.
+    /// Reserves `blocks` blocks of addresses for each tensor, with an account of its own. It takes
+    /// no memory.
     ///
     /// `page_bytes` is a power of two of at least the device's granularity.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; [`BlockError::TooMany`]; otherwise as
-    /// [`VirtualMemoryPool::on_engine`](crate::VirtualMemoryPool::on_engine).
+    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; [`BlockError::TooMany`];
+    /// otherwise as [`VirtualMemoryPool::on_engine`](crate::VirtualMemoryPool::on_engine).
     pub fn new(engine: &Engine, spec: LayerSpec, blocks: usize, page_bytes: usize) -> Result<Self> {
+        Self::on_account(&engine.own_account()?, spec, blocks, page_bytes)
+    }
+
+    /// As [`new`](Self::new), charged to an account, together with all else that is.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new); [`VmmError::Closed`] if the account is closed.
+    pub fn on_account(
+        account: &Account,
+        spec: LayerSpec,
+        blocks: usize,
+        page_bytes: usize,
+    ) -> Result<Self> {
         if blocks == 0 {
             return Err(VmmError::ZeroSize {
                 what: "number of blocks",
             });
         }
-        check_page_bytes(page_bytes, engine.device().granularity_bytes())?;
+        let device = account.engine().device();
+        check_page_bytes(page_bytes, device.granularity_bytes())?;
         let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
         let books = Books::new(blocks)?;
         let tensors = spec.into_tensors().into_iter().zip(class_of);
         let tensors = tensors
-            .map(|(spec, class)| BlockTensor::new(engine, spec, blocks, class, page_bytes))
+            .map(|(spec, class)| BlockTensor::new(account, spec, blocks, class, page_bytes))
             .collect::<Result<_>>()?;
-        let process = engine.device().driver().process();
-        Ok(Self(Arc::new(BlockMemory {
-            engine: engine.clone(),
+        let memory = Arc::new(BlockMemory {
+            account: account.clone(),
             tensors,
             layout,
             page_bytes,
-            books: Here::new(process, Mutex::new(books)),
+            books: Here::new(device.driver().process(), Mutex::new(books)),
             changed: Condvar::new(),
             identity: Arc::default(),
-        })))
+            packing: Mutex::new(Weak::new()),
+        });
+        let reclaimer = Arc::downgrade(&memory);
+        account.add_reclaimer(reclaimer);
+        Ok(Self(memory))
     }
 
     pub(super) fn inner(&self) -> &Arc<BlockMemory> {
@@ -80,7 +102,8 @@ impl BlockBacking {
     /// is leased; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
     /// blocks are backed as before, with their contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&self.0.runs(blocks)?, true)
+        let runs = self.0.runs(blocks)?;
+        self.0.back(&runs, &Patience::Retiring).map(drop)
     }
 
     /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
@@ -89,7 +112,37 @@ impl BlockBacking {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.0.back(&self.0.runs(blocks)?, false)
+        let runs = self.0.runs(blocks)?;
+        self.0.back(&runs, &Patience::None).map(drop)
+    }
+
+    /// As [`back`](Self::back), but waits up to `timeout` for memory, also for what other accounts
+    /// hold and are asked to give back; see
+    /// [`VirtualMemoryPool::allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout).
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn back_timeout(
+        &self,
+        blocks: impl IntoIterator<Item = BlockId>,
+        timeout: Duration,
+    ) -> Result<()> {
+        let runs = self.0.runs(blocks)?;
+        let patience = Patience::for_at_most(timeout);
+        self.0.back(&runs, &patience).map(drop)
+    }
+
+    /// As [`try_back`](Self::try_back), and gives up again exactly what it newly backed if the
+    /// guard is dropped; call [`BackedBlocks::keep`] to keep it.
+    ///
+    /// For a step that needs more than memory: back what it would need, decide, and keep it.
+    ///
+    /// # Errors
+    /// As [`back`](Self::back).
+    pub fn try_reserve(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BackedBlocks> {
+        let runs = self.0.runs(blocks)?;
+        let (newly, clock) = self.0.back(&runs, &Patience::None)?;
+        Ok(BackedBlocks::new(self.0.clone(), newly, clock))
     }
 
     /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
@@ -213,7 +266,7 @@ impl BlockBacking {
     /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
     pub fn use_stream(&self, stream: &Stream) -> Result<()> {
         self.0.check_process()?;
-        self.0.engine.device().expect_same(stream.device())?;
+        self.engine().device().expect_same(stream.device())?;
         let mut tensors = self.0.tensors.iter();
         tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
     }
@@ -280,9 +333,14 @@ impl BlockBacking {
         self.0.page_bytes
     }
 
+    /// The account that all tensors are charged to.
+    pub fn account(&self) -> &Account {
+        &self.0.account
+    }
+
     /// The engine.
     pub fn engine(&self) -> &Engine {
-        &self.0.engine
+        self.0.account.engine()
     }
 
     /// Its numbers; in a forked process only those that do not change.

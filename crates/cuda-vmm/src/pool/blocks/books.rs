@@ -141,23 +141,6 @@ impl Books {
         }
     }
 
-    /// Pages of which no block has memory, and that the blocks would need, in bytes.
-    pub(super) fn missing_bytes(&self, layout: &Layout, runs: &Runs) -> usize {
-        let is_bare = |block: BlockId| self.blocks[block].state == State::Unbacked;
-        let mut bytes: usize = 0;
-        for class in &layout.classes {
-            let mut next = 0;
-            for run in runs.iter() {
-                let pages = class.pages_of(&run);
-                let first = pages.start.max(next);
-                next = pages.end.max(next);
-                let missing = (first..pages.end).filter(|page| class.blocks_of(*page).all(is_bare));
-                bytes = bytes.saturating_add(missing.count().saturating_mul(class.page_bytes()));
-            }
-        }
-        bytes
-    }
-
     /// Reserves the blocks, all of them settled, for a call that backs what is missing.
     pub(super) fn arrive(&mut self, runs: &Runs) -> Arrival {
         self.used(runs);
@@ -197,6 +180,24 @@ impl Books {
         self.used(runs);
         self.set_all(runs, State::Leaving);
         Ok(())
+    }
+
+    /// Reserves those of the blocks, all of them settled, for a call that gives them up, that are
+    /// backed, that nothing keeps, and that no call has used since the clock was this.
+    pub(super) fn leave_unused(&mut self, runs: &Runs, clock: u64) -> Runs {
+        let is_unused = |block: &BlockId| {
+            let found = &self.blocks[*block];
+            found.state == State::Backed && found.pins == 0 && found.used <= clock
+        };
+        let unused = Runs::of_ordered(runs.blocks().filter(is_unused));
+        self.used(&unused);
+        self.set_all(&unused, State::Leaving);
+        unused
+    }
+
+    /// How many calls have used blocks.
+    pub(super) fn clock(&self) -> u64 {
+        self.clock
     }
 
     /// Ends what [`leave`](Self::leave) began.

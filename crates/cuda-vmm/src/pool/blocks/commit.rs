@@ -22,7 +22,10 @@ impl BlockMemory {
         end: impl FnOnce(bool),
     ) -> Result<()> {
         self.check_process()?;
-        self.engine.device().expect_same(stream.device())?;
+        self.account
+            .engine()
+            .device()
+            .expect_same(stream.device())?;
         if !plan.is_of(&self.identity) {
             return Err(BlockError::ForeignPlan.into());
         }

@@ -4,17 +4,19 @@
 
 use super::books::{Arrival, Books};
 use super::layout::Layout;
+use super::packing::Packing;
 use super::plan::ReclaimPlan;
 use super::reclaim::{Candidate, reclaim};
 use super::runs::Runs;
 use super::{BlockError, BlockId, BlockTensor};
+use crate::engine::{Patience, Reclaimer};
 use crate::process::Here;
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use crate::{Engine, Result, VmmError};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use crate::{Account, Result};
 
 #[derive(Debug)]
 pub(super) struct BlockMemory {
-    pub(super) engine: Engine,
+    pub(super) account: Account,
     pub(super) tensors: Vec<BlockTensor>,
     pub(super) layout: Layout,
     pub(super) page_bytes: usize,
@@ -22,11 +24,32 @@ pub(super) struct BlockMemory {
     pub(super) changed: Condvar,
     /// Which backing a plan is of.
     pub(super) identity: Arc<()>,
+    /// What an allocator knows of the blocks, if there is one.
+    pub(super) packing: Mutex<Weak<Here<Mutex<Packing>>>>,
+}
+
+impl Reclaimer for BlockMemory {
+    fn reclaimable_bytes(&self) -> usize {
+        let packing = self.packing.lock();
+        let packing = packing.unwrap_or_else(PoisonError::into_inner).upgrade();
+        let is_used = |block| {
+            let packing = packing.as_ref().and_then(|packing| packing.lock().ok());
+            packing.is_some_and(|packing| packing.is_taken(block))
+        };
+        let cost = |block| (!is_used(block)).then_some(0.0);
+        self.plan(usize::MAX, None, cost).freed_bytes()
+    }
 }
 
 impl BlockMemory {
+    /// Names what an allocator knows of the blocks.
+    pub(super) fn set_packing(&self, packing: &Arc<Here<Mutex<Packing>>>) {
+        let mut known = self.packing.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Arc::downgrade(packing);
+    }
+
     pub(super) fn check_process(&self) -> Result<()> {
-        self.engine.device().driver().check_process()
+        self.account.engine().device().driver().check_process()
     }
 
     /// These blocks, all of which there are.
@@ -67,59 +90,42 @@ impl BlockMemory {
         Ok(books)
     }
 
-    pub(super) fn back(&self, runs: &Runs, wait: bool) -> Result<()> {
+    /// Backs blocks in all tensors, or none; returns those that were not backed before, and the
+    /// clock of the books then.
+    pub(super) fn back(&self, runs: &Runs, patience: &Patience) -> Result<(Runs, u64)> {
         let mut books = self.settled(runs)?;
-        let missing_bytes = books.missing_bytes(&self.layout, runs);
         let arrival = books.arrive(runs);
+        let clock = books.clock();
         drop(books);
         let outcome = match arrival.missing.is_empty() {
             true => Ok(()),
-            false => self.take(&arrival, missing_bytes, wait),
+            false => self.take(&arrival, patience),
         };
         self.change(|books| books.arrived(&arrival, outcome.is_ok()))?;
-        outcome
+        outcome.map(|()| (arrival.missing, clock))
     }
 
-    /// Takes the blocks in all tensors, or frees again what it has taken.
-    fn take(&self, arrival: &Arrival, missing_bytes: usize, wait: bool) -> Result<()> {
-        self.expect_room(missing_bytes)?;
-        let wanted = || {
-            let tensors = self.tensors.iter();
-            tensors.flat_map(|tensor| arrival.missing.iter().map(move |run| (tensor, run)))
-        };
-        for (done, (tensor, run)) in wanted().enumerate() {
-            if let Err(error) = tensor.take(&run, wait) {
-                for (tensor, run) in wanted().take(done) {
-                    tensor.give([run]);
-                }
-                return Err(error);
-            }
-        }
+    /// Takes the blocks in all tensors, or none of them.
+    fn take(&self, arrival: &Arrival, patience: &Patience) -> Result<()> {
+        let tensors = self.tensors.iter();
+        let parts: Vec<_> = tensors
+            .flat_map(|tensor| arrival.missing.iter().map(|run| tensor.part(&run)))
+            .collect();
+        self.account.allocate_parts(&parts, patience)?.keep();
         Ok(())
     }
 
-    /// Refuses at once what the engine's budget cannot hold even if all that nobody uses is given
-    /// up.
-    fn expect_room(&self, asked_bytes: usize) -> Result<()> {
-        if asked_bytes == 0 {
-            return Ok(());
-        }
-        let stats = self.engine.stats();
-        let parts = stats.parts;
-        let used_bytes = parts.live_page_bytes
-            + parts.slack_bytes
-            + parts.filling_bytes
-            + parts.quarantined_bytes;
-        if asked_bytes <= stats.limit_bytes.saturating_sub(used_bytes) {
-            return Ok(());
-        }
-        Err(VmmError::OutOfPhysicalMemory {
-            asked_bytes,
-            free_bytes: stats.limit_bytes.saturating_sub(stats.committed_bytes),
-            retiring_bytes: parts.retiring_bytes,
-            reclaimable_bytes: parts.reclaimable_bytes(),
-            limit_bytes: stats.limit_bytes,
-        })
+    /// Gives up blocks that no call has used since the books had this clock, and that nothing
+    /// keeps.
+    pub(super) fn undo(&self, runs: &Runs, clock: u64) {
+        let Ok(mut books) = self.settled(runs) else {
+            return;
+        };
+        let unused = books.leave_unused(runs, clock);
+        drop(books);
+        self.give(&unused);
+        // The process was checked above.
+        _ = self.change(|books| books.left(&unused));
     }
 
     /// Frees blocks in all tensors.

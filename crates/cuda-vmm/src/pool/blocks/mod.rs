@@ -39,6 +39,7 @@
 //! ```
 
 mod allocator;
+mod backed;
 mod backing;
 mod books;
 mod commit;
@@ -55,6 +56,7 @@ mod tensor;
 
 pub use crate::error::BlockError;
 pub use allocator::BlockAllocator;
+pub use backed::BackedBlocks;
 pub use backing::BlockBacking;
 pub use layer_spec::{ElementSize, LayerSpec, TensorSpec};
 pub use pin::BlockPin;

@@ -1,8 +1,8 @@
 //! One tensor whose blocks are backed where they are in use.
 
 use super::{BlockId, ElementSize, TensorSpec};
-use crate::pool::{PoolStats, VirtualMemoryPool};
-use crate::{Engine, LeaseToken, PoolOptions, Result};
+use crate::pool::{PoolPart, PoolStats, VirtualMemoryPool};
+use crate::{Account, LeaseToken, PoolOptions, Result};
 use core::ops::Range;
 
 /// One tensor of a [`BlockBacking`](super::BlockBacking): `[num_blocks, block_shape…]`, contiguous, at addresses that
@@ -20,16 +20,16 @@ pub struct BlockTensor {
 impl BlockTensor {
     /// Reserves the addresses; that `blocks` blocks fit in an address was checked.
     pub(super) fn new(
-        engine: &Engine,
+        account: &Account,
         spec: TensorSpec,
         blocks: usize,
         class: usize,
         page_bytes: usize,
     ) -> Result<Self> {
-        // Pages are asked for one by one, so with one handle for each ask a chunk is a page, and goes back alone.
-        let options = PoolOptions::new().single_handle(true);
+        // Any page may be the one that empties, so each goes back alone.
+        let options = PoolOptions::new().chunk_bytes_max(0);
         let capacity_bytes = blocks * spec.block_bytes();
-        let pool = VirtualMemoryPool::with_options(engine, capacity_bytes, page_bytes, options)?;
+        let pool = VirtualMemoryPool::on_account(account, capacity_bytes, page_bytes, options)?;
         Ok(Self {
             spec,
             blocks,
@@ -106,29 +106,15 @@ impl BlockTensor {
         leased.map(move |bytes| bytes.start / block_bytes..bytes.end.div_ceil(block_bytes))
     }
 
+    /// Where a run of blocks begins, and its length, in bytes.
     fn bytes(&self, blocks: &Range<BlockId>) -> Range<usize> {
         blocks.start * self.block_bytes()..blocks.end * self.block_bytes()
     }
 
-    /// Makes a run of blocks live; after an error none of it is.
-    pub(super) fn take(&self, blocks: &Range<BlockId>, wait: bool) -> Result<()> {
+    /// A run of blocks, as bytes of its pool.
+    pub(super) fn part(&self, blocks: &Range<BlockId>) -> PoolPart<'_> {
         let bytes = self.bytes(blocks);
-        let mut at = bytes.start;
-        while at < bytes.end {
-            let page_end = (at / self.pool.page_bytes() + 1).saturating_mul(self.pool.page_bytes());
-            let end = page_end.min(bytes.end);
-            let taken = if wait {
-                self.pool.allocate(at, end - at)
-            } else {
-                self.pool.try_allocate(at, end - at)
-            };
-            if let Err(error) = taken {
-                self.free(&[(bytes.start, at - bytes.start)]);
-                return Err(error);
-            }
-            at = end;
-        }
-        Ok(())
+        (&self.pool, bytes.start, bytes.len())
     }
 
     /// Ends the life of runs of blocks, which are live, behind the same fences.

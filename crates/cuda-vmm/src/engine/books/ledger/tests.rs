@@ -1,5 +1,6 @@
 use super::*;
-use proptest::prelude::*;
+
+mod random;
 
 #[test]
 fn a_refusal_says_what_there_was() {
@@ -36,7 +37,7 @@ fn a_refusal_says_what_there_was() {
 fn a_ceiling_below_the_guarantee_is_refused() {
     let quota = Quota {
         guarantee_bytes: 2,
-        ceiling_bytes: 1,
+        ceiling_bytes: Some(1),
         ..Quota::default()
     };
     assert_eq!(
@@ -69,7 +70,7 @@ fn a_closed_account_keeps_its_charge_until_it_is_refunded() {
 fn an_account_with_a_ceiling_of_zero_stays_open_when_nothing_is_refunded() {
     let mut ledger = Ledger::new(100);
     let quota = Quota {
-        ceiling_bytes: 0,
+        ceiling_bytes: Some(0),
         ..Quota::default()
     };
     let id = ledger.open(quota).expect("fits");
@@ -86,7 +87,7 @@ fn an_account_with_a_ceiling_of_zero_stays_open_when_nothing_is_refunded() {
 fn quota(guarantee_bytes: usize, ceiling_bytes: usize, priority: i32) -> Quota {
     Quota {
         guarantee_bytes,
-        ceiling_bytes,
+        ceiling_bytes: Some(ceiling_bytes),
         priority,
     }
 }
@@ -131,6 +132,27 @@ fn a_quota_that_cannot_hold_is_refused_and_changes_nothing() {
         ledger.set_quota(AccountId(9), quota(0, 1, 0)),
         Err(VmmError::Closed)
     );
+}
+
+#[test]
+fn what_is_held_above_a_lowered_limit_cannot_be_guaranteed() {
+    let mut ledger = Ledger::new(100);
+    let [first, second] = [(); 2].map(|()| ledger.open(quota(0, 100, 0)).expect("fits"));
+    for id in [first, second] {
+        assert_eq!(ledger.charge(id, 30, None), Ok(()));
+    }
+    assert_eq!(ledger.set_limit(40), Ok(()));
+    assert_eq!(ledger.set_quota(first, quota(30, 100, 0)), Ok(()));
+    let outcome = ledger.set_quota(second, quota(11, 100, 0));
+    let expected = VmmError::QuotaUnsatisfiable {
+        what: QuotaConflict::Guarantee,
+        asked_bytes: 11,
+        available_bytes: 10,
+    };
+    assert_eq!(outcome, Err(expected));
+    assert_eq!(ledger.set_quota(second, quota(10, 100, 0)), Ok(()));
+    let owed = ledger.owed(|_| 0);
+    assert_eq!((owed[&first], owed[&second]), (0, 20));
 }
 
 #[test]
@@ -235,149 +257,4 @@ fn a_refused_want_is_over_when_there_was_room_for_it_a_number_of_times() {
     ledger.refund(holder, 1);
     assert_eq!(ledger.charge(asker, 1, None), Ok(()));
     assert!(ledger.is_calm(), "it got memory");
-}
-
-#[derive(Debug, Clone)]
-enum Step {
-    Take {
-        who: usize,
-        bytes: usize,
-        in_line: bool,
-    },
-    Give {
-        who: usize,
-        bytes: usize,
-        to_cache: bool,
-    },
-    SetQuota {
-        who: usize,
-        quota: Quota,
-    },
-    LeaveLine,
-    Close {
-        who: usize,
-    },
-}
-
-fn quotas() -> impl Strategy<Value = Quota> {
-    (0..60usize, 0..120usize, -2..3i32)
-        .prop_map(|(guarantee, above, priority)| quota(guarantee, guarantee + above, priority))
-}
-
-fn steps() -> impl Strategy<Value = Step> {
-    let any_quota = (0..60usize, 0..120usize, -2..3i32).prop_map(|(g, c, p)| quota(g, c, p));
-    prop_oneof![
-        5 => (0..6usize, 0..80usize, any::<bool>())
-            .prop_map(|(who, bytes, in_line)| Step::Take { who, bytes, in_line }),
-        4 => (0..6usize, 0..80usize, any::<bool>())
-            .prop_map(|(who, bytes, to_cache)| Step::Give { who, bytes, to_cache }),
-        2 => (0..6usize, any_quota).prop_map(|(who, quota)| Step::SetQuota { who, quota }),
-        1 => Just(Step::LeaveLine),
-        1 => (0..6usize).prop_map(|who| Step::Close { who }),
-    ]
-}
-
-proptest! {
-    #[test]
-    fn a_guarantee_always_holds_and_the_limit_is_never_passed(
-        quotas in prop::collection::vec(quotas(), 1..6),
-        steps in prop::collection::vec(steps(), 0..200),
-    ) {
-        const LIMIT: usize = 100;
-        let mut ledger = Ledger::new(LIMIT);
-        let mut accounts = Vec::new();
-        for quota in quotas {
-            if let Ok(id) = ledger.open(quota) {
-                accounts.push((id, quota, 0));
-            }
-        }
-        let mut line: Vec<(AccountId, Ticket)> = Vec::new();
-        let mut cached = 0;
-        for step in steps {
-            let count = accounts.len();
-            let who = match step {
-                Step::Take { who, .. } | Step::Give { who, .. } => who,
-                Step::SetQuota { who, .. } | Step::Close { who } => who,
-                Step::LeaveLine => 0,
-            };
-            if count == 0 { break }
-            let others: usize = accounts
-                .iter()
-                .enumerate()
-                .filter(|(index, _)| *index != who % count)
-                .map(|(_, (_, quota, held))| quota.guarantee_bytes.max(*held))
-                .sum();
-            let (id, quota, held) = &mut accounts[who % count];
-            match step {
-                Step::Take { bytes, in_line, .. } => {
-                    // The cache is given up before anyone is refused.
-                    ledger.take_from_cache(cached);
-                    cached = 0;
-                    let outcome = ledger.charge(*id, bytes, None);
-                    if *held + bytes <= quota.guarantee_bytes {
-                        prop_assert_eq!(outcome, Ok(()), "within the guarantee, whoever waits");
-                    }
-                    if bytes > 0 {
-                        prop_assert!(outcome.is_err() || *held + bytes <= quota.ceiling_bytes);
-                    }
-                    match outcome {
-                        Ok(()) => *held += bytes,
-                        Err(refusal) => {
-                            prop_assert!(refusal.free_bytes < bytes);
-                            let ticket = in_line.then(|| ledger.line_up(*id, bytes));
-                            line.extend(ticket.map(|ticket| (*id, ticket)));
-                            let free_bytes = ledger.room(*id, ticket).free_bytes;
-                            prop_assert!(free_bytes == refusal.free_bytes, "the last in the line");
-                            if !in_line {
-                                prop_assert_eq!(ledger.charge(*id, free_bytes, None), Ok(()));
-                                *held += free_bytes;
-                            }
-                        }
-                    }
-                }
-                Step::Give { bytes, to_cache, .. } => {
-                    let bytes = bytes.min(*held);
-                    *held -= bytes;
-                    if to_cache {
-                        ledger.put_in_cache(*id, bytes);
-                        cached += bytes;
-                    } else {
-                        ledger.refund(*id, bytes);
-                    }
-                }
-                Step::SetQuota { quota: new, .. } => {
-                    let holds = new.guarantee_bytes <= new.ceiling_bytes
-                        && others + new.guarantee_bytes.max(*held) <= LIMIT;
-                    let outcome = ledger.set_quota(*id, new);
-                    prop_assert_eq!(outcome.is_ok(), holds, "{:?}", outcome);
-                    if holds { *quota = new }
-                    prop_assert_eq!(ledger.quota(*id), Some(*quota));
-                }
-                Step::LeaveLine => {
-                    if let Some((_, ticket)) = line.pop() {
-                        ledger.leave_line(ticket);
-                    }
-                }
-                Step::Close { .. } => {
-                    ledger.refund(*id, *held);
-                    ledger.close(*id);
-                    let id = *id;
-                    accounts.retain(|(other, ..)| *other != id);
-                    line.retain(|(other, _)| *other != id);
-                }
-            }
-            let total: usize = accounts.iter().map(|(_, _, held)| held).sum();
-            prop_assert_eq!(ledger.committed_bytes(), total + cached);
-            let unused: usize = accounts.iter().map(|(_, quota, held)| quota.guarantee_bytes.saturating_sub(*held)).sum();
-            prop_assert!(total + unused <= LIMIT);
-            let above = accounts.iter().filter(|(_, quota, held)| *held > quota.ceiling_bytes).count();
-            prop_assert_eq!(ledger.above_ceiling, above);
-            let owed = ledger.owed(|_| 0);
-            for (id, quota, held) in &accounts {
-                let owes = owed[id];
-                prop_assert!(owes <= held.saturating_sub(quota.guarantee_bytes), "below a guarantee");
-                prop_assert!(owes >= held.saturating_sub(quota.ceiling_bytes));
-            }
-        }
-    }
 }

@@ -110,6 +110,59 @@ fn an_account_has_one_want_that_nobody_waits_for() {
     assert!(wants.is_empty());
 }
 
+#[test]
+fn what_is_above_a_lowered_limit_is_owed_by_the_lowest_priority_first() {
+    let holders = [
+        holder(0, 1, 0, 40),
+        holder(1, -1, 25, 30),
+        holder(2, 2, 0, 20),
+        holder(3, 1, 0, 10),
+    ];
+    let owed = |limit| divide(limit, &holders, wants(&[]));
+    assert_eq!(owed(LIMIT), [0; 4]);
+    assert_eq!(owed(96), [0, 4, 0, 0]);
+    // Down to the guarantee of the lowest, and then the one furthest above its own.
+    assert_eq!(owed(95), [0, 5, 0, 0]);
+    assert_eq!(owed(75), [20, 5, 0, 0]);
+    assert_eq!(owed(50), [40, 5, 0, 5]);
+    assert_eq!(owed(30), [40, 5, 15, 10]);
+    // What is guaranteed is owed by nobody, whatever the limit.
+    for limit in [25, 10, 0] {
+        assert_eq!(owed(limit), [40, 5, 20, 10]);
+    }
+}
+
+#[test]
+fn a_guarantee_that_is_not_used_is_kept_below_a_lowered_limit() {
+    let holders = [holder(0, 0, 10, 40), holder(1, -1, 30, 5)];
+    assert_eq!(divide(70, &holders, wants(&[])), [0, 0]);
+    assert_eq!(divide(60, &holders, wants(&[])), [10, 0]);
+    assert_eq!(divide(40, &holders, wants(&[])), [30, 0]);
+    assert_eq!(divide(35, &holders, wants(&[])), [30, 0]);
+}
+
+#[test]
+fn what_is_above_a_ceiling_counts_towards_a_lowered_limit() {
+    let mut holders = [holder(0, 5, 0, 60), holder(1, 0, 0, 40)];
+    holders[0].ceiling_bytes = 50;
+    assert_eq!(divide(90, &holders, wants(&[])), [10, 0]);
+    assert_eq!(divide(80, &holders, wants(&[])), [10, 10]);
+    assert_eq!(divide(40, &holders, wants(&[])), [20, 40]);
+}
+
+#[test]
+fn wants_are_owed_beside_what_is_above_a_lowered_limit() {
+    let holders = [
+        holder(0, 0, 0, 60),
+        holder(1, -1, 10, 40),
+        holder(2, 1, 0, 0),
+    ];
+    assert_eq!(divide(90, &holders, wants(&[(2, 5)])), [0, 15, 0]);
+    assert_eq!(divide(80, &holders, wants(&[(2, 20)])), [10, 30, 0]);
+    // One of the lowest priority does not ask those above it, but owes its own.
+    assert_eq!(divide(90, &holders, wants(&[(1, 5)])), [0, 10, 0]);
+}
+
 fn holders() -> impl Strategy<Value = Vec<Holder<usize>>> {
     let one = (-2..3i32, 0..30usize, 0..60usize, 0..60usize);
     prop::collection::vec(one, 1..6).prop_map(|list| {
@@ -202,6 +255,37 @@ proptest! {
             for (index, holder) in holders.iter().enumerate() {
                 if !asks.contains(&index) && Some(holder.priority) < lowest {
                     prop_assert_eq!(holder.used_bytes - owed[index], holder.guarantee_bytes.min(holder.used_bytes));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_above_a_lowered_limit_is_owed_in_order_and_not_more(
+        holders in holders(), limit in 0..LIMIT,
+    ) {
+        let owed = divide(limit, &holders, wants(&[]));
+        let kept = |index: usize| holders[index].used_bytes - owed[index];
+        let excess = |index: usize| {
+            holders[index].used_bytes.saturating_sub(holders[index].ceiling_bytes)
+        };
+        let spoken_for = |bytes: &dyn Fn(usize) -> usize| -> usize {
+            (0..holders.len()).map(|index| bytes(index).max(holders[index].guarantee_bytes)).sum()
+        };
+        let guaranteed: usize = holders.iter().map(|holder| holder.guarantee_bytes).sum();
+        let left = spoken_for(&kept);
+        prop_assert!(left <= limit.max(guaranteed), "enough, or all there is");
+        for (index, holder) in holders.iter().enumerate() {
+            prop_assert!(kept(index) >= holder.guarantee_bytes.min(holder.used_bytes));
+            prop_assert!(owed[index] >= excess(index));
+            if owed[index] == excess(index) {
+                continue;
+            }
+            prop_assert!(left >= limit, "more than is needed");
+            for (other, lower) in holders.iter().enumerate() {
+                if lower.priority < holder.priority {
+                    let floor = lower.guarantee_bytes.min(lower.used_bytes);
+                    prop_assert_eq!(kept(other), floor, "the lowest priority first");
                 }
             }
         }

@@ -1,76 +1,16 @@
-//! Fails each driver call in turn, and checks that nothing is left behind. Runs on the simulated
-//! driver: its fault plan makes calls fail, and its books show what is held.
-#![cfg(all(feature = "simulator", not(feature = "cuda")))]
+//! Addresses, memory and mappings by hand.
 
-mod common;
-
+use crate::bench::Bench;
+use crate::common::{GIB, GRANULE};
 use candle_core::Device;
-use candle_cuda_vmm::cuda_vmm::sim::{Books, Fault, Simulator};
+use candle_cuda_vmm::cuda_vmm::VmmError as Core;
+use candle_cuda_vmm::cuda_vmm::sim::Fault;
 use candle_cuda_vmm::cuda_vmm::sys::{self, DriverFunction};
-use candle_cuda_vmm::cuda_vmm::{DriverKind, VmmError as Core};
-use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{
-    AccessFlags, PhysicalMemoryHandle, Result, SharedMemoryPool, VirtualAddressRange,
-    VirtualMemoryPool, VmmError, map_memory, set_memory_access,
+    AccessFlags, PhysicalMemoryHandle, SharedMemoryPool, VirtualAddressRange, VirtualMemoryPool,
+    VmmError, map_memory, set_memory_access,
 };
-use common::{GIB, GRANULE};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// The simulator of the CPU device, for one test at a time.
-struct Bench {
-    device: candle_cuda_vmm::cuda_vmm::Device,
-    _alone: MutexGuard<'static, ()>,
-}
-
-impl Bench {
-    fn new() -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let device = core_device(&Device::Cpu).unwrap();
-        assert_eq!(device.driver().kind(), DriverKind::Simulated);
-        Self {
-            device,
-            _alone: alone,
-        }
-    }
-
-    fn simulator(&self) -> &Simulator {
-        self.device.driver().simulator().unwrap()
-    }
-
-    fn books(&self) -> Books {
-        self.simulator().books(0)
-    }
-
-    /// Runs `work` with its first driver call failing, then with its second, until it makes fewer
-    /// calls than that. Runs `unchanged` after each failure. Returns the number of calls, and what
-    /// `work` returned.
-    fn fail_each_call<T>(
-        &self,
-        mut work: impl FnMut() -> Result<T>,
-        mut unchanged: impl FnMut(usize),
-    ) -> (usize, T) {
-        for call in 1..10_000 {
-            self.simulator()
-                .inject(Fault::nth_call(call as u64, sys::CUDA_ERROR_UNKNOWN));
-            let result = work();
-            self.simulator().clear_faults();
-            match result {
-                Ok(made) => return (call - 1, made),
-                Err(error) => {
-                    assert_eq!(
-                        error.driver_code(),
-                        Some(sys::CUDA_ERROR_UNKNOWN),
-                        "call {call}: {error}"
-                    );
-                    unchanged(call);
-                }
-            }
-        }
-        panic!("the work never ends");
-    }
-}
 
 #[test]
 fn an_allocation_that_fails_leaves_nothing_behind() {

@@ -1,0 +1,123 @@
+//! The memory behind the rows of one tensor.
+
+use crate::error::Result;
+use crate::tensor_pool::PoolMemory;
+use cuda_vmm::VirtualMemoryPool;
+use std::ops::Range;
+
+/// A range of addresses, and the bytes of it that are live: whole pages around the rows, so that
+/// most rows need no allocation.
+#[derive(Debug)]
+pub(super) struct Extent {
+    range: VirtualMemoryPool,
+    /// `0..0` if no byte is live.
+    live: Range<usize>,
+}
+
+/// The bytes that were live at some moment, and where. The default is none.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Live {
+    address: u64,
+    bytes: Range<usize>,
+}
+
+impl Live {
+    pub(super) fn of(extent: Option<&Extent>) -> Self {
+        extent.map_or_else(Self::default, |extent| Self {
+            address: extent.range.base_address(),
+            bytes: extent.live(),
+        })
+    }
+}
+
+impl Extent {
+    /// Reserves the addresses of one tensor. No byte is live.
+    pub(super) fn new(memory: &PoolMemory) -> Result<Self> {
+        Ok(Self {
+            range: memory.range()?,
+            live: 0..0,
+        })
+    }
+
+    pub(super) fn range(&self) -> &VirtualMemoryPool {
+        &self.range
+    }
+
+    pub(super) fn live(&self) -> Range<usize> {
+        self.live.clone()
+    }
+
+    /// Returns whether there are addresses for all bytes up to `end`.
+    pub(super) fn has_addresses(&self, end: usize) -> bool {
+        end <= self.range.capacity_bytes()
+    }
+
+    /// Returns the bytes to allocate so that all up to `end` are live, if any.
+    pub(super) fn missing(&self, end: usize) -> Option<Range<usize>> {
+        let whole_end = self.end_of_page(end).min(self.range.capacity_bytes());
+        (end > self.live.end).then_some(self.live.end..whole_end)
+    }
+
+    /// Notes that the [`missing`](Self::missing) bytes were allocated.
+    pub(super) fn extended(&mut self, bytes: Range<usize>) {
+        self.live.end = bytes.end;
+    }
+
+    /// Allocates the bytes up to `end`. After an error the same bytes are live as before.
+    pub(super) fn extend(&mut self, end: usize) -> cuda_vmm::Result<()> {
+        if let Some(bytes) = self.missing(end) {
+            self.range.allocate(bytes.start, bytes.len())?;
+            self.extended(bytes);
+        }
+        Ok(())
+    }
+
+    /// Returns the live bytes behind those that were live at an earlier moment, and behind the rows
+    /// up to `end`.
+    pub(super) fn newer(&self, before: &Live, end: usize) -> Range<usize> {
+        let kept_end = match before.address == self.range.base_address() {
+            true => before.bytes.end,
+            // The rows have moved here since.
+            false => 0,
+        };
+        let behind = self.behind(end);
+        behind.start.max(kept_end).min(behind.end)..behind.end
+    }
+
+    fn end_of_page(&self, end: usize) -> usize {
+        end.next_multiple_of(self.range.page_bytes())
+    }
+
+    /// Returns the live bytes that rows up to `end` do not need.
+    pub(super) fn behind(&self, end: usize) -> Range<usize> {
+        self.end_of_page(end).min(self.live.end)..self.live.end
+    }
+
+    /// As [`behind`](Self::behind), but without the first page: it stays, so that a length that
+    /// alternates around a page boundary makes no calls.
+    pub(super) fn behind_spare(&self, end: usize) -> Range<usize> {
+        self.behind(self.end_of_page(end) + self.range.page_bytes())
+    }
+
+    /// Returns the live bytes that rows from `start` on do not need.
+    pub(super) fn before(&self, start: usize) -> Range<usize> {
+        let page_bytes = self.range.page_bytes();
+        self.live.start..start / page_bytes * page_bytes
+    }
+
+    /// Frees live bytes at the start or the end.
+    pub(super) fn free(&mut self, bytes: Range<usize>) {
+        if bytes.is_empty() {
+            return;
+        }
+        // The bytes are live, so this fails in a forked process only, which has nothing to free.
+        let _ = self.range.deallocate(bytes.start, bytes.len());
+        self.live = if bytes == self.live {
+            0..0
+        } else if bytes.start == self.live.start {
+            bytes.end..self.live.end
+        } else {
+            self.live.start..bytes.start
+        };
+    }
+}

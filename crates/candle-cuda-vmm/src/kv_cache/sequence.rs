@@ -1,0 +1,259 @@
+//! The caches of one sequence, which grow, shrink and are refused together.
+
+use super::elastic::ElasticKvCache;
+use super::traits::{KvCache, KvCacheFactory};
+use crate::elastic_tensor::{ElasticTensor, Wait};
+use crate::error::{Result, VmmError};
+use crate::tensor_pool::TensorPool;
+use candle_core::{DType, Shape, Tensor};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The KV caches of one sequence, one for each layer of a model: a [`KvCacheFactory`] that knows
+/// its caches. Cloning is cheap, and the clones are the same sequence.
+///
+/// [`reserve`](Self::reserve) allocates memory for the next tokens in all layers, or in none. Call
+/// it before a step: then no layer can be refused memory in the middle of the model, and if the
+/// memory is not there, the sequence can wait or be preempted while all its layers are alike.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
+/// use candle_cuda_vmm::{EngineOptions, TensorPool, TensorPoolOptions};
+///
+/// # #[cfg(not(feature = "simulator"))]
+/// # fn main() {}
+/// # #[cfg(feature = "simulator")]
+/// # fn main() -> candle_cuda_vmm::Result<()> {
+/// let limit = EngineOptions::new().limit_bytes(16 << 20);
+/// let pool = TensorPool::with_options(&Device::Cpu, TensorPoolOptions::new().engine(limit))?;
+/// let sequence = pool.sequence().rows((1, 8, 64), (1, 8, 64), DType::F32)?;
+/// let mut layers = [sequence.layer(0, 2, 4096)?, sequence.layer(1, 2, 4096)?];
+///
+/// sequence.reserve(1000)?; // 2 MB in each of four caches
+/// for layer in &mut layers {
+///     let tokens = Tensor::zeros((1, 8, 1000, 64), DType::F32, &Device::Cpu)?;
+///     layer.append(&tokens, &tokens)?;
+/// }
+/// assert!(sequence.reserve(1000).is_ok() && sequence.reserve(3000).is_err());
+/// assert_eq!((sequence.len(), sequence.bytes()), (1000, 16 << 20));
+/// sequence.truncate(500)?;
+/// sequence.reset();
+/// assert_eq!(sequence.bytes(), 0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    pool: TensorPool,
+    layers: Arc<Mutex<Vec<SequenceCache>>>,
+    rows: Option<SequenceRows>,
+}
+
+/// What one token is in each cache.
+#[derive(Debug, Clone)]
+struct SequenceRows {
+    k: Shape,
+    v: Shape,
+    dtype: DType,
+}
+
+/// The cache of one layer of a [`Sequence`]. Cloning is cheap, and the clones are the same cache.
+#[derive(Debug, Clone)]
+pub struct SequenceCache {
+    pool: TensorPool,
+    cache: Arc<Mutex<ElasticKvCache>>,
+}
+
+impl SequenceCache {
+    /// Locks the cache, for functions of [`ElasticKvCache`] that [`KvCache`] has not.
+    ///
+    /// # Errors
+    /// [`Vmm`](VmmError::Vmm) with `Forked` in a forked process, where the lock may never be
+    /// released.
+    pub fn lock(&self) -> Result<MutexGuard<'_, ElasticKvCache>> {
+        lock(&self.pool, &self.cache)
+    }
+}
+
+fn lock<'a, T>(pool: &TensorPool, mutex: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
+    pool.engine().device().driver().check_process()?;
+    Ok(mutex.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+impl KvCache for SequenceCache {
+    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        KvCache::append(&mut *self.lock()?, k, v)
+    }
+
+    fn current_seq_len(&self) -> usize {
+        self.lock().map_or(0, |cache| cache.current_seq_len())
+    }
+
+    fn truncate(&mut self, len: usize) -> Result<()> {
+        self.lock()?.truncate(len)
+    }
+
+    fn reset(&mut self) {
+        if let Ok(mut cache) = self.lock() {
+            cache.reset();
+        }
+    }
+}
+
+impl TensorPool {
+    /// Makes a sequence without layers. A model makes its caches from it.
+    pub fn sequence(&self) -> Sequence {
+        Sequence {
+            pool: self.clone(),
+            layers: Arc::default(),
+            rows: None,
+        }
+    }
+}
+
+impl KvCacheFactory for Sequence {
+    type Cache = SequenceCache;
+
+    fn layer(&self, _layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
+        let mut cache = self.pool.kv_cache(dim, max_seq_len);
+        if let Some(SequenceRows { k, v, dtype }) = &self.rows {
+            cache.k_cache_mut().set_rows(k, *dtype)?;
+            cache.v_cache_mut().set_rows(v, *dtype)?;
+        }
+        let cache = SequenceCache {
+            pool: self.pool.clone(),
+            cache: Arc::new(Mutex::new(cache)),
+        };
+        lock(&self.pool, &self.layers)?.push(cache.clone());
+        Ok(cache)
+    }
+}
+
+impl Sequence {
+    /// Says what one token is in the caches that are made from now on: the shape of keys and of
+    /// values without the dimension of the sequence, such as `(batch, heads, head_dim)`, and the
+    /// dtype. So memory can be reserved before the first tokens come.
+    ///
+    /// # Errors
+    /// As [`TensorPool::tensor`].
+    pub fn rows(mut self, k: impl Into<Shape>, v: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        let (k, v) = (k.into(), v.into());
+        // Checked here, so that no layer finds it wrong.
+        self.pool.tensor(&k, dtype)?;
+        self.pool.tensor(&v, dtype)?;
+        self.rows = Some(SequenceRows { k, v, dtype });
+        Ok(self)
+    }
+
+    /// Locks all caches, in the order of the layers, and does something with them.
+    fn with_layers<T>(
+        &self,
+        act: impl FnOnce(&mut [MutexGuard<'_, ElasticKvCache>]) -> Result<T>,
+    ) -> Result<T> {
+        let layers = lock(&self.pool, &self.layers)?;
+        let mut caches = Vec::with_capacity(layers.len());
+        for layer in layers.iter() {
+            caches.push(layer.lock()?);
+        }
+        act(&mut caches)
+    }
+
+    /// Allocates memory for the next `tokens` tokens in all layers, or after an error in none.
+    /// Waits for retiring memory, if that is enough.
+    ///
+    /// Appending up to that many tokens then needs no memory. Memory that is reserved and not used
+    /// stays until [`truncate`](Self::truncate) or [`reset`](Self::reset).
+    ///
+    /// # Errors
+    /// After an error all layers are as before.
+    /// - [`UnknownShape`](VmmError::UnknownShape) for a layer that has had no tokens yet, unless
+    ///   [`rows`](Self::rows) said what a token is.
+    /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the memory is not to be had: it says
+    ///   how much all layers need.
+    /// - Any error of [`ElasticTensor::reserve_together`].
+    pub fn reserve(&self, tokens: usize) -> Result<()> {
+        self.reserve_and(tokens, Wait::ForRetiring)
+    }
+
+    /// As [`reserve`](Self::reserve), but never waits for the device.
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
+    pub fn try_reserve(&self, tokens: usize) -> Result<()> {
+        self.reserve_and(tokens, Wait::Never)
+    }
+
+    /// As [`reserve`](Self::reserve), but waits up to `timeout` for memory, also for what other
+    /// accounts are asked to give back.
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
+    pub fn reserve_timeout(&self, tokens: usize, timeout: Duration) -> Result<()> {
+        self.reserve_and(tokens, Wait::AtMost(timeout))
+    }
+
+    fn reserve_and(&self, tokens: usize, wait: Wait) -> Result<()> {
+        self.with_layers(|caches| {
+            let mut tensors = Vec::with_capacity(2 * caches.len());
+            for (layer, cache) in caches.iter_mut().enumerate() {
+                let rows = cache.rows_mut()?;
+                tensors.extend(rows.ok_or(VmmError::UnknownShape { layer })?);
+            }
+            ElasticTensor::reserve_all(&mut tensors, tokens, wait)
+        })
+    }
+
+    /// Keeps the first `len` tokens of all layers and drops the rest. Also makes layers alike that
+    /// an error has left with different numbers of tokens.
+    ///
+    /// # Errors
+    /// As [`ElasticTensor::truncate`] if a layer has fewer tokens; then no layer has changed.
+    pub fn truncate(&self, len: usize) -> Result<()> {
+        self.with_layers(|caches| {
+            for cache in caches.iter() {
+                super::checks::check_truncate(cache.current_seq_len(), len)?;
+            }
+            caches.iter_mut().try_for_each(|cache| cache.truncate(len))
+        })
+    }
+
+    /// Drops all tokens of all layers and frees their memory. Does nothing in a forked process.
+    pub fn reset(&self) {
+        let reset = self.with_layers(|caches| {
+            caches.iter_mut().for_each(|cache| cache.reset());
+            Ok(())
+        });
+        reset.unwrap_or_default();
+    }
+
+    /// Returns the number of tokens that all layers have; 0 without layers, and in a forked
+    /// process.
+    pub fn len(&self) -> usize {
+        let len = self.with_layers(|caches| {
+            let lengths = caches.iter().map(|cache| cache.current_seq_len());
+            Ok(lengths.min().unwrap_or(0))
+        });
+        len.unwrap_or(0)
+    }
+
+    /// Returns whether a layer has no tokens, or there are no layers.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the bytes of device memory that are allocated for all layers: whole pages, with what
+    /// is reserved, and without what views of dropped tokens still hold. 0 in a forked process.
+    pub fn bytes(&self) -> usize {
+        let bytes = self.with_layers(|caches| {
+            let bytes = caches.iter().map(|cache| cache.allocated_bytes());
+            Ok(bytes.sum())
+        });
+        bytes.unwrap_or(0)
+    }
+
+    /// Returns the pool.
+    pub fn pool(&self) -> &TensorPool {
+        &self.pool
+    }
+}

@@ -1,0 +1,146 @@
+//! Bytes of several pools of one account, all or none.
+
+use super::VirtualMemoryPool;
+use crate::engine::{Account, Ask, Patience, Place, allocate_all};
+use crate::size::Extent;
+use crate::{Result, VmmError};
+use core::time::Duration;
+
+/// Bytes of a pool: where they begin, and how many they are.
+pub type PoolPart<'a> = (&'a VirtualMemoryPool, usize, usize);
+
+/// Bytes of pools that were made live together. Dropping it frees them again; see
+/// [`keep`](Self::keep).
+#[derive(Debug)]
+#[must_use = "dropping it frees the bytes again"]
+pub struct Backed<'a> {
+    parts: Vec<PoolPart<'a>>,
+}
+
+impl Backed<'_> {
+    /// Keeps the bytes live.
+    pub fn keep(mut self) {
+        self.parts.clear();
+    }
+}
+
+impl Drop for Backed<'_> {
+    fn drop(&mut self) {
+        for of_pool in by_pool(&self.parts) {
+            let parts = of_pool.iter().map(|(_, offset, bytes)| (*offset, *bytes));
+            // They are live. It fails only in a forked process, whose memory is the parent's, and
+            // for what a caller has freed itself.
+            let _ = of_pool[0].0.deallocate_many(&parts.collect::<Vec<_>>());
+        }
+    }
+}
+
+/// Parts in the order of their pools, pool by pool.
+fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolPart<'a>]> {
+    parts.chunk_by(|(one, ..), (other, ..)| core::ptr::eq(*one, *other))
+}
+
+impl Account {
+    /// Makes bytes of several pools of the account live, in all of them or in none, without waiting
+    /// for the device. Each part is a pool, an offset and a number of bytes.
+    ///
+    /// Room for all of it is taken before any memory is made. So of two calls that ask for what
+    /// only one can have, one is served. The bytes are freed again if the guard is dropped; call
+    /// [`Backed::keep`] to keep them.
+    ///
+    /// # Errors
+    /// Those of [`VirtualMemoryPool::try_allocate`], for the first part of which they hold, with
+    /// the bytes of all parts as those that were asked for. [`VmmError::AlreadyMapped`] also for a
+    /// part that overlaps one before it; [`VmmError::ForeignAccount`] for a pool of another
+    /// account. After an error no byte of any pool is newly live.
+    ///
+    /// ```
+    /// # #[cfg(feature = "simulator")] {
+    /// use cuda_vmm::{Driver, Engine, EngineOptions, PoolOptions, Quota, VirtualMemoryPool};
+    ///
+    /// let device = Driver::detect()?.device(0)?;
+    /// let engine = Engine::new(&device, EngineOptions::new().limit_bytes(8 << 20))?;
+    /// let model = engine.account("model", Quota::new())?;
+    /// let range = || VirtualMemoryPool::on_account(&model, 1 << 30, 2 << 20, PoolOptions::new());
+    /// let (keys, values) = (range()?, range()?);
+    /// model.try_allocate_many(&[(&keys, 0, 4 << 20), (&values, 0, 4 << 20)])?.keep();
+    /// let more = model.try_allocate_many(&[(&keys, 4 << 20, 1), (&values, 4 << 20, 1)]);
+    /// assert_eq!(more.unwrap_err().shortfall_bytes(), 4 << 20);
+    /// # }
+    /// # Ok::<(), cuda_vmm::VmmError>(())
+    /// ```
+    pub fn try_allocate_many<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Backed<'a>> {
+        self.allocate_parts(parts, &Patience::None)
+    }
+
+    /// As [`try_allocate_many`](Self::try_allocate_many), but waits for retiring memory if that is
+    /// enough, as [`VirtualMemoryPool::allocate`] does.
+    ///
+    /// # Errors
+    /// As [`try_allocate_many`](Self::try_allocate_many).
+    pub fn allocate_many<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Backed<'a>> {
+        self.allocate_parts(parts, &Patience::Retiring)
+    }
+
+    /// As [`try_allocate_many`](Self::try_allocate_many), but waits up to `timeout` for memory, as
+    /// [`VirtualMemoryPool::allocate_timeout`] does.
+    ///
+    /// # Errors
+    /// As there, and as [`try_allocate_many`](Self::try_allocate_many).
+    pub fn allocate_many_timeout<'a>(
+        &self,
+        parts: &[PoolPart<'a>],
+        timeout: Duration,
+    ) -> Result<Backed<'a>> {
+        self.allocate_parts(parts, &Patience::for_at_most(timeout))
+    }
+
+    pub(crate) fn allocate_parts<'a>(
+        &self,
+        parts: &[PoolPart<'a>],
+        patience: &Patience,
+    ) -> Result<Backed<'a>> {
+        let parts = self.sorted(parts)?;
+        let places: Vec<_> = (parts.iter())
+            .map(|(_, offset, bytes)| (Place::At(*offset), *bytes))
+            .collect();
+        let mut asks = Vec::new();
+        let mut at = 0;
+        for of_pool in by_pool(&parts) {
+            let end = at + of_pool.len();
+            asks.push(Ask {
+                handle: &of_pool[0].0.range,
+                places: &places[at..end],
+            });
+            at = end;
+        }
+        allocate_all(&asks, patience)?;
+        Ok(Backed { parts })
+    }
+
+    /// The parts by pool and offset, all of them of this account and none of them twice.
+    fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
+        for (pool, offset, bytes) in parts {
+            if !pool.account().is(self) {
+                return Err(VmmError::ForeignAccount {
+                    expected: self.name().into(),
+                    found: pool.account().name().into(),
+                });
+            }
+            Extent::new(*offset, *bytes, pool.capacity_bytes())?;
+        }
+        let mut sorted = parts.to_vec();
+        sorted
+            .sort_unstable_by_key(|(pool, offset, _)| (core::ptr::from_ref(*pool).addr(), *offset));
+        for pair in sorted.windows(2) {
+            let [(pool, before, long), (other, offset, bytes)] = pair else {
+                continue;
+            };
+            if core::ptr::eq(*pool, *other) && *offset < before + long {
+                let (offset, bytes) = (*offset, *bytes);
+                return Err(VmmError::AlreadyMapped { offset, bytes });
+            }
+        }
+        Ok(sorted)
+    }
+}
