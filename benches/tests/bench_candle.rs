@@ -11,7 +11,7 @@ const BENCH: &str = env!("CARGO_BIN_EXE_bench-candle");
 fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
     let (output, list) = run(BENCH, "candle-cpu", &["--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(list.len(), 18, "{list:?}");
+    assert_eq!(list.len(), 19, "{list:?}");
     let mut judged = Vec::new();
     for finding in &list {
         let name = finding["name"].as_str().expect("a name");

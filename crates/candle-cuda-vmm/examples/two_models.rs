@@ -190,5 +190,6 @@ fn main() -> Result<()> {
     shared.core().trim()?;
     let left_bytes = shared.detailed_stats().committed_bytes;
     println!("{left_bytes} bytes are left");
+    assert_eq!(left_bytes, 0, "all sequences have ended");
     Ok(())
 }

@@ -258,7 +258,7 @@ pub enum VmmError {
     #[error(transparent)]
     Block(#[from] BlockError),
     /// The range was closed.
-    #[error("the range is closed")]
+    #[error("the range or its account is closed")]
     Closed,
     /// This process was forked from the one that opened the driver, which CUDA does not allow.
     #[error("the driver was opened before fork; it cannot be used in the child")]

@@ -368,7 +368,7 @@ fn texts() -> Vec<(VmmError, &'static str)> {
             VmmError::WrongDriver,
             "the objects belong to different drivers",
         ),
-        (VmmError::Closed, "the range is closed"),
+        (VmmError::Closed, "the range or its account is closed"),
         (
             VmmError::Forked,
             "the driver was opened before fork; it cannot be used in the child",
@@ -401,8 +401,8 @@ fn a_failed_close_is_an_error_with_a_source() {
         error: VmmError::Closed,
         object: 7,
     };
-    assert_eq!(failure.to_string(), "the range is closed");
+    assert_eq!(failure.to_string(), "the range or its account is closed");
     let source = failure.source().expect("the error");
-    assert_eq!(source.to_string(), "the range is closed");
+    assert_eq!(source.to_string(), "the range or its account is closed");
     assert_eq!(VmmError::from(failure), VmmError::Closed);
 }

@@ -64,9 +64,14 @@ impl Machine {
 
     /// A pool for tensors and caches that grow, whose caches perhaps copy what they return.
     pub fn pool(&self, is_contiguous: bool) -> Result<TensorPool> {
-        let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
-        let options = options.contiguous_output(is_contiguous);
+        let options = self.pool_options(is_contiguous);
         Ok(TensorPool::with_options(&self.candle, options)?)
+    }
+
+    /// The options of such a pool.
+    pub fn pool_options(&self, is_contiguous: bool) -> TensorPoolOptions {
+        let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
+        options.contiguous_output(is_contiguous)
     }
 
     /// The mean time of doing something this many times, until the device is done with all of it.

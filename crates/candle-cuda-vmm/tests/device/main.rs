@@ -22,6 +22,5 @@ mod physical_memory;
 mod raw;
 mod refusal;
 mod seed;
-mod sequence;
 mod settings;
 mod shared;

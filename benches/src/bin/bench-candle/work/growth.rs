@@ -5,28 +5,30 @@ use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, LAYERS, Layers, token_bytes, toke
 use crate::machine::Machine;
 use anyhow::Result;
 use candle_core::Tensor;
-use candle_cuda_vmm::kv_cache::PreallocatedCaches;
+use candle_cuda_vmm::kv_cache::{KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPool};
 use cuda_vmm_benches::{Outcome, Sides, watch};
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Appends a token to all layers, of caches of ours and of Candle's in turns, and does something
-/// after it. A sample is the mean time of a stretch of steps, which are waited for at its end, or a
-/// part of that.
+/// Appends a token to all layers, of caches of two kinds in turns, and does something after it. A
+/// sample is the mean time of a stretch of steps, which are waited for at its end, or a part of
+/// that.
 fn in_turns<T>(
     machine: &Machine,
     outcome: &mut Outcome,
     [ours, peer]: [&str; 2],
+    (factory, peers): (&TensorPool, &impl KvCacheFactory),
     (stretch, rounds, warm): (usize, usize, usize),
     parts: usize,
     after: impl Fn() -> candle_core::Result<T>,
 ) -> Result<()> {
-    let (token, pool) = (tokens(machine, 1)?, machine.pool(false)?);
+    let token = tokens(machine, 1)?;
     let most = warm + stretch * (rounds + 1);
-    let mut elastic = Layers::new(machine, &pool, most)?;
-    let mut preallocated = Layers::new(machine, &PreallocatedCaches, most)?;
-    let mut step_ours = || elastic.append(&token).and_then(|()| after());
-    let mut step_peer = || preallocated.append(&token).and_then(|()| after());
+    let mut layers = Layers::new(machine, factory, most)?;
+    let mut peers = Layers::new(machine, peers, most)?;
+    let mut step_ours = || layers.append(&token).and_then(|()| after());
+    let mut step_peer = || peers.append(&token).and_then(|()| after());
     for _ in 0..warm {
         step_ours()?;
         step_peer()?;
@@ -49,7 +51,16 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let (sizes, layers) = ((stretch, count / stretch - 1, 0), machine.sized(LAYERS));
-        in_turns(machine, outcome, [&ours, &peer], sizes, layers, || Ok(()))?;
+        let kinds = (&machine.pool(false)?, &PreallocatedCaches);
+        in_turns(
+            machine,
+            outcome,
+            [&ours, &peer],
+            kinds,
+            sizes,
+            layers,
+            || Ok(()),
+        )?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
         let note = format!(
             "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
@@ -57,6 +68,21 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         outcome.note(&ours, note);
     }
     Ok(())
+}
+
+/// The same over an account of a shared pool, against a pool of its own.
+pub fn account(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let (stretch, count) = (machine.sized([64, 8]), machine.sized([4096, 32]));
+    let (sizes, layers) = ((stretch, count / stretch - 1, 0), machine.sized(LAYERS));
+    let limit_bytes = machine.device.total_bytes();
+    let mut shared = SharedMemoryPool::new(limit_bytes, machine.candle.clone())?;
+    // Others are registered too, and hold nothing.
+    for model in ["model", "other", "third"] {
+        shared.register_model_with(model, 1 << 30, Quota::new().guarantee_bytes(1 << 30))?;
+    }
+    let model = shared.tensor_pool("model", machine.pool_options(false))?;
+    let (names, kinds) = (["account", "pool"], (&model, &machine.pool(false)?));
+    in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))
 }
 
 /// Tokens that are appended at once.
@@ -115,7 +141,8 @@ pub fn step(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let matrix = Tensor::ones((size, size), DTYPE, &machine.candle)?;
     let multiply = || matrix.matmul(&matrix);
     // Some steps come before the first that counts, besides the round that warms up.
-    in_turns(machine, outcome, [OURS, PEER], (1, steps, 16), 1, multiply)?;
+    let (sizes, kinds) = ((1, steps, 16), (&machine.pool(false)?, &PreallocatedCaches));
+    in_turns(machine, outcome, [OURS, PEER], kinds, sizes, 1, multiply)?;
     let [ours_us, peer_us] = [outcome.us(OURS, 500)?, outcome.us(PEER, 500)?];
     let note = format!("{steps} steps; medians {ours_us:.1} µs and {peer_us:.1} µs");
     outcome.note(OURS, note);

@@ -11,6 +11,7 @@ use cuda_vmm_benches::Work;
 /// All of it, in the order of the figures.
 pub const ALL: &[Work<Machine>] = &[
     ("append and view", growth::append),
+    ("append over an account", growth::account),
     ("memory of the caches", growth::memory),
     ("worst decode step", growth::step),
     ("attention", attention::measure),

@@ -1,7 +1,9 @@
 //! Tests that launch Candle's kernels on a CUDA device: `cargo xtask test --cuda` skips this module
 //! by name.
 
+mod allocator;
 mod append;
 mod attention;
 mod blocks;
 mod factory;
+mod sequence;

@@ -6,6 +6,7 @@
 
 extern crate cuda_vmm_model_check as cuda_vmm;
 
+mod accounts;
 mod books;
 mod budget;
 mod captures;

@@ -55,7 +55,7 @@ fn firsts(layer: &SequenceCache) -> Vec<f32> {
     let both = [cache.k().unwrap().unwrap(), cache.v().unwrap().unwrap()];
     both.iter()
         .flat_map(|tensor| {
-            let tensor = tensor.force_contiguous().unwrap();
+            // On the CPU, because a GPU takes a kernel for it.
             let tensor = tensor.to_device(&Device::Cpu).unwrap();
             let first = tensor.narrow(3, 0, 1).unwrap().narrow(1, 0, 1).unwrap();
             first.flatten_all().unwrap().to_vec1::<f32>().unwrap()
