@@ -116,6 +116,15 @@ impl ElasticTensor {
             return Ok(());
         };
         let account = first.pool.account().clone();
+        // Also of tensors that need no memory now.
+        let mut accounts = tensors.iter().map(|tensor| tensor.pool.account());
+        if let Some(other) = accounts.find(|other| !other.is(&account)) {
+            return Err(cuda_vmm::VmmError::ForeignAccount {
+                expected: account.name().into(),
+                found: other.name().into(),
+            }
+            .into());
+        }
         let mut growths = Vec::with_capacity(tensors.len());
         for tensor in tensors.iter_mut() {
             tensor.check_room(rows)?;

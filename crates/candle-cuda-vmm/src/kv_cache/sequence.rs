@@ -68,6 +68,8 @@ pub struct SequenceCache {
 impl SequenceCache {
     /// Locks the cache, for functions of [`ElasticKvCache`] that [`KvCache`] has not.
     ///
+    /// Drop the guard before any function of the [`Sequence`] is called: those lock all caches.
+    ///
     /// # Errors
     /// [`Vmm`](VmmError::Vmm) with `Forked` in a forked process, where the lock may never be
     /// released.
@@ -185,7 +187,8 @@ impl Sequence {
     }
 
     /// As [`reserve`](Self::reserve), but waits up to `timeout` for memory, also for what other
-    /// accounts are asked to give back.
+    /// accounts are asked to give back. Meanwhile all caches are locked: functions of this sequence
+    /// wait on other threads.
     ///
     /// # Errors
     /// As [`reserve`](Self::reserve).

@@ -186,8 +186,12 @@ impl TensorPool {
     }
 }
 
+/// Prints the numbers of the engine if nothing else is on it, otherwise those of the account.
 impl fmt::Display for TensorPool {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.account().stats().fmt(formatter)
+        match self.0.is_alone {
+            true => self.engine().stats().fmt(formatter),
+            false => self.account().stats().fmt(formatter),
+        }
     }
 }

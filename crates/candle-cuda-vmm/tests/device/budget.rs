@@ -207,7 +207,7 @@ fn what_is_freed_and_what_is_made_ahead_counts() {
     expect_pages(&test, &pool, 4);
     assert_eq!(pool.trim().unwrap(), 4 * page());
     expect_pages(&test, &pool, 0);
-    assert_eq!(pool.to_string(), pool.account().stats().to_string());
+    assert_eq!(pool.to_string(), pool.engine().stats().to_string());
 
     let pool = TensorPool::with_options(&test.device, options.ahead_bytes_max(3 * page())).unwrap();
     let mut tensor = pool.tensor(page() / 4, DType::F32).unwrap();

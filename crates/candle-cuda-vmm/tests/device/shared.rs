@@ -327,6 +327,27 @@ fn unregistering_frees_what_the_model_had() {
 }
 
 #[test]
+fn a_range_that_others_hold_is_freed_when_they_drop_it() {
+    let test = open();
+    let mut pool = pool(&test.device);
+    let range = pool.range("model").unwrap();
+    range.allocate(0, 2 * GRANULE).unwrap();
+    pool.unregister_model("model").unwrap();
+    refused!(pool.range("model"), VmmError::ModelNotFound(_));
+    assert_eq!(pool.global_stats().num_models, 0);
+    assert!(range.is_mapped(0, 2 * GRANULE));
+    refused!(range.allocate(2 * GRANULE, 1), Core::Closed);
+    assert_eq!(pool.detailed_stats().committed_bytes, 2 * GRANULE);
+    pool.register_model("model", CAPACITY).unwrap();
+    refused!(
+        pool.allocate_for_model("model", LIMIT),
+        VmmError::OutOfPhysicalMemory { .. }
+    );
+    drop(range);
+    pool.allocate_for_model("model", LIMIT).unwrap();
+}
+
+#[test]
 fn the_parts_of_the_detailed_numbers_add_up() {
     let test = open();
     let mut pool = pool(&test.device);
