@@ -5,7 +5,7 @@
 //! by asking for memory.
 //!
 //! # Safety
-//! `compact_model` asks that no work is launched on the model's memory meanwhile. None is launched
+//! `compact_shared` asks that no work is launched on the model's memory meanwhile. None is launched
 //! here at all: the card is simulated, and only its memory is used.
 #![allow(unsafe_code)]
 
