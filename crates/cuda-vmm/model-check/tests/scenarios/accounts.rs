@@ -8,6 +8,7 @@ use cuda_vmm::{
     Account, Backed, Engine, EngineOptions, PoolOptions, Quota, VirtualMemoryPool, WorkerMode,
 };
 use shuttle::sync::atomic::{AtomicBool, Ordering};
+use shuttle::sync::{Condvar, Mutex};
 use shuttle::thread;
 use std::future::Future;
 use std::pin::pin;
@@ -37,24 +38,33 @@ fn explore_both(scenario: fn(WorkerMode)) {
     }
 }
 
-/// Unparks the thread that polls.
-struct Unparks(thread::Thread);
+/// Wakes the thread that polls. Not by `unpark`, since the checker ends a `park` for no reason too.
+#[derive(Default)]
+struct Bell {
+    has_rung: Mutex<bool>,
+    rings: Condvar,
+}
 
-impl Wake for Unparks {
+impl Wake for Bell {
     fn wake(self: Arc<Self>) {
-        self.0.unpark();
+        *self.has_rung.lock().expect("no panic") = true;
+        self.rings.notify_all();
     }
 }
 
 /// Polls until the future is ready. Nothing but its waker ends the sleep between two polls.
 fn block_on<F: Future>(future: F) -> F::Output {
-    let waker = Waker::from(Arc::new(Unparks(thread::current())));
+    let bell = Arc::new(Bell::default());
+    let waker = Waker::from(bell.clone());
     let mut context = Context::from_waker(&waker);
     let mut future = pin!(future);
     loop {
-        match future.as_mut().poll(&mut context) {
-            Poll::Ready(output) => return output,
-            Poll::Pending => thread::park(),
+        if let Poll::Ready(output) = future.as_mut().poll(&mut context) {
+            return output;
+        }
+        let mut has_rung = bell.has_rung.lock().expect("no panic");
+        while !core::mem::take(&mut *has_rung) {
+            has_rung = bell.rings.wait(has_rung).expect("no panic");
         }
     }
 }
