@@ -2,7 +2,9 @@
 
 use super::arguments::Usage;
 use super::build::{Builder, Manifest};
-use super::cell::{BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, XTASK};
+use super::cell::{
+    BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, TWO_MODELS, XTASK,
+};
 use super::probe;
 use crate::files;
 use crate::workspace::Workspace;
@@ -21,7 +23,7 @@ const LIMIT_BYTES: u64 = 40 << 20;
 const MANIFEST: &str = "bundle.json";
 pub const PROBE: &str = "bin/probe";
 /// Those of its programs that are no tests, and can be asked for by name.
-pub const OTHERS: [Program; 4] = [DEMO, GENERATE, BENCH, BENCH_CANDLE];
+pub const OTHERS: [Program; 5] = [DEMO, GENERATE, TWO_MODELS, BENCH, BENCH_CANDLE];
 
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let builder = Builder::new(workspace, compute_cap);

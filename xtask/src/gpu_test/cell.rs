@@ -60,6 +60,7 @@ pub struct Program {
 /// and caches with Candle on CUDA devices, and this one.
 pub const DEMO: Program = other(CORE, "example", "demo");
 pub const GENERATE: Program = other(FACADE, "example", "generate");
+pub const TWO_MODELS: Program = other(FACADE, "example", "two_models");
 pub const BENCH: Program = other(BENCHES, "bin", "bench");
 pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");
 pub const XTASK: Program = other("xtask", "bin", "xtask");

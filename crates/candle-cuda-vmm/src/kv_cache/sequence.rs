@@ -6,6 +6,7 @@ use crate::elastic_tensor::{ElasticTensor, Wait};
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
 use candle_core::{DType, Shape, Tensor};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -46,7 +47,7 @@ use std::time::Duration;
 #[derive(Debug, Clone)]
 pub struct Sequence {
     pool: TensorPool,
-    layers: Arc<Mutex<Vec<SequenceCache>>>,
+    layers: Arc<Mutex<BTreeMap<usize, SequenceCache>>>,
     rows: Option<SequenceRows>,
 }
 
@@ -117,7 +118,12 @@ impl TensorPool {
 impl KvCacheFactory for Sequence {
     type Cache = SequenceCache;
 
-    fn layer(&self, _layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
+    /// Makes the cache of a layer, or returns the one that was made for it before.
+    fn layer(&self, layer: usize, dim: usize, max_seq_len: usize) -> Result<Self::Cache> {
+        let mut layers = lock(&self.pool, &self.layers)?;
+        if let Some(cache) = layers.get(&layer) {
+            return Ok(cache.clone());
+        }
         let mut cache = self.pool.kv_cache(dim, max_seq_len);
         if let Some(SequenceRows { k, v, dtype }) = &self.rows {
             cache.k_cache_mut().set_rows(k, *dtype)?;
@@ -127,7 +133,7 @@ impl KvCacheFactory for Sequence {
             pool: self.pool.clone(),
             cache: Arc::new(Mutex::new(cache)),
         };
-        lock(&self.pool, &self.layers)?.push(cache.clone());
+        layers.insert(layer, cache.clone());
         Ok(cache)
     }
 }
@@ -151,12 +157,12 @@ impl Sequence {
     /// Locks all caches, in the order of the layers, and does something with them.
     fn with_layers<T>(
         &self,
-        act: impl FnOnce(&mut [MutexGuard<'_, ElasticKvCache>]) -> Result<T>,
+        act: impl FnOnce(&mut [(usize, MutexGuard<'_, ElasticKvCache>)]) -> Result<T>,
     ) -> Result<T> {
         let layers = lock(&self.pool, &self.layers)?;
         let mut caches = Vec::with_capacity(layers.len());
-        for layer in layers.iter() {
-            caches.push(layer.lock()?);
+        for (layer, cache) in layers.iter() {
+            caches.push((*layer, cache.lock()?));
         }
         act(&mut caches)
     }
@@ -199,9 +205,9 @@ impl Sequence {
     fn reserve_and(&self, tokens: usize, wait: Wait) -> Result<()> {
         self.with_layers(|caches| {
             let mut tensors = Vec::with_capacity(2 * caches.len());
-            for (layer, cache) in caches.iter_mut().enumerate() {
+            for (layer, cache) in caches {
                 let rows = cache.rows_mut()?;
-                tensors.extend(rows.ok_or(VmmError::UnknownShape { layer })?);
+                tensors.extend(rows.ok_or(VmmError::UnknownShape { layer: *layer })?);
             }
             ElasticTensor::reserve_all(&mut tensors, tokens, wait)
         })
@@ -214,17 +220,17 @@ impl Sequence {
     /// As [`ElasticTensor::truncate`] if a layer has fewer tokens; then no layer has changed.
     pub fn truncate(&self, len: usize) -> Result<()> {
         self.with_layers(|caches| {
-            for cache in caches.iter() {
+            for (_, cache) in caches.iter() {
                 super::checks::check_truncate(cache.current_seq_len(), len)?;
             }
-            caches.iter_mut().try_for_each(|cache| cache.truncate(len))
+            (caches.iter_mut()).try_for_each(|(_, cache)| cache.truncate(len))
         })
     }
 
     /// Drops all tokens of all layers and frees their memory. Does nothing in a forked process.
     pub fn reset(&self) {
         let reset = self.with_layers(|caches| {
-            caches.iter_mut().for_each(|cache| cache.reset());
+            caches.iter_mut().for_each(|(_, cache)| cache.reset());
             Ok(())
         });
         reset.unwrap_or_default();
@@ -234,7 +240,7 @@ impl Sequence {
     /// process.
     pub fn len(&self) -> usize {
         let len = self.with_layers(|caches| {
-            let lengths = caches.iter().map(|cache| cache.current_seq_len());
+            let lengths = caches.iter().map(|(_, cache)| cache.current_seq_len());
             Ok(lengths.min().unwrap_or(0))
         });
         len.unwrap_or(0)
@@ -249,7 +255,7 @@ impl Sequence {
     /// is reserved, and without what views of dropped tokens still hold. 0 in a forked process.
     pub fn bytes(&self) -> usize {
         let bytes = self.with_layers(|caches| {
-            let bytes = caches.iter().map(|cache| cache.allocated_bytes());
+            let bytes = caches.iter().map(|(_, cache)| cache.allocated_bytes());
             Ok(bytes.sum())
         });
         bytes.unwrap_or(0)

@@ -310,7 +310,8 @@ impl SharedMemoryPool {
     }
 
     /// Returns the pool of [`cuda_vmm`] inside, which has more functions, such as a limit that
-    /// changes at run time. Its models are this pool's.
+    /// changes at run time. Its models are this pool's; register and unregister them here, so that
+    /// each has its range.
     pub fn core(&self) -> &cuda_vmm::SharedMemoryPool {
         &self.pool
     }
