@@ -1,5 +1,5 @@
-//! A paged cache whose memory follows its use, in place of one allocation for all of it: `cargo run --example blocks
-//! --features simulator`.
+//! A paged cache whose memory follows its use, in place of one allocation for all of it: `cargo run
+//! --example blocks --features simulator`.
 
 use cuda_vmm::pool::blocks::{BlockAllocator, BlockBacking, ElementSize, LayerSpec, TensorSpec};
 use cuda_vmm::{Driver, Engine, EngineOptions, Stream};

@@ -52,8 +52,8 @@ impl Captures {
         waited.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the number of those that one has ended of, in the process that began it: another has none of its threads,
-    /// and counts for itself.
+    /// Changes the number of those that one has ended of, in the process that began it: another has
+    /// none of its threads, and counts for itself.
     fn end(process: Process, change: impl FnOnce(&mut Declared)) {
         if process.check().is_ok() {
             let captures = captures();
@@ -65,14 +65,15 @@ impl Captures {
 
 /// Declares that a stream is being captured into a graph, in this process, until it is dropped.
 ///
-/// A context synchronise kills every capture under way on that context, whatever the capture's mode,
-/// and the driver gives no way to ask whether there is one. So hold a guard around
-/// `cuStreamBeginCapture` … `cuStreamEndCapture`: meanwhile this crate does nothing that would kill the
-/// capture. Memory that can only be given back after a context synchronise stays where it is until
-/// the guard is gone. A forked process has none of its parent's captures.
+/// A context synchronise kills every capture under way on that context, whatever the capture's
+/// mode, and the driver gives no way to ask whether there is one. So hold a guard around
+/// `cuStreamBeginCapture` … `cuStreamEndCapture`: meanwhile this crate does nothing that would kill
+/// the capture. Memory that can only be given back after a context synchronise stays where it is
+/// until the guard is gone. A forked process has none of its parent's captures.
 ///
-/// A graph keeps addresses and no memory. [`pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph) keeps memory behind
-/// them for as long as the graph can run:
+/// A graph keeps addresses and no memory.
+/// [`pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph) keeps memory behind them for as long
+/// as the graph can run:
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -127,8 +128,8 @@ impl Captures {
 pub struct CaptureGuard(Process);
 
 impl CaptureGuard {
-    /// Declares a capture. Waits for a context synchronise of this crate that is under way, and for a
-    /// [`compact`](crate::VirtualMemoryPool::compact).
+    /// Declares a capture. Waits for a context synchronise of this crate that is under way, and for
+    /// a [`compact`](crate::VirtualMemoryPool::compact).
     pub fn new() -> Self {
         let captures = captures();
         let mut state = captures.lock();

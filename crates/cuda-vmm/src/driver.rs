@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! The unsafe code here calls entry points that take no memory of ours but out-parameters on the
-//! stack, and the invariant is that of [`Driver::from_table`]: the table's pointers stay valid while
-//! any clone of the driver lives.
+//! stack, and the invariant is that of [`Driver::from_table`]: the table's pointers stay valid
+//! while any clone of the driver lives.
 #![allow(unsafe_code)]
 
 use crate::process::{Here, Opener, PerProcess, Process};
@@ -71,14 +71,15 @@ struct Inner {
 }
 
 impl Driver {
-    /// Opens NVIDIA's driver ([`sys::load`]), and calls `cuInit`: the library that `CUDA_VMM_DRIVER_PATH` names, or else
-    /// `libcuda.so.1`, or else that of WSL 2.
+    /// Opens NVIDIA's driver ([`sys::load`]), and calls `cuInit`: the library that
+    /// `CUDA_VMM_DRIVER_PATH` names, or else `libcuda.so.1`, or else that of WSL 2.
     ///
     /// The driver is opened once; later calls return clones of the first.
     ///
     /// # Errors
-    /// [`VmmError::Load`] if the library or an entry point is missing, with the places where it was looked for;
-    /// [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there is no GPU.
+    /// [`VmmError::Load`] if the library or an entry point is missing, with the places where it was
+    /// looked for; [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there
+    /// is no GPU.
     pub fn cuda() -> Result<Self> {
         static OPENED: PerProcess<std::sync::Mutex<Option<Driver>>> = PerProcess::new();
         // A process forked from one that opens, or has opened, the driver cannot have it any more.
@@ -114,14 +115,14 @@ impl Driver {
 
     /// The real driver if a GPU answers, otherwise a simulated one, with a warning.
     ///
-    /// It simulates only if there is no driver library, or if the driver reports no device; any other failure is
-    /// returned, also that `CUDA_VMM_DRIVER_PATH` names nothing usable. With [`REQUIRE_GPU_VARIABLE`] set it never
-    /// simulates. [`kind`](Self::kind) says what was chosen. Meant for demonstrations and tests: a program that wants a GPU
-    /// calls [`cuda`](Self::cuda).
+    /// It simulates only if there is no driver library, or if the driver reports no device; any
+    /// other failure is returned, also that `CUDA_VMM_DRIVER_PATH` names nothing usable. With
+    /// [`REQUIRE_GPU_VARIABLE`] set it never simulates. [`kind`](Self::kind) says what was chosen.
+    /// Meant for demonstrations and tests: a program that wants a GPU calls [`cuda`](Self::cuda).
     ///
     /// # Errors
-    /// As [`cuda`](Self::cuda), except for a missing library and for no device; [`VmmError::GpuRequired`] for these, if
-    /// the variable is set.
+    /// As [`cuda`](Self::cuda), except for a missing library and for no device;
+    /// [`VmmError::GpuRequired`] for these, if the variable is set.
     #[cfg(feature = "simulator")]
     pub fn detect() -> Result<Self> {
         let found = Self::cuda().and_then(|driver| match driver.device_count()? {
@@ -235,7 +236,8 @@ impl Driver {
         &self.0.table
     }
 
-    /// The simulator behind a driver made by [`simulated`](Self::simulated), to observe and disturb it.
+    /// The simulator behind a driver made by [`simulated`](Self::simulated), to observe and disturb
+    /// it.
     #[cfg(feature = "simulator")]
     pub fn simulator(&self) -> Option<&Simulator> {
         self.0.simulator.as_ref()
@@ -260,8 +262,8 @@ impl Driver {
         self.0.process
     }
 
-    /// The one door from a driver's code to a result: success, or an error with the call, the code and the
-    /// driver's name for it (`cuGetErrorName`).
+    /// The one door from a driver's code to a result: success, or an error with the call, the code
+    /// and the driver's name for it (`cuGetErrorName`).
     ///
     /// # Errors
     /// [`VmmError::Driver`] for every code but success.

@@ -8,7 +8,8 @@ pub use quota::QuotaConflict;
 
 use crate::sys::{self, CUresult, DriverFunction};
 
-/// The environment variable that forbids [`Driver::detect`](crate::Driver::detect) to simulate, unless it is empty or `0`.
+/// The environment variable that forbids [`Driver::detect`](crate::Driver::detect) to simulate,
+/// unless it is empty or `0`.
 #[cfg(feature = "simulator")]
 pub const REQUIRE_GPU_VARIABLE: &str = "CUDA_VMM_REQUIRE_GPU";
 
@@ -205,8 +206,8 @@ pub enum VmmError {
         /// The most that could be granted, in bytes.
         available_bytes: usize,
     },
-    /// The bytes lie in memory that the driver failed to unmap, or, when it was compacted, to map again. It is retried,
-    /// and until then neither handed out nor taken back.
+    /// The bytes lie in memory that the driver failed to unmap, or, when it was compacted, to map
+    /// again. It is retried, and until then neither handed out nor taken back.
     #[error("the {bytes} bytes at offset {offset} touch quarantined memory")]
     Quarantined {
         /// First byte.
@@ -301,10 +302,10 @@ impl VmmError {
             || self.driver_code() == Some(sys::CUDA_ERROR_OUT_OF_MEMORY)
     }
 
-    /// Whether the same call can succeed later with the same options and quotas: when memory is back that the device still
-    /// uses, that others hold or are guaranteed, or, at the caller's own ceiling, that the caller holds
-    /// ([`shortfall_bytes`](Self::shortfall_bytes)). A request above the pool's limit or the caller's
-    /// own ceiling is never retryable.
+    /// Whether the same call can succeed later with the same options and quotas: when memory is
+    /// back that the device still uses, that others hold or are guaranteed, or, at the caller's own
+    /// ceiling, that the caller holds ([`shortfall_bytes`](Self::shortfall_bytes)). A request above
+    /// the pool's limit or the caller's own ceiling is never retryable.
     ///
     /// Every error is one of three kinds:
     ///
@@ -314,7 +315,8 @@ impl VmmError {
     /// | never | `OutOfPhysicalMemory` of more than its limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values exclude each other, such as a guarantee and the limit; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
     /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors |
     ///
-    /// The driver does not say how much memory it lacks, so what is larger than the whole device is later too.
+    /// The driver does not say how much memory it lacks, so what is larger than the whole device is
+    /// later too.
     pub fn is_retryable(&self) -> bool {
         self.prospect() == Prospect::Later
     }
@@ -331,15 +333,16 @@ impl VmmError {
         }
     }
 
-    /// Whether the same call fails for good, whatever others do meanwhile, as long as the options and quotas of the caller stay
-    /// as they are. A request that would fit if another model left, with its guarantee, is not permanent.
-    /// The table is at [`is_retryable`](Self::is_retryable). An error that is neither depends on what
-    /// the program does.
+    /// Whether the same call fails for good, whatever others do meanwhile, as long as the options
+    /// and quotas of the caller stay as they are. A request that would fit if another model left,
+    /// with its guarantee, is not permanent. The table is at [`is_retryable`](Self::is_retryable).
+    /// An error that is neither depends on what the program does.
     pub fn is_permanent(&self) -> bool {
         self.prospect() == Prospect::Never
     }
 
-    /// What becomes of the same call if it is made again. Without a wildcard, so that each new error is given a thought.
+    /// What becomes of the same call if it is made again. Without a wildcard, so that each new
+    /// error is given a thought.
     fn prospect(&self) -> Prospect {
         match self {
             Self::OutOfPhysicalMemory {
@@ -361,7 +364,8 @@ impl VmmError {
                 _ => Prospect::Depends,
             },
             Self::Quarantined { .. } => Prospect::Later,
-            // What others hold and are guaranteed is in its way. All others are two values that exclude each other.
+            // What others hold and are guaranteed is in its way. All others are two values that
+            // exclude each other.
             Self::QuotaUnsatisfiable { what, .. } => match what {
                 QuotaConflict::Guarantee => Prospect::Depends,
                 QuotaConflict::GuaranteeAboveCeiling

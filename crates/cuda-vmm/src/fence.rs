@@ -1,8 +1,8 @@
 //! Has the device finished with this?
 //!
 //! # Safety
-//! A [`Fence`] owns its event: created and recorded in one step, destroyed once. All calls on it run
-//! with its device's context current.
+//! A [`Fence`] owns its event: created and recorded in one step, destroyed once. All calls on it
+//! run with its device's context current.
 #![allow(unsafe_code)]
 
 use crate::capture::{NoCapture, Relaxed};
@@ -21,8 +21,8 @@ use core::ptr::null_mut;
 pub struct Fence {
     device: Device,
     event: CUevent,
-    /// The stream whose work it ends; none for a whole context. It does not keep the stream alive, but tells it from one
-    /// that the driver gives the same handle later.
+    /// The stream whose work it ends; none for a whole context. It does not keep the stream alive,
+    /// but tells it from one that the driver gives the same handle later.
     stream: Option<Weak<Handle>>,
 }
 
@@ -59,8 +59,9 @@ impl Fence {
         Ok(fence)
     }
 
-    /// Everything queued on any stream of the context so far (`cuCtxRecordEvent`), or `None` where the
-    /// driver has no such call (before CUDA 12.5). It would end captures, so none may be declared.
+    /// Everything queued on any stream of the context so far (`cuCtxRecordEvent`), or `None` where
+    /// the driver has no such call (before CUDA 12.5). It would end captures, so none may be
+    /// declared.
     pub(crate) fn on_context(device: &Device, _no_capture: &NoCapture) -> Result<Option<Self>> {
         let Some(record) = device.driver().table().cuCtxRecordEvent else {
             return Ok(None);
@@ -110,7 +111,8 @@ impl Fence {
         &self.device
     }
 
-    /// Whether it was recorded on this stream, so that later work of the stream comes after it anyway.
+    /// Whether it was recorded on this stream, so that later work of the stream comes after it
+    /// anyway.
     pub(crate) fn is_on(&self, stream: &Arc<Handle>) -> bool {
         let is_it = |own: &Weak<Handle>| core::ptr::eq(own.as_ptr(), Arc::as_ptr(stream));
         self.stream.as_ref().is_some_and(is_it)

@@ -1,6 +1,7 @@
 //! Code of others: lease tokens, wakers, what makes room on a device, and subscribers of `tracing`.
 //!
-//! It may panic, take long, and call the pools. So it runs with no lock held, and a panic in it ends here.
+//! It may panic, take long, and call the pools. So it runs with no lock held, and a panic in it
+//! ends here.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -24,7 +25,8 @@ pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Option<T> {
 
 /// A value of others. A panic in its drop ends here; the owner drops it with no lock held.
 ///
-/// `Debug` prints nothing of it: that is their code as well, and whoever prints a pool may hold a lock.
+/// `Debug` prints nothing of it: that is their code as well, and whoever prints a pool may hold a
+/// lock.
 pub(crate) struct Foreign<T>(Option<T>);
 
 impl<T> Foreign<T> {

@@ -57,8 +57,9 @@
 //!
 //! Budgets:
 //!
-//! - *account*: a share of a budget, to which any number of ranges is charged. A model is one with a
-//!   name; a range that is made alone has one of its own. A closed account gets no memory any more.
+//! - *account*: a share of a budget, to which any number of ranges is charged. A model is one with
+//!   a name; a range that is made alone has one of its own. A closed account gets no memory any
+//!   more.
 //! - *guarantee*: memory that an account can always have, whatever others hold.
 //! - *ceiling*: the most that an account may hold.
 //! - *limit*: the most that all accounts of a budget may hold.

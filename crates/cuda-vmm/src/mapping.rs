@@ -1,9 +1,10 @@
 //! Memory at an address.
 //!
 //! # Safety
-//! A [`Mapping`] owns the whole of one mapping, keeps its reservation and its memory alive, and unmaps
-//! once. Unmapping waits for nothing: that the device has finished with the addresses is for the owner
-//! to see to, who is either the engine or a caller who wrote through an address, which is unsafe.
+//! A [`Mapping`] owns the whole of one mapping, keeps its reservation and its memory alive, and
+//! unmaps once. Unmapping waits for nothing: that the device has finished with the addresses is for
+//! the owner to see to, who is either the engine or a caller who wrote through an address, which is
+//! unsafe.
 #![allow(unsafe_code)]
 
 use crate::driver::call;
@@ -45,8 +46,8 @@ impl Access {
     }
 }
 
-/// One physical allocation, mapped whole at an offset of a reservation (`cuMemMap`), accessible to the
-/// devices that were named (`cuMemSetAccess`).
+/// One physical allocation, mapped whole at an offset of a reservation (`cuMemMap`), accessible to
+/// the devices that were named (`cuMemSetAccess`).
 ///
 /// Dropping unmaps (`cuMemUnmap`). That does not wait for the device: work that still uses the
 /// addresses then fails with an illegal access and takes the context with it. Whoever launches such
@@ -70,8 +71,9 @@ impl Mapping {
     ///
     /// # Errors
     /// [`VmmError::WrongDriver`]; [`VmmError::Misaligned`], [`VmmError::OutOfRange`],
-    /// [`VmmError::Overflow`]; [`VmmError::Driver`] if something is mapped there already or the driver
-    /// is out of memory, which it may notice as late as when access is set. Nothing stays mapped.
+    /// [`VmmError::Overflow`]; [`VmmError::Driver`] if something is mapped there already or the
+    /// driver is out of memory, which it may notice as late as when access is set. Nothing stays
+    /// mapped.
     pub fn new(
         reservation: &Arc<Reservation>,
         offset: usize,
@@ -113,8 +115,8 @@ impl Mapping {
             size::multiple("mapping offset", offset, device.granularity_bytes())?;
         }
         let address = reservation.address() + offset as u64;
-        // SAFETY: the addresses lie inside a reservation that the mapping keeps alive, and the handle
-        // is owned by the memory that it keeps alive too.
+        // SAFETY: the addresses lie inside a reservation that the mapping keeps alive, and the
+        // handle is owned by the memory that it keeps alive too.
         unsafe {
             call!(
                 device.counted_driver(),
@@ -129,11 +131,13 @@ impl Mapping {
         })
     }
 
-    /// Sets what each device named may do with the memory (`cuMemSetAccess`). Devices not named keep
-    /// what they had. If the driver is not ready (`CUDA_ERROR_NOT_READY`), it is asked four times more, within 15 ms.
+    /// Sets what each device named may do with the memory (`cuMemSetAccess`). Devices not named
+    /// keep what they had. If the driver is not ready (`CUDA_ERROR_NOT_READY`), it is asked four
+    /// times more, within 15 ms.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] if no device is named; [`VmmError::WrongDriver`]; [`VmmError::Driver`].
+    /// [`VmmError::ZeroSize`] if no device is named; [`VmmError::WrongDriver`];
+    /// [`VmmError::Driver`].
     pub fn set_access(&self, access: &[(Device, Access)]) -> Result<()> {
         if access.is_empty() {
             return Err(VmmError::ZeroSize {
@@ -151,7 +155,8 @@ impl Mapping {
             });
         }
         let set = || {
-            // SAFETY: the range is exactly this mapping, and the descriptors are alive during the call.
+            // SAFETY: the range is exactly this mapping, and the descriptors are alive during the
+            // call.
             unsafe {
                 call!(
                     self.device().counted_driver(),
@@ -181,10 +186,11 @@ impl Mapping {
         Ok(())
     }
 
-    /// Queues zeros over all of it; the fence says when they are written. Whoever had bytes in it is done, and the
-    /// owner unmaps it only when the fence is past.
+    /// Queues zeros over all of it; the fence says when they are written. Whoever had bytes in it
+    /// is done, and the owner unmaps it only when the fence is past.
     pub(crate) fn scrub(&self, stream: &Stream) -> Result<Fence> {
-        // SAFETY: the range is exactly this mapping, which its one caller, the engine, keeps until the fence is past.
+        // SAFETY: the range is exactly this mapping, which its one caller, the engine, keeps until
+        // the fence is past.
         unsafe { stream.memset(self.address(), 0, self.bytes()) }?;
         stream.record()
     }

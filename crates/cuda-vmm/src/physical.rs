@@ -1,9 +1,9 @@
 //! Memory without addresses.
 //!
 //! # Safety
-//! A [`PhysicalMemory`] owns one reference to its handle: made by `cuMemCreate` (or imported), released
-//! once. The driver keeps released memory alive while it is mapped, and [`Mapping`]s hold an `Arc` of
-//! it besides.
+//! A [`PhysicalMemory`] owns one reference to its handle: made by `cuMemCreate` (or imported),
+//! released once. The driver keeps released memory alive while it is mapped, and [`Mapping`]s hold
+//! an `Arc` of it besides.
 //!
 //! [`Mapping`]: crate::Mapping
 #![allow(unsafe_code)]

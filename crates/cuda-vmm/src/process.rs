@@ -1,8 +1,9 @@
 //! Which process this is, and what only the process that made it may touch.
 //!
-//! A forked process has one thread, a copy of the one that forked. A lock that another thread held at that moment is held
-//! for good there, and what it guards may be half changed. So whatever is reached from outside and has a lock is behind
-//! [`Here`], whose one door fails in another process, and statics that lock are [`PerProcess`].
+//! A forked process has one thread, a copy of the one that forked. A lock that another thread held
+//! at that moment is held for good there, and what it guards may be half changed. So whatever is
+//! reached from outside and has a lock is behind [`Here`], whose one door fails in another process,
+//! and statics that lock are [`PerProcess`].
 //!
 //! # Safety
 //! [`PerProcess`] follows pointers to boxes that it never frees.
@@ -13,7 +14,8 @@ use crate::{Result, VmmError};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-/// A process, by its generation; for those who ask often, and do not want to look it up in the driver.
+/// A process, by its generation; for those who ask often, and do not want to look it up in the
+/// driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Process(u32);
 
@@ -69,7 +71,8 @@ impl<T> Here<RwLock<T>> {
     }
 }
 
-/// A static that each process has anew, made when it is first asked for. A forked process never sees its parent's.
+/// A static that each process has anew, made when it is first asked for. A forked process never
+/// sees its parent's.
 #[doc(hidden)]
 #[derive(Debug)]
 pub struct PerProcess<T: 'static>(AtomicPtr<Made<T>>);
@@ -92,7 +95,8 @@ impl<T: Default + Send + Sync> PerProcess<T> {
         let process = Process::current();
         let mut latest = self.0.load(Ordering::Acquire);
         loop {
-            // SAFETY: the pointer is null or that of a box that is never freed, and only shared references to it exist.
+            // SAFETY: the pointer is null or that of a box that is never freed, and only shared
+            // references to it exist.
             if let Some(made) = unsafe { latest.as_ref() }
                 && made.process == process
             {
@@ -128,7 +132,8 @@ impl Opener {
     /// Says that this process opens it now, until the result is dropped.
     ///
     /// # Errors
-    /// [`VmmError::Forked`] if another process has opened it, or was about to when this one was forked.
+    /// [`VmmError::Forked`] if another process has opened it, or was about to when this one was
+    /// forked.
     pub(crate) fn begin(&self) -> Result<Opening<'_>> {
         let Process(here) = Process::current();
         let here = u64::from(here);
@@ -177,7 +182,8 @@ mod fork {
         GENERATION.load(Ordering::Relaxed)
     }
 
-    /// No lock here either: where two threads register at once, a fork counts twice, and the number differs all the same.
+    /// No lock here either: where two threads register at once, a fork counts twice, and the number
+    /// differs all the same.
     #[cold]
     fn register() {
         // SAFETY: the handler is a plain function that adds to an atomic, which is all that may be

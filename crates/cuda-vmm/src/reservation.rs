@@ -1,8 +1,8 @@
 //! Address space without memory behind it.
 //!
 //! # Safety
-//! A [`Reservation`] owns its addresses: made by `cuMemAddressReserve`, freed once. [`Mapping`]s hold
-//! an `Arc` of it, so the addresses are not freed while anything is mapped through this crate.
+//! A [`Reservation`] owns its addresses: made by `cuMemAddressReserve`, freed once. [`Mapping`]s
+//! hold an `Arc` of it, so the addresses are not freed while anything is mapped through this crate.
 //!
 //! [`Mapping`]: crate::Mapping
 #![allow(unsafe_code)]
@@ -69,8 +69,8 @@ impl Reservation {
     /// Takes ownership of addresses reserved elsewhere.
     ///
     /// # Safety
-    /// The range must be the whole of one reservation of this device's driver, owned by nobody else,
-    /// and all that is mapped in it must be unmapped before the reservation is dropped.
+    /// The range must be the whole of one reservation of this device's driver, owned by nobody
+    /// else, and all that is mapped in it must be unmapped before the reservation is dropped.
     pub unsafe fn from_raw(device: &Device, address: u64, bytes: usize) -> Self {
         Self {
             device: device.clone(),

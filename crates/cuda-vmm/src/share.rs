@@ -1,8 +1,8 @@
 //! Sharing physical memory between processes, as a file descriptor.
 //!
 //! # Safety
-//! The driver hands out a new descriptor on export, which an [`OwnedFd`] then owns, and duplicates the
-//! one given on import, which stays the caller's.
+//! The driver hands out a new descriptor on export, which an [`OwnedFd`] then owns, and duplicates
+//! the one given on import, which stays the caller's.
 #![allow(unsafe_code)]
 
 use crate::driver::call;
@@ -48,16 +48,16 @@ impl PhysicalMemory {
     /// [`VmmError::Descriptor`] if descriptor 0 could not be duplicated.
     ///
     /// # Safety
-    /// `bytes` must be the size with which the memory was made, and `device` the device it is on: the
-    /// descriptor does not tell.
+    /// `bytes` must be the size with which the memory was made, and `device` the device it is on:
+    /// the descriptor does not tell.
     pub unsafe fn import(
         device: &Device,
         descriptor: BorrowedFd<'_>,
         bytes: usize,
     ) -> Result<Self> {
         size::multiple("physical size", bytes, device.granularity_bytes())?;
-        // The driver takes the descriptor in place of a pointer and refuses null, which is standard input.
-        // A duplicate never has that number.
+        // The driver takes the descriptor in place of a pointer and refuses null, which is standard
+        // input. A duplicate never has that number.
         let duplicate = match descriptor.as_raw_fd() {
             0 => Some(
                 descriptor

@@ -1,7 +1,8 @@
 //! Streams, so far as memory management needs them.
 //!
 //! # Safety
-//! A stream is alive while its [`Handle`] is; each stream here has one. All calls run with the device's context current.
+//! A stream is alive while its [`Handle`] is; each stream here has one. All calls run with the
+//! device's context current.
 #![allow(unsafe_code)]
 
 use crate::capture::Relaxed;
@@ -16,9 +17,9 @@ use core::ptr::null_mut;
 
 /// A queue of work on a device; a cheap clone.
 ///
-/// Pools for which it is [named](crate::VirtualMemoryPool::use_stream) hold it as well, but not as a clone does: when the
-/// last clone of a stream made by [`new`](Self::new) is dropped, pools let go of it, and it is destroyed. A handle taken
-/// by [`raw`](Self::raw) must not be used after that.
+/// Pools for which it is [named](crate::VirtualMemoryPool::use_stream) hold it as well, but not as
+/// a clone does: when the last clone of a stream made by [`new`](Self::new) is dropped, pools let
+/// go of it, and it is destroyed. A handle taken by [`raw`](Self::raw) must not be used after that.
 #[derive(Clone, Debug)]
 pub struct Stream {
     handle: Arc<Handle>,
@@ -38,7 +39,8 @@ impl Named {
         &self.handle
     }
 
-    /// Whether nobody can queue work any more: all clones of a stream of our own are gone. It stays so.
+    /// Whether nobody can queue work any more: all clones of a stream of our own are gone. It stays
+    /// so.
     pub(crate) fn is_let_go(&self) -> bool {
         self.handle.is_owned && self.clones.strong_count() == 0
     }
@@ -48,7 +50,8 @@ impl Stream {
     /// A new stream that does not synchronise with the legacy default stream (`cuStreamCreate`).
     ///
     /// # Errors
-    /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Forked`](crate::VmmError::Forked).
+    /// [`VmmError::Driver`](crate::VmmError::Driver),
+    /// [`VmmError::Forked`](crate::VmmError::Forked).
     pub fn new(device: &Device) -> Result<Self> {
         let _current = device.make_current()?;
         let mut raw = null_mut();
@@ -74,11 +77,13 @@ impl Stream {
         }
     }
 
-    /// A stream that someone else owns. Null is the legacy default stream. 2 is the per-thread default stream, of
-    /// whichever thread uses it: a pool for which it is named waits for all work of the context instead.
+    /// A stream that someone else owns. Null is the legacy default stream. 2 is the per-thread
+    /// default stream, of whichever thread uses it: a pool for which it is named waits for all work
+    /// of the context instead.
     ///
     /// # Safety
-    /// The stream must belong to the device's primary context and outlive every clone of the result.
+    /// The stream must belong to the device's primary context and outlive every clone of the
+    /// result.
     pub unsafe fn borrow(device: &Device, raw: CUstream) -> Self {
         Self::from_handle(Handle {
             device: device.clone(),
@@ -88,10 +93,10 @@ impl Stream {
         })
     }
 
-    /// As [`borrow`](Self::borrow), of a stream that lives while `owner` does. The owner is held until the last clone is
-    /// gone and no pool asks the stream any more: by pools for which it is named, until they
-    /// [forget](crate::VirtualMemoryPool::forget_stream) it or end. It is dropped on whichever thread that is, with no lock
-    /// held.
+    /// As [`borrow`](Self::borrow), of a stream that lives while `owner` does. The owner is held
+    /// until the last clone is gone and no pool asks the stream any more: by pools for which it is
+    /// named, until they [forget](crate::VirtualMemoryPool::forget_stream) it or end. It is dropped
+    /// on whichever thread that is, with no lock held.
     ///
     /// # Safety
     /// The stream must belong to the device's primary context, and live while `owner` does.
@@ -133,7 +138,8 @@ impl Stream {
     /// Whether the stream is being captured, or its capture has failed (`cuStreamIsCapturing`).
     ///
     /// # Errors
-    /// [`VmmError::Driver`](crate::VmmError::Driver), also where it is the legacy default stream and another is captured.
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also where it is the legacy default stream
+    /// and another is captured.
     pub fn is_capturing(&self) -> Result<bool> {
         self.handle.is_capturing()
     }
@@ -146,8 +152,8 @@ impl Stream {
         Fence::on_stream(&self.handle)
     }
 
-    /// Lets later work of this stream wait for the fence (`cuStreamWaitEvent`); the caller does not.
-    /// The fence may be another device's.
+    /// Lets later work of this stream wait for the fence (`cuStreamWaitEvent`); the caller does
+    /// not. The fence may be another device's.
     ///
     /// # Errors
     /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver);
@@ -218,8 +224,8 @@ impl Stream {
     pub unsafe fn write(&self, target: u64, source: &[u8]) -> Result<()> {
         {
             let _current = self.handle.device.make_current()?;
-            // SAFETY: the slice outlives the copy, which is waited for below; the caller vouches for
-            // the addresses.
+            // SAFETY: the slice outlives the copy, which is waited for below; the caller vouches
+            // for the addresses.
             unsafe {
                 call!(
                     self.handle.device.driver(),
@@ -245,8 +251,8 @@ impl Stream {
     pub unsafe fn read(&self, source: u64, target: &mut [u8]) -> Result<()> {
         self.synchronize()?;
         let _current = self.handle.device.make_current()?;
-        // SAFETY: the copy is finished when the call returns, so the slice is not written later; the
-        // caller vouches for the addresses.
+        // SAFETY: the copy is finished when the call returns, so the slice is not written later;
+        // the caller vouches for the addresses.
         unsafe {
             call!(
                 self.handle.device.driver(),

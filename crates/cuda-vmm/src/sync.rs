@@ -1,8 +1,9 @@
 //! The one place where locks, condition variables, atomics and threads come from.
 //!
-//! They are the standard library's. Under `cfg(model_check)` they are a model checker's, which decides at each of
-//! their operations which thread goes on; the scenarios in `model-check` explore the engine so. Out of that stays what has no
-//! part in how threads meet: which process this is, and the driver library, which is opened once.
+//! They are the standard library's. Under `cfg(model_check)` they are a model checker's, which
+//! decides at each of their operations which thread goes on; the scenarios in `model-check` explore
+//! the engine so. Out of that stays what has no part in how threads meet: which process this is,
+//! and the driver library, which is opened once.
 #![forbid(unsafe_code)]
 
 #[cfg(not(model_check))]
@@ -28,8 +29,8 @@ pub(crate) use shuttle::{
 use core::ops::Deref;
 use std::time::Duration;
 
-/// A value on cache lines of its own: whoever writes beside it does not slow those who read it, nor the other way round.
-/// Processors fetch lines of 64 bytes in pairs.
+/// A value on cache lines of its own: whoever writes beside it does not slow those who read it, nor
+/// the other way round. Processors fetch lines of 64 bytes in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Apart<T>(pub(crate) T);
@@ -44,8 +45,8 @@ impl<T> Deref for Apart<T> {
 
 /// Declares statics that hold what this module hands out.
 ///
-/// Under the model checker each execution begins with new ones: a thread of an execution that is over must not
-/// wait in the next. Else they are [`PerProcess`](crate::PerProcess).
+/// Under the model checker each execution begins with new ones: a thread of an execution that is
+/// over must not wait in the next. Else they are [`PerProcess`](crate::PerProcess).
 #[cfg(model_check)]
 macro_rules! statics {
     ($(static $name:ident: $type:ty = $value:expr;)*) => {
@@ -151,8 +152,9 @@ pub(crate) fn wait_timeout_while<'a, T>(
     waited.unwrap_or_else(PoisonError::into_inner).0
 }
 
-/// The model checker knows no time, and its condition variable never times out. Any delay may be over at any
-/// moment, so this lets everyone else go first and leaves it to the checker when that moment is.
+/// The model checker knows no time, and its condition variable never times out. Any delay may be
+/// over at any moment, so this lets everyone else go first and leaves it to the checker when that
+/// moment is.
 #[cfg(model_check)]
 pub(crate) fn wait_timeout_while<'a, T>(
     _condvar: &Condvar,

@@ -1,4 +1,5 @@
-//! Memory behind block tables, on the simulated driver: what is backed, what is in it, and what goes back.
+//! Memory behind block tables, on the simulated driver: what is backed, what is in it, and what
+//! goes back.
 
 #[path = "blocks/allocator.rs"]
 mod allocator;

@@ -202,8 +202,8 @@ fn an_engine_that_ends_during_a_capture_leaves_its_memory_to_the_device() {
     });
 }
 
-/// Nothing runs on a poisoned context, so there is nothing to wait for: the memory goes at the first try, or went with the
-/// context, and the driver is not asked again.
+/// Nothing runs on a poisoned context, so there is nothing to wait for: the memory goes at the
+/// first try, or went with the context, and the driver is not asked again.
 #[test]
 fn what_an_engine_left_is_not_waited_for_in_a_poisoned_context() {
     use DriverFunction::{cuCtxSynchronize, cuMemAddressFree, cuMemUnmap};
@@ -301,7 +301,8 @@ unsafe extern "C" fn tell_later(event: CUevent) -> CUresult {
     }
 }
 
-/// A page that was freed behind a fence that belongs to a capture: it began when it was already known that there is none.
+/// A page that was freed behind a fence that belongs to a capture: it began when it was already
+/// known that there is none.
 fn freed_behind_a_captured_fence() -> (Simulator, Device, Engine, VirtualMemoryPool, Stream) {
     let simulator = Simulator::new(SimConfig::new()).expect("a simulator");
     let mut table = simulator.table();

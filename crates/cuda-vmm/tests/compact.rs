@@ -1,6 +1,7 @@
 //! `compact`: slack goes back, and bytes stay what and where they are.
 //!
-//! A declared capture is the whole process's, and holds every `compact` back, so these tests take turns.
+//! A declared capture is the whole process's, and holds every `compact` back, so these tests take
+//! turns.
 
 mod common;
 

@@ -1,7 +1,7 @@
 //! Cases that run unchanged on a real GPU and on the simulated driver, over whole pools.
 //!
-//! The environment chooses the driver, the devices and the page (`common/under_test.rs`). The cases take turns,
-//! because each ends by looking at what the process and the device hold.
+//! The environment chooses the driver, the devices and the page (`common/under_test.rs`). The cases
+//! take turns, because each ends by looking at what the process and the device hold.
 
 mod common;
 

@@ -45,7 +45,8 @@ impl Fixture {
         }
     }
 
-    /// Does something that must fail and change nothing: not the pool, the engine, or the driver's books.
+    /// Does something that must fail and change nothing: not the pool, the engine, or the driver's
+    /// books.
     #[track_caller]
     fn refused<T: core::fmt::Debug>(
         &self,

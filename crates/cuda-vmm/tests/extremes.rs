@@ -1,7 +1,7 @@
 //! Values near the largest in every public call that takes one: an error, and never a panic.
 //!
-//! The crate is built with overflow checks in the profile of tests, so that an overflow is a panic. After each call the books
-//! add up, and at the end everything goes back.
+//! The crate is built with overflow checks in the profile of tests, so that an overflow is a panic.
+//! After each call the books add up, and at the end everything goes back.
 
 mod common;
 

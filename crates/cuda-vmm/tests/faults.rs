@@ -1,9 +1,10 @@
-//! Every driver call of every pool operation fails in turn, at every position, and every pair of them
-//! too, so that a call fails together with its undo. After each: the parts add up, the engine's account
-//! agrees with the driver's books, and nothing is lost once the driver works again.
+//! Every driver call of every pool operation fails in turn, at every position, and every pair of
+//! them too, so that a call fails together with its undo. After each: the parts add up, the
+//! engine's account agrees with the driver's books, and nothing is lost once the driver works
+//! again.
 //!
-//! The environment chooses the driver (`common/under_test.rs`): an interposer fails a real driver's calls as it does
-//! a simulated one's.
+//! The environment chooses the driver (`common/under_test.rs`): an interposer fails a real driver's
+//! calls as it does a simulated one's.
 
 mod common;
 
@@ -450,8 +451,8 @@ fn eight_parked(f: &Fixture) -> Result<()> {
     Ok(())
 }
 
-/// Runs a case with the calls of these numbers failing; says how many calls it made. Everything is given back at
-/// the end.
+/// Runs a case with the calls of these numbers failing; says how many calls it made. Everything is
+/// given back at the end.
 fn run(case: &Case, failing: &[u64], code: CUresult) -> usize {
     let what = format!("{} with calls {failing:?} failing with {code}", case.name);
     let before = under_test().interposer.books();

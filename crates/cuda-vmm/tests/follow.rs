@@ -1,4 +1,5 @@
-//! Memory that is taken back before the device has finished with it: streams wait for it, callers do not.
+//! Memory that is taken back before the device has finished with it: streams wait for it, callers
+//! do not.
 //!
 //! A declared capture is the whole process's, so these tests take turns.
 
@@ -35,7 +36,8 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// A page that was freed while a write to it waits to be run on the first of so many named streams.
+    /// A page that was freed while a write to it waits to be run on the first of so many named
+    /// streams.
     fn freed_under_a_write(named: usize) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let simulated = Simulated::default();

@@ -1,5 +1,5 @@
-//! Every noun and both pools are made and given back over and over, in all the ways in which they can end; what the
-//! process and the device hold is the same afterwards.
+//! Every noun and both pools are made and given back over and over, in all the ways in which they
+//! can end; what the process and the device hold is the same afterwards.
 //!
 //! The environment chooses the driver, the devices and the page (`common/under_test.rs`).
 
@@ -26,8 +26,8 @@ fn round_count() -> usize {
     ((128 << 20) / page()).clamp(5, 50)
 }
 
-/// Does something once to warm the driver, and then many times without anything staying behind, on each
-/// device.
+/// Does something once to warm the driver, and then many times without anything staying behind, on
+/// each device.
 #[track_caller]
 fn rounds(act: impl Fn(&Device)) {
     let under_test = under_test();

@@ -1,4 +1,5 @@
-//! Memory that was handed out stays as it is until its token is released, whatever is freed or dropped before.
+//! Memory that was handed out stays as it is until its token is released, whatever is freed or
+//! dropped before.
 
 mod common;
 #[path = "lease/random.rs"]
@@ -156,7 +157,8 @@ fn a_page_is_leased_only_where_its_owner_has_nothing_in_it() {
     pool.allocate(0, 4 * PAGE).expect("room");
     let token = Arc::new(());
     pool.lease(PAGE / 2, 2 * PAGE, token.clone()).expect("live");
-    // Of the three leased pages the first stays the owner's in part, and the last in its second half.
+    // Of the three leased pages the first stays the owner's in part, and the last in its second
+    // half.
     pool.deallocate(PAGE / 4, 2 * PAGE).expect("live");
     let stats = pool.stats();
     assert_eq!(
@@ -450,7 +452,8 @@ fn each_driver_call_of_giving_leased_memory_back_may_fail() {
     }
 }
 
-/// Nobody but the engine itself holds it, for the sake of two leases; the first that ends takes nothing from the second.
+/// Nobody but the engine itself holds it, for the sake of two leases; the first that ends takes
+/// nothing from the second.
 #[test]
 fn an_engine_lives_until_the_last_lease_of_the_last_of_its_pools() {
     let simulated = Simulated::new(cuda_vmm::sim::SimConfig::new().memory_bytes(4 * PAGE));
@@ -512,8 +515,8 @@ fn freeing_leased_bytes_wakes_the_worker() {
     }
 }
 
-/// A page that was leased and is freed with its lease over, while work that the lease's holder queued is behind a gate, on a
-/// stream of this device or another that nobody named.
+/// A page that was leased and is freed with its lease over, while work that the lease's holder
+/// queued is behind a gate, on a stream of this device or another that nobody named.
 fn freed_after_a_lease(
     devices: usize,
     gated: usize,

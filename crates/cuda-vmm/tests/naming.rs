@@ -1,4 +1,5 @@
-//! Streams that are named for a pool, forgotten, and let go: what a free asks, and what it waits for.
+//! Streams that are named for a pool, forgotten, and let go: what a free asks, and what it waits
+//! for.
 
 mod common;
 

@@ -49,7 +49,8 @@ fn adds_up(snapshot: &Snapshot) {
     assert_eq!(sum, engine.parts, "{snapshot:?}");
 }
 
-/// What is no model's, where the cache is all that can be: nothing but that, and what is on its way out of it.
+/// What is no model's, where the cache is all that can be: nothing but that, and what is on its way
+/// out of it.
 #[track_caller]
 fn only_the_cache_is_nobodys(snapshot: &Snapshot) {
     let mut cache = MemoryParts::default();

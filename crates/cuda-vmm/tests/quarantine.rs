@@ -149,7 +149,8 @@ fn what_an_engine_cannot_unmap_stays_charged_and_is_not_handed_out() {
         );
         assert!(error.is_retryable() && !error.is_permanent());
         assert_eq!(error.shortfall_bytes(), 0);
-        // Elsewhere there is room for one page, and no more: the rest of the budget is in quarantine.
+        // Elsewhere there is room for one page, and no more: the rest of the budget is in
+        // quarantine.
         let error = pool.allocate(2 * PAGE, 2 * PAGE).expect_err("no room");
         assert_eq!(
             error,
@@ -281,7 +282,8 @@ fn what_a_failed_allocation_cannot_undo_wakes_the_worker() {
     }
 }
 
-/// Both ways in which an engine learns that the device has finished refuse for as long as they are asked.
+/// Both ways in which an engine learns that the device has finished refuse for as long as they are
+/// asked.
 #[test]
 fn a_driver_that_cannot_say_whether_it_has_finished_is_an_error_and_no_endless_wait() {
     for worker in [WorkerMode::Manual, WorkerMode::Thread] {

@@ -1,7 +1,7 @@
 //! Random operations on both pools against a plain model: a million steps in a release build.
 //!
-//! The model keeps one flag for each quarter of a page. An allocation is refused for want of memory only if
-//! the live pages and the new ones exceed the limit: all else can be given up.
+//! The model keeps one flag for each quarter of a page. An allocation is refused for want of memory
+//! only if the live pages and the new ones exceed the limit: all else can be given up.
 
 mod common;
 
@@ -87,7 +87,8 @@ fn operation() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// Operations that belong together: mostly one, and sometimes what it takes to have much to compact.
+/// Operations that belong together: mostly one, and sometimes what it takes to have much to
+/// compact.
 fn operations() -> impl Strategy<Value = Vec<Operation>> {
     let faults = prop::collection::vec(1..40u64, 0..3);
     let freed = prop::collection::vec(0..UNITS / 4, 1..16);
@@ -116,7 +117,8 @@ impl Drop for Release {
     }
 }
 
-/// With chunks of several pages a partial free leaves slack, which only compaction gives up: the pool says how much.
+/// With chunks of several pages a partial free leaves slack, which only compaction gives up: the
+/// pool says how much.
 fn run(
     steps: Vec<Operation>,
     options: EngineOptions,
@@ -326,8 +328,8 @@ fn run(
                     simulator.hold_work();
                     held = true;
                     let address = base_address + (at * UNIT) as u64;
-                    // SAFETY: the unit is live, and its page stays mapped until the work has run, which is what is
-                    // tested: the simulator would poison the context.
+                    // SAFETY: the unit is live, and its page stays mapped until the work has run,
+                    // which is what is tested: the simulator would poison the context.
                     let written = unsafe { stream.memset(address, 7, UNIT) };
                     prop_assert!(written.is_ok() || faulty, "{what}: {written:?}");
                 }
@@ -420,7 +422,8 @@ fn run(
     Ok(())
 }
 
-/// 1,000 cases of 1,000 steps in a release build; enough of them in a debug build to find what is plain.
+/// 1,000 cases of 1,000 steps in a release build; enough of them in a debug build to find what is
+/// plain.
 fn cases() -> u32 {
     if cfg!(debug_assertions) { 12 } else { 1_000 }
 }

@@ -1,5 +1,5 @@
-//! Freed memory stays mapped until the device has finished with it, and nobody waits for that but who
-//! needs those very bytes.
+//! Freed memory stays mapped until the device has finished with it, and nobody waits for that but
+//! who needs those very bytes.
 
 mod common;
 
@@ -56,8 +56,8 @@ impl Fixture {
         Stream::new(&self.device).expect("stream")
     }
 
-    /// A pool with a named stream that has a write to `live` pages queued, which runs when it is let, and the first
-    /// `freed` of those pages freed.
+    /// A pool with a named stream that has a write to `live` pages queued, which runs when it is
+    /// let, and the first `freed` of those pages freed.
     fn freed_under_a_write(&self, live: usize, freed: usize) -> (VirtualMemoryPool, Stream) {
         let (pool, stream) = (self.pool(), self.stream());
         pool.use_stream(&stream).expect("same device");
@@ -114,8 +114,8 @@ fn without_a_named_stream_all_work_of_the_context_is_waited_for() {
             "not on the caller's thread"
         );
         fixture.simulator.release_work();
-        // An old driver needs a context synchronise, which waits; a new one a fence, which may still be
-        // pending.
+        // An old driver needs a context synchronise, which waits; a new one a fence, which may
+        // still be pending.
         stream.synchronize().expect("the write was legal");
         assert_eq!(
             fixture.engine.step().drained_bytes,

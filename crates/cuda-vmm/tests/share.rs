@@ -68,8 +68,8 @@ fn what_one_side_writes_the_other_reads() {
     });
 }
 
-/// Both processes use the same driver: on a GPU both are real. The descriptor is the second process's standard
-/// input.
+/// Both processes use the same driver: on a GPU both are real. The descriptor is the second
+/// process's standard input.
 #[test]
 fn a_second_process_has_the_same_bytes() {
     const TEST: &str = "a_second_process_has_the_same_bytes";
@@ -106,7 +106,8 @@ fn an_importer_that_is_killed_takes_nothing_with_it() {
         write(&stream, &mapping, b"imported");
         println!("{READY}");
         loop {
-            // SAFETY: all of the mapping, which lives as long as the process, behind its first eight bytes.
+            // SAFETY: all of the mapping, which lives as long as the process, behind its first
+            // eight bytes.
             unsafe { stream.memset(mapping.address() + 8, 1, mapping.bytes() - 8) }
                 .expect("queued");
             stream.synchronize().expect("done");

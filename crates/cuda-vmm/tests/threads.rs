@@ -11,7 +11,8 @@ use rand::{Rng, SeedableRng};
 const PAGE: usize = 2 << 20;
 const THREADS: usize = 8;
 
-/// Every byte is back at once; the engine itself may end a moment later, with its worker's last step.
+/// Every byte is back at once; the engine itself may end a moment later, with its worker's last
+/// step.
 fn all_is_back(simulator: &Simulator) {
     let books = simulator.books(0);
     assert_eq!((books.physical_bytes, books.reservations), (0, 0));

@@ -267,7 +267,8 @@ impl ElasticBlocks {
     ///
     /// On a CUDA device it chooses no block that a living prefix shows.
     ///
-    /// [`BlockBacking::reclaim_candidates`]: cuda_vmm::pool::blocks::BlockBacking::reclaim_candidates
+    /// [`BlockBacking::reclaim_candidates`]:
+    /// cuda_vmm::pool::blocks::BlockBacking::reclaim_candidates
     pub fn reclaim_candidates(
         &self,
         bytes: usize,

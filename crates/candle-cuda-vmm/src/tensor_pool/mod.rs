@@ -27,8 +27,9 @@ use std::sync::Arc;
 /// # On a CPU device
 /// It needs the feature `simulator`. Tensors are plain Candle tensors, which move when they grow;
 /// results are the same. Each has a range on the simulated device too, and the pool's engine counts
-/// the memory there, page by page, as it does on a GPU. So limits, refusals and statistics are those
-/// of a GPU, and admission and pressure can be tested without one. Host memory is not counted.
+/// the memory there, page by page, as it does on a GPU. So limits, refusals and statistics are
+/// those of a GPU, and admission and pressure can be tested without one. Host memory is not
+/// counted.
 ///
 /// One thing differs: Candle does not tell when a view on the CPU is dropped. So a view holds no
 /// page, and freed pages leave the engine at once.

@@ -1,5 +1,5 @@
-//! One limit for tensors, caches and blocks: the pages that each takes, and what is refused. Nothing
-//! here launches a kernel, because simulated devices have none.
+//! One limit for tensors, caches and blocks: the pages that each takes, and what is refused.
+//! Nothing here launches a kernel, because simulated devices have none.
 
 use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Tensor};

@@ -11,8 +11,8 @@ const GIB: f64 = (1_u64 << 30) as f64;
 ///
 /// Replays requests against a SharedMemoryPool: the KV cache of each request grows token by token
 /// in its model's range of addresses and is given back when the request ends. Beside it stands what
-/// a static split of the same memory would have refused. Runs on a GPU if there is one, otherwise on
-/// the simulated driver.
+/// a static split of the same memory would have refused. Runs on a GPU if there is one, otherwise
+/// on the simulated driver.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "demo", after_long_help = EXPLANATION)]
 pub struct Arguments {

@@ -33,8 +33,8 @@ impl Drop for Closer<'_> {
 }
 
 impl<'a> Closer<'a> {
-    /// Marks a range as closed, and as being closed by this thread; `None` if it is closed already. An allocation of another
-    /// thread that is under way ends first, and so does a move.
+    /// Marks a range as closed, and as being closed by this thread; `None` if it is closed already.
+    /// An allocation of another thread that is under way ends first, and so does a move.
     fn begin(engine: &'a Inner, id: RangeId, account: &Account) -> Option<Self> {
         // Before the guard of the lock, so that it is dropped after that, also if something panics.
         let mut closer = Self { engine, id: None };
@@ -95,7 +95,8 @@ impl RangeHandle {
             }
         }
         drop(closer);
-        // What others let go since the last look, and left because this thread was closing the range.
+        // What others let go since the last look, and left because this thread was closing the
+        // range.
         drained = engine.give_up(Scope::Range(id), |_| false).1.and(drained);
         engine.finish_closing();
         if self.await_ending(engine) {

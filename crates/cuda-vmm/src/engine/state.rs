@@ -27,8 +27,8 @@ pub(crate) struct StateLock {
     pub(crate) state: Mutex<State>,
     /// Signalled when something has changed.
     pub(crate) changed: Condvar,
-    /// Threads that wait for `changed`, and listeners. All threads that free memory read it without the lock, and
-    /// it changes seldom.
+    /// Threads that wait for `changed`, and listeners. All threads that free memory read it without
+    /// the lock, and it changes seldom.
     pub(crate) waiting: Apart<AtomicUsize>,
     /// Tasks that wait for a change; each counts in `waiting`.
     pub(crate) listeners: Listeners,

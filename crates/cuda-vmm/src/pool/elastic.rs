@@ -16,19 +16,20 @@ use core::ops;
 
 /// A range of device addresses that is backed by memory only where it is in use.
 ///
-/// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live, so
-/// neighbours may share a page: a cache can grow token by token. The contents of bytes are undefined
-/// until written.
+/// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live,
+/// so neighbours may share a page: a cache can grow token by token. The contents of bytes are
+/// undefined until written.
 ///
-/// Freed pages are given back when the device has finished with them: after the work then queued on the
-/// streams that were named by [`use_stream`](Self::use_stream), or, where none was, after all work of the
-/// context. Nothing here waits for that but `allocate`, when it needs those very pages.
+/// Freed pages are given back when the device has finished with them: after the work then queued on
+/// the streams that were named by [`use_stream`](Self::use_stream), or, where none was, after all
+/// work of the context. Nothing here waits for that but `allocate`, when it needs those very pages.
 ///
-/// That is about pages. Bytes that are freed in a page which a neighbour keeps live can be allocated again at
-/// once, while work on them may still run: who hands such bytes from one stream to another orders the two.
+/// That is about pages. Bytes that are freed in a page which a neighbour keeps live can be
+/// allocated again at once, while work on them may still run: who hands such bytes from one stream
+/// to another orders the two.
 ///
-/// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything back, and
-/// waits for the device to do so.
+/// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything
+/// back, and waits for the device to do so.
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     pub(super) range: RangeHandle,
@@ -38,11 +39,12 @@ pub struct VirtualMemoryPool {
 }
 
 impl VirtualMemoryPool {
-    /// A pool of `capacity_bytes` of addresses, with an engine of its own whose budget is the device's
-    /// memory.
+    /// A pool of `capacity_bytes` of addresses, with an engine of its own whose budget is the
+    /// device's memory.
     ///
-    /// `page_bytes` is a power of two of at least the device's granularity. The capacity may be any number
-    /// and may exceed the device's memory; the addresses reserved are rounded up to whole pages.
+    /// `page_bytes` is a power of two of at least the device's granularity. The capacity may be any
+    /// number and may exceed the device's memory; the addresses reserved are rounded up to whole
+    /// pages.
     ///
     /// # Errors
     /// [`VmmError::InvalidPageSize`](crate::VmmError::InvalidPageSize);
@@ -65,8 +67,8 @@ impl VirtualMemoryPool {
     /// As [`on_engine`](Self::on_engine), as the options say.
     ///
     /// # Errors
-    /// As [`new`](Self::new); [`VmmError::QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable) if
-    /// `ahead_bytes_min` is above `ahead_bytes_max`.
+    /// As [`new`](Self::new); [`VmmError::QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable)
+    /// if `ahead_bytes_min` is above `ahead_bytes_max`.
     pub fn with_options(
         engine: &Engine,
         capacity_bytes: usize,
@@ -98,29 +100,32 @@ impl VirtualMemoryPool {
         })
     }
 
-    /// Makes `bytes` bytes at `offset` live and returns their address. Edges need not be aligned to pages:
-    /// exactly the bytes named are live, and every page that they touch is backed.
+    /// Makes `bytes` bytes at `offset` live and returns their address. Edges need not be aligned to
+    /// pages: exactly the bytes named are live, and every page that they touch is backed.
     ///
     /// Waits only for retiring memory, and only if that satisfies it. Where streams are named by
-    /// [`use_stream`](Self::use_stream), pages that are retiring at these very addresses are taken back at once: the streams
-    /// are made to wait for what the device still does with them (`cuStreamWaitEvent`; no call where one stream is named),
-    /// so new work on any named stream comes after it. While a [`CaptureGuard`](crate::CaptureGuard) lives, the caller waits.
+    /// [`use_stream`](Self::use_stream), pages that are retiring at these very addresses are taken
+    /// back at once: the streams are made to wait for what the device still does with them
+    /// (`cuStreamWaitEvent`; no call where one stream is named), so new work on any named stream
+    /// comes after it. While a [`CaptureGuard`](crate::CaptureGuard) lives, the caller waits.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Overflow`](crate::VmmError::Overflow),
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
     /// [`VmmError::AlreadyMapped`](crate::VmmError::AlreadyMapped) if some of the bytes are live,
-    /// [`VmmError::Leased`](crate::VmmError::Leased) if some were freed while they were leased and still are;
-    /// [`VmmError::OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory) if the budget has no room,
-    /// [`VmmError::Driver`](crate::VmmError::Driver) if the device has none or a call failed;
-    /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), [`VmmError::Closed`](crate::VmmError::Closed).
-    /// After an error everything is as before.
+    /// [`VmmError::Leased`](crate::VmmError::Leased) if some were freed while they were leased and
+    /// still are; [`VmmError::OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory) if the
+    /// budget has no room, [`VmmError::Driver`](crate::VmmError::Driver) if the device has none or
+    /// a call failed; [`VmmError::Quarantined`](crate::VmmError::Quarantined),
+    /// [`VmmError::Closed`](crate::VmmError::Closed). After an error everything is as before.
     pub fn allocate(&self, offset: usize, bytes: usize) -> Result<u64> {
         self.take(Place::At(offset), bytes, &Patience::Retiring)
     }
 
-    /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is an
-    /// error for which [`is_retryable`](crate::VmmError::is_retryable) holds, and which says how much is retiring.
+    /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is
+    /// an error for which [`is_retryable`](crate::VmmError::is_retryable) holds, and which says how
+    /// much is retiring.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
@@ -128,12 +133,14 @@ impl VirtualMemoryPool {
         self.take(Place::At(offset), bytes, &Patience::None)
     }
 
-    /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of `alignment` bytes
-    /// from the base.
+    /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of
+    /// `alignment` bytes from the base.
     ///
     /// # Errors
-    /// As [`allocate`](Self::allocate); [`VmmError::OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory) if no run of unused addresses is
-    /// long enough; [`VmmError::ZeroSize`](crate::VmmError::ZeroSize) for an alignment of 0.
+    /// As [`allocate`](Self::allocate);
+    /// [`VmmError::OutOfVirtualMemory`](crate::VmmError::OutOfVirtualMemory) if no run of unused
+    /// addresses is long enough; [`VmmError::ZeroSize`](crate::VmmError::ZeroSize) for an alignment
+    /// of 0.
     pub fn allocate_anywhere(&self, bytes: usize, alignment: usize) -> Result<u64> {
         if alignment == 0 {
             return Err(crate::VmmError::ZeroSize { what: "alignment" });
@@ -146,28 +153,30 @@ impl VirtualMemoryPool {
         Ok(self.base_address + offset as u64)
     }
 
-    /// Ends the life of `bytes` bytes at `offset`; all of them must be live, but they need not be what one
-    /// `allocate` made. Never waits for the device.
+    /// Ends the life of `bytes` bytes at `offset`; all of them must be live, but they need not be
+    /// what one `allocate` made. Never waits for the device.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Overflow`](crate::VmmError::Overflow),
     /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
-    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and then none
-    /// is freed.
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live, and
+    /// then none is freed.
     pub fn deallocate(&self, offset: usize, bytes: usize) -> Result<()> {
         self.range.deallocate(&[(offset, bytes)])
     }
 
-    /// Ends the life of several parts at once, each given by its offset and its bytes, in any order. Never waits for the
-    /// device.
+    /// Ends the life of several parts at once, each given by its offset and its bytes, in any
+    /// order. Never waits for the device.
     ///
-    /// Their memory retires behind the same fences: one event on each stream that was named, however many parts there are.
-    /// So who frees what came to its end in a step of a model records once. For no parts nothing is done.
+    /// Their memory retires behind the same fences: one event on each stream that was named,
+    /// however many parts there are. So who frees what came to its end in a step of a model records
+    /// once. For no parts nothing is done.
     ///
     /// # Errors
     /// As [`deallocate`](Self::deallocate), for the first part of which it holds;
-    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) also for a part that has bytes in common with one before it in
-    /// the order of addresses. After an error none is freed.
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) also for a part that has bytes in common
+    /// with one before it in the order of addresses. After an error none is freed.
     pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
         match parts.is_empty() {
             true => Ok(()),
@@ -175,14 +184,15 @@ impl VirtualMemoryPool {
         }
     }
 
-    /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named streams
-    /// only. Name all that use it, before they do: work on others is not waited for.
+    /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named
+    /// streams only. Name all that use it, before they do: work on others is not waited for.
     ///
     /// Memory of a pool that was [leased](Self::lease) waits for others as well.
     ///
-    /// Each free asks each named stream, as any may have got work since: of one stream it records an event, of several only
-    /// on those that are not idle. When the last clone of a stream made by [`Stream::new`] is dropped, the pool lets it go:
-    /// it waits once for what is still queued there. [`forget_stream`](Self::forget_stream) does so for any other.
+    /// Each free asks each named stream, as any may have got work since: of one stream it records
+    /// an event, of several only on those that are not idle. When the last clone of a stream made
+    /// by [`Stream::new`] is dropped, the pool lets it go: it waits once for what is still queued
+    /// there. [`forget_stream`](Self::forget_stream) does so for any other.
     ///
     /// # Errors
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
@@ -191,12 +201,14 @@ impl VirtualMemoryPool {
         self.range.use_stream(stream)
     }
 
-    /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and for nothing that it is given
-    /// afterwards: from now on its work must not touch this pool's memory. For a stream that is not named nothing is done.
-    /// Once none is named, freed memory waits for all work of the context again.
+    /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and
+    /// for nothing that it is given afterwards: from now on its work must not touch this pool's
+    /// memory. For a stream that is not named nothing is done. Once none is named, freed memory
+    /// waits for all work of the context again.
     ///
-    /// The pool holds the stream no longer. If it is being captured, or is the per-thread default stream, there is no telling
-    /// when its work ends: then freed memory waits for all work of the context from now on.
+    /// The pool holds the stream no longer. If it is being captured, or is the per-thread default
+    /// stream, there is no telling when its work ends: then freed memory waits for all work of the
+    /// context from now on.
     ///
     /// # Errors
     /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).
@@ -204,7 +216,8 @@ impl VirtualMemoryPool {
         self.range.forget_stream(stream)
     }
 
-    /// Has a stream that is not named come after what is still done with memory that was taken back.
+    /// Has a stream that is not named come after what is still done with memory that was taken
+    /// back.
     pub(super) fn order_stream(&self, stream: &Stream) -> Result<()> {
         self.range.order_stream(stream)
     }
@@ -214,65 +227,79 @@ impl VirtualMemoryPool {
         self.range.add_end(end)
     }
 
-    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until the pin is dropped, for
-    /// the life of a graph that names their addresses.
+    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until
+    /// the pin is dropped, for the life of a graph that names their addresses.
     ///
-    /// A replayed graph uses whatever is mapped at its addresses when it runs, and with nothing mapped there the
-    /// context is beyond use. Pinned memory that is freed is parked and not given back, whatever
-    /// [`EngineOptions::park_bytes_max`] says; it can be allocated again at the same addresses, and then the graph works
-    /// on that. Dropping the pool leaves it to the engine until the last pin is gone.
+    /// A replayed graph uses whatever is mapped at its addresses when it runs, and with nothing
+    /// mapped there the context is beyond use. Pinned memory that is freed is parked and not given
+    /// back, whatever [`EngineOptions::park_bytes_max`] says; it can be allocated again at the same
+    /// addresses, and then the graph works on that. Dropping the pool leaves it to the engine until
+    /// the last pin is gone.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
-    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
-    /// some of the bytes are not live.
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live.
     pub fn pin_for_graph(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
         self.range.pin(offset, bytes)
     }
 
-    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until `token` is released:
-    /// mapped, at its addresses, and nobody else's.
+    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until
+    /// `token` is released: mapped, at its addresses, and nobody else's.
     ///
-    /// For memory that was handed to something which tells of its end by a value that is shared no longer, such as a
-    /// tensor of a framework. The bytes can be freed at any time, and the pool dropped. What is leased then is counted as
-    /// [`leased_bytes`](crate::MemoryParts::leased_bytes), its allocation returns [`VmmError::Leased`](crate::VmmError::Leased), and
-    /// it retires when the engine finds the token released: behind fences recorded then, since a token says nothing of
-    /// work that is queued.
+    /// For memory that was handed to something which tells of its end by a value that is shared no
+    /// longer, such as a tensor of a framework. The bytes can be freed at any time, and the pool
+    /// dropped. What is leased then is counted as
+    /// [`leased_bytes`](crate::MemoryParts::leased_bytes), its allocation returns
+    /// [`VmmError::Leased`](crate::VmmError::Leased), and it retires when the engine finds the
+    /// token released: behind fences recorded then, since a token says nothing of work that is
+    /// queued.
     ///
-    /// That work may be on any stream of any device, of which nobody names all. So from the first lease on, whatever is freed
-    /// of this pool, leased or not, waits for all work of the context, and of the contexts of other devices in use in this
-    /// process, in place of the streams that are named: one event of each (`cuCtxRecordEvent`), and no other calls. While a
-    /// capture is declared, and with drivers before CUDA 12.5, it waits for a context synchronise. Several leases may cover the same bytes. The token is looked at by the engine's steps, and by
-    /// calls that need memory; it is dropped soon after it is released, on any thread.
+    /// That work may be on any stream of any device, of which nobody names all. So from the first
+    /// lease on, whatever is freed of this pool, leased or not, waits for all work of the context,
+    /// and of the contexts of other devices in use in this process, in place of the streams that
+    /// are named: one event of each (`cuCtxRecordEvent`), and no other calls. While a capture is
+    /// declared, and with drivers before CUDA 12.5, it waits for a context synchronise. Several
+    /// leases may cover the same bytes. The token is looked at by the engine's steps, and by calls
+    /// that need memory; it is dropped soon after it is released, on any thread.
     ///
     /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
     ///
-    /// The engine keeps the token until then. One that owns the pool keeps it too; let it hold a `Weak`.
+    /// The engine keeps the token until then. One that owns the pool keeps it too; let it hold a
+    /// `Weak`.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize), [`VmmError::Overflow`](crate::VmmError::Overflow),
-    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange); [`VmmError::NotMapped`](crate::VmmError::NotMapped) if
-    /// some of the bytes are not live. The token is then dropped.
+    /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
+    /// [`VmmError::Overflow`](crate::VmmError::Overflow),
+    /// [`VmmError::OutOfRange`](crate::VmmError::OutOfRange);
+    /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) if some of the bytes are not live. The
+    /// token is then dropped.
     pub fn lease(&self, offset: usize, bytes: usize, token: impl LeaseToken) -> Result<()> {
         self.range.lease(offset, bytes, Box::new(token))
     }
 
-    /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false if the pool was closed.
+    /// Whether a lease whose token is not released covers any of `bytes` bytes at `offset`; false
+    /// if the pool was closed.
     pub fn is_leased(&self, offset: usize, bytes: usize) -> bool {
         self.range.is_leased(offset, bytes)
     }
 
-    /// Has `stream` come after all work that was queued under leases, so that it may write where one is over: the device
-    /// need not have finished with bytes when their token is released. Waits for nothing if the driver records events of
-    /// contexts (CUDA 12.5 or newer), and otherwise for the device.
+    /// Has `stream` come after all work that was queued under leases, so that it may write where
+    /// one is over: the device need not have finished with bytes when their token is released.
+    /// Waits for nothing if the driver records events of contexts (CUDA 12.5 or newer), and
+    /// otherwise for the device.
     ///
-    /// That takes an event of each context in use and a wait for those that are not past (`cuCtxRecordEvent`,
-    /// `cuStreamWaitEvent`), and nothing at all for a pool that was never leased. False if there is no telling, and then
-    /// nothing is done: a capture is declared, or `stream` is being captured.
+    /// That takes an event of each context in use and a wait for those that are not past
+    /// (`cuCtxRecordEvent`, `cuStreamWaitEvent`), and nothing at all for a pool that was never
+    /// leased. False if there is no telling, and then nothing is done: a capture is declared, or
+    /// `stream` is being captured.
     ///
     /// # Errors
-    /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice), [`VmmError::WrongDriver`](crate::VmmError::WrongDriver),
-    /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed).
+    /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
+    /// [`VmmError::WrongDriver`](crate::VmmError::WrongDriver),
+    /// [`VmmError::Driver`](crate::VmmError::Driver),
+    /// [`VmmError::Closed`](crate::VmmError::Closed).
     pub fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
         self.range.order_after_leases(stream)
     }
@@ -330,7 +357,8 @@ impl VirtualMemoryPool {
         self.range.stats()
     }
 
-    /// Gives back what the engine holds, is not live, and the device has finished with; returns the bytes.
+    /// Gives back what the engine holds, is not live, and the device has finished with; returns the
+    /// bytes.
     ///
     /// # Errors
     /// As [`Engine::trim`].
@@ -338,29 +366,33 @@ impl VirtualMemoryPool {
         self.engine().trim()
     }
 
-    /// Gives back slack, pages without live bytes in chunks that have others, by moving the live pages to chunks that
-    /// fit. Addresses and contents of live bytes stay.
+    /// Gives back slack, pages without live bytes in chunks that have others, by moving the live
+    /// pages to chunks that fit. Addresses and contents of live bytes stay.
     ///
-    /// Where [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) makes each page a chunk there is no
-    /// slack. Otherwise, for each chunk that is live in part: new memory is made
-    /// (`cuMemCreate`) and mapped at addresses aside, the live pages are copied (`cuMemcpyDtoDAsync` on a stream of
-    /// its own) and waited for, the old memory is unmapped and the new is mapped in its place (`cuMemUnmap`, `cuMemMap`,
-    /// `cuMemSetAccess`); only then is the old memory released (`cuMemRelease`).
+    /// Where [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) makes each
+    /// page a chunk there is no slack. Otherwise, for each chunk that is live in part: new memory
+    /// is made (`cuMemCreate`) and mapped at addresses aside, the live pages are copied
+    /// (`cuMemcpyDtoDAsync` on a stream of its own) and waited for, the old memory is unmapped and
+    /// the new is mapped in its place (`cuMemUnmap`, `cuMemMap`, `cuMemSetAccess`); only then is
+    /// the old memory released (`cuMemRelease`).
     ///
-    /// No work may be launched on the pool's memory meanwhile, which is why this takes `&mut self`; all that is queued
-    /// on the streams that were named, or on any where none was, is waited for first. Other pools go on, and so do
-    /// other threads that free bytes of this one.
+    /// No work may be launched on the pool's memory meanwhile, which is why this takes `&mut self`;
+    /// all that is queued on the streams that were named, or on any where none was, is waited for
+    /// first. Other pools go on, and so do other threads that free bytes of this one.
     ///
-    /// The budget must have room for the live pages of one chunk, which are held twice for a moment; parked memory is
-    /// given up for that. A chunk for which there is no room stays as it is. While a [`CaptureGuard`](crate::CaptureGuard)
-    /// lives, or a stream that was named is captured, nothing is moved.
+    /// The budget must have room for the live pages of one chunk, which are held twice for a
+    /// moment; parked memory is given up for that. A chunk for which there is no room stays as it
+    /// is. While a [`CaptureGuard`](crate::CaptureGuard) lives, or a stream that was named is
+    /// captured, nothing is moved.
     ///
     /// # Errors
-    /// [`VmmError::Driver`](crate::VmmError::Driver), [`VmmError::Closed`](crate::VmmError::Closed),
-    /// [`VmmError::Forked`](crate::VmmError::Forked). After an error live bytes are where they were, with their
-    /// contents. Only if the driver also refuses to undo what it did, they are kept in quarantine: `allocate` and
-    /// `deallocate` of them answer [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used,
-    /// until a later `compact`, [`trim`](Self::trim) or step has mapped them again.
+    /// [`VmmError::Driver`](crate::VmmError::Driver),
+    /// [`VmmError::Closed`](crate::VmmError::Closed),
+    /// [`VmmError::Forked`](crate::VmmError::Forked). After an error live bytes are where they
+    /// were, with their contents. Only if the driver also refuses to undo what it did, they are
+    /// kept in quarantine: `allocate` and `deallocate` of them answer
+    /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used, until a
+    /// later `compact`, [`trim`](Self::trim) or step has mapped them again.
     pub fn compact(&mut self) -> Result<CompactReport> {
         self.range.compact()
     }
@@ -372,16 +404,16 @@ impl VirtualMemoryPool {
     /// As [`compact`](Self::compact).
     ///
     /// # Safety
-    /// No work that uses the pool's memory may be launched, by any thread, from the beginning of the
-    /// call to its end: pages are unmapped for a moment, and what is written to the old memory after
-    /// it was copied is lost. Work that was queued before, on the streams that were named for the
-    /// pool or on any if none was, is waited for.
+    /// No work that uses the pool's memory may be launched, by any thread, from the beginning of
+    /// the call to its end: pages are unmapped for a moment, and what is written to the old memory
+    /// after it was copied is lost. Work that was queued before, on the streams that were named for
+    /// the pool or on any if none was, is waited for.
     pub unsafe fn compact_shared(&self) -> Result<CompactReport> {
         self.range.compact()
     }
 
-    /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was closed. Makes no driver
-    /// calls.
+    /// What [`compact`](Self::compact) would move and give back now; all zero if the pool was
+    /// closed. Makes no driver calls.
     pub fn compact_report(&self) -> CompactReport {
         self.range.compact_report().unwrap_or_default()
     }
@@ -396,7 +428,8 @@ impl VirtualMemoryPool {
         self.range.engine()
     }
 
-    /// Gives everything back, waiting for the device, and returns the error that dropping would hide.
+    /// Gives everything back, waiting for the device, and returns the error that dropping would
+    /// hide.
     ///
     /// # Errors
     /// The driver's, if it refused; the engine keeps and retries what is left.

@@ -1,4 +1,5 @@
-//! What callers hold: one elastic range, many models under one limit, or the blocks of a paged cache.
+//! What callers hold: one elastic range, many models under one limit, or the blocks of a paged
+//! cache.
 
 pub mod blocks;
 mod elastic;

@@ -98,7 +98,8 @@ fn a_plan_that_is_no_longer_true_changes_nothing() {
     let _turn = turn();
     let mut fixture = Fixture::new(Shapes::Vectors, 64, manual());
     fixture.back((0..64).filter(|block| *block != 5));
-    // Page 0 is evicted, which empties only if block 5 stays away, and of page 1 one block is moved into page 2.
+    // Page 0 is evicted, which empties only if block 5 stays away, and of page 1 one block is moved
+    // into page 2.
     let plan = |fixture: &Fixture| {
         let cost = |block| (block < 31 || block == 40).then_some(0.0);
         let bytes = 4 * PAGE;

@@ -1,4 +1,5 @@
-//! The copies of a commit, on the stream that it is given: what waits for them, and that nothing else does.
+//! The copies of a commit, on the stream that it is given: what waits for them, and that nothing
+//! else does.
 
 use crate::common::{Gate, manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};

@@ -1,4 +1,5 @@
-//! Every driver call of every operation fails in turn, and pairs of them, so that a call fails with its undo.
+//! Every driver call of every operation fails in turn, and pairs of them, so that a call fails with
+//! its undo.
 
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};

@@ -1,5 +1,5 @@
-//! A prefix cache as paged engines have one: blocks that no sequence uses keep their contents until they are reused, the
-//! least recently used first, and what is idle goes back.
+//! A prefix cache as paged engines have one: blocks that no sequence uses keep their contents until
+//! they are reused, the least recently used first, and what is idle goes back.
 
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};

@@ -1,4 +1,5 @@
-//! Random operations on a backing against a plain model: which blocks are backed, and every byte of them.
+//! Random operations on a backing against a plain model: which blocks are backed, and every byte of
+//! them.
 
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};

@@ -1,4 +1,5 @@
-//! Threads that share a backing: nothing is handed out twice, nothing is lost, nobody reads another's bytes.
+//! Threads that share a backing: nothing is handed out twice, nothing is lost, nobody reads
+//! another's bytes.
 
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};

@@ -1,7 +1,7 @@
 //! A kernel that gathers blocks by a table of their numbers, as attention over paged caches does.
 //!
-//! The kernel is `gather.cu`. Its PTX is committed, so that no build needs a CUDA compiler;
-//! `cargo xtask test --cuda` keeps the two in step. The simulated driver has no kernels. There a host
+//! The kernel is `gather.cu`. Its PTX is committed, so that no build needs a CUDA compiler; `cargo
+//! xtask test --cuda` keeps the two in step. The simulated driver has no kernels. There a host
 //! function on the stream does the same: mapped addresses are addresses of the host.
 
 use super::with_context;
@@ -10,7 +10,8 @@ use core::ptr::null_mut;
 use cuda_vmm::sys::{CUDA_SUCCESS, CUfunction, CUmodule, CUresult, CUstream};
 use cuda_vmm::{Device, DriverKind};
 
-/// The PTX of `gather.cu`: `out[row] = pool[table[row]]`, where a row has `words` words of four bytes.
+/// The PTX of `gather.cu`: `out[row] = pool[table[row]]`, where a row has `words` words of four
+/// bytes.
 const PTX: &str = concat!(include_str!("gather.ptx"), "\0");
 
 /// Threads of a block.
@@ -54,8 +55,8 @@ impl Gather {
     /// Queues the gather, or adds it to the stream's capture.
     ///
     /// # Safety
-    /// When it runs, the table, the blocks that it names and the rows are mapped and open to the device; and
-    /// `self` lives until nothing can run it any more.
+    /// When it runs, the table, the blocks that it names and the rows are mapped and open to the
+    /// device; and `self` lives until nothing can run it any more.
     pub unsafe fn launch(&mut self, stream: CUstream, rows: Rows) -> CUresult {
         let device = self.device.clone();
         let table = device.driver().table();
@@ -75,8 +76,8 @@ impl Gather {
                     (&raw mut words).cast(),
                 ];
                 let launch = device.driver().table().cuLaunchKernel;
-                // SAFETY: the parameters are those that the kernel declares, and are read before the call
-                // returns; the memory is the caller's promise.
+                // SAFETY: the parameters are those that the kernel declares, and are read before
+                // the call returns; the memory is the caller's promise.
                 unsafe {
                     launch(
                         function,

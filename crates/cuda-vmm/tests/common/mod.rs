@@ -48,14 +48,15 @@ impl Simulated {
         self.simulator.books(0)
     }
 
-    /// Lets no work start until it is let go, or the result is dropped, so that a test that fails does not
-    /// hang.
+    /// Lets no work start until it is let go, or the result is dropped, so that a test that fails
+    /// does not hang.
     pub fn hold_work(&self) -> Held<'_> {
         self.simulator.hold_work();
         Held(&self.simulator)
     }
 
-    /// Does something that must leave the driver's books as they were, and hands on what came of it.
+    /// Does something that must leave the driver's books as they were, and hands on what came of
+    /// it.
     #[track_caller]
     pub fn unchanged<T>(&self, act: impl FnOnce() -> T) -> T {
         let before = self.books();
@@ -137,7 +138,8 @@ struct GateState {
 }
 
 impl Gate {
-    /// Queues a host function (`cuLaunchHostFunc`) on the stream that waits until the gate is opened.
+    /// Queues a host function (`cuLaunchHostFunc`) on the stream that waits until the gate is
+    /// opened.
     pub fn close(device: &Device, stream: cuda_vmm::sys::CUstream) -> Self {
         unsafe extern "C" fn wait(state: *mut core::ffi::c_void) {
             // SAFETY: the pointer is the one reference that `close` gave to this call.
@@ -150,7 +152,8 @@ impl Gate {
         let gate = Self(std::sync::Arc::default());
         let state = std::sync::Arc::into_raw(gate.0.clone());
         with_context(device, || {
-            // SAFETY: the stream is the caller's and alive; the function takes the reference it is given.
+            // SAFETY: the stream is the caller's and alive; the function takes the reference it is
+            // given.
             let code = unsafe {
                 (device.driver().table().cuLaunchHostFunc)(
                     stream,
@@ -212,12 +215,12 @@ pub fn set_current_context(device: &Device, context: cuda_vmm::sys::CUcontext) {
     assert_eq!(code, cuda_vmm::sys::CUDA_SUCCESS, "cuCtxSetCurrent");
 }
 
-/// Runs this in a forked process, which has this thread alone, and returns its status. A child that hangs is ended, and
-/// then this fails.
+/// Runs this in a forked process, which has this thread alone, and returns its status. A child that
+/// hangs is ended, and then this fails.
 ///
 /// # Safety
-/// Allocation must work in the child, as it does with the C library's allocator, and nothing that the child does may count
-/// on other threads.
+/// Allocation must work in the child, as it does with the C library's allocator, and nothing that
+/// the child does may count on other threads.
 #[track_caller]
 pub unsafe fn in_a_child(act: impl FnOnce() -> i32) -> i32 {
     // SAFETY: the child leaves by `_exit`; the rest is the caller's promise.

@@ -98,8 +98,8 @@ impl Models {
         Ok(())
     }
 
-    /// Closes a model's account, and its range unless a handle from [`model`](Self::model) lives: then the range ends
-    /// with the last handle.
+    /// Closes a model's account, and its range unless a handle from [`model`](Self::model) lives:
+    /// then the range ends with the last handle.
     pub fn unregister_model(&self, model: &str) -> Result<()> {
         self.pool.unregister_model(model)?;
         let range = self.ranges().remove(model);

@@ -48,7 +48,8 @@ pub struct Holdings {
     pub free_bytes: Vec<usize>,
 }
 
-/// The driver under test, one for each process. The first to ask is told which on the standard output.
+/// The driver under test, one for each process. The first to ask is told which on the standard
+/// output.
 pub fn under_test() -> &'static UnderTest {
     UNDER_TEST.get_or_init(|| UnderTest::open(SimConfig::new()))
 }
@@ -94,7 +95,8 @@ impl UnderTest {
             }
         };
         let (kind, simulator) = (detected.kind(), detected.simulator().cloned());
-        // SAFETY: the real driver's functions stay for good, and the simulator is kept beside the interposer.
+        // SAFETY: the real driver's functions stay for good, and the simulator is kept beside the
+        // interposer.
         let interposer = unsafe { Interposer::new(*detected.table()) }.expect("a free slot");
         // SAFETY: the interposer is kept beside the driver.
         let driver = unsafe { Driver::from_table(interposer.table(), kind) }.expect("a driver");
@@ -139,8 +141,8 @@ impl UnderTest {
         }
     }
 
-    /// What is held when the process holds nothing but what it opened: the worker of an engine that is gone may have
-    /// a last step to take before.
+    /// What is held when the process holds nothing but what it opened: the worker of an engine that
+    /// is gone may have a last step to take before.
     #[track_caller]
     pub fn settled(&self) -> Holdings {
         let until = Instant::now() + PATIENCE;
@@ -152,11 +154,12 @@ impl UnderTest {
         self.holdings()
     }
 
-    /// What is still held beyond `before` when everything should be given back; `None` if all is as it was, at once or
-    /// within `patience`.
+    /// What is still held beyond `before` when everything should be given back; `None` if all is as
+    /// it was, at once or within `patience`.
     ///
-    /// A worker's last step and what the driver does for itself may take that moment. A real driver may
-    /// have kept some memory for tables of its own; what this process holds is counted to the byte.
+    /// A worker's last step and what the driver does for itself may take that moment. A real driver
+    /// may have kept some memory for tables of its own; what this process holds is counted to the
+    /// byte.
     pub fn left_of(&self, before: &Holdings, patience: Duration) -> Option<String> {
         let allowed_bytes = if self.is_real() { OWN_TABLES_BYTES } else { 0 };
         let until = Instant::now() + patience;

@@ -74,8 +74,8 @@ fn every_pair_of_calls_fails_so_that_a_call_fails_with_its_undo() {
     }
 }
 
-/// A pool whose first chunk is neither moved nor in its place: making it accessible failed, for the new memory, for the
-/// old, and `more` times after that.
+/// A pool whose first chunk is neither moved nor in its place: making it accessible failed, for the
+/// new memory, for the old, and `more` times after that.
 fn stranded(more: u64) -> Fixture {
     stranded_with(more, None)
 }

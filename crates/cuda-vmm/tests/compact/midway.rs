@@ -49,7 +49,8 @@ fn the_rest_of_the_engine_goes_on_and_leaves_it_alone() {
     let mut table = *driver.table();
     *TABLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(table);
     table.cuMemcpyDtoDAsync = waiting_copy;
-    // SAFETY: the simulator, which the fixture keeps, keeps the table valid; the one function that differs calls it.
+    // SAFETY: the simulator, which the fixture keeps, keeps the table valid; the one function that
+    // differs calls it.
     let driver = unsafe { Driver::from_table(table, driver.kind()) }.expect("a driver");
     let device = driver.device(0).expect("a device");
     let simulated = Simulated {

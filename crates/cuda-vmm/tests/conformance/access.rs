@@ -1,7 +1,7 @@
 //! What the device may do through addresses that are unmapped, read-only, or closed to it again.
 //!
-//! A call that names such addresses is refused (`work`). Here the work was queued, or captured, while the memory
-//! was open, and meets it as it is when it runs.
+//! A call that names such addresses is refused (`work`). Here the work was queued, or captured,
+//! while the memory was open, and meets it as it is when it runs.
 
 use crate::Case;
 use crate::common::Gate;
@@ -53,8 +53,8 @@ const READ: (&str, Work) = ("a queued copy", |kit, page, scratch, stream| {
     )
 });
 
-/// Queues work behind a gate, turns the page into something else, and lets the work run. Notes how the work
-/// ended.
+/// Queues work behind a gate, turns the page into something else, and lets the work run. Notes how
+/// the work ended.
 fn queued(kit: &mut Kit, work: Work, turned: Turned) -> (u64, u64) {
     let (page, stream) = (kit.addresses(2), kit.stream());
     let scratch = page + kit.page as u64;

@@ -10,8 +10,9 @@ use std::ptr::without_provenance_mut;
 /// Makes a call of the driver's table and returns its code.
 macro_rules! call {
     ($kit:expr, $name:ident($($argument:expr),* $(,)?)) => {
-        // SAFETY: places for results are references, device addresses are the case's own or are only
-        // looked up, and handles are alive: no case passes one that it has destroyed or released.
+        // SAFETY: places for results are references, device addresses are the case's own or are
+        // only looked up, and handles are alive: no case passes one that it has destroyed or
+        // released.
         unsafe { ($kit.table.$name)($($argument),*) }
     };
 }
@@ -61,7 +62,8 @@ pub fn descriptor(device: c_int, flags: CUmemAccess_flags) -> CUmemAccessDesc {
     }
 }
 
-/// One case's state: what it made, all of which [`finish`](Self::finish) takes away, and its answers.
+/// One case's state: what it made, all of which [`finish`](Self::finish) takes away, and its
+/// answers.
 ///
 /// The device's context is current on the thread that runs the case.
 pub struct Kit {
@@ -77,7 +79,8 @@ pub struct Kit {
 }
 
 impl Kit {
-    /// Runs a case and returns its answers. What cannot be taken away afterwards is one more answer.
+    /// Runs a case and returns its answers. What cannot be taken away afterwards is one more
+    /// answer.
     pub fn run(device: &Device, run: &dyn Fn(&mut Self)) -> Vec<String> {
         Self::run_with(device, *device.driver().table(), run)
     }
@@ -95,7 +98,8 @@ impl Kit {
                 streams: Vec::new(),
                 events: Vec::new(),
             };
-            // A case that stops half-way is a difference like any other, and the next ones still run.
+            // A case that stops half-way is a difference like any other, and the next ones still
+            // run.
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| run(&mut kit))) {
                 let text = panic.downcast_ref::<String>().map(String::as_str);
                 let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
@@ -285,7 +289,8 @@ impl Kit {
         event
     }
 
-    /// The code of a look-up of the memory at an address, and the handle, which then is the case's own.
+    /// The code of a look-up of the memory at an address, and the handle, which then is the case's
+    /// own.
     pub fn retain(&mut self, address: u64) -> (CUresult, u64) {
         let mut handle = 0;
         let pointer = without_provenance_mut(address as usize);

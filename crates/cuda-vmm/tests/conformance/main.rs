@@ -1,8 +1,9 @@
 //! One table of small cases that the simulated and the real driver must answer alike.
 //!
-//! The environment chooses the driver, the devices and the size of memory (`common/under_test.rs`). Every case
-//! makes raw calls in a state of its own and lists what they answered. The expected answers follow measurements on
-//! an H100 and an H200 with driver 580.159; a group fails with every difference, and shows both answers.
+//! The environment chooses the driver, the devices and the size of memory (`common/under_test.rs`).
+//! Every case makes raw calls in a state of its own and lists what they answered. The expected
+//! answers follow measurements on an H100 and an H200 with driver 580.159; a group fails with every
+//! difference, and shows both answers.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -45,8 +46,8 @@ impl Case {
     }
 }
 
-/// Runs cases one after the other and returns all that were answered otherwise than expected, both answers with
-/// each, and what a case left behind.
+/// Runs cases one after the other and returns all that were answered otherwise than expected, both
+/// answers with each, and what a case left behind.
 fn differences(cases: &[Case], answers: impl Fn(&Case) -> Vec<String>) -> Vec<String> {
     let mut differences = Vec::new();
     for case in cases {

@@ -1,4 +1,5 @@
-//! What one device may do with another's memory. The memory is the second device's; the first is its peer.
+//! What one device may do with another's memory. The memory is the second device's; the first is
+//! its peer.
 
 use crate::Case;
 use crate::common::{under_test, with_context};

@@ -33,7 +33,8 @@ unsafe extern "C" fn event_query(_: CUevent) -> CUresult {
     CUDA_SUCCESS
 }
 
-/// Fails unless a table with a wrong answer differs in a case of this name, and in no case of others.
+/// Fails unless a table with a wrong answer differs in a case of this name, and in no case of
+/// others.
 #[track_caller]
 fn is_found(cases: &[Case], name: &str, plant: impl Fn(&mut DriverTable)) {
     let _turn = turn();

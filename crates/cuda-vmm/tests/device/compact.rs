@@ -1,4 +1,5 @@
-//! Slack of chunks of several pages goes back to the device, and bytes stay what and where they are.
+//! Slack of chunks of several pages goes back to the device, and bytes stay what and where they
+//! are.
 
 use crate::common::manual;
 use crate::{case, page};

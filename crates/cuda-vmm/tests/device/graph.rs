@@ -1,5 +1,5 @@
-//! A captured graph over a pool that grows and shrinks: the kernel reads which blocks to take from a table in
-//! memory, so one graph serves all tables.
+//! A captured graph over a pool that grows and shrinks: the kernel reads which blocks to take from
+//! a table in memory, so one graph serves all tables.
 
 use crate::common::{Gather, Rows, with_context};
 use crate::{case, page};
@@ -71,7 +71,8 @@ impl<'a> Fixture<'a> {
         }
     }
 
-    /// Replays the graph with a table of these blocks, and fails unless each row is its block, to the byte.
+    /// Replays the graph with a table of these blocks, and fails unless each row is its block, to
+    /// the byte.
     fn replay(&self, exec: CUgraphExec, blocks: [usize; ROWS]) {
         let Rows { out, table, .. } = self.rows();
         let numbers: Vec<u8> = blocks
@@ -147,7 +148,8 @@ fn a_graph_is_replayed_with_other_blocks_after_growing_and_after_trimming() {
         fixture.fill(0..in_page.min(100));
         stream.synchronize().expect("done");
         let captured = capture(device, stream, || {
-            // SAFETY: what the table names when the graph runs is live, and `gather` outlives the graph.
+            // SAFETY: what the table names when the graph runs is live, and `gather` outlives the
+            // graph.
             let code = unsafe { gather.launch(stream.raw(), fixture.rows()) };
             assert_eq!(code, CUDA_SUCCESS, "launched into the capture");
         });

@@ -1,7 +1,9 @@
-//! Whatever way memory takes from one range to another, the other finds nothing of what the first wrote.
+//! Whatever way memory takes from one range to another, the other finds nothing of what the first
+//! wrote.
 //!
-//! Memory that the engine keeps is overwritten by the engine. Memory that goes back to the driver is made anew by the
-//! driver, and that this is clean is the driver's doing: nobody promises it, so these cases are where it would show.
+//! Memory that the engine keeps is overwritten by the engine. Memory that goes back to the driver
+//! is made anew by the driver, and that this is clean is the driver's doing: nobody promises it, so
+//! these cases are where it would show.
 
 use crate::common::{Gate, Models, manual, under_test, with_context};
 use crate::{case, fill, page};
@@ -412,7 +414,8 @@ fn memory_of_a_pool_cannot_be_exported() {
     });
 }
 
-/// Memory that was exported is released when its owner drops it, whoever has it elsewhere; no engine gets it.
+/// Memory that was exported is released when its owner drops it, whoever has it elsewhere; no
+/// engine gets it.
 #[test]
 fn exported_memory_goes_to_the_driver_and_to_no_range() {
     case(|device| {

@@ -1,5 +1,5 @@
-//! How the core's objects report what the driver refuses. The driver's own answers are the conformance
-//! suite's.
+//! How the core's objects report what the driver refuses. The driver's own answers are the
+//! conformance suite's.
 
 use crate::case;
 use crate::common::{current_context, set_current_context};

@@ -1,7 +1,7 @@
 //! Memory is freed while the device still works on it.
 //!
-//! A host function that waits stops a stream, so that what is asserted about work under way follows from
-//! the order of events and not from time.
+//! A host function that waits stops a stream, so that what is asserted about work under way follows
+//! from the order of events and not from time.
 
 use crate::common::{Gate, with_context};
 use crate::{case, page, pool};
@@ -50,7 +50,8 @@ fn memory_is_not_unmapped_under_the_work_of_a_named_stream() {
     });
 }
 
-/// Whether an event recorded now on the whole context is complete; `None` where the driver has none.
+/// Whether an event recorded now on the whole context is complete; `None` where the driver has
+/// none.
 fn context_event_is_complete(device: &Device) -> Option<bool> {
     let table = *device.driver().table();
     let record = table.cuCtxRecordEvent?;
@@ -87,7 +88,8 @@ fn free_under_unnamed_work(device: &Device, gate: Gate, finish: impl FnOnce()) {
     assert_eq!(engine.stats().parts.retiring_bytes, 2 * page);
     assert_eq!(engine.trim(), Ok(0), "the device may still use it");
     match context_event_is_complete(device) {
-        // Only where the driver has no such event would a step wait for the context, and so for the gate.
+        // Only where the driver has no such event would a step wait for the context, and so for the
+        // gate.
         None => {}
         Some(complete) => {
             assert!(!complete, "a context's event covers work of every stream");
@@ -167,7 +169,8 @@ fn an_allocation_waits_for_the_very_memory_that_retires() {
     });
 }
 
-/// Takes memory back while a stream that was named for the pool still writes to it, and writes to it on another.
+/// Takes memory back while a stream that was named for the pool still writes to it, and writes to
+/// it on another.
 #[test]
 fn memory_is_taken_back_at_once_and_the_streams_keep_the_order() {
     case(|device| {

@@ -47,7 +47,8 @@ fn a_pool_is_refused_bad_pages_and_capacities() {
             simulated.unchanged(|| VirtualMemoryPool::new(&simulated.device, capacity_bytes, PAGE));
         assert_eq!(outcome.expect_err("a bad capacity"), expected);
     }
-    // A page larger than any address space is a multiple of the granularity and so a question to the driver.
+    // A page larger than any address space is a multiple of the granularity and so a question to
+    // the driver.
     let outcome = simulated.unchanged(|| VirtualMemoryPool::on_engine(&engine, CAPACITY, 1 << 63));
     assert_eq!(
         outcome.expect_err("no such addresses"),

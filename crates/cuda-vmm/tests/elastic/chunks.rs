@@ -28,7 +28,8 @@ fn chunks_larger_than_a_page_leave_slack_and_are_given_back_whole() {
     );
 }
 
-/// A range that is asked for page after page takes ever fewer driver calls, and no more slack than an eighth.
+/// A range that is asked for page after page takes ever fewer driver calls, and no more slack than
+/// an eighth.
 #[test]
 fn an_extent_that_grows_is_backed_by_ever_larger_chunks() {
     let fixture = Fixture::with(manual().chunk_bytes_max(128 << 20), 1024 * PAGE);
@@ -145,7 +146,8 @@ fn a_single_handle_is_for_pages_that_have_no_memory_yet() {
     assert_eq!(handles(), 6, "one for each run of live pages");
 }
 
-/// The extent of 32 pages grows by a chunk of four, of which the device has memory for two or for one.
+/// The extent of 32 pages grows by a chunk of four, of which the device has memory for two or for
+/// one.
 #[test]
 fn spare_pages_that_the_device_has_no_memory_for_are_not_charged() {
     for spare_pages in [1, 0] {

@@ -38,7 +38,8 @@ fn operation() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// What each unit is: whether its owner has it, and whether it was freed under a lease that still lives.
+/// What each unit is: whether its owner has it, and whether it was freed under a lease that still
+/// lives.
 #[derive(Debug)]
 struct Model {
     owned: [bool; UNITS],

@@ -66,8 +66,8 @@ fn many_refusals_are_one_warning_and_one_message_at_the_end() {
     }
 }
 
-/// Each delay is twice the one before, and a try ends with the first refusal. So that many tries take at least so long,
-/// however fast or slow the machine is.
+/// Each delay is twice the one before, and a try ends with the first refusal. So that many tries
+/// take at least so long, however fast or slow the machine is.
 #[test]
 fn a_worker_asks_ever_less_often_and_about_one_piece() {
     let simulated = Simulated::default();

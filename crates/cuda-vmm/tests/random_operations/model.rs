@@ -38,7 +38,8 @@ impl Model {
     }
 }
 
-/// The models of a shared pool, and after them one pool of its own on the same engine, which alone can be compacted.
+/// The models of a shared pool, and after them one pool of its own on the same engine, which alone
+/// can be compacted.
 pub struct Pools {
     pub shared: Models,
     pub own: Option<VirtualMemoryPool>,

@@ -22,7 +22,8 @@ enum Freed {
     Ahead,
 }
 
-/// A model that holds six live pages and two that it could take at once, at page 6; nothing steps by itself.
+/// A model that holds six live pages and two that it could take at once, at page 6; nothing steps
+/// by itself.
 struct Busy {
     _simulated: Simulated,
     pool: Models,

@@ -67,8 +67,9 @@ impl Model {
         {
             self.end(0);
         }
-        // Whole sequences, the youngest first, as a server preempts. A model that gives back asks for more at its next
-        // boundary, or it would have the same memory again before the other asks.
+        // Whole sequences, the youngest first, as a server preempts. A model that gives back asks
+        // for more at its next boundary, or it would have the same memory again before the other
+        // asks.
         let owes = self.pool.account().owed_bytes() > 0;
         while self.pool.account().owed_bytes() > 0 && !self.sequences.is_empty() {
             self.end(self.sequences.len() - 1);

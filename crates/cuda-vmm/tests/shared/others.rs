@@ -1,4 +1,5 @@
-//! Code of others: what makes room, tokens, wakers and subscribers panic, take locks of their own, and call the pool.
+//! Code of others: what makes room, tokens, wakers and subscribers panic, take locks of their own,
+//! and call the pool.
 
 use crate::common::{Models, PAGE, PATIENCE, Simulated, manual};
 use crate::{CAPACITY, pool};
@@ -130,7 +131,8 @@ fn making_room_may_evict_another_model_and_then_there_is_room() {
     }
 }
 
-/// What is allocated from there finds no memory either, and the function is not called for it again.
+/// What is allocated from there finds no memory either, and the function is not called for it
+/// again.
 #[test]
 fn making_room_may_allocate_and_is_not_called_for_that() {
     let (simulated, pool) = small(manual());
@@ -286,7 +288,8 @@ fn a_token_may_call_its_own_pool_when_it_is_asked() {
 
 type Act = Box<dyn FnMut(&str) + Send>;
 
-/// A subscriber that acts on each event, one at a time; with what it does it may cause more, of which it is not told.
+/// A subscriber that acts on each event, one at a time; with what it does it may cause more, of
+/// which it is not told.
 struct Acting(Mutex<Act>);
 
 impl Subscriber for Acting {

@@ -280,7 +280,8 @@ fn what_a_model_owes_is_not_made_ahead_for_it() {
     assert_eq!(pool.engine().step().prefetched_bytes, PAGE);
 }
 
-/// Parked memory counts as given back, so a model that takes it again owes it again, though that needs no other memory.
+/// Parked memory counts as given back, so a model that takes it again owes it again, though that
+/// needs no other memory.
 #[test]
 fn parked_memory_that_is_taken_back_is_owed_again() {
     let simulated = Simulated::default();
@@ -296,7 +297,8 @@ fn parked_memory_that_is_taken_back_is_owed_again() {
     assert_eq!(holds.account().owed_bytes(), 3 * PAGE);
 }
 
-/// Memory that was made ahead for one model is given up for anyone, so nobody else owes more because of it.
+/// Memory that was made ahead for one model is given up for anyone, so nobody else owes more
+/// because of it.
 #[test]
 fn what_is_made_ahead_counts_as_free() {
     let simulated = Simulated::default();

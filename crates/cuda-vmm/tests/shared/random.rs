@@ -1,5 +1,6 @@
-//! Random operations of models with quotas that change, against a plain model: what is within a guarantee is always had,
-//! whatever others do, and the rest exactly when it leaves room for all guarantees.
+//! Random operations of models with quotas that change, against a plain model: what is within a
+//! guarantee is always had, whatever others do, and the rest exactly when it leaves room for all
+//! guarantees.
 
 use crate::common::{ModelOptions, Models, PAGE, manual};
 use cuda_vmm::sim::SimConfig;
@@ -89,7 +90,8 @@ fn spoken_for(models: &Plains, but: usize) -> usize {
     others.map(|model| model.held().max(model.guarantee)).sum()
 }
 
-/// Lets memory that is on its way to the cache be overwritten, which the device does in its own time.
+/// Lets memory that is on its way to the cache be overwritten, which the device does in its own
+/// time.
 fn overwrite(pool: &Models) {
     while pool.stats().parts.retiring_bytes > 0 {
         pool.engine().step();

@@ -1,4 +1,5 @@
-//! Another allocator beside the pool: it runs out and is relieved, or the pool does and others make room.
+//! Another allocator beside the pool: it runs out and is relieved, or the pool does and others make
+//! room.
 
 use crate::common::{ModelOptions, Models, PAGE, Simulated, failure, manual, with_context};
 use crate::{CAPACITY, pool};
@@ -211,7 +212,8 @@ fn memory_made_ahead_asks_nobody_for_room() {
     assert_eq!(CALLED.load(Ordering::SeqCst), 0);
 }
 
-/// An engine whose limit is far above the device's memory and which keeps all that is freed, with a pool on it.
+/// An engine whose limit is far above the device's memory and which keeps all that is freed, with a
+/// pool on it.
 fn keeper(device: &Device, options: EngineOptions) -> (Engine, VirtualMemoryPool) {
     let options = options.limit_bytes(1 << 40).park_bytes_max(1 << 40);
     let engine = Engine::new(device, options).expect("an engine");
@@ -326,7 +328,8 @@ fn a_wait_ends_when_the_device_has_memory_again() {
                 assert!(began.elapsed() < FOREVER, "it waits");
                 thread::yield_now();
             }
-            // Others of the same budget go on meanwhile, and nothing is held for the one that waits.
+            // Others of the same budget go on meanwhile, and nothing is held for the one that
+            // waits.
             pool.model("b")
                 .and_then(|b| b.allocate_timeout(2 * PAGE, PAGE, FOREVER))
                 .expect("the last page");
@@ -397,8 +400,8 @@ fn who_waits_for_the_device_asks_others_for_room_each_time_and_is_told_of_once()
     simulated.device.set_make_room(None);
 }
 
-/// What the driver refused to take back, from an engine or from a dropped object, is asked for again before an
-/// allocation is refused.
+/// What the driver refused to take back, from an engine or from a dropped object, is asked for
+/// again before an allocation is refused.
 #[test]
 fn a_pool_that_runs_out_retries_what_the_driver_refused() {
     use DriverFunction::{cuMemRelease, cuMemUnmap};

@@ -1,5 +1,5 @@
-//! Eight threads that grow, shrink, drop and fail at random, with work running over the memory all the while, and
-//! every byte checked that is read back.
+//! Eight threads that grow, shrink, drop and fail at random, with work running over the memory all
+//! the while, and every byte checked that is read back.
 //!
 //! The environment chooses the driver, the devices and the page (`common/under_test.rs`), and
 //! `CUDA_VMM_TEST_STRESS_SECONDS` for how long (2 where it is unset).

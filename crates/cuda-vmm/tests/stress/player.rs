@@ -85,7 +85,8 @@ pub struct Player<'a> {
     pool: &'a Models,
     /// Half of the threads have a model of the shared pool, the others a pool on its engine.
     is_model: bool,
-    /// For the last two threads of a device no stream is named, so what they free waits for the context.
+    /// For the last two threads of a device no stream is named, so what they free waits for the
+    /// context.
     names_stream: bool,
     stream: Stream,
     /// Absent only between two ranges.
@@ -191,7 +192,8 @@ impl<'a> Player<'a> {
     /// Makes live bytes something, without waiting for it.
     fn fill(&mut self, piece: Piece) {
         let (stream, address) = (self.stream.clone(), self.address(piece.offset));
-        // SAFETY: the bytes are live, and the pool keeps their memory mapped until the work is past.
+        // SAFETY: the bytes are live, and the pool keeps their memory mapped until the work is
+        // past.
         insist(&mut self.tally, || unsafe {
             stream.memset(address, piece.value, piece.bytes)
         });
@@ -250,7 +252,8 @@ impl<'a> Player<'a> {
             self.address(to.offset),
             self.address(from.offset),
         );
-        // SAFETY: both ranges are live and apart, and the pool keeps them mapped until the work is past.
+        // SAFETY: both ranges are live and apart, and the pool keeps them mapped until the work is
+        // past.
         insist(&mut self.tally, || unsafe {
             stream.copy(target, source, bytes)
         });

@@ -1,8 +1,8 @@
 //! What the scripted driver knows: who holds what, what runs, and the first thing that was illegal.
 //!
-//! A driver's functions have no context pointer, and tests run beside each other. All threads of one execution
-//! are tasks on one thread of the operating system, so the books are that thread's. They are borrowed for a
-//! moment only, never where another task could go on.
+//! A driver's functions have no context pointer, and tests run beside each other. All threads of
+//! one execution are tasks on one thread of the operating system, so the books are that thread's.
+//! They are borrowed for a moment only, never where another task could go on.
 
 use core::ops::Range;
 use cuda_vmm::sys::{CUDA_SUCCESS, CUresult, DriverFunction};
@@ -59,8 +59,8 @@ struct Fault {
 #[derive(Debug, Default)]
 pub struct Books {
     last: u64,
-    /// Whether work on the same bytes must come one after the other. Not where bytes of a page that a neighbour keeps live
-    /// go from one stream to another: there the caller orders them.
+    /// Whether work on the same bytes must come one after the other. Not where bytes of a page that
+    /// a neighbour keeps live go from one stream to another: there the caller orders them.
     pub in_order: bool,
     /// Bytes by handle.
     memory: BTreeMap<u64, u64>,
@@ -103,7 +103,8 @@ impl Books {
         self.last
     }
 
-    /// Notes something that CUDA forbids. The test fails by it when the execution ends: a C function cannot panic.
+    /// Notes something that CUDA forbids. The test fails by it when the execution ends: a C
+    /// function cannot panic.
     pub fn forbid(&mut self, what: String) {
         self.illegal.get_or_insert(what);
     }
@@ -364,8 +365,8 @@ impl Books {
         work.iter().all(|id| !self.work.contains_key(id))
     }
 
-    /// Finishes the first work of some stream; false if there is none, or the device is paused. `choose` picks
-    /// one of so many streams.
+    /// Finishes the first work of some stream; false if there is none, or the device is paused.
+    /// `choose` picks one of so many streams.
     pub fn finish_one(&mut self, choose: impl FnOnce(usize) -> usize) -> bool {
         // The first work of each stream, if it waits for nothing.
         let mut streams = BTreeSet::new();
@@ -394,7 +395,8 @@ impl Books {
         }
     }
 
-    /// Marks the end of what is queued on one stream or on all. The mark itself takes the device a moment.
+    /// Marks the end of what is queued on one stream or on all. The mark itself takes the device a
+    /// moment.
     pub fn record(&mut self, event: usize, stream: Option<usize>) {
         if stream.is_none() {
             self.expect_no_capture("cuCtxRecordEvent");

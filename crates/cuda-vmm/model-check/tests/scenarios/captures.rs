@@ -15,7 +15,8 @@ fn capture() {
     drop(guard);
 }
 
-/// Memory freed meanwhile comes back, when the capture is over at the latest, and no capture is killed.
+/// Memory freed meanwhile comes back, when the capture is over at the latest, and no capture is
+/// killed.
 fn free_and_wait(new_driver: bool, mode: WorkerMode) {
     let world = World::new(new_driver);
     let engine = world.engine(1, mode);
@@ -51,8 +52,8 @@ fn owner_goes(new_driver: bool) {
     world.end();
 }
 
-/// A capture ends only when the others are done: an allocation that needs a context synchronise is told that it is
-/// for later, and a pool is dropped, without waiting for the capture's end.
+/// A capture ends only when the others are done: an allocation that needs a context synchronise is
+/// told that it is for later, and a pool is dropped, without waiting for the capture's end.
 fn outlasts_the_waits_of_others(mode: WorkerMode) {
     let world = World::new(false);
     let engine = world.engine(1, mode);

@@ -1,6 +1,7 @@
 //! A model waits for ever, and memory comes free in one of the ways that there are: it is woken.
 //!
-//! Nothing else happens that could wake it, so a way of which nobody is told ends as a thread that waits for ever.
+//! Nothing else happens that could wake it, so a way of which nobody is told ends as a thread that
+//! waits for ever.
 
 use crate::books::{PAGE, books};
 use crate::explore::explore;
@@ -220,7 +221,8 @@ fn a_limit_is_raised() {
     });
 }
 
-/// The driver refuses once to take memory back; a thread that waits for that very work learns of it.
+/// The driver refuses once to take memory back; a thread that waits for that very work learns of
+/// it.
 #[test]
 fn an_unmapping_is_refused() {
     explore_both(|mode| {

@@ -29,7 +29,8 @@ fn drop_while_another_allocates(new_driver: bool, mode: WorkerMode) {
     world.end();
 }
 
-/// A model goes while another thread allocates for it: that gets memory which goes with the model, or is told.
+/// A model goes while another thread allocates for it: that gets memory which goes with the model,
+/// or is told.
 fn unregister_while_another_allocates(mode: WorkerMode) {
     let world = World::new(true);
     let options =
@@ -76,7 +77,8 @@ fn register_twice() {
     world.end();
 }
 
-/// Owners let go of an engine while its worker takes a step, which may leave the worker as the last owner.
+/// Owners let go of an engine while its worker takes a step, which may leave the worker as the last
+/// owner.
 fn owners_go(new_driver: bool) {
     let world = World::new(new_driver);
     let engine = world.engine(2, WorkerMode::Thread);
@@ -93,7 +95,8 @@ fn owners_go(new_driver: bool) {
     world.end();
 }
 
-/// Whoever ends a pool unmaps all that it has; the worker has been woken for it, and calls the driver for nothing of it.
+/// Whoever ends a pool unmaps all that it has; the worker has been woken for it, and calls the
+/// driver for nothing of it.
 fn one_unmaps(new_driver: bool) {
     let world = World::new(new_driver);
     let engine = world.engine(4, WorkerMode::Thread);
@@ -109,7 +112,8 @@ fn one_unmaps(new_driver: bool) {
     world.end();
 }
 
-/// A pool and the last pin of its memory go at the same time; whoever comes second sees that all goes back.
+/// A pool and the last pin of its memory go at the same time; whoever comes second sees that all
+/// goes back.
 fn pool_and_pin_go(new_driver: bool, mode: WorkerMode) {
     let world = World::new(new_driver);
     let options = EngineOptions::new().park_bytes_max(2 * PAGE).worker(mode);
@@ -129,8 +133,9 @@ fn pool_and_pin_go(new_driver: bool, mode: WorkerMode) {
     world.end();
 }
 
-/// The same, with nothing left for the device or the driver to do but what the pin keeps. So the pin may go at the very
-/// moment at which the closing has looked for the last time, while other threads still leave the range to it.
+/// The same, with nothing left for the device or the driver to do but what the pin keeps. So the
+/// pin may go at the very moment at which the closing has looked for the last time, while other
+/// threads still leave the range to it.
 fn pool_and_pin_of_parked_memory_go() {
     let world = World::new(true);
     let options = EngineOptions::new().park_bytes_max(PAGE);

@@ -1,7 +1,7 @@
 //! A table of driver calls that answers from the books.
 //!
-//! Each call whose effect another thread can see begins with a point at which the checker may let others go on,
-//! so they run while this one is inside the driver.
+//! Each call whose effect another thread can see begins with a point at which the checker may let
+//! others go on, so they run while this one is inside the driver.
 
 use crate::books::{Books, CONTEXT, PAGE, books, task};
 use core::ffi::{c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -35,7 +35,8 @@ fn unexpected(call: DriverFunction) -> CUresult {
     CUDA_ERROR_NOT_SUPPORTED
 }
 
-/// A call: a point at which others go on, a failure if one was asked for, and otherwise what it does to the books.
+/// A call: a point at which others go on, a failure if one was asked for, and otherwise what it
+/// does to the books.
 fn call(function: DriverFunction, effect: impl FnOnce(&mut Books)) -> CUresult {
     thread::sleep(Duration::ZERO);
     while books(|books| books.is_held(function)) {
@@ -437,7 +438,7 @@ pub fn open(new: bool) -> Driver {
         cuEventSynchronize: event_synchronise,
         ..table()
     };
-    // SAFETY: the functions are static and write nothing but their answers; no memory is behind the addresses,
-    // and nothing here touches any.
+    // SAFETY: the functions are static and write nothing but their answers; no memory is behind the
+    // addresses, and nothing here touches any.
     unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
 }

@@ -4,15 +4,16 @@ use crate::books::{Books, books};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, MaxSteps, Runner};
 
-/// Executions of each scenario by each scheduler; `SHUTTLE_ITERATIONS` asks for more, as `cargo xtask ci` does.
+/// Executions of each scenario by each scheduler; `SHUTTLE_ITERATIONS` asks for more, as `cargo
+/// xtask ci` does.
 const ITERATIONS: usize = 200;
 /// The same orders each time; `SHUTTLE_RANDOM_SEED` asks for others.
 const SEED: u64 = 0x5eed;
 /// Threads that change places out of turn, as PCT counts.
 const DEPTH: usize = 3;
 
-/// Runs a scenario in many orders: at random, and by priorities that change at a few places (PCT), which finds
-/// what needs one thread to stand still for long.
+/// Runs a scenario in many orders: at random, and by priorities that change at a few places (PCT),
+/// which finds what needs one thread to stand still for long.
 pub fn explore(scenario: impl Fn() + Clone + Send + Sync + 'static) {
     let iterations = std::env::var("SHUTTLE_ITERATIONS")
         .ok()

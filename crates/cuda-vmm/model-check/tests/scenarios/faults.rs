@@ -121,7 +121,8 @@ fn keeping(world: &World, mode: WorkerMode, kept: Kept) -> (Engine, VirtualMemor
     (engine, pool)
 }
 
-/// The driver refuses what a thread gives up and for which another one waits: that one is woken, though nothing came free.
+/// The driver refuses what a thread gives up and for which another one waits: that one is woken,
+/// though nothing came free.
 fn refused_while_another_waits(kept: Kept, call: DriverFunction) {
     let world = World::new(true);
     let (engine, had) = keeping(&world, WorkerMode::Manual, kept);
@@ -142,7 +143,8 @@ fn refused_while_another_waits(kept: Kept, call: DriverFunction) {
     world.end();
 }
 
-/// The driver refuses once what another thread than the worker gives up: the worker is woken, and tries again.
+/// The driver refuses once what another thread than the worker gives up: the worker is woken, and
+/// tries again.
 fn refused_while_the_worker_sleeps(kept: Kept, call: DriverFunction) {
     let world = World::new(true);
     let (engine, had) = keeping(&world, WorkerMode::Thread, kept);

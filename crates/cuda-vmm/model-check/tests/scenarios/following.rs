@@ -21,8 +21,9 @@ fn take(pool: &VirtualMemoryPool) -> u64 {
     }
 }
 
-/// Two threads, each with a stream of its own, hand the only page to and fro. What one launches on it must come after
-/// what the other did; the second stream is named only when the first may already have taken the page back.
+/// Two threads, each with a stream of its own, hand the only page to and fro. What one launches on
+/// it must come after what the other did; the second stream is named only when the first may
+/// already have taken the page back.
 fn one_page_two_streams(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
@@ -48,7 +49,8 @@ fn one_page_two_streams(mode: WorkerMode) {
     world.end();
 }
 
-/// A page is taken back again and again on one stream, while another thread needs the budget that it takes.
+/// A page is taken back again and again on one stream, while another thread needs the budget that
+/// it takes.
 fn against_the_budget(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
@@ -71,8 +73,8 @@ fn against_the_budget(mode: WorkerMode) {
     world.end();
 }
 
-/// Threads with a stream each work on the only page in turn, and end: what they leave queued is waited for, whoever frees
-/// next, and their streams go.
+/// Threads with a stream each work on the only page in turn, and end: what they leave queued is
+/// waited for, whoever frees next, and their streams go.
 fn streams_come_and_go(forgets: bool, mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);

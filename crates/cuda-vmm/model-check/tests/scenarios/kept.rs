@@ -6,8 +6,8 @@ use crate::world::{World, assert_adds_up, insist, write};
 use cuda_vmm::{EngineOptions, PoolOptions, VirtualMemoryPool, WorkerMode};
 use shuttle::thread;
 
-/// Two ranges grow into what the worker makes ahead of them, with a budget that is too small for both, and give back to
-/// the parked pages and the cache, one page of each pinned meanwhile.
+/// Two ranges grow into what the worker makes ahead of them, with a budget that is too small for
+/// both, and give back to the parked pages and the cache, one page of each pinned meanwhile.
 fn two_ranges(mode: WorkerMode) {
     let world = World::new(true);
     let options = EngineOptions::new()

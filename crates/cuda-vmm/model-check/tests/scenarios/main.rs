@@ -1,8 +1,9 @@
 //! A model checker's look at what threads do to each other in an engine.
 //!
-//! With `cfg(model_check)` every lock, wait, wake-up and driver call is a point at which the checker may let
-//! another thread go on. Each scenario is run thousands of times, each time in another order; a thread that
-//! nothing wakes any more is a failure, and so is any use of the driver that CUDA forbids.
+//! With `cfg(model_check)` every lock, wait, wake-up and driver call is a point at which the
+//! checker may let another thread go on. Each scenario is run thousands of times, each time in
+//! another order; a thread that nothing wakes any more is a failure, and so is any use of the
+//! driver that CUDA forbids.
 
 extern crate cuda_vmm_model_check as cuda_vmm;
 

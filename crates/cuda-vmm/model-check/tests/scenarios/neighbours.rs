@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 const HALF: usize = PAGE / 2;
 
-/// Each thread takes its half of the only page, has it written and gives it back, twice. The page is the whole
-/// budget, so it must always be there, or come back.
+/// Each thread takes its half of the only page, has it written and gives it back, twice. The page
+/// is the whole budget, so it must always be there, or come back.
 fn halves(new_driver: bool, mode: WorkerMode, named: bool) {
     let world = World::new(new_driver);
     let engine = world.engine(1, mode);

@@ -1,4 +1,5 @@
-//! What promises not to wait does not wait, whatever other threads and the device are in the middle of.
+//! What promises not to wait does not wait, whatever other threads and the device are in the middle
+//! of.
 
 use crate::books::{Books, PAGE, books};
 use crate::explore::explore;
@@ -8,7 +9,8 @@ use cuda_vmm::sys::DriverFunction;
 use shuttle::thread;
 use std::sync::Arc;
 
-/// Everyone else stands still inside this call, and the device finishes nothing, until the try has been answered.
+/// Everyone else stands still inside this call, and the device finishes nothing, until the try has
+/// been answered.
 fn answered_at_once(mode: WorkerMode, held: DriverFunction, new_driver: bool) {
     let world = World::new(new_driver);
     let engine = world.engine(2, mode);

@@ -1,4 +1,5 @@
-//! Parked pages are taken back and freed under their range's lock alone, while others hold the engine's.
+//! Parked pages are taken back and freed under their range's lock alone, while others hold the
+//! engine's.
 
 use crate::books::{PAGE, books};
 use crate::explore::explore;
@@ -8,8 +9,8 @@ use cuda_vmm::{EngineOptions, SharedPoolOptions, VmmError, WorkerMode};
 use shuttle::thread;
 use std::sync::Arc;
 
-/// Each of two threads takes its own page back again and again, and two pages are parked at most; another needs one of
-/// them, and one more trims and looks at the numbers.
+/// Each of two threads takes its own page back again and again, and two pages are parked at most;
+/// another needs one of them, and one more trims and looks at the numbers.
 fn taken_back_while_given_up(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
@@ -51,7 +52,8 @@ fn taken_back_while_given_up(mode: WorkerMode) {
     world.end();
 }
 
-/// Two threads take and free the two pages of one range, of which each is parked or slack for the other.
+/// Two threads take and free the two pages of one range, of which each is parked or slack for the
+/// other.
 fn two_threads_of_one_range(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);
@@ -81,8 +83,8 @@ fn two_threads_of_one_range(mode: WorkerMode) {
     world.end();
 }
 
-/// A model goes while a thread that has its handle takes parked pages and frees them: it gets them until it is
-/// told, and all goes with the handle.
+/// A model goes while a thread that has its handle takes parked pages and frees them: it gets them
+/// until it is told, and all goes with the handle.
 fn model_goes_while_its_handle_is_used(mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);

@@ -21,7 +21,8 @@ impl Wake for Unpark {
     }
 }
 
-/// Sleeps until the model owes so many pages; what is missed here is a thread that nothing wakes any more.
+/// Sleeps until the model owes so many pages; what is missed here is a thread that nothing wakes
+/// any more.
 fn sleep_until_owed(model: &VirtualMemoryPool, pages: usize) {
     model
         .account()
@@ -53,7 +54,8 @@ fn register(pool: &Models, model: &str, priority: i32) -> Arc<VirtualMemoryPool>
     pool.model(model).expect("registered")
 }
 
-/// One model has all, and work runs on it. Another waits, the first is woken, gives back, and the other is served.
+/// One model has all, and work runs on it. Another waits, the first is woken, gives back, and the
+/// other is served.
 fn served_by_who_owes(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -76,7 +78,8 @@ fn served_by_who_owes(mode: WorkerMode) {
     world.end();
 }
 
-/// Two wait for a page each, and one page comes free: it is for the higher priority, whoever is awake first.
+/// Two wait for a page each, and one page comes free: it is for the higher priority, whoever is
+/// awake first.
 fn by_priority(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -146,7 +149,8 @@ fn guarantees_that_change(mode: WorkerMode) {
     world.end();
 }
 
-/// The time of a wait is over at any moment, while another gives back: it is served, or nothing is left of it.
+/// The time of a wait is over at any moment, while another gives back: it is served, or nothing is
+/// left of it.
 fn time_that_runs_out(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -179,8 +183,8 @@ fn time_that_runs_out(mode: WorkerMode) {
     world.end();
 }
 
-/// A model is unregistered while threads wait on it, or are about to: they are told that it is closed, and who stands
-/// behind them goes on.
+/// A model is unregistered while threads wait on it, or are about to: they are told that it is
+/// closed, and who stands behind them goes on.
 fn closed_while_waiting(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -202,8 +206,8 @@ fn closed_while_waiting(mode: WorkerMode) {
     world.end();
 }
 
-/// A model waits for memory at addresses that another of its threads takes meanwhile: it is told, and leaves the line to
-/// who stands behind it, for whom there was room all along.
+/// A model waits for memory at addresses that another of its threads takes meanwhile: it is told,
+/// and leaves the line to who stands behind it, for whom there was room all along.
 fn told_while_waiting(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 3, mode);

@@ -1,4 +1,5 @@
-//! What every scenario needs: a device that finishes work in its own time, and a look at what is left at the end.
+//! What every scenario needs: a device that finishes work in its own time, and a look at what is
+//! left at the end.
 
 use crate::books::{PAGE, books};
 use crate::driver::{self, ring};
@@ -104,7 +105,8 @@ pub fn pool(engine: &Engine, pages: usize) -> VirtualMemoryPool {
 
 /// Queues a write to bytes that were handed out.
 pub fn write(stream: &Stream, address: u64, bytes: usize) {
-    // SAFETY: no memory is behind the addresses of the scripted driver; that they are mapped is what it checks.
+    // SAFETY: no memory is behind the addresses of the scripted driver; that they are mapped is
+    // what it checks.
     unsafe { stream.memset(address, 7, bytes) }.expect("no call fails");
 }
 
@@ -127,7 +129,8 @@ pub fn insist(pool: &VirtualMemoryPool, offset: usize, bytes: usize) -> u64 {
     }
 }
 
-/// Waits until the engine holds nothing any more: its worker sees to that, or else the steps taken here.
+/// Waits until the engine holds nothing any more: its worker sees to that, or else the steps taken
+/// here.
 pub fn settle(engine: &Engine, mode: WorkerMode) {
     let mut patience = PATIENCE;
     while engine.stats().committed_bytes > 0 {

@@ -1,9 +1,9 @@
 //! How a run of pages is cut into chunks.
 //!
 //! The cost of backing memory is per mapping, not per byte, and a chunk can only be unmapped whole.
-//! So: the largest power-of-two multiple of the page that is at most an eighth of the request, or of
-//! the extent that grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own size
-//! in the range; edges are cut into smaller aligned chunks. An aligned GiB then takes eight
+//! So: the largest power-of-two multiple of the page that is at most an eighth of the request, or
+//! of the extent that grows with it, between one page and [`CHUNK_BYTES_MAX`], aligned to its own
+//! size in the range; edges are cut into smaller aligned chunks. An aligned GiB then takes eight
 //! mappings.
 //!
 //! If an extent grows, its last chunk may reach beyond the request, so that the next requests find

@@ -12,12 +12,14 @@ use std::collections::BTreeSet;
 
 /// Hands out the blocks of a [`BlockBacking`], for engines that have no allocator of their own.
 ///
-/// It takes from the fullest pages that have memory first, so that a cache that shrinks leaves pages empty. A block that
-/// is freed stays backed, with its contents, until it is handed out again or a plan gives it up. A prefix cache
-/// keeps the blocks it wants to find again, and offers them for what they are worth when memory is wanted.
+/// It takes from the fullest pages that have memory first, so that a cache that shrinks leaves
+/// pages empty. A block that is freed stays backed, with its contents, until it is handed out again
+/// or a plan gives it up. A prefix cache keeps the blocks it wants to find again, and offers them
+/// for what they are worth when memory is wanted.
 ///
-/// Which number comes next decides how much memory is held. An engine that takes free blocks from a queue, first in, first
-/// out, goes through all of its numbers, and in the end every page is backed:
+/// Which number comes next decides how much memory is held. An engine that takes free blocks from a
+/// queue, first in, first out, goes through all of its numbers, and in the end every page is
+/// backed:
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -54,8 +56,9 @@ use std::collections::BTreeSet;
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
 ///
-/// An engine that keeps its own allocator takes the free block with the lowest number, or the one freed last; or it gives
-/// memory back with [`reclaim_candidates`](BlockBacking::reclaim_candidates).
+/// An engine that keeps its own allocator takes the free block with the lowest number, or the one
+/// freed last; or it gives memory back with
+/// [`reclaim_candidates`](BlockBacking::reclaim_candidates).
 ///
 /// All methods take `&self`. Blocks are to be backed and given up through the allocator only.
 #[derive(Debug)]
@@ -82,7 +85,8 @@ impl BlockAllocator {
     /// Hands out `count` blocks, all of them backed; what is in them is undefined.
     ///
     /// # Errors
-    /// [`BlockError::OutOfBlocks`](crate::pool::blocks::BlockError::OutOfBlocks); otherwise as [`BlockBacking::back`]. After an error none is handed out.
+    /// [`BlockError::OutOfBlocks`](crate::pool::blocks::BlockError::OutOfBlocks); otherwise as
+    /// [`BlockBacking::back`]. After an error none is handed out.
     pub fn allocate(&self, count: usize) -> Result<Vec<BlockId>> {
         self.take(count, &Patience::Retiring)
     }
@@ -106,7 +110,8 @@ impl BlockAllocator {
 
     fn take(&self, count: usize, patience: &Patience) -> Result<Vec<BlockId>> {
         let inner = self.backing.inner();
-        // In one step with the books, so that no plan of an earlier moment is carried out in between.
+        // In one step with the books, so that no plan of an earlier moment is carried out in
+        // between.
         let blocks = inner.change(|books| {
             let blocks = self.packing.lock()?.take(count)?;
             books.used(&Runs::of(blocks.iter().copied()));
@@ -127,7 +132,9 @@ impl BlockAllocator {
     /// Takes blocks back; one may be named twice. They stay backed.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`](crate::pool::blocks::BlockError::Invalid), [`BlockError::NotAllocated`](crate::pool::blocks::BlockError::NotAllocated), and then none is taken back.
+    /// [`BlockError::Invalid`](crate::pool::blocks::BlockError::Invalid),
+    /// [`BlockError::NotAllocated`](crate::pool::blocks::BlockError::NotAllocated), and then none
+    /// is taken back.
     pub fn free(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks = blocks.into_iter().collect();
         Ok(self.packing.lock()?.put(&blocks)?)
@@ -144,7 +151,8 @@ impl BlockAllocator {
         packing.is_ok_and(|packing| packing.is_taken(block))
     }
 
-    /// As [`BlockBacking::reclaim_candidates`]; free blocks cost nothing, and `cost` is asked for the others only.
+    /// As [`BlockBacking::reclaim_candidates`]; free blocks cost nothing, and `cost` is asked for
+    /// the others only.
     pub fn reclaim_candidates(
         &self,
         bytes: usize,
@@ -153,8 +161,8 @@ impl BlockAllocator {
         (self.backing).reclaim_candidates(bytes, |block| self.cost(block, &cost))
     }
 
-    /// As [`BlockBacking::reclaim_candidates_with_moves`]; free blocks cost nothing, and `cost` is asked for the others
-    /// only.
+    /// As [`BlockBacking::reclaim_candidates_with_moves`]; free blocks cost nothing, and `cost` is
+    /// asked for the others only.
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -173,8 +181,9 @@ impl BlockAllocator {
         }
     }
 
-    /// As [`BlockBacking::commit`]. Evicted blocks are free then; of a move the first block is free, and the second handed
-    /// out in its place, to the first's owner. Until it has returned, the plan's blocks cannot be freed.
+    /// As [`BlockBacking::commit`]. Evicted blocks are free then; of a move the first block is
+    /// free, and the second handed out in its place, to the first's owner. Until it has returned,
+    /// the plan's blocks cannot be freed.
     ///
     /// # Errors
     /// As there.

@@ -16,22 +16,23 @@ use core::time::Duration;
 
 /// Memory behind the blocks of a paged cache; a cheap clone.
 ///
-/// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is *backed* from
-/// [`back`](Self::back) until it is given up, in all tensors at once: what it holds is undefined until written, and then
-/// stays, whatever becomes of its neighbours. Reading or writing through the addresses is the caller's, and only backed
-/// blocks may be touched.
+/// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is
+/// *backed* from [`back`](Self::back) until it is given up, in all tensors at once: what it holds
+/// is undefined until written, and then stays, whatever becomes of its neighbours. Reading or
+/// writing through the addresses is the caller's, and only backed blocks may be touched.
 ///
-/// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of them may be
-/// the one that empties. Where kernels read and write much, take pages of 16 or 32 MiB; where blocks come and go, small
-/// ones.
+/// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of
+/// them may be the one that empties. Where kernels read and write much, take pages of 16 or 32 MiB;
+/// where blocks come and go, small ones.
 ///
-/// A block that is given up leaves at once, and the memory of pages that are then empty when the device has
-/// finished with them: after the work then queued on the streams that were named by [`use_stream`](Self::use_stream),
-/// or, where none was, after all work of the context. A block that is given up and backed again in a page which a
-/// neighbour kept may find earlier work still running on it, as in
-/// [`VirtualMemoryPool`](crate::VirtualMemoryPool).
+/// A block that is given up leaves at once, and the memory of pages that are then empty when the
+/// device has finished with them: after the work then queued on the streams that were named by
+/// [`use_stream`](Self::use_stream), or, where none was, after all work of the context. A block
+/// that is given up and backed again in a page which a neighbour kept may find earlier work still
+/// running on it, as in [`VirtualMemoryPool`](crate::VirtualMemoryPool).
 ///
-/// All methods take `&self`. A call that meets a block that another thread is backing or giving up waits for it.
+/// All methods take `&self`. A call that meets a block that another thread is backing or giving up
+/// waits for it.
 #[derive(Debug, Clone)]
 pub struct BlockBacking(Arc<BlockMemory>);
 
@@ -90,24 +91,26 @@ impl BlockBacking {
         &self.0
     }
 
-    /// Backs blocks in all tensors, or, if that fails, none of them. Blocks that are backed already stay as they are, with
-    /// their contents; a block may be named twice. Every page that holds none of the backed blocks yet is made
-    /// (`cuMemCreate`, `cuMemMap`, `cuMemSetAccess`).
+    /// Backs blocks in all tensors, or, if that fails, none of them. Blocks that are backed already
+    /// stay as they are, with their contents; a block may be named twice. Every page that holds
+    /// none of the backed blocks yet is made (`cuMemCreate`, `cuMemMap`, `cuMemSetAccess`).
     ///
-    /// Call it whenever a block is put to use again, backed or not: it makes stale every plan that would give the block
-    /// up. Waits only for retiring memory, and only if that satisfies it.
+    /// Call it whenever a block is put to use again, backed or not: it makes stale every plan that
+    /// would give the block up. Waits only for retiring memory, and only if that satisfies it.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`]; [`VmmError::Leased`] for a block that was given up under a [lease](Self::lease) and still
-    /// is leased; [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call where that is plain; [`VmmError::Driver`], [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same
-    /// blocks are backed as before, with their contents; pages that were made on the way retire.
+    /// [`BlockError::Invalid`]; [`VmmError::Leased`] for a block that was given up under a
+    /// [lease](Self::lease) and still is leased; [`VmmError::OutOfPhysicalMemory`] if the budget
+    /// has no room, before any driver call where that is plain; [`VmmError::Driver`],
+    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed
+    /// as before, with their contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
         self.0.back(&runs, &Patience::Retiring).map(drop)
     }
 
-    /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error for which
-    /// [`is_retryable`](VmmError::is_retryable) holds.
+    /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error
+    /// for which [`is_retryable`](VmmError::is_retryable) holds.
     ///
     /// # Errors
     /// As [`back`](Self::back).
@@ -147,12 +150,12 @@ impl BlockBacking {
 
     /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
     ///
-    /// Pages empty only where all their blocks go, so rather let blocks that are not in use be and have
-    /// [`reclaim_candidates`](Self::reclaim_candidates) choose.
+    /// Pages empty only where all their blocks go, so rather let blocks that are not in use be and
+    /// have [`reclaim_candidates`](Self::reclaim_candidates) choose.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is given up;
-    /// [`VmmError::Forked`].
+    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is
+    /// given up; [`VmmError::Forked`].
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
         let mut books = self.0.settled(&runs)?;
@@ -162,28 +165,31 @@ impl BlockBacking {
         self.0.change(|books| books.left(&runs))
     }
 
-    /// Keeps blocks, all of them backed, where they are until the pin is dropped: no plan names them, and
-    /// [`unback`](Self::unback) refuses them.
+    /// Keeps blocks, all of them backed, where they are until the pin is dropped: no plan names
+    /// them, and [`unback`](Self::unback) refuses them.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned; [`VmmError::Forked`].
+    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned;
+    /// [`VmmError::Forked`].
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
         let runs = self.0.runs(blocks)?;
         self.0.settled(&runs)?.pin(&runs)?;
         Ok(BlockPin::new(self.0.clone(), runs))
     }
 
-    /// Keeps the memory of neighbouring blocks, all of them backed, in one tensor, until `token` is released: mapped, at its
-    /// addresses, and nobody else's, as [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease) says. For a
-    /// framework's tensor over them. Unlike a [pin](Self::pin) it ends by itself, and does not keep the backing alive.
+    /// Keeps the memory of neighbouring blocks, all of them backed, in one tensor, until `token` is
+    /// released: mapped, at its addresses, and nobody else's, as
+    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease) says. For a framework's tensor
+    /// over them. Unlike a [pin](Self::pin) it ends by itself, and does not keep the backing alive.
     ///
-    /// While the token is not released no plan evicts the blocks, moves them, or moves others into them.
-    /// [`unback`](Self::unback) does give them up: their memory stays as it is until the token is released and then
-    /// retires, and till then [`back`](Self::back) of them answers [`VmmError::Leased`]. The backing may be dropped as well.
+    /// While the token is not released no plan evicts the blocks, moves them, or moves others into
+    /// them. [`unback`](Self::unback) does give them up: their memory stays as it is until the
+    /// token is released and then retires, and till then [`back`](Self::back) of them answers
+    /// [`VmmError::Leased`]. The backing may be dropped as well.
     ///
     /// # Errors
-    /// [`BlockError::InvalidTensor`], [`BlockError::Invalid`], [`BlockError::NotBacked`]; [`VmmError::ZeroSize`] for no
-    /// blocks; [`VmmError::Forked`]. The token is then dropped.
+    /// [`BlockError::InvalidTensor`], [`BlockError::Invalid`], [`BlockError::NotBacked`];
+    /// [`VmmError::ZeroSize`] for no blocks; [`VmmError::Forked`]. The token is then dropped.
     pub fn lease(
         &self,
         tensor: usize,
@@ -198,7 +204,8 @@ impl BlockBacking {
                 what: "number of blocks",
             });
         }
-        // A plan that was made before is stale by the pin; one that is made later sees the pin, or the lease.
+        // A plan that was made before is stale by the pin; one that is made later sees the pin, or
+        // the lease.
         let _pin = self.pin_run(blocks.clone())?;
         of_tensor.lease(&blocks, token)
     }
@@ -213,13 +220,14 @@ impl BlockBacking {
         self.pin(blocks)
     }
 
-    /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty, at the least cost that a greedy search
-    /// finds. Changes nothing.
+    /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty, at the least
+    /// cost that a greedy search finds. Changes nothing.
     ///
-    /// `cost` says what it costs to evict a block, in any unit: 0, and anything below, for a block of no value; `None`,
-    /// or no finite number, for a block in use. It is asked once for each block that is backed and not pinned, with no
-    /// lock held. The plan never evicts a block whose page would stay. Where less can be freed than was asked for, it
-    /// frees that, and [`is_enough`](ReclaimPlan::is_enough) is false.
+    /// `cost` says what it costs to evict a block, in any unit: 0, and anything below, for a block
+    /// of no value; `None`, or no finite number, for a block in use. It is asked once for each
+    /// block that is backed and not pinned, with no lock held. The plan never evicts a block whose
+    /// page would stay. Where less can be freed than was asked for, it frees that, and
+    /// [`is_enough`](ReclaimPlan::is_enough) is false.
     pub fn reclaim_candidates(
         &self,
         bytes: usize,
@@ -228,10 +236,10 @@ impl BlockBacking {
         self.0.plan(bytes, None, cost)
     }
 
-    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, those in use among them, for
-    /// `move_cost` each: into backed blocks of no value where that is cheaper than evicting them, and, where not enough
-    /// can be freed so, into blocks that can be evicted. Blocks that can neither be evicted nor moved are to be
-    /// [pinned](Self::pin).
+    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, those in
+    /// use among them, for `move_cost` each: into backed blocks of no value where that is cheaper
+    /// than evicting them, and, where not enough can be freed so, into blocks that can be evicted.
+    /// Blocks that can neither be evicted nor moved are to be [pinned](Self::pin).
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -242,25 +250,27 @@ impl BlockBacking {
         self.0.plan(bytes, move_cost, cost)
     }
 
-    /// Carries out a plan: copies what moves (`cuMemcpyDtoDAsync`) behind what is queued on `stream`, and gives up
-    /// what is evicted and what was moved away. Pages retire behind the copies. Never waits for the device.
+    /// Carries out a plan: copies what moves (`cuMemcpyDtoDAsync`) behind what is queued on
+    /// `stream`, and gives up what is evicted and what was moved away. Pages retire behind the
+    /// copies. Never waits for the device.
     ///
-    /// When it has returned, tables must name the blocks' new places, and work that reads them must be ordered behind the
-    /// copies; work queued before may still read the old places. Writes to a moved block must be ordered before the
-    /// call, on `stream`. Freed memory waits for the copies, also if `stream` is not named, and for nothing else that it is
-    /// given.
+    /// When it has returned, tables must name the blocks' new places, and work that reads them must
+    /// be ordered behind the copies; work queued before may still read the old places. Writes to a
+    /// moved block must be ordered before the call, on `stream`. Freed memory waits for the copies,
+    /// also if `stream` is not named, and for nothing else that it is given.
     ///
     /// # Errors
-    /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the plan's blocks, or of its
-    /// pages, was used since the plan was made; [`BlockError::Capturing`]; [`VmmError::WrongDevice`],
-    /// [`VmmError::WrongDriver`], [`VmmError::Driver`], [`VmmError::Forked`]. After an error all is as before, but the
-    /// blocks that others were to be moved into may hold anything.
+    /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the
+    /// plan's blocks, or of its pages, was used since the plan was made; [`BlockError::Capturing`];
+    /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Driver`],
+    /// [`VmmError::Forked`]. After an error all is as before, but the blocks that others were to be
+    /// moved into may hold anything.
     pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
         self.0.commit(plan, stream, |_| Ok(()), |_| {})
     }
 
-    /// Names a stream whose work uses the blocks. Freed memory then waits for the named streams only. Name all that
-    /// use it, before they do: work on others is not waited for.
+    /// Names a stream whose work uses the blocks. Freed memory then waits for the named streams
+    /// only. Name all that use it, before they do: work on others is not waited for.
     ///
     /// # Errors
     /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
@@ -271,7 +281,8 @@ impl BlockBacking {
         tensors.try_for_each(|tensor| tensor.pool().use_stream(stream))
     }
 
-    /// Stops naming a stream, as [`VirtualMemoryPool::forget_stream`](crate::VirtualMemoryPool::forget_stream): from now on
+    /// Stops naming a stream, as
+    /// [`VirtualMemoryPool::forget_stream`](crate::VirtualMemoryPool::forget_stream): from now on
     /// its work must not touch the blocks.
     ///
     /// # Errors
@@ -291,7 +302,8 @@ impl BlockBacking {
         self.0.look(Books::backed_prefix).unwrap_or_default()
     }
 
-    /// The pages that a block touches, backed or not, in each tensor in order. Blocks of which a page is the same share it.
+    /// The pages that a block touches, backed or not, in each tensor in order. Blocks of which a
+    /// page is the same share it.
     ///
     /// # Errors
     /// [`BlockError::Invalid`].

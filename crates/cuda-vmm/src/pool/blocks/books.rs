@@ -57,7 +57,8 @@ pub(super) struct Departure {
 }
 
 impl Books {
-    /// Fails if the host has no memory for them: there may be far more blocks of addresses than the host can count.
+    /// Fails if the host has no memory for them: there may be far more blocks of addresses than the
+    /// host can count.
     pub(super) fn new(blocks: usize) -> Result<Self, BlockError> {
         let block = Block {
             state: State::Unbacked,

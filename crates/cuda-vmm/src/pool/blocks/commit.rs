@@ -1,9 +1,9 @@
 //! Carrying out a plan.
 //!
 //! # Safety
-//! The one unsafe call queues copies on the caller's stream. While they are queued the books have both blocks: the
-//! source is leaving, the target is held, so nobody else gives them up. Afterwards their memory retires behind an event
-//! recorded after the copies.
+//! The one unsafe call queues copies on the caller's stream. While they are queued the books have
+//! both blocks: the source is leaving, the target is held, so nobody else gives them up. Afterwards
+//! their memory retires behind an event recorded after the copies.
 #![allow(unsafe_code)]
 
 use super::memory::BlockMemory;
@@ -12,8 +12,9 @@ use crate::sync::Arc;
 use crate::{Result, Stream};
 
 impl BlockMemory {
-    /// `begin` is called when the plan was found true and its blocks are reserved, and can still refuse it; `end` when it
-    /// was carried out, or when it failed after that, with whether it was. Both are called with the books locked.
+    /// `begin` is called when the plan was found true and its blocks are reserved, and can still
+    /// refuse it; `end` when it was carried out, or when it failed after that, with whether it was.
+    /// Both are called with the books locked.
     pub(super) fn commit(
         &self,
         plan: &ReclaimPlan,
@@ -48,8 +49,8 @@ impl BlockMemory {
         if moved.is_ok() {
             self.give(&departure.leaving);
         } else {
-            // Some copies may be queued, and the blocks they write are free again. What cannot be waited for on a context
-            // that is beyond use does not run either.
+            // Some copies may be queued, and the blocks they write are free again. What cannot be
+            // waited for on a context that is beyond use does not run either.
             let _ = stream.synchronize();
         }
         self.change(|books| {
@@ -69,8 +70,8 @@ impl BlockMemory {
         for tensor in &self.tensors {
             for (from, to) in moves {
                 let (from, to) = (tensor.address(*from), tensor.address(*to));
-                // SAFETY: both blocks are backed and reserved by this commit, and what is freed of them later is
-                // unmapped behind the stream, as above.
+                // SAFETY: both blocks are backed and reserved by this commit, and what is freed of
+                // them later is unmapped behind the stream, as above.
                 unsafe { stream.copy(to, from, tensor.block_bytes()) }?;
             }
         }

@@ -7,7 +7,8 @@ use crate::{Result, VmmError};
 use core::num::NonZeroUsize;
 use std::collections::BTreeSet;
 
-/// The size of one element of a tensor in bytes, which is all that this crate needs to know of its type.
+/// The size of one element of a tensor in bytes, which is all that this crate needs to know of its
+/// type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ElementSize(NonZeroUsize);
 
@@ -61,7 +62,8 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// A tensor of the shape `[num_blocks, block_shape…]`, contiguous. The bytes of a block need not divide a page.
+    /// A tensor of the shape `[num_blocks, block_shape…]`, contiguous. The bytes of a block need
+    /// not divide a page.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a dimension of 0; [`BlockError::Overflow`].
@@ -99,8 +101,8 @@ impl TensorSpec {
     }
 }
 
-/// The tensors that share one numbering of blocks: mostly all of a model's, each layer's keys and values, or what takes
-/// their place. They are on the device of the engine that backs them.
+/// The tensors that share one numbering of blocks: mostly all of a model's, each layer's keys and
+/// values, or what takes their place. They are on the device of the engine that backs them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerSpec {
     tensors: Vec<TensorSpec>,

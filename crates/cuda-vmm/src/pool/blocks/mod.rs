@@ -1,16 +1,18 @@
 //! Backing for block tables: which blocks of a paged cache have memory behind them.
 //!
-//! An engine with a paged cache keeps one tensor for each layer's keys, one for its values, `num_blocks` outermost,
-//! and hands out block numbers. [`BlockBacking`] gives those tensors their full addresses for life and memory only
-//! where blocks are in use. It is no allocator of blocks: the engine above says which blocks are to be backed, which
-//! could be given up and what that would cost, and rewrites its own tables.
+//! An engine with a paged cache keeps one tensor for each layer's keys, one for its values,
+//! `num_blocks` outermost, and hands out block numbers. [`BlockBacking`] gives those tensors their
+//! full addresses for life and memory only where blocks are in use. It is no allocator of blocks:
+//! the engine above says which blocks are to be backed, which could be given up and what that would
+//! cost, and rewrites its own tables.
 //!
 //! - [`back`](BlockBacking::back) backs blocks in all tensors or in none.
-//! - A block that its user has finished with stays backed, with its contents, until a plan that names it is committed;
-//!   so a prefix cache stays warm for as long as nobody needs the memory.
-//! - [`reclaim_candidates`](BlockBacking::reclaim_candidates) chooses what to evict so that whole pages empty, at the
-//!   least cost; [`reclaim_candidates_with_moves`](BlockBacking::reclaim_candidates_with_moves) may move blocks into
-//!   backed ones of no value. [`commit`](BlockBacking::commit) does it.
+//! - A block that its user has finished with stays backed, with its contents, until a plan that
+//!   names it is committed; so a prefix cache stays warm for as long as nobody needs the memory.
+//! - [`reclaim_candidates`](BlockBacking::reclaim_candidates) chooses what to evict so that whole
+//!   pages empty, at the least cost;
+//!   [`reclaim_candidates_with_moves`](BlockBacking::reclaim_candidates_with_moves) may move blocks
+//!   into backed ones of no value. [`commit`](BlockBacking::commit) does it.
 //! - [`pin`](BlockBacking::pin) keeps blocks out of every plan.
 //!
 //! For those who have no allocator of their own there is [`BlockAllocator`], which packs.

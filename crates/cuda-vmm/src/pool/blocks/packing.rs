@@ -1,7 +1,9 @@
-//! Which blocks are handed out, and which is the next: so that few pages are used, and others empty out.
+//! Which blocks are handed out, and which is the next: so that few pages are used, and others empty
+//! out.
 //!
-//! Of the pages of the largest class of tensors the fullest is taken from first, those before all in which some block has
-//! memory; in it a block that has memory, and of those the lowest. A block is of the page that it begins in.
+//! Of the pages of the largest class of tensors the fullest is taken from first, those before all
+//! in which some block has memory; in it a block that has memory, and of those the lowest. A block
+//! is of the page that it begins in.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 

@@ -5,11 +5,12 @@ use super::memory::BlockMemory;
 use super::runs::Runs;
 use crate::sync::Arc;
 
-/// Keeps blocks backed, at their addresses, while it lives; made by [`BlockBacking::pin`](super::BlockBacking::pin).
+/// Keeps blocks backed, at their addresses, while it lives; made by
+/// [`BlockBacking::pin`](super::BlockBacking::pin).
 ///
-/// It owns a part in the backing, so the memory stays mapped whichever of the two is dropped first. The last to be
-/// dropped gives everything back, and waits for the device to do so. Hold one for the life of a graph that names the
-/// blocks, or of a tensor made over them.
+/// It owns a part in the backing, so the memory stays mapped whichever of the two is dropped first.
+/// The last to be dropped gives everything back, and waits for the device to do so. Hold one for
+/// the life of a graph that names the blocks, or of a tensor made over them.
 #[derive(Debug)]
 #[must_use = "the blocks are kept only while the pin lives"]
 pub struct BlockPin {

@@ -36,8 +36,9 @@ impl ReclaimPlan {
         &self.reclaim.evicted
     }
 
-    /// Blocks that are moved, and where to, in the order of the first. The contents of the second are given up, as if it
-    /// were evicted; tables that name the first must name the second once the plan is committed.
+    /// Blocks that are moved, and where to, in the order of the first. The contents of the second
+    /// are given up, as if it were evicted; tables that name the first must name the second once
+    /// the plan is committed.
     pub fn moves(&self) -> &[(BlockId, BlockId)] {
         &self.reclaim.moves
     }

@@ -1,14 +1,15 @@
 //! Choosing what to give up so that whole pages empty, at the least cost.
 //!
-//! A page empties when all blocks in it go, and a block may lie in several pages of each of several classes of tensors. So
-//! what is chosen is always all that is left in one page: the page whose blocks cost the least for each byte that
-//! then empties, here and elsewhere, again and again until enough is free. What was chosen already costs nothing more,
-//! so a page beside an emptied one becomes cheaper, and runs of pages grow.
+//! A page empties when all blocks in it go, and a block may lie in several pages of each of several
+//! classes of tensors. So what is chosen is always all that is left in one page: the page whose
+//! blocks cost the least for each byte that then empties, here and elsewhere, again and again until
+//! enough is free. What was chosen already costs nothing more, so a page beside an emptied one
+//! becomes cheaper, and runs of pages grow.
 //!
-//! A block that is moved goes to a block of no value that stays: first to the pages that would cost the most to empty.
-//! Pages of nothing but such blocks cost nothing and go first, so where much is asked for there may be no room left to
-//! move to. Then the search is done again with that room kept back, at the low end where it can be, and let go block by block
-//! from the other end.
+//! A block that is moved goes to a block of no value that stays: first to the pages that would cost
+//! the most to empty. Pages of nothing but such blocks cost nothing and go first, so where much is
+//! asked for there may be no room left to move to. Then the search is done again with that room
+//! kept back, at the low end where it can be, and let go block by block from the other end.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -25,7 +26,8 @@ pub(super) enum Candidate {
     Absent,
     /// Nothing: it must stay where it is.
     Fixed,
-    /// Evict it at this cost, finite and not below zero, and perhaps move another into it; or move it.
+    /// Evict it at this cost, finite and not below zero, and perhaps move another into it; or move
+    /// it.
     Held { evict: Option<f64> },
 }
 
@@ -40,8 +42,8 @@ pub(super) struct Reclaim {
     pub(super) pages: Vec<Vec<usize>>,
 }
 
-/// Chooses so that `bytes` bytes are free, or as many as it finds. Blocks are moved if that has a cost, and where
-/// evicting them costs more.
+/// Chooses so that `bytes` bytes are free, or as many as it finds. Blocks are moved if that has a
+/// cost, and where evicting them costs more.
 pub(super) fn reclaim(
     layout: &Layout,
     candidates: &[Candidate],
@@ -55,8 +57,9 @@ pub(super) fn reclaim(
     if best.freed_bytes >= bytes || move_cost.is_none() {
         return best;
     }
-    // Blocks of no value went first, and with them room to move to: so keep that room. What was moved into keeps pages
-    // from emptying: so move nothing. And last, what could be evicted is room as well.
+    // Blocks of no value went first, and with them room to move to: so keep that room. What was
+    // moved into keeps pages from emptying: so move nothing. And last, what could be evicted is
+    // room as well.
     let of_no_value: Vec<_> = candidates.iter().map(Candidate::without_cost).collect();
     let searches = [
         (candidates, move_cost, true),
@@ -157,8 +160,8 @@ struct Search<'a> {
     move_cost: Option<f64>,
     /// How many blocks with memory are left in each page of each class.
     held: Vec<Vec<u32>>,
-    /// Blocks that others may be moved into, the best first: by the bits of what their page costs for each byte, which
-    /// for numbers not below zero are in the order of the numbers.
+    /// Blocks that others may be moved into, the best first: by the bits of what their page costs
+    /// for each byte, which for numbers not below zero are in the order of the numbers.
     targets: BTreeSet<(Reverse<u64>, BlockId)>,
     /// What the pages of the largest class cost for each byte at first, as in `targets`.
     worth: Vec<u64>,
@@ -210,7 +213,8 @@ impl<'a> Search<'a> {
     }
 
     fn find_targets(&mut self, reserve: bool) {
-        // What a page costs does not yet depend on where its blocks could go: as if there were room for all.
+        // What a page costs does not yet depend on where its blocks could go: as if there were room
+        // for all.
         let largest = self.layout.largest();
         let pages = 0..self.layout.classes[largest].pages();
         let worth = pages.map(|page| {
@@ -315,7 +319,8 @@ impl<'a> Search<'a> {
         });
     }
 
-    /// What emptying a page takes, with so many places to move blocks to; `None` if it is empty or cannot be emptied.
+    /// What emptying a page takes, with so many places to move blocks to; `None` if it is empty or
+    /// cannot be emptied.
     fn offer(&self, class: usize, page: usize, places: usize) -> Option<Offer> {
         if self.held[class][page] == 0 {
             return None;
@@ -370,8 +375,8 @@ impl<'a> Search<'a> {
         })
     }
 
-    /// Whether there are places for all of these blocks that are better than their own: else what one page is rid of
-    /// keeps others from emptying.
+    /// Whether there are places for all of these blocks that are better than their own: else what
+    /// one page is rid of keeps others from emptying.
     fn moves_down(&self, relocate: &[BlockId]) -> bool {
         let best = relocate.iter().map(|block| self.target(*block)).min();
         let last = relocate.len().checked_sub(1);

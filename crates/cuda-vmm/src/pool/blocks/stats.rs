@@ -3,8 +3,8 @@
 use crate::size::Readable;
 use core::fmt;
 
-/// What a backing has, and what the device holds for it. The blocks are counted in one moment, the memory of each
-/// tensor a little later, one after the other.
+/// What a backing has, and what the device holds for it. The blocks are counted in one moment, the
+/// memory of each tensor a little later, one after the other.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
@@ -20,7 +20,8 @@ pub struct BlockStats {
     pub block_bytes: usize,
     /// The pages that hold a block with memory, or one that is on its way in or out, in bytes.
     pub page_bytes: usize,
-    /// What the device really holds for all tensors, in bytes: those pages, and what is retiring or parked.
+    /// What the device really holds for all tensors, in bytes: those pages, and what is retiring or
+    /// parked.
     pub committed_bytes: usize,
 }
 

@@ -5,8 +5,8 @@ use crate::pool::{PoolPart, PoolStats, VirtualMemoryPool};
 use crate::{Account, LeaseToken, PoolOptions, Result};
 use core::ops::Range;
 
-/// One tensor of a [`BlockBacking`](super::BlockBacking): `[num_blocks, block_shape…]`, contiguous, at addresses that
-/// stay while the backing lives.
+/// One tensor of a [`BlockBacking`](super::BlockBacking): `[num_blocks, block_shape…]`, contiguous,
+/// at addresses that stay while the backing lives.
 #[derive(Debug)]
 pub struct BlockTensor {
     spec: TensorSpec,
@@ -130,8 +130,8 @@ impl BlockTensor {
         if parts.iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
-        // The bytes are live, nobody compacts the pool, and it closes after the last use of it: what is left is a
-        // process that was forked meanwhile, whose memory is the parent's.
+        // The bytes are live, nobody compacts the pool, and it closes after the last use of it:
+        // what is left is a process that was forked meanwhile, whose memory is the parent's.
         if let Err(error) = self.pool.deallocate_many(parts) {
             crate::events::warn!(%error, tensor = self.name(), "blocks could not be freed");
         }
