@@ -10,6 +10,7 @@ mod budget;
 mod bytes;
 mod elastic;
 mod growth;
+mod guarantees;
 mod joined;
 mod kernels;
 mod kv_cache;
