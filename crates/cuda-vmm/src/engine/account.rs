@@ -333,8 +333,13 @@ impl Shared {
             return;
         };
         let (entry, is_empty) = engine.close_account(self.id);
-        // Its wakers go without the lock.
         drop(entry);
+        // Nothing is owed or comes any more. A range that is kept may be the last to hold what is
+        // owed, and ends with the engine locked: so the wakers, which are code of others, go now.
+        if let Ok(owed) = self.owed.get() {
+            owed.more.set(None);
+            owed.memory.set(None);
+        }
         if !is_empty {
             // What it has parked goes with the next step.
             engine.worker.wake(engine, false);

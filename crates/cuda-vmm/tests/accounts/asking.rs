@@ -2,9 +2,9 @@
 
 use super::{Counts, account, asked, blocks, engine, range};
 use crate::common::{PAGE, manual};
-use cuda_vmm::{Quota, Stream};
+use cuda_vmm::{Engine, Quota, Stream};
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Wake, Waker};
 
 #[test]
 fn what_is_available_is_what_an_allocation_gets() {
@@ -51,6 +51,38 @@ fn a_refusal_presses_others_until_it_is_withdrawn() {
     assert_eq!(holder.owed_bytes(), 2 * PAGE);
     drop(second);
     assert_eq!(holder.owed_bytes(), 0);
+}
+
+/// Asks the engine for its numbers when it is dropped, which needs the engine's lock.
+struct AsksInDrop(Engine);
+
+impl Wake for AsksInDrop {
+    fn wake(self: Arc<Self>) {}
+}
+
+impl Drop for AsksInDrop {
+    fn drop(&mut self) {
+        self.0.stats();
+    }
+}
+
+#[test]
+fn wakers_go_with_no_lock_held_also_if_a_range_is_kept() {
+    let (_simulated, engine) = engine(manual());
+    let model = account(&engine, "model", Quota::new());
+    let pool = range(&model);
+    pool.allocate(0, PAGE).expect("room");
+    let token = Arc::new(());
+    pool.lease(0, PAGE, token.clone()).expect("live");
+    model.set_owed_waker(Some(Waker::from(Arc::new(AsksInDrop(engine.clone())))));
+    model.set_memory_waker(Some(Waker::from(Arc::new(AsksInDrop(engine.clone())))));
+    // The lease keeps the range, beyond its pool and its account.
+    drop((pool, model));
+    assert_eq!(engine.stats().parts.leased_bytes, PAGE);
+    drop(token);
+    while engine.stats().ranges > 0 {
+        engine.step();
+    }
 }
 
 #[test]
