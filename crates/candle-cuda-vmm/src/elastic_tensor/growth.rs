@@ -4,9 +4,9 @@ use super::extent::Extent;
 use super::{ElasticTensor, Rows};
 use crate::error::Result;
 use cuda_vmm::Account;
-use cuda_vmm::pool::{Backed, PoolPart};
+use cuda_vmm::pool::{Backed, PoolPart, Turn};
 use std::ops::Range;
-use std::time::Duration;
+use std::task::{Context, Poll, Waker};
 
 /// What a tensor needs for more rows. Nothing is allocated yet.
 #[derive(Debug)]
@@ -53,6 +53,14 @@ impl Rows {
         }
     }
 
+    /// Keeps new addresses, if there were none.
+    fn keep_addresses(&mut self, growth: Growth) {
+        if self.extent().is_none() {
+            let bytes = None;
+            self.finish(Growth { bytes, ..growth });
+        }
+    }
+
     fn finish(&mut self, growth: Growth) {
         match self {
             Self::Host(rows) => rows.finish(growth),
@@ -62,27 +70,28 @@ impl Rows {
     }
 }
 
-/// How long a reservation waits for memory.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Wait {
+/// How a reservation waits for memory.
+pub(crate) enum Waits<'a> {
     /// Not at all.
     Never,
     /// For retiring memory, if that is enough.
     ForRetiring,
-    /// For any memory, for so long at most.
-    AtMost(Duration),
+    /// Between polls, at its place in the line.
+    InTurn(&'a mut Turn, &'a Waker),
 }
 
-impl Wait {
+impl Waits<'_> {
     fn allocate<'a>(
         self,
         account: &Account,
         parts: &[PoolPart<'a>],
-    ) -> cuda_vmm::Result<Backed<'a>> {
+    ) -> Poll<cuda_vmm::Result<Backed<'a>>> {
         match self {
-            Self::Never => account.try_allocate_many(parts),
-            Self::ForRetiring => account.allocate_many(parts),
-            Self::AtMost(timeout) => account.allocate_many_timeout(parts, timeout),
+            Self::Never => Poll::Ready(account.try_allocate_many(parts)),
+            Self::ForRetiring => Poll::Ready(account.allocate_many(parts)),
+            Self::InTurn(turn, waker) => {
+                turn.poll_allocate_many(parts, &Context::from_waker(waker))
+            }
         }
     }
 }
@@ -108,12 +117,18 @@ impl ElasticTensor {
     /// - [`Vmm`](crate::VmmError::Vmm) with `ForeignAccount` if a tensor's pool charges another
     ///   account than that of the first tensor.
     pub fn reserve_together(tensors: &mut [&mut Self], rows: usize) -> Result<()> {
-        Self::reserve_all(tensors, rows, Wait::ForRetiring)
+        Self::reserve_by(tensors, rows, Waits::ForRetiring).map(drop)
     }
 
-    pub(crate) fn reserve_all(tensors: &mut [&mut Self], rows: usize, wait: Wait) -> Result<()> {
+    /// As [`reserve_together`](Self::reserve_together). Returns whether the memory is reserved; if
+    /// not, the turn is to be tried again.
+    pub(crate) fn reserve_by(
+        tensors: &mut [&mut Self],
+        rows: usize,
+        waits: Waits<'_>,
+    ) -> Result<bool> {
         let Some(first) = tensors.first() else {
-            return Ok(());
+            return Ok(true);
         };
         let account = first.pool.account().clone();
         // Also of tensors that need no memory now.
@@ -133,15 +148,26 @@ impl ElasticTensor {
         let parts: Vec<_> = (tensors.iter().zip(&growths))
             .filter_map(|(tensor, growth)| growth.part(tensor))
             .collect();
-        let backed = wait.allocate(&account, &parts)?;
-        // If a copy fails, the memory is freed with the guard, and the rows are where they were.
-        (tensors.iter().zip(&growths))
-            .try_for_each(|(tensor, growth)| tensor.rows.copy_to(growth))?;
-        backed.keep();
+        let is_reserved = match waits.allocate(&account, &parts) {
+            Poll::Pending => false,
+            Poll::Ready(backed) => {
+                let backed = backed?;
+                // If a copy fails, the memory is freed with the guard, and the rows are where they
+                // were.
+                let mut both = tensors.iter().zip(&growths);
+                both.try_for_each(|(tensor, growth)| tensor.rows.copy_to(growth))?;
+                backed.keep();
+                true
+            }
+        };
         for (tensor, growth) in tensors.iter_mut().zip(growths) {
-            tensor.rows.finish(growth);
+            match is_reserved {
+                true => tensor.rows.finish(growth),
+                // The next try finds the addresses.
+                false => tensor.rows.keep_addresses(growth),
+            }
         }
-        Ok(())
+        Ok(is_reserved)
     }
 
     /// Bytes of device memory that are allocated for the rows: whole pages, with what is reserved.

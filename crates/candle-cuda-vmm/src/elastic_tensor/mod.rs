@@ -14,7 +14,7 @@ use candle_core::{DType, Device, Error, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use device::DeviceRows;
 pub(crate) use extent::Live;
-pub(crate) use growth::Wait;
+pub(crate) use growth::Waits;
 use host::HostRows;
 use std::ops::Range;
 

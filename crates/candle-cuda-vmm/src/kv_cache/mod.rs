@@ -49,5 +49,5 @@ mod traits;
 pub use concat::ConcatCaches;
 pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
-pub use sequence::{Sequence, SequenceCache};
+pub use sequence::{Sequence, SequenceCache, SequenceReservation};
 pub use traits::{KvCache, KvCacheFactory};

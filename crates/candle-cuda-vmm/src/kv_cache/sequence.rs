@@ -2,13 +2,18 @@
 
 use super::elastic::ElasticKvCache;
 use super::traits::{KvCache, KvCacheFactory};
-use crate::elastic_tensor::{ElasticTensor, Wait};
+use crate::elastic_tensor::{ElasticTensor, Waits};
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
 use candle_core::{DType, Shape, Tensor};
+use cuda_vmm::pool::Turn;
 use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 /// The KV caches of one sequence, one for each layer of a model: a [`KvCacheFactory`] that knows
 /// its caches. Cloning is cheap, and the clones are the same sequence.
@@ -115,6 +120,37 @@ impl TensorPool {
     }
 }
 
+/// A reservation that waits for memory; see [`Sequence::reserve_async`].
+#[derive(Debug)]
+#[must_use = "futures do nothing unless they are polled"]
+pub struct SequenceReservation<'a> {
+    sequence: &'a Sequence,
+    tokens: usize,
+    turn: Turn,
+}
+
+impl Future for SequenceReservation<'_> {
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let (sequence, tokens) = (self.sequence, self.tokens);
+        let waits = Waits::InTurn(&mut self.turn, context.waker());
+        match sequence.reserve_by(tokens, waits)? {
+            true => Poll::Ready(Ok(())),
+            false => Poll::Pending,
+        }
+    }
+}
+
+/// Wakes a thread that sleeps between two polls.
+struct Unparks(Thread);
+
+impl Wake for Unparks {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
 impl KvCacheFactory for Sequence {
     type Cache = SequenceCache;
 
@@ -181,7 +217,7 @@ impl Sequence {
     ///   how much all layers need.
     /// - Any error of [`ElasticTensor::reserve_together`].
     pub fn reserve(&self, tokens: usize) -> Result<()> {
-        self.reserve_and(tokens, Wait::ForRetiring)
+        self.reserve_by(tokens, Waits::ForRetiring).map(drop)
     }
 
     /// As [`reserve`](Self::reserve), but never waits for the device.
@@ -189,27 +225,61 @@ impl Sequence {
     /// # Errors
     /// As [`reserve`](Self::reserve).
     pub fn try_reserve(&self, tokens: usize) -> Result<()> {
-        self.reserve_and(tokens, Wait::Never)
+        self.reserve_by(tokens, Waits::Never).map(drop)
     }
 
     /// As [`reserve`](Self::reserve), but waits up to `timeout` for memory, also for what other
-    /// accounts are asked to give back. Meanwhile all caches are locked: functions of this sequence
-    /// wait on other threads.
+    /// accounts are asked to give back. Other threads may use the sequence meanwhile.
     ///
     /// # Errors
     /// As [`reserve`](Self::reserve).
     pub fn reserve_timeout(&self, tokens: usize, timeout: Duration) -> Result<()> {
-        self.reserve_and(tokens, Wait::AtMost(timeout))
+        // How long the thread sleeps at most before it looks what the device has finished with.
+        const LOOK: Duration = Duration::from_millis(1);
+        let started = Instant::now();
+        let waker = Waker::from(Arc::new(Unparks(thread::current())));
+        let mut context = Context::from_waker(&waker);
+        let mut reservation = Box::pin(self.reserve_async(tokens));
+        loop {
+            if let Poll::Ready(reserved) = reservation.as_mut().poll(&mut context) {
+                return reserved;
+            }
+            let left = timeout.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                // It stands in the line for the same memory.
+                drop(reservation);
+                return self.try_reserve(tokens);
+            }
+            thread::park_timeout(left.min(LOOK));
+            self.pool.engine().step();
+        }
     }
 
-    fn reserve_and(&self, tokens: usize, wait: Wait) -> Result<()> {
+    /// As [`reserve`](Self::reserve), as a future that waits as long as it is polled, also for what
+    /// other accounts are asked to give back. It needs no runtime, and stands in the same line as
+    /// threads do; see [`VirtualMemoryPool::allocate_async`]. Others may use the sequence meanwhile.
+    ///
+    /// [`VirtualMemoryPool::allocate_async`]: cuda_vmm::VirtualMemoryPool::allocate_async
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
+    pub fn reserve_async(&self, tokens: usize) -> SequenceReservation<'_> {
+        SequenceReservation {
+            sequence: self,
+            tokens,
+            turn: self.pool.account().turn(),
+        }
+    }
+
+    /// Returns whether the memory is reserved; if not, the turn is to be tried again.
+    fn reserve_by(&self, tokens: usize, waits: Waits<'_>) -> Result<bool> {
         self.with_layers(|caches| {
             let mut tensors = Vec::with_capacity(2 * caches.len());
             for (layer, cache) in caches {
                 let rows = cache.rows_mut()?;
                 tensors.extend(rows.ok_or(VmmError::UnknownShape { layer: *layer })?);
             }
-            ElasticTensor::reserve_all(&mut tensors, tokens, wait)
+            ElasticTensor::reserve_by(&mut tensors, tokens, waits)
         })
     }
 

@@ -1,9 +1,10 @@
 //! Bytes of several pools of one account, all or none.
 
 use super::VirtualMemoryPool;
-use crate::engine::{Account, Ask, Patience, Place, allocate_all};
+use crate::engine::{Account, Ask, Later, Patience, Place, allocate_all};
 use crate::size::Extent;
 use crate::{Result, VmmError};
+use core::task::{Context, Poll};
 use core::time::Duration;
 
 /// Bytes of a pool: where they begin, and how many they are.
@@ -38,6 +39,50 @@ impl Drop for Backed<'_> {
 /// Parts in the order of their pools, pool by pool.
 fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolPart<'a>]> {
     parts.chunk_by(|(one, ..), (other, ..)| core::ptr::eq(*one, *other))
+}
+
+/// Asks for parts, which are sorted.
+fn ask<T>(parts: &[PoolPart<'_>], act: impl FnOnce(&[Ask<'_>]) -> T) -> T {
+    let places: Vec<_> = (parts.iter())
+        .map(|(_, offset, bytes)| (Place::At(*offset), *bytes))
+        .collect();
+    let mut asks = Vec::new();
+    let mut at = 0;
+    for of_pool in by_pool(parts) {
+        let end = at + of_pool.len();
+        asks.push(Ask {
+            handle: &of_pool[0].0.range,
+            places: &places[at..end],
+        });
+        at = end;
+    }
+    act(&asks)
+}
+
+/// A place in the line of those that wait for memory; see [`Account::turn`]. Dropping it leaves the
+/// line.
+#[derive(Debug)]
+pub struct Turn {
+    account: Account,
+    later: Later,
+}
+
+impl Turn {
+    /// As [`Account::try_allocate_many`], as one poll of a future: if the call would have to wait,
+    /// it keeps its place, and the task is woken when something has changed. The parts may differ
+    /// from poll to poll.
+    ///
+    /// # Errors
+    /// As [`VirtualMemoryPool::allocate_async`] and [`Account::try_allocate_many`].
+    pub fn poll_allocate_many<'a>(
+        &mut self,
+        parts: &[PoolPart<'a>],
+        context: &Context<'_>,
+    ) -> Poll<Result<Backed<'a>>> {
+        let parts = self.account.sorted(parts)?;
+        let polled = ask(&parts, |asks| self.later.poll(asks, context));
+        polled.map_ok(|_| Backed { parts })
+    }
 }
 
 impl Account {
@@ -101,21 +146,17 @@ impl Account {
         patience: &Patience,
     ) -> Result<Backed<'a>> {
         let parts = self.sorted(parts)?;
-        let places: Vec<_> = (parts.iter())
-            .map(|(_, offset, bytes)| (Place::At(*offset), *bytes))
-            .collect();
-        let mut asks = Vec::new();
-        let mut at = 0;
-        for of_pool in by_pool(&parts) {
-            let end = at + of_pool.len();
-            asks.push(Ask {
-                handle: &of_pool[0].0.range,
-                places: &places[at..end],
-            });
-            at = end;
-        }
-        allocate_all(&asks, patience)?;
+        ask(&parts, |asks| allocate_all(asks, patience))?;
         Ok(Backed { parts })
+    }
+
+    /// A place in the line of those that wait for memory, for a caller that tries again and again
+    /// and keeps nothing locked in between. It stands there from the first try on that would wait.
+    pub fn turn(&self) -> Turn {
+        Turn {
+            account: self.clone(),
+            later: Later::new(self.engine()),
+        }
     }
 
     /// The parts by pool and offset, all of them of this account and none of them twice.

@@ -12,7 +12,7 @@ mod waiting;
 
 pub use crate::size::check_page_bytes;
 pub use elastic::VirtualMemoryPool;
-pub use many::{Backed, PoolPart};
+pub use many::{Backed, PoolPart, Turn};
 pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
 pub use shared::{SharedMemoryPool, SharedPoolOptions};
 pub use snapshot::{AccountSnapshot, Snapshot};

@@ -85,6 +85,44 @@ fn a_future_waits_in_line_and_is_woken() {
 }
 
 #[test]
+fn a_turn_keeps_its_place_while_what_it_asks_for_changes() {
+    let (_simulated, engine) = engine(manual());
+    let [holder, asks, late] =
+        ["holder", "asks", "late"].map(|name| account(&engine, name, Quota::new()));
+    let (held, one, other, behind) = (range(&holder), range(&asks), range(&asks), range(&late));
+    held.allocate(0, 8 * PAGE).expect("room");
+    let mut context = Context::from_waker(Waker::noop());
+    let mut turn = asks.turn();
+    let polled = turn.poll_allocate_many(&[(&one, 0, PAGE), (&other, 0, PAGE)], &context);
+    assert!(polled.is_pending());
+    assert_eq!(holder.owed_bytes(), 2 * PAGE);
+    let mut waits = pin!(behind.allocate_async(0, PAGE));
+    assert!(waits.as_mut().poll(&mut context).is_pending());
+    assert_eq!(holder.owed_bytes(), 3 * PAGE);
+    // It asks for more, from where it stands.
+    let parts = [(&one, 0, 2 * PAGE), (&other, 0, 2 * PAGE)];
+    assert!(turn.poll_allocate_many(&parts, &context).is_pending());
+    held.deallocate(0, 4 * PAGE).expect("live");
+    engine.step();
+    assert!(waits.as_mut().poll(&mut context).is_pending());
+    let Poll::Ready(Ok(backed)) = turn.poll_allocate_many(&parts, &context) else {
+        panic!("it is served first");
+    };
+    backed.keep();
+    held.deallocate(4 * PAGE, PAGE).expect("live");
+    engine.step();
+    assert!(waits.as_mut().poll(&mut context).is_ready());
+    // Errors end it at once, and dropping it leaves the line.
+    let foreign = turn.poll_allocate_many(&[(&held, 0, PAGE)], &context);
+    let is_foreign = |error: &VmmError| matches!(error, VmmError::ForeignAccount { .. });
+    assert!(matches!(foreign, Poll::Ready(Err(error)) if is_foreign(&error)));
+    let more = [(&one, 8 * PAGE, PAGE)];
+    assert!(turn.poll_allocate_many(&more, &context).is_pending());
+    drop(turn);
+    assert_eq!((holder.owed_bytes(), late.owed_bytes()), (0, 0));
+}
+
+#[test]
 fn a_future_that_is_dropped_wants_nothing() {
     let (_simulated, engine) = engine(manual());
     let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));

@@ -6,6 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence, SequenceCache};
 use candle_cuda_vmm::{EngineOptions, TensorPool, TensorPoolOptions, VmmError};
+use std::future::Future;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 const LAYERS: usize = 3;
@@ -215,4 +217,63 @@ fn what_was_reserved_survives_an_append_that_fails() {
     let wrong = k.to_dtype(DType::F64).unwrap();
     refused!(layers[0].append(&wrong, &wrong), VmmError::CandleError(_));
     assert_eq!((sequence.bytes(), sequence.len()), (before, 1));
+}
+
+#[test]
+fn a_sequence_that_waits_for_memory_is_not_locked() {
+    let test = open();
+    let pool = pool(&test, 2 * LAYERS * 3);
+    let ((held, mut held_layers), (waits, _layers)) = (sequence(&pool), sequence(&pool));
+    held.reserve(8).unwrap();
+    append(&test, &mut held_layers, 8, 1.0);
+    waits.reserve(4).unwrap();
+    let timeout = Duration::from_millis(5);
+    refused!(
+        waits.reserve_timeout(8, timeout),
+        VmmError::Vmm(Core::OutOfPhysicalMemory { .. })
+    );
+    std::thread::scope(|scope| {
+        let served = scope.spawn(|| waits.reserve_timeout(8, Duration::from_secs(60)));
+        // Others use both meanwhile.
+        for _ in 0..50 {
+            assert_eq!(waits.len(), 0);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(!served.is_finished());
+        held.reset();
+        test.device.synchronize().unwrap();
+        served.join().unwrap().unwrap();
+    });
+    assert_eq!(waits.bytes(), 2 * LAYERS * 2 * page());
+}
+
+#[test]
+fn a_reservation_that_is_dropped_wants_nothing() {
+    let test = open();
+    let pool = pool(&test, 2 * LAYERS);
+    let ((held, _), (waits, _layers)) = (sequence(&pool), sequence(&pool));
+    held.reserve(4).unwrap();
+    let mut context = Context::from_waker(Waker::noop());
+    let mut reservation = Box::pin(waits.reserve_async(4));
+    assert!(reservation.as_mut().poll(&mut context).is_pending());
+    let calls = pool.engine().counters().device_calls;
+    assert!(reservation.as_mut().poll(&mut context).is_pending());
+    let after = pool.engine().counters().device_calls;
+    assert_eq!(after, calls, "it has its addresses by then");
+    drop(reservation);
+    held.reset();
+    test.device.synchronize().unwrap();
+    let mut reservation = Box::pin(held.reserve_async(4));
+    while reservation.as_mut().poll(&mut context).is_pending() {
+        pool.engine().step();
+    }
+    let error = match Box::pin(waits.reserve_async(400))
+        .as_mut()
+        .poll(&mut context)
+    {
+        Poll::Ready(Err(error)) => error,
+        other => panic!("{other:?}"),
+    };
+    assert!(error.is_permanent(), "{error}");
+    assert_eq!((held.bytes(), waits.bytes()), (2 * LAYERS * page(), 0));
 }
