@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn every_place_is_asked_and_told() {
-        let paths = ["libcuda-of-nobody.so.1", "/nowhere/libcuda.so.1"].map(Path::new);
+        let paths = ["libcuda-that-is-nowhere.so.1", "/nowhere/libcuda.so.1"].map(Path::new);
         // SAFETY: there are no such libraries.
         let error = unsafe { load_first(&paths) }.expect_err("no such libraries");
         let LoadError::NotFound { attempts } = &error else {

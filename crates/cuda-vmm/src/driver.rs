@@ -83,7 +83,7 @@ impl Driver {
     pub fn cuda() -> Result<Self> {
         static OPENED: PerProcess<std::sync::Mutex<Option<Driver>>> = PerProcess::new();
         // A process forked from one that opens, or has opened, the driver cannot have it any more.
-        static OPENED_BY: Opener = Opener::nobody();
+        static OPENED_BY: Opener = Opener::none();
         let mut opened = OPENED.get().lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(driver) = &*opened {
             return Ok(driver.clone());

@@ -126,7 +126,7 @@ impl Fence {
 impl Fence {
     fn destroy(&self) -> Result<()> {
         let _current = self.device.make_current()?;
-        // SAFETY: destroys the event that `create` made; once it worked, nobody has it any more.
+        // SAFETY: destroys the event that `create` made; after that nothing uses the handle.
         unsafe { call!(self.device.driver(), cuEventDestroy(self.event)) }
     }
 }

@@ -25,8 +25,8 @@ pub(crate) fn call<T>(code: impl FnOnce() -> T) -> Option<T> {
 
 /// A value of others. A panic in its drop ends here; the owner drops it with no lock held.
 ///
-/// `Debug` prints nothing of it: that is their code as well, and whoever prints a pool may hold a
-/// lock.
+/// `Debug` prints nothing of it: that is their code as well, and a thread that prints a pool may
+/// hold a lock.
 pub(crate) struct Foreign<T>(Option<T>);
 
 impl<T> Foreign<T> {

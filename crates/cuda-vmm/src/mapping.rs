@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! A [`Mapping`] owns the whole of one mapping, keeps its reservation and its memory alive, and
-//! unmaps once. Unmapping waits for nothing: that the device has finished with the addresses is for
-//! the owner to see to, who is either the engine or a caller who wrote through an address, which is
+//! unmaps once. Unmapping waits for nothing. The owner makes sure that the device has finished with
+//! the addresses. The owner is the engine, or a caller that wrote through an address, which is
 //! unsafe.
 #![allow(unsafe_code)]
 
@@ -50,8 +50,8 @@ impl Access {
 /// the devices that were named (`cuMemSetAccess`).
 ///
 /// Dropping unmaps (`cuMemUnmap`). That does not wait for the device: work that still uses the
-/// addresses then fails with an illegal access and takes the context with it. Whoever launches such
-/// work waits for it first, or lets an [`Engine`](crate::Engine) do so.
+/// addresses then fails with an illegal access and takes the context with it. A caller that
+/// launches such work waits for it first, or lets an [`Engine`](crate::Engine) do so.
 #[derive(Debug)]
 pub struct Mapping {
     reservation: Arc<Reservation>,
@@ -186,8 +186,8 @@ impl Mapping {
         Ok(())
     }
 
-    /// Queues zeros over all of it; the fence says when they are written. Whoever had bytes in it
-    /// is done, and the owner unmaps it only when the fence is past.
+    /// Queues zeros over all of it; the fence says when they are written. No live bytes are in it,
+    /// and the owner unmaps it only when the fence is past.
     pub(crate) fn scrub(&self, stream: &Stream) -> Result<Fence> {
         // SAFETY: the range is exactly this mapping, which its one caller, the engine, keeps until
         // the fence is past.

@@ -29,7 +29,7 @@ pub struct MemoryParts {
     pub retiring_bytes: usize,
     /// Freed and still mapped, to be taken back without a driver call.
     pub parked_bytes: usize,
-    /// Made before anyone asked for it, and given up first.
+    /// Made before any allocation needs it, and given up first.
     pub ahead_bytes: usize,
     /// Clean and mapped nowhere, to be mapped again; on no range's account.
     pub cached_bytes: usize,
@@ -38,7 +38,7 @@ pub struct MemoryParts {
     pub quarantined_bytes: usize,
 }
 
-/// One part, for those who list them.
+/// One part, for code that lists them.
 pub(crate) struct Part {
     pub(crate) name: &'static str,
     pub(crate) meaning: &'static str,
@@ -88,7 +88,7 @@ impl MemoryParts {
         },
         Part {
             name: "ahead",
-            meaning: "Made before anyone asked for it.",
+            meaning: "Made before any allocation needs it.",
             is_of_ranges: true,
             bytes: |parts| parts.ahead_bytes,
         },
@@ -111,8 +111,8 @@ impl MemoryParts {
         Self::LIST.iter().map(|part| (part.bytes)(self)).sum()
     }
 
-    /// What is held and serves nobody, in bytes: parked, ahead and cached memory, which the engine
-    /// gives up before it refuses an allocation, and slack, which
+    /// What is held and serves no allocation, in bytes: parked, ahead and cached memory, which the
+    /// engine gives up before it refuses an allocation, and slack, which
     /// [`compact`](crate::VirtualMemoryPool::compact) gives back.
     ///
     /// This is an upper bound: pinned pages, and chunks with live bytes that cannot be moved now,

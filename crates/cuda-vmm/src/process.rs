@@ -14,8 +14,7 @@ use crate::{Result, VmmError};
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-/// A process, by its generation; for those who ask often, and do not want to look it up in the
-/// driver.
+/// A process, by its generation. For code that asks often and does not look it up in the driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Process(u32);
 
@@ -110,7 +109,7 @@ impl<T: Default + Send + Sync> PerProcess<T> {
                 // SAFETY: the box was made above, and from here on it is never freed.
                 Ok(_) => return unsafe { &(*fresh).value },
                 Err(other) => {
-                    // SAFETY: the box was made above, and nobody else has seen it.
+                    // SAFETY: the box was made above, and no other code has its address.
                     drop(unsafe { Box::from_raw(fresh) });
                     latest = other;
                 }
@@ -123,10 +122,10 @@ impl<T: Default + Send + Sync> PerProcess<T> {
 pub(crate) struct Opener(AtomicU64);
 
 impl Opener {
-    const NOBODY: u64 = u64::MAX;
+    const NONE: u64 = u64::MAX;
 
-    pub(crate) const fn nobody() -> Self {
-        Self(AtomicU64::new(Self::NOBODY))
+    pub(crate) const fn none() -> Self {
+        Self(AtomicU64::new(Self::NONE))
     }
 
     /// Says that this process opens it now, until the result is dropped.
@@ -138,14 +137,14 @@ impl Opener {
         let Process(here) = Process::current();
         let here = u64::from(here);
         let relaxed = Ordering::Relaxed;
-        match (self.0).compare_exchange(Self::NOBODY, here, relaxed, relaxed) {
+        match (self.0).compare_exchange(Self::NONE, here, relaxed, relaxed) {
             Err(by) if by != here => Err(VmmError::Forked),
             _ => Ok(Opening(self)),
         }
     }
 }
 
-/// Dropped, nobody has opened it.
+/// Dropping it sets the opener back to none.
 pub(crate) struct Opening<'a>(&'a Opener);
 
 impl Opening<'_> {
@@ -157,7 +156,7 @@ impl Opening<'_> {
 
 impl Drop for Opening<'_> {
     fn drop(&mut self) {
-        self.0.0.store(Opener::NOBODY, Ordering::Relaxed);
+        self.0.0.store(Opener::NONE, Ordering::Relaxed);
     }
 }
 

@@ -26,14 +26,14 @@ pub(crate) trait Stuck: Debug + Send + Sync {
 pub(crate) struct Quarantine {
     /// What the driver refused.
     refused: Vec<Box<dyn Stuck>>,
-    /// What the device may still use: nobody could wait for it when its owner was dropped.
+    /// What the device may still use: its owner could not wait when it was dropped.
     unfinished: Vec<Box<dyn Stuck>>,
     /// Whether a warning was given that something is in here.
     is_told: bool,
 }
 
 impl Quarantine {
-    /// Adds an object. Returns whether that is news, so that one warning stands for all that
+    /// Adds an object. Returns whether it is the first, so that one warning stands for all that
     /// follows.
     pub(crate) fn push(&mut self, stuck: Box<dyn Stuck>) -> bool {
         self.refused.push(stuck);

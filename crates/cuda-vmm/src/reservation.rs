@@ -69,8 +69,8 @@ impl Reservation {
     /// Takes ownership of addresses reserved elsewhere.
     ///
     /// # Safety
-    /// The range must be the whole of one reservation of this device's driver, owned by nobody
-    /// else, and all that is mapped in it must be unmapped before the reservation is dropped.
+    /// The range must be the whole of one reservation of this device's driver, with no other owner,
+    /// and all that is mapped in it must be unmapped before the reservation is dropped.
     pub unsafe fn from_raw(device: &Device, address: u64, bytes: usize) -> Self {
         Self {
             device: device.clone(),

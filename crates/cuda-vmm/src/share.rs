@@ -14,8 +14,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 impl PhysicalMemory {
     /// A file descriptor that names this memory (`cuMemExportToShareableHandle`).
     ///
-    /// Send it to another process over a Unix socket. Whoever imports it keeps the memory alive by
-    /// itself.
+    /// Send it to another process over a Unix socket. A process that imports it keeps the memory
+    /// alive by itself.
     ///
     /// # Errors
     /// [`VmmError::Driver`](crate::VmmError::Driver), also for memory that was not made by
@@ -35,7 +35,7 @@ impl PhysicalMemory {
             )
         }?;
         crate::events::debug!(target: "cuda_vmm::driver", handle = self.handle(), descriptor, "exported memory");
-        // SAFETY: the driver opened this descriptor for us and nobody else owns it.
+        // SAFETY: the driver opened this descriptor for us, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
 

@@ -39,8 +39,8 @@ impl Named {
         &self.handle
     }
 
-    /// Whether nobody can queue work any more: all clones of a stream of our own are gone. It stays
-    /// so.
+    /// Whether no caller can queue work any more: all clones of a stream of our own are gone. It
+    /// stays so.
     pub(crate) fn is_let_go(&self) -> bool {
         self.handle.is_owned && self.clones.strong_count() == 0
     }
@@ -77,9 +77,9 @@ impl Stream {
         }
     }
 
-    /// A stream that someone else owns. Null is the legacy default stream. 2 is the per-thread
-    /// default stream, of whichever thread uses it: a pool for which it is named waits for all work
-    /// of the context instead.
+    /// A stream that the caller owns. Null is the legacy default stream. 2 is the per-thread
+    /// default stream, which is another one on each thread. A pool for which it is named waits for
+    /// all work of the context instead.
     ///
     /// # Safety
     /// The stream must belong to the device's primary context and outlive every clone of the

@@ -80,7 +80,7 @@ impl Handle {
 
     fn destroy(&self) -> Result<()> {
         let _current = self.device.make_current()?;
-        // SAFETY: destroys the stream that `new` made; once it worked, nobody has it any more.
+        // SAFETY: destroys the stream that `new` made; after that nothing uses the handle.
         unsafe { call!(self.device.driver(), cuStreamDestroy(self.raw)) }
     }
 }

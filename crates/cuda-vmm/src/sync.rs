@@ -29,8 +29,8 @@ pub(crate) use shuttle::{
 use core::ops::Deref;
 use std::time::Duration;
 
-/// A value on cache lines of its own: whoever writes beside it does not slow those who read it, nor
-/// the other way round. Processors fetch lines of 64 bytes in pairs.
+/// A value on cache lines of its own. Writes beside it do not slow its readers, nor the other way
+/// round. Processors fetch lines of 64 bytes in pairs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub(crate) struct Apart<T>(pub(crate) T);
@@ -153,8 +153,7 @@ pub(crate) fn wait_timeout_while<'a, T>(
 }
 
 /// The model checker knows no time, and its condition variable never times out. Any delay may be
-/// over at any moment, so this lets everyone else go first and leaves it to the checker when that
-/// moment is.
+/// over at any moment. So this lets all other threads go first, and the checker chooses the moment.
 #[cfg(model_check)]
 pub(crate) fn wait_timeout_while<'a, T>(
     _condvar: &Condvar,

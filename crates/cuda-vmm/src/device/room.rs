@@ -34,8 +34,8 @@ pub(super) struct Room {
     holders: Here<Mutex<Vec<Weak<dyn MemoryHolder>>>>,
     /// What the program does to make room.
     make_room: Mutex<Option<Foreign<std::sync::Arc<MakeRoom>>>>,
-    /// Threads that call the driver for a thread that waits for memory.
-    callers: AtomicUsize,
+    /// Threads whose driver calls are urgent: a caller waits for the memory.
+    urgent_calls: AtomicUsize,
     /// How often memory has come free.
     memory_events: AtomicU64,
     /// Threads that wait for memory of the device.
@@ -49,7 +49,7 @@ impl Room {
         Self {
             holders: Here::new(process, Mutex::default()),
             make_room: Mutex::default(),
-            callers: AtomicUsize::new(0),
+            urgent_calls: AtomicUsize::new(0),
             memory_events: AtomicU64::new(0),
             short: AtomicUsize::new(0),
             shortage: Mutex::default(),
@@ -144,18 +144,17 @@ impl Device {
         held.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts this thread, until the guard is dropped, among those that call the driver for a
-    /// thread that waits.
-    pub(crate) fn call_for_someone(&self) -> CallsForSomeone<'_> {
-        self.0.room.callers.fetch_add(1, Ordering::Relaxed);
-        CallsForSomeone(self)
+    /// Counts the driver calls of this thread as urgent until the guard is dropped: a caller waits
+    /// for them.
+    pub(crate) fn begin_urgent_call(&self) -> UrgentCall<'_> {
+        self.0.room.urgent_calls.fetch_add(1, Ordering::Relaxed);
+        UrgentCall(self)
     }
 
-    /// Yields, for a while, to threads that call the driver for a thread that waits: the driver
-    /// does one call at a time.
+    /// Yields to urgent calls for a while, as the driver does one call at a time.
     pub(crate) fn give_way(&self) {
         for _ in 0..TURNS_GIVEN {
-            if self.0.room.callers.load(Ordering::Relaxed) == 0 {
+            if self.0.room.urgent_calls.load(Ordering::Relaxed) == 0 {
                 return;
             }
             thread::yield_now();
@@ -171,14 +170,14 @@ impl Device {
     }
 }
 
-/// How often a thread yields that no other waits for.
+/// How often a thread yields if no caller waits for it.
 const TURNS_GIVEN: usize = if cfg!(model_check) { 3 } else { 1_000 };
 
-/// Counts a thread among those that call the driver for a thread that waits.
-pub(crate) struct CallsForSomeone<'a>(&'a Device);
+/// Counts an urgent call while it lives.
+pub(crate) struct UrgentCall<'a>(&'a Device);
 
-impl Drop for CallsForSomeone<'_> {
+impl Drop for UrgentCall<'_> {
     fn drop(&mut self) {
-        self.0.0.room.callers.fetch_sub(1, Ordering::Relaxed);
+        self.0.0.room.urgent_calls.fetch_sub(1, Ordering::Relaxed);
     }
 }

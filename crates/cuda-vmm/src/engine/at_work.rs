@@ -1,5 +1,5 @@
-//! Whether this thread has work of an engine in hand: pages or memory that the books give to nobody
-//! else until it is done.
+//! Whether this thread has work of an engine in hand: pages or memory that the books give to no
+//! other thread until it is done.
 //!
 //! Code of others runs in the middle of such work: a subscriber sees each driver call, and what
 //! makes room is called while pages are being filled. If it calls the pools, and the call waited

@@ -8,7 +8,8 @@
 //!  waiting += 1                               let go of the guard:
 //!  collect what ranges have freed               work out what is owed
 //!  wait for `changed` (lets the lock go)        unlock
-//!  waiting -= 1, look again                     notify all, if waiting > 0; wake who owes more
+//!  waiting -= 1, look again                     notify all, if waiting > 0
+//!                                               wake accounts that owe more
 //!
 //!                                             a thread that frees under a range's lock alone
 //!                                             ----------------------------------------------
@@ -136,12 +137,12 @@ impl StateLock {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         // What was freed since the lock was taken, by threads that did not see yet that this one
         // waits.
-        let has_news = state.quietly().collect_freed();
+        let has_freed = state.quietly().collect_freed();
         if state.is_changed() {
             // Other threads learn of this thread's change before it sleeps.
             drop(state);
             state = self.lock();
-        } else if !has_news {
+        } else if !has_freed {
             state.quietly().counters.waits += 1;
             if let Some(guard) = state.state.take() {
                 let guard = match left {

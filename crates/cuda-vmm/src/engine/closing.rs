@@ -116,8 +116,8 @@ impl RangeHandle {
         slot.note(&range);
         drop(range);
         if leased {
-            // Now, since another thread may find the last lease over, and then nobody else may be
-            // left to finish.
+            // Now, since another thread may find the last lease over, and then no other thread may
+            // be left to finish.
             state.kept = Some(engine.clone());
         }
         engine.retire(state, slot.id(), unused);

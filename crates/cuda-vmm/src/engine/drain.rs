@@ -10,9 +10,9 @@
 //!                          one piece at a time, unmapped and released to the driver
 //! ```
 //!
-//! The books give the pages of a draining chunk to nobody else, so no lock is held over the driver
-//! calls. A chunk that the driver refuses to unmap is quarantined. Memory that it unmaps but does
-//! not release stays charged. Both are retried; see `refused`.
+//! The books give the pages of a draining chunk to no other thread, so no lock is held over the
+//! driver calls. A chunk that the driver refuses to unmap is quarantined. Memory that it unmaps but
+//! does not release stays charged. Both are retried; see `refused`.
 
 use super::at_work::AtWork;
 use super::books::pages::Contents;

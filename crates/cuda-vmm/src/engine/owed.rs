@@ -5,7 +5,7 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Arc, Mutex, PoisonError};
 use core::task::Waker;
 
-/// What one account owes, and whom to wake for it.
+/// What one account owes, and the task to wake for it.
 #[derive(Debug, Default)]
 pub(crate) struct Owed {
     bytes: AtomicUsize,

@@ -17,7 +17,7 @@ impl RangeHandle {
     /// Pins live bytes.
     pub(crate) fn pin(&self, offset: usize, bytes: usize) -> Result<GraphPin> {
         let mut state = self.engine().open()?.state.lock();
-        // A pin that comes serves nobody.
+        // A new pin frees nothing, so it wakes no thread.
         let state = state.quietly();
         let number = state.next_pin;
         state.next_pin += 1;

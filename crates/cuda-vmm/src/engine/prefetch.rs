@@ -46,7 +46,7 @@ impl Inner {
         };
         let bytes = ahead.bytes();
         let Ok(mut supply) = state.charge_chunks(ahead.owner.account, &[bytes], None) else {
-            // Nothing is given up for what nobody has asked for.
+            // Nothing is given up for memory that no allocation needs yet.
             state.stop_prefetching(ahead.owner.range);
             drop(state);
             crate::events::debug!(bytes, "the budget has no room for memory made ahead");
@@ -78,8 +78,8 @@ impl Ahead {
         self.pages.len() * self.target.page_bytes
     }
 
-    /// Notes in the books what came of it. Returns whether nobody but this thread goes on with the
-    /// closing of the range, and why there is no memory if there is none.
+    /// Notes the outcome in the books. Returns whether only this thread can go on with the closing
+    /// of the range, and why there is no memory if there is none.
     fn finish(
         &self,
         work: AtWork,
@@ -126,7 +126,7 @@ impl State {
             range.quietly().is_hungry = false;
             return Some(None);
         };
-        // Nobody else makes pages of it, which takes the engine's lock.
+        // No other thread makes pages of it, as that takes the engine's lock.
         Some(Some(Ahead {
             owner: range.owner(id),
             target,

@@ -126,8 +126,8 @@ impl Ranges {
     }
 
     /// The ranges for which a step has something to do.
-    pub(crate) fn with_news(&self) -> impl Iterator<Item = &Slot> {
-        self.by_id.values().filter(|slot| slot.has_news())
+    pub(crate) fn with_work(&self) -> impl Iterator<Item = &Slot> {
+        self.by_id.values().filter(|slot| slot.has_work())
     }
 
     /// Locks one range after the other, in the order in which they were made.

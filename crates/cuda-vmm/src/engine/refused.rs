@@ -1,7 +1,7 @@
 //! Memory that the driver refused to take back: kept on its account, tried again with growing
 //! delays, and reported once.
 //!
-//! A refusal is news if nothing was refused before. Then there is one warning. The worker hears of
+//! The first refusal gives one warning; it is the first if nothing was refused before. The worker hears of
 //! each, and tries again when the back-off says so, one piece after the other, until the driver
 //! refuses one; so a driver that refuses all is asked once each time, however much there is. Each
 //! such try begins with another piece. When nothing is left, there is one message more.
@@ -25,15 +25,15 @@ impl Inner {
         refusal: Option<&VmmError>,
         bytes: usize,
     ) {
-        let is_news = refusal.is_some() && !state.refusals.is_told();
-        if is_news {
+        let is_first = refusal.is_some() && !state.refusals.is_told();
+        if is_first {
             state.refusals.tell(sync::now());
         }
         drop(state);
         let Some(error) = refusal else {
             return;
         };
-        if !is_news {
+        if !is_first {
             crate::events::debug!(%error, bytes, "the driver did not take memory back");
         } else if error.is_poisoned() {
             crate::events::warn!(%error, bytes, "the context is beyond use; its memory is left alone");

@@ -118,7 +118,7 @@ pub(crate) struct Relief {
 impl Relief {
     /// Whether no message has said yet that the device is short of memory. The caller writes it
     /// now.
-    pub(crate) fn is_news(&mut self) -> bool {
+    pub(crate) fn is_first(&mut self) -> bool {
         !core::mem::replace(&mut self.is_told, true)
     }
 

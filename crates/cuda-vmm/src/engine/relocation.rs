@@ -2,9 +2,9 @@
 //!
 //! # Safety
 //! The one unsafe call queues copies on a private stream. A [`Relocation`] owns both ends: the
-//! chunk's mapping, which the engine's books give to nobody else while it moves, and the mappings
-//! at scratch addresses. It unmaps neither before it has seen that the stream is past the copies
-//! ([`Relocation::copying`]).
+//! chunk's mapping, which the engine's books give to no other thread while it moves, and the
+//! mappings at scratch addresses. It unmaps neither before it has seen that the stream is past the
+//! copies ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
 use super::books::owner::Owner;
@@ -185,7 +185,8 @@ impl Relocation {
     }
 
     /// Undoes as much as the driver lets it: the old memory goes back to its place and the new is
-    /// released. Returns what could not be given back and is in nobody's way. May be asked again.
+    /// released. Returns what could not be given back and is in the way of nothing. May be called
+    /// again.
     pub(crate) fn back(&mut self) -> Leftovers {
         let mut left = Leftovers::default();
         if let Some(stream) = &self.copying {

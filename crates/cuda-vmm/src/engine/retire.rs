@@ -48,21 +48,21 @@ impl Inner {
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far
     /// as fences tell; returns their bytes. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
-        self.look_at_news();
-        let (mut past, mut useless) = (Vec::new(), Vec::new());
+        self.look_for_work();
+        let (mut past, mut captured) = (Vec::new(), Vec::new());
         let conditions = self.state.lock().queue.conditions();
         for (id, until) in conditions {
             match until.is_past() {
                 Ok(true) => past.push(id),
                 Ok(false) => {}
                 // A capture began between the question whether there is one and the record.
-                Err(error) if is_captured(&error) => useless.push(id),
+                Err(error) if is_captured(&error) => captured.push(id),
                 // A fence that cannot be asked now is asked again at the next step.
                 Err(_) => {}
             }
         }
-        if !useless.is_empty() {
-            let fences = self.state.lock().queue.give_up_fences(&useless);
+        if !captured.is_empty() {
+            let fences = self.state.lock().queue.give_up_fences(&captured);
             drop(fences);
         }
         self.park(&past)
@@ -70,11 +70,11 @@ impl Inner {
 
     /// Puts what was freed into the queue. What was freed while it was leased, and is leased no
     /// longer, retires behind a fence of now.
-    fn look_at_news(self: &Arc<Self>) {
+    fn look_for_work(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.quietly().collect_freed();
-        // What has news still waits for leases.
-        let leased: Vec<_> = state.ranges.with_news().cloned().collect();
+        // Only ranges that wait for leases still have work.
+        let leased: Vec<_> = state.ranges.with_work().cloned().collect();
         drop(state);
         if leased.is_empty() {
             return;
@@ -135,7 +135,7 @@ impl Inner {
             return Ok(None);
         };
         let synchronised = self.device.finish_work(all);
-        // Before anyone is told: that may run code of others, which may begin a capture.
+        // Before the change is told: that may run code of others, which may begin a capture.
         drop(no_capture);
         match synchronised {
             Err(error) if !error.is_poisoned() => Err(error),
@@ -193,8 +193,8 @@ impl Inner {
                 self.poll();
             }
             Some(Err(error)) if is_captured(&error) => {
-                let useless = self.state.lock().queue.give_up_fences(&[id]);
-                drop(useless);
+                let captured = self.state.lock().queue.give_up_fences(&[id]);
+                drop(captured);
             }
             Some(Err(error)) => return Err(error),
         }

@@ -29,7 +29,7 @@ struct Shared {
     range: Mutex<Range>,
     /// Whether a step has something to do for the range. Changed under the range's lock, and read
     /// without it, as there may be many ranges.
-    has_news: AtomicBool,
+    has_work: AtomicBool,
     /// Signalled when the tokens of the range's leases were asked.
     answered: Condvar,
 }
@@ -39,7 +39,7 @@ impl Slot {
         let account = range.account;
         let shared = Arc::new(Apart(Shared {
             range: Mutex::new(range),
-            has_news: AtomicBool::new(false),
+            has_work: AtomicBool::new(false),
             answered: Condvar::new(),
         }));
         Self {
@@ -87,14 +87,14 @@ impl Slot {
     /// Notes whether a step has something to do for the range, which the caller has locked and may
     /// have changed.
     pub(crate) fn note(&self, range: &Range) {
-        let has_news = range.has_news();
-        if self.has_news() != has_news {
-            self.shared.has_news.store(has_news, Ordering::SeqCst);
+        let has_work = range.has_work();
+        if self.has_work() != has_work {
+            self.shared.has_work.store(has_work, Ordering::SeqCst);
         }
     }
 
-    pub(crate) fn has_news(&self) -> bool {
-        self.shared.has_news.load(Ordering::SeqCst)
+    pub(crate) fn has_work(&self) -> bool {
+        self.shared.has_work.load(Ordering::SeqCst)
     }
 
     /// Asks the tokens of the range's leases, and ends the leases of those that are released.
@@ -135,7 +135,7 @@ impl Slot {
         sync::wait_timeout_while(&shared.answered, &shared.range, range, limit, is_asked)
     }
 
-    /// What a free of the range has to wait for: `users` without streams that nobody can use any
+    /// What a free of the range has to wait for: `users` without streams that no caller can use any
     /// more, and without ends that are past. The caller holds no lock.
     pub(crate) fn settle_users(&self, users: Users) -> Users {
         if users.are_lasting() {
@@ -147,7 +147,7 @@ impl Slot {
         self.lock().users.clone()
     }
 
-    /// Stops naming streams that nobody can use any more. What is still queued on them is waited
+    /// Stops naming streams that no caller can use any more. What is still queued on them is waited
     /// for once.
     fn let_go(&self, users: &Users) {
         let abandoned = users.abandoned();
@@ -160,7 +160,7 @@ impl Slot {
 
     /// Takes out those of these ends that are past, to be dropped without the lock.
     pub(crate) fn take_past(&self, ends: &[Arc<Fence>]) -> Vec<Arc<Fence>> {
-        let (mut past, mut useless) = (Vec::new(), false);
+        let (mut past, mut captured) = (Vec::new(), false);
         for end in ends {
             match end.is_complete() {
                 Ok(true) => past.push(end),
@@ -168,7 +168,7 @@ impl Slot {
                 Err(error) if error.is_poisoned() => past.push(end),
                 // A capture began between the question whether there is one and the record.
                 Err(error) if error.driver_code() == Some(CUDA_ERROR_CAPTURED_EVENT) => {
-                    useless = true;
+                    captured = true;
                     past.push(end);
                 }
                 Err(_) => {}
@@ -178,7 +178,7 @@ impl Slot {
             return Vec::new();
         }
         let mut range = self.lock();
-        if useless {
+        if captured {
             range.users.open_to_all();
         }
         range.users.take_ends(&past)

@@ -32,7 +32,7 @@ pub(crate) struct StateLock {
     pub(crate) waiting: Apart<AtomicUsize>,
     /// Tasks that wait for a change; each counts in `waiting`.
     pub(crate) listeners: Listeners,
-    /// Whether anyone owes memory, or wants more than there is. Read as `waiting` is.
+    /// Whether any account owes memory, or wants more than there is. Read as `waiting` is.
     pub(crate) is_pressing: Apart<AtomicBool>,
 }
 
@@ -59,9 +59,9 @@ pub(crate) struct State {
     pub(crate) refusals: Refusals,
     /// Ranges that are gone from `ranges` and whose addresses are being freed now.
     pub(crate) ending: Vec<RangeId>,
-    /// The engine itself, while closed ranges are left of which memory was leased: nobody else may
-    /// own it. Without a worker, a step finds the leases over, or another engine of the device that
-    /// is short of memory.
+    /// The engine itself, while closed ranges are left of which memory was leased: it may have no
+    /// other owner. Without a worker, a step finds that the leases are over, or another engine of
+    /// the device does when it is short of memory.
     pub(crate) kept: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -108,7 +108,7 @@ impl State {
     /// were any.
     pub(crate) fn collect_freed(&mut self) -> bool {
         let mut any = false;
-        for slot in self.ranges.with_news() {
+        for slot in self.ranges.with_work() {
             let mut range = slot.lock();
             any |= !range.freed.is_empty();
             self.queue.collect(slot.id(), range.freed.drain(..));

@@ -35,7 +35,7 @@ impl Steps for Inner {
     fn next_work(&self) -> Option<Duration> {
         let state = self.state.lock();
         let has_work = !state.queue.is_empty()
-            || state.ranges.with_news().next().is_some()
+            || state.ranges.with_work().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || state.spare_when_over().is_some()
             || (state.ranges.values())

@@ -12,7 +12,7 @@ impl RangeHandle {
         let engine = self.engine().open()?;
         engine.device.expect_same(stream.device())?;
         self.add_stream(stream)?;
-        // Streams that nobody can use any more go without a free.
+        // Streams that no caller can use any more go without a free.
         let users = self.slot.lock().users.clone();
         drop(self.slot.settle_users(users));
         Ok(())

@@ -10,8 +10,9 @@
 //!
 //! A named stream that a caller holds may get work at any time, of which the pool does not hear. So
 //! each free asks it. If several are named, those that are idle then need no fence: all that was
-//! queued before the free is done. A stream of which only pools are left can get no more work: its
-//! end is final, and it is not named any more.
+//! queued before the free is done. A stream that only pools still hold can get no more work. Its
+//! *end* is the fence behind the last of its work: the pool waits for the end and names the stream
+//! no more.
 
 use crate::stream::{self, Named};
 use crate::sync::Arc;
@@ -28,7 +29,7 @@ pub(crate) struct Users {
     /// Whether any stream was named and not all were forgotten: then only those that are named use
     /// the range.
     names: bool,
-    /// The ends of work of streams that are not named.
+    /// The last fences of streams that are not named.
     ends: Vec<Arc<Fence>>,
     /// Whether the range was leased, or an end could not be told: then any stream of any device may
     /// have work on it.
@@ -111,7 +112,7 @@ impl Users {
     #[must_use]
     pub(crate) fn forget(&mut self, stream: &stream::Handle, end: End) -> Arc<[(u64, Named)]> {
         let dropped = self.un_name(|named| named.handle().raw() == stream.raw());
-        // If no stream is named any more, there may be others of which nobody was told.
+        // If no stream is named any more, other streams may use the range unnamed.
         self.names = !self.streams.is_empty();
         match end {
             End::Past => {}
@@ -121,8 +122,8 @@ impl Users {
         dropped
     }
 
-    /// Stops naming streams that nobody can use any more, and waits for their ends instead, unless
-    /// another thread has done it. Returns what is to be dropped without the lock.
+    /// Stops naming streams that no caller can use any more, and waits for their ends instead,
+    /// unless another thread has done it. Returns what is to be dropped without the lock.
     #[must_use]
     pub(crate) fn let_go(&mut self, gone: &[(Named, End)]) -> Arc<[(u64, Named)]> {
         let before = self.streams.len();
@@ -141,7 +142,7 @@ impl Users {
         dropped
     }
 
-    /// Streams that nobody can use any more, with the ends of their work. One that is being
+    /// Streams that no caller can use any more, with the ends of their work. One that is being
     /// captured has no end yet: the next free asks again.
     pub(crate) fn abandoned(&self) -> Vec<(Named, End)> {
         let abandoned = self.streams.iter().filter(|(_, named)| named.is_let_go());

@@ -274,8 +274,7 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
         let Some(engine) = engine.upgrade() else {
             return;
         };
-        // A step that panics is a fault of ours. The next may do what it left, and nobody else
-        // would.
+        // A step that panics is a fault of ours. Only the next step may do what it left.
         let stepped = foreign::call(|| (engine.step(true), engine.next_work()));
         let (report, next) = stepped.unwrap_or_else(|| {
             crate::events::warn!("a step of the worker panicked");

@@ -25,8 +25,8 @@ use core::ops;
 /// work of the context. Nothing here waits for that but `allocate`, when it needs those very pages.
 ///
 /// That is about pages. Bytes that are freed in a page which a neighbour keeps live can be
-/// allocated again at once, while work on them may still run: who hands such bytes from one stream
-/// to another orders the two.
+/// allocated again at once, while work on them may still run: a caller that hands such bytes from
+/// one stream to another orders the two.
 ///
 /// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything
 /// back, and waits for the device to do so.
@@ -170,8 +170,8 @@ impl VirtualMemoryPool {
     /// order. Never waits for the device.
     ///
     /// Their memory retires behind the same fences: one event on each stream that was named,
-    /// however many parts there are. So who frees what came to its end in a step of a model records
-    /// once. For no parts nothing is done.
+    /// however many parts there are. So a caller that frees all sequences that end in a step
+    /// records once. An empty list does nothing.
     ///
     /// # Errors
     /// As [`deallocate`](Self::deallocate), for the first part of which it holds;
@@ -246,7 +246,7 @@ impl VirtualMemoryPool {
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until
-    /// `token` is released: mapped, at its addresses, and nobody else's.
+    /// `token` is released: mapped, at its addresses, and given to no other allocation.
     ///
     /// For memory that was handed to something which tells of its end by a value that is shared no
     /// longer, such as a tensor of a framework. The bytes can be freed at any time, and the pool
@@ -256,13 +256,13 @@ impl VirtualMemoryPool {
     /// token released: behind fences recorded then, since a token says nothing of work that is
     /// queued.
     ///
-    /// That work may be on any stream of any device, of which nobody names all. So from the first
-    /// lease on, whatever is freed of this pool, leased or not, waits for all work of the context,
-    /// and of the contexts of other devices in use in this process, in place of the streams that
-    /// are named: one event of each (`cuCtxRecordEvent`), and no other calls. While a capture is
-    /// declared, and with drivers before CUDA 12.5, it waits for a context synchronise. Several
-    /// leases may cover the same bytes. The token is looked at by the engine's steps, and by calls
-    /// that need memory; it is dropped soon after it is released, on any thread.
+    /// That work may be on any stream of any device, and a pool cannot know them all. So from the
+    /// first lease on, all that is freed of this pool waits for more than the named streams, leased
+    /// or not. It waits for all work of the context, and of the contexts of other devices in use in
+    /// this process. That takes one event of each (`cuCtxRecordEvent`), and no other calls. While a
+    /// capture is declared, and with drivers before CUDA 12.5, it waits for a context synchronise.
+    /// Several leases may cover the same bytes. The token is looked at by the engine's steps, and
+    /// by calls that need memory; it is dropped soon after it is released, on any thread.
     ///
     /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
     ///

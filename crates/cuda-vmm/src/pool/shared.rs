@@ -83,7 +83,7 @@ impl SharedPoolOptions {
 pub struct SharedMemoryPool {
     engine: Engine,
     page_bytes: usize,
-    /// Registered models stay open though nobody else has a handle.
+    /// Registered models stay open though no caller has a handle.
     models: Arc<Here<RwLock<BTreeMap<String, Account>>>>,
 }
 

@@ -208,7 +208,8 @@ impl<'a> Attempt<'a> {
         if retiring.is_empty() {
             return false;
         }
-        // If nobody takes steps, or not often, what is past is looked for now and then.
+        // If no thread takes steps, or seldom, an allocation looks now and then for fences that are
+        // past.
         let is_overgrown = !self.shortage.has_polled() && state.queue.is_overgrown();
         is_overgrown || !state.may_follow(self.handle().id(), range, retiring)
     }

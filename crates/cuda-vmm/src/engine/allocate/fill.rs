@@ -95,7 +95,7 @@ impl<'a> Attempt<'a> {
             tracing::debug_span!("fill", offset, bytes)
         });
         let made = {
-            let _caller = engine.device.call_for_someone();
+            let _urgent = engine.device.begin_urgent_call();
             filling.back(&mut self.relief)
         };
         match filling.finish(work, made) {
@@ -167,7 +167,7 @@ impl Piece {
             return None;
         }
         let bytes = pages.len() * self.page_bytes;
-        if relief.is_news() {
+        if relief.is_first() {
             engine.state.lock().counters.device_shortages += 1;
             let error = &failure.error;
             crate::events::warn!(%error, bytes, "the device has no memory though the budget has room");
@@ -199,8 +199,8 @@ impl Piece {
         Some(range.taken(&self.bytes))
     }
 
-    /// Ends its filling in the books: all is as before. Returns the chunks that nobody uses any
-    /// more, and whether nobody but this thread goes on with the closing of the range.
+    /// Ends its filling in the books: all is as before. Returns the chunks that are unused now, and
+    /// whether only this thread can go on with the closing of the range.
     fn fail(&mut self, state: &mut State) -> (Vec<usize>, bool) {
         let charged_bytes = self.charged_bytes();
         // As above.
@@ -286,8 +286,8 @@ impl Filling<'_> {
             ranges.any(|range| range.is_none_or(|range| range.takes_no_more()))
         };
         if made.is_ok() && is_closed(&state) {
-            // Nobody gets these pages. A thread that closed the range from within this work has not
-            // waited for it.
+            // No allocation gets these pages. A thread that closed the range from within this work
+            // has not waited for it.
             drop(state);
             self.pieces.iter_mut().rev().for_each(Piece::undo);
             made = Err(VmmError::Closed);

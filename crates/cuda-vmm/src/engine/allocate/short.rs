@@ -123,8 +123,8 @@ impl<'a> Attempt<'a> {
         error
     }
 
-    /// Only a guarantee that goes helps: waits for that. Nobody owes memory for it, and nobody
-    /// behind has to wait.
+    /// Only a guarantee that goes helps: waits for that. No account owes memory for it, and no
+    /// thread behind has to wait.
     fn await_guarantee(&mut self, lack: &Lack, mut state: Locked<'a>) -> Result<Locked<'a>> {
         let error = state.out_of_memory(lack.bytes, &lack.refusal);
         if let Some(ticket) = self.ticket.take() {

@@ -45,7 +45,7 @@ pub struct EngineCounters {
     /// Bytes overwritten with zeros before others may have them.
     pub scrubbed_bytes: u64,
     /// Calls that reserve, make, map, open, unmap, release or free memory or addresses of the
-    /// device, refused ones and those outside engines included: everyone's in this process who goes
+    /// device, refused ones and those outside engines included: all calls of this process that go
     /// through the same [`Device`](crate::Device).
     pub device_calls: u64,
 }

@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 pub(crate) struct Refusal {
     /// What the account could have had, in bytes.
     pub(crate) free_bytes: usize,
-    /// What its ceiling leaves it, in bytes: with less than is needed, nobody else's memory would
-    /// help.
+    /// What its ceiling leaves it, in bytes. If that is less than it needs, no other account's
+    /// memory would help.
     pub(crate) below_ceiling_bytes: usize,
     /// The most that the account may hold while others have the guarantees that they have, in
     /// bytes.
@@ -31,7 +31,7 @@ pub(crate) struct Ledger {
     limit_bytes: usize,
     /// Of all accounts.
     committed_bytes: usize,
-    /// Held on nobody's account, and given up before anyone is refused.
+    /// Held on no account, and given up before any account is refused.
     cached_bytes: usize,
     unused_guarantee_bytes: usize,
     /// What all accounts are guaranteed, used or not.
@@ -74,7 +74,7 @@ impl Ledger {
         self.cached_bytes += bytes;
     }
 
-    /// What is no longer in the cache is nobody's.
+    /// What is no longer in the cache belongs to no account.
     pub(crate) fn take_from_cache(&mut self, bytes: usize) {
         self.cached_bytes -= bytes;
     }
@@ -172,7 +172,7 @@ impl Ledger {
             .saturating_sub(self.committed_bytes() - cached_bytes)
             .saturating_sub(others);
         let ahead_bytes = self.claimed_ahead(account, ticket);
-        // Nobody waits behind others for what is guaranteed.
+        // No account waits behind others for what is guaranteed.
         in_budget
             .saturating_sub(ahead_bytes)
             .max(own_bytes.min(in_budget))
@@ -442,7 +442,7 @@ impl Ledger {
         for (id, account) in &self.accounts {
             let used_bytes = account.committed_bytes.saturating_sub(coming(*id));
             if account.closed {
-                // Nobody is there to be asked for it.
+                // No open account can be asked for it.
                 closed_bytes += used_bytes;
                 continue;
             }

@@ -29,7 +29,7 @@ pub(crate) struct Survey {
     /// First pages of retiring chunks. Such bytes may be taken only if their new users come after
     /// the device's work.
     pub(crate) retiring: Vec<usize>,
-    /// Whether some pages are being filled, drained or moved by someone else.
+    /// Whether another thread fills, drains or moves some of the pages.
     pub(crate) busy: bool,
     /// Whether some pages are in quarantine.
     pub(crate) quarantined: bool,
@@ -40,12 +40,12 @@ impl Survey {
         self.missing.iter().map(Range::len).sum()
     }
 
-    /// First pages of the chunks that are there and in which nobody has a byte.
+    /// First pages of the chunks that are there and have no live byte.
     pub(crate) fn unused(&self) -> impl Iterator<Item = usize> + '_ {
         self.parked.iter().chain(&self.retiring).copied()
     }
 
-    /// Whether all pages are backed or parked, and nobody works on them.
+    /// Whether all pages are backed or parked, and no thread works on them.
     pub(crate) fn is_there(&self) -> bool {
         self.missing.is_empty() && self.retiring.is_empty() && !self.busy && !self.quarantined
     }
@@ -245,8 +245,8 @@ impl<M> Pages<M> {
         next.map_or(end, |(first, _)| first)
     }
 
-    /// Takes bytes that lie in one chunk which is backed or parked, and that nobody has; says
-    /// whether they do. The short way for what a cache does most: few look-ups, no allocation.
+    /// Takes bytes if they lie in one chunk that is backed or parked, and are not live. Returns
+    /// whether it did. The short way for what a cache does most: few look-ups, no allocation.
     #[inline]
     pub(crate) fn take_within_chunk(&mut self, bytes: &Range<usize>) -> bool {
         if !self.pending.is_empty() {
@@ -345,8 +345,8 @@ impl<M> Pages<M> {
     }
 
     /// Ends a filling that failed: everything is as before, except chunks that could not be undone.
-    /// Returns the chunks that nobody uses any more because they were retiring before or a
-    /// neighbour freed its bytes meanwhile; they are now retiring.
+    /// Returns the chunks that are unused now, because they were retiring before or a neighbour
+    /// freed its bytes meanwhile; they are now retiring.
     pub(crate) fn abort(
         &mut self,
         bytes: &Range<usize>,
@@ -374,7 +374,7 @@ impl<M> Pages<M> {
         unused
     }
 
-    /// Ends the life of live bytes. Adds the chunks that nobody uses any more to `unused`; they are
+    /// Ends the life of live bytes. Adds the chunks that are unused now to `unused`; they are
     /// retiring.
     pub(crate) fn release(&mut self, bytes: &Range<usize>, unused: &mut Vec<usize>) {
         self.live.remove(bytes);
@@ -383,8 +383,8 @@ impl<M> Pages<M> {
         self.retire_unused(bytes, &ended, unused);
     }
 
-    /// Takes pages of these bytes from the counts of live ones, and has those chunks retire that
-    /// nobody uses any more.
+    /// Takes pages of these bytes from the counts of live ones, and has the chunks retire that are
+    /// unused now.
     fn retire_unused(
         &mut self,
         bytes: &Range<usize>,
@@ -411,7 +411,7 @@ impl<M> Pages<M> {
         });
     }
 
-    /// Whether a chunk is backed and nobody has or is about to have a byte in it.
+    /// Whether a chunk is backed, has no live byte, and is about to get none.
     fn is_unused(&self, first: usize) -> bool {
         self.chunks.get(first).is_some_and(|chunk| {
             chunk.state == ChunkState::Backed
@@ -488,7 +488,7 @@ fn common_pages<M>(pages: &Range<usize>, first: usize, chunk: &Chunk<M>) -> u32 
 }
 
 impl Around {
-    /// Those of the pages of a range that nobody around it keeps live.
+    /// The pages of a range that no neighbour keeps live.
     fn fresh_pages(&self, pages: &Range<usize>, page_bytes: usize) -> Range<usize> {
         let mut fresh = pages.clone();
         let before = self.before.as_ref();

@@ -20,20 +20,20 @@ pub(crate) fn turn(priority: i32, ticket: Option<Ticket>) -> Turn {
 pub(crate) struct Want<A> {
     pub(crate) account: A,
     pub(crate) bytes: usize,
-    /// Whether someone still waits for it.
+    /// Whether a caller still waits for it.
     pub(crate) waits: bool,
-    /// How often there was room for it, if nobody waits for it.
+    /// How often there was room for it, if no caller waits for it.
     chances: u32,
 }
 
-/// How often a want that nobody waits for finds room before it is forgotten. Its model asks again
-/// at its next boundary, and another may have taken the room until then; a model that has moved on
-/// must not press others for ever.
+/// How often a want that no caller waits for finds room before it is forgotten. Its model asks
+/// again at its next boundary, and another may have taken the room until then; a model that has
+/// moved on must not press others for ever.
 pub(crate) const CHANCES: u32 = 64;
 
 /// What was refused and is still wanted, by ticket.
 ///
-/// A want that nobody waits for stays until there was room for it a number of times, until its
+/// A want that no caller waits for stays until there was room for it a number of times, until its
 /// account gets memory or asks again, or until it is closed; so an account has one of those at
 /// most.
 #[derive(Debug)]
@@ -93,7 +93,8 @@ impl<A: Copy + PartialEq> Wants<A> {
         self.wants.remove(&ticket).is_some()
     }
 
-    /// Notes that there was room for what nobody waits for; forgets it if that was so often enough.
+    /// Notes that there was room for a want that no caller waits for; forgets it if that was so
+    /// often enough.
     pub(crate) fn had_room(&mut self, ticket: Ticket) {
         let Some(want) = self.wants.get_mut(&ticket) else {
             return;
@@ -104,7 +105,7 @@ impl<A: Copy + PartialEq> Wants<A> {
         }
     }
 
-    /// Takes out what the account was refused and nobody waits for.
+    /// Takes out what the account was refused and no caller waits for.
     pub(crate) fn forget(&mut self, account: A) {
         if !self.wants.is_empty() {
             self.wants
@@ -174,7 +175,7 @@ struct Division<'a, A> {
     holders: &'a [Holder<A>],
     /// What each holder owes.
     owed: Vec<usize>,
-    /// What is there, or comes back by itself, and is for nobody yet.
+    /// What is there, or comes back by itself, and has no account yet.
     room_bytes: usize,
     /// The holders that want more.
     asking: Vec<usize>,

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! The old memory is the one copy that counts until all of the new is accessible. Bytes may be
-//! freed meanwhile; a chunk that nobody uses retires when its move has ended.
+//! freed meanwhile; a chunk without live bytes retires when its move has ended.
 
 mod report;
 
@@ -91,8 +91,8 @@ impl RangeHandle {
         Ok(engine.state.lock().plan_moves(self.id()).1)
     }
 
-    /// Moves the live pages of partly live chunks of the range. The caller sees to it that nobody
-    /// launches work on the range meanwhile.
+    /// Moves the live pages of partly live chunks of the range. The caller makes sure that no work
+    /// is launched on the range meanwhile.
     pub(crate) fn compact(&self) -> Result<CompactReport> {
         let engine = self.engine().open()?;
         let id = self.id();
@@ -171,8 +171,8 @@ impl Compaction<'_> {
         Ok(())
     }
 
-    /// Counts what there is afterwards. Returns whether nobody but this thread goes on with the
-    /// closing of the range.
+    /// Counts what there is afterwards. Returns whether only this thread can go on with the closing
+    /// of the range.
     fn report_to(&self, report: &mut CompactReport) -> bool {
         let state = self.engine.state.lock();
         let range = state.ranges.get(self.range);

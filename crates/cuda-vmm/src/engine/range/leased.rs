@@ -47,8 +47,8 @@ impl Range {
         parts
     }
 
-    /// Frees bytes that are live, except those that are leased. Adds the chunks that nobody uses
-    /// any more to `unused`.
+    /// Frees bytes that are live, except those that are leased. Adds the chunks that are unused now
+    /// to `unused`.
     pub(crate) fn free(&mut self, bytes: &ops::Range<usize>, unused: &mut Vec<usize>) {
         if self.leases.is_empty() {
             return self.pages.release(bytes, unused);
@@ -69,8 +69,8 @@ impl Range {
         unused
     }
 
-    /// Frees what was freed before and is leased no longer. Returns whether there was any, and
-    /// returns the chunks that nobody uses any more.
+    /// Frees what was freed before and is leased no longer. Returns whether there was any, and the
+    /// chunks that are unused now.
     pub(crate) fn sweep_leases(&mut self) -> (bool, Vec<usize>) {
         let parts = self.leases.sweep();
         let mut unused = Vec::new();

@@ -1,4 +1,4 @@
-//! The leases of one range: bytes that someone outside uses until a token says otherwise.
+//! The leases of one range: bytes that code outside uses until a token is released.
 
 use crate::engine::books::intervals::Intervals;
 use crate::foreign::Foreign;
@@ -10,7 +10,7 @@ use core::{fmt, ops};
 ///
 /// An `Arc` is one: it is released when no other `Arc` or `Weak` shares its value.
 pub trait LeaseToken: fmt::Debug + Send + 'static {
-    /// Whether nobody can queue work on the memory any more, or ever will. Work that is queued
+    /// Whether no code can queue work on the memory any more, now or later. Work that is queued
     /// already may still run, on any stream of any device.
     ///
     /// The pools ask again and again, from any thread, with no lock held; so this may call them.
@@ -58,7 +58,7 @@ pub(crate) struct Leases {
     /// The thread that has tokens out to ask them.
     asking: Option<ThreadId>,
     /// Bytes that were freed while they were leased. They are live in the books of pages, so that
-    /// nobody gets them.
+    /// no allocation gets them.
     freed: Intervals,
     /// Tokens are asked before the list grows longer than this.
     look_at: usize,

@@ -157,8 +157,8 @@ impl Range {
         })
     }
 
-    /// Makes bytes live if all their pages are there and nobody works on them; `None` if that takes
-    /// more.
+    /// Makes bytes live if all their pages are there and no thread works on them; `None` if that
+    /// takes more.
     ///
     /// # Errors
     /// Those that the whole allocation would return.
@@ -197,7 +197,7 @@ impl Range {
 
     /// Whether a step has something to do: what was freed is to be queued, or waits for leases to
     /// end.
-    pub(crate) fn has_news(&self) -> bool {
+    pub(crate) fn has_work(&self) -> bool {
         !self.freed.is_empty() || self.waits_for_leases()
     }
 

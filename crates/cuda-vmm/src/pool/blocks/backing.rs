@@ -178,7 +178,7 @@ impl BlockBacking {
     }
 
     /// Keeps the memory of neighbouring blocks, all of them backed, in one tensor, until `token` is
-    /// released: mapped, at its addresses, and nobody else's, as
+    /// released: mapped, at its addresses, and given to no other allocation, as
     /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease) says. For a framework's tensor
     /// over them. Unlike a [pin](Self::pin) it ends by itself, and does not keep the backing alive.
     ///

@@ -1,4 +1,4 @@
-//! Which blocks are backed, who holds them, and when each was last used.
+//! Which blocks are backed, how many pins each has, and when each was last used.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -231,7 +231,7 @@ impl Books {
         }
     }
 
-    /// What a plan may do with each block, before anyone is asked what it costs; and the clock.
+    /// What a plan may do with each block, before its cost is known; and the clock.
     pub(super) fn candidates(&self) -> (Vec<Candidate>, u64) {
         let candidate = |block: &Block| match block.state {
             State::Unbacked => Candidate::Absent,
@@ -257,7 +257,7 @@ impl Books {
             }
             self.expect_unused(block, plan)?;
         }
-        // Nobody else may have come to a page that is to empty.
+        // No other block may have come to a page that is to empty.
         for (class, pages) in layout.classes.iter().zip(plan.pages()) {
             for page in pages {
                 class

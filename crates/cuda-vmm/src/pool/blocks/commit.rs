@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! The one unsafe call queues copies on the caller's stream. While they are queued the books have
-//! both blocks: the source is leaving, the target is held, so nobody else gives them up. Afterwards
-//! their memory retires behind an event recorded after the copies.
+//! both blocks: the source is leaving, the target is held, so no other call gives them up.
+//! Afterwards their memory retires behind an event recorded after the copies.
 #![allow(unsafe_code)]
 
 use super::memory::BlockMemory;

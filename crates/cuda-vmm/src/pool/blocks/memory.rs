@@ -71,14 +71,14 @@ impl BlockMemory {
         Ok(look(&*self.books.lock()?))
     }
 
-    /// Changes the books and wakes those who wait for that.
+    /// Changes the record and wakes the threads that wait for that.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> Result<T> {
         let outcome = change(&mut *self.books.lock()?);
         self.changed.notify_all();
         Ok(outcome)
     }
 
-    /// The books, once nobody is backing or giving up any of the blocks.
+    /// The record, as soon as no other call backs or gives up any of the blocks.
     pub(super) fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
         let mut books = self.books.lock()?;
         while !books.is_settled(runs) {

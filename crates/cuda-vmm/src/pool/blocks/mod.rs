@@ -8,14 +8,14 @@
 //!
 //! - [`back`](BlockBacking::back) backs blocks in all tensors or in none.
 //! - A block that its user has finished with stays backed, with its contents, until a plan that
-//!   names it is committed; so a prefix cache stays warm for as long as nobody needs the memory.
+//!   names it is committed; so a prefix cache stays warm until the memory is needed.
 //! - [`reclaim_candidates`](BlockBacking::reclaim_candidates) chooses what to evict so that whole
 //!   pages empty, at the least cost;
 //!   [`reclaim_candidates_with_moves`](BlockBacking::reclaim_candidates_with_moves) may move blocks
 //!   into backed ones of no value. [`commit`](BlockBacking::commit) does it.
 //! - [`pin`](BlockBacking::pin) keeps blocks out of every plan.
 //!
-//! For those who have no allocator of their own there is [`BlockAllocator`], which packs.
+//! An engine without an allocator of its own takes [`BlockAllocator`], which packs.
 //!
 //! ```
 //! # #[cfg(feature = "simulator")] {
@@ -32,7 +32,7 @@
 //! ])?;
 //! let backing = BlockBacking::new(&engine, spec, 1 << 20, device.granularity_bytes())?;
 //! backing.back(0..1000)?;
-//! // Nobody needs them any more.
+//! // They are not needed any more.
 //! let plan = backing.reclaim_candidates(usize::MAX, |_block| Some(0.0));
 //! backing.commit(&plan, &Stream::new(&device)?)?;
 //! assert_eq!(backing.stats().backed_blocks, 0);

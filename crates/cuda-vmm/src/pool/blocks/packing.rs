@@ -165,7 +165,7 @@ impl Packing {
 
     /// Keeps the blocks of a plan from being handed out or taken back. All of them have memory.
     pub(super) fn begin(&mut self, plan: &ReclaimPlan) -> Result<(), BlockError> {
-        // What moves is somebody's, who is told where it is afterwards.
+        // What moves has an owner, which learns where it is afterwards.
         let mut sources = plan.moves().iter().map(|(from, _)| *from);
         if let Some(block) = sources.find(|from| !self.is_taken(*from)) {
             return Err(BlockError::StalePlan { block });

@@ -13,7 +13,7 @@ pub struct BlockTensor {
     blocks: usize,
     /// Which of the layout's classes it is of.
     class: usize,
-    /// All its addresses. Nobody else takes or frees bytes of it.
+    /// All its addresses. Nothing else takes or frees bytes of it.
     pool: VirtualMemoryPool,
 }
 
@@ -93,7 +93,7 @@ impl BlockTensor {
         self.base_address() + (block * self.block_bytes()) as u64
     }
 
-    /// Keeps blocks, all of them backed, for whoever has the token.
+    /// Keeps blocks, all of them backed, until the token is released.
     pub(super) fn lease(&self, blocks: &Range<BlockId>, token: impl LeaseToken) -> Result<()> {
         let bytes = self.bytes(blocks);
         self.pool.lease(bytes.start, bytes.len(), token)
@@ -130,7 +130,7 @@ impl BlockTensor {
         if parts.iter().all(|(_, bytes)| *bytes == 0) {
             return;
         }
-        // The bytes are live, nobody compacts the pool, and it closes after the last use of it:
+        // The bytes are live, nothing compacts the pool, and it closes after the last use of it:
         // what is left is a process that was forked meanwhile, whose memory is the parent's.
         if let Err(error) = self.pool.deallocate_many(parts) {
             crate::events::warn!(%error, tensor = self.name(), "blocks could not be freed");

@@ -156,7 +156,7 @@ fn what_is_held_above_a_lowered_limit_cannot_be_guaranteed() {
 }
 
 #[test]
-fn who_holds_more_than_its_lowered_ceiling_owes_it_and_gets_no_more() {
+fn an_account_above_its_lowered_ceiling_owes_the_rest_and_gets_no_more() {
     let mut ledger = Ledger::new(100);
     let id = ledger.open(Quota::default()).expect("fits");
     assert_eq!(ledger.charge(id, 60, None), Ok(()));
@@ -172,7 +172,7 @@ fn who_holds_more_than_its_lowered_ceiling_owes_it_and_gets_no_more() {
     assert_eq!(ledger.set_quota(id, quota(0, 0, 0)), Ok(()));
     assert!(!ledger.is_calm());
     ledger.close(id);
-    assert!(ledger.is_calm(), "nobody is there to be asked");
+    assert!(ledger.is_calm(), "no account can be asked");
     assert!(ledger.owed(|_| 0).is_empty());
 }
 
@@ -188,7 +188,11 @@ fn what_comes_free_is_for_the_highest_priority_and_then_for_the_first() {
     let second_ticket = ledger.line_up(second, 10);
     ledger.refund(holder, 20);
     let free = |ledger: &Ledger, id, ticket| ledger.room(id, ticket).free_bytes;
-    assert_eq!(free(&ledger, holder, None), 0, "who comes now stands last");
+    assert_eq!(
+        free(&ledger, holder, None),
+        0,
+        "an account that comes now stands last"
+    );
     assert_eq!(free(&ledger, low, Some(low_ticket)), 0);
     assert_eq!(free(&ledger, second, Some(second_ticket)), 0);
     assert_eq!(free(&ledger, second, None), 0);
@@ -236,7 +240,7 @@ fn a_refused_want_is_over_when_there_was_room_for_it_a_number_of_times() {
         30,
         "in place of the earlier one"
     );
-    assert_eq!(ledger.charge(holder, 10, None), Ok(()), "nobody waits");
+    assert_eq!(ledger.charge(holder, 10, None), Ok(()), "no account waits");
     assert_eq!(ledger.owed(|_| 0)[&holder], 40);
     ledger.refund(holder, 40);
     assert_eq!(ledger.owed(|_| 0)[&holder], 0);

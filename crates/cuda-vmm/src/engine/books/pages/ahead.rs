@@ -1,4 +1,4 @@
-//! Chunks that are made before anyone asks for them.
+//! Chunks that are made before any allocation needs them.
 
 use super::{ChunkState, Contents, Pages};
 use core::ops::Range;

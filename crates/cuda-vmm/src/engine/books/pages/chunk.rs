@@ -18,16 +18,16 @@ pub(crate) enum ChunkState {
     /// Its live pages are being moved to other memory; the pages are the reservation of that work.
     Relocating,
     /// A move was broken off and the driver would not map it again. Its bytes are live and safe,
-    /// and nobody reaches them; retried.
+    /// but out of reach; retried.
     Stranded,
 }
 
-/// What is in a chunk in which nobody has a byte.
+/// What is in a chunk that has no live byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Contents {
     /// What its last users left.
     Unknown,
-    /// Nobody's: it was overwritten, or will be when it is parked, or nobody ever had it.
+    /// No owner's bytes: it was overwritten, or will be when it is parked, or never had live bytes.
     Clean,
     /// What its last users left, and it could not be overwritten.
     Stuck,
@@ -39,10 +39,10 @@ pub(super) struct Chunk<M> {
     pub(super) pages: u32,
     pub(super) live_pages: u32,
     pub(super) state: ChunkState,
-    /// Whether it was parked, and nobody has had a byte in it since.
+    /// Whether it was parked, and has had no live byte since.
     pub(super) untouched: bool,
     pub(super) contents: Contents,
-    /// Whether it was made before anyone asked for it, and nobody has had a byte in it.
+    /// Whether it was made before any allocation needed it, and has never had a live byte.
     pub(super) ahead: bool,
     /// Absent while Filling, Draining, Relocating or Stranded, when the thread that does that work
     /// has it.
@@ -54,12 +54,12 @@ impl<M> Chunk<M> {
         self.pages as usize
     }
 
-    /// Whether it is parked and someone had bytes in it before, so that it was not made ahead.
+    /// Whether it is parked and had live bytes before, so that it was not made ahead.
     pub(super) fn is_parked(&self) -> bool {
         self.state == ChunkState::Parked && !self.ahead
     }
 
-    /// Someone has bytes in it now.
+    /// It has live bytes now.
     pub(super) fn taken(&mut self) {
         self.untouched = false;
         self.contents = Contents::Unknown;

@@ -3,7 +3,7 @@
 use super::chunk::{Chunk, ChunkState};
 use std::collections::{BTreeSet, VecDeque};
 
-/// Kept as chunks change, so that nobody walks them to count.
+/// Kept as chunks change, so that no call walks them to count.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     /// Pages by chunk state, in the order of the enum.
@@ -13,7 +13,7 @@ pub(super) struct Counts {
     /// taking a chunk back is to cost little.
     parked: VecDeque<usize>,
     parked_chunks: usize,
-    /// First pages of the chunks made ahead that nobody has taken.
+    /// First pages of the chunks made ahead that no allocation has taken.
     ahead: BTreeSet<usize>,
     ahead_pages: usize,
 }

@@ -21,8 +21,9 @@ impl<M> Pages<M> {
         (self.chunks.iter()).filter_map(|(first, _)| self.partly_live_at(first))
     }
 
-    /// The chunk that begins at this page, if it is partly live and may be moved: nobody works on
-    /// it, or is about to take bytes of it. The caller checks what else keeps a chunk in its place.
+    /// The chunk that begins at this page, if it is partly live and may be moved: no thread works
+    /// on it, or is about to take bytes of it. The caller checks what else keeps a chunk in its
+    /// place.
     pub(crate) fn partly_live_at(&self, first: usize) -> Option<PartlyLive> {
         let chunk = self.chunks.get(first)?;
         let pages = first..first + chunk.pages();
@@ -61,8 +62,8 @@ impl<M> Pages<M> {
         self.chunks.get_mut(first)?.memory.take()
     }
 
-    /// Puts chunks of other memory in the place of one that was moved. Returns those that nobody
-    /// uses because their bytes were freed meanwhile; they are now retiring.
+    /// Puts chunks of other memory in the place of one that was moved. Returns those that are
+    /// unused because their bytes were freed meanwhile; they are now retiring.
     pub(crate) fn arrive(
         &mut self,
         first: usize,
@@ -88,8 +89,8 @@ impl<M> Pages<M> {
         unused
     }
 
-    /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if
-    /// nobody uses it, because its bytes were freed meanwhile; it is now retiring.
+    /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if it
+    /// is unused, because its bytes were freed meanwhile; it is now retiring.
     pub(crate) fn come_back(&mut self, first: usize, memory: M) -> Vec<usize> {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
         self.set_state(first, ChunkState::Backed);
@@ -130,7 +131,7 @@ impl<M> Pages<M> {
                 .any(|(_, chunk)| is_stranded(chunk))
     }
 
-    /// Live pages that nobody reaches.
+    /// Live pages that are out of reach.
     pub(super) fn stranded_live_pages(&self) -> usize {
         let stranded = self.in_state(ChunkState::Stranded).into_iter();
         let live = stranded.filter_map(|first| self.chunks.get(first));

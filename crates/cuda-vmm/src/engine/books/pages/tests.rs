@@ -9,7 +9,7 @@ const PAGES: usize = 24;
 const CAPACITY: usize = PAGE * PAGES - 3;
 
 impl<M> Pages<M> {
-    /// Ends the life of live bytes. Returns the chunks that nobody uses any more.
+    /// Ends the life of live bytes. Returns the chunks that are unused now.
     pub(super) fn released(&mut self, bytes: &Range<usize>) -> Vec<usize> {
         let mut unused = Vec::new();
         self.release(bytes, &mut unused);

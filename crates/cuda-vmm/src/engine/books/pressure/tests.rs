@@ -43,7 +43,7 @@ fn the_lowest_priority_owes_first_and_never_below_its_guarantee() {
     ];
     assert_eq!(divide(LIMIT, &holders, wants(&[(3, 5)])), [0, 5, 0, 0]);
     assert_eq!(divide(LIMIT, &holders, wants(&[(3, 20)])), [15, 5, 0, 0]);
-    // The one above owes nothing, so part of this is owed by nobody.
+    // The account above owes nothing, so no account owes part of this.
     assert_eq!(divide(LIMIT, &holders, wants(&[(3, 60)])), [40, 5, 0, 0]);
 }
 
@@ -59,7 +59,7 @@ fn among_equals_the_furthest_above_its_guarantee_owes_first() {
 }
 
 #[test]
-fn what_is_above_a_ceiling_is_owed_and_serves_who_wants() {
+fn what_is_above_a_ceiling_is_owed_and_serves_the_account_that_wants() {
     let mut holders = [holder(0, 5, 10, 70), holder(1, 0, 0, 30)];
     holders[0].ceiling_bytes = 50;
     assert_eq!(divide(LIMIT, &holders, wants(&[])), [20, 0]);
@@ -68,28 +68,28 @@ fn what_is_above_a_ceiling_is_owed_and_serves_who_wants() {
 }
 
 #[test]
-fn a_guarantee_that_is_called_in_is_owed_by_nobody() {
+fn no_account_owes_a_guarantee_that_is_called_in() {
     let holders = [holder(0, 0, 0, 60), holder(1, 9, 40, 0)];
     assert_eq!(divide(LIMIT, &holders, wants(&[(1, 40)])), [0, 0]);
     assert_eq!(divide(LIMIT, &holders, wants(&[(1, 45)])), [5, 0]);
 }
 
 #[test]
-fn two_who_want_do_not_owe_each_other() {
+fn two_accounts_that_want_do_not_owe_each_other() {
     let holders = [holder(0, 0, 0, 50), holder(1, 0, 0, 50)];
     assert_eq!(divide(LIMIT, &holders, wants(&[(0, 20), (1, 20)])), [0, 20]);
     assert_eq!(divide(LIMIT, &holders, wants(&[(1, 20), (0, 20)])), [20, 0]);
 }
 
 #[test]
-fn who_is_at_its_ceiling_asks_nobody() {
+fn an_account_at_its_ceiling_asks_no_other() {
     let mut holders = [holder(0, 0, 0, 90), holder(1, 0, 0, 10)];
     holders[1].ceiling_bytes = 15;
     assert_eq!(divide(LIMIT, &holders, wants(&[(1, 6)])), [0, 0]);
 }
 
 #[test]
-fn an_account_has_one_want_that_nobody_waits_for() {
+fn an_account_has_one_want_that_no_caller_waits_for() {
     let mut wants = Wants::default();
     let waits = wants.push(7, 1, true);
     wants.push(7, 2, false);
@@ -126,7 +126,7 @@ fn what_is_above_a_lowered_limit_is_owed_by_the_lowest_priority_first() {
     assert_eq!(owed(75), [20, 5, 0, 0]);
     assert_eq!(owed(50), [40, 5, 0, 5]);
     assert_eq!(owed(30), [40, 5, 15, 10]);
-    // What is guaranteed is owed by nobody, whatever the limit.
+    // No account owes what is guaranteed, whatever the limit.
     for limit in [25, 10, 0] {
         assert_eq!(owed(limit), [40, 5, 20, 10]);
     }
@@ -228,8 +228,8 @@ proptest! {
             if owed[index] == excess(holder) {
                 continue;
             }
-            // Someone of a higher priority wants more than there is, or of its own who holds no
-            // more than it.
+            // An account of a higher priority wants more than there is, or one of its own priority
+            // that holds no more than it.
             let may_ask = |account: usize| {
                 let asker = &holders[account];
                 let is_equal = asker.priority == holder.priority
@@ -237,7 +237,8 @@ proptest! {
                 account != index && (asker.priority > holder.priority || is_equal)
             };
             prop_assert!(list.iter().any(|(account, _)| may_ask(*account)));
-            // Everyone below it gives all that it can, unless it stands further ahead in the line.
+            // Each account below it gives all that it can, unless it stands further ahead in the
+            // line.
             for (lower, other) in holders.iter().enumerate() {
                 let stands = asks.iter().position(|account| *account == lower);
                 if other.priority < holder.priority && stands.is_none() {
@@ -249,7 +250,7 @@ proptest! {
             less[index] -= 1;
             prop_assert!(missing(&holders, &less, &list) > 0, "more than is needed");
         }
-        // What is still missing nobody could owe.
+        // No account could owe what is still missing.
         if missing(&holders, &owed, &list) > 0 {
             let lowest = list.iter().map(|(account, _)| holders[*account].priority).min();
             for (index, holder) in holders.iter().enumerate() {
@@ -317,7 +318,7 @@ proptest! {
     }
 
     #[test]
-    fn who_comes_first_of_the_highest_priority_stands_first(
+    fn the_first_account_of_the_highest_priority_stands_first(
         list in prop::collection::vec((-3..4i32, any::<bool>()), 1..20),
     ) {
         let turns: Vec<_> = list

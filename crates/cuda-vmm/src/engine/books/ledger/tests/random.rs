@@ -6,33 +6,33 @@ use proptest::prelude::*;
 #[derive(Debug, Clone)]
 enum Step {
     Take {
-        who: usize,
+        which: usize,
         bytes: usize,
         in_line: bool,
     },
     Give {
-        who: usize,
+        which: usize,
         bytes: usize,
         to_cache: bool,
     },
     SetQuota {
-        who: usize,
+        which: usize,
         quota: Quota,
     },
     SetLimit {
         bytes: usize,
     },
     Refuse {
-        who: usize,
+        which: usize,
         bytes: usize,
     },
     Withdraw {
-        who: usize,
+        which: usize,
     },
     LeaveLine,
     /// What it holds stays charged until [`Step::Refund`].
     Close {
-        who: usize,
+        which: usize,
     },
     Refund,
 }
@@ -43,19 +43,19 @@ fn quotas() -> impl Strategy<Value = Quota> {
 }
 
 fn steps() -> impl Strategy<Value = Step> {
-    let who = || 0..6usize;
+    let which = || 0..6usize;
     let any_quota = (0..60usize, 0..120usize, -2..3i32).prop_map(|(g, c, p)| quota(g, c, p));
     prop_oneof![
-        5 => (who(), 0..80usize, any::<bool>())
-            .prop_map(|(who, bytes, in_line)| Step::Take { who, bytes, in_line }),
-        4 => (who(), 0..80usize, any::<bool>())
-            .prop_map(|(who, bytes, to_cache)| Step::Give { who, bytes, to_cache }),
-        2 => (who(), any_quota).prop_map(|(who, quota)| Step::SetQuota { who, quota }),
+        5 => (which(), 0..80usize, any::<bool>())
+            .prop_map(|(which, bytes, in_line)| Step::Take { which, bytes, in_line }),
+        4 => (which(), 0..80usize, any::<bool>())
+            .prop_map(|(which, bytes, to_cache)| Step::Give { which, bytes, to_cache }),
+        2 => (which(), any_quota).prop_map(|(which, quota)| Step::SetQuota { which, quota }),
         2 => (0..150usize).prop_map(|bytes| Step::SetLimit { bytes }),
-        1 => (who(), 1..80usize).prop_map(|(who, bytes)| Step::Refuse { who, bytes }),
-        1 => who().prop_map(|who| Step::Withdraw { who }),
+        1 => (which(), 1..80usize).prop_map(|(which, bytes)| Step::Refuse { which, bytes }),
+        1 => which().prop_map(|which| Step::Withdraw { which }),
         1 => Just(Step::LeaveLine),
-        1 => who().prop_map(|who| Step::Close { who }),
+        1 => which().prop_map(|which| Step::Close { which }),
         1 => Just(Step::Refund),
     ]
 }
@@ -131,7 +131,7 @@ impl World {
         prop_assert!(available <= most, "{} of {}", available, most);
         prop_assert!(
             available >= most.min(sure),
-            "a guarantee waits behind nobody"
+            "a guarantee waits behind no account"
         );
         Ok(())
     }
@@ -144,15 +144,15 @@ impl World {
         step: Step,
     ) -> Result<(), TestCaseError> {
         let count = self.accounts.len();
-        let who = match step {
-            Step::Take { who, .. } | Step::Give { who, .. } | Step::SetQuota { who, .. } => who,
-            Step::Refuse { who, .. } | Step::Withdraw { who } | Step::Close { who } => who,
+        let which = match step {
+            Step::Take { which, .. } | Step::Give { which, .. } | Step::SetQuota { which, .. } => which,
+            Step::Refuse { which, .. } | Step::Withdraw { which } | Step::Close { which } => which,
             Step::LeaveLine | Step::SetLimit { .. } | Step::Refund => 0,
         };
         if count == 0 {
             return Ok(());
         }
-        let at = who % count;
+        let at = which % count;
         let others = self.spoken_for_by_others(at);
         let was_over = self.is_over_limit();
         let (limit, guaranteed) = (self.limit, self.guaranteed());
@@ -160,7 +160,7 @@ impl World {
         let id = account.id;
         match step {
             Step::Take { bytes, in_line, .. } => {
-                // The cache is given up before anyone is refused.
+                // The cache is given up before any account is refused.
                 ledger.take_from_cache(core::mem::take(&mut self.cached));
                 let available = ledger.available_bytes(id, None, |_| 0);
                 let outcome = ledger.charge(id, bytes, None);
@@ -169,7 +169,7 @@ impl World {
                     let is_sure = !was_over || others + account.held + bytes <= limit;
                     prop_assert!(
                         outcome.is_ok() || !is_sure,
-                        "within the guarantee, whoever waits"
+                        "within the guarantee, whatever account waits"
                     );
                 }
                 if bytes > 0 {

@@ -72,7 +72,7 @@ proptest! {
             prop_assert_eq!(chunk.pieces.iter().cloned().flatten().collect::<Vec<_>>(), own.collect::<Vec<_>>());
             prop_assert!(chunk.pieces.iter().all(|piece| piece.len() < 1 << shift));
             prop_assert_eq!(pages.depart(chunk.first), Some(chunk.first));
-            prop_assert_eq!(pages.depart(chunk.first), None, "it is with whoever moves it");
+            prop_assert_eq!(pages.depart(chunk.first), None, "a move has it already");
             prop_assert_eq!(pages.partly_live_at(chunk.first), None);
         }
         prop_assert_eq!(pages.parts(), parts, "it counts as before while it moves");
@@ -99,7 +99,7 @@ proptest! {
 }
 
 #[test]
-fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
+fn a_stranded_chunk_is_quarantined_and_its_bytes_have_no_owner() {
     let mut pages = full(4);
     pages.released(&(0..PAGE));
     pages.depart(0);
@@ -120,7 +120,7 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_are_nobodys() {
     assert!(released.is_empty(), "kept to be retried");
     pages.resume(0);
     assert!(pages.is_worked_on());
-    assert_eq!(pages.come_back(0, 0), [0], "nobody uses it any more");
+    assert_eq!(pages.come_back(0, 0), [0], "it is unused now");
 }
 
 #[test]
