@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn who_simulates_for_want_of_a_gpu_says_why() {
+    fn a_simulated_driver_says_why_there_is_no_gpu() {
         for error in no_gpu() {
             let (outcome, warnings) = choose(Err(error.clone()), false);
             assert_eq!(outcome.expect("simulated").kind(), DriverKind::Simulated);

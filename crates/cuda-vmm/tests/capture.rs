@@ -346,7 +346,7 @@ fn a_fence_that_turns_out_to_be_captured_is_given_up_by_a_step() {
 }
 
 #[test]
-fn a_fence_that_turns_out_to_be_captured_is_given_up_by_who_waits_for_it() {
+fn a_fence_that_turns_out_to_be_captured_is_given_up_by_the_thread_that_waits_for_it() {
     let _turn = turn();
     let (_simulator, _device, engine, pool, stream) = freed_behind_a_captured_fence();
     // So that it is waited for, and not only asked.

@@ -306,7 +306,7 @@ fn an_allocation_that_fails_leaves_retiring_what_it_would_have_taken() {
 }
 
 #[test]
-fn events_do_not_pile_up_where_nobody_takes_steps() {
+fn events_do_not_pile_up_if_no_thread_takes_steps() {
     let fixture = Fixture::freed_under_a_write(1);
     fixture.simulated.simulator.release_work();
     for _ in 0..1_000 {

@@ -42,8 +42,8 @@ fn a_mapping_keeps_its_addresses_and_its_memory_alive() {
     let stream = Stream::new(device).expect("a stream");
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(device);
-        let everyone = [(device.clone(), Access::ReadWrite)];
-        let mapping = Mapping::new(&reservation, 2 * PAGE, &memory, &everyone).expect("mapped");
+        let full_access = [(device.clone(), Access::ReadWrite)];
+        let mapping = Mapping::new(&reservation, 2 * PAGE, &memory, &full_access).expect("mapped");
         let base = reservation.address();
         assert!(Arc::ptr_eq(mapping.reservation(), &reservation));
         assert!(Arc::ptr_eq(mapping.memory(), &memory));
@@ -62,7 +62,7 @@ fn bad_arguments_are_refused_and_nothing_is_mapped() {
     let other = Simulated::default();
     let (reservation, memory) = nouns(&simulated.device);
     let (foreign_reservation, foreign_memory) = nouns(&other.device);
-    let everyone = [(simulated.device.clone(), Access::ReadWrite)];
+    let full_access = [(simulated.device.clone(), Access::ReadWrite)];
     let refuse = |reservation: &Arc<_>, offset, memory: &Arc<_>, access: &[_]| {
         other.unchanged(|| {
             simulated.unchanged(|| {
@@ -71,14 +71,14 @@ fn bad_arguments_are_refused_and_nothing_is_mapped() {
         })
     };
     assert_eq!(
-        refuse(&reservation, usize::MAX, &memory, &everyone),
+        refuse(&reservation, usize::MAX, &memory, &full_access),
         VmmError::Overflow {
             offset: usize::MAX,
             bytes: PAGE
         }
     );
     assert_eq!(
-        refuse(&reservation, 4 * PAGE, &memory, &everyone),
+        refuse(&reservation, 4 * PAGE, &memory, &full_access),
         VmmError::OutOfRange {
             offset: 4 * PAGE,
             bytes: PAGE,
@@ -86,7 +86,7 @@ fn bad_arguments_are_refused_and_nothing_is_mapped() {
         }
     );
     assert_eq!(
-        refuse(&reservation, 4096, &memory, &everyone),
+        refuse(&reservation, 4096, &memory, &full_access),
         VmmError::Misaligned {
             what: "mapping offset",
             value: 4096,
@@ -100,11 +100,11 @@ fn bad_arguments_are_refused_and_nothing_is_mapped() {
         }
     );
     assert_eq!(
-        refuse(&reservation, 0, &foreign_memory, &everyone),
+        refuse(&reservation, 0, &foreign_memory, &full_access),
         VmmError::WrongDriver
     );
     assert_eq!(
-        refuse(&foreign_reservation, 0, &memory, &everyone),
+        refuse(&foreign_reservation, 0, &memory, &full_access),
         VmmError::WrongDriver
     );
     let foreign = [(other.device.clone(), Access::ReadWrite)];
@@ -112,21 +112,21 @@ fn bad_arguments_are_refused_and_nothing_is_mapped() {
         refuse(&reservation, 0, &memory, &foreign),
         VmmError::WrongDriver
     );
-    let mapping = Mapping::new(&reservation, PAGE, &memory, &everyone).expect("mapped");
+    let mapping = Mapping::new(&reservation, PAGE, &memory, &full_access).expect("mapped");
     assert_eq!(
-        refuse(&reservation, PAGE, &memory, &everyone),
+        refuse(&reservation, PAGE, &memory, &full_access),
         failure!(cuMemMap, CUDA_ERROR_INVALID_VALUE)
     );
     drop(mapping);
 }
 
 #[test]
-fn set_access_refuses_nobody_and_strangers() {
+fn set_access_refuses_an_empty_list_and_strangers() {
     let simulated = Simulated::default();
     let other = Simulated::default();
     let (reservation, memory) = nouns(&simulated.device);
-    let everyone = [(simulated.device.clone(), Access::ReadWrite)];
-    let mapping = Mapping::new(&reservation, 0, &memory, &everyone).expect("mapped");
+    let full_access = [(simulated.device.clone(), Access::ReadWrite)];
+    let mapping = Mapping::new(&reservation, 0, &memory, &full_access).expect("mapped");
     simulated.unchanged(|| {
         assert_eq!(
             mapping.set_access(&[]),
@@ -150,7 +150,7 @@ fn set_access_refuses_nobody_and_strangers() {
 fn a_refusal_of_each_call_leaves_nothing_mapped() {
     let simulated = Simulated::default();
     let (reservation, memory) = nouns(&simulated.device);
-    let everyone = [(simulated.device.clone(), Access::ReadWrite)];
+    let full_access = [(simulated.device.clone(), Access::ReadWrite)];
     for (call, expected) in [
         (
             DriverFunction::cuMemMap,
@@ -163,12 +163,12 @@ fn a_refusal_of_each_call_leaves_nothing_mapped() {
     ] {
         let fault = Fault::nth_of(call, 1, CUDA_ERROR_OUT_OF_MEMORY);
         simulated.simulator.inject(fault);
-        let outcome = simulated.unchanged(|| Mapping::new(&reservation, 0, &memory, &everyone));
+        let outcome = simulated.unchanged(|| Mapping::new(&reservation, 0, &memory, &full_access));
         assert_eq!(outcome.expect_err("refused"), expected);
         assert_eq!(Arc::strong_count(&memory), 1);
         assert_eq!(Arc::strong_count(&reservation), 1);
     }
-    Mapping::new(&reservation, 0, &memory, &everyone).expect("nothing is in the way");
+    Mapping::new(&reservation, 0, &memory, &full_access).expect("nothing is in the way");
 }
 
 #[test]
@@ -176,14 +176,14 @@ fn what_the_undo_cannot_unmap_is_in_quarantine_and_comes_back() {
     let simulated = Simulated::default();
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(&simulated.device);
-        let everyone = [(simulated.device.clone(), Access::ReadWrite)];
+        let full_access = [(simulated.device.clone(), Access::ReadWrite)];
         for (call, code) in [
             (DriverFunction::cuMemSetAccess, CUDA_ERROR_OUT_OF_MEMORY),
             (DriverFunction::cuMemUnmap, CUDA_ERROR_INVALID_VALUE),
         ] {
             simulated.simulator.inject(Fault::always(call, code));
         }
-        let outcome = Mapping::new(&reservation, PAGE, &memory, &everyone);
+        let outcome = Mapping::new(&reservation, PAGE, &memory, &full_access);
         assert_eq!(
             outcome.expect_err("refused"),
             failure!(cuMemSetAccess, CUDA_ERROR_OUT_OF_MEMORY),
@@ -206,8 +206,8 @@ fn a_close_that_fails_hands_the_mapping_back_in_place() {
     let stream = Stream::new(&simulated.device).expect("a stream");
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(&simulated.device);
-        let everyone = [(simulated.device.clone(), Access::ReadWrite)];
-        let mapping = Mapping::new(&reservation, 0, &memory, &everyone).expect("mapped");
+        let full_access = [(simulated.device.clone(), Access::ReadWrite)];
+        let mapping = Mapping::new(&reservation, 0, &memory, &full_access).expect("mapped");
         simulated.simulator.inject(Fault::nth_of(
             DriverFunction::cuMemUnmap,
             1,
@@ -231,8 +231,8 @@ fn a_drop_that_fails_puts_the_mapping_into_quarantine() {
     let simulated = Simulated::default();
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(&simulated.device);
-        let everyone = [(simulated.device.clone(), Access::ReadWrite)];
-        let mapping = Mapping::new(&reservation, 0, &memory, &everyone).expect("mapped");
+        let full_access = [(simulated.device.clone(), Access::ReadWrite)];
+        let mapping = Mapping::new(&reservation, 0, &memory, &full_access).expect("mapped");
         drop((reservation, memory));
         simulated.simulator.inject(Fault::always(
             DriverFunction::cuMemUnmap,
@@ -254,9 +254,9 @@ fn one_memory_at_two_addresses_has_the_same_bytes() {
     let stream = Stream::new(&simulated.device).expect("a stream");
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(&simulated.device);
-        let everyone = [(simulated.device.clone(), Access::ReadWrite)];
-        let first = Mapping::new(&reservation, 0, &memory, &everyone).expect("mapped");
-        let second = Mapping::new(&reservation, 3 * PAGE, &memory, &everyone).expect("mapped");
+        let full_access = [(simulated.device.clone(), Access::ReadWrite)];
+        let first = Mapping::new(&reservation, 0, &memory, &full_access).expect("mapped");
+        let second = Mapping::new(&reservation, 3 * PAGE, &memory, &full_access).expect("mapped");
         let books = simulated.books();
         assert_eq!((books.physical_bytes, books.mapped_bytes), (PAGE, 2 * PAGE));
         fill(&stream, &first, 41);
@@ -355,19 +355,19 @@ fn not_ready(simulated: &Simulated, calls: u64) {
 #[test]
 fn a_driver_that_is_not_ready_to_set_access_is_asked_a_few_times() {
     let simulated = Simulated::default();
-    let everyone = [(simulated.device.clone(), Access::ReadWrite)];
+    let full_access = [(simulated.device.clone(), Access::ReadWrite)];
     let sets = || simulated.simulator.calls(DriverFunction::cuMemSetAccess);
     simulated.unchanged(|| {
         let (reservation, memory) = nouns(&simulated.device);
         not_ready(&simulated, 4);
         let before = sets();
-        let mapping = Mapping::new(&reservation, 0, &memory, &everyone).expect("the fifth time");
+        let mapping = Mapping::new(&reservation, 0, &memory, &full_access).expect("the fifth time");
         assert_eq!(sets() - before, 5);
         drop(mapping);
 
         not_ready(&simulated, 5);
         let before = sets();
-        let error = Mapping::new(&reservation, 0, &memory, &everyone).expect_err("not for long");
+        let error = Mapping::new(&reservation, 0, &memory, &full_access).expect_err("not for long");
         assert_eq!(error, failure!(cuMemSetAccess, CUDA_ERROR_NOT_READY));
         assert_eq!(sets() - before, 5);
         assert_eq!(simulated.books().mappings, 0, "it is undone");
@@ -376,7 +376,7 @@ fn a_driver_that_is_not_ready_to_set_access_is_asked_a_few_times() {
         let fault = Fault::nth_of(DriverFunction::cuMemSetAccess, 1, CUDA_ERROR_INVALID_VALUE);
         simulated.simulator.inject(fault);
         let before = sets();
-        Mapping::new(&reservation, 0, &memory, &everyone).expect_err("refused");
+        Mapping::new(&reservation, 0, &memory, &full_access).expect_err("refused");
         assert_eq!(sets() - before, 1);
     });
 }

@@ -72,7 +72,7 @@ impl Fixture {
 }
 
 #[test]
-fn streams_that_nobody_holds_any_more_are_destroyed_and_asked_no_more() {
+fn streams_that_no_caller_holds_any_more_are_destroyed_and_asked_no_more() {
     let fixture = Fixture::new();
     let before = fixture.simulated.books().streams;
     for requests in [1, 10, 100] {
@@ -88,7 +88,7 @@ fn streams_that_nobody_holds_any_more_are_destroyed_and_asked_no_more() {
 }
 
 #[test]
-fn the_last_work_of_a_stream_that_nobody_holds_any_more_is_waited_for() {
+fn the_last_work_of_a_stream_that_no_caller_holds_any_more_is_waited_for() {
     let fixture = Fixture::new();
     let _other = fixture.named();
     let stream = fixture.named();

@@ -52,7 +52,7 @@ fn adds_up(snapshot: &Snapshot) {
 /// What is no model's, where the cache is all that can be: nothing but that, and what is on its way
 /// out of it.
 #[track_caller]
-fn only_the_cache_is_nobodys(snapshot: &Snapshot) {
+fn only_the_cache_has_no_account(snapshot: &Snapshot) {
     let mut cache = MemoryParts::default();
     cache.cached_bytes = snapshot.engine.parts.cached_bytes;
     cache.retiring_bytes = snapshot.others.retiring_bytes;
@@ -81,7 +81,7 @@ fn the_parts_add_up_while_threads_allocate_and_free() {
             while !done.load(Ordering::SeqCst) {
                 let now = pool.snapshot();
                 adds_up(&now);
-                only_the_cache_is_nobodys(&now);
+                only_the_cache_has_no_account(&now);
                 assert_eq!(now.accounts.len(), MODELS);
                 let (was, is) = (before.counters, now.counters);
                 assert!(was.ranges.allocations <= is.ranges.allocations);
@@ -297,7 +297,7 @@ fn each_counter_counts_what_it_says() {
 }
 
 #[test]
-fn who_waits_for_the_device_is_counted() {
+fn a_wait_for_the_device_is_counted() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(2 * PAGE));
     pool.register_model("a", CAPACITY).expect("a new name");

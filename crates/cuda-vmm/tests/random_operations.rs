@@ -160,22 +160,22 @@ fn run(
         let compacts = matches!(step, Operation::Compact);
         match step {
             Operation::Allocate {
-                model: who,
+                model: which,
                 at,
                 units: count,
                 wait,
             } => {
                 let (offset, bytes) = (at * UNIT, count * UNIT);
-                let outcome = pools.with(who, |range| {
+                let outcome = pools.with(which, |range| {
                     if wait {
                         range.allocate(offset, bytes)
                     } else {
                         range.try_allocate(offset, bytes)
                     }
                 });
-                let (room, slack_pages) = (model.room(who), pools.slack_pages());
-                let Some(units) = &mut model.0[who] else {
-                    prop_assert_eq!(outcome, Err(pools.not_found(who)));
+                let (room, slack_pages) = (model.room(which), pools.slack_pages());
+                let Some(units) = &mut model.0[which] else {
+                    prop_assert_eq!(outcome, Err(pools.not_found(which)));
                     continue;
                 };
                 if at + count > UNITS {
@@ -196,7 +196,7 @@ fn run(
                             prop_assert!(need <= room, "{what}: admitted beyond the limit");
                             prop_assert_eq!(
                                 Some(address),
-                                pools.base_address(who).map(|base| base + offset as u64)
+                                pools.base_address(which).map(|base| base + offset as u64)
                             );
                             units[at..at + count].fill(true);
                         }
@@ -216,13 +216,13 @@ fn run(
                 }
             }
             Operation::AllocateAnywhere {
-                model: who,
+                model: which,
                 units: count,
             } => {
-                let outcome = pools.allocate_anywhere(who, count * UNIT);
-                let (room, slack_pages) = (model.room(who), pools.slack_pages());
-                let Some(units) = &mut model.0[who] else {
-                    prop_assert_eq!(outcome, Err(pools.not_found(who)));
+                let outcome = pools.allocate_anywhere(which, count * UNIT);
+                let (room, slack_pages) = (model.room(which), pools.slack_pages());
+                let Some(units) = &mut model.0[which] else {
+                    prop_assert_eq!(outcome, Err(pools.not_found(which)));
                     continue;
                 };
                 match (Model::place(units, count), outcome) {
@@ -235,7 +235,7 @@ fn run(
                         prop_assert_eq!(
                             Some(address),
                             pools
-                                .base_address(who)
+                                .base_address(which)
                                 .map(|base| base + (at * UNIT) as u64)
                         );
                         units[at..at + count].fill(true);
@@ -255,14 +255,14 @@ fn run(
                 }
             }
             Operation::Deallocate {
-                model: who,
+                model: which,
                 at,
                 units: count,
             } => {
                 let (offset, bytes) = (at * UNIT, count * UNIT);
-                let outcome = pools.deallocate(who, offset, bytes);
-                let expected = match &mut model.0[who] {
-                    None => Err(pools.not_found(who)),
+                let outcome = pools.deallocate(which, offset, bytes);
+                let expected = match &mut model.0[which] {
+                    None => Err(pools.not_found(which)),
                     Some(_) if at + count > UNITS => Err(VmmError::OutOfRange {
                         offset,
                         bytes,
@@ -278,53 +278,54 @@ fn run(
                 };
                 prop_assert_eq!(outcome, expected);
             }
-            Operation::DeallocateAll { model: who } => {
-                if let Some(units) = &mut model.0[who] {
+            Operation::DeallocateAll { model: which } => {
+                if let Some(units) = &mut model.0[which] {
                     for at in (0..UNITS).filter(|at| units[*at]) {
-                        prop_assert_eq!(pools.deallocate(who, at * UNIT, UNIT), Ok(()));
+                        prop_assert_eq!(pools.deallocate(which, at * UNIT, UNIT), Ok(()));
                     }
                     units.fill(false);
                 }
             }
-            Operation::Register { model: who } => {
-                let outcome = pools.register(who);
-                if model.0[who].is_some() {
+            Operation::Register { model: which } => {
+                let outcome = pools.register(which);
+                if model.0[which].is_some() {
                     prop_assert_eq!(
                         outcome,
                         Err(VmmError::ModelAlreadyRegistered {
-                            model: pools.names[who].clone()
+                            model: pools.names[which].clone()
                         })
                     );
                 } else {
                     match outcome {
                         Ok(()) => {
-                            model.0[who] = Some([false; UNITS]);
+                            model.0[which] = Some([false; UNITS]);
                             if streams {
                                 pools
-                                    .with(who, |range| range.use_stream(&stream))
+                                    .with(which, |range| range.use_stream(&stream))
                                     .expect("same device");
                             }
                         }
                         // The others hold what would be guaranteed.
-                        Err(VmmError::QuotaUnsatisfiable { .. }) => prop_assert_eq!(who, 0),
+                        Err(VmmError::QuotaUnsatisfiable { .. }) => prop_assert_eq!(which, 0),
                         Err(error) => prop_assert!(faulty, "{what}: {error}"),
                     }
                 }
             }
-            Operation::Unregister { model: who } => {
-                let outcome = pools.unregister(who);
-                match model.0[who].take() {
-                    None => prop_assert_eq!(outcome, Err(pools.not_found(who))),
+            Operation::Unregister { model: which } => {
+                let outcome = pools.unregister(which);
+                match model.0[which].take() {
+                    None => prop_assert_eq!(outcome, Err(pools.not_found(which))),
                     Some(_) => prop_assert!(outcome.is_ok() || faulty, "{what}: {outcome:?}"),
                 }
             }
             Operation::TakeStep => {
                 pools.shared.engine().step();
             }
-            Operation::HoldWork { model: who, at } => {
-                let is_live = model.0[who].as_ref().is_some_and(|units| units[at]);
+            Operation::HoldWork { model: which, at } => {
+                let is_live = model.0[which].as_ref().is_some_and(|units| units[at]);
                 // Where no stream is named, steps synchronise, which would wait for what is held.
-                if let Some(base_address) = pools.base_address(who).filter(|_| streams && is_live) {
+                if let Some(base_address) = pools.base_address(which).filter(|_| streams && is_live)
+                {
                     simulator.hold_work();
                     held = true;
                     let address = base_address + (at * UNIT) as u64;

@@ -208,7 +208,7 @@ fn memory_follows_what_is_backed_and_moved_blocks_keep_what_they_hold() {
 }
 
 #[test]
-fn what_a_living_prefix_shows_stays_and_what_it_has_is_nobodys() {
+fn what_a_living_prefix_shows_stays_and_what_it_has_is_given_to_no_other() {
     let test = open();
     if !test.device.is_cuda() {
         // On the CPU a Candle tensor keeps its memory, which is overwritten.

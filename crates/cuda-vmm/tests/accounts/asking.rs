@@ -86,7 +86,7 @@ fn wakers_go_with_no_lock_held_also_if_a_range_is_kept() {
 }
 
 #[test]
-fn who_was_refused_is_woken_when_memory_has_come() {
+fn a_caller_that_was_refused_is_woken_when_memory_has_come() {
     let (_simulated, engine) = engine(manual());
     let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
     let (held, wanted) = (range(&holder), range(&asks));

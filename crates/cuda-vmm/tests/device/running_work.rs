@@ -110,7 +110,7 @@ fn free_under_unnamed_work(device: &Device, gate: Gate, finish: impl FnOnce()) {
 }
 
 #[test]
-fn memory_is_not_unmapped_under_work_of_a_non_blocking_stream_that_nobody_named() {
+fn memory_is_not_unmapped_under_work_of_a_non_blocking_stream_that_is_not_named() {
     case(|device| {
         let stream = Stream::new(device).expect("a stream");
         let gate = Gate::close(device, stream.raw());

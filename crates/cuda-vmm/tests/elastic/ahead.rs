@@ -120,7 +120,7 @@ fn what_was_made_ahead_is_given_up_first_and_nothing_is_given_up_for_it() {
 }
 
 #[test]
-fn what_lies_ahead_of_where_nobody_goes_any_more_is_given_back() {
+fn memory_ahead_of_an_abandoned_place_is_given_back() {
     let fixture = Fixture::new(manual());
     fixture.engine.step();
     fixture.pool.allocate(0, PAGE).expect("there");

@@ -99,7 +99,7 @@ fn no_range_finds_another_ones_bytes_in_it() {
 }
 
 #[test]
-fn the_cache_is_given_up_before_anyone_is_refused() {
+fn the_cache_is_given_up_before_any_allocation_is_refused() {
     let fixture = Fixture::with(options(), 64 * PAGE);
     fixture.pool.allocate(0, 4 * PAGE).expect("room");
     fixture.pool.deallocate(0, 4 * PAGE).expect("live");

@@ -61,61 +61,65 @@ impl Pools {
         self.shared.stats().parts.slack_bytes / PAGE
     }
 
-    pub fn not_found(&self, who: usize) -> VmmError {
+    pub fn not_found(&self, which: usize) -> VmmError {
         VmmError::ModelNotFound {
-            model: self.names[who].clone(),
+            model: self.names[which].clone(),
         }
     }
 
     /// Does something with a model's range.
     pub fn with<T>(
         &self,
-        who: usize,
+        which: usize,
         act: impl FnOnce(&VirtualMemoryPool) -> Result<T, VmmError>,
     ) -> Result<T, VmmError> {
-        if who < SHARED {
+        if which < SHARED {
             self.shared
-                .model(&self.names[who])
+                .model(&self.names[which])
                 .and_then(|range| act(&range))
         } else {
-            let own = self.own.as_ref().ok_or_else(|| self.not_found(who));
+            let own = self.own.as_ref().ok_or_else(|| self.not_found(which));
             own.and_then(act)
         }
     }
 
-    pub fn base_address(&self, who: usize) -> Option<u64> {
-        self.with(who, |range| Ok(range.base_address())).ok()
+    pub fn base_address(&self, which: usize) -> Option<u64> {
+        self.with(which, |range| Ok(range.base_address())).ok()
     }
 
-    pub fn allocate_anywhere(&self, who: usize, bytes: usize) -> Result<u64, VmmError> {
-        if who < SHARED {
-            self.shared.allocate_for_model(&self.names[who], bytes)
+    pub fn allocate_anywhere(&self, which: usize, bytes: usize) -> Result<u64, VmmError> {
+        if which < SHARED {
+            self.shared.allocate_for_model(&self.names[which], bytes)
         } else {
-            self.with(who, |range| range.allocate_anywhere(bytes, 256))
+            self.with(which, |range| range.allocate_anywhere(bytes, 256))
         }
     }
 
-    pub fn deallocate(&self, who: usize, offset: usize, bytes: usize) -> Result<(), VmmError> {
-        if who < SHARED {
+    pub fn deallocate(&self, which: usize, offset: usize, bytes: usize) -> Result<(), VmmError> {
+        if which < SHARED {
             self.shared
-                .deallocate_for_model(&self.names[who], offset, bytes)
+                .deallocate_for_model(&self.names[which], offset, bytes)
         } else {
-            self.with(who, |range| range.deallocate(offset, bytes))
+            self.with(which, |range| range.deallocate(offset, bytes))
         }
     }
 
-    pub fn register(&mut self, who: usize) -> Result<(), VmmError> {
-        if who < SHARED {
+    pub fn register(&mut self, which: usize) -> Result<(), VmmError> {
+        if which < SHARED {
             let quota = ModelOptions {
-                guarantee_bytes: if who == 0 { GUARANTEE_PAGES * PAGE } else { 0 },
+                guarantee_bytes: if which == 0 {
+                    GUARANTEE_PAGES * PAGE
+                } else {
+                    0
+                },
                 ahead_bytes_max: self.ahead_bytes_max,
                 ..ModelOptions::new(UNITS * UNIT)
             };
-            return self.shared.register_model_with(&self.names[who], quota);
+            return self.shared.register_model_with(&self.names[which], quota);
         }
         if self.own.is_some() {
             return Err(VmmError::ModelAlreadyRegistered {
-                model: self.names[who].clone(),
+                model: self.names[which].clone(),
             });
         }
         let engine = self.shared.engine();
@@ -129,11 +133,11 @@ impl Pools {
         Ok(())
     }
 
-    pub fn unregister(&mut self, who: usize) -> Result<(), VmmError> {
-        if who < SHARED {
-            self.shared.unregister_model(&self.names[who])
+    pub fn unregister(&mut self, which: usize) -> Result<(), VmmError> {
+        if which < SHARED {
+            self.shared.unregister_model(&self.names[which])
         } else {
-            let own = self.own.take().ok_or_else(|| self.not_found(who));
+            let own = self.own.take().ok_or_else(|| self.not_found(which));
             own.and_then(VirtualMemoryPool::close)
         }
     }

@@ -27,7 +27,7 @@ fn until_it_owes(pool: &Models, model: &str) {
 }
 
 #[test]
-fn a_model_that_is_unregistered_with_memory_in_use_serves_who_waits() {
+fn a_model_that_is_unregistered_with_memory_in_use_serves_a_waiting_model() {
     for worker in [WorkerMode::Thread, WorkerMode::Manual] {
         let simulated = Simulated::default();
         let pool = two_models(&simulated, worker);
@@ -65,7 +65,7 @@ fn a_model_that_is_unregistered_with_memory_in_use_serves_who_waits() {
 }
 
 #[test]
-fn who_waits_on_a_model_that_is_unregistered_is_told_that_it_is_closed() {
+fn a_thread_that_waits_on_a_model_that_is_unregistered_is_told_that_it_is_closed() {
     for worker in [WorkerMode::Thread, WorkerMode::Manual] {
         let simulated = Simulated::default();
         let pool = two_models(&simulated, worker);
@@ -89,7 +89,7 @@ fn who_waits_on_a_model_that_is_unregistered_is_told_that_it_is_closed() {
 }
 
 #[test]
-fn dropping_the_last_clone_serves_who_waits_through_a_handle() {
+fn dropping_the_last_clone_serves_a_thread_that_waits_through_a_handle() {
     for worker in [WorkerMode::Thread, WorkerMode::Manual] {
         let simulated = Simulated::default();
         let books = simulated.books();
@@ -115,7 +115,7 @@ fn dropping_the_last_clone_serves_who_waits_through_a_handle() {
 }
 
 #[test]
-fn a_model_that_owes_may_go_and_its_memory_serves_who_was_refused() {
+fn a_model_that_owes_may_go_and_its_memory_serves_the_model_that_was_refused() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     for model in ["a", "b", "c"] {

@@ -27,7 +27,7 @@ fn full(device: &Device, options: EngineOptions) -> Models {
 }
 
 #[test]
-fn who_waits_tries_again_what_the_driver_refused() {
+fn a_thread_that_waits_tries_again_what_the_driver_refused() {
     for version in [OLD, 13_000] {
         let simulated = Simulated::new(SimConfig::new().driver_version(version));
         let pool = full(&simulated.device, manual());
@@ -45,7 +45,7 @@ fn who_waits_tries_again_what_the_driver_refused() {
 }
 
 #[test]
-fn who_waits_finds_that_leases_are_over() {
+fn a_thread_that_waits_finds_that_leases_are_over() {
     for version in [OLD, 13_000] {
         let simulated = Simulated::new(SimConfig::new().driver_version(version));
         let pool = full(&simulated.device, manual());

@@ -92,7 +92,7 @@ fn a_refused_allocation_is_owed_by_the_lowest_priority_first() {
 }
 
 #[test]
-fn what_nobody_could_give_is_owed_by_nobody() {
+fn no_model_owes_what_none_could_give() {
     let simulated = Simulated::default();
     let (pool, [a, b]) = models(&simulated, manual(), [("a", 0), ("b", 0)]);
     a.allocate(0, 4 * PAGE).expect("room");
@@ -136,7 +136,7 @@ fn a_waker_is_woken_without_a_lock_each_time_more_is_owed() {
 }
 
 #[test]
-fn a_panic_in_a_waker_harms_nobody() {
+fn a_panic_in_a_waker_harms_no_caller() {
     let simulated = Simulated::default();
     let (pool, [holds, asks]) = models(&simulated, manual(), [("holds", 0), ("asks", 0)]);
     holds

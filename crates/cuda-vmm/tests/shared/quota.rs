@@ -96,7 +96,7 @@ fn a_raised_guarantee_holds_and_a_lowered_one_is_for_others() {
 }
 
 #[test]
-fn who_is_above_a_lowered_ceiling_owes_the_rest_and_gets_no_more() {
+fn a_model_above_a_lowered_ceiling_owes_the_rest_and_gets_no_more() {
     let fixture = Fixture::new();
     let pool = &fixture.pool;
     let a = pool.model("a").expect("registered");

@@ -178,7 +178,7 @@ fn a_pool_that_runs_out_has_its_engines_relieved_and_then_others_make_room() {
 }
 
 #[test]
-fn a_panic_in_what_makes_room_harms_nobody() {
+fn a_panic_in_what_makes_room_harms_no_caller() {
     let simulated = small_device();
     let device = &simulated.device;
     let pool = greedy(device, manual());
@@ -200,7 +200,7 @@ fn a_panic_in_what_makes_room_harms_nobody() {
 }
 
 #[test]
-fn memory_made_ahead_asks_nobody_for_room() {
+fn memory_made_ahead_asks_for_no_room() {
     let simulated = small_device();
     let pool = greedy(&simulated.device, manual());
     static CALLED: AtomicUsize = AtomicUsize::new(0);
@@ -373,7 +373,7 @@ fn a_wait_for_the_device_ends_with_what_another_engine_frees() {
 }
 
 #[test]
-fn who_waits_for_the_device_asks_others_for_room_each_time_and_is_told_of_once() {
+fn a_wait_for_the_device_asks_others_for_room_each_time_and_is_told_of_once() {
     let simulated = small_device();
     let pool = greedy(&simulated.device, manual());
     let others = Mutex::new(Some(Plain::new(&simulated.device, 8 * PAGE).expect("room")));

@@ -196,7 +196,7 @@ fn pages_that_retire_at_the_very_addresses_are_waited_for() {
 }
 
 #[test]
-fn the_highest_priority_is_served_first_and_then_who_came_first() {
+fn the_highest_priority_is_served_first_and_then_the_first_to_come() {
     for options in engines() {
         let simulated = Simulated::default();
         let pool = pool(&simulated.device, options);
@@ -225,7 +225,7 @@ fn the_highest_priority_is_served_first_and_then_who_came_first() {
 }
 
 #[test]
-fn who_comes_later_does_not_take_what_others_wait_for_but_a_guarantee_does() {
+fn a_later_model_does_not_take_what_others_wait_for_but_a_guarantee_does() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     let [holds, waits, late] = ["holds", "waits", "late"].map(|model| register(&pool, model, 0));
@@ -261,7 +261,7 @@ fn who_comes_later_does_not_take_what_others_wait_for_but_a_guarantee_does() {
 }
 
 #[test]
-fn who_gives_up_lets_those_behind_it_go_on() {
+fn a_thread_that_gives_up_lets_those_behind_it_go_on() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     let [holds, first, second] =
@@ -302,7 +302,7 @@ fn at_its_own_ceiling_a_model_waits_for_what_it_frees_itself() {
 }
 
 #[test]
-fn a_raised_ceiling_or_priority_serves_who_waits() {
+fn a_raised_ceiling_or_priority_serves_a_waiting_model() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     let [holds, a, b] = ["holds", "a", "b"].map(|model| register(&pool, model, 0));
@@ -333,7 +333,7 @@ fn a_raised_ceiling_or_priority_serves_who_waits() {
 
 /// A part of what a model waits for was there when it began to wait, and goes to another.
 #[test]
-fn who_comes_to_need_more_while_it_waits_is_owed_more() {
+fn a_model_that_needs_more_while_it_waits_is_owed_more() {
     let simulated = Simulated::default();
     let pool = pool(&simulated.device, manual().limit_bytes(LIMIT));
     let [holds, waits] = ["holds", "waits"].map(|model| register(&pool, model, 0));

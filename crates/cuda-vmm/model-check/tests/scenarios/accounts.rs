@@ -275,7 +275,7 @@ fn a_task_leaves(mode: WorkerMode) {
 }
 
 #[test]
-fn a_task_that_is_dropped_stands_in_nobodys_way() {
+fn a_task_that_is_dropped_blocks_no_other() {
     explore_both(a_task_leaves);
 }
 

@@ -115,7 +115,7 @@ fn an_engine_whose_owner_goes_during_a_capture_gives_everything_back() {
 }
 
 #[test]
-fn nobody_waits_for_the_end_of_a_capture() {
+fn no_thread_waits_for_the_end_of_a_capture() {
     explore(|| outlasts_the_waits_of_others(WorkerMode::Thread));
     explore(|| outlasts_the_waits_of_others(WorkerMode::Manual));
 }

@@ -148,7 +148,7 @@ fn a_ceiling_is_raised() {
 }
 
 #[test]
-fn who_stands_ahead_leaves_the_line() {
+fn a_waiting_thread_ahead_leaves_the_line() {
     explore_both(|mode| {
         let scene = Scene::new(2, parking(mode));
         scene.holds.allocate(0, PAGE).expect("room");

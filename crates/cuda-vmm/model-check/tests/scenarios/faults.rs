@@ -156,7 +156,7 @@ fn refused_while_the_worker_sleeps(kept: Kept, call: DriverFunction) {
 }
 
 #[test]
-fn who_waits_for_what_the_driver_refuses_is_told() {
+fn a_thread_that_waits_for_what_the_driver_refuses_is_told() {
     for (kept, call) in REFUSALS {
         explore(move || refused_while_another_waits(kept, call));
     }

@@ -159,7 +159,7 @@ fn a_model_goes_while_its_handle_takes_parked_pages() {
 }
 
 #[test]
-fn what_is_freed_wakes_those_who_wait_for_the_budget() {
+fn freed_memory_wakes_the_threads_that_wait_for_the_budget() {
     explore(|| freed_while_another_waits(true, WorkerMode::Thread));
     explore(|| freed_while_another_waits(false, WorkerMode::Thread));
     explore(|| freed_while_another_waits(true, WorkerMode::Manual));

@@ -56,7 +56,7 @@ fn register(pool: &Models, model: &str, priority: i32) -> Arc<VirtualMemoryPool>
 
 /// One model has all, and work runs on it. Another waits, the first is woken, gives back, and the
 /// other is served.
-fn served_by_who_owes(mode: WorkerMode) {
+fn served_by_the_account_that_owes(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
     let [holds, wants] = ["holds", "wants"].map(|model| register(&pool, model, 0));
@@ -239,16 +239,16 @@ fn told_while_waiting(mode: WorkerMode) {
 }
 
 #[test]
-fn who_waits_for_addresses_that_are_taken_lets_those_behind_it_go_on() {
+fn a_wait_for_addresses_that_are_taken_lets_those_behind_it_go_on() {
     for mode in [WorkerMode::Thread, WorkerMode::Manual] {
         explore(move || told_while_waiting(mode));
     }
 }
 
 #[test]
-fn who_waits_is_served_by_who_owes() {
+fn a_thread_that_waits_is_served_by_the_account_that_owes() {
     for mode in [WorkerMode::Thread, WorkerMode::Manual] {
-        explore(move || served_by_who_owes(mode));
+        explore(move || served_by_the_account_that_owes(mode));
     }
 }
 
@@ -274,7 +274,7 @@ fn a_wait_whose_time_runs_out_leaves_nothing_behind() {
 }
 
 #[test]
-fn who_waits_on_a_model_that_goes_is_told() {
+fn a_thread_that_waits_on_a_model_that_goes_is_told() {
     for mode in [WorkerMode::Thread, WorkerMode::Manual] {
         explore(move || closed_while_waiting(mode));
     }

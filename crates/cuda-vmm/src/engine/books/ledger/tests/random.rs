@@ -145,7 +145,9 @@ impl World {
     ) -> Result<(), TestCaseError> {
         let count = self.accounts.len();
         let which = match step {
-            Step::Take { which, .. } | Step::Give { which, .. } | Step::SetQuota { which, .. } => which,
+            Step::Take { which, .. } | Step::Give { which, .. } | Step::SetQuota { which, .. } => {
+                which
+            }
             Step::Refuse { which, .. } | Step::Withdraw { which } | Step::Close { which } => which,
             Step::LeaveLine | Step::SetLimit { .. } | Step::Refund => 0,
         };
