@@ -133,7 +133,7 @@ impl ElasticTensor {
         let account = first.pool.account().clone();
         // Also of tensors that need no memory now.
         let mut accounts = tensors.iter().map(|tensor| tensor.pool.account());
-        if let Some(other) = accounts.find(|other| !other.is(&account)) {
+        if let Some(other) = accounts.find(|other| **other != account) {
             return Err(cuda_vmm::VmmError::ForeignAccount {
                 expected: account.name().into(),
                 found: other.name().into(),

@@ -127,11 +127,6 @@ impl Account {
         &self.0.engine
     }
 
-    /// Whether both are the same account.
-    pub fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
-    }
-
     pub(crate) fn id(&self) -> AccountId {
         self.0.id
     }
@@ -352,6 +347,15 @@ impl Drop for Shared {
         self.close();
     }
 }
+
+/// Whether both are handles of the same account.
+impl PartialEq for Account {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Account {}
 
 impl fmt::Debug for Account {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -162,7 +162,7 @@ impl Account {
     /// The parts by pool and offset, all of them of this account and none of them twice.
     fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
         for (pool, offset, bytes) in parts {
-            if !pool.account().is(self) {
+            if pool.account() != self {
                 return Err(VmmError::ForeignAccount {
                     expected: self.name().into(),
                     found: pool.account().name().into(),

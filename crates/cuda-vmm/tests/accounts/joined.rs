@@ -159,7 +159,7 @@ fn a_model_that_is_unregistered_is_a_closed_account() {
     let twice = shared.register_model("a", Quota::new()).map(drop);
     let error = VmmError::ModelAlreadyRegistered { model: "a".into() };
     assert_eq!(twice, Err(error));
-    assert!(shared.model("a").expect("registered").is(&model));
+    assert_eq!(shared.model("a"), Ok(model.clone()));
     let pool = range(&model);
     pool.allocate(0, PAGE).expect("room");
     shared.unregister_model("a").expect("registered");
