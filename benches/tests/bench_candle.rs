@@ -49,7 +49,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
     let (output, list) = run(BENCH, "candle-nowhere", &[]);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert_eq!(list.len(), 18);
+    assert_eq!(list.len(), 19);
     for finding in &list {
         assert!(finding["pass"].is_null() && finding["ours"].is_null());
         let note = finding["note"].as_str().expect("a note");
