@@ -1,9 +1,9 @@
 //! Memory that the driver refused to take back: kept on its account, tried again with growing
 //! delays, and reported once.
 //!
-//! The first refusal gives one warning; it is the first if nothing was refused before. The worker hears of
-//! each, and tries again when the back-off says so, one piece after the other, until the driver
-//! refuses one; so a driver that refuses all is asked once each time, however much there is. Each
+//! The first refusal since nothing was refused gives one warning. The worker hears of each refusal,
+//! and tries again when the back-off says so. It tries one piece after the other until the driver
+//! refuses one. So a driver that refuses all gets one call each time, however much there is. Each
 //! such try begins with another piece. When nothing is left, there is one message more.
 //!
 //! Calls that need the memory try at once: about the pages in their way, or until the driver

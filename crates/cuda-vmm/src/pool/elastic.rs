@@ -14,22 +14,22 @@ use crate::sync::Arc;
 use crate::{Device, Fence, Result, Stream};
 use core::ops;
 
-/// A range of device addresses that is backed by memory only where it is in use.
+/// A range of device addresses with memory behind the pages that are in use only.
 ///
-/// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live,
-/// so neighbours may share a page: a cache can grow token by token. The contents of bytes are
+/// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live.
+/// So neighbours may share a page, and a cache can grow token by token. The contents of bytes are
 /// undefined until written.
 ///
-/// Freed pages are given back when the device has finished with them: after the work then queued on
-/// the streams that were named by [`use_stream`](Self::use_stream), or, where none was, after all
-/// work of the context. Nothing here waits for that but `allocate`, when it needs those very pages.
+/// Freed pages are given back when the device has finished with them. That is after the work then
+/// queued on the streams that [`use_stream`](Self::use_stream) named, or after all work of the
+/// context if it named none. Only `allocate` waits for that, and only if it needs those very pages.
 ///
 /// That is about pages. Bytes that are freed in a page which a neighbour keeps live can be
 /// allocated again at once, while work on them may still run: a caller that hands such bytes from
 /// one stream to another orders the two.
 ///
-/// All methods take `&self`; a pool can be shared between threads. Dropping it gives everything
-/// back, and waits for the device to do so.
+/// All methods take `&self`; a pool can be shared between threads. Dropping it waits for the device
+/// and gives everything back.
 #[derive(Debug)]
 pub struct VirtualMemoryPool {
     pub(super) range: RangeHandle,
@@ -64,7 +64,7 @@ impl VirtualMemoryPool {
         Self::with_options(engine, capacity_bytes, page_bytes, PoolOptions::new())
     }
 
-    /// As [`on_engine`](Self::on_engine), as the options say.
+    /// A pool on an engine, with options.
     ///
     /// # Errors
     /// As [`new`](Self::new); [`VmmError::QuotaUnsatisfiable`](crate::VmmError::QuotaUnsatisfiable)
@@ -79,7 +79,7 @@ impl VirtualMemoryPool {
         Self::on_account(&account, capacity_bytes, page_bytes, options)
     }
 
-    /// A pool that is charged to an account, together with all else that is.
+    /// A pool on an account, which is charged for the pool's memory.
     ///
     /// # Errors
     /// As [`with_options`](Self::with_options); [`VmmError::Closed`](crate::VmmError::Closed) if
@@ -103,11 +103,12 @@ impl VirtualMemoryPool {
     /// Makes `bytes` bytes at `offset` live and returns their address. Edges need not be aligned to
     /// pages: exactly the bytes named are live, and every page that they touch is backed.
     ///
-    /// Waits only for retiring memory, and only if that satisfies it. Where streams are named by
-    /// [`use_stream`](Self::use_stream), pages that are retiring at these very addresses are taken
-    /// back at once: the streams are made to wait for what the device still does with them
-    /// (`cuStreamWaitEvent`; no call where one stream is named), so new work on any named stream
-    /// comes after it. While a [`CaptureGuard`](crate::CaptureGuard) lives, the caller waits.
+    /// It waits for retiring memory only, and only if that is enough. If
+    /// [`use_stream`](Self::use_stream) has named streams, it takes pages back at once that retire
+    /// at these very addresses. The streams are made to wait for what the device still does with
+    /// the pages (`cuStreamWaitEvent`; no call if one stream is named). So new work on any named
+    /// stream comes after it. While a [`CaptureGuard`](crate::CaptureGuard) lives, the caller
+    /// waits.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
@@ -123,9 +124,9 @@ impl VirtualMemoryPool {
         self.take(Place::At(offset), bytes, &Patience::Retiring)
     }
 
-    /// As [`allocate`](Self::allocate), but never waits for the device: memory that is retiring is
-    /// an error for which [`is_retryable`](crate::VmmError::is_retryable) holds, and which says how
-    /// much is retiring.
+    /// Allocates like [`allocate`](Self::allocate), but never waits for the device. If memory is
+    /// retiring, it returns an error for which [`is_retryable`](crate::VmmError::is_retryable)
+    /// holds, and which says how much is retiring.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
@@ -133,8 +134,8 @@ impl VirtualMemoryPool {
         self.take(Place::At(offset), bytes, &Patience::None)
     }
 
-    /// As [`allocate`](Self::allocate), at the lowest unused address that is a multiple of
-    /// `alignment` bytes from the base.
+    /// Allocates like [`allocate`](Self::allocate), at the lowest unused address that is a multiple
+    /// of `alignment` bytes from the base.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate);
@@ -153,8 +154,8 @@ impl VirtualMemoryPool {
         Ok(self.base_address + offset as u64)
     }
 
-    /// Ends the life of `bytes` bytes at `offset`; all of them must be live, but they need not be
-    /// what one `allocate` made. Never waits for the device.
+    /// Frees `bytes` bytes at `offset`. All of them must be live, but they need not come from one
+    /// `allocate`. It never waits for the device.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`](crate::VmmError::ZeroSize),
@@ -166,15 +167,15 @@ impl VirtualMemoryPool {
         self.range.deallocate(&[(offset, bytes)])
     }
 
-    /// Ends the life of several parts at once, each given by its offset and its bytes, in any
-    /// order. Never waits for the device.
+    /// Frees several parts at once, each given by its offset and its bytes, in any order. It never
+    /// waits for the device.
     ///
     /// Their memory retires behind the same fences: one event on each stream that was named,
     /// however many parts there are. So a caller that frees all sequences that end in a step
     /// records once. An empty list does nothing.
     ///
     /// # Errors
-    /// As [`deallocate`](Self::deallocate), for the first part of which it holds;
+    /// As [`deallocate`](Self::deallocate), for the first part that fails;
     /// [`VmmError::NotMapped`](crate::VmmError::NotMapped) also for a part that has bytes in common
     /// with one before it in the order of addresses. After an error none is freed.
     pub fn deallocate_many(&self, parts: &[(usize, usize)]) -> Result<()> {
@@ -185,14 +186,16 @@ impl VirtualMemoryPool {
     }
 
     /// Names a stream whose work uses this pool's memory. Freed memory then waits for the named
-    /// streams only. Name all that use it, before they do: work on others is not waited for.
+    /// streams only. Name each stream before it uses the memory: freed memory does not wait for
+    /// work on others.
     ///
     /// Memory of a pool that was [leased](Self::lease) waits for others as well.
     ///
-    /// Each free asks each named stream, as any may have got work since: of one stream it records
-    /// an event, of several only on those that are not idle. When the last clone of a stream made
-    /// by [`Stream::new`] is dropped, the pool lets it go: it waits once for what is still queued
-    /// there. [`forget_stream`](Self::forget_stream) does so for any other.
+    /// Each free asks each named stream, as any may have got work since. If one stream is named, it
+    /// records an event there. If several are named, it records events only on those that are not
+    /// idle. When the last clone of a stream made by [`Stream::new`] is dropped, the pool lets it
+    /// go: it waits once for what is still queued there. [`forget_stream`](Self::forget_stream)
+    /// does so for any other.
     ///
     /// # Errors
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
@@ -201,14 +204,14 @@ impl VirtualMemoryPool {
         self.range.use_stream(stream)
     }
 
-    /// Stops naming a stream. Memory that is freed later waits for what is queued on it now, and
-    /// for nothing that it is given afterwards: from now on its work must not touch this pool's
-    /// memory. For a stream that is not named nothing is done. Once none is named, freed memory
-    /// waits for all work of the context again.
+    /// Stops naming a stream. Memory that is freed later waits for what is queued on the stream
+    /// now, and for none of its later work: from now on its work must not touch this pool's memory.
+    /// If the stream is not named, the call does nothing. If no stream is left, freed memory waits
+    /// for all work of the context again.
     ///
-    /// The pool holds the stream no longer. If it is being captured, or is the per-thread default
-    /// stream, there is no telling when its work ends: then freed memory waits for all work of the
-    /// context from now on.
+    /// The pool holds the stream no longer. A stream that is being captured, and the per-thread
+    /// default stream, cannot tell when their work ends. Then freed memory waits for all work of
+    /// the context from now on.
     ///
     /// # Errors
     /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).
@@ -216,22 +219,22 @@ impl VirtualMemoryPool {
         self.range.forget_stream(stream)
     }
 
-    /// Has a stream that is not named come after what is still done with memory that was taken
+    /// Makes a stream that is not named wait for what is still done with memory that was taken
     /// back.
     pub(super) fn order_stream(&self, stream: &Stream) -> Result<()> {
         self.range.order_stream(stream)
     }
 
-    /// Has frees wait for an end of work on a stream that is not named.
+    /// Makes frees wait for the end of work on a stream that is not named.
     pub(super) fn add_end(&self, end: &Arc<Fence>) -> Result<()> {
         self.range.add_end(end)
     }
 
-    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, mapped until
-    /// the pin is dropped, for the life of a graph that names their addresses.
+    /// Keeps the memory behind `bytes` bytes at `offset` mapped until the pin is dropped. All of
+    /// them must be live. Hold the pin for the life of a graph that names their addresses.
     ///
-    /// A replayed graph uses whatever is mapped at its addresses when it runs, and with nothing
-    /// mapped there the context is beyond use. Pinned memory that is freed is parked and not given
+    /// A replayed graph uses the memory that is mapped at its addresses when it runs. If nothing is
+    /// mapped there, the context is beyond use. Pinned memory that is freed is parked and not given
     /// back, whatever [`EngineOptions::park_bytes_max`] says; it can be allocated again at the same
     /// addresses, and then the graph works on that. Dropping the pool leaves it to the engine until
     /// the last pin is gone.
@@ -245,12 +248,13 @@ impl VirtualMemoryPool {
         self.range.pin(offset, bytes)
     }
 
-    /// Keeps the memory behind `bytes` bytes at `offset`, all of which must be live, as it is until
-    /// `token` is released: mapped, at its addresses, and given to no other allocation.
+    /// Keeps the memory behind `bytes` bytes at `offset` as it is until `token` is released. All of
+    /// them must be live. The memory stays mapped, at its addresses, and is given to no other
+    /// allocation.
     ///
-    /// For memory that was handed to something which tells of its end by a value that is shared no
-    /// longer, such as a tensor of a framework. The bytes can be freed at any time, and the pool
-    /// dropped. What is leased then is counted as
+    /// Use it for memory that other code holds by a shared value, such as a tensor of a framework:
+    /// the lease ends when the value is shared no longer. The bytes can be freed at any time, and
+    /// the pool dropped. What is leased then is counted as
     /// [`leased_bytes`](crate::MemoryParts::leased_bytes), its allocation returns
     /// [`VmmError::Leased`](crate::VmmError::Leased), and it retires when the engine finds the
     /// token released: behind fences recorded then, since a token says nothing of work that is
@@ -261,8 +265,8 @@ impl VirtualMemoryPool {
     /// or not. It waits for all work of the context, and of the contexts of other devices in use in
     /// this process. That takes one event of each (`cuCtxRecordEvent`), and no other calls. While a
     /// capture is declared, and with drivers before CUDA 12.5, it waits for a context synchronise.
-    /// Several leases may cover the same bytes. The token is looked at by the engine's steps, and
-    /// by calls that need memory; it is dropped soon after it is released, on any thread.
+    /// Several leases may cover the same bytes. The engine's steps, and calls that need memory, ask
+    /// the token. It is dropped soon after it is released, on any thread.
     ///
     /// Chunks with leased bytes are not moved by [`compact`](Self::compact).
     ///
@@ -285,15 +289,15 @@ impl VirtualMemoryPool {
         self.range.is_leased(offset, bytes)
     }
 
-    /// Has `stream` come after all work that was queued under leases, so that it may write where
-    /// one is over: the device need not have finished with bytes when their token is released.
-    /// Waits for nothing if the driver records events of contexts (CUDA 12.5 or newer), and
-    /// otherwise for the device.
+    /// Makes `stream` wait for all work that was queued under leases, so that it may write to bytes
+    /// whose lease is over. The device need not have finished with bytes when their token is
+    /// released. The call waits for nothing if the driver records events of contexts (CUDA 12.5 or
+    /// newer), and otherwise for the device.
     ///
     /// That takes an event of each context in use and a wait for those that are not past
-    /// (`cuCtxRecordEvent`, `cuStreamWaitEvent`), and nothing at all for a pool that was never
-    /// leased. False if there is no telling, and then nothing is done: a capture is declared, or
-    /// `stream` is being captured.
+    /// (`cuCtxRecordEvent`, `cuStreamWaitEvent`). For a pool that was never leased it takes
+    /// nothing. Returns false, and does nothing, if a capture is declared or `stream` is being
+    /// captured.
     ///
     /// # Errors
     /// [`VmmError::WrongDevice`](crate::VmmError::WrongDevice),
@@ -309,12 +313,12 @@ impl VirtualMemoryPool {
         self.range.leased()
     }
 
-    /// Addresses in bytes, as given.
+    /// The capacity in bytes, as it was given.
     pub fn capacity_bytes(&self) -> usize {
         self.capacity_bytes
     }
 
-    /// The page in bytes.
+    /// The page size in bytes.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
     }
@@ -329,12 +333,13 @@ impl VirtualMemoryPool {
         self.range.live_pages() * self.page_bytes
     }
 
-    /// Whether all of the bytes are live; false for none and for bytes outside the pool.
+    /// Returns whether all of the bytes are live; false for no bytes and for bytes outside the
+    /// pool.
     pub fn is_mapped(&self, offset: usize, bytes: usize) -> bool {
         self.range.is_live(offset, bytes)
     }
 
-    /// One moment's numbers; all zero but capacity and page if the pool was closed.
+    /// The pool's numbers at one moment; all zero except capacity and page if the pool was closed.
     pub fn stats(&self) -> PoolStats {
         match self.range_stats() {
             Ok(range) => PoolStats::new(self.capacity_bytes, self.page_bytes, range),
@@ -346,7 +351,7 @@ impl VirtualMemoryPool {
         }
     }
 
-    /// What has happened so far; all zero if the pool was closed.
+    /// Counts of the pool's events so far; all zero if the pool was closed.
     pub fn counters(&self) -> PoolCounters {
         let stats = self.range_stats();
         stats.map_or(PoolCounters::default(), |stats| stats.counters)
@@ -357,8 +362,8 @@ impl VirtualMemoryPool {
         self.range.stats()
     }
 
-    /// Gives back what the engine holds, is not live, and the device has finished with; returns the
-    /// bytes.
+    /// Gives memory of the engine back that is not live and that the device has finished with.
+    /// Returns the bytes.
     ///
     /// # Errors
     /// As [`Engine::trim`].
@@ -366,19 +371,19 @@ impl VirtualMemoryPool {
         self.engine().trim()
     }
 
-    /// Gives back slack, pages without live bytes in chunks that have others, by moving the live
-    /// pages to chunks that fit. Addresses and contents of live bytes stay.
+    /// Gives slack back by moving live pages to chunks that fit. Slack is pages without live bytes
+    /// in chunks that have others. Addresses and contents of live bytes stay.
     ///
-    /// Where [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) makes each
-    /// page a chunk there is no slack. Otherwise, for each chunk that is live in part: new memory
-    /// is made (`cuMemCreate`) and mapped at addresses aside, the live pages are copied
-    /// (`cuMemcpyDtoDAsync` on a stream of its own) and waited for, the old memory is unmapped and
-    /// the new is mapped in its place (`cuMemUnmap`, `cuMemMap`, `cuMemSetAccess`); only then is
-    /// the old memory released (`cuMemRelease`).
+    /// If [`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max) makes each page
+    /// a chunk, there is no slack. Otherwise the call moves each chunk that is live in part. It
+    /// makes new memory (`cuMemCreate`) and maps it at addresses aside. It copies the live pages
+    /// (`cuMemcpyDtoDAsync` on a stream of its own) and waits for that. It unmaps the old memory
+    /// and maps the new in its place (`cuMemUnmap`, `cuMemMap`, `cuMemSetAccess`). Only then it
+    /// releases the old memory (`cuMemRelease`).
     ///
-    /// No work may be launched on the pool's memory meanwhile, which is why this takes `&mut self`;
-    /// all that is queued on the streams that were named, or on any where none was, is waited for
-    /// first. Other pools go on, and so do other threads that free bytes of this one.
+    /// No work may be launched on the pool's memory meanwhile, so this takes `&mut self`. It first
+    /// waits for all that is queued on the named streams, or on any stream if none is named. Other
+    /// pools go on, and so do other threads that free bytes of this one.
     ///
     /// The budget must have room for the live pages of one chunk, which are held twice for a
     /// moment; parked memory is given up for that. A chunk for which there is no room stays as it
@@ -390,15 +395,15 @@ impl VirtualMemoryPool {
     /// [`VmmError::Closed`](crate::VmmError::Closed),
     /// [`VmmError::Forked`](crate::VmmError::Forked). After an error live bytes are where they
     /// were, with their contents. Only if the driver also refuses to undo what it did, they are
-    /// kept in quarantine: `allocate` and `deallocate` of them answer
+    /// kept in quarantine: `allocate` and `deallocate` of them return
     /// [`VmmError::Quarantined`](crate::VmmError::Quarantined), and they must not be used, until a
     /// later `compact`, [`trim`](Self::trim) or step has mapped them again.
     pub fn compact(&mut self) -> Result<CompactReport> {
         self.range.compact()
     }
 
-    /// As [`compact`](Self::compact), for a pool that other threads have too. They may allocate and
-    /// free meanwhile.
+    /// Gives slack back like [`compact`](Self::compact), for a pool that other threads have too.
+    /// They may allocate and free meanwhile.
     ///
     /// # Errors
     /// As [`compact`](Self::compact).
@@ -423,13 +428,12 @@ impl VirtualMemoryPool {
         self.range.account()
     }
 
-    /// The engine.
+    /// The engine that the pool is on.
     pub fn engine(&self) -> &Engine {
         self.range.engine()
     }
 
-    /// Gives everything back, waiting for the device, and returns the error that dropping would
-    /// hide.
+    /// Waits for the device, gives everything back, and returns the error that dropping would hide.
     ///
     /// # Errors
     /// The driver's, if it refused; the engine keeps and retries what is left.

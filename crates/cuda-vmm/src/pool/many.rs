@@ -1,4 +1,4 @@
-//! Bytes of several pools of one account, all or none.
+//! Allocations in several pools of one account, all or none.
 
 use super::VirtualMemoryPool;
 use crate::engine::{Account, Ask, Later, Patience, Place, allocate_all};
@@ -7,7 +7,7 @@ use crate::{Result, VmmError};
 use core::task::{Context, Poll};
 use core::time::Duration;
 
-/// Bytes of a pool: where they begin, and how many they are.
+/// Bytes of a pool: the pool, their offset in it and their number.
 pub type PoolPart<'a> = (&'a VirtualMemoryPool, usize, usize);
 
 /// Bytes of pools that were made live together. Dropping it frees them again; see
@@ -89,15 +89,15 @@ impl Account {
     /// Makes bytes of several pools of the account live, in all of them or in none, without waiting
     /// for the device. Each part is a pool, an offset and a number of bytes.
     ///
-    /// Room for all of it is taken before any memory is made. So of two calls that ask for what
-    /// only one can have, one is served. The bytes are freed again if the guard is dropped; call
-    /// [`Backed::keep`] to keep them.
+    /// Room for all of it is taken before any memory is made. So if two calls ask for memory that
+    /// is enough for one, one of them gets it. The bytes are freed again if the guard is dropped;
+    /// call [`Backed::keep`] to keep them.
     ///
     /// # Errors
-    /// Those of [`VirtualMemoryPool::try_allocate`], for the first part of which they hold, with
-    /// the bytes of all parts as those that were asked for. [`VmmError::AlreadyMapped`] also for a
-    /// part that overlaps one before it; [`VmmError::ForeignAccount`] for a pool of another
-    /// account. After an error no byte of any pool is newly live.
+    /// As [`VirtualMemoryPool::try_allocate`], for the first part that fails; the bytes asked for
+    /// are those of all parts. [`VmmError::AlreadyMapped`] also for a part that overlaps one before
+    /// it; [`VmmError::ForeignAccount`] for a pool of another account. After an error no byte of
+    /// any pool is newly live.
     ///
     /// ```
     /// # #[cfg(feature = "simulator")] {
@@ -118,8 +118,8 @@ impl Account {
         self.allocate_parts(parts, &Patience::None)
     }
 
-    /// As [`try_allocate_many`](Self::try_allocate_many), but waits for retiring memory if that is
-    /// enough, as [`VirtualMemoryPool::allocate`] does.
+    /// Makes bytes of several pools live like [`try_allocate_many`](Self::try_allocate_many), but
+    /// waits for retiring memory if that is enough, as [`VirtualMemoryPool::allocate`] does.
     ///
     /// # Errors
     /// As [`try_allocate_many`](Self::try_allocate_many).
@@ -127,11 +127,12 @@ impl Account {
         self.allocate_parts(parts, &Patience::Retiring)
     }
 
-    /// As [`try_allocate_many`](Self::try_allocate_many), but waits up to `timeout` for memory, as
-    /// [`VirtualMemoryPool::allocate_timeout`] does.
+    /// Makes bytes of several pools live like [`try_allocate_many`](Self::try_allocate_many), but
+    /// waits up to `timeout` for memory, as [`VirtualMemoryPool::allocate_timeout`] does.
     ///
     /// # Errors
-    /// As there, and as [`try_allocate_many`](Self::try_allocate_many).
+    /// As [`VirtualMemoryPool::allocate_timeout`] and
+    /// [`try_allocate_many`](Self::try_allocate_many).
     pub fn allocate_many_timeout<'a>(
         &self,
         parts: &[PoolPart<'a>],

@@ -8,17 +8,17 @@ use super::{AccountSnapshot, Snapshot};
 use crate::MemoryParts;
 use core::fmt::Write;
 
-/// The `Content-Type` of an answer with the text.
+/// The `Content-Type` of a response with the text.
 pub const PROMETHEUS_CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Some snapshots in Prometheus's text format, version 0.0.4, each under the name that its samples
-/// have as the label `pool`.
+/// Writes snapshots in Prometheus's text format, version 0.0.4. Each comes with a name, which its
+/// samples carry as the label `pool`.
 ///
-/// Names of the engine's numbers begin with `cuda_vmm_engine_`; those with the label `model` are an
-/// account's, by its name. Bytes are bytes. What is no open account's is `cuda_vmm_other_bytes`, by
-/// parts, so that for each part the accounts and the others make up the engine. Samples of one name
-/// stand together however many pools there are, as the format demands; so two pools of one process
-/// belong in one call, under different names.
+/// Names of the engine's numbers begin with `cuda_vmm_engine_`. Numbers with the label `model` are
+/// those of an account, by its name. All sizes are in bytes. Memory of no open account is
+/// `cuda_vmm_other_bytes`, by parts. For each part, the accounts and the others add up to the
+/// engine. The format demands that samples of one name stand together. So give all pools of a
+/// process to one call, under different names.
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -39,7 +39,8 @@ pub fn prometheus<'a>(pools: impl IntoIterator<Item = (&'a str, &'a Snapshot)>) 
 }
 
 impl Snapshot {
-    /// In Prometheus's text format, version 0.0.4; see [`prometheus()`], which takes several.
+    /// Writes the snapshot in Prometheus's text format, version 0.0.4; see [`prometheus()`], which
+    /// takes several.
     pub fn prometheus(&self) -> String {
         text(&[(None, self)])
     }

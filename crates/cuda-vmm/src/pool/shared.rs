@@ -8,13 +8,13 @@ use crate::sync::{Arc, RwLock};
 use crate::{Device, Result, VmmError};
 use std::collections::BTreeMap;
 
-/// How a shared pool is made.
+/// Options of a [`SharedMemoryPool`].
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SharedPoolOptions {
-    /// The engine behind it: the limit, the headroom, what stays parked.
+    /// Options of the engine: the limit, the headroom, what stays parked.
     pub engine: EngineOptions,
-    /// The page of every model in bytes; the device's granularity if none is given.
+    /// The page size of all models in bytes; the device's granularity if none is given.
     pub page_bytes: Option<usize>,
 }
 
@@ -27,13 +27,13 @@ impl SharedPoolOptions {
         }
     }
 
-    /// With these options of the engine.
+    /// Sets the options of the engine.
     pub const fn engine(mut self, engine: EngineOptions) -> Self {
         self.engine = engine;
         self
     }
 
-    /// With pages of this many bytes.
+    /// Sets the page size in bytes.
     pub const fn page_bytes(mut self, bytes: usize) -> Self {
         self.page_bytes = Some(bytes);
         self
@@ -42,7 +42,7 @@ impl SharedPoolOptions {
 
 /// Models that share one budget; a cheap clone.
 ///
-/// A model is an [`Account`] with a name. Whatever is made on it is charged to it: ranges of
+/// A model is an [`Account`] with a name. All that is made on it is charged to it: ranges of
 /// addresses, tensors, caches, block tables.
 ///
 /// ```
@@ -71,14 +71,14 @@ impl SharedPoolOptions {
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
 ///
-/// A model's memory is charged to it until the device holds it no longer. What one model gives
-/// back, any other can have.
+/// A model's memory is charged to it until the device holds it no longer. Memory that one model
+/// gives back is free for any other.
 ///
-/// Memory that comes to another model by way of the cache ([`EngineOptions::cache_bytes_max`]) is
-/// overwritten with zeros before, behind the last work of the first. All else goes back to the
-/// driver and is made anew; drivers clear it, and CUDA does not promise that they do. So no model
-/// finds another's bytes in what it allocates. That is no wall between models: they share a
-/// context, in which a kernel can use any mapped address.
+/// Memory may come to another model through the cache ([`EngineOptions::cache_bytes_max`]). It is
+/// overwritten with zeros before that, behind the last work of the first model. All other memory
+/// goes back to the driver and is made anew. Drivers clear it, though CUDA does not promise it. So
+/// no model finds another's bytes in what it allocates. That is no wall between models: they share
+/// a context, in which a kernel can use any mapped address.
 #[derive(Debug, Clone)]
 pub struct SharedMemoryPool {
     engine: Engine,
@@ -88,9 +88,9 @@ pub struct SharedMemoryPool {
 }
 
 impl SharedMemoryPool {
-    /// A pool with a limit in bytes, which may exceed the device's memory. Pages are the device's
-    /// granularity, and each has a chunk of its own, so that whatever one model frees another can
-    /// have.
+    /// A pool with a limit in bytes, which may exceed the device's memory. The page size is the
+    /// device's granularity, and each page is a chunk of its own. So each page that one model frees
+    /// is free for another.
     ///
     /// # Errors
     /// [`VmmError::ZeroSize`] for a limit of 0.
@@ -105,10 +105,11 @@ impl SharedMemoryPool {
         )
     }
 
-    /// A pool as the options say.
+    /// A pool with these options.
     ///
     /// # Errors
-    /// As [`Engine::new`]; [`VmmError::InvalidPageSize`].
+    /// As [`Engine::new`]; [`VmmError::InvalidPageSize`] for a page size that is no power of two,
+    /// or is below the device's granularity.
     pub fn with_options(device: &Device, options: SharedPoolOptions) -> Result<Self> {
         let granularity_bytes = device.granularity_bytes();
         let page_bytes = options.page_bytes.unwrap_or(granularity_bytes);
@@ -135,21 +136,21 @@ impl SharedMemoryPool {
         Ok(account)
     }
 
-    /// Forgets a model, and [closes](Account::close) its account: it gets no memory any more, and
-    /// what it has live stays until its owners free it.
+    /// Forgets a model and [closes](Account::close) its account. The account gets no memory any
+    /// more, and its live bytes stay until their owners free them.
     ///
     /// # Errors
-    /// [`VmmError::ModelNotFound`], [`VmmError::Forked`].
+    /// [`VmmError::ModelNotFound`] if no model has this name; [`VmmError::Forked`].
     pub fn unregister_model(&self, model: &str) -> Result<()> {
         let removed = self.models.write()?.remove(model);
         removed.ok_or_else(|| not_found(model))?.close();
         Ok(())
     }
 
-    /// A registered model.
+    /// The account of a registered model.
     ///
     /// # Errors
-    /// [`VmmError::ModelNotFound`], [`VmmError::Forked`].
+    /// [`VmmError::ModelNotFound`] if no model has this name; [`VmmError::Forked`].
     pub fn model(&self, model: &str) -> Result<Account> {
         let models = self.models.read()?;
         models.get(model).cloned().ok_or_else(|| not_found(model))
@@ -172,7 +173,7 @@ impl SharedMemoryPool {
         self.engine.stats()
     }
 
-    /// The limit in bytes, as it was given last.
+    /// The limit in bytes that was set last.
     pub fn limit_bytes(&self) -> usize {
         self.engine.limit_bytes()
     }
@@ -185,12 +186,12 @@ impl SharedMemoryPool {
         self.engine.set_limit_bytes(bytes)
     }
 
-    /// The page that models are meant to have, in bytes.
+    /// The page size that models are meant to use, in bytes.
     pub fn page_bytes(&self) -> usize {
         self.page_bytes
     }
 
-    /// Gives back what is not live and the device has finished with; returns the bytes.
+    /// Gives memory back that is not live and that the device has finished with. Returns the bytes.
     ///
     /// # Errors
     /// As [`Engine::trim`].
@@ -198,8 +199,8 @@ impl SharedMemoryPool {
         self.engine.trim()
     }
 
-    /// Gives at least `bytes` bytes back to the driver, if so much can be spared; returns the bytes
-    /// that went. See [`Engine::relieve`](crate::Engine::relieve).
+    /// Gives at least `bytes` bytes back to the driver if that much can be spared. Returns the
+    /// bytes that were given back. See [`Engine::relieve`](crate::Engine::relieve).
     pub fn relieve(&self, bytes: usize) -> usize {
         self.engine.relieve(bytes)
     }

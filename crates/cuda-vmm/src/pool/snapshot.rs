@@ -1,4 +1,4 @@
-//! Everything that an operator looks at, at one moment.
+//! All numbers that an operator reads, at one moment.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -14,15 +14,15 @@ use crate::engine::{
 #[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct AccountSnapshot {
-    /// Its name; `#` and a number if it was made with a pool.
+    /// The name of the account; `#` and a number if it was made with a pool.
     pub name: String,
-    /// What it may hold.
+    /// How much it may hold.
     pub quota: Quota,
-    /// What it is asked to give back, in bytes.
+    /// The bytes that it is asked to give back.
     pub owed_bytes: usize,
-    /// What it holds, by parts, and its addresses.
+    /// The memory that it holds, by parts, and its addresses.
     pub stats: AccountStats,
-    /// What has happened on all its ranges.
+    /// Counts of events on all its ranges.
     pub counters: PoolCounters,
 }
 
@@ -39,13 +39,13 @@ pub struct AccountSnapshot {
 #[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// What the engine holds.
+    /// The memory that the engine holds.
     pub engine: EngineStats,
-    /// What has happened on it.
+    /// Counts of events on the engine.
     pub counters: EngineCounters,
     /// The open accounts, by name.
     pub accounts: Vec<AccountSnapshot>,
-    /// What is no open account's: the cache, and what accounts that are closed have left.
+    /// Memory of no open account: the cache, and what closed accounts have left.
     pub others: MemoryParts,
 }
 
@@ -62,9 +62,8 @@ impl From<AccountLook> for AccountSnapshot {
 }
 
 impl Engine {
-    /// The numbers of the budget and of every account at one moment: no call of another thread
-    /// comes between, so that what the accounts hold and what is no account's add up to what the
-    /// engine holds.
+    /// The numbers of the budget and of each account at one moment. No call of another thread comes
+    /// between. So the memory of the accounts and of no account adds up to what the engine holds.
     ///
     /// Makes no driver calls. All zero except the limit in a forked process. Takes the engine's
     /// lock for as long as it takes to count the runs of live bytes.

@@ -1,33 +1,33 @@
-//! Numbers of one pool, taken in one moment.
+//! The numbers of one pool at one moment.
 
 use crate::MemoryParts;
 use crate::engine::RangeStats;
 use crate::size::Readable;
 use core::fmt;
 
-/// What a pool holds, and how its addresses are used.
+/// The memory that a pool holds, and the use of its addresses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
 #[non_exhaustive]
 pub struct PoolStats {
-    /// Addresses in bytes.
+    /// The size of the pool's addresses in bytes.
     pub capacity_bytes: usize,
-    /// The page in bytes.
+    /// The page size in bytes.
     pub page_bytes: usize,
-    /// Bytes that were asked for and not given back.
+    /// Bytes that were allocated and not freed.
     pub live_bytes: usize,
     /// Pages with live bytes.
     pub live_pages: usize,
-    /// What the device really holds for the pool, in bytes.
+    /// The memory that the device holds for the pool, in bytes.
     pub committed_bytes: usize,
-    /// The same, by what it is; nothing of it is cached.
+    /// The same memory by parts. Nothing of it is cached.
     pub parts: MemoryParts,
-    /// Mappings.
+    /// The number of mappings.
     pub chunks: usize,
     /// Bytes of addresses that are not live.
     pub unused_bytes: usize,
-    /// The longest run of them.
+    /// The longest run of addresses that are not live, in bytes.
     pub largest_unused_run_bytes: usize,
 }
 
@@ -58,7 +58,7 @@ impl fmt::Display for PoolStats {
             Readable(self.capacity_bytes),
             Readable(self.committed_bytes),
         )?;
-        // Live pages stand before.
+        // Live pages are written above.
         let parts = MemoryParts::LIST.iter().skip(1);
         self.parts
             .write(formatter, parts.filter(|part| part.is_of_ranges))

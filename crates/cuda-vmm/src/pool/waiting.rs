@@ -9,41 +9,41 @@ use core::task::{Context, Poll};
 use core::time::Duration;
 
 impl VirtualMemoryPool {
-    /// As [`allocate`](Self::allocate), but waits up to `timeout` for memory, also for what other
-    /// accounts hold and are asked to give back
+    /// Allocates like [`allocate`](Self::allocate), but waits up to `timeout` for memory. It waits
+    /// also for memory that other accounts hold and are asked to give back
     /// ([`Account::owed_bytes`](crate::Account::owed_bytes)).
     ///
     /// Calls that wait stand in a line. They are served by the priority of their accounts
     /// ([`Quota::priority`](crate::Quota::priority)), and among equals in the order in which they
-    /// came. Memory that comes free is not given to a call that stands behind, or that comes later
-    /// with the same priority or less, waiting or not. Memory within an account's guarantee never
-    /// waits behind others.
+    /// came. A call that stands behind does not get memory that comes free before it is served. Nor
+    /// does a call that comes later with the same priority or less, waiting or not. Memory within
+    /// an account's guarantee never waits behind others.
     ///
-    /// If the budget has room and the device has no memory, since another process or a framework
-    /// holds it, the driver is asked again: when memory of the device comes free in this process,
-    /// and otherwise with growing delays of up to 64 ms. Each time all is tried that makes room,
-    /// [`Device::set_make_room`](crate::Device::set_make_room) included, and nothing is held in
-    /// between. At its own ceiling an account waits for what it frees itself. With a `timeout` of
-    /// zero everything is tried that takes no waiting. If only callers take steps
-    /// ([`WorkerMode::Manual`](crate::WorkerMode::Manual)) and only a context synchronise tells
-    /// what the device has finished with, that is made, and the wait may be longer.
+    /// The budget may have room while the device has no memory, because another process or a
+    /// framework holds it. Then the call asks the driver again: when memory of the device comes
+    /// free in this process, and otherwise with growing delays of up to 64 ms. Each time it tries
+    /// all that makes room, [`Device::set_make_room`](crate::Device::set_make_room) included. It
+    /// holds nothing in between. At its own ceiling an account waits for what it frees itself. With
+    /// a `timeout` of zero the call tries all that takes no waiting. The wait may be longer if only
+    /// callers take steps ([`WorkerMode::Manual`](crate::WorkerMode::Manual)) and only a context
+    /// synchronise tells what the device has finished with. Then the call makes that synchronise.
     ///
     /// # Errors
-    /// As [`allocate`](Self::allocate): after the time, [`VmmError::OutOfPhysicalMemory`] with what
-    /// was asked, free, retiring and reclaimable at that moment, or [`VmmError::Driver`] with
-    /// `CUDA_ERROR_OUT_OF_MEMORY` if it was the device that had no memory, and everything is as
-    /// before; [`VmmError::Closed`] also if the pool or its account is closed meanwhile. What can
-    /// never be had is refused at once.
+    /// As [`allocate`](Self::allocate). After the timeout: [`VmmError::OutOfPhysicalMemory`] with
+    /// the bytes that are asked for, free, retiring and reclaimable at that moment;
+    /// [`VmmError::Driver`] with `CUDA_ERROR_OUT_OF_MEMORY` if the device has no memory.
+    /// [`VmmError::Closed`] also if the pool or its account is closed meanwhile. A request that can
+    /// never be served fails at once. After an error everything is as before.
     pub fn allocate_timeout(&self, offset: usize, bytes: usize, timeout: Duration) -> Result<u64> {
         self.take(Place::At(offset), bytes, &Patience::for_at_most(timeout))
     }
 
-    /// As [`allocate_timeout`](Self::allocate_timeout), at the lowest unused address that is a
-    /// multiple of `alignment` bytes from the base.
+    /// Allocates like [`allocate_timeout`](Self::allocate_timeout), at the lowest unused address
+    /// that is a multiple of `alignment` bytes from the base.
     ///
     /// # Errors
     /// As [`allocate_timeout`](Self::allocate_timeout) and
-    /// [`allocate_anywhere`](Self::allocate_anywhere). Addresses are not waited for.
+    /// [`allocate_anywhere`](Self::allocate_anywhere). The call does not wait for addresses.
     pub fn allocate_anywhere_timeout(
         &self,
         bytes: usize,
@@ -57,11 +57,11 @@ impl VirtualMemoryPool {
         self.take(place, bytes, &Patience::for_at_most(timeout))
     }
 
-    /// As [`allocate_timeout`](Self::allocate_timeout), as a future that waits as long as it is
-    /// polled. It needs no runtime: its task is woken when something has changed.
+    /// Returns a future that allocates like [`allocate_timeout`](Self::allocate_timeout) and waits
+    /// as long as it is polled. It needs no runtime: its task is woken when something has changed.
     ///
     /// It stands in the same line as threads do, from its first poll on. Dropping it leaves the
-    /// line, so a task that is cancelled wants nothing any more. A poll may call the driver, as
+    /// line, so a cancelled task waits for no memory. A poll may call the driver, as
     /// [`allocate`](Self::allocate) does. If only callers take steps
     /// ([`WorkerMode::Manual`](crate::WorkerMode::Manual)), freed memory comes back with them.
     ///

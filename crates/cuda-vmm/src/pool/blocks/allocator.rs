@@ -12,14 +12,14 @@ use std::collections::BTreeSet;
 
 /// Hands out the blocks of a [`BlockBacking`], for engines that have no allocator of their own.
 ///
-/// It takes from the fullest pages that have memory first, so that a cache that shrinks leaves
-/// pages empty. A block that is freed stays backed, with its contents, until it is handed out again
-/// or a plan gives it up. A prefix cache keeps the blocks it wants to find again, and offers them
-/// for what they are worth when memory is wanted.
+/// It takes first from the fullest pages that have memory, so a cache that shrinks leaves pages
+/// empty. A block that is freed stays backed, with its contents, until it is handed out again or a
+/// plan gives it up. A prefix cache keeps the blocks that it wants to find again. It offers them at
+/// their worth when memory is needed.
 ///
-/// Which number comes next decides how much memory is held. An engine that takes free blocks from a
-/// queue, first in, first out, goes through all of its numbers, and in the end every page is
-/// backed:
+/// Which number comes next decides how much memory is held. An engine may take free blocks from a
+/// queue, first in, first out. It then goes through all of its numbers, and in the end every page
+/// is backed:
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {
@@ -60,7 +60,7 @@ use std::collections::BTreeSet;
 /// freed last; or it gives memory back with
 /// [`reclaim_candidates`](BlockBacking::reclaim_candidates).
 ///
-/// All methods take `&self`. Blocks are to be backed and given up through the allocator only.
+/// All methods take `&self`. Back blocks and give them up through the allocator only.
 #[derive(Debug)]
 pub struct BlockAllocator {
     backing: BlockBacking,
@@ -68,7 +68,7 @@ pub struct BlockAllocator {
 }
 
 impl BlockAllocator {
-    /// An allocator of all blocks of a backing of which nothing is backed yet.
+    /// Makes an allocator of all blocks of a backing, none of which is backed yet.
     pub fn new(backing: BlockBacking) -> Self {
         let packing = Mutex::new(Packing::new(&backing.inner().layout));
         let process = backing.engine().device().driver().process();
@@ -77,12 +77,12 @@ impl BlockAllocator {
         Self { backing, packing }
     }
 
-    /// The backing.
+    /// The backing whose blocks it hands out.
     pub fn backing(&self) -> &BlockBacking {
         &self.backing
     }
 
-    /// Hands out `count` blocks, all of them backed; what is in them is undefined.
+    /// Hands out `count` blocks, all of them backed. Their contents are undefined.
     ///
     /// # Errors
     /// [`BlockError::OutOfBlocks`](crate::pool::blocks::BlockError::OutOfBlocks); otherwise as
@@ -91,7 +91,7 @@ impl BlockAllocator {
         self.take(count, &Patience::Retiring)
     }
 
-    /// As [`allocate`](Self::allocate), but never waits for the device.
+    /// Hands out `count` blocks like [`allocate`](Self::allocate), but never waits for the device.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate) and [`BlockBacking::try_back`].
@@ -99,8 +99,8 @@ impl BlockAllocator {
         self.take(count, &Patience::None)
     }
 
-    /// As [`allocate`](Self::allocate), but waits up to `timeout` for memory, as
-    /// [`BlockBacking::back_timeout`] does.
+    /// Hands out `count` blocks like [`allocate`](Self::allocate), but waits up to `timeout` for
+    /// memory, as [`BlockBacking::back_timeout`] does.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
@@ -110,11 +110,11 @@ impl BlockAllocator {
 
     fn take(&self, count: usize, patience: &Patience) -> Result<Vec<BlockId>> {
         let inner = self.backing.inner();
-        // In one step with the books, so that no plan of an earlier moment is carried out in
+        // In one step with the record, so that no plan of an earlier moment is carried out in
         // between.
-        let blocks = inner.change(|books| {
+        let blocks = inner.change(|states| {
             let blocks = self.packing.lock()?.take(count)?;
-            books.used(&Runs::of(blocks.iter().copied()));
+            states.used(&Runs::of(blocks.iter().copied()));
             Ok::<_, VmmError>(blocks)
         })??;
         let backed = inner.back(&Runs::of(blocks.iter().copied()), patience);
@@ -151,8 +151,8 @@ impl BlockAllocator {
         packing.is_ok_and(|packing| packing.is_taken(block))
     }
 
-    /// As [`BlockBacking::reclaim_candidates`]; free blocks cost nothing, and `cost` is asked for
-    /// the others only.
+    /// Chooses blocks to evict, as [`BlockBacking::reclaim_candidates`] does. Free blocks cost
+    /// nothing; `cost` is called for the others only.
     pub fn reclaim_candidates(
         &self,
         bytes: usize,
@@ -161,8 +161,8 @@ impl BlockAllocator {
         (self.backing).reclaim_candidates(bytes, |block| self.cost(block, &cost))
     }
 
-    /// As [`BlockBacking::reclaim_candidates_with_moves`]; free blocks cost nothing, and `cost` is
-    /// asked for the others only.
+    /// Chooses blocks to evict or to move, as [`BlockBacking::reclaim_candidates_with_moves`] does.
+    /// Free blocks cost nothing; `cost` is called for the others only.
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -181,12 +181,13 @@ impl BlockAllocator {
         }
     }
 
-    /// As [`BlockBacking::commit`]. Evicted blocks are free then; of a move the first block is
-    /// free, and the second handed out in its place, to the first's owner. Until it has returned,
-    /// the plan's blocks cannot be freed.
+    /// Carries out a plan, as [`BlockBacking::commit`] does, and updates what is handed out.
+    /// Evicted blocks are free then. Of a move, the first block is free, and the second is handed
+    /// out in its place to the first's owner. The plan's blocks cannot be freed before the call
+    /// returns.
     ///
     /// # Errors
-    /// As there.
+    /// As [`BlockBacking::commit`].
     pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
         let begin = |plan: &ReclaimPlan| Ok(self.packing.lock()?.begin(plan)?);
         let end = |is_done| {

@@ -1,4 +1,4 @@
-//! Blocks that were backed for now.
+//! Blocks that are backed until a guard is dropped.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -33,7 +33,7 @@ impl BackedBlocks {
         self.newly.blocks()
     }
 
-    /// Keeps them backed.
+    /// Keeps the blocks backed, and consumes the guard.
     pub fn keep(mut self) {
         self.newly = Runs::default();
     }

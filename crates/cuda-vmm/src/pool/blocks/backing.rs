@@ -1,6 +1,6 @@
 //! The tensors of a specification, and the memory behind their blocks.
 
-use super::books::Books;
+use super::block_states::BlockStates;
 use super::layout::Layout;
 use super::memory::BlockMemory;
 use super::{
@@ -17,22 +17,22 @@ use core::time::Duration;
 /// Memory behind the blocks of a paged cache; a cheap clone.
 ///
 /// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is
-/// *backed* from [`back`](Self::back) until it is given up, in all tensors at once: what it holds
-/// is undefined until written, and then stays, whatever becomes of its neighbours. Reading or
-/// writing through the addresses is the caller's, and only backed blocks may be touched.
+/// *backed* from [`back`](Self::back) until it is given up, in all tensors at once. Its contents
+/// are undefined until written, and then stay, whatever becomes of its neighbours. The caller reads
+/// and writes through the addresses, and may touch backed blocks only.
 ///
 /// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of
-/// them may be the one that empties. Where kernels read and write much, take pages of 16 or 32 MiB;
-/// where blocks come and go, small ones.
+/// them may be the one that empties. Take pages of 16 or 32 MiB if kernels read and write much, and
+/// small ones if blocks come and go.
 ///
-/// A block that is given up leaves at once, and the memory of pages that are then empty when the
-/// device has finished with them: after the work then queued on the streams that were named by
-/// [`use_stream`](Self::use_stream), or, where none was, after all work of the context. A block
-/// that is given up and backed again in a page which a neighbour kept may find earlier work still
-/// running on it, as in [`VirtualMemoryPool`](crate::VirtualMemoryPool).
+/// A block that is given up leaves at once. The memory of pages that are then empty leaves when the
+/// device has finished with them. That is after the work then queued on the streams that
+/// [`use_stream`](Self::use_stream) named, or after all work of the context if it named none. A
+/// block that is given up and backed again in a page which a neighbour kept may find earlier work
+/// still running on it, as in [`VirtualMemoryPool`](crate::VirtualMemoryPool).
 ///
-/// All methods take `&self`. A call that meets a block that another thread is backing or giving up
-/// waits for it.
+/// All methods take `&self`. A call waits for a block that another thread backs or gives up at that
+/// moment.
 #[derive(Debug, Clone)]
 pub struct BlockBacking(Arc<BlockMemory>);
 
@@ -43,13 +43,14 @@ impl BlockBacking {
     /// `page_bytes` is a power of two of at least the device's granularity.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`]; [`BlockError::TooMany`];
+    /// [`VmmError::ZeroSize`] for no blocks; [`BlockError::Overflow`] if the bytes of all blocks do
+    /// not fit in an address; [`BlockError::TooMany`] if the host has no memory for the record;
     /// otherwise as [`VirtualMemoryPool::on_engine`](crate::VirtualMemoryPool::on_engine).
     pub fn new(engine: &Engine, spec: LayerSpec, blocks: usize, page_bytes: usize) -> Result<Self> {
         Self::on_account(&engine.own_account()?, spec, blocks, page_bytes)
     }
 
-    /// As [`new`](Self::new), charged to an account, together with all else that is.
+    /// Reserves addresses like [`new`](Self::new), on an account, which is charged for all memory.
     ///
     /// # Errors
     /// As [`new`](Self::new); [`VmmError::Closed`] if the account is closed.
@@ -67,7 +68,7 @@ impl BlockBacking {
         let device = account.engine().device();
         check_page_bytes(page_bytes, device.granularity_bytes())?;
         let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
-        let books = Books::new(blocks)?;
+        let states = BlockStates::new(blocks)?;
         let tensors = spec.into_tensors().into_iter().zip(class_of);
         let tensors = tensors
             .map(|(spec, class)| BlockTensor::new(account, spec, blocks, class, page_bytes))
@@ -77,7 +78,7 @@ impl BlockBacking {
             tensors,
             layout,
             page_bytes,
-            books: Here::new(device.driver().process(), Mutex::new(books)),
+            states: Here::new(device.driver().process(), Mutex::new(states)),
             changed: Condvar::new(),
             identity: Arc::default(),
             packing: Mutex::new(Weak::new()),
@@ -91,26 +92,27 @@ impl BlockBacking {
         &self.0
     }
 
-    /// Backs blocks in all tensors, or, if that fails, none of them. Blocks that are backed already
-    /// stay as they are, with their contents; a block may be named twice. Every page that holds
-    /// none of the backed blocks yet is made (`cuMemCreate`, `cuMemMap`, `cuMemSetAccess`).
+    /// Backs blocks in all tensors, or none of them if that fails. Blocks that are backed already
+    /// stay as they are, with their contents. A block may be named twice. Each page that holds none
+    /// of the backed blocks yet is made (`cuMemCreate`, `cuMemMap`, `cuMemSetAccess`).
     ///
-    /// Call it whenever a block is put to use again, backed or not: it makes stale every plan that
-    /// would give the block up. Waits only for retiring memory, and only if that satisfies it.
+    /// Call it each time a block is put to use again, backed or not: it makes each plan stale that
+    /// would give the block up. It waits for retiring memory only, and only if that is enough.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`]; [`VmmError::Leased`] for a block that was given up under a
-    /// [lease](Self::lease) and still is leased; [`VmmError::OutOfPhysicalMemory`] if the budget
-    /// has no room, before any driver call where that is plain; [`VmmError::Driver`],
-    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed
-    /// as before, with their contents; pages that were made on the way retire.
+    /// [`BlockError::Invalid`] for a number that no block has; [`VmmError::Leased`] for a block
+    /// that was given up under a [lease](Self::lease) and still is leased;
+    /// [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call if that
+    /// is known; [`VmmError::Driver`] if a call failed; [`VmmError::Quarantined`],
+    /// [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
+    /// contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
         self.0.back(&runs, &Patience::Retiring).map(drop)
     }
 
-    /// As [`back`](Self::back), but never waits for the device: memory that is retiring is an error
-    /// for which [`is_retryable`](VmmError::is_retryable) holds.
+    /// Backs blocks like [`back`](Self::back), but never waits for the device. If memory is
+    /// retiring, it returns an error for which [`is_retryable`](VmmError::is_retryable) holds.
     ///
     /// # Errors
     /// As [`back`](Self::back).
@@ -119,8 +121,8 @@ impl BlockBacking {
         self.0.back(&runs, &Patience::None).map(drop)
     }
 
-    /// As [`back`](Self::back), but waits up to `timeout` for memory, also for what other accounts
-    /// hold and are asked to give back; see
+    /// Backs blocks like [`back`](Self::back), but waits up to `timeout` for memory, also for what
+    /// other accounts hold and are asked to give back; see
     /// [`VirtualMemoryPool::allocate_timeout`](crate::VirtualMemoryPool::allocate_timeout).
     ///
     /// # Errors
@@ -135,10 +137,10 @@ impl BlockBacking {
         self.0.back(&runs, &patience).map(drop)
     }
 
-    /// As [`try_back`](Self::try_back), and gives up again exactly what it newly backed if the
-    /// guard is dropped; call [`BackedBlocks::keep`] to keep it.
+    /// Backs blocks like [`try_back`](Self::try_back), and gives the newly backed ones up again if
+    /// the guard is dropped. Call [`BackedBlocks::keep`] to keep them.
     ///
-    /// For a step that needs more than memory: back what it would need, decide, and keep it.
+    /// Use it for a step that needs more than memory: back what it would need, decide, and keep it.
     ///
     /// # Errors
     /// As [`back`](Self::back).
@@ -148,44 +150,47 @@ impl BlockBacking {
         Ok(BackedBlocks::new(self.0.clone(), newly, clock))
     }
 
-    /// Gives blocks up with their contents; one may be named twice. Never waits for the device.
+    /// Gives blocks up with their contents. A block may be named twice. It never waits for the
+    /// device.
     ///
-    /// Pages empty only where all their blocks go, so rather let blocks that are not in use be and
-    /// have [`reclaim_candidates`](Self::reclaim_candidates) choose.
+    /// A page empties only if all its blocks go. So rather leave unused blocks backed, and let
+    /// [`reclaim_candidates`](Self::reclaim_candidates) choose.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], [`BlockError::Pinned`], and then none is
-    /// given up; [`VmmError::Forked`].
+    /// [`BlockError::Invalid`] for a number that no block has; [`BlockError::NotBacked`];
+    /// [`BlockError::Pinned`] for a block that a pin or another call keeps; [`VmmError::Forked`].
+    /// After an error none is given up.
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
-        let mut books = self.0.settled(&runs)?;
-        books.leave(&runs)?;
-        drop(books);
+        let mut states = self.0.settled(&runs)?;
+        states.leave(&runs)?;
+        drop(states);
         self.0.give(&runs);
-        self.0.change(|books| books.left(&runs))
+        self.0.change(|states| states.left(&runs))
     }
 
-    /// Keeps blocks, all of them backed, where they are until the pin is dropped: no plan names
-    /// them, and [`unback`](Self::unback) refuses them.
+    /// Keeps backed blocks where they are until the pin is dropped. No plan names them, and
+    /// [`unback`](Self::unback) refuses them.
     ///
     /// # Errors
-    /// [`BlockError::Invalid`], [`BlockError::NotBacked`], and then none is pinned;
-    /// [`VmmError::Forked`].
+    /// [`BlockError::Invalid`] for a number that no block has; [`BlockError::NotBacked`];
+    /// [`VmmError::Forked`]. After an error none is pinned.
     pub fn pin(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BlockPin> {
         let runs = self.0.runs(blocks)?;
         self.0.settled(&runs)?.pin(&runs)?;
         Ok(BlockPin::new(self.0.clone(), runs))
     }
 
-    /// Keeps the memory of neighbouring blocks, all of them backed, in one tensor, until `token` is
-    /// released: mapped, at its addresses, and given to no other allocation, as
-    /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease) says. For a framework's tensor
-    /// over them. Unlike a [pin](Self::pin) it ends by itself, and does not keep the backing alive.
+    /// Keeps the memory of neighbouring blocks of one tensor until `token` is released. All of them
+    /// must be backed. The memory stays mapped, at its addresses, and is given to no other
+    /// allocation; see [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease). Use it for a
+    /// framework's tensor over the blocks. Unlike a [pin](Self::pin) it ends by itself, and does
+    /// not keep the backing alive.
     ///
     /// While the token is not released no plan evicts the blocks, moves them, or moves others into
     /// them. [`unback`](Self::unback) does give them up: their memory stays as it is until the
-    /// token is released and then retires, and till then [`back`](Self::back) of them answers
-    /// [`VmmError::Leased`]. The backing may be dropped as well.
+    /// token is released, and then retires. Until then [`back`](Self::back) returns
+    /// [`VmmError::Leased`] for them. The backing may be dropped as well.
     ///
     /// # Errors
     /// [`BlockError::InvalidTensor`], [`BlockError::Invalid`], [`BlockError::NotBacked`];
@@ -223,10 +228,10 @@ impl BlockBacking {
     /// Chooses blocks to evict so that at least `bytes` bytes of whole pages empty, at the least
     /// cost that a greedy search finds. Changes nothing.
     ///
-    /// `cost` says what it costs to evict a block, in any unit: 0, and anything below, for a block
-    /// of no value; `None`, or no finite number, for a block in use. It is asked once for each
+    /// `cost` returns what it costs to evict a block, in any unit. It returns 0 or less for a block
+    /// of no value, and `None`, or no finite number, for a block in use. It is called once for each
     /// block that is backed and not pinned, with no lock held. The plan never evicts a block whose
-    /// page would stay. Where less can be freed than was asked for, it frees that, and
+    /// page would stay. If less can be freed than was asked for, the plan frees that, and
     /// [`is_enough`](ReclaimPlan::is_enough) is false.
     pub fn reclaim_candidates(
         &self,
@@ -236,10 +241,11 @@ impl BlockBacking {
         self.0.plan(bytes, None, cost)
     }
 
-    /// As [`reclaim_candidates`](Self::reclaim_candidates), but blocks may also be moved, those in
-    /// use among them, for `move_cost` each: into backed blocks of no value where that is cheaper
-    /// than evicting them, and, where not enough can be freed so, into blocks that can be evicted.
-    /// Blocks that can neither be evicted nor moved are to be [pinned](Self::pin).
+    /// Chooses blocks to evict or to move so that whole pages empty. It works like
+    /// [`reclaim_candidates`](Self::reclaim_candidates), but may also move blocks, those in use
+    /// among them, for `move_cost` each. They move into backed blocks of no value if that is
+    /// cheaper than to evict them. If that does not free enough, they move into blocks that can be
+    /// evicted. [Pin](Self::pin) blocks that can neither be evicted nor moved.
     pub fn reclaim_candidates_with_moves(
         &self,
         bytes: usize,
@@ -250,27 +256,29 @@ impl BlockBacking {
         self.0.plan(bytes, move_cost, cost)
     }
 
-    /// Carries out a plan: copies what moves (`cuMemcpyDtoDAsync`) behind what is queued on
-    /// `stream`, and gives up what is evicted and what was moved away. Pages retire behind the
-    /// copies. Never waits for the device.
+    /// Carries out a plan. It copies what moves (`cuMemcpyDtoDAsync`) behind what is queued on
+    /// `stream`. Then it gives up the blocks that are evicted or moved away. Pages retire behind
+    /// the copies. It never waits for the device.
     ///
-    /// When it has returned, tables must name the blocks' new places, and work that reads them must
-    /// be ordered behind the copies; work queued before may still read the old places. Writes to a
+    /// After it returns, tables must name the blocks' new places, and work that reads them must be
+    /// ordered behind the copies. Work queued before may still read the old places. Writes to a
     /// moved block must be ordered before the call, on `stream`. Freed memory waits for the copies,
-    /// also if `stream` is not named, and for nothing else that it is given.
+    /// also if `stream` is not named, and for no other work of that stream.
     ///
     /// # Errors
-    /// [`BlockError::ForeignPlan`], [`BlockError::Pinned`], [`BlockError::StalePlan`] if one of the
-    /// plan's blocks, or of its pages, was used since the plan was made; [`BlockError::Capturing`];
-    /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Driver`],
-    /// [`VmmError::Forked`]. After an error all is as before, but the blocks that others were to be
-    /// moved into may hold anything.
+    /// [`BlockError::ForeignPlan`] for a plan of another backing; [`BlockError::Pinned`] if one of
+    /// its blocks is pinned now; [`BlockError::StalePlan`] if one of its blocks, or of its pages,
+    /// was used since the plan was made; [`BlockError::Capturing`] if the plan moves blocks and
+    /// `stream` is being captured; [`VmmError::WrongDevice`], [`VmmError::WrongDriver`],
+    /// [`VmmError::Driver`], [`VmmError::Forked`]. After an error all is as before, except that the
+    /// blocks that others were to move into may hold anything.
     pub fn commit(&self, plan: &ReclaimPlan, stream: &Stream) -> Result<()> {
         self.0.commit(plan, stream, |_| Ok(()), |_| {})
     }
 
     /// Names a stream whose work uses the blocks. Freed memory then waits for the named streams
-    /// only. Name all that use it, before they do: work on others is not waited for.
+    /// only. Name each stream before it uses the blocks: freed memory does not wait for work on
+    /// others.
     ///
     /// # Errors
     /// [`VmmError::WrongDevice`], [`VmmError::WrongDriver`], [`VmmError::Forked`].
@@ -292,18 +300,21 @@ impl BlockBacking {
         tensors.try_for_each(|tensor| tensor.pool().forget_stream(stream))
     }
 
-    /// Whether a block is backed; false for numbers that no block has, and in a forked process.
+    /// Returns whether a block is backed; false for numbers that no block has, and in a forked
+    /// process.
     pub fn is_backed(&self, block: BlockId) -> bool {
-        self.0.look(|books| books.is_backed(block)).unwrap_or(false)
+        self.0
+            .look(|states| states.is_backed(block))
+            .unwrap_or(false)
     }
 
     /// How many blocks, from block 0 on, are backed without a gap.
     pub fn backed_prefix(&self) -> usize {
-        self.0.look(Books::backed_prefix).unwrap_or_default()
+        self.0.look(BlockStates::backed_prefix).unwrap_or_default()
     }
 
-    /// The pages that a block touches, backed or not, in each tensor in order. Blocks of which a
-    /// page is the same share it.
+    /// The pages that a block touches in each tensor, in order, backed or not. Blocks with the same
+    /// page share it.
     ///
     /// # Errors
     /// [`BlockError::Invalid`].
@@ -323,7 +334,7 @@ impl BlockBacking {
         &self.0.tensors
     }
 
-    /// The index among them of the tensor of this name.
+    /// The index of the tensor of this name among [`tensors`](Self::tensors).
     ///
     /// # Errors
     /// [`BlockError::UnknownTensor`].
@@ -340,7 +351,7 @@ impl BlockBacking {
         self.0.layout.blocks
     }
 
-    /// The page of every tensor in bytes.
+    /// The page size of each tensor, in bytes.
     pub fn page_bytes(&self) -> usize {
         self.0.page_bytes
     }
@@ -350,18 +361,18 @@ impl BlockBacking {
         &self.0.account
     }
 
-    /// The engine.
+    /// The engine that backs the blocks.
     pub fn engine(&self) -> &Engine {
         self.0.account.engine()
     }
 
-    /// Its numbers; in a forked process only those that do not change.
+    /// The numbers of the backing; in a forked process only those that do not change.
     pub fn stats(&self) -> BlockStats {
         let layout = &self.0.layout;
-        let counted = self.0.look(|books| BlockStats {
-            backed_blocks: books.backed(),
-            pinned_blocks: books.pinned(),
-            page_bytes: books.page_bytes(layout),
+        let counted = self.0.look(|states| BlockStats {
+            backed_blocks: states.backed(),
+            pinned_blocks: states.pinned(),
+            page_bytes: states.page_bytes(layout),
             ..BlockStats::default()
         });
         let tensors = self.0.tensors.iter();

@@ -1,7 +1,7 @@
 //! Carrying out a plan.
 //!
 //! # Safety
-//! The one unsafe call queues copies on the caller's stream. While they are queued the books have
+//! The one unsafe call queues copies on the caller's stream. While they are queued the record has
 //! both blocks: the source is leaving, the target is held, so no other call gives them up.
 //! Afterwards their memory retires behind an event recorded after the copies.
 #![allow(unsafe_code)]
@@ -12,9 +12,9 @@ use crate::sync::Arc;
 use crate::{Result, Stream};
 
 impl BlockMemory {
-    /// `begin` is called when the plan was found true and its blocks are reserved, and can still
-    /// refuse it; `end` when it was carried out, or when it failed after that, with whether it was.
-    /// Both are called with the books locked.
+    /// Carries out a plan. It calls `begin` when the plan is still true and its blocks are
+    /// reserved; `begin` may refuse it. After that it calls `end`, with whether the plan was
+    /// carried out. Both run with the record locked.
     pub(super) fn commit(
         &self,
         plan: &ReclaimPlan,
@@ -35,12 +35,12 @@ impl BlockMemory {
             let moves = moves.len();
             return Err(BlockError::Capturing { moves }.into());
         }
-        let departure = self.change(|books| {
-            let departure = books.depart(&self.layout, plan)?;
+        let departure = self.change(|states| {
+            let departure = states.depart(&self.layout, plan)?;
             match begin(plan) {
                 Ok(()) => Ok(departure),
                 Err(error) => {
-                    books.departed(&departure, false);
+                    states.departed(&departure, false);
                     Err(error)
                 }
             }
@@ -53,8 +53,8 @@ impl BlockMemory {
             // waited for on a context that is beyond use does not run either.
             let _ = stream.synchronize();
         }
-        self.change(|books| {
-            books.departed(&departure, moved.is_ok());
+        self.change(|states| {
+            states.departed(&departure, moved.is_ok());
             end(moved.is_ok());
         })?;
         moved
@@ -75,7 +75,7 @@ impl BlockMemory {
                 unsafe { stream.copy(to, from, tensor.block_bytes()) }?;
             }
         }
-        // The stream is not named for this: what it is given otherwise is not ours.
+        // The stream is not named for this: its other work does not use the blocks.
         let end = Arc::new(stream.record()?);
         let mut tensors = self.tensors.iter();
         tensors.try_for_each(|tensor| tensor.pool().add_end(&end))

@@ -13,16 +13,16 @@ use std::collections::BTreeSet;
 pub struct ElementSize(NonZeroUsize);
 
 impl ElementSize {
-    /// Elements of this many bytes.
+    /// An element size of `bytes` bytes.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`].
+    /// [`VmmError::ZeroSize`] for 0 bytes.
     pub fn new(bytes: usize) -> Result<Self> {
         let bytes = NonZeroUsize::new(bytes).ok_or(VmmError::ZeroSize { what: "element" })?;
         Ok(Self(bytes))
     }
 
-    /// In bytes.
+    /// The size in bytes.
     pub fn bytes(self) -> usize {
         self.0.get()
     }
@@ -66,7 +66,8 @@ impl TensorSpec {
     /// not divide a page.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for a dimension of 0; [`BlockError::Overflow`].
+    /// [`VmmError::ZeroSize`] for a dimension of 0; [`BlockError::Overflow`] if the bytes of a
+    /// block do not fit in an address.
     pub fn new(
         name: impl Into<String>,
         block_shape: &[usize],
@@ -80,7 +81,7 @@ impl TensorSpec {
         })
     }
 
-    /// Its name.
+    /// The name of the tensor.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -90,12 +91,12 @@ impl TensorSpec {
         &self.block_shape
     }
 
-    /// The size of its elements.
+    /// The size of the tensor's elements.
     pub fn element(&self) -> ElementSize {
         self.element
     }
 
-    /// One block of it in bytes.
+    /// The size of one block in bytes.
     pub fn block_bytes(&self) -> usize {
         self.block_bytes
     }
@@ -109,10 +110,11 @@ pub struct LayerSpec {
 }
 
 impl LayerSpec {
-    /// These tensors.
+    /// A specification of these tensors.
     ///
     /// # Errors
-    /// [`VmmError::ZeroSize`] for none; [`BlockError::DuplicateTensor`].
+    /// [`VmmError::ZeroSize`] for an empty list; [`BlockError::DuplicateTensor`] for a name that
+    /// comes twice.
     pub fn new(tensors: impl IntoIterator<Item = TensorSpec>) -> Result<Self> {
         let tensors: Vec<_> = tensors.into_iter().collect();
         if tensors.is_empty() {

@@ -1,8 +1,9 @@
-//! What a backing, its pins and its commits share: the tensors, and the books behind their lock.
+//! What a backing, its pins and its commits share: the tensors, and the record of blocks behind its
+//! lock.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::books::{Arrival, Books};
+use super::block_states::{Arrival, BlockStates};
 use super::layout::Layout;
 use super::packing::Packing;
 use super::plan::ReclaimPlan;
@@ -20,7 +21,7 @@ pub(super) struct BlockMemory {
     pub(super) tensors: Vec<BlockTensor>,
     pub(super) layout: Layout,
     pub(super) page_bytes: usize,
-    pub(super) books: Here<Mutex<Books>>,
+    pub(super) states: Here<Mutex<BlockStates>>,
     pub(super) changed: Condvar,
     /// Which backing a plan is of.
     pub(super) identity: Arc<()>,
@@ -42,7 +43,7 @@ impl Reclaimer for BlockMemory {
 }
 
 impl BlockMemory {
-    /// Names what an allocator knows of the blocks.
+    /// Sets what an allocator knows of the blocks.
     pub(super) fn set_packing(&self, packing: &Arc<Here<Mutex<Packing>>>) {
         let mut known = self.packing.lock().unwrap_or_else(PoisonError::into_inner);
         *known = Arc::downgrade(packing);
@@ -52,11 +53,11 @@ impl BlockMemory {
         self.account.engine().device().driver().check_process()
     }
 
-    /// These blocks, all of which there are.
+    /// Sorts block numbers into runs, after a check that all of them exist.
     pub(super) fn runs(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<Runs> {
         let blocks: Vec<_> = blocks.into_iter().collect();
         let all = self.layout.blocks;
-        // Here, since behind the largest number there is none to end a run.
+        // Checked here, as no number follows the largest one to end a run.
         match blocks.iter().filter(|block| **block >= all).min() {
             Some(block) => Err(BlockError::Invalid {
                 block: *block,
@@ -67,41 +68,41 @@ impl BlockMemory {
         }
     }
 
-    pub(super) fn look<T>(&self, look: impl FnOnce(&Books) -> T) -> Result<T> {
-        Ok(look(&*self.books.lock()?))
+    pub(super) fn look<T>(&self, look: impl FnOnce(&BlockStates) -> T) -> Result<T> {
+        Ok(look(&*self.states.lock()?))
     }
 
     /// Changes the record and wakes the threads that wait for that.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Books) -> T) -> Result<T> {
-        let outcome = change(&mut *self.books.lock()?);
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut BlockStates) -> T) -> Result<T> {
+        let outcome = change(&mut *self.states.lock()?);
         self.changed.notify_all();
         Ok(outcome)
     }
 
     /// The record, as soon as no other call backs or gives up any of the blocks.
-    pub(super) fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, Books>> {
-        let mut books = self.books.lock()?;
-        while !books.is_settled(runs) {
-            books = self
+    pub(super) fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, BlockStates>> {
+        let mut states = self.states.lock()?;
+        while !states.is_settled(runs) {
+            states = self
                 .changed
-                .wait(books)
+                .wait(states)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        Ok(books)
+        Ok(states)
     }
 
     /// Backs blocks in all tensors, or none; returns those that were not backed before, and the
-    /// clock of the books then.
+    /// clock of the record then.
     pub(super) fn back(&self, runs: &Runs, patience: &Patience) -> Result<(Runs, u64)> {
-        let mut books = self.settled(runs)?;
-        let arrival = books.arrive(runs);
-        let clock = books.clock();
-        drop(books);
+        let mut states = self.settled(runs)?;
+        let arrival = states.arrive(runs);
+        let clock = states.clock();
+        drop(states);
         let outcome = match arrival.missing.is_empty() {
             true => Ok(()),
             false => self.take(&arrival, patience),
         };
-        self.change(|books| books.arrived(&arrival, outcome.is_ok()))?;
+        self.change(|states| states.arrived(&arrival, outcome.is_ok()))?;
         outcome.map(|()| (arrival.missing, clock))
     }
 
@@ -115,17 +116,17 @@ impl BlockMemory {
         Ok(())
     }
 
-    /// Gives up blocks that no call has used since the books had this clock, and that nothing
+    /// Gives up blocks that no call has used since the record had this clock, and that nothing
     /// keeps.
     pub(super) fn undo(&self, runs: &Runs, clock: u64) {
-        let Ok(mut books) = self.settled(runs) else {
+        let Ok(mut states) = self.settled(runs) else {
             return;
         };
-        let unused = books.leave_unused(runs, clock);
-        drop(books);
+        let unused = states.leave_unused(runs, clock);
+        drop(states);
         self.give(&unused);
         // The process was checked above.
-        _ = self.change(|books| books.left(&unused));
+        _ = self.change(|states| states.left(&unused));
     }
 
     /// Frees blocks in all tensors.
@@ -142,10 +143,10 @@ impl BlockMemory {
         cost: impl Fn(BlockId) -> Option<f64>,
     ) -> ReclaimPlan {
         // A forked process has no plans: the lock may be held for good.
-        let candidates = self.look(Books::candidates);
+        let candidates = self.look(BlockStates::candidates);
         let (mut candidates, clock) = candidates.unwrap_or_default();
         candidates.resize(self.layout.blocks, Candidate::Absent);
-        // Looked at after the books: a lease that is made meanwhile makes the plan stale. Blocks
+        // Looked at after the record: a lease that is made meanwhile makes the plan stale. Blocks
         // that were given up under a lease keep their pages too.
         for blocks in self.tensors.iter().flat_map(BlockTensor::leased) {
             candidates[blocks].fill(Candidate::Fixed);

@@ -2,13 +2,13 @@
 //!
 //! An engine with a paged cache keeps one tensor for each layer's keys, one for its values,
 //! `num_blocks` outermost, and hands out block numbers. [`BlockBacking`] gives those tensors their
-//! full addresses for life and memory only where blocks are in use. It is no allocator of blocks:
-//! the engine above says which blocks are to be backed, which could be given up and what that would
-//! cost, and rewrites its own tables.
+//! full addresses for life and memory only where blocks are in use. It is no allocator of blocks.
+//! The engine above says which blocks to back, which to give up, and at what cost. It rewrites its
+//! own tables.
 //!
 //! - [`back`](BlockBacking::back) backs blocks in all tensors or in none.
-//! - A block that its user has finished with stays backed, with its contents, until a plan that
-//!   names it is committed; so a prefix cache stays warm until the memory is needed.
+//! - A block that is no longer used stays backed, with its contents, until a plan that names it is
+//!   committed. So a prefix cache stays warm until the memory is needed.
 //! - [`reclaim_candidates`](BlockBacking::reclaim_candidates) chooses what to evict so that whole
 //!   pages empty, at the least cost;
 //!   [`reclaim_candidates_with_moves`](BlockBacking::reclaim_candidates_with_moves) may move blocks
@@ -43,7 +43,7 @@
 mod allocator;
 mod backed;
 mod backing;
-mod books;
+mod block_states;
 mod commit;
 mod layer_spec;
 mod layout;

@@ -8,9 +8,9 @@ use crate::sync::Arc;
 /// Keeps blocks backed, at their addresses, while it lives; made by
 /// [`BlockBacking::pin`](super::BlockBacking::pin).
 ///
-/// It owns a part in the backing, so the memory stays mapped whichever of the two is dropped first.
-/// The last to be dropped gives everything back, and waits for the device to do so. Hold one for
-/// the life of a graph that names the blocks, or of a tensor made over them.
+/// It shares the backing, so the memory stays mapped if the backing is dropped first. The last of
+/// them to be dropped gives everything back, and waits for the device to do so. Hold one for the
+/// life of a graph that names the blocks, or of a tensor made over them.
 #[derive(Debug)]
 #[must_use = "the blocks are kept only while the pin lives"]
 pub struct BlockPin {
@@ -19,7 +19,7 @@ pub struct BlockPin {
 }
 
 impl BlockPin {
-    /// Of blocks that the books have pinned.
+    /// A pin of blocks that the record has pinned.
     pub(super) fn new(backing: Arc<BlockMemory>, runs: Runs) -> Self {
         Self { backing, runs }
     }
@@ -33,6 +33,6 @@ impl BlockPin {
 impl Drop for BlockPin {
     fn drop(&mut self) {
         // A forked process has no pins to give back.
-        let _ = self.backing.change(|books| books.unpin(&self.runs));
+        let _ = self.backing.change(|states| states.unpin(&self.runs));
     }
 }

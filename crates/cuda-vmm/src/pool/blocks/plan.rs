@@ -15,9 +15,9 @@ use crate::sync::Arc;
 pub struct ReclaimPlan {
     reclaim: Reclaim,
     asked_bytes: usize,
-    /// Of the books that it was made from.
+    /// The clock of the record that it was made from.
     clock: u64,
-    /// Of the backing that it was made by.
+    /// The backing that made it.
     identity: Arc<()>,
 }
 
@@ -36,14 +36,14 @@ impl ReclaimPlan {
         &self.reclaim.evicted
     }
 
-    /// Blocks that are moved, and where to, in the order of the first. The contents of the second
-    /// are given up, as if it were evicted; tables that name the first must name the second once
-    /// the plan is committed.
+    /// Pairs of blocks: each first block moves into the second. They are in the order of the first.
+    /// The contents of the second are given up, as if it were evicted. Tables that name the first
+    /// must name the second after the commit.
     pub fn moves(&self) -> &[(BlockId, BlockId)] {
         &self.reclaim.moves
     }
 
-    /// The memory that it frees, in bytes of whole pages of all tensors.
+    /// The memory that it frees in whole pages of all tensors, in bytes.
     pub fn freed_bytes(&self) -> usize {
         self.reclaim.freed_bytes
     }
@@ -58,12 +58,12 @@ impl ReclaimPlan {
         self.freed_bytes() >= self.asked_bytes
     }
 
-    /// Whether it does nothing.
+    /// Whether it evicts and moves nothing.
     pub fn is_empty(&self) -> bool {
         self.evicted().is_empty() && self.moves().is_empty()
     }
 
-    /// What it costs, in the unit of the costs it was made from.
+    /// What it costs in all, in the unit of the costs that it was made from.
     pub fn cost(&self) -> f64 {
         self.reclaim.cost
     }

@@ -1,4 +1,4 @@
-//! Numbers of a backing.
+//! The numbers of a backing.
 
 use crate::size::Readable;
 use core::fmt;
@@ -18,7 +18,7 @@ pub struct BlockStats {
     pub pinned_blocks: usize,
     /// One block in bytes, in all tensors.
     pub block_bytes: usize,
-    /// The pages that hold a block with memory, or one that is on its way in or out, in bytes.
+    /// The pages that hold a block that is backed, being backed or being given up, in bytes.
     pub page_bytes: usize,
     /// What the device really holds for all tensors, in bytes: those pages, and what is retiring or
     /// parked.

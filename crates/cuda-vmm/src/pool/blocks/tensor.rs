@@ -38,12 +38,12 @@ impl BlockTensor {
         })
     }
 
-    /// Its name.
+    /// The name of the tensor.
     pub fn name(&self) -> &str {
         self.spec.name()
     }
 
-    /// Its shape: `[num_blocks, block_shape…]`.
+    /// The shape of the tensor: `[num_blocks, block_shape…]`.
     pub fn shape(&self) -> Vec<usize> {
         let mut shape = vec![self.blocks];
         shape.extend(self.spec.block_shape());
@@ -55,12 +55,12 @@ impl BlockTensor {
         self.spec.block_shape()
     }
 
-    /// The size of its elements.
+    /// The size of the tensor's elements.
     pub fn element(&self) -> ElementSize {
         self.spec.element()
     }
 
-    /// One block of it in bytes, and the distance of one block from the next.
+    /// The size of one block in bytes, which is also the distance from one block to the next.
     pub fn block_bytes(&self) -> usize {
         self.spec.block_bytes()
     }
@@ -70,12 +70,12 @@ impl BlockTensor {
         self.pool.base_address()
     }
 
-    /// Its addresses in bytes.
+    /// The size of the tensor's addresses in bytes.
     pub fn capacity_bytes(&self) -> usize {
         self.pool.capacity_bytes()
     }
 
-    /// What is held for it.
+    /// The numbers of the tensor's memory.
     pub fn stats(&self) -> PoolStats {
         self.pool.stats()
     }

@@ -29,9 +29,9 @@ struct Block {
     used: u64,
 }
 
-/// The books of all blocks.
+/// The record of all blocks.
 #[derive(Debug)]
-pub(super) struct Books {
+pub(super) struct BlockStates {
     blocks: Vec<Block>,
     clock: u64,
     backed: usize,
@@ -56,9 +56,9 @@ pub(super) struct Departure {
     targets: Runs,
 }
 
-impl Books {
-    /// Fails if the host has no memory for them: there may be far more blocks of addresses than the
-    /// host can count.
+impl BlockStates {
+    /// Makes the record, with no block backed. Fails if the host has no memory for it: there may be
+    /// far more blocks of addresses than the host can count.
     pub(super) fn new(blocks: usize) -> Result<Self, BlockError> {
         let block = Block {
             state: State::Unbacked,
@@ -183,8 +183,9 @@ impl Books {
         Ok(())
     }
 
-    /// Reserves those of the blocks, all of them settled, for a call that gives them up, that are
-    /// backed, that nothing keeps, and that no call has used since the clock was this.
+    /// Reserves the unused ones of the blocks for a call that gives them up. All blocks must be
+    /// settled. A block is unused if it is backed, nothing keeps it, and no call has used it since
+    /// `clock`.
     pub(super) fn leave_unused(&mut self, runs: &Runs, clock: u64) -> Runs {
         let is_unused = |block: &BlockId| {
             let found = &self.blocks[*block];
