@@ -76,7 +76,7 @@ pub enum BlockError {
         /// The name.
         tensor: String,
     },
-    /// The host has no memory for the books of so many blocks.
+    /// The host has no memory for a record of this many blocks.
     #[error("{blocks} blocks are too many: the host has no memory for {each_bytes} bytes for each")]
     TooMany {
         /// How many blocks were asked for.
