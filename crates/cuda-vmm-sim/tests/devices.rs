@@ -223,7 +223,7 @@ fn the_last_release_takes_the_context_down() {
     assert_eq!(
         (books.mappings, books.physical_bytes),
         (1, PAGE),
-        "mapped memory is nobody's context's"
+        "mapped memory is of no context"
     );
     driver.retain(0).unwrap();
     assert_eq!(

@@ -334,14 +334,14 @@ fn properties_and_granularity_are_told() {
         )
         .unwrap();
         assert_eq!(bytes, 64 << 10);
-        for nobody in [2, 77, -1] {
+        for unknown in [2, 77, -1] {
             bytes = 0;
             call!(
                 driver,
-                cuMemGetAllocationGranularity(&mut bytes, &properties(nobody, false), option)
+                cuMemGetAllocationGranularity(&mut bytes, &properties(unknown, false), option)
             )
             .unwrap();
-            assert_eq!(bytes, 64 << 10, "device {nobody}, which does not exist");
+            assert_eq!(bytes, 64 << 10, "device {unknown}, which does not exist");
         }
     }
     let handle = driver.create_with(64 << 10, &properties(1, true)).unwrap();
@@ -395,8 +395,8 @@ fn access_is_kept_for_each_device() {
     };
     assert_eq!([0, 1, 2].map(access), [Ok(3), Ok(0), Ok(1)]);
     assert_eq!(access(3), Err(CUDA_ERROR_INVALID_DEVICE));
-    for nobody in [3, 77, -1] {
-        let unknown = [descriptor(0, 0), descriptor(nobody, 3)];
+    for ordinal in [3, 77, -1] {
+        let unknown = [descriptor(0, 0), descriptor(ordinal, 3)];
         assert_eq!(
             driver.set_access(address, PAGE, &unknown),
             Err(CUDA_ERROR_INVALID_VALUE)

@@ -228,7 +228,7 @@ fn chunks_that_were_leased_are_moved_only_after_work_of_the_lease() {
     let leased = fixture.pool.lease(0, PAGE, token.clone());
     leased.expect("live");
     fixture.keep(|page| page % CHUNK == 0);
-    // Somebody who had the lease, on a stream that is not named.
+    // The holder of the lease works on a stream that is not named.
     let other = Stream::new(&fixture.simulated.device).expect("a stream");
     let gate = Gate::close(&fixture.simulated.device, other.raw());
     // SAFETY: the page is live; that it stays mapped until the work has run is what is tested.

@@ -228,7 +228,7 @@ fn with_library(test: &str, path: &str, there: impl FnOnce()) {
     }
 }
 
-/// What `CUDA_VMM_DRIVER_PATH` names is used or is an error, whoever asks.
+/// What `CUDA_VMM_DRIVER_PATH` names is used or is an error, for each way to open a driver.
 fn is_refused(expected: LoadError) {
     let expected = VmmError::Load(LoadError::Variable {
         reason: Box::new(expected),

@@ -38,7 +38,7 @@ struct Fixture {
     shared: Models,
     /// Made by an operation, and closed by the next.
     made: Option<VirtualMemoryPool>,
-    /// Those that are named for the pool, which lets go of streams that nobody holds.
+    /// Those that are named for the pool, which lets go of streams that no caller holds.
     streams: Vec<Stream>,
     /// Holds the first of them until the operation is over.
     gate: RefCell<Option<Gate>>,

@@ -267,7 +267,7 @@ fn without_a_worker_an_engine_that_is_short_gives_back_what_another_left_leased(
     drop(token);
     other
         .allocate(0, 4 * PAGE)
-        .expect("what nobody uses any more is given back");
+        .expect("unused memory is given back");
     drop((other, engine));
     assert_eq!(simulated.books(), before);
 }
@@ -285,7 +285,7 @@ fn a_chunk_with_leased_bytes_is_not_moved() {
     assert_eq!(pool.compact().expect("nothing to do").returned_bytes, 0);
     assert_eq!(pool.stats().parts.slack_bytes, 3 * PAGE);
     drop(token);
-    // Nobody has freed what was leased: the token is looked at when it is asked for.
+    // What was leased is not freed: the token is looked at when it is asked for.
     assert!(!pool.is_leased(0, 1));
     assert_eq!(pool.compact().expect("moved").returned_bytes, 3 * PAGE);
 }
@@ -452,8 +452,8 @@ fn each_driver_call_of_giving_leased_memory_back_may_fail() {
     }
 }
 
-/// Nobody but the engine itself holds it, for the sake of two leases; the first that ends takes
-/// nothing from the second.
+/// Only the engine itself holds it, for the sake of two leases; the first that ends takes nothing
+/// from the second.
 #[test]
 fn an_engine_lives_until_the_last_lease_of_the_last_of_its_pools() {
     let simulated = Simulated::new(cuda_vmm::sim::SimConfig::new().memory_bytes(4 * PAGE));
@@ -516,7 +516,7 @@ fn freeing_leased_bytes_wakes_the_worker() {
 }
 
 /// A page that was leased and is freed with its lease over, while work that the lease's holder
-/// queued is behind a gate, on a stream of this device or another that nobody named.
+/// queued is behind a gate, on a stream of this device or another that is not named.
 fn freed_after_a_lease(
     devices: usize,
     gated: usize,

@@ -1,4 +1,5 @@
-//! Mappings: what they refuse, that a failed one leaves nothing, and who may touch the memory.
+//! Mappings: what they refuse, that a failed one leaves nothing, and which devices may touch the
+//! memory.
 
 mod common;
 

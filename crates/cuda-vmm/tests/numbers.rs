@@ -236,7 +236,7 @@ fn each_counter_counts_what_it_says() {
         (before, pool.snapshot().counters)
     };
 
-    // Nobody has taken a step, so nothing is there yet: create, map and set access.
+    // No step was taken, so nothing is there yet: create, map and set access.
     let (before, after) = traced(&|| a.allocate(0, PAGE).map(drop).expect("room"));
     assert_eq!(after.device_calls - before.device_calls, 3);
     assert_eq!(after.ranges.allocations, 1);

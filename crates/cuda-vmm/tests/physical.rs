@@ -83,7 +83,7 @@ fn into_raw_keeps_the_memory_and_from_raw_releases_it() {
         let handle = memory.into_raw();
         assert_eq!(handle, expected);
         assert_eq!(simulated.books().handles, 1);
-        // SAFETY: the handle above, with its size; its one reference is nobody's now.
+        // SAFETY: the handle above, with its size; its one reference has no owner now.
         let again = unsafe { PhysicalMemory::from_raw(&simulated.device, handle, PAGE) };
         assert_eq!((again.handle(), again.bytes()), (expected, PAGE));
         again.close().expect("released");

@@ -118,7 +118,7 @@ fn into_raw_keeps_the_addresses_and_from_raw_frees_them() {
         let (address, bytes) = reservation.into_raw();
         assert_eq!((address, bytes), (expected, PAGE));
         assert_eq!(simulated.books().reservations, 1);
-        // SAFETY: the whole of the reservation above, which nobody owns now; nothing is mapped in
+        // SAFETY: the whole of the reservation above, which has no owner now; nothing is mapped in
         // it.
         let again = unsafe { Reservation::from_raw(&simulated.device, address, bytes) };
         assert_eq!((again.address(), again.bytes()), (expected, PAGE));

@@ -1,5 +1,5 @@
-//! Freed memory stays mapped until the device has finished with it, and nobody waits for that but
-//! who needs those very bytes.
+//! Freed memory stays mapped until the device has finished with it, and only a caller that needs
+//! those very bytes waits for that.
 
 mod common;
 
@@ -368,7 +368,7 @@ fn the_per_thread_stream_of_another_thread_is_waited_for() {
         assert_eq!(own.is_complete(), Ok(true), "this thread's is idle");
         pool.deallocate(0, PAGE).expect("live");
         std::thread::scope(|scope| {
-            // An old driver's step waits for the context, so somebody else opens the gate.
+            // An old driver's step waits for the context, so another thread opens the gate.
             let opens = version < 12050;
             if opens {
                 scope.spawn(|| {

@@ -1,4 +1,4 @@
-//! `Models`: what it refuses, who is charged, and that guarantees and ceilings hold.
+//! `Models`: what it refuses, which account is charged, and that guarantees and ceilings hold.
 
 mod common;
 

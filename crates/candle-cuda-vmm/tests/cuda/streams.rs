@@ -107,7 +107,7 @@ fn rows_of_another_device_object_are_appended_when_they_are_there() {
     drop(late);
     let read = tensor.to_owned().unwrap();
     time_to_go_wrong();
-    assert!(gate.is_closed(), "nobody waits but the streams");
+    assert!(gate.is_closed(), "only the streams wait");
     gate.open();
     expect_rows(&read, &[0, 1, 2, 3, 4, 5]);
     expect_sound([&test.device, &other]);
@@ -201,7 +201,7 @@ fn another_stream_that_was_made_to_wait_reads_what_was_appended() {
     theirs.join(&ours).unwrap();
     let copy = tensor.view().unwrap().to_device(&other).unwrap();
     time_to_go_wrong();
-    assert!(gate.is_closed(), "nobody waits but the streams");
+    assert!(gate.is_closed(), "only the streams wait");
     gate.open();
     expect_rows(&copy, &[0, 1, 2, 3, 4, 5]);
     expect_sound([&test.device, &other]);

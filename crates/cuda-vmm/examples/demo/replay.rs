@@ -248,7 +248,7 @@ mod tests {
     use crate::model::{BATCH, CHAT};
     use crate::workload::Service;
 
-    /// Room for so many tokens, whoever asks; writes down what it was asked.
+    /// Room for this many tokens, for any request; writes down what it was asked.
     #[derive(Default)]
     struct Room {
         free_tokens: u32,

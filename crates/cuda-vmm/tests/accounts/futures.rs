@@ -64,7 +64,7 @@ fn a_future_waits_in_line_and_is_woken() {
     let mut allocation = pin!(wanted.allocate_async(0, 2 * PAGE));
     assert!(allocation.as_mut().poll(&mut context).is_pending());
     assert_eq!(holder.owed_bytes(), 2 * PAGE);
-    // It keeps its place, and polling it in vain wakes nobody.
+    // It keeps its place, and polling it in vain wakes no task.
     let before = counts.woken();
     for _ in 0..3 {
         assert!(allocation.as_mut().poll(&mut context).is_pending());

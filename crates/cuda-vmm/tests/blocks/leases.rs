@@ -29,7 +29,7 @@ fn contents(fixture: &Fixture, blocks: Range<usize>) -> Vec<(usize, u64, Vec<u8>
     with_address.collect()
 }
 
-/// A token that is released when nobody uses the memory any more.
+/// A token that is released when no code uses the memory any more.
 #[derive(Debug)]
 struct Ended(Weak<()>);
 
@@ -69,7 +69,7 @@ fn blocks_given_up_under_a_lease_stay_until_it_ends() {
             fixture.page_bytes(&of_leased),
             "{shapes:?}"
         );
-        // Nobody gets what the lease has, and what is beside it anyone.
+        // No call gets what the lease has; any call gets what is beside it.
         assert!(matches!(
             fixture.backing.back([30, 3]),
             Err(VmmError::Leased { .. })

@@ -1,4 +1,4 @@
-//! Threads that share a backing: nothing is handed out twice, nothing is lost, nobody reads
+//! Threads that share a backing: nothing is handed out twice, nothing is lost, no thread reads
 //! another's bytes.
 
 use crate::common::{manual, turn};

@@ -173,7 +173,7 @@ impl Gate {
         }
     }
 
-    /// Whether nobody has opened it yet.
+    /// Whether no thread has opened it yet.
     pub fn is_closed(&self) -> bool {
         !self.0.open.load(Ordering::SeqCst)
     }

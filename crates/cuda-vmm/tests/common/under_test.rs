@@ -44,7 +44,7 @@ pub struct UnderTest {
 pub struct Holdings {
     /// By this process, of all devices.
     pub books: Books,
-    /// Of each device, whoever holds the rest, in bytes.
+    /// Of each device, whatever holds the rest, in bytes.
     pub free_bytes: Vec<usize>,
 }
 

@@ -189,10 +189,7 @@ fn a_copy_that_cannot_be_waited_for_keeps_both_ends_mapped() {
     );
     simulator.inject(fault);
     let before = fixture.simulated.books();
-    fixture
-        .pool
-        .compact()
-        .expect_err("nobody knows when it ends");
+    fixture.pool.compact().expect_err("its end is not known");
     let books = fixture.simulated.books();
     let copied = CHUNK / 2;
     assert_eq!(books.mappings, before.mappings + copied);

@@ -7,7 +7,7 @@ use crate::kit::{Kit, Object, call};
 use crate::work::record;
 use cuda_vmm::sys::*;
 
-/// Who makes the call while a stream is captured.
+/// The thread that makes the call while a stream is captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Caller {
     Capturing,

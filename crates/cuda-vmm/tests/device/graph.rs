@@ -265,7 +265,7 @@ fn memory_that_is_pinned_for_a_graph_stays_whatever_is_freed_or_dropped() {
         let stats = settle();
         assert_eq!(stats.parts.parked_bytes, page(), "{stats}");
         assert_eq!(engine.trim(), Ok(0));
-        // The graph reads what is there, though nobody has it now.
+        // The graph reads what is there, though no allocation has it now.
         fixture.replay(captured.1, [0; ROWS]);
         // It can be had again at its addresses, without a driver call.
         blocks.allocate(0, page()).expect("parked");

@@ -2,8 +2,8 @@
 //! wrote.
 //!
 //! Memory that the engine keeps is overwritten by the engine. Memory that goes back to the driver
-//! is made anew by the driver, and that this is clean is the driver's doing: nobody promises it, so
-//! these cases are where it would show.
+//! is made anew by the driver, and that this is clean is the driver's doing: CUDA does not promise
+//! it, so these cases are where it would show.
 
 use crate::common::{Gate, Models, manual, under_test, with_context};
 use crate::{case, fill, page};
@@ -386,7 +386,7 @@ fn memory_that_the_driver_had_in_between() {
     });
 }
 
-/// A pool's memory was not made to be exported, so nobody outside holds what an engine hands on.
+/// A pool's memory was not made to be exported, so nothing outside holds what an engine hands on.
 #[test]
 fn memory_of_a_pool_cannot_be_exported() {
     case(|device| {
@@ -414,7 +414,7 @@ fn memory_of_a_pool_cannot_be_exported() {
     });
 }
 
-/// Memory that was exported is released when its owner drops it, whoever has it elsewhere; no
+/// Memory that was exported is released when its owner drops it, whatever has it elsewhere; no
 /// engine gets it.
 #[test]
 fn exported_memory_goes_to_the_driver_and_to_no_range() {

@@ -1,4 +1,4 @@
-//! Streams that go while they have work, and work of leases on streams that nobody named.
+//! Streams that go while they have work, and work of leases on streams that are not named.
 
 use crate::common::{Gate, under_test};
 use crate::{case, page, pool};
@@ -30,7 +30,7 @@ fn the_last_work_of_a_stream_that_goes_is_waited_for() {
                 let report = engine.step();
                 assert_eq!((report.drained_bytes, report.retiring_bytes), (0, page));
             }
-            assert!(gate.is_closed(), "nobody waited");
+            assert!(gate.is_closed(), "no call waited");
             gate.open();
             device.synchronize().expect("the memset met mapped memory");
             assert_eq!(engine.step().drained_bytes, page);
@@ -62,7 +62,7 @@ fn work_of_a_lease_is_waited_for_on_whichever_device_it_is() {
                 let report = engine.step();
                 assert_eq!((report.drained_bytes, report.retiring_bytes), (0, page));
             }
-            assert!(gate.is_closed(), "nobody waited");
+            assert!(gate.is_closed(), "no call waited");
             gate.open();
             worker.synchronize().expect("done");
             assert_eq!(engine.step().drained_bytes, page);

@@ -109,7 +109,7 @@ fn what_was_made_ahead_is_given_up_first_and_nothing_is_given_up_for_it() {
     other
         .allocate(40 * PAGE, PAGE)
         .expect("a freed page or what is ahead");
-    // The budget is full, so nothing is made ahead, and nobody's memory is taken for it.
+    // The budget is full, so nothing is made ahead, and no account's memory is taken for it.
     let full = fixture.engine.stats();
     fixture.pool.allocate(0, PAGE).expect("what is left");
     assert_eq!(fixture.engine.step().prefetched_bytes, 0);

@@ -47,11 +47,7 @@ fn memory_from_the_cache_is_mapped_without_being_made() {
         (4 * PAGE, 4 * PAGE),
         "{stats}"
     );
-    assert_eq!(
-        fixture.pool.stats().committed_bytes,
-        0,
-        "on nobody's account"
-    );
+    assert_eq!(fixture.pool.stats().committed_bytes, 0, "on no account");
     let calls = fixture.calls(|| {
         fixture.pool.allocate(32 * PAGE, PAGE).expect("room");
     });

@@ -17,7 +17,7 @@ fn snapshot() -> Snapshot {
     pool.allocate_for_model_at("chat", 0, PAGE + 1)
         .expect("room");
     pool.deallocate_for_model("chat", PAGE, 1).expect("live");
-    // So that the page is found parked by whoever looks.
+    // So that any thread that looks finds the page parked.
     simulated.device.synchronize().expect("nothing runs");
     assert_eq!(pool.relieve(0), 0);
     pool.allocate_for_model_at("code", 0, 9 * PAGE)

@@ -154,7 +154,7 @@ fn registration_is_refused_quotas_that_cannot_hold() {
 #[test]
 fn an_unknown_model_is_named_by_every_call() {
     let fixture = Fixture::new();
-    let model = "nobody";
+    let model = "unknown";
     type Call = fn(&Models, &str) -> Result<u64, VmmError>;
     let calls: [Call; 7] = [
         |pool, model| pool.allocate_for_model(model, PAGE),

@@ -13,7 +13,7 @@ const FOREVER: Duration = Duration::from_secs(60);
 /// How a model holds what it has freed.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Freed {
-    /// It retires until somebody looks.
+    /// It retires until a thread looks.
     Retiring,
     /// It retires behind the one stream that is named, and could be taken back at once.
     OnAStream,
@@ -262,7 +262,7 @@ fn what_another_is_guaranteed_may_come_free() {
             assert!(began.elapsed() < FOREVER, "it waits");
             thread::yield_now();
         }
-        // Nobody owes it anything, and nobody stands behind it.
+        // No account owes it anything, and none stands behind it.
         pool.allocate_for_model("b", 2 * PAGE)
             .expect("there is room");
         assert_eq!(pool.model_owed_bytes("b"), Some(0));

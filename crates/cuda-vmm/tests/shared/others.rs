@@ -196,7 +196,7 @@ impl<A: FnMut() -> bool + Send + 'static, D: Send + 'static> LeaseToken for Toke
 
 impl<A, D> fmt::Debug for Token<A, D> {
     fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
-        panic!("nobody prints a token");
+        panic!("no code prints a token");
     }
 }
 

@@ -84,7 +84,11 @@ fn a_refused_allocation_is_owed_by_the_lowest_priority_first() {
     low.deallocate(0, PAGE).expect("live");
     assert_eq!(owed(), [1, 1, 0, 0], "what is freed counts at once");
     asks.allocate(0, PAGE).expect("was given back");
-    assert_eq!(owed(), [0, 0, 0, 0], "who got memory asks for no more");
+    assert_eq!(
+        owed(),
+        [0, 0, 0, 0],
+        "a model that got memory asks for no more"
+    );
     asks.try_allocate(PAGE, PAGE).expect_err("nothing is free");
     assert_eq!(owed(), [1, 0, 0, 0]);
     pool.unregister_model("asks").expect("registered");
@@ -131,7 +135,7 @@ fn a_waker_is_woken_without_a_lock_each_time_more_is_owed() {
     asks.try_allocate(3 * PAGE, PAGE)
         .expect_err("nothing is free");
     assert_eq!((woken(), holds.account().owed_bytes()), (2, PAGE));
-    // Only the test and nobody else still holds it.
+    // Only the test still holds it.
     assert_eq!(Arc::strong_count(&counts), 1);
 }
 
@@ -297,7 +301,7 @@ fn parked_memory_that_is_taken_back_is_owed_again() {
     assert_eq!(holds.account().owed_bytes(), 3 * PAGE);
 }
 
-/// Memory that was made ahead for one model is given up for anyone, so nobody else owes more
+/// Memory that was made ahead for one model is given up for any other, so no model owes more
 /// because of it.
 #[test]
 fn what_is_made_ahead_counts_as_free() {
@@ -332,7 +336,7 @@ fn giving_back_looks_what_the_device_has_finished_with() {
     assert_eq!(a.account().give_back(), Ok(2 * PAGE));
 }
 
-/// Parked memory that is pinned for a graph is given up for nobody, so its model owes it.
+/// Parked memory that is pinned for a graph is given up for no other model, so its model owes it.
 #[test]
 fn what_a_pin_keeps_does_not_count_as_given_back() {
     let simulated = Simulated::default();

@@ -89,7 +89,7 @@ fn a_raised_guarantee_holds_and_a_lowered_one_is_for_others() {
     pool.set_quota("a", pages(6, 8)).expect("it can hold");
     let error = fixture.refused(|pool| pool.allocate_for_model("b", 3 * PAGE));
     assert!(error.is_retryable() && !error.is_permanent(), "{error}");
-    assert_eq!(pool.model_owed_bytes("a"), Some(0), "nobody can help");
+    assert_eq!(pool.model_owed_bytes("a"), Some(0), "no model can help");
     pool.set_quota("a", pages(5, 8)).expect("downwards");
     pool.allocate_for_model("b", 3 * PAGE).expect("room");
     pool.allocate_for_model("a", 5 * PAGE).expect("guaranteed");
@@ -134,7 +134,7 @@ fn what_is_parked_above_a_lowered_ceiling_goes_with_the_next_step() {
     assert_eq!(stats().parts.parked_bytes, 4 * PAGE);
     pool.set_quota("a", pages(0, 3))
         .expect("below what is held");
-    assert_eq!(pool.model_owed_bytes("a"), Some(0), "nobody need choose");
+    assert_eq!(pool.model_owed_bytes("a"), Some(0), "no model need choose");
     assert_eq!(pool.engine().step().drained_bytes, 3 * PAGE);
     assert_eq!(
         (stats().parts.parked_bytes, stats().committed_bytes),

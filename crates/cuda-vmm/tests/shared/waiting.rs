@@ -1,4 +1,4 @@
-//! Waiting for memory: who is served, in which order, and what the error says.
+//! Waiting for memory: which model is served, in which order, and what the error says.
 
 use crate::common::{ModelOptions, Models, PAGE, Simulated, manual};
 use crate::{CAPACITY, Fixture, LIMIT, pool};
@@ -56,7 +56,7 @@ fn after_the_time_the_error_says_what_there_is_and_nothing_has_changed() {
         assert_eq!(pool.model_owed_bytes("a"), Some(2 * PAGE));
     }
     pool.allocate_for_model("b", PAGE)
-        .expect("nobody waits any more");
+        .expect("no thread waits any more");
 }
 
 #[test]
@@ -170,7 +170,7 @@ fn a_wait_ends_with_the_lease_of_freed_memory() {
         a.deallocate(0, PAGE).expect("live");
         thread::scope(|scope| {
             let waits = scope.spawn(|| b.allocate_timeout(0, PAGE, FOREVER));
-            // It waits, and nobody else looks at the token.
+            // It waits, and no other thread looks at the token.
             until_owed(&a, 1);
             drop(token);
             waits.join().expect("no panic").expect("the lease is over");
@@ -297,7 +297,7 @@ fn at_its_own_ceiling_a_model_waits_for_what_it_frees_itself() {
             waits.join().expect("no panic").expect("its own memory");
         });
         let b = register(&pool, "b", 0);
-        b.allocate(0, 6 * PAGE).expect("nobody stands in the way");
+        b.allocate(0, 6 * PAGE).expect("no model stands in the way");
     }
 }
 

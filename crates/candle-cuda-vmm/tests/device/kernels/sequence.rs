@@ -188,7 +188,7 @@ fn a_layer_without_tokens_needs_their_shape() {
     refused!(sequence.reserve(1), VmmError::UnknownShape { layer: 0 });
     append(&test, &mut layers[..2], 1, 1.0);
     refused!(sequence.reserve(1), VmmError::UnknownShape { layer: 2 });
-    // Each layer has one cache, whoever asks for it.
+    // Each layer has one cache, whichever call asks for it.
     let again = sequence.layer(1, 2, 64).unwrap();
     assert_eq!(again.current_seq_len(), 1);
     assert_eq!(sequence.len(), 0, "the last layer has none");

@@ -1,4 +1,5 @@
-//! What the scripted driver knows: who holds what, what runs, and the first thing that was illegal.
+//! What the scripted driver knows: what each thread holds, what runs, and the first thing that was
+//! illegal.
 //!
 //! A driver's functions have no context pointer, and tests run beside each other. All threads of
 //! one execution are tasks on one thread of the operating system, so the books are that thread's.

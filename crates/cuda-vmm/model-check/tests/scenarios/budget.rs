@@ -7,7 +7,7 @@ use cuda_vmm::WorkerMode;
 use shuttle::thread;
 
 /// What one range has freed, and the device may still use, is enough for another: that waits and
-/// gets it, whoever else looks after the engine meanwhile.
+/// gets it, whatever other thread looks after the engine meanwhile.
 fn waits_for_what_retires(new_driver: bool, mode: WorkerMode) {
     let world = World::new(new_driver);
     let engine = world.engine(2, mode);

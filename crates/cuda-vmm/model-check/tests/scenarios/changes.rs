@@ -1,7 +1,7 @@
 //! A model waits for ever, and memory comes free in one of the ways that there are: it is woken.
 //!
-//! Nothing else happens that could wake it, so a way of which nobody is told ends as a thread that
-//! waits for ever.
+//! Nothing else happens that could wake it, so a change that is not told leaves a thread that waits
+//! for ever.
 
 use crate::books::{PAGE, books};
 use crate::explore::explore;
@@ -307,7 +307,7 @@ fn slack_is_given_back_by_a_compaction() {
         let options = EngineOptions::new().chunk_bytes_max(2 * PAGE).worker(mode);
         let scene = Scene::new(17, options);
         scene.pool.register_model("large", 16 * PAGE).expect("new");
-        // Above the one who waits, or there would be no room to move to.
+        // Above the thread that waits, or there would be no room to move to.
         let above = Quota::new().priority(1);
         scene.pool.set_quota("large", above).expect("no guarantee");
         let large = scene.pool.model("large").expect("registered");

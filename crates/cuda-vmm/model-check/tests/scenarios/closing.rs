@@ -95,7 +95,7 @@ fn owners_go(new_driver: bool) {
     world.end();
 }
 
-/// Whoever ends a pool unmaps all that it has; the worker has been woken for it, and calls the
+/// The thread that ends a pool unmaps all that it has. The worker is woken for it, and calls the
 /// driver for nothing of it.
 fn one_unmaps(new_driver: bool) {
     let world = World::new(new_driver);
@@ -112,8 +112,8 @@ fn one_unmaps(new_driver: bool) {
     world.end();
 }
 
-/// A pool and the last pin of its memory go at the same time; whoever comes second sees that all
-/// goes back.
+/// A pool and the last pin of its memory go at the same time. The thread that comes second gives
+/// all back.
 fn pool_and_pin_go(new_driver: bool, mode: WorkerMode) {
     let world = World::new(new_driver);
     let options = EngineOptions::new().park_bytes_max(2 * PAGE).worker(mode);

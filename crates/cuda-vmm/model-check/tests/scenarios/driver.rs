@@ -16,7 +16,7 @@ macro_rules! define_table {
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
         optional { $(fn $optional:ident($($optional_argument:ident: $optional_type:ty),*) = $optional_pfn:ident, $optional_version:literal;)* }
     ) => {
-        /// Every call is one that nobody should make.
+        /// Every call is one that no thread should make.
         fn table() -> DriverTable {
             $(
                 #[allow(non_snake_case)]

@@ -83,7 +83,7 @@ fn dropped_with_a_refusal(call: DriverFunction) {
     world.end();
 }
 
-/// Where memory is that nobody uses.
+/// Where unused memory is.
 #[derive(Clone, Copy)]
 enum Kept {
     Parked,
@@ -97,7 +97,7 @@ const REFUSALS: [(Kept, DriverFunction); 3] = [
     (Kept::Cached, DriverFunction::cuMemRelease),
 ];
 
-/// An engine whose budget is one page, which it keeps for nobody, and the pool that had it.
+/// An engine whose budget is one page, which no allocation uses, and the pool that had it.
 fn keeping(world: &World, mode: WorkerMode, kept: Kept) -> (Engine, VirtualMemoryPool) {
     let options = EngineOptions::new().worker(mode);
     let options = match kept {

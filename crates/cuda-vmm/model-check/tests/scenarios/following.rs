@@ -7,7 +7,7 @@ use cuda_vmm::{VirtualMemoryPool, VmmError, WorkerMode};
 use shuttle::thread;
 use std::sync::Arc;
 
-/// The only page, once nobody else has it.
+/// The only page, once no other thread has it.
 fn take(pool: &VirtualMemoryPool) -> u64 {
     loop {
         match pool.allocate(0, PAGE) {
@@ -73,8 +73,8 @@ fn against_the_budget(mode: WorkerMode) {
     world.end();
 }
 
-/// Threads with a stream each work on the only page in turn, and end: what they leave queued is
-/// waited for, whoever frees next, and their streams go.
+/// Threads with a stream each work on the only page in turn, and end: the next free waits for what
+/// they leave queued, on any thread, and their streams go.
 fn streams_come_and_go(forgets: bool, mode: WorkerMode) {
     let world = World::new(true);
     books(|books| books.in_order = true);

@@ -48,7 +48,7 @@ fn owner_goes_while_a_user_works(new_driver: bool, mode: WorkerMode) {
     assert_adds_up(&engine);
     let stream = user.join().expect("no thread fails");
     if mode == WorkerMode::Manual {
-        // Nobody else takes the steps that find the tokens released.
+        // No other thread takes the steps that find the tokens released.
         while engine.stats().ranges > 0 {
             engine.step();
             thread::yield_now();

@@ -9,8 +9,8 @@ use cuda_vmm::sys::DriverFunction;
 use shuttle::thread;
 use std::sync::Arc;
 
-/// Everyone else stands still inside this call, and the device finishes nothing, until the try has
-/// been answered.
+/// All other threads stand still inside this call, and the device finishes nothing, until the try
+/// has been answered.
 fn answered_at_once(mode: WorkerMode, held: DriverFunction, new_driver: bool) {
     let world = World::new(new_driver);
     let engine = world.engine(2, mode);

@@ -78,8 +78,8 @@ fn served_by_the_account_that_owes(mode: WorkerMode) {
     world.end();
 }
 
-/// Two wait for a page each, and one page comes free: it is for the higher priority, whoever is
-/// awake first.
+/// Two wait for a page each, and one page comes free: it is for the higher priority, whichever
+/// thread is awake first.
 fn by_priority(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -167,7 +167,7 @@ fn time_that_runs_out(mode: WorkerMode) {
     holds.deallocate(0, 2 * PAGE).expect("live");
     holds.account().give_back().expect("no call fails");
     waits.join().expect("no thread fails");
-    // Nobody stands in the line any more.
+    // No thread stands in the line any more.
     holds
         .allocate_timeout(2 * PAGE, 2 * PAGE, FOREVER)
         .expect("all is back");
@@ -184,7 +184,7 @@ fn time_that_runs_out(mode: WorkerMode) {
 }
 
 /// A model is unregistered while threads wait on it, or are about to: they are told that it is
-/// closed, and who stands behind them goes on.
+/// closed, and the threads behind them go on.
 fn closed_while_waiting(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 2, mode);
@@ -207,7 +207,7 @@ fn closed_while_waiting(mode: WorkerMode) {
 }
 
 /// A model waits for memory at addresses that another of its threads takes meanwhile: it is told,
-/// and leaves the line to who stands behind it, for whom there was room all along.
+/// and leaves the line to the thread behind it, for which there was room all along.
 fn told_while_waiting(mode: WorkerMode) {
     let world = World::new(true);
     let pool = shared(&world, 3, mode);

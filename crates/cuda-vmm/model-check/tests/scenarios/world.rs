@@ -76,7 +76,7 @@ fn work() {
         for _ in 0..DURATIONS[choose(DURATIONS.len())] {
             thread::yield_now();
         }
-        // Whoever queues something rings.
+        // A thread that queues something rings.
         if books(|books| books.finish_one(choose)) {
             thread::yield_now();
         } else if books(|books| books.ending) {
