@@ -77,9 +77,9 @@ impl Driver {
     /// The driver is opened once; later calls return clones of the first.
     ///
     /// # Errors
-    /// [`VmmError::Load`] if the library or an entry point is missing, with the places where it was
-    /// looked for; [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` where there
-    /// is no GPU.
+    /// [`VmmError::Load`] if the library or an entry point is missing, with the places that were
+    /// searched; [`VmmError::Driver`] if `cuInit` fails, with `CUDA_ERROR_NO_DEVICE` if there is no
+    /// GPU.
     pub fn cuda() -> Result<Self> {
         static OPENED: PerProcess<std::sync::Mutex<Option<Driver>>> = PerProcess::new();
         // A process forked from one that opens, or has opened, the driver cannot have it any more.

@@ -283,7 +283,7 @@ impl VmmError {
         }
     }
 
-    /// Whether there is no driver library where one is looked for, or no device.
+    /// Whether no driver library is found, or no device.
     #[cfg(feature = "simulator")]
     pub(crate) fn is_no_gpu(&self) -> bool {
         match self {

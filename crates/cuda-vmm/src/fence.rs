@@ -59,9 +59,8 @@ impl Fence {
         Ok(fence)
     }
 
-    /// Everything queued on any stream of the context so far (`cuCtxRecordEvent`), or `None` where
-    /// the driver has no such call (before CUDA 12.5). It would end captures, so none may be
-    /// declared.
+    /// Everything queued on any stream of the context so far (`cuCtxRecordEvent`), or `None` if the
+    /// driver has no such call (before CUDA 12.5). It would kill captures, so none may be declared.
     pub(crate) fn on_context(device: &Device, _no_capture: &NoCapture) -> Result<Option<Self>> {
         let Some(record) = device.driver().table().cuCtxRecordEvent else {
             return Ok(None);

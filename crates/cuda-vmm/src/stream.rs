@@ -18,8 +18,8 @@ use core::ptr::null_mut;
 /// A queue of work on a device; a cheap clone.
 ///
 /// Pools for which it is [named](crate::VirtualMemoryPool::use_stream) hold it as well, but not as
-/// a clone does: when the last clone of a stream made by [`new`](Self::new) is dropped, pools let
-/// go of it, and it is destroyed. A handle taken by [`raw`](Self::raw) must not be used after that.
+/// a clone does. When the last clone of a stream made by [`new`](Self::new) is dropped, pools let
+/// it go, and it is destroyed. A handle taken by [`raw`](Self::raw) must not be used after that.
 #[derive(Clone, Debug)]
 pub struct Stream {
     handle: Arc<Handle>,
@@ -138,8 +138,8 @@ impl Stream {
     /// Whether the stream is being captured, or its capture has failed (`cuStreamIsCapturing`).
     ///
     /// # Errors
-    /// [`VmmError::Driver`](crate::VmmError::Driver), also where it is the legacy default stream
-    /// and another is captured.
+    /// [`VmmError::Driver`](crate::VmmError::Driver), also if it is the legacy default stream and
+    /// another is captured.
     pub fn is_capturing(&self) -> Result<bool> {
         self.handle.is_capturing()
     }

@@ -84,7 +84,7 @@ impl Deadline {
         Self(std::time::Instant::now().checked_add(timeout))
     }
 
-    /// How long there still is; `Duration::MAX` where it never comes, `None` when it is past.
+    /// The time that is left; `Duration::MAX` if it never comes, `None` if it is past.
     pub(crate) fn left(&self) -> Option<Duration> {
         let Some(end) = self.0 else {
             return Some(Duration::MAX);

@@ -161,8 +161,7 @@ impl State {
     }
 }
 
-/// An entry of which chunks were taken back, and its fences, unless they turned out to be of no
-/// use.
+/// An entry of which chunks were taken back, and its fences, unless they turned out to be captured.
 type TakenBack = (u64, Option<Arc<Vec<Arc<Fence>>>>);
 
 impl RangeHandle {
@@ -242,7 +241,7 @@ impl RangeHandle {
             for (entry, fences) in followed {
                 let fences = match fences {
                     Some(fences) => fences,
-                    // They turned out to be of no use. What is queued now ends what they stood for.
+                    // They turned out to be captured. Fences of now cover the same work.
                     None => {
                         let record = |stream| Fence::on_stream(stream).map(Arc::new);
                         Arc::new(users.named().map(record).collect::<Result<_>>()?)

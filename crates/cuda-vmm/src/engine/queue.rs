@@ -16,14 +16,14 @@ pub(crate) enum Until {
 }
 
 impl Until {
-    /// The end of everything that can use the range now: the work queued on the streams that are
-    /// named for it and the ends of others' work; if none was named, all work of the context; and
-    /// of a range that was leased, all work of every context. Queues at most one event for each
-    /// stream, or each context, and waits for nothing. If no fence can be had, a context
-    /// synchronise later is as good.
+    /// The end of all work that can use the range now. That is the work queued on the named
+    /// streams, and the *ends* of streams that are named no more (`users`). If no stream was named,
+    /// it is all work of the context; if the range was leased, all work of every context. Queues at
+    /// most one event for each stream, or each context, and waits for nothing. If no fence can be
+    /// had, a context synchronise later is as good.
     ///
     /// A stream that is being captured has no fence to give: an event recorded there belongs to the
-    /// capture. And the per-thread default stream is another one for each thread, so a fence of the
+    /// capture. The per-thread default stream is another one for each thread, so a fence of the
     /// context stands for it.
     pub(crate) fn now(device: &Device, users: &Users) -> Self {
         let is_captured = |stream: &Arc<_>| crate::stream::Handle::is_capturing(stream);
@@ -55,8 +55,8 @@ impl Until {
         }
     }
 
-    /// The end of all work of the device's context, or of those of all devices; `None` if the
-    /// driver is too old for it.
+    /// Fences behind all work of the device's context, or of the contexts of all devices. `None` if
+    /// the driver is too old for it.
     pub(crate) fn of_contexts(
         device: &Device,
         all: bool,
@@ -216,8 +216,8 @@ impl Queue {
         entries.filter(move |entry| is_meant(entry.range))
     }
 
-    /// Lets entries whose fences turned out to be of no use wait for a context synchronise. Hands
-    /// out the fences, which are to be dropped without the lock: that calls the driver.
+    /// Makes entries wait for a context synchronise whose fences turned out to be captured. Returns
+    /// the fences, to be dropped without the lock: that calls the driver.
     pub(crate) fn give_up_fences(&mut self, ids: &[u64]) -> Vec<Until> {
         let entries = self.entries.iter_mut();
         entries

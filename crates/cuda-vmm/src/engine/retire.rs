@@ -20,7 +20,7 @@ impl Inner {
     pub(crate) fn retire(self: &Arc<Self>, state: Locked<'_>, id: RangeId, chunks: Vec<usize>) {
         let freed = state.ranges.slot(id).filter(|_| !chunks.is_empty());
         let freed = freed.cloned();
-        // Before others are told: that runs their code.
+        // Before the change is told: that runs code of others.
         let _work = AtWork::begin();
         drop(state);
         if let Some(slot) = freed {
@@ -68,8 +68,8 @@ impl Inner {
         self.park(&past)
     }
 
-    /// Puts what was freed into the queue. What was freed while it was leased, and is leased no
-    /// longer, retires behind a fence of now.
+    /// Does the work that ranges have for a step. It puts freed chunks into the queue. Chunks that
+    /// were freed under a lease that is over retire behind a fence of now.
     fn look_for_work(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.quietly().collect_freed();

@@ -158,7 +158,7 @@ impl Slot {
         }
     }
 
-    /// Takes out those of these ends that are past, to be dropped without the lock.
+    /// Takes out the ends that are past, to be dropped without the lock.
     pub(crate) fn take_past(&self, ends: &[Arc<Fence>]) -> Vec<Arc<Fence>> {
         let (mut past, mut captured) = (Vec::new(), false);
         for end in ends {

@@ -18,8 +18,8 @@ impl RangeHandle {
         Ok(())
     }
 
-    /// Names a stream for the range no more: frees wait for what is queued on it now, and not for
-    /// what comes.
+    /// Stops naming a stream for the range: frees wait for what is queued on it now, and not for
+    /// later work.
     pub(crate) fn forget_stream(&self, stream: &Stream) -> Result<()> {
         let engine = self.engine().open()?;
         engine.device.expect_same(stream.device())?;
@@ -34,8 +34,8 @@ impl RangeHandle {
         Ok(())
     }
 
-    /// Has a stream come after all work that was queued under leases of the range. False if there
-    /// is no telling.
+    /// Makes a stream wait for all work that was queued under leases of the range. Returns false if
+    /// a capture makes that impossible.
     pub(crate) fn order_after_leases(&self, stream: &Stream) -> Result<bool> {
         let engine = self.engine().open()?;
         engine.device.expect_same(stream.device())?;
@@ -59,7 +59,7 @@ impl RangeHandle {
         Ok(true)
     }
 
-    /// Has frees of the range wait for an end of work on a stream that is not named.
+    /// Makes frees of the range wait for the end of a stream that is not named.
     pub(crate) fn add_end(&self, end: &Arc<Fence>) -> Result<()> {
         let ends = self.slot.lock_open()?.users.add_end(end);
         if let Some(ends) = ends {

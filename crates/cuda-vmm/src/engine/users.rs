@@ -1,4 +1,5 @@
-//! Whose work may be on a range's memory: what has to be past before memory that is freed may go.
+//! Which streams may have work on a range's memory: their work must be past before freed memory
+//! goes.
 //!
 //! ```text
 //! use_stream          named ──────────────┐ a fence of its own at each free
@@ -18,8 +19,8 @@ use crate::stream::{self, Named};
 use crate::sync::Arc;
 use crate::{Fence, Stream, VmmError};
 
-/// Whose work may be on a range's memory; a cheap clone. Clones are dropped without a lock: they
-/// may be the last to hold streams and fences, which calls the driver.
+/// Which streams may have work on a range's memory; a cheap clone. Clones are dropped without a
+/// lock: they may be the last to hold streams and fences, which calls the driver.
 #[derive(Debug, Clone)]
 pub(crate) struct Users {
     /// Streams that are named, each with the number of its naming; the numbers rise.
@@ -29,10 +30,10 @@ pub(crate) struct Users {
     /// Whether any stream was named and not all were forgotten: then only those that are named use
     /// the range.
     names: bool,
-    /// The last fences of streams that are not named.
+    /// The ends of streams that are no longer named, and of copies on streams that never were.
     ends: Vec<Arc<Fence>>,
-    /// Whether the range was leased, or an end could not be told: then any stream of any device may
-    /// have work on it.
+    /// Whether the range was leased, or a stream had no end to give. Then any stream of any device
+    /// may have work on the range.
     all: bool,
 }
 
@@ -107,8 +108,8 @@ impl Users {
         core::mem::replace(&mut self.streams, all)
     }
 
-    /// Stops naming a stream, of whose work this is the end. Returns what is to be dropped without
-    /// the lock.
+    /// Stops naming a stream, whose work ends at `end`. Returns what is to be dropped without the
+    /// lock.
     #[must_use]
     pub(crate) fn forget(&mut self, stream: &stream::Handle, end: End) -> Arc<[(u64, Named)]> {
         let dropped = self.un_name(|named| named.handle().raw() == stream.raw());
@@ -152,29 +153,28 @@ impl Users {
             .collect()
     }
 
-    /// Whether no named stream was abandoned and no other end of work is known, so that a look
-    /// changes nothing.
+    /// Whether no named stream was abandoned and no end is kept, so that a look changes nothing.
     pub(crate) fn are_lasting(&self) -> bool {
         let mut streams = self.streams.iter();
         self.ends.is_empty() && !streams.any(|(_, named)| named.is_let_go())
     }
 
-    /// Adds the end of work of a stream that is not named. Returns all ends if they are to be
-    /// looked through: now and then, so that many at once do not cost the square of their number.
+    /// Adds the end of a stream that is not named. Returns all ends if the caller is to look which
+    /// are past. That is now and then, so that many at once do not cost the square of their number.
     pub(crate) fn add_end(&mut self, end: &Arc<Fence>) -> Option<Vec<Arc<Fence>>> {
         self.ends.push(end.clone());
         let is_look = self.ends.len() >= 8 && self.ends.len().is_power_of_two();
         is_look.then(|| self.ends.clone())
     }
 
-    /// Takes out ends that are past. They are to be dropped without the lock.
+    /// Takes out ends that are past. The caller drops them without the lock.
     #[must_use]
     pub(crate) fn take_ends(&mut self, past: &[&Arc<Fence>]) -> Vec<Arc<Fence>> {
         let is_past = |end: &Arc<Fence>| past.iter().any(|past| Arc::ptr_eq(past, end));
         self.ends.extract_if(.., |end| is_past(end)).collect()
     }
 
-    /// Names streams no more. Returns what is to be dropped without the lock.
+    /// Stops naming streams. Returns what is to be dropped without the lock.
     #[must_use]
     fn un_name(&mut self, gone: impl Fn(&Named) -> bool) -> Arc<[(u64, Named)]> {
         let left = self.streams.iter().filter(|(_, named)| !gone(named));
@@ -183,21 +183,22 @@ impl Users {
     }
 }
 
-/// What is known of the end of a stream's work.
+/// What is known of the end of a stream: the fence behind its last work.
 pub(crate) enum End {
-    /// It is past.
+    /// The device has finished with the work.
     Past,
     /// This fence is behind it.
     At(Arc<Fence>),
-    /// It cannot be told: only a fence of the context is behind it.
+    /// The stream gives no fence: only a fence of the context is behind its work.
     Unknown,
 }
 
 impl End {
-    /// The end of what was queued so far on a stream, or, of the per-thread default stream, on
-    /// those of all threads.
+    /// The end of the work queued so far on a stream. The per-thread default stream stands for
+    /// those of all threads, so its end is unknown.
     ///
-    /// A stream that is being captured has none: an event recorded there belongs to the capture.
+    /// The end of a stream that is being captured is unknown: an event recorded there belongs to
+    /// the capture.
     pub(crate) fn of(stream: &Arc<stream::Handle>) -> Self {
         let told = || {
             if stream.is_per_thread() || stream.is_capturing()? {

@@ -46,7 +46,7 @@ impl Snapshot {
     }
 }
 
-/// As [`prometheus`], where a pool may be without a name.
+/// Does what [`prometheus`] does; a pool may be without a name.
 fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
     let mut families = Vec::new();
     engine_families(pools, &mut families);
@@ -54,7 +54,7 @@ fn text(pools: &[(Option<&str>, &Snapshot)]) -> String {
     families.concat()
 }
 
-/// What kind of number it is.
+/// The kind of a number.
 #[derive(Clone, Copy)]
 enum Kind {
     Gauge,
@@ -64,7 +64,7 @@ enum Kind {
 /// A number with the labels that it has besides its pool's.
 type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
 
-/// All samples of one name, with what the name means; nothing where there are none.
+/// All samples of one name, with the meaning of the name; nothing if there are none.
 fn family<'a>(
     name: &str,
     kind: Kind,

@@ -1,9 +1,9 @@
-//! Which blocks are handed out, and which is the next: so that few pages are used, and others empty
+//! Which blocks are handed out, and which comes next, so that few pages are used and others empty
 //! out.
 //!
-//! Of the pages of the largest class of tensors the fullest is taken from first, those before all
-//! in which some block has memory; in it a block that has memory, and of those the lowest. A block
-//! is of the page that it begins in.
+//! A block is taken from the pages of the largest class of tensors. Pages in which some block has
+//! memory come first, and of those the fullest. In a page, blocks that have memory come first, and
+//! of those the lowest. A block belongs to the page that it begins in.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 

@@ -1,15 +1,15 @@
 //! Choosing what to give up so that whole pages empty, at the least cost.
 //!
-//! A page empties when all blocks in it go, and a block may lie in several pages of each of several
-//! classes of tensors. So what is chosen is always all that is left in one page: the page whose
-//! blocks cost the least for each byte that then empties, here and elsewhere, again and again until
-//! enough is free. What was chosen already costs nothing more, so a page beside an emptied one
+//! A page empties when all blocks in it go. A block may lie in several pages of each of several
+//! classes of tensors. So each choice takes all that is left in one page. It is the page whose
+//! blocks cost the least for each byte that then empties, here and elsewhere. The search repeats
+//! that until enough is free. Chosen blocks cost nothing more. So a page beside an emptied one
 //! becomes cheaper, and runs of pages grow.
 //!
-//! A block that is moved goes to a block of no value that stays: first to the pages that would cost
-//! the most to empty. Pages of nothing but such blocks cost nothing and go first, so where much is
-//! asked for there may be no room left to move to. Then the search is done again with that room
-//! kept back, at the low end where it can be, and let go block by block from the other end.
+//! A block that is moved goes to a block of no value that stays: first in the pages that would cost
+//! the most to empty. Pages with only such blocks cost nothing and go first. So if much is asked
+//! for, no room may be left to move to. Then the search runs again and keeps that room back, at the
+//! low end if it can. It lets the room go block by block from the other end.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
@@ -42,8 +42,8 @@ pub(super) struct Reclaim {
     pub(super) pages: Vec<Vec<usize>>,
 }
 
-/// Chooses so that `bytes` bytes are free, or as many as it finds. Blocks are moved if that has a
-/// cost, and where evicting them costs more.
+/// Chooses blocks so that `bytes` bytes are free, or as many as it finds. It moves blocks if
+/// `move_cost` is given and evicting them costs more.
 pub(super) fn reclaim(
     layout: &Layout,
     candidates: &[Candidate],
@@ -57,9 +57,9 @@ pub(super) fn reclaim(
     if best.freed_bytes >= bytes || move_cost.is_none() {
         return best;
     }
-    // Blocks of no value went first, and with them room to move to: so keep that room. What was
-    // moved into keeps pages from emptying: so move nothing. And last, what could be evicted is
-    // room as well.
+    // Blocks of no value went first, and with them the room to move to: so keep that room. A block
+    // that is moved into keeps its page from emptying: so move nothing. And last, a block that can
+    // be evicted is room as well.
     let of_no_value: Vec<_> = candidates.iter().map(Candidate::without_cost).collect();
     let searches = [
         (candidates, move_cost, true),
@@ -81,7 +81,7 @@ pub(super) fn reclaim(
 }
 
 impl Candidate {
-    /// The same, if it cost nothing to evict it where that can be done.
+    /// The same candidate, with an eviction that costs nothing if it can be evicted.
     fn without_cost(&self) -> Self {
         match self {
             Self::Held { evict: Some(_) } => Self::Held { evict: Some(0.0) },
@@ -98,7 +98,7 @@ impl Candidate {
 }
 
 impl Reclaim {
-    /// What it costs, where blocks have these prices.
+    /// The cost of the choice, if blocks have these prices.
     fn cost_of(&self, candidates: &[Candidate], move_cost: Option<f64>) -> f64 {
         let targets = self.moves.iter().map(|(_, to)| to);
         let given_up = self.evicted.iter().chain(targets);
@@ -319,8 +319,8 @@ impl<'a> Search<'a> {
         });
     }
 
-    /// What emptying a page takes, with so many places to move blocks to; `None` if it is empty or
-    /// cannot be emptied.
+    /// What emptying a page takes, with this many places to move blocks to; `None` if it is empty
+    /// or cannot be emptied.
     fn offer(&self, class: usize, page: usize, places: usize) -> Option<Offer> {
         if self.held[class][page] == 0 {
             return None;
@@ -349,7 +349,7 @@ impl<'a> Search<'a> {
             }
         }
         let places = places.saturating_sub(free);
-        // Where there are too few places, those that cost the least are evicted after all.
+        // If there are too few places, the blocks that cost the least are evicted after all.
         relocate.sort_unstable_by(|one, other| other.0.total_cmp(&one.0));
         for (price, block) in relocate.drain(places.min(relocate.len())..) {
             if price.is_infinite() {
@@ -426,7 +426,7 @@ impl<'a> Search<'a> {
         }
         self.chosen.evicted.extend(offer.evict);
         for from in offer.relocate {
-            // The offer was made for as many places as there are.
+            // The offer was made for the places that there are.
             if let Some((_, to)) = self.targets.pop_first() {
                 self.blocks[to] = Candidate::Fixed;
                 self.chosen.moves.push((from, to));
