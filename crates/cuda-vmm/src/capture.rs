@@ -1,4 +1,4 @@
-//! What may be asked of the driver while a stream is being captured.
+//! Which driver calls may be made while a stream is being captured.
 //!
 //! # Safety
 //! The one unsafe call exchanges the calling thread's capture mode and takes a place on the stack.

@@ -8,8 +8,8 @@
 //!   is tested, on a machine without a GPU.
 //! - [`Reservation`], [`PhysicalMemory`], [`Mapping`]: one noun for each thing the driver hands
 //!   out. Dropping gives it back; `close` does the same and returns the error.
-//! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and what
-//!   may be asked when.
+//! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and
+//!   which calls may be made during a capture.
 //! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps
 //!   what the device may still use, and loses nothing when a call fails.
 //! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one

@@ -224,7 +224,8 @@ impl Mapping {
         self.reservation.device()
     }
 
-    /// Unmaps, lets go of reservation and memory, and returns the error that dropping would hide.
+    /// Unmaps, drops the reservation and the memory, and returns the error that dropping would
+    /// hide.
     ///
     /// # Errors
     /// The driver's error with the mapping, which is still in place.

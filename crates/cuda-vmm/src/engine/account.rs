@@ -227,9 +227,10 @@ impl Account {
         }
     }
 
-    /// Sets what is woken when there may be memory that the account was refused and has not asked
-    /// for again; `None` removes it. It is called as [`set_owed_waker`](Self::set_owed_waker) says,
-    /// and may be woken more than once, and in vain if another thread is faster.
+    /// Sets the waker for memory that the account was refused and has not asked for again; `None`
+    /// removes it. It is woken when there may be such memory, as
+    /// [`set_owed_waker`](Self::set_owed_waker) says. It may be woken more than once, and in vain
+    /// if another thread is faster.
     ///
     /// For a single allocation there is
     /// [`VirtualMemoryPool::allocate_async`](crate::VirtualMemoryPool::allocate_async).

@@ -30,7 +30,7 @@ struct Following {
 }
 
 impl Following {
-    /// Has the streams wait for those fences that are not past and not their own.
+    /// Makes the streams wait for those fences that are not past and not their own.
     ///
     /// A stream that is being captured is not made to wait for anything outside, and no stream for
     /// an event that belongs to a capture, which would draw it in; the question whether the fence
@@ -165,8 +165,8 @@ impl State {
 type TakenBack = (u64, Option<Arc<Vec<Arc<Fence>>>>);
 
 impl RangeHandle {
-    /// Has the named streams of the range come after the fences of these chunks, without waiting
-    /// for the device. If that cannot be done all is as before, and the caller may wait instead.
+    /// Makes the named streams of the range wait for the fences of these chunks, without waiting
+    /// for the device. If that cannot be done, all is as before, and the caller may wait instead.
     pub(crate) fn make_follow<'a>(&'a self, state: Locked<'a>, chunks: &[usize]) -> Locked<'a> {
         let Some(needed) = state.following(self.id(), chunks) else {
             return state;
@@ -209,16 +209,16 @@ impl RangeHandle {
         })
     }
 
-    /// Has a stream that is not named come after what is still done with memory of the range that
+    /// Makes a stream that is not named wait for what is still done with memory of the range that
     /// was taken back.
     pub(crate) fn order_stream(&self, stream: &Stream) -> Result<()> {
         self.engine().open()?;
         self.come_after_taken_back(stream.handle(), |_| None)
     }
 
-    /// Has a stream come after what is still done with memory of the range that was taken back. If
-    /// it is not named, `finish` is called in the moment when it does; what that returns is dropped
-    /// without the lock.
+    /// Makes a stream wait for what is still done with memory of the range that was taken back. If
+    /// the stream is not named, it calls `finish` in the moment when nothing is left to wait for.
+    /// What `finish` returns is dropped without the lock.
     fn come_after_taken_back(
         &self,
         stream: &Arc<Handle>,
@@ -258,7 +258,7 @@ impl RangeHandle {
     }
 }
 
-/// Has a stream, or else the caller, wait for a fence.
+/// Makes a stream, or else the caller, wait for a fence.
 fn come_after(stream: &Handle, fence: &Fence) -> Result<()> {
     let can_wait = !stream.is_per_thread() && !stream.is_capturing().unwrap_or(true);
     match can_wait && stream.wait_for(fence).is_ok() {

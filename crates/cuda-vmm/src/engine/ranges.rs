@@ -15,8 +15,8 @@ use core::cell::Cell;
 use core::ops::{Deref, DerefMut};
 use std::collections::BTreeMap;
 
-/// A range that was locked by way of the engine's state. Each mutable access is a change, of which
-/// the engine's guard tells.
+/// A range that was locked through the engine's state. Each mutable access is a change, which the
+/// engine's guard tells.
 #[derive(Debug)]
 pub(crate) struct RangeGuard<'a> {
     range: MutexGuard<'a, Range>,

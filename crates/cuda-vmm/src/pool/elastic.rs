@@ -14,7 +14,7 @@ use crate::sync::Arc;
 use crate::{Device, Fence, Result, Stream};
 use core::ops;
 
-/// A range of device addresses with memory behind the pages that are in use only.
+/// A range of device addresses with memory behind only those pages that are in use.
 ///
 /// Bytes are *live* from `allocate` to `deallocate`. A page is backed while any byte in it is live.
 /// So neighbours may share a page, and a cache can grow token by token. The contents of bytes are
@@ -209,9 +209,9 @@ impl VirtualMemoryPool {
     /// If the stream is not named, the call does nothing. If no stream is left, freed memory waits
     /// for all work of the context again.
     ///
-    /// The pool holds the stream no longer. A stream that is being captured, and the per-thread
-    /// default stream, cannot tell when their work ends. Then freed memory waits for all work of
-    /// the context from now on.
+    /// The pool holds the stream no longer. A stream that is being captured gives no fence, and
+    /// neither does the per-thread default stream. If it is one of these, memory freed from now on
+    /// waits for all work of the context, and of the contexts of other devices in use.
     ///
     /// # Errors
     /// As [`use_stream`](Self::use_stream); [`VmmError::Closed`](crate::VmmError::Closed).

@@ -73,7 +73,7 @@ impl<'a> Attempt<'a> {
         Err(self.in_the_way(&engine.state.lock(), extent))
     }
 
-    /// Retiring: has the streams that will use the pages come after the device's work, or else
+    /// Retiring: makes the streams that will use the pages wait for the device's work, or else
     /// waits for it.
     fn await_retiring(
         &mut self,

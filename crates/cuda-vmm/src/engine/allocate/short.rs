@@ -10,8 +10,8 @@ use crate::engine::waiting::Patience;
 use crate::{Result, VmmError};
 
 impl<'a> Attempt<'a> {
-    /// Gives up what can be spared. If nothing can, stands in the line and waits, as long as there
-    /// is patience.
+    /// Gives up what can be spared. If nothing can, stands in the line and waits as long as the
+    /// patience lasts.
     pub(super) fn make_room(&mut self, lack: &Lack, state: Locked<'a>) -> Result<Locked<'a>> {
         let engine = self.engine();
         if lack.bytes > lack.refusal.beside_guarantees_bytes {
