@@ -168,7 +168,7 @@ impl Device {
         &self.0.driver
     }
 
-    /// So many such calls were made.
+    /// The number of such calls that were made.
     pub(crate) fn memory_calls(&self) -> u64 {
         self.0.memory_calls.load(Ordering::Relaxed)
     }

@@ -24,7 +24,7 @@ use cuda_vmm_sim::{SimConfig, Simulator};
 pub enum DriverKind {
     /// NVIDIA's driver.
     Real,
-    /// A table answered by host memory.
+    /// A table whose calls work on host memory.
     Simulated,
 }
 
@@ -113,7 +113,7 @@ impl Driver {
         }
     }
 
-    /// The real driver if a GPU answers, otherwise a simulated one, with a warning.
+    /// The real driver if it finds a GPU, otherwise a simulated one, with a warning.
     ///
     /// It simulates only if there is no driver library, or if the driver reports no device; any
     /// other failure is returned, also that `CUDA_VMM_DRIVER_PATH` names nothing usable. With
@@ -157,7 +157,7 @@ impl Driver {
     /// Makes a driver of any table, and calls its `cuInit`.
     ///
     /// # Errors
-    /// What `cuInit` or `cuDriverGetVersion` answer.
+    /// What `cuInit` or `cuDriverGetVersion` return.
     ///
     /// # Safety
     /// Every pointer of the table must keep the contract of the CUDA function of that name and stay
@@ -193,7 +193,7 @@ impl Driver {
         // SAFETY: takes no pointers.
         inner.check(DriverFunction::cuInit, unsafe { (table.cuInit)(0) })?;
         let mut version = 0;
-        // SAFETY: `version` is a valid place for the answer.
+        // SAFETY: `version` is a valid place for the result.
         inner.check(DriverFunction::cuDriverGetVersion, unsafe {
             (table.cuDriverGetVersion)(&mut version)
         })?;
@@ -221,7 +221,7 @@ impl Driver {
     /// [`VmmError::Driver`], [`VmmError::Forked`].
     pub fn device_count(&self) -> Result<usize> {
         let mut count = 0;
-        // SAFETY: `count` is a valid place for the answer.
+        // SAFETY: `count` is a valid place for the result.
         unsafe { call!(self, cuDeviceGetCount(&mut count)) }?;
         Ok(usize::try_from(count).unwrap_or_default())
     }

@@ -45,7 +45,7 @@ pub struct DriverError {
 /// ) -> Result<u64> {
 ///     loop {
 ///         match pool.allocate(offset, bytes) {
-///             // At least so many bytes must come back; 0 if the driver does not say how many.
+///             // At least this many bytes must come back; 0 if the driver does not say how many.
 ///             Err(error) if error.is_retryable() && evict(error.shortfall_bytes())? => continue,
 ///             // Success; or a permanent error (too large); or nothing is left to evict.
 ///             outcome => return outcome,
@@ -354,7 +354,7 @@ impl VmmError {
                 false => Prospect::Later,
             },
             Self::Driver(_) if self.is_poisoned() => Prospect::Never,
-            // Out of addresses, the driver answers the same code; memory does not help then.
+            // The driver returns the same code if addresses run out; memory does not help then.
             Self::Driver(error) => match (error.code, error.call) {
                 (sys::CUDA_ERROR_OUT_OF_MEMORY, DriverFunction::cuMemAddressReserve) => {
                     Prospect::Depends

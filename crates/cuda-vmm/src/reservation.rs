@@ -51,7 +51,7 @@ impl Reservation {
             });
         }
         let mut address = 0;
-        // SAFETY: `address` is a valid place for the answer.
+        // SAFETY: `address` is a valid place for the result.
         unsafe {
             call!(
                 device.counted_driver(),

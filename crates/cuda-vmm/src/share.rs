@@ -22,7 +22,7 @@ impl PhysicalMemory {
     /// [`exportable`](Self::exportable).
     pub fn export(&self) -> Result<OwnedFd> {
         let mut descriptor: c_int = -1;
-        // SAFETY: for this handle type the answer is an `int`, and `descriptor` is a place for one.
+        // SAFETY: for this handle type the result is an `int`, and `descriptor` is a place for one.
         unsafe {
             call!(
                 self.device().driver(),

@@ -94,9 +94,9 @@ impl Stream {
     }
 
     /// As [`borrow`](Self::borrow), of a stream that lives while `owner` does. The owner is held
-    /// until the last clone is gone and no pool asks the stream any more: by pools for which it is
-    /// named, until they [forget](crate::VirtualMemoryPool::forget_stream) it or end. It is dropped
-    /// on whichever thread that is, with no lock held.
+    /// until the last clone is gone and no pool asks the stream any more. A pool for which it is
+    /// named asks it until the pool [forgets](crate::VirtualMemoryPool::forget_stream) it or ends.
+    /// The owner is dropped on the thread that lets it go last, with no lock held.
     ///
     /// # Safety
     /// The stream must belong to the device's primary context, and live while `owner` does.

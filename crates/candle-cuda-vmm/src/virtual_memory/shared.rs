@@ -62,7 +62,7 @@ pub struct SharedMemoryPool {
 /// The range of each model.
 type Ranges = BTreeMap<String, Arc<cuda_vmm::VirtualMemoryPool>>;
 
-/// The multiple of which allocated addresses are, as those of `cuMemAlloc` are.
+/// Allocated addresses are multiples of this, as those of `cuMemAlloc` are.
 const ALIGNMENT: usize = 256;
 
 impl SharedMemoryPool {

@@ -92,7 +92,7 @@ impl Leases {
         asked.collect()
     }
 
-    /// Ends the leases of which the tokens are released, and puts the others back.
+    /// Ends the leases whose tokens are released, and puts the other tokens back.
     pub(crate) fn answer(&mut self, answers: Vec<(Asked, bool)>) -> Vec<Token> {
         self.asking = None;
         let mut answers = answers.into_iter().peekable();
