@@ -48,7 +48,7 @@ impl Inner {
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far
     /// as fences tell; returns their bytes. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
-        self.look_for_work();
+        self.collect_work();
         let (mut past, mut captured) = (Vec::new(), Vec::new());
         let conditions = self.state.lock().queue.conditions();
         for (id, until) in conditions {
@@ -68,9 +68,9 @@ impl Inner {
         self.park(&past)
     }
 
-    /// Does the work that ranges have for a step. It puts freed chunks into the queue. Chunks that
-    /// were freed under a lease that is over retire behind a fence of now.
-    fn look_for_work(self: &Arc<Self>) {
+    /// Collects the work that ranges have for a step. It puts freed chunks into the queue. Chunks
+    /// that were freed under a lease that is over retire behind a fence of now.
+    fn collect_work(self: &Arc<Self>) {
         let mut state = self.state.lock();
         state.quietly().collect_freed();
         // Only ranges that wait for leases still have work.
