@@ -68,9 +68,9 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Polls for memory in several pools once, as a future does. It takes what
-    /// [`Account::try_allocate_many`] takes. If it would have to wait, it keeps its place, and the
-    /// task is woken when something has changed. The parts may differ from poll to poll.
+    /// Makes bytes of several pools live like [`Account::try_allocate_many`], as one poll of a
+    /// future. If it would have to wait, it keeps its place, and the task is woken when something
+    /// has changed. The parts may differ from poll to poll.
     ///
     /// # Errors
     /// As [`VirtualMemoryPool::allocate_async`] and [`Account::try_allocate_many`].
