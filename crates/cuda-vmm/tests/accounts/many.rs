@@ -190,6 +190,8 @@ fn of_two_models_that_want_what_one_can_have_one_is_served() {
     // fewer, and so more races.
     const BLOCKS: usize = 1024;
     const BLOCK: usize = 1 << 20;
+    // Every other page is full, and the rest are bare.
+    const PER_PAGE: usize = 8 * PAGE / BLOCK;
     let simulated = Simulated::new(SimConfig::new().unbacked());
     let options = EngineOptions::new().limit_bytes(5 << 29).park_bytes_max(0);
     let engine = Engine::new(&simulated.device, options).expect("an engine");
@@ -207,7 +209,7 @@ fn of_two_models_that_want_what_one_can_have_one_is_served() {
         let served = std::thread::scope(|scope| {
             let race = |table: &cuda_vmm::pool::blocks::BlockBacking| {
                 start.wait();
-                let batch = (0..BLOCKS).map(|block| 2 * block - block % 2);
+                let batch = (0..BLOCKS).map(|block| 2 * block - block % PER_PAGE);
                 let served = table.try_back(batch.clone());
                 match &served {
                     Ok(()) => assert_eq!(table.stats().backed_blocks, BLOCKS),
