@@ -63,6 +63,75 @@ fn parts_may_share_pages_in_any_order() {
 }
 
 #[test]
+fn bytes_in_pages_with_other_bytes_are_taken_all_or_none() {
+    let (_simulated, engine) = engine(manual());
+    let model = account(&engine, "model", Quota::new());
+    let (keys, values) = (range(&model), range(&model));
+    let pools = [&keys, &values];
+    for pool in pools {
+        pool.allocate(0, 10).expect("room");
+    }
+    let live = || pools.map(|pool| pool.stats().live_bytes);
+    let ask = |parts: &[_]| model.try_allocate_many(parts).map(drop);
+    // Either of the two may come first in memory.
+    for (free, taken) in [(&keys, &values), (&values, &keys)] {
+        let (offset, bytes) = (5, 6);
+        let error = VmmError::AlreadyMapped { offset, bytes };
+        assert_eq!(ask(&[(free, 10, 5), (taken, offset, bytes)]), Err(error));
+        assert_eq!(live(), [10, 10]);
+        let more = [(free, 10, 5), (taken, PAGE, 7 * PAGE)];
+        assert_eq!(asked(ask(&more)), 7);
+        assert_eq!(live(), [10, 10]);
+    }
+    let both = [(&keys, 10, 5), (&values, 20, 5)];
+    let backed = model.try_allocate_many(&both).expect("no page is missing");
+    assert_eq!(live(), [15, 15]);
+    drop(backed);
+    assert_eq!(live(), [10, 10]);
+    // What a page was left with by others goes with it.
+    values.deallocate(0, 10).expect("live");
+    model.try_allocate_many(&both).expect("parked").keep();
+    assert_eq!(live(), [15, 5]);
+    model.close();
+    assert_eq!(ask(&[(&keys, 15, 5)]), Err(VmmError::Closed));
+    assert_eq!(live(), [15, 5]);
+}
+
+#[test]
+fn above_a_lowered_limit_all_parts_are_judged_together() {
+    let (_simulated, engine) = engine(manual());
+    let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+    let (held, one, two) = (range(&holder), range(&asks), range(&asks));
+    held.allocate(0, 6 * PAGE).expect("room");
+    engine.set_limit_bytes(4 * PAGE).expect("no guarantees");
+    let parts = [(&one, 0, PAGE), (&one, PAGE, PAGE), (&two, 0, PAGE)];
+    assert_eq!(asked(asks.try_allocate_many(&parts).map(drop)), 3);
+}
+
+#[test]
+fn above_a_lowered_limit_a_page_that_parts_share_counts_once() {
+    // Two pages are parked, and one may be used beside what others hold.
+    for (second, is_served) in [(10, true), (PAGE, false)] {
+        let (_simulated, engine) = engine(manual().park_bytes_max(8 * PAGE));
+        let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+        let (held, pool) = (range(&holder), range(&asks));
+        held.allocate(0, 3 * PAGE).expect("room");
+        pool.allocate(0, 2 * PAGE).expect("room");
+        pool.deallocate(0, 2 * PAGE).expect("live");
+        engine.step();
+        assert_eq!(engine.stats().parts.parked_bytes, 2 * PAGE);
+        engine.set_limit_bytes(4 * PAGE).expect("no guarantees");
+        let parts = [(&pool, 0, 5), (&pool, second, 5)];
+        let outcome = asks.try_allocate_many(&parts).map(drop);
+        assert_eq!(outcome.is_ok(), is_served, "{outcome:?}");
+        // Nothing had to be given up for it.
+        if is_served {
+            assert_eq!(pool.stats().committed_bytes, 2 * PAGE);
+        }
+    }
+}
+
+#[test]
 fn bad_parts_are_refused_with_the_values() {
     let (_simulated, engine) = engine(manual());
     let (model, other) = (

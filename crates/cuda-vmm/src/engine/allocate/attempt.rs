@@ -101,7 +101,9 @@ impl<'a> Attempt<'a> {
     ) -> Result<(Needs, Option<MutexGuard<'a, Range>>), Obstacle> {
         let account = self.asks[0].account();
         let over = state.room_when_over(account);
+        let whole_bytes = self.whole_bytes();
         let mut needs = Needs::new(account);
+        let mut left: usize = self.asks.iter().map(|ask| ask.places.len()).sum();
         let mut held = None;
         for (at, ask) in self.asks.iter().enumerate() {
             self.at = at;
@@ -115,7 +117,11 @@ impl<'a> Attempt<'a> {
                 slot.note(&range);
             }
             for (place, bytes) in ask.places {
-                self.look(state, &range, (*place, *bytes), over, &mut needs)?;
+                left -= 1;
+                // Judged by all pieces together, so at the last one.
+                let over = over.filter(|_| left == 0);
+                let terms = (over, whole_bytes);
+                self.look(state, &range, (*place, *bytes), terms, &mut needs)?;
             }
             held = Some(range);
         }
@@ -128,7 +134,7 @@ impl<'a> Attempt<'a> {
         state: &State,
         range: &Range,
         (place, bytes): (Place, usize),
-        over: Option<Refusal>,
+        (over, whole_bytes): (Option<Refusal>, Option<usize>),
         needs: &mut Needs,
     ) -> Result<(), Obstacle> {
         if range.takes_no_more() {
@@ -148,10 +154,13 @@ impl<'a> Attempt<'a> {
         let survey = without(survey, claimed_end);
         let plan = ChunkPlan::new(&range.pages, &extent, survey, &rules);
         let survey = &plan.survey;
-        let unused = survey.unused().map(|first| range.pages.chunk_bytes(first));
+        // A chunk that begins before `claimed_end` was counted with the piece before.
+        let unused = survey.unused().filter(|first| *first >= claimed_end);
+        let unused = unused.map(|first| range.pages.chunk_bytes(first));
         let piece_bytes = survey.missing_pages() * page_bytes + unused.sum::<usize>();
         let more_bytes = needs.more_bytes + piece_bytes;
-        let whole_bytes = self.whole_bytes(&extent.pages(page_bytes), page_bytes);
+        let own_bytes = extent.pages(page_bytes).len() * page_bytes;
+        let whole_bytes = whole_bytes.unwrap_or(own_bytes);
         if more_bytes > 0 && whole_bytes > state.ledger.account_limit_bytes(account) {
             // Though a part of it may be there, it never is all at once.
             let room = state.ledger.room(account, self.ticket);
@@ -181,10 +190,10 @@ impl<'a> Attempt<'a> {
         Ok(())
     }
 
-    /// All pages of the allocation, in bytes; of its only piece these.
-    fn whole_bytes(&self, pages: &core::ops::Range<usize>, page_bytes: usize) -> usize {
+    /// All pages of an allocation of several pieces, in bytes.
+    fn whole_bytes(&self) -> Option<usize> {
         if let [Ask { places: [_], .. }] = self.asks {
-            return pages.len() * page_bytes;
+            return None;
         }
         let of_ask = |ask: &Ask<'_>| {
             let page_bytes = ask.handle.page_bytes();
@@ -200,7 +209,7 @@ impl<'a> Attempt<'a> {
             pages.saturating_mul(page_bytes)
         };
         let asks = self.asks.iter().map(of_ask);
-        asks.fold(0, usize::saturating_add)
+        Some(asks.fold(0, usize::saturating_add))
     }
 
     /// Whether chunks that retire cannot be used again now.

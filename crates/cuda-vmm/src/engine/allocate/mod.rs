@@ -77,6 +77,16 @@ impl RangeHandle {
         }
     }
 
+    /// Makes bytes live under the range's lock alone, if their page has other live bytes; returns
+    /// whether it did.
+    pub(crate) fn take_shared(&self, offset: usize, bytes: usize) -> bool {
+        if self.slot.check_process().is_err() {
+            return false;
+        }
+        let taken = self.slot.lock().take_shared(offset, bytes);
+        taken.map(|taken| taken.tell(self.inner())).is_some()
+    }
+
     /// Takes what is there already, under the range's lock alone; `None` if that takes more.
     #[inline]
     fn take_there(&self, place: Place, bytes: usize) -> Result<Option<Taken>> {

@@ -127,6 +127,10 @@ impl Needs {
         state: &mut Locked<'_>,
         ticket: Option<Ticket>,
     ) -> Result<Supply, Obstacle> {
+        if ticket.is_none() && self.bytes() == 0 {
+            // To charge nothing would tell others of a change.
+            return Ok(Supply::new());
+        }
         let charged = self.try_charge(state, ticket).or_else(|refusal| {
             let mut spare = self.pieces.iter().map(|need| need.plan.spare_pages);
             if spare.all(|pages| pages == 0) {

@@ -276,6 +276,16 @@ impl<M> Pages<M> {
         true
     }
 
+    /// Whether these bytes lie in one chunk that is backed, so that others have bytes in it.
+    pub(crate) fn is_within_backed(&self, bytes: &Range<usize>) -> bool {
+        let pages = self.pages_of(bytes);
+        let place = self.chunks.at_or_before(pages.start);
+        place.is_some_and(|place| {
+            let (first, chunk) = self.chunks.entry(place);
+            chunk.state == ChunkState::Backed && first + chunk.pages() >= pages.end
+        })
+    }
+
     /// Whether a chunk backs the first of the pages of these bytes, and not all of them.
     pub(crate) fn is_beyond_chunk(&self, bytes: &Range<usize>) -> bool {
         let pages = self.pages_of(bytes);

@@ -179,6 +179,17 @@ impl Range {
         Ok(survey.map(|survey| self.take(&bytes, &survey)))
     }
 
+    /// Makes bytes live if they lie in one chunk that has other live bytes; `None` if not. To free
+    /// them again leaves that chunk as it was.
+    pub(crate) fn take_shared(&mut self, offset: usize, bytes: usize) -> Option<Taken> {
+        let extent = self.extent_at(Place::At(offset), bytes).ok()?;
+        let bytes = extent.range();
+        let is_taken = !self.takes_no_more()
+            && self.pages.is_within_backed(&bytes)
+            && self.pages.take_within_chunk(&bytes);
+        is_taken.then(|| self.taken(&bytes))
+    }
+
     /// Makes bytes live for which no page is missing.
     pub(crate) fn take(&mut self, bytes: &ops::Range<usize>, survey: &Survey) -> Taken {
         self.pages.take(bytes, survey);
