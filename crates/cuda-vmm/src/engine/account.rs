@@ -182,9 +182,9 @@ impl Account {
     /// next step.
     ///
     /// # Errors
-    /// [`VmmError::QuotaUnsatisfiable`] if the guarantee is above the ceiling, or is more than what
-    /// the account holds and what others neither hold nor are guaranteed; [`VmmError::Closed`],
-    /// [`VmmError::Forked`]. Then nothing has changed.
+    /// [`VmmError::QuotaUnsatisfiable`] if the guarantee is above the ceiling, or rises to more than
+    /// what the account holds and what others neither hold nor are guaranteed;
+    /// [`VmmError::Closed`], [`VmmError::Forked`]. Then nothing has changed.
     pub fn set_quota(&self, quota: Quota) -> Result<()> {
         let engine = self.engine().open()?;
         engine.make_room_for(|state| state.ledger.set_quota(self.id(), quota))?;

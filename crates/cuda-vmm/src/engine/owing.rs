@@ -39,8 +39,18 @@ impl State {
     /// What an account could be charged now without waiting, in bytes, at this place in the line,
     /// or at its end.
     pub(crate) fn available_bytes(&self, id: AccountId, ticket: Option<Ticket>) -> usize {
-        let spare = self.spare();
-        self.ledger.available_bytes(id, ticket, of_each(&spare))
+        self.available_beside(id, ticket, &self.spare())
+    }
+
+    fn available_beside(
+        &self,
+        id: AccountId,
+        ticket: Option<Ticket>,
+        spare: &BTreeMap<AccountId, usize>,
+    ) -> usize {
+        let stuck_bytes = self.ledger.cached_bytes() - self.cache.bytes();
+        let ledger = &self.ledger;
+        ledger.available_bytes(id, ticket, of_each(spare), stuck_bytes)
     }
 
     /// What an account could give back now.
@@ -70,7 +80,7 @@ impl State {
         let served: Vec<_> = self
             .ledger
             .refused()
-            .filter(|(id, bytes)| *bytes <= self.ledger.available_bytes(*id, None, of_each(&spare)))
+            .filter(|(id, bytes)| *bytes <= self.available_beside(*id, None, &spare))
             .collect();
         let coming = self.coming();
         let owed = self.ledger.owed(of_each(&coming));

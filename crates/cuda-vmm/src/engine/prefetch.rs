@@ -115,8 +115,7 @@ impl State {
     /// wants none any more.
     fn next_ahead(&self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
         let mut ranges = self.ranges.iter();
-        let (id, mut range) =
-            ranges.find(|(_, range)| range.is_hungry && !range.takes_no_more())?;
+        let (id, mut range) = ranges.find(|(_, range)| range.wants_ahead())?;
         let pages = match range.owes() {
             // What it is asked to give back is not made anew.
             true => None,

@@ -38,8 +38,9 @@ impl Steps for Inner {
             || state.ranges.with_work().next().is_some()
             || state.spare_parked_bytes() > self.options.park_bytes_max
             || state.spare_when_over().is_some()
-            || (state.ranges.values())
-                .any(|range| range.is_ending() || range.is_hungry || range.stale_ahead().is_some());
+            || (state.ranges.values()).any(|range| {
+                range.is_ending() || range.wants_ahead() || range.stale_ahead().is_some()
+            });
         match has_work {
             true => Some(Duration::ZERO),
             // In a context beyond use it is left alone.

@@ -12,6 +12,8 @@ pub type PoolPart<'a> = (&'a VirtualMemoryPool, usize, usize);
 
 /// Bytes of pools that were made live together. Dropping it frees them again; see
 /// [`keep`](Self::keep).
+///
+/// Free none of them while it lives: dropping it would free what was allocated there since.
 #[derive(Debug)]
 #[must_use = "dropping it frees the bytes again"]
 pub struct Backed<'a> {
@@ -29,9 +31,15 @@ impl Drop for Backed<'_> {
     fn drop(&mut self) {
         for of_pool in by_pool(&self.parts) {
             let parts = of_pool.iter().map(|(_, offset, bytes)| (*offset, *bytes));
-            // They are live. It fails only in a forked process, whose memory is the parent's, and
-            // for what a caller has freed itself.
-            let _ = of_pool[0].0.deallocate_many(&parts.collect::<Vec<_>>());
+            let (pool, parts) = (of_pool[0].0, parts.collect::<Vec<_>>());
+            if pool.deallocate_many(&parts).is_ok() {
+                continue;
+            }
+            // A caller has freed some of them itself; or this is a forked process, whose memory is
+            // the parent's.
+            for part in parts {
+                let _ = pool.deallocate_many(&[part]);
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use super::{Counts, account, asked, blocks, engine, range};
 use crate::common::{PAGE, manual};
+use cuda_vmm::sim::Fault;
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
 use cuda_vmm::{Engine, Quota, Stream};
 use std::sync::Arc;
 use std::task::{Wake, Waker};
@@ -29,6 +31,30 @@ fn what_is_available_is_what_an_allocation_gets() {
     assert_eq!(asked(pools[2].try_allocate(0, 6 * PAGE)), 6);
     pools[2].try_allocate(0, 5 * PAGE).expect("available");
     assert_eq!(available(), [2, 0, 0]);
+}
+
+#[test]
+fn cached_memory_that_the_driver_refuses_to_take_is_not_available() {
+    let (simulated, engine) = engine(manual().cache_bytes_max(2 * PAGE));
+    let model = account(&engine, "model", Quota::new());
+    let pool = range(&model);
+    pool.allocate(0, 2 * PAGE).expect("room");
+    pool.deallocate(0, 2 * PAGE).expect("live");
+    while engine.stats().parts.cached_bytes < 2 * PAGE {
+        engine.step();
+    }
+    assert_eq!(model.available_bytes(), 8 * PAGE);
+    let code = CUDA_ERROR_OPERATING_SYSTEM;
+    let refused = Fault::always(DriverFunction::cuMemRelease, code);
+    simulated.simulator.inject(refused);
+    engine.trim().expect_err("refused");
+    assert_eq!(engine.stats().parts.quarantined_bytes, 2 * PAGE);
+    assert_eq!(model.available_bytes(), 6 * PAGE);
+    assert_eq!(asked(pool.try_allocate(0, 7 * PAGE)), 7);
+    pool.try_allocate(0, 6 * PAGE).expect("available");
+    simulated.simulator.clear_faults();
+    engine.trim().expect("taken");
+    assert_eq!(model.available_bytes(), 2 * PAGE);
 }
 
 #[test]

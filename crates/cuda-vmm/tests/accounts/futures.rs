@@ -7,8 +7,8 @@ use cuda_vmm::sys::CUDA_ERROR_OUT_OF_MEMORY;
 use cuda_vmm::{EngineOptions, Quota, VmmError};
 use std::future::Future;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 /// Sends word when it is woken.
@@ -167,6 +167,31 @@ fn a_future_ends_when_its_pool_or_account_does() {
     assert_eq!(error.driver_code(), Some(CUDA_ERROR_OUT_OF_MEMORY));
     simulated.simulator.clear_faults();
     block_on(other.allocate_async(0, PAGE)).expect("memory again");
+}
+
+#[test]
+fn a_future_that_is_polled_from_within_an_allocation_waits() {
+    let (simulated, engine) = engine(manual());
+    let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+    let (held, wanted) = (range(&holder), range(&asks));
+    held.allocate(0, 7 * PAGE).expect("room");
+    let polled = Arc::new(Mutex::new(Vec::new()));
+    let is_polled = polled.clone();
+    simulated.device.set_make_room(Some(Arc::new(move |_| {
+        let mut allocation = pin!(wanted.allocate_async(0, 2 * PAGE));
+        let mut context = Context::from_waker(Waker::noop());
+        let outcome = allocation.as_mut().poll(&mut context);
+        is_polled.lock().expect("no panic").push(outcome);
+    })));
+    // It asks twice before others make room.
+    for nth in [1, 2] {
+        let create = cuda_vmm::sys::DriverFunction::cuMemCreate;
+        let short = Fault::nth_of(create, nth, CUDA_ERROR_OUT_OF_MEMORY);
+        simulated.simulator.inject(short);
+    }
+    held.allocate(7 * PAGE, PAGE).expect("room was made");
+    assert_eq!(*polled.lock().expect("no panic"), [Poll::Pending]);
+    simulated.device.set_make_room(None);
 }
 
 #[test]

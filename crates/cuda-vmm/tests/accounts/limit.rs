@@ -91,6 +91,31 @@ fn a_limit_that_cannot_hold_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn a_quota_that_keeps_no_more_is_accepted_above_a_lowered_limit() {
+    let (_simulated, engine) = engine(manual());
+    let quota = Quota::new().guarantee_bytes(4 * PAGE);
+    let (sure, other) = (
+        account(&engine, "sure", quota),
+        account(&engine, "other", Quota::new()),
+    );
+    let held = range(&other);
+    held.allocate(0, 4 * PAGE).expect("room");
+    // Two pages are missing for what is kept.
+    engine.set_limit_bytes(6 * PAGE).expect("all guarantees");
+    assert_eq!(sure.set_quota(quota.priority(1)), Ok(()));
+    let error = VmmError::QuotaUnsatisfiable {
+        what: QuotaConflict::Guarantee,
+        asked_bytes: 5 * PAGE,
+        available_bytes: 2 * PAGE,
+    };
+    let more = Quota::new().guarantee_bytes(5 * PAGE);
+    assert_eq!(sure.set_quota(more), Err(error));
+    let less = Quota::new().guarantee_bytes(3 * PAGE);
+    assert_eq!(sure.set_quota(less), Ok(()));
+    assert_eq!(other.owed_bytes(), PAGE);
+}
+
+#[test]
 fn a_limit_below_what_is_leased_is_owed_until_the_leases_end() {
     let (_simulated, engine) = engine(manual());
     let model = account(&engine, "model", Quota::new());

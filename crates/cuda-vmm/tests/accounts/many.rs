@@ -63,6 +63,18 @@ fn parts_may_share_pages_in_any_order() {
 }
 
 #[test]
+fn what_a_caller_has_freed_itself_does_not_keep_the_other_parts() {
+    let (_simulated, engine) = engine(manual());
+    let model = account(&engine, "model", Quota::new());
+    let pool = range(&model);
+    let parts = [(&pool, 0, PAGE), (&pool, 2 * PAGE, PAGE)];
+    let backed = model.try_allocate_many(&parts).expect("room");
+    pool.deallocate(0, PAGE).expect("live");
+    drop(backed);
+    assert_eq!(pool.stats().live_bytes, 0);
+}
+
+#[test]
 fn bytes_in_pages_with_other_bytes_are_taken_all_or_none() {
     let (_simulated, engine) = engine(manual());
     let model = account(&engine, "model", Quota::new());

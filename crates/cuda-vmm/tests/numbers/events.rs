@@ -5,7 +5,7 @@ use crate::common::told::{Keeper, told};
 use crate::common::{ModelOptions, PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
-use cuda_vmm::{Engine, EngineOptions, VirtualMemoryPool};
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, Quota, VirtualMemoryPool};
 use tracing::Level;
 
 #[track_caller]
@@ -121,4 +121,39 @@ fn the_worker_tells_when_it_starts_and_ends() {
     let told = told.0.lock().expect("no panic");
     has(&told, Level::DEBUG, &["the worker thread starts"]);
     has(&told, Level::TRACE, &["took a step", "is_worker=true"]);
+}
+
+/// In a process of its own, as above.
+#[test]
+fn the_worker_rests_when_an_account_is_closed_for_which_memory_is_made_ahead() {
+    const TEST: &str =
+        "events::the_worker_rests_when_an_account_is_closed_for_which_memory_is_made_ahead";
+    if crate::common::role().is_none() {
+        crate::common::run_alone(&mut crate::common::alone(TEST, "told"));
+        return;
+    }
+    let keeper = Keeper::default();
+    let told = keeper.told.clone();
+    tracing::subscriber::set_global_default(keeper).expect("the first");
+    let simulated = Simulated::default();
+    let engine = Engine::new(&simulated.device, EngineOptions::new()).expect("an engine");
+    let account = engine.account("a", Quota::new()).expect("a new name");
+    let ahead = PoolOptions::new().ahead_bytes_max(2 * PAGE);
+    let pool = VirtualMemoryPool::on_account(&account, CAPACITY, PAGE, ahead).expect("a range");
+    account.close();
+    let steps = || {
+        let told = told.0.lock().expect("no panic");
+        let steps = told.iter().filter(|(_, text)| text.contains("took a step"));
+        steps.count()
+    };
+    let started = std::time::Instant::now();
+    loop {
+        let before = steps();
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        if steps() == before {
+            break;
+        }
+        assert!(started.elapsed() < crate::common::PATIENCE, "no rest");
+    }
+    drop(pool);
 }

@@ -57,10 +57,12 @@ pub(super) enum Outcome<'a> {
 
 impl<'a> Attempt<'a> {
     pub(super) fn new(asks: &'a [Ask<'a>], patience: &'a Patience) -> Self {
-        // A call from within this thread's own work would wait for that.
-        let patience = match AtWork::any() {
-            true => &Patience::None,
-            false => patience,
+        let patience = match patience {
+            // It does not wait in this thread.
+            Patience::Poll => patience,
+            // A call from within this thread's own work would wait for that.
+            _ if AtWork::any() => &Patience::None,
+            _ => patience,
         };
         Self {
             asks,

@@ -332,6 +332,8 @@ impl Filling<'_> {
             let state = state.take().unwrap_or_else(|| engine.state.lock());
             engine.retire(state, id, chunks);
         }
+        // Still held if nothing was begun.
+        drop(state);
         drop(work);
         if any_left {
             engine.go_on_closing();

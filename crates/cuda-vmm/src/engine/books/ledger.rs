@@ -63,6 +63,11 @@ impl Ledger {
         self.committed_bytes + self.cached_bytes
     }
 
+    /// What is held on no account: in the cache, or on its way from there to the driver.
+    pub(crate) fn cached_bytes(&self) -> usize {
+        self.cached_bytes
+    }
+
     /// Moves what an account is charged for to the cache.
     pub(crate) fn put_in_cache(&mut self, id: AccountId, bytes: usize) {
         self.refund(id, bytes);
@@ -94,6 +99,11 @@ impl Ledger {
     /// Whether an account, or a new one, can be guaranteed `asked_bytes` beside what others hold
     /// and are guaranteed.
     fn check_guarantee(&self, asked_bytes: usize, account: Option<&Account>) -> Result<()> {
+        let guaranteed_bytes = account.map_or(0, |account| account.quota.guarantee_bytes);
+        if asked_bytes <= guaranteed_bytes {
+            // It is kept already, also if more is held than a lowered limit allows.
+            return Ok(());
+        }
         if asked_bytes > self.limit_bytes {
             // However much others give back.
             return Err(VmmError::QuotaUnsatisfiable {
@@ -104,7 +114,6 @@ impl Ledger {
         }
         let unused_bytes = account.map_or(0, Account::unused_guarantee);
         let held_bytes = account.map_or(0, |account| account.committed_bytes);
-        let guaranteed_bytes = account.map_or(0, |account| account.quota.guarantee_bytes);
         let unused_by_others = self.unused_guarantee_bytes - unused_bytes;
         let room_bytes = self
             .limit_bytes
@@ -260,12 +269,13 @@ impl Ledger {
 
     /// What an account could be charged without anything that is in use being given back, in bytes,
     /// at this place in the line, or at its end; `spare` is what an account holds and gives up if
-    /// it is needed.
+    /// it is needed. `stuck_bytes` are held on no account and cannot be used either.
     pub(crate) fn available_bytes(
         &self,
         id: AccountId,
         ticket: Option<Ticket>,
         spare: impl Fn(AccountId) -> usize,
+        stuck_bytes: usize,
     ) -> usize {
         let Some(account) = self.opened(id) else {
             return 0;
@@ -276,7 +286,8 @@ impl Ledger {
             let used = account.without(spare(*of));
             used.committed_bytes.max(used.quota.guarantee_bytes)
         });
-        let taken_bytes = others_bytes.fold(own.committed_bytes, usize::saturating_add);
+        let taken_bytes =
+            others_bytes.fold(own.committed_bytes + stuck_bytes, usize::saturating_add);
         let in_budget = self.limit_bytes.saturating_sub(taken_bytes);
         let waited_for_bytes = self.claimed_ahead(account, ticket);
         let own_bytes = own.unused_guarantee();

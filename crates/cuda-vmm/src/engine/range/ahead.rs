@@ -17,6 +17,11 @@ impl Range {
         start..(start + pages).min(end)
     }
 
+    /// Whether the worker has memory to make ahead for it now.
+    pub(crate) fn wants_ahead(&self) -> bool {
+        self.is_hungry && !self.takes_no_more()
+    }
+
     /// A chunk made ahead at a place that allocations have left; any, if the range is closed. While
     /// no memory is wanted ahead at their new place, it stays: allocations that fill what was freed
     /// come back to the old end.

@@ -124,7 +124,7 @@ impl World {
         let in_budget = self.limit.saturating_sub(taken);
         let most = in_budget.min(account.below_ceiling());
         let sure = account.quota.guarantee_bytes.saturating_sub(account.held);
-        let available = ledger.available_bytes(account.id, None, |_| 0);
+        let available = ledger.available_bytes(account.id, None, |_| 0, 0);
         if self.line.is_empty() {
             prop_assert_eq!(available, most);
         }
@@ -164,7 +164,7 @@ impl World {
             Step::Take { bytes, in_line, .. } => {
                 // The cache is given up before any account is refused.
                 ledger.take_from_cache(core::mem::take(&mut self.cached));
-                let available = ledger.available_bytes(id, None, |_| 0);
+                let available = ledger.available_bytes(id, None, |_| 0, 0);
                 let outcome = ledger.charge(id, bytes, None);
                 prop_assert_eq!(outcome.is_ok(), bytes <= available);
                 if account.held + bytes <= account.quota.guarantee_bytes {
@@ -216,7 +216,7 @@ impl World {
                 let ids: Vec<_> = self.accounts.iter().map(|account| account.id).collect();
                 let foreseen: Vec<_> = ids
                     .iter()
-                    .map(|id| ledger.available_bytes(*id, None, given))
+                    .map(|id| ledger.available_bytes(*id, None, given, 0))
                     .collect();
                 if to_cache {
                     ledger.put_in_cache(id, bytes);
@@ -227,16 +227,17 @@ impl World {
                 if self.line.is_empty() {
                     let now = ids
                         .iter()
-                        .map(|id| ledger.available_bytes(*id, None, |_| 0));
+                        .map(|id| ledger.available_bytes(*id, None, |_| 0, 0));
                     prop_assert_eq!(now.collect::<Vec<_>>(), foreseen);
                 }
             }
             Step::SetQuota { quota: new, .. } => {
                 let guarantee = account.quota.guarantee_bytes;
-                let holds = new.guarantee_bytes <= new.most_bytes()
-                    && guaranteed - guarantee + new.guarantee_bytes <= limit
+                let has_room = guaranteed - guarantee + new.guarantee_bytes <= limit
                     && new.guarantee_bytes
                         <= account.held + limit.saturating_sub(others + account.held);
+                let keeps_no_more = new.guarantee_bytes <= guarantee;
+                let holds = new.guarantee_bytes <= new.most_bytes() && (has_room || keeps_no_more);
                 let outcome = ledger.set_quota(id, new);
                 prop_assert_eq!(outcome.is_ok(), holds, "{:?}", outcome);
                 if holds {
@@ -289,7 +290,7 @@ impl World {
             }
             Step::Close { .. } => {
                 ledger.close(id);
-                prop_assert_eq!(ledger.available_bytes(id, None, |_| 0), 0);
+                prop_assert_eq!(ledger.available_bytes(id, None, |_| 0, 0), 0);
                 prop_assert_eq!(ledger.quota(id), None);
                 prop_assert_eq!(ledger.set_quota(id, quota(1, 2, 0)), Err(VmmError::Closed));
                 let account = self.accounts.remove(at);
