@@ -51,8 +51,6 @@ struct Shared {
     id: AccountId,
     name: Arc<str>,
     owed: Here<Arc<Owed>>,
-    /// Whether it was made for one range, and ends with that.
-    is_of_range: bool,
     /// What holds memory on it that could be given up.
     reclaimers: Mutex<Vec<Weak<dyn Reclaimer>>>,
     /// How many [`Demand`] guards there are.
@@ -78,7 +76,7 @@ impl Engine {
     /// [`VmmError::QuotaUnsatisfiable`] if the guarantee is above the ceiling, or cannot hold
     /// beside what others hold and are guaranteed; [`VmmError::Forked`].
     pub fn account(&self, name: &str, quota: Quota) -> Result<Account> {
-        self.open_account(Some(name), quota, false)
+        self.open_account(Some(name), quota)
     }
 
     /// Opens an account that is called by its number, without a guarantee or a ceiling.
@@ -86,15 +84,10 @@ impl Engine {
     /// # Errors
     /// [`VmmError::Forked`].
     pub fn own_account(&self) -> Result<Account> {
-        self.open_account(None, Quota::new(), false)
+        self.open_account(None, Quota::new())
     }
 
-    /// Opens an account for one range, with which it ends.
-    pub(crate) fn account_of_range(&self) -> Result<Account> {
-        self.open_account(None, Quota::new(), true)
-    }
-
-    fn open_account(&self, name: Option<&str>, quota: Quota, is_of_range: bool) -> Result<Account> {
+    fn open_account(&self, name: Option<&str>, quota: Quota) -> Result<Account> {
         let inner = self.open()?;
         let (id, entry) = inner.make_room_for(|state| {
             if let Some(name) = name.filter(|name| state.accounts.has_name(name)) {
@@ -109,7 +102,6 @@ impl Engine {
             id,
             name: entry.name,
             owed: Here::new(inner.device.driver().process(), entry.owed),
-            is_of_range,
             reclaimers: Mutex::default(),
             demands: AtomicUsize::new(0),
         })))
@@ -134,10 +126,6 @@ impl Account {
     /// What it owes.
     pub(crate) fn owed(&self) -> Result<&Arc<Owed>> {
         self.0.owed.get()
-    }
-
-    pub(crate) fn is_of_range(&self) -> bool {
-        self.0.is_of_range
     }
 
     /// Has [`givable`](Self::givable) ask this as well, for as long as it lives.

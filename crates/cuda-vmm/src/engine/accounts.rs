@@ -34,6 +34,12 @@ impl Accounts {
         self.by_id.contains_key(&id)
     }
 
+    /// Whether an account has a waker for memory that it was refused.
+    pub(crate) fn is_woken_for_memory(&self, id: AccountId) -> bool {
+        let entry = self.by_id.get(&id);
+        entry.is_some_and(|entry| entry.owed.memory.is_set())
+    }
+
     /// Adds an account. One without a name is called by its number.
     pub(crate) fn insert(&mut self, id: AccountId, name: Option<&str>) -> AccountEntry {
         let name: Arc<str> = match name {

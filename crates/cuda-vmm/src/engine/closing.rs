@@ -1,8 +1,8 @@
 //! Ending a range: its bytes die, its memory goes back when the device has finished with it, its
 //! addresses after that.
 
-use super::account::Account;
 use super::at_work::AtWork;
+use super::books::owner::Owner;
 use super::books::pages::ChunkState;
 use super::books::range_id::RangeId;
 use super::handle::RangeHandle;
@@ -35,9 +35,10 @@ impl Drop for Closer<'_> {
 impl<'a> Closer<'a> {
     /// Marks a range as closed, and as being closed by this thread; `None` if it is closed already.
     /// An allocation of another thread that is under way ends first, and so does a move.
-    fn begin(engine: &'a Inner, id: RangeId, account: &Account) -> Option<Self> {
+    fn begin(engine: &'a Inner, owner: Owner) -> Option<Self> {
         // Before the guard of the lock, so that it is dropped after that, also if something panics.
         let mut closer = Self { engine, id: None };
+        let id = owner.range;
         let mut state = engine.state.lock();
         match state.ranges.get(id) {
             Some(mut range) if !range.closed => {
@@ -46,10 +47,8 @@ impl<'a> Closer<'a> {
             _ => return None,
         }
         closer.id = Some(id);
-        if account.is_of_range() {
-            // Nothing else is charged to it. What the range holds is on it until it is given back.
-            state.ledger.close(account.id());
-        }
+        // What it holds is on its account until it is given back.
+        state.ledger.close_range(owner);
         while (state.ranges.get(id)).is_some_and(|range| range.is_awaited_by_close()) {
             state = engine.state.wait(state);
         }
@@ -73,7 +72,7 @@ impl RangeHandle {
     pub(crate) fn close(&self) -> Result<()> {
         let engine = self.engine().open()?;
         let id = self.id();
-        let Some(closer) = Closer::begin(engine, id, self.account()) else {
+        let Some(closer) = Closer::begin(engine, self.owner()) else {
             return Ok(());
         };
         if self.free_all(engine) {

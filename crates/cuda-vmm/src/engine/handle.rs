@@ -5,6 +5,7 @@
 //! in a forked one the locks may be held for good.
 
 use super::account::Account;
+use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::inner::{Engine, Inner};
 use super::options::PoolOptions;
@@ -72,6 +73,14 @@ impl RangeHandle {
 
     pub(crate) fn id(&self) -> RangeId {
         self.slot.id()
+    }
+
+    /// The range with the account that it is charged to.
+    pub(crate) fn owner(&self) -> Owner {
+        Owner {
+            account: self.account.id(),
+            range: self.id(),
+        }
     }
 
     /// The account that the range is charged to.

@@ -43,6 +43,12 @@ impl WakerCell {
         drop(before);
     }
 
+    /// Whether there is a waker.
+    pub(crate) fn is_set(&self) -> bool {
+        let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.is_some()
+    }
+
     /// The waker, to be woken when no lock is held.
     fn get(&self) -> Option<Arc<Foreign<Waker>>> {
         let held = self.0.lock().unwrap_or_else(PoisonError::into_inner);

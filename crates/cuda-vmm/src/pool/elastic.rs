@@ -75,7 +75,7 @@ impl VirtualMemoryPool {
         page_bytes: usize,
         options: PoolOptions,
     ) -> Result<Self> {
-        let account = engine.account_of_range()?;
+        let account = engine.own_account()?;
         Self::on_account(&account, capacity_bytes, page_bytes, options)
     }
 

@@ -4,9 +4,10 @@ use super::{Counts, account, asked, blocks, engine, range};
 use crate::common::{PAGE, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{Engine, Quota, Stream};
+use cuda_vmm::{Engine, PoolOptions, Quota, Stream, VirtualMemoryPool};
 use std::sync::Arc;
 use std::task::{Wake, Waker};
+use std::time::Duration;
 
 #[test]
 fn what_is_available_is_what_an_allocation_gets() {
@@ -71,12 +72,70 @@ fn a_refusal_presses_others_until_it_is_withdrawn() {
     assert_eq!(asks.withdraw(), 0);
     // A guard withdraws when the last of them goes.
     let (first, second) = (asks.demand(), asks.demand());
-    assert_eq!(asked(blocks(&asks, 4).try_back([0])), 2);
+    let table = blocks(&asks, 4);
+    assert_eq!(asked(table.try_back([0])), 2);
     assert_eq!(holder.owed_bytes(), 2 * PAGE);
     drop(first);
     assert_eq!(holder.owed_bytes(), 2 * PAGE);
     drop(second);
     assert_eq!(holder.owed_bytes(), 0);
+}
+
+#[test]
+fn what_a_range_was_refused_is_wanted_while_other_ranges_are_served() {
+    let (_simulated, engine) = engine(manual());
+    let holder = account(&engine, "holder", Quota::new().priority(-1));
+    let asks = account(&engine, "asks", Quota::new());
+    let ahead = PoolOptions::new().ahead_bytes_max(PAGE);
+    let ahead = VirtualMemoryPool::on_account(&asks, 64 * PAGE, PAGE, ahead).expect("addresses");
+    let (held, wanted, other) = (range(&holder), range(&asks), range(&asks));
+    held.allocate(0, 5 * PAGE).expect("room");
+    assert_eq!(asked(wanted.try_allocate(0, 4 * PAGE)), 4);
+    let owed_pages = || holder.owed_bytes() / PAGE;
+    assert_eq!(owed_pages(), 1);
+    other.allocate(0, PAGE).expect("room");
+    assert_eq!(owed_pages(), 2);
+    ahead.allocate(0, PAGE).expect("room");
+    assert_eq!(owed_pages(), 3);
+    held.deallocate(0, PAGE).expect("live");
+    engine.step();
+    assert_eq!(ahead.stats().parts.ahead_bytes, PAGE);
+    assert_eq!(owed_pages(), 2, "memory made ahead counts as free");
+    // Each range has its own want.
+    let refuse_other = || assert_eq!(asked(other.try_allocate(8 * PAGE, 3 * PAGE)), 3);
+    refuse_other();
+    assert_eq!(owed_pages(), 4, "all that there is");
+    held.deallocate(PAGE, PAGE).expect("live");
+    other.allocate(PAGE, 1).expect("room");
+    assert_eq!(owed_pages(), 2, "of one");
+    other.allocate(PAGE + 1, 1).expect("no page is missing");
+    wanted.allocate(0, PAGE).expect("given up");
+    assert_eq!(owed_pages(), 0);
+    refuse_other();
+    other.allocate(PAGE + 2, 1).expect("no page is missing");
+    assert_eq!(owed_pages(), 2, "it has got no memory");
+    held.deallocate(2 * PAGE, 2 * PAGE).expect("live");
+    let parts = [(&wanted, PAGE, PAGE), (&other, 2 * PAGE, PAGE)];
+    asks.try_allocate_many(&parts).expect("room").keep();
+    assert_eq!(owed_pages(), 0, "both have got memory");
+}
+
+#[test]
+fn what_a_closed_range_was_refused_its_account_wants_until_another_gets_memory() {
+    let (_simulated, engine) = engine(manual());
+    let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+    let held = range(&holder);
+    held.allocate(0, 6 * PAGE).expect("room");
+    let owed_pages = || holder.owed_bytes() / PAGE;
+    for _ in 0..2 {
+        assert_eq!(asked(range(&asks).try_allocate(0, 4 * PAGE)), 4);
+        assert_eq!(owed_pages(), 2, "the last one only");
+    }
+    range(&asks).allocate(0, PAGE).expect("room");
+    assert_eq!(owed_pages(), 0);
+    assert_eq!(asked(range(&asks).try_allocate(0, 4 * PAGE)), 4);
+    asks.close();
+    assert_eq!(owed_pages(), 0);
 }
 
 /// Asks the engine for its numbers when it is dropped, which needs the engine's lock.
@@ -138,4 +197,45 @@ fn a_caller_that_was_refused_is_woken_when_memory_has_come() {
     assert_eq!(counts.woken(), woken, "it was withdrawn");
     asks.set_memory_waker(None);
     assert_eq!(Arc::strong_count(&counts), 1);
+}
+
+#[test]
+fn a_caller_is_woken_also_for_memory_that_no_other_can_give_back() {
+    let (_simulated, engine) = engine(manual());
+    let asks = account(&engine, "asks", Quota::new().ceiling_bytes(6 * PAGE));
+    let sure = account(&engine, "sure", Quota::new().guarantee_bytes(3 * PAGE));
+    let (holds, wanted, held) = (range(&asks), range(&asks), range(&sure));
+    let refuse_at_ceiling = || {
+        assert_eq!(asked(wanted.try_allocate(0, 2 * PAGE)), 2);
+        assert_eq!(sure.owed_bytes(), 0);
+    };
+    // At its own ceiling.
+    holds.allocate(0, 5 * PAGE).expect("room");
+    refuse_at_ceiling();
+    assert_eq!(asks.withdraw(), 0, "there is none to wake, and none to ask");
+    let counts = Arc::new(Counts::default());
+    asks.set_memory_waker(Some(Waker::from(counts.clone())));
+    refuse_at_ceiling();
+    assert_eq!(counts.woken(), 0);
+    holds.deallocate(0, 2 * PAGE).expect("live");
+    engine.step();
+    assert!(counts.woken() > 0);
+    wanted.try_allocate(0, 2 * PAGE).expect("it has come");
+    // Beside a guarantee of which less is held than there is.
+    drop(holds);
+    wanted.deallocate(0, 2 * PAGE).expect("live");
+    held.allocate(0, 4 * PAGE).expect("room");
+    for timeout in [0, 1] {
+        let timeout = Duration::from_millis(timeout);
+        let woken = counts.woken();
+        assert_eq!(asked(wanted.allocate_timeout(0, 6 * PAGE, timeout)), 6);
+        assert_eq!(sure.owed_bytes(), 0, "it cannot help");
+        assert_eq!(counts.woken(), woken);
+    }
+    let woken = counts.woken();
+    sure.close();
+    held.deallocate(0, 4 * PAGE).expect("live");
+    engine.step();
+    assert!(counts.woken() > woken);
+    wanted.try_allocate(0, 6 * PAGE).expect("it has come");
 }

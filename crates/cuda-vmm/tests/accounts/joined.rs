@@ -52,6 +52,25 @@ fn a_guarantee_holds_for_whatever_its_account_holds() {
 }
 
 #[test]
+fn the_account_that_came_with_a_pool_outlives_it() {
+    let (_simulated, engine) = engine(manual());
+    let first = VirtualMemoryPool::on_engine(&engine, PAGE, PAGE).expect("addresses");
+    let model = first.account().clone();
+    model
+        .set_quota(Quota::new().guarantee_bytes(2 * PAGE))
+        .expect("room");
+    first.allocate(0, PAGE).expect("room");
+    first.close().expect("nothing runs");
+    let second = range(&model);
+    second.allocate(0, 2 * PAGE).expect("guaranteed");
+    assert_eq!(model.stats().ranges, 1);
+    drop(second);
+    assert_eq!(engine.snapshot().accounts.len(), 1);
+    drop(model);
+    assert_eq!(engine.snapshot().accounts.len(), 0);
+}
+
+#[test]
 fn what_is_owed_and_given_back_is_the_accounts() {
     let (_simulated, engine) = engine(manual().park_bytes_max(LIMIT_PAGES * PAGE));
     let low = account(&engine, "low", Quota::new().priority(-1));

@@ -2,8 +2,9 @@
 
 use super::{LIMIT_PAGES, account, asked, blocks, engine, expect_sums, range};
 use crate::common::{PAGE, Simulated, manual};
-use cuda_vmm::sim::SimConfig;
-use cuda_vmm::{Engine, EngineOptions, Quota, VmmError};
+use cuda_vmm::sim::{Fault, SimConfig};
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
+use cuda_vmm::{Engine, EngineOptions, Quota, Stream, VmmError};
 use std::sync::Barrier;
 use std::time::Duration;
 
@@ -72,6 +73,47 @@ fn what_a_caller_has_freed_itself_does_not_keep_the_other_parts() {
     pool.deallocate(0, PAGE).expect("live");
     drop(backed);
     assert_eq!(pool.stats().live_bytes, 0);
+}
+
+#[test]
+fn each_part_is_helped_over_what_is_in_its_way() {
+    let (simulated, engine) = engine(manual());
+    let model = account(&engine, "model", Quota::new());
+    let (keys, values) = (range(&model), range(&model));
+    let parts = [
+        (&keys, 0, PAGE),
+        (&keys, 2 * PAGE, PAGE),
+        (&values, 0, PAGE),
+    ];
+    let free = || {
+        for (pool, offset, bytes) in parts {
+            pool.deallocate(offset, bytes).expect("live");
+        }
+        engine.step();
+    };
+    model.try_allocate_many(&parts).expect("room").keep();
+    // The driver refused to take their pages back.
+    let refused = Fault::always(DriverFunction::cuMemUnmap, CUDA_ERROR_OPERATING_SYSTEM);
+    simulated.simulator.inject(refused);
+    free();
+    assert_eq!(engine.stats().parts.quarantined_bytes, 3 * PAGE);
+    simulated.simulator.clear_faults();
+    let served = model.try_allocate_many(&parts);
+    served.expect("each is asked for again").keep();
+    // The device may still use their pages, which a new stream is made to wait for.
+    let [writes, reads] = [(); 2].map(|()| Stream::new(engine.device()).expect("a stream"));
+    for pool in [&keys, &values] {
+        pool.use_stream(&writes).expect("same device");
+        pool.use_stream(&reads).expect("same device");
+    }
+    simulated.simulator.hold_work();
+    // SAFETY: the byte is live, and its page stays mapped until the work has run.
+    unsafe { writes.memset(keys.base_address(), 1, 1) }.expect("queued");
+    free();
+    assert_eq!(engine.stats().parts.retiring_bytes, 3 * PAGE);
+    let served = model.try_allocate_many(&parts);
+    simulated.simulator.release_work();
+    served.expect("the streams follow for each").keep();
 }
 
 #[test]

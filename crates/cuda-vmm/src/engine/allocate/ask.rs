@@ -1,6 +1,7 @@
 //! What an allocation asks for.
 
 use crate::engine::books::account::AccountId;
+use crate::engine::books::owner::Owner;
 use crate::engine::handle::RangeHandle;
 use crate::engine::range::Place;
 
@@ -18,5 +19,9 @@ pub(crate) struct Ask<'a> {
 impl Ask<'_> {
     pub(super) fn account(&self) -> AccountId {
         self.handle.account().id()
+    }
+
+    pub(super) fn owner(&self) -> Owner {
+        self.handle.owner()
     }
 }

@@ -8,6 +8,7 @@ use crate::engine::books::backoff::Backoff;
 use crate::engine::books::chunk_plan::ChunkPlan;
 use crate::engine::books::ledger::Refusal;
 use crate::engine::books::pressure::Ticket;
+use crate::engine::books::range_id::RangeId;
 use crate::engine::changes::Locked;
 use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
@@ -18,6 +19,7 @@ use crate::engine::state::State;
 use crate::engine::waiting::{Patience, device_backoff};
 use crate::sync::{Arc, MutexGuard};
 use crate::{Result, VmmError};
+use std::collections::BTreeSet;
 
 /// An allocation under way, and what was done for it so far.
 pub(super) struct Attempt<'a> {
@@ -33,14 +35,17 @@ pub(super) struct Attempt<'a> {
     pub(super) shortage: Shortage,
     /// What was done against a shortage of the device.
     pub(super) relief: Relief,
-    /// Whether the driver was asked again for quarantined memory at its pages.
-    pub(super) has_retried: bool,
+    /// The pieces for which the driver was asked again for quarantined memory.
+    pub(super) retried: BTreeSet<Piece>,
     /// Whether the driver was asked again for all that is quarantined.
     pub(super) has_retried_all: bool,
-    /// Whether the range's streams were made to wait for what retires at its pages.
-    pub(super) has_followed: bool,
+    /// The pieces for which their range's streams were made to wait for what retires there.
+    pub(super) followed: BTreeSet<Piece>,
     pub(super) backoff: Backoff,
 }
+
+/// A piece of an allocation: its range, and its offset there.
+pub(super) type Piece = (RangeId, usize);
 
 /// How one try ends.
 pub(super) enum Outcome<'a> {
@@ -72,9 +77,9 @@ impl<'a> Attempt<'a> {
             would_wait: false,
             shortage: Shortage::default(),
             relief: Relief::default(),
-            has_retried: false,
+            retried: BTreeSet::new(),
             has_retried_all: false,
-            has_followed: false,
+            followed: BTreeSet::new(),
             backoff: device_backoff(),
         }
     }
@@ -92,7 +97,8 @@ impl<'a> Attempt<'a> {
     pub(super) fn begin_again(&mut self) {
         self.relief.begin_again();
         self.shortage.begin_again();
-        (self.has_retried, self.has_followed) = (false, false);
+        self.retried.clear();
+        self.followed.clear();
     }
 
     /// What the allocation needs, unless something is in the way at its pages. With one ask, also

@@ -52,7 +52,7 @@ impl<'a> Attempt<'a> {
         supply: Supply,
     ) -> Result<Outcome<'a>> {
         let engine = self.engine();
-        let asks = self.asks;
+        let (asks, more_bytes) = (self.asks, needs.more_bytes);
         let seen = engine.device.memory_events();
         let mut filling = Filling {
             engine,
@@ -66,6 +66,7 @@ impl<'a> Attempt<'a> {
             if let [need] = &needs.pieces[..]
                 && need.plan.survey.missing.is_empty()
             {
+                self.want_no_more(&mut state, needs.more_bytes);
                 let survey = &need.plan.survey;
                 state.queue.follow(handle.id(), &survey.retiring);
                 let taken = range.take(&need.extent.range(), survey);
@@ -89,6 +90,7 @@ impl<'a> Attempt<'a> {
                 filling.begin(&mut state, &mut range, handle, of_ask);
             }
         }
+        self.want_no_more(&mut state, more_bytes);
         drop(state);
         let _span = Entered::new(|| {
             let (offset, bytes) = filling.first();

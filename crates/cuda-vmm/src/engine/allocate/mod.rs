@@ -182,6 +182,19 @@ impl<'a> Attempt<'a> {
         }
     }
 
+    /// Leaves the line, and forgets what the ranges were refused before: they get what they ask for,
+    /// of which `more_bytes` were missing or not in use.
+    fn want_no_more(&mut self, state: &mut Locked<'a>, more_bytes: usize) {
+        if let Some(ticket) = self.ticket.take() {
+            state.ledger.leave_line(ticket);
+        }
+        for owner in self.asks.iter().map(Ask::owner) {
+            if more_bytes > 0 && state.ledger.is_refused(owner) {
+                state.ledger.forget(owner);
+            }
+        }
+    }
+
     /// Makes the bytes live, or says what is in the way.
     fn try_once(&mut self, mut state: Locked<'a>) -> Result<Outcome<'a>> {
         let ticket = self.ticket;
@@ -191,11 +204,7 @@ impl<'a> Attempt<'a> {
             Ok((needs, held, supply))
         });
         match charged {
-            Ok((needs, held, supply)) => {
-                // The charge took it out of the line.
-                self.ticket = None;
-                self.fill(state, held, needs, supply)
-            }
+            Ok((needs, held, supply)) => self.fill(state, held, needs, supply),
             Err(obstacle) => Ok(Outcome::Blocked(obstacle, state)),
         }
     }

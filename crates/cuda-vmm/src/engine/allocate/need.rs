@@ -127,7 +127,7 @@ impl Needs {
         state: &mut Locked<'_>,
         ticket: Option<Ticket>,
     ) -> Result<Supply, Obstacle> {
-        if ticket.is_none() && self.bytes() == 0 {
+        if self.bytes() == 0 {
             // To charge nothing would tell others of a change.
             return Ok(Supply::new());
         }

@@ -51,7 +51,7 @@ impl<'a> Attempt<'a> {
     ) -> Result<Locked<'a>> {
         let Extent { offset, bytes } = extent;
         drop(state);
-        if core::mem::replace(&mut self.has_retried, true) {
+        if !self.retried.insert((self.handle().id(), offset)) {
             return Err(VmmError::Quarantined { offset, bytes });
         }
         let pages = extent.pages(page_bytes);
@@ -85,7 +85,7 @@ impl<'a> Attempt<'a> {
             Ok(state) => return Ok(state),
             Err(state) => state,
         };
-        if !core::mem::replace(&mut self.has_followed, true) {
+        if self.followed.insert((self.handle().id(), extent.offset)) {
             return Ok(self.handle().make_follow(state, chunks));
         }
         let error = self.in_the_way(&state, extent);

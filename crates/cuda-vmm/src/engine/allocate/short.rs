@@ -25,7 +25,7 @@ impl<'a> Attempt<'a> {
         if self.shortage.has_polled() && self.is_beyond_reach(lack, &state) {
             // What could be spared would be given up for nothing.
             let error = state.out_of_memory(lack.bytes, &lack.refusal);
-            return Err(self.refuse(lack, scope, state, error));
+            return Err(self.refuse(lack, scope == Scope::All, state, error));
         }
         let Some(state) = self.shortage.relieve(engine, state, scope) else {
             return Ok(engine.state.lock());
@@ -65,12 +65,15 @@ impl<'a> Attempt<'a> {
         let error = state.out_of_memory(lack.bytes, &lack.refusal);
         if self.is_in_vain(lack, scope, &state) {
             let error = self.shortage.error_or(error);
-            return Err(self.refuse(lack, scope, state, error));
+            return Err(self.refuse(lack, scope == Scope::All, state, error));
         }
         if scope == Scope::All && state.ledger.awaited_bytes(self.ticket) != Some(lack.bytes) {
             match self.ticket {
                 Some(ticket) => state.ledger.wait_for(ticket, lack.bytes),
-                None => self.ticket = Some(state.ledger.line_up(lack.account, lack.bytes)),
+                None => {
+                    let owner = self.asks[0].owner();
+                    self.ticket = Some(state.ledger.line_up(owner, lack.bytes));
+                }
             }
             // Others are told what they owe for it as the lock is let go.
             drop(state);
@@ -79,8 +82,7 @@ impl<'a> Attempt<'a> {
         match self.patience.await_memory(engine, state, scope)? {
             Some(state) => Ok(state),
             None if self.keeps_its_place() => Err(error),
-            None if scope != Scope::All => Err(error),
-            None => Err(self.refuse(lack, scope, engine.state.lock(), error)),
+            None => Err(self.refuse(lack, scope == Scope::All, engine.state.lock(), error)),
         }
     }
 
@@ -105,20 +107,21 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Remembers that the allocation was refused memory that others hold, so that they come to owe
-    /// it.
+    /// Remembers that the allocation was refused memory if others hold it, so that they come to owe
+    /// it, or if its account is to be woken when there is some.
     fn refuse(
         &mut self,
         lack: &Lack,
-        scope: Scope,
+        is_owed: bool,
         mut state: Locked<'_>,
         error: VmmError,
     ) -> VmmError {
-        if scope == Scope::All {
-            if let Some(ticket) = self.ticket.take() {
-                state.ledger.leave_line(ticket);
-            }
-            state.ledger.refuse(lack.account, lack.bytes);
+        if let Some(ticket) = self.ticket.take() {
+            state.ledger.leave_line(ticket);
+        }
+        if is_owed || state.accounts.is_woken_for_memory(lack.account) {
+            let owner = self.asks[0].owner();
+            state.ledger.refuse(owner, lack.bytes, is_owed);
         }
         error
     }
@@ -131,14 +134,15 @@ impl<'a> Attempt<'a> {
             state.ledger.leave_line(ticket);
         }
         match self.patience {
-            Patience::None | Patience::Retiring => Err(error),
+            Patience::None | Patience::Retiring => Err(self.refuse(lack, false, state, error)),
             Patience::Poll => {
                 self.would_wait = true;
                 Err(error)
             }
             Patience::Until(_) => {
-                let state = self.patience.await_change(self.engine(), state);
-                state.ok_or(error)
+                let engine = self.engine();
+                let state = self.patience.await_change(engine, state);
+                state.ok_or_else(|| self.refuse(lack, false, engine.state.lock(), error))
             }
         }
     }

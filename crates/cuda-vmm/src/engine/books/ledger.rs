@@ -1,6 +1,7 @@
 //! The budget of an engine, and what each account is charged for.
 
 use super::account::{Account, AccountId, Quota};
+use super::owner::Owner;
 use super::pressure::{self, Holder, Ticket, Want, Wants};
 use crate::{QuotaConflict, Result, VmmError};
 use std::collections::BTreeMap;
@@ -326,7 +327,7 @@ impl Ledger {
     }
 
     /// Charges an account, or says what it could have had. With a ticket it is in its turn, and
-    /// leaves the line.
+    /// stays in the line.
     pub(crate) fn charge(
         &mut self,
         id: AccountId,
@@ -336,13 +337,23 @@ impl Ledger {
         self.admit(id, bytes, 0, ticket)?;
         self.change(id, |account| account.committed_bytes += bytes);
         self.committed_bytes += bytes;
-        if let Some(ticket) = ticket {
-            self.wants.remove(ticket);
-        }
-        if bytes > 0 {
-            self.wants.forget(id);
-        }
         Ok(())
+    }
+
+    /// Whether memory was refused that no caller waits for, and that is forgotten if this range gets
+    /// some.
+    pub(crate) fn is_refused(&self, owner: Owner) -> bool {
+        self.wants.is_refused((owner.account, owner.range))
+    }
+
+    /// Forgets what a range was refused and does not wait for: it got memory.
+    pub(crate) fn forget(&mut self, owner: Owner) {
+        self.wants.forget((owner.account, owner.range));
+    }
+
+    /// Notes that a range is closed.
+    pub(crate) fn close_range(&mut self, owner: Owner) {
+        self.wants.close_range((owner.account, owner.range));
     }
 
     /// Takes back a charge.
@@ -353,9 +364,9 @@ impl Ledger {
         self.forget_empty(id);
     }
 
-    /// Puts an account in the line for `bytes` more.
-    pub(crate) fn line_up(&mut self, id: AccountId, bytes: usize) -> Ticket {
-        self.wants.push(id, bytes, true)
+    /// Puts a range in the line for `bytes` more.
+    pub(crate) fn line_up(&mut self, owner: Owner, bytes: usize) -> Ticket {
+        self.wants.push((owner.account, owner.range), bytes, true)
     }
 
     /// How much is waited for in this place of the line.
@@ -373,9 +384,16 @@ impl Ledger {
         self.wants.remove(ticket)
     }
 
-    /// Remembers that an account was refused `bytes`, and does not wait for them.
-    pub(crate) fn refuse(&mut self, id: AccountId, bytes: usize) {
-        self.wants.push(id, bytes, false);
+    /// Remembers that a range was refused `bytes`, and does not wait for them; unless its account is
+    /// closed. `is_owed` says whether others are asked to give them back.
+    pub(crate) fn refuse(&mut self, owner: Owner, bytes: usize, is_owed: bool) {
+        if self.opened(owner.account).is_none() {
+            return;
+        }
+        let ticket = self.wants.push((owner.account, owner.range), bytes, false);
+        if !is_owed {
+            self.wants.ask_no_other(ticket);
+        }
     }
 
     /// Whether no account wants more than there was, and none holds more than it may.
@@ -407,11 +425,7 @@ impl Ledger {
 
     /// Forgets what an account was refused and does not wait for; returns the bytes.
     pub(crate) fn withdraw(&mut self, id: AccountId) -> usize {
-        let refused = self.wants.iter().filter(|(_, want)| want.account == id);
-        let refused_bytes = refused.filter(|(_, want)| !want.waits);
-        let bytes = refused_bytes.map(|(_, want)| want.bytes).sum();
-        self.wants.forget(id);
-        bytes
+        self.wants.withdraw(id)
     }
 
     /// What an account was refused and does not wait for, in bytes.
@@ -466,7 +480,8 @@ impl Ledger {
             });
         }
         let limit_bytes = self.limit_bytes.saturating_sub(closed_bytes);
-        let owed = pressure::divide(limit_bytes, &holders, self.wants.iter());
+        let wants = self.wants.iter().filter(|(_, want)| want.is_owed);
+        let owed = pressure::divide(limit_bytes, &holders, wants);
         let accounts = holders.iter().map(|holder| holder.account);
         accounts.zip(owed).collect()
     }

@@ -1,6 +1,17 @@
+use super::super::range_id::RangeId;
 use super::*;
 
 mod random;
+
+fn owner(account: AccountId, range: u64) -> Owner {
+    let range = RangeId(range);
+    Owner { account, range }
+}
+
+/// The first range of an account.
+fn of(account: AccountId) -> Owner {
+    owner(account, 0)
+}
 
 #[test]
 fn a_refusal_says_what_there_was() {
@@ -183,9 +194,9 @@ fn what_comes_free_is_for_the_highest_priority_and_then_for_the_first() {
     let low = ledger.open(quota(0, 100, -1)).expect("fits");
     let [first, second] = [(); 2].map(|()| ledger.open(quota(0, 100, 3)).expect("fits"));
     assert_eq!(ledger.charge(holder, 100, None), Ok(()));
-    let low_ticket = ledger.line_up(low, 10);
-    let first_ticket = ledger.line_up(first, 20);
-    let second_ticket = ledger.line_up(second, 10);
+    let low_ticket = ledger.line_up(of(low), 10);
+    let first_ticket = ledger.line_up(of(first), 20);
+    let second_ticket = ledger.line_up(of(second), 10);
     ledger.refund(holder, 20);
     let free = |ledger: &Ledger, id, ticket| ledger.room(id, ticket).free_bytes;
     assert_eq!(
@@ -203,10 +214,12 @@ fn what_comes_free_is_for_the_highest_priority_and_then_for_the_first() {
     assert_eq!(ledger.set_quota(low, quota(0, 100, 4)), Ok(()));
     assert_eq!(free(&ledger, low, Some(low_ticket)), 20);
     assert_eq!(ledger.charge(low, 10, Some(low_ticket)), Ok(()));
-    assert!(!ledger.leave_line(low_ticket), "it was served");
+    assert!(ledger.leave_line(low_ticket));
+    assert!(!ledger.leave_line(low_ticket), "it has left");
     assert!(ledger.charge(first, 15, Some(first_ticket)).is_err());
     assert!(ledger.leave_line(first_ticket));
     assert_eq!(ledger.charge(second, 10, Some(second_ticket)), Ok(()));
+    assert!(ledger.leave_line(second_ticket));
     assert!(ledger.is_calm());
 }
 
@@ -217,7 +230,7 @@ fn a_guarantee_does_not_wait_behind_others() {
     let holder = ledger.open(quota(0, 100, 0)).expect("fits");
     let urgent = ledger.open(quota(0, 100, 9)).expect("fits");
     assert_eq!(ledger.charge(holder, 50, None), Ok(()));
-    ledger.line_up(urgent, 30);
+    ledger.line_up(of(urgent), 30);
     assert_eq!(ledger.room(sure, None).free_bytes, 40);
     assert_eq!(
         ledger.charge(sure, 41, None).map_err(|r| r.free_bytes),
@@ -232,9 +245,9 @@ fn a_refused_want_is_over_when_there_was_room_for_it_a_number_of_times() {
     let holder = ledger.open(Quota::default()).expect("fits");
     let asker = ledger.open(Quota::default()).expect("fits");
     assert_eq!(ledger.charge(holder, 90, None), Ok(()));
-    ledger.refuse(asker, 30);
+    ledger.refuse(of(asker), 30, true);
     assert_eq!(ledger.owed(|_| 0)[&holder], 20);
-    ledger.refuse(asker, 40);
+    ledger.refuse(of(asker), 40, true);
     assert_eq!(
         ledger.owed(|_| 0)[&holder],
         30,
@@ -257,8 +270,24 @@ fn a_refused_want_is_over_when_there_was_room_for_it_a_number_of_times() {
     }
     assert!(ledger.is_calm(), "the other has moved on");
     assert_eq!(ledger.charge(holder, 40, None), Ok(()));
-    ledger.refuse(asker, 1);
+    ledger.refuse(of(asker), 1, true);
     ledger.refund(holder, 1);
     assert_eq!(ledger.charge(asker, 1, None), Ok(()));
+    ledger.forget(owner(asker, 1));
+    assert!(!ledger.is_calm(), "another range got memory");
+    ledger.forget(of(asker));
     assert!(ledger.is_calm(), "it got memory");
+}
+
+#[test]
+fn what_others_cannot_help_with_is_remembered_and_not_owed() {
+    let mut ledger = Ledger::new(100);
+    let holder = ledger.open(Quota::new().guarantee_bytes(40)).expect("fits");
+    let asker = ledger.open(Quota::new()).expect("fits");
+    assert_eq!(ledger.charge(holder, 60, None), Ok(()));
+    ledger.refuse(of(asker), 61, false);
+    assert_eq!(ledger.owed(|_| 0)[&holder], 0);
+    assert_eq!(ledger.refused().collect::<Vec<_>>(), [(asker, 61)]);
+    ledger.refuse(of(asker), 60, true);
+    assert_eq!(ledger.owed(|_| 0)[&holder], 20);
 }

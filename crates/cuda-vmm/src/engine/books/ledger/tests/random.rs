@@ -2,6 +2,7 @@
 
 use super::{quota, *};
 use proptest::prelude::*;
+use std::collections::BTreeMap;
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -24,7 +25,13 @@ enum Step {
     },
     Refuse {
         which: usize,
+        range: u64,
         bytes: usize,
+    },
+    /// A range gets what it was refused.
+    Forget {
+        which: usize,
+        range: u64,
     },
     Withdraw {
         which: usize,
@@ -52,7 +59,9 @@ fn steps() -> impl Strategy<Value = Step> {
             .prop_map(|(which, bytes, to_cache)| Step::Give { which, bytes, to_cache }),
         2 => (which(), any_quota).prop_map(|(which, quota)| Step::SetQuota { which, quota }),
         2 => (0..150usize).prop_map(|bytes| Step::SetLimit { bytes }),
-        1 => (which(), 1..80usize).prop_map(|(which, bytes)| Step::Refuse { which, bytes }),
+        2 => (which(), 0..3u64, 1..80usize)
+            .prop_map(|(which, range, bytes)| Step::Refuse { which, range, bytes }),
+        1 => (which(), 0..3u64).prop_map(|(which, range)| Step::Forget { which, range }),
         1 => which().prop_map(|which| Step::Withdraw { which }),
         1 => Just(Step::LeaveLine),
         1 => which().prop_map(|which| Step::Close { which }),
@@ -66,8 +75,8 @@ struct Plain {
     id: AccountId,
     quota: Quota,
     held: usize,
-    /// What it was refused and does not wait for, and in which step.
-    refused: Option<(usize, usize)>,
+    /// What its ranges were refused and do not wait for, and in which step.
+    refused: BTreeMap<u64, (usize, usize)>,
 }
 
 impl Plain {
@@ -148,7 +157,8 @@ impl World {
             Step::Take { which, .. } | Step::Give { which, .. } | Step::SetQuota { which, .. } => {
                 which
             }
-            Step::Refuse { which, .. } | Step::Withdraw { which } | Step::Close { which } => which,
+            Step::Refuse { which, .. } | Step::Forget { which, .. } => which,
+            Step::Withdraw { which } | Step::Close { which } => which,
             Step::LeaveLine | Step::SetLimit { .. } | Step::Refund => 0,
         };
         if count == 0 {
@@ -181,26 +191,20 @@ impl World {
                 match outcome {
                     Ok(()) => {
                         account.held += bytes;
-                        if bytes > 0 {
-                            account.refused = None;
-                        }
                     }
                     Err(refusal) => {
                         prop_assert_eq!(refusal.free_bytes, available);
-                        let ticket = in_line.then(|| ledger.line_up(id, bytes));
+                        let ticket = in_line.then(|| ledger.line_up(of(id), bytes));
                         let free_bytes = ledger.room(id, ticket).free_bytes;
                         prop_assert!(free_bytes == refusal.free_bytes, "the last in the line");
                         match ticket {
                             Some(ticket) => {
                                 self.line.push((id, ticket));
-                                account.refused = None;
+                                account.refused.remove(&0);
                             }
                             None => {
                                 prop_assert_eq!(ledger.charge(id, free_bytes, None), Ok(()));
                                 account.held += free_bytes;
-                                if free_bytes > 0 {
-                                    account.refused = None;
-                                }
                             }
                         }
                     }
@@ -260,25 +264,30 @@ impl World {
                     }
                 }
             }
-            Step::Refuse { bytes, .. } => {
-                ledger.refuse(id, bytes);
-                account.refused = Some((bytes, number));
+            Step::Refuse { range, bytes, .. } => {
+                ledger.refuse(owner(id, range), bytes, true);
+                account.refused.insert(range, (bytes, number));
+            }
+            Step::Forget { range, .. } => {
+                ledger.forget(owner(id, range));
+                account.refused.remove(&range);
+                prop_assert!(!ledger.is_refused(owner(id, range)));
             }
             Step::Withdraw { .. } => {
                 let of_others = |ledger: &Ledger| -> Vec<_> {
                     ledger.refused().filter(|(of, _)| *of != id).collect()
                 };
                 let before = of_others(ledger);
-                let bytes = ledger.withdraw(id);
-                match account.refused.take() {
-                    Some((refused, since)) => {
-                        // It may be forgotten when there was room for it often enough.
-                        let chances = number - since;
-                        let is_forgotten = bytes == 0 && chances >= pressure::CHANCES as usize;
-                        prop_assert!(bytes == refused || is_forgotten, "{} of {}", bytes, refused);
+                let mut refused = 0;
+                for (range, (bytes, since)) in core::mem::take(&mut account.refused) {
+                    if ledger.is_refused(owner(id, range)) {
+                        refused += bytes;
+                        continue;
                     }
-                    None => prop_assert_eq!(bytes, 0),
+                    // There was room for it often enough.
+                    prop_assert!(number - since >= pressure::CHANCES as usize);
                 }
+                prop_assert_eq!(ledger.withdraw(id), refused);
                 prop_assert_eq!(ledger.withdraw(id), 0, "once");
                 prop_assert_eq!(of_others(ledger), before);
                 prop_assert!(ledger.refused().all(|(of, _)| of != id));
@@ -290,6 +299,8 @@ impl World {
             }
             Step::Close { .. } => {
                 ledger.close(id);
+                ledger.refuse(of(id), 1, true);
+                prop_assert!(ledger.refused().all(|(of, _)| of != id), "it is closed");
                 prop_assert_eq!(ledger.available_bytes(id, None, |_| 0, 0), 0);
                 prop_assert_eq!(ledger.quota(id), None);
                 prop_assert_eq!(ledger.set_quota(id, quota(1, 2, 0)), Err(VmmError::Closed));
@@ -354,7 +365,7 @@ proptest! {
         let mut world = World { limit: LIMIT, ..World::default() };
         for quota in quotas {
             if let Ok(id) = ledger.open(quota) {
-                world.accounts.push(Plain { id, quota, held: 0, refused: None });
+                world.accounts.push(Plain { id, quota, held: 0, refused: BTreeMap::new() });
             }
         }
         for (number, step) in steps.into_iter().enumerate() {
