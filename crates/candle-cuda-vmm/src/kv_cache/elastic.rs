@@ -100,11 +100,13 @@ impl ElasticCache {
     /// - `DimOutOfRange` if the tensor has no dimension for the sequence.
     /// - Any error of [`ElasticTensor::append`].
     pub fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
-        Ok(self.try_append(tokens)?)
+        self.try_append(tokens)?;
+        Ok(())
     }
 
-    /// As [`append`](Self::append), with this crate's errors.
-    fn try_append(&mut self, tokens: &Tensor) -> Result<()> {
+    /// As [`append`](Self::append), with this crate's errors. Returns the tensor that was replaced,
+    /// if the tokens have another shape or dtype.
+    fn try_append(&mut self, tokens: &Tensor) -> Result<Option<Replaced>> {
         self.check()?;
         let (dim, rank) = (self.dim, tokens.rank());
         if dim >= rank {
@@ -126,14 +128,13 @@ impl ElasticCache {
             if !self.rows.as_ref().is_some_and(has_same_rows) {
                 let mut fresh = self.pool.tensor(&rows.dims()[1..], rows.dtype())?;
                 fresh.append(&rows)?;
-                self.rows = Some(fresh);
-                return Ok(());
+                return Ok(Some(Replaced(self.rows.replace(fresh))));
             }
         }
-        match &mut self.rows {
-            Some(all) => all.append(&rows),
-            None => Ok(()),
+        if let Some(all) = &mut self.rows {
+            all.append(&rows)?;
         }
+        Ok(None)
     }
 
     /// Makes the tensor of an empty cache, for tokens of this shape.
@@ -143,15 +144,21 @@ impl ElasticCache {
     }
 
     /// The tokens and the memory of the cache now.
-    fn mark(&self) -> (usize, Live) {
+    fn mark(&self) -> Mark {
         let live = self.rows.as_ref().map(ElasticTensor::live);
-        (self.current_seq_len(), live.unwrap_or_default())
+        Mark {
+            len: self.current_seq_len(),
+            live: live.unwrap_or_default(),
+            replaced: None,
+        }
     }
 
     /// Drops the tokens that came after a mark, and frees the memory that was allocated for them.
-    fn undo(&mut self, (len, live): &(usize, Live)) {
-        if let Some(rows) = &mut self.rows {
-            rows.undo(*len, live);
+    fn undo(&mut self, mark: Mark) {
+        if let Some(Replaced(rows)) = mark.replaced {
+            self.rows = rows;
+        } else if let Some(rows) = &mut self.rows {
+            rows.undo(mark.len, &mark.live);
         }
     }
 
@@ -187,6 +194,17 @@ impl ElasticCache {
         Ok(clone)
     }
 }
+
+/// What a cache was before tokens are appended.
+struct Mark {
+    len: usize,
+    live: Live,
+    /// What the append has replaced.
+    replaced: Option<Replaced>,
+}
+
+/// The tensor that a cache had, if any, before tokens of another shape or dtype came.
+struct Replaced(Option<ElasticTensor>);
 
 /// A KV cache with the methods, argument order, shapes and results of
 /// `candle_nn::kv_cache::KvCache`, and memory for the tokens in it only.
@@ -292,25 +310,31 @@ impl ElasticKvCache {
     /// As [`append`](Self::append), with this crate's errors.
     fn try_append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.k.dim, "elastic-append")?;
-        let (k_mark, v_mark) = (self.k.mark(), self.v.mark());
-        let outcome = self.append_or_fail(k, v);
+        let mut marks = [self.k.mark(), self.v.mark()];
+        let outcome = self.append_or_fail(k, v, &mut marks);
         if outcome.is_err() {
-            self.k.undo(&k_mark);
-            self.v.undo(&v_mark);
+            let [k_mark, v_mark] = marks;
+            self.k.undo(k_mark);
+            self.v.undo(v_mark);
         }
         outcome
     }
 
-    /// Appends. After an error a part may have been appended.
-    fn append_or_fail(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+    /// Appends. After an error a part may have been appended, and the marks say of what.
+    fn append_or_fail(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        [k_mark, v_mark]: &mut [Mark; 2],
+    ) -> Result<(Tensor, Tensor)> {
         #[cfg(feature = "cuda")]
         match self.append_in_one_launch(k, v)? {
             AppendOutcome::Unsupported => {}
             AppendOutcome::Contiguous([k, v]) => return Ok((k, v)),
             AppendOutcome::Appended => return Ok(self.output()?),
         }
-        self.k.try_append(k)?;
-        self.v.try_append(v)?;
+        k_mark.replaced = self.k.try_append(k)?;
+        v_mark.replaced = self.v.try_append(v)?;
         Ok(self.output()?)
     }
 

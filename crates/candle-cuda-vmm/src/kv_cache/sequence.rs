@@ -220,7 +220,10 @@ impl Sequence {
         self.reserve_by(tokens, Waits::ForRetiring).map(drop)
     }
 
-    /// As [`reserve`](Self::reserve), but never waits for the device.
+    /// As [`reserve`](Self::reserve), but does not wait for memory that retires.
+    ///
+    /// If the rows of a layer move to new addresses, it may wait for the device's work on the old
+    /// ones, as [`ElasticTensor::append`] does.
     ///
     /// # Errors
     /// As [`reserve`](Self::reserve).

@@ -129,3 +129,48 @@ fn a_refusal_for_want_of_memory_makes_no_calls_that_take_any() {
     drop(made);
     assert_eq!(bench.books(), nothing);
 }
+
+#[test]
+fn first_tokens_of_another_shape_that_fail_leave_what_is_reserved() {
+    let bench = Bench::new();
+    let nothing = bench.books();
+    let engine = EngineOptions::new().worker(WorkerMode::Manual);
+    let options = TensorPoolOptions::new().engine(engine.chunk_bytes_max(0));
+    let wide = Tensor::ones((6, 2 * ROW), DType::U8, &Device::Cpu).unwrap();
+    let mut failures = 0;
+    for call in 1.. {
+        let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+        let sequence = pool.sequence().rows(ROW, ROW, DType::U8).unwrap();
+        let mut layer = sequence.layer(0, 0, 16).unwrap();
+        sequence.reserve(6).unwrap();
+        let reserved = pool.engine().stats().parts.live_page_bytes;
+        assert_eq!(reserved, 2 * 2 * GRANULE);
+        bench
+            .simulator()
+            .inject(Fault::nth_call(call, sys::CUDA_ERROR_UNKNOWN));
+        let outcome = layer.append(&wide, &wide);
+        bench.simulator().clear_faults();
+        let is_over = outcome.is_ok();
+        if let Err(error) = outcome {
+            failures += 1;
+            assert_eq!(error.driver_code(), Some(sys::CUDA_ERROR_UNKNOWN));
+            let allocations = pool.engine().counters().ranges.allocations;
+            layer.append(&rows(6), &rows(6)).unwrap();
+            let after = pool.engine().counters().ranges.allocations;
+            assert_eq!((after, layer.current_seq_len()), (allocations, 6));
+            assert_eq!(pool.engine().stats().parts.live_page_bytes, reserved);
+        }
+        drop((layer, sequence, pool));
+        bench.device.retry_quarantine();
+        let events = bench.books().events;
+        let nothing = Books { events, ..nothing };
+        assert_eq!(bench.books(), nothing, "call {call}");
+        if is_over {
+            break;
+        }
+    }
+    assert!(
+        failures >= 8,
+        "addresses and memory on both sides: {failures}"
+    );
+}

@@ -217,7 +217,8 @@ impl Account {
 
     /// Sets the waker for memory that the account was refused and has not asked for again; `None`
     /// removes it. It is woken when there may be such memory, as
-    /// [`set_owed_waker`](Self::set_owed_waker) says. It may be woken more than once, and in vain
+    /// [`set_owed_waker`](Self::set_owed_waker) says. That counts what it is refused from now on.
+    /// It may be woken more than once, and in vain
     /// if another thread is faster.
     ///
     /// For a single allocation there is
@@ -280,9 +281,10 @@ impl Account {
     /// Forgets what the account was refused and does not wait for, so that others no longer owe it;
     /// returns the bytes, 0 if there was none.
     ///
-    /// A refusal is remembered until the account is served, asks again, or had room for it some
-    /// times; meanwhile others are asked to give back. If the memory is no longer wanted, because a
-    /// client has gone for instance, withdraw it. A [`Demand`] does so when it is dropped.
+    /// A refusal is remembered until its range is served, asks again, or had room for it some times;
+    /// meanwhile others are asked to give back. If the range is closed, any range of the account
+    /// that is served or asks ends it. If the memory is no longer wanted, because a client has gone
+    /// for instance, withdraw it. A [`Demand`] does so when it is dropped.
     pub fn withdraw(&self) -> usize {
         let engine = self.engine().open();
         engine.map_or(0, |engine| engine.state.lock().ledger.withdraw(self.id()))
