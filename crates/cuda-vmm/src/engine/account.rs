@@ -150,7 +150,7 @@ impl Account {
         let engine = self.engine().open();
         engine.map_or_else(
             |_| AccountStats::default(),
-            |engine| engine.state.lock().account_stats(self.id()),
+            |engine| engine.state.lock().quietly().account_stats(self.id()),
         )
     }
 
@@ -254,7 +254,7 @@ impl Account {
         let Ok(engine) = self.engine().open() else {
             return Givable::default();
         };
-        let mut givable = engine.state.lock().givable(self.id());
+        let mut givable = engine.state.lock().quietly().givable(self.id());
         // Asked without the lock.
         let reclaimers = self.0.reclaimers().clone();
         let reclaimers = reclaimers.iter().filter_map(Weak::upgrade);
@@ -274,7 +274,8 @@ impl Account {
     pub fn available_bytes(&self) -> usize {
         let engine = self.engine().open();
         engine.map_or(0, |engine| {
-            engine.state.lock().available_bytes(self.id(), None)
+            let mut state = engine.state.lock();
+            state.quietly().available_bytes(self.id(), None)
         })
     }
 
@@ -373,6 +374,7 @@ impl Inner {
             // What it owes is not worked out any more.
             entry.owed.set(0);
             state.ledger.close(id);
+            state.look_again();
             for slot in state.ranges.of_account(id) {
                 slot.lock().is_account_closed = true;
             }

@@ -34,6 +34,11 @@ impl Accounts {
         self.by_id.contains_key(&id)
     }
 
+    /// An account, if it is open.
+    pub(crate) fn get(&self, id: AccountId) -> Option<&AccountEntry> {
+        self.by_id.get(&id)
+    }
+
     /// Whether an account has a waker for memory that it was refused.
     pub(crate) fn is_woken_for_memory(&self, id: AccountId) -> bool {
         let entry = self.by_id.get(&id);

@@ -5,6 +5,7 @@ use super::at_work::AtWork;
 use super::books::owner::Owner;
 use super::books::pages::ChunkState;
 use super::books::range_id::RangeId;
+use super::books::tally::Fact;
 use super::handle::RangeHandle;
 use super::inner::Inner;
 use super::range::Remains;
@@ -112,7 +113,6 @@ impl RangeHandle {
         let mut range = slot.lock();
         let unused = range.free_all();
         let leased = range.waits_for_leases();
-        slot.note(&range);
         drop(range);
         if leased {
             // Now, since another thread may find the last lease over, and then no other thread may
@@ -183,12 +183,7 @@ impl Inner {
     /// Frees the addresses of closed ranges that hold nothing any more.
     pub(crate) fn finish_closing(&self) {
         let mut state = self.state.lock();
-        let empty: Vec<_> = state
-            .ranges
-            .iter()
-            .filter(|(_, range)| range.closed && range.pages.chunks() == 0)
-            .map(|(id, _)| id)
-            .collect();
+        let empty: Vec<_> = state.quietly().look_again().with(Fact::Ended).collect();
         if empty.is_empty() {
             return;
         }
@@ -207,7 +202,7 @@ impl Inner {
         let mut state = self.state.lock();
         state.ending.retain(|id| !empty.contains(id));
         // The last owner may be the engine itself, for the sake of these ranges.
-        let any_closed = state.ranges.values().any(|range| range.closed);
+        let any_closed = state.quietly().look_again().any(Fact::Closed);
         let kept = match any_closed {
             true => None,
             false => state.kept.take(),

@@ -17,11 +17,11 @@
 use super::at_work::AtWork;
 use super::books::pages::Contents;
 use super::books::range_id::RangeId;
+use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::options::EngineOptions;
 use super::queue::Until;
-use super::range::Range;
 use super::ranges::RangeGuard;
 use super::scope::Scope;
 use super::state::State;
@@ -80,36 +80,46 @@ pub(crate) enum GivenUp<'a> {
 
 impl State {
     /// Takes out a chunk made ahead, of one range or of all, to be unmapped.
-    fn take_ahead(&self, scope: Scope, pick: impl Fn(&Range) -> Option<usize>) -> Option<Drained> {
-        let mut ranges = self.ranges.within(scope);
+    fn take_ahead(&mut self, scope: Scope) -> Option<Drained> {
+        self.look_again();
+        let mut ranges = self.ranges.with_within(Fact::Ahead, scope);
         ranges.find_map(|(id, mut range)| {
-            let first = pick(&range)?;
+            let first = range.pages.ahead().next_back()?;
+            range.drain(id, first)
+        })
+    }
+
+    /// Takes out a chunk made ahead at a place that allocations have left, to be unmapped.
+    fn take_stale_ahead(&mut self) -> Option<Drained> {
+        self.look_again();
+        let mut ranges = self.ranges.with(Fact::StaleAhead);
+        ranges.find_map(|(id, mut range)| {
+            let first = range.stale_ahead()?;
             range.drain(id, first)
         })
     }
 
     /// Takes out a parked chunk that no pin keeps, of one range or of all, to be unmapped.
-    fn take_parked(&self, scope: Scope) -> Option<Drained> {
-        let mut ranges = self.ranges.within(scope);
+    fn take_parked(&mut self, scope: Scope) -> Option<Drained> {
+        self.look_again();
+        let mut ranges = self.ranges.with_within(Fact::Parked, scope);
         ranges.find_map(|(id, mut range)| {
             let first = range.quietly().spare_parked()?;
             range.drain(id, first)
         })
     }
 
-    /// What a step gives back, in bytes: what is parked of ranges that no thread is closing. The
-    /// closing thread gives back its range itself, and no other range gives up anything for it.
-    fn parked_bytes_without_closer(&self) -> usize {
-        let ranges = self.ranges.values().filter(|range| !range.has_closer);
-        ranges.map(|range| range.spare_parked_bytes()).sum()
-    }
-
     /// Takes one parked chunk: of a closed range, or, if there is too much, of any; but of none
-    /// that a thread is closing.
-    fn next_parked(&self, options: &EngineOptions, too_much: bool) -> Option<Next> {
+    /// that a thread is closing. The closing thread gives back its range itself, and no other range
+    /// gives up anything for it.
+    fn next_parked(&mut self, options: &EngineOptions, too_much: bool) -> Option<Next> {
+        self.look_again();
         let held_bytes = self.cache.bytes() + self.queue.scrubbing_bytes();
         let room_bytes = options.cache_bytes_max.saturating_sub(held_bytes);
-        let ranges = self.ranges.iter();
+        let ranges = self.ranges.with(match too_much {
+            true => Fact::Parked,
+            false => Fact::ParkedAndLeft,
+        });
         ranges
             .filter(|(_, range)| !range.has_closer && (too_much || range.takes_no_more()))
             .find_map(|(id, mut range)| {
@@ -137,24 +147,26 @@ impl Inner {
         let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {
-            let state = self.state.lock();
-            if let Some(chunk) = state.take_ahead(Scope::All, Range::stale_ahead) {
+            let mut state = self.state.lock();
+            if let Some(chunk) = state.quietly().take_stale_ahead() {
                 drop(state);
                 given_bytes += chunk.unmap(self, To::Driver).unwrap_or_default();
                 continue;
             }
-            if let Some(scope) = state.spare_when_over() {
+            if let Some(scope) = state.quietly().spare_when_over() {
                 match self.give_up_one(state, scope) {
                     GivenUp::Piece(outcome) => given_bytes += outcome.unwrap_or_default(),
                     GivenUp::Nothing(_) => return given_bytes,
                 }
                 continue;
             }
-            let too_much = state.parked_bytes_without_closer() > keep_bytes;
+            // Of a range that a thread is closing, none.
+            let parked_bytes = state.quietly().look_again().left_parked_bytes();
+            let too_much = parked_bytes > keep_bytes;
             if too_much {
                 keep_bytes = self.options.park_low_bytes();
             }
-            let Some(next) = state.next_parked(&self.options, too_much) else {
+            let Some(next) = state.quietly().next_parked(&self.options, too_much) else {
                 return given_bytes;
             };
             drop(state);
@@ -175,8 +187,8 @@ impl Inner {
     ) -> (usize, Result<()>) {
         let (mut given_bytes, mut outcome) = (0, Ok(()));
         loop {
-            let state = self.state.lock();
-            if enough(&state.parts()) {
+            let mut state = self.state.lock();
+            if enough(&state.quietly().parts()) {
                 break;
             }
             match self.give_up_one(state, scope) {
@@ -194,8 +206,7 @@ impl Inner {
         mut state: Locked<'a>,
         scope: Scope,
     ) -> GivenUp<'a> {
-        let ahead = state.take_ahead(scope, |range| range.pages.ahead().next_back());
-        if let Some(chunk) = ahead {
+        if let Some(chunk) = state.quietly().take_ahead(scope) {
             drop(state);
             return GivenUp::Piece(chunk.unmap(self, To::Driver));
         }
@@ -204,12 +215,12 @@ impl Inner {
             && state.cache.bytes() > 0
             && let Some((bytes, memory)) = state.cache.take_largest()
         {
-            state.releasing.push((None, bytes));
+            state.begin_releasing(None, bytes);
             let _work = AtWork::begin();
             drop(state);
             return GivenUp::Piece(self.release(None, memory));
         }
-        let Some(chunk) = state.take_parked(scope) else {
+        let Some(chunk) = state.quietly().take_parked(scope) else {
             return GivenUp::Nothing(state);
         };
         drop(state);

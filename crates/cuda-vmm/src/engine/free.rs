@@ -61,9 +61,6 @@ impl RangeHandle {
             unused.sort_unstable();
         }
         let waits = range.waits_for_leases();
-        if waits {
-            slot.note(&range);
-        }
         let users = (!unused.is_empty()).then(|| range.users.clone());
         drop(range);
         if let Some(users) = users {

@@ -26,9 +26,9 @@ impl Inner {
             else {
                 return outcome;
             };
-            let spare_bytes = || state.spare_parked_bytes() + state.parts().ahead_bytes;
-            let is_hopeless =
-                shortage.has_polled() && asked_bytes - available_bytes > spare_bytes();
+            let tally = state.quietly().look_again();
+            let spare_bytes = tally.spare_parked_bytes() + tally.parts().ahead_bytes;
+            let is_hopeless = shortage.has_polled() && asked_bytes - available_bytes > spare_bytes;
             if is_hopeless || shortage.relieve(self, state, Scope::All).is_some() {
                 return shortage.refused().map_or(outcome, Err);
             }

@@ -3,64 +3,37 @@
 use super::books::account::AccountId;
 use super::books::ledger::Refusal;
 use super::books::pressure::Ticket;
+use super::books::tally::Fact;
 use super::owed::Wakers;
 use super::scope::Scope;
 use super::state::State;
 use super::stats::Givable;
 use crate::VmmError;
 use crate::sync::atomic::{AtomicBool, Ordering};
-use std::collections::BTreeMap;
 
 impl State {
-    /// What comes back of each account without its owner's doing, in bytes: what retires, and what
-    /// is given up if another account needs it.
-    fn coming(&self) -> BTreeMap<AccountId, usize> {
-        let mut coming = BTreeMap::new();
-        for range in self.ranges.values() {
-            *coming.entry(range.account).or_default() += range.coming_bytes();
-        }
-        for (owner, bytes) in &self.releasing {
-            if let Some(owner) = owner {
-                *coming.entry(owner.account).or_default() += bytes;
-            }
-        }
-        coming
-    }
-
-    /// What is given up of each account if it is needed, in bytes.
-    fn spare(&self) -> BTreeMap<AccountId, usize> {
-        let mut spare = BTreeMap::new();
-        for range in self.ranges.values() {
-            *spare.entry(range.account).or_default() += range.spare_bytes();
-        }
-        spare
+    /// Cached memory that cannot be used, in bytes: on its way to the driver, or refused by it.
+    fn stuck_bytes(&self) -> usize {
+        self.ledger.cached_bytes() - self.cache.bytes()
     }
 
     /// What an account could be charged now without waiting, in bytes, at this place in the line,
-    /// or at its end.
-    pub(crate) fn available_bytes(&self, id: AccountId, ticket: Option<Ticket>) -> usize {
-        self.available_beside(id, ticket, &self.spare())
-    }
-
-    fn available_beside(
-        &self,
-        id: AccountId,
-        ticket: Option<Ticket>,
-        spare: &BTreeMap<AccountId, usize>,
-    ) -> usize {
-        let stuck_bytes = self.ledger.cached_bytes() - self.cache.bytes();
-        let ledger = &self.ledger;
-        ledger.available_bytes(id, ticket, of_each(spare), stuck_bytes)
+    /// or at its end. The caller has locked no range.
+    pub(crate) fn available_bytes(&mut self, id: AccountId, ticket: Option<Ticket>) -> usize {
+        self.look_again();
+        let stuck_bytes = self.stuck_bytes();
+        self.ledger.available_bytes(id, ticket, stuck_bytes)
     }
 
     /// What an account could give back now.
-    pub(crate) fn givable(&self, id: AccountId) -> Givable {
-        let mut givable = Givable::default();
-        for (_, range) in self.ranges.within(Scope::Account(id)) {
-            givable.trimmed_bytes += range.spare_bytes();
-            givable.leased_bytes += range.parts().leased_bytes;
+    pub(crate) fn givable(&mut self, id: AccountId) -> Givable {
+        let tally = self.look_again();
+        let ranges = tally.of_account(id).filter_map(|id| tally.of_range(id));
+        Givable {
+            trimmed_bytes: tally.comes_back(id).spare_bytes,
+            leased_bytes: ranges.map(|range| range.parts.leased_bytes).sum(),
+            ..Givable::default()
         }
-        givable
     }
 
     /// Works out anew what each account owes, if any may owe anything. Returns the wakers of those
@@ -76,22 +49,26 @@ impl State {
             return wakers;
         }
         is_pressing.store(true, Ordering::SeqCst);
-        let spare = self.spare();
-        let served: Vec<_> = self
-            .ledger
-            .refused()
-            .filter(|(id, bytes)| *bytes <= self.available_beside(*id, None, &spare))
-            .collect();
-        let coming = self.coming();
-        let owed = self.ledger.owed(of_each(&coming));
+        self.look_again();
+        let served = self.ledger.served(self.stuck_bytes());
+        let owed = self.ledger.owed();
         is_pressing.store(!self.ledger.is_calm(), Ordering::SeqCst);
-        for (id, entry) in self.accounts.iter() {
-            let bytes = owed.get(&id).copied().unwrap_or_default();
-            if entry.owed.set(bytes) {
-                wakers.add(&entry.owed.more);
-            }
-            if served.iter().any(|(served, _)| *served == id) {
+        for id in served {
+            if let Some(entry) = self.accounts.get(id) {
                 wakers.add(&entry.owed.memory);
+            }
+        }
+        // Those that owed something before and owe nothing now, too.
+        let before = core::mem::replace(&mut self.owing, owed);
+        for id in before.keys().filter(|id| !self.owing.contains_key(id)) {
+            if let Some(entry) = self.accounts.get(*id) {
+                entry.owed.set(0);
+            }
+        }
+        for (id, bytes) in &self.owing {
+            let entry = self.accounts.get(*id);
+            if let Some(entry) = entry.filter(|entry| entry.owed.set(*bytes)) {
+                wakers.add(&entry.owed.more);
             }
         }
         wakers
@@ -99,33 +76,32 @@ impl State {
 
     /// Whether an account, or all of them, hold more than they may, and what it may take then; see
     /// `Ledger::room_when_over`. The caller has locked no range.
-    pub(crate) fn room_when_over(&self, id: AccountId) -> Option<Refusal> {
-        self.ledger.room_when_over(id, || {
-            let coming = self.coming();
-            move |of| coming.get(&of).copied().unwrap_or_default()
-        })
+    pub(crate) fn room_when_over(&mut self, id: AccountId) -> Option<Refusal> {
+        if !self.ledger.is_over(id) {
+            return None;
+        }
+        self.look_again();
+        self.ledger.room_when_over(id)
     }
 
     /// What holds more than it may and has some of it to spare: an account above its ceiling, or
     /// all that is there if that is more than the limit.
-    pub(crate) fn spare_when_over(&self) -> Option<Scope> {
+    pub(crate) fn spare_when_over(&mut self) -> Option<Scope> {
         if self.ledger.is_calm() {
             return None;
         }
+        self.look_again();
         if self.ledger.is_over_limit() {
-            let mut ranges = self.ranges.values();
-            let any = self.cache.bytes() > 0 || ranges.any(|range| range.spare_bytes() > 0);
+            let tally = self.ranges.tally();
+            let any = self.cache.bytes() > 0 || tally.any(Fact::Parked) || tally.any(Fact::Ahead);
             return any.then_some(Scope::All);
         }
-        let mut ranges = self.ranges.iter();
-        let found = ranges.find(|(_, range)| {
-            self.ledger.is_above_ceiling(range.account) && range.spare_bytes() > 0
-        });
-        found.map(|(id, _)| Scope::Range(id))
+        let spare = self.ledger.spare_above_ceiling();
+        spare.map(Scope::Account)
     }
 
-    /// The error of an allocation for which the budget has no room.
-    pub(crate) fn out_of_memory(&self, asked_bytes: usize, room: &Refusal) -> VmmError {
+    /// The error of an allocation for which the budget has no room. The caller has locked no range.
+    pub(crate) fn out_of_memory(&mut self, asked_bytes: usize, room: &Refusal) -> VmmError {
         let stats = self.parts();
         VmmError::OutOfPhysicalMemory {
             asked_bytes,
@@ -135,9 +111,4 @@ impl State {
             limit_bytes: room.limit_bytes,
         }
     }
-}
-
-/// The number of an account, 0 if none is listed.
-fn of_each(bytes: &BTreeMap<AccountId, usize>) -> impl Fn(AccountId) -> usize + '_ {
-    |id| bytes.get(&id).copied().unwrap_or_default()
 }

@@ -5,6 +5,7 @@ use super::at_work::AtWork;
 use super::backing::{Failure, Made, Target};
 use super::books::owner::Owner;
 use super::books::range_id::RangeId;
+use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::state::State;
@@ -41,7 +42,7 @@ impl Inner {
     /// Looks after one range that wants memory ahead; `None` if none does.
     fn prefetch_one(self: &Arc<Self>) -> Option<usize> {
         let mut state = self.state.lock();
-        let Some(ahead) = state.next_ahead(self.options.chunk_bytes_max)? else {
+        let Some(ahead) = state.quietly().next_ahead(self.options.chunk_bytes_max)? else {
             return Some(0);
         };
         let bytes = ahead.bytes();
@@ -113,8 +114,9 @@ impl Ahead {
 impl State {
     /// The next chunk to make ahead. `None` if no range wants any; `Some(None)` if the one that did
     /// wants none any more.
-    fn next_ahead(&self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
-        let mut ranges = self.ranges.iter();
+    fn next_ahead(&mut self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
+        self.look_again();
+        let mut ranges = self.ranges.with(Fact::Hungry);
         let (id, mut range) = ranges.find(|(_, range)| range.wants_ahead())?;
         let pages = match range.owes() {
             // What it is asked to give back is not made anew.

@@ -6,11 +6,12 @@
 
 use super::books::account::AccountId;
 use super::books::range_id::RangeId;
+use super::books::tally::{ComesBack, Fact, Tally};
 use super::range::{Range, Remains};
 use super::scope::Scope;
-use super::slot::Slot;
+use super::slot::{Changed, RangeLock, Slot};
 use crate::process::Process;
-use crate::sync::MutexGuard;
+use crate::sync::Arc;
 use core::cell::Cell;
 use core::ops::{Deref, DerefMut};
 use std::collections::BTreeMap;
@@ -19,7 +20,7 @@ use std::collections::BTreeMap;
 /// engine's guard tells.
 #[derive(Debug)]
 pub(crate) struct RangeGuard<'a> {
-    range: MutexGuard<'a, Range>,
+    range: RangeLock<'a>,
     is_changed: &'a Cell<bool>,
 }
 
@@ -50,6 +51,10 @@ impl DerefMut for RangeGuard<'_> {
 pub(crate) struct Ranges {
     by_id: BTreeMap<RangeId, Slot>,
     next: u64,
+    /// Those that were changed since the last look.
+    changed: Arc<Changed>,
+    /// What they were at the last look.
+    tally: Tally,
     /// Whether a range was changed since the engine was locked.
     is_changed: Cell<bool>,
 }
@@ -58,15 +63,34 @@ impl Ranges {
     pub(crate) fn insert(&mut self, range: Range, process: Process) -> Slot {
         let id = RangeId(self.next);
         self.next += 1;
-        let slot = Slot::new(id, process, range);
+        let slot = Slot::new(id, process, range, &self.changed);
         self.by_id.insert(id, slot.clone());
         slot
+    }
+
+    /// Looks at the ranges that were changed since the last look. Tells what comes back of their
+    /// accounts, if this has changed. The caller has locked no range.
+    pub(crate) fn look_again(&mut self, mut tell: impl FnMut(AccountId, ComesBack)) {
+        for id in self.changed.take() {
+            if let Some(slot) = self.by_id.get(&id)
+                && let Some((account, comes_back)) = self.tally.set(id, slot.look())
+            {
+                tell(account, comes_back);
+            }
+        }
+    }
+
+    /// What they were at the last look.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// Takes out a range that holds no memory any more. What is left of it is to be dropped without
     /// a lock: that calls the driver.
     pub(crate) fn remove(&mut self, id: RangeId) -> Option<Remains> {
         let slot = self.by_id.remove(&id)?;
+        // Nothing of it comes back any more, as nothing of it is there.
+        self.tally.remove(id);
         let remains = slot.lock().end();
         Some(remains)
     }
@@ -84,10 +108,10 @@ impl Ranges {
         self.by_id.get(&id).map(|slot| self.guard(slot))
     }
 
-    /// The ranges that are charged to an account.
+    /// The ranges that are charged to an account, and were there at the last look.
     pub(crate) fn of_account(&self, account: AccountId) -> impl Iterator<Item = &Slot> {
-        let slots = self.by_id.values();
-        slots.filter(move |slot| slot.account() == account)
+        let ids = self.tally.of_account(account);
+        ids.filter_map(|id| self.by_id.get(&id))
     }
 
     /// Whether a call with this scope looks at the range.
@@ -102,11 +126,33 @@ impl Ranges {
         }
     }
 
-    /// The ranges that a call with this scope looks at, each locked in its turn.
-    pub(crate) fn within(&self, scope: Scope) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
-        let ranges = self.by_id.iter();
-        let ranges = ranges.filter(move |(id, _)| self.covers(scope, **id));
-        ranges.map(|(id, slot)| (*id, self.guard(slot)))
+    /// The ranges of which a fact held at the last look, each locked in its turn. It may hold no
+    /// more, if another thread has changed the range since.
+    pub(crate) fn with(&self, fact: Fact) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
+        let ids = self.tally.with(fact);
+        ids.filter_map(|id| Some((id, self.get(id)?)))
+    }
+
+    /// The same, as far as a call with this scope looks at them.
+    pub(crate) fn with_within(
+        &self,
+        fact: Fact,
+        scope: Scope,
+    ) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
+        let (of_all, of_account, of_range) = match scope {
+            Scope::All => (Some(self.tally.with(fact)), None, None),
+            Scope::Account(account) => (None, Some(self.tally.of_account(account)), None),
+            Scope::Range(id) => (None, None, Some(id)),
+        };
+        let of_all = of_all.into_iter().flatten();
+        let ids = of_all
+            .chain(of_account.into_iter().flatten())
+            .chain(of_range);
+        let has = move |id: &RangeId| {
+            let look = self.tally.of_range(*id);
+            look.is_some_and(|look| look.facts.has(fact))
+        };
+        ids.filter(has).filter_map(|id| Some((id, self.get(id)?)))
     }
 
     fn guard<'a>(&'a self, slot: &'a Slot) -> RangeGuard<'a> {
@@ -125,11 +171,6 @@ impl Ranges {
         self.is_changed.take()
     }
 
-    /// The ranges for which a step has something to do.
-    pub(crate) fn with_work(&self) -> impl Iterator<Item = &Slot> {
-        self.by_id.values().filter(|slot| slot.has_work())
-    }
-
     /// Locks one range after the other, in the order in which they were made.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
         let ranges = self.by_id.iter();
@@ -138,6 +179,6 @@ impl Ranges {
 
     /// As [`iter`](Self::iter), without the names.
     pub(crate) fn values(&self) -> impl Iterator<Item = RangeGuard<'_>> {
-        self.by_id.values().map(|slot| self.guard(slot))
+        self.iter().map(|(_, range)| range)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::at_work::AtWork;
 use super::books::range_id::RangeId;
+use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::queue::Until;
@@ -39,7 +40,6 @@ impl Inner {
         let until = Until::now(&self.device, &users);
         let mut range = slot.lock();
         range.freed.push((chunks, until));
-        slot.note(&range);
         drop((work, range));
         self.state.tell();
         self.worker.wake(self, false);
@@ -74,7 +74,10 @@ impl Inner {
         let mut state = self.state.lock();
         state.quietly().collect_freed();
         // Only ranges that wait for leases still have work.
-        let leased: Vec<_> = state.ranges.with_work().cloned().collect();
+        let leased = state.quietly().look_again().with(Fact::HasWork);
+        let leased: Vec<_> = leased.collect();
+        let leased = leased.into_iter().filter_map(|id| state.ranges.slot(id));
+        let leased: Vec<_> = leased.cloned().collect();
         drop(state);
         if leased.is_empty() {
             return;
@@ -83,7 +86,6 @@ impl Inner {
             slot.ask_tokens(Asker::Passing);
             let mut range = slot.lock();
             let (any, unused) = range.sweep_leases();
-            slot.note(&range);
             let users = range.users.clone();
             drop(range);
             if !unused.is_empty() {
@@ -124,8 +126,8 @@ impl Inner {
     /// returns the bytes. `None` if nothing waits for it, or if a capture is declared.
     pub(crate) fn synchronise(&self, scope: Scope) -> Result<Option<usize>> {
         let (waiting, all) = {
-            let state = self.state.lock();
-            let all = state.ranges.values().any(|range| range.users.are_all());
+            let mut state = self.state.lock();
+            let all = state.quietly().look_again().any(Fact::UsedByAll);
             (state.unsynchronised(scope), all)
         };
         if waiting.is_empty() {
@@ -170,7 +172,7 @@ impl Inner {
             let may_go_on = synchronised || !CaptureGuard::any();
             return Ok(may_go_on.then(|| self.state.lock()));
         }
-        let stats = state.parts();
+        let stats = state.quietly().parts();
         // What is freed now and has no fence yet is retiring too.
         if stats.filling_bytes + stats.retiring_bytes > 0 && !AtWork::any() {
             return Ok(Some(self.state.wait(state)));

@@ -4,6 +4,7 @@ use super::at_work::AtWork;
 use super::books::pages::ChunkState;
 use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
+use super::books::tally::Fact;
 use super::drain::To;
 use super::inner::Inner;
 use super::state::State;
@@ -41,19 +42,20 @@ enum Piece {
 
 impl State {
     /// When the worker is to try again what was refused; `None` if nothing was.
-    pub(crate) fn retry_in(&self) -> Option<Duration> {
+    pub(crate) fn retry_in(&mut self) -> Option<Duration> {
         let refused_bytes = self.parts().quarantined_bytes;
         (refused_bytes > 0).then(|| self.refusals.left(sync::now()))
     }
 
-    fn refused(&self, which: &Which) -> Vec<Piece> {
+    fn refused(&mut self, which: &Which) -> Vec<Piece> {
         if let Which::Due = which
             && !self.refusals.is_due(sync::now())
         {
             return Vec::new();
         }
+        self.look_again();
         let mut pieces = Vec::new();
-        for (id, range) in self.ranges.iter() {
+        for (id, range) in self.ranges.with(Fact::Quarantined) {
             let chunks = range.pages.in_state(ChunkState::Quarantined).into_iter();
             let is_meant = |first: &usize| match which {
                 Which::At(of, pages) => {
@@ -98,7 +100,7 @@ impl Piece {
                     return Ok(0);
                 }
                 let (owner, memory) = state.unreleased.remove(0);
-                state.releasing.push((owner, memory.bytes()));
+                state.begin_releasing(owner, memory.bytes());
                 let _work = AtWork::begin();
                 drop(state);
                 engine.release(owner, memory)
@@ -115,7 +117,7 @@ impl Inner {
         if self.device.is_lost() {
             return 0;
         }
-        let pieces = self.state.lock().refused(which);
+        let pieces = self.state.lock().quietly().refused(which);
         if pieces.is_empty() {
             return 0;
         }
@@ -138,7 +140,7 @@ impl Inner {
         }
         let mut state = self.state.lock();
         state.counters.retries += tries;
-        let is_over = state.parts().quarantined_bytes == 0;
+        let is_over = state.quietly().parts().quarantined_bytes == 0;
         let was_told = state.refusals.is_told();
         if is_over {
             state.refusals = Refusals::default();

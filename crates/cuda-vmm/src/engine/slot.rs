@@ -4,15 +4,16 @@
 use super::at_work::AtWork;
 use super::books::account::AccountId;
 use super::books::range_id::RangeId;
+use super::books::tally::RangeLook;
 use super::range::Range;
 use super::range::leases::{Asked, Asker};
 use super::users::Users;
 use crate::foreign;
 use crate::process::Process;
-use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{self, Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{Fence, Result, VmmError};
+use core::ops::{Deref, DerefMut};
 use core::time::Duration;
 
 /// A range by its name and by its lock; a cheap clone.
@@ -26,21 +27,79 @@ pub(crate) struct Slot {
 
 #[derive(Debug)]
 struct Shared {
-    range: Mutex<Range>,
-    /// Whether a step has something to do for the range. Changed under the range's lock, and read
-    /// without it, as there may be many ranges.
-    has_work: AtomicBool,
+    held: Mutex<Held>,
     /// Signalled when the tokens of the range's leases were asked.
     answered: Condvar,
+    changed: Arc<Changed>,
+}
+
+/// A range, and whether it is among those that the engine is to look at again.
+#[derive(Debug)]
+struct Held {
+    range: Range,
+    is_listed: bool,
+}
+
+/// The ranges that were changed since the engine looked at them.
+///
+/// A range is listed under its own lock. So a thread that works on one range only, and whose engine
+/// does not look, writes to no cache line in common with others.
+#[derive(Debug, Default)]
+pub(crate) struct Changed(Mutex<Vec<RangeId>>);
+
+impl Changed {
+    fn list(&self) -> MutexGuard<'_, Vec<RangeId>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all of them out. Each is to be looked at.
+    pub(crate) fn take(&self) -> Vec<RangeId> {
+        core::mem::take(&mut *self.list())
+    }
+}
+
+/// A range that is locked. Dropping it has the engine look at the range again, if it was changed.
+#[derive(Debug)]
+pub(crate) struct RangeLock<'a> {
+    slot: &'a Slot,
+    held: MutexGuard<'a, Held>,
+    is_changed: bool,
+}
+
+impl Deref for RangeLock<'_> {
+    type Target = Range;
+
+    fn deref(&self) -> &Range {
+        &self.held.range
+    }
+}
+
+impl DerefMut for RangeLock<'_> {
+    fn deref_mut(&mut self) -> &mut Range {
+        self.is_changed = true;
+        &mut self.held.range
+    }
+}
+
+impl Drop for RangeLock<'_> {
+    fn drop(&mut self) {
+        if self.is_changed && !self.held.is_listed {
+            self.held.is_listed = true;
+            self.slot.shared.changed.list().push(self.slot.id);
+        }
+    }
 }
 
 impl Slot {
-    pub(crate) fn new(id: RangeId, process: Process, range: Range) -> Self {
+    /// A range that is listed among those that were changed.
+    pub(crate) fn new(id: RangeId, process: Process, range: Range, changed: &Arc<Changed>) -> Self {
         let account = range.account;
+        changed.list().push(id);
+        let is_listed = true;
         let shared = Arc::new(Apart(Shared {
-            range: Mutex::new(range),
-            has_work: AtomicBool::new(false),
+            held: Mutex::new(Held { range, is_listed }),
             answered: Condvar::new(),
+            changed: changed.clone(),
         }));
         Self {
             id,
@@ -66,35 +125,37 @@ impl Slot {
 
     /// Locks the range without the engine, or beside it. The caller tells of a change by hand
     /// (`changes`).
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Range> {
-        let range = self.shared.range.lock();
-        range.unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> RangeLock<'_> {
+        let held = self.shared.held.lock();
+        self.locked(held.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn locked<'a>(&'a self, held: MutexGuard<'a, Held>) -> RangeLock<'a> {
+        RangeLock {
+            slot: self,
+            held,
+            is_changed: false,
+        }
+    }
+
+    /// Looks at the range, which was taken out of the list of those that were changed.
+    pub(crate) fn look(&self) -> RangeLook {
+        let mut lock = self.lock();
+        lock.held.is_listed = false;
+        lock.look()
     }
 
     /// Locks the range if it is open.
     ///
     /// # Errors
     /// [`VmmError::Forked`], [`VmmError::Closed`].
-    pub(crate) fn lock_open(&self) -> Result<MutexGuard<'_, Range>> {
+    pub(crate) fn lock_open(&self) -> Result<RangeLock<'_>> {
         self.check_process()?;
         let range = self.lock();
         match range.closed {
             false => Ok(range),
             true => Err(VmmError::Closed),
         }
-    }
-
-    /// Notes whether a step has something to do for the range, which the caller has locked and may
-    /// have changed.
-    pub(crate) fn note(&self, range: &Range) {
-        let has_work = range.has_work();
-        if self.has_work() != has_work {
-            self.shared.has_work.store(has_work, Ordering::SeqCst);
-        }
-    }
-
-    pub(crate) fn has_work(&self) -> bool {
-        self.shared.has_work.load(Ordering::SeqCst)
     }
 
     /// Asks the tokens of the range's leases, and ends the leases of those that are released.
@@ -107,7 +168,8 @@ impl Slot {
             return;
         }
         if asker == Asker::Waiting && !AtWork::any() {
-            range = self.await_answers(range);
+            drop(range);
+            range = self.await_answers();
         }
         let asked = range.leases.take_tokens();
         drop(range);
@@ -129,10 +191,12 @@ impl Slot {
 
     /// Waits while another thread asks the tokens, but not for long: what they do is not the
     /// engine's.
-    fn await_answers<'a>(&'a self, range: MutexGuard<'a, Range>) -> MutexGuard<'a, Range> {
+    fn await_answers(&self) -> RangeLock<'_> {
         let (shared, limit) = (&self.shared, Duration::from_millis(100));
-        let is_asked = |range: &mut Range| range.leases.is_asked_elsewhere();
-        sync::wait_timeout_while(&shared.answered, &shared.range, range, limit, is_asked)
+        let held = shared.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_asked = |held: &mut Held| held.range.leases.is_asked_elsewhere();
+        let held = sync::wait_timeout_while(&shared.answered, &shared.held, held, limit, is_asked);
+        self.locked(held)
     }
 
     /// What a free of the range has to wait for: `users` without streams that no caller can use any

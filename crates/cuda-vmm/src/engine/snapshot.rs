@@ -6,7 +6,6 @@ use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::inner::Engine;
 use super::range::Range;
-use super::scope::Scope;
 use super::state::State;
 use super::stats::{AccountStats, EngineStats};
 use crate::MemoryParts;
@@ -91,13 +90,14 @@ impl State {
     }
 
     /// One account's numbers; all zero if it is closed.
-    pub(crate) fn account_stats(&self, id: AccountId) -> AccountStats {
+    pub(crate) fn account_stats(&mut self, id: AccountId) -> AccountStats {
         if !self.accounts.is_open(id) {
             return AccountStats::default();
         }
         let mut stats = self.stats_without_ranges(id);
-        let ranges = self.ranges.within(Scope::Account(id));
-        ranges.for_each(|(_, range)| stats.add(&range));
+        self.look_again();
+        let ranges = self.ranges.of_account(id);
+        ranges.for_each(|slot| stats.add(&slot.lock()));
         stats
     }
 

@@ -4,12 +4,14 @@
 //! of each change.
 
 use super::accounts::Accounts;
+use super::books::account::AccountId;
 use super::books::cache::Cache;
 use super::books::counters::EngineCounters;
 use super::books::ledger::Ledger;
 use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
+use super::books::tally::{Fact, Tally};
 use super::listeners::Listeners;
 use super::queue::Queue;
 use super::range::Range;
@@ -20,6 +22,7 @@ use crate::sync::atomic::{AtomicBool, AtomicUsize};
 use crate::sync::{Apart, Arc, Condvar, Mutex};
 use crate::{MemoryParts, PhysicalMemory, Stream};
 use core::any::Any;
+use std::collections::BTreeMap;
 
 /// The state behind its lock, with what threads read without it.
 #[derive(Debug)]
@@ -40,6 +43,8 @@ pub(crate) struct StateLock {
 pub(crate) struct State {
     pub(crate) ledger: Ledger,
     pub(crate) accounts: Accounts,
+    /// What each account owes that owes anything, in bytes.
+    pub(crate) owing: BTreeMap<AccountId, usize>,
     /// What has happened, except what ranges that are there count themselves.
     pub(crate) counters: EngineCounters,
     pub(crate) ranges: Ranges,
@@ -83,6 +88,7 @@ impl State {
         Self {
             ledger: Ledger::new(budget_bytes),
             accounts: Accounts::default(),
+            owing: BTreeMap::new(),
             counters: EngineCounters::default(),
             ranges: Ranges::default(),
             next_pin: 0,
@@ -98,42 +104,51 @@ impl State {
         }
     }
 
-    /// What is parked and may be unmapped, in bytes.
-    pub(crate) fn spare_parked_bytes(&self) -> usize {
-        let ranges = self.ranges.values();
-        ranges.map(|range| range.spare_parked_bytes()).sum()
+    /// Looks at the ranges that were changed since the last look; returns what all were. The caller
+    /// has locked no range.
+    pub(crate) fn look_again(&mut self) -> &Tally {
+        let Self { ranges, ledger, .. } = self;
+        ranges.look_again(|account, comes_back| ledger.foresee(account, comes_back));
+        ranges.tally()
     }
 
     /// Puts chunks that were freed under their range's lock into the queue; returns whether there
     /// were any.
     pub(crate) fn collect_freed(&mut self) -> bool {
+        self.look_again();
+        let Self { ranges, queue, .. } = self;
         let mut any = false;
-        for slot in self.ranges.with_work() {
-            let mut range = slot.lock();
-            any |= !range.freed.is_empty();
-            self.queue.collect(slot.id(), range.freed.drain(..));
-            slot.note(&range);
+        for (id, mut range) in ranges.with(Fact::HasWork) {
+            if !range.freed.is_empty() {
+                any = true;
+                queue.collect(id, range.quietly().freed.drain(..));
+            }
         }
         any
     }
 
-    /// What is committed, by what it is.
-    pub(crate) fn parts(&self) -> MemoryParts {
-        self.stats_seen(|_, _| ()).parts
+    /// What is committed, by what it is. The caller has locked no range.
+    pub(crate) fn parts(&mut self) -> MemoryParts {
+        self.look_again().parts() + self.parts_of_none()
     }
 
-    /// The numbers, and a look at each range in the same moment: a range's memory may change from
-    /// one part to another under the range's lock alone.
-    pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
+    /// What is committed and is in no range's books.
+    fn parts_of_none(&self) -> MemoryParts {
         let unreleased = self.unreleased.iter().map(|(_, memory)| memory.bytes());
-        let mut parts = MemoryParts {
+        MemoryParts {
             filling_bytes: self.relocations.moving_bytes(|_| true),
             retiring_bytes: self.releasing.iter().map(|(_, bytes)| bytes).sum(),
             cached_bytes: self.cache.bytes(),
             quarantined_bytes: unreleased.sum::<usize>()
                 + self.relocations.quarantined_bytes(|_| true),
             ..MemoryParts::default()
-        };
+        }
+    }
+
+    /// The numbers, and a look at each range in the same moment: a range's memory may change from
+    /// one part to another under the range's lock alone.
+    pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
+        let mut parts = self.parts_of_none();
         let mut chunks = 0;
         for (id, range) in self.ranges.iter() {
             see(id, &range);
@@ -149,10 +164,23 @@ impl State {
         }
     }
 
-    /// Takes one such entry out of the list of what is being released.
+    /// Notes that a thread has taken out memory that it releases.
+    pub(crate) fn begin_releasing(&mut self, owner: Option<Owner>, bytes: usize) {
+        self.releasing.push((owner, bytes));
+        if let Some(owner) = owner {
+            self.ledger.begin_releasing(owner.account, bytes);
+        }
+    }
+
+    /// Notes that the thread is done with it.
     pub(crate) fn end_releasing(&mut self, owner: Option<Owner>, bytes: usize) {
         let mut releasing = self.releasing.iter();
-        let at = releasing.position(|held| *held == (owner, bytes));
-        at.map(|at| self.releasing.swap_remove(at));
+        let Some(at) = releasing.position(|held| *held == (owner, bytes)) else {
+            return;
+        };
+        self.releasing.swap_remove(at);
+        if let Some(owner) = owner {
+            self.ledger.end_releasing(owner.account, bytes);
+        }
     }
 }

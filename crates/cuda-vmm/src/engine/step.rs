@@ -1,5 +1,6 @@
 //! The work of an engine that is due now and then, by its worker or by callers.
 
+use super::books::tally::Fact;
 use super::inner::Inner;
 use super::retry::Which;
 use super::scope::Scope;
@@ -20,7 +21,7 @@ impl Steps for Inner {
         let drained_bytes = self.give_back();
         let prefetched_bytes = self.prefetch(is_worker);
         self.finish_closing();
-        let stats = self.state.lock().parts();
+        let stats = self.state.lock().quietly().parts();
         let report = StepReport {
             retired_bytes,
             drained_bytes: retried_bytes + drained_bytes,
@@ -33,14 +34,14 @@ impl Steps for Inner {
     }
 
     fn next_work(&self) -> Option<Duration> {
-        let state = self.state.lock();
-        let has_work = !state.queue.is_empty()
-            || state.ranges.with_work().next().is_some()
-            || state.spare_parked_bytes() > self.options.park_bytes_max
-            || state.spare_when_over().is_some()
-            || (state.ranges.values()).any(|range| {
-                range.is_ending() || range.wants_ahead() || range.stale_ahead().is_some()
-            });
+        const WORK: [Fact; 4] = [Fact::HasWork, Fact::Ending, Fact::Hungry, Fact::StaleAhead];
+        let mut locked = self.state.lock();
+        let state = locked.quietly();
+        let tally = state.look_again();
+        let has_work = WORK.iter().any(|fact| tally.any(*fact))
+            || tally.spare_parked_bytes() > self.options.park_bytes_max
+            || !state.queue.is_empty()
+            || state.spare_when_over().is_some();
         match has_work {
             true => Some(Duration::ZERO),
             // In a context beyond use it is left alone.

@@ -87,7 +87,7 @@ pub(crate) fn retry_stuck(engine: &Arc<Inner>) -> Result<usize> {
             return Ok(0);
         }
         let (owner, mapping) = state.relocations.stuck.remove(0);
-        state.releasing.push((Some(owner), mapping.bytes()));
+        state.begin_releasing(Some(owner), mapping.bytes());
         (owner, mapping)
     };
     let bytes = mapping.bytes();

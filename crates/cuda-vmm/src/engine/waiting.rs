@@ -1,6 +1,7 @@
 //! How long an allocation waits for memory, and what it does meanwhile.
 
 use super::books::backoff::Backoff;
+use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::scope::Scope;
@@ -107,8 +108,8 @@ fn await_look<'a>(
     let left = deadline.left()?;
     state.quietly().collect_freed();
     let is_coming = !state.queue.is_empty()
-        || (state.ranges.values()).any(|range| range.waits_for_leases())
-        || state.parts().quarantined_bytes > 0;
+        || (state.quietly().look_again()).any(Fact::WaitsForLeases)
+        || state.quietly().parts().quarantined_bytes > 0;
     if !is_coming {
         // A thread that frees something says so.
         return Some(engine.state.wait_for(state, left));

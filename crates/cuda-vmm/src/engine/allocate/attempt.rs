@@ -15,9 +15,10 @@ use crate::engine::inner::Inner;
 use crate::engine::range::{Place, Range, Taken};
 use crate::engine::relief::Relief;
 use crate::engine::shortage::Shortage;
+use crate::engine::slot::RangeLock;
 use crate::engine::state::State;
 use crate::engine::waiting::{Patience, device_backoff};
-use crate::sync::{Arc, MutexGuard};
+use crate::sync::Arc;
 use crate::{Result, VmmError};
 use std::collections::BTreeSet;
 
@@ -106,9 +107,9 @@ impl<'a> Attempt<'a> {
     pub(super) fn look_at_all(
         &mut self,
         state: &mut Locked<'a>,
-    ) -> Result<(Needs, Option<MutexGuard<'a, Range>>), Obstacle> {
+    ) -> Result<(Needs, Option<RangeLock<'a>>), Obstacle> {
         let account = self.asks[0].account();
-        let over = state.room_when_over(account);
+        let over = state.quietly().room_when_over(account);
         let whole_bytes = self.whole_bytes();
         let mut needs = Needs::new(account);
         let mut left: usize = self.asks.iter().map(|ask| ask.places.len()).sum();
@@ -122,7 +123,6 @@ impl<'a> Attempt<'a> {
             if !range.freed.is_empty() {
                 let queue = &mut state.quietly().queue;
                 queue.collect(slot.id(), range.freed.drain(..));
-                slot.note(&range);
             }
             for (place, bytes) in ask.places {
                 left -= 1;

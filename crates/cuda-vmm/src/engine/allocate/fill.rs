@@ -11,9 +11,10 @@ use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
 use crate::engine::range::{Range, Taken};
 use crate::engine::relief::Relief;
+use crate::engine::slot::RangeLock;
 use crate::engine::state::State;
 use crate::events::Entered;
-use crate::sync::{Arc, MutexGuard};
+use crate::sync::Arc;
 use crate::{Result, VmmError};
 use core::ops;
 
@@ -47,7 +48,7 @@ impl<'a> Attempt<'a> {
     pub(super) fn fill(
         &mut self,
         mut state: Locked<'a>,
-        held: Option<MutexGuard<'a, Range>>,
+        held: Option<RangeLock<'a>>,
         needs: Needs,
         supply: Supply,
     ) -> Result<Outcome<'a>> {

@@ -9,17 +9,20 @@ use crate::engine::changes::Locked;
 use crate::engine::range::leases::Asker;
 use crate::engine::retry::Which;
 use crate::engine::scope::Scope;
-use crate::engine::state::State;
 use crate::size::Extent;
 use crate::{Result, VmmError};
 
 impl<'a> Attempt<'a> {
     /// Does the next thing that may take the obstacle away.
-    pub(super) fn overcome(&mut self, obstacle: Obstacle, state: Locked<'a>) -> Result<Locked<'a>> {
+    pub(super) fn overcome(
+        &mut self,
+        obstacle: Obstacle,
+        mut state: Locked<'a>,
+    ) -> Result<Locked<'a>> {
         match obstacle {
             Obstacle::Final(error) => Err(error),
             Obstacle::TooLarge { whole_bytes, room } => {
-                Err(state.out_of_memory(whole_bytes, &room))
+                Err(state.quietly().out_of_memory(whole_bytes, &room))
             }
             Obstacle::Leased(extent) => self.ask_tokens(extent, state),
             Obstacle::Quarantined(extent, page_bytes) => self.retry(extent, page_bytes, state),
@@ -70,7 +73,7 @@ impl<'a> Attempt<'a> {
             return Ok(state);
         }
         self.keeps_its_place();
-        Err(self.in_the_way(&engine.state.lock(), extent))
+        Err(self.in_the_way(&mut engine.state.lock(), extent))
     }
 
     /// Retiring: makes the streams that will use the pages wait for the device's work, or else
@@ -81,14 +84,14 @@ impl<'a> Attempt<'a> {
         chunks: &[usize],
         state: Locked<'a>,
     ) -> Result<Locked<'a>> {
-        let state = match self.poll_once(state) {
+        let mut state = match self.poll_once(state) {
             Ok(state) => return Ok(state),
             Err(state) => state,
         };
         if self.followed.insert((self.handle().id(), extent.offset)) {
             return Ok(self.handle().make_follow(state, chunks));
         }
-        let error = self.in_the_way(&state, extent);
+        let error = self.in_the_way(&mut state, extent);
         let only = Scope::Range(self.handle().id());
         if let Some(state) = (self.patience).await_memory(self.engine(), state, only)? {
             return Ok(state);
@@ -108,8 +111,8 @@ impl<'a> Attempt<'a> {
     }
 
     /// The error if some of the pages retire, or another thread works on them.
-    fn in_the_way(&self, state: &State, extent: Extent) -> VmmError {
-        let stats = state.parts();
+    fn in_the_way(&self, state: &mut Locked<'_>, extent: Extent) -> VmmError {
+        let stats = state.quietly().parts();
         let range = state.ranges.get(self.handle().id());
         let (asked_bytes, limit_bytes) = range.map_or((extent.bytes, 0), |range| {
             let pages = extent.pages(range.page_bytes).len();

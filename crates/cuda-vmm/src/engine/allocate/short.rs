@@ -12,7 +12,7 @@ use crate::{Result, VmmError};
 impl<'a> Attempt<'a> {
     /// Gives up what can be spared. If nothing can, stands in the line and waits as long as the
     /// patience lasts.
-    pub(super) fn make_room(&mut self, lack: &Lack, state: Locked<'a>) -> Result<Locked<'a>> {
+    pub(super) fn make_room(&mut self, lack: &Lack, mut state: Locked<'a>) -> Result<Locked<'a>> {
         let engine = self.engine();
         if lack.bytes > lack.refusal.beside_guarantees_bytes {
             return self.await_guarantee(lack, state);
@@ -22,15 +22,15 @@ impl<'a> Attempt<'a> {
             true => Scope::Account(lack.account),
             false => Scope::All,
         };
-        if self.shortage.has_polled() && self.is_beyond_reach(lack, &state) {
+        if self.shortage.has_polled() && self.is_beyond_reach(lack, state.quietly()) {
             // What could be spared would be given up for nothing.
-            let error = state.out_of_memory(lack.bytes, &lack.refusal);
+            let error = state.quietly().out_of_memory(lack.bytes, &lack.refusal);
             return Err(self.refuse(lack, scope == Scope::All, state, error));
         }
-        let Some(state) = self.shortage.relieve(engine, state, scope) else {
+        let Some(mut state) = self.shortage.relieve(engine, state, scope) else {
             return Ok(engine.state.lock());
         };
-        if !self.has_retried_all && state.parts().quarantined_bytes > 0 {
+        if !self.has_retried_all && state.quietly().parts().quarantined_bytes > 0 {
             // The driver may take it by now, and the worker's next try may be far off.
             self.has_retried_all = true;
             drop(state);
@@ -42,7 +42,7 @@ impl<'a> Attempt<'a> {
 
     /// Whether the allocation does not wait for others, and all that comes back without them is not
     /// enough.
-    fn is_beyond_reach(&self, lack: &Lack, state: &State) -> bool {
+    fn is_beyond_reach(&self, lack: &Lack, state: &mut State) -> bool {
         let parts = state.parts();
         let coming_bytes = match self.patience {
             Patience::None => 0,
@@ -62,8 +62,8 @@ impl<'a> Attempt<'a> {
         mut state: Locked<'a>,
     ) -> Result<Locked<'a>> {
         let engine = self.engine();
-        let error = state.out_of_memory(lack.bytes, &lack.refusal);
-        if self.is_in_vain(lack, scope, &state) {
+        let error = state.quietly().out_of_memory(lack.bytes, &lack.refusal);
+        if self.is_in_vain(lack, scope, state.quietly()) {
             let error = self.shortage.error_or(error);
             return Err(self.refuse(lack, scope == Scope::All, state, error));
         }
@@ -87,19 +87,23 @@ impl<'a> Attempt<'a> {
     }
 
     /// Whether the allocation does not wait, or not for what could come.
-    fn is_in_vain(&self, lack: &Lack, scope: Scope, state: &Locked<'_>) -> bool {
+    fn is_in_vain(&self, lack: &Lack, scope: Scope, state: &mut State) -> bool {
         match self.patience {
             Patience::None => true,
             // What retires is not what it uses too much of.
             Patience::Retiring if lack.is_over => true,
             Patience::Retiring => {
+                let parts = state.parts();
+                let tally = state.ranges.tally();
+                let retires = |id| {
+                    tally
+                        .of_range(id)
+                        .map_or(0, |range| range.parts.retiring_bytes)
+                };
                 let retiring_bytes = match scope {
-                    Scope::All => state.parts().retiring_bytes,
-                    scope => {
-                        let own = state.ranges.within(scope);
-                        own.map(|(_, range)| range.pages.parts().retiring_bytes)
-                            .sum()
-                    }
+                    Scope::All => parts.retiring_bytes,
+                    Scope::Account(own) => tally.of_account(own).map(retires).sum(),
+                    Scope::Range(id) => retires(id),
                 };
                 retiring_bytes.saturating_add(lack.refusal.free_bytes) < lack.bytes
             }
@@ -129,7 +133,7 @@ impl<'a> Attempt<'a> {
     /// Only a guarantee that goes helps: waits for that. No account owes memory for it, and no
     /// thread behind has to wait.
     fn await_guarantee(&mut self, lack: &Lack, mut state: Locked<'a>) -> Result<Locked<'a>> {
-        let error = state.out_of_memory(lack.bytes, &lack.refusal);
+        let error = state.quietly().out_of_memory(lack.bytes, &lack.refusal);
         if let Some(ticket) = self.ticket.take() {
             state.ledger.leave_line(ticket);
         }

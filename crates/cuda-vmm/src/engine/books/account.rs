@@ -1,5 +1,7 @@
 //! One share of a budget: what it may hold, and what it is charged for.
 
+use super::holders::Holder;
+use super::tally::ComesBack;
 use crate::{QuotaConflict, Result, VmmError};
 
 /// Names an account.
@@ -86,6 +88,12 @@ impl Quota {
 pub(super) struct Account {
     pub(super) quota: Quota,
     pub(super) committed_bytes: usize,
+    /// What comes back of it without its owner's doing.
+    pub(super) comes_back: ComesBack,
+    /// What is being released of it, in bytes.
+    pub(super) releasing_bytes: usize,
+    /// Whether it is among those that have changed since what is owed was worked out.
+    pub(super) is_changed: bool,
     /// It goes with the last of what it is charged for.
     pub(super) closed: bool,
 }
@@ -95,6 +103,9 @@ impl Account {
         Self {
             quota,
             committed_bytes: 0,
+            comes_back: ComesBack::default(),
+            releasing_bytes: 0,
+            is_changed: false,
             closed: false,
         }
     }
@@ -115,11 +126,30 @@ impl Account {
         self.committed_bytes > self.quota.most_bytes() && !self.closed
     }
 
-    /// The same account, if `spare_bytes` of what it holds were given back.
-    pub(super) fn without(&self, spare_bytes: usize) -> Self {
-        Self {
-            committed_bytes: self.committed_bytes.saturating_sub(spare_bytes),
-            ..*self
-        }
+    /// What it holds, less what comes back without its owner's doing, in bytes.
+    pub(super) fn used_bytes(&self) -> usize {
+        let coming_bytes = self.comes_back.coming_bytes + self.releasing_bytes;
+        self.committed_bytes.saturating_sub(coming_bytes)
+    }
+
+    /// What it holds, less what is given up if it is needed, in bytes.
+    pub(super) fn kept_bytes(&self) -> usize {
+        let spare_bytes = self.comes_back.spare_bytes;
+        self.committed_bytes.saturating_sub(spare_bytes)
+    }
+
+    /// What others cannot have if this much of what it holds stays, in bytes.
+    pub(super) fn spoken_for(&self, bytes: usize) -> usize {
+        bytes.max(self.quota.guarantee_bytes)
+    }
+
+    /// How it bears on what others want; `None` if it is closed.
+    pub(super) fn holder(&self) -> Option<Holder> {
+        (!self.closed).then(|| Holder {
+            priority: self.quota.priority,
+            guarantee_bytes: self.quota.guarantee_bytes,
+            ceiling_bytes: self.quota.most_bytes(),
+            used_bytes: self.used_bytes(),
+        })
     }
 }

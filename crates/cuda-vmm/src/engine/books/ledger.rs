@@ -1,10 +1,12 @@
 //! The budget of an engine, and what each account is charged for.
 
 use super::account::{Account, AccountId, Quota};
+use super::holders::Holders;
 use super::owner::Owner;
-use super::pressure::{self, Holder, Ticket, Want, Wants};
+use super::pressure::{self, Ticket, Want, Wants};
+use super::tally::ComesBack;
 use crate::{QuotaConflict, Result, VmmError};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A charge that was refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,11 +39,55 @@ pub(crate) struct Ledger {
     unused_guarantee_bytes: usize,
     /// What all accounts are guaranteed, used or not.
     guaranteed_bytes: usize,
-    /// How many accounts hold more than they may.
-    above_ceiling: usize,
+    /// Accounts that hold more than they may.
+    above_ceiling: BTreeSet<AccountId>,
+    sums: Sums,
     accounts: BTreeMap<AccountId, Account>,
+    /// Those that have changed since what is owed was worked out.
+    changed: Vec<AccountId>,
+    holders: Holders<AccountId>,
     next: u64,
     wants: Wants<AccountId>,
+}
+
+/// Sums over all accounts. Two numbers of bytes may be more than one holds.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct Sums {
+    /// What is used, or guaranteed and not used.
+    used: u128,
+    /// What is kept if all gives up what it can spare, or guaranteed and not kept.
+    kept: u128,
+    /// What closed accounts use.
+    closed: u128,
+}
+
+impl Sums {
+    fn of(account: &Account) -> Self {
+        let used_bytes = account.used_bytes();
+        Self {
+            used: account.spoken_for(used_bytes) as u128,
+            kept: account.spoken_for(account.kept_bytes()) as u128,
+            closed: if account.closed {
+                used_bytes as u128
+            } else {
+                0
+            },
+        }
+    }
+
+    fn each(self, other: Self, join: impl Fn(u128, u128) -> u128) -> Self {
+        Self {
+            used: join(self.used, other.used),
+            kept: join(self.kept, other.kept),
+            closed: join(self.closed, other.closed),
+        }
+    }
+}
+
+/// What is left of a limit in bytes.
+fn left(limit_bytes: usize, taken: u128) -> usize {
+    let left = (limit_bytes as u128).saturating_sub(taken);
+    usize::try_from(left).unwrap_or(usize::MAX)
 }
 
 impl Ledger {
@@ -52,8 +98,11 @@ impl Ledger {
             cached_bytes: 0,
             unused_guarantee_bytes: 0,
             guaranteed_bytes: 0,
-            above_ceiling: 0,
+            above_ceiling: BTreeSet::new(),
+            sums: Sums::default(),
             accounts: BTreeMap::new(),
+            changed: Vec::new(),
+            holders: Holders::default(),
             next: 0,
             wants: Wants::default(),
         }
@@ -91,9 +140,8 @@ impl Ledger {
         self.check_guarantee(quota.guarantee_bytes, None)?;
         let id = AccountId(self.next);
         self.next += 1;
-        self.unused_guarantee_bytes += quota.guarantee_bytes;
-        self.guaranteed_bytes += quota.guarantee_bytes;
-        self.accounts.insert(id, Account::new(quota));
+        self.accounts.insert(id, Account::new(Quota::new()));
+        self.change(id, |account| account.quota = quota);
         Ok(id)
     }
 
@@ -169,6 +217,11 @@ impl Ledger {
         let account = self.accounts.get(&id);
         if account.is_some_and(|account| account.closed && account.committed_bytes == 0) {
             self.accounts.remove(&id);
+            self.holders.set(id, None);
+            // Accounts may come and go while no other owes anything.
+            if self.changed.len() > 2 * self.accounts.len() + 64 {
+                self.update_holders();
+            }
         }
     }
 
@@ -233,30 +286,22 @@ impl Ledger {
         beside_bytes.min(account.quota.most_bytes())
     }
 
+    /// Whether more is held than an account's ceiling or the limit allows.
+    pub(crate) fn is_over(&self, id: AccountId) -> bool {
+        self.is_above_ceiling(id) || self.is_over_limit()
+    }
+
     /// What an account may take, in bytes, if more is held than its ceiling or the limit allows, of
     /// what it has freed and the engine still holds for it, and of new memory: nothing that brings
-    /// what is used above the ceiling or the limit. `coming` is what an account holds and does not
-    /// use. `None` if neither is exceeded.
-    pub(crate) fn room_when_over<C: Fn(AccountId) -> usize>(
-        &self,
-        id: AccountId,
-        coming: impl FnOnce() -> C,
-    ) -> Option<Refusal> {
+    /// what is used above the ceiling or the limit. `None` if neither is exceeded.
+    pub(crate) fn room_when_over(&self, id: AccountId) -> Option<Refusal> {
         let is_above_ceiling = self.is_above_ceiling(id);
-        if !is_above_ceiling && !self.is_over_limit() {
-            return None;
-        }
-        let account = self.accounts.get(&id)?;
-        let coming = coming();
-        let own = account.without(coming(id));
-        let others = self.accounts.iter().filter(|(of, _)| **of != id);
-        let others_bytes = others.map(|(of, account)| {
-            let used = account.without(coming(*of));
-            used.committed_bytes.max(used.quota.guarantee_bytes)
-        });
-        let taken_bytes = others_bytes.fold(own.committed_bytes, usize::saturating_add);
-        let in_limit_bytes = self.limit_bytes.saturating_sub(taken_bytes);
-        let free_bytes = in_limit_bytes.min(own.below_ceiling());
+        let account = self.accounts.get(&id).filter(|_| self.is_over(id))?;
+        let used_bytes = account.used_bytes();
+        let others = self.sums.used - account.spoken_for(used_bytes) as u128;
+        let in_limit_bytes = left(self.limit_bytes, others + used_bytes as u128);
+        let below_ceiling = account.quota.most_bytes().saturating_sub(used_bytes);
+        let free_bytes = in_limit_bytes.min(below_ceiling);
         let room = self.room(id, None);
         Some(Refusal {
             free_bytes,
@@ -269,33 +314,51 @@ impl Ledger {
     }
 
     /// What an account could be charged without anything that is in use being given back, in bytes,
-    /// at this place in the line, or at its end; `spare` is what an account holds and gives up if
-    /// it is needed. `stuck_bytes` are held on no account and cannot be used either.
+    /// at this place in the line, or at its end. `stuck_bytes` are held on no account and cannot be
+    /// used either.
     pub(crate) fn available_bytes(
         &self,
         id: AccountId,
         ticket: Option<Ticket>,
-        spare: impl Fn(AccountId) -> usize,
         stuck_bytes: usize,
     ) -> usize {
         let Some(account) = self.opened(id) else {
             return 0;
         };
-        let own = account.without(spare(id));
-        let others = self.accounts.iter().filter(|(of, _)| **of != id);
-        let others_bytes = others.map(|(of, account)| {
-            let used = account.without(spare(*of));
-            used.committed_bytes.max(used.quota.guarantee_bytes)
-        });
-        let taken_bytes =
-            others_bytes.fold(own.committed_bytes + stuck_bytes, usize::saturating_add);
-        let in_budget = self.limit_bytes.saturating_sub(taken_bytes);
+        let kept_bytes = account.kept_bytes();
+        let others = self.sums.kept - account.spoken_for(kept_bytes) as u128;
+        let taken = others + kept_bytes as u128 + stuck_bytes as u128;
+        let in_budget = left(self.limit_bytes, taken);
         let waited_for_bytes = self.claimed_ahead(account, ticket);
-        let own_bytes = own.unused_guarantee();
+        let own_bytes = account.spoken_for(kept_bytes) - kept_bytes;
         in_budget
             .saturating_sub(waited_for_bytes)
             .max(own_bytes.min(in_budget))
-            .min(own.below_ceiling())
+            .min(account.quota.most_bytes().saturating_sub(kept_bytes))
+    }
+
+    /// The accounts for which there is memory now that they were refused and do not wait for;
+    /// `stuck_bytes` as in [`available_bytes`](Self::available_bytes).
+    pub(crate) fn served(&self, stuck_bytes: usize) -> BTreeSet<AccountId> {
+        let refused = self.refused();
+        let served =
+            refused.filter(|(id, bytes)| *bytes <= self.available_bytes(*id, None, stuck_bytes));
+        served.map(|(id, _)| id).collect()
+    }
+
+    /// Notes what comes back of an account without its owner's doing.
+    pub(crate) fn foresee(&mut self, id: AccountId, comes_back: ComesBack) {
+        self.change(id, |account| account.comes_back = comes_back);
+    }
+
+    /// Notes that so much of an account is being released.
+    pub(crate) fn begin_releasing(&mut self, id: AccountId, bytes: usize) {
+        self.change(id, |account| account.releasing_bytes += bytes);
+    }
+
+    /// Notes that it was released, or could not be.
+    pub(crate) fn end_releasing(&mut self, id: AccountId, bytes: usize) {
+        self.change(id, |account| account.releasing_bytes -= bytes);
     }
 
     /// Checks that an account can be charged `bytes` now, of which some are in the cache; or
@@ -398,7 +461,7 @@ impl Ledger {
 
     /// Whether no account wants more than there was, and none holds more than it may.
     pub(crate) fn is_calm(&self) -> bool {
-        self.wants.is_empty() && self.above_ceiling == 0 && !self.is_over_limit()
+        self.wants.is_empty() && self.above_ceiling.is_empty() && !self.is_over_limit()
     }
 
     /// Whether more is held, or guaranteed and not held, than the limit allows: it was lowered.
@@ -436,19 +499,20 @@ impl Ledger {
 
     /// Whether an account holds more than it may.
     pub(crate) fn is_above_ceiling(&self, id: AccountId) -> bool {
-        self.above_ceiling > 0
-            && self
-                .accounts
-                .get(&id)
-                .is_some_and(Account::is_above_ceiling)
+        self.above_ceiling.contains(&id)
     }
 
-    /// What each account owes, in bytes; the second argument is what comes back of it without its
-    /// doing.
-    pub(crate) fn owed(
-        &mut self,
-        coming: impl Fn(AccountId) -> usize,
-    ) -> BTreeMap<AccountId, usize> {
+    /// An account that holds more than it may and has some of it to spare.
+    pub(crate) fn spare_above_ceiling(&self) -> Option<AccountId> {
+        let mut above = self.above_ceiling.iter().copied();
+        above.find(|id| {
+            let account = self.accounts.get(id);
+            account.is_some_and(|account| account.comes_back.spare_bytes > 0)
+        })
+    }
+
+    /// What each account owes that owes anything, in bytes.
+    pub(crate) fn owed(&mut self) -> BTreeMap<AccountId, usize> {
         let has_room = |want: &Want<AccountId>| {
             let room = self.accounts.get(&want.account);
             let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, 0, None));
@@ -463,27 +527,20 @@ impl Ledger {
         for ticket in had_room {
             self.wants.had_room(ticket);
         }
-        let (mut holders, mut closed_bytes) = (Vec::new(), 0);
-        for (id, account) in &self.accounts {
-            let used_bytes = account.committed_bytes.saturating_sub(coming(*id));
-            if account.closed {
-                // No open account can be asked for it.
-                closed_bytes += used_bytes;
-                continue;
-            }
-            holders.push(Holder {
-                account: *id,
-                priority: account.quota.priority,
-                guarantee_bytes: account.quota.guarantee_bytes,
-                ceiling_bytes: account.quota.most_bytes(),
-                used_bytes,
-            });
-        }
-        let limit_bytes = self.limit_bytes.saturating_sub(closed_bytes);
+        self.update_holders();
+        // No open account can be asked for what closed ones use.
+        let limit_bytes = left(self.limit_bytes, self.sums.closed);
         let wants = self.wants.iter().filter(|(_, want)| want.is_owed);
-        let owed = pressure::divide(limit_bytes, &holders, wants);
-        let accounts = holders.iter().map(|holder| holder.account);
-        accounts.zip(owed).collect()
+        self.holders.divide(limit_bytes, wants)
+    }
+
+    fn update_holders(&mut self) {
+        for id in self.changed.drain(..) {
+            if let Some(account) = self.accounts.get_mut(&id) {
+                account.is_changed = false;
+                self.holders.set(id, account.holder());
+            }
+        }
     }
 
     /// What is charged to an account, in bytes.
@@ -494,14 +551,24 @@ impl Ledger {
     }
 
     fn change(&mut self, id: AccountId, change: impl FnOnce(&mut Account)) {
-        if let Some(account) = self.accounts.get_mut(&id) {
-            self.unused_guarantee_bytes -= account.unused_guarantee();
-            self.guaranteed_bytes -= account.quota.guarantee_bytes;
-            self.above_ceiling -= usize::from(account.is_above_ceiling());
-            change(account);
-            self.unused_guarantee_bytes += account.unused_guarantee();
-            self.guaranteed_bytes += account.quota.guarantee_bytes;
-            self.above_ceiling += usize::from(account.is_above_ceiling());
+        let Some(account) = self.accounts.get_mut(&id) else {
+            return;
+        };
+        self.unused_guarantee_bytes -= account.unused_guarantee();
+        self.guaranteed_bytes -= account.quota.guarantee_bytes;
+        self.sums = self.sums.each(Sums::of(account), |sum, own| sum - own);
+        let was_above_ceiling = account.is_above_ceiling();
+        change(account);
+        self.unused_guarantee_bytes += account.unused_guarantee();
+        self.guaranteed_bytes += account.quota.guarantee_bytes;
+        self.sums = self.sums.each(Sums::of(account), |sum, own| sum + own);
+        match (was_above_ceiling, account.is_above_ceiling()) {
+            (false, true) => _ = self.above_ceiling.insert(id),
+            (true, false) => _ = self.above_ceiling.remove(&id),
+            _ => {}
+        }
+        if !core::mem::replace(&mut account.is_changed, true) {
+            self.changed.push(id);
         }
     }
 }

@@ -42,14 +42,13 @@ use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
 
 impl State {
     /// What can be moved of a range now, and what that would come to.
-    fn plan_moves(&self, id: RangeId) -> (MovePlan, CompactReport) {
+    fn plan_moves(&mut self, id: RangeId) -> (MovePlan, CompactReport) {
         // What can be spared is given up for it.
         let stats = self.parts();
-        let spare_bytes = stats.ahead_bytes + stats.cached_bytes + self.spare_parked_bytes();
-        let own_bytes = self.ranges.slot(id).map_or(0, |slot| {
-            let own = self.ranges.within(Scope::Account(slot.account()));
-            own.map(|(_, range)| range.spare_bytes()).sum()
-        });
+        let tally = self.ranges.tally();
+        let spare_bytes = stats.ahead_bytes + stats.cached_bytes + tally.spare_parked_bytes();
+        let own = tally.of_range(id).map(|range| range.account);
+        let own_bytes = own.map_or(0, |own| tally.comes_back(own).spare_bytes);
         let Some(range) = self.ranges.get(id).filter(|range| !range.closed) else {
             return Default::default();
         };
@@ -88,7 +87,7 @@ impl RangeHandle {
     /// What [`compact`](Self::compact) would do now.
     pub(crate) fn compact_report(&self) -> Result<CompactReport> {
         let engine = self.engine().open()?;
-        Ok(engine.state.lock().plan_moves(self.id()).1)
+        Ok(engine.state.lock().quietly().plan_moves(self.id()).1)
     }
 
     /// Moves the live pages of partly live chunks of the range. The caller makes sure that no work
@@ -101,12 +100,12 @@ impl RangeHandle {
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
         let (users, page_bytes, plan, mut report) = {
-            let state = engine.state.lock();
+            let mut state = engine.state.lock();
             let (users, page_bytes) = match state.ranges.get(id) {
                 Some(range) if !range.closed => (range.users.clone(), range.page_bytes),
                 _ => return Err(VmmError::Closed),
             };
-            let (plan, report) = state.plan_moves(id);
+            let (plan, report) = state.quietly().plan_moves(id);
             (users, page_bytes, plan, report)
         };
         report.skipped_bytes += core::mem::take(&mut report.returned_bytes);
@@ -246,7 +245,7 @@ impl Compaction<'_> {
         let unused = (state.ranges.get(self.range))
             .map_or_else(Vec::new, |mut range| range.pages.arrive(first, chunks));
         state.relocations.end(owner, charged_bytes);
-        state.releasing.push((Some(owner), old_bytes));
+        state.begin_releasing(Some(owner), old_bytes);
         engine.retire(state, self.range, unused);
         if let Some(old) = Arc::into_inner(old) {
             engine.release(Some(owner), old)?;

@@ -14,6 +14,7 @@ use super::books::counters::PoolCounters;
 use super::books::owner::Owner;
 use super::books::pages::{Pages, Survey};
 use super::books::range_id::RangeId;
+use super::books::tally::{Fact, RangeLook};
 use super::options::PoolOptions;
 use super::owed::Owed;
 use super::queue::Until;
@@ -212,9 +213,37 @@ impl Range {
         !self.freed.is_empty() || self.waits_for_leases()
     }
 
-    /// What of it comes back without its owner's doing, in bytes, except what is being released.
-    pub(crate) fn coming_bytes(&self) -> usize {
-        self.pages.parts().retiring_bytes + self.spare_bytes()
+    /// What it is now.
+    pub(crate) fn look(&self) -> RangeLook {
+        let parts = self.parts();
+        let spare_parked_bytes = self.spare_parked_bytes();
+        let is_parked = spare_parked_bytes > 0;
+        let is_left_parked = is_parked && !self.has_closer;
+        let facts = [
+            (Fact::HasWork, self.has_work()),
+            (Fact::WaitsForLeases, self.waits_for_leases()),
+            (Fact::Closed, self.closed),
+            (Fact::Ended, self.closed && self.pages.chunks() == 0),
+            (Fact::Ending, self.is_ending()),
+            (Fact::Parked, is_parked),
+            (Fact::ParkedAndLeft, is_left_parked && self.takes_no_more()),
+            (Fact::Ahead, parts.ahead_bytes > 0),
+            (Fact::StaleAhead, self.stale_ahead().is_some()),
+            (Fact::Hungry, self.wants_ahead()),
+            (Fact::Quarantined, parts.quarantined_bytes > 0),
+            (Fact::UsedByAll, self.users.are_all()),
+        ];
+        RangeLook {
+            account: self.account,
+            parts,
+            spare_parked_bytes,
+            left_parked_bytes: if is_left_parked {
+                spare_parked_bytes
+            } else {
+                0
+            },
+            facts: facts.into_iter().collect(),
+        }
     }
 
     /// Whether it is closed, or its account is.
@@ -227,11 +256,6 @@ impl Range {
     pub(crate) fn owner(&self, range: RangeId) -> Owner {
         let account = self.account;
         Owner { account, range }
-    }
-
-    /// What of it comes back without its owner's doing if it is needed, in bytes.
-    pub(crate) fn spare_bytes(&self) -> usize {
-        self.pages.parts().ahead_bytes + self.spare_parked_bytes()
     }
 
     /// Whether the owner of its account is asked for memory.
