@@ -137,7 +137,7 @@ impl StateLock {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         // What was freed since the lock was taken, by threads that did not see yet that this one
         // waits.
-        let has_freed = state.quietly().collect_freed();
+        let has_freed = state.quietly().collect_freed() > 0;
         if state.is_changed() {
             // Other threads learn of this thread's change before it sleeps.
             drop(state);

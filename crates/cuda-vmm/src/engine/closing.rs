@@ -108,7 +108,7 @@ impl RangeHandle {
     /// Frees all bytes of a closed range, except what is leased. Returns whether any is.
     fn free_all(&self, engine: &Arc<Inner>) -> bool {
         let slot = &self.slot;
-        slot.ask_tokens(Asker::Waiting);
+        slot.ask_tokens(Asker::Waiting, None);
         let mut state = engine.state.lock();
         let mut range = slot.lock();
         let unused = range.free_all();

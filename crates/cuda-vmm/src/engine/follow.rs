@@ -72,33 +72,14 @@ impl Entry {
 
 impl Queue {
     /// The entry that holds a retiring chunk, if fences end it.
-    fn holder(&self, id: RangeId, first: usize) -> Option<&Entry> {
-        let mut entries = self.entries();
-        entries.find(|entry| {
-            entry.range == id
-                && entry.fences().is_some()
-                && entry.chunks.binary_search(&first).is_ok()
-        })
-    }
-
-    /// Takes chunks out that are used again before their fences are past.
-    pub(crate) fn follow(&mut self, id: RangeId, chunks: &[usize]) {
-        for first in chunks {
-            for entry in self.entries_mut().filter(|entry| entry.range == id) {
-                if let Ok(at) = entry.chunks.binary_search(first) {
-                    entry.chunks.remove(at);
-                    entry.followed = true;
-                    entry.scrubbed_bytes = 0;
-                    break;
-                }
-            }
-        }
+    fn fenced_holder(&self, id: RangeId, first: usize) -> Option<&Entry> {
+        let entry = self.holder(id, first);
+        entry.filter(|entry| entry.fences().is_some())
     }
 
     /// Notes that the range's streams of smaller numbers than this come after an entry's fences.
     fn add_followers(&mut self, id: u64, followers: u64) {
-        let entry = self.entries_mut().find(|entry| entry.id == id);
-        if let Some(entry) = entry {
+        if let Some(entry) = self.entry_mut(id) {
             entry.followers = entry.followers.max(followers);
         }
     }
@@ -113,7 +94,7 @@ impl State {
             return false;
         };
         chunks.iter().all(|first| {
-            let holder = self.queue.holder(id, *first);
+            let holder = self.queue.fenced_holder(id, *first);
             holder.is_some_and(|entry| entry.strangers(streams).next().is_none())
         })
     }
@@ -124,7 +105,7 @@ impl State {
         let streams = range.users.followers().filter(|_| !CaptureGuard::any())?;
         let mut needed: Vec<Following> = Vec::new();
         for first in chunks {
-            let entry = self.queue.holder(id, *first)?;
+            let entry = self.queue.fenced_holder(id, *first)?;
             if needed.iter().all(|known| known.entry != entry.id) {
                 needed.push(Following {
                     entry: entry.id,
@@ -152,9 +133,9 @@ impl State {
         if range.users.is_named(stream) {
             return Ok(None);
         }
-        let entries = self.queue.entries();
+        let entries = self.queue.of_range(id);
         let followed = entries
-            .filter(|entry| entry.range == id && entry.followed && !known.contains(&entry.id))
+            .filter(|entry| entry.followed && !known.contains(&entry.id))
             .map(|entry| (entry.id, entry.fences().cloned()))
             .collect();
         Ok(Some((followed, range.users.clone())))
@@ -200,11 +181,11 @@ impl RangeHandle {
             let State { ranges, queue, .. } = state;
             let mut range = ranges.get(id)?;
             let followers = range.users.next();
-            for entry in queue.entries_mut().filter(|entry| entry.range == id) {
+            queue.each_of_range(id, |entry| {
                 if entry.followed && entry.followers == followers {
                     entry.followers += 1;
                 }
-            }
+            });
             Some(range.users.name(stream))
         })
     }

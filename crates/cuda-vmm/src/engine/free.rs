@@ -45,7 +45,7 @@ impl RangeHandle {
         let mut range = slot.lock();
         if !range.leases.is_empty() {
             drop(range);
-            slot.ask_tokens(Asker::Passing);
+            slot.ask_tokens(Asker::Passing, Some(parts));
             range = slot.lock();
         }
         if range.closed {

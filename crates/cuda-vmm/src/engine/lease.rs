@@ -23,7 +23,7 @@ impl RangeHandle {
         range.users.open_to_all();
         drop(range);
         if is_due {
-            self.slot.ask_tokens(Asker::Passing);
+            self.slot.ask_tokens(Asker::Passing, None);
         }
         Ok(())
     }
@@ -31,21 +31,21 @@ impl RangeHandle {
     /// Whether a token that is not released covers any of the bytes; false if the range was closed.
     pub(crate) fn is_leased(&self, offset: usize, bytes: usize) -> bool {
         let end = offset.saturating_add(bytes);
-        self.ask_tokens();
+        self.ask_tokens(Some(&[(offset, bytes)]));
         let range = self.slot.lock_open();
         range.is_ok_and(|range| range.leases.overlap(&(offset..end)))
     }
 
     /// The bytes under each lease whose token is not released; they may overlap.
     pub(crate) fn leased(&self) -> Vec<ops::Range<usize>> {
-        self.ask_tokens();
+        self.ask_tokens(None);
         let range = self.slot.lock_open();
         range.map_or(Vec::new(), |range| range.leases.bytes())
     }
 
-    fn ask_tokens(&self) {
+    fn ask_tokens(&self, over: Option<&[(usize, usize)]>) {
         if self.slot.check_process().is_ok() {
-            self.slot.ask_tokens(Asker::Waiting);
+            self.slot.ask_tokens(Asker::Waiting, over);
         }
     }
 }

@@ -5,6 +5,8 @@ use super::users::Users;
 use crate::capture::NoCapture;
 use crate::sync::Arc;
 use crate::{CaptureGuard, Device, Fence, Result};
+use core::ops::Range;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// What must be past before a chunk may be unmapped.
 #[derive(Debug, Clone)]
@@ -73,6 +75,15 @@ impl Until {
         Ok(Some(fences))
     }
 
+    /// Whether both are the same fences.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Fences(own), Self::Fences(other)) => Arc::ptr_eq(own, other),
+            (Self::Synchronised, Self::Synchronised) => true,
+            _ => false,
+        }
+    }
+
     /// Whether it is past, as far as this is known without waiting.
     ///
     /// On a poisoned context nothing runs any more, so everything is past.
@@ -94,16 +105,22 @@ impl Until {
     }
 }
 
+/// How much of the queue is done under one hold of the engine's lock. Other threads wait for it
+/// meanwhile, and there may be tens of thousands of entries.
+pub(crate) const BITE: usize = 64;
+
 /// Chunks of one range that retire together.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) id: u64,
     pub(crate) range: RangeId,
-    /// First pages, rising.
-    pub(crate) chunks: Vec<usize>,
+    /// First pages, rising. Some may be in the entry no more; the queue knows which are.
+    chunks: Vec<usize>,
+    /// How many are in it.
+    left: usize,
     pub(crate) until: Until,
     /// How much of it is overwritten by then, in bytes.
-    pub(crate) scrubbed_bytes: usize,
+    scrubbed_bytes: usize,
     /// The streams of the range whose namings have smaller numbers than this come after the fences.
     pub(crate) followers: u64,
     /// Whether chunks of it were taken back before its fences were past. Then it stays until they
@@ -114,7 +131,13 @@ pub(crate) struct Entry {
 /// Entries in the order in which they were made.
 #[derive(Debug, Default)]
 pub(crate) struct Queue {
-    entries: Vec<Entry>,
+    entries: BTreeMap<u64, Entry>,
+    /// The entry of each chunk that retires.
+    by_chunk: BTreeMap<(RangeId, usize), u64>,
+    by_range: BTreeSet<(RangeId, u64)>,
+    /// Entries whose chunks wait for a context synchronise.
+    unsynchronised: BTreeSet<u64>,
+    scrubbing_bytes: usize,
     next: u64,
     /// Entries that were left when a thread last looked which are past.
     left: usize,
@@ -125,15 +148,26 @@ impl Queue {
         self.add(range, chunks, until, 0);
     }
 
-    /// Adds what was freed of a range under its own lock.
+    /// Takes over what was freed of a range under its own lock, at most so many chunks; returns how
+    /// many more it could take.
     pub(crate) fn collect(
         &mut self,
         id: RangeId,
-        freed: impl IntoIterator<Item = (Vec<usize>, Until)>,
-    ) {
-        for (chunks, until) in freed {
-            self.push(id, chunks, until);
+        freed: &mut VecDeque<(Vec<usize>, Until)>,
+        mut room: usize,
+    ) -> usize {
+        while room > 0
+            && let Some((chunks, until)) = freed.pop_front()
+        {
+            let now = chunks.len().min(room);
+            let (chunks, later) = chunks.split_at(now);
+            if !later.is_empty() {
+                freed.push_front((later.to_vec(), until.clone()));
+            }
+            room -= now;
+            self.push(id, chunks.to_vec(), until);
         }
+        room
     }
 
     /// A chunk that is being overwritten.
@@ -144,60 +178,110 @@ impl Queue {
     fn add(&mut self, range: RangeId, chunks: Vec<usize>, until: Until, scrubbed_bytes: usize) {
         let id = self.next;
         self.next += 1;
-        self.entries.push(Entry {
+        let of_chunk = chunks.iter().map(|first| ((range, *first), id));
+        self.by_chunk.extend(of_chunk);
+        self.by_range.insert((range, id));
+        if matches!(until, Until::Synchronised) {
+            self.unsynchronised.insert(id);
+        }
+        self.scrubbing_bytes += scrubbed_bytes;
+        let entry = Entry {
             id,
             range,
+            left: chunks.len(),
             chunks,
             until,
             scrubbed_bytes,
             followers: 0,
             followed: false,
-        });
+        };
+        self.entries.insert(id, entry);
     }
 
     /// What is being overwritten, in bytes.
     pub(crate) fn scrubbing_bytes(&self) -> usize {
-        self.entries.iter().map(|entry| entry.scrubbed_bytes).sum()
+        self.scrubbing_bytes
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Every entry's number and condition, to be asked without the lock.
-    pub(crate) fn conditions(&self) -> Vec<(u64, Until)> {
-        let entries = self.entries.iter();
+    /// The number that the next entry gets.
+    pub(crate) fn end(&self) -> u64 {
+        self.next
+    }
+
+    /// Numbers and conditions of entries from a number on, to be asked without the lock: as many as
+    /// are done at once.
+    pub(crate) fn conditions(&self, numbers: Range<u64>) -> Vec<(u64, Until)> {
+        let entries = self.entries.range(numbers).take(BITE);
         entries
-            .map(|entry| (entry.id, entry.until.clone()))
+            .map(|(id, entry)| (*id, entry.until.clone()))
             .collect()
     }
 
-    /// The first entry whose chunks come back when fences are past, of the ranges that are meant.
-    pub(crate) fn first_fences(
+    /// The first entry whose chunks come back when fences are past, of one range.
+    pub(crate) fn first_fences(&self, range: RangeId) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+        self.of_range(range).find_map(Entry::returns)
+    }
+
+    /// The same, of the ranges that are meant.
+    pub(crate) fn first_fences_of(
         &self,
         is_meant: impl Fn(RangeId) -> bool,
     ) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
-        let mut entries = self.of(is_meant).filter(|entry| !entry.chunks.is_empty());
-        entries.find_map(|entry| match &entry.until {
-            Until::Fences(fences) => Some((entry.id, fences.clone())),
-            Until::Synchronised => None,
-        })
+        let entries = self.entries.values();
+        let mut entries = entries.filter(|entry| is_meant(entry.range));
+        entries.find_map(Entry::returns)
     }
 
     /// Numbers of the entries that need a context synchronise, of the ranges that are meant.
     pub(crate) fn unsynchronised(&self, is_meant: impl Fn(RangeId) -> bool) -> Vec<u64> {
-        self.of(is_meant)
-            .filter(|entry| matches!(entry.until, Until::Synchronised))
-            .map(|entry| entry.id)
-            .collect()
+        let ids = self.unsynchronised.iter().copied();
+        ids.filter(|id| {
+            let entry = self.entries.get(id);
+            entry.is_some_and(|entry| is_meant(entry.range))
+        })
+        .collect()
     }
 
-    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
-        self.entries.iter()
+    /// The entries of one range.
+    pub(crate) fn of_range(&self, range: RangeId) -> impl Iterator<Item = &Entry> {
+        let ids = self.by_range.range((range, 0)..=(range, u64::MAX));
+        ids.filter_map(|(_, id)| self.entries.get(id))
     }
 
-    pub(crate) fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
-        self.entries.iter_mut()
+    /// Does something with each entry of a range.
+    pub(crate) fn each_of_range(&mut self, range: RangeId, act: impl Fn(&mut Entry)) {
+        let ids = self.by_range.range((range, 0)..=(range, u64::MAX));
+        for (_, id) in ids {
+            if let Some(entry) = self.entries.get_mut(id) {
+                act(entry);
+            }
+        }
+    }
+
+    /// An entry by its number.
+    pub(crate) fn entry_mut(&mut self, id: u64) -> Option<&mut Entry> {
+        self.entries.get_mut(&id)
+    }
+
+    /// The entry that holds a retiring chunk.
+    pub(crate) fn holder(&self, range: RangeId, first: usize) -> Option<&Entry> {
+        self.entries.get(self.by_chunk.get(&(range, first))?)
+    }
+
+    /// Takes chunks out that are used again before their fences are past.
+    pub(crate) fn follow(&mut self, range: RangeId, chunks: &[usize]) {
+        for first in chunks {
+            let id = self.by_chunk.remove(&(range, *first));
+            if let Some(entry) = id.and_then(|id| self.entries.get_mut(&id)) {
+                entry.left -= 1;
+                entry.followed = true;
+                self.scrubbing_bytes -= core::mem::take(&mut entry.scrubbed_bytes);
+            }
+        }
     }
 
     /// Whether enough entries have come since that a call should look which are past, if no step
@@ -211,25 +295,57 @@ impl Queue {
         self.left = self.entries.len();
     }
 
-    fn of(&self, is_meant: impl Fn(RangeId) -> bool) -> impl Iterator<Item = &Entry> {
-        let entries = self.entries.iter();
-        entries.filter(move |entry| is_meant(entry.range))
-    }
-
     /// Makes entries wait for a context synchronise whose fences turned out to be captured. Returns
     /// the fences, to be dropped without the lock: that calls the driver.
     pub(crate) fn give_up_fences(&mut self, ids: &[u64]) -> Vec<Until> {
-        let entries = self.entries.iter_mut();
-        entries
-            .filter(|entry| ids.contains(&entry.id))
-            .map(|entry| core::mem::replace(&mut entry.until, Until::Synchronised))
-            .collect()
+        let mut fences = Vec::new();
+        for id in ids {
+            if let Some(entry) = self.entries.get_mut(id) {
+                self.unsynchronised.insert(*id);
+                fences.push(core::mem::replace(&mut entry.until, Until::Synchronised));
+            }
+        }
+        fences
     }
 
-    /// Takes out the entries of these numbers, which rise.
-    pub(crate) fn take(&mut self, ids: &[u64]) -> Vec<Entry> {
-        self.entries
-            .extract_if(.., |entry| ids.binary_search(&entry.id).is_ok())
-            .collect()
+    /// Takes chunks out of an entry that is past, at most this many, and the entry when none is
+    /// left. Returns its range and the chunks.
+    pub(crate) fn take(
+        &mut self,
+        id: u64,
+        at_most: usize,
+    ) -> Option<(RangeId, Vec<usize>, Option<Entry>)> {
+        let entry = self.entries.get_mut(&id)?;
+        let range = entry.range;
+        let at = entry.chunks.len().min(at_most);
+        let later = entry.chunks.split_off(at);
+        let mut chunks = core::mem::replace(&mut entry.chunks, later);
+        chunks.retain(|first| {
+            let key = (range, *first);
+            let is_its = self.by_chunk.get(&key) == Some(&id);
+            if is_its {
+                self.by_chunk.remove(&key);
+            }
+            is_its
+        });
+        entry.left -= chunks.len();
+        let is_done = entry.chunks.is_empty();
+        let entry = is_done.then(|| self.entries.remove(&id)).flatten();
+        if let Some(entry) = &entry {
+            self.by_range.remove(&(range, id));
+            self.unsynchronised.remove(&id);
+            self.scrubbing_bytes -= entry.scrubbed_bytes;
+        }
+        Some((range, chunks, entry))
+    }
+}
+
+impl Entry {
+    /// Its fences, if chunks come back when they are past.
+    fn returns(&self) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+        match &self.until {
+            Until::Fences(fences) if self.left > 0 => Some((self.id, fences.clone())),
+            _ => None,
+        }
     }
 }

@@ -5,15 +5,18 @@ use super::books::range_id::RangeId;
 use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
-use super::queue::Until;
+use super::queue::{BITE, Until};
 use super::range::leases::Asker;
 use super::scope::Scope;
 use super::slot::Slot;
 use super::state::State;
 use super::users::Users;
-use crate::sync::Arc;
+use crate::sync::{Arc, thread};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Fence, Result, VmmError};
+
+/// For how many turns a thread leaves a lock to others between two holds of it.
+const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 impl Inner {
     /// Records when the freed chunks of a range will be free of the device, and wakes the worker
@@ -39,7 +42,7 @@ impl Inner {
         let users = slot.settle_users(users);
         let until = Until::now(&self.device, &users);
         let mut range = slot.lock();
-        range.freed.push((chunks, until));
+        range.freed.push_back((chunks, until));
         drop((work, range));
         self.state.tell();
         self.worker.wake(self, false);
@@ -49,14 +52,40 @@ impl Inner {
     /// as fences tell; returns their bytes. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
         self.collect_work();
+        let mut numbers = 0..self.state.lock().queue.end();
+        let mut bytes = 0;
+        loop {
+            let conditions = self.state.lock().queue.conditions(numbers.clone());
+            let Some((last, _)) = conditions.last() else {
+                return bytes;
+            };
+            numbers.start = last + 1;
+            let is_last = conditions.len() < BITE;
+            bytes += self.park_past(conditions);
+            if is_last {
+                return bytes;
+            }
+            rest();
+        }
+    }
+
+    /// Parks the chunks of those entries that are past; returns their bytes.
+    fn park_past(&self, conditions: Vec<(u64, Until)>) -> usize {
         let (mut past, mut captured) = (Vec::new(), Vec::new());
-        let conditions = self.state.lock().queue.conditions();
-        for (id, until) in conditions {
-            match until.is_past() {
-                Ok(true) => past.push(id),
-                Ok(false) => {}
+        let mut asked: Option<(&Until, bool)> = None;
+        for (id, until) in &conditions {
+            // What was freed by one call has the same fences.
+            let is_past = match asked {
+                Some((same, is_past)) if same.is(until) => Ok(is_past),
+                _ => until.is_past(),
+            };
+            match is_past {
+                Ok(is_past) => {
+                    asked = Some((until, is_past));
+                    past.extend(is_past.then_some(*id));
+                }
                 // A capture began between the question whether there is one and the record.
-                Err(error) if is_captured(&error) => captured.push(id),
+                Err(error) if is_captured(&error) => captured.push(*id),
                 // A fence that cannot be asked now is asked again at the next step.
                 Err(_) => {}
             }
@@ -71,10 +100,9 @@ impl Inner {
     /// Collects the work that ranges have for a step. It puts freed chunks into the queue. Chunks
     /// that were freed under a lease that is over retire behind a fence of now.
     fn collect_work(self: &Arc<Self>) {
+        self.collect_freed();
         let mut state = self.state.lock();
-        state.quietly().collect_freed();
-        // Only ranges that wait for leases still have work.
-        let leased = state.quietly().look_again().with(Fact::HasWork);
+        let leased = state.quietly().look_again().with(Fact::WaitsForLeases);
         let leased: Vec<_> = leased.collect();
         let leased = leased.into_iter().filter_map(|id| state.ranges.slot(id));
         let leased: Vec<_> = leased.cloned().collect();
@@ -83,42 +111,79 @@ impl Inner {
             return;
         }
         for slot in &leased {
-            slot.ask_tokens(Asker::Passing);
-            let mut range = slot.lock();
-            let (any, unused) = range.sweep_leases();
-            let users = range.users.clone();
-            drop(range);
-            if !unused.is_empty() {
-                self.record(slot, users, unused);
-            } else if any {
-                self.state.tell();
-            }
+            slot.ask_tokens(Asker::Passing, None);
+            self.sweep(slot);
         }
-        self.state.lock().quietly().collect_freed();
+        self.collect_freed();
     }
 
-    fn park(&self, ids: &[u64]) -> usize {
-        if ids.is_empty() {
-            return 0;
+    /// Puts all that was freed so far into the queue.
+    fn collect_freed(&self) {
+        while self.state.lock().quietly().collect_freed() == BITE {
+            rest();
         }
-        let mut state = self.state.lock();
+    }
+
+    /// Frees what was freed before and is leased no longer.
+    fn sweep(self: &Arc<Self>, slot: &Slot) {
+        let mut unused = Vec::new();
+        let mut any = false;
+        let users = loop {
+            let mut range = slot.lock();
+            if !range.sweep_leases(BITE, &mut unused) {
+                break range.users.clone();
+            }
+            any = true;
+            drop(range);
+            rest();
+        };
+        if !unused.is_empty() {
+            self.record(slot, users, unused);
+        } else if any {
+            self.state.tell();
+        }
+    }
+
+    /// Parks the chunks of entries that are past; returns their bytes.
+    fn park(&self, ids: &[u64]) -> usize {
         let mut bytes = 0;
-        let entries = state.queue.take(ids);
-        for entry in &entries {
-            if let Some(mut range) = state.ranges.get(entry.range) {
-                for first in &entry.chunks {
-                    bytes += range.pages.chunk_bytes(*first);
-                    range.pages.park(*first);
+        let mut ids = ids.iter().copied().peekable();
+        while ids.peek().is_some() {
+            let mut state = self.state.lock();
+            let mut room = BITE;
+            let mut done = Vec::new();
+            while room > 0
+                && let Some(id) = ids.peek()
+            {
+                let State { queue, ranges, .. } = &mut *state;
+                let Some((range, chunks, entry)) = queue.take(*id, room) else {
+                    // Another thread was faster.
+                    ids.next();
+                    continue;
+                };
+                room = room.saturating_sub(chunks.len().max(1));
+                if let Some(mut range) = ranges.get(range) {
+                    for first in chunks {
+                        bytes += range.pages.chunk_bytes(first);
+                        range.pages.park(first);
+                    }
                 }
+                if entry.is_some() {
+                    ids.next();
+                }
+                done.extend(entry);
+            }
+            drop(state);
+            // The fences go here, without the lock: dropping them calls the driver.
+            drop(done);
+            if ids.peek().is_some() {
+                rest();
             }
         }
-        drop(state);
         if bytes > 0 {
             // An allocation for which the device has no memory can take it.
             self.device.note_memory();
         }
-        // The fences go here, without the lock: dropping them calls the driver.
-        drop(entries);
         bytes
     }
 
@@ -208,8 +273,10 @@ impl State {
     /// The first entry of the queue whose chunks come back to a range in scope when fences are
     /// past.
     fn first_fences(&self, scope: Scope) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
-        let is_meant = |id| self.ranges.covers(scope, id);
-        self.queue.first_fences(is_meant)
+        match scope {
+            Scope::Range(id) => self.queue.first_fences(id),
+            _ => (self.queue).first_fences_of(|id| self.ranges.covers(scope, id)),
+        }
     }
 
     /// Numbers of the entries of ranges in scope that need a context synchronise.
@@ -217,6 +284,12 @@ impl State {
         let is_meant = |id| self.ranges.covers(scope, id);
         self.queue.unsynchronised(is_meant)
     }
+}
+
+/// Lets others have a lock that this thread takes again at once. The lock is not a fair one:
+/// without this a thread that wants it could wait until all is done.
+fn rest() {
+    (0..REST_TURNS).for_each(|_| thread::yield_now());
 }
 
 /// Whether a fence was recorded into a capture that began between the question and the record.

@@ -158,11 +158,12 @@ impl Slot {
         }
     }
 
-    /// Asks the tokens of the range's leases, and ends the leases of those that are released.
+    /// Asks the tokens of the range's leases, or of those over some parts, and ends the leases of
+    /// those that are released.
     ///
     /// The caller holds no lock: the tokens are out of the range while they are asked, and the
     /// leases stay until they have answered.
-    pub(crate) fn ask_tokens(&self, asker: Asker) {
+    pub(crate) fn ask_tokens(&self, asker: Asker, over: Option<&[(usize, usize)]>) {
         let mut range = self.lock();
         if range.leases.is_empty() {
             return;
@@ -171,11 +172,8 @@ impl Slot {
             drop(range);
             range = self.await_answers();
         }
-        let asked = range.leases.take_tokens();
+        let mut asked = range.leases.begin_asking(over);
         drop(range);
-        if asked.is_empty() {
-            return;
-        }
         let ask = |(number, mut token): Asked| {
             let is_released = foreign::call(|| token.is_released());
             if is_released.is_none() {
@@ -183,10 +181,17 @@ impl Slot {
             }
             ((number, token), is_released.unwrap_or_default())
         };
-        let answers = asked.into_iter().map(ask).collect();
-        let released = self.lock().leases.answer(answers);
-        self.shared.answered.notify_all();
-        drop(released);
+        while !asked.is_empty() {
+            let answers = asked.into_iter().map(ask).collect();
+            let mut range = self.lock();
+            let released = range.leases.answer(answers);
+            asked = range.leases.next_tokens();
+            drop(range);
+            if asked.is_empty() {
+                self.shared.answered.notify_all();
+            }
+            drop(released);
+        }
     }
 
     /// Waits while another thread asks the tokens, but not for long: what they do is not the

@@ -13,7 +13,7 @@ use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
 use super::books::tally::{Fact, Tally};
 use super::listeners::Listeners;
-use super::queue::Queue;
+use super::queue::{BITE, Queue};
 use super::range::Range;
 use super::ranges::Ranges;
 use super::relocations::Relocations;
@@ -112,19 +112,19 @@ impl State {
         ranges.tally()
     }
 
-    /// Puts chunks that were freed under their range's lock into the queue; returns whether there
-    /// were any.
-    pub(crate) fn collect_freed(&mut self) -> bool {
+    /// Puts chunks that were freed under their range's lock into the queue, at most [`BITE`]; returns
+    /// how many.
+    pub(crate) fn collect_freed(&mut self) -> usize {
         self.look_again();
         let Self { ranges, queue, .. } = self;
-        let mut any = false;
-        for (id, mut range) in ranges.with(Fact::HasWork) {
-            if !range.freed.is_empty() {
-                any = true;
-                queue.collect(id, range.quietly().freed.drain(..));
+        let mut room = BITE;
+        for (id, mut range) in ranges.with(Fact::Freed) {
+            room = queue.collect(id, &mut range.quietly().freed, room);
+            if room == 0 {
+                break;
             }
         }
-        any
+        BITE - room
     }
 
     /// What is committed, by what it is. The caller has locked no range.

@@ -34,7 +34,13 @@ impl Steps for Inner {
     }
 
     fn next_work(&self) -> Option<Duration> {
-        const WORK: [Fact; 4] = [Fact::HasWork, Fact::Ending, Fact::Hungry, Fact::StaleAhead];
+        const WORK: [Fact; 5] = [
+            Fact::Freed,
+            Fact::WaitsForLeases,
+            Fact::Ending,
+            Fact::Hungry,
+            Fact::StaleAhead,
+        ];
         let mut locked = self.state.lock();
         let state = locked.quietly();
         let tally = state.look_again();

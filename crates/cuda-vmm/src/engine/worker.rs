@@ -25,8 +25,12 @@ const DELAY: Duration = Duration::from_millis(1);
 const REFUSALS_MAX: u32 = 10;
 /// How long the worker rests after a step that panicked.
 const AFTER_PANIC: Duration = Duration::from_secs(1);
-/// How long between looks at most, while nothing comes of them.
+/// How long between looks at most, while nothing comes of them and they are quick.
 const DELAY_MAX: Duration = Duration::from_millis(16);
+/// How many times as long as a step the thread rests after one of which nothing came, so that many
+/// leases do not keep a core busy; but never for longer than this.
+const REST: u32 = 256;
+const REST_MAX: Duration = Duration::from_millis(500);
 
 #[derive(Debug)]
 struct Signal<E> {
@@ -275,7 +279,9 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
             return;
         };
         // A step that panics is a fault of ours. Only the next step may do what it left.
+        let started = sync::now();
         let stepped = foreign::call(|| (engine.step(true), engine.next_work()));
+        let rest = (sync::now() - started).saturating_mul(REST).min(REST_MAX);
         let (report, next) = stepped.unwrap_or_else(|| {
             crate::events::warn!("a step of the worker panicked");
             (StepReport::default(), Some(AFTER_PANIC))
@@ -286,7 +292,7 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
             delay = if report.retired_bytes + report.drained_bytes > 0 {
                 DELAY
             } else {
-                (delay * 2).min(DELAY_MAX)
+                (delay * 2).min(DELAY_MAX).max(rest)
             };
         } else {
             delay = DELAY;

@@ -8,6 +8,7 @@ mod growth;
 mod limits;
 mod page;
 mod replay;
+mod scale;
 
 use crate::machine::Machine;
 use cuda_vmm_benches::Work;
@@ -34,4 +35,10 @@ pub const ALL: &[Work<Machine>] = &[
     ("scrubbing", bytes::scrubbing),
     ("slack", limits::slack),
     ("bookkeeping", limits::bookkeeping),
+    ("scale: a refusal is remembered", scale::remembered),
+    ("scale: a range is closed", scale::closed),
+    ("scale: a sequence ends", scale::sequence_ended),
+    ("scale: a pool is dropped", scale::pool_dropped),
+    ("scale: a page is taken back", scale::taken_back),
+    ("scale: leases end", scale::leases_end),
 ];

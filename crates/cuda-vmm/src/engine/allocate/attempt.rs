@@ -12,6 +12,7 @@ use crate::engine::books::range_id::RangeId;
 use crate::engine::changes::Locked;
 use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
+use crate::engine::queue::BITE;
 use crate::engine::range::{Place, Range, Taken};
 use crate::engine::relief::Relief;
 use crate::engine::shortage::Shortage;
@@ -122,7 +123,10 @@ impl<'a> Attempt<'a> {
             let mut range = slot.lock();
             if !range.freed.is_empty() {
                 let queue = &mut state.quietly().queue;
-                queue.collect(slot.id(), range.freed.drain(..));
+                queue.collect(slot.id(), &mut range.freed, BITE);
+            }
+            if !range.freed.is_empty() {
+                return Err(Obstacle::Backlog);
             }
             for (place, bytes) in ask.places {
                 left -= 1;
@@ -225,9 +229,10 @@ impl<'a> Attempt<'a> {
         if retiring.is_empty() {
             return false;
         }
-        // If no thread takes steps, or seldom, an allocation looks now and then for fences that are
-        // past.
-        let is_overgrown = !self.shortage.has_polled() && state.queue.is_overgrown();
+        // If no thread takes steps, an allocation looks now and then for fences that are past.
+        let is_overgrown = !self.shortage.has_polled()
+            && state.queue.is_overgrown()
+            && !self.engine().worker.is_there();
         is_overgrown || !state.may_follow(self.handle().id(), range, retiring)
     }
 }

@@ -197,7 +197,9 @@ impl Piece {
         let unmade_pages = self.plan.pages() - made_pages;
         let chunks = self.made.into_iter();
         let chunks = chunks.map(|made| (made.pages, made.mapping));
-        range.pages.finish(&self.bytes, &self.runs, chunks);
+        range.with_leased_pages(&self.bytes, |range| {
+            range.pages.finish(&self.bytes, &self.runs, chunks);
+        });
         ledger.refund(range.account, unmade_pages * self.page_bytes);
         Some(range.taken(&self.bytes))
     }

@@ -8,6 +8,7 @@
 //!     ├─► try once ──► Done
 //!     │      └── an obstacle, and how it is overcome
 //!     │          Leased ──────── ask the tokens of the leases, once
+//!     │          Backlog ─────── let others have the lock
 //!     │          Quarantined ─── ask the driver again, once
 //!     │          Busy ────────── look what is past, once; wait for the other thread
 //!     │          Retiring ────── look what is past, once; have the streams follow, once;

@@ -17,6 +17,8 @@ pub(super) enum Obstacle {
     Quarantined(Extent, usize),
     /// Another thread makes, moves or unmaps some of the pages.
     Busy(Extent),
+    /// More was freed of the range than is put into the queue at once.
+    Backlog,
     /// The device may still use some of the pages, in the chunks that begin at these.
     Retiring(Extent, Vec<usize>),
     /// The budget has no room.

@@ -26,6 +26,11 @@ impl<'a> Attempt<'a> {
             }
             Obstacle::Leased(extent) => self.ask_tokens(extent, state),
             Obstacle::Quarantined(extent, page_bytes) => self.retry(extent, page_bytes, state),
+            Obstacle::Backlog => {
+                // Others get the lock in between.
+                drop(state);
+                Ok(self.engine().state.lock())
+            }
             Obstacle::Busy(extent) => self.await_others(extent, state),
             Obstacle::Retiring(extent, chunks) => self.await_retiring(extent, &chunks, state),
             Obstacle::Short(lack) => self.make_room(&lack, state),
@@ -39,7 +44,8 @@ impl<'a> Attempt<'a> {
             return Err(VmmError::Leased { offset, bytes });
         }
         drop(state);
-        self.handle().slot.ask_tokens(Asker::Waiting);
+        let slot = &self.handle().slot;
+        slot.ask_tokens(Asker::Waiting, Some(&[(offset, bytes)]));
         match self.poll_once(self.engine().state.lock()) {
             Ok(state) | Err(state) => Ok(state),
         }

@@ -167,6 +167,14 @@ impl Intervals {
             .sum()
     }
 
+    /// The parts of `range` that are in the set, in order.
+    pub(crate) fn parts(&self, range: Range<usize>) -> impl Iterator<Item = Range<usize>> + '_ {
+        let first = self.at_or_after(range.start);
+        let first = first.map_or(range.end, |found| found.start);
+        let stored = self.0.range(first..range.end.max(first));
+        stored.map(move |(start, end)| range.start.max(start)..range.end.min(*end))
+    }
+
     /// The sum of the lengths.
     pub(crate) fn total(&self) -> usize {
         self.0.iter().map(|(start, end)| end - start).sum()
@@ -196,6 +204,9 @@ mod tests {
                 prop_assert_eq!(intervals.overlaps(&range), inside > 0);
                 prop_assert_eq!(intervals.contains(&range), inside == range.len());
                 prop_assert_eq!(intervals.within(&range), inside);
+                let parts: Vec<_> = intervals.parts(range.clone()).flatten().collect();
+                let expected: Vec<_> = range.clone().filter(|point| points.contains(point)).collect();
+                prop_assert_eq!(parts, expected);
                 if add && inside == 0 {
                     intervals.insert(range.clone());
                     points.extend(range);

@@ -12,6 +12,7 @@ pub(crate) mod backoff;
 pub(crate) mod cache;
 pub(crate) mod chunk_plan;
 pub(crate) mod counters;
+pub(crate) mod cover;
 pub(crate) mod holders;
 pub(crate) mod intervals;
 pub(crate) mod ledger;

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Something that an engine looks for among its ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fact {
-    /// A step has something to do: what was freed is to be queued, or waits for leases to end.
-    HasWork,
+    /// Some of it was freed under its own lock, and is not in the engine's queue yet.
+    Freed,
     /// Some of it was freed, and waits for leases to end.
     WaitsForLeases,
     /// It is closed.
@@ -39,7 +39,7 @@ pub(crate) enum Fact {
 
 impl Fact {
     const ALL: [Self; 12] = [
-        Self::HasWork,
+        Self::Freed,
         Self::WaitsForLeases,
         Self::Closed,
         Self::Ended,

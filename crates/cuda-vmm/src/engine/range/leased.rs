@@ -33,15 +33,14 @@ impl Range {
 
     /// Pages in which the owner has bytes.
     pub(crate) fn owned_pages(&self) -> usize {
-        self.pages.live_pages() - self.leases.pages(self.pages.live(), self.page_bytes)
+        self.pages.live_pages() - self.leased_pages
     }
 
     /// What its pages are.
     pub(crate) fn parts(&self) -> MemoryParts {
         let mut parts = self.pages.parts();
         if self.waits_for_leases() {
-            parts.leased_bytes =
-                self.leases.pages(self.pages.live(), self.page_bytes) * self.page_bytes;
+            parts.leased_bytes = self.leased_pages * self.page_bytes;
             parts.live_page_bytes -= parts.leased_bytes;
         }
         parts
@@ -51,11 +50,34 @@ impl Range {
     /// to `unused`.
     pub(crate) fn free(&mut self, bytes: &ops::Range<usize>, unused: &mut Vec<usize>) {
         if self.leases.is_empty() {
-            return self.pages.release(bytes, unused);
+            return self.with_leased_pages(bytes, |range| range.pages.release(bytes, unused));
         }
-        for part in self.leases.free(bytes) {
-            self.pages.release(&part, unused);
+        self.with_leased_pages(bytes, |range| {
+            for part in range.leases.free(bytes) {
+                range.pages.release(&part, unused);
+            }
+        });
+    }
+
+    /// Changes what of some bytes is live, or was freed under a lease, and counts leased pages.
+    pub(crate) fn with_leased_pages<T>(
+        &mut self,
+        bytes: &ops::Range<usize>,
+        change: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        if self.leases.is_empty() && !self.waits_for_leases() {
+            return change(self);
         }
+        let first = bytes.start / self.page_bytes;
+        let pages = first..bytes.end.div_ceil(self.page_bytes);
+        let count = |range: &Self| {
+            let live = range.pages.live();
+            range.leases.pages(live, range.page_bytes, pages.clone())
+        };
+        self.leased_pages -= count(self);
+        let changed = change(self);
+        self.leased_pages += count(self);
+        changed
     }
 
     /// Frees all that the owner has, except what is leased.
@@ -69,14 +91,20 @@ impl Range {
         unused
     }
 
-    /// Frees what was freed before and is leased no longer. Returns whether there was any, and the
-    /// chunks that are unused now.
-    pub(crate) fn sweep_leases(&mut self) -> (bool, Vec<usize>) {
-        let parts = self.leases.sweep();
-        let mut unused = Vec::new();
-        for part in &parts {
-            self.pages.release(part, &mut unused);
+    /// Frees what was freed before and is leased no longer, at most so many parts. Returns whether
+    /// there was any. Adds the chunks that are unused now to `unused`.
+    pub(crate) fn sweep_leases(&mut self, at_most: usize, unused: &mut Vec<usize>) -> bool {
+        let mut any = false;
+        for _ in 0..at_most {
+            let Some(part) = self.leases.next_over() else {
+                break;
+            };
+            any = true;
+            self.with_leased_pages(&part, |range| {
+                range.leases.take_over();
+                range.pages.release(&part, unused);
+            });
         }
-        (!parts.is_empty(), unused)
+        any
     }
 }

@@ -1,9 +1,13 @@
 //! The leases of one range: bytes that code outside uses until a token is released.
 
+use crate::engine::books::cover::Cover;
 use crate::engine::books::intervals::Intervals;
+use crate::engine::queue::BITE;
 use crate::foreign::Foreign;
 use crate::sync::thread::{self, ThreadId};
-use core::{fmt, ops};
+use core::fmt;
+use core::ops::Range;
+use std::collections::{BTreeMap, VecDeque};
 
 /// Tells whether leased memory can still be used; see
 /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
@@ -43,23 +47,32 @@ pub(crate) enum Asker {
 
 #[derive(Debug)]
 struct Lease {
-    number: u64,
-    bytes: ops::Range<usize>,
+    bytes: Range<usize>,
     /// None while it is being asked.
     token: Option<Token>,
+}
+
+/// Which tokens a thread has still to ask.
+#[derive(Debug)]
+enum ToAsk {
+    /// Those of all leases with these numbers.
+    All(Range<u64>),
+    These(VecDeque<u64>),
 }
 
 /// The leases of one range.
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
-    /// By rising number.
-    leases: Vec<Lease>,
+    leases: BTreeMap<u64, Lease>,
     next: u64,
-    /// The thread that has tokens out to ask them.
-    asking: Option<ThreadId>,
+    cover: Cover,
+    /// The thread that has tokens out to ask them, and what it has still to ask.
+    asking: Option<(ThreadId, ToAsk)>,
     /// Bytes that were freed while they were leased. They are live in the books of pages, so that
     /// no allocation gets them.
     freed: Intervals,
+    /// Those of them that are leased no longer.
+    over: VecDeque<Range<usize>>,
     /// Tokens are asked before the list grows longer than this.
     look_at: usize,
 }
@@ -70,52 +83,104 @@ impl Leases {
 
     /// Adds a lease; returns whether the tokens are to be asked again: not for each new one, so
     /// that many views at once do not cost the square of their number.
-    pub(crate) fn add(&mut self, bytes: ops::Range<usize>, token: Token) -> bool {
+    pub(crate) fn add(&mut self, bytes: Range<usize>, token: Token) -> bool {
         let is_due = self.leases.len() >= self.look_at.max(Self::FEW);
-        self.leases.push(Lease {
-            number: self.next,
-            bytes,
-            token: Some(token),
-        });
+        self.cover.add(&bytes, self.next);
+        let token = Some(token);
+        self.leases.insert(self.next, Lease { bytes, token });
         self.next += 1;
         is_due
     }
 
-    /// Takes out the tokens, to be asked without the lock; none while a thread asks them.
-    pub(crate) fn take_tokens(&mut self) -> Vec<Asked> {
+    /// Begins to ask the tokens of all leases, or of those over some bytes; not while a thread asks
+    /// them. They are out of the leases while they are asked, without the lock, some at a time.
+    pub(crate) fn begin_asking(&mut self, over: Option<&[(usize, usize)]>) -> Vec<Asked> {
         if self.asking.is_some() || self.leases.is_empty() {
             return Vec::new();
         }
-        self.asking = Some(thread::current().id());
-        let leases = self.leases.iter_mut();
-        let asked = leases.filter_map(|lease| Some((lease.number, lease.token.take()?)));
-        asked.collect()
+        let to_ask = match over {
+            None => ToAsk::All(0..self.next),
+            Some(parts) => {
+                let parts = parts.iter();
+                let parts = parts.map(|(offset, bytes)| *offset..offset.saturating_add(*bytes));
+                ToAsk::These(
+                    parts
+                        .flat_map(|part| self.cover.numbers(&part).collect::<Vec<_>>())
+                        .collect(),
+                )
+            }
+        };
+        self.asking = Some((thread::current().id(), to_ask));
+        self.next_tokens()
+    }
+
+    /// The next tokens to ask; none when all were asked.
+    pub(crate) fn next_tokens(&mut self) -> Vec<Asked> {
+        let leases = &mut self.leases;
+        let count = leases.len();
+        let mut asked = Vec::new();
+        match &mut self.asking {
+            None => return asked,
+            Some((_, ToAsk::All(numbers))) => {
+                let leases = leases.range_mut(numbers.clone());
+                let tokens =
+                    leases.filter_map(|(number, lease)| Some((*number, lease.token.take()?)));
+                asked.extend(tokens.take(BITE));
+                if let Some((last, _)) = asked.last() {
+                    numbers.start = last + 1;
+                } else {
+                    self.look_at = 2 * count;
+                }
+            }
+            Some((_, ToAsk::These(numbers))) => {
+                while asked.len() < BITE
+                    && let Some(number) = numbers.pop_front()
+                {
+                    let lease = leases.get_mut(&number);
+                    let token = lease.and_then(|lease| lease.token.take());
+                    asked.extend(token.map(|token| (number, token)));
+                }
+            }
+        }
+        if asked.is_empty() {
+            self.asking = None;
+        }
+        asked
     }
 
     /// Ends the leases whose tokens are released, and puts the other tokens back.
     pub(crate) fn answer(&mut self, answers: Vec<(Asked, bool)>) -> Vec<Token> {
-        self.asking = None;
-        let mut answers = answers.into_iter().peekable();
         let mut released = Vec::new();
-        self.leases.retain_mut(|lease| {
-            let is_its = |answer: &(Asked, bool)| answer.0.0 == lease.number;
-            let Some(((_, token), is_released)) = answers.next_if(is_its) else {
-                return true;
-            };
-            match is_released {
-                true => released.push(token),
-                false => lease.token = Some(token),
+        for ((number, token), is_released) in answers {
+            if !is_released {
+                if let Some(lease) = self.leases.get_mut(&number) {
+                    lease.token = Some(token);
+                }
+                continue;
             }
-            !is_released
-        });
-        self.look_at = 2 * self.leases.len();
+            released.push(token);
+            if let Some(lease) = self.leases.remove(&number) {
+                self.end(&lease.bytes, number);
+            }
+        }
         released
+    }
+
+    /// Ends a lease of these bytes: what of them was freed and no other lease covers is over.
+    fn end(&mut self, bytes: &Range<usize>, number: u64) {
+        self.cover.remove(bytes, number);
+        if self.freed.is_empty() {
+            return;
+        }
+        for part in self.cover.gaps(bytes) {
+            self.over.extend(self.freed.parts(part));
+        }
     }
 
     /// Whether another thread asks the tokens now.
     pub(crate) fn is_asked_elsewhere(&self) -> bool {
-        self.asking
-            .is_some_and(|asking| asking != thread::current().id())
+        let asking = self.asking.as_ref();
+        asking.is_some_and(|(asking, _)| *asking != thread::current().id())
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -123,35 +188,13 @@ impl Leases {
     }
 
     /// Whether any of the bytes are leased.
-    pub(crate) fn overlap(&self, bytes: &ops::Range<usize>) -> bool {
-        let mut leases = self.leases.iter();
-        leases.any(|lease| lease.bytes.start < bytes.end && bytes.start < lease.bytes.end)
-    }
-
-    /// The parts of some bytes that are not leased, in order.
-    fn unleased(&self, bytes: &ops::Range<usize>) -> Vec<ops::Range<usize>> {
-        let mut leased: Vec<_> = (self.leases.iter())
-            .map(|lease| lease.bytes.start.max(bytes.start)..lease.bytes.end.min(bytes.end))
-            .filter(|part| !part.is_empty())
-            .collect();
-        leased.sort_by_key(|part| part.start);
-        let mut at = bytes.start;
-        let mut parts = Vec::new();
-        for part in leased {
-            if at < part.start {
-                parts.push(at..part.start);
-            }
-            at = at.max(part.end);
-        }
-        if at < bytes.end {
-            parts.push(at..bytes.end);
-        }
-        parts
+    pub(crate) fn overlap(&self, bytes: &Range<usize>) -> bool {
+        self.cover.overlaps(bytes)
     }
 
     /// The owner frees bytes. Those that are not leased are to be freed now; the others are later.
-    pub(crate) fn free(&mut self, bytes: &ops::Range<usize>) -> Vec<ops::Range<usize>> {
-        let now = self.unleased(bytes);
+    pub(crate) fn free(&mut self, bytes: &Range<usize>) -> Vec<Range<usize>> {
+        let now = self.cover.gaps(bytes);
         let mut at = bytes.start;
         for part in &now {
             if at < part.start {
@@ -165,37 +208,40 @@ impl Leases {
         now
     }
 
-    /// Takes out the bytes that were freed while they were leased, and are leased no longer.
-    pub(crate) fn sweep(&mut self) -> Vec<ops::Range<usize>> {
-        let freed: Vec<_> = self.freed.iter().collect();
-        let parts: Vec<_> = freed.iter().flat_map(|part| self.unleased(part)).collect();
-        for part in &parts {
-            self.freed.remove(part);
-        }
-        parts
+    /// The next bytes that were freed while they were leased, and are leased no longer.
+    pub(crate) fn next_over(&self) -> Option<Range<usize>> {
+        self.over.front().cloned()
     }
 
-    /// Pages in which freed bytes are, and of the live bytes no others.
-    pub(crate) fn pages(&self, live: &Intervals, page_bytes: usize) -> usize {
+    /// Takes these out.
+    pub(crate) fn take_over(&mut self) {
+        if let Some(part) = self.over.pop_front() {
+            self.freed.remove(&part);
+        }
+    }
+
+    /// Of these pages, how many have freed bytes in them, and of the live bytes no others.
+    pub(crate) fn pages(&self, live: &Intervals, page_bytes: usize, pages: Range<usize>) -> usize {
         let is_only_freed = |page: usize| {
             let bytes = page * page_bytes..(page + 1) * page_bytes;
             self.freed.within(&bytes) == live.within(&bytes)
         };
-        let (mut pages, mut page) = (0, 0);
-        for part in self.freed.iter() {
+        let (mut count, mut page) = (0, pages.start);
+        let bytes = pages.start * page_bytes..pages.end * page_bytes;
+        for part in self.freed.parts(bytes) {
             let whole = part.start.div_ceil(page_bytes)..part.end / page_bytes;
             page = page.max(part.start / page_bytes);
             while page < part.end.div_ceil(page_bytes) {
                 if whole.contains(&page) {
-                    pages += whole.end - page;
+                    count += whole.end - page;
                     page = whole.end;
                 } else {
-                    pages += usize::from(is_only_freed(page));
+                    count += usize::from(is_only_freed(page));
                     page += 1;
                 }
             }
         }
-        pages
+        count
     }
 
     /// Bytes that were freed while they were leased.
@@ -204,8 +250,8 @@ impl Leases {
     }
 
     /// The bytes under each lease.
-    pub(crate) fn bytes(&self) -> Vec<ops::Range<usize>> {
-        let leases = self.leases.iter();
+    pub(crate) fn bytes(&self) -> Vec<Range<usize>> {
+        let leases = self.leases.values();
         leases.map(|lease| lease.bytes.clone()).collect()
     }
 }

@@ -24,7 +24,7 @@ use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, VmmError};
 use core::ops;
 use leases::Leases;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 #[derive(Debug)]
 pub(crate) struct Range {
@@ -35,7 +35,7 @@ pub(crate) struct Range {
     pub(crate) account: AccountId,
     pub(crate) users: Users,
     /// Chunks that were freed and are not in the engine's queue yet, and until when they retire.
-    pub(crate) freed: Vec<(Vec<usize>, Until)>,
+    pub(crate) freed: VecDeque<(Vec<usize>, Until)>,
     pub(crate) options: PoolOptions,
     /// Where the latest allocation ended, in bytes.
     pub(crate) frontier_bytes: usize,
@@ -45,6 +45,8 @@ pub(crate) struct Range {
     pub(crate) pins: BTreeMap<u64, ops::Range<usize>>,
     /// What is used outside, whether the owner frees it or not.
     pub(crate) leases: Leases,
+    /// Pages in which the owner has freed all bytes, and some are leased.
+    leased_pages: usize,
     pub(crate) counters: PoolCounters,
     /// What its account owes.
     pub(crate) owed: Arc<Owed>,
@@ -92,12 +94,13 @@ impl Range {
             pages: Pages::new(page_bytes),
             account,
             users: Users::default(),
-            freed: Vec::new(),
+            freed: VecDeque::new(),
             options,
             frontier_bytes: 0,
             is_hungry: options.ahead_bytes_max > 0,
             pins: BTreeMap::new(),
             leases: Leases::default(),
+            leased_pages: 0,
             counters: PoolCounters::default(),
             owed,
             capacity_bytes,
@@ -169,7 +172,7 @@ impl Range {
             return Err(VmmError::Closed);
         }
         let bytes = self.extent_at(place, bytes)?.range();
-        if self.pages.take_within_chunk(&bytes) {
+        if self.take_within_chunk(&bytes) {
             return Ok(Some(self.taken(&bytes)));
         }
         if !self.pages.is_beyond_chunk(&bytes) {
@@ -187,13 +190,22 @@ impl Range {
         let bytes = extent.range();
         let is_taken = !self.takes_no_more()
             && self.pages.is_within_backed(&bytes)
-            && self.pages.take_within_chunk(&bytes);
+            && self.take_within_chunk(&bytes);
         is_taken.then(|| self.taken(&bytes))
+    }
+
+    /// Makes bytes live if one chunk backs them and no thread works on it; returns whether it did.
+    #[inline]
+    fn take_within_chunk(&mut self, bytes: &ops::Range<usize>) -> bool {
+        match self.waits_for_leases() {
+            false => self.pages.take_within_chunk(bytes),
+            true => self.with_leased_pages(bytes, |range| range.pages.take_within_chunk(bytes)),
+        }
     }
 
     /// Makes bytes live for which no page is missing.
     pub(crate) fn take(&mut self, bytes: &ops::Range<usize>, survey: &Survey) -> Taken {
-        self.pages.take(bytes, survey);
+        self.with_leased_pages(bytes, |range| range.pages.take(bytes, survey));
         self.taken(bytes)
     }
 
@@ -207,12 +219,6 @@ impl Range {
         }
     }
 
-    /// Whether a step has something to do: what was freed is to be queued, or waits for leases to
-    /// end.
-    pub(crate) fn has_work(&self) -> bool {
-        !self.freed.is_empty() || self.waits_for_leases()
-    }
-
     /// What it is now.
     pub(crate) fn look(&self) -> RangeLook {
         let parts = self.parts();
@@ -220,7 +226,7 @@ impl Range {
         let is_parked = spare_parked_bytes > 0;
         let is_left_parked = is_parked && !self.has_closer;
         let facts = [
-            (Fact::HasWork, self.has_work()),
+            (Fact::Freed, !self.freed.is_empty()),
             (Fact::WaitsForLeases, self.waits_for_leases()),
             (Fact::Closed, self.closed),
             (Fact::Ended, self.closed && self.pages.chunks() == 0),
@@ -295,7 +301,7 @@ pub(crate) struct Remains {
     pub(crate) counters: PoolCounters,
     _pages: Pages<Mapping>,
     _users: Users,
-    _freed: Vec<(Vec<usize>, Until)>,
+    _freed: VecDeque<(Vec<usize>, Until)>,
     _leases: Leases,
     _reservation: Option<Arc<Reservation>>,
 }
