@@ -18,29 +18,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The granularity in bytes of the driver that does nothing.
 pub const GRANULARITY: usize = 2 << 20;
 
-/// A call of the driver that was noted.
-#[derive(Clone, Copy, Debug)]
-pub struct Call {
-    /// What was called.
-    pub function: DriverFunction,
-    /// What was mapped, in bytes, if it was `cuMemMap`.
-    pub mapped_bytes: usize,
-}
+/// A call of the driver that was noted: what was called, and how many bytes were mapped if it was
+/// `cuMemMap`.
+pub type Call = (DriverFunction, usize);
 
-impl Call {
-    /// Whether it reserves, makes, maps, or gives back memory or addresses.
-    pub fn is_memory_management(&self) -> bool {
-        matches!(
-            self.function,
-            DriverFunction::cuMemAddressReserve
-                | DriverFunction::cuMemAddressFree
-                | DriverFunction::cuMemCreate
-                | DriverFunction::cuMemRelease
-                | DriverFunction::cuMemMap
-                | DriverFunction::cuMemUnmap
-                | DriverFunction::cuMemSetAccess
-        )
-    }
+/// The functions that reserve, make, map, or give back memory or addresses.
+pub const MEMORY_MANAGEMENT: [DriverFunction; 7] = [
+    DriverFunction::cuMemAddressReserve,
+    DriverFunction::cuMemAddressFree,
+    DriverFunction::cuMemCreate,
+    DriverFunction::cuMemRelease,
+    DriverFunction::cuMemMap,
+    DriverFunction::cuMemUnmap,
+    DriverFunction::cuMemSetAccess,
+];
+
+/// How many calls are of some functions.
+pub fn count_of(calls: &[Call], functions: &[DriverFunction]) -> usize {
+    let mine = calls
+        .iter()
+        .filter(|(function, _)| functions.contains(function));
+    mine.count()
 }
 
 /// The driver behind the one that notes calls.
@@ -60,10 +58,7 @@ fn note(
     // A thread that ends notes nothing.
     let _ = CALLS.try_with(|calls| {
         if let Some(calls) = &mut *calls.borrow_mut() {
-            calls.push(Call {
-                function,
-                mapped_bytes,
-            });
+            calls.push((function, mapped_bytes));
         }
     });
     let code = BEHIND.get().and_then(make);
@@ -79,6 +74,24 @@ macro_rules! mapped_bytes {
     };
 }
 
+/// A function that notes its calls, and has `$behind` the function of the driver behind, if that
+/// has it; or else returns success and does nothing.
+macro_rules! define_function {
+    ($name:ident($($argument:ident: $type:ty),*), $behind:expr) => {
+        #[allow(non_snake_case)]
+        unsafe extern "C" fn $name<const NOTES: bool>($($argument: $type),*) -> CUresult {
+            if !NOTES {
+                return CUDA_SUCCESS;
+            }
+            note(DriverFunction::$name, mapped_bytes!($name $($argument)*), |table| {
+                let behind: fn(&DriverTable) -> Option<_> = $behind;
+                // SAFETY: the caller keeps the contract of the function of this name.
+                behind(table).map(|function| unsafe { function($($argument),*) })
+            })
+        }
+    };
+}
+
 macro_rules! define_table {
     (
         required { $(fn $name:ident($($argument:ident: $type:ty),*) = $pfn:ident, $version:literal;)* }
@@ -86,30 +99,10 @@ macro_rules! define_table {
     ) => {
         /// Functions that note their calls, or else return success and do nothing.
         fn table<const NOTES: bool>(has_optional: bool) -> DriverTable {
-            $(
-                #[allow(non_snake_case)]
-                unsafe extern "C" fn $name<const NOTES: bool>($($argument: $type),*) -> CUresult {
-                    if !NOTES {
-                        return CUDA_SUCCESS;
-                    }
-                    note(DriverFunction::$name, mapped_bytes!($name $($argument)*), |behind| {
-                        // SAFETY: the caller keeps the contract of the function of this name.
-                        Some(unsafe { (behind.$name)($($argument),*) })
-                    })
-                }
-            )*
-            $(
-                #[allow(non_snake_case)]
-                unsafe extern "C" fn $optional<const NOTES: bool>($($optional_argument: $optional_type),*) -> CUresult {
-                    if !NOTES {
-                        return CUDA_SUCCESS;
-                    }
-                    note(DriverFunction::$optional, 0, |behind| {
-                        // SAFETY: the caller keeps the contract of the function of this name.
-                        behind.$optional.map(|function| unsafe { function($($optional_argument),*) })
-                    })
-                }
-            )*
+            $(define_function!($name($($argument: $type),*), |table| Some(table.$name));)*
+            $(define_function!(
+                $optional($($optional_argument: $optional_type),*), |table| table.$optional
+            );)*
             DriverTable {
                 $($name: $name::<NOTES>,)*
                 $($optional: has_optional.then_some($optional::<NOTES> as _),)*
@@ -121,9 +114,6 @@ driver_functions!(define_table);
 
 /// Opens the driver that notes calls in front of `driver`, of which there can be only one. `driver`
 /// must stay open as long.
-///
-/// # Errors
-/// If there is one already, or the driver fails.
 pub fn noting_driver(driver: &Driver) -> Result<Driver> {
     let behind = driver.table();
     ensure!(BEHIND.set(*behind).is_ok(), "calls are noted already");

@@ -14,7 +14,8 @@ mod waiting;
 mod work;
 
 pub use counting::{Filling, bookkeeping_memory};
-pub use drivers::{Call, GRANULARITY, no_op_driver, noted_calls, noting_driver};
+pub use drivers::{GRANULARITY, MEMORY_MANAGEMENT, count_of};
+pub use drivers::{no_op_driver, noted_calls, noting_driver};
 pub use models::{ParkedModels, shared_models};
 pub use samples::{mean, quantile};
 pub use sides::{Settings, Sides, time};

@@ -13,16 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The name of a model in the pool.
-fn model_name(number: usize) -> String {
-    format!("model {number}")
-}
-
 /// A shared pool with a model for each stream of a device, which uses its memory. Each model has
 /// addresses of `capacity_bytes`, and `ahead_bytes` are made ahead of it.
-///
-/// # Errors
-/// The pool's, or if there is no stream.
 pub fn shared_models(
     engine: EngineOptions,
     (capacity_bytes, ahead_bytes): (usize, usize),
@@ -32,8 +24,7 @@ pub fn shared_models(
     let shared = SharedMemoryPool::with_options(device, SharedPoolOptions::new().engine(engine))?;
     let mut models = Vec::with_capacity(streams.len());
     for (number, stream) in streams.iter().enumerate() {
-        let name = model_name(number);
-        let account = shared.register_model(&name, Quota::new())?;
+        let account = shared.register_model(&format!("model {number}"), Quota::new())?;
         let options = PoolOptions::new().ahead_bytes_max(ahead_bytes);
         let page_bytes = shared.page_bytes();
         let model = VirtualMemoryPool::on_account(&account, capacity_bytes, page_bytes, options)?;
@@ -52,9 +43,6 @@ pub struct ParkedModels {
 
 impl ParkedModels {
     /// This many models with this many pages each.
-    ///
-    /// # Errors
-    /// The pool's, if there is no memory for all of them.
     pub fn new(stream: &Stream, count: usize, pages: usize) -> Result<Self> {
         let bytes = pages * stream.device().granularity_bytes();
         let engine = EngineOptions::new()
@@ -78,9 +66,6 @@ impl ParkedModels {
     /// Before that each thread parks these pages itself, one thread after the other. Else the books
     /// of some models would lie in the cache of the core that parked them, and what was measured
     /// were the ways between cores.
-    ///
-    /// # Errors
-    /// The pool's.
     pub fn take(&self, threads: usize) -> Result<Duration> {
         let parked = AtomicUsize::new(0);
         // Without sleeping or yielding: a thread that does may find itself on the same core as
@@ -116,9 +101,6 @@ impl ParkedModels {
     }
 
     /// Takes all parked pages of a model back, one by one.
-    ///
-    /// # Errors
-    /// The pool's.
     pub fn take_back(&self, model: usize) -> Result<()> {
         let model = &self.models[model];
         for offset in (0..model.capacity_bytes()).step_by(model.page_bytes()) {
@@ -128,9 +110,6 @@ impl ParkedModels {
     }
 
     /// Frees all pages of a model, and waits until they are parked.
-    ///
-    /// # Errors
-    /// The pool's, or if they are not parked in time.
     pub fn park(&self, model: usize) -> Result<()> {
         let model = &self.models[model];
         model.deallocate(0, model.capacity_bytes())?;

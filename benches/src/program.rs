@@ -50,10 +50,8 @@ pub struct Wanted {
 
 /// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of
 /// all figures. If the machine cannot be opened and may be absent, every figure is reported without
-/// a verdict. `device` returns a machine's device, and whether times mean something there.
-///
-/// # Errors
-/// If nothing is wanted, or the machine cannot be opened and must be there.
+/// a verdict. `device` returns a machine's device, and whether times mean something there. It is an
+/// error if nothing is wanted.
 pub fn measure<M>(
     (all, figures): (&[Work<M>], &str),
     wanted: &Wanted,

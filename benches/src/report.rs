@@ -51,9 +51,6 @@ pub(crate) fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>)
 }
 
 /// Prints the figures, and writes them as JSON if a file is named. Returns success if none fails.
-///
-/// # Errors
-/// If the file cannot be written.
 pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
     let rows = findings.iter().map(|finding| {
         let amount = |value| format!("{} {}", number(value), finding.unit);

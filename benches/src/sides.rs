@@ -48,6 +48,17 @@ pub(crate) struct Side {
     pub is_time: bool,
 }
 
+impl Side {
+    pub fn new(name: &str, samples: Vec<f64>, is_time: bool) -> Self {
+        Self {
+            name: name.to_owned(),
+            samples,
+            amount: 1.0,
+            is_time,
+        }
+    }
+}
+
 /// One round of a side, which returns what it took.
 type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 
@@ -56,11 +67,6 @@ type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 pub struct Sides<'a>(Vec<(Side, Act<'a>)>);
 
 impl<'a> Sides<'a> {
-    /// None yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Adds a side, which takes the time of what matters in a round itself, and puts everything
     /// back as it was.
     pub fn add(&mut self, name: &str, act: impl FnMut() -> Result<Duration> + 'a) {
@@ -74,12 +80,8 @@ impl<'a> Sides<'a> {
         amount: f64,
         act: impl FnMut() -> Result<Duration> + 'a,
     ) {
-        let side = Side {
-            name: name.to_owned(),
-            samples: Vec::new(),
-            amount,
-            is_time: true,
-        };
+        let mut side = Side::new(name, Vec::new(), true);
+        side.amount = amount;
         self.0.push((side, Box::new(act)));
     }
 
@@ -97,25 +99,21 @@ impl<'a> Sides<'a> {
 }
 
 /// The time that something takes which can fail, and what it returns.
-///
-/// # Errors
-/// That of what is timed.
 pub fn time<T, E: Into<anyhow::Error>>(
     act: impl FnOnce() -> Result<T, E>,
 ) -> Result<(T, Duration)> {
     let started = Instant::now();
-    let outcome = act();
-    let elapsed = started.elapsed();
+    let (outcome, elapsed) = (act(), started.elapsed());
     let outcome = outcome.map_err(Into::into).context("while it was timed")?;
     Ok((outcome, elapsed))
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::cell::RefCell;
 
-    fn settings(patience: Duration) -> Settings {
+    pub fn settings(patience: Duration) -> Settings {
         Settings {
             rounds: 4,
             rounds_min: 2,
@@ -126,7 +124,7 @@ mod tests {
     #[test]
     fn each_round_begins_with_another_side_and_the_first_does_not_count() {
         let order = RefCell::new(String::new());
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         for name in ["a", "b", "c"] {
             let order = &order;
             sides.add(name, move || {
@@ -142,7 +140,7 @@ mod tests {
 
     #[test]
     fn rounds_end_with_the_time_for_them_but_not_before_the_least() {
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         sides.add("a", || Ok(Duration::ZERO));
         let measured = sides.measure(&settings(Duration::ZERO), 100).unwrap();
         assert_eq!(measured[0].samples.len(), 2);
@@ -150,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_side_that_fails_is_named() {
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         sides.add("broken", || anyhow::bail!("no memory"));
         let error = sides.measure(&settings(Duration::MAX), 1).unwrap_err();
         assert_eq!(format!("{error:#}"), "broken: no memory");

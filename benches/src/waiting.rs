@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 /// For how long something may be waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Takes steps of an engine until its numbers are as they should be.
-///
-/// # Errors
-/// Those of `is_so`, or if that takes too long.
+/// Takes steps of an engine until its numbers are as they should be; an error if that takes too
+/// long.
 pub fn step_until(
     engine: &Engine,
     what: &str,
@@ -25,10 +23,7 @@ pub fn step_until(
 }
 
 /// Looks at an engine's numbers until they are as they should be, and leaves the steps to its
-/// thread.
-///
-/// # Errors
-/// If that takes too long.
+/// thread; an error if that takes too long.
 pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
     let started = Instant::now();
     while !is_so(&engine.stats()) {

@@ -22,19 +22,17 @@ impl Outcome {
     /// Does some work.
     pub(crate) fn of<M>(work: Work<M>, machine: &M) -> Self {
         let mut outcome = Self::default();
-        match work.1(machine, &mut outcome) {
-            Ok(()) => outcome,
-            Err(error) => Self {
-                error: Some(format!("{error:#}")),
+        if let Err(error) = work.1(machine, &mut outcome) {
+            let error = Some(format!("{error:#}"));
+            return Self {
+                error,
                 ..Self::default()
-            },
+            };
         }
+        outcome
     }
 
     /// Measures sides in turns.
-    ///
-    /// # Errors
-    /// A side's.
     pub fn measure(&mut self, sides: Sides<'_>, settings: &Settings, rounds: usize) -> Result<()> {
         self.sides.extend(sides.measure(settings, rounds)?);
         Ok(())
@@ -42,21 +40,12 @@ impl Outcome {
 
     /// Takes in times that were measured otherwise.
     pub fn times(&mut self, name: &str, samples: Vec<f64>) {
-        self.push(name, samples, true);
+        self.sides.push(Side::new(name, samples, true));
     }
 
     /// Takes in a number.
     pub fn count(&mut self, name: &str, value: f64) {
-        self.push(name, vec![value], false);
-    }
-
-    fn push(&mut self, name: &str, samples: Vec<f64>, is_time: bool) {
-        self.sides.push(Side {
-            name: name.to_owned(),
-            samples,
-            amount: 1.0,
-            is_time,
-        });
+        self.sides.push(Side::new(name, vec![value], false));
     }
 
     /// Says something of the figures of a side, or why it could not be measured.
@@ -64,14 +53,10 @@ impl Outcome {
         self.notes.push((side.to_owned(), text.into()));
     }
 
-    /// One side's quantile in microseconds.
-    ///
-    /// # Errors
-    /// If there is no such side.
+    /// One side's quantile in microseconds; an error if there is no such side.
     pub fn us(&self, name: &str, per_mille: usize) -> Result<f64> {
-        let side = self
-            .side(name)
-            .with_context(|| format!("no side is named {name}"))?;
+        let side = self.side(name);
+        let side = side.with_context(|| format!("no side is named {name}"))?;
         Ok(quantile(&side.samples, per_mille) / 1e3)
     }
 
@@ -93,18 +78,16 @@ impl Outcome {
         let notes = self.notes.iter().filter(|(side, _)| *side == figure.ours);
         let notes: Vec<_> = notes.map(|(_, text)| text.as_str()).collect();
         let value = |name: &String| self.side(name).map(|side| value(figure, side));
-        let finding = match value(&figure.ours) {
-            Some(ours) => {
-                let peer = figure.peer.as_ref();
-                blank.judge(ours, peer.map(|peer| value(peer).unwrap_or(f64::NAN)))
-            }
+        let peer = figure.peer.as_ref();
+        let peer = peer.map(|peer| value(peer).unwrap_or(f64::NAN));
+        let mut finding = match value(&figure.ours) {
+            Some(ours) => blank.judge(ours, peer),
             None if notes.is_empty() => blank.failed("it was not measured"),
             None => blank,
         };
-        let finding = match notes.is_empty() {
-            true => finding,
-            false => finding.noted(notes.join("; ")),
-        };
+        if !notes.is_empty() {
+            finding = finding.noted(notes.join("; "));
+        }
         match is_real || figure.kind == Kind::Count {
             true => finding,
             false => finding.unjudged(),
@@ -127,6 +110,7 @@ fn value(figure: &Figure, side: &Side) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sides::tests::settings;
     use std::time::Duration;
 
     const FIGURES: &str = "work,name,unit,reach,kind,per_mille,ours,peer\n\
@@ -137,15 +121,10 @@ mod tests {
         w,forgotten,µs,≤ 1 µs,count,500,nobody,\n";
 
     fn measure(fails: &bool, outcome: &mut Outcome) -> Result<()> {
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         sides.add_rate("fast", 10.0, || Ok(Duration::from_nanos(2000)));
         sides.add_rate("slow", 10.0, || Ok(Duration::from_nanos(4000)));
-        let settings = Settings {
-            rounds: 1,
-            rounds_min: 1,
-            patience: Duration::MAX,
-        };
-        outcome.measure(sides, &settings, 1)?;
+        outcome.measure(sides, &settings(Duration::MAX), 1)?;
         outcome.count("held", 2.0);
         outcome.note("nothing", "one core");
         anyhow::ensure!(!fails, "the device is lost");
@@ -156,8 +135,8 @@ mod tests {
     fn every_figure_is_found_judged_or_excused() {
         let figures = Figure::list(FIGURES).unwrap();
         let found = |outcome: &Outcome, is_real| -> Vec<Finding> {
-            let judge = |figure| outcome.judge(figure, is_real);
-            figures.iter().map(judge).collect()
+            let found = figures.iter().map(|figure| outcome.judge(figure, is_real));
+            found.collect()
         };
         let passes = |found: &[Finding]| -> Vec<_> { found.iter().map(|one| one.pass).collect() };
         let outcome = Outcome::of(("w", measure), &false);

@@ -28,9 +28,6 @@ pub fn runs(blocks: &[u32]) -> Vec<(usize, usize)> {
 }
 
 /// Allocates runs of a range; false, and none of them, if there is no memory for all.
-///
-/// # Errors
-/// The range's, if it is another than that.
 pub fn allocate_runs(range: &VirtualMemoryPool, runs: &[(usize, usize)]) -> Result<bool> {
     for (done, (offset, bytes)) in runs.iter().enumerate() {
         if let Err(error) = range.allocate(*offset, *bytes) {

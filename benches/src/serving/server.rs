@@ -131,10 +131,8 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Serves until all requests have ended, or until a moment.
-    ///
-    /// # Errors
-    /// If the memory fails, or if requests are left that can never go on.
+    /// Serves until all requests have ended, or until a moment; an error if requests are left that
+    /// can never go on.
     pub fn run(mut self, until_ns: u64) -> Result<()> {
         let mut idle_from_ns = None;
         self.memory.work(0)?;
@@ -168,9 +166,6 @@ impl<'a> Server<'a> {
 
     /// Takes in what has arrived, and has the next model that can take a step; returns whether one
     /// could.
-    ///
-    /// # Errors
-    /// If the memory fails.
     pub fn step(&mut self) -> Result<bool> {
         self.arrive();
         let (first, models) = (self.turn, self.engines.len());

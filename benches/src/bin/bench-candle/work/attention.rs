@@ -47,7 +47,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let apart = apart.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         let is_near = apart <= TOLERANCE;
         ensure!(is_near, "over {keys} keys the results are {apart} apart");
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         sides.add(&ours, || machine.mean_time(QUERIES, by_gqa));
         sides.add(&peer, || machine.mean_time(QUERIES, by_stock));
         outcome.measure(sides, &machine.settings, machine.settings.rounds)?;

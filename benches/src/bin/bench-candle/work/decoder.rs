@@ -91,7 +91,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let new = |is_contiguous| Subject::new(machine, &config, &machine.pool(is_contiguous)?);
     let (elastic, mut copying) = (&RefCell::new(new(false)?), new(true)?);
     let preallocated = &RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add(CONTIGUOUS, || copying.timed(machine, Attention::Stock));
     let attentions = [
         ("stock attention", Attention::Stock),

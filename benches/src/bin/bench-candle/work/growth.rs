@@ -37,7 +37,7 @@ fn in_turns<T>(
         let mean = machine.mean_time(stretch, step)?;
         Ok(mean / parts as u32)
     };
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add(ours, || time(&mut step_ours));
     sides.add(peer, || time(&mut step_peer));
     // All tokens are appended, however long that takes; the first stretch warms up.
@@ -158,7 +158,7 @@ pub fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut tensor = pool.tensor((KV_HEADS, HEAD_DIM), DTYPE)?;
     tensor.grow(1000)?;
     machine.candle.synchronize()?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add(OURS, || {
         let started = Instant::now();
         for _ in 0..VIEWS {

@@ -6,7 +6,7 @@ use crate::machine::{Machine, range};
 use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
-use cuda_vmm_benches::{Call, Outcome, Sides, noted_calls, time};
+use cuda_vmm_benches::{Outcome, Sides, noted_calls, time};
 use std::time::{Duration, Instant};
 
 const GIB: usize = 1 << 30;
@@ -26,9 +26,9 @@ fn chunks_of(machine: &Machine, bytes: usize) -> Result<Vec<usize>> {
     let (address, calls) = noted_calls(|| pool.allocate(0, bytes));
     address?;
     pool.close()?;
-    let is_map = |call: &&Call| call.function == DriverFunction::cuMemMap;
-    let maps = calls.iter().filter(is_map);
-    Ok(maps.map(|call| call.mapped_bytes).collect())
+    let maps = calls.into_iter();
+    let maps = maps.filter(|(function, _)| *function == DriverFunction::cuMemMap);
+    Ok(maps.map(|(_, bytes)| bytes).collect())
 }
 
 /// Against one handle, page at a time, and the driver's allocators.
@@ -39,7 +39,7 @@ pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let single = range(&engine, GIB, PoolOptions::new().single_handle(true), stream)?;
     let (mut one, mut many) = (Range::reserve(device, GIB)?, Range::reserve(device, GIB)?);
     let pages = vec![machine.page_bytes; GIB / machine.page_bytes];
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("ours", || cold_round(machine, &chunked));
     sides.add("ours, single handle", || cold_round(machine, &single));
     sides.add("one handle by bare calls", || one.round(&[GIB]));
@@ -69,7 +69,7 @@ pub fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let pool = machine.pool(EngineOptions::new(), bytes)?;
         let chunks = chunks_of(machine, bytes)?;
         let mut range = Range::reserve(&machine.device, bytes)?;
-        let mut sides = Sides::new();
+        let mut sides = Sides::default();
         sides.add(&format!("ours, {size}"), || cold_round(machine, &pool));
         sides.add(&format!("bare calls, {size}"), || range.round(&chunks));
         outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)?;
@@ -93,7 +93,7 @@ pub fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         machine.give_back(pool.engine())?;
         Ok(elapsed)
     };
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("ours, one stream named", || round(&named));
     sides.add("ours, no stream named", || round(&unnamed));
     sides.add("bare unmap and release", || range.release(&chunks));
@@ -111,7 +111,7 @@ pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let bytes = machine.fitting(64 << 30, 0.95, GIB)?;
     let chunks = chunks_of(machine, bytes)?;
     let mut range = Range::reserve(&machine.device, bytes)?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("ours", || {
         let pool = machine.pool(EngineOptions::new(), bytes)?;
         pool.allocate(0, bytes)?;

@@ -26,7 +26,7 @@ pub fn copies(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     }
     let mut pages = Range::reserve(&machine.device, bytes)?;
     pages.back(&vec![page_bytes; bytes / page_bytes])?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     for (name, address) in [
         ("cuMemAlloc", plain.address()),
         ("ours, asked at once", at_once.base_address()),
@@ -70,7 +70,7 @@ pub fn scrubbing(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         })?;
         Ok(started.elapsed())
     };
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("zeros over all of it", || {
         let zeros = || {
             // SAFETY: live and mapped until the pool is dropped, which waits for the stream.

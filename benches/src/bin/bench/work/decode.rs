@@ -8,7 +8,7 @@ use anyhow::Result;
 use cuda_vmm::Stream;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS, Limits, Request, Served, Server};
-use cuda_vmm_benches::{Outcome, noted_calls, watch};
+use cuda_vmm_benches::{MEMORY_MANAGEMENT, Outcome, count_of, noted_calls, watch};
 
 const SEQUENCES: usize = 128;
 /// Tokens after which a sequence ends and another begins in its place.
@@ -82,11 +82,8 @@ fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran>
         if !stepped? {
             return Ok((served, management, records));
         }
-        let mine = calls.iter().filter(|call| call.is_memory_management());
-        management += mine.count();
-        let functions = calls.iter().map(|call| call.function);
-        let mine = functions.filter(|function| RECORDS.contains(function));
-        records = records.max(mine.count());
+        management += count_of(&calls, &MEMORY_MANAGEMENT);
+        records = records.max(count_of(&calls, &RECORDS));
     }
 }
 

@@ -4,7 +4,7 @@ use crate::machine::{Machine, range};
 use crate::traffic::Kernel;
 use anyhow::Result;
 use cuda_vmm::{DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool};
-use cuda_vmm_benches::{Call, Outcome, noted_calls, watch};
+use cuda_vmm_benches::{MEMORY_MANAGEMENT, Outcome, count_of, noted_calls, watch};
 use std::time::Instant;
 
 const RANGES: usize = 64;
@@ -118,7 +118,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let kernel = Kernel::load(machine.noted.device())?;
     let ranges = Ranges::new(&machine.noted, Manner::Ahead)?;
     let (ran, calls) = noted_calls(|| ranges.run(kernel, &mut Vec::new()));
-    let calls = calls.iter().filter(|call| Call::is_memory_management(call));
-    outcome.count("VMM calls", calls.count() as f64);
+    let management = count_of(&calls, &MEMORY_MANAGEMENT);
+    outcome.count("VMM calls", management as f64);
     ran
 }

@@ -16,7 +16,7 @@ pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         false => total_bytes / GIB * GIB * 3 / 2,
     };
     let pool = machine.pool(EngineOptions::new(), bytes)?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("ours", || {
         let started = Instant::now();
         let asked = pool.allocate(0, bytes);

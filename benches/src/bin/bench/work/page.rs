@@ -30,7 +30,7 @@ pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut range = Range::reserve(&machine.device, page_bytes)?;
     let chunk = range.create(page_bytes)?;
     let pool = machine.pool(EngineOptions::new().cache_bytes_max(64 << 20), page_bytes)?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     let is_cached = |stats: &EngineStats| stats.parts.cached_bytes >= page_bytes;
     sides.add("ours, handle in the cache", || {
         one_page(machine, &pool, is_cached)
@@ -51,7 +51,7 @@ const PAGES: usize = 64;
 /// A page that is parked.
 pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let parked = ParkedModels::new(&machine.stream, 1, PAGES)?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     // One page takes hardly longer than reading the clock, so a sample is the mean of all.
     sides.add("ours, mean of 64 pages", || {
         parked.park(0)?;
@@ -77,7 +77,7 @@ pub fn models(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let unit_bytes = count * machine.page_bytes;
     let pages = machine.fitting(MODEL_PAGES * unit_bytes, 0.8, unit_bytes)? / unit_bytes;
     let models = &ParkedModels::new(&machine.stream, count, pages)?;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     for (name, threads) in [
         ("one thread, all pages of a model", 1),
         ("two threads, all pages of two models", 2),
@@ -106,7 +106,7 @@ pub fn foreground(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let pool = range(&engine, page_bytes, PoolOptions::new(), stream)?;
     let idle = machine.pool(EngineOptions::new(), page_bytes)?;
     let is_gone = |stats: &EngineStats| stats.parts.retiring_bytes + stats.parts.parked_bytes == 0;
-    let mut sides = Sides::new();
+    let mut sides = Sides::default();
     sides.add("ours, worker idle", || one_page(machine, &idle, is_gone));
     sides.add("ours, worker prefetches", || {
         // The thread may be done before it is seen at work.
