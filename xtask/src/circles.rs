@@ -4,14 +4,13 @@
 //! A source uses what its paths name. The check looks through re-exports, which are no use by
 //! themselves. Tests do not count, nor does a folder's own file, which joins its modules.
 
+use crate::pages;
 use itertools::Itertools;
 use petgraph::algo::tarjan_scc;
 use petgraph::graphmap::DiGraphMap;
 use std::collections::BTreeMap;
-use std::{fs, path::Path};
 use syn::visit::{self, Visit};
 use syn::{ItemMod, ItemUse, Macro, Meta, UseTree, Visibility};
-use walkdir::WalkDir;
 
 /// Where crates begin.
 const CRATES: [&str; 8] = [
@@ -162,18 +161,13 @@ fn circles(modules: &Modules) -> Vec<String> {
 
 #[test]
 fn no_modules_need_each_other() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    for folder in CRATES.map(|folder| root.join(folder)) {
-        let entries = WalkDir::new(&folder).into_iter();
-        let entries = entries.filter_entry(|entry| !entry.path().ends_with("src/bin"));
-        let paths = entries.map(|entry| entry.expect("an entry").into_path());
-        let sources = paths.filter(|path| path.extension().is_some_and(|it| it == "rs"));
-        let modules = modules(sources.map(|path| {
+    for folder in CRATES.map(|folder| pages::root().join(folder)) {
+        let sources = pages::sources(&folder, "src/bin").into_iter();
+        let modules = modules(sources.map(|(path, text)| {
             let name = path.strip_prefix(&folder).expect("it is below");
             let name = name.with_extension("");
             let mut words = name.iter().map(|word| word.to_string_lossy()).collect_vec();
             words.pop_if(|last| ["lib", "main", "mod"].contains(&&**last));
-            let text = fs::read_to_string(&path).expect("a source");
             (words.join("::"), text)
         }));
         assert!(modules.len() > 2, "{folder:?}: {}", modules.len());

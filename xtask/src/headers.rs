@@ -37,14 +37,11 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             failures.push(format!("{version} (log: {})", workspace.short(&log)));
         }
         let defined = defined.map_or_else(|| "?".to_owned(), |number| number.to_string());
-        let state = if passed { "PASS" } else { "FAIL" }.to_owned();
-        rows.push([
-            version.to_owned(),
-            defined,
-            state,
+        let (state, tests) = (
+            if passed { "PASS" } else { "FAIL" },
             counts.passed.to_string(),
-            taken,
-        ]);
+        );
+        rows.push([version, &defined, state, &tests, &taken].map(str::to_owned));
     }
     let head = "header,CUDA_VERSION,state,tests,time";
     println!("{}", display::table(head, rows));

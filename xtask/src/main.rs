@@ -1,7 +1,5 @@
 //! The project's own tasks, run as `cargo xtask <task>`.
 
-#[cfg(test)]
-mod architecture;
 mod bench;
 mod ci;
 #[cfg(test)]
@@ -9,14 +7,14 @@ mod circles;
 mod consumers;
 mod display;
 mod documentation;
-#[cfg(test)]
-mod errors_page;
 mod files;
 mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
 mod package;
+#[cfg(test)]
+mod pages;
 mod setup;
 mod tests;
 mod workspace;

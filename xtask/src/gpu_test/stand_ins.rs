@@ -5,6 +5,7 @@
 //! and what the stand-ins do not do, is there all the same and returns that it is not supported.
 
 use anyhow::{Result, ensure};
+use itertools::Itertools;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
@@ -127,10 +128,11 @@ fn owners(symbols: &BTreeSet<String>) -> Vec<String> {
         names.insert("cublasLt");
     }
     names.remove(DRIVER);
-    let mut libraries = LIBRARIES.to_vec();
-    libraries.retain(|library| names.contains(library.0));
-    libraries.sort_by_key(|library| library.1);
-    libraries.iter().map(|it| it.1.to_owned()).collect()
+    let needed = LIBRARIES.iter().filter(|library| names.contains(library.0));
+    needed
+        .map(|library| library.1.to_owned())
+        .sorted()
+        .collect()
 }
 
 /// What `-l` calls the library to which a symbol belongs; nothing if that is none of CUDA's.
@@ -186,25 +188,18 @@ mod tests {
         let driver = "int cuInit(unsigned flags) { return flags == 7 ? 42 : 1; }";
         let simulator = folder.join("simulator.so");
         compile(&shell, folder, "simulator.so", "libcuda.so.1", &[driver]).unwrap();
-        // A program that is linked against stubs, as the facade's are.
-        let program = "int cuInit(unsigned); int cuMemPrefetch(void); int cublasCreate_v2(void **);\n\
-            int cublasDestroy_v2(void *); int cublasSgemm_v2(void); const char *cublasGetStatusString(int);\n\
-            int main(void) { void *handle = 0;\n\
-            if (cuInit(7) != 42) return 1;\n\
-            if (cuMemPrefetch() != 801) return 2;\n\
-            if (cublasCreate_v2(&handle) || !handle || cublasDestroy_v2(handle)) return 3;\n\
-            if (cublasSgemm_v2() != 15) return 4;\n\
-            return cublasGetStatusString(1)[0] != 'a'; }";
-        shell.write_file("program.c", program).unwrap();
-        cmd!(shell, "cc -c program.c").run().unwrap();
+        shell
+            .write_file("asks.c", include_str!("stand_ins_asks.c"))
+            .unwrap();
+        cmd!(shell, "cc -c -o program.o asks.c").run().unwrap();
         let objects = BTreeSet::from([folder.join("program.o")]);
         make_stubs(&shell, &folder.join("stubs"), &objects).unwrap();
         let libraries = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
-        let link = cmd!(shell, "cc -o program program.o {libraries...}");
-        link.run().unwrap();
+        cmd!(shell, "cc -o program program.o {libraries...}")
+            .run()
+            .unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
-        let programs = BTreeSet::from([program.clone()]);
-        make(&shell, &made, &programs, &simulator).unwrap();
+        make(&shell, &made, &[program.clone()].into(), &simulator).unwrap();
         let program = shell.cmd(program).env("LD_LIBRARY_PATH", made);
         program.run().unwrap();
     }

@@ -86,10 +86,8 @@ impl Contest {
             Ok(served)
         };
         let outcomes: Result<_> = Pool::ALL.into_iter().map(serve).collect();
-        Ok(Self {
-            outcomes: outcomes.with_context(|| name.to_owned())?,
-            name: name.to_owned(),
-        })
+        let (outcomes, name) = (outcomes.with_context(|| name.to_owned())?, name.to_owned());
+        Ok(Self { name, outcomes })
     }
 
     pub fn of(&self, pool: Pool) -> &Served {
@@ -104,17 +102,14 @@ impl Contest {
     pub fn tell(&self, outcome: &mut Outcome) {
         for pool in Pool::ALL {
             let (served, pool_name) = (self.of(pool), pool.name());
-            for (figure, ns) in [
-                ("mean time to first token", mean(&served.first_token)),
-                (
-                    "p99 time to first token",
-                    quantile(&served.first_token, 990),
-                ),
-                ("mean time per token", mean(&served.per_token)),
-                ("tokens a second", 1e9 / served.tokens_per_second()),
-            ] {
+            let mut tell = |figure: &str, ns| {
                 outcome.count(&format!("{}: {figure}: {pool_name}", self.name), ns);
-            }
+            };
+            tell("mean time to first token", mean(&served.first_token));
+            let p99 = quantile(&served.first_token, 990);
+            tell("p99 time to first token", p99);
+            tell("mean time per token", mean(&served.per_token));
+            tell("tokens a second", 1e9 / served.tokens_per_second());
         }
     }
 }

@@ -5,7 +5,7 @@
 //! coarse grid, then on a fine one around the best.
 
 use crate::pools::counted::Counted;
-use crate::ramps::{CURVES, MODELS, STATIC_TOKENS};
+use crate::ramps::{MODELS, Point, STATIC_TOKENS, curves};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::quantile;
@@ -18,8 +18,8 @@ const FINE: [usize; 2] = [250_000, 5_000];
 /// Every phase of this many is tried.
 const PHASE_STEP: usize = 2;
 
-/// Variants of the requests of all models, for each peak.
-type Ramps = [Vec<Vec<Vec<Request>>>];
+/// For each peak, variants of the requests of all models.
+type Ramps = [(Point, Vec<Vec<Vec<Request>>>)];
 
 /// What a pair of constants comes to.
 struct Try {
@@ -31,20 +31,20 @@ struct Try {
 /// The static curve with these constants.
 fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
     let step = |prompt, decodes| time.step(prompt, decodes);
-    let p99_ms = ramps.iter().map(|variants| {
+    let (mut error, mut p99_ms) = (0.0, Vec::new());
+    for (point, variants) in ramps {
         let mut served = Served::default();
         for models in variants {
             let mut memory = Counted::split(STATIC_TOKENS, models.len());
             let limits = Limits::DEFAULT;
             Server::new(models, &mut memory, limits, &step, &mut served).run(u64::MAX)?;
         }
-        Ok(quantile(&served.first_token, 990) / 1e6)
-    });
-    let p99_ms = p99_ms.collect::<Result<Vec<_>>>()?;
-    let errors = CURVES.iter().zip(&p99_ms);
-    let errors = errors.map(|(point, ms)| (ms / point.static_ms).ln().powi(2));
+        let ms = quantile(&served.first_token, 990) / 1e6;
+        error += (ms / point.static_ms).ln().powi(2);
+        p99_ms.push(ms);
+    }
     Ok(Try {
-        error: errors.sum(),
+        error,
         time,
         p99_ms,
     })
@@ -60,10 +60,9 @@ fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) ->
             sequence_ns,
         })
     });
-    let tries: Result<Vec<_>> = pairs.map(|time| attempt(ramps, time)).collect();
-    let best = tries?
-        .into_iter()
-        .min_by(|one, other| one.error.total_cmp(&other.error));
+    let tries = pairs.map(|time| attempt(ramps, time));
+    let tries = tries.collect::<Result<Vec<_>>>()?.into_iter();
+    let best = tries.min_by(|one, other| one.error.total_cmp(&other.error));
     best.context("an empty grid")
 }
 
@@ -71,7 +70,10 @@ fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) ->
 pub fn run() -> Result<()> {
     let phases = || (0..PHASES).step_by(PHASE_STEP);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));
-    let ramps = CURVES.map(|point| variants(point.peak).collect());
+    let ramps = curves()?.into_iter();
+    let ramps: Vec<_> = ramps
+        .map(|point| (point, variants(point.peak).collect()))
+        .collect();
     let coarse = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?.time;
     // Around the best, as far as the coarse grid's step.
     let around = |value: u64, apart: usize| {
@@ -81,11 +83,21 @@ pub fn run() -> Result<()> {
     let steps = around(coarse.step_ns, COARSE[0]);
     let sequences = around(coarse.sequence_ns, COARSE[1]);
     let best = search(&ramps, [steps, sequences], FINE)?;
-    let Try { error, time, .. } = best;
-    println!("{time:?}, sum of squared logarithms {error:.3}");
-    for (point, ms) in CURVES.iter().zip(&best.p99_ms) {
-        let (peak, published) = (point.peak, point.static_ms);
-        println!("  peak {peak}: {ms:.0} ms, published {published:.0} ms");
+    println!(
+        "{:?}, sum of squared logarithms {:.3}",
+        best.time, best.error
+    );
+    for (
+        (
+            Point {
+                peak, static_ms, ..
+            },
+            _,
+        ),
+        ms,
+    ) in ramps.iter().zip(&best.p99_ms)
+    {
+        println!("  peak {peak}: {ms:.0} ms, published {static_ms:.0} ms");
     }
     Ok(())
 }
