@@ -137,15 +137,13 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
     };
     let models = (0..64).map(model).collect::<cuda_vmm::Result<Vec<_>>>()?;
     let model = &models[7];
-    benches.add_plain(
-        "allocate and deallocate one page of one model in 64",
-        || {
-            let address = model.allocate_anywhere(GRANULARITY, 256).expect("room");
-            let offset = black_box(address) - model.base_address();
-            let freed = model.deallocate(offset as usize, GRANULARITY);
-            freed.expect("live");
-        },
-    );
+    let one_page = || {
+        let address = model.allocate_anywhere(GRANULARITY, 256).expect("room");
+        let offset = (black_box(address) - model.base_address()) as usize;
+        model.deallocate(offset, GRANULARITY).expect("live");
+    };
+    let name = "allocate and deallocate one page of one model in 64";
+    benches.add_plain(name, one_page);
     Ok(())
 }
 
@@ -159,11 +157,9 @@ fn judge(mut outcome: Outcome) -> Result<ExitCode> {
     outcome.count("pages of one thread", 1.0 / one_us?);
     for filling in bookkeeping_memory()? {
         let mapped = format!("{} bytes mapped", filling.mapped_bytes);
+        let allowed_bytes = filling.allowed_bytes() as f64;
         outcome.count(&format!("held, {mapped}"), filling.held_bytes as f64);
-        outcome.count(
-            &format!("allowed, {mapped}"),
-            filling.allowed_bytes() as f64,
-        );
+        outcome.count(&format!("allowed, {mapped}"), allowed_bytes);
     }
     let figures = Figure::list(include_str!("../figures/bookkeeping.csv"))?;
     let findings: Vec<_> = figures.iter().map(|one| outcome.judge(one, true)).collect();
@@ -173,10 +169,9 @@ fn judge(mut outcome: Outcome) -> Result<ExitCode> {
 
 fn main() -> Result<ExitCode> {
     let mut criterion = Criterion::default().configure_from_args();
-    let mut benches = Benches {
-        group: criterion.benchmark_group("bookkeeping"),
-        outcome: Outcome::default(),
-    };
+    let group = criterion.benchmark_group("bookkeeping");
+    let outcome = Outcome::default();
+    let mut benches = Benches { group, outcome };
     run(&mut benches, &no_op_driver().device(0)?)?;
     benches.group.finish();
     match std::env::args().skip(1).eq(["--bench"]) {

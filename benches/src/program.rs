@@ -108,11 +108,8 @@ mod tests {
             found.iter().filter(|figure| figure.work == work).count()
         };
         assert_eq!(has("1 GiB", "allocate 1 GiB"), 5);
-        assert_eq!(
-            has("single-handle", "allocate 1 GiB"),
-            5,
-            "all figures of the work"
-        );
+        // All figures of the work.
+        assert_eq!(has("single-handle", "allocate 1 GiB"), 5);
         assert_eq!(has("tear down", "allocate 1 GiB"), 0);
         assert_eq!(of_wanted_work(figures(), "").len(), figures().len());
     }

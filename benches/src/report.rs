@@ -39,14 +39,14 @@ pub(crate) fn print_head(device: &Device, is_real: bool) {
 /// Prints what the sides of some work took.
 pub(crate) fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>) {
     println!("\n{name}");
-    let mut rows = sides.map(|side| {
+    let rows = sides.map(|side| {
         let quantiles = [500, 990, 999, 1000].map(|part| time(quantile(&side.samples, part)));
         let row = [side.name.clone(), side.samples.len().to_string()];
         row.into_iter().chain(quantiles)
     });
-    if let Some(first) = rows.next() {
-        let head = ["side", "rounds", "median", "p99", "p99.9", "max"];
-        println!("{}", table(&head, std::iter::once(first).chain(rows)));
+    let table = table(&["side", "rounds", "median", "p99", "p99.9", "max"], rows);
+    if table.row_count() > 0 {
+        println!("{table}");
     }
 }
 
@@ -86,10 +86,8 @@ fn write(path: &Path, findings: &[Finding]) -> Result<()> {
 /// A table that Markdown understands, with all columns but the first to the right.
 pub fn table<R: Into<comfy_table::Row>>(head: &[&str], rows: impl IntoIterator<Item = R>) -> Table {
     let mut table = Table::new();
-    table
-        .load_preset(presets::ASCII_MARKDOWN)
-        .set_header(head)
-        .add_rows(rows);
+    table.load_preset(presets::ASCII_MARKDOWN);
+    table.set_header(head).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -140,28 +138,23 @@ mod tests {
 
     #[test]
     fn json_is_a_list_with_null_for_what_is_not() {
-        let file = std::env::temp_dir().join(format!("bench-listing-{}", std::process::id()));
-        let work = || Finding::new("work: peer", "µs", "≤ 4.5 ×");
-        let findings = [
-            work().judge(2.0, Some(1.0)),
-            work().judge(9.0, Some(1.0)),
-            work().noted("no GPU"),
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let work = Finding::new("work: peer", "µs", "≤ 4.5 ×");
+        let judge = |ours| work.clone().judge(ours, Some(1.0));
+        let findings = [judge(2.0), judge(9.0), work.clone().noted("no GPU")];
+        write(file.path(), &findings).unwrap();
+        let list: serde_json::Value = serde_json::from_reader(&file).unwrap();
+        let cases = [
+            (Some(2.0), Some(true), None),
+            (Some(9.0), Some(false), None),
+            (None, None, Some("no GPU")),
         ];
-        write(&file, &findings).unwrap();
-        let text = std::fs::read_to_string(&file).unwrap();
-        std::fs::remove_file(&file).unwrap();
-        let list: serde_json::Value = serde_json::from_str(&text).unwrap();
-        let row = |ours: Option<f64>, pass: Option<bool>, note: Option<&str>| {
+        let rows = cases.map(|(ours, pass, note): (Option<f64>, _, _)| {
             serde_json::json!({
                 "name": "work: peer", "ours": ours, "peer": ours.map(|_| 1.0), "ratio": ours,
                 "reach": "≤ 4.5 ×", "pass": pass, "unit": "µs", "note": note,
             })
-        };
-        let rows = [
-            row(Some(2.0), Some(true), None),
-            row(Some(9.0), Some(false), None),
-            row(None, None, Some("no GPU")),
-        ];
+        });
         assert_eq!(list, serde_json::json!(rows));
     }
 }

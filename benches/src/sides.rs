@@ -15,6 +15,16 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// This many rounds, within this many seconds.
+    pub fn new(rounds: usize, seconds: u64) -> Self {
+        let (rounds_min, patience) = (rounds.min(3), Duration::from_secs(seconds));
+        Self {
+            rounds,
+            rounds_min,
+            patience,
+        }
+    }
+
     /// With this many times the time, for work whose rounds are long and whose figure is near its
     /// reach.
     pub fn patient(&self, times: u32) -> Self {
@@ -114,9 +124,10 @@ pub(crate) mod tests {
     use std::cell::RefCell;
 
     pub fn settings(patience: Duration) -> Settings {
+        let (rounds, rounds_min) = (4, 2);
         Settings {
-            rounds: 4,
-            rounds_min: 2,
+            rounds,
+            rounds_min,
             patience,
         }
     }

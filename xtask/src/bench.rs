@@ -108,7 +108,9 @@ fn on_gpu(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
             findings.extend(list);
         }
     }
-    write(arguments.json.as_deref(), &findings)?;
+    if let Some(json) = &arguments.json {
+        fs::write(json, serde_json::to_string_pretty(&findings)? + "\n")?;
+    }
     Ok(worst(&codes))
 }
 
@@ -125,11 +127,6 @@ fn parts(part: Option<Part>, has_arguments: bool) -> Vec<Part> {
 fn worst(codes: &[u8]) -> u8 {
     let failed = codes.iter().find(|code| ![0, 2].contains(*code));
     *failed.or(codes.iter().max()).unwrap_or(&0)
-}
-
-fn write(json: Option<&Path>, findings: &[Value]) -> Result<()> {
-    let text = serde_json::to_string_pretty(findings)? + "\n";
-    Ok(json.map_or(Ok(()), |json| fs::write(json, text))?)
 }
 
 /// Runs the criterion bench, which prints, judges and writes its figures by itself.

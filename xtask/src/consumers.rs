@@ -47,11 +47,9 @@ fn count_packages(workspace: &Workspace) -> Result<()> {
         rows.push([user, count.to_string(), recorded.to_string()]);
     }
     println!("{}", display::table("user of,packages,recorded", rows));
-    let (is_right, differing) = (differing.is_empty(), differing.join(", "));
-    ensure!(
-        is_right,
-        "if this is meant, write it to {RECORDED}: {differing}"
-    );
+    let (is_as_recorded, differing) = (differing.is_empty(), differing.join(", "));
+    let advice = format!("if this is meant, write it to {RECORDED}: {differing}");
+    ensure!(is_as_recorded, advice);
     Ok(())
 }
 

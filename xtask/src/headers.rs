@@ -37,10 +37,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             failures.push(format!("{version} (log: {})", workspace.short(&log)));
         }
         let defined = defined.map_or_else(|| "?".to_owned(), |number| number.to_string());
-        let (state, tests) = (
-            if passed { "PASS" } else { "FAIL" },
-            counts.passed.to_string(),
-        );
+        let state = if passed { "PASS" } else { "FAIL" };
+        let tests = counts.passed.to_string();
         rows.push([version, &defined, state, &tests, &taken].map(str::to_owned));
     }
     let head = "header,CUDA_VERSION,state,tests,time";

@@ -116,11 +116,8 @@ fn main() -> ExitCode {
     };
     let code = start(arguments.task).unwrap_or_else(|error| {
         eprintln!("xtask: error: {error:#}");
-        if error.is::<gpu_test::Usage>() {
-            USAGE
-        } else {
-            1
-        }
+        let is_usage = error.is::<gpu_test::Usage>();
+        if is_usage { USAGE } else { 1 }
     });
     code.into()
 }

@@ -3,7 +3,7 @@
 const SECOND_NS: u64 = 1_000_000_000;
 
 /// One request: when it arrives and how long it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Request {
     /// Arrival in nanoseconds of simulated time.
     pub arrival_ns: u64,

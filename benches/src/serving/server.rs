@@ -46,6 +46,7 @@ impl Limits {
 }
 
 /// A request on its way.
+#[derive(Default)]
 struct Sequence {
     request: Request,
     generated: u32,
@@ -59,10 +60,7 @@ impl Sequence {
     fn new(request: Request) -> Self {
         Self {
             request,
-            generated: 0,
-            first_ns: None,
-            was_refused: false,
-            blocks: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -142,10 +140,8 @@ impl<'a> Server<'a> {
                 idle_from_ns = None;
                 continue;
             }
-            let next = self
-                .engines
-                .iter()
-                .filter_map(|engine| engine.to_come.first());
+            let engines = self.engines.iter();
+            let next = engines.filter_map(|engine| engine.to_come.first());
             let idle_ns = match next.map(|request| request.arrival_ns).min() {
                 Some(next_ns) => next_ns.min(until_ns) - self.now_ns,
                 None if !self.engines.iter().any(Engine::is_busy) => break,
@@ -256,11 +252,8 @@ impl<'a> Server<'a> {
             if over || engine.running.len() >= limits.sequences_max {
                 break;
             }
-            let reserve = if engine.running.is_empty() {
-                0
-            } else {
-                reserve
-            };
+            let is_first = engine.running.is_empty();
+            let reserve = if is_first { 0 } else { reserve };
             let blocks = match need + reserve > self.memory.free_blocks(model) {
                 true => None,
                 false => self.memory.take(&mut self.now_ns, model, need)?,

@@ -65,9 +65,8 @@ impl<'a> Builder<'a> {
                 "test" => "test --no-run",
                 _ => "build",
             };
-            let build = self.cargo(&format!(
-                "{build} --package {package} --features={features}"
-            ));
+            let build = format!("{build} --package {package} --features={features}");
+            let build = self.cargo(&build);
             let names: BTreeSet<_> = programs.iter().map(|it| it.name).collect();
             let kind = format!("--{kind}");
             let mut build = build.args(names.iter().flat_map(|name| [&*kind, name]));

@@ -124,23 +124,22 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let mut cells = Self::listed();
-        cells.retain(|cell| cell.driver != Driver::SimulatedLibrary);
-        cells.retain(|cell| cell.is_sanitized() == sanitized);
+        let cells = Self::listed().filter(|cell| cell.driver != Driver::SimulatedLibrary);
         cells
+            .filter(|cell| cell.is_sanitized() == sanitized)
+            .collect()
     }
 
     /// The cells of `test --cuda`.
     pub fn simulated_library() -> Vec<Self> {
-        let mut cells = Self::listed();
-        cells.retain(|cell| cell.driver == Driver::SimulatedLibrary);
-        cells
+        let cells = Self::listed().filter(|cell| cell.driver == Driver::SimulatedLibrary);
+        cells.collect()
     }
 
-    fn listed() -> Vec<Self> {
+    fn listed() -> impl Iterator<Item = Self> {
         // The first line is a heading.
-        let cells = ROWS.lines().skip(1).map(Self::parse);
-        cells.collect::<Option<_>>().expect("rows.csv is damaged")
+        let rows = ROWS.lines().skip(1);
+        rows.map(|row| Self::parse(row).expect("rows.csv is damaged"))
     }
 
     fn parse(line: &'static str) -> Option<Self> {
@@ -202,25 +201,19 @@ impl Cell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use itertools::Itertools;
 
     #[test]
     fn every_row_has_a_name_of_its_own_and_the_variables_that_it_says() {
-        let cells = Cell::listed();
-        let names: BTreeSet<_> = cells.iter().map(|cell| cell.name).collect();
-        assert_eq!(names.len(), cells.len());
-        for cell in cells {
+        assert!(Cell::listed().map(|cell| cell.name).all_unique());
+        for cell in Cell::listed() {
             let variables: BTreeMap<_, _> = cell.variables(60).collect();
             let says = |variable: &str, expected: Option<String>| {
                 let name = format!("CUDA_VMM_TEST_{variable}");
                 assert_eq!(variables.get(&*name), expected.as_ref(), "{}", cell.name);
             };
-            let simulated = if cell.opens_library() {
-                "real"
-            } else {
-                "simulated"
-            };
-            says("DRIVER", Some(simulated.to_owned()));
+            let driver = ["simulated", "real"][usize::from(cell.opens_library())];
+            says("DRIVER", Some(driver.to_owned()));
             says("DEVICES", Some(cell.devices.to_string()));
             let mib = cell.page.strip_suffix("MiB");
             let bytes = mib.map(|mib| mib.parse::<u64>().unwrap() << 20);

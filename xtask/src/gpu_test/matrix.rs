@@ -53,10 +53,8 @@ pub fn run(
         fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
     }
     report.print(started.elapsed(), &markdown.display().to_string());
-    let is_whole = ended == asked;
-    Ok(if is_whole {
-        report.exit_code()
-    } else {
-        INTERRUPTED
+    Ok(match ended == asked {
+        true => report.exit_code(),
+        false => INTERRUPTED,
     })
 }

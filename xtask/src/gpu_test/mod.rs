@@ -79,24 +79,18 @@ pub fn run_bundle(asked: &InBundle) -> Result<u8> {
     }
     let conditions = Conditions::find(arguments, || probe::ask(&folder.join(bundle::PROBE)))?;
     let runner = Runner::new(conditions, bundle::programs(folder), folder);
+    let manifest = bundle::manifest(folder)?;
     // The script itself says --folder and --beside with their values.
     let command = typed(&beside.join("run").to_string_lossy(), 6);
-    matrix::run(
-        arguments,
-        runner,
-        &bundle::manifest(folder)?,
-        beside,
-        command,
-    )
+    matrix::run(arguments, runner, &manifest, beside, command)
 }
 
 /// The command line as one would type it, with `program` in place of the first words.
 fn typed(program: &str, words: usize) -> String {
-    let mut typed = program.to_owned();
-    for word in std::env::args_os().skip(words) {
-        typed = typed + " " + &word.to_string_lossy();
-    }
-    typed
+    let words = std::env::args_os().skip(words);
+    words.fold(program.to_owned(), |typed, word| {
+        typed + " " + &word.to_string_lossy()
+    })
 }
 
 /// Prints the rows' names, as on a machine with two GPUs.

@@ -12,7 +12,7 @@ use itertools::Itertools;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 use strum::IntoEnumIterator;
@@ -60,12 +60,7 @@ impl Runner {
         let queues: BTreeMap<_, _> = Driver::iter().map(queue).collect();
         let run = |driver: Driver| {
             let mut rows = Vec::new();
-            let queue = || {
-                queues[&driver]
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-            };
-            let next = || queue().next();
+            let next = || queues[&driver].lock().expect("no panic").next();
             while let Some(cell) = next() {
                 // A machine that fails at files fails the whole run, and the other rows with it.
                 let row = self.row(cell, work.path());
@@ -154,9 +149,8 @@ impl Runner {
     }
 
     fn command(&self, cell: &Cell, program: &Program, opened: &Path) -> Result<Command> {
-        let executable = self.programs.get(program);
-        let executable =
-            executable.with_context(|| format!("{} was not built", program.place()))?;
+        let absent = || format!("{} was not built", program.place());
+        let executable = self.programs.get(program).with_context(absent)?;
         let mut command = match cell.is_sanitized() {
             true => self.conditions.sanitized(executable),
             false => Command::new(executable),
@@ -187,9 +181,8 @@ impl Runner {
         let mut drivers = Vec::new();
         for path in matching(&format!("{}/*", opened.display())) {
             let text = String::from_utf8_lossy(&fs::read(path)?).into_owned();
-            let loaded = text
-                .lines()
-                .filter_map(|line| line.split_once("calling init:"));
+            let lines = text.lines();
+            let loaded = lines.filter_map(|line| line.split_once("calling init:"));
             let loaded = loaded.map(|(_, library)| PathBuf::from(library.trim()));
             drivers.extend(loaded.filter(|it| it.to_string_lossy().contains("libcuda.so.1")));
         }

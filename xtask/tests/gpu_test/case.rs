@@ -73,13 +73,11 @@ impl Case {
         let (command, reports) = match place {
             "in-place" => (cmd!(shell, "{XTASK} gpu-test"), &out),
             "script" => (script(shell, &bundle, &packed), &packed),
-            _ => (
-                cmd!(
-                    shell,
-                    "{XTASK} run-bundle --folder {bundle} --beside {folder}"
-                ),
-                &out,
-            ),
+            _ => {
+                let folders = ["--folder", bundle.to_str().unwrap(), "--beside"];
+                let command = cmd!(shell, "{XTASK} run-bundle {folders...} {folder}");
+                (command, &out)
+            }
         };
         let mut command = command.args(self.line.split_whitespace());
         let runs_rows = self.code != 64 && self.list.is_none() && !self.helps;

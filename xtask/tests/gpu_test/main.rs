@@ -17,17 +17,13 @@ struct Cases {
 }
 
 fn main() {
-    let Cases {
-        scripts,
-        wrong,
-        case,
-    } = toml::from_str(include_str!("cases.toml")).expect("the cases");
-    let wrong = wrong.into_iter().flat_map(|(place, lines)| {
+    let cases: Cases = toml::from_str(include_str!("cases.toml")).expect("the cases");
+    let wrong = cases.wrong.into_iter().flat_map(|(place, lines)| {
         let case = move |line| Case::wrong(&place, line);
         lines.into_iter().map(case)
     });
-    let trials = case.into_iter().chain(wrong).map(|case| {
-        let (name, scripts) = (case.name.clone(), scripts.clone());
+    let trials = cases.case.into_iter().chain(wrong).map(|case| {
+        let (name, scripts) = (case.name.clone(), cases.scripts.clone());
         Trial::test(name, move || {
             case.check(&scripts);
             Ok(())

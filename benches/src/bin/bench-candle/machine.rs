@@ -42,11 +42,7 @@ impl Machine {
         let (rounds, seconds) = if is_small { (3, 1) } else { (200, 10) };
         Ok(Self {
             device: core_device(&candle)?,
-            settings: Settings {
-                rounds,
-                rounds_min: 3,
-                patience: Duration::from_secs(seconds),
-            },
+            settings: Settings::new(rounds, seconds),
             is_small,
             candle,
         })

@@ -18,11 +18,11 @@ pub struct Card {
 impl Card {
     /// A card of its own, on which calls take time if their costs are given.
     pub fn new(costs: Option<CostModel>) -> Result<Self> {
-        let config = SimConfig::new().unbacked();
-        let driver = Driver::simulated(match costs {
-            Some(costs) => config.cost_model(costs),
-            None => config,
-        })?;
+        let mut config = SimConfig::new().unbacked();
+        if let Some(costs) = costs {
+            config = config.cost_model(costs);
+        }
+        let driver = Driver::simulated(config)?;
         let simulator = driver.simulator().context("no simulator")?.clone();
         Ok(Self {
             device: driver.device(0)?,
@@ -94,15 +94,10 @@ mod tests {
         card.behind(later_ns, || drop(other));
         card.call(&mut later_ns, || ());
         assert_eq!(later_ns, 2_019_400);
-        for (function, calls) in [
-            (DriverFunction::cuMemCreate, 2),
-            (DriverFunction::cuMemMap, 0),
-            (DriverFunction::cuMemSetAccess, 0),
-            (DriverFunction::cuMemUnmap, 0),
-            (DriverFunction::cuMemRelease, 2),
-        ] {
-            assert_eq!(card.simulator.calls(function), calls, "{function:?}");
-        }
+        use DriverFunction::*;
+        let calls = |function| card.simulator.calls(function);
+        assert_eq!([cuMemCreate, cuMemRelease].map(calls), [2; 2]);
+        assert_eq!([cuMemMap, cuMemSetAccess, cuMemUnmap].map(calls), [0; 3]);
     }
 
     #[test]

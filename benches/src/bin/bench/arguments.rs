@@ -39,17 +39,16 @@ impl Arguments {
     /// four times as long and one eight times; all but the replay, whose length is an argument,
     /// shall end within five minutes.
     pub fn settings(&self) -> Settings {
-        let rounds = self.rounds as usize;
-        Settings {
-            rounds,
-            rounds_min: rounds.min(3),
-            patience: match self.driver {
-                Choice::Real => Duration::from_secs(9),
-                Choice::Simulated => Duration::from_secs(1),
-            },
-        }
+        let seconds = match self.driver {
+            Choice::Real => 9,
+            Choice::Simulated => 1,
+        };
+        Settings::new(self.rounds as usize, seconds)
     }
 }
+
+/// What all models together may hold unless told, as published.
+const TOKENS: usize = 213_000;
 
 /// The trace, which part of it is replayed, and how long a step of a model takes.
 #[derive(Clone, Copy, Debug, PartialEq, Args)]
@@ -73,11 +72,7 @@ pub struct Replay {
     #[arg(long = "replay-prompt-token-ms", value_name = "MS", default_value_t = 0.103, value_parser = at_least_zero)]
     pub prompt_token_ms: f64,
     /// Tokens whose keys and values all models together may hold, 131,072 bytes each
-    #[arg(
-        long = "replay-tokens",
-        value_name = "TOKENS",
-        default_value_t = 213_000
-    )]
+    #[arg(long = "replay-tokens", value_name = "TOKENS", default_value_t = TOKENS)]
     pub tokens: usize,
 }
 
@@ -134,10 +129,8 @@ mod tests {
         assert_eq!(Arguments::parse_from(told).replay.window_s(), (3.0, 3.5));
         for wrong in ["-1", "NaN", "inf", "86401", "x"] {
             let told = format!("--replay-seconds={wrong}");
-            assert!(
-                Arguments::try_parse_from(["bench", &told]).is_err(),
-                "{wrong}"
-            );
+            let parsed = Arguments::try_parse_from(["bench", &told]);
+            assert!(parsed.is_err(), "{wrong}");
         }
     }
 }

@@ -61,11 +61,8 @@ pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 /// Against the same chunks by bare calls.
 pub fn overhead(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     // Each size by itself: what the driver does after much was freed would delay the next side.
-    for (size, bytes) in [
-        ("one page", machine.page_bytes),
-        ("64 MiB", 64 << 20),
-        ("1 GiB", GIB),
-    ] {
+    let sizes = [machine.page_bytes, 64 << 20, GIB];
+    for (size, bytes) in ["one page", "64 MiB", "1 GiB"].into_iter().zip(sizes) {
         let pool = machine.pool(EngineOptions::new(), bytes)?;
         let chunks = chunks_of(machine, bytes)?;
         let mut range = Range::reserve(&machine.device, bytes)?;

@@ -10,6 +10,7 @@ use cuda_vmm_benches::serving::{
     BLOCK_BYTES, Limits, PROMPT_TOKENS, Served, Server, TOKEN_BYTES, staggered_ramps,
 };
 
+const OWN_TIME: &str = "the pool's own time in a step";
 const MODELS: usize = 3;
 /// What is made ahead for each model: that of a few prompts.
 const AHEAD_BYTES: usize = 64 * BLOCK_BYTES;
@@ -60,10 +61,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     gpu.watched = Some((pool.clone(), 0, 0));
     let ours = serve(&mut gpu)?;
     let late = pool.snapshot().counters.ranges.late_prefetches;
-    let most_bytes = gpu
-        .watched
-        .take()
-        .map_or(0, |(_, _, most_bytes)| most_bytes);
+    let most_bytes = gpu.watched.take().map_or(0, |(.., most_bytes)| most_bytes);
     drop(gpu);
     outcome.count("late allocations", late as f64);
     outcome.count("most bytes committed", most_bytes as f64);
@@ -86,16 +84,13 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         ours.served,
         ours.sequences_max
     );
-    outcome.note("the pool's own time in a step", note);
+    outcome.note(OWN_TIME, note);
     for (served, whose) in [(ours, ""), (before, ", everything allocated before")] {
-        outcome.times(
-            &format!("the pool's own time in a step{whose}"),
-            served.calls,
-        );
+        let (refused, preemptions) = (served.refused_prompts as f64, served.preemptions as f64);
+        outcome.times(&format!("{OWN_TIME}{whose}"), served.calls);
         outcome.times(&format!("whole steps{whose}"), served.steps);
-        let refused = served.refused_prompts as f64;
         outcome.count(&format!("refused prompts{whose}"), refused);
-        outcome.count(&format!("preemptions{whose}"), served.preemptions as f64);
+        outcome.count(&format!("preemptions{whose}"), preemptions);
     }
     Ok(())
 }
