@@ -129,55 +129,51 @@ pub fn noted_calls<T>(act: impl FnOnce() -> T) -> (T, Vec<Call>) {
     (outcome, CALLS.take().unwrap_or_default())
 }
 
-/// Functions that write one value to their first argument.
-macro_rules! define_values {
-    ($($name:ident($written:ty $(, $ignored:ty)*) = $value:expr;)*) => {$(
-        unsafe extern "C" fn $name(place: *mut $written $(, _: $ignored)*) -> CUresult {
-            // SAFETY: the caller passes a valid place, as CUDA's contract asks.
-            unsafe { *place = $value };
-            CUDA_SUCCESS
+/// A driver's functions that return success and do nothing, except that those named here write one
+/// value to their first argument.
+macro_rules! define_no_op_table {
+    ($($name:ident($written:ty $(, $argument:ident: $type:ty)*) = $value:expr;)*) => {
+        #[allow(non_snake_case)]
+        fn no_op_table() -> DriverTable {
+            $(
+                unsafe extern "C" fn $name(place: *mut $written $(, $argument: $type)*) -> CUresult {
+                    let value: $written = $value;
+                    // SAFETY: the caller passes a valid place, as CUDA's contract asks.
+                    unsafe { *place = value };
+                    CUDA_SUCCESS
+                }
+            )*
+            DriverTable { $($name,)* ..table::<false>(true) }
         }
-    )*};
+    };
 }
-define_values! {
-    version(c_int) = 13000;
-    count(c_int) = 1;
-    attribute(c_int, CUdevice_attribute, CUdevice) = 1;
-    total(usize, CUdevice) = 1 << 40;
-    granularity(usize, *const CUmemAllocationProp, CUmemAllocationGranularity_flags) = GRANULARITY;
-    create(CUmemGenericAllocationHandle, usize, *const CUmemAllocationProp, c_ulonglong) =
-        NEXT.fetch_add(1, Ordering::Relaxed);
+define_no_op_table! {
+    cuDriverGetVersion(c_int) = 13000;
+    cuDeviceGetCount(c_int) = 1;
+    cuDeviceGetAttribute(c_int, _which: CUdevice_attribute, _of: CUdevice) = 1;
+    cuDeviceTotalMem(usize, _of: CUdevice) = 1 << 40;
+    cuMemGetAllocationGranularity(
+        usize, _of: *const CUmemAllocationProp, _which: CUmemAllocationGranularity_flags
+    ) = GRANULARITY;
+    cuMemAddressReserve(
+        CUdeviceptr, bytes: usize, alignment: usize, _wanted: CUdeviceptr, _flags: c_ulonglong
+    ) = {
+        let room = bytes.next_multiple_of(alignment) as u64;
+        let free = NEXT.fetch_add(room, Ordering::Relaxed);
+        free.next_multiple_of(alignment as u64)
+    };
+    cuMemCreate(
+        CUmemGenericAllocationHandle,
+        _bytes: usize, _of: *const CUmemAllocationProp, _flags: c_ulonglong
+    ) = NEXT.fetch_add(1, Ordering::Relaxed);
 }
 
+/// The next free address, and the next handle.
 static NEXT: AtomicU64 = AtomicU64::new(1);
-
-unsafe extern "C" fn reserve(
-    address: *mut CUdeviceptr,
-    bytes: usize,
-    alignment: usize,
-    _: CUdeviceptr,
-    _: c_ulonglong,
-) -> CUresult {
-    let room = bytes.next_multiple_of(alignment) as u64;
-    let free = NEXT.fetch_add(room, Ordering::Relaxed);
-    // SAFETY: the caller passes a valid place, as CUDA's contract asks.
-    unsafe { *address = free.next_multiple_of(alignment as u64) };
-    CUDA_SUCCESS
-}
 
 /// A driver of one device with 1 TiB, whose calls return success and do nothing.
 pub fn no_op_driver() -> Driver {
-    let table = DriverTable {
-        cuDriverGetVersion: version,
-        cuDeviceGetCount: count,
-        cuDeviceGetAttribute: attribute,
-        cuDeviceTotalMem: total,
-        cuMemGetAllocationGranularity: granularity,
-        cuMemAddressReserve: reserve,
-        cuMemCreate: create,
-        ..table::<false>(true)
-    };
     // SAFETY: the functions are static and write nothing except the values above; no memory is
     // behind the addresses, and nothing here touches any.
-    unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
+    unsafe { Driver::from_table(no_op_table(), DriverKind::Simulated) }.expect("no call fails")
 }

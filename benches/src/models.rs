@@ -45,10 +45,8 @@ impl ParkedModels {
     /// This many models with this many pages each.
     pub fn new(stream: &Stream, count: usize, pages: usize) -> Result<Self> {
         let bytes = pages * stream.device().granularity_bytes();
-        let engine = EngineOptions::new()
-            .chunk_bytes_max(0)
-            .park_bytes_max(count * bytes)
-            .worker(WorkerMode::Manual);
+        let engine = EngineOptions::new().worker(WorkerMode::Manual);
+        let engine = engine.chunk_bytes_max(0).park_bytes_max(count * bytes);
         let (_, models) = shared_models(engine, (bytes, 0), &vec![stream.clone(); count])?;
         for model in &models {
             model.allocate(0, bytes)?;

@@ -39,12 +39,8 @@ pub struct Wanted {
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
     /// Measure only work whose name, or a figure of it, contains this
-    #[arg(
-        long,
-        value_name = "WORD",
-        default_value = "",
-        hide_default_value = true
-    )]
+    #[arg(long, value_name = "WORD")]
+    #[arg(default_value = "", hide_default_value = true)]
     pub only: String,
 }
 

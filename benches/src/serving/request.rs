@@ -14,6 +14,15 @@ pub struct Request {
 }
 
 impl Request {
+    /// A request that arrives at a moment.
+    pub fn new(arrival_ns: u64, prompt_tokens: u32, generated_tokens: u32) -> Self {
+        Self {
+            arrival_ns,
+            prompt_tokens,
+            generated_tokens,
+        }
+    }
+
     /// Tokens that the request holds when its last token is made, which is written no more.
     pub fn tokens_max(&self) -> u32 {
         (self.prompt_tokens + self.generated_tokens).saturating_sub(1)
@@ -32,12 +41,10 @@ pub const PHASES: u64 = 32;
 pub fn paced(start_ns: u64, phase: u64, rates: impl IntoIterator<Item = u32>) -> Vec<Request> {
     let seconds = (0_u64..).zip(rates);
     let of_second = |(second, rate): (u64, u32)| {
-        (0..u64::from(rate)).map(move |index| Request {
-            arrival_ns: start_ns
-                + second * SECOND_NS
-                + (index * PHASES + phase) * SECOND_NS / (PHASES * u64::from(rate)),
-            prompt_tokens: PROMPT_TOKENS,
-            generated_tokens: GENERATED_TOKENS,
+        let (begin_ns, rate) = (start_ns + second * SECOND_NS, u64::from(rate));
+        (0..rate).map(move |index| {
+            let within_ns = (index * PHASES + phase) * SECOND_NS / (PHASES * rate);
+            Request::new(begin_ns + within_ns, PROMPT_TOKENS, GENERATED_TOKENS)
         })
     };
     seconds.flat_map(of_second).collect()

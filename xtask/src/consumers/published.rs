@@ -6,25 +6,15 @@ use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
 use cargo_metadata::{MetadataCommand, Package};
 use fs_err as fs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The oldest Candle that the facade takes.
 const CANDLE: &str = "0.11.0";
 /// The version before this workspace's first.
 const BEFORE: &str = "0.1.1";
-/// Files of `candle-core`, what is there once, and what takes its place.
-const CHANGES: [(&str, &str, &str); 2] = [
-    (
-        "device",
-        "Ok(Self::Cuda(crate::CudaDevice::new(ordinal)?))",
-        "Ok({ let _ = ordinal; Self::Cpu })",
-    ),
-    (
-        "lib",
-        "\nmod device;\n",
-        "\nmod device;\n#[doc(hidden)]\npub const FROM_A_PATH: &str = env!(\"CARGO_PKG_VERSION\");\n",
-    ),
-];
+/// For each source of `candle-core`, what is there once, and what takes its place.
+type Changes = BTreeMap<String, BTreeMap<String, String>>;
 
 /// What cargo says of the packages in its own store.
 pub struct Published(Vec<Package>);
@@ -51,12 +41,16 @@ impl Published {
             let folder = packages.join(format!("{name}-{CANDLE}"));
             files::copy_tree(&self.folder(name, CANDLE)?, &folder)?;
         }
-        for (file, from, to) in CHANGES {
+        let changes: Changes = toml::from_str(include_str!("candle.toml"))?;
+        for (file, changes) in changes {
             let file = packages.join(format!("candle-core-{CANDLE}/src/{file}.rs"));
-            let text = fs::read_to_string(&file)?;
-            let count = text.matches(from).count();
-            ensure!(count == 1, "{from:?} is {count} times in {file:?}");
-            fs::write(&file, text.replace(from, to))?;
+            let mut text = fs::read_to_string(&file)?;
+            for (from, to) in changes {
+                let count = text.matches(&from).count();
+                ensure!(count == 1, "{from:?} is {count} times in {file:?}");
+                text = text.replace(&from, &to);
+            }
+            fs::write(&file, text)?;
         }
         Ok(())
     }

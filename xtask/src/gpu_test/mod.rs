@@ -5,7 +5,6 @@ mod build;
 mod bundle;
 mod cell;
 mod conditions;
-mod matrix;
 mod probe;
 mod process;
 mod report;
@@ -20,13 +19,19 @@ pub use without_gpu::run as without_gpu;
 use crate::workspace::{Workspace, code};
 use anyhow::{Context, Result};
 use arguments::{Arguments, Other};
-use build::Builder;
+use build::{Builder, Manifest};
 use cell::{CUDA, Driver, State};
 use conditions::{Conditions, Libraries};
+use fs_err as fs;
+use report::Report;
 use runner::Runner;
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
+
+/// The exit code of what was interrupted, as a shell has it.
+const INTERRUPTED: u8 = 130;
 
 /// Makes a bundle, or runs the matrix here. Returns the exit code.
 pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
@@ -53,7 +58,7 @@ pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
     let has_no_gpu = matches!(conditions.gpus, Some(Err((State::Skipped, _))));
     let runner = Runner::new(conditions, programs, &builder.target);
     let command = typed("cargo xtask gpu-test", 2);
-    let code = matrix::run(arguments, runner, &manifest, &builder.target, command)?;
+    let code = run_rows(arguments, runner, &manifest, &builder.target, command)?;
     if has_no_gpu {
         let bundle = "cargo xtask gpu-test --bundle FOLDER";
         println!("To run the rows of the real driver elsewhere: {bundle}");
@@ -82,7 +87,53 @@ pub fn run_bundle(asked: &InBundle) -> Result<u8> {
     let manifest = bundle::manifest(folder)?;
     // The script itself says --folder and --beside with their values.
     let command = typed(&beside.join("run").to_string_lossy(), 6);
-    matrix::run(arguments, runner, &manifest, beside, command)
+    run_rows(arguments, runner, &manifest, beside, command)
+}
+
+/// Runs the rows, prints and writes what came of them, and returns the exit code. The report goes
+/// `beside` if `$OUT` names no folder; `command` is what one types.
+fn run_rows(
+    arguments: &Arguments,
+    mut runner: Runner,
+    manifest: &Manifest,
+    beside: &Path,
+    command: String,
+) -> Result<u8> {
+    let started = Instant::now();
+    let gpus = runner.conditions.gpu_count();
+    let cells = arguments.select(gpus)?;
+    runner.stress_seconds = arguments.stress_seconds;
+    runner.limit_seconds = arguments.limit_seconds;
+    runner.conditions.libraries = Libraries::find(&manifest.libraries);
+    // Better found out now than after the last row that a report cannot be written.
+    let out = std::env::var_os("OUT").filter(|out| !out.is_empty());
+    let out = out.map_or_else(|| beside.into(), PathBuf::from);
+    fs::create_dir_all(&out)?;
+    let (markdown, json) = (out.join("report.md"), &arguments.json);
+    for path in json.iter().chain([&markdown]) {
+        fs::write(path, "")?;
+    }
+    let machine = report::machine(&command, &runner.conditions, manifest);
+    let rows = runner.run(&cells)?;
+    let (ended, asked) = (rows.len(), cells.len());
+    let remark = match arguments.left_out(gpus) {
+        _ if ended < asked => format!("Interrupted after {ended} of {asked} rows."),
+        0 => String::new(),
+        count => format!(
+            "{count} rows for two devices were not asked for, as this machine has one GPU; \
+             --devices 2 demands them."
+        ),
+    };
+    let report = Report::new(machine, &rows, remark);
+    fs::write(&markdown, report.markdown()?)?;
+    if let Some(path) = json {
+        fs::write(path, serde_json::to_string_pretty(&report)? + "\n")?;
+    }
+    report.print(started.elapsed(), &markdown.display().to_string());
+    Ok(match ended == asked {
+        true => report.exit_code(),
+        false => INTERRUPTED,
+    })
 }
 
 /// The command line as one would type it, with `program` in place of the first words.

@@ -1,13 +1,18 @@
 //! The device on which everything is measured.
 
 use anyhow::Result;
-use candle_core::Device;
+use candle_core::{DType, Device};
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::ValueEnum;
 use cuda_vmm_benches::Settings;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
+
+/// Of keys and values.
+pub const KV_HEADS: usize = 8;
+pub const HEAD_DIM: usize = 128;
+pub const DTYPE: DType = DType::F16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Place {

@@ -11,7 +11,6 @@ mod model;
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate/weights.rs"]
 mod weights;
 
-mod layers;
 mod machine;
 mod work;
 

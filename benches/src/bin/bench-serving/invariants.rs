@@ -90,10 +90,8 @@ fn pool(which: usize, limit: usize, models: usize, costs: Option<CostModel>) -> 
 
 fn requests() -> impl Strategy<Value = Vec<Request>> {
     let request = (0..2_000_u64, 1..400_u32, 1..80_u32);
-    let request = request.prop_map(|(arrival_ms, prompt_tokens, generated_tokens)| Request {
-        arrival_ns: arrival_ms * 1_000_000,
-        prompt_tokens,
-        generated_tokens,
+    let request = request.prop_map(|(arrival_ms, prompt_tokens, generated_tokens)| {
+        Request::new(arrival_ms * 1_000_000, prompt_tokens, generated_tokens)
     });
     prop::collection::vec(request, 0..25).prop_map(|mut requests| {
         requests.sort_by_key(|request| request.arrival_ns);
@@ -163,12 +161,7 @@ proptest! {
 
 #[test]
 fn memory_that_is_short_preempts_and_computes_again() {
-    let request = Request {
-        arrival_ns: 0,
-        prompt_tokens: 64,
-        generated_tokens: 65,
-    };
-    let models = [vec![request; 3]];
+    let models = [vec![Request::new(0, 64, 65); 3]];
     // Three prompts of four blocks fit, but not what they grow to.
     let outcome = run(&models, &mut pool(3, 14, 1, None));
     assert_eq!((outcome.served, outcome.refused), (3, 0));

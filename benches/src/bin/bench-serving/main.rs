@@ -103,10 +103,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     findings.dedup();
     let judged = findings.iter_mut().filter(|finding| finding.pass.is_some());
     for finding in judged.filter(|_| quick) {
-        *finding = finding
-            .clone()
-            .unjudged()
-            .noted("a quick run is not judged");
+        let unjudged = finding.clone().unjudged();
+        *finding = unjudged.noted("a quick run is not judged");
     }
     if let Some(folder) = &arguments.plots {
         plots::draw(folder, &ramps, &contests)?;

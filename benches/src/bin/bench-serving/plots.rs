@@ -40,15 +40,11 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
     let root = SVGBackend::new(path, (1_000, 640)).into_drawing_area();
     root.fill(&WHITE)?;
     let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
-    let (first, last) = peaks()
-        .next()
-        .zip(peaks().next_back())
-        .context("no peaks")?;
+    let ends = peaks().next().zip(peaks().next_back());
+    let (first, last) = ends.context("no peaks")?;
+    let title = "Three models on one GPU: p99 time to first token";
     let mut chart = ChartBuilder::on(&root)
-        .caption(
-            "Three models on one GPU: p99 time to first token",
-            ("sans-serif", 24),
-        )
+        .caption(title, ("sans-serif", 24))
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(72)

@@ -96,15 +96,9 @@ fn hand_back(pool: Pool) -> Result<f64> {
     let mut now_ns = 0;
     let mut blocks = Vec::new();
     memory.work(now_ns)?;
-    loop {
-        let count = memory.free_blocks(busy).min(REQUEST_BLOCKS);
-        let taken = match count {
-            0 => None,
-            _ => memory.take(&mut now_ns, busy, count)?,
-        };
-        let Some(taken) = taken else {
-            break;
-        };
+    while let count @ 1.. = memory.free_blocks(busy).min(REQUEST_BLOCKS)
+        && let Some(taken) = memory.take(&mut now_ns, busy, count)?
+    {
         blocks.extend(taken);
         memory.idle(&mut now_ns, STEP_NS)?;
     }

@@ -40,7 +40,7 @@ pub struct Range {
     device: Device,
     properties: CUmemAllocationProp,
     access: CUmemAccessDesc,
-    address: CUdeviceptr,
+    pub address: CUdeviceptr,
     bytes: usize,
     chunks: Vec<Chunk>,
 }
@@ -66,10 +66,6 @@ impl Range {
             bytes,
             chunks: Vec::with_capacity(bytes / device.granularity_bytes()),
         })
-    }
-
-    pub fn address(&self) -> u64 {
-        self.address
     }
 
     /// Creates and maps chunks of these sizes, one after the other.
@@ -174,23 +170,17 @@ impl Drop for Plain {
     }
 }
 
-/// Memory of `cuMemAllocAsync`, which the driver takes back for good when its stream is
-/// synchronised after.
-pub struct Ordered<'a>(&'a Stream, CUdeviceptr);
-
-impl<'a> Ordered<'a> {
-    /// Allocates in the order of the stream.
-    pub fn new(stream: &'a Stream, bytes: usize) -> Result<Self> {
-        let (device, queue, mut address) = (stream.device(), stream.raw(), 0);
+/// The time of `cuMemAllocAsync` and of synchronising its stream. The driver takes the memory back
+/// for good.
+pub fn ordered_round(stream: &Stream, bytes: usize) -> Result<Duration> {
+    let (device, queue, mut address) = (stream.device(), stream.raw(), 0);
+    let ((), elapsed) = time(|| {
         // SAFETY: see the module's documentation; the stream is alive.
         unsafe { call!(device, cuMemAllocAsync(&mut address, bytes, queue)) }?;
-        Ok(Self(stream, address))
-    }
-}
-
-impl Drop for Ordered<'_> {
-    fn drop(&mut self) {
-        // SAFETY: the memory is ours, and this is its end.
-        let _ = unsafe { call!(self.0.device(), cuMemFreeAsync(self.1, self.0.raw())) };
-    }
+        anyhow::Ok(stream.synchronize()?)
+    })?;
+    // SAFETY: the memory is ours, and this is its end.
+    unsafe { call!(device, cuMemFreeAsync(address, queue)) }?;
+    stream.synchronize()?;
+    Ok(elapsed)
 }

@@ -1,7 +1,6 @@
 //! One query over many keys.
 
-use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS};
-use crate::machine::Machine;
+use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use crate::model::stock;
 use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};

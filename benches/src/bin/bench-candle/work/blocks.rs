@@ -1,10 +1,9 @@
 //! A paged cache that was busy and is idle, with a prefix cache that is still warm.
 
-use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS};
-use crate::machine::Machine;
+use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use anyhow::{Result, ensure};
 use cuda_vmm::pool::blocks::{
-    BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, ReclaimPlan, TensorSpec,
+    BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, TensorSpec,
 };
 use cuda_vmm::{Engine, EngineOptions, Stream};
 use cuda_vmm_benches::{Outcome, step_until};
@@ -30,8 +29,8 @@ fn text(curve: &[(Duration, usize)]) -> String {
     let last = curve.len().saturating_sub(1);
     let points = curve.iter().enumerate();
     let points = points.filter(|(index, _)| index % every == 0 || *index == last);
-    let points =
-        points.map(|(_, (time, bytes))| format!("{:.3} s {} MiB", time.as_secs_f64(), bytes >> 20));
+    let point = |time: &Duration, bytes| format!("{:.3} s {bytes} MiB", time.as_secs_f64());
+    let points = points.map(|(_, (time, bytes))| point(time, bytes >> 20));
     points.collect::<Vec<_>>().join(", ")
 }
 
@@ -101,7 +100,10 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         .reclaim_candidates_with_moves(usize::MAX, 0.5, |block| worth.get(&block).copied());
     let planned = plan_started.elapsed();
     allocator.commit(&plan, &stream)?;
-    rewrite(&mut live, &plan);
+    let moves: BTreeMap<_, _> = plan.moves().iter().copied().collect();
+    for block in &mut live {
+        *block = moves.get(block).copied().unwrap_or(*block);
+    }
     stream.synchronize()?;
     let engine = backing.engine();
     step_until(engine, "memory to go back", |stats| {
@@ -129,14 +131,6 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.count("committed after reclaiming", left_bytes as f64);
     outcome.note("committed after reclaiming", note);
     Ok(())
-}
-
-/// Has a table name its blocks' new places.
-fn rewrite(table: &mut [BlockId], plan: &ReclaimPlan) {
-    let moves: BTreeMap<_, _> = plan.moves().iter().copied().collect();
-    for block in table {
-        *block = moves.get(block).copied().unwrap_or(*block);
-    }
 }
 
 #[cfg(test)]

@@ -1,15 +1,45 @@
 //! Caches of all layers that grow token by token: what a step takes, the memory behind them, and
 //! views of them.
 
-use crate::layers::{DTYPE, HEAD_DIM, KV_HEADS, LAYERS, Layers, token_bytes, tokens};
-use crate::machine::Machine;
+use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use anyhow::Result;
 use candle_core::Tensor;
-use candle_cuda_vmm::kv_cache::{KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPool};
 use cuda_vmm_benches::{Outcome, Sides, watch};
 use std::hint::black_box;
 use std::time::Instant;
+
+const LAYERS: [usize; 2] = [32, 2];
+
+/// The caches of all layers.
+struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
+
+impl<F: KvCacheFactory> Layers<F> {
+    /// Caches that expect this many tokens.
+    fn new(machine: &Machine, factory: &F, tokens: usize) -> Result<Self> {
+        let caches = (0..machine.sized(LAYERS)).map(|layer| factory.layer(layer, 2, tokens));
+        Ok(Self(caches.collect::<candle_cuda_vmm::Result<_>>()?))
+    }
+
+    /// Appends the same tokens in each layer, as keys and as values, and drops the views.
+    fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
+        for cache in &mut self.0 {
+            black_box(cache.append(tokens, tokens)?);
+        }
+        Ok(())
+    }
+}
+
+/// Tokens for one layer.
+fn tokens(machine: &Machine, count: usize) -> candle_core::Result<Tensor> {
+    Tensor::zeros((1, KV_HEADS, count, HEAD_DIM), DTYPE, &machine.candle)
+}
+
+/// Bytes of a token's keys and values in all layers.
+fn token_bytes(layers: usize) -> usize {
+    2 * layers * KV_HEADS * HEAD_DIM * DTYPE.size_in_bytes()
+}
 
 /// Appends a token to all layers, of caches of two kinds in turns, and does something after it. A
 /// sample is the mean time of a stretch of steps, which are waited for at its end, or a part of
@@ -51,16 +81,11 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let (sizes, layers) = ((stretch, count / stretch - 1, 0), machine.sized(LAYERS));
-        let kinds = (&machine.pool(false)?, &PreallocatedCaches);
-        in_turns(
-            machine,
-            outcome,
-            [&ours, &peer],
-            kinds,
-            sizes,
-            layers,
-            || Ok(()),
-        )?;
+        let (names, kinds) = (
+            [&*ours, &*peer],
+            (&machine.pool(false)?, &PreallocatedCaches),
+        );
+        in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
         let note = format!(
             "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
@@ -175,6 +200,12 @@ pub fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_of_the_table_takes_128_kib() {
+        assert_eq!(token_bytes(32), 128 << 10);
+        assert_eq!(token_bytes(32) * 131_072, 16 << 30);
+    }
 
     #[test]
     fn an_eighth_more_is_allowed_from_a_gibibyte_on() {

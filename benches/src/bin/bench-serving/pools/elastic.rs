@@ -45,12 +45,14 @@ impl Elastic {
         (share_bytes, chunk_bytes_max): (usize, usize),
     ) -> Result<Self> {
         let mut card = Card::new(costs)?;
+        let limit_bytes = limit * BLOCK_BYTES;
         let engine = EngineOptions::new()
-            .limit_bytes(limit * BLOCK_BYTES)
-            .park_bytes_max(share_bytes)
-            .chunk_bytes_max(chunk_bytes_max)
+            .limit_bytes(limit_bytes)
             .worker(WorkerMode::Manual);
-        let sizes = (limit * BLOCK_BYTES, share_bytes / models);
+        let engine = engine
+            .park_bytes_max(share_bytes)
+            .chunk_bytes_max(chunk_bytes_max);
+        let sizes = (limit_bytes, share_bytes / models);
         let streams = (0..models).map(|_| Stream::new(&card.device));
         let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;
         let (pool, ranges) = shared_models(engine, sizes, &streams)?;

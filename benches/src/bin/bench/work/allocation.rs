@@ -1,7 +1,7 @@
 //! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls for the
 //! same chunks.
 
-use crate::bare::{Ordered, Plain, Range};
+use crate::bare::{Plain, Range, ordered_round};
 use crate::machine::{Machine, range};
 use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
@@ -45,16 +45,8 @@ pub fn one_call(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     sides.add("one handle by bare calls", || one.round(&[GIB]));
     sides.add("page at a time by bare calls", || many.round(&pages));
     sides.add("cuMemAlloc", || Ok(time(|| Plain::new(device, GIB))?.1));
-    sides.add("cuMemAllocAsync and synchronise", || {
-        let (memory, elapsed) = time(|| {
-            let memory = Ordered::new(stream, GIB)?;
-            stream.synchronize()?;
-            anyhow::Ok(memory)
-        })?;
-        drop(memory);
-        stream.synchronize()?;
-        Ok(elapsed)
-    });
+    let ordered = || ordered_round(stream, GIB);
+    sides.add("cuMemAllocAsync and synchronise", ordered);
     outcome.measure(sides, &machine.settings, machine.settings.rounds)
 }
 

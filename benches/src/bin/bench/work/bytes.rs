@@ -31,7 +31,7 @@ pub fn copies(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         ("cuMemAlloc", plain.address()),
         ("ours, asked at once", at_once.base_address()),
         ("ours, grown page by page", grown.base_address()),
-        ("page at a time by bare calls", pages.address()),
+        ("page at a time by bare calls", pages.address),
     ] {
         // A copy reads one half and writes the other.
         sides.add_rate(name, bytes as f64, move || {

@@ -33,19 +33,12 @@ const LIMITS: Limits = Limits {
 /// those that take their places. The first 256 steps take memory that nothing had, another 256 what
 /// was freed.
 fn requests() -> Vec<Request> {
-    let request = |prompt_tokens, generated_tokens| Request {
-        arrival_ns: 0,
-        prompt_tokens,
-        generated_tokens,
-    };
     let ages = || (0..SEQUENCES as u32).map(|index| index * BLOCK_TOKENS / SEQUENCES as u32);
-    let first = ages().map(|age| request(1 + age, TOKENS - age));
-    let second = ages().map(|_| request(1, TOKENS));
+    let first = ages().map(|age| Request::new(0, 1 + age, TOKENS - age));
+    let second = ages().map(|_| Request::new(0, 1, TOKENS));
     // The oldest ends first, and so leaves the most steps.
-    let third = ages()
-        .rev()
-        .filter(|age| *age > 0)
-        .map(|age| request(1, age));
+    let third = ages().rev().filter(|age| *age > 0);
+    let third = third.map(|age| Request::new(0, 1, age));
     first.chain(second).chain(third).collect()
 }
 

@@ -88,10 +88,8 @@ impl<'a> Gpu<'a> {
         models: usize,
         [limit_bytes, park_bytes, ahead_bytes]: [usize; 3],
     ) -> Result<(SharedMemoryPool, Self)> {
-        let engine = EngineOptions::new()
-            .limit_bytes(limit_bytes)
-            .park_bytes_max(park_bytes)
-            .chunk_bytes_max(0);
+        let engine = EngineOptions::new().limit_bytes(limit_bytes);
+        let engine = engine.park_bytes_max(park_bytes).chunk_bytes_max(0);
         let (sizes, streams) = ((limit_bytes, ahead_bytes), vec![stream.clone(); models]);
         let (pool, ranges) = shared_models(engine, sizes, &streams)?;
         let blocks = limit_bytes / BLOCK_BYTES;
@@ -186,14 +184,11 @@ impl Memory for Gpu<'_> {
     }
 
     fn step(&mut self, now_ns: &mut u64, time_ns: u64) -> Result<()> {
+        let kernel = self.traffic.kernel;
         for target in self.taken.drain(..) {
             // SAFETY: the block is live until it is given back, which is after this step's work:
             // the stream is synchronised below.
-            unsafe {
-                self.traffic
-                    .kernel
-                    .write(self.stream, target, BLOCK_BYTES, BLOCK_BYTES)
-            }?;
+            unsafe { kernel.write(self.stream, target, BLOCK_BYTES, BLOCK_BYTES) }?;
         }
         let time = Duration::from_nanos(time_ns);
         self.traffic.queue_for(self.stream, time)?;

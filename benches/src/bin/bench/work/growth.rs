@@ -29,7 +29,6 @@ enum Manner {
 struct Ranges<'a> {
     pools: Vec<VirtualMemoryPool>,
     stream: &'a Stream,
-    page_bytes: usize,
     manner: Manner,
 }
 
@@ -66,7 +65,6 @@ impl<'a> Ranges<'a> {
         Ok(Self {
             pools,
             stream,
-            page_bytes,
             manner,
         })
     }
@@ -74,8 +72,9 @@ impl<'a> Ranges<'a> {
     /// Takes all steps after the first. Those count in which every range needs a new page, or all
     /// if they have memory from the beginning.
     fn run(&self, kernel: Kernel, times: &mut Vec<f64>) -> Result<()> {
-        let step_bytes = self.page_bytes / STEPS_OF_A_PAGE;
-        for offset in (step_bytes..PAGES * self.page_bytes).step_by(step_bytes) {
+        let page_bytes = self.stream.device().granularity_bytes();
+        let step_bytes = page_bytes / STEPS_OF_A_PAGE;
+        for offset in (step_bytes..PAGES * page_bytes).step_by(step_bytes) {
             let started = Instant::now();
             for pool in &self.pools {
                 if self.manner != Manner::Before {
@@ -87,7 +86,7 @@ impl<'a> Ranges<'a> {
             }
             self.stream.synchronize()?;
             let elapsed = started.elapsed();
-            if self.manner == Manner::Before || offset.is_multiple_of(self.page_bytes) {
+            if self.manner == Manner::Before || offset.is_multiple_of(page_bytes) {
                 times.push(elapsed.as_nanos() as f64);
             }
         }
