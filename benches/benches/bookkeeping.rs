@@ -23,8 +23,7 @@ const TOKENS: usize = GRANULARITY / TOKEN - 1;
 
 /// Pages that are parked at a time.
 const PARKED: usize = 64;
-/// Pages that each of several models has parked at a time. To take them takes long beside starting
-/// a thread.
+/// Pages that each of several models has parked. Taking them lasts longer than starting a thread.
 const PARKED_OF_EACH: usize = 4096;
 
 /// What a page takes one thread, and each of two threads at the same time.

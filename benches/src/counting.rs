@@ -48,7 +48,6 @@ unsafe impl GlobalAlloc for CountingAllocator {
 /// What is held when an amount is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filling {
-    /// Bytes of device memory that are mapped.
     pub mapped_bytes: usize,
     /// Bytes of host memory that the pool holds for its bookkeeping.
     pub held_bytes: usize,

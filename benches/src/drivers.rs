@@ -18,8 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The granularity in bytes of the driver that does nothing.
 pub const GRANULARITY: usize = 2 << 20;
 
-/// A call of the driver that was noted: what was called, and how many bytes were mapped if it was
-/// `cuMemMap`.
+/// A noted call of the driver, and how many bytes it mapped if it was `cuMemMap`.
 pub type Call = (DriverFunction, usize);
 
 /// The functions that reserve, make, map, or give back memory or addresses.
@@ -33,7 +32,6 @@ pub const MEMORY_MANAGEMENT: [DriverFunction; 7] = [
     DriverFunction::cuMemSetAccess,
 ];
 
-/// How many calls are of some functions.
 pub fn count_of(calls: &[Call], functions: &[DriverFunction]) -> usize {
     let mine = calls
         .iter()
@@ -41,7 +39,6 @@ pub fn count_of(calls: &[Call], functions: &[DriverFunction]) -> usize {
     mine.count()
 }
 
-/// The driver behind the one that notes calls.
 static BEHIND: OnceLock<DriverTable> = OnceLock::new();
 
 thread_local! {
@@ -49,7 +46,6 @@ thread_local! {
     static CALLS: RefCell<Option<Vec<Call>>> = const { RefCell::new(None) };
 }
 
-/// Notes a call, and makes it behind.
 fn note(
     function: DriverFunction,
     mapped_bytes: usize,

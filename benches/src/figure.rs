@@ -16,7 +16,6 @@ pub(crate) enum Kind {
 /// A quantile of what one side of some work took, and what is demanded of it.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Figure {
-    /// The work's name.
     pub work: String,
     pub(crate) name: String,
     pub(crate) unit: String,
@@ -29,8 +28,7 @@ pub struct Figure {
 }
 
 impl Figure {
-    /// Reads a list of figures, in the order of the report. Each has a reach that [`Finding::new`]
-    /// takes, or it is an error.
+    /// Reads a list of figures; an error if a reach is none that [`Finding::new`] takes.
     pub fn list(text: &str) -> Result<Vec<Self>> {
         let mut reader = csv::Reader::from_reader(text.as_bytes());
         let figures: Vec<Self> = reader.deserialize().collect::<Result<_, _>>()?;
@@ -40,7 +38,6 @@ impl Figure {
         Ok(figures)
     }
 
-    /// The figure without a value.
     pub fn blank(&self) -> Finding {
         Finding::new(&self.name, &self.unit, &self.reach)
     }
@@ -86,7 +83,6 @@ impl Finding {
         }
     }
 
-    /// Judges what was measured.
     pub fn judge(self, ours: f64, peer: Option<f64>) -> Self {
         let ratio = peer.map(|peer| ours / peer);
         let reach = self.reach.as_deref().unwrap_or_default();
@@ -113,7 +109,6 @@ impl Finding {
         Self { note, ..self }
     }
 
-    /// Takes the verdict back.
     pub fn unjudged(self) -> Self {
         Self { pass: None, ..self }
     }

@@ -1,6 +1,8 @@
 //! What the measuring programs share: figures and what is demanded of them, sides that are measured
 //! in turns, the report, and the parts of a server that is simulated or replayed.
 
+#![allow(missing_docs, reason = "nothing of it is published")]
+
 mod counting;
 mod drivers;
 pub mod figure;

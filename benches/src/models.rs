@@ -42,7 +42,6 @@ pub struct ParkedModels {
 }
 
 impl ParkedModels {
-    /// This many models with this many pages each.
     pub fn new(stream: &Stream, count: usize, pages: usize) -> Result<Self> {
         let bytes = pages * stream.device().granularity_bytes();
         let engine = EngineOptions::new().worker(WorkerMode::Manual);

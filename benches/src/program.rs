@@ -10,9 +10,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// The exit code of a usage error.
 const USAGE: u8 = 64;
-/// The exit code if no GPU answers.
 const NO_GPU: u8 = 2;
 
 /// Reads the arguments of the program of this name and runs it; returns its exit code.

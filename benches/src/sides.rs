@@ -15,7 +15,6 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// This many rounds, within this many seconds.
     pub fn new(rounds: usize, seconds: u64) -> Self {
         let (rounds_min, patience) = (rounds.min(3), Duration::from_secs(seconds));
         Self {
@@ -25,8 +24,7 @@ impl Settings {
         }
     }
 
-    /// With this many times the time, for work whose rounds are long and whose figure is near its
-    /// reach.
+    /// With more time, for work whose rounds are long and whose figure is near its reach.
     pub fn patient(&self, times: u32) -> Self {
         let patience = self.patience.saturating_mul(times);
         Self { patience, ..*self }
@@ -54,7 +52,6 @@ pub(crate) struct Side {
     pub samples: Vec<f64>,
     /// How much is done in the time of a sample, for figures that are rates.
     pub amount: f64,
-    /// Whether the samples are times.
     pub is_time: bool,
 }
 
@@ -77,8 +74,7 @@ type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 pub struct Sides<'a>(Vec<(Side, Act<'a>)>);
 
 impl<'a> Sides<'a> {
-    /// Adds a side, which takes the time of what matters in a round itself, and puts everything
-    /// back as it was.
+    /// Adds a side. A round returns the time of what matters, and puts everything back as it was.
     pub fn add(&mut self, name: &str, act: impl FnMut() -> Result<Duration> + 'a) {
         self.add_rate(name, 1.0, act);
     }

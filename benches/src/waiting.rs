@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 /// For how long something may be waited for.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Takes steps of an engine until its numbers are as they should be; an error if that takes too
-/// long.
+/// Steps an engine until its numbers are as they should be; an error if that takes too long.
 pub fn step_until(
     engine: &Engine,
     what: &str,

@@ -8,7 +8,6 @@ use anyhow::{Context, Result};
 /// Work on a machine, by name. Its figures come of what its sides take.
 pub type Work<M> = (&'static str, fn(&M, &mut Outcome) -> Result<()>);
 
-/// What came of some work.
 #[derive(Debug, Default)]
 pub struct Outcome {
     sides: Vec<Side>,
@@ -19,7 +18,6 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Does some work.
     pub(crate) fn of<M>(work: Work<M>, machine: &M) -> Self {
         let mut outcome = Self::default();
         if let Err(error) = work.1(machine, &mut outcome) {
@@ -32,7 +30,6 @@ impl Outcome {
         outcome
     }
 
-    /// Measures sides in turns.
     pub fn measure(&mut self, sides: Sides<'_>, settings: &Settings, rounds: usize) -> Result<()> {
         self.sides.extend(sides.measure(settings, rounds)?);
         Ok(())
@@ -43,7 +40,6 @@ impl Outcome {
         self.sides.push(Side::new(name, samples, true));
     }
 
-    /// Takes in a number.
     pub fn count(&mut self, name: &str, value: f64) {
         self.sides.push(Side::new(name, vec![value], false));
     }
@@ -60,7 +56,6 @@ impl Outcome {
         Ok(quantile(&side.samples, per_mille) / 1e3)
     }
 
-    /// All sides whose measurements are times.
     pub(crate) fn timed(&self) -> impl Iterator<Item = &Side> {
         self.sides.iter().filter(|side| side.is_time)
     }

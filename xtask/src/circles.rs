@@ -33,7 +33,6 @@ struct Module {
     used: Vec<String>,
     /// What its `use` declarations bring in, by name.
     named: BTreeMap<String, String>,
-    /// The names of its tests.
     tests: Vec<String>,
 }
 

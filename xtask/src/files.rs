@@ -18,8 +18,7 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     Ok(cmd!(shell, "cp -R {from}/. {to}").quiet().run()?)
 }
 
-/// Gives each file in `new` that equals its namesake in `old` that one's time of modification, so that
-/// nothing is built again for an unchanged file.
+/// Keeps the modification times of unchanged files, so that nothing is built again for them.
 pub fn keep_times(old: &Path, new: &Path) -> Result<()> {
     for entry in WalkDir::new(new) {
         let path = entry?.into_path();

@@ -21,8 +21,7 @@ const ASSEMBLE: [&str; 2] = ["--gpu-name=sm_75", "--output-file"];
 /// version.
 const VERSION: &str = ".version 7.0";
 
-/// Compiles the sources with the pinned toolkit, and updates PTX that differs. An error if a file
-/// differed, or does not compile.
+/// Compiles the sources with the pinned toolkit. It is an error if PTX differs; that is updated.
 pub fn check(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, true, false)?;
     let (shell, toolkit) = (&workspace.shell, setup::toolkit_folder(workspace));

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use xshell::{Cmd, Shell};
 
-/// The checkout and its target folder.
 pub struct Workspace {
     /// Runs commands in the checkout.
     pub shell: Shell,
@@ -73,8 +72,7 @@ impl Workspace {
         Ok(command)
     }
 
-    /// What packages need when they are built and when they run, as `cargo tree` prints it, each
-    /// package once.
+    /// What packages need to be built and to run, as `cargo tree` prints it, each once.
     pub fn tree(&self, arguments: &str) -> Result<BTreeSet<String>> {
         let tree = format!("tree --edges normal,build --prefix none {arguments}");
         Ok(packages(&self.cargo(&tree).quiet().read()?))
@@ -94,8 +92,7 @@ fn packages(tree: &str) -> BTreeSet<String> {
     lines.map(plain).collect()
 }
 
-/// Runs a program with this one's own input and output, and returns its exit code; it has said itself
-/// what went wrong.
+/// Runs a program with this one's own input and output, and returns its exit code.
 pub fn code(command: &mut Command) -> Result<u8> {
     let status = command.status();
     let program = command.get_program().display();

@@ -3,7 +3,6 @@
 use anyhow::{Result, ensure};
 use cuda_vmm::VirtualMemoryPool;
 
-/// Tokens in a block.
 pub const BLOCK_TOKENS: u32 = 16;
 /// Bytes of KV of a token of an 8B model: 32 layers, K and V, 8 heads of 128 elements of 2 bytes.
 pub const TOKEN_BYTES: usize = 131_072;

@@ -2,19 +2,16 @@
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// One request: when it arrives and how long it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Request {
     /// Arrival in nanoseconds of simulated time.
     pub arrival_ns: u64,
-    /// Tokens of the prompt.
     pub prompt_tokens: u32,
     /// Tokens that are generated, the first of them by the prompt's step.
     pub generated_tokens: u32,
 }
 
 impl Request {
-    /// A request that arrives at a moment.
     pub fn new(arrival_ns: u64, prompt_tokens: u32, generated_tokens: u32) -> Self {
         Self {
             arrival_ns,
@@ -31,7 +28,6 @@ impl Request {
 
 /// Tokens of each request of the made workloads.
 pub const PROMPT_TOKENS: u32 = 256;
-/// Tokens that each of them generates.
 pub const GENERATED_TOKENS: u32 = 256;
 
 /// At so many places within its share of a second, its phases, each request may arrive.

@@ -1,9 +1,7 @@
 //! What came of serving.
 
-/// What was held at a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// When.
     pub at_ns: u64,
     /// What each model held, in bytes.
     pub held_bytes: Vec<u64>,
@@ -16,7 +14,6 @@ pub struct Served {
     pub first_token: Vec<f64>,
     /// From a request's first token to its last, for each token after the first.
     pub per_token: Vec<f64>,
-    /// Requests that were served to their end.
     pub served: usize,
     /// Requests that could never have had their memory.
     pub refused: usize,
@@ -24,9 +21,7 @@ pub struct Served {
     pub refused_prompts: usize,
     /// Sequences that lost their memory and were computed again.
     pub preemptions: u64,
-    /// Tokens that were generated.
     pub tokens: u64,
-    /// The most sequences in a step.
     pub sequences_max: usize,
     /// What the pool's calls cost the thread that takes the steps, for each step.
     pub calls: Vec<f64>,
@@ -36,7 +31,6 @@ pub struct Served {
     pub end_ns: u64,
     /// What the pool's calls cost in all, those without a step among them.
     pub calls_ns: u64,
-    /// The most that was held at once, in bytes.
     pub held_bytes_max: u64,
     /// Memory over time, in the first run.
     pub over_time: Vec<Moment>,

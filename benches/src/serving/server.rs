@@ -27,12 +27,10 @@ const TURN_NS: u64 = 1_000_000;
 /// What an engine allows itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The most sequences in a step.
     pub sequences_max: usize,
     /// The most prompt tokens in a step, except for a single longer prompt.
     pub prompt_tokens_max: u32,
-    /// The share of blocks that stays free when a prompt is admitted, as a divisor; none if nothing
-    /// runs.
+    /// Divisor of all blocks: how many a prompt leaves free when it is admitted beside others.
     pub watermark_divisor: usize,
 }
 
@@ -102,9 +100,8 @@ pub struct Server<'a> {
 }
 
 impl<'a> Server<'a> {
-    /// A server to which each model's requests come, in the order of arrival. A step of this many
-    /// prompt tokens and sequences that decode takes `step_ns`. What comes of it is added to
-    /// `served`.
+    /// Serves each model's requests, in the order of arrival. `step_ns` is the time of a step with
+    /// so many prompt tokens and sequences that decode. What comes of it is added to `served`.
     pub fn new(
         models: &'a [Vec<Request>],
         memory: &'a mut dyn Memory,
@@ -129,8 +126,7 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Serves until all requests have ended, or until a moment; an error if requests are left that
-    /// can never go on.
+    /// Serves until all requests end, or until a moment; an error if some can never go on.
     pub fn run(mut self, until_ns: u64) -> Result<()> {
         let mut idle_from_ns = None;
         self.memory.work(0)?;
@@ -160,8 +156,7 @@ impl<'a> Server<'a> {
         Ok(())
     }
 
-    /// Takes in what has arrived, and has the next model that can take a step; returns whether one
-    /// could.
+    /// Takes in what has arrived, and steps the next model that can; returns whether one could.
     pub fn step(&mut self) -> Result<bool> {
         self.arrive();
         let (first, models) = (self.turn, self.engines.len());
@@ -214,8 +209,8 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Takes the block of its next token for every running sequence, the oldest first; returns
-    /// whether one was preempted.
+    /// Takes each running sequence's next block, the oldest first; returns whether one is
+    /// preempted.
     fn grow(&mut self, model: usize) -> Result<bool> {
         let engine = &mut self.engines[model];
         let (mut at, mut preempted) = (0, false);
@@ -240,8 +235,7 @@ impl<'a> Server<'a> {
         Ok(preempted)
     }
 
-    /// Admits prompts in the order in which they wait, as long as their blocks fit; returns how many
-    /// tokens they have.
+    /// Admits waiting prompts in order while their blocks fit; returns how many tokens they have.
     fn admit(&mut self, model: usize) -> Result<u32> {
         let (engine, limits) = (&mut self.engines[model], &self.limits);
         let reserve = self.memory.most_blocks(model) / limits.watermark_divisor;

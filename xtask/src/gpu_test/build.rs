@@ -24,8 +24,7 @@ pub struct Manifest {
     pub libraries: Vec<String>,
 }
 
-/// Builds programs for the simulated driver just as the task `test` does, so that after it nothing is
-/// left to build.
+/// Builds programs for the simulated driver as the task `test` does, which then builds nothing.
 pub fn simulated(workspace: &Workspace, wanted: &BTreeSet<Program>) -> Result<Programs> {
     setup::ensure(workspace, false, false)?;
     let test = format!("test --no-run --workspace {FEATURES}");
@@ -50,8 +49,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Has cargo build programs. With CUDA they are linked against libraries that are made here for
-    /// what the facade asks for.
+    /// Has cargo build programs. With CUDA it links them against [`Self::stubs`].
     pub fn programs(&self, wanted: &BTreeSet<Program>) -> Result<Programs> {
         let mut groups: BTreeMap<_, BTreeSet<Program>> = BTreeMap::new();
         for it in wanted {
@@ -94,7 +92,6 @@ impl<'a> Builder<'a> {
         Ok(stubs)
     }
 
-    /// What the build of these programs says of itself.
     pub fn manifest(&self, programs: &Programs) -> Result<Manifest> {
         let is_linked = |it: &Program| it.kind == "test" && it.features() == CUDA;
         let facade = programs.iter().filter(|(it, _)| is_linked(it));

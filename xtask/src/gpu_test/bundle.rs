@@ -14,10 +14,8 @@ use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
 
 const ARCHIVE: &str = "bundle.tar.xz";
-/// How they are packed. Several have the same kernels of Candle, so the packer looks further back than
-/// one is long.
+/// Several programs have the same kernels of Candle, so the packer looks back beyond one.
 const XZ: &str = "xz -T1 --lzma2=preset=6,dict=128MiB";
-/// The most that a packed bundle may weigh.
 const LIMIT_BYTES: u64 = 40 << 20;
 /// Where things are in it that are no programs: what the build says of itself, and the probe.
 const MANIFEST: &str = "bundle.json";
@@ -82,7 +80,6 @@ fn pack(shell: &Shell, stage: &Path, folder: &Path) -> Result<u64> {
     Ok(fs::metadata(&archive)?.len())
 }
 
-/// What the build of the bundle in `folder` says of itself.
 pub fn manifest(folder: &Path) -> Result<Manifest> {
     let text = fs::read_to_string(folder.join(MANIFEST))?;
     serde_json::from_str(&text).with_context(|| format!("{MANIFEST} is damaged"))

@@ -106,7 +106,6 @@ pub type Programs = BTreeMap<Program, PathBuf>;
 pub struct Cell {
     pub name: &'static str,
     pub driver: Driver,
-    /// How many devices the tests use.
     pub devices: u32,
     /// The size of the pools' pages, or the device's own granularity, whatever it is; that of
     /// NVIDIA's present GPUs is 2 MiB.

@@ -17,11 +17,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 use strum::IntoEnumIterator;
 
-/// How the names of the facade's tests begin that launch kernels. Simulated devices have none, so
-/// these are left out when a CUDA program runs on one.
+/// How tests of the facade begin that launch kernels, which simulated devices do not have.
 pub const KERNELS: &str = "kernels::";
-/// How the names of the facade's tests begin that have the simulated library's calls fail, which a
-/// real driver cannot.
+/// How tests of the facade begin in which calls of the simulated library fail.
 const SIMULATED: &str = "simulated::";
 
 pub struct Runner {
@@ -46,9 +44,8 @@ impl Runner {
         }
     }
 
-    /// Runs `cells`: those of the real driver one after another, and beside them two at a time of the
-    /// simulated driver. What a GPU is asked does not depend on what the simulator does meanwhile.
-    /// Returns the rows in the order of `cells`, without those that an interrupt kept from ending.
+    /// Runs `cells`: those of the real driver one after another, beside them two at a time of the
+    /// simulated driver. Returns the rows in this order, without those that an interrupt cuts off.
     pub fn run(&self, cells: &[Cell]) -> Result<Vec<Row>> {
         process::heed_interrupts()?;
         fs::create_dir_all(&self.folder)?;
@@ -84,8 +81,7 @@ impl Runner {
         Ok(rows)
     }
 
-    /// Runs a cell's programs, each of them whatever became of the one before. It fails only if this
-    /// machine fails at files; a program that fails is a row's failure.
+    /// Runs a cell's programs. One that fails fails the row; only the machine's files fail the run.
     fn row(&self, cell: &Cell, work: &Path) -> Result<Row> {
         let obstacle = self.conditions.obstacle(cell);
         let is_due = obstacle.is_none();

@@ -32,8 +32,7 @@ pub struct Machine {
     is_small: bool,
 }
 
-/// What is made ahead of each tensor's end, in bytes: two pages, so that no token waits for the
-/// driver.
+/// Memory ahead of each tensor's end: two pages, so that no token waits for the driver.
 const AHEAD_BYTES: usize = 4 << 20;
 
 impl Machine {
@@ -69,7 +68,6 @@ impl Machine {
         Ok(TensorPool::with_options(&self.candle, options)?)
     }
 
-    /// The options of such a pool.
     pub fn pool_options(&self, is_contiguous: bool) -> TensorPoolOptions {
         let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
         options.contiguous_output(is_contiguous)

@@ -25,8 +25,7 @@ pub enum Pool {
 
 /// Tokens of KV that the models share, as published. A static split may give them less.
 pub const SHARED_TOKENS: usize = 213_000;
-/// The share of our pool's budget that is parked at most, and that is made ahead for all models
-/// together, as a divisor.
+/// Divisor of our pool's budget: for what is parked at most, and for what all models have ahead.
 const SHARE: usize = 16;
 /// So large that our whole pool changes hands within a tenth of a second, so small that a chunk
 /// seldom stays for one block.
@@ -44,8 +43,7 @@ impl Pool {
         ["static split", "page at a time", "ours", "ideal"][self as usize]
     }
 
-    /// A pool for this many models, on a card of its own. Each has `static_tokens` in a static
-    /// split.
+    /// A pool on a card of its own. In a static split each model has `static_tokens`.
     pub fn memory(self, models: usize, static_tokens: usize) -> Result<Box<dyn Memory>> {
         let (blocks, costs) = (blocks_within(SHARED_TOKENS), Some(CostModel::h100()));
         // Memory that is parked or made ahead disturbs no other model if there is only one.
@@ -67,8 +65,7 @@ pub struct Contest {
 }
 
 impl Contest {
-    /// Runs variants of a workload, each with the requests of all models, in each pool, and takes
-    /// all of a pool together.
+    /// Runs all variants of a workload in each pool, and takes those of one pool together.
     pub fn hold(
         name: &str,
         static_tokens: usize,

@@ -21,7 +21,6 @@ const PHASE_STEP: usize = 2;
 /// For each peak, variants of the requests of all models.
 type Ramps = [(Point, Vec<Vec<Vec<Request>>>)];
 
-/// What a pair of constants comes to.
 struct Try {
     error: f64,
     time: TimeModel,
@@ -50,7 +49,6 @@ fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
     })
 }
 
-/// The best pair of a grid.
 fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) -> Result<Try> {
     let [steps, sequences] = ranges;
     let pairs = steps.step_by(apart[0]).flat_map(|step_ns| {
@@ -66,7 +64,6 @@ fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) ->
     best.context("an empty grid")
 }
 
-/// Fits, and prints what was found.
 pub fn run() -> Result<()> {
     let phases = || (0..PHASES).step_by(PHASE_STEP);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));

@@ -24,8 +24,7 @@ fn colour(pool: Pool) -> RGBColor {
     }
 }
 
-/// Draws all plots into a folder: the curves of workload (a), and memory over time of some
-/// contests.
+/// Draws the curves of workload (a), and memory over time of each contest, into a folder.
 pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Result<()> {
     std::fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
     let file = |name: &str| folder.join(format!("{name}.svg"));

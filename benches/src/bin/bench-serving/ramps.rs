@@ -32,7 +32,6 @@ pub fn curves() -> Result<Vec<Point>> {
     Ok(points.collect::<Result<_, _>>()?)
 }
 
-/// What came of each peak.
 pub type Ramps = Vec<(Point, Contest)>;
 
 /// Simulates all peaks, each with requests at several places within their share of a second.

@@ -40,7 +40,6 @@ const COLUMNS: [Column; 13] = [
     }),
 ];
 
-/// Prints what came of a workload in each pool.
 pub fn print_contest(contest: &Contest) {
     let head: Vec<_> = ["pool"].into_iter().chain(COLUMNS.map(|it| it.0)).collect();
     let rows = Pool::ALL.map(|pool| {

@@ -23,8 +23,7 @@ pub struct TimeModel {
 }
 
 impl TimeModel {
-    /// The constants that `fit` found, to the published static curve as a whole:
-    /// `cargo xtask bench serving -- fit`.
+    /// What `cargo xtask bench serving -- fit` finds for the published static curve as a whole.
     pub const FITTED: Self = Self {
         step_ns: 24_000_000,
         sequence_ns: 200_000,

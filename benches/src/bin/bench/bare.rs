@@ -10,8 +10,7 @@ use cuda_vmm::{Device, Stream};
 use cuda_vmm_benches::time;
 use std::time::Duration;
 
-/// Calls a function of a device's driver; a code other than success is an error that names the
-/// function.
+/// Calls a function of a device's driver. A code other than success is an error that names it.
 macro_rules! call {
     ($device:expr, $function:ident($($argument:expr),*)) => {
         $crate::bare::check(

@@ -50,8 +50,7 @@ impl Machine {
         self.device.driver().kind() == DriverKind::Real
     }
 
-    /// The wanted bytes, or as much less as the device's memory allows: at most a share of what is
-    /// free, in whole units.
+    /// At most the wanted bytes and this share of what is free, in whole units.
     pub fn fitting(&self, wanted_bytes: usize, share: f64, unit_bytes: usize) -> Result<usize> {
         let most = (self.device.free_bytes()? as f64 * share) as usize;
         let bytes = wanted_bytes.min(most) / unit_bytes * unit_bytes;

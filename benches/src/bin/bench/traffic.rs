@@ -27,8 +27,7 @@ const TRIAL_BYTES: usize = 8 << 30;
 /// What is written in the simulator in place of more: it is there to run, not to take time.
 const SIMULATED_BYTES: usize = 4096;
 
-/// The kernel, loaded for the process's life; the simulated driver has none, and a memset stands
-/// for it there.
+/// The kernel, loaded for the process's life. In the simulator a memset stands for it.
 #[derive(Clone, Copy)]
 pub struct Kernel(Option<CUfunction>);
 

@@ -12,8 +12,7 @@ const QUERY_HEADS: usize = 32;
 const KEYS: [[usize; 4]; 2] = [[1024, 8192, 32_768, 131_072], [16, 32, 64, 128]];
 /// Queries, one after another, of a sample.
 const QUERIES: usize = 10;
-/// What an H100's memory can be read with, in bytes a second; a copy, which reads and writes, gets
-/// 3.03e12 of it.
+/// Read bandwidth of an H100's memory, in bytes a second. A copy gets 3.03e12 of it.
 const BANDWIDTH: f64 = 3.07e12;
 /// How far results may be apart. They are means of elements around 1, in F16.
 const TOLERANCE: f32 = 0.02;

@@ -12,7 +12,6 @@ use std::time::Instant;
 
 const LAYERS: [usize; 2] = [32, 2];
 
-/// The caches of all layers.
 struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
 impl<F: KvCacheFactory> Layers<F> {
@@ -31,7 +30,6 @@ impl<F: KvCacheFactory> Layers<F> {
     }
 }
 
-/// Tokens for one layer.
 fn tokens(machine: &Machine, count: usize) -> candle_core::Result<Tensor> {
     Tensor::zeros((1, KV_HEADS, count, HEAD_DIM), DTYPE, &machine.candle)
 }

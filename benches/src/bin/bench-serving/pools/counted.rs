@@ -5,8 +5,7 @@ use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, blocks_within};
 
 pub struct Counted {
     limit: usize,
-    /// Whether each model has a part of its own of this many blocks, allocated before the first
-    /// request.
+    /// Whether each model has its own part of this many blocks, allocated beforehand.
     is_split: bool,
     held: Vec<usize>,
 }

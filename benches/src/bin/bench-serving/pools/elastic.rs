@@ -20,7 +20,6 @@ use std::sync::Arc;
 
 struct Model {
     range: Arc<VirtualMemoryPool>,
-    /// Blocks that are not live.
     unused: BTreeSet<u32>,
     /// Beyond the highest block that was ever live.
     end: u32,

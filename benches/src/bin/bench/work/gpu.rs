@@ -31,7 +31,6 @@ fn put(free: &mut Free, blocks: &[u32]) {
     free.extend(blocks.iter().rev());
 }
 
-/// One model's blocks.
 struct Model {
     /// The range whose memory comes and goes; none if all blocks have memory from the beginning.
     range: Option<Arc<VirtualMemoryPool>>,
@@ -60,8 +59,7 @@ pub struct Gpu<'a> {
     started: Instant,
     /// How much faster than the clock time goes by.
     pub speed: f64,
-    /// A pool that is looked at when a second is over, that second, and the most bytes that were
-    /// committed then.
+    /// A pool that is looked at each second, the last second, and the most committed bytes seen.
     pub watched: Option<(SharedMemoryPool, u64, usize)>,
 }
 

@@ -25,7 +25,6 @@ enum Manner {
     Ahead,
 }
 
-/// The ranges of one round.
 struct Ranges<'a> {
     pools: Vec<VirtualMemoryPool>,
     stream: &'a Stream,

@@ -31,8 +31,7 @@ pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-/// Allocates GiB after GiB until the driver has no more; the engine's numbers before and after the
-/// failure.
+/// Allocates until the driver has no more; the engine's numbers before and after the failure.
 fn fill(pool: &VirtualMemoryPool) -> Result<(EngineStats, EngineStats)> {
     for offset in (0..pool.capacity_bytes()).step_by(GIB) {
         let before = pool.engine().stats();

@@ -9,8 +9,7 @@ use cuda_vmm_benches::{Outcome, ParkedModels, Sides, noted_calls, step_until, ti
 use std::thread;
 use std::time::Duration;
 
-/// Allocates one page and frees it; the time of the allocation. Returns when the page is where it
-/// goes.
+/// The time of allocating one page, which is freed. Returns when the page is where it goes.
 fn one_page(
     machine: &Machine,
     pool: &VirtualMemoryPool,
