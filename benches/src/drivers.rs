@@ -33,10 +33,10 @@ pub const MEMORY_MANAGEMENT: [DriverFunction; 7] = [
 ];
 
 pub fn count_of(calls: &[Call], functions: &[DriverFunction]) -> usize {
-    let mine = calls
-        .iter()
-        .filter(|(function, _)| functions.contains(function));
-    mine.count()
+    let called = calls.iter().map(|(function, _)| function);
+    called
+        .filter(|function| functions.contains(function))
+        .count()
 }
 
 static BEHIND: OnceLock<DriverTable> = OnceLock::new();

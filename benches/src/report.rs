@@ -118,22 +118,14 @@ mod tests {
 
     #[test]
     fn numbers_have_four_digits_that_count() {
-        for (value, text) in [
-            (0.0, "0"),
-            (0.051_234, "0.05123"),
-            (1.049_96, "1.050"),
-            (18_123.4, "18123"),
-            (65_536.0, "65536"),
-        ] {
-            assert_eq!(number(value), text);
-        }
+        let numbers = [0.0, 0.051_234, 1.049_96, 18_123.4, 65_536.0].map(number);
+        assert_eq!(numbers, ["0", "0.05123", "1.050", "18123", "65536"]);
     }
 
     #[test]
     fn times_have_a_unit_that_fits() {
-        assert_eq!(time(93.4), "93 ns");
-        assert_eq!(time(1_234.0), "1.23 µs");
-        assert_eq!(time(18_123_400.0), "18.123 ms");
+        let times = [93.4, 1_234.0, 18_123_400.0].map(time);
+        assert_eq!(times, ["93 ns", "1.23 µs", "18.123 ms"]);
     }
 
     #[test]

@@ -20,25 +20,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_are_values_that_were_measured() {
+    fn quantiles_are_values_that_were_measured_and_of_a_few_the_tail_is_the_largest() {
         let samples: Vec<_> = (1..=1000).rev().map(f64::from).collect();
         assert_eq!(mean(&samples), 500.5);
         let quantiles = [500, 990, 999, 1000].map(|per_mille| quantile(&samples, per_mille));
         assert_eq!(quantiles, [500.0, 990.0, 999.0, 1000.0]);
-    }
-
-    #[test]
-    fn of_a_few_the_tail_is_the_largest() {
-        assert_eq!(quantile(&[3.0, 1.0, 2.0], 500), 2.0);
-        assert_eq!(quantile(&[3.0, 1.0, 2.0], 999), 3.0);
-        assert_eq!(quantile(&[7.0], 0), 7.0);
+        let quantiles = [500, 999].map(|part| quantile(&[3.0, 1.0, 2.0], part));
+        assert_eq!(quantiles, [2.0, 3.0]);
         let quantiles = [250, 500, 750].map(|part| quantile(&[1.0, 2.0, 0.5, 7.0], part));
         assert_eq!(quantiles, [0.5, 1.0, 2.0]);
-    }
-
-    #[test]
-    fn nothing_has_no_median() {
-        assert!(quantile(&[], 500).is_nan());
-        assert!(mean(&[]).is_nan());
+        assert_eq!(quantile(&[7.0], 0), 7.0);
+        assert!(quantile(&[], 500).is_nan() && mean(&[]).is_nan());
     }
 }

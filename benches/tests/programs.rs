@@ -12,10 +12,8 @@ fn output(program: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(program);
     // A driver that is not there, for runs on the real one.
     command.env("CUDA_VMM_DRIVER_PATH", "/nowhere/libcuda.so.1");
-    command
-        .args(arguments)
-        .output()
-        .expect("the program starts")
+    let output = command.args(arguments).output();
+    output.expect("the program starts")
 }
 
 /// Runs a program, which writes its list of figures to a file of this name; returns both.
@@ -109,11 +107,9 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
     assert!(output.status.success(), "{output:?}");
     let note = list[0]["note"].as_str().expect("a note");
     let (_, curve) = note.split_once("committed: ").expect("a curve");
-    let size = |point: &str| point.split(' ').nth(2).expect("a size").parse();
-    let mebibytes: Vec<u32> = curve
-        .split(", ")
-        .map(|point| size(point).expect("a number"))
-        .collect();
+    let sizes = curve.split(", ").map(|point| point.split(' ').nth(2));
+    let sizes = sizes.map(|size| size.expect("a size").parse().expect("a number"));
+    let mebibytes: Vec<u32> = sizes.collect();
     let most = *mebibytes.iter().max().expect("points");
     let (first, last) = (mebibytes[0], mebibytes[mebibytes.len() - 1]);
     assert!(first < most && last < most / 2, "{curve}");

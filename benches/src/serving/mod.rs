@@ -3,10 +3,8 @@
 
 mod memory;
 mod request;
-mod served;
 mod server;
 
 pub use memory::*;
 pub use request::*;
-pub use served::Served;
-pub use server::{Limits, Server};
+pub use server::{Limits, Served, Server};

@@ -123,10 +123,10 @@ pub struct Cell {
 impl Cell {
     /// Every cell, in order; with `sanitized` those that the memory checker is for.
     pub fn all(sanitized: bool) -> Vec<Self> {
-        let cells = Self::listed().filter(|cell| cell.driver != Driver::SimulatedLibrary);
-        cells
-            .filter(|cell| cell.is_sanitized() == sanitized)
-            .collect()
+        let is_mine = |cell: &Self| {
+            cell.driver != Driver::SimulatedLibrary && cell.is_sanitized() == sanitized
+        };
+        Self::listed().filter(is_mine).collect()
     }
 
     /// The cells of `test --cuda`.

@@ -129,10 +129,8 @@ fn owners(symbols: &BTreeSet<String>) -> Vec<String> {
     }
     names.remove(DRIVER);
     let needed = LIBRARIES.iter().filter(|library| names.contains(library.0));
-    needed
-        .map(|library| library.1.to_owned())
-        .sorted()
-        .collect()
+    let needed = needed.map(|library| library.1.to_owned());
+    needed.sorted().collect()
 }
 
 /// What `-l` calls the library to which a symbol belongs; nothing if that is none of CUDA's.
@@ -188,16 +186,14 @@ mod tests {
         let driver = "int cuInit(unsigned flags) { return flags == 7 ? 42 : 1; }";
         let simulator = folder.join("simulator.so");
         compile(&shell, folder, "simulator.so", "libcuda.so.1", &[driver]).unwrap();
-        shell
-            .write_file("asks.c", include_str!("stand_ins_asks.c"))
-            .unwrap();
+        let asks = include_str!("stand_ins_asks.c");
+        shell.write_file("asks.c", asks).unwrap();
         cmd!(shell, "cc -c -o program.o asks.c").run().unwrap();
         let objects = BTreeSet::from([folder.join("program.o")]);
         make_stubs(&shell, &folder.join("stubs"), &objects).unwrap();
         let libraries = ["-Lstubs", "-lcublas", "-lcuda", "-Wl,-z,now"];
-        cmd!(shell, "cc -o program program.o {libraries...}")
-            .run()
-            .unwrap();
+        let link = cmd!(shell, "cc -o program program.o {libraries...}");
+        link.run().unwrap();
         let (program, made) = (folder.join("program"), folder.join("made"));
         make(&shell, &made, &[program.clone()].into(), &simulator).unwrap();
         let program = shell.cmd(program).env("LD_LIBRARY_PATH", made);

@@ -67,10 +67,11 @@ fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) ->
 pub fn run() -> Result<()> {
     let phases = || (0..PHASES).step_by(PHASE_STEP);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));
-    let ramps = curves()?.into_iter();
-    let ramps: Vec<_> = ramps
-        .map(|point| (point, variants(point.peak).collect()))
-        .collect();
+    let ramps = curves()?.into_iter().map(|point| {
+        let variants = variants(point.peak).collect();
+        (point, variants)
+    });
+    let ramps: Vec<_> = ramps.collect();
     let coarse = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?.time;
     // Around the best, as far as the coarse grid's step.
     let around = |value: u64, apart: usize| {

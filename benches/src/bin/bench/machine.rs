@@ -1,7 +1,7 @@
 //! The driver and the device on which everything is measured.
 
-use crate::arguments::{Arguments, Choice, Replay};
 use crate::bare::call;
+use crate::{Arguments, Choice, Replay};
 use anyhow::{Result, ensure};
 use cuda_vmm::{
     Device, Driver, DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool,

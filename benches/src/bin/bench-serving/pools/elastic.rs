@@ -45,12 +45,9 @@ impl Elastic {
     ) -> Result<Self> {
         let mut card = Card::new(costs)?;
         let limit_bytes = limit * BLOCK_BYTES;
-        let engine = EngineOptions::new()
-            .limit_bytes(limit_bytes)
-            .worker(WorkerMode::Manual);
-        let engine = engine
-            .park_bytes_max(share_bytes)
-            .chunk_bytes_max(chunk_bytes_max);
+        let engine = EngineOptions::new().worker(WorkerMode::Manual);
+        let engine = engine.limit_bytes(limit_bytes).park_bytes_max(share_bytes);
+        let engine = engine.chunk_bytes_max(chunk_bytes_max);
         let sizes = (limit_bytes, share_bytes / models);
         let streams = (0..models).map(|_| Stream::new(&card.device));
         let streams = streams.collect::<cuda_vmm::Result<Vec<_>>>()?;

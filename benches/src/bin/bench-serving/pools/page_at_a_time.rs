@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use cuda_vmm::{Access, Device, Mapping, PhysicalMemory, Reservation};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory};
 use cuda_vmm_sim::CostModel;
+use itertools::Itertools;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -90,10 +91,9 @@ impl PageAtATime {
                 continue;
             }
             missing -= pages;
-            let pages: Vec<_> = other.reserve.drain(..pages).collect();
-            let mut pages = pages.into_iter();
-            self.card
-                .call(now_ns, || pages.try_for_each(|page| other.unmap(page)))?;
+            let mut pages = other.reserve.drain(..pages).collect_vec().into_iter();
+            let unmap = || pages.try_for_each(|page| other.unmap(page));
+            self.card.call(now_ns, unmap)?;
         }
         Ok(())
     }
@@ -125,8 +125,8 @@ impl Memory for PageAtATime {
         let kept = (RESERVE_MAX.saturating_sub(own.reserve.len())).min(blocks.len());
         own.reserve.extend(&blocks[..kept]);
         let mut surplus = blocks[kept..].iter();
-        self.card
-            .call(now_ns, || surplus.try_for_each(|page| own.unmap(*page)))
+        let unmap = || surplus.try_for_each(|page| own.unmap(*page));
+        self.card.call(now_ns, unmap)
     }
 
     fn work(&mut self, now_ns: u64) -> Result<()> {

@@ -159,8 +159,8 @@ impl Memory for Gpu<'_> {
             }
         }
         own.used += count;
-        self.taken
-            .extend(picked.iter().map(|block| own.address(*block)));
+        let addresses = picked.iter().map(|block| own.address(*block));
+        self.taken.extend(addresses);
         Ok(Some(picked))
     }
 
