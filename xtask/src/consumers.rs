@@ -3,7 +3,6 @@
 //! Each is a folder in `xtask/consumers`. Its manifest says how it is run, what it must print, and
 //! whether it is built on a bare machine: with Rust and a linker, but no header, libclang or C compiler.
 
-mod machine;
 mod published;
 
 use crate::workspace::Workspace;
@@ -12,7 +11,9 @@ use anyhow::{Result, ensure};
 use fs_err as fs;
 use published::Published;
 use serde::Deserialize;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use xshell::{Cmd, cmd};
 
 #[derive(Deserialize)]
 struct Consumer {
@@ -53,6 +54,32 @@ fn count_packages(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
+/// Variables by which a build could find CUDA or a C compiler.
+const VARIABLES: &str = "CUDA_HOME CUDA_PATH CUDA_ROOT CUDA_TOOLKIT_ROOT_DIR CUDA_TOOLKIT_PATH \
+    VIRTUAL_ENV CONDA_PREFIX LLVM_CONFIG_PATH CPATH DOCS_RS";
+
+/// The variables by which a build, without [`VARIABLES`], sees a bare machine.
+fn bare_machine(workspace: &Workspace, base: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let shell = &workspace.shell;
+    let sysroot = cmd!(shell, "rustc --print sysroot").quiet().read()?;
+    let host = cmd!(shell, "rustc --print host-tuple").quiet().read()?;
+    let triple = host.to_uppercase().replace(['-', '.'], "_");
+
+    // Rust links by way of a C compiler, which here has another name and no other program to find.
+    let path = base.join("bare-path");
+    shell.remove_path(&path)?;
+    shell.create_dir(&path)?;
+    for (program, name) in [("cc", "linker"), ("ld", "ld")] {
+        fs::os::unix::fs::symlink(which::which(program)?, path.join(name))?;
+    }
+    let nowhere = |name: &str| (name.to_owned(), PathBuf::from("/nothing/is/here"));
+    let mut variables = BTreeMap::from(["CC", "CXX", "LIBCLANG_PATH"].map(nowhere));
+    variables.insert("RUSTC".to_owned(), Path::new(&sysroot).join("bin/rustc"));
+    variables.insert(format!("CARGO_TARGET_{triple}_LINKER"), path.join("linker"));
+    variables.insert("PATH".to_owned(), path);
+    Ok(variables)
+}
+
 /// Counts what users of the crates depend on; builds and runs each consumer against the packages that
 /// [`package::run`] unpacked.
 ///
@@ -65,7 +92,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let packages = package::folder(workspace);
     let published = Published::find(workspace, &base)?;
     published.copy_candle_to(&packages)?;
-    let bare_machine = machine::Bare::make(workspace, &base)?;
+    let bare_machine = bare_machine(workspace, &base)?;
     let library = workspace.package("cuda-vmm")?;
     let sources = workspace.root.join("xtask/consumers/*/");
     let sources: Vec<_> = files::matching(&sources.to_string_lossy()).collect();
@@ -97,7 +124,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
                 command = command.args(["--example", &example]);
             }
             if consumer.bare {
-                command = bare_machine.apply(command);
+                command = VARIABLES.split(' ').fold(command, Cmd::env_remove);
+                command = command.envs(&bare_machine);
             }
             eprintln!("xtask: {name}: {command}");
             let text = command.quiet().read()?;

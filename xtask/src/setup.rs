@@ -118,10 +118,9 @@ pub fn configuration(setup: &Path) -> Result<String> {
             variables.insert(variable, folder);
         }
     }
-    Ok(match variables.is_empty() {
-        true => String::new(),
-        false => toml::to_string(&BTreeMap::from([("env", variables)]))?,
-    })
+    let is_needed = !variables.is_empty();
+    let file = BTreeMap::from_iter(is_needed.then_some(("env", variables)));
+    Ok(toml::to_string(&file)?)
 }
 
 /// Keeps a second xtask out while one changes the set-up folder; freed when dropped.

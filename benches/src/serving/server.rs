@@ -325,10 +325,10 @@ impl<'a> Server<'a> {
             self.end_ns = ready_ns;
             given.extend(sequence.blocks);
         }
-        match given.is_empty() {
-            true => Ok(()),
-            false => self.memory.give(&mut self.now_ns, model, given),
+        if !given.is_empty() {
+            self.memory.give(&mut self.now_ns, model, given)?;
         }
+        Ok(())
     }
 
     /// Notes what is held, now and then.

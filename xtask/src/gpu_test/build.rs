@@ -41,10 +41,9 @@ pub struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     pub fn new(workspace: &'a Workspace, compute_cap: u32) -> Self {
-        let target = workspace.target.join("gpu-test");
         Self {
             workspace,
-            target,
+            target: workspace.target.join("gpu-test"),
             compute_cap,
         }
     }
@@ -133,14 +132,11 @@ impl<'a> Builder<'a> {
         let path = std::env::join_paths(path).expect("they come from such a variable");
         let cargo = self.workspace.cargo(line).arg("--release");
         let cargo = cargo.arg("--target-dir").arg(&self.target);
-        cargo
-            .env("PATH", path)
-            .env("CUDA_HOME", &toolkit)
-            .env("CUDA_PATH", &toolkit)
-            .env("NVCC", bin.join("nvcc"))
-            .env("CUDA_COMPUTE_CAP", self.compute_cap.to_string())
-            .env("CARGO_PROFILE_RELEASE_DEBUG", "0")
-            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
+        let cargo = cargo.envs(["CUDA_HOME", "CUDA_PATH"].map(|name| (name, &toolkit)));
+        let cargo = cargo.env("NVCC", bin.join("nvcc")).env("PATH", path);
+        let cargo = cargo.env("CUDA_COMPUTE_CAP", self.compute_cap.to_string());
+        let profile = [("DEBUG", "0"), ("STRIP", "symbols")];
+        cargo.envs(profile.map(|(key, value)| (format!("CARGO_PROFILE_RELEASE_{key}"), value)))
     }
 }
 
@@ -190,7 +186,7 @@ fn files(messages: &[Message], ending: &str) -> impl Iterator<Item = PathBuf> {
 #[cfg(test)]
 mod unit {
     use super::*;
-    use crate::gpu_test::cell::{CORE, DEMO};
+    use crate::gpu_test::cell::{CORE, DEMO, other};
     use serde_json::json;
 
     #[test]
@@ -214,12 +210,7 @@ mod unit {
             artifact(CORE, "test", "device", true, "core"),
             artifact("cuda-vmm-sim", "test", "share", true, "sim"),
         ];
-        let test = |package, name| Program {
-            package,
-            kind: "test",
-            name,
-            ..DEMO
-        };
+        let test = |package, name| other(package, "test", name);
         let wanted = [test(FACADE, "device"), test(CORE, "device"), DEMO];
         let found = executables(&workspace, &messages, &wanted.into()).unwrap();
         let files = ["facade", "core", "demo"].map(PathBuf::from);

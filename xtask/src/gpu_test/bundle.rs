@@ -95,12 +95,12 @@ pub fn other(folder: &Path, name: &str) -> Result<PathBuf> {
     let others = files::matching(&folder.join("programs/*").to_string_lossy());
     let names = others.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
     let names: Vec<String> = names.collect();
-    if names.iter().any(|it| it == name) {
-        return Ok(folder.join("programs").join(name));
-    }
-    let names = names.join(", ");
-    let usage = format!("the bundle has no program {name:?}; it has {names}");
-    Err(Usage(usage).into())
+    let usage = format!(
+        "the bundle has no program {name:?}; it has {}",
+        names.join(", ")
+    );
+    ensure!(names.iter().any(|it| it == name), Usage(usage));
+    Ok(folder.join("programs").join(name))
 }
 
 #[cfg(test)]

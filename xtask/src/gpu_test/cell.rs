@@ -65,7 +65,7 @@ pub const BENCH: Program = other(BENCHES, "bin", "bench");
 pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");
 pub const XTASK: Program = other("xtask", "bin", "xtask");
 
-const fn other(package: &'static str, kind: &'static str, name: &'static str) -> Program {
+pub const fn other(package: &'static str, kind: &'static str, name: &'static str) -> Program {
     Program {
         driver: Driver::Real,
         package,

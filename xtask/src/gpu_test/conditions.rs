@@ -2,9 +2,9 @@
 
 use super::arguments::Arguments;
 use super::cell::{Cell, Driver, State};
-use super::probe::{Gpus, Obstacle};
+use super::probe::{Answer, Obstacle};
 use crate::files::matching;
-use anyhow::Context;
+use anyhow::{Context, Result};
 use itertools::Itertools;
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -18,7 +18,7 @@ pub const SANITIZER_ERRORS: i32 = 86;
 #[derive(Default)]
 pub struct Conditions {
     /// What the probe found, if it was asked.
-    pub gpus: Option<Result<Gpus, Obstacle>>,
+    pub gpus: Option<Answer>,
     pub libraries: Libraries,
     /// The memory checker, if it was looked for and is here.
     pub sanitizer: Option<PathBuf>,
@@ -28,10 +28,7 @@ impl Conditions {
     /// What can be known before anything is built; `probe` is asked if a row of the real driver could
     /// be run. A usage error if there is no row: it is one on every machine, and found before
     /// anything is started.
-    pub fn find(
-        arguments: &Arguments,
-        probe: impl FnOnce() -> anyhow::Result<Result<Gpus, Obstacle>>,
-    ) -> anyhow::Result<Self> {
+    pub fn find(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
         let most = arguments.select(None)?;
         let needs_gpu = most.iter().any(|cell| cell.driver == Driver::Real);
         Ok(Self {
@@ -121,7 +118,7 @@ impl Libraries {
     }
 
     /// `LD_LIBRARY_PATH` for a program that links them: their folders, and after them what it says already.
-    pub fn path(&self) -> anyhow::Result<OsString> {
+    pub fn path(&self) -> Result<OsString> {
         let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
         let mut folders = self.folders.clone();
         folders.extend(std::env::split_paths(&given).filter(|path| path.is_absolute()));
@@ -172,6 +169,7 @@ pub fn lines(program: &str, arguments: &[&str]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gpu_test::probe::Gpus;
 
     #[test]
     fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {

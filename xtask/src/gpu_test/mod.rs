@@ -1,4 +1,5 @@
-//! `gpu-test`: the test matrix, on this machine or packed for another.
+//! `gpu-test`: the test matrix, on this machine or packed for another; and `test --cuda`: the
+//! facade's CUDA programs where there is no GPU, over the simulated driver.
 
 mod arguments;
 mod build;
@@ -10,22 +11,23 @@ mod process;
 mod report;
 mod runner;
 mod stand_ins;
-mod without_gpu;
 
 pub use arguments::{COMPUTE_CAP, InBundle, InPlace, Usage};
 pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program};
-pub use without_gpu::run as without_gpu;
 
 use crate::workspace::{Workspace, code};
-use anyhow::{Context, Result};
+use crate::{display, kernels};
+use anyhow::{Context, Result, ensure};
 use arguments::{Arguments, Other};
 use build::{Builder, Manifest};
-use cell::{CUDA, Driver, State};
+use cell::{CUDA, Cell, Driver, State};
 use conditions::{Conditions, Libraries};
 use fs_err as fs;
+use itertools::Itertools;
 use report::Report;
-use runner::Runner;
+use runner::{KERNELS, Runner};
 use std::collections::BTreeSet;
+use std::iter::once;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
@@ -136,12 +138,45 @@ fn run_rows(
     })
 }
 
+/// Builds the programs as `gpu-test` does and runs them on each kind of CUDA device that Candle has.
+pub fn without_gpu(workspace: &Workspace) -> Result<()> {
+    let started = Instant::now();
+    kernels::check(workspace)?;
+    let builder = Builder::new(workspace, COMPUTE_CAP);
+    let cells = Cell::simulated_library();
+    let programs = cells.iter().flat_map(|cell| cell.programs.clone());
+    let programs = builder.programs(&programs.collect())?;
+    builder.clippy()?;
+    let folder = builder.target.join("stand-ins");
+    let executables = programs.values().cloned().collect();
+    let simulator = builder.simulated_library()?;
+    stand_ins::make(&workspace.shell, &folder, &executables, &simulator)?;
+    println!(
+        "No GPU is used: {} is the simulated driver, and beside it are stand-ins for {}, with which Candle's\n\
+         devices can be opened and plain copies made. The modules {KERNELS} are left out: they launch kernels, \
+         which run on\nGPUs only.",
+        workspace.short(&folder.join("libcuda.so.1")),
+        stand_ins::needed(&workspace.shell, &executables)?.join(", ")
+    );
+    let mut conditions = Conditions::default();
+    conditions.libraries.folders.push(folder);
+    let runner = Runner::new(conditions, programs, &builder.target);
+    let rows = runner.run(&cells)?;
+    for row in rows.iter().filter(|row| row.state != State::Pass) {
+        print!("{}", row.log);
+    }
+    let failed = report::count(&rows, State::Fail);
+    ensure!(failed == 0, "{failed} of {} rows failed", rows.len());
+    let taken = display::time(started.elapsed());
+    eprintln!("xtask: test --cuda: PASS in {taken}");
+    Ok(())
+}
+
 /// The command line as one would type it, with `program` in place of the first words.
 fn typed(program: &str, words: usize) -> String {
     let words = std::env::args_os().skip(words);
-    words.fold(program.to_owned(), |typed, word| {
-        typed + " " + &word.to_string_lossy()
-    })
+    let words = words.map(|word| word.to_string_lossy().into_owned());
+    once(program.to_owned()).chain(words).join(" ")
 }
 
 /// Prints the rows' names, as on a machine with two GPUs.

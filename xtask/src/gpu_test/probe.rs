@@ -21,6 +21,7 @@ pub struct Gpus {
 
 /// What becomes of a row that cannot be run, and why.
 pub type Obstacle = (State, String);
+pub type Answer = Result<Gpus, Obstacle>;
 
 pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
     let (source, program) = (folder.join("probe.c"), folder.join("probe"));
@@ -31,7 +32,7 @@ pub fn compile(shell: &Shell, folder: &Path) -> Result<PathBuf> {
 }
 
 /// Runs the probe. Without a driver or a GPU, rows are skipped; a driver that fails is their failure.
-pub fn ask(program: &Path) -> Result<Result<Gpus, Obstacle>> {
+pub fn ask(program: &Path) -> Result<Answer> {
     let output = Command::new(program).output();
     let output = output.with_context(|| format!("{} does not start", program.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -42,20 +43,21 @@ pub fn ask(program: &Path) -> Result<Result<Gpus, Obstacle>> {
     };
     let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
     let [name, count, cuda] = ["name", "devices", "cuda"].map(|key| value(key).unwrap_or_default());
-    Ok(match output.status.code() {
+    let (state, reason) = match output.status.code() {
         // Rows of the real driver are not for the simulator, by whatever name it was opened.
         Some(0) if name.starts_with(SIMULATED) => {
             let reason = "the libcuda.so.1 that is found here is the simulated one";
-            Err((State::Skipped, reason.to_owned()))
+            (State::Skipped, reason.to_owned())
         }
         Some(0) => {
             let count = count.parse().context("the number of GPUs")?;
-            Ok(Gpus { name, count, cuda })
+            return Ok(Ok(Gpus { name, count, cuda }));
         }
-        Some(2) => Err((State::Skipped, reason())),
-        _ => Err((
+        Some(2) => (State::Skipped, reason()),
+        _ => (
             State::Fail,
-            format!("the CUDA driver is here, but fails: {}", reason()),
-        )),
-    })
+            "the CUDA driver is here, but fails: ".to_owned() + &reason(),
+        ),
+    };
+    Ok(Err((state, reason)))
 }

@@ -24,6 +24,8 @@ const LIBRARIES: &[Library] = &[
 ];
 const DRIVER: &str = "cuda";
 
+type Files = BTreeSet<PathBuf>;
+
 const SOURCE: &str = include_str!("stand_ins.c");
 
 /// Makes libraries in `folder` to link against: the right names, the symbols that `archives` leave undefined, and nothing in
@@ -44,12 +46,7 @@ pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) ->
 /// Makes the libraries in `folder` with which programs are started over `simulator`, the shared library that is the simulated
 /// driver. All but the driver are one library under several names, which also has those calls of the driver that are not
 /// simulated.
-pub fn make(
-    shell: &Shell,
-    folder: &Path,
-    programs: &BTreeSet<PathBuf>,
-    simulator: &Path,
-) -> Result<()> {
+pub fn make(shell: &Shell, folder: &Path, programs: &Files, simulator: &Path) -> Result<()> {
     shell.remove_path(folder)?;
     shell.create_dir(folder)?;
     let driver = folder.join("libcuda.so.1");

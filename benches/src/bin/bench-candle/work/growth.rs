@@ -115,11 +115,8 @@ const PREALLOCATED_TOKENS: usize = 131_072;
 
 /// The most that may be held for this many live bytes.
 fn allowed_bytes(live_bytes: usize, page_bytes: usize) -> f64 {
-    let most = match live_bytes < 1 << 30 {
-        true => live_bytes as f64,
-        false => live_bytes as f64 * 1.125,
-    };
-    most + 64.0 * page_bytes as f64
+    let times = if live_bytes < 1 << 30 { 1.0 } else { 1.125 };
+    live_bytes as f64 * times + 64.0 * page_bytes as f64
 }
 
 /// The memory behind the caches of all layers, against what is allowed.

@@ -99,10 +99,10 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         }
     }
     let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second / 1e9);
-    let note = match rate.is_finite() {
-        true => format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s"),
-        false => "no memory traffic to speak of".to_owned(),
-    };
+    let mut note = format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s");
+    if rate.is_infinite() {
+        note = "no memory traffic to speak of".to_owned();
+    }
     outcome.note("the pool's own time in a step", note);
     outcome.times("the pool's own time in a step", own);
     outcome.times("whole steps", with);
