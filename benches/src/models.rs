@@ -57,16 +57,13 @@ impl ParkedModels {
     /// Each of this many threads takes all pages of one model back, one by one. Returns the time
     /// from when the first began until a thread ended, the mean of all.
     ///
-    /// Not until the last ended: threads do not end together, and what a core is kept from by
-    /// others would count for all.
+    /// Not until the last ended, as what a core is kept from by others would count for all.
     ///
-    /// Before that each thread parks these pages itself, one thread after the other. Else the books
-    /// of some models would lie in the cache of the core that parked them, and what was measured
-    /// were the ways between cores.
+    /// Before that each thread in turn parks these pages itself. Else the books of some models
+    /// would lie in another core's cache, and the ways between cores were measured.
     pub fn take(&self, threads: usize) -> Result<Duration> {
         let parked = AtomicUsize::new(0);
-        // Without sleeping or yielding: a thread that does may find itself on the same core as
-        // another.
+        // Without sleeping or yielding, after which threads may find themselves on one core.
         let wait_for = |least: usize| {
             while parked.load(Ordering::SeqCst) < least {
                 std::hint::spin_loop();

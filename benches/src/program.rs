@@ -42,10 +42,9 @@ pub struct Wanted {
     pub only: String,
 }
 
-/// Measures what is wanted of all work on a machine, and tells on the way. `figures` is the list of
-/// all figures. If the machine cannot be opened and may be absent, every figure is reported without
-/// a verdict. `device` returns a machine's device, and whether times mean something there. It is an
-/// error if nothing is wanted.
+/// Measures what is wanted of all work on a machine, and tells on the way; an error if nothing is.
+/// If the machine cannot be opened and may be absent, every figure is reported without a verdict.
+/// `device` returns a machine's device, and whether times mean something there.
 pub fn measure<M>(
     (all, figures): (&[Work<M>], &str),
     wanted: &Wanted,

@@ -21,8 +21,7 @@ pub fn step_until(
     Ok(())
 }
 
-/// Looks at an engine's numbers until they are as they should be, and leaves the steps to its
-/// thread; an error if that takes too long.
+/// Waits until an engine's own thread has its numbers as they should be; an error if it lasts.
 pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
     let started = Instant::now();
     while !is_so(&engine.stats()) {

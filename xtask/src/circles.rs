@@ -1,5 +1,4 @@
-//! No circles between modules: those of one folder can be read in an order, each after those that
-//! it uses.
+//! No circles between modules: those of a folder can be read in an order, after what they use.
 //!
 //! A source uses what its paths name. The check looks through re-exports, which are no use by
 //! themselves. Tests do not count, nor does a folder's own file, which joins its modules.

@@ -33,9 +33,8 @@ struct Run {
 const RECORDED: &str = "xtask/consumers/packages.csv";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Counts what each user gets: the crate itself, and what only the build needs among them. Prints
-/// it beside what is recorded, and fails if one differs. A change that adds one records the new
-/// number.
+/// Counts what each user gets, builds included, and prints it beside what is recorded. An error if
+/// one differs: a change that adds one records the new number.
 fn count_packages(workspace: &Workspace) -> Result<()> {
     let (mut rows, mut differing) = (Vec::new(), Vec::new());
     for row in csv::Reader::from_path(workspace.root.join(RECORDED))?.into_deserialize() {

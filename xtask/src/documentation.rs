@@ -48,8 +48,7 @@ pub fn hosted(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// A rustdoc that allows unfinished features, as a host's does. Only rustdoc: for what it depends on, cargo takes what is
-/// built already.
+/// A rustdoc that allows unfinished features, as a host's does. Cargo takes dependencies as built.
 fn unfinished(workspace: &Workspace) -> Result<PathBuf> {
     let script = workspace.target.join("documentation/rustdoc");
     let text = "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc \"$@\"\n";

@@ -1,5 +1,4 @@
-//! `docs/ARCHITECTURE.md` names paths and items that are there, and `docs/ERRORS.md` has every
-//! variant of every public error.
+//! `docs/ARCHITECTURE.md` names what is there, and `docs/ERRORS.md` every public error's variants.
 
 use std::fs;
 use std::path::{Path, PathBuf};

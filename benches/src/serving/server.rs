@@ -1,9 +1,8 @@
 //! The course of events: arrivals, steps, and the GPU that the models share.
 //!
-//! The GPU does one step at a time. If several models have something to do they take turns, a step
-//! each: the engines are processes beside each other, between which the card switches in time
-//! slices, and as their steps are alike this gives each the same share of the card as smaller
-//! slices would.
+//! The GPU does one step at a time. Models with something to do take turns, a step each. Engines
+//! are processes, between which the card switches in time slices; as steps are alike, turns give
+//! each the same share.
 //!
 //! Each engine schedules by iterations, as in Orca and vLLM: sequences come and go between any two
 //! steps. A step has all sequences that run, and the prompts whose blocks fit, whole, in the order
@@ -248,8 +247,7 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// Takes each running sequence's next block, the oldest first; returns whether one is
-    /// preempted.
+    /// Takes each running sequence's next block, oldest first; returns whether one is preempted.
     fn grow(&mut self, model: usize) -> Result<bool> {
         let engine = &mut self.engines[model];
         let (mut at, mut preempted) = (0, false);

@@ -25,9 +25,8 @@ pub struct Conditions {
 }
 
 impl Conditions {
-    /// What can be known before anything is built; `probe` is asked if a row of the real driver could
-    /// be run. A usage error if there is no row: it is one on every machine, and found before
-    /// anything is started.
+    /// What can be known before anything is built. It asks `probe` if a row is for the real driver.
+    /// A usage error if there is no row, which is one on every machine.
     pub fn find(arguments: &Arguments, probe: impl FnOnce() -> Result<Answer>) -> Result<Self> {
         let most = arguments.select(None)?;
         let needs_gpu = most.iter().any(|cell| cell.driver == Driver::Real);

@@ -43,9 +43,8 @@ pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) ->
     Ok(())
 }
 
-/// Makes the libraries in `folder` with which programs are started over `simulator`, the shared library that is the simulated
-/// driver. All but the driver are one library under several names, which also has those calls of the driver that are not
-/// simulated.
+/// Makes the libraries in `folder` with which programs are started over `simulator`, the driver.
+/// The others are one library under several names, with the driver's calls that are not simulated.
 pub fn make(shell: &Shell, folder: &Path, programs: &Files, simulator: &Path) -> Result<()> {
     shell.remove_path(folder)?;
     shell.create_dir(folder)?;

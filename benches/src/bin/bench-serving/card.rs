@@ -39,9 +39,8 @@ impl Card {
 
     /// Makes calls of the driver on the stepping thread, and moves the moment by what they cost.
     ///
-    /// What the background was given before may still be under way at that moment, while the books
-    /// have it already; then the stepping thread waits for all of it, which is more than it would
-    /// have to.
+    /// What the background does may still be under way then, while the books have it already. So
+    /// the stepping thread waits for all of it, which is more than it would have to.
     pub fn call<T>(&mut self, now_ns: &mut u64, calls: impl FnOnce() -> T) -> T {
         *now_ns = self.background_done_ns.max(*now_ns);
         let clock_ns = self.simulator.thread_clock_ns();

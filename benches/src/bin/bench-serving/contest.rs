@@ -27,8 +27,7 @@ pub enum Pool {
 pub const SHARED_TOKENS: usize = 213_000;
 /// Divisor of our pool's budget: for what is parked at most, and for what all models have ahead.
 const SHARE: usize = 16;
-/// So large that our whole pool changes hands within a tenth of a second, so small that a chunk
-/// seldom stays for one block.
+/// Our whole pool changes hands within 0.1 s, and yet a chunk seldom stays for one block.
 const CHUNK_BYTES_MAX: usize = 32 << 20;
 
 impl Pool {

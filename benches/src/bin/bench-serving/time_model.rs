@@ -1,9 +1,8 @@
 //! How long a step of a model takes on the GPU.
 //!
-//! A decode step costs a constant and an amount for each sequence in it; both are fitted
-//! (`fit`). Prompt tokens follow a roofline: the floating-point operations of the weights
-//! at a stated share of the card's peak, but never less than the time in which the weights are read
-//! once.
+//! A decode step costs a constant and an amount for each sequence, which `fit` finds. Prompt tokens
+//! follow a roofline: the weights' operations at a share of the card's peak, but at least the time
+//! in which the weights are read once.
 
 /// Parameters of the model, Llama 3.1 8B.
 const PARAMETERS: f64 = 8.03e9;

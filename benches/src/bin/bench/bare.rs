@@ -169,8 +169,7 @@ impl Drop for Plain {
     }
 }
 
-/// The time of `cuMemAllocAsync` and of synchronising its stream. The driver takes the memory back
-/// for good.
+/// The time of `cuMemAllocAsync` and of synchronising its stream. The memory is given back.
 pub fn ordered_round(stream: &Stream, bytes: usize) -> Result<Duration> {
     let (device, queue, mut address) = (stream.device(), stream.raw(), 0);
     let ((), elapsed) = time(|| {

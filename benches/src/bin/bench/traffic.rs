@@ -40,8 +40,7 @@ impl Kernel {
         let image = CString::new(PTX)?;
         let (mut module, mut function): (CUmodule, _) = (null_mut(), null_mut());
         let (name, image) = (c"traffic".as_ptr(), image.as_ptr().cast());
-        // SAFETY: the image is PTX that ends with a zero, and `module` and `function` are valid
-        // places.
+        // SAFETY: the image is PTX that ends with a zero, and both places are valid.
         unsafe {
             call!(device, cuModuleLoadData(&mut module, image))?;
             call!(device, cuModuleGetFunction(&mut function, module, name))?;

@@ -35,8 +35,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, keys) in lengths.into_iter().zip(machine.sized(KEYS)) {
         let [ours, peer] = ["gqa", "repeat_kv"].map(|name| format!("{name}, {length} keys"));
         let q = random(QUERY_HEADS, 1)?.contiguous()?;
-        // Token-major, as a cache that grows has them, and in the order that the peer wants, so
-        // that it need not copy them for that.
+        // As a cache that grows has them, and as the peer wants them, which need not copy.
         let (k, v) = (random(KV_HEADS, keys)?, random(KV_HEADS, keys)?);
         let (head_k, head_v) = (k.contiguous()?, v.contiguous()?);
         let by_gqa = || gqa(&q, &k, &v, scale, true);

@@ -77,8 +77,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         look();
     }
 
-    // Most end. The prefix cache keeps their blocks, the longest unused of which are worth the
-    // least.
+    // Most end. The prefix cache keeps their blocks; the longest unused are worth the least.
     let mut cached = Vec::new();
     let mut live = Vec::new();
     for (index, sequence) in sequences.into_iter().enumerate() {

@@ -47,8 +47,7 @@ impl<C: KvCache> Subject<C> {
     {
         let weights = Weights::new(Source::Random(SEED), DType::BF16, &machine.candle);
         let most = machine.sized([tokens_max(0), tokens_max(1)]);
-        // The prompt is not what is measured, and with stock attention its scores would take
-        // gigabytes.
+        // Stock attention's scores of the prompt, which is not measured, would take gigabytes.
         let mut decoder = Decoder::new(config, weights, factory, most, Attention::Gqa)?;
         let mut random = StdRng::seed_from_u64(SEED);
         let token = |_| random.random_range(0..config.vocab_size as u32);

@@ -1,5 +1,4 @@
-//! Caches of all layers that grow token by token: what a step takes, the memory behind them, and
-//! views of them.
+//! Caches of all layers that grow token by token: the time of a step, their memory, and views.
 
 use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use anyhow::Result;
@@ -40,8 +39,7 @@ fn token_bytes(layers: usize) -> usize {
 }
 
 /// Appends a token to all layers, of caches of two kinds in turns, and does something after it. A
-/// sample is the mean time of a stretch of steps, which are waited for at its end, or a part of
-/// that.
+/// sample is the mean time of a stretch of steps, or a part of that.
 fn in_turns<T>(
     machine: &Machine,
     outcome: &mut Outcome,

@@ -1,5 +1,4 @@
-//! An elastic pool as KVCached is one: pages of 2 MiB with a handle each, mapped when they are
-//! needed.
+//! An elastic pool as KVCached's: pages of 2 MiB with a handle each, mapped when needed.
 //!
 //! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a
 //! thread in the background maps more. What is freed beyond that is unmapped and released at once,

@@ -1,5 +1,4 @@
-//! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls for the
-//! same chunks.
+//! Allocating in one call with nothing warm, freeing, and tearing down, against bare calls.
 
 use crate::bare::{Plain, Range, ordered_round};
 use crate::machine::{Machine, range};
@@ -109,9 +108,8 @@ pub fn tear_down(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     sides.add("bare unmap and release", || range.release(&chunks));
     let note = format!("{} GiB in {} chunks", bytes >> 30, chunks.len());
     outcome.note("ours", note);
-    // The bare calls alone spread by a sixth, so the medians of some thirty rounds would differ by
-    // more than what is demanded of their ratio. A round takes about a third of a second, most of
-    // it to fill the range again.
+    // The bare calls alone spread by a sixth: medians of some thirty rounds would differ by more
+    // than the reach. A round takes a third of a second, most of it to fill the range again.
     let settings = machine.settings.patient(4);
     outcome.measure(sides, &settings, settings.rounds.div_ceil(2))
 }

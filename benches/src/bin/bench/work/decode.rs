@@ -29,9 +29,8 @@ const LIMITS: Limits = Limits {
     watermark_divisor: usize::MAX,
 };
 
-/// Sequences that have begun at different times, so that in each step as many need a new block, and
-/// those that take their places. The first 256 steps take memory that nothing had, another 256 what
-/// was freed.
+/// Sequences of many ages, so that each step has as many new blocks, and those that take their
+/// places. The first 256 steps take memory that nothing had, another 256 what was freed.
 fn requests() -> Vec<Request> {
     let ages = || (0..SEQUENCES as u32).map(|index| index * BLOCK_TOKENS / SEQUENCES as u32);
     let first = ages().map(|age| Request::new(0, 1 + age, TOKENS - age));
@@ -45,9 +44,8 @@ fn requests() -> Vec<Request> {
 /// What came of the steps, how many VMM calls they made in all, and the most event records in one.
 type Ran = (Served, usize, usize);
 
-/// Takes all steps, with memory made ahead, or with everything allocated before. What is freed
-/// stays mapped, as the model is alone. In the first step all sequences begin; its calls do not
-/// count.
+/// Takes all steps, with memory made ahead, or with everything allocated before. Freed memory stays
+/// mapped, as the model is alone. Calls of the first step, in which all begin, do not count.
 fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran> {
     let (pool, mut gpu) = match plain {
         Some(plain) => (None, Gpu::backed(stream, traffic, 1, (plain, BYTES))),

@@ -10,8 +10,7 @@ use cuda_vmm_benches::shared_models;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Free blocks, the next at the end. The last that was freed is taken first, since its memory is
-/// likely to be there still.
+/// Free blocks, the next at the end: the last freed, whose memory is likely to be there still.
 type Free = Vec<u32>;
 
 fn all(blocks: usize) -> Free {
@@ -148,9 +147,8 @@ impl Memory for Gpu<'_> {
         if let Some(range) = &own.range {
             let runs = runs(&picked);
             let started = Instant::now();
-            // It may wait: for a page that the worker is making just now, or, if the budget is
-            // short, for freed memory whose fence is past by then, as each step ends with its
-            // stream.
+            // It may wait for a page that the worker is making, or for freed memory, whose fence is
+            // past by then, as each step ends with its stream.
             let taken = allocate_runs(range, &runs);
             *now_ns += started.elapsed().as_nanos() as u64;
             if !matches!(taken, Ok(true)) {

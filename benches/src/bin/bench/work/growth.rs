@@ -98,8 +98,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let kernel = Kernel::load(&machine.device)?;
     let manners = [Manner::Before, Manner::Ahead, Manner::OnDemand];
     let mut times = manners.map(|_| Vec::new());
-    // Longer than other work: the thousandth of the growth steps is to be more than the worst of
-    // them.
+    // Longer than other work, as a thousandth of the steps is to be more than the worst one.
     let settings = machine.settings.patient(8);
     for (round, side) in settings.turns(manners.len(), settings.rounds, 0) {
         // Nothing is demanded on demand, so a few rounds tell enough.

@@ -38,8 +38,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             request.arrival_ns -= window_ns.start;
         }
     }
-    // In the simulator a step takes no time to speak of, and the trace goes by as fast as other
-    // work is measured.
+    // In the simulator steps take no time, and the trace goes by as fast as other work is measured.
     let speed = match machine.is_real() {
         true => 1.0,
         false => (replay.seconds / machine.settings.patience.as_secs_f64()).max(1.0),
