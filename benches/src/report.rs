@@ -1,8 +1,7 @@
 //! What is printed and written of a run.
 
 use crate::figure::Finding;
-use crate::samples::quantile;
-use crate::sides::Side;
+use crate::sides::{Side, quantile};
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use cuda_vmm::{Device, DriverKind};

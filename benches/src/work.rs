@@ -1,8 +1,7 @@
 //! A piece of work, and what comes of it.
 
 use crate::figure::{Figure, Finding, Kind};
-use crate::samples::quantile;
-use crate::sides::{Settings, Side, Sides};
+use crate::sides::{Settings, Side, Sides, quantile};
 use anyhow::{Context, Result};
 
 /// Work on a machine, by name. Its figures come of what its sides take.

@@ -1,9 +1,7 @@
 //! `ci`: every check, in order, until one fails.
 
 use crate::workspace::{Workspace, code};
-use crate::{
-    consumers, display, documentation, gpu_test, headers, licences, package, setup, tests,
-};
+use crate::{consumers, display, documentation, gpu_test, headers, licences, setup, tests};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Instant;
@@ -20,7 +18,7 @@ const STEPS: [Step; 13] = [
     ("documentation", documentation::workspace),
     ("documentation as hosted", documentation::hosted),
     ("licences", licences::run),
-    ("packaging", package::run),
+    ("packaging", consumers::pack),
     ("consumers", consumers::run),
     ("headers", headers::run),
     // Last, as a machine that has never done it builds Candle's kernels for many minutes.

@@ -1,15 +1,14 @@
-//! Small programs outside the workspace that depend on the packages, as users' programs do.
+//! Packing the library crates as a registry would get them; and small programs outside the
+//! workspace that depend on the packages, as users' programs do.
 //!
 //! Each is a folder in `xtask/consumers`. Its manifest says how it is run, what it must print, and
 //! whether it is built on a bare machine: with Rust and a linker, but no header, libclang or C compiler.
 
-mod published;
-
 use crate::workspace::Workspace;
-use crate::{display, files, package, setup};
-use anyhow::{Result, ensure};
+use crate::{display, files, setup};
+use anyhow::{Context, Result, ensure};
+use cargo_metadata::{MetadataCommand, Package};
 use fs_err as fs;
-use published::Published;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,6 +26,39 @@ struct Run {
     /// An example of the version before, which is run in place of `main`.
     example: Option<String>,
     prints: Vec<String>,
+}
+
+/// Where the unpacked packages lie, each in a folder of its name.
+fn packages(workspace: &Workspace) -> PathBuf {
+    workspace.target.join("consumers/packages")
+}
+
+/// Packs every library, and unpacks it into a folder of its own.
+///
+/// Cargo's own verification is left out: it takes siblings from an overlay whose unpacked sources it
+/// keeps in cargo's home, stale once a crate changes under the same version. The consumers build what
+/// was packed instead.
+pub fn pack(workspace: &Workspace) -> Result<()> {
+    let names = workspace.libraries().flat_map(|it| ["--package", &it.name]);
+    let package = workspace.cargo("package --no-verify --allow-dirty");
+    package.args(names).run()?;
+
+    let (shell, folder) = (&workspace.shell, packages(workspace));
+    shell.remove_path(&folder)?;
+    shell.create_dir(&folder)?;
+    for library in workspace.libraries() {
+        let name = &library.name;
+        let stem = format!("{name}-{}", library.version);
+        let packed = workspace.target.join(format!("package/{stem}.crate"));
+        cmd!(shell, "tar -xzf {packed} -C {folder}").quiet().run()?;
+        let unpacked = folder.join(&stem);
+        for file in ["README.md", "Cargo.toml", "src/lib.rs"] {
+            let has = unpacked.join(file).is_file();
+            ensure!(has, "the package of {name} has no {file}");
+        }
+        fs::rename(unpacked, folder.join(name.as_str()))?;
+    }
+    Ok(())
 }
 
 /// How many packages each user of ours gets, and on which system; other systems get others.
@@ -79,8 +111,69 @@ fn bare_machine(workspace: &Workspace, base: &Path) -> Result<BTreeMap<String, P
     Ok(variables)
 }
 
+/// The oldest Candle that the facade takes.
+const CANDLE: &str = "0.11.0";
+/// The version before this workspace's first.
+const BEFORE: &str = "0.1.1";
+/// For each source of `candle-core`, what is there once, and what takes its place.
+type Changes = BTreeMap<String, BTreeMap<String, String>>;
+
+/// What cargo says of the packages in its own store.
+struct Published(Vec<Package>);
+
+impl Published {
+    /// Has cargo bring them, by a manifest that names them.
+    fn find(workspace: &Workspace, base: &Path) -> Result<Self> {
+        let manifest = format!(
+            "[package]\nname = \"published\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
+             candle-core = \"={CANDLE}\"\ncandle-nn = \"={CANDLE}\"\ncandle-cuda-vmm = \"={BEFORE}\"\n"
+        );
+        let path = base.join("published/Cargo.toml");
+        let shell = &workspace.shell;
+        shell.write_file(&path, manifest)?;
+        shell.write_file(base.join("published/src/lib.rs"), "")?;
+        Ok(Self(
+            MetadataCommand::new().manifest_path(path).exec()?.packages,
+        ))
+    }
+
+    /// Copies Candle, with a constant by which a program can tell it from the registry's. Its
+    /// `Device::new_cuda` returns the CPU device, so that programs which want a GPU run without one.
+    fn copy_candle_to(&self, packages: &Path) -> Result<()> {
+        for name in ["candle-core", "candle-nn"] {
+            let folder = packages.join(format!("{name}-{CANDLE}"));
+            files::copy_tree(&self.folder(name, CANDLE)?, &folder)?;
+        }
+        let changes: Changes = toml::from_str(include_str!("../consumers/candle.toml"))?;
+        for (file, changes) in changes {
+            let file = packages.join(format!("candle-core-{CANDLE}/src/{file}.rs"));
+            let mut text = fs::read_to_string(&file)?;
+            for (from, to) in changes {
+                let count = text.matches(&from).count();
+                ensure!(count == 1, "{from:?} is {count} times in {file:?}");
+                text = text.replace(&from, &to);
+            }
+            fs::write(&file, text)?;
+        }
+        Ok(())
+    }
+
+    /// Copies the examples of the version before, as they are.
+    fn copy_examples_to(&self, folder: &Path) -> Result<()> {
+        let package = self.folder("candle-cuda-vmm", BEFORE)?;
+        files::copy_tree(&package.join("examples"), folder)
+    }
+
+    fn folder(&self, name: &str, version: &str) -> Result<PathBuf> {
+        let mut packages = self.0.iter();
+        let package = packages.find(|it| it.name == name && it.version.to_string() == version);
+        let package = package.with_context(|| format!("cargo brought no {name} {version}"))?;
+        Ok(package.manifest_path.with_file_name("").into())
+    }
+}
+
 /// Counts what users of the crates depend on; builds and runs each consumer against the packages that
-/// [`package::run`] unpacked.
+/// [`pack`] unpacked.
 ///
 /// Only one is built with bindgen: its dependencies change the features of others, which would then be
 /// built twice.
@@ -88,7 +181,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     count_packages(workspace)?;
     setup::ensure(workspace, false, false)?;
     let base = workspace.target.join("consumers");
-    let packages = package::folder(workspace);
+    let packages = packages(workspace);
     let published = Published::find(workspace, &base)?;
     published.copy_candle_to(&packages)?;
     let bare_machine = bare_machine(workspace, &base)?;

@@ -41,8 +41,7 @@ fn dependencies(workspace: &Workspace, names: &[&str]) -> Result<BTreeSet<String
 /// What is wrong with a line of [`dependencies`].
 fn problem(line: &str, ours: &[&str], allowed: &BTreeSet<String>) -> Option<String> {
     let (package, licence) = line.split_once('|')?;
-    let is_ours = ours.contains(&package.split(' ').next()?);
-    if !is_ours && package.contains('(') {
+    if !ours.contains(&package.split(' ').next()?) && package.contains('(') {
         return Some(format!("{package} is not from a registry"));
     }
     (!is_allowed(licence, allowed)).then(|| format!("{package}: {licence:?}"))

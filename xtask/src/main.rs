@@ -2,8 +2,6 @@
 
 mod bench;
 mod ci;
-#[cfg(test)]
-mod circles;
 mod consumers;
 mod display;
 mod documentation;
@@ -12,11 +10,10 @@ mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
-mod package;
-#[cfg(test)]
-mod pages;
 mod setup;
 mod tests;
+#[cfg(test)]
+mod tidy;
 mod workspace;
 
 use anyhow::Result;
@@ -162,7 +159,7 @@ fn start(task: Task) -> Result<u8> {
         Task::Bench(arguments) => return bench::run(&workspace, &arguments),
         Task::Ci => ci::run(&workspace)?,
         Task::Consumers => {
-            package::run(&workspace)?;
+            consumers::pack(&workspace)?;
             consumers::run(&workspace)?;
         }
         Task::Headers => headers::run(&workspace)?,

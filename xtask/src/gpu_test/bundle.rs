@@ -5,7 +5,7 @@ use super::build::{Builder, Manifest};
 use super::cell::{
     BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, TWO_MODELS, XTASK,
 };
-use super::probe;
+use super::conditions::compile_probe;
 use crate::files;
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
@@ -28,7 +28,7 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let wanted = tests().chain(OTHERS).chain([XTASK]).collect();
     let programs = builder.programs(&wanted)?;
     let manifest = builder.manifest(&programs)?;
-    let probe = probe::compile(&workspace.shell, &builder.target)?;
+    let probe = compile_probe(&workspace.shell, &builder.target)?;
     let tests = programs.keys().filter(|it| it.kind == "test").count();
     let built = programs.iter().map(|(it, file)| (it.place(), &**file));
     let built: Vec<_> = built.chain([(PROBE.to_owned(), &*probe)]).collect();

@@ -2,7 +2,6 @@
 
 use super::arguments::Arguments;
 use super::cell::{Cell, Driver, State};
-use super::probe::{Answer, Obstacle};
 use crate::files::matching;
 use anyhow::{Context, Result};
 use itertools::Itertools;
@@ -10,6 +9,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xshell::{Shell, cmd};
 
 /// NVIDIA's memory checker, and the exit code by which it says that it found errors.
 const SANITIZER: &str = "compute-sanitizer";
@@ -82,6 +82,62 @@ fn sanitizer() -> Option<PathBuf> {
     let folders = std::env::split_paths(&path).chain(folders);
     let mut programs = folders.map(|folder| folder.join(SANITIZER));
     programs.find(|program| program.is_file())
+}
+
+/// How the names of simulated devices begin.
+const SIMULATED: &str = "Simulated device ";
+
+/// The GPUs that answer.
+#[derive(Clone, Debug)]
+pub struct Gpus {
+    /// The first one's name.
+    pub name: String,
+    pub count: u32,
+    /// The CUDA version of the driver.
+    pub cuda: String,
+}
+
+/// What becomes of a row that cannot be run, and why.
+pub type Obstacle = (State, String);
+pub type Answer = Result<Gpus, Obstacle>;
+
+pub fn compile_probe(shell: &Shell, folder: &Path) -> Result<PathBuf> {
+    let (source, program) = (folder.join("probe.c"), folder.join("probe"));
+    shell.write_file(&source, include_str!("probe.c"))?;
+    let cc = cmd!(shell, "cc -O1 -s -Wall -Wextra -o {program} {source} -ldl");
+    cc.quiet().run()?;
+    Ok(program)
+}
+
+/// Runs the probe. Without a driver or a GPU, rows are skipped; a driver that fails is their failure.
+pub fn ask_probe(program: &Path) -> Result<Answer> {
+    let output = Command::new(program).output();
+    let output = output.with_context(|| format!("{} does not start", program.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let value = |key: &str| {
+        let mut pairs = text.lines().filter_map(|line| line.split_once('='));
+        let (_, value) = pairs.find(|(name, _)| *name == key)?;
+        Some(value.trim().to_owned())
+    };
+    let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
+    let [name, count, cuda] = ["name", "devices", "cuda"].map(|key| value(key).unwrap_or_default());
+    let (state, reason) = match output.status.code() {
+        // Rows of the real driver are not for the simulator, by whatever name it was opened.
+        Some(0) if name.starts_with(SIMULATED) => {
+            let reason = "the libcuda.so.1 that is found here is the simulated one";
+            (State::Skipped, reason.to_owned())
+        }
+        Some(0) => {
+            let count = count.parse().context("the number of GPUs")?;
+            return Ok(Ok(Gpus { name, count, cuda }));
+        }
+        Some(2) => (State::Skipped, reason()),
+        _ => (
+            State::Fail,
+            "the CUDA driver is here, but fails: ".to_owned() + &reason(),
+        ),
+    };
+    Ok(Err((state, reason)))
 }
 
 /// What was found of the libraries that were looked for.
@@ -168,13 +224,12 @@ pub fn lines(program: &str, arguments: &[&str]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu_test::probe::Gpus;
 
     #[test]
     fn a_library_is_in_a_folder_or_known_to_the_loader_or_missing() {
         let folder = tempfile::tempdir().unwrap();
         let folders = ["one", "two"].map(|name| folder.path().join(name));
-        let shell = xshell::Shell::new().unwrap();
+        let shell = Shell::new().unwrap();
         for file in ["one/a.so", "two/a.so", "two/b.so"] {
             shell.write_file(folder.path().join(file), "").unwrap();
         }

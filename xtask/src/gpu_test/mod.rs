@@ -6,7 +6,6 @@ mod build;
 mod bundle;
 mod cell;
 mod conditions;
-mod probe;
 mod process;
 mod report;
 mod runner;
@@ -21,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use arguments::{Arguments, Other};
 use build::{Builder, Manifest};
 use cell::{CUDA, Cell, Driver, State};
-use conditions::{Conditions, Libraries};
+use conditions::{Conditions, Libraries, ask_probe, compile_probe};
 use fs_err as fs;
 use itertools::Itertools;
 use report::Report;
@@ -46,7 +45,7 @@ pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
         return Ok(0);
     }
     let builder = Builder::new(workspace, asked.compute_cap);
-    let probe = || probe::ask(&probe::compile(&workspace.shell, &builder.target)?);
+    let probe = || ask_probe(&compile_probe(&workspace.shell, &builder.target)?);
     let conditions = Conditions::find(arguments, probe)?;
     let mut cells = arguments.select(conditions.gpu_count())?;
     cells.retain(|cell| conditions.obstacle(cell).is_none());
@@ -84,7 +83,7 @@ pub fn run_bundle(asked: &InBundle) -> Result<u8> {
     if arguments.list {
         return list(arguments);
     }
-    let conditions = Conditions::find(arguments, || probe::ask(&folder.join(bundle::PROBE)))?;
+    let conditions = Conditions::find(arguments, || ask_probe(&folder.join(bundle::PROBE)))?;
     let runner = Runner::new(conditions, bundle::programs(folder), folder);
     let manifest = bundle::manifest(folder)?;
     // The script itself says --folder and --beside with their values.
@@ -204,6 +203,6 @@ fn with_libraries(program: &Path, libraries: &[String]) -> Result<Command> {
 
 /// Whether this machine has a CUDA driver with a GPU, be it one that fails.
 pub fn has_gpu(workspace: &Workspace) -> Result<bool> {
-    let program = probe::compile(&workspace.shell, &workspace.target.join("gpu-test"))?;
-    Ok(!matches!(probe::ask(&program)?, Err((State::Skipped, _))))
+    let program = compile_probe(&workspace.shell, &workspace.target.join("gpu-test"))?;
+    Ok(!matches!(ask_probe(&program)?, Err((State::Skipped, _))))
 }

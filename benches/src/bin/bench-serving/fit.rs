@@ -4,7 +4,7 @@
 //! peaks, of the squared logarithms of simulated to published p99 time to first token. First on a
 //! coarse grid, then on a fine one around the best.
 
-use crate::pools::counted::Counted;
+use crate::pools::Counted;
 use crate::ramps::{MODELS, Point, STATIC_TOKENS, curves};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};

@@ -1,6 +1,6 @@
 //! What holds of every schedule, whatever the requests, in every pool.
 
-use crate::pools::counted::Counted;
+use crate::pools::Counted;
 use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;

@@ -91,8 +91,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let warm_bytes = backing.stats().committed_bytes;
 
     // Idle: all that is not in use may go.
-    let worth = cached.iter().copied().zip((1..).map(f64::from));
-    let worth: BTreeMap<BlockId, f64> = worth.collect();
+    let worth: BTreeMap<BlockId, f64> = cached.iter().copied().zip((1..).map(f64::from)).collect();
     let plan_started = Instant::now();
     // Moving a block costs less than losing any.
     let plan = allocator

@@ -1,5 +1,65 @@
-//! Four pools of blocks.
+//! Four pools of blocks: two elastic ones, and two whose calls cost nothing, which only count.
 
-pub mod counted;
 pub mod elastic;
 pub mod page_at_a_time;
+
+use anyhow::Result;
+use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, blocks_within};
+
+pub struct Counted {
+    limit: usize,
+    /// Whether each model has its own part of this many blocks, allocated beforehand.
+    is_split: bool,
+    held: Vec<usize>,
+}
+
+impl Counted {
+    pub fn split(tokens: usize, models: usize) -> Self {
+        Self {
+            is_split: true,
+            ..Self::shared(tokens, models)
+        }
+    }
+
+    pub fn shared(tokens: usize, models: usize) -> Self {
+        Self {
+            limit: blocks_within(tokens),
+            is_split: false,
+            held: vec![0; models],
+        }
+    }
+}
+
+impl Memory for Counted {
+    fn most_blocks(&self, _: usize) -> usize {
+        self.limit
+    }
+
+    fn free_blocks(&self, model: usize) -> usize {
+        let held = match self.is_split {
+            true => self.held[model],
+            false => self.held.iter().sum(),
+        };
+        self.limit - held
+    }
+
+    fn take(&mut self, _: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
+        let fits = count <= self.free_blocks(model);
+        self.held[model] += if fits { count } else { 0 };
+        // One block is as good as another.
+        Ok(fits.then(|| vec![0; count]))
+    }
+
+    fn give(&mut self, _: &mut u64, model: usize, blocks: Vec<u32>) -> Result<()> {
+        self.held[model] -= blocks.len();
+        Ok(())
+    }
+
+    fn held_bytes(&self, model: usize) -> u64 {
+        let held = match self.is_split {
+            true => self.limit,
+            false => self.held[model],
+        };
+        (held * BLOCK_BYTES) as u64
+    }
+}

@@ -43,10 +43,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         true => 1.0,
         false => (replay.seconds / machine.settings.patience.as_secs_f64()).max(1.0),
     };
-    let step_ns = |prompt, decodes| {
-        let time = replay.step_time(decodes, prompt as usize);
-        time.as_nanos() as u64
-    };
+    let step_ns = |prompt, decodes| replay.step_time(decodes, prompt as usize).as_nanos() as u64;
     let serve = |gpu: &mut Gpu| {
         gpu.speed = speed;
         let mut served = Served::default();
@@ -70,8 +67,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     }
     drop(pool);
 
-    let plain = Plain::new(&machine.device, limit_bytes)?;
-    let plain = (&plain, limit_bytes);
+    let plain = (&Plain::new(&machine.device, limit_bytes)?, limit_bytes);
     let before = serve(&mut Gpu::backed(stream, &traffic, MODELS, plain))?;
     let note = format!(
         "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a \

@@ -1,15 +1,117 @@
-//! No circles between modules: those of a folder can be read in an order, after what they use.
+//! What code and documents keep, as tests.
 //!
-//! A source uses what its paths name. The check looks through re-exports, which are no use by
+//! `docs/ARCHITECTURE.md` names what is there, and `docs/ERRORS.md` every public error's variants.
+//!
+//! No circles between modules: those of a folder can be read in an order, after what they use. A
+//! source uses what its paths name. The check looks through re-exports, which are no use by
 //! themselves. Tests do not count, nor does a folder's own file, which joins its modules.
 
-use crate::pages;
 use itertools::Itertools;
 use petgraph::algo::tarjan_scc;
 use petgraph::graphmap::DiGraphMap;
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
 use syn::visit::{self, Visit};
-use syn::{ItemMod, ItemUse, Macro, Meta, UseTree, Visibility};
+use syn::{Item, ItemMod, ItemUse, Macro, Meta, UseTree, Visibility};
+use walkdir::WalkDir;
+
+/// Where `docs/ERRORS.md` has the error, and where the source has it.
+const ERRORS: [(&str, &str); 5] = [
+    ("cuda_vmm::VmmError", "cuda-vmm/src/error.rs"),
+    (
+        "cuda_vmm::pool::blocks::BlockError",
+        "cuda-vmm/src/error/block.rs",
+    ),
+    ("candle_cuda_vmm::VmmError", "candle-cuda-vmm/src/error.rs"),
+    ("cuda_vmm_sys::LoadError", "cuda-vmm-sys/src/load.rs"),
+    ("cuda_vmm_sim::SimError", "cuda-vmm-sim/src/simulator.rs"),
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The sources below a folder and their paths, except for those below folders of another name.
+fn sources(folder: &Path, except: &str) -> Vec<(PathBuf, String)> {
+    let entries = WalkDir::new(folder).into_iter();
+    let entries = entries.filter_entry(|entry| !entry.path().ends_with(except));
+    let paths = entries.map(|entry| entry.expect("an entry").into_path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|extension| extension == "rs"));
+    let source = |path: &PathBuf| fs::read_to_string(path).expect("a source");
+    paths.map(|path| (path.clone(), source(&path))).collect()
+}
+
+/// The words of a source, without its comments, with a space around each.
+fn words(source: &str) -> String {
+    let code = source.lines();
+    let code = code.filter(|line| !line.trim_start().starts_with("//"));
+    let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+    let words = code.flat_map(|line| line.split(|letter| !is_word(letter)));
+    let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
+    format!(" {} ", words.join(" "))
+}
+
+/// Whether one source has `Type`, or `Type::function`, or defines `macro!`.
+fn has_item(words: &str, item: &str) -> bool {
+    let has = |key: &str, name: &str| words.contains(&format!(" {key}{name} "));
+    match item.strip_suffix('!') {
+        Some(name) => has("macro_rules ", name),
+        None => item.split("::").all(|name| {
+            let is_type = name.starts_with(char::is_uppercase) && has("", name);
+            is_type || has("fn ", name) || has("mod ", name)
+        }),
+    }
+}
+
+#[test]
+fn the_map_names_what_is_there() {
+    let page = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).expect("the page");
+    let folders = ["crates", "benches", "xtask"].into_iter();
+    let sources = folders.flat_map(|folder| sources(&root().join(folder), "target"));
+    let sources: Vec<_> = sources.map(|(_, source)| words(&source)).collect();
+    let is_item = |span: &str| {
+        span.contains("::") || span.ends_with('!') || span.starts_with(char::is_uppercase)
+    };
+    // The diagram is no prose.
+    let prose = page.split("\n```").step_by(2);
+    let spans = prose.flat_map(|text| text.split('`').skip(1).step_by(2));
+    let missing = spans.filter(|span| match span.contains('/') {
+        true => !root().join(span).exists(),
+        false => is_item(span) && !sources.iter().any(|words| has_item(words, span)),
+    });
+    let missing: Vec<_> = missing.collect();
+    assert!(missing.is_empty(), "not in the tree: {missing:?}");
+}
+
+/// The first cell of each row of the tables under a heading.
+fn rows<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
+    let section = page.split(&format!("\n## `{heading}`\n")).nth(1);
+    let section = section.and_then(|rest| rest.split("\n## ").next());
+    let lines = section.unwrap_or_default().lines();
+    let cells = lines.filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+    cells.collect()
+}
+
+#[test]
+fn the_page_of_errors_has_every_variant() {
+    let page = fs::read_to_string(root().join("docs/ERRORS.md")).expect("the page is there");
+    for (path, file) in ERRORS {
+        let source = fs::read_to_string(root().join("crates").join(file)).expect("the source");
+        let items = syn::parse_file(&source).expect("Rust").items.into_iter();
+        let mut errors = items.filter_map(|item| match item {
+            Item::Enum(item) if path.ends_with(&format!("::{}", item.ident)) => Some(item),
+            _ => None,
+        });
+        let (error, rows) = (errors.next().expect(path), rows(&page, path));
+        assert!(error.variants.len() > 3, "{path}");
+        for variant in error.variants {
+            let name = variant.ident.to_string();
+            let has = rows.contains(&&*name);
+            assert!(has, "docs/ERRORS.md, {path}: {name} is missing");
+        }
+    }
+}
 
 /// Where crates begin.
 const CRATES: [&str; 8] = [
@@ -82,8 +184,7 @@ fn flatten(tree: &UseTree, before: &str, named: &mut Vec<(String, String)>) {
         UseTree::Rename(it) => (it.ident.to_string(), Some(it.rename.to_string())),
         UseTree::Glob(_) => ("self".to_owned(), None),
     };
-    let path = join(before, &last);
-    let path = path.trim_end_matches("::self").to_owned();
+    let path = join(before, &last).trim_end_matches("::self").to_owned();
     let word = path.rsplit("::").next().map(str::to_owned);
     named.push((name.or(word).unwrap_or_default(), path));
 }
@@ -159,9 +260,9 @@ fn circles(modules: &Modules) -> Vec<String> {
 
 #[test]
 fn no_modules_need_each_other() {
-    for folder in CRATES.map(|folder| pages::root().join(folder)) {
-        let sources = pages::sources(&folder, "src/bin").into_iter();
-        let modules = modules(sources.map(|(path, text)| {
+    for folder in CRATES.map(|folder| root().join(folder)) {
+        let found = sources(&folder, "src/bin").into_iter();
+        let modules = modules(found.map(|(path, text)| {
             let name = path.strip_prefix(&folder).expect("it is below");
             let name = name.with_extension("");
             let mut words = name.iter().map(|word| word.to_string_lossy()).collect_vec();
@@ -178,8 +279,7 @@ fn no_modules_need_each_other() {
 fn a_circle_is_found_in_its_folder() {
     let found = |files: &[(&str, &str)]| {
         let owned = |(name, text): &(&str, &str)| ((*name).to_owned(), (*text).to_owned());
-        let sources = files.iter().map(owned);
-        circles(&modules(sources))
+        circles(&modules(files.iter().map(owned)))
     };
     let root = ("", "mod a;\nmod b;\npub use a::{c::C as See, A};\n");
     let test = "#[cfg(test)]\nmod tests {\n    use crate::b;\n}\n";
