@@ -60,9 +60,8 @@ impl Filling {
     }
 }
 
-/// Fills a pool of 128 GiB by pages on a driver that does nothing: nothing, one page, every other
-/// page, which is the worst for the set of live bytes, and all. No other thread may allocate
-/// meanwhile.
+/// Fills a pool of 128 GiB on a driver that does nothing: no page, one, every other, which is worst
+/// for the set of live bytes, and all. No other thread may allocate meanwhile.
 pub fn bookkeeping_memory() -> Result<Vec<Filling>> {
     const CAPACITY: usize = 128 << 30;
     const PAGES: usize = CAPACITY / GRANULARITY;

@@ -70,8 +70,7 @@ macro_rules! mapped_bytes {
     };
 }
 
-/// A function that notes its calls, and has `$behind` the function of the driver behind, if that
-/// has it; or else returns success and does nothing.
+/// A function that notes its calls and makes them `$behind`, or else does nothing.
 macro_rules! define_function {
     ($name:ident($($argument:ident: $type:ty),*), $behind:expr) => {
         #[allow(non_snake_case)]
@@ -108,8 +107,7 @@ macro_rules! define_table {
 }
 driver_functions!(define_table);
 
-/// Opens the driver that notes calls in front of `driver`, of which there can be only one. `driver`
-/// must stay open as long.
+/// Opens the one driver that notes calls, in front of `driver`, which must stay open as long.
 pub fn noting_driver(driver: &Driver) -> Result<Driver> {
     let behind = driver.table();
     ensure!(BEHIND.set(*behind).is_ok(), "calls are noted already");
@@ -125,8 +123,7 @@ pub fn noted_calls<T>(act: impl FnOnce() -> T) -> (T, Vec<Call>) {
     (outcome, CALLS.take().unwrap_or_default())
 }
 
-/// A driver's functions that return success and do nothing, except that those named here write one
-/// value to their first argument.
+/// A driver whose functions do nothing, but some write one value to their first argument.
 macro_rules! define_no_op_table {
     ($($name:ident($written:ty $(, $argument:ident: $type:ty)*) = $value:expr;)*) => {
         #[allow(non_snake_case)]

@@ -10,20 +10,16 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const USAGE: u8 = 64;
+const USAGE: i32 = 64;
 const NO_GPU: u8 = 2;
 
 /// Reads the arguments of the program of this name and runs it; returns its exit code.
 pub fn start<A: Parser>(program: &str, run: impl FnOnce(&A) -> Result<ExitCode>) -> ExitCode {
-    let arguments = match A::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Printing can only fail if nothing reads the output.
-            let _ = error.print();
-            let code = if error.exit_code() == 0 { 0 } else { USAGE };
-            return ExitCode::from(code);
-        }
-    };
+    let arguments = A::try_parse().unwrap_or_else(|error| {
+        // Printing can only fail if nothing reads the output.
+        let _ = error.print();
+        std::process::exit(if error.exit_code() == 0 { 0 } else { USAGE })
+    });
     run(&arguments).unwrap_or_else(|error| {
         eprintln!("{program}: error: {error:#}");
         ExitCode::FAILURE

@@ -116,13 +116,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_have_four_digits_that_count() {
+    fn numbers_have_four_digits_that_count_and_times_a_unit_that_fits() {
         let numbers = [0.0, 0.051_234, 1.049_96, 18_123.4, 65_536.0].map(number);
         assert_eq!(numbers, ["0", "0.05123", "1.050", "18123", "65536"]);
-    }
-
-    #[test]
-    fn times_have_a_unit_that_fits() {
         let times = [93.4, 1_234.0, 18_123_400.0].map(time);
         assert_eq!(times, ["93 ns", "1.23 µs", "18.123 ms"]);
     }

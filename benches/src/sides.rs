@@ -8,20 +8,19 @@ use std::time::{Duration, Instant};
 pub struct Settings {
     /// How many rounds work gets that takes some milliseconds.
     pub rounds: usize,
-    /// The fewest rounds, however long they take.
-    pub rounds_min: usize,
     /// The time after which no further round of one piece of work begins.
     pub patience: Duration,
 }
 
 impl Settings {
     pub fn new(rounds: usize, seconds: u64) -> Self {
-        let (rounds_min, patience) = (rounds.min(3), Duration::from_secs(seconds));
-        Self {
-            rounds,
-            rounds_min,
-            patience,
-        }
+        let patience = Duration::from_secs(seconds);
+        Self { rounds, patience }
+    }
+
+    /// The fewest rounds, however long they take.
+    pub fn rounds_min(&self) -> usize {
+        self.rounds.min(3)
     }
 
     /// With more time, for work whose rounds are long and whose figure is near its reach.
@@ -38,7 +37,7 @@ impl Settings {
         rounds: usize,
         warm: usize,
     ) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (least, patience, started) = (self.rounds_min + warm, self.patience, Instant::now());
+        let (least, patience, started) = (self.rounds_min() + warm, self.patience, Instant::now());
         let in_time = move |round: &usize| *round < least || started.elapsed() <= patience;
         let turns = move |round| (0..sides).map(move |turn| (round, (round + turn) % sides));
         (0..rounds + warm).take_while(in_time).flat_map(turns)
@@ -135,12 +134,8 @@ pub(crate) mod tests {
     use std::cell::RefCell;
 
     pub fn settings(patience: Duration) -> Settings {
-        let (rounds, rounds_min) = (4, 2);
-        Settings {
-            rounds,
-            rounds_min,
-            patience,
-        }
+        let rounds = 2;
+        Settings { rounds, patience }
     }
 
     #[test]

@@ -65,8 +65,7 @@ pub fn pack(workspace: &Workspace) -> Result<()> {
 const RECORDED: &str = "xtask/consumers/packages.csv";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Counts what each user gets, builds included, and prints it beside what is recorded. An error if
-/// one differs: a change that adds one records the new number.
+/// Counts what each user gets, and fails if it differs from the record, which a change renews.
 fn count_packages(workspace: &Workspace) -> Result<()> {
     let (mut rows, mut differing) = (Vec::new(), Vec::new());
     for row in csv::Reader::from_path(workspace.root.join(RECORDED))?.into_deserialize() {
@@ -172,11 +171,9 @@ impl Published {
     }
 }
 
-/// Counts what users of the crates depend on; builds and runs each consumer against the packages that
-/// [`pack`] unpacked.
+/// Builds and runs each consumer against the packages that [`pack`] unpacked, and counts those.
 ///
-/// Only one is built with bindgen: its dependencies change the features of others, which would then be
-/// built twice.
+/// Only one is built with bindgen, whose dependencies have features that build others twice.
 pub fn run(workspace: &Workspace) -> Result<()> {
     count_packages(workspace)?;
     setup::ensure(workspace, false, false)?;

@@ -3,8 +3,7 @@
 use comfy_table::{CellAlignment, Row, Table, presets};
 use std::time::Duration;
 
-/// A table with `rows` below `head`, whose columns have commas between them, as Markdown has it. All
-/// columns except the first are aligned to the right.
+/// A Markdown table. `head` has commas between columns, which are right-aligned except the first.
 pub fn table<R: Into<Row>>(head: &str, rows: impl IntoIterator<Item = R>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);

@@ -16,9 +16,8 @@ const SOURCES: [&str; 2] = [
 const COMPILE: [&str; 3] = ["--ptx", "--gpu-architecture=compute_75", "--output-file"];
 const ASSEMBLE: [&str; 2] = ["--gpu-name=sm_75", "--output-file"];
 
-/// A version of PTX that every supported driver reads. The compiler writes its own version, which
-/// needs a driver as new. The assembler refuses instructions that are newer than the file's
-/// version.
+/// A version of PTX that every supported driver reads: the compiler's own needs a driver as new.
+/// The assembler refuses instructions that are newer than the version.
 const VERSION: &str = ".version 7.0";
 
 /// Compiles the sources with the pinned toolkit. It is an error if PTX differs; that is updated.

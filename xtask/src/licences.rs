@@ -9,8 +9,7 @@ use std::collections::BTreeSet;
 pub fn run(workspace: &Workspace) -> Result<()> {
     let deny = workspace.shell.read_file("deny.toml")?;
     let allowed = allowed(&deny)?;
-    let names = workspace.libraries().map(|library| &**library.name);
-    let names: Vec<&str> = names.collect();
+    let names: Vec<_> = workspace.libraries().map(|it| &**it.name).collect();
     let packages = dependencies(workspace, &names)?;
     let problem = |line: &String| problem(line, &names, &allowed);
     let problems: Vec<_> = packages.iter().filter_map(problem).collect();

@@ -97,20 +97,19 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let arguments = match Arguments::try_parse() {
-        Ok(arguments) => arguments,
-        Err(error) => {
-            // Telling why can only fail if there is nobody left to tell.
-            let _ = error.print();
-            let task = std::env::args().nth(1).unwrap_or_default();
-            return match error.exit_code() {
-                0 => ExitCode::SUCCESS,
-                // For these, 2 says that something could not be run.
-                _ if ["gpu-test", "run-bundle", "bench"].contains(&task.as_str()) => USAGE.into(),
-                _ => ExitCode::from(2),
-            };
-        }
-    };
+    let arguments = Arguments::try_parse().unwrap_or_else(|error| {
+        // Telling why can only fail if there is nobody left to tell.
+        let _ = error.print();
+        let task = std::env::args().nth(1).unwrap_or_default();
+        // For these, 2 says that something could not be run.
+        let has_other = ["gpu-test", "run-bundle", "bench"].contains(&task.as_str());
+        let code = error.exit_code();
+        std::process::exit(if code != 0 && has_other {
+            USAGE.into()
+        } else {
+            code
+        })
+    });
     let code = start(arguments.task).unwrap_or_else(|error| {
         eprintln!("xtask: error: {error:#}");
         let is_usage = error.is::<gpu_test::Usage>();

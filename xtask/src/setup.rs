@@ -105,8 +105,7 @@ pub fn ensure_headers(workspace: &Workspace, version: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// What a program outside the checkout puts into its `.cargo/config.toml` to be built with what the
-/// set-up folder holds; nothing if the machine has all of its own.
+/// What programs outside the checkout put into their `.cargo/config.toml`; empty if they need none.
 pub fn configuration(setup: &Path) -> Result<String> {
     let mut variables = BTreeMap::new();
     for (variable, folder, file) in [
@@ -148,8 +147,7 @@ fn is_made_from(workspace: &Workspace, folder: &Path, list: &str) -> Result<bool
     Ok(fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp == pins))
 }
 
-/// Makes `folder` of what lies at `place` in the wheels of a list, unless it is made of them already.
-/// It moves to its final place only when it is whole.
+/// Makes `folder` of the wheels of a list, unless it is made; it moves there only when it is whole.
 fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result<()> {
     if is_made_from(workspace, folder, list)? {
         return Ok(());

@@ -26,8 +26,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// Runs what takes longer: a thousand cases of the property test in a release build, and the model checker's scenarios in
-/// fifteen times as many orders.
+/// Runs a thousand cases of the property test, and the model checker in fifteen times the orders.
 pub fn long(workspace: &Workspace) -> Result<()> {
     let cases = "test --release --package cuda-vmm --features simulator --test random_operations";
     workspace.cargo(cases).run()?;

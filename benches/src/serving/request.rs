@@ -51,8 +51,7 @@ fn ramp(peak: u32) -> impl Iterator<Item = u32> {
     (0..=peak).chain((1..peak).rev())
 }
 
-/// This many models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes as many
-/// seconds as the peak has requests a second.
+/// Models with a ramp each, which begin 2.25 ramp-ups apart; a ramp-up takes `peak` seconds.
 pub fn staggered_ramps(models: u32, peak: u32, phase: u64) -> Vec<Vec<Request>> {
     let apart_ns = u64::from(peak) * SECOND_NS * 9 / 4;
     let ramp = |model| paced(model * apart_ns, phase, ramp(peak));

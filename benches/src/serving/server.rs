@@ -4,11 +4,10 @@
 //! are processes, between which the card switches in time slices; as steps are alike, turns give
 //! each the same share.
 //!
-//! Each engine schedules by iterations, as in Orca and vLLM: sequences come and go between any two
-//! steps. A step has all sequences that run, and the prompts whose blocks fit, whole, in the order
-//! in which they came. If a sequence finds no block for its next token, the one admitted last is
-//! preempted: its blocks are freed, and it waits at the front to have all its tokens computed
-//! again.
+//! Each engine schedules by iterations, as Orca and vLLM do: a step has all sequences that run, and
+//! the prompts whose blocks fit, whole, in the order in which they came. If a sequence finds no
+//! block for its next token, the one admitted last is preempted: its blocks are freed, and it waits
+//! at the front to have all its tokens computed again.
 
 use super::memory::{Memory, blocks_of};
 use super::request::Request;

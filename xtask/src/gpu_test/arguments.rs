@@ -95,8 +95,7 @@ fn known_words(text: &str) -> Result<Words, String> {
 }
 
 impl Arguments {
-    /// The rows for a machine with this many GPUs, `None` if none answers; an error if there are
-    /// none.
+    /// The rows for this many GPUs, `None` if none answers; an error if there are none.
     pub fn select(&self, gpus: Option<u32>) -> Result<Vec<Cell>, Usage> {
         let devices = self.devices.unwrap_or(if gpus == Some(1) { 1 } else { 2 });
         let cells = self.cells(devices);

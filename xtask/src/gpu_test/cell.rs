@@ -10,12 +10,10 @@ use strum::{Display, EnumIter, EnumString};
 
 const ROWS: &str = include_str!("rows.csv");
 /// The driver under the tests.
-#[derive(
-    Clone, Copy, Debug, Display, EnumIter, EnumString, PartialEq, Eq, PartialOrd, Ord, Hash,
-)]
-#[strum(serialize_all = "kebab-case")]
-#[derive(Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[derive(Display, EnumIter, EnumString)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Driver {
     /// NVIDIA's, with a GPU behind it.
     Real,
@@ -56,8 +54,7 @@ pub struct Program {
     pub name: &'static str,
 }
 
-/// The programs of a bundle that are no tests: those that run, those that measure pools, and tensors
-/// and caches with Candle on CUDA devices, and this one.
+/// The programs of a bundle that are no tests, this one among them.
 pub const DEMO: Program = other(CORE, "example", "demo");
 pub const GENERATE: Program = other(FACADE, "example", "generate");
 pub const TWO_MODELS: Program = other(FACADE, "example", "two_models");
@@ -107,8 +104,7 @@ pub struct Cell {
     pub name: &'static str,
     pub driver: Driver,
     pub devices: u32,
-    /// The size of the pools' pages, or the device's own granularity, whatever it is; that of
-    /// NVIDIA's present GPUs is 2 MiB.
+    /// The size of the pools' pages, or the device's own granularity, whatever it is.
     pub page: &'static str,
     /// The kind of Candle device, for the facade only: a CUDA device that works on the default stream
     /// or on one of its own, or the CPU device, of which there is one.

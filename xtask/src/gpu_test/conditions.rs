@@ -150,8 +150,7 @@ pub struct Libraries {
 }
 
 impl Libraries {
-    /// Looks for `names` in `LD_LIBRARY_PATH`, below `/usr/local`, among the Python packages, and where
-    /// the dynamic loader looks by itself.
+    /// Looks in `LD_LIBRARY_PATH`, `/usr/local`, Python packages, and where the loader itself does.
     pub fn find(names: &[String]) -> Self {
         if names.is_empty() {
             return Self::default();

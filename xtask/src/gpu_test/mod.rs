@@ -6,7 +6,6 @@ mod build;
 mod bundle;
 mod cell;
 mod conditions;
-mod process;
 mod report;
 mod runner;
 mod stand_ins;
@@ -91,8 +90,7 @@ pub fn run_bundle(asked: &InBundle) -> Result<u8> {
     run_rows(arguments, runner, &manifest, beside, command)
 }
 
-/// Runs the rows, prints and writes what came of them, and returns the exit code. The report goes
-/// `beside` if `$OUT` names no folder; `command` is what one types.
+/// Runs and reports the rows, and returns the exit code. The report goes to `$OUT` or `beside`.
 fn run_rows(
     arguments: &Arguments,
     mut runner: Runner,

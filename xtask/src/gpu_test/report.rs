@@ -99,9 +99,8 @@ impl<'a> Report<'a> {
 
     pub fn markdown(&self) -> Result<String, minijinja::Error> {
         let logs = self.failures().filter(|row| !row.log.is_empty());
-        let logs = logs
-            .map(|row| (row.cell.name, end_of(&row.log)))
-            .collect_vec();
+        let log = |row: &Row| (row.cell.name, end_of(&row.log));
+        let logs = logs.map(log).collect_vec();
         let (counts, remark) = (self.counts(), &self.remark);
         let mut templates = Environment::new();
         templates.add_filter("cell", cell);
@@ -185,16 +184,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_log_is_cut_at_its_beginning() {
+    fn a_long_log_is_cut_at_its_beginning_and_a_note_cannot_break_the_table() {
         assert_eq!(end_of("one\ntwo\n"), "one\ntwo");
         let log: String = (0..=LOG_LINES).map(|line| format!("{line}\n")).collect();
         let end = end_of(&log);
         assert!(end.starts_with("(1 lines left out)\n1\n"), "{end}");
         assert!(end.ends_with(&format!("\n{LOG_LINES}")), "{end}");
-    }
-
-    #[test]
-    fn a_note_cannot_break_the_table() {
         assert_eq!(cell("a|b\nc"), "a\\|b c");
     }
 }

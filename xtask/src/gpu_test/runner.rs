@@ -1,21 +1,24 @@
-//! Runs rows: the programs of a cell, one after another, and judges them.
+//! Runs rows: the programs of a cell, one after another and for a limited time, and judges them.
 
 use super::cell::{Cell, Driver, Program, Programs, State};
 use super::conditions::{Conditions, SANITIZER_ERRORS};
-use super::process;
 use super::report::{self, Row};
 use crate::files::matching;
 use crate::tests::{self as tally, Counts};
 use anyhow::{Context, Result};
 use fs_err as fs;
 use itertools::Itertools;
-use std::collections::BTreeMap;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use strum::IntoEnumIterator;
+use wait_timeout::ChildExt;
 
 /// How tests of the facade begin that launch kernels, which simulated devices do not have.
 pub const KERNELS: &str = "kernels::";
@@ -47,7 +50,8 @@ impl Runner {
     /// Runs `cells`: those of the real driver one after another, beside them two at a time of the
     /// simulated driver. Returns the rows in this order, without those that an interrupt cuts off.
     pub fn run(&self, cells: &[Cell]) -> Result<Vec<Row>> {
-        process::heed_interrupts()?;
+        // An interrupt stops the processes that run, and lets no other start; this one goes on.
+        ctrlc::set_handler(interrupt).context("no handler for interrupts could be set")?;
         fs::create_dir_all(&self.folder)?;
         let work = tempfile::tempdir_in(&self.folder).context("making a folder")?;
         let queue = |driver| {
@@ -61,8 +65,8 @@ impl Runner {
             while let Some(cell) = next() {
                 // A machine that fails at files fails the whole run, and the other rows with it.
                 let row = self.row(cell, work.path());
-                let row = row.inspect_err(|_| process::interrupt())?;
-                if process::is_interrupted() {
+                let row = row.inspect_err(|_| interrupt())?;
+                if running().is_none() {
                     break;
                 }
                 report::print_row(&row);
@@ -115,7 +119,7 @@ impl Runner {
         command.current_dir(folder.path()).stdin(Stdio::null());
         command.stdout(output.try_clone()?).stderr(output);
         let seconds = self.limit_seconds + cell.stress_seconds(self.stress_seconds);
-        let end = process::run(&mut command, Duration::from_secs(seconds));
+        let end = run_for(&mut command, Duration::from_secs(seconds));
 
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tally::count(&text);
@@ -208,4 +212,45 @@ fn failure(status: ExitStatus, cell: &Cell, counts: Counts) -> String {
 fn sanitizer_summary(text: &str) -> Option<&str> {
     let mut lines = text.lines().rev();
     lines.find_map(|line| line.find("ERROR SUMMARY").map(|start| line[start..].trim()))
+}
+
+/// The processes that run now; nothing once an interrupt came.
+static RUNNING: Mutex<Option<BTreeSet<u32>>> = Mutex::new(Some(BTreeSet::new()));
+
+fn running() -> MutexGuard<'static, Option<BTreeSet<u32>>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn interrupt() {
+    running().take().into_iter().flatten().for_each(stop_group);
+}
+
+/// Runs `command` in a process group of its own; no status if it was stopped at the `limit`.
+///
+/// It must write to files only: a pipe would stay open while a process that it left behind lives.
+fn run_for(command: &mut Command, limit: Duration) -> Result<Option<ExitStatus>> {
+    let mut child = {
+        // An interrupt in between would miss the new process.
+        let mut running = running();
+        let running = running.as_mut().context("interrupted")?;
+        let child = command.process_group(0).spawn();
+        let program = command.get_program().display();
+        let child = child.with_context(|| format!("{program} could not be started"))?;
+        running.insert(child.id());
+        child
+    };
+    let end = child.wait_timeout(limit).and_then(|end| {
+        if end.is_none() {
+            stop_group(child.id());
+            child.wait()?;
+        }
+        Ok(end)
+    });
+    running().as_mut().map(|it| it.remove(&child.id()));
+    Ok(end?)
+}
+
+/// Kills the process group that this process leads. One that has ended is none of our concern.
+fn stop_group(process: u32) {
+    let _ = killpg(Pid::from_raw(process as i32), Signal::SIGKILL);
 }

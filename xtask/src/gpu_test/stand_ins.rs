@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn symbols_go_to_the_library_that_has_them() {
+    fn symbols_are_told_apart_by_library_and_kind() {
         let symbols = "cuda cuMemCreate; cublas cublasSgemm_v2; cublasLt cublasLtMatmul; \
             curand curandCreateGenerator; nvrtc nvrtcVersion; cudart cudaMalloc; \
             cudart __cudaRegisterFunction;  custom;  curl_easy_init;  memcpy";
@@ -158,10 +158,6 @@ mod tests {
             let (library, symbol) = pair.split_once(' ').unwrap();
             assert_eq!(owner(symbol), library, "{symbol}");
         }
-    }
-
-    #[test]
-    fn symbols_are_of_one_kind() {
         let text = "libx.rlib[x.o]:\ncuInit U         \ncuLocal T 0 0\nmemcpy U\ncuInit U\n";
         assert_eq!(listed(text, "U"), BTreeSet::from(["cuInit".to_owned()]));
         assert_eq!(listed(text, "T"), BTreeSet::from(["cuLocal".to_owned()]));

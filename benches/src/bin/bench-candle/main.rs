@@ -2,14 +2,13 @@
 
 // The decoder is the one of the facade's example, which also reads what is not needed here.
 #[allow(dead_code)]
-#[path = "../../../../crates/candle-cuda-vmm/examples/generate/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "../../../../crates/candle-cuda-vmm/examples/generate/model.rs"]
-mod model;
-#[allow(dead_code)]
-#[path = "../../../../crates/candle-cuda-vmm/examples/generate/weights.rs"]
-mod weights;
+#[path = "../../../../crates/candle-cuda-vmm/examples/generate"]
+mod generate {
+    pub mod config;
+    pub mod model;
+    pub mod weights;
+}
+use generate::{config, model, weights};
 
 mod machine;
 mod work;

@@ -45,8 +45,7 @@ pub fn hold(quick: bool) -> Result<Ramps> {
     contests.collect()
 }
 
-/// Tells what was published, and the peak at which the static split is the farthest behind. Returns
-/// whether that one is to be judged.
+/// Tells what was published, and the best peak; returns whether that one is to be judged.
 pub fn tell(ramps: &Ramps, outcome: &mut Outcome) -> Result<bool> {
     for (point, Contest { name, .. }) in ramps {
         let published = [("static", point.static_ms), ("KVCached", point.elastic_ms)];

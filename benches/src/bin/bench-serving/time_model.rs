@@ -53,16 +53,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_prompt_tokens_take_as_long_as_reading_the_weights() {
+    fn few_prompt_tokens_take_as_long_as_the_weights_and_decode_steps_grow_with_sequences() {
         assert_eq!(prompt_ns(0), 0);
         assert_eq!(prompt_ns(1) / 1000, 7_876);
         assert_eq!(prompt_ns(76), prompt_ns(1));
         assert_eq!(prompt_ns(256) / 1000, 26_354);
         assert_eq!(prompt_ns(512) / 1000, 52_709);
-    }
-
-    #[test]
-    fn a_decode_step_grows_with_its_sequences() {
         let model = TimeModel {
             step_ns: 1000,
             sequence_ns: 10,

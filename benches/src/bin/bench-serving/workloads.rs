@@ -88,8 +88,7 @@ const STEP_NS: u64 = 50_000_000;
 /// One block in this many stays live.
 const LIVE_EVERY: usize = 1000;
 
-/// When one model has filled the pool and frees all except a few blocks here and there, how long it
-/// takes until the other has all that is free, in nanoseconds.
+/// The nanoseconds until a model has all that another, which filled the pool, frees of it.
 fn hand_back(pool: Pool) -> Result<f64> {
     let mut memory = pool.memory(2, SHARED_TOKENS)?;
     let (busy, needy) = (0, 1);

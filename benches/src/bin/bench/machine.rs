@@ -18,8 +18,7 @@ pub struct Machine {
     pub page_bytes: usize,
     pub settings: Settings,
     pub replay: Replay,
-    /// The device, with its context current on this thread. It goes last, for its driver stands
-    /// behind the one that notes.
+    /// The device, current on this thread. It is last, as its driver is behind the noting one.
     pub device: Device,
 }
 

@@ -130,18 +130,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_real_driver_is_meant_unless_told() {
+    fn the_real_driver_and_a_window_of_two_ramps_are_meant_unless_told() {
         let arguments = Arguments::parse_from(["bench"]);
         assert_eq!(arguments.driver, Choice::Real);
         assert_eq!(arguments.settings().rounds, 200);
         let arguments = Arguments::parse_from(["bench", "--driver", "simulated", "--rounds", "1"]);
         assert_eq!(arguments.driver, Choice::Simulated);
-        assert_eq!(arguments.settings().rounds_min, 1);
+        assert_eq!(arguments.settings().rounds_min(), 1);
         assert!(Arguments::try_parse_from(["bench", "--rounds", "0"]).is_err());
-    }
 
-    #[test]
-    fn the_window_holds_two_ramps_unless_told() {
         let replay = Arguments::parse_from(["bench"]).replay;
         assert_eq!(replay.window_s(), (8.0, 68.0));
         assert_eq!(replay.step_time(0, 0), Duration::ZERO);

@@ -1,8 +1,7 @@
 //! Work for a stream, as a program that serves models queues it: a kernel that writes bytes as fast
 //! as the memory takes them, and so stands for a model's compute.
 //!
-//! A memset of the driver's would not do: it looks its addresses up when it is called, and so waits
-//! while another thread maps. A kernel's launch does not.
+//! A memset would look its addresses up when it is called, and so wait while another thread maps.
 
 use crate::bare::{Plain, call};
 use crate::machine::Machine;
@@ -13,8 +12,7 @@ use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
 use std::time::{Duration, Instant};
 
-/// Generated from the `.cu` beside it, so that no build needs a CUDA compiler. `cargo xtask test
-/// --cuda` keeps the two in step.
+/// Generated from the `.cu` beside it; `cargo xtask test --cuda` keeps the two in step.
 const PTX: &str = include_str!("traffic.ptx");
 const VECTOR_BYTES: usize = 16;
 /// As many as keep all of a large GPU's memory busy.

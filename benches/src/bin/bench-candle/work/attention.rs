@@ -26,8 +26,7 @@ fn floor_us(keys: usize) -> f64 {
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let scale = 1.0 / (HEAD_DIM as f32).sqrt();
     let random = |heads: usize, tokens: usize| {
-        let shape = (1, tokens, heads, HEAD_DIM);
-        Tensor::randn(0f32, 1.0, shape, &machine.candle)?
+        Tensor::randn(0f32, 1.0, (1, tokens, heads, HEAD_DIM), &machine.candle)?
             .to_dtype(DTYPE)?
             .transpose(1, 2)
     };

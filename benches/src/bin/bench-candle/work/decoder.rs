@@ -27,8 +27,7 @@ const ROUNDS: [usize; 2] = [25, 2];
 const PART: usize = 512;
 const SEED: u64 = 0;
 
-/// The most tokens that a decoder's caches have. Both attentions generate in every round, the one
-/// that warms up among them, and each is given one token more.
+/// The most tokens of a decoder: both attentions generate in each round, and one token more.
 const fn tokens_max(size: usize) -> usize {
     CONTEXT[size] + 2 * (ROUNDS[size] + 1) * (GENERATED[size] + 1)
 }

@@ -195,15 +195,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_of_the_table_takes_128_kib() {
-        assert_eq!(token_bytes(32), 128 << 10);
-        assert_eq!(token_bytes(32) * 131_072, 16 << 30);
-    }
-
-    #[test]
-    fn an_eighth_more_is_allowed_from_a_gibibyte_on() {
+    fn a_token_takes_128_kib_and_an_eighth_more_is_allowed_from_a_gibibyte_on() {
         const PAGE: usize = 2 << 20;
         const GIB: usize = 1 << 30;
+        assert_eq!(token_bytes(32), 128 << 10);
+        assert_eq!(token_bytes(32) * 131_072, 16 << 30);
         assert_eq!(allowed_bytes(0, PAGE), (64 * PAGE) as f64);
         assert_eq!(allowed_bytes(GIB - 8, PAGE), (GIB - 8 + 64 * PAGE) as f64);
         let more = GIB + GIB / 8 + 64 * PAGE;

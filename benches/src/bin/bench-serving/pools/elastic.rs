@@ -35,8 +35,7 @@ pub struct Elastic {
 }
 
 impl Elastic {
-    /// A pool with a budget in blocks for this many models. `share_bytes` are parked at most, and
-    /// made ahead for all models together.
+    /// A pool of `limit` blocks. `share_bytes` are parked at most, and made ahead for all together.
     pub fn new(
         limit: usize,
         models: usize,

@@ -54,8 +54,7 @@ impl<'a> Ranges<'a> {
             pools.push(pool);
         }
         if manner == Manner::Ahead {
-            // A page less for each range whose first page was made ahead before it was taken: so
-            // little is not made again.
+            // A page less for each range whose first was made ahead: so little is not made again.
             watch(&engine, "memory to be made ahead", |stats| {
                 let least_bytes = ranges * (PAGES_AHEAD - 1) * page_bytes;
                 stats.parts.filling_bytes == 0 && stats.parts.ahead_bytes >= least_bytes
