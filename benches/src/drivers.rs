@@ -125,11 +125,11 @@ pub fn noted_calls<T>(act: impl FnOnce() -> T) -> (T, Vec<Call>) {
 
 /// A driver whose functions do nothing, but some write one value to their first argument.
 macro_rules! define_no_op_table {
-    ($($name:ident($written:ty $(, $argument:ident: $type:ty)*) = $value:expr;)*) => {
+    ($($name:ident($written:ty $(, $given:ident: $type:ty)*) = $value:expr;)*) => {
         #[allow(non_snake_case)]
         fn no_op_table() -> DriverTable {
             $(
-                unsafe extern "C" fn $name(place: *mut $written $(, $argument: $type)*) -> CUresult {
+                unsafe extern "C" fn $name(place: *mut $written $(, $given: $type)*) -> CUresult {
                     let value: $written = $value;
                     // SAFETY: the caller passes a valid place, as CUDA's contract asks.
                     unsafe { *place = value };

@@ -35,9 +35,9 @@ fn packages(workspace: &Workspace) -> PathBuf {
 
 /// Packs every library, and unpacks it into a folder of its own.
 ///
-/// Cargo's own verification is left out: it takes siblings from an overlay whose unpacked sources it
-/// keeps in cargo's home, stale once a crate changes under the same version. The consumers build what
-/// was packed instead.
+/// Cargo's own verification is left out: it takes siblings from unpacked sources that it keeps in
+/// cargo's home, stale once a crate changes under the same version. The consumers build what was
+/// packed instead.
 pub fn pack(workspace: &Workspace) -> Result<()> {
     let names = workspace.libraries().flat_map(|it| ["--package", &it.name]);
     let package = workspace.cargo("package --no-verify --allow-dirty");
@@ -137,7 +137,7 @@ impl Published {
     }
 
     /// Copies Candle, with a constant by which a program can tell it from the registry's. Its
-    /// `Device::new_cuda` returns the CPU device, so that programs which want a GPU run without one.
+    /// `Device::new_cuda` returns the CPU device, so programs that want a GPU run without one.
     fn copy_candle_to(&self, packages: &Path) -> Result<()> {
         for name in ["candle-core", "candle-nn"] {
             let folder = packages.join(format!("{name}-{CANDLE}"));

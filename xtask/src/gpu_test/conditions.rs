@@ -109,7 +109,7 @@ pub fn compile_probe(shell: &Shell, folder: &Path) -> Result<PathBuf> {
     Ok(program)
 }
 
-/// Runs the probe. Without a driver or a GPU, rows are skipped; a driver that fails is their failure.
+/// Runs the probe. Without a driver or a GPU, rows are skipped; a driver that fails fails them.
 pub fn ask_probe(program: &Path) -> Result<Answer> {
     let output = Command::new(program).output();
     let output = output.with_context(|| format!("{} does not start", program.display()))?;

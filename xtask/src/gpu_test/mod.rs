@@ -135,7 +135,7 @@ fn run_rows(
     })
 }
 
-/// Builds the programs as `gpu-test` does and runs them on each kind of CUDA device that Candle has.
+/// Builds programs as `gpu-test` does, and runs them on each kind of CUDA device of Candle.
 pub fn without_gpu(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     kernels::check(workspace)?;

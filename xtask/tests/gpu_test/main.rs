@@ -187,7 +187,7 @@ impl Case {
     }
 }
 
-/// Packs a bundle as one is packed, this project's own `xtask` in it, and returns a command that runs
+/// Packs a bundle as one is packed, with this project's own `xtask`. Returns a command that runs
 /// its script where there is neither cargo nor a workspace.
 fn script<'a>(shell: &'a Shell, bundle: &Path, packed: &Path) -> Cmd<'a> {
     shell.copy_file(XTASK, bundle.join("bin/xtask")).unwrap();
