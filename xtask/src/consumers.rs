@@ -65,7 +65,8 @@ pub fn pack(workspace: &Workspace) -> Result<()> {
 const RECORDED: &str = "xtask/consumers/packages.csv";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Counts what each user gets, and fails if it differs from the record, which a change renews.
+/// Counts the packages that each user gets, with what only the build needs, and prints them beside
+/// what is recorded. Fails if one differs: a change that adds one records the new number.
 fn count_packages(workspace: &Workspace) -> Result<()> {
     let (mut rows, mut differing) = (Vec::new(), Vec::new());
     for row in csv::Reader::from_path(workspace.root.join(RECORDED))?.into_deserialize() {

@@ -104,7 +104,8 @@ pub struct Cell {
     pub name: &'static str,
     pub driver: Driver,
     pub devices: u32,
-    /// The size of the pools' pages, or the device's own granularity, whatever it is.
+    /// The size of the pools' pages, or the device's own granularity, whatever it is; that of
+    /// NVIDIA's present GPUs is 2 MiB.
     pub page: &'static str,
     /// The kind of Candle device, for the facade only: a CUDA device that works on the default stream
     /// or on one of its own, or the CPU device, of which there is one.

@@ -81,21 +81,11 @@ pub fn run() -> Result<()> {
     let steps = around(coarse.step_ns, COARSE[0]);
     let sequences = around(coarse.sequence_ns, COARSE[1]);
     let best = search(&ramps, [steps, sequences], FINE)?;
-    println!(
-        "{:?}, sum of squared logarithms {:.3}",
-        best.time, best.error
-    );
-    for (
-        (
-            Point {
-                peak, static_ms, ..
-            },
-            _,
-        ),
-        ms,
-    ) in ramps.iter().zip(&best.p99_ms)
-    {
-        println!("  peak {peak}: {ms:.0} ms, published {static_ms:.0} ms");
+    let (time, error) = (best.time, best.error);
+    println!("{time:?}, sum of squared logarithms {error:.3}");
+    for ((point, _), ms) in ramps.iter().zip(&best.p99_ms) {
+        let (peak, published) = (point.peak, point.static_ms);
+        println!("  peak {peak}: {ms:.0} ms, published {published:.0} ms");
     }
     Ok(())
 }
