@@ -171,7 +171,7 @@ fn main() -> Result<ExitCode> {
     let group = criterion.benchmark_group("bookkeeping");
     let outcome = Outcome::default();
     let mut benches = Benches { group, outcome };
-    run(&mut benches, &no_op_driver().device(0)?)?;
+    run(&mut benches, &no_op_driver(true).device(0)?)?;
     benches.group.finish();
     match std::env::args().skip(1).eq(["--bench"]) {
         true => judge(benches.outcome),

@@ -65,7 +65,7 @@ impl Filling {
 pub fn bookkeeping_memory() -> Result<Vec<Filling>> {
     const CAPACITY: usize = 128 << 30;
     const PAGES: usize = CAPACITY / GRANULARITY;
-    let device = no_op_driver().device(0)?;
+    let device = no_op_driver(true).device(0)?;
     HELD_BYTES.store(0, Ordering::Relaxed);
     COUNTING.store(true, Ordering::Relaxed);
     let pool = VirtualMemoryPool::new(&device, CAPACITY, GRANULARITY)?;

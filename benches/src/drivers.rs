@@ -164,9 +164,17 @@ define_no_op_table! {
 /// The next free address, and the next handle.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// A driver of one device with 1 TiB, whose calls return success and do nothing.
-pub fn no_op_driver() -> Driver {
+/// A driver of one device with 1 TiB, whose calls return success and do nothing. Either all work is
+/// over at once, or none ever is.
+pub fn no_op_driver(work_ends: bool) -> Driver {
+    unsafe extern "C" fn is_not_over(_event: CUevent) -> CUresult {
+        CUDA_ERROR_NOT_READY
+    }
+    let mut table = no_op_table();
+    if !work_ends {
+        table.cuEventQuery = is_not_over;
+    }
     // SAFETY: the functions are static and write nothing except the values above; no memory is
     // behind the addresses, and nothing here touches any.
-    unsafe { Driver::from_table(no_op_table(), DriverKind::Simulated) }.expect("no call fails")
+    unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
 }

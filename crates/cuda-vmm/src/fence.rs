@@ -117,6 +117,12 @@ impl Fence {
         self.stream.as_ref().is_some_and(is_it)
     }
 
+    /// The address of the stream that it was recorded on. It names no other stream while the fence
+    /// lives.
+    pub(crate) fn stream_address(&self) -> Option<usize> {
+        self.stream.as_ref().map(|own| own.as_ptr().addr())
+    }
+
     pub(crate) fn raw(&self) -> CUevent {
         self.event
     }

@@ -131,7 +131,7 @@ impl RangeHandle {
             return Ok(ControlFlow::Break(Left::Nothing));
         };
         let parts = range.pages.parts();
-        let retires = !range.pages.in_state(ChunkState::Retiring).is_empty();
+        let retires = range.pages.any_in_state(ChunkState::Retiring);
         let is_worked_on = parts.retiring_bytes > 0 || range.pages.is_worked_on();
         // Another thread may have seen just now that more is past.
         let has_spare = range.spare_parked_bytes() + parts.ahead_bytes > 0;

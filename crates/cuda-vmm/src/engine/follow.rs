@@ -63,10 +63,9 @@ impl Entry {
 
     /// Those of the streams that do not come after the fences yet.
     fn strangers<'a>(&'a self, streams: &'a [(u64, Named)]) -> impl Iterator<Item = &'a Named> {
-        let fences = self.fences().map_or(&[][..], |fences| fences.as_slice());
         let rest = streams.iter().filter(|(at, _)| *at >= self.followers);
         let rest = rest.map(|(_, named)| named);
-        rest.filter(move |named| fences.iter().any(|fence| !fence.is_on(named.handle())))
+        rest.filter(|named| !self.is_on(named.handle()))
     }
 }
 

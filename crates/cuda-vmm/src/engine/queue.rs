@@ -3,6 +3,7 @@
 use super::books::range_id::RangeId;
 use super::users::Users;
 use crate::capture::NoCapture;
+use crate::stream::Handle;
 use crate::sync::Arc;
 use crate::{CaptureGuard, Device, Fence, Result};
 use core::ops::Range;
@@ -119,6 +120,8 @@ pub(crate) struct Entry {
     /// How many are in it.
     left: usize,
     pub(crate) until: Until,
+    /// The address of the stream that its only fence is on, so that most need not look further.
+    only_on: Option<usize>,
     /// How much of it is overwritten by then, in bytes.
     scrubbed_bytes: usize,
     /// The streams of the range whose namings have smaller numbers than this come after the fences.
@@ -185,12 +188,20 @@ impl Queue {
             self.unsynchronised.insert(id);
         }
         self.scrubbing_bytes += scrubbed_bytes;
+        let only_on = match &until {
+            Until::Fences(fences) => match &fences[..] {
+                [only] => only.stream_address(),
+                _ => None,
+            },
+            Until::Synchronised => None,
+        };
         let entry = Entry {
             id,
             range,
             left: chunks.len(),
             chunks,
             until,
+            only_on,
             scrubbed_bytes,
             followers: 0,
             followed: false,
@@ -341,6 +352,15 @@ impl Queue {
 }
 
 impl Entry {
+    /// Whether its fences are all on this stream, if they are fences.
+    pub(crate) fn is_on(&self, stream: &Arc<Handle>) -> bool {
+        match (&self.until, self.only_on) {
+            (Until::Fences(_), Some(address)) => address == Arc::as_ptr(stream).addr(),
+            (Until::Fences(fences), None) => fences.iter().all(|fence| fence.is_on(stream)),
+            (Until::Synchronised, _) => true,
+        }
+    }
+
     /// Its fences, if chunks come back when they are past.
     fn returns(&self) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         match &self.until {

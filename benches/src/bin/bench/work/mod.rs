@@ -37,8 +37,7 @@ pub const ALL: &[Work<Machine>] = &[
     ("bookkeeping", limits::bookkeeping),
     ("scale: a refusal is remembered", scale::remembered),
     ("scale: a range is closed", scale::closed),
-    ("scale: a sequence ends", scale::sequence_ended),
-    ("scale: a pool is dropped", scale::pool_dropped),
+    ("scale: ranges are dropped", scale::dropped),
     ("scale: a page is taken back", scale::taken_back),
-    ("scale: leases end", scale::leases_end),
+    ("scale: parts are leased", scale::leased),
 ];

@@ -134,6 +134,11 @@ impl<M> Pages<M> {
         self.counts.maybe_parked().next()
     }
 
+    /// Whether any chunk is in this state.
+    pub(crate) fn any_in_state(&self, state: ChunkState) -> bool {
+        self.counts.pages(state) > 0
+    }
+
     /// First pages of the chunks in this state. Walks all chunks: for rare states.
     pub(crate) fn in_state(&self, state: ChunkState) -> Vec<usize> {
         if self.counts.pages(state) == 0 {
