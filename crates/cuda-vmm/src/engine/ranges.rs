@@ -5,8 +5,9 @@
 //! freed under the range's lock alone, so models that do so write to no cache line in common.
 
 use super::books::account::AccountId;
+use super::books::comes_back::ComesBack;
 use super::books::range_id::RangeId;
-use super::books::tally::{ComesBack, Fact, Tally};
+use super::books::tally::{Fact, Tally};
 use super::range::{Range, Remains};
 use super::scope::Scope;
 use super::slot::{Changed, RangeLock, Slot};

@@ -4,7 +4,7 @@
 
 use crate::machine::Machine;
 use anyhow::{Context, Result, ensure};
-use cuda_vmm::{Account, Driver, Engine, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
+use cuda_vmm::{Account, Engine, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::{GRANULARITY as PAGE, Outcome, Sides, no_op_driver, time};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,16 +12,19 @@ use std::{fs, thread};
 
 /// How many times a sample does what takes less than the clock can tell.
 const TIMES: u32 = 32;
-/// Pages that retire, or are leased and freed.
-const MANY: usize = 20_000;
 
-fn engine(worker: WorkerMode) -> Result<Engine> {
-    engine_on(&no_op_driver(true), worker)
+/// As many as are named; a few where times mean nothing.
+fn scaled(machine: &Machine, count: usize) -> usize {
+    match machine.is_real() {
+        true => count,
+        false => (count / 20).max(10),
+    }
 }
 
-fn engine_on(driver: &Driver, worker: WorkerMode) -> Result<Engine> {
+fn engine(work_ends: bool, worker: WorkerMode) -> Result<Engine> {
+    let device = no_op_driver(work_ends).device(0)?;
     let options = EngineOptions::new().chunk_bytes_max(0).worker(worker);
-    Ok(Engine::new(&driver.device(0)?, options)?)
+    Ok(Engine::new(&device, options)?)
 }
 
 /// A range whose pages are live.
@@ -46,11 +49,12 @@ fn ranges(account: &Account, count: usize) -> Result<Vec<VirtualMemoryPool>> {
 /// A page that a model frees and takes while a refusal of another is remembered.
 pub fn remembered(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut sides = Sides::default();
-    for count in [10, 1_000, 10_000] {
-        let engine = engine(WorkerMode::Manual)?;
+    for named in [10, 1_000, 10_000] {
+        let count = scaled(machine, named);
+        let engine = engine(true, WorkerMode::Manual)?;
         let models = models(&engine, count)?;
         engine.set_limit_bytes(count * PAGE)?;
-        sides.add(&format!("{count} models"), move || {
+        sides.add(&format!("{named} models"), move || {
             let (first, last) = (&models[0], &models[count - 1]);
             ensure!(first.try_allocate(PAGE, PAGE).is_err(), "there was memory");
             let started = Instant::now();
@@ -69,10 +73,11 @@ pub fn remembered(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 /// Ranges that are closed beside others.
 pub fn closed(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut sides = Sides::default();
-    for count in [64, 4_096] {
-        let account = engine(WorkerMode::Manual)?.own_account()?;
+    for named in [64, 4_096] {
+        let count = scaled(machine, named);
+        let account = engine(true, WorkerMode::Manual)?.own_account()?;
         let others = ranges(&account, count)?;
-        sides.add(&format!("beside {count}"), move || {
+        sides.add(&format!("beside {named}"), move || {
             let account = others[0].account();
             let ranges = ranges(account, TIMES as usize)?;
             let ((), elapsed) = time(|| ranges.into_iter().try_for_each(|range| range.close()))?;
@@ -84,8 +89,8 @@ pub fn closed(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 
 /// A sequence of 64 ranges that ends while 64 are there, and 10,000 models that end together.
 pub fn dropped(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let account = engine(WorkerMode::Manual)?.own_account()?;
-    let _others = ranges(&account, 63 * 64)?;
+    let account = engine(true, WorkerMode::Manual)?.own_account()?;
+    let _others = ranges(&account, scaled(machine, 63 * 64))?;
     let drop_all = |ranges: Vec<VirtualMemoryPool>| {
         let started = Instant::now();
         drop(ranges);
@@ -95,41 +100,50 @@ pub fn dropped(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     sequences.add("sequence", || drop_all(ranges(&account, 64)?));
     outcome.measure(sequences, &machine.settings, machine.settings.rounds)?;
     all.add("models", || {
-        drop_all(models(&engine(WorkerMode::Manual)?, 10_000)?)
+        drop_all(models(
+            &engine(true, WorkerMode::Manual)?,
+            scaled(machine, 10_000),
+        )?)
     });
     outcome.measure(all, &machine.settings, 3)
 }
 
 /// A page that is taken back while others retire.
 pub fn taken_back(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let engine = engine_on(&no_op_driver(false), WorkerMode::Manual)?;
-    let pool = range(&engine.own_account()?, MANY)?;
+    let many = scaled(machine, 20_000);
+    let engine = engine(false, WorkerMode::Manual)?;
+    let pool = range(&engine.own_account()?, many)?;
     let free = |page: usize| pool.deallocate(page * PAGE, PAGE);
     let take = |page: usize| pool.try_allocate(page * PAGE, PAGE).map(drop);
-    (0..MANY).try_for_each(free)?;
+    (0..many).try_for_each(free)?;
     let mut sides = Sides::default();
     // A tenth of them, so that most retire all the time.
     sides.add("pages", || {
         // The first puts what was freed into the engine's queue.
         take(1)?;
-        let ((), elapsed) = time(|| (0..MANY).step_by(10).try_for_each(take))?;
-        (0..MANY).step_by(10).chain([1]).try_for_each(free)?;
-        Ok(elapsed / (MANY / 10) as u32)
+        let ((), elapsed) = time(|| (0..many).step_by(10).try_for_each(take))?;
+        (0..many).step_by(10).chain([1]).try_for_each(free)?;
+        Ok(elapsed / (many / 10) as u32)
     });
-    outcome.measure(sides, &machine.settings, machine.settings.rounds / 4)?;
+    outcome.measure(
+        sides,
+        &machine.settings,
+        machine.settings.rounds.div_ceil(4),
+    )?;
     let retiring_bytes = engine.stats().parts.retiring_bytes;
-    ensure!(retiring_bytes == MANY * PAGE, "some were over");
+    ensure!(retiring_bytes == many * PAGE, "some were over");
     Ok(())
 }
 
 /// A page of another range while the engine's thread lets leased parts go, and what that thread
 /// takes of a core while they are leased.
 pub fn leased(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let engine = engine(WorkerMode::Thread)?;
+    let many = scaled(machine, 20_000);
+    let engine = engine(true, WorkerMode::Thread)?;
     let other = range(&engine.own_account()?, 1)?;
     let lease = || {
-        let range = range(&engine.own_account()?, MANY)?;
-        let tokens: Vec<_> = (0..MANY).map(|_| Arc::new(())).collect();
+        let range = range(&engine.own_account()?, many)?;
+        let tokens: Vec<_> = (0..many).map(|_| Arc::new(())).collect();
         for (page, token) in tokens.iter().enumerate() {
             range.lease(page * PAGE, PAGE, token.clone())?;
             range.deallocate(page * PAGE, PAGE)?;

@@ -1,7 +1,7 @@
 //! One share of a budget: what it may hold, and what it is charged for.
 
+use super::comes_back::ComesBack;
 use super::holders::Holder;
-use super::tally::ComesBack;
 use crate::{QuotaConflict, Result, VmmError};
 
 /// Names an account.

@@ -1,10 +1,10 @@
 //! The budget of an engine, and what each account is charged for.
 
 use super::account::{Account, AccountId, Quota};
+use super::comes_back::ComesBack;
 use super::holders::Holders;
 use super::owner::Owner;
 use super::pressure::{self, Ticket, Want, Wants};
-use super::tally::ComesBack;
 use crate::{QuotaConflict, Result, VmmError};
 use std::collections::{BTreeMap, BTreeSet};
 

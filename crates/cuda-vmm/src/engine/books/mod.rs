@@ -11,6 +11,7 @@ pub(crate) mod account;
 pub(crate) mod backoff;
 pub(crate) mod cache;
 pub(crate) mod chunk_plan;
+pub(crate) mod comes_back;
 pub(crate) mod counters;
 pub(crate) mod cover;
 pub(crate) mod holders;

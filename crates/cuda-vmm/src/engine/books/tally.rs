@@ -4,6 +4,7 @@
 //! out by a walk: a range that was changed is looked at again, and the sums follow.
 
 use super::account::AccountId;
+use super::comes_back::ComesBack;
 use super::range_id::RangeId;
 use crate::MemoryParts;
 use std::collections::{BTreeMap, BTreeSet};
@@ -93,15 +94,6 @@ impl RangeLook {
             spare_bytes,
         }
     }
-}
-
-/// What of an account's memory comes back without its owner's doing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct ComesBack {
-    /// What retires, and what is given up if another account needs it, in bytes.
-    pub(crate) coming_bytes: usize,
-    /// What is given up if it is needed, in bytes.
-    pub(crate) spare_bytes: usize,
 }
 
 /// A look at each range of an engine, and the sums over them.
