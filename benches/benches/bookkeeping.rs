@@ -92,9 +92,8 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
         model.take_back(0).expect("parked");
         started.elapsed()
     };
-    benches.add("take back a parked page", |pages| {
-        in_rounds(pages, PARKED, take_back)
-    });
+    let take_all = |pages| in_rounds(pages, PARKED, take_back);
+    benches.add("take back a parked page", take_all);
     drop(model);
 
     // The time of one page stays as it is with one thread if threads do not disturb each other.
@@ -125,9 +124,8 @@ fn run(benches: &mut Benches, device: &Device) -> Result<()> {
         growing.deallocate(0, GRANULARITY).expect("live");
         elapsed
     };
-    benches.add("allocate a token in a live page", |tokens| {
-        in_rounds(tokens, TOKENS, grow)
-    });
+    let grow_all = |tokens| in_rounds(tokens, TOKENS, grow);
+    benches.add("allocate a token in a live page", grow_all);
 
     let shared = SharedMemoryPool::new(device, 1 << 40)?;
     let model = |number| {

@@ -33,10 +33,8 @@ pub const MEMORY_MANAGEMENT: [DriverFunction; 7] = [
 ];
 
 pub fn count_of(calls: &[Call], functions: &[DriverFunction]) -> usize {
-    let called = calls.iter().map(|(function, _)| function);
-    called
-        .filter(|function| functions.contains(function))
-        .count()
+    let is_one = |call: &&Call| functions.contains(&call.0);
+    calls.iter().filter(is_one).count()
 }
 
 static BEHIND: OnceLock<DriverTable> = OnceLock::new();

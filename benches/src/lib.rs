@@ -11,13 +11,11 @@ pub mod program;
 pub mod report;
 pub mod serving;
 mod sides;
-mod waiting;
 mod work;
 
 pub use counting::{Filling, bookkeeping_memory};
 pub use drivers::{GRANULARITY, MEMORY_MANAGEMENT, count_of};
 pub use drivers::{no_op_driver, noted_calls, noting_driver};
-pub use models::{ParkedModels, shared_models};
-pub use sides::{Settings, Sides, mean, quantile, time};
-pub use waiting::{step_until, watch};
+pub use models::{ParkedModels, shared_models, step_until, watch};
+pub use sides::{Settings, Sides, drop_time, mean, quantile, time};
 pub use work::{Outcome, Work};

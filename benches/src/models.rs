@@ -1,10 +1,10 @@
-//! Models of one shared pool, and threads that take back their parked pages at the same time.
+//! Models of one shared pool, threads that take back their parked pages at the same time, and
+//! waiting for what an engine does in the background.
 
-use crate::waiting::step_until;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use cuda_vmm::{
-    EngineOptions, PoolOptions, Quota, SharedMemoryPool, SharedPoolOptions, Stream,
-    VirtualMemoryPool, WorkerMode,
+    Engine, EngineOptions, EngineStats, PoolOptions, Quota, SharedMemoryPool, SharedPoolOptions,
+    Stream, VirtualMemoryPool, WorkerMode,
 };
 use std::hint::black_box;
 use std::panic::resume_unwind;
@@ -112,4 +112,31 @@ impl ParkedModels {
             Ok(model.stats().parts.parked_bytes == model.capacity_bytes())
         })
     }
+}
+
+/// For how long something may be waited for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Steps an engine until its numbers are as they should be; an error if that takes too long.
+pub fn step_until(
+    engine: &Engine,
+    what: &str,
+    mut is_so: impl FnMut(&EngineStats) -> Result<bool>,
+) -> Result<()> {
+    let started = Instant::now();
+    while !is_so(&engine.stats())? {
+        ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
+        engine.step();
+    }
+    Ok(())
+}
+
+/// Waits until an engine's own thread has its numbers as they should be; an error if it lasts.
+pub fn watch(engine: &Engine, what: &str, is_so: impl Fn(&EngineStats) -> bool) -> Result<()> {
+    let started = Instant::now();
+    while !is_so(&engine.stats()) {
+        ensure!(started.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::hint::spin_loop();
+    }
+    Ok(())
 }

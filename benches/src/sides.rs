@@ -113,6 +113,13 @@ pub fn time<T, E: Into<anyhow::Error>>(
     Ok((outcome, elapsed))
 }
 
+/// The time that it takes to drop a value.
+pub fn drop_time<T>(value: T) -> Duration {
+    let started = Instant::now();
+    drop(value);
+    started.elapsed()
+}
+
 /// The smallest value that this many of a thousand do not exceed; NaN if nothing was measured.
 pub fn quantile(samples: &[f64], per_mille: usize) -> f64 {
     let mut values = samples.to_vec();

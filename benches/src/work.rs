@@ -19,14 +19,13 @@ pub struct Outcome {
 impl Outcome {
     pub(crate) fn of<M>(work: Work<M>, machine: &M) -> Self {
         let mut outcome = Self::default();
-        if let Err(error) = work.1(machine, &mut outcome) {
-            let error = Some(format!("{error:#}"));
-            return Self {
-                error,
+        match work.1(machine, &mut outcome) {
+            Ok(()) => outcome,
+            Err(error) => Self {
+                error: Some(format!("{error:#}")),
                 ..Self::default()
-            };
+            },
         }
-        outcome
     }
 
     pub fn measure(&mut self, sides: Sides<'_>, settings: &Settings, rounds: usize) -> Result<()> {

@@ -32,9 +32,6 @@ pub struct Machine {
     is_small: bool,
 }
 
-/// Memory ahead of each tensor's end: two pages, so that no token waits for the driver.
-const AHEAD_BYTES: usize = 4 << 20;
-
 impl Machine {
     /// Opens what is asked for, and nothing else.
     pub fn open(place: Place, quick: bool) -> Result<Self> {
@@ -69,7 +66,8 @@ impl Machine {
     }
 
     pub fn pool_options(&self, is_contiguous: bool) -> TensorPoolOptions {
-        let options = TensorPoolOptions::new().ahead_bytes_max(AHEAD_BYTES);
+        // Two pages ahead of each tensor's end, so that no token waits for the driver.
+        let options = TensorPoolOptions::new().ahead_bytes_max(4 << 20);
         options.contiguous_output(is_contiguous)
     }
 

@@ -19,8 +19,6 @@ use cuda_vmm_benches::program::{self, Wanted};
 use machine::{Machine, Place};
 use std::process::ExitCode;
 
-const FIGURES: &str = include_str!("../../../figures/bench-candle.csv");
-
 /// Measures tensors and caches that grow on a GPU, beside Candle's own.
 ///
 /// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers;
@@ -45,7 +43,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.device == Place::Cuda;
     let open = || Machine::open(arguments.device, arguments.quick);
-    let work = (work::ALL, FIGURES);
+    let work = (work::ALL, include_str!("../../../figures/bench-candle.csv"));
     program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
         (&machine.device, machine.is_real())
     })

@@ -15,17 +15,12 @@ use std::ops::RangeInclusive;
 /// By how much the two constants, a step's and a sequence's, are apart in the grids, in nanoseconds.
 const COARSE: [usize; 2] = [2_000_000, 20_000];
 const FINE: [usize; 2] = [250_000, 5_000];
-/// Every phase of this many is tried.
-const PHASE_STEP: usize = 2;
 
-/// For each peak, variants of the requests of all models.
+/// For each peak, variants of the requests of all models: those of every second phase.
 type Ramps = [(Point, Vec<Vec<Vec<Request>>>)];
 
-struct Try {
-    error: f64,
-    time: TimeModel,
-    p99_ms: Vec<f64>,
-}
+/// The sum of squared logarithms, the constants that it comes of, and the p99 at each peak.
+type Try = (f64, TimeModel, Vec<f64>);
 
 /// The static curve with these constants.
 fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
@@ -42,11 +37,7 @@ fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
         error += (ms / point.static_ms).ln().powi(2);
         p99_ms.push(ms);
     }
-    Ok(Try {
-        error,
-        time,
-        p99_ms,
-    })
+    Ok((error, time, p99_ms))
 }
 
 fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) -> Result<Try> {
@@ -60,19 +51,16 @@ fn search(ramps: &Ramps, ranges: [RangeInclusive<u64>; 2], apart: [usize; 2]) ->
     });
     let tries = pairs.map(|time| attempt(ramps, time));
     let tries = tries.collect::<Result<Vec<_>>>()?.into_iter();
-    let best = tries.min_by(|one, other| one.error.total_cmp(&other.error));
+    let best = tries.min_by(|one, other| one.0.total_cmp(&other.0));
     best.context("an empty grid")
 }
 
 pub fn run() -> Result<()> {
-    let phases = || (0..PHASES).step_by(PHASE_STEP);
+    let phases = || (0..PHASES).step_by(2);
     let variants = |peak| phases().map(move |phase| staggered_ramps(MODELS, peak, phase));
-    let ramps = curves()?.into_iter().map(|point| {
-        let variants = variants(point.peak).collect();
-        (point, variants)
-    });
-    let ramps: Vec<_> = ramps.collect();
-    let coarse = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?.time;
+    let with_variants = |point: Point| (point, variants(point.peak).collect());
+    let ramps: Vec<_> = curves()?.into_iter().map(with_variants).collect();
+    let (_, coarse, _) = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?;
     // Around the best, as far as the coarse grid's step.
     let around = |value: u64, apart: usize| {
         let apart = apart as u64;
@@ -80,10 +68,9 @@ pub fn run() -> Result<()> {
     };
     let steps = around(coarse.step_ns, COARSE[0]);
     let sequences = around(coarse.sequence_ns, COARSE[1]);
-    let best = search(&ramps, [steps, sequences], FINE)?;
-    let (time, error) = (best.time, best.error);
+    let (error, time, p99_ms) = search(&ramps, [steps, sequences], FINE)?;
     println!("{time:?}, sum of squared logarithms {error:.3}");
-    for ((point, _), ms) in ramps.iter().zip(&best.p99_ms) {
+    for ((point, _), ms) in ramps.iter().zip(p99_ms) {
         let (peak, published) = (point.peak, point.static_ms);
         println!("  peak {peak}: {ms:.0} ms, published {published:.0} ms");
     }

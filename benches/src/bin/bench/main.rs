@@ -13,8 +13,6 @@ use machine::Machine;
 use std::process::ExitCode;
 use std::time::Duration;
 
-const FIGURES: &str = include_str!("../../../figures/bench.csv");
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Choice {
     /// NVIDIA's; without it nothing is measured.
@@ -119,7 +117,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     let may_be_absent = arguments.driver == Choice::Real;
     let open = || Machine::open(arguments);
-    let work = (work::ALL, FIGURES);
+    let work = (work::ALL, include_str!("../../../figures/bench.csv"));
     program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
         (&machine.device, machine.is_real())
     })

@@ -21,7 +21,6 @@ const BLOCK_TOKENS: usize = 16;
 const PINNED: usize = 100;
 /// Of this many sequences one goes on when the others end.
 const ONE_OF: usize = 8;
-const SEED: u64 = 7;
 
 /// Bytes over time as text: of many points some at equal distances, about 40, and the last.
 fn text(curve: &[(Duration, usize)]) -> String {
@@ -64,7 +63,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let prefix = allocator.allocate(PINNED)?;
     let pin = backing.pin(prefix.iter().copied())?;
     // Sequences of many lengths that grow side by side, so that their blocks are mixed.
-    let mut random = StdRng::seed_from_u64(SEED);
+    let mut random = StdRng::seed_from_u64(7);
     let mut length = || random.random_range(BLOCKS..=3 * BLOCKS);
     let lengths: Vec<_> = (0..sequence_count).map(|_| length()).collect();
     let mut sequences: Vec<Vec<BlockId>> = vec![Vec::new(); sequence_count];
@@ -114,15 +113,12 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let has_memory = in_use.all(|block| backing.is_backed(block));
     ensure!(has_memory, "a block in use has no memory");
     let left_bytes = backing.stats().committed_bytes;
+    let (live, cached, curve) = (live.len(), cached.len(), text(&curve));
+    let (evicted, moved) = (plan.evicted().len(), plan.moves().len());
+    let planned_ms = planned.as_secs_f64() * 1e3;
     let note = format!(
-        "{} blocks live, {PINNED} pinned, {} in the prefix cache before; planned in {:.1} ms; {} evicted, {} moved; \
-         committed: {}",
-        live.len(),
-        cached.len(),
-        planned.as_secs_f64() * 1e3,
-        plan.evicted().len(),
-        plan.moves().len(),
-        text(&curve)
+        "{live} blocks live, {PINNED} pinned, {cached} in the prefix cache before; \
+         planned in {planned_ms:.1} ms; {evicted} evicted, {moved} moved; committed: {curve}"
     );
     outcome.count("live and pinned", used_bytes as f64);
     outcome.count("committed before reclaiming", warm_bytes as f64);

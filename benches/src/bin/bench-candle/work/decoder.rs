@@ -81,17 +81,15 @@ impl<C: KvCache> Subject<C> {
 
 /// Against Candle's preallocated cache.
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    use Attention::{Gqa, Stock};
     const CONTIGUOUS: &str = "ElasticKvCache, contiguous answers, stock attention";
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
     let new = |is_contiguous| Subject::new(machine, &config, &machine.pool(is_contiguous)?);
     let (elastic, mut copying) = (&RefCell::new(new(false)?), new(true)?);
     let preallocated = &RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
     let mut sides = Sides::default();
-    sides.add(CONTIGUOUS, || copying.timed(machine, Attention::Stock));
-    let attentions = [
-        ("stock attention", Attention::Stock),
-        ("gqa", Attention::Gqa),
-    ];
+    sides.add(CONTIGUOUS, || copying.timed(machine, Stock));
+    let attentions = [("stock attention", Stock), ("gqa", Gqa)];
     for (name, attention) in attentions {
         sides.add(&format!("ElasticKvCache, {name}"), move || {
             elastic.borrow_mut().timed(machine, attention)

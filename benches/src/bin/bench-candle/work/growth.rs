@@ -60,8 +60,7 @@ fn in_turns<T>(
         step_peer()?;
     }
     let time = |step: &mut dyn FnMut() -> candle_core::Result<T>| {
-        let mean = machine.mean_time(stretch, step)?;
-        Ok(mean / parts as u32)
+        Ok(machine.mean_time(stretch, step)? / parts as u32)
     };
     let mut sides = Sides::default();
     sides.add(ours, || time(&mut step_ours));
@@ -77,10 +76,8 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, count) in lengths.into_iter().zip(counts) {
         let [ours, peer] = ["ours", "KvCache"].map(|whose| format!("{whose}, {length}"));
         let (sizes, layers) = ((stretch, count / stretch - 1, 0), machine.sized(LAYERS));
-        let (names, kinds) = (
-            [&*ours, &*peer],
-            (&machine.pool(false)?, &PreallocatedCaches),
-        );
+        let names = [&*ours, &*peer];
+        let kinds = (&machine.pool(false)?, &PreallocatedCaches);
         in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
         let note = format!(

@@ -5,8 +5,8 @@ use crate::machine::{Machine, range};
 use anyhow::Result;
 use cuda_vmm::sys::DriverFunction;
 use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
-use cuda_vmm_benches::{Outcome, Sides, noted_calls, time};
-use std::time::{Duration, Instant};
+use cuda_vmm_benches::{Outcome, Sides, drop_time, noted_calls, time};
+use std::time::Duration;
 
 const GIB: usize = 1 << 30;
 
@@ -85,12 +85,7 @@ pub fn deallocation(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     sides.add("ours, one stream named", || round(&named));
     sides.add("ours, no stream named", || round(&unnamed));
     sides.add("bare unmap and release", || range.release(&chunks));
-    sides.add("cuMemFree", || {
-        let memory = Plain::new(device, GIB)?;
-        let started = Instant::now();
-        drop(memory);
-        Ok(started.elapsed())
-    });
+    sides.add("cuMemFree", || Ok(drop_time(Plain::new(device, GIB)?)));
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 2)
 }
 

@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
 use cuda_vmm::Stream;
-use cuda_vmm::sys::DriverFunction;
+use cuda_vmm::sys::DriverFunction::{self, cuCtxRecordEvent, cuEventRecord};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS, Limits, Request, Served, Server};
 use cuda_vmm_benches::{MEMORY_MANAGEMENT, Outcome, count_of, noted_calls, watch};
 
@@ -19,10 +19,7 @@ const STEP_BYTES: usize = 16 << 30;
 const AHEAD_BYTES: usize = 64 * BLOCK_BYTES;
 /// What the blocks of all sequences together have at most.
 const BYTES: usize = SEQUENCES * TOKENS.div_ceil(BLOCK_TOKENS) as usize * BLOCK_BYTES;
-const RECORDS: [DriverFunction; 2] = [
-    DriverFunction::cuEventRecord,
-    DriverFunction::cuCtxRecordEvent,
-];
+const RECORDS: [DriverFunction; 2] = [cuEventRecord, cuCtxRecordEvent];
 const LIMITS: Limits = Limits {
     sequences_max: SEQUENCES,
     prompt_tokens_max: u32::MAX,
@@ -82,20 +79,17 @@ fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran>
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let traffic = Traffic::new(machine, &machine.stream)?;
     let plain = Plain::new(&machine.device, BYTES)?;
-    let (mut own, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut own, mut steps) = (Vec::new(), [Vec::new(), Vec::new()]);
     let settings = machine.settings.patient(4);
     for (_, side) in settings.turns(2, settings.rounds, 0) {
         let plain = [None, Some(&plain)][side];
         let (served, ..) = run(&machine.stream, &traffic, plain)?;
-        let steps = served.steps.into_iter().skip(1);
-        match plain {
-            Some(_) => without.extend(steps),
-            None => {
-                with.extend(steps);
-                own.extend(served.calls.into_iter().skip(1));
-            }
+        steps[side].extend(served.steps.into_iter().skip(1));
+        if plain.is_none() {
+            own.extend(served.calls.into_iter().skip(1));
         }
     }
+    let [with, without] = steps;
     let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second / 1e9);
     let mut note = format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s");
     if rate.is_infinite() {

@@ -114,7 +114,6 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let kernel = Kernel::load(machine.noted.device())?;
     let ranges = Ranges::new(&machine.noted, Manner::Ahead)?;
     let (ran, calls) = noted_calls(|| ranges.run(kernel, &mut Vec::new()));
-    let management = count_of(&calls, &MEMORY_MANAGEMENT);
-    outcome.count("VMM calls", management as f64);
+    outcome.count("VMM calls", count_of(&calls, &MEMORY_MANAGEMENT) as f64);
     ran
 }

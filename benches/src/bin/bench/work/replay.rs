@@ -69,15 +69,12 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 
     let plain = (&Plain::new(&machine.device, limit_bytes)?, limit_bytes);
     let before = serve(&mut Gpu::backed(stream, &traffic, MODELS, plain))?;
+    let (peak, step_ms, sequence_ms) = (replay.peak, replay.step_ms, replay.sequence_ms);
+    let (token_ms, ended, most) = (replay.prompt_token_ms, ours.served, ours.sequences_max);
     let note = format!(
-        "peak {} requests/s, seconds {from_s} to {to_s} of the trace, steps of {} ms and {} ms a \
-         sequence, {} ms a prompt's token; {} requests ended, at most {} sequences in a step",
-        replay.peak,
-        replay.step_ms,
-        replay.sequence_ms,
-        replay.prompt_token_ms,
-        ours.served,
-        ours.sequences_max
+        "peak {peak} requests/s, seconds {from_s} to {to_s} of the trace, steps of {step_ms} ms \
+         and {sequence_ms} ms a sequence, {token_ms} ms a prompt's token; {ended} requests ended, \
+         at most {most} sequences in a step"
     );
     outcome.note(OWN_TIME, note);
     for (served, whose) in [(ours, ""), (before, ", everything allocated before")] {

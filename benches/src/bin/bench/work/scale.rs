@@ -5,7 +5,7 @@
 use crate::machine::Machine;
 use anyhow::{Context, Result, ensure};
 use cuda_vmm::{Account, Engine, EngineOptions, Stream, VirtualMemoryPool, WorkerMode};
-use cuda_vmm_benches::{GRANULARITY as PAGE, Outcome, Sides, no_op_driver, time};
+use cuda_vmm_benches::{GRANULARITY as PAGE, Outcome, Sides, drop_time, no_op_driver, time};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
@@ -15,10 +15,8 @@ const TIMES: u32 = 32;
 
 /// As many as are named; a few where times mean nothing.
 fn scaled(machine: &Machine, count: usize) -> usize {
-    match machine.is_real() {
-        true => count,
-        false => (count / 20).max(10),
-    }
+    let few = (count / 20).max(10);
+    if machine.is_real() { count } else { few }
 }
 
 fn engine(work_ends: bool, worker: WorkerMode) -> Result<Engine> {
@@ -57,12 +55,11 @@ pub fn remembered(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         sides.add(&format!("{named} models"), move || {
             let (first, last) = (&models[0], &models[count - 1]);
             ensure!(first.try_allocate(PAGE, PAGE).is_err(), "there was memory");
-            let started = Instant::now();
-            for _ in 0..TIMES {
+            let again = |_| {
                 last.deallocate(0, PAGE)?;
-                last.try_allocate(0, PAGE)?;
-            }
-            let elapsed = started.elapsed();
+                last.try_allocate(0, PAGE).map(drop)
+            };
+            let ((), elapsed) = time(|| (0..TIMES).try_for_each(again))?;
             ensure!(first.account().withdraw() == PAGE, "it was forgotten");
             Ok(elapsed / TIMES)
         });
@@ -91,26 +88,19 @@ pub fn closed(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 pub fn dropped(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let account = engine(true, WorkerMode::Manual)?.own_account()?;
     let _others = ranges(&account, scaled(machine, 63 * 64))?;
-    let drop_all = |ranges: Vec<VirtualMemoryPool>| {
-        let started = Instant::now();
-        drop(ranges);
-        Ok(started.elapsed())
-    };
     let (mut sequences, mut all) = (Sides::default(), Sides::default());
-    sequences.add("sequence", || drop_all(ranges(&account, 64)?));
+    sequences.add("sequence", || Ok(drop_time(ranges(&account, 64)?)));
     outcome.measure(sequences, &machine.settings, machine.settings.rounds)?;
     all.add("models", || {
-        drop_all(models(
-            &engine(true, WorkerMode::Manual)?,
-            scaled(machine, 10_000),
-        )?)
+        let engine = engine(true, WorkerMode::Manual)?;
+        Ok(drop_time(models(&engine, scaled(machine, 10_000))?))
     });
     outcome.measure(all, &machine.settings, 3)
 }
 
 /// A page that is taken back while others retire.
 pub fn taken_back(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let many = scaled(machine, 20_000);
+    let (many, settings) = (scaled(machine, 20_000), &machine.settings);
     let engine = engine(false, WorkerMode::Manual)?;
     let pool = range(&engine.own_account()?, many)?;
     let free = |page: usize| pool.deallocate(page * PAGE, PAGE);
@@ -125,11 +115,7 @@ pub fn taken_back(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         (0..many).step_by(10).chain([1]).try_for_each(free)?;
         Ok(elapsed / (many / 10) as u32)
     });
-    outcome.measure(
-        sides,
-        &machine.settings,
-        machine.settings.rounds.div_ceil(4),
-    )?;
+    outcome.measure(sides, settings, settings.rounds.div_ceil(4))?;
     let retiring_bytes = engine.stats().parts.retiring_bytes;
     ensure!(retiring_bytes == many * PAGE, "some were over");
     Ok(())
