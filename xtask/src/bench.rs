@@ -11,9 +11,6 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The program of the benches that simulates serving.
-const SERVING: &str = "bench-serving";
-
 /// What is measured on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
@@ -63,7 +60,7 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
     if let Some(Simulated::Serving { arguments }) = &arguments.simulated {
         let plots = with_plots(arguments, &workspace.target.join("serving"));
-        return code(by_cargo(workspace, SERVING)?.args(plots));
+        return code(by_cargo(workspace, "bench-serving")?.args(plots));
     }
     match arguments.gpu {
         true => on_gpu(workspace, arguments),

@@ -132,9 +132,8 @@ impl Published {
         let shell = &workspace.shell;
         shell.write_file(&path, manifest)?;
         shell.write_file(base.join("published/src/lib.rs"), "")?;
-        Ok(Self(
-            MetadataCommand::new().manifest_path(path).exec()?.packages,
-        ))
+        let metadata = MetadataCommand::new().manifest_path(path).exec()?;
+        Ok(Self(metadata.packages))
     }
 
     /// Copies Candle, with a constant by which a program can tell it from the registry's. Its
@@ -156,12 +155,6 @@ impl Published {
             fs::write(&file, text)?;
         }
         Ok(())
-    }
-
-    /// Copies the examples of the version before, as they are.
-    fn copy_examples_to(&self, folder: &Path) -> Result<()> {
-        let package = self.folder("candle-cuda-vmm", BEFORE)?;
-        files::copy_tree(&package.join("examples"), folder)
     }
 
     fn folder(&self, name: &str, version: &str) -> Result<PathBuf> {
@@ -210,7 +203,8 @@ pub fn run(workspace: &Workspace) -> Result<()> {
             // Nobody looks at these programs with a debugger.
             command = command.env("CARGO_PROFILE_DEV_DEBUG", "0");
             if let Some(example) = run.example {
-                published.copy_examples_to(&folder.join("examples"))?;
+                let before = published.folder("candle-cuda-vmm", BEFORE)?;
+                files::copy_tree(&before.join("examples"), &folder.join("examples"))?;
                 command = command.args(["--example", &example]);
             }
             if consumer.bare {

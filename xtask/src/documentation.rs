@@ -4,7 +4,6 @@ use crate::workspace::Workspace;
 use crate::{files, tests};
 use anyhow::{Result, ensure};
 use fs_err as fs;
-use std::path::PathBuf;
 
 /// What hosted documentation must say: the package, a page, and its badge.
 const BADGES: [(&str, &str, &str); 3] = [
@@ -26,7 +25,11 @@ pub fn workspace(workspace: &Workspace) -> Result<()> {
 /// Each library's as a host builds it: by its own manifest's words, offline, with no `cuda.h`, and with the features that
 /// rustdoc has not finished.
 pub fn hosted(workspace: &Workspace) -> Result<()> {
-    let rustdoc = unfinished(workspace)?;
+    // It allows unfinished features, as a host's does. Cargo takes dependencies as built.
+    let rustdoc = workspace.target.join("documentation/rustdoc");
+    let script = "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc \"$@\"\n";
+    workspace.shell.write_file(&rustdoc, script)?;
+    files::executable(&rustdoc)?;
     for library in workspace.libraries() {
         let name = library.name.as_str();
         let mut doc = workspace.cargo(&format!("doc --offline --no-deps --package {name}"));
@@ -46,13 +49,4 @@ pub fn hosted(workspace: &Workspace) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A rustdoc that allows unfinished features, as a host's does. Cargo takes dependencies as built.
-fn unfinished(workspace: &Workspace) -> Result<PathBuf> {
-    let script = workspace.target.join("documentation/rustdoc");
-    let text = "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec rustdoc \"$@\"\n";
-    workspace.shell.write_file(&script, text)?;
-    files::executable(&script)?;
-    Ok(script)
 }

@@ -104,11 +104,8 @@ fn main() -> ExitCode {
         // For these, 2 says that something could not be run.
         let has_other = ["gpu-test", "run-bundle", "bench"].contains(&task.as_str());
         let code = error.exit_code();
-        std::process::exit(if code != 0 && has_other {
-            USAGE.into()
-        } else {
-            code
-        })
+        let is_usage = code != 0 && has_other;
+        std::process::exit(if is_usage { USAGE.into() } else { code })
     });
     let code = start(arguments.task).unwrap_or_else(|error| {
         eprintln!("xtask: error: {error:#}");

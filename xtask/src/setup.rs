@@ -171,8 +171,7 @@ fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result
     shell.remove_path(folder)?;
     shell.create_dir(folder.parent().unwrap_or(folder))?;
     fs::rename(&whole, folder)?;
-    shell.remove_path(&work)?;
-    Ok(())
+    Ok(shell.remove_path(&work)?)
 }
 
 #[cfg(test)]

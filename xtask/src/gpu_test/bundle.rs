@@ -8,7 +8,7 @@ use super::cell::{
 use super::conditions::compile_probe;
 use crate::files;
 use crate::workspace::Workspace;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use fs_err as fs;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
@@ -35,11 +35,9 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;
     let bytes = pack(&workspace.shell, &stage, folder)?;
-    let is_small = bytes <= LIMIT_BYTES;
-    ensure!(
-        is_small,
-        "the bundle has {bytes} bytes, more than {LIMIT_BYTES}"
-    );
+    if bytes > LIMIT_BYTES {
+        bail!("the bundle has {bytes} bytes, more than {LIMIT_BYTES}");
+    }
     let (short, folder) = (workspace.short(folder), folder.display());
     let megabytes = bytes as f64 / 1e6;
     println!(
@@ -95,10 +93,8 @@ pub fn other(folder: &Path, name: &str) -> Result<PathBuf> {
     let others = files::matching(&folder.join("programs/*").to_string_lossy());
     let names = others.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned()));
     let names: Vec<String> = names.collect();
-    let usage = format!(
-        "the bundle has no program {name:?}; it has {}",
-        names.join(", ")
-    );
+    let all = names.join(", ");
+    let usage = format!("the bundle has no program {name:?}; it has {all}");
     ensure!(names.iter().any(|it| it == name), Usage(usage));
     Ok(folder.join("programs").join(name))
 }

@@ -84,9 +84,6 @@ fn sanitizer() -> Option<PathBuf> {
     programs.find(|program| program.is_file())
 }
 
-/// How the names of simulated devices begin.
-const SIMULATED: &str = "Simulated device ";
-
 /// The GPUs that answer.
 #[derive(Clone, Debug)]
 pub struct Gpus {
@@ -119,11 +116,12 @@ pub fn ask_probe(program: &Path) -> Result<Answer> {
         let (_, value) = pairs.find(|(name, _)| *name == key)?;
         Some(value.trim().to_owned())
     };
-    let reason = || value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
+    let reason = value("reason").unwrap_or_else(|| format!("the probe: {}", output.status));
+    let failing = format!("the CUDA driver is here, but fails: {reason}");
     let [name, count, cuda] = ["name", "devices", "cuda"].map(|key| value(key).unwrap_or_default());
     let (state, reason) = match output.status.code() {
         // Rows of the real driver are not for the simulator, by whatever name it was opened.
-        Some(0) if name.starts_with(SIMULATED) => {
+        Some(0) if name.starts_with("Simulated device ") => {
             let reason = "the libcuda.so.1 that is found here is the simulated one";
             (State::Skipped, reason.to_owned())
         }
@@ -131,11 +129,8 @@ pub fn ask_probe(program: &Path) -> Result<Answer> {
             let count = count.parse().context("the number of GPUs")?;
             return Ok(Ok(Gpus { name, count, cuda }));
         }
-        Some(2) => (State::Skipped, reason()),
-        _ => (
-            State::Fail,
-            "the CUDA driver is here, but fails: ".to_owned() + &reason(),
-        ),
+        Some(2) => (State::Skipped, reason),
+        _ => (State::Fail, failing),
     };
     Ok(Err((state, reason)))
 }
@@ -155,7 +150,18 @@ impl Libraries {
         if names.is_empty() {
             return Self::default();
         }
-        Self::find_in(names, &folders(), &known_to_the_loader())
+        let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let mut folders: Vec<_> = std::env::split_paths(&given).collect();
+        folders.retain(|folder| !folder.as_os_str().is_empty());
+        folders.extend(matching("/usr/local/cuda*/lib64"));
+        folders.extend(matching("/usr/local/cuda*/targets/*/lib"));
+        let wheels = lines("python3", &["-c", include_str!("wheels.py")]);
+        folders.extend(wheels.into_iter().map(PathBuf::from));
+        let loader = ["ldconfig", "/sbin/ldconfig"].map(|program| lines(program, &["-p"]));
+        // The first line is a heading.
+        let loader = loader.iter().flat_map(|lines| lines.iter().skip(1));
+        let loader = loader.filter_map(|line| Some(line.split_whitespace().next()?.to_owned()));
+        Self::find_in(names, &folders, &loader.collect())
     }
 
     fn find_in(names: &[String], folders: &[PathBuf], loader: &BTreeSet<String>) -> Self {
@@ -189,26 +195,6 @@ impl Libraries {
             missing => format!("{found}; missing: {missing}"),
         }
     }
-}
-
-fn folders() -> Vec<PathBuf> {
-    let given = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
-    let mut folders: Vec<_> = std::env::split_paths(&given).collect();
-    folders.retain(|folder| !folder.as_os_str().is_empty());
-    folders.extend(matching("/usr/local/cuda*/lib64"));
-    folders.extend(matching("/usr/local/cuda*/targets/*/lib"));
-    let wheels = lines("python3", &["-c", include_str!("wheels.py")]);
-    folders.extend(wheels.into_iter().map(PathBuf::from));
-    folders
-}
-
-/// The libraries that the dynamic loader finds by itself.
-fn known_to_the_loader() -> BTreeSet<String> {
-    let list = ["ldconfig", "/sbin/ldconfig"].map(|program| lines(program, &["-p"]));
-    // The first line is a heading.
-    let lines = list.into_iter().flat_map(|lines| lines.into_iter().skip(1));
-    let names = lines.filter_map(|line| Some(line.split_whitespace().next()?.to_owned()));
-    names.collect()
 }
 
 /// The lines that a program prints; none if it cannot be started or fails.

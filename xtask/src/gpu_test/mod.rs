@@ -30,9 +30,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-/// The exit code of what was interrupted, as a shell has it.
-const INTERRUPTED: u8 = 130;
-
 /// Makes a bundle, or runs the matrix here. Returns the exit code.
 pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
     let arguments = &asked.matrix;
@@ -131,7 +128,8 @@ fn run_rows(
     report.print(started.elapsed(), &markdown.display().to_string());
     Ok(match ended == asked {
         true => report.exit_code(),
-        false => INTERRUPTED,
+        // Interrupted, as a shell has it.
+        false => 130,
     })
 }
 
@@ -140,7 +138,8 @@ pub fn without_gpu(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     kernels::check(workspace)?;
     let builder = Builder::new(workspace, COMPUTE_CAP);
-    let cells = Cell::simulated_library();
+    let cells = Cell::listed().filter(|cell| cell.driver == Driver::SimulatedLibrary);
+    let cells = cells.collect_vec();
     let programs = cells.iter().flat_map(|cell| cell.programs.clone());
     let programs = builder.programs(&programs.collect())?;
     builder.clippy()?;

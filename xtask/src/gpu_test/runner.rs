@@ -123,11 +123,20 @@ impl Runner {
 
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tally::count(&text);
-        let summary = sanitizer_summary(&text).filter(|_| cell.is_sanitized());
+        // The memory checker's own, in what the program and it have printed.
+        let mut lines = text.lines().rev().filter(|_| cell.is_sanitized());
+        let summary = lines.find_map(|line| Some(line[line.find("ERROR SUMMARY")?..].trim()));
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
             Ok(None) => Some(format!("stopped after {seconds} s")),
-            Ok(Some(status)) if !status.success() => Some(failure(status, cell, counts)),
+            Ok(Some(status)) if !status.success() => Some(match status.code() {
+                Some(SANITIZER_ERRORS) if cell.is_sanitized() => {
+                    "compute-sanitizer found errors".to_owned()
+                }
+                Some(code) => format!("exit code {code}, {} tests failed", counts.failed),
+                // The status names the signal.
+                None => status.to_string(),
+            }),
             Ok(_) if counts.passed == 0 => Some("no test passed".to_owned()),
             Ok(_) if !self.opened_driver(cell, &opened)? => {
                 Some(format!("it did not open the {} driver", cell.driver))
@@ -194,24 +203,6 @@ impl Runner {
             Driver::SimulatedLibrary => !drivers.is_empty() && drivers.iter().all(is_ours),
         })
     }
-}
-
-/// What to say of a program that ended without success.
-fn failure(status: ExitStatus, cell: &Cell, counts: Counts) -> String {
-    match status.code() {
-        Some(SANITIZER_ERRORS) if cell.is_sanitized() => {
-            "compute-sanitizer found errors".to_owned()
-        }
-        Some(code) => format!("exit code {code}, {} tests failed", counts.failed),
-        // The status names the signal.
-        None => status.to_string(),
-    }
-}
-
-/// The memory checker's own summary, in what the program and it have printed.
-fn sanitizer_summary(text: &str) -> Option<&str> {
-    let mut lines = text.lines().rev();
-    lines.find_map(|line| line.find("ERROR SUMMARY").map(|start| line[start..].trim()))
 }
 
 /// The processes that run now; nothing once an interrupt came.

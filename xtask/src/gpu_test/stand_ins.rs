@@ -26,8 +26,6 @@ const DRIVER: &str = "cuda";
 
 type Files = BTreeSet<PathBuf>;
 
-const SOURCE: &str = include_str!("stand_ins.c");
-
 /// Makes libraries in `folder` to link against: the right names, the symbols that `archives` leave undefined, and nothing in
 /// them. The real ones take their place when the program is started.
 pub fn make_stubs(shell: &Shell, folder: &Path, archives: &BTreeSet<PathBuf>) -> Result<()> {
@@ -56,7 +54,8 @@ pub fn make(shell: &Shell, folder: &Path, programs: &Files, simulator: &Path) ->
     ensure!(asks_driver, "the programs ask for nothing of a CUDA driver");
     let answers: String = asked.difference(&simulated).map(answer).collect();
     let all = "stand-ins.so";
-    compile(shell, folder, all, all, &[SOURCE, &answers])?;
+    let sources = [include_str!("stand_ins.c"), &answers];
+    compile(shell, folder, all, all, &sources)?;
     for (_, soname, ..) in LIBRARIES.iter().filter(|library| library.0 != DRIVER) {
         shell.hard_link(folder.join(all), folder.join(soname))?;
     }
