@@ -27,8 +27,9 @@ const REFUSALS_MAX: u32 = 10;
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// How long between looks at most, while nothing comes of them and they are quick.
 const DELAY_MAX: Duration = Duration::from_millis(16);
-/// How many times as long as a step the thread rests after one of which nothing came, so that many
-/// leases do not keep a core busy; but never for longer than this.
+/// After a step of which nothing came, the thread rests until it is woken, or for this many times as
+/// long as the step took, so that many leases do not keep a core busy; but for no longer than that,
+/// and not at all if it would look as late anyway.
 const REST: u32 = 256;
 const REST_MAX: Duration = Duration::from_millis(500);
 
@@ -287,13 +288,16 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
             (StepReport::default(), Some(AFTER_PANIC))
         });
         if let Some(left) = next {
+            let is_idle =
+                report.retired_bytes + report.drained_bytes + report.prefetched_bytes == 0;
+            let rests = is_idle && rest > DELAY_MAX;
+            delay = match is_idle && !rests {
+                true => (delay * 2).min(DELAY_MAX),
+                false => DELAY,
+            };
+            let left = if rests { left.max(rest) } else { left };
             shared.go_on(left, &mut kept);
             pause = Some(left).filter(|left| !left.is_zero());
-            delay = if report.retired_bytes + report.drained_bytes > 0 {
-                DELAY
-            } else {
-                (delay * 2).min(DELAY_MAX).max(rest)
-            };
         } else {
             delay = DELAY;
         }
