@@ -98,6 +98,7 @@ impl State {
         if part > whole {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
+        // So the offset is 0 from here on.
         if bytes != whole {
             return Err(CUDA_ERROR_NOT_SUPPORTED);
         }

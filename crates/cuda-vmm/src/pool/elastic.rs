@@ -258,7 +258,8 @@ impl VirtualMemoryPool {
     /// [`leased_bytes`](crate::MemoryParts::leased_bytes), its allocation returns
     /// [`VmmError::Leased`](crate::VmmError::Leased), and it retires when the engine finds the
     /// token released: behind fences recorded then, since a token says nothing of work that is
-    /// queued.
+    /// queued. For work on a stream that you know, no lease is needed: name the stream
+    /// ([`use_stream`](Self::use_stream)).
     ///
     /// That work may be on any stream of any device, and a pool cannot know them all. So from the
     /// first lease on, all that is freed of this pool waits for more than the named streams, leased

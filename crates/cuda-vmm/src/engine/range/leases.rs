@@ -12,7 +12,23 @@ use std::collections::{BTreeMap, VecDeque};
 /// Tells whether leased memory can still be used; see
 /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
 ///
-/// An `Arc` is one: it is released when no other `Arc` or `Weak` shares its value.
+/// An `Arc` is one: it is released when no other `Arc` or `Weak` shares its value. So an `Arc` that
+/// the caller does not keep a clone of is released at once, whatever is in it.
+///
+/// ```
+/// use cuda_vmm::{Fence, LeaseToken};
+///
+/// /// Released when the device is past a fence.
+/// #[derive(Debug)]
+/// struct UntilPast(Fence);
+///
+/// impl LeaseToken for UntilPast {
+///     fn is_released(&mut self) -> bool {
+///         // One that cannot be asked now is asked again.
+///         self.0.is_complete().unwrap_or(false)
+///     }
+/// }
+/// ```
 pub trait LeaseToken: fmt::Debug + Send + 'static {
     /// Whether no code can queue work on the memory any more, now or later. Work that is queued
     /// already may still run, on any stream of any device.
