@@ -138,6 +138,8 @@ pub(crate) struct Queue {
     /// The entry of each chunk that retires.
     by_chunk: BTreeMap<(RangeId, usize), u64>,
     by_range: BTreeSet<(RangeId, u64)>,
+    /// Those of them whose chunks come back when fences are past.
+    with_chunks: BTreeSet<(RangeId, u64)>,
     /// Entries whose chunks wait for a context synchronise.
     unsynchronised: BTreeSet<u64>,
     scrubbing_bytes: usize,
@@ -184,6 +186,9 @@ impl Queue {
         let of_chunk = chunks.iter().map(|first| ((range, *first), id));
         self.by_chunk.extend(of_chunk);
         self.by_range.insert((range, id));
+        if !chunks.is_empty() && !matches!(until, Until::Synchronised) {
+            self.with_chunks.insert((range, id));
+        }
         if matches!(until, Until::Synchronised) {
             self.unsynchronised.insert(id);
         }
@@ -234,7 +239,9 @@ impl Queue {
 
     /// The first entry whose chunks come back when fences are past, of one range.
     pub(crate) fn first_fences(&self, range: RangeId) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
-        self.of_range(range).find_map(Entry::returns)
+        let of_range = (range, 0)..=(range, u64::MAX);
+        let (_, id) = self.with_chunks.range(of_range).next()?;
+        self.entries.get(id).and_then(Entry::returns)
     }
 
     /// The same, of the ranges that are meant.
@@ -289,6 +296,9 @@ impl Queue {
             let id = self.by_chunk.remove(&(range, *first));
             if let Some(entry) = id.and_then(|id| self.entries.get_mut(&id)) {
                 entry.left -= 1;
+                if entry.left == 0 {
+                    self.with_chunks.remove(&(range, entry.id));
+                }
                 entry.followed = true;
                 self.scrubbing_bytes -= core::mem::take(&mut entry.scrubbed_bytes);
             }
@@ -313,6 +323,7 @@ impl Queue {
         for id in ids {
             if let Some(entry) = self.entries.get_mut(id) {
                 self.unsynchronised.insert(*id);
+                self.with_chunks.remove(&(entry.range, *id));
                 fences.push(core::mem::replace(&mut entry.until, Until::Synchronised));
             }
         }
@@ -344,6 +355,7 @@ impl Queue {
         let entry = is_done.then(|| self.entries.remove(&id)).flatten();
         if let Some(entry) = &entry {
             self.by_range.remove(&(range, id));
+            self.with_chunks.remove(&(range, id));
             self.unsynchronised.remove(&id);
             self.scrubbing_bytes -= entry.scrubbed_bytes;
         }

@@ -51,6 +51,17 @@ impl Inner {
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far
     /// as fences tell; returns their bytes. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
+        self.look_at_queue(|_| false)
+    }
+
+    /// As [`poll`](Self::poll), after a fence was waited for: ends with the first entries of which
+    /// none is past. Later ones hardly are, and a thread that waits for one after the other would
+    /// ask for all of them each time.
+    fn poll_first(self: &Arc<Self>) -> usize {
+        self.look_at_queue(|bytes| bytes == 0)
+    }
+
+    fn look_at_queue(self: &Arc<Self>, is_enough: impl Fn(usize) -> bool) -> usize {
         self.collect_work();
         let mut numbers = 0..self.state.lock().queue.end();
         let mut bytes = 0;
@@ -61,8 +72,9 @@ impl Inner {
             };
             numbers.start = last + 1;
             let is_last = conditions.len() < BITE;
-            bytes += self.park_past(conditions);
-            if is_last {
+            let parked_bytes = self.park_past(conditions);
+            bytes += parked_bytes;
+            if is_last || is_enough(parked_bytes) {
                 return bytes;
             }
             rest();
@@ -257,7 +269,7 @@ impl Inner {
             // Not asked again: with a driver that never says so this would wait for ever.
             None | Some(Ok(())) => {
                 self.park(&[id]);
-                self.poll();
+                self.poll_first();
             }
             Some(Err(error)) if is_captured(&error) => {
                 let captured = self.state.lock().queue.give_up_fences(&[id]);

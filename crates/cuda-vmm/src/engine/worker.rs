@@ -27,9 +27,9 @@ const REFUSALS_MAX: u32 = 10;
 const AFTER_PANIC: Duration = Duration::from_secs(1);
 /// How long between looks at most, while nothing comes of them and they are quick.
 const DELAY_MAX: Duration = Duration::from_millis(16);
-/// After a step of which nothing came, the thread rests until it is woken, or for this many times as
-/// long as the step took, so that many leases do not keep a core busy; but for no longer than that,
-/// and not at all if it would look as late anyway.
+/// After a step of which nothing came, and if nothing retires, the thread rests until it is woken, or
+/// for this many times as long as the step took, so that many leases do not keep a core busy; but
+/// for no longer than that, and not at all if it would look as late anyway.
 const REST: u32 = 256;
 const REST_MAX: Duration = Duration::from_millis(500);
 
@@ -290,7 +290,7 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
         if let Some(left) = next {
             let is_idle =
                 report.retired_bytes + report.drained_bytes + report.prefetched_bytes == 0;
-            let rests = is_idle && rest > DELAY_MAX;
+            let rests = is_idle && report.retiring_bytes == 0 && rest > DELAY_MAX;
             delay = match is_idle && !rests {
                 true => (delay * 2).min(DELAY_MAX),
                 false => DELAY,
