@@ -43,9 +43,9 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are seventeen pieces, of which two take up to
+    /// How long each piece of work is measured. There are twenty-two pieces, of which two take up to
     /// four times as long and one eight times; all but the replay, whose length is an argument,
-    /// shall end within five minutes.
+    /// shall end within six minutes.
     fn settings(&self) -> Settings {
         let seconds = match self.driver {
             Choice::Real => 9,
