@@ -43,6 +43,15 @@ impl<T> Deref for Apart<T> {
     }
 }
 
+/// For how many turns [`rest`] leaves the processor to others: some microseconds.
+const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
+
+/// Lets others have a lock, of ours or the driver's, that this thread takes again at once. Neither
+/// is a fair one: without this a thread that wants it could wait until all is done.
+pub(crate) fn rest() {
+    (0..REST_TURNS).for_each(|_| thread::yield_now());
+}
+
 /// Declares statics that hold what this module hands out.
 ///
 /// Under the model checker each execution begins with new ones: a thread of an execution that is

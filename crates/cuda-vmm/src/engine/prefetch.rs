@@ -9,14 +9,9 @@ use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::state::State;
-use crate::sync::{Arc, thread};
+use crate::sync::{Arc, rest};
 use crate::{PhysicalMemory, VmmError};
 use core::ops;
-
-/// For how many turns the worker leaves the driver to others between two chunks, some microseconds.
-/// The driver's lock is not a fair one: without this a thread that wants it could wait many times
-/// over.
-const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 /// A chunk that is to be made ahead of a range's allocations.
 struct Ahead {
@@ -33,7 +28,7 @@ impl Inner {
         while let Some(bytes) = self.prefetch_one() {
             made_bytes += bytes;
             if is_worker && bytes > 0 {
-                (0..REST_TURNS).for_each(|_| thread::yield_now());
+                rest();
             }
         }
         made_bytes

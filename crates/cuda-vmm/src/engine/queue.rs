@@ -186,20 +186,19 @@ impl Queue {
         let of_chunk = chunks.iter().map(|first| ((range, *first), id));
         self.by_chunk.extend(of_chunk);
         self.by_range.insert((range, id));
-        if !chunks.is_empty() && !matches!(until, Until::Synchronised) {
-            self.with_chunks.insert((range, id));
-        }
-        if matches!(until, Until::Synchronised) {
-            self.unsynchronised.insert(id);
-        }
         self.scrubbing_bytes += scrubbed_bytes;
-        let only_on = match &until {
-            Until::Fences(fences) => match &fences[..] {
-                [only] => only.stream_address(),
-                _ => None,
-            },
-            Until::Synchronised => None,
-        };
+        let mut only_on = None;
+        match &until {
+            Until::Fences(fences) => {
+                if !chunks.is_empty() {
+                    self.with_chunks.insert((range, id));
+                }
+                if let [only] = &fences[..] {
+                    only_on = only.stream_address();
+                }
+            }
+            Until::Synchronised => _ = self.unsynchronised.insert(id),
+        }
         let entry = Entry {
             id,
             range,

@@ -11,12 +11,9 @@ use super::scope::Scope;
 use super::slot::Slot;
 use super::state::State;
 use super::users::Users;
-use crate::sync::{Arc, thread};
+use crate::sync::{Arc, rest};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Fence, Result, VmmError};
-
-/// For how many turns a thread leaves a lock to others between two holds of it.
-const REST_TURNS: usize = if cfg!(model_check) { 1 } else { 20 };
 
 impl Inner {
     /// Records when the freed chunks of a range will be free of the device, and wakes the worker
@@ -142,10 +139,11 @@ impl Inner {
         let mut any = false;
         let users = loop {
             let mut range = slot.lock();
-            if !range.sweep_leases(BITE, &mut unused) {
+            let swept = range.sweep_leases(BITE, &mut unused);
+            any |= swept > 0;
+            if swept < BITE {
                 break range.users.clone();
             }
-            any = true;
             drop(range);
             rest();
         };
@@ -296,12 +294,6 @@ impl State {
         let is_meant = |id| self.ranges.covers(scope, id);
         self.queue.unsynchronised(is_meant)
     }
-}
-
-/// Lets others have a lock that this thread takes again at once. The lock is not a fair one:
-/// without this a thread that wants it could wait until all is done.
-fn rest() {
-    (0..REST_TURNS).for_each(|_| thread::yield_now());
 }
 
 /// Whether a fence was recorded into a capture that began between the question and the record.

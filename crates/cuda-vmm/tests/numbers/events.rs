@@ -1,7 +1,7 @@
 //! What the pools tell `tracing`, to a subscriber of the test's own.
 
 use super::{CAPACITY, pool};
-use crate::common::told::{Keeper, told};
+use crate::common::told::{Keeper, Told, told};
 use crate::common::{ModelOptions, PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, DriverFunction};
@@ -87,17 +87,24 @@ fn what_the_driver_would_not_do_is_told() {
     has(&again, Level::DEBUG, &["asked again", "pieces=1"]);
 }
 
-/// The worker is another thread, so the subscriber is the process's, which is one of its own.
-#[test]
-fn the_worker_tells_when_it_starts_and_ends() {
-    const TEST: &str = "events::the_worker_tells_when_it_starts_and_ends";
+/// What is told from now on, also by the worker: as that is another thread, the subscriber is the
+/// process's. So the test runs in a process of its own, and `None` says that it has done so.
+fn told_alone(test: &str) -> Option<Told> {
     if crate::common::role().is_none() {
-        crate::common::run_alone(&mut crate::common::alone(TEST, "told"));
-        return;
+        crate::common::run_alone(&mut crate::common::alone(test, "told"));
+        return None;
     }
     let keeper = Keeper::default();
     let told = keeper.told.clone();
     tracing::subscriber::set_global_default(keeper).expect("the first");
+    Some(told)
+}
+
+#[test]
+fn the_worker_tells_when_it_starts_and_ends() {
+    let Some(told) = told_alone("events::the_worker_tells_when_it_starts_and_ends") else {
+        return;
+    };
     let simulated = Simulated::default();
     let engine = Engine::new(&simulated.device, EngineOptions::new()).expect("an engine");
     let pool = VirtualMemoryPool::on_engine(&engine, CAPACITY, PAGE).expect("a range");
@@ -123,18 +130,13 @@ fn the_worker_tells_when_it_starts_and_ends() {
     has(&told, Level::TRACE, &["took a step", "is_worker=true"]);
 }
 
-/// In a process of its own, as above.
 #[test]
 fn the_worker_rests_when_an_account_is_closed_for_which_memory_is_made_ahead() {
-    const TEST: &str =
-        "events::the_worker_rests_when_an_account_is_closed_for_which_memory_is_made_ahead";
-    if crate::common::role().is_none() {
-        crate::common::run_alone(&mut crate::common::alone(TEST, "told"));
+    let Some(told) = told_alone(
+        "events::the_worker_rests_when_an_account_is_closed_for_which_memory_is_made_ahead",
+    ) else {
         return;
-    }
-    let keeper = Keeper::default();
-    let told = keeper.told.clone();
-    tracing::subscriber::set_global_default(keeper).expect("the first");
+    };
     let simulated = Simulated::default();
     let engine = Engine::new(&simulated.device, EngineOptions::new()).expect("an engine");
     let account = engine.account("a", Quota::new()).expect("a new name");

@@ -91,20 +91,18 @@ impl Range {
         unused
     }
 
-    /// Frees what was freed before and is leased no longer, at most so many parts. Returns whether
-    /// there was any. Adds the chunks that are unused now to `unused`.
-    pub(crate) fn sweep_leases(&mut self, at_most: usize, unused: &mut Vec<usize>) -> bool {
-        let mut any = false;
-        for _ in 0..at_most {
+    /// Frees what was freed before and is leased no longer, at most so many parts. Returns how
+    /// many. Adds the chunks that are unused now to `unused`.
+    pub(crate) fn sweep_leases(&mut self, at_most: usize, unused: &mut Vec<usize>) -> usize {
+        for swept in 0..at_most {
             let Some(part) = self.leases.next_over() else {
-                break;
+                return swept;
             };
-            any = true;
             self.with_leased_pages(&part, |range| {
                 range.leases.take_over();
                 range.pages.release(&part, unused);
             });
         }
-        any
+        at_most
     }
 }
