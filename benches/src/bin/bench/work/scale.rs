@@ -13,7 +13,7 @@ use std::{fs, thread};
 /// How many times a sample does what takes less than the clock can tell.
 const TIMES: u32 = 32;
 
-/// As many as are named; a few where times mean nothing.
+/// As many as are named; a few if times mean nothing.
 fn scaled(machine: &Machine, count: usize) -> usize {
     let few = (count / 20).max(10);
     if machine.is_real() { count } else { few }
