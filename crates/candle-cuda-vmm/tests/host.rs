@@ -205,7 +205,7 @@ fn memory_that_the_host_has_not_is_an_error() {
     let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
     let mut tensor = pool.tensor(ROW, DType::U8).unwrap();
     tensor.grow(3).unwrap();
-    let mut cache = pool.kv_cache(0, 16);
+    let mut cache = pool.kv_cache(0, 2048);
     let token = Tensor::ones((1, ROW), DType::U8, &Device::Cpu).unwrap();
     cache.append(&token, &token).unwrap();
     // It has addresses on the simulated device, and no rows.

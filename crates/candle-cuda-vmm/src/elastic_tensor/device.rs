@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+use super::addresses::Addresses;
 use super::extent::{Extent, Live};
 use super::growth::Growth;
 use crate::append::{AppendOutcome, Side};
@@ -41,10 +42,6 @@ struct Space {
 }
 
 impl Space {
-    fn new(memory: &DeviceMemory) -> Result<Self> {
-        Ok(Self::over(Extent::new(&memory.common)?))
-    }
-
     /// Rows in this extent, which no view shows.
     fn over(extent: Extent) -> Self {
         Self {
@@ -90,6 +87,7 @@ impl Space {
 #[derive(Debug)]
 pub(super) struct DeviceRows {
     memory: Arc<DeviceMemory>,
+    addresses: Addresses,
     row: Vec<usize>,
     dtype: DType,
     row_bytes: usize,
@@ -101,12 +99,14 @@ pub(super) struct DeviceRows {
 impl DeviceRows {
     pub(super) fn new(
         memory: &Arc<DeviceMemory>,
+        addresses: Addresses,
         row: Vec<usize>,
         dtype: DType,
         row_bytes: usize,
     ) -> Self {
         Self {
             memory: memory.clone(),
+            addresses,
             row,
             dtype,
             row_bytes,
@@ -141,12 +141,21 @@ impl DeviceRows {
         }
     }
 
+    /// Reserves addresses for rows that take this many bytes.
+    fn reserve_addresses(&self, need: usize) -> Result<Extent> {
+        let bytes = match &self.space {
+            None => self.addresses.first(need),
+            Some(_) => self.addresses.again(need),
+        };
+        Extent::new(&self.memory.common, bytes)
+    }
+
     /// Copies the rows to a new range, with room for `more` rows after them.
     fn copy_to_new_space(&self, more: usize) -> Result<Space> {
         let len = self.rows.len();
         // Cannot overflow: `ElasticTensor` has checked the number of rows.
         let bytes = (len + more) * self.row_bytes;
-        let mut fresh = Space::new(&self.memory)?;
+        let mut fresh = Space::over(self.reserve_addresses(bytes)?);
         fresh.extent.extend(bytes)?;
         if len > 0 {
             self.copy_to(&fresh.extent)?;
@@ -291,8 +300,9 @@ impl DeviceRows {
                 return Ok(Growth { bytes, moved });
             }
         }
-        let moved = Extent::new(&self.memory.common)?;
-        let bytes = moved.missing((self.rows.len() + more) * self.row_bytes);
+        let need = (self.rows.len() + more) * self.row_bytes;
+        let moved = self.reserve_addresses(need)?;
+        let bytes = moved.missing(need);
         let moved = Some(moved);
         Ok(Growth { bytes, moved })
     }

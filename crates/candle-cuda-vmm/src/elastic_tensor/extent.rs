@@ -31,10 +31,10 @@ impl Live {
 }
 
 impl Extent {
-    /// Reserves the addresses of one tensor. No byte is live.
-    pub(super) fn new(memory: &PoolMemory) -> Result<Self> {
+    /// Reserves this many bytes of addresses. No byte is live.
+    pub(super) fn new(memory: &PoolMemory, bytes: usize) -> Result<Self> {
         Ok(Self {
-            range: memory.range()?,
+            range: memory.range(bytes)?,
             live: 0..0,
         })
     }

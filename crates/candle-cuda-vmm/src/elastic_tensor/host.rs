@@ -3,6 +3,7 @@
 //! Beside it the rows have the memory that they would have on a GPU, in a range on the simulated
 //! device. Nothing is written there.
 
+use super::addresses::Addresses;
 use super::extent::{Extent, Live};
 use super::growth::Growth;
 use crate::error::Result;
@@ -98,6 +99,7 @@ fn shape_of_rows(rows: usize, row: &[usize]) -> Vec<usize> {
 pub(super) struct HostRows {
     extent: Option<Extent>,
     memory: Arc<PoolMemory>,
+    addresses: Addresses,
     row: Vec<usize>,
     dtype: DType,
     row_bytes: usize,
@@ -113,6 +115,7 @@ pub(super) struct HostRows {
 impl HostRows {
     pub(super) fn new(
         memory: &Arc<PoolMemory>,
+        addresses: Addresses,
         row: Vec<usize>,
         dtype: DType,
         row_bytes: usize,
@@ -120,6 +123,7 @@ impl HostRows {
         Self {
             extent: None,
             memory: memory.clone(),
+            addresses,
             row,
             dtype,
             row_bytes,
@@ -175,6 +179,15 @@ impl HostRows {
         }
     }
 
+    /// Reserves addresses for rows that take this many bytes.
+    fn reserve_addresses(&self, need: usize) -> Result<Extent> {
+        let bytes = match &self.extent {
+            None => self.addresses.first(need),
+            Some(_) => self.addresses.again(need),
+        };
+        Extent::new(&self.memory, bytes)
+    }
+
     /// Allocates memory for `more` rows after the last, in place. Returns a new extent for all rows
     /// if there are no addresses.
     fn extend(&mut self, more: usize) -> Result<Option<Extent>> {
@@ -185,8 +198,9 @@ impl HostRows {
                 Ok(None)
             }
             _ => {
-                let mut fresh = Extent::new(&self.memory)?;
-                fresh.extend((self.rows.len() + more) * self.row_bytes)?;
+                let need = (self.rows.len() + more) * self.row_bytes;
+                let mut fresh = self.reserve_addresses(need)?;
+                fresh.extend(need)?;
                 Ok(Some(fresh))
             }
         }
@@ -261,8 +275,9 @@ impl HostRows {
             let (bytes, moved) = (extent.missing(end), None);
             return Ok(Growth { bytes, moved });
         }
-        let moved = Extent::new(&self.memory)?;
-        let bytes = moved.missing((self.rows.len() + more) * self.row_bytes);
+        let need = (self.rows.len() + more) * self.row_bytes;
+        let moved = self.reserve_addresses(need)?;
+        let bytes = moved.missing(need);
         let moved = Some(moved);
         Ok(Growth { bytes, moved })
     }

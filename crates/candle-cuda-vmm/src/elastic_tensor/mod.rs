@@ -1,5 +1,6 @@
 //! A tensor that grows in place.
 
+mod addresses;
 #[cfg(feature = "cuda")]
 mod device;
 mod extent;
@@ -10,6 +11,7 @@ mod host;
 use crate::append::AppendOutcome;
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::{Memory, TensorPool};
+use addresses::Addresses;
 use candle_core::{DType, Device, Error, Shape, Tensor};
 #[cfg(feature = "cuda")]
 use device::DeviceRows;
@@ -34,8 +36,9 @@ use std::ops::Range;
 /// # When rows move
 /// On a CUDA device appending copies the new rows only, and allocates memory at most once per page.
 /// The rows move to a new range of addresses in two cases only: a view shows memory that would be
-/// overwritten, or a window that [`release_front`](Self::release_front) moves forward has reached
-/// the end of its addresses.
+/// overwritten, or the rows have reached the end of their addresses. That is so for a window that
+/// [`release_front`](Self::release_front) moves forward, and for a KV cache of more tokens than it
+/// was made for.
 ///
 /// # Streams
 /// Work is queued on Candle's stream of the pool's device object. Rows of another device object of
@@ -88,6 +91,8 @@ pub struct ElasticTensor {
     pool: TensorPool,
     row: Vec<usize>,
     dtype: DType,
+    /// The number of rows that addresses are reserved for; `None` for as many as may be.
+    expected_rows: Option<usize>,
     rows: Rows,
 }
 
@@ -129,6 +134,17 @@ impl ElasticTensor {
     /// - [`Vmm`](VmmError::Vmm) with `ZeroSize` if a row has no elements, and with `Overflow` if
     ///   its size in bytes overflows.
     pub fn new(pool: &TensorPool, row_shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        Self::expecting(pool, row_shape, dtype, None)
+    }
+
+    /// As [`new`](Self::new), with addresses for the number of rows that is expected. More rows
+    /// move to a larger range, up to what the pool reserves for a tensor.
+    pub(crate) fn expecting(
+        pool: &TensorPool,
+        row_shape: impl Into<Shape>,
+        dtype: DType,
+        expected_rows: Option<usize>,
+    ) -> Result<Self> {
         let row = row_shape.into().into_dims();
         if matches!(
             dtype,
@@ -145,19 +161,26 @@ impl ElasticTensor {
         if row_bytes == 0 {
             return Err(cuda_vmm::VmmError::ZeroSize { what: "row" }.into());
         }
-        let rows = match &pool.inner().memory {
+        let (inner, shape) = (pool.inner(), row.clone());
+        let page_bytes = inner.memory.common().page_bytes();
+        let mut addresses = Addresses::new(inner.options.reservation_bytes, page_bytes);
+        if let Some(rows) = expected_rows {
+            addresses = addresses.expecting(rows.saturating_mul(row_bytes));
+        }
+        let rows = match &inner.memory {
             Memory::Host(memory) => {
-                Rows::Host(HostRows::new(memory, row.clone(), dtype, row_bytes))
+                Rows::Host(HostRows::new(memory, addresses, shape, dtype, row_bytes))
             }
             #[cfg(feature = "cuda")]
             Memory::Device(memory) => {
-                Rows::Device(DeviceRows::new(memory, row.clone(), dtype, row_bytes))
+                Rows::Device(DeviceRows::new(memory, addresses, shape, dtype, row_bytes))
             }
         };
         Ok(Self {
             pool: pool.clone(),
             row,
             dtype,
+            expected_rows,
             rows,
         })
     }
@@ -182,7 +205,7 @@ impl ElasticTensor {
         self.row.iter().product::<usize>() * self.dtype.size_in_bytes()
     }
 
-    /// Returns the most rows that fit in the addresses that the pool reserves.
+    /// Returns the most rows that fit in the addresses that the pool may reserve for a tensor.
     pub fn rows_max(&self) -> usize {
         self.pool.inner().options.reservation_bytes / self.row_bytes()
     }
@@ -228,8 +251,8 @@ impl ElasticTensor {
     /// - [`CandleError`](VmmError::CandleError) with `DTypeMismatchBinaryOp`,
     ///   `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims` or `ShapeMismatchBinaryOp` if the rows
     ///   differ from those of this tensor.
-    /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if the rows do not fit in the
-    ///   addresses that the pool reserves.
+    /// - [`InvalidOffset`](VmmError::InvalidOffset), in bytes, if there are more than
+    ///   [`rows_max`](Self::rows_max) rows.
     /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the budget or the host has no memory.
     /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn append(&mut self, rows: &Tensor) -> Result<()> {
@@ -411,7 +434,8 @@ impl ElasticTensor {
     /// # Errors
     /// As [`append`](Self::append) and [`view`](Self::view).
     pub fn try_clone(&self) -> Result<Self> {
-        let mut clone = Self::new(&self.pool, self.row.as_slice(), self.dtype)?;
+        let (row, expected_rows) = (self.row.as_slice(), self.expected_rows);
+        let mut clone = Self::expecting(&self.pool, row, self.dtype, expected_rows)?;
         if !self.is_empty() {
             clone.append(&self.view()?)?;
         }

@@ -46,7 +46,8 @@ impl ElasticCache {
         self.rows.as_ref().map_or(0, ElasticTensor::len)
     }
 
-    /// Returns the number of tokens that the cache was made for. It is no limit.
+    /// Returns the number of tokens that the cache was made for. It is no limit; see
+    /// [`ElasticKvCache::new`].
     pub fn max_seq_len(&self) -> usize {
         self.max_seq_len
     }
@@ -126,7 +127,7 @@ impl ElasticCache {
                 all.row_dims() == &rows.dims()[1..] && all.dtype() == rows.dtype()
             };
             if !self.rows.as_ref().is_some_and(has_same_rows) {
-                let mut fresh = self.pool.tensor(&rows.dims()[1..], rows.dtype())?;
+                let mut fresh = self.tensor(&rows.dims()[1..], rows.dtype())?;
                 fresh.append(&rows)?;
                 return Ok(Some(Replaced(self.rows.replace(fresh))));
             }
@@ -139,8 +140,13 @@ impl ElasticCache {
 
     /// Makes the tensor of an empty cache, for tokens of this shape.
     pub(super) fn set_rows(&mut self, row: &Shape, dtype: DType) -> Result<()> {
-        self.rows = Some(self.pool.tensor(row, dtype)?);
+        self.rows = Some(self.tensor(row, dtype)?);
         Ok(())
+    }
+
+    /// Makes a tensor with addresses for the tokens that the cache was made for.
+    fn tensor(&self, row: impl Into<Shape>, dtype: DType) -> Result<ElasticTensor> {
+        ElasticTensor::expecting(&self.pool, row, dtype, Some(self.max_seq_len))
     }
 
     /// The tokens and the memory of the cache now.
@@ -248,8 +254,12 @@ pub struct ElasticKvCache {
 impl ElasticKvCache {
     /// Makes an empty cache with the sequence in dimension `dim`.
     ///
-    /// The first tokens set shape and dtype. `max_seq_len` is a hint and no limit: the cache grows
-    /// as far as the addresses that the pool reserves.
+    /// The first tokens set shape and dtype. `max_seq_len` is a hint and no limit: the cache
+    /// reserves addresses for that many tokens. If more come, all tokens move to a range of twice
+    /// their size, and so on up to the pool's
+    /// [`reservation_bytes`](crate::TensorPoolOptions::reservation_bytes) for keys and for values.
+    /// A move copies the tokens, and holds their memory twice while it does. In all, moves copy at
+    /// most two tokens for each that is appended.
     pub fn new(pool: &TensorPool, dim: usize, max_seq_len: usize) -> Self {
         let cache = || ElasticCache::new(pool, dim, max_seq_len);
         Self {

@@ -18,7 +18,7 @@ pub(crate) enum Memory {
 }
 
 impl Memory {
-    pub(super) fn common(&self) -> &PoolMemory {
+    pub(crate) fn common(&self) -> &PoolMemory {
         match self {
             Self::Host(memory) => memory,
             #[cfg(feature = "cuda")]
@@ -33,7 +33,6 @@ pub(crate) struct PoolMemory {
     account: Account,
     stream: Stream,
     page_bytes: usize,
-    reservation_bytes: usize,
     ahead_bytes_max: usize,
 }
 
@@ -57,7 +56,6 @@ impl PoolMemory {
             account,
             stream,
             page_bytes,
-            reservation_bytes: options.reservation_bytes,
             ahead_bytes_max: options.ahead_bytes_max,
         })
     }
@@ -72,11 +70,15 @@ impl PoolMemory {
         &self.stream
     }
 
-    /// Reserves the addresses of one tensor. Allocates no memory.
-    pub(crate) fn range(&self) -> Result<VirtualMemoryPool> {
+    pub(crate) fn page_bytes(&self) -> usize {
+        self.page_bytes
+    }
+
+    /// Reserves this many bytes of addresses. Allocates no memory.
+    pub(crate) fn range(&self, bytes: usize) -> Result<VirtualMemoryPool> {
         let range = VirtualMemoryPool::on_account(
             &self.account,
-            self.reservation_bytes,
+            bytes,
             self.page_bytes,
             PoolOptions::new().ahead_bytes_max(self.ahead_bytes_max),
         )?;

@@ -21,8 +21,9 @@ pub struct TensorPoolOptions {
     pub engine: EngineOptions,
     /// Page size in bytes. `None` selects the device's granularity.
     pub page_bytes: Option<usize>,
-    /// Addresses that each tensor reserves, in bytes. They limit the tensor's size and cost no
-    /// memory.
+    /// The most addresses that a tensor reserves, in bytes. They limit the tensor's size and cost
+    /// no memory. A tensor reserves all of them at once, and a KV cache those for its `max_seq_len`
+    /// tokens, until there are more.
     pub reservation_bytes: usize,
     /// Memory in bytes that the engine's worker maps ahead of each tensor's end, so that the tensor
     /// grows without a driver call; see [`PoolOptions::ahead_bytes_max`].
@@ -36,7 +37,7 @@ pub struct TensorPoolOptions {
 
 impl TensorPoolOptions {
     /// The default options: the device's memory is the limit, pages have the device's granularity,
-    /// each tensor reserves 16 GiB of addresses, and nothing is mapped ahead.
+    /// a tensor reserves at most 16 GiB of addresses, and nothing is mapped ahead.
     pub const fn new() -> Self {
         Self {
             engine: EngineOptions::new(),
@@ -59,7 +60,7 @@ impl TensorPoolOptions {
         self
     }
 
-    /// Sets how many bytes of addresses each tensor reserves.
+    /// Sets how many bytes of addresses a tensor reserves at most.
     pub const fn reservation_bytes(mut self, bytes: usize) -> Self {
         self.reservation_bytes = bytes;
         self

@@ -49,7 +49,11 @@ fn tensor(pool: &TensorPool, count: usize) -> ElasticTensor {
 }
 
 fn cache(pool: &TensorPool, count: usize) -> ElasticKvCache {
-    let mut cache = pool.kv_cache(0, 16);
+    cache_of(pool, 16, count)
+}
+
+fn cache_of(pool: &TensorPool, max_seq_len: usize, count: usize) -> ElasticKvCache {
+    let mut cache = pool.kv_cache(0, max_seq_len);
     let (k, v) = (rows(0, count), rows(100, count));
     cache.append(&k, &v).unwrap();
     cache
@@ -182,6 +186,16 @@ fn an_append_to_a_cache_that_fails_leaves_keys_values_and_memory() {
     };
     let failures = fail_each_call(|pool| cache(pool, 3), append);
     assert!(failures >= 6, "three on each side: {failures}");
+}
+
+#[test]
+fn a_cache_that_cannot_move_to_more_addresses_stays_where_it_is() {
+    let append = |cache: &mut ElasticKvCache| {
+        let (k, v) = (rows(4, 5), rows(104, 5));
+        Ok(cache.append(&k, &v).map(drop)?)
+    };
+    let failures = fail_each_call(|pool| cache_of(pool, 4, 4), append);
+    assert!(failures >= 8, "each side reserves too: {failures}");
 }
 
 #[test]
