@@ -7,7 +7,7 @@
 
 // Where one side's tokens come from and go.
 struct Side {
-    // The first of `all` rows. All pieces of a token are contiguous here.
+    // The side's part of the first of `all` rows. All pieces of a token are contiguous here.
     char *rows;
     // The new tokens.
     const char *tokens;
@@ -19,7 +19,7 @@ struct Side {
     unsigned long long token_stride;
 };
 
-// `row_bytes` is the size of a row. The first `old` of `all` rows are there already. A side has
+// A row begins `row_bytes` behind the one before it. The first `old` of `all` rows are there already. A side has
 // `total` pieces.
 extern "C" __global__ void append_tokens(
     char *rows_0, const char *tokens_0, uint4 *output_0, unsigned long long outer_stride_0,

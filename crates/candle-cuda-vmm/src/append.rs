@@ -84,8 +84,11 @@ impl TokenLayout {
 pub(crate) struct Side<'a> {
     /// The new tokens.
     pub(crate) tokens: &'a Tensor,
-    /// Address of the first row, in live memory for all rows, including the new ones.
+    /// Address of the side's part of the first row, in live memory for all rows, including the new
+    /// ones.
     pub(crate) rows: u64,
+    /// Bytes from one row to the next.
+    pub(crate) row_bytes: usize,
 }
 
 /// The result of an append.
@@ -162,9 +165,13 @@ impl Append {
         };
         // Without outputs the kernel does not read the old rows, so it only gets the new ones.
         let (skipped, old) = if contiguous { (0, old) } else { (old, 0) };
-        let row_bytes = keys.outer * keys.run_bytes;
+        let row_bytes = sides[0].row_bytes;
+        let is_aligned = |side: &Side<'_>| (side.rows | row_bytes as u64) % PIECE as u64 == 0;
+        if sides[1].row_bytes != row_bytes || !sides.iter().all(is_aligned) {
+            return Ok(AppendOutcome::Unsupported);
+        }
         let all = old + keys.count;
-        let total = all * row_bytes / PIECE;
+        let total = all * keys.outer * keys.run_bytes / PIECE;
         let counts = [keys.run_bytes / PIECE, all, old, total].map(u32::try_from);
         let [Ok(pieces), Ok(all), Ok(old), Ok(total)] = counts else {
             return Ok(AppendOutcome::Unsupported);

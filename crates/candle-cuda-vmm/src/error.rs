@@ -123,6 +123,15 @@ pub enum VmmError {
         layer: usize,
     },
 
+    /// A sequence in one range was asked for the cache of a layer that it has not. New in 0.2.0.
+    #[error("there is no layer {layer}: the sequence was made for {layers} layers in one range")]
+    UnknownLayer {
+        /// The layer, counted from 0.
+        layer: usize,
+        /// The number of layers.
+        layers: usize,
+    },
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -312,6 +321,7 @@ impl VmmError {
             | Self::UnmappingFailed(_)
             | Self::InvalidAlignment { .. }
             | Self::InvalidPageSize(_)
+            | Self::UnknownLayer { .. }
             | Self::UnsupportedDevice => true,
         }
     }

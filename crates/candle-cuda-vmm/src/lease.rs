@@ -31,7 +31,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
 use candle_core::cuda::{CudaStorage, CudaStorageSlice as Slice};
 use candle_core::op::BackpropOp;
-use candle_core::{CudaDevice, DType, Storage, Tensor};
+use candle_core::{CudaDevice, DType, Layout, Storage, Tensor};
 use cuda_vmm::pool::blocks::{BlockBacking, BlockTensor};
 use cuda_vmm::{Driver, LeaseToken, Stream, VirtualMemoryPool};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -208,11 +208,70 @@ impl Leases {
         offset: usize,
         source: &Tensor,
     ) -> Result<()> {
+        let elements = source.elem_count();
+        self.copy_to(pool, offset, elements, source, |from, target, layout| {
+            from.copy_strided_src(target, 0, layout)
+        })
+    }
+
+    /// Queues a copy of rows `[count, row…]` to live bytes of the pool, `row_bytes` apart from one
+    /// to the next. The first begins at `offset`.
+    pub(crate) fn write_rows(
+        self: &Arc<Self>,
+        pool: &VirtualMemoryPool,
+        offset: usize,
+        row_bytes: usize,
+        rows: &Tensor,
+    ) -> Result<()> {
+        /// As many plain copies take no longer than one launch.
+        const COPIES_MAX: usize = 8;
+        let (count, element) = (rows.dim(0)?, rows.dtype().size_in_bytes());
+        let (width, stride) = (rows.elem_count() / count.max(1), row_bytes / element);
+        if width == stride {
+            return self.write(pool, offset, rows);
+        }
+        // Candle has no such kernel for these types.
+        let is_plain = matches!(rows.dtype(), DType::I16 | DType::I32);
+        if count <= COPIES_MAX || is_plain {
+            return (0..count).try_for_each(|row| {
+                self.write(pool, offset + row * row_bytes, &rows.narrow(0, row, 1)?)
+            });
+        }
+        // The kernel counts elements in 32 bits.
+        let part = (u32::MAX as usize / stride).max(1);
+        for first in (0..count).step_by(part) {
+            let rows = rows.narrow(0, first, part.min(count - first))?;
+            let (rows, count) = (rows.contiguous()?, rows.dim(0)?);
+            let (offset, elements) = (offset + first * row_bytes, (count - 1) * stride + width);
+            self.copy_to(pool, offset, elements, &rows, |from, target, layout| {
+                from.copy2d(
+                    target,
+                    count,
+                    width,
+                    width,
+                    stride,
+                    layout.start_offset(),
+                    0,
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Queues a copy from a tensor to live bytes of the pool at `offset`, this many elements.
+    fn copy_to(
+        self: &Arc<Self>,
+        pool: &VirtualMemoryPool,
+        offset: usize,
+        elements: usize,
+        source: &Tensor,
+        copy: impl FnOnce(&CudaStorage, &mut CudaStorage, &Layout) -> candle_core::Result<()>,
+    ) -> Result<()> {
         let token = self.token()?;
         let address = pool.base_address() + offset as u64;
         // SAFETY: the bytes are live while the pool is borrowed. They are freed behind Candle's
         // stream, which waits for the copy.
-        let slice = unsafe { slice(&token.stream, address, source.elem_count(), source.dtype()) }?;
+        let slice = unsafe { slice(&token.stream, address, elements, source.dtype()) }?;
         let mut target = CudaStorage {
             slice,
             device: self.device.clone(),
@@ -223,7 +282,7 @@ impl Leases {
             Storage::Cuda(storage) => {
                 StreamOrder::begin(&storage.device.cuda_stream(), &self.stream)
                     .and_then(|order| {
-                        let copied = storage.copy_strided_src(&mut target, 0, layout);
+                        let copied = copy(storage, &mut target, layout);
                         order.end().and(copied)
                     })
                     .map_err(VmmError::from)

@@ -185,6 +185,7 @@ fn describe(error: VmmError) -> String {
         VmmError::CandleError(error) => error.to_string(),
         VmmError::Vmm(error) => error.to_string(),
         VmmError::UnknownShape { layer } => layer.to_string(),
+        VmmError::UnknownLayer { layer, layers } => format!("{layer} {layers}"),
     }
 }
 

@@ -237,6 +237,9 @@ fn messages_name_the_values() {
     assert!(text(VmmError::InvalidPageSize(11)).contains("11"));
     assert!(text(VmmError::ModelNotFound("gpt2".to_owned())).contains("gpt2"));
     assert!(text(VmmError::UnknownShape { layer: 11 }).contains("11"));
+    let (layer, layers) = (11, 7);
+    let layer = text(VmmError::UnknownLayer { layer, layers });
+    assert!(layer.contains("11") && layer.contains('7'));
     assert_eq!(text(VmmError::other("as it is")), "as it is");
 }
 

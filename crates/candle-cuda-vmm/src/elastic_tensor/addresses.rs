@@ -24,12 +24,33 @@ impl Addresses {
         }
     }
 
-    /// For rows that are expected to take this many bytes. They may take more.
-    pub(super) fn expecting(self, bytes: usize) -> Self {
+    /// For rows that may take `bytes_max` bytes, and of which none are expected.
+    pub(super) fn unknown(bytes_max: usize, page_bytes: usize) -> Self {
         Self {
-            expected_bytes: bytes.min(self.bytes_max),
-            ..self
+            expected_bytes: 0,
+            ..Self::new(bytes_max, page_bytes)
         }
+    }
+
+    /// Expects at least this many rows. There may be more.
+    pub(super) fn expect(&mut self, rows: usize, row_bytes: usize) {
+        let bytes = rows.saturating_mul(row_bytes).min(self.bytes_max);
+        self.expected_bytes = self.expected_bytes.max(bytes);
+    }
+
+    /// Returns the bytes that this many rows take.
+    ///
+    /// # Errors
+    /// `OutOfRange` if they may not take so many.
+    pub(super) fn need(&self, rows: usize, row_bytes: usize) -> cuda_vmm::Result<usize> {
+        let bytes = rows.checked_mul(row_bytes);
+        bytes
+            .filter(|bytes| *bytes <= self.bytes_max)
+            .ok_or(cuda_vmm::VmmError::OutOfRange {
+                offset: 0,
+                bytes: rows.saturating_mul(row_bytes),
+                capacity_bytes: self.bytes_max,
+            })
     }
 
     /// Returns the size of the first range, for rows that take `need` bytes at once.
@@ -59,7 +80,9 @@ mod tests {
     const PAGE: usize = 2 << 20;
 
     fn addresses(expected: usize, most: usize) -> Addresses {
-        Addresses::new(most, PAGE).expecting(expected)
+        let mut addresses = Addresses::unknown(most, PAGE);
+        addresses.expect(expected, 1);
+        addresses
     }
 
     #[test]
@@ -71,6 +94,24 @@ mod tests {
         assert_eq!(addresses.first(3 * PAGE + 2), 7 * PAGE);
         assert_eq!(addresses.again(PAGE), 4 * PAGE);
         assert_eq!(addresses.again(3 * PAGE), 6 * PAGE);
+    }
+
+    #[test]
+    fn the_greatest_expectation_counts_and_no_more_than_allowed_is_needed() {
+        let mut addresses = addresses(5 * PAGE, 9 * PAGE);
+        addresses.expect(2, PAGE);
+        assert_eq!(addresses.first(1), 5 * PAGE);
+        addresses.expect(usize::MAX, 2);
+        assert_eq!(addresses.first(1), 9 * PAGE);
+        assert_eq!(addresses.need(3, 3 * PAGE), Ok(9 * PAGE));
+        for (rows, row_bytes) in [(10, PAGE), (9, PAGE + 1), (usize::MAX, 2)] {
+            let error = cuda_vmm::VmmError::OutOfRange {
+                offset: 0,
+                bytes: rows.saturating_mul(row_bytes),
+                capacity_bytes: 9 * PAGE,
+            };
+            assert_eq!(addresses.need(rows, row_bytes), Err(error));
+        }
     }
 
     #[test]

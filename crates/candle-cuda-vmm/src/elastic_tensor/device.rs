@@ -7,13 +7,15 @@
 #![allow(unsafe_code)]
 
 use super::addresses::Addresses;
+use super::columns::Columns;
 use super::extent::{Extent, Live};
 use super::growth::Growth;
+use super::layout::RowLayout;
 use crate::append::{AppendOutcome, Side};
-use crate::error::{Result, VmmError};
+use crate::error::Result;
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use cuda_vmm::{Stream, VirtualMemoryPool};
 use std::iter;
 use std::ops::Range;
@@ -22,9 +24,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A tensor over all rows that fit in the base_rows pages around the current rows, under one lease.
 ///
-/// A view of all rows is a part of it, so making or dropping a view takes no lease and calls no
-/// driver. It holds no page that a tensor of exactly the rows would not hold. While it lives its
-/// lease cannot end, so it is dropped before leases are inspected.
+/// A view of all rows of a column is a part of it, so making or dropping a view takes no lease and
+/// calls no driver. It holds no page that a tensor of exactly the rows would not hold. While it
+/// lives its lease cannot end, so it is dropped before leases are inspected.
 #[derive(Debug)]
 struct Base {
     tensor: Tensor,
@@ -37,26 +39,28 @@ struct Space {
     /// Views of all rows are parts of it. It is dropped before the range.
     base: Mutex<Option<Base>>,
     extent: Extent,
-    /// No view shows bytes from this offset on.
-    viewed_end: AtomicUsize,
+    /// No view of a column shows rows that begin at this offset or behind it, by column.
+    viewed_ends: Vec<AtomicUsize>,
 }
 
 impl Space {
-    /// Rows in this extent, which no view shows.
-    fn over(extent: Extent) -> Self {
+    /// Rows of this many columns in this extent, which no view shows.
+    fn over(extent: Extent, columns: usize) -> Self {
         Self {
             base: Mutex::default(),
             extent,
-            viewed_end: AtomicUsize::new(0),
+            viewed_ends: (0..columns).map(|_| AtomicUsize::new(0)).collect(),
         }
     }
 
-    /// Returns whether these bytes must not be written: a view shows them, or work on a dropped
-    /// view may still read them when work that is queued next on `stream` runs.
-    fn is_in_use(&mut self, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
+    /// Returns whether a column's part of these rows must not be written: a view shows it, or work
+    /// on a dropped view may still read it when work that is queued next on `stream` runs.
+    ///
+    /// Views of other columns count only if the column has shown these rows before. Leases do not
+    /// tell of which column a view is.
+    fn is_in_use(&mut self, column: usize, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
         // New rows lie behind all views unless rows were dropped, so most appends end here.
-        let viewed_end = *self.viewed_end.get_mut();
-        if bytes.start >= viewed_end {
+        if bytes.start >= *self.viewed_ends[column].get_mut() {
             return Ok(false);
         }
         self.drop_base();
@@ -64,8 +68,14 @@ impl Space {
         if range.is_leased(bytes.start, bytes.len()) || !range.order_after_leases(stream)? {
             return Ok(true);
         }
-        if !range.is_leased(bytes.start, viewed_end.saturating_sub(bytes.start)) {
-            *self.viewed_end.get_mut() = bytes.start;
+        let ends = self.viewed_ends.iter_mut().map(AtomicUsize::get_mut);
+        let viewed_end = ends.fold(0, |last, end| last.max(*end));
+        if !range.is_leased(bytes.start, viewed_end - bytes.start) {
+            // No view is left of any column, so the next columns need not ask.
+            for end in &mut self.viewed_ends {
+                let end = end.get_mut();
+                *end = (*end).min(bytes.start);
+            }
         }
         Ok(false)
     }
@@ -83,113 +93,142 @@ impl Space {
     }
 }
 
-/// Rows of one shape, contiguous in a range of addresses.
+/// Rows of one layout, contiguous in a range of addresses.
 #[derive(Debug)]
 pub(super) struct DeviceRows {
     memory: Arc<DeviceMemory>,
     addresses: Addresses,
-    row: Vec<usize>,
-    dtype: DType,
-    row_bytes: usize,
+    layout: RowLayout,
     space: Option<Space>,
-    /// The current rows, counted from the start of the range.
-    rows: Range<usize>,
+    columns: Columns,
 }
 
 impl DeviceRows {
-    pub(super) fn new(
-        memory: &Arc<DeviceMemory>,
-        addresses: Addresses,
-        row: Vec<usize>,
-        dtype: DType,
-        row_bytes: usize,
-    ) -> Self {
+    pub(super) fn new(memory: &Arc<DeviceMemory>, addresses: Addresses, layout: RowLayout) -> Self {
         Self {
             memory: memory.clone(),
             addresses,
-            row,
-            dtype,
-            row_bytes,
+            columns: Columns::new(layout.columns()),
+            layout,
             space: None,
-            rows: 0..0,
         }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.rows.len()
+    pub(super) fn len(&self, column: usize) -> usize {
+        self.columns.rows(column).len()
+    }
+
+    pub(super) fn dims(&self, column: usize) -> &[usize] {
+        self.layout.dims(column)
+    }
+
+    /// Reserves addresses for at least this many rows from now on.
+    pub(super) fn expect(&mut self, rows: usize) {
+        self.addresses.expect(rows, self.layout.row_bytes);
     }
 
     fn bytes(&self, rows: &Range<usize>) -> Range<usize> {
-        rows.start * self.row_bytes..rows.end * self.row_bytes
+        let offset = |row: usize| row.saturating_mul(self.layout.row_bytes);
+        offset(rows.start)..offset(rows.end)
     }
 
-    /// Makes room for `more` rows after the last, in place. Returns `false` if the rows must move.
-    fn extend(&mut self, more: usize) -> Result<bool> {
-        let bytes = self.bytes(&(self.rows.end..self.rows.end + more));
+    /// Makes room for `more` rows in each of these columns, in place. Returns `false` if the rows
+    /// must move.
+    fn extend(&mut self, columns: impl IntoIterator<Item = usize>, more: usize) -> Result<bool> {
+        let Some(end) = self.end_in_place(columns, more)? else {
+            return Ok(false);
+        };
         let Some(space) = &mut self.space else {
             return Ok(false);
         };
-        if !space.extent.has_addresses(bytes.end)
-            || space.is_in_use(&bytes, self.memory.common.stream())?
-        {
-            return Ok(false);
-        }
-        match space.extent.extend(bytes.end) {
+        match space.extent.allocate(space.extent.missing(end)) {
             // The page was freed while a view shows it.
             Err(cuda_vmm::VmmError::Leased { .. }) => Ok(false),
             extended => Ok(extended.map(|()| true)?),
         }
     }
 
-    /// Reserves addresses for rows that take this many bytes.
-    fn reserve_addresses(&self, need: usize) -> Result<Extent> {
-        let bytes = match &self.space {
-            None => self.addresses.first(need),
-            Some(_) => self.addresses.again(need),
-        };
-        Extent::new(&self.memory.common, bytes)
+    /// Returns the end in bytes of the rows with `more` rows in each of these columns; `None` if
+    /// there are no addresses, or if a view shows what would be written.
+    fn end_in_place(
+        &mut self,
+        columns: impl IntoIterator<Item = usize>,
+        more: usize,
+    ) -> Result<Option<usize>> {
+        let mut end = 0;
+        for column in columns {
+            let next = self.columns.next(column);
+            let bytes = self.bytes(&(next..next.saturating_add(more)));
+            let Some(space) = &mut self.space else {
+                return Ok(None);
+            };
+            if !space.extent.has_addresses(bytes.end)
+                || space.is_in_use(column, &bytes, self.memory.common.stream())?
+            {
+                return Ok(None);
+            }
+            end = end.max(bytes.end);
+        }
+        Ok(Some(end))
     }
 
-    /// Copies the rows to a new range, with room for `more` rows after them.
-    fn copy_to_new_space(&self, more: usize) -> Result<Space> {
-        let len = self.rows.len();
-        // Cannot overflow: `ElasticTensor` has checked the number of rows.
-        let bytes = (len + more) * self.row_bytes;
-        let mut fresh = Space::over(self.reserve_addresses(bytes)?);
-        fresh.extent.extend(bytes)?;
-        if len > 0 {
-            self.copy_to(&fresh.extent)?;
-        }
-        Ok(fresh)
+    /// Reserves addresses that the rows move to, or their first ones, with room for `more` rows in
+    /// each of these columns. Returns the bytes that the rows then take, too.
+    fn new_extent(
+        &self,
+        columns: impl IntoIterator<Item = usize>,
+        more: usize,
+    ) -> Result<(Extent, usize)> {
+        let rows = self.columns.len_with(columns, more);
+        let need = self.addresses.need(rows, self.layout.row_bytes)?;
+        let is_first = self.space.is_none();
+        let extent = Extent::new(&self.memory.common, &self.addresses, need, is_first)?;
+        Ok((extent, need))
+    }
+
+    /// Copies the rows to a new range, with room for `more` rows in each of these columns.
+    fn copy_to_new_space(
+        &self,
+        columns: impl IntoIterator<Item = usize>,
+        more: usize,
+    ) -> Result<Space> {
+        let (mut extent, need) = self.new_extent(columns, more)?;
+        extent.allocate(extent.missing(need))?;
+        self.copy_to(&extent)?;
+        Ok(Space::over(extent, self.layout.columns()))
     }
 
     /// Replaces the range. Memory of the old one that views show is held until they are dropped.
     fn replace_space(&mut self, fresh: Space) {
         self.space = Some(fresh);
-        self.rows = 0..self.rows.len();
+        self.columns.moved();
     }
 
-    /// Adds `count` rows, which `write` writes from an offset of a range on. After an error rows
-    /// and memory are as before.
+    /// Adds `count` rows to a column, which `write` writes from an offset of a range on. After an
+    /// error rows and memory are as before.
     fn add(
         &mut self,
+        column: usize,
         count: usize,
         write: impl FnOnce(&VirtualMemoryPool, usize) -> Result<()>,
     ) -> Result<()> {
         let live = self.live_bytes();
-        if self.extend(count)? {
-            let offset = self.rows.end * self.row_bytes;
+        let offset = |next: usize| next * self.layout.row_bytes + self.layout.start_bytes(column);
+        let next = self.columns.next(column);
+        if self.extend([column], count)? {
             let space = self.space.as_ref();
-            if let Err(error) = space.map_or(Ok(()), |space| write(space.extent.range(), offset)) {
+            let written = space.map_or(Ok(()), |space| write(space.extent.range(), offset(next)));
+            if let Err(error) = written {
                 self.free_behind(live);
                 return Err(error);
             }
         } else {
-            let fresh = self.copy_to_new_space(count)?;
-            write(fresh.extent.range(), self.rows.len() * self.row_bytes)?;
+            let fresh = self.copy_to_new_space([column], count)?;
+            let next = next - self.columns.span().start;
+            write(fresh.extent.range(), offset(next))?;
             self.replace_space(fresh);
         }
-        self.rows.end += count;
+        self.columns.add(column, count);
         Ok(())
     }
 
@@ -207,21 +246,35 @@ impl DeviceRows {
         }
     }
 
-    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
-        let memory = self.memory.clone();
-        let write = |range: &_, offset| memory.leases.write(range, offset, rows);
-        self.add(rows.dim(0)?, write)
+    pub(super) fn append(&mut self, column: usize, rows: &Tensor) -> Result<()> {
+        let (memory, row_bytes) = (self.memory.clone(), self.layout.row_bytes);
+        self.add(column, rows.dim(0)?, |range, offset| {
+            memory.leases.write_rows(range, offset, row_bytes, rows)
+        })
     }
 
-    /// Makes room for `count` more rows, and returns the address of the first row. The rows may
-    /// move.
-    fn reserve(&mut self, count: usize) -> Result<u64> {
-        if !self.extend(count)? {
-            let fresh = self.copy_to_new_space(count)?;
+    /// Makes room for `count` more rows in each of these columns. The rows may move.
+    fn reserve(&mut self, columns: &[usize], count: usize) -> Result<()> {
+        if !self.extend(columns.iter().copied(), count)? {
+            let fresh = self.copy_to_new_space(columns.iter().copied(), count)?;
             self.replace_space(fresh);
         }
+        Ok(())
+    }
+
+    /// A column's side of an append of tokens, for which there is room.
+    fn side<'a>(&self, column: usize, tokens: &'a Tensor) -> Side<'a> {
         let base = (self.space.as_ref()).map_or(0, |space| space.extent.range().base_address());
-        Ok(base + (self.rows.start * self.row_bytes) as u64)
+        let first = match self.columns.rows(column) {
+            rows if rows.is_empty() => self.columns.next(column),
+            rows => rows.start,
+        };
+        let offset = first * self.layout.row_bytes + self.layout.start_bytes(column);
+        Side {
+            tokens,
+            rows: base + offset as u64,
+            row_bytes: self.layout.row_bytes,
+        }
     }
 
     /// Appends keys and values by one launch, and returns all of them contiguous if `contiguous` is
@@ -231,53 +284,87 @@ impl DeviceRows {
     /// `dim`. Returns [`AppendOutcome::Unsupported`] if one launch cannot do it. In that case, and
     /// after an error, memory may have been allocated; [`undo`](Self::undo) frees it.
     pub(super) fn append_both(
-        [keys, values]: [(&mut Self, &Tensor); 2],
+        mut pair: Pair<'_>,
+        [keys, values]: [&Tensor; 2],
         dim: usize,
         contiguous: bool,
     ) -> Result<AppendOutcome> {
-        let memory = keys.0.memory.clone();
-        let (old, count) = (keys.0.len(), keys.1.dim(dim)?);
-        let side = |(rows, tokens): (&mut Self, _)| {
-            let rows = rows.reserve(count)?;
-            Ok::<_, VmmError>(Side { tokens, rows })
+        let (count, old);
+        let (memory, sides) = match &mut pair {
+            Pair::Apart([k, v]) => {
+                (count, old) = (keys.dim(dim)?, k.len(0));
+                k.reserve(&[0], count)?;
+                v.reserve(&[0], count)?;
+                (k.memory.clone(), [k.side(0, keys), v.side(0, values)])
+            }
+            Pair::Together(rows, [k, v]) => {
+                (count, old) = (keys.dim(dim)?, rows.len(*k));
+                rows.reserve(&[*k, *v], count)?;
+                let sides = [rows.side(*k, keys), rows.side(*v, values)];
+                (rows.memory.clone(), sides)
+            }
         };
-        let sides = [
-            side((&mut *keys.0, keys.1))?,
-            side((&mut *values.0, values.1))?,
-        ];
         // SAFETY: `reserve` made all rows live, including the new ones, which no view shows.
         let queued = unsafe { memory.append.queue(sides, dim, old, contiguous) }?;
         if !matches!(queued, AppendOutcome::Unsupported) {
-            keys.0.rows.end += count;
-            values.0.rows.end += count;
+            match pair {
+                Pair::Apart(both) => both.map(|rows| rows.columns.add(0, count)),
+                Pair::Together(rows, both) => both.map(|column| rows.columns.add(column, count)),
+            };
         }
         Ok(queued)
     }
 
-    pub(super) fn grow(&mut self, count: usize) -> Result<()> {
-        let (memory, bytes) = (self.memory.clone(), count * self.row_bytes);
-        self.add(count, |range, offset| {
-            lease::zero(memory.common.stream(), range, offset, bytes)
+    pub(super) fn grow(&mut self, column: usize, count: usize) -> Result<()> {
+        let (memory, row_bytes) = (self.memory.clone(), self.layout.row_bytes);
+        let part_bytes = self.layout.part_bytes(column);
+        self.add(column, count, |range, offset| {
+            let (pieces, bytes) = match part_bytes == row_bytes {
+                true => (1, count * row_bytes),
+                false => (count, part_bytes),
+            };
+            (0..pieces).try_for_each(|piece| {
+                let offset = offset + piece * row_bytes;
+                lease::zero(memory.common.stream(), range, offset, bytes)
+            })
         })
     }
 
-    pub(super) fn truncate(&mut self, len: usize) {
-        self.rows.end = self.rows.start + len;
-        if len == 0 {
-            return self.clear();
-        }
-        let end = self.rows.end * self.row_bytes;
+    /// Frees what no row needs, behind the row `end` if it is given.
+    fn free_unneeded(&mut self, end: Option<usize>) {
+        let (row_bytes, span) = (self.layout.row_bytes, self.columns.span());
         if let Some(space) = &mut self.space {
-            space.free(space.extent.behind_spare(end));
+            if let Some(end) = end {
+                space.free(space.extent.behind_spare(end * row_bytes));
+            }
+            space.free(space.extent.before(span.start * row_bytes));
         }
     }
 
-    /// Drops the rows from `len` on, and frees what was allocated for them since `live` was live.
-    pub(super) fn undo(&mut self, len: usize, live: &Live) {
-        self.rows.end = self.rows.start + len;
-        let end = self.rows.end * self.row_bytes;
+    pub(super) fn truncate(&mut self, column: usize, len: usize) {
+        let end = self.columns.keep(column, len);
+        self.free_unneeded(end);
+    }
+
+    /// Drops the rows of a column from `len` on, and frees what was allocated since `live` was live.
+    pub(super) fn undo(&mut self, column: usize, len: usize, live: &Live) {
+        let _ = self.columns.keep(column, len);
+        let end = self.columns.span().end * self.layout.row_bytes;
         if let Some(space) = &mut self.space {
             space.free(space.extent.newer(live, end));
+        }
+    }
+
+    pub(super) fn release_front(&mut self, column: usize, count: usize) {
+        let end = self.columns.release_front(column, count);
+        self.free_unneeded(end);
+    }
+
+    /// Notes that nothing is written to a column any more.
+    pub(super) fn retire(&mut self, column: usize) {
+        self.truncate(column, 0);
+        if let Some(space) = &mut self.space {
+            *space.viewed_ends[column].get_mut() = 0;
         }
     }
 
@@ -285,23 +372,20 @@ impl DeviceRows {
         self.space.as_ref().map(|space| &space.extent)
     }
 
-    /// What `more` rows after the last need. They move if a view shows memory that they need.
+    /// What `more` rows in each column need. They move if a view shows memory that they need.
     pub(super) fn plan(&mut self, more: usize) -> Result<Growth> {
-        let bytes = self.bytes(&(self.rows.end..self.rows.end + more));
-        if let Some(space) = &mut self.space
-            && space.extent.has_addresses(bytes.end)
+        if let Some(end) = self.end_in_place(self.columns.all(), more)?
+            && let Some(space) = &self.space
         {
-            let missing = space.extent.missing(bytes.end);
-            let range = space.extent.range();
+            let (missing, range) = (space.extent.missing(end), space.extent.range());
             let is_leased = (missing.as_ref())
                 .is_some_and(|missing| range.is_leased(missing.start, missing.len()));
-            if !is_leased && !space.is_in_use(&bytes, self.memory.common.stream())? {
+            if !is_leased {
                 let (bytes, moved) = (missing, None);
                 return Ok(Growth { bytes, moved });
             }
         }
-        let need = (self.rows.len() + more) * self.row_bytes;
-        let moved = self.reserve_addresses(need)?;
+        let (moved, need) = self.new_extent(self.columns.all(), more)?;
         let bytes = moved.missing(need);
         let moved = Some(moved);
         Ok(Growth { bytes, moved })
@@ -309,80 +393,72 @@ impl DeviceRows {
 
     /// Copies the rows to new addresses, whose memory is allocated.
     pub(super) fn copy_to(&self, moved: &Extent) -> Result<()> {
-        if self.rows.is_empty() {
-            return Ok(());
+        let span = self.columns.span();
+        match &self.space {
+            Some(space) if !span.is_empty() => {
+                let rows = self.whole_rows(space, span)?;
+                self.memory.leases.write(moved.range(), 0, &rows)
+            }
+            _ => Ok(()),
         }
-        let rows = self.view(0..self.rows.len())?;
-        self.memory.leases.write(moved.range(), 0, &rows)
     }
 
     /// Notes that what was planned is allocated, and the rows are copied if they move.
     pub(super) fn finish(&mut self, growth: Growth) {
         if let Some(extent) = growth.moved {
-            self.replace_space(Space::over(extent));
+            self.replace_space(Space::over(extent, self.layout.columns()));
         }
         if let (Some(space), Some(bytes)) = (&mut self.space, growth.bytes) {
             space.extent.extended(bytes);
         }
     }
 
-    pub(super) fn release_front(&mut self, count: usize) {
-        self.rows.start += count;
-        if self.rows.is_empty() {
-            return self.clear();
-        }
-        let start = self.rows.start * self.row_bytes;
-        if let Some(space) = &mut self.space {
-            space.free(space.extent.before(start));
-        }
-    }
-
-    pub(super) fn clear(&mut self) {
-        if let Some(space) = &mut self.space {
-            space.free(space.extent.live());
-        }
-        self.rows = 0..0;
-    }
-
-    /// Returns a view of some rows, counted from the first.
-    pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
+    /// Returns a view of some rows of a column, counted from its first.
+    pub(super) fn view(&self, column: usize, rows: Range<usize>) -> Result<Tensor> {
+        let all = self.columns.rows(column);
         match &self.space {
             Some(space) if !rows.is_empty() => {
-                let is_all = rows == (0..self.len());
-                let rows = self.rows.start + rows.start..self.rows.start + rows.end;
-                let end = rows.end * self.row_bytes;
-                space.viewed_end.fetch_max(end, Ordering::Relaxed);
-                match is_all {
-                    true => self.view_of_base(space, rows),
+                let rows = all.start + rows.start..all.start + rows.end;
+                let end = rows.end * self.layout.row_bytes;
+                space.viewed_ends[column].fetch_max(end, Ordering::Relaxed);
+                let whole = match rows == all {
+                    true => self.whole_rows(space, rows),
                     false => self.lease(space, rows),
-                }
+                };
+                Ok(self.layout.column(&whole?, column)?)
             }
-            _ => self
-                .memory
-                .leases
-                .empty(&self.shape(rows.len()), self.dtype),
+            _ => {
+                let shape = iter::once(rows.len()).chain(self.layout.dims(column).iter().copied());
+                let shape: Vec<_> = shape.collect();
+                self.memory.leases.empty(&shape, self.layout.dtype)
+            }
         }
     }
 
-    fn shape(&self, rows: usize) -> Vec<usize> {
-        iter::once(rows).chain(self.row.iter().copied()).collect()
+    /// Copies all rows of a column to Candle's own memory.
+    pub(super) fn to_owned(&self, column: usize) -> Result<Tensor> {
+        // Not `copy`: its result would hold the lease.
+        Ok(self.view(column, 0..self.len(column))?.force_contiguous()?)
     }
 
-    /// Makes a tensor with a lease of its own over some rows, counted from the start of the range.
+    /// Makes a tensor with a lease of its own over some whole rows, counted from the start of the
+    /// range.
     fn lease(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
-        let (shape, offset) = (self.shape(rows.len()), rows.start * self.row_bytes);
-        (self.memory.leases).tensor(space.extent.range(), offset, &shape, self.dtype)
+        let (layout, offset) = (&self.layout, rows.start * self.layout.row_bytes);
+        let (range, shape) = (space.extent.range(), layout.shape(rows.len()));
+        (self.memory.leases).tensor(range, offset, &shape, layout.dtype)
     }
 
-    /// Returns a part of the base over some rows, counted from the start of the range. Makes a new
-    /// base if the pages around the rows have changed.
-    fn view_of_base(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
-        let (page_bytes, live) = (space.extent.range().page_bytes(), space.extent.live());
-        let first = (rows.start * self.row_bytes / page_bytes * page_bytes)
+    /// Returns a part of the base over some whole rows, counted from the start of the range. Makes
+    /// a new base if the pages around the rows have changed.
+    fn whole_rows(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
+        let (row_bytes, live) = (self.layout.row_bytes, space.extent.live());
+        let page_bytes = space.extent.range().page_bytes();
+        let first = (rows.start * row_bytes / page_bytes * page_bytes)
             .max(live.start)
-            .div_ceil(self.row_bytes);
-        let end = (rows.end * self.row_bytes).next_multiple_of(page_bytes);
-        let base_rows = first..end.min(live.end) / self.row_bytes;
+            .div_ceil(row_bytes);
+        let end = (rows.end * row_bytes).next_multiple_of(page_bytes);
+        let base_rows = first..end.min(live.end) / row_bytes;
         // In a forked process the lock may never be released.
         let engine = self.memory.common.account().engine();
         engine.device().driver().check_process()?;
@@ -401,4 +477,12 @@ impl DeviceRows {
             None => self.lease(space, rows),
         }
     }
+}
+
+/// The rows of keys and of values.
+pub(super) enum Pair<'a> {
+    /// Each has a range of its own.
+    Apart([&'a mut DeviceRows; 2]),
+    /// They are columns of one range.
+    Together(&'a mut DeviceRows, [usize; 2]),
 }

@@ -1,5 +1,6 @@
 //! The memory behind the rows of one tensor.
 
+use super::addresses::Addresses;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;
 use cuda_vmm::VirtualMemoryPool;
@@ -31,8 +32,18 @@ impl Live {
 }
 
 impl Extent {
-    /// Reserves this many bytes of addresses. No byte is live.
-    pub(super) fn new(memory: &PoolMemory, bytes: usize) -> Result<Self> {
+    /// Reserves addresses for rows that take `need` bytes: their first, or those that they move to.
+    /// No byte is live.
+    pub(super) fn new(
+        memory: &PoolMemory,
+        addresses: &Addresses,
+        need: usize,
+        is_first: bool,
+    ) -> Result<Self> {
+        let bytes = match is_first {
+            true => addresses.first(need),
+            false => addresses.again(need),
+        };
         Ok(Self {
             range: memory.range(bytes)?,
             live: 0..0,
@@ -63,9 +74,10 @@ impl Extent {
         self.live.end = bytes.end;
     }
 
-    /// Allocates the bytes up to `end`. After an error the same bytes are live as before.
-    pub(super) fn extend(&mut self, end: usize) -> cuda_vmm::Result<()> {
-        if let Some(bytes) = self.missing(end) {
+    /// Allocates the [`missing`](Self::missing) bytes. After an error the same bytes are live as
+    /// before.
+    pub(super) fn allocate(&mut self, missing: Option<Range<usize>>) -> cuda_vmm::Result<()> {
+        if let Some(bytes) = missing {
             self.range.allocate(bytes.start, bytes.len())?;
             self.extended(bytes);
         }
@@ -94,9 +106,12 @@ impl Extent {
     }
 
     /// As [`behind`](Self::behind), but without the first page: it stays, so that a length that
-    /// alternates around a page boundary makes no calls.
+    /// alternates around a page boundary makes no calls. Without rows, all live bytes.
     pub(super) fn behind_spare(&self, end: usize) -> Range<usize> {
-        self.behind(self.end_of_page(end) + self.range.page_bytes())
+        match end {
+            0 => self.live(),
+            _ => self.behind(self.end_of_page(end) + self.range.page_bytes()),
+        }
     }
 
     /// Returns the live bytes that rows from `start` on do not need.

@@ -1,14 +1,17 @@
 //! Memory for more rows of several tensors, for all of them or for none.
 
 use super::extent::Extent;
-use super::{ElasticTensor, Rows};
+use super::rows::Rows;
+use super::shared::Column;
+use super::{ElasticTensor, Place};
 use crate::error::Result;
 use cuda_vmm::Account;
 use cuda_vmm::pool::{Backed, PoolPart, Turn};
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::MutexGuard;
 use std::task::{Context, Poll, Waker};
 
-/// What a tensor needs for more rows. Nothing is allocated yet.
+/// What rows need for more of them. Nothing is allocated yet.
 #[derive(Debug)]
 pub(super) struct Growth {
     /// The bytes to allocate, if any.
@@ -19,55 +22,56 @@ pub(super) struct Growth {
 
 impl Growth {
     /// The bytes to allocate, if any.
-    fn part<'a>(&'a self, tensor: &'a ElasticTensor) -> Option<PoolPart<'a>> {
-        let extent = self.moved.as_ref().or(tensor.rows.extent())?;
+    fn part<'a>(&'a self, rows: &'a Rows) -> Option<PoolPart<'a>> {
+        let extent = self.moved.as_ref().or(rows.extent())?;
         let bytes = self.bytes.clone()?;
         Some((extent.range(), bytes.start, bytes.len()))
     }
 }
 
-impl Rows {
-    fn extent(&self) -> Option<&Extent> {
+/// The rows of a range that grow, of which no other thread adds any meanwhile.
+enum Growing<'a> {
+    Own(&'a mut Rows),
+    Shared(MutexGuard<'a, Rows>),
+}
+
+impl Deref for Growing<'_> {
+    type Target = Rows;
+
+    fn deref(&self) -> &Rows {
         match self {
-            Self::Host(rows) => rows.extent(),
-            #[cfg(feature = "cuda")]
-            Self::Device(rows) => rows.extent(),
+            Self::Own(rows) => rows,
+            Self::Shared(rows) => rows,
         }
     }
+}
 
-    fn plan(&mut self, more: usize) -> Result<Growth> {
+impl DerefMut for Growing<'_> {
+    fn deref_mut(&mut self) -> &mut Rows {
         match self {
-            Self::Host(rows) => rows.plan(more),
-            #[cfg(feature = "cuda")]
-            Self::Device(rows) => rows.plan(more),
+            Self::Own(rows) => rows,
+            Self::Shared(rows) => rows,
         }
     }
+}
 
-    /// Copies the rows to new addresses, if the growth has some.
-    fn copy_to(&self, growth: &Growth) -> Result<()> {
-        match (self, &growth.moved) {
-            #[cfg(feature = "cuda")]
-            (Self::Device(rows), Some(moved)) => rows.copy_to(moved),
-            // On the CPU an extent has no contents.
-            _ => Ok(()),
+/// Returns the rows of these tensors, each range once.
+fn ranges<'a>(tensors: &'a mut [&mut ElasticTensor]) -> Result<Vec<Growing<'a>>> {
+    let mut ranges = Vec::with_capacity(tensors.len());
+    let mut shared: Vec<&Column> = Vec::new();
+    for tensor in tensors.iter_mut() {
+        match &mut tensor.place {
+            Place::Own(rows) => ranges.push(Growing::Own(rows)),
+            Place::Column(column) => {
+                let column = &*column;
+                if !shared.iter().any(|other| column.is_beside(other)) {
+                    shared.push(column);
+                    ranges.push(Growing::Shared(column.lock()?));
+                }
+            }
         }
     }
-
-    /// Keeps new addresses, if there were none.
-    fn keep_addresses(&mut self, growth: Growth) {
-        if self.extent().is_none() {
-            let bytes = None;
-            self.finish(Growth { bytes, ..growth });
-        }
-    }
-
-    fn finish(&mut self, growth: Growth) {
-        match self {
-            Self::Host(rows) => rows.finish(growth),
-            #[cfg(feature = "cuda")]
-            Self::Device(rows) => rows.finish(growth),
-        }
-    }
+    Ok(ranges)
 }
 
 /// How a reservation waits for memory.
@@ -140,13 +144,14 @@ impl ElasticTensor {
             }
             .into());
         }
-        let mut growths = Vec::with_capacity(tensors.len());
-        for tensor in tensors.iter_mut() {
-            tensor.check_room(rows)?;
-            growths.push(tensor.rows.plan(rows)?);
-        }
-        let parts: Vec<_> = (tensors.iter().zip(&growths))
-            .filter_map(|(tensor, growth)| growth.part(tensor))
+        tensors
+            .iter()
+            .try_for_each(|tensor| tensor.check_room(rows))?;
+        let mut ranges = ranges(tensors)?;
+        let growths: Result<Vec<_>> = ranges.iter_mut().map(|range| range.plan(rows)).collect();
+        let growths = growths?;
+        let parts: Vec<_> = (ranges.iter().zip(&growths))
+            .filter_map(|(range, growth)| growth.part(range))
             .collect();
         let is_reserved = match waits.allocate(&account, &parts) {
             Poll::Pending => false,
@@ -154,24 +159,45 @@ impl ElasticTensor {
                 let backed = backed?;
                 // If a copy fails, the memory is freed with the guard, and the rows are where they
                 // were.
-                let mut both = tensors.iter().zip(&growths);
-                both.try_for_each(|(tensor, growth)| tensor.rows.copy_to(growth))?;
+                let mut both = ranges.iter().zip(&growths);
+                both.try_for_each(|(range, growth)| range.copy_to(growth))?;
                 backed.keep();
                 true
             }
         };
-        for (tensor, growth) in tensors.iter_mut().zip(growths) {
+        for (range, growth) in ranges.iter_mut().zip(growths) {
             match is_reserved {
-                true => tensor.rows.finish(growth),
+                true => range.finish(growth),
                 // The next try finds the addresses.
-                false => tensor.rows.keep_addresses(growth),
+                false => range.keep_addresses(growth),
             }
         }
         Ok(is_reserved)
     }
 
     /// Bytes of device memory that are allocated for the rows: whole pages, with what is reserved.
+    ///
+    /// Layers of a [sequence in one range](crate::Sequence::rows_in_one_range) share their memory:
+    /// then these are the bytes for all of them.
     pub fn allocated_bytes(&self) -> usize {
-        self.rows.extent().map_or(0, |extent| extent.live().len())
+        Self::allocated_together([self])
+    }
+
+    /// As [`allocated_bytes`](Self::allocated_bytes) for several tensors. Memory that they share
+    /// counts once.
+    pub(crate) fn allocated_together<'a>(tensors: impl IntoIterator<Item = &'a Self>) -> usize {
+        let mut bytes = 0;
+        let mut shared: Vec<&Column> = Vec::new();
+        for tensor in tensors {
+            if let Place::Column(column) = &tensor.place {
+                if shared.iter().any(|other| column.is_beside(other)) {
+                    continue;
+                }
+                shared.push(column);
+            }
+            let live = tensor.rows(|rows, _| rows.extent().map_or(0, |extent| extent.live().len()));
+            bytes += live.unwrap_or(0);
+        }
+        bytes
     }
 }

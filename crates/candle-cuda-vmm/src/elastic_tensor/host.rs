@@ -4,8 +4,10 @@
 //! device. Nothing is written there.
 
 use super::addresses::Addresses;
+use super::columns::Columns;
 use super::extent::{Extent, Live};
 use super::growth::Growth;
+use super::layout::RowLayout;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;
 use crate::zeros::zeros;
@@ -94,17 +96,10 @@ fn shape_of_rows(rows: usize, row: &[usize]) -> Vec<usize> {
     iter::once(rows).chain(row.iter().copied()).collect()
 }
 
-/// Rows of one shape, a part of a buffer's rows.
+/// The rows of a column: a part of a buffer's rows.
 #[derive(Debug)]
-pub(super) struct HostRows {
-    extent: Option<Extent>,
-    memory: Arc<PoolMemory>,
-    addresses: Addresses,
+struct Contents {
     row: Vec<usize>,
-    dtype: DType,
-    row_bytes: usize,
-    /// The place of the first row in the extent, counted in rows.
-    place: usize,
     buffer: Option<Buffer>,
     /// The current rows, counted from the start of the buffer.
     rows: Range<usize>,
@@ -112,34 +107,18 @@ pub(super) struct HostRows {
     viewed_end: AtomicUsize,
 }
 
-impl HostRows {
-    pub(super) fn new(
-        memory: &Arc<PoolMemory>,
-        addresses: Addresses,
-        row: Vec<usize>,
-        dtype: DType,
-        row_bytes: usize,
-    ) -> Self {
+impl Contents {
+    fn new(row: &[usize]) -> Self {
         Self {
-            extent: None,
-            memory: memory.clone(),
-            addresses,
-            row,
-            dtype,
-            row_bytes,
-            place: 0,
+            row: row.to_vec(),
             buffer: None,
             rows: 0..0,
             viewed_end: AtomicUsize::new(0),
         }
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.rows.len()
-    }
-
     /// Makes room for `more` rows after the last. No view shows that room. The rows may move.
-    fn make_room(&mut self, more: usize) -> Result<()> {
+    fn make_room(&mut self, more: usize, dtype: DType) -> Result<()> {
         let (len, viewed_end) = (self.rows.len(), *self.viewed_end.get_mut());
         let has_room =
             |buffer: &Buffer| more <= buffer.rows - self.rows.end && viewed_end <= self.rows.end;
@@ -147,7 +126,7 @@ impl HostRows {
             Some(buffer) => buffer,
             None => {
                 // Twice the length, so that growth row by row copies each row only a few times.
-                let new = |rows| Buffer::new(rows, &self.row, self.dtype);
+                let new = |rows| Buffer::new(rows, &self.row, dtype);
                 let mut fresh = new((len + more).max(2 * len)).or_else(|_| new(len + more))?;
                 if let Some(old) = self.buffer.as_ref().filter(|_| len > 0) {
                     fresh.write(0, &old.data.narrow(0, self.rows.start, len)?)?;
@@ -161,10 +140,49 @@ impl HostRows {
         Ok(())
     }
 
-    /// Returns the end of the rows in the extent, in bytes, with `more` rows after them.
-    fn end_bytes(&self, more: usize) -> usize {
-        // Cannot overflow: `ElasticTensor` has checked the number of rows.
-        (self.place + self.rows.len() + more) * self.row_bytes
+    fn clear(&mut self) {
+        (self.buffer, self.rows) = (None, 0..0);
+        *self.viewed_end.get_mut() = 0;
+    }
+}
+
+/// Rows of one layout. The contents of each column have a buffer of their own.
+#[derive(Debug)]
+pub(super) struct HostRows {
+    extent: Option<Extent>,
+    memory: Arc<PoolMemory>,
+    addresses: Addresses,
+    layout: RowLayout,
+    /// The rows in the extent.
+    columns: Columns,
+    contents: Vec<Contents>,
+}
+
+impl HostRows {
+    pub(super) fn new(memory: &Arc<PoolMemory>, addresses: Addresses, layout: RowLayout) -> Self {
+        let columns = Columns::new(layout.columns());
+        let contents = columns.all().map(|at| Contents::new(layout.dims(at)));
+        Self {
+            extent: None,
+            memory: memory.clone(),
+            addresses,
+            contents: contents.collect(),
+            columns,
+            layout,
+        }
+    }
+
+    pub(super) fn len(&self, column: usize) -> usize {
+        self.columns.rows(column).len()
+    }
+
+    pub(super) fn dims(&self, column: usize) -> &[usize] {
+        self.layout.dims(column)
+    }
+
+    /// Reserves addresses for at least this many rows from now on.
+    pub(super) fn expect(&mut self, rows: usize) {
+        self.addresses.expect(rows, self.layout.row_bytes);
     }
 
     /// Returns the live bytes of the extent.
@@ -179,146 +197,142 @@ impl HostRows {
         }
     }
 
-    /// Reserves addresses for rows that take this many bytes.
-    fn reserve_addresses(&self, need: usize) -> Result<Extent> {
-        let bytes = match &self.extent {
-            None => self.addresses.first(need),
-            Some(_) => self.addresses.again(need),
-        };
-        Extent::new(&self.memory, bytes)
-    }
-
-    /// Allocates memory for `more` rows after the last, in place. Returns a new extent for all rows
-    /// if there are no addresses.
-    fn extend(&mut self, more: usize) -> Result<Option<Extent>> {
-        let end = self.end_bytes(more);
-        match &mut self.extent {
-            Some(extent) if extent.has_addresses(end) => {
-                extent.extend(end)?;
-                Ok(None)
-            }
-            _ => {
-                let need = (self.rows.len() + more) * self.row_bytes;
-                let mut fresh = self.reserve_addresses(need)?;
-                fresh.extend(need)?;
-                Ok(Some(fresh))
-            }
+    /// What `more` rows in each of these columns need.
+    fn growth(&self, columns: Range<usize>, more: usize) -> Result<Growth> {
+        let row_bytes = self.layout.row_bytes;
+        let need = self
+            .addresses
+            .need(self.columns.len_with(columns, more), row_bytes)?;
+        let end = need.saturating_add(self.columns.span().start * row_bytes);
+        if let Some(extent) = self.extent.as_ref().filter(|it| it.has_addresses(end)) {
+            let (bytes, moved) = (extent.missing(end), None);
+            return Ok(Growth { bytes, moved });
         }
+        let is_first = self.extent.is_none();
+        let moved = Extent::new(&self.memory, &self.addresses, need, is_first)?;
+        let bytes = moved.missing(need);
+        let moved = Some(moved);
+        Ok(Growth { bytes, moved })
     }
 
-    /// Adds `count` rows, which `write` writes from a row of the buffer on. After an error rows and
-    /// memory are as before.
+    /// Adds `count` rows to a column, which `write` writes from a row of its buffer on. After an
+    /// error rows and memory are as before.
     fn add(
         &mut self,
+        column: usize,
         count: usize,
         write: impl FnOnce(&mut Buffer, usize) -> Result<()>,
     ) -> Result<()> {
         let live = self.live_bytes();
-        let moved = self.extend(count)?;
-        let made = self.make_room(count);
-        let written = made.and_then(|()| match &mut self.buffer {
-            Some(buffer) => write(buffer, self.rows.end),
+        let Growth { bytes, mut moved } = self.growth(column..column + 1, count)?;
+        if let Some(extent) = moved.as_mut().or(self.extent.as_mut()) {
+            extent.allocate(bytes)?;
+        }
+        let contents = &mut self.contents[column];
+        let made = contents.make_room(count, self.layout.dtype);
+        let written = made.and_then(|()| match &mut contents.buffer {
+            Some(buffer) => write(buffer, contents.rows.end),
             None => Ok(()),
         });
-        match (written, moved) {
-            (Err(error), _) => {
-                self.free(|extent| live.end..extent.live().end);
-                return Err(error);
-            }
-            (Ok(()), Some(fresh)) => (self.extent, self.place) = (Some(fresh), 0),
-            (Ok(()), None) => {}
+        if let Err(error) = written {
+            self.free(|extent| live.end..extent.live().end);
+            return Err(error);
         }
-        self.rows.end += count;
+        contents.rows.end += count;
+        self.finish(Growth { bytes: None, moved });
+        self.columns.add(column, count);
         Ok(())
     }
 
-    pub(super) fn append(&mut self, rows: &Tensor) -> Result<()> {
-        self.add(rows.dim(0)?, |buffer, at| buffer.write(at, rows))
+    pub(super) fn append(&mut self, column: usize, rows: &Tensor) -> Result<()> {
+        self.add(column, rows.dim(0)?, |buffer, at| buffer.write(at, rows))
     }
 
-    pub(super) fn grow(&mut self, count: usize) -> Result<()> {
-        self.add(count, |buffer, at| buffer.zero(at..at + count))
+    pub(super) fn grow(&mut self, column: usize, count: usize) -> Result<()> {
+        self.add(column, count, |buffer, at| buffer.zero(at..at + count))
     }
 
-    /// Copies all rows to a buffer of its own, which the pool does not count.
-    pub(super) fn to_owned(&self) -> Result<Tensor> {
-        let rows = self.view(0..self.len())?;
-        let copy = zeros(rows.dims(), self.dtype)?;
+    /// Copies all rows of a column to a buffer of its own, which the pool does not count.
+    pub(super) fn to_owned(&self, column: usize) -> Result<Tensor> {
+        let rows = self.view(column, 0..self.len(column))?;
+        let copy = zeros(rows.dims(), self.layout.dtype)?;
         copy.slice_set(&rows, 0, 0)?;
         Ok(copy)
     }
 
-    pub(super) fn truncate(&mut self, len: usize) {
-        self.rows.end = self.rows.start + len;
-        if len == 0 {
-            return self.clear();
+    /// Frees what no row needs, behind the row `end` if it is given.
+    fn free_unneeded(&mut self, end: Option<usize>) {
+        let (row_bytes, start) = (self.layout.row_bytes, self.columns.span().start);
+        if let Some(end) = end {
+            self.free(|extent| extent.behind_spare(end * row_bytes));
         }
-        let end = self.end_bytes(0);
-        self.free(|extent| extent.behind_spare(end));
+        self.free(|extent| extent.before(start * row_bytes));
     }
 
-    /// Drops the rows from `len` on, and frees what was allocated for them since `live` was live.
-    pub(super) fn undo(&mut self, len: usize, live: &Live) {
-        self.rows.end = self.rows.start + len;
-        let end = self.end_bytes(0);
+    pub(super) fn truncate(&mut self, column: usize, len: usize) {
+        let contents = &mut self.contents[column];
+        contents.rows.end = contents.rows.start + len;
+        if len == 0 {
+            contents.clear();
+        }
+        let end = self.columns.keep(column, len);
+        self.free_unneeded(end);
+    }
+
+    /// Drops the rows of a column from `len` on, and frees what was allocated since `live` was live.
+    pub(super) fn undo(&mut self, column: usize, len: usize, live: &Live) {
+        let contents = &mut self.contents[column];
+        contents.rows.end = contents.rows.start + len;
+        let _ = self.columns.keep(column, len);
+        let end = self.columns.span().end * self.layout.row_bytes;
         self.free(|extent| extent.newer(live, end));
+    }
+
+    pub(super) fn release_front(&mut self, column: usize, count: usize) {
+        let contents = &mut self.contents[column];
+        contents.rows.start += count;
+        if contents.rows.is_empty() {
+            contents.clear();
+        }
+        let end = self.columns.release_front(column, count);
+        self.free_unneeded(end);
+    }
+
+    /// Notes that nothing is written to a column any more.
+    pub(super) fn retire(&mut self, column: usize) {
+        self.truncate(column, 0);
     }
 
     pub(super) fn extent(&self) -> Option<&Extent> {
         self.extent.as_ref()
     }
 
-    /// What `more` rows after the last need.
-    pub(super) fn plan(&mut self, more: usize) -> Result<Growth> {
-        let end = self.end_bytes(more);
-        if let Some(extent) = self.extent.as_ref().filter(|it| it.has_addresses(end)) {
-            let (bytes, moved) = (extent.missing(end), None);
-            return Ok(Growth { bytes, moved });
-        }
-        let need = (self.rows.len() + more) * self.row_bytes;
-        let moved = self.reserve_addresses(need)?;
-        let bytes = moved.missing(need);
-        let moved = Some(moved);
-        Ok(Growth { bytes, moved })
+    /// What `more` rows in each column need.
+    pub(super) fn plan(&self, more: usize) -> Result<Growth> {
+        self.growth(self.columns.all(), more)
     }
 
     /// Notes that what was planned is allocated.
     pub(super) fn finish(&mut self, growth: Growth) {
         if let Some(moved) = growth.moved {
-            (self.extent, self.place) = (Some(moved), 0);
+            self.extent = Some(moved);
+            self.columns.moved();
         }
         if let (Some(extent), Some(bytes)) = (&mut self.extent, growth.bytes) {
             extent.extended(bytes);
         }
     }
 
-    pub(super) fn release_front(&mut self, count: usize) {
-        self.rows.start += count;
-        self.place += count;
-        if self.rows.is_empty() {
-            return self.clear();
-        }
-        let start = self.place * self.row_bytes;
-        self.free(|extent| extent.before(start));
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.free(Extent::live);
-        (self.buffer, self.rows, self.place) = (None, 0..0, 0);
-        *self.viewed_end.get_mut() = 0;
-    }
-
-    /// Returns a view of some rows, counted from the first.
-    pub(super) fn view(&self, rows: Range<usize>) -> Result<Tensor> {
-        let Some(buffer) = &self.buffer else {
-            return Ok(Tensor::zeros(
-                shape_of_rows(0, &self.row),
-                self.dtype,
-                &Device::Cpu,
-            )?);
+    /// Returns a view of some rows of a column, counted from its first.
+    pub(super) fn view(&self, column: usize, rows: Range<usize>) -> Result<Tensor> {
+        let contents = &self.contents[column];
+        let Some(buffer) = &contents.buffer else {
+            let shape = shape_of_rows(0, &contents.row);
+            return Ok(Tensor::zeros(shape, self.layout.dtype, &Device::Cpu)?);
         };
-        let (start, end) = (self.rows.start + rows.start, self.rows.start + rows.end);
-        self.viewed_end.fetch_max(end, Ordering::Relaxed);
+        let start = contents.rows.start;
+        let (start, end) = (start + rows.start, start + rows.end);
+        contents.viewed_end.fetch_max(end, Ordering::Relaxed);
         Ok(buffer.data.narrow(0, start, rows.len())?)
     }
 }

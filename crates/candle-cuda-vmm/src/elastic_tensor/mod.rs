@@ -1,23 +1,30 @@
 //! A tensor that grows in place.
 
 mod addresses;
+mod columns;
 #[cfg(feature = "cuda")]
 mod device;
 mod extent;
 mod growth;
 mod host;
+mod layout;
+mod rows;
+mod shared;
 
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
 use crate::error::{Result, VmmError};
-use crate::tensor_pool::{Memory, TensorPool};
+use crate::tensor_pool::TensorPool;
 use addresses::Addresses;
 use candle_core::{DType, Device, Error, Shape, Tensor};
 #[cfg(feature = "cuda")]
-use device::DeviceRows;
+use device::{DeviceRows, Pair};
 pub(crate) use extent::Live;
 pub(crate) use growth::Waits;
-use host::HostRows;
+use layout::RowLayout;
+use rows::{Rows, with_rows};
+use shared::Column;
+pub(crate) use shared::SharedRows;
 use std::ops::Range;
 
 /// A tensor `[rows, row…]` whose first dimension grows and shrinks, with memory for the rows in
@@ -93,25 +100,16 @@ pub struct ElasticTensor {
     dtype: DType,
     /// The number of rows that addresses are reserved for; `None` for as many as may be.
     expected_rows: Option<usize>,
-    rows: Rows,
+    place: Place,
 }
 
+/// Where the rows are.
 #[derive(Debug)]
-enum Rows {
-    Host(HostRows),
-    #[cfg(feature = "cuda")]
-    Device(DeviceRows),
-}
-
-/// Evaluates an expression for either kind of rows.
-macro_rules! with_rows {
-    ($rows:expr, $name:ident => $result:expr) => {
-        match $rows {
-            Rows::Host($name) => $result,
-            #[cfg(feature = "cuda")]
-            Rows::Device($name) => $result,
-        }
-    };
+enum Place {
+    /// In a range of their own.
+    Own(Rows),
+    /// In a range with those of other tensors.
+    Column(Column),
 }
 
 impl TensorPool {
@@ -145,49 +143,49 @@ impl ElasticTensor {
         dtype: DType,
         expected_rows: Option<usize>,
     ) -> Result<Self> {
-        let row = row_shape.into().into_dims();
-        if matches!(
-            dtype,
-            DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
-        ) {
-            return Err(Error::UnsupportedDTypeForOp(dtype, "elastic-tensor").into());
-        }
-        let row_bytes = (row.iter())
-            .try_fold(dtype.size_in_bytes(), |bytes, dim| bytes.checked_mul(*dim))
-            .ok_or(cuda_vmm::VmmError::Overflow {
-                offset: 0,
-                bytes: usize::MAX,
-            })?;
-        if row_bytes == 0 {
-            return Err(cuda_vmm::VmmError::ZeroSize { what: "row" }.into());
-        }
-        let (inner, shape) = (pool.inner(), row.clone());
+        let row = row_shape.into();
+        let layout = RowLayout::new([row.clone()], dtype)?;
+        let (inner, row_bytes) = (pool.inner(), layout.row_bytes);
         let page_bytes = inner.memory.common().page_bytes();
-        let mut addresses = Addresses::new(inner.options.reservation_bytes, page_bytes);
-        if let Some(rows) = expected_rows {
-            addresses = addresses.expecting(rows.saturating_mul(row_bytes));
-        }
-        let rows = match &inner.memory {
-            Memory::Host(memory) => {
-                Rows::Host(HostRows::new(memory, addresses, shape, dtype, row_bytes))
-            }
-            #[cfg(feature = "cuda")]
-            Memory::Device(memory) => {
-                Rows::Device(DeviceRows::new(memory, addresses, shape, dtype, row_bytes))
+        let bytes_max = inner.options.reservation_bytes;
+        let addresses = match expected_rows {
+            None => Addresses::new(bytes_max, page_bytes),
+            Some(rows) => {
+                let mut addresses = Addresses::unknown(bytes_max, page_bytes);
+                addresses.expect(rows, row_bytes);
+                addresses
             }
         };
         Ok(Self {
             pool: pool.clone(),
-            row,
+            row: row.into_dims(),
             dtype,
             expected_rows,
-            rows,
+            place: Place::Own(Rows::new(pool, addresses, layout)),
         })
+    }
+
+    /// Does something with the rows, of which this tensor has a column. Fails in a forked process
+    /// if other tensors share the range.
+    fn rows<T>(&self, act: impl FnOnce(&Rows, usize) -> T) -> Result<T> {
+        match &self.place {
+            Place::Own(rows) => Ok(act(rows, 0)),
+            Place::Column(column) => Ok(act(&*column.lock()?, column.index)),
+        }
+    }
+
+    /// As [`rows`](Self::rows), for what changes them.
+    fn rows_mut<T>(&mut self, act: impl FnOnce(&mut Rows, usize) -> T) -> Result<T> {
+        match &mut self.place {
+            Place::Own(rows) => Ok(act(rows, 0)),
+            Place::Column(column) => Ok(act(&mut *column.lock()?, column.index)),
+        }
     }
 
     /// Returns the number of rows.
     pub fn len(&self) -> usize {
-        with_rows!(&self.rows, rows => rows.len())
+        let len = self.rows(|rows, column| with_rows!(rows, rows => rows.len(column)));
+        len.unwrap_or(0)
     }
 
     /// Returns whether there are no rows.
@@ -284,7 +282,7 @@ impl ElasticTensor {
         if count == 0 {
             return Ok(());
         }
-        with_rows!(&mut self.rows, all => all.append(rows))
+        self.rows_mut(|all, column| with_rows!(all, all => all.append(column, rows)))?
     }
 
     /// Returns whether [`append_both`](Self::append_both) supports these tokens, with the sequence
@@ -292,7 +290,9 @@ impl ElasticTensor {
     #[cfg(feature = "cuda")]
     fn supports_append_both(&self, tokens: &Tensor, dim: usize) -> bool {
         let dims = tokens.dims();
-        !self.is_empty()
+        // The first tokens of a cache reserve addresses, which a failed launch would leave.
+        let has_addresses = self.rows(|rows, _| rows.extent().is_some());
+        has_addresses.unwrap_or(false)
             && tokens.rank() == self.row.len() + 1
             && (dims[..dim] == self.row[..dim] && dims[dim + 1..] == self.row[dim..])
             && dims[dim] > 0
@@ -325,10 +325,20 @@ impl ElasticTensor {
         {
             return Ok(AppendOutcome::Unsupported);
         }
-        match (&mut keys.0.rows, &mut values.0.rows) {
-            (Rows::Device(first), Rows::Device(second)) => {
-                let pair = [(first, keys.1), (second, values.1)];
-                DeviceRows::append_both(pair, dim, contiguous)
+        let tokens = [keys.1, values.1];
+        match (&mut keys.0.place, &mut values.0.place) {
+            (Place::Own(Rows::Device(keys)), Place::Own(Rows::Device(values))) => {
+                let pair = Pair::Apart([keys, values]);
+                DeviceRows::append_both(pair, tokens, dim, contiguous)
+            }
+            (Place::Column(keys), Place::Column(values)) if keys.is_beside(values) => {
+                match &mut *keys.lock()? {
+                    Rows::Device(rows) => {
+                        let pair = Pair::Together(rows, [keys.index, values.index]);
+                        DeviceRows::append_both(pair, tokens, dim, contiguous)
+                    }
+                    Rows::Host(_) => Ok(AppendOutcome::Unsupported),
+                }
             }
             _ => Ok(AppendOutcome::Unsupported),
         }
@@ -343,7 +353,7 @@ impl ElasticTensor {
         if rows == 0 {
             return Ok(());
         }
-        with_rows!(&mut self.rows, all => all.grow(rows))
+        self.rows_mut(|all, column| with_rows!(all, all => all.grow(column, rows)))?
     }
 
     /// Keeps the first `len` rows and drops the rest.
@@ -357,19 +367,21 @@ impl ElasticTensor {
     /// `len` rows; then nothing changes.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.check_rows(&(0..len), "len is more than the number of rows")?;
-        with_rows!(&mut self.rows, rows => rows.truncate(len));
-        Ok(())
+        self.rows_mut(|rows, column| with_rows!(rows, rows => rows.truncate(column, len)))
     }
 
     /// The bytes of device memory that are allocated for the rows now.
     pub(crate) fn live(&self) -> Live {
-        Live::of(with_rows!(&self.rows, rows => rows.extent()))
+        let live = self.rows(|rows, _| Live::of(rows.extent()));
+        live.unwrap_or_default()
     }
 
     /// Drops the rows from `len` on, and frees the memory that was allocated for them since `live`
     /// was.
     pub(crate) fn undo(&mut self, len: usize, live: &Live) {
-        with_rows!(&mut self.rows, rows => rows.undo(len, live));
+        let undo =
+            self.rows_mut(|rows, column| with_rows!(rows, rows => rows.undo(column, len, live)));
+        undo.unwrap_or_default();
     }
 
     /// Drops the last `rows` rows; see [`truncate`](Self::truncate).
@@ -388,13 +400,14 @@ impl ElasticTensor {
     /// As [`truncate`](Self::truncate).
     pub fn release_front(&mut self, count: usize) -> Result<()> {
         self.check_rows(&(0..count), "cannot drop more rows than there are")?;
-        with_rows!(&mut self.rows, rows => rows.release_front(count));
-        Ok(())
+        self.rows_mut(|rows, column| with_rows!(rows, rows => rows.release_front(column, count)))
     }
 
     /// Drops all rows and frees their memory.
     pub fn clear(&mut self) {
-        with_rows!(&mut self.rows, rows => rows.clear());
+        let cleared =
+            self.rows_mut(|rows, column| with_rows!(rows, rows => rows.truncate(column, 0)));
+        cleared.unwrap_or_default();
     }
 
     /// Returns a contiguous view `[rows, row…]` of all rows.
@@ -413,7 +426,7 @@ impl ElasticTensor {
     /// if there are no such rows.
     pub fn view_rows(&self, rows: Range<usize>) -> Result<Tensor> {
         self.check_rows(&rows, "there are no such rows")?;
-        with_rows!(&self.rows, all => all.view(rows))
+        self.rows(|all, column| with_rows!(all, all => all.view(column, rows)))?
     }
 
     /// Copies all rows to a tensor `[rows, row…]` in Candle's own memory.
@@ -421,12 +434,7 @@ impl ElasticTensor {
     /// # Errors
     /// As [`view`](Self::view).
     pub fn to_owned(&self) -> Result<Tensor> {
-        match &self.rows {
-            Rows::Host(rows) => rows.to_owned(),
-            // Not `copy`: its result would hold the lease.
-            #[cfg(feature = "cuda")]
-            Rows::Device(_) => Ok(self.view()?.force_contiguous()?),
-        }
+        self.rows(|rows, column| with_rows!(rows, rows => rows.to_owned(column)))?
     }
 
     /// Makes a tensor of the same pool with copies of the rows.

@@ -144,6 +144,11 @@ impl ElasticCache {
         Ok(())
     }
 
+    /// Takes a tensor for the tokens of an empty cache.
+    pub(super) fn take_rows(&mut self, rows: ElasticTensor) {
+        self.rows = Some(rows);
+    }
+
     /// Makes a tensor with addresses for the tokens that the cache was made for.
     fn tensor(&self, row: impl Into<Shape>, dtype: DType) -> Result<ElasticTensor> {
         ElasticTensor::expecting(&self.pool, row, dtype, Some(self.max_seq_len))
@@ -384,12 +389,18 @@ impl ElasticKvCache {
         Ok(k.zip(v).map(|(k, v)| [k, v]))
     }
 
-    /// Returns the bytes of device memory that are allocated for keys and values: whole pages.
+    /// Returns the bytes of device memory that are allocated for keys and values: whole pages. For
+    /// a layer of a [sequence in one range](crate::Sequence::rows_in_one_range) these are the bytes
+    /// of all its layers.
     pub fn allocated_bytes(&self) -> usize {
-        let rows = [&self.k, &self.v]
+        ElasticTensor::allocated_together(self.all_rows())
+    }
+
+    /// Returns the tensors of keys and values that there are.
+    pub(super) fn all_rows(&self) -> impl Iterator<Item = &ElasticTensor> {
+        [&self.k, &self.v]
             .into_iter()
-            .filter_map(ElasticCache::rows);
-        rows.map(ElasticTensor::allocated_bytes).sum()
+            .filter_map(ElasticCache::rows)
     }
 
     /// Drops all tokens and frees their memory. Tensors that were returned before are unchanged.

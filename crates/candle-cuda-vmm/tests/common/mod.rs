@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 mod holdings;
+pub mod layouts;
 pub mod settings;
 
 use candle_core::Device;

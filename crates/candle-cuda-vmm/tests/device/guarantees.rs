@@ -2,6 +2,7 @@
 //! against a plain model of pages: what is within a guarantee is always had, and the rest exactly
 //! if it leaves room for all guarantees. Nothing here launches a kernel.
 
+use crate::common::layouts::Layout;
 use crate::common::{UnderTest, open, page};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
@@ -21,17 +22,33 @@ const PER_PAGE: usize = 4;
 const CAPACITY_PAGES: usize = 12;
 const BLOCKS: usize = 16;
 
-/// The memory of some tensors of one length, in pages of each.
-#[derive(Clone, Copy, Default)]
+/// The memory of rows in ranges of one length, in pages of each.
+#[derive(Clone, Copy)]
 struct Rows {
     len: usize,
     pages: usize,
+    per_page: usize,
+    ranges: usize,
 }
 
 impl Rows {
+    fn new(per_page: usize, ranges: usize) -> Self {
+        let (len, pages) = (0, 0);
+        Self {
+            len,
+            pages,
+            per_page,
+            ranges,
+        }
+    }
+
+    fn all_pages(&self) -> usize {
+        self.pages * self.ranges
+    }
+
     /// With memory for `more` rows.
     fn reserved(self, more: usize) -> Self {
-        let pages = (self.len + more).div_ceil(PER_PAGE);
+        let pages = (self.len + more).div_ceil(self.per_page);
         Self {
             pages: self.pages.max(pages),
             ..self
@@ -49,14 +66,14 @@ impl Rows {
     fn truncated(self, len: usize) -> Self {
         let pages = match len {
             0 => 0,
-            len => self.pages.min(len.div_ceil(PER_PAGE) + 1),
+            len => self.pages.min(len.div_ceil(self.per_page) + 1),
         };
-        Self { len, pages }
+        Self { len, pages, ..self }
     }
 }
 
 /// What a model has: a tensor, a sequence of two layers, and blocks of two tensors.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Plain {
     tensor: Rows,
     sequence: Rows,
@@ -65,9 +82,22 @@ struct Plain {
 }
 
 impl Plain {
+    fn new(layout: Layout, guarantee: usize) -> Self {
+        Self {
+            tensor: Rows::new(PER_PAGE, 1),
+            // Keys and values of two layers.
+            sequence: match layout {
+                Layout::Apart => Rows::new(PER_PAGE, 4),
+                Layout::OneRange => Rows::new(PER_PAGE / 4, 1),
+            },
+            blocks: BTreeSet::new(),
+            guarantee,
+        }
+    }
+
     fn held(&self) -> usize {
         let block_pages: BTreeSet<_> = self.blocks.iter().map(|block| block / PER_PAGE).collect();
-        self.tensor.pages + 4 * self.sequence.pages + 2 * block_pages.len()
+        self.tensor.all_pages() + self.sequence.all_pages() + 2 * block_pages.len()
     }
 }
 
@@ -80,9 +110,10 @@ struct Model {
 }
 
 impl Model {
-    fn new(pool: TensorPool) -> Self {
+    fn new(layout: Layout, pool: TensorPool) -> Self {
         let token = (1, 2, page() / 32);
-        let sequence = pool.sequence().rows(token, token, DType::F32).unwrap();
+        let sequence = layout.sequence(&pool, 2, [token; 2], DType::F32);
+        let sequence = sequence.unwrap();
         let layers = (0..2).map(|layer| sequence.layer(layer, 1, 16).unwrap());
         let entries = ["k", "v"].map(|name| (name, page() / PER_PAGE, DType::U8));
         Self {
@@ -173,7 +204,7 @@ impl Played<'_> {
                 ("step", reserved)
             }
             6 => {
-                after.sequence = Rows::default();
+                after.sequence = after.sequence.truncated(0);
                 model.sequence.reset();
                 ("reset", Ok(()))
             }
@@ -208,7 +239,7 @@ impl Played<'_> {
             let available = model.pool.account().available_bytes();
             assert_eq!(available, self.available(index) * page(), "model {index}");
             assert_eq!(model.sequence.len(), plain.sequence.len);
-            assert_eq!(model.sequence.bytes(), 4 * plain.sequence.pages * page());
+            assert_eq!(model.sequence.bytes(), plain.sequence.all_pages() * page());
             assert_eq!(model.tensor.len(), plain.tensor.len);
         }
     }
@@ -218,7 +249,7 @@ impl Played<'_> {
 fn guarantees_hold_for_tensors_caches_and_blocks() {
     let test = open();
     let mut random = StdRng::seed_from_u64(15);
-    for _ in 0..8 {
+    for layout in [Layout::Apart, Layout::OneRange].repeat(4) {
         let limit_bytes = LIMIT_PAGES * page();
         let mut shared = SharedMemoryPool::new(limit_bytes, test.device.clone()).unwrap();
         let (mut models, mut plain) = (Vec::new(), Vec::new());
@@ -229,11 +260,9 @@ fn guarantees_hold_for_tensors_caches_and_blocks() {
             let options = TensorPoolOptions::new()
                 .page_bytes(page())
                 .reservation_bytes(CAPACITY_PAGES * page());
-            models.push(Model::new(shared.tensor_pool(name, options).unwrap()));
-            plain.push(Plain {
-                guarantee,
-                ..Plain::default()
-            });
+            let pool = shared.tensor_pool(name, options).unwrap();
+            models.push(Model::new(layout, pool));
+            plain.push(Plain::new(layout, guarantee));
         }
         let mut played = Played {
             test: &test,

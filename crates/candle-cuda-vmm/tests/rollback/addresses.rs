@@ -4,6 +4,7 @@ use crate::bench::Bench;
 use crate::common::GRANULE;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::sim::Books;
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_cuda_vmm::{EngineOptions, TensorPool, TensorPoolOptions, VmmError};
 
 /// Four tokens in a page.
@@ -110,4 +111,45 @@ fn a_move_that_is_refused_memory_leaves_tokens_and_memory() {
     pool.engine().set_limit_bytes(10 * GRANULE).unwrap();
     let (k, _) = cache.append(&tokens(1), &tokens(1)).unwrap();
     assert_eq!(k.dims(), [9, ROW]);
+}
+
+/// Each has addresses for 8,192 tokens of 128 KiB, and a page.
+#[test]
+fn ten_thousand_sequences_of_32_layers_are_alive_at_once() {
+    const SEQUENCES: usize = 10_000;
+    const LAYERS: usize = 32;
+    let bench = Bench::new();
+    let nothing = bench.books();
+    let pool = TensorPool::new(&Device::Cpu).unwrap();
+    let token = (1, 8, 128);
+    let tokens = Tensor::ones((1, 8, 1, 128), DType::F16, &Device::Cpu).unwrap();
+    let mut sequences = Vec::new();
+    for _ in 0..SEQUENCES {
+        let sequence = pool.sequence();
+        let sequence = sequence.rows_in_one_range(LAYERS, token, token, DType::F16);
+        let sequence = sequence.unwrap();
+        let layers = (0..LAYERS).map(|layer| sequence.layer(layer, 2, 8192).unwrap());
+        let mut layers: Vec<_> = layers.collect();
+        sequence.reserve(1).unwrap();
+        // The contents of all layers would take gigabytes of the host.
+        layers[LAYERS - 1].append(&tokens, &tokens).unwrap();
+        sequences.push((sequence, layers));
+    }
+    let books = bench.books();
+    let addresses = books.reserved_bytes - nothing.reserved_bytes;
+    assert_eq!(addresses, SEQUENCES << 30);
+    assert_eq!(pool.committed_bytes(), SEQUENCES * GRANULE);
+    for (sequence, layers) in &mut sequences {
+        // The memory of a token of all layers is there.
+        assert_eq!(sequence.bytes(), GRANULE);
+        assert_eq!(layers[LAYERS - 1].current_seq_len(), 1);
+    }
+    let (sequence, layers) = &mut sequences[SEQUENCES / 2];
+    for layer in &mut layers[..LAYERS - 1] {
+        layer.append(&tokens, &tokens).unwrap();
+    }
+    assert_eq!(sequence.len(), 1);
+    assert_eq!(pool.committed_bytes(), SEQUENCES * GRANULE);
+    drop((sequences, pool));
+    assert_eq!(bench.books(), nothing);
 }

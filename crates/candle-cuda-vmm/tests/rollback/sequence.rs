@@ -2,6 +2,7 @@
 
 use crate::bench::Bench;
 use crate::common::GRANULE;
+use crate::common::layouts::Layout;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::sim::{Books, Fault};
 use candle_cuda_vmm::cuda_vmm::{EngineOptions, EngineStats, WorkerMode, sys};
@@ -19,9 +20,9 @@ struct Made {
 }
 
 impl Made {
-    /// Three layers with three tokens each; the first layer's window has reached the end of its
-    /// addresses.
-    fn new(limit_pages: usize) -> Self {
+    /// Three layers with three tokens each. The window of one layer, or of all in one range, has
+    /// reached the end of its addresses.
+    fn new(layout: Layout, limit_pages: usize) -> Self {
         let engine = EngineOptions::new()
             .limit_bytes(limit_pages * GRANULE)
             .chunk_bytes_max(0)
@@ -30,15 +31,23 @@ impl Made {
             .engine(engine)
             .reservation_bytes(4 * GRANULE);
         let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
-        let sequence = pool.sequence().rows(ROW, ROW, DType::U8).unwrap();
+        let sequence = layout.sequence(&pool, LAYERS, [ROW; 2], DType::U8).unwrap();
         let mut layers: Vec<_> = (0..LAYERS)
             .map(|layer| sequence.layer(layer, 0, 16).unwrap())
             .collect();
         for layer in &mut layers {
             layer.append(&rows(3), &rows(3)).unwrap();
         }
-        layers[0].append(&rows(13), &rows(13)).unwrap();
-        layers[0].lock().unwrap().release_front(13).unwrap();
+        let windows = match layout {
+            Layout::Apart => 1,
+            Layout::OneRange => LAYERS,
+        };
+        for window in &mut layers[..windows] {
+            window.append(&rows(13), &rows(13)).unwrap();
+        }
+        for window in &mut layers[..windows] {
+            window.lock().unwrap().release_front(13).unwrap();
+        }
         while pool.engine().stats().parts.retiring_bytes > 0 {
             pool.engine().step();
         }
@@ -72,9 +81,15 @@ fn rows(count: usize) -> Tensor {
 #[test]
 fn each_driver_call_of_a_reservation_fails_in_turn() {
     let bench = Bench::new();
+    for layout in Layout::BOTH {
+        fail_each_call_of_a_reservation(&bench, layout);
+    }
+}
+
+fn fail_each_call_of_a_reservation(bench: &Bench, layout: Layout) {
     bench.device.retry_quarantine();
     let nothing = bench.books();
-    let made = Made::new(100);
+    let made = Made::new(layout, 100);
     bench.simulator().start_trace();
     made.sequence.reserve(6).unwrap();
     let calls = bench.simulator().take_trace().len();
@@ -83,7 +98,7 @@ fn each_driver_call_of_a_reservation_fails_in_turn() {
     for code in [sys::CUDA_ERROR_UNKNOWN, sys::CUDA_ERROR_OUT_OF_MEMORY] {
         for call in 1..=calls {
             let what = format!("call {call} of {calls} fails with {code}");
-            let mut made = Made::new(100);
+            let mut made = Made::new(layout, 100);
             let before = made.seen();
             let fault = Fault::nth_call(call as u64, code);
             bench.simulator().inject(fault);
@@ -114,8 +129,15 @@ fn each_driver_call_of_a_reservation_fails_in_turn() {
 #[test]
 fn a_refusal_for_want_of_memory_makes_no_calls_that_take_any() {
     let bench = Bench::new();
+    for layout in Layout::BOTH {
+        refuse_for_want_of_memory(&bench, layout);
+    }
+}
+
+fn refuse_for_want_of_memory(bench: &Bench, layout: Layout) {
     let nothing = bench.books();
-    let made = Made::new(12);
+    let made = Made::new(layout, 24);
+    made.pool.engine().set_limit_bytes(12 * GRANULE).unwrap();
     let before = made.seen();
     bench.simulator().start_trace();
     // Two pages more in each cache are more than there is.
@@ -133,6 +155,12 @@ fn a_refusal_for_want_of_memory_makes_no_calls_that_take_any() {
 #[test]
 fn first_tokens_of_another_shape_that_fail_leave_what_is_reserved() {
     let bench = Bench::new();
+    for layout in Layout::BOTH {
+        fail_first_tokens_of_another_shape(&bench, layout);
+    }
+}
+
+fn fail_first_tokens_of_another_shape(bench: &Bench, layout: Layout) {
     let nothing = bench.books();
     let engine = EngineOptions::new().worker(WorkerMode::Manual);
     let options = TensorPoolOptions::new().engine(engine.chunk_bytes_max(0));
@@ -140,11 +168,11 @@ fn first_tokens_of_another_shape_that_fail_leave_what_is_reserved() {
     let mut failures = 0;
     for call in 1.. {
         let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
-        let sequence = pool.sequence().rows(ROW, ROW, DType::U8).unwrap();
+        let sequence = layout.sequence(&pool, 1, [ROW; 2], DType::U8).unwrap();
         let mut layer = sequence.layer(0, 0, 16).unwrap();
         sequence.reserve(6).unwrap();
         let reserved = pool.engine().stats().parts.live_page_bytes;
-        assert_eq!(reserved, 2 * 2 * GRANULE);
+        assert_eq!(reserved, layout.pages(1, 6) * GRANULE);
         bench
             .simulator()
             .inject(Fault::nth_call(call, sys::CUDA_ERROR_UNKNOWN));

@@ -2,10 +2,11 @@
 //!
 //! To test another kind of cache, add a line to [`every_kind`].
 
+use crate::common::layouts::Layout;
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory, PreallocatedCaches};
-use candle_cuda_vmm::{TensorPool, TensorPoolOptions, VmmError};
+use candle_cuda_vmm::{Sequence, TensorPool, TensorPoolOptions, VmmError};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -14,12 +15,21 @@ const HEAD_DIM: usize = 4;
 /// Fewer than the tests append.
 const MAX_SEQ_LEN: usize = 8;
 
+/// Makes a sequence of four layers.
+fn sequence(layout: Layout, device: &Device) -> Sequence {
+    let pool = TensorPool::new(device).unwrap();
+    let token = (1, HEADS, HEAD_DIM);
+    layout.sequence(&pool, 4, [token; 2], DType::F32).unwrap()
+}
+
 /// Calls a generic function with a factory of each kind.
 macro_rules! every_kind {
     ($check:ident, $device:expr) => {
         $check(&PreallocatedCaches, $device);
         $check(&ConcatCaches, $device);
         $check(&TensorPool::new($device).unwrap(), $device);
+        $check(&sequence(Layout::Apart, $device), $device);
+        $check(&sequence(Layout::OneRange, $device), $device);
         let contiguous = TensorPoolOptions::new().contiguous_output(true);
         $check(
             &TensorPool::with_options($device, contiguous).unwrap(),

@@ -6,4 +6,5 @@ mod append;
 mod attention;
 mod blocks;
 mod factory;
+mod layers;
 mod sequence;

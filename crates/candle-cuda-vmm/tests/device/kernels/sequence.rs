@@ -1,5 +1,7 @@
-//! Sequences: the caches of all layers grow, shrink and are refused together.
+//! Sequences: the caches of all layers grow, shrink and are refused together, in ranges of their own
+//! and in one range.
 
+use crate::common::layouts::Layout;
 use crate::common::{UnderTest, open, page};
 use crate::refused;
 use candle_core::{DType, Device, Tensor};
@@ -37,9 +39,10 @@ fn layers(sequence: &Sequence) -> Vec<SequenceCache> {
         .collect()
 }
 
-fn sequence(pool: &TensorPool) -> (Sequence, Vec<SequenceCache>) {
+fn sequence(layout: Layout, pool: &TensorPool) -> (Sequence, Vec<SequenceCache>) {
     let token = (1, 2, page() / 32);
-    let sequence = pool.sequence().rows(token, token, DType::F32).unwrap();
+    let sequence = layout.sequence(pool, LAYERS, [token; 2], DType::F32);
+    let sequence = sequence.unwrap();
     let layers = layers(&sequence);
     (sequence, layers)
 }
@@ -68,15 +71,21 @@ fn firsts(layer: &SequenceCache) -> Vec<f32> {
 #[test]
 fn memory_for_a_step_is_there_in_all_layers_before_it() {
     let test = open();
-    let pool = pool(&test, 100);
-    let (sequence, mut layers) = sequence(&pool);
+    for layout in Layout::BOTH {
+        step_with_memory(&test, layout);
+    }
+}
+
+fn step_with_memory(test: &UnderTest, layout: Layout) {
+    let pool = pool(test, 100);
+    let (sequence, mut layers) = sequence(layout, &pool);
     assert_eq!((sequence.len(), sequence.bytes()), (0, 0));
-    sequence.reserve(5).unwrap();
-    assert_eq!(sequence.bytes(), 2 * LAYERS * 2 * page());
+    sequence.reserve(8).unwrap();
+    assert_eq!(sequence.bytes(), layout.pages(LAYERS, 8) * page());
     let refusals = || pool.engine().counters().ranges;
     let allocations = refusals().allocations;
-    append(&test, &mut layers, 5, 1.0);
-    append(&test, &mut layers, 3, 2.0);
+    append(test, &mut layers, 5, 1.0);
+    append(test, &mut layers, 3, 2.0);
     assert_eq!(refusals().allocations, allocations, "nothing was allocated");
     assert_eq!((sequence.len(), sequence.is_empty()), (8, false));
     for layer in &layers {
@@ -88,18 +97,25 @@ fn memory_for_a_step_is_there_in_all_layers_before_it() {
     refused!(sequence.truncate(5), VmmError::CandleError(_));
     sequence.reset();
     assert_eq!((sequence.len(), sequence.bytes()), (0, 0));
-    append(&test, &mut layers, 1, 3.0);
-    assert_eq!(sequence.bytes(), 2 * LAYERS * page());
+    append(test, &mut layers, 1, 3.0);
+    assert_eq!(sequence.bytes(), layout.pages(LAYERS, 1) * page());
 }
 
 #[test]
 fn a_refusal_leaves_all_layers_as_they_were() {
     let test = open();
-    // The first tokens take twelve pages, and the last layer would be the one refused.
-    let pool = pool(&test, 2 * LAYERS * 2 - 1);
-    let (sequence, mut layers) = sequence(&pool);
+    for layout in Layout::BOTH {
+        refusal(&test, layout);
+    }
+}
+
+fn refusal(test: &UnderTest, layout: Layout) {
+    // A page less than five tokens take. Of ranges of its own, the last layer would be refused.
+    let (four, five) = (layout.pages(LAYERS, 4), layout.pages(LAYERS, 5));
+    let pool = pool(test, five - 1);
+    let (sequence, mut layers) = sequence(layout, &pool);
     sequence.reserve(4).unwrap();
-    append(&test, &mut layers, 3, 1.0);
+    append(test, &mut layers, 3, 1.0);
     let before = (pool.committed_bytes(), sequence.bytes());
     match sequence.reserve(2) {
         Err(VmmError::Vmm(Core::OutOfPhysicalMemory {
@@ -108,7 +124,7 @@ fn a_refusal_leaves_all_layers_as_they_were() {
             ..
         })) => assert_eq!(
             (asked_bytes, free_bytes),
-            (2 * LAYERS * page(), (2 * LAYERS - 1) * page())
+            ((five - four) * page(), (five - 1 - four) * page())
         ),
         other => panic!("{other:?}"),
     }
@@ -122,12 +138,10 @@ fn a_refusal_leaves_all_layers_as_they_were() {
     assert_eq!((pool.committed_bytes(), sequence.bytes()), before);
     assert_eq!(sequence.len(), 3);
     // The last token that there is memory for.
-    append(&test, &mut layers, 1, 2.0);
-    pool.engine()
-        .set_limit_bytes(2 * LAYERS * 2 * page())
-        .unwrap();
+    append(test, &mut layers, 1, 2.0);
+    pool.engine().set_limit_bytes(five * page()).unwrap();
     sequence.reserve(1).unwrap();
-    append(&test, &mut layers, 1, 3.0);
+    append(test, &mut layers, 1, 3.0);
     for layer in &layers {
         assert_eq!(
             firsts(layer),
@@ -139,14 +153,20 @@ fn a_refusal_leaves_all_layers_as_they_were() {
 #[test]
 fn rows_that_a_view_shows_move_all_or_none() {
     let test = open();
-    let pool = pool(&test, 100);
-    let (sequence, mut layers) = sequence(&pool);
-    append(&test, &mut layers, 6, 1.0);
+    for layout in Layout::BOTH {
+        rows_under_views(&test, layout);
+    }
+}
+
+fn rows_under_views(test: &UnderTest, layout: Layout) {
+    let pool = pool(test, 100);
+    let (sequence, mut layers) = sequence(layout, &pool);
+    append(test, &mut layers, 6, 1.0);
     let view = layers[1].lock().unwrap().k().unwrap().unwrap();
     sequence.truncate(3).unwrap();
     // On a GPU the keys of one layer have to move, since the view shows what would be overwritten.
     sequence.reserve(4).unwrap();
-    append(&test, &mut layers, 4, 2.0);
+    append(test, &mut layers, 4, 2.0);
     for layer in &layers {
         let k = [1.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0];
         assert_eq!(firsts(layer), [k, k.map(|value| -value)].concat());
@@ -199,6 +219,32 @@ fn a_layer_without_tokens_needs_their_shape() {
         pool.sequence().rows((1, 0), (1, 2), DType::F32),
         VmmError::Vmm(Core::ZeroSize { what: "row" })
     );
+    let in_one_range = |layers, k: (usize, usize)| {
+        let sequence = pool.sequence();
+        sequence.rows_in_one_range(layers, k, (1, 2), DType::F32)
+    };
+    refused!(
+        in_one_range(3, (1, 0)),
+        VmmError::Vmm(Core::ZeroSize { what: "row" })
+    );
+    refused!(
+        in_one_range(0, (1, 2)),
+        VmmError::Vmm(Core::ZeroSize { what: "layers" })
+    );
+    refused!(
+        in_one_range(2, (usize::MAX / 8, 1)),
+        VmmError::InvalidOffset { .. }
+    );
+    let sequence = in_one_range(3, (1, 2)).unwrap();
+    refused!(
+        sequence.layer(3, 2, 64),
+        VmmError::UnknownLayer {
+            layer: 3,
+            layers: 3
+        }
+    );
+    sequence.reserve(1).unwrap();
+    assert_eq!(sequence.bytes(), 0, "it has no layers yet");
     let none = pool.sequence();
     none.reserve(100).unwrap();
     assert_eq!((none.len(), none.bytes()), (0, 0));
@@ -207,12 +253,18 @@ fn a_layer_without_tokens_needs_their_shape() {
 #[test]
 fn what_was_reserved_survives_an_append_that_fails() {
     let test = open();
-    let pool = pool(&test, 100);
-    let (sequence, mut layers) = sequence(&pool);
+    for layout in Layout::BOTH {
+        failed_append(&test, layout);
+    }
+}
+
+fn failed_append(test: &UnderTest, layout: Layout) {
+    let pool = pool(test, 100);
+    let (sequence, mut layers) = sequence(layout, &pool);
     sequence.reserve(9).unwrap();
-    append(&test, &mut layers, 1, 1.0);
+    append(test, &mut layers, 1, 1.0);
     let before = sequence.bytes();
-    let (k, v) = (tokens(&test, 1, 1.0), tokens(&test, 2, 1.0));
+    let (k, v) = (tokens(test, 1, 1.0), tokens(test, 2, 1.0));
     refused!(layers[0].append(&k, &v), VmmError::CandleError(_));
     let wrong = k.to_dtype(DType::F64).unwrap();
     refused!(layers[0].append(&wrong, &wrong), VmmError::CandleError(_));
@@ -222,10 +274,17 @@ fn what_was_reserved_survives_an_append_that_fails() {
 #[test]
 fn a_sequence_that_waits_for_memory_is_not_locked() {
     let test = open();
-    let pool = pool(&test, 2 * LAYERS * 3);
-    let ((held, mut held_layers), (waits, _layers)) = (sequence(&pool), sequence(&pool));
+    for layout in Layout::BOTH {
+        waiting(&test, layout);
+    }
+}
+
+fn waiting(test: &UnderTest, layout: Layout) {
+    let pool = pool(test, 2 * LAYERS * 3);
+    let ((held, mut held_layers), (waits, _layers)) =
+        (sequence(layout, &pool), sequence(layout, &pool));
     held.reserve(8).unwrap();
-    append(&test, &mut held_layers, 8, 1.0);
+    append(test, &mut held_layers, 8, 1.0);
     waits.reserve(4).unwrap();
     let timeout = Duration::from_millis(5);
     refused!(
@@ -244,14 +303,20 @@ fn a_sequence_that_waits_for_memory_is_not_locked() {
         test.device.synchronize().unwrap();
         served.join().unwrap().unwrap();
     });
-    assert_eq!(waits.bytes(), 2 * LAYERS * 2 * page());
+    assert_eq!(waits.bytes(), layout.pages(LAYERS, 8) * page());
 }
 
 #[test]
 fn a_reservation_that_is_dropped_wants_nothing() {
     let test = open();
-    let pool = pool(&test, 2 * LAYERS);
-    let ((held, _), (waits, _layers)) = (sequence(&pool), sequence(&pool));
+    for layout in Layout::BOTH {
+        dropped_reservation(&test, layout);
+    }
+}
+
+fn dropped_reservation(test: &UnderTest, layout: Layout) {
+    let pool = pool(test, 2 * LAYERS);
+    let ((held, _), (waits, _layers)) = (sequence(layout, &pool), sequence(layout, &pool));
     held.reserve(4).unwrap();
     let mut context = Context::from_waker(Waker::noop());
     let mut reservation = Box::pin(waits.reserve_async(4));
@@ -276,4 +341,32 @@ fn a_reservation_that_is_dropped_wants_nothing() {
     };
     assert!(error.is_permanent(), "{error}");
     assert_eq!((held.bytes(), waits.bytes()), (2 * LAYERS * page(), 0));
+}
+
+/// A token of 32 layers takes 128 KiB. In ranges of their own it takes 64 pages.
+#[test]
+fn a_short_sequence_in_one_range_takes_few_pages() {
+    const DEEP: usize = 32;
+    let test = open();
+    let options = TensorPoolOptions::new().page_bytes(page());
+    for (prompt, then) in [(0, 1), (1, 0), (999, 1), (1000, 0)] {
+        let pool = TensorPool::with_options(&test.device, options).unwrap();
+        let token = (1, 8, 128);
+        let sequence = Layout::OneRange.sequence(&pool, DEEP, [token; 2], DType::F16);
+        let sequence = sequence.unwrap();
+        for count in [prompt, then].into_iter().filter(|count| *count > 0) {
+            let shape = (1, 8, count, 128);
+            let tokens = Tensor::zeros(shape, DType::F16, &test.device).unwrap();
+            for layer in 0..DEEP {
+                let mut layer = sequence.layer(layer, 2, 8192).unwrap();
+                layer.append(&tokens, &tokens).unwrap();
+            }
+        }
+        let live_bytes = (prompt + then) * DEEP * 2 * 8 * 128 * 2;
+        assert_eq!(sequence.len(), prompt + then);
+        let committed_bytes = pool.committed_bytes();
+        let most = 2 * page() + live_bytes + live_bytes / 8;
+        let what = format!("{committed_bytes} bytes for {live_bytes}");
+        assert!((live_bytes..=most).contains(&committed_bytes), "{what}");
+    }
 }

@@ -1,0 +1,198 @@
+//! What a row consists of.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use crate::error::Result;
+#[cfg(any(feature = "cuda", test))]
+use candle_core::Tensor;
+use candle_core::{DType, Error, Shape};
+#[cfg(any(feature = "cuda", test))]
+use std::iter;
+
+/// The parts of a row, which lie side by side: one, or one for each tensor that shares the range.
+#[derive(Debug)]
+pub(super) struct RowLayout {
+    pub(super) dtype: DType,
+    pub(super) row_bytes: usize,
+    columns: Vec<Column>,
+}
+
+/// The part of a row that is a row of one tensor.
+#[derive(Debug)]
+struct Column {
+    dims: Vec<usize>,
+    /// Elements of the row before it.
+    #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code))]
+    start: usize,
+}
+
+impl RowLayout {
+    /// Makes the layout of rows of these shapes, side by side.
+    ///
+    /// # Errors
+    /// As [`ElasticTensor::new`](super::ElasticTensor::new).
+    pub(super) fn new(shapes: impl IntoIterator<Item = Shape>, dtype: DType) -> Result<Self> {
+        if matches!(
+            dtype,
+            DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
+        ) {
+            return Err(Error::UnsupportedDTypeForOp(dtype, "elastic-tensor").into());
+        }
+        let (mut columns, mut elements) = (Vec::new(), 0usize);
+        for shape in shapes {
+            let (dims, start) = (shape.into_dims(), elements);
+            let bytes =
+                (dims.iter()).try_fold(dtype.size_in_bytes(), |bytes, dim| bytes.checked_mul(*dim));
+            let end = bytes
+                .and_then(|bytes| start.checked_add(bytes / dtype.size_in_bytes()))
+                .filter(|end| end.checked_mul(dtype.size_in_bytes()).is_some());
+            elements = end.ok_or(cuda_vmm::VmmError::Overflow {
+                offset: 0,
+                bytes: usize::MAX,
+            })?;
+            if elements == start {
+                return Err(cuda_vmm::VmmError::ZeroSize { what: "row" }.into());
+            }
+            columns.push(Column { dims, start });
+        }
+        Ok(Self {
+            dtype,
+            row_bytes: elements * dtype.size_in_bytes(),
+            columns,
+        })
+    }
+
+    /// Returns the number of columns.
+    pub(super) fn columns(&self) -> usize {
+        self.columns.len()
+    }
+
+    /// Returns the shape of a column's part of a row.
+    pub(super) fn dims(&self, column: usize) -> &[usize] {
+        &self.columns[column].dims
+    }
+}
+
+/// Where columns are in the memory of rows.
+#[cfg(any(feature = "cuda", test))]
+impl RowLayout {
+    /// Returns the bytes of a row before a column's part.
+    pub(super) fn start_bytes(&self, column: usize) -> usize {
+        self.columns[column].start * self.dtype.size_in_bytes()
+    }
+
+    /// Returns the bytes of a column's part of a row.
+    pub(super) fn part_bytes(&self, column: usize) -> usize {
+        self.dims(column).iter().product::<usize>() * self.dtype.size_in_bytes()
+    }
+
+    /// Returns the shape of a tensor over whole rows, for [`column`](Self::column).
+    pub(super) fn shape(&self, rows: usize) -> Vec<usize> {
+        match &self.columns[..] {
+            [only] => iter::once(rows).chain(only.dims.iter().copied()).collect(),
+            _ => vec![rows, self.row_bytes / self.dtype.size_in_bytes()],
+        }
+    }
+
+    /// Returns a column of a tensor over whole rows: a view, which is strided if there are other
+    /// columns.
+    pub(super) fn column(&self, rows: &Tensor, column: usize) -> candle_core::Result<Tensor> {
+        if let [_] = self.columns[..] {
+            return Ok(rows.clone());
+        }
+        let Column { dims, start } = &self.columns[column];
+        let part = rows.narrow(1, *start, dims.iter().product())?;
+        let Some((_, inner)) = dims.split_first() else {
+            return part.squeeze(1);
+        };
+        // A view cannot be reshaped, but its last dimension can be split: the inner ones come out
+        // behind it, the innermost first.
+        let mut split = part;
+        for dim in inner.iter().rev() {
+            split = split.unfold(1, *dim, *dim)?;
+        }
+        let order: Vec<_> = [0, 1]
+            .into_iter()
+            .chain((2..dims.len() + 1).rev())
+            .collect();
+        let split = split.permute(order)?;
+        match &split.dims()[1..] == dims {
+            true => Ok(split),
+            // Candle divides in F32, which is exact up to 16 million elements.
+            false => Err(Error::UnexpectedShape {
+                msg: "a row is too large to be split".to_owned(),
+                expected: Shape::from(dims.as_slice()),
+                got: split.shape().clone(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::VmmError;
+    use candle_core::Device;
+
+    fn numbers(shape: Vec<usize>) -> Tensor {
+        let count: usize = shape.iter().product();
+        Tensor::arange(0u32, count as u32, &Device::Cpu)
+            .and_then(|numbers| numbers.reshape(shape))
+            .unwrap()
+    }
+
+    #[test]
+    fn columns_are_views_of_the_parts_of_rows() {
+        let shapes: [&[usize]; 5] = [&[2, 3, 4], &[2, 3, 5], &[], &[7], &[1, 1, 2, 1]];
+        let layout = RowLayout::new(shapes.map(Shape::from), DType::U32).unwrap();
+        let elements = 24 + 30 + 1 + 7 + 2;
+        assert_eq!((layout.row_bytes, layout.columns()), (4 * elements, 5));
+        let rows = numbers(layout.shape(3));
+        let mut start = 0;
+        for (column, dims) in shapes.iter().enumerate() {
+            let part: usize = dims.iter().product();
+            let bytes = (layout.start_bytes(column), layout.part_bytes(column));
+            assert_eq!(bytes, (4 * start, 4 * part));
+            let found = layout.column(&rows, column).unwrap();
+            assert_eq!((&found.dims()[1..], found.stride()[0]), (*dims, elements));
+            let expected = rows.narrow(1, start, part).unwrap();
+            let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<u32>().unwrap();
+            assert_eq!(flat(&found), flat(&expected));
+            // The heads of a token lie side by side.
+            if let Some(last) = found.stride().last().filter(|_| !dims.is_empty()) {
+                assert_eq!(*last, 1);
+            }
+            start += part;
+        }
+    }
+
+    #[test]
+    fn the_only_column_is_contiguous() {
+        let layout = RowLayout::new([Shape::from((2, 3))], DType::U32).unwrap();
+        let rows = numbers(layout.shape(4));
+        let column = layout.column(&rows, 0).unwrap();
+        assert!(column.is_contiguous() && column.dims() == [4, 2, 3]);
+    }
+
+    #[test]
+    fn rows_that_cannot_be_are_refused() {
+        let of = |shapes: &[(usize, usize)], dtype| {
+            let layout = RowLayout::new(shapes.iter().map(|dims| Shape::from(*dims)), dtype);
+            layout.map(drop).unwrap_err()
+        };
+        let zero = of(&[(2, 3), (0, 3)], DType::F32);
+        assert!(matches!(
+            zero,
+            VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what: "row" })
+        ));
+        for shapes in [&[(usize::MAX, 2)][..], &[(usize::MAX / 4, 1), (2, 1)]] {
+            let error = of(shapes, DType::F32);
+            assert!(matches!(error, VmmError::InvalidOffset { .. }), "{error}");
+        }
+        let error = of(&[(1, 1)], DType::F4);
+        assert!(matches!(
+            error,
+            VmmError::CandleError(Error::UnsupportedDTypeForOp(DType::F4, "elastic-tensor"))
+        ));
+    }
+}

@@ -1,0 +1,98 @@
+//! Tensors whose rows are columns of one range.
+
+use super::addresses::Addresses;
+use super::layout::RowLayout;
+use super::rows::{Rows, with_rows};
+use super::{ElasticTensor, Place};
+use crate::error::Result;
+use crate::tensor_pool::TensorPool;
+use candle_core::{DType, Shape};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Rows of several tensors, side by side in one range: row `t` has row `t` of each tensor.
+///
+/// So many short tensors take few pages. Their memory follows the longest of them. Each tensor is a
+/// column, and its views are strided.
+#[derive(Debug, Clone)]
+pub(crate) struct SharedRows {
+    pool: TensorPool,
+    dtype: DType,
+    rows: Arc<Mutex<Rows>>,
+}
+
+/// One of the tensors that share a range.
+#[derive(Debug)]
+pub(super) struct Column {
+    shared: SharedRows,
+    pub(super) index: usize,
+}
+
+impl SharedRows {
+    /// Makes a range for tensors without rows, of these row shapes. Allocates no memory.
+    ///
+    /// Each tensor may have as many rows as if it had a range of its own.
+    ///
+    /// # Errors
+    /// As [`ElasticTensor::new`].
+    pub(crate) fn new(
+        pool: &TensorPool,
+        shapes: impl IntoIterator<Item = Shape>,
+        dtype: DType,
+    ) -> Result<Self> {
+        let layout = RowLayout::new(shapes, dtype)?;
+        let reservation_bytes = pool.inner().options.reservation_bytes;
+        let bytes_max = reservation_bytes.saturating_mul(layout.columns());
+        let page_bytes = pool.inner().memory.common().page_bytes();
+        let rows = Rows::new(pool, Addresses::unknown(bytes_max, page_bytes), layout);
+        Ok(Self {
+            pool: pool.clone(),
+            dtype,
+            rows: Arc::new(Mutex::new(rows)),
+        })
+    }
+
+    /// Makes the tensor of a column, with addresses for the number of rows that is expected. Call
+    /// it once for each.
+    pub(crate) fn tensor(&self, index: usize, expected_rows: usize) -> Result<ElasticTensor> {
+        let row = with_rows!(&mut *self.lock()?, rows => {
+            rows.expect(expected_rows);
+            rows.dims(index).to_vec()
+        });
+        Ok(ElasticTensor {
+            pool: self.pool.clone(),
+            row,
+            dtype: self.dtype,
+            expected_rows: Some(expected_rows),
+            place: Place::Column(Column {
+                shared: self.clone(),
+                index,
+            }),
+        })
+    }
+
+    /// Locks the rows. Fails in a forked process, where the lock may never be released.
+    fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
+        self.pool.engine().device().driver().check_process()?;
+        Ok(self.rows.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Column {
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
+        self.shared.lock()
+    }
+
+    /// Returns whether both are columns of one range.
+    pub(super) fn is_beside(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared.rows, &other.shared.rows)
+    }
+}
+
+/// The other tensors keep their rows.
+impl Drop for Column {
+    fn drop(&mut self) {
+        if let Ok(mut rows) = self.lock() {
+            with_rows!(&mut *rows, rows => rows.retire(self.index));
+        }
+    }
+}
