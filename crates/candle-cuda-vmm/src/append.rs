@@ -166,7 +166,8 @@ impl Append {
         // Without outputs the kernel does not read the old rows, so it only gets the new ones.
         let (skipped, old) = if contiguous { (0, old) } else { (old, 0) };
         let row_bytes = sides[0].row_bytes;
-        let is_aligned = |side: &Side<'_>| (side.rows | row_bytes as u64) % PIECE as u64 == 0;
+        let is_aligned =
+            |side: &Side<'_>| (side.rows | row_bytes as u64).is_multiple_of(PIECE as u64);
         if sides[1].row_bytes != row_bytes || !sides.iter().all(is_aligned) {
             return Ok(AppendOutcome::Unsupported);
         }

@@ -11,87 +11,16 @@ use super::columns::Columns;
 use super::extent::{Extent, Live};
 use super::growth::Growth;
 use super::layout::RowLayout;
+use super::space::Space;
 use crate::append::{AppendOutcome, Side};
 use crate::error::Result;
 use crate::lease;
 use crate::tensor_pool::DeviceMemory;
 use candle_core::Tensor;
-use cuda_vmm::{Stream, VirtualMemoryPool};
+use cuda_vmm::VirtualMemoryPool;
 use std::iter;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// A tensor over all rows that fit in the base_rows pages around the current rows, under one lease.
-///
-/// A view of all rows of a column is a part of it, so making or dropping a view takes no lease and
-/// calls no driver. It holds no page that a tensor of exactly the rows would not hold. While it
-/// lives its lease cannot end, so it is dropped before leases are inspected.
-#[derive(Debug)]
-struct Base {
-    tensor: Tensor,
-    rows: Range<usize>,
-}
-
-/// The memory behind the rows, and what views show of it.
-#[derive(Debug)]
-struct Space {
-    /// Views of all rows are parts of it. It is dropped before the range.
-    base: Mutex<Option<Base>>,
-    extent: Extent,
-    /// No view of a column shows rows that begin at this offset or behind it, by column.
-    viewed_ends: Vec<AtomicUsize>,
-}
-
-impl Space {
-    /// Rows of this many columns in this extent, which no view shows.
-    fn over(extent: Extent, columns: usize) -> Self {
-        Self {
-            base: Mutex::default(),
-            extent,
-            viewed_ends: (0..columns).map(|_| AtomicUsize::new(0)).collect(),
-        }
-    }
-
-    /// Returns whether a column's part of these rows must not be written: a view shows it, or work
-    /// on a dropped view may still read it when work that is queued next on `stream` runs.
-    ///
-    /// Views of other columns count only if the column has shown these rows before. Leases do not
-    /// tell of which column a view is.
-    fn is_in_use(&mut self, column: usize, bytes: &Range<usize>, stream: &Stream) -> Result<bool> {
-        // New rows lie behind all views unless rows were dropped, so most appends end here.
-        if bytes.start >= *self.viewed_ends[column].get_mut() {
-            return Ok(false);
-        }
-        self.drop_base();
-        let range = self.extent.range();
-        if range.is_leased(bytes.start, bytes.len()) || !range.order_after_leases(stream)? {
-            return Ok(true);
-        }
-        let ends = self.viewed_ends.iter_mut().map(AtomicUsize::get_mut);
-        let viewed_end = ends.fold(0, |last, end| last.max(*end));
-        if !range.is_leased(bytes.start, viewed_end - bytes.start) {
-            // No view is left of any column, so the next columns need not ask.
-            for end in &mut self.viewed_ends {
-                let end = end.get_mut();
-                *end = (*end).min(bytes.start);
-            }
-        }
-        Ok(false)
-    }
-
-    fn drop_base(&mut self) {
-        *self.base.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-
-    /// Frees live bytes at the start or the end.
-    fn free(&mut self, bytes: Range<usize>) {
-        if !bytes.is_empty() {
-            self.drop_base();
-            self.extent.free(bytes);
-        }
-    }
-}
+use std::sync::Arc;
 
 /// Rows of one layout, contiguous in a range of addresses.
 #[derive(Debug)]
@@ -213,7 +142,8 @@ impl DeviceRows {
         write: impl FnOnce(&VirtualMemoryPool, usize) -> Result<()>,
     ) -> Result<()> {
         let live = self.live_bytes();
-        let offset = |next: usize| next * self.layout.row_bytes + self.layout.start_bytes(column);
+        let (row_bytes, start) = (self.layout.row_bytes, self.layout.start_bytes(column));
+        let offset = |next: usize| next * row_bytes + start;
         let next = self.columns.next(column);
         if self.extend([column], count)? {
             let space = self.space.as_ref();
@@ -364,7 +294,7 @@ impl DeviceRows {
     pub(super) fn retire(&mut self, column: usize) {
         self.truncate(column, 0);
         if let Some(space) = &mut self.space {
-            *space.viewed_ends[column].get_mut() = 0;
+            space.forget_views(column);
         }
     }
 
@@ -420,7 +350,7 @@ impl DeviceRows {
             Some(space) if !rows.is_empty() => {
                 let rows = all.start + rows.start..all.start + rows.end;
                 let end = rows.end * self.layout.row_bytes;
-                space.viewed_ends[column].fetch_max(end, Ordering::Relaxed);
+                space.note_view(column, end);
                 let whole = match rows == all {
                     true => self.whole_rows(space, rows),
                     false => self.lease(space, rows),
@@ -452,30 +382,10 @@ impl DeviceRows {
     /// Returns a part of the base over some whole rows, counted from the start of the range. Makes
     /// a new base if the pages around the rows have changed.
     fn whole_rows(&self, space: &Space, rows: Range<usize>) -> Result<Tensor> {
-        let (row_bytes, live) = (self.layout.row_bytes, space.extent.live());
-        let page_bytes = space.extent.range().page_bytes();
-        let first = (rows.start * row_bytes / page_bytes * page_bytes)
-            .max(live.start)
-            .div_ceil(row_bytes);
-        let end = (rows.end * row_bytes).next_multiple_of(page_bytes);
-        let base_rows = first..end.min(live.end) / row_bytes;
         // In a forked process the lock may never be released.
         let engine = self.memory.common.account().engine();
         engine.device().driver().check_process()?;
-        let mut base = space.base.lock().unwrap_or_else(PoisonError::into_inner);
-        if base.as_ref().is_none_or(|base| base.rows != base_rows) {
-            let tensor = self.lease(space, base_rows.clone())?;
-            *base = Some(Base {
-                tensor,
-                rows: base_rows.clone(),
-            });
-        }
-        match &*base {
-            Some(base) => Ok(base
-                .tensor
-                .narrow(0, rows.start - base_rows.start, rows.len())?),
-            None => self.lease(space, rows),
-        }
+        space.part_of_base(rows, self.layout.row_bytes, |rows| self.lease(space, rows))
     }
 }
 

@@ -10,6 +10,8 @@ mod host;
 mod layout;
 mod rows;
 mod shared;
+#[cfg(feature = "cuda")]
+mod space;
 
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
@@ -107,7 +109,7 @@ pub struct ElasticTensor {
 #[derive(Debug)]
 enum Place {
     /// In a range of their own.
-    Own(Rows),
+    Own(Box<Rows>),
     /// In a range with those of other tensors.
     Column(Column),
 }
@@ -161,7 +163,7 @@ impl ElasticTensor {
             row: row.into_dims(),
             dtype,
             expected_rows,
-            place: Place::Own(Rows::new(pool, addresses, layout)),
+            place: Place::Own(Box::new(Rows::new(pool, addresses, layout))),
         })
     }
 
@@ -327,10 +329,13 @@ impl ElasticTensor {
         }
         let tokens = [keys.1, values.1];
         match (&mut keys.0.place, &mut values.0.place) {
-            (Place::Own(Rows::Device(keys)), Place::Own(Rows::Device(values))) => {
-                let pair = Pair::Apart([keys, values]);
-                DeviceRows::append_both(pair, tokens, dim, contiguous)
-            }
+            (Place::Own(keys), Place::Own(values)) => match (&mut **keys, &mut **values) {
+                (Rows::Device(keys), Rows::Device(values)) => {
+                    let pair = Pair::Apart([keys, values]);
+                    DeviceRows::append_both(pair, tokens, dim, contiguous)
+                }
+                _ => Ok(AppendOutcome::Unsupported),
+            },
             (Place::Column(keys), Place::Column(values)) if keys.is_beside(values) => {
                 match &mut *keys.lock()? {
                     Rows::Device(rows) => {

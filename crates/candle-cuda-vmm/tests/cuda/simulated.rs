@@ -9,6 +9,7 @@ use crate::common::{UnderTest, open, page};
 use crate::streams::rows;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::{Engine, sys};
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, SequenceCache};
 use candle_cuda_vmm::{ElasticBlocks, ElasticKvCache, ElasticTensor, Result, TensorPool};
 use std::ffi::{CStr, c_ulonglong, c_void};
 use std::mem::transmute;
@@ -68,6 +69,15 @@ impl Subject for ElasticKvCache {
 impl Subject for ElasticBlocks {
     fn contents(&self) -> Vec<Vec<f32>> {
         vec![vec![self.prefix("k").unwrap().dims()[0] as f32]]
+    }
+}
+
+/// The layers of a sequence in one range.
+impl Subject for Vec<SequenceCache> {
+    fn contents(&self) -> Vec<Vec<f32>> {
+        self.iter()
+            .flat_map(|layer| layer.lock().unwrap().contents())
+            .collect()
     }
 }
 
@@ -231,6 +241,30 @@ fn an_append_that_moves_the_rows_and_fails_leaves_them_where_they_are() {
     };
     let failures = fail_each_call(&test, make, |(tensor, _)| tensor.append(&come));
     assert!(failures >= 6, "{failures}");
+}
+
+#[test]
+fn a_step_of_layers_in_one_range_that_fails_leaves_those_that_it_has_not_reached() {
+    let test = open();
+    let come = tokens(3, 1, &test.device);
+    let make = |pool: &TensorPool| {
+        let row = (1, 4, come.dims()[3]);
+        let sequence = pool.sequence().rows_in_one_range(2, row, row, DType::F32);
+        let sequence = sequence.unwrap();
+        let layers = [0, 1].map(|layer| sequence.layer(layer, 1, 2).unwrap());
+        let mut layers = layers.to_vec();
+        for layer in &mut layers {
+            for number in 0..2 {
+                let token = tokens(number, 1, &test.device);
+                layer.append(&token, &token).unwrap();
+            }
+        }
+        layers
+    };
+    // All layers move, because two tokens are expected.
+    let append = |layers: &mut Vec<SequenceCache>| layers[0].append(&come, &come).map(drop);
+    let failures = fail_each_call(&test, make, append);
+    assert!(failures >= 8, "{failures}");
 }
 
 #[test]

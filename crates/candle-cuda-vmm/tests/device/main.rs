@@ -18,6 +18,7 @@ mod kv_errors;
 mod leak;
 mod mapping;
 mod memory;
+mod one_range;
 mod page_size;
 mod physical_memory;
 mod raw;
