@@ -3,6 +3,7 @@
 use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use anyhow::Result;
 use candle_core::Tensor;
+use candle_cuda_vmm::attention::gqa;
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPool};
 use cuda_vmm_benches::{Outcome, Sides, watch};
@@ -44,7 +45,7 @@ fn in_turns<T>(
     machine: &Machine,
     outcome: &mut Outcome,
     [ours, peer]: [&str; 2],
-    (factory, peers): (&TensorPool, &impl KvCacheFactory),
+    (factory, peers): (&impl KvCacheFactory, &impl KvCacheFactory),
     (stretch, rounds, warm): (usize, usize, usize),
     parts: usize,
     after: impl Fn() -> candle_core::Result<T>,
@@ -122,19 +123,8 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let counts = machine.sized([[1000, 10_000, 100_000], [20, 40, 80]]);
     for (length, count) in lengths.into_iter().zip(counts) {
         let pool = machine.pool(false)?;
-        let mut layers = Layers::new(machine, &pool, count)?;
-        let part = PART.min(count);
-        let tokens = tokens(machine, part)?;
-        for _ in 0..count / part {
-            layers.append(&tokens)?;
-        }
-        machine.candle.synchronize()?;
+        let [held_bytes, ahead] = held(machine, &pool, &pool, count)?;
         let live_bytes = count * token_bytes;
-        watch(pool.engine(), "memory on its way", |stats| {
-            stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
-        })?;
-        let ahead = pool.engine().stats().parts.ahead_bytes;
-        let held_bytes = pool.committed_bytes() - ahead;
         let others = PREALLOCATED_TOKENS * token_bytes;
         let side = format!("held, {length} tokens");
         outcome.count(&side, held_bytes as f64);
@@ -144,6 +134,71 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             "{count} tokens, {live_bytes} bytes live, {ahead} ahead; KvCache({PREALLOCATED_TOKENS}) takes {others} bytes"
         );
         outcome.note(&side, note);
+    }
+    Ok(())
+}
+
+/// The bytes that a pool holds for so many tokens, without those ahead, and these.
+fn held<F: KvCacheFactory>(
+    machine: &Machine,
+    pool: &TensorPool,
+    factory: &F,
+    count: usize,
+) -> Result<[usize; 2]> {
+    let _layers = filled(machine, factory, count)?;
+    machine.candle.synchronize()?;
+    watch(pool.engine(), "memory on its way", |stats| {
+        stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
+    })?;
+    let ahead = pool.engine().stats().parts.ahead_bytes;
+    Ok([pool.committed_bytes() - ahead, ahead])
+}
+
+/// Caches of so many tokens.
+fn filled<F: KvCacheFactory>(machine: &Machine, factory: &F, count: usize) -> Result<Layers<F>> {
+    let mut layers = Layers::new(machine, factory, count)?;
+    let part = PART.min(count);
+    let tokens = tokens(machine, part)?;
+    (0..count / part).try_for_each(|_| layers.append(&tokens))?;
+    Ok(layers)
+}
+
+/// All layers of a sequence in one range, against ranges of their own.
+pub fn one_range(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
+    let (layers, row) = (machine.sized(LAYERS), (1, KV_HEADS, HEAD_DIM));
+    let sequence = |layout: &str| -> Result<_> {
+        let sequence = machine.pool(false)?.sequence();
+        Ok(match layout {
+            "apart" => sequence.rows(row, row, DTYPE)?,
+            _ => sequence.rows_in_one_range(layers, row, row, DTYPE)?,
+        })
+    };
+    let names = ["one range", "apart"];
+    let kinds = (&sequence(names[0])?, &sequence(names[1])?);
+    let sizes = (machine.sized([64, 8]), machine.sized([63, 3]), 0);
+    in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))?;
+    for (length, count) in [("1", 1), ("1,000", machine.sized([PART, 20]))] {
+        let sequence = sequence("one range")?;
+        let [held_bytes, _] = held(machine, sequence.pool(), &sequence, count)?;
+        outcome.count(&format!("one range holds, {length}"), held_bytes as f64);
+        let pages = 2 * machine.device.granularity_bytes();
+        let allowed_bytes = pages as f64 + 1.125 * (count * token_bytes(layers)) as f64;
+        outcome.count(&format!("it may hold, {length}"), allowed_bytes);
+    }
+    let q = &Tensor::ones((1, 4 * KV_HEADS, 1, HEAD_DIM), DTYPE, &machine.candle)?;
+    for (length, count) in [("8,000", [8000, 16]), ("32,000", [32_000, 32])] {
+        let (mut sides, none) = (Sides::default(), tokens(machine, 1)?.narrow(2, 0, 0)?);
+        for layout in names {
+            let mut filled = filled(machine, &sequence(layout)?, machine.sized(count))?;
+            let views = filled.0.iter_mut().map(|cache| cache.append(&none, &none));
+            let views = views.collect::<candle_cuda_vmm::Result<Vec<_>>>()?;
+            sides.add(&format!("gqa, {layout}, {length}"), move || {
+                // A layer has left the GPU's own cache before its turn comes again.
+                let query = |(k, v): &_| gqa(q, k, v, 0.1, true).map(drop);
+                Ok(machine.mean_time(1, || views.iter().try_for_each(query))? / layers as u32)
+            });
+        }
+        outcome.measure(sides, &machine.settings, machine.settings.rounds)?;
     }
     Ok(())
 }
@@ -193,13 +248,9 @@ mod tests {
 
     #[test]
     fn a_token_takes_128_kib_and_an_eighth_more_is_allowed_from_a_gibibyte_on() {
-        const PAGE: usize = 2 << 20;
         const GIB: usize = 1 << 30;
         assert_eq!(token_bytes(32), 128 << 10);
-        assert_eq!(token_bytes(32) * 131_072, 16 << 30);
-        assert_eq!(allowed_bytes(0, PAGE), (64 * PAGE) as f64);
-        assert_eq!(allowed_bytes(GIB - 8, PAGE), (GIB - 8 + 64 * PAGE) as f64);
-        let more = GIB + GIB / 8 + 64 * PAGE;
-        assert_eq!(allowed_bytes(GIB, PAGE), more as f64);
+        assert_eq!(allowed_bytes(GIB - 8, 2), (GIB - 8 + 128) as f64);
+        assert_eq!(allowed_bytes(GIB, 2), (GIB + GIB / 8 + 128) as f64);
     }
 }

@@ -17,5 +17,6 @@ pub const ALL: &[Work<Machine>] = &[
     ("attention", attention::measure),
     ("whole decoder", decoder::measure),
     ("make and drop a view", growth::view),
+    ("one range", growth::one_range),
     ("blocks", blocks::measure),
 ];
