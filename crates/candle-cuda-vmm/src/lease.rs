@@ -230,9 +230,9 @@ impl Leases {
         if width == stride {
             return self.write(pool, offset, rows);
         }
+        let is_short = count == 1 || count <= COPIES_MAX && rows.is_contiguous();
         // Candle has no such kernel for these types.
-        let is_plain = matches!(rows.dtype(), DType::I16 | DType::I32);
-        if count <= COPIES_MAX || is_plain {
+        if is_short || matches!(rows.dtype(), DType::I16 | DType::I32) {
             return (0..count).try_for_each(|row| {
                 self.write(pool, offset + row * row_bytes, &rows.narrow(0, row, 1)?)
             });

@@ -290,14 +290,6 @@ impl DeviceRows {
         self.free_unneeded(end);
     }
 
-    /// Notes that nothing is written to a column any more.
-    pub(super) fn retire(&mut self, column: usize) {
-        self.truncate(column, 0);
-        if let Some(space) = &mut self.space {
-            space.forget_views(column);
-        }
-    }
-
     pub(super) fn extent(&self) -> Option<&Extent> {
         self.space.as_ref().map(|space| &space.extent)
     }

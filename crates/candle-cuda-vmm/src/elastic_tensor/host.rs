@@ -298,11 +298,6 @@ impl HostRows {
         self.free_unneeded(end);
     }
 
-    /// Notes that nothing is written to a column any more.
-    pub(super) fn retire(&mut self, column: usize) {
-        self.truncate(column, 0);
-    }
-
     pub(super) fn extent(&self) -> Option<&Extent> {
         self.extent.as_ref()
     }

@@ -134,51 +134,51 @@ mod tests {
     use crate::error::VmmError;
     use candle_core::Device;
 
-    fn numbers(shape: Vec<usize>) -> Tensor {
+    fn numbers(shape: Vec<usize>) -> candle_core::Result<Tensor> {
         let count: usize = shape.iter().product();
-        Tensor::arange(0u32, count as u32, &Device::Cpu)
-            .and_then(|numbers| numbers.reshape(shape))
-            .unwrap()
+        Tensor::arange(0u32, count as u32, &Device::Cpu)?.reshape(shape)
     }
 
     #[test]
-    fn columns_are_views_of_the_parts_of_rows() {
+    fn columns_are_views_of_the_parts_of_rows() -> Result<()> {
         let shapes: [&[usize]; 5] = [&[2, 3, 4], &[2, 3, 5], &[], &[7], &[1, 1, 2, 1]];
-        let layout = RowLayout::new(shapes.map(Shape::from), DType::U32).unwrap();
+        let layout = RowLayout::new(shapes.map(Shape::from), DType::U32)?;
         let elements = 24 + 30 + 1 + 7 + 2;
         assert_eq!((layout.row_bytes, layout.columns()), (4 * elements, 5));
-        let rows = numbers(layout.shape(3));
+        let rows = numbers(layout.shape(3))?;
         let mut start = 0;
         for (column, dims) in shapes.iter().enumerate() {
             let part: usize = dims.iter().product();
             let bytes = (layout.start_bytes(column), layout.part_bytes(column));
             assert_eq!(bytes, (4 * start, 4 * part));
-            let found = layout.column(&rows, column).unwrap();
+            let found = layout.column(&rows, column)?;
             assert_eq!((&found.dims()[1..], found.stride()[0]), (*dims, elements));
-            let expected = rows.narrow(1, start, part).unwrap();
-            let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<u32>().unwrap();
-            assert_eq!(flat(&found), flat(&expected));
+            let expected = rows.narrow(1, start, part)?;
+            let flat = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<u32>();
+            assert_eq!(flat(&found)?, flat(&expected)?);
             // The heads of a token lie side by side.
             if let Some(last) = found.stride().last().filter(|_| !dims.is_empty()) {
                 assert_eq!(*last, 1);
             }
             start += part;
         }
+        Ok(())
     }
 
     #[test]
-    fn the_only_column_is_contiguous() {
-        let layout = RowLayout::new([Shape::from((2, 3))], DType::U32).unwrap();
-        let rows = numbers(layout.shape(4));
-        let column = layout.column(&rows, 0).unwrap();
+    fn the_only_column_is_contiguous() -> Result<()> {
+        let layout = RowLayout::new([Shape::from((2, 3))], DType::U32)?;
+        let rows = numbers(layout.shape(4))?;
+        let column = layout.column(&rows, 0)?;
         assert!(column.is_contiguous() && column.dims() == [4, 2, 3]);
+        Ok(())
     }
 
     #[test]
     fn rows_that_cannot_be_are_refused() {
         let of = |shapes: &[(usize, usize)], dtype| {
             let layout = RowLayout::new(shapes.iter().map(|dims| Shape::from(*dims)), dtype);
-            layout.map(drop).unwrap_err()
+            layout.map(drop).expect_err("there are no such rows")
         };
         let zero = of(&[(2, 3), (0, 3)], DType::F32);
         assert!(matches!(

@@ -415,7 +415,8 @@ impl ElasticTensor {
         cleared.unwrap_or_default();
     }
 
-    /// Returns a contiguous view `[rows, row…]` of all rows.
+    /// Returns a view `[rows, row…]` of all rows. It is contiguous, unless the tensor is a layer's of
+    /// a [sequence in one range](crate::Sequence::rows_in_one_range) on a CUDA device.
     ///
     /// # Errors
     /// - [`CandleError`](VmmError::CandleError) if Candle fails.
@@ -424,7 +425,7 @@ impl ElasticTensor {
         self.view_rows(0..self.len())
     }
 
-    /// Returns a contiguous view `[rows, row…]` of some rows.
+    /// Returns a view `[rows, row…]` of some rows, as [`view`](Self::view) does of all.
     ///
     /// # Errors
     /// As [`view`](Self::view), and [`CandleError`](VmmError::CandleError) with `NarrowInvalidArgs`

@@ -51,8 +51,8 @@ impl SharedRows {
         })
     }
 
-    /// Makes the tensor of a column, with addresses for the number of rows that is expected. Call
-    /// it once for each.
+    /// Makes the tensor of a column, with addresses for the number of rows that is expected. A column
+    /// has one tensor at a time.
     pub(crate) fn tensor(&self, index: usize, expected_rows: usize) -> Result<ElasticTensor> {
         let row = with_rows!(&mut *self.lock()?, rows => {
             rows.expect(expected_rows);
@@ -88,11 +88,11 @@ impl Column {
     }
 }
 
-/// The other tensors keep their rows.
+/// Frees what the other tensors do not need.
 impl Drop for Column {
     fn drop(&mut self) {
         if let Ok(mut rows) = self.lock() {
-            with_rows!(&mut *rows, rows => rows.retire(self.index));
+            with_rows!(&mut *rows, rows => rows.truncate(self.index, 0));
         }
     }
 }

@@ -88,11 +88,6 @@ impl Space {
         self.viewed_ends[column].fetch_max(end, Ordering::Relaxed);
     }
 
-    /// Notes that nothing is written to a column any more.
-    pub(super) fn forget_views(&mut self, column: usize) {
-        *self.viewed_ends[column].get_mut() = 0;
-    }
-
     /// Returns a part of the base over some rows, counted from the start of the range. Makes a new
     /// base by `lease`, if the pages around the rows have changed.
     pub(super) fn part_of_base(

@@ -210,11 +210,11 @@ impl Sequence {
     /// As [`rows`](Self::rows), and puts all tokens of `layers` layers into one range of addresses,
     /// instead of a range for keys and another for values of each layer.
     ///
-    /// A token then lies in one piece, `[layers, keys and values, batch, heads, head_dim]` for keys
-    /// and values of one shape, and takes one page or two at first instead of `2 · layers`. Use it
-    /// for many short sequences. For 32 layers with 8 heads of 128 in F16 a token is 128 KiB: one
-    /// token takes 2 MiB instead of 128 MiB, and 1,000 tokens 128 MiB instead of 128 to 256 MiB. A
-    /// range of addresses for 8,192 tokens takes 1 GiB either way.
+    /// A token then lies in one piece, `[layers, keys and values, batch, heads, head_dim]` if keys
+    /// and values have one shape. Use it for many short sequences, because it rounds their memory
+    /// up to whole pages once, and not for keys and for values of each layer. With 32 layers of 8
+    /// heads of 128 in F16 a token is 128 KiB, and takes 2 MiB instead of 128 MiB. The addresses
+    /// for 8,192 such tokens are 1 GiB either way.
     ///
     /// The caches work as those of ranges of their own do, with these differences:
     /// - Memory follows the layer that has most tokens. Only what no layer needs is freed, at the

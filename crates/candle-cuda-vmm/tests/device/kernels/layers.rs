@@ -3,7 +3,7 @@
 //! showed at first.
 
 use crate::common::layouts::Layout;
-use crate::common::{open, page};
+use crate::common::{GRANULE, open, page};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence, SequenceCache};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
@@ -211,8 +211,8 @@ fn layers_whose_keys_and_values_differ_in_size_are_lists() {
 
 #[test]
 fn layers_of_tokens_that_cross_pages_are_lists() {
-    // A page has fewer than nine tokens of one layer.
-    play(Dims([page() / 64 - 4; 2]), 0..1, 40, false);
+    // The smallest page has fewer than nine keys of one layer.
+    play(Dims([GRANULE / 64 - 4; 2]), 0..1, 40, false);
 }
 
 #[test]

@@ -5,6 +5,7 @@ use crate::common::layouts::Layout;
 use crate::common::{UnderTest, open, page};
 use crate::refused;
 use candle_core::{DType, Device, Tensor};
+use candle_cuda_vmm::attention::gqa;
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence, SequenceCache};
 use candle_cuda_vmm::{EngineOptions, TensorPool, TensorPoolOptions, VmmError};
@@ -368,5 +369,48 @@ fn a_short_sequence_in_one_range_takes_few_pages() {
         let most = 2 * page() + live_bytes + live_bytes / 8;
         let what = format!("{committed_bytes} bytes for {live_bytes}");
         assert!((live_bytes..=most).contains(&committed_bytes), "{what}");
+    }
+}
+
+#[test]
+fn attention_reads_layers_in_one_range_in_place() {
+    let test = open();
+    let pool = TensorPool::new(&test.device).unwrap();
+    for (dtype, batch, tokens) in [
+        (DType::F32, 1, 40),
+        (DType::F16, 2, 33),
+        (DType::BF16, 1, 1),
+    ] {
+        let token = (batch, 4, 16);
+        let sequence = Layout::OneRange.sequence(&pool, LAYERS, [token; 2], dtype);
+        let sequence = sequence.unwrap();
+        let random = |heads: usize, count: usize| {
+            let shape = (batch, heads, count, 16);
+            let random = Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+            let random = random.to_dtype(dtype).unwrap();
+            random.to_device(&test.device).unwrap()
+        };
+        let mut views = Vec::new();
+        for layer in 0..LAYERS {
+            let mut layer = sequence.layer(layer, 2, 64).unwrap();
+            let (k, v) = (random(4, tokens), random(4, tokens));
+            let seen = layer.append(&k, &v).unwrap();
+            views.push(([k, v], seen));
+        }
+        for ([k, v], (seen_k, seen_v)) in &views {
+            if test.device.is_cuda() {
+                let row = 2 * LAYERS * batch * 4 * 16;
+                assert_eq!(seen_k.stride()[1..], [16, row, 1], "it is no copy");
+            }
+            for queries in [1, tokens] {
+                let q = random(8, queries);
+                let found = gqa(&q, seen_k, seen_v, 0.25, true).unwrap();
+                let expected = gqa(&q, k, v, 0.25, true).unwrap();
+                let apart = (found - expected).unwrap().abs().unwrap();
+                let apart = apart.to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+                let apart = apart.max(0).unwrap().to_scalar::<f32>().unwrap();
+                assert!(apart < 0.02, "{dtype:?}, {queries} queries: {apart}");
+            }
+        }
     }
 }
