@@ -8,8 +8,7 @@
 
 use super::addresses::Addresses;
 use super::columns::Columns;
-use super::extent::{Extent, Live};
-use super::growth::Growth;
+use super::extent::{Extent, Growth, Live};
 use super::layout::RowLayout;
 use super::space::Space;
 use crate::append::{AppendOutcome, Side};

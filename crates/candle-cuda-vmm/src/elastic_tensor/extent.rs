@@ -4,6 +4,7 @@ use super::addresses::Addresses;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;
 use cuda_vmm::VirtualMemoryPool;
+use cuda_vmm::pool::PoolPart;
 use std::ops::Range;
 
 /// A range of addresses, and the bytes of it that are live: whole pages around the rows, so that
@@ -13,6 +14,24 @@ pub(super) struct Extent {
     range: VirtualMemoryPool,
     /// `0..0` if no byte is live.
     live: Range<usize>,
+}
+
+/// What rows need for more of them. Nothing is allocated yet.
+#[derive(Debug)]
+pub(super) struct Growth {
+    /// The bytes to allocate, if any.
+    pub(super) bytes: Option<Range<usize>>,
+    /// New addresses, if the rows have to move or have none yet.
+    pub(super) moved: Option<Extent>,
+}
+
+impl Growth {
+    /// The bytes to allocate, if any, for rows in this extent.
+    pub(super) fn part<'a>(&'a self, extent: Option<&'a Extent>) -> Option<PoolPart<'a>> {
+        let extent = self.moved.as_ref().or(extent)?;
+        let bytes = self.bytes.clone()?;
+        Some((extent.range(), bytes.start, bytes.len()))
+    }
 }
 
 /// The bytes that were live at some moment, and where. The default is none.

@@ -1,33 +1,14 @@
 //! Memory for more rows of several tensors, for all of them or for none.
 
-use super::extent::Extent;
 use super::rows::Rows;
 use super::shared::Column;
 use super::{ElasticTensor, Place};
 use crate::error::Result;
 use cuda_vmm::Account;
 use cuda_vmm::pool::{Backed, PoolPart, Turn};
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::{Deref, DerefMut};
 use std::sync::MutexGuard;
 use std::task::{Context, Poll, Waker};
-
-/// What rows need for more of them. Nothing is allocated yet.
-#[derive(Debug)]
-pub(super) struct Growth {
-    /// The bytes to allocate, if any.
-    pub(super) bytes: Option<Range<usize>>,
-    /// New addresses, if the rows have to move.
-    pub(super) moved: Option<Extent>,
-}
-
-impl Growth {
-    /// The bytes to allocate, if any.
-    fn part<'a>(&'a self, rows: &'a Rows) -> Option<PoolPart<'a>> {
-        let extent = self.moved.as_ref().or(rows.extent())?;
-        let bytes = self.bytes.clone()?;
-        Some((extent.range(), bytes.start, bytes.len()))
-    }
-}
 
 /// The rows of a range that grow, of which no other thread adds any meanwhile.
 enum Growing<'a> {
@@ -151,7 +132,7 @@ impl ElasticTensor {
         let growths: Result<Vec<_>> = ranges.iter_mut().map(|range| range.plan(rows)).collect();
         let growths = growths?;
         let parts: Vec<_> = (ranges.iter().zip(&growths))
-            .filter_map(|(range, growth)| growth.part(range))
+            .filter_map(|(range, growth)| growth.part(range.extent()))
             .collect();
         let is_reserved = match waits.allocate(&account, &parts) {
             Poll::Pending => false,

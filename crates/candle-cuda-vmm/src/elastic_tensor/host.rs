@@ -5,8 +5,7 @@
 
 use super::addresses::Addresses;
 use super::columns::Columns;
-use super::extent::{Extent, Live};
-use super::growth::Growth;
+use super::extent::{Extent, Growth, Live};
 use super::layout::RowLayout;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;

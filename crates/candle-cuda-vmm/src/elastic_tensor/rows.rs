@@ -3,8 +3,7 @@
 use super::addresses::Addresses;
 #[cfg(feature = "cuda")]
 use super::device::DeviceRows;
-use super::extent::Extent;
-use super::growth::Growth;
+use super::extent::{Extent, Growth};
 use super::host::HostRows;
 use super::layout::RowLayout;
 use crate::error::Result;
