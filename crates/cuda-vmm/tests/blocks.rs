@@ -1,6 +1,8 @@
 //! Memory behind block tables, on the simulated driver: what is backed, what is in it, and what
 //! goes back.
 
+#[path = "blocks/ahead.rs"]
+mod ahead;
 #[path = "blocks/allocator.rs"]
 mod allocator;
 #[path = "blocks/bad_input.rs"]

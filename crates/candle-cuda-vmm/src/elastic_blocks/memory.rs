@@ -6,6 +6,7 @@
 //! to free its address.
 #![allow(unsafe_code)]
 
+use super::ElasticBlocksOptions;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::lease::Token;
@@ -47,13 +48,13 @@ enum BlockStorage {
 impl BlockMemory {
     pub(super) fn new(
         pool: &TensorPoolInner,
-        spec: LayerSpec,
-        blocks: usize,
+        (spec, blocks): (LayerSpec, usize),
         dtypes: &[DType],
+        options: ElasticBlocksOptions,
     ) -> Result<Self> {
         match &pool.memory {
             Memory::Host(memory) => {
-                let backing = memory.backing(spec, blocks)?;
+                let backing = memory.backing(spec, blocks, options.of_core())?;
                 let tensors = backing.tensors().iter().zip(dtypes);
                 let tensors = tensors.map(|(tensor, dtype)| zeros(&tensor.shape(), *dtype));
                 let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
@@ -63,7 +64,7 @@ impl BlockMemory {
             }
             #[cfg(feature = "cuda")]
             Memory::Device(memory) => {
-                let backing = memory.common.backing(spec, blocks)?;
+                let backing = memory.common.backing(spec, blocks, options.of_core())?;
                 let (memory, reserved) = (memory.clone(), Mutex::default());
                 let storage = BlockStorage::Device { memory, reserved };
                 Ok(Self { backing, storage })

@@ -2,6 +2,7 @@
 
 mod allocator;
 mod memory;
+mod options;
 
 use crate::error::Result;
 use crate::tensor_pool::TensorPool;
@@ -13,6 +14,7 @@ use cuda_vmm::pool::blocks::{
 };
 use cuda_vmm::{Account, Engine};
 use memory::BlockMemory;
+pub use options::ElasticBlocksOptions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -133,6 +135,19 @@ impl TensorPool {
     ) -> Result<ElasticBlocks> {
         ElasticBlocks::new(self, num_blocks, entries)
     }
+
+    /// Makes the tensors of a paged cache with options; see [`ElasticBlocks::with_options`].
+    ///
+    /// # Errors
+    /// As [`ElasticBlocks::new`].
+    pub fn blocks_with_options<N: Into<String>, S: Into<Shape>>(
+        &self,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+        options: ElasticBlocksOptions,
+    ) -> Result<ElasticBlocks> {
+        ElasticBlocks::with_options(self, num_blocks, entries, options)
+    }
 }
 
 impl ElasticBlocks {
@@ -157,6 +172,36 @@ impl ElasticBlocks {
         num_blocks: usize,
         entries: impl IntoIterator<Item = (N, S, DType)>,
     ) -> Result<Self> {
+        Self::with_options(pool, num_blocks, entries, ElasticBlocksOptions::new())
+    }
+
+    /// As [`new`](Self::new), with options.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    ///
+    /// ```
+    /// # #[cfg(feature = "simulator")] {
+    /// use candle_core::{DType, Device};
+    /// use candle_cuda_vmm::{ElasticBlocks, ElasticBlocksOptions, TensorPool};
+    ///
+    /// let pool = TensorPool::new(&Device::Cpu)?;
+    /// let entries = ["k", "v"].map(|name| (name, (16, 8, 64), DType::F16));
+    /// let options = ElasticBlocksOptions::new().ahead_blocks_max(256);
+    /// let blocks = ElasticBlocks::with_options(&pool, 4096, entries, options)?;
+    /// let allocator = blocks.allocator();
+    /// // The worker has made the memory by then, and a step calls no driver.
+    /// let table = allocator.allocate(16)?;
+    /// assert!(blocks.check_table(table).is_ok());
+    /// # }
+    /// # Ok::<(), candle_cuda_vmm::VmmError>(())
+    /// ```
+    pub fn with_options<N: Into<String>, S: Into<Shape>>(
+        pool: &TensorPool,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+        options: ElasticBlocksOptions,
+    ) -> Result<Self> {
         let (mut tensors, mut dtypes) = (Vec::new(), Vec::new());
         for (name, block_shape, dtype) in entries {
             if matches!(
@@ -170,7 +215,8 @@ impl ElasticBlocks {
             tensors.push(TensorSpec::new(name, block_shape.dims(), element)?);
             dtypes.push(dtype);
         }
-        let memory = BlockMemory::new(pool.inner(), LayerSpec::new(tensors)?, num_blocks, &dtypes)?;
+        let sized = (LayerSpec::new(tensors)?, num_blocks);
+        let memory = BlockMemory::new(pool.inner(), sized, &dtypes, options)?;
         Ok(Self(Arc::new(ElasticBlocksInner {
             pool: pool.clone(),
             dtypes,
@@ -239,6 +285,20 @@ impl ElasticBlocks {
     /// [`BlockError::NotBacked`] or [`BlockError::Pinned`]; then no block is freed.
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         Ok(self.backing().unback(blocks)?)
+    }
+
+    /// Names the blocks that will be backed next, in this order, so that the engine's worker makes
+    /// their memory ahead, up to [`ElasticBlocksOptions::ahead_blocks_max`] blocks. The names hold
+    /// until the next call. It calls no driver.
+    ///
+    /// For an engine with an allocator of its own: name the first blocks of its free list after each
+    /// step. [`allocator`](Self::allocator) does so itself.
+    ///
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`]; then the names
+    /// are as before.
+    pub fn prefetch(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        Ok(self.backing().prefetch(blocks)?)
     }
 
     /// Keeps backed blocks in place until the pin is dropped.

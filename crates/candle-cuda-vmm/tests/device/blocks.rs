@@ -4,8 +4,10 @@ use crate::bytes;
 use crate::common::{UnderTest, block_page, open};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::pool::blocks::BlockError;
-use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream};
-use candle_cuda_vmm::{ElasticBlocks, TensorPool, TensorPoolOptions, VmmError};
+use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream, WorkerMode};
+use candle_cuda_vmm::{
+    ElasticBlocks, ElasticBlocksOptions, TensorPool, TensorPoolOptions, VmmError,
+};
 use std::time::{Duration, Instant};
 
 fn options() -> TensorPoolOptions {
@@ -352,4 +354,57 @@ fn what_cannot_be_is_refused_by_its_values() {
     let other = pool.blocks(64, [("k", wide(), DType::F32)]).unwrap();
     expect_block(other.commit(&plan), BlockError::ForeignPlan);
     assert_eq!(blocks.stats().backed_blocks, 3, "nothing has changed");
+}
+
+#[test]
+fn steps_of_three_paged_caches_find_their_memory_made_ahead() {
+    let test = open();
+    let engine = EngineOptions::new().worker(WorkerMode::Manual);
+    let pool = TensorPool::with_options(&test.device, options().engine(engine)).unwrap();
+    let ahead = ElasticBlocksOptions::new().ahead_blocks_max(128);
+    let caches = [(); 3].map(|()| {
+        let entries = ["k", "v"].map(|name| (name, wide(), DType::F32));
+        pool.blocks_with_options(512, entries, ahead).unwrap()
+    });
+    let allocators = [0, 1, 2].map(|cache| caches[cache].allocator());
+    // 43 sequences in each, of many ages, of which each gets a block in every fourth step.
+    let mut sequences: Vec<_> = (0..3 * 43).map(|age| (age, Vec::new())).collect();
+    pool.engine().step();
+    for step in 0..64 {
+        for (index, (age, table)) in sequences.iter_mut().enumerate() {
+            let (cache, allocator) = (&caches[index % 3], &allocators[index % 3]);
+            *age += 1;
+            if *age % 31 == 0 {
+                allocator.free(table.drain(..)).unwrap();
+            } else if *age % 4 == 0 {
+                table.extend(allocator.allocate(1).unwrap());
+            }
+            cache.check_table(table.iter().copied()).unwrap();
+        }
+        if step % 16 == 15 {
+            let plan = allocators[step / 16 % 3].reclaim_candidates(usize::MAX, |_| None);
+            allocators[step / 16 % 3].commit(&plan).unwrap();
+        }
+        pool.device().synchronize().unwrap();
+        pool.engine().step();
+    }
+    let counters = pool.engine().counters();
+    assert_eq!(counters.ranges.late_prefetches, 0, "{counters:?}");
+    // An engine with an allocator of its own names the blocks.
+    caches[0].prefetch([500, 300]).unwrap();
+    pool.engine().step();
+    caches[0].back([300]).unwrap();
+    caches[0].back([500]).unwrap();
+    assert_eq!(pool.engine().counters().ranges.late_prefetches, 0);
+    let (block, blocks) = (512, 512);
+    expect_block(
+        caches[0].prefetch([3, 512]),
+        BlockError::Invalid { block, blocks },
+    );
+    // Nothing is made ahead unless that is asked for.
+    let without = pool.blocks(512, [("k", wide(), DType::F32)]).unwrap();
+    let ahead_bytes = pool.engine().stats().parts.ahead_bytes;
+    without.prefetch([3]).unwrap();
+    pool.engine().step();
+    assert_eq!(pool.engine().stats().parts.ahead_bytes, ahead_bytes);
 }

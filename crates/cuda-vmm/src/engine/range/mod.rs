@@ -11,6 +11,7 @@ use super::at_work::AtWork;
 use super::books::account::AccountId;
 use super::books::chunk_plan::ChunkRules;
 use super::books::counters::PoolCounters;
+use super::books::hint::Hint;
 use super::books::owner::Owner;
 use super::books::pages::{Pages, Survey};
 use super::books::range_id::RangeId;
@@ -39,6 +40,8 @@ pub(crate) struct Range {
     pub(crate) options: PoolOptions,
     /// Where the latest allocation ended, in bytes.
     pub(crate) frontier_bytes: usize,
+    /// The pages that allocations will need next, if the owner has said so.
+    pub(crate) hint: Option<Arc<Hint>>,
     /// Whether memory is to be made ahead of it.
     pub(crate) is_hungry: bool,
     /// Pages that graphs name, by the number of the pin.
@@ -97,6 +100,7 @@ impl Range {
             freed: VecDeque::new(),
             options,
             frontier_bytes: 0,
+            hint: None,
             is_hungry: options.ahead_bytes_max > 0,
             pins: BTreeMap::new(),
             leases: Leases::default(),

@@ -1,7 +1,9 @@
 //! One tensor whose blocks are backed where they are in use.
 
 use super::{BlockId, ElementSize, TensorSpec};
+use crate::engine::Hint;
 use crate::pool::{PoolPart, PoolStats, VirtualMemoryPool};
+use crate::sync::Arc;
 use crate::{Account, LeaseToken, PoolOptions, Result};
 use core::ops::Range;
 
@@ -18,16 +20,19 @@ pub struct BlockTensor {
 }
 
 impl BlockTensor {
-    /// Reserves the addresses; that `blocks` blocks fit in an address was checked.
+    /// Reserves the addresses; that `blocks` blocks fit in an address was checked. Memory is made
+    /// ahead for at most `ahead_blocks`, which are not more.
     pub(super) fn new(
         account: &Account,
         spec: TensorSpec,
         blocks: usize,
-        class: usize,
-        page_bytes: usize,
+        (class, page_bytes): (usize, usize),
+        ahead_blocks: usize,
     ) -> Result<Self> {
+        let ahead_pages = (ahead_blocks * spec.block_bytes()).div_ceil(page_bytes);
         // Any page may be the one that empties, so each goes back alone.
         let options = PoolOptions::new().chunk_bytes_max(0);
+        let options = options.ahead_bytes_max(ahead_pages.saturating_mul(page_bytes));
         let capacity_bytes = blocks * spec.block_bytes();
         let pool = VirtualMemoryPool::on_account(account, capacity_bytes, page_bytes, options)?;
         Ok(Self {
@@ -104,6 +109,15 @@ impl BlockTensor {
         let block_bytes = self.block_bytes();
         let leased = self.pool.leased().into_iter();
         leased.map(move |bytes| bytes.start / block_bytes..bytes.end.div_ceil(block_bytes))
+    }
+
+    /// Sets which pages the next blocks need; returns whether the worker has any to make.
+    pub(super) fn expect(&self, pages: &Arc<Hint>) -> Result<bool> {
+        self.pool.range.expect(pages.clone())
+    }
+
+    pub(super) fn wake_worker(&self) {
+        self.pool.range.wake_worker();
     }
 
     /// Where a run of blocks begins, and its length, in bytes.
