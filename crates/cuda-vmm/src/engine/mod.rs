@@ -79,6 +79,7 @@ pub use books::account::Quota;
 pub use books::counters::{EngineCounters, PoolCounters};
 pub(crate) use books::hint::Hint;
 pub use compact::CompactReport;
+pub(crate) use free::deallocate_together;
 pub(crate) use handle::RangeHandle;
 pub use inner::Engine;
 pub use options::{EngineOptions, PoolOptions, WorkerMode};

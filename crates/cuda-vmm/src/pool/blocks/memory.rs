@@ -10,7 +10,7 @@ use super::plan::ReclaimPlan;
 use super::reclaim::{Candidate, reclaim};
 use super::runs::Runs;
 use super::{BlockError, BlockId, BlockTensor};
-use crate::engine::{Hint, Patience, Reclaimer};
+use crate::engine::{Hint, Patience, Reclaimer, deallocate_together};
 use crate::process::Here;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use crate::{Account, Result};
@@ -167,11 +167,17 @@ impl BlockMemory {
         _ = self.change(|states| states.left(&unused));
     }
 
-    /// Frees blocks in all tensors.
+    /// Frees blocks in all tensors, behind the same fences.
     pub(super) fn give(&self, runs: &Runs) {
-        for tensor in &self.tensors {
-            tensor.give(runs.iter());
+        if runs.is_empty() {
+            return;
         }
+        let tensors = self.tensors.iter();
+        // The bytes are live, nothing compacts the ranges, and they close after the last use of
+        // them: what is left is a process that was forked meanwhile, whose memory is the parent's.
+        deallocate_together(tensors.map(|tensor| tensor.parts(runs.iter())), |error| {
+            crate::events::warn!(%error, "blocks could not be freed");
+        });
     }
 
     pub(super) fn plan(

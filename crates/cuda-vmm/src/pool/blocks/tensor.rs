@@ -1,7 +1,7 @@
 //! One tensor whose blocks are backed where they are in use.
 
 use super::{BlockId, ElementSize, TensorSpec};
-use crate::engine::Hint;
+use crate::engine::{Hint, RangeHandle};
 use crate::pool::{PoolPart, PoolStats, VirtualMemoryPool};
 use crate::sync::Arc;
 use crate::{Account, LeaseToken, PoolOptions, Result};
@@ -131,23 +131,15 @@ impl BlockTensor {
         (&self.pool, bytes.start, bytes.len())
     }
 
-    /// Ends the life of runs of blocks, which are live, behind the same fences.
-    pub(super) fn give(&self, runs: impl IntoIterator<Item = Range<BlockId>>) {
+    /// Runs of blocks as bytes of its range, to be freed.
+    pub(super) fn parts(
+        &self,
+        runs: impl IntoIterator<Item = Range<BlockId>>,
+    ) -> (&RangeHandle, Vec<(usize, usize)>) {
         let parts = runs.into_iter().map(|run| {
             let bytes = self.bytes(&run);
             (bytes.start, bytes.len())
         });
-        self.free(&parts.collect::<Vec<_>>());
-    }
-
-    fn free(&self, parts: &[(usize, usize)]) {
-        if parts.iter().all(|(_, bytes)| *bytes == 0) {
-            return;
-        }
-        // The bytes are live, nothing compacts the pool, and it closes after the last use of it:
-        // what is left is a process that was forked meanwhile, whose memory is the parent's.
-        if let Err(error) = self.pool.deallocate_many(parts) {
-            crate::events::warn!(%error, tensor = self.name(), "blocks could not be freed");
-        }
+        (&self.pool.range, parts.collect())
     }
 }
