@@ -22,6 +22,8 @@ mod prefix_cache;
 mod random_operations;
 #[path = "blocks/threads.rs"]
 mod threads;
+#[path = "blocks/zero.rs"]
+mod zero;
 
 use common::{Gate, manual, turn};
 use cuda_vmm::sys::DriverFunction;

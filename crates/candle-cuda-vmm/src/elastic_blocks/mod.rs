@@ -36,7 +36,8 @@ use std::time::Duration;
 /// - [`reserved_tensors`](Self::reserved_tensors) is unsafe. It shows all blocks, backed or not,
 ///   for as long as the cache lives.
 ///
-/// The content of a backed block is undefined until it is written.
+/// The content of a backed block is undefined until it is written, unless
+/// [`ElasticBlocksOptions::zero_on_back`] is set.
 ///
 /// # On a CPU device
 /// The tensors are plain tensors of all `num_blocks`, allocated by [`new`](Self::new), and results
@@ -121,6 +122,21 @@ struct ElasticBlocksInner {
     pool: TensorPool,
     dtypes: Vec<DType>,
     memory: BlockMemory,
+}
+
+impl ElasticBlocksInner {
+    /// Backs blocks by `back`.
+    fn back<T>(
+        &self,
+        blocks: impl IntoIterator<Item = BlockId>,
+        back: impl FnOnce(Vec<BlockId>) -> cuda_vmm::Result<T>,
+    ) -> Result<T> {
+        let blocks: Vec<_> = blocks.into_iter().collect();
+        self.memory.before_back(&blocks)?;
+        let backed = back(blocks)?;
+        self.memory.await_copies()?;
+        Ok(backed)
+    }
 }
 
 impl TensorPool {
@@ -237,8 +253,7 @@ impl ElasticBlocks {
     /// - [`Vmm`](crate::VmmError::Vmm) with `OutOfPhysicalMemory` if the budget is exhausted.
     /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.backing().back(blocks)?;
-        self.0.memory.await_copies()
+        self.0.back(blocks, |blocks| self.backing().back(blocks))
     }
 
     /// As [`back`](Self::back), but never waits for the device.
@@ -246,8 +261,8 @@ impl ElasticBlocks {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.backing().try_back(blocks)?;
-        self.0.memory.await_copies()
+        self.0
+            .back(blocks, |blocks| self.backing().try_back(blocks))
     }
 
     /// As [`back`](Self::back), but waits up to `timeout` for memory, also for what other accounts
@@ -260,8 +275,9 @@ impl ElasticBlocks {
         blocks: impl IntoIterator<Item = BlockId>,
         timeout: Duration,
     ) -> Result<()> {
-        self.backing().back_timeout(blocks, timeout)?;
-        self.0.memory.await_copies()
+        self.0.back(blocks, |blocks| {
+            self.backing().back_timeout(blocks, timeout)
+        })
     }
 
     /// As [`try_back`](Self::try_back), but frees exactly the blocks that it has newly backed when
@@ -270,9 +286,8 @@ impl ElasticBlocks {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_reserve(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BackedBlocks> {
-        let backed = self.backing().try_reserve(blocks)?;
-        self.0.memory.await_copies()?;
-        Ok(backed)
+        self.0
+            .back(blocks, |blocks| self.backing().try_reserve(blocks))
     }
 
     /// Frees blocks with their contents. A prefix that shows them keeps their memory.

@@ -1,5 +1,6 @@
 //! The options of the tensors of a paged cache.
 
+use cuda_vmm::Stream;
 use cuda_vmm::pool::blocks::BlockOptions;
 
 /// Options of [`ElasticBlocks`](super::ElasticBlocks).
@@ -20,13 +21,17 @@ pub struct ElasticBlocksOptions {
     /// Those are the next that the [allocator](super::ElasticBlocks::allocator) hands out, or those
     /// that [`prefetch`](super::ElasticBlocks::prefetch) names.
     pub ahead_blocks_max: usize,
+    /// Whether blocks that are backed anew are zeroed on Candle's stream before they are used; see
+    /// [`BlockOptions::zero_on_back`]. Blocks that are backed already keep what they hold.
+    pub zero_on_back: bool,
 }
 
 impl ElasticBlocksOptions {
-    /// The default options: nothing is made ahead.
+    /// The default options: nothing is made ahead, and nothing is zeroed.
     pub const fn new() -> Self {
         Self {
             ahead_blocks_max: 0,
+            zero_on_back: false,
         }
     }
 
@@ -36,7 +41,18 @@ impl ElasticBlocksOptions {
         self
     }
 
-    pub(super) fn of_core(&self) -> BlockOptions {
-        BlockOptions::new().ahead_blocks_max(self.ahead_blocks_max)
+    /// Sets whether blocks that are backed anew are zeroed.
+    pub const fn zero_on_back(mut self, zero: bool) -> Self {
+        self.zero_on_back = zero;
+        self
+    }
+
+    /// The core's options, with this stream for the zeros.
+    pub(super) fn on_stream(&self, stream: &Stream) -> BlockOptions {
+        let options = BlockOptions::new().ahead_blocks_max(self.ahead_blocks_max);
+        match self.zero_on_back {
+            true => options.zero_on_back(stream),
+            false => options,
+        }
     }
 }

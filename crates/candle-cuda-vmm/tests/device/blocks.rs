@@ -408,3 +408,72 @@ fn steps_of_three_paged_caches_find_their_memory_made_ahead() {
     pool.engine().step();
     assert_eq!(pool.engine().stats().parts.ahead_bytes, ahead_bytes);
 }
+
+#[test]
+fn blocks_that_are_backed_anew_are_zero_if_that_is_asked_for() {
+    let test = open();
+    // Freed pages stay mapped, with what was written there.
+    let engine = EngineOptions::new().park_bytes_max(64 * block_page());
+    let pool = TensorPool::with_options(&test.device, options().engine(engine)).unwrap();
+    let zeroed = |blocks| {
+        let zero = ElasticBlocksOptions::new().zero_on_back(true);
+        let entries = [("k", wide(), DType::F32), ("v", wide(), DType::F32)];
+        pool.blocks_with_options(blocks, entries, zero).unwrap()
+    };
+    let is_zero = |tensor: &Tensor, block: usize| {
+        let there = tensor.narrow(0, block, 1).unwrap();
+        let there = there.force_contiguous().unwrap().flatten_all().unwrap();
+        there
+            .to_vec1::<f32>()
+            .unwrap()
+            .iter()
+            .all(|element| *element == 0.0)
+    };
+    let blocks = zeroed(16);
+    let all = reserved(&blocks);
+    let fill = |block: usize| {
+        all.iter()
+            .for_each(|tensor| write(&test, tensor, block, 7 + block))
+    };
+    let check = |block: usize, zero: bool| {
+        for tensor in &all {
+            assert_eq!(is_zero(tensor, block), zero, "block {block}");
+        }
+    };
+    blocks.back(0..16).unwrap();
+    for block in 0..16 {
+        check(block, true);
+        fill(block);
+    }
+    blocks
+        .unback((0..16).filter(|block| block % 3 != 1))
+        .unwrap();
+    drop(blocks.try_reserve([0]).unwrap());
+    blocks.back([0, 1]).unwrap();
+    blocks.try_reserve([2, 3]).unwrap().keep();
+    blocks.back_timeout(0..16, Duration::from_secs(60)).unwrap();
+    (0..16).for_each(|block| check(block, block % 3 != 1));
+    (0..16).for_each(fill);
+    // One is in use and moves, and a plan gives the others up.
+    let cost = |block: usize| (block != 12).then_some(0.0);
+    let plan = blocks.reclaim_candidates_with_moves(usize::MAX, 1.0, cost);
+    blocks.commit(&plan).unwrap();
+    blocks.back(0..16).unwrap();
+    let gone = |block: &usize| {
+        let mut sources = plan.moves().iter().map(|(from, _)| from);
+        plan.evicted().contains(block) || sources.any(|from| from == block)
+    };
+    assert!((0..16).any(|block| gone(&block)));
+    (0..16).for_each(|block| check(block, gone(&block)));
+    // An allocator backs what a plan of its own gave up.
+    let other = zeroed(4);
+    let allocator = other.allocator();
+    for block in allocator.allocate(4).unwrap() {
+        write(&test, &reserved(&other)[0], block, 7);
+    }
+    allocator.free(0..4).unwrap();
+    let plan = allocator.reclaim_candidates(usize::MAX, |_| None);
+    allocator.commit(&plan).unwrap();
+    allocator.allocate(4).unwrap();
+    assert!((0..4).all(|block| is_zero(&other.prefix("k").unwrap(), block)));
+}

@@ -19,8 +19,9 @@ use core::time::Duration;
 ///
 /// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is
 /// *backed* from [`back`](Self::back) until it is given up, in all tensors at once. Its contents
-/// are undefined until written, and then stay, whatever becomes of its neighbours. The caller reads
-/// and writes through the addresses, and may touch backed blocks only.
+/// are undefined until written, unless [`BlockOptions::zero_on_back`] says otherwise. They then stay,
+/// whatever becomes of its neighbours. The caller reads and writes through the addresses, and may
+/// touch backed blocks only.
 ///
 /// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of
 /// them may be the one that empties. Take pages of 16 or 32 MiB if kernels read and write much, and
@@ -67,7 +68,8 @@ impl BlockBacking {
     /// Reserves addresses like [`on_account`](Self::on_account), with options.
     ///
     /// # Errors
-    /// As [`on_account`](Self::on_account).
+    /// As [`on_account`](Self::on_account); as [`use_stream`](Self::use_stream) for the stream on
+    /// which blocks are to be zeroed.
     ///
     /// ```
     /// # #[cfg(feature = "simulator")] {
@@ -124,12 +126,17 @@ impl BlockBacking {
             changed: Condvar::new(),
             identity: Arc::default(),
             packing: Mutex::new(Weak::new()),
+            zero_on_back: options.zero_on_back,
             ahead_blocks,
             named: Here::new(process, Mutex::default()),
         });
         let reclaimer = Arc::downgrade(&memory);
         account.add_reclaimer(reclaimer);
-        Ok(Self(memory))
+        let backing = Self(memory);
+        if let Some(stream) = &backing.0.zero_on_back {
+            backing.use_stream(stream)?;
+        }
+        Ok(backing)
     }
 
     pub(super) fn inner(&self) -> &Arc<BlockMemory> {
@@ -147,8 +154,8 @@ impl BlockBacking {
     /// [`BlockError::Invalid`] for a number that no block has; [`VmmError::Leased`] for a block
     /// that was given up under a [lease](Self::lease) and still is leased;
     /// [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call if that
-    /// is known; [`VmmError::Driver`] if a call failed; [`VmmError::Quarantined`],
-    /// [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
+    /// is known; [`BlockError::CapturingZeros`]; [`VmmError::Driver`] if a call failed;
+    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
     /// contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
@@ -354,11 +361,16 @@ impl BlockBacking {
 
     /// Stops naming a stream, as
     /// [`VirtualMemoryPool::forget_stream`](crate::VirtualMemoryPool::forget_stream): from now on
-    /// its work must not touch the blocks.
+    /// its work must not touch the blocks. The stream on which blocks are
+    /// [zeroed](super::BlockOptions::zero_on_back) stays named.
     ///
     /// # Errors
     /// As [`use_stream`](Self::use_stream).
     pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
+        let zeroing = self.0.zero_on_back.as_ref();
+        if zeroing.is_some_and(|zeroing| zeroing.raw() == stream.raw()) {
+            return Ok(());
+        }
         let mut tensors = self.0.tensors.iter();
         tensors.try_for_each(|tensor| tensor.pool().forget_stream(stream))
     }

@@ -13,7 +13,7 @@ use super::{BlockError, BlockId, BlockTensor};
 use crate::engine::{Hint, Patience, Reclaimer, deallocate_together};
 use crate::process::Here;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use crate::{Account, Result};
+use crate::{Account, Result, Stream};
 use core::ops::Range;
 
 #[derive(Debug)]
@@ -28,6 +28,8 @@ pub(super) struct BlockMemory {
     pub(super) identity: Arc<()>,
     /// What an allocator knows of the blocks, if there is one.
     pub(super) packing: Mutex<Weak<Here<Mutex<Packing>>>>,
+    /// Where blocks that are backed anew are zeroed, if they are.
+    pub(super) zero_on_back: Option<Stream>,
     /// For how many blocks memory is made ahead.
     pub(super) ahead_blocks: usize,
     /// The pages of each class that were last named to the ranges. Locked before the other locks
@@ -106,7 +108,10 @@ impl BlockMemory {
         drop(states);
         let outcome = match arrival.missing.is_empty() {
             true => Ok(()),
-            false => self.take(&arrival, patience),
+            false => self.zeroing(&arrival.missing).and_then(|stream| {
+                self.take(&arrival, patience)?;
+                stream.map_or(Ok(()), |stream| self.zero(&arrival.missing, stream))
+            }),
         };
         self.change(|states| states.arrived(&arrival, outcome.is_ok()))?;
         outcome.map(|()| (arrival.missing, clock))

@@ -56,6 +56,7 @@ mod reclaim;
 mod runs;
 mod stats;
 mod tensor;
+mod zero;
 
 pub use crate::error::BlockError;
 pub use allocator::BlockAllocator;
