@@ -14,6 +14,8 @@ mod copies;
 mod faults;
 #[path = "blocks/fixture.rs"]
 mod fixture;
+#[path = "blocks/free_lists.rs"]
+mod free_lists;
 #[path = "blocks/leases.rs"]
 mod leases;
 #[path = "blocks/prefix_cache.rs"]

@@ -325,11 +325,18 @@ impl ElasticBlocks {
         Ok(self.backing().pin(blocks)?)
     }
 
-    /// Keeps the blocks that a graph's kernels read or write in place until the pin is dropped.
+    /// Keeps the blocks that a graph names by itself in place until the pin is dropped.
     ///
-    /// Name all of them, in all tables. Hold the pin as long as the graph can be launched, and
-    /// until its last launch has completed. The tensors that the graph was captured with may be
-    /// dropped earlier: the graph has addresses only, and the pin keeps those.
+    /// Few graphs name any. Kernels that follow a block table find the numbers in it when they run,
+    /// so the table is an input of the graph, and another one for each launch. Before each launch,
+    /// [back](Self::back) the blocks that the tables name, and queue the launch on Candle's stream.
+    /// Blocks that are freed after that stay until the launch has completed. The addresses of the
+    /// tensors, which the graph does have, stay as long as these blocks or a pin.
+    ///
+    /// Pin what is the same in each launch: a block that pads the tables of a smaller batch, or
+    /// blocks whose addresses were arguments when the graph was captured. Pin the blocks of a table
+    /// too if the graph is launched on another stream, from before the launch until it has
+    /// completed. Do not pin all blocks: memory behind a pin is never given back.
     ///
     /// # Errors
     /// As [`pin`](Self::pin).

@@ -477,3 +477,58 @@ fn blocks_that_are_backed_anew_are_zero_if_that_is_asked_for() {
     allocator.allocate(4).unwrap();
     assert!((0..4).all(|block| is_zero(&other.prefix("k").unwrap(), block)));
 }
+
+#[test]
+fn layers_without_blocks_are_empty_tensors_in_their_places() {
+    let test = open();
+    let pool = pool(&test);
+    // Of eight layers every fourth attends, the last with other heads. The others keep a state of
+    // their own. The engine's list has a pair for each layer, by its number.
+    let shapes = |layer: usize| match layer {
+        3 => [vec![8, 16, 16, 8], vec![8, 128, 16]],
+        7 => [vec![4, 32, 16, 8], vec![4, 256, 16]],
+        _ => [vec![0, 16, 16, 8], vec![0, 128, 16]],
+    };
+    let attends = |layer: &usize| layer % 4 == 3;
+    let entries = (0..8).filter(attends).flat_map(|layer| {
+        let names = ["k", "v"].map(|part| format!("{layer}.{part}"));
+        let entries = names.into_iter().zip(shapes(layer));
+        entries.map(|(name, shape)| (name, shape, DType::F16))
+    });
+    let blocks = pool.blocks(300, entries).unwrap();
+    assert!(blocks.names().eq(["3.k", "3.v", "7.k", "7.v"]));
+    let mut all = reserved(&blocks).into_iter();
+    let cache = (0..8).map(|layer| {
+        shapes(layer).map(|shape| match attends(&layer) {
+            true => all.next().unwrap(),
+            false => {
+                let shape = [&[0], &shape[..]].concat();
+                // Never read, so on any device.
+                Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap()
+            }
+        })
+    });
+    let cache: Vec<_> = cache.collect();
+    for (layer, tensors) in cache.iter().enumerate() {
+        for (tensor, shape) in tensors.iter().zip(shapes(layer)) {
+            assert_eq!(tensor.dims()[0], if attends(&layer) { 300 } else { 0 });
+            assert_eq!(&tensor.dims()[1..], shape);
+        }
+    }
+    // A block has memory in the layers that attend, and in no other.
+    let block_bytes = [3, 7].map(|layer| {
+        let elements = shapes(layer).map(|shape| shape.iter().product::<usize>());
+        2 * elements.iter().sum::<usize>()
+    });
+    assert_eq!(
+        blocks.stats().block_bytes,
+        block_bytes.iter().sum::<usize>()
+    );
+    blocks.back([0]).unwrap();
+    assert_eq!(blocks.stats().committed_bytes, 4 * block_page());
+    // A layer of no elements is no entry.
+    let none = pool.blocks(300, [("0.k", shapes(0)[0].clone(), DType::F16)]);
+    let what = "dimension of a block";
+    let expected = VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what });
+    assert_eq!(format!("{:?}", none.unwrap_err()), format!("{expected:?}"));
+}
