@@ -194,7 +194,7 @@ fn every_call_fails_in_turn_and_then_none_is_backed() {
             zeroed.backing.stats().page_bytes
         );
         zeroed.backing.back(0..BLOCKS).expect("room");
-        newly.map(|block| zeroed.expect(block, 0));
+        newly.iter().for_each(|block| zeroed.expect(*block, 0));
         nth += 1;
     }
     assert!(calls > 10, "{calls}");
