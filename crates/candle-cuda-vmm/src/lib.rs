@@ -84,7 +84,7 @@ pub mod virtual_memory;
 mod zeros;
 
 pub use cuda_ffi::AccessFlags;
-pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks};
+pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions};
 pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, Shortage, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache, Sequence, SequenceCache};

@@ -73,7 +73,8 @@ impl Captures {
 ///
 /// A graph keeps addresses and no memory.
 /// [`pin_for_graph`](crate::VirtualMemoryPool::pin_for_graph) keeps memory behind them for as long
-/// as the graph can run:
+/// as the graph can run. Blocks that a table names are no addresses of the graph: the table is an
+/// input ([`BlockPin`](crate::pool::blocks::BlockPin)).
 ///
 /// ```
 /// # #[cfg(feature = "simulator")] {

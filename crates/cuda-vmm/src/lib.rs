@@ -50,7 +50,8 @@
 //! - *filling*†: being made and mapped and its access set, or new memory of a compaction.
 //! - *retiring*†: freed, but the device may still use it, or it is being unmapped.
 //! - *parked*†: freed, and the device has finished with it; still mapped, for the next allocation.
-//! - *ahead*†: made and mapped before it is asked for; given up first.
+//! - *ahead*†: made and mapped before it is asked for, behind the latest allocation or where the
+//!   owner says that the next will be; given up first.
 //! - *cached*†: unmapped and overwritten with zeros, on no account; any range may take it.
 //! - *quarantined*†: refused by the driver when it was unmapped, released or moved; retried.
 //! - *pinned*: kept mapped for a captured graph, though it is freed.

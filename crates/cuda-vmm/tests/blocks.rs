@@ -1,6 +1,8 @@
 //! Memory behind block tables, on the simulated driver: what is backed, what is in it, and what
 //! goes back.
 
+#[path = "blocks/ahead.rs"]
+mod ahead;
 #[path = "blocks/allocator.rs"]
 mod allocator;
 #[path = "blocks/bad_input.rs"]
@@ -12,6 +14,8 @@ mod copies;
 mod faults;
 #[path = "blocks/fixture.rs"]
 mod fixture;
+#[path = "blocks/free_lists.rs"]
+mod free_lists;
 #[path = "blocks/leases.rs"]
 mod leases;
 #[path = "blocks/prefix_cache.rs"]
@@ -20,9 +24,12 @@ mod prefix_cache;
 mod random_operations;
 #[path = "blocks/threads.rs"]
 mod threads;
+#[path = "blocks/zero.rs"]
+mod zero;
 
 use common::{Gate, manual, turn};
-use cuda_vmm::Stream;
+use cuda_vmm::sys::DriverFunction;
+use cuda_vmm::{LeaseToken, Stream};
 use fixture::{Fixture, PAGE, Shapes};
 
 #[test]
@@ -245,4 +252,57 @@ fn backing_what_was_given_up_waits_and_trying_does_not() {
     fixture.fill(0);
     fixture.check();
     fixture.end();
+}
+
+#[test]
+fn blocks_that_are_given_up_retire_behind_one_event_for_all_tensors() {
+    let _turn = turn();
+    let mut fixture = Fixture::new(Shapes::Rows, 64, manual());
+    let simulator = fixture.simulated.simulator.clone();
+    let records = |fixture: &mut Fixture, blocks: core::ops::Range<usize>| {
+        fixture.back(blocks.clone());
+        simulator.start_trace();
+        fixture.unback(blocks);
+        let trace = simulator.take_trace().into_iter();
+        let records = [
+            DriverFunction::cuEventRecord,
+            DriverFunction::cuCtxRecordEvent,
+        ];
+        let records: Vec<_> = trace.filter(|call| records.contains(call)).collect();
+        fixture.settle();
+        assert_eq!(fixture.backing.stats().committed_bytes, 0);
+        records
+    };
+    assert_eq!(
+        records(&mut fixture, 0..64),
+        [DriverFunction::cuCtxRecordEvent]
+    );
+    let stream = fixture.stream.clone();
+    fixture.backing.use_stream(&stream).expect("of this device");
+    assert_eq!(
+        records(&mut fixture, 3..40),
+        [DriverFunction::cuEventRecord]
+    );
+    // Memory that was leased waits for more than that of the other tensors.
+    fixture.back([0]);
+    fixture.backing.lease(2, 0..1, Released).expect("backed");
+    fixture.unback([0]);
+    fixture.settle();
+    let leased = [
+        DriverFunction::cuEventRecord,
+        DriverFunction::cuCtxRecordEvent,
+        DriverFunction::cuEventRecord,
+    ];
+    assert_eq!(records(&mut fixture, 0..64), leased);
+    drop(stream);
+    fixture.end();
+}
+
+#[derive(Debug)]
+struct Released;
+
+impl LeaseToken for Released {
+    fn is_released(&mut self) -> bool {
+        true
+    }
 }

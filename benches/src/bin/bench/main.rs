@@ -43,8 +43,8 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are twenty-two pieces, of which two take up to
-    /// four times as long and one eight times; all but the replay, whose length is an argument,
+    /// How long each piece of work is measured. There are twenty-three pieces, of which two take up
+    /// to four times as long and one eight times; all but the replay, whose length is an argument,
     /// shall end within six minutes.
     fn settings(&self) -> Settings {
         let seconds = match self.driver {

@@ -6,6 +6,7 @@
 //! to free its address.
 #![allow(unsafe_code)]
 
+use super::ElasticBlocksOptions;
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::lease::Token;
@@ -17,7 +18,7 @@ use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use cuda_vmm::LeaseToken;
 use cuda_vmm::Stream;
-use cuda_vmm::pool::blocks::{BlockBacking, LayerSpec, ReclaimPlan};
+use cuda_vmm::pool::blocks::{BlockBacking, BlockId, LayerSpec, ReclaimPlan};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The block tensors, and the record of which blocks are backed.
@@ -31,10 +32,11 @@ pub(super) struct BlockMemory {
 #[derive(Debug)]
 enum BlockStorage {
     /// Candle tensors of all blocks. The backing's memory is the simulated device's, and is not
-    /// used. The lock is held while blocks are backed or moved.
+    /// used. The lock is held while blocks are moved or zeroed.
     Host {
         memory: Arc<PoolMemory>,
         tensors: Mutex<Vec<Tensor>>,
+        zeroes: bool,
     },
     /// In the backing's addresses. Each token belongs to a tensor over all of them.
     #[cfg(feature = "cuda")]
@@ -47,23 +49,29 @@ enum BlockStorage {
 impl BlockMemory {
     pub(super) fn new(
         pool: &TensorPoolInner,
-        spec: LayerSpec,
-        blocks: usize,
+        (spec, blocks): (LayerSpec, usize),
         dtypes: &[DType],
+        options: ElasticBlocksOptions,
     ) -> Result<Self> {
         match &pool.memory {
             Memory::Host(memory) => {
-                let backing = memory.backing(spec, blocks)?;
+                let backing = memory.backing(spec, blocks, options.on_stream(memory.stream()))?;
                 let tensors = backing.tensors().iter().zip(dtypes);
                 let tensors = tensors.map(|(tensor, dtype)| zeros(&tensor.shape(), *dtype));
                 let tensors = Mutex::new(tensors.collect::<Result<_>>()?);
                 let memory = memory.clone();
-                let storage = BlockStorage::Host { memory, tensors };
+                let zeroes = options.zero_on_back;
+                let storage = BlockStorage::Host {
+                    memory,
+                    tensors,
+                    zeroes,
+                };
                 Ok(Self { backing, storage })
             }
             #[cfg(feature = "cuda")]
             Memory::Device(memory) => {
-                let backing = memory.common.backing(spec, blocks)?;
+                let options = options.on_stream(memory.common.stream());
+                let backing = memory.common.backing(spec, blocks, options)?;
                 let (memory, reserved) = (memory.clone(), Mutex::default());
                 let storage = BlockStorage::Device { memory, reserved };
                 Ok(Self { backing, storage })
@@ -79,6 +87,23 @@ impl BlockMemory {
 
     pub(super) fn backing(&self) -> &BlockBacking {
         &self.backing
+    }
+
+    /// Zeroes those of the blocks on the CPU that are not backed, if blocks are to be zero when they
+    /// are backed. Another thread that backs one of them uses it only after `await_copies`.
+    pub(super) fn before_back(&self, blocks: &[BlockId]) -> Result<()> {
+        let BlockStorage::Host {
+            tensors,
+            zeroes: true,
+            ..
+        } = &self.storage
+        else {
+            return Ok(());
+        };
+        let tensors = self.lock(tensors)?;
+        let bare =
+            |block: &&BlockId| **block < self.backing.blocks() && !self.backing.is_backed(**block);
+        zero(&tensors, blocks.iter().filter(bare))
     }
 
     /// Returns when the copies of a commit that has freed blocks are done. Called after blocks were
@@ -98,7 +123,11 @@ impl BlockMemory {
         commit: impl FnOnce(&Stream) -> cuda_vmm::Result<()>,
     ) -> Result<()> {
         match &self.storage {
-            BlockStorage::Host { memory, tensors } => {
+            BlockStorage::Host {
+                memory,
+                tensors,
+                zeroes,
+            } => {
                 let (tensors, stream) = (self.lock(tensors)?, memory.stream());
                 commit(stream)?;
                 for tensor in tensors.iter() {
@@ -107,6 +136,11 @@ impl BlockMemory {
                         let block = tensor.narrow(0, *from, 1)?.force_contiguous()?;
                         tensor.slice_set(&block, 0, *to)?;
                     }
+                }
+                if *zeroes {
+                    // An allocator does not say which blocks it backs next.
+                    let sources = plan.moves().iter().map(|(from, _)| from);
+                    zero(&tensors, plan.evicted().iter().chain(sources))?;
                 }
                 // Calls on the CPU are complete when they return.
                 Ok(stream.synchronize()?)
@@ -165,6 +199,19 @@ impl BlockMemory {
             }
         }
     }
+}
+
+/// Zeroes blocks on the CPU.
+fn zero<'a>(tensors: &[Tensor], blocks: impl Iterator<Item = &'a BlockId> + Clone) -> Result<()> {
+    for tensor in tensors {
+        let mut shape = tensor.dims().to_vec();
+        shape[0] = 1;
+        let zeros = zeros(&shape, tensor.dtype())?;
+        blocks
+            .clone()
+            .try_for_each(|block| tensor.slice_set(&zeros, 0, *block))?;
+    }
+    Ok(())
 }
 
 #[cfg(feature = "cuda")]

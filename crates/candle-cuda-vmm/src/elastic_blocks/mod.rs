@@ -2,6 +2,7 @@
 
 mod allocator;
 mod memory;
+mod options;
 
 use crate::error::Result;
 use crate::tensor_pool::TensorPool;
@@ -13,6 +14,7 @@ use cuda_vmm::pool::blocks::{
 };
 use cuda_vmm::{Account, Engine};
 use memory::BlockMemory;
+pub use options::ElasticBlocksOptions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,7 +36,8 @@ use std::time::Duration;
 /// - [`reserved_tensors`](Self::reserved_tensors) is unsafe. It shows all blocks, backed or not,
 ///   for as long as the cache lives.
 ///
-/// The content of a backed block is undefined until it is written.
+/// The content of a backed block is undefined until it is written, unless
+/// [`ElasticBlocksOptions::zero_on_back`] is set.
 ///
 /// # On a CPU device
 /// The tensors are plain tensors of all `num_blocks`, allocated by [`new`](Self::new), and results
@@ -121,6 +124,21 @@ struct ElasticBlocksInner {
     memory: BlockMemory,
 }
 
+impl ElasticBlocksInner {
+    /// Backs blocks by `back`.
+    fn back<T>(
+        &self,
+        blocks: impl IntoIterator<Item = BlockId>,
+        back: impl FnOnce(Vec<BlockId>) -> cuda_vmm::Result<T>,
+    ) -> Result<T> {
+        let blocks: Vec<_> = blocks.into_iter().collect();
+        self.memory.before_back(&blocks)?;
+        let backed = back(blocks)?;
+        self.memory.await_copies()?;
+        Ok(backed)
+    }
+}
+
 impl TensorPool {
     /// Makes the tensors of a paged cache; see [`ElasticBlocks::new`].
     ///
@@ -132,6 +150,19 @@ impl TensorPool {
         entries: impl IntoIterator<Item = (N, S, DType)>,
     ) -> Result<ElasticBlocks> {
         ElasticBlocks::new(self, num_blocks, entries)
+    }
+
+    /// Makes the tensors of a paged cache with options; see [`ElasticBlocks::with_options`].
+    ///
+    /// # Errors
+    /// As [`ElasticBlocks::new`].
+    pub fn blocks_with_options<N: Into<String>, S: Into<Shape>>(
+        &self,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+        options: ElasticBlocksOptions,
+    ) -> Result<ElasticBlocks> {
+        ElasticBlocks::with_options(self, num_blocks, entries, options)
     }
 }
 
@@ -157,6 +188,36 @@ impl ElasticBlocks {
         num_blocks: usize,
         entries: impl IntoIterator<Item = (N, S, DType)>,
     ) -> Result<Self> {
+        Self::with_options(pool, num_blocks, entries, ElasticBlocksOptions::new())
+    }
+
+    /// As [`new`](Self::new), with options.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    ///
+    /// ```
+    /// # #[cfg(feature = "simulator")] {
+    /// use candle_core::{DType, Device};
+    /// use candle_cuda_vmm::{ElasticBlocks, ElasticBlocksOptions, TensorPool};
+    ///
+    /// let pool = TensorPool::new(&Device::Cpu)?;
+    /// let entries = ["k", "v"].map(|name| (name, (16, 8, 64), DType::F16));
+    /// let options = ElasticBlocksOptions::new().ahead_blocks_max(256);
+    /// let blocks = ElasticBlocks::with_options(&pool, 4096, entries, options)?;
+    /// let allocator = blocks.allocator();
+    /// // The worker has made the memory by then, and a step calls no driver.
+    /// let table = allocator.allocate(16)?;
+    /// assert!(blocks.check_table(table).is_ok());
+    /// # }
+    /// # Ok::<(), candle_cuda_vmm::VmmError>(())
+    /// ```
+    pub fn with_options<N: Into<String>, S: Into<Shape>>(
+        pool: &TensorPool,
+        num_blocks: usize,
+        entries: impl IntoIterator<Item = (N, S, DType)>,
+        options: ElasticBlocksOptions,
+    ) -> Result<Self> {
         let (mut tensors, mut dtypes) = (Vec::new(), Vec::new());
         for (name, block_shape, dtype) in entries {
             if matches!(
@@ -170,7 +231,8 @@ impl ElasticBlocks {
             tensors.push(TensorSpec::new(name, block_shape.dims(), element)?);
             dtypes.push(dtype);
         }
-        let memory = BlockMemory::new(pool.inner(), LayerSpec::new(tensors)?, num_blocks, &dtypes)?;
+        let sized = (LayerSpec::new(tensors)?, num_blocks);
+        let memory = BlockMemory::new(pool.inner(), sized, &dtypes, options)?;
         Ok(Self(Arc::new(ElasticBlocksInner {
             pool: pool.clone(),
             dtypes,
@@ -191,8 +253,7 @@ impl ElasticBlocks {
     /// - [`Vmm`](crate::VmmError::Vmm) with `OutOfPhysicalMemory` if the budget is exhausted.
     /// - [`Vmm`](crate::VmmError::Vmm) if a driver call fails.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.backing().back(blocks)?;
-        self.0.memory.await_copies()
+        self.0.back(blocks, |blocks| self.backing().back(blocks))
     }
 
     /// As [`back`](Self::back), but never waits for the device.
@@ -200,8 +261,8 @@ impl ElasticBlocks {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
-        self.backing().try_back(blocks)?;
-        self.0.memory.await_copies()
+        self.0
+            .back(blocks, |blocks| self.backing().try_back(blocks))
     }
 
     /// As [`back`](Self::back), but waits up to `timeout` for memory, also for what other accounts
@@ -214,8 +275,9 @@ impl ElasticBlocks {
         blocks: impl IntoIterator<Item = BlockId>,
         timeout: Duration,
     ) -> Result<()> {
-        self.backing().back_timeout(blocks, timeout)?;
-        self.0.memory.await_copies()
+        self.0.back(blocks, |blocks| {
+            self.backing().back_timeout(blocks, timeout)
+        })
     }
 
     /// As [`try_back`](Self::try_back), but frees exactly the blocks that it has newly backed when
@@ -224,9 +286,8 @@ impl ElasticBlocks {
     /// # Errors
     /// As [`back`](Self::back).
     pub fn try_reserve(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<BackedBlocks> {
-        let backed = self.backing().try_reserve(blocks)?;
-        self.0.memory.await_copies()?;
-        Ok(backed)
+        self.0
+            .back(blocks, |blocks| self.backing().try_reserve(blocks))
     }
 
     /// Frees blocks with their contents. A prefix that shows them keeps their memory.
@@ -241,6 +302,20 @@ impl ElasticBlocks {
         Ok(self.backing().unback(blocks)?)
     }
 
+    /// Names the blocks that will be backed next, in this order, so that the engine's worker makes
+    /// their memory ahead, up to [`ElasticBlocksOptions::ahead_blocks_max`] blocks. The names hold
+    /// until the next call. It calls no driver.
+    ///
+    /// For an engine with an allocator of its own: name the first blocks of its free list after each
+    /// step. [`allocator`](Self::allocator) does so itself.
+    ///
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`]; then the names
+    /// are as before.
+    pub fn prefetch(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        Ok(self.backing().prefetch(blocks)?)
+    }
+
     /// Keeps backed blocks in place until the pin is dropped.
     ///
     /// # Errors
@@ -250,11 +325,18 @@ impl ElasticBlocks {
         Ok(self.backing().pin(blocks)?)
     }
 
-    /// Keeps the blocks that a graph's kernels read or write in place until the pin is dropped.
+    /// Keeps the blocks that a graph names by itself in place until the pin is dropped.
     ///
-    /// Name all of them, in all tables. Hold the pin as long as the graph can be launched, and
-    /// until its last launch has completed. The tensors that the graph was captured with may be
-    /// dropped earlier: the graph has addresses only, and the pin keeps those.
+    /// Few graphs name any. Kernels that follow a block table find the numbers in it when they run,
+    /// so the table is an input of the graph, and another one for each launch. Before each launch,
+    /// [back](Self::back) the blocks that the tables name, and queue the launch on Candle's stream.
+    /// Blocks that are freed after that stay until the launch has completed. The addresses of the
+    /// tensors, which the graph does have, stay as long as these blocks or a pin.
+    ///
+    /// Pin what is the same in each launch: a block that pads the tables of a smaller batch, or
+    /// blocks whose addresses were arguments when the graph was captured. Pin the blocks of a table
+    /// too if the graph is launched on another stream, from before the launch until it has
+    /// completed. Do not pin all blocks: memory behind a pin is never given back.
     ///
     /// # Errors
     /// As [`pin`](Self::pin).

@@ -2,7 +2,7 @@
 
 use super::options::TensorPoolOptions;
 use crate::error::Result;
-use cuda_vmm::pool::blocks::{BlockBacking, LayerSpec};
+use cuda_vmm::pool::blocks::{BlockBacking, BlockOptions, LayerSpec};
 use cuda_vmm::{Account, Device, Engine, PoolOptions, Stream, VirtualMemoryPool};
 use std::sync::Arc;
 
@@ -87,8 +87,14 @@ impl PoolMemory {
     }
 
     /// Reserves the addresses of a paged cache. Allocates no memory.
-    pub(crate) fn backing(&self, spec: LayerSpec, blocks: usize) -> Result<BlockBacking> {
-        let backing = BlockBacking::on_account(&self.account, spec, blocks, self.page_bytes)?;
+    pub(crate) fn backing(
+        &self,
+        spec: LayerSpec,
+        blocks: usize,
+        options: BlockOptions,
+    ) -> Result<BlockBacking> {
+        let (account, page_bytes) = (&self.account, self.page_bytes);
+        let backing = BlockBacking::with_options(account, spec, blocks, page_bytes, options)?;
         backing.use_stream(&self.stream)?;
         Ok(backing)
     }

@@ -4,8 +4,10 @@ use crate::bytes;
 use crate::common::{UnderTest, block_page, open};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::pool::blocks::BlockError;
-use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream};
-use candle_cuda_vmm::{ElasticBlocks, TensorPool, TensorPoolOptions, VmmError};
+use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream, WorkerMode};
+use candle_cuda_vmm::{
+    ElasticBlocks, ElasticBlocksOptions, TensorPool, TensorPoolOptions, VmmError,
+};
 use std::time::{Duration, Instant};
 
 fn options() -> TensorPoolOptions {
@@ -352,4 +354,181 @@ fn what_cannot_be_is_refused_by_its_values() {
     let other = pool.blocks(64, [("k", wide(), DType::F32)]).unwrap();
     expect_block(other.commit(&plan), BlockError::ForeignPlan);
     assert_eq!(blocks.stats().backed_blocks, 3, "nothing has changed");
+}
+
+#[test]
+fn steps_of_three_paged_caches_find_their_memory_made_ahead() {
+    let test = open();
+    let engine = EngineOptions::new().worker(WorkerMode::Manual);
+    let pool = TensorPool::with_options(&test.device, options().engine(engine)).unwrap();
+    let ahead = ElasticBlocksOptions::new().ahead_blocks_max(128);
+    let caches = [(); 3].map(|()| {
+        let entries = ["k", "v"].map(|name| (name, wide(), DType::F32));
+        pool.blocks_with_options(512, entries, ahead).unwrap()
+    });
+    let allocators = [0, 1, 2].map(|cache| caches[cache].allocator());
+    // 43 sequences in each, of many ages, of which each gets a block in every fourth step.
+    let mut sequences: Vec<_> = (0..3 * 43).map(|age| (age, Vec::new())).collect();
+    pool.engine().step();
+    for step in 0..64 {
+        for (index, (age, table)) in sequences.iter_mut().enumerate() {
+            let (cache, allocator) = (&caches[index % 3], &allocators[index % 3]);
+            *age += 1;
+            if *age % 31 == 0 {
+                allocator.free(table.drain(..)).unwrap();
+            } else if *age % 4 == 0 {
+                table.extend(allocator.allocate(1).unwrap());
+            }
+            cache.check_table(table.iter().copied()).unwrap();
+        }
+        if step % 16 == 15 {
+            let plan = allocators[step / 16 % 3].reclaim_candidates(usize::MAX, |_| None);
+            allocators[step / 16 % 3].commit(&plan).unwrap();
+        }
+        pool.device().synchronize().unwrap();
+        pool.engine().step();
+    }
+    let counters = pool.engine().counters();
+    assert_eq!(counters.ranges.late_prefetches, 0, "{counters:?}");
+    // An engine with an allocator of its own names the blocks.
+    caches[0].prefetch([500, 300]).unwrap();
+    pool.engine().step();
+    caches[0].back([300]).unwrap();
+    caches[0].back([500]).unwrap();
+    assert_eq!(pool.engine().counters().ranges.late_prefetches, 0);
+    let (block, blocks) = (512, 512);
+    expect_block(
+        caches[0].prefetch([3, 512]),
+        BlockError::Invalid { block, blocks },
+    );
+    // Nothing is made ahead unless that is asked for.
+    let without = pool.blocks(512, [("k", wide(), DType::F32)]).unwrap();
+    let ahead_bytes = pool.engine().stats().parts.ahead_bytes;
+    without.prefetch([3]).unwrap();
+    pool.engine().step();
+    assert_eq!(pool.engine().stats().parts.ahead_bytes, ahead_bytes);
+}
+
+#[test]
+fn blocks_that_are_backed_anew_are_zero_if_that_is_asked_for() {
+    let test = open();
+    // Freed pages stay mapped, with what was written there.
+    let engine = EngineOptions::new().park_bytes_max(64 * block_page());
+    let pool = TensorPool::with_options(&test.device, options().engine(engine)).unwrap();
+    let zeroed = |blocks| {
+        let zero = ElasticBlocksOptions::new().zero_on_back(true);
+        let entries = [("k", wide(), DType::F32), ("v", wide(), DType::F32)];
+        pool.blocks_with_options(blocks, entries, zero).unwrap()
+    };
+    let is_zero = |tensor: &Tensor, block: usize| {
+        let there = tensor.narrow(0, block, 1).unwrap();
+        let there = there.force_contiguous().unwrap().flatten_all().unwrap();
+        there
+            .to_vec1::<f32>()
+            .unwrap()
+            .iter()
+            .all(|element| *element == 0.0)
+    };
+    let blocks = zeroed(16);
+    let all = reserved(&blocks);
+    let fill = |block: usize| {
+        all.iter()
+            .for_each(|tensor| write(&test, tensor, block, 7 + block))
+    };
+    let check = |block: usize, zero: bool| {
+        for tensor in &all {
+            assert_eq!(is_zero(tensor, block), zero, "block {block}");
+        }
+    };
+    blocks.back(0..16).unwrap();
+    for block in 0..16 {
+        check(block, true);
+        fill(block);
+    }
+    blocks
+        .unback((0..16).filter(|block| block % 3 != 1))
+        .unwrap();
+    drop(blocks.try_reserve([0]).unwrap());
+    blocks.back([0, 1]).unwrap();
+    blocks.try_reserve([2, 3]).unwrap().keep();
+    blocks.back_timeout(0..16, Duration::from_secs(60)).unwrap();
+    (0..16).for_each(|block| check(block, block % 3 != 1));
+    (0..16).for_each(fill);
+    // One is in use and moves, and a plan gives the others up.
+    let cost = |block: usize| (block != 12).then_some(0.0);
+    let plan = blocks.reclaim_candidates_with_moves(usize::MAX, 1.0, cost);
+    blocks.commit(&plan).unwrap();
+    blocks.back(0..16).unwrap();
+    let gone = |block: &usize| {
+        let mut sources = plan.moves().iter().map(|(from, _)| from);
+        plan.evicted().contains(block) || sources.any(|from| from == block)
+    };
+    assert!((0..16).any(|block| gone(&block)));
+    (0..16).for_each(|block| check(block, gone(&block)));
+    // An allocator backs what a plan of its own gave up.
+    let other = zeroed(4);
+    let allocator = other.allocator();
+    for block in allocator.allocate(4).unwrap() {
+        write(&test, &reserved(&other)[0], block, 7);
+    }
+    allocator.free(0..4).unwrap();
+    let plan = allocator.reclaim_candidates(usize::MAX, |_| None);
+    allocator.commit(&plan).unwrap();
+    allocator.allocate(4).unwrap();
+    assert!((0..4).all(|block| is_zero(&other.prefix("k").unwrap(), block)));
+}
+
+#[test]
+fn layers_without_blocks_are_empty_tensors_in_their_places() {
+    let test = open();
+    let pool = pool(&test);
+    // Of eight layers every fourth attends, the last with other heads. The others keep a state of
+    // their own. The engine's list has a pair for each layer, by its number.
+    let shapes = |layer: usize| match layer {
+        3 => [vec![8, 16, 16, 8], vec![8, 128, 16]],
+        7 => [vec![4, 32, 16, 8], vec![4, 256, 16]],
+        _ => [vec![0, 16, 16, 8], vec![0, 128, 16]],
+    };
+    let attends = |layer: &usize| layer % 4 == 3;
+    let entries = (0..8).filter(attends).flat_map(|layer| {
+        let names = ["k", "v"].map(|part| format!("{layer}.{part}"));
+        let entries = names.into_iter().zip(shapes(layer));
+        entries.map(|(name, shape)| (name, shape, DType::F16))
+    });
+    let blocks = pool.blocks(300, entries).unwrap();
+    assert!(blocks.names().eq(["3.k", "3.v", "7.k", "7.v"]));
+    let mut all = reserved(&blocks).into_iter();
+    let cache = (0..8).map(|layer| {
+        shapes(layer).map(|shape| match attends(&layer) {
+            true => all.next().unwrap(),
+            false => {
+                let shape = [&[0], &shape[..]].concat();
+                // Never read, so on any device.
+                Tensor::zeros(shape, DType::F16, &Device::Cpu).unwrap()
+            }
+        })
+    });
+    let cache: Vec<_> = cache.collect();
+    for (layer, tensors) in cache.iter().enumerate() {
+        for (tensor, shape) in tensors.iter().zip(shapes(layer)) {
+            assert_eq!(tensor.dims()[0], if attends(&layer) { 300 } else { 0 });
+            assert_eq!(&tensor.dims()[1..], shape);
+        }
+    }
+    // A block has memory in the layers that attend, and in no other.
+    let block_bytes = [3, 7].map(|layer| {
+        let elements = shapes(layer).map(|shape| shape.iter().product::<usize>());
+        2 * elements.iter().sum::<usize>()
+    });
+    assert_eq!(
+        blocks.stats().block_bytes,
+        block_bytes.iter().sum::<usize>()
+    );
+    blocks.back([0]).unwrap();
+    assert_eq!(blocks.stats().committed_bytes, 4 * block_page());
+    // A layer of no elements is no entry.
+    let none = pool.blocks(300, [("0.k", shapes(0)[0].clone(), DType::F16)]);
+    let what = "dimension of a block";
+    let expected = VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what });
+    assert_eq!(format!("{:?}", none.unwrap_err()), format!("{expected:?}"));
 }

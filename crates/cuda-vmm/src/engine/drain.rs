@@ -171,7 +171,14 @@ impl Inner {
             };
             drop(state);
             match next {
-                Next::Unmap(chunk, to) => given_bytes += chunk.unmap(self, to).unwrap_or_default(),
+                Next::Unmap(chunk, to) => {
+                    let id = chunk.range;
+                    given_bytes += chunk.unmap(self, to).unwrap_or_default();
+                    // Its next allocations may want the page.
+                    if let Some(mut range) = self.state.lock().ranges.get(id) {
+                        range.quietly().look_ahead();
+                    }
+                }
                 Next::Scrub(chunk) => chunk.scrub(self),
             }
         }

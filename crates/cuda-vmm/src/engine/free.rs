@@ -1,8 +1,10 @@
 //! Ending the life of bytes.
 
+use super::at_work::AtWork;
 use super::handle::RangeHandle;
 use super::range::Range;
 use super::range::leases::Asker;
+use super::retire::Freed;
 use crate::{Result, VmmError};
 
 /// A part that begins within one that begins before it, or with it. None is empty, and none too
@@ -40,6 +42,14 @@ impl RangeHandle {
     /// Ends the life of bytes: of each part, given by offset and size, or after an error of none.
     /// Never waits for the device: pages without live bytes retire, all behind the same fences.
     pub(crate) fn deallocate(&self, parts: &[(usize, usize)]) -> Result<()> {
+        let freed = self.end(parts)?;
+        self.inner().record(freed);
+        Ok(())
+    }
+
+    /// As [`deallocate`](Self::deallocate), but the caller records behind which fences the chunks
+    /// retire that are unused now.
+    fn end(&self, parts: &[(usize, usize)]) -> Result<Option<Freed>> {
         let (engine, slot) = (self.inner(), &self.slot);
         slot.check_process()?;
         let mut range = slot.lock();
@@ -63,12 +73,32 @@ impl RangeHandle {
         let waits = range.waits_for_leases();
         let users = (!unused.is_empty()).then(|| range.users.clone());
         drop(range);
-        if let Some(users) = users {
-            engine.record(slot, users, unused);
-        }
         if waits {
             engine.worker.wake(engine, false);
         }
-        Ok(())
+        Ok(users.map(|users| Freed::new(slot, users, unused)))
+    }
+}
+
+/// Ends the life of bytes of several ranges of one engine, each by its own parts. Their chunks
+/// retire behind the same fences if the same streams use them. Calls `failed` for each range of
+/// which none is freed.
+pub(crate) fn deallocate_together<'a>(
+    ranges: impl IntoIterator<Item = (&'a RangeHandle, Vec<(usize, usize)>)>,
+    mut failed: impl FnMut(VmmError),
+) {
+    let (mut engine, mut all, mut work) = (None, Vec::new(), None);
+    for (range, parts) in ranges {
+        match range.end(&parts) {
+            Ok(freed) => all.extend(freed),
+            Err(error) => failed(error),
+        }
+        // From now on chunks may be in this thread's hands, while tokens of the next range are
+        // asked.
+        work.get_or_insert_with(AtWork::begin);
+        engine = Some(range.inner());
+    }
+    if let Some(engine) = engine {
+        engine.record(all);
     }
 }

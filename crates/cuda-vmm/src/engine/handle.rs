@@ -1,7 +1,7 @@
 //! The door for a pool to its range: a handle that owns the range's engine.
 //!
 //! The methods of [`RangeHandle`] are in the file of what they do: `allocate`, `free`, `lease`,
-//! `pin`, `streams`, `follow`, `compact`, `closing`. Each checks the process first, since
+//! `pin`, `hint`, `streams`, `follow`, `compact`, `closing`. Each checks the process first, since
 //! in a forked one the locks may be held for good.
 
 use super::account::Account;

@@ -8,8 +8,8 @@
 //! ```text
 //! allocate, compact                   what takes several of the steps below
 //! waiting, step                       how long a call waits; the work that is due now and then
-//! free, lease, pin, streams, follow,  the methods of a range's handle
-//! closing
+//! free, lease, pin, hint, streams,    the methods of a range's handle
+//! follow, closing
 //! handle                              a range, with the account that it is charged to
 //! account, listener                   a share of the budget; a task that waits for a change
 //! relief, prefetch, guarantee,        what is done with the budget
@@ -39,6 +39,7 @@ mod follow;
 mod free;
 mod guarantee;
 mod handle;
+mod hint;
 mod inner;
 mod lease;
 mod limit;
@@ -76,7 +77,9 @@ pub use account::{Account, Demand};
 pub(crate) use allocate::{Ask, Later, allocate_all};
 pub use books::account::Quota;
 pub use books::counters::{EngineCounters, PoolCounters};
+pub(crate) use books::hint::Hint;
 pub use compact::CompactReport;
+pub(crate) use free::deallocate_together;
 pub(crate) use handle::RangeHandle;
 pub use inner::Engine;
 pub use options::{EngineOptions, PoolOptions, WorkerMode};

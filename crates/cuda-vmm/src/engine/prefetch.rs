@@ -1,5 +1,5 @@
-//! Making memory before it is asked for: mapped and accessible beyond the end of a range's latest
-//! allocation.
+//! Making memory before it is asked for, mapped and accessible: beyond the end of a range's latest
+//! allocation, or where its owner says that the next ones will be.
 
 use super::at_work::AtWork;
 use super::backing::{Failure, Made, Target};
@@ -111,8 +111,10 @@ impl State {
     /// wants none any more.
     fn next_ahead(&mut self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
         self.look_again();
-        let mut ranges = self.ranges.with(Fact::Hungry);
+        // A chunk for each range in its turn: several may back the same blocks.
+        let mut ranges = (self.ranges).with_in_turn(Fact::Hungry, self.prefetched);
         let (id, mut range) = ranges.find(|(_, range)| range.wants_ahead())?;
+        self.prefetched = id;
         let pages = match range.owes() {
             // What it is asked to give back is not made anew.
             true => None,

@@ -134,6 +134,16 @@ impl Ranges {
         ids.filter_map(|id| Some((id, self.get(id)?)))
     }
 
+    /// The same, those first that were made after this one.
+    pub(crate) fn with_in_turn(
+        &self,
+        fact: Fact,
+        last: RangeId,
+    ) -> impl Iterator<Item = (RangeId, RangeGuard<'_>)> {
+        let ids = self.tally.with_in_turn(fact, last);
+        ids.filter_map(|id| Some((id, self.get(id)?)))
+    }
+
     /// The same, as far as a call with this scope looks at them.
     pub(crate) fn with_within(
         &self,

@@ -15,6 +15,25 @@ use crate::sync::{Arc, rest};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{CaptureGuard, Fence, Result, VmmError};
 
+/// Chunks of a range that were freed, and whose work on them has to be past.
+#[derive(Debug)]
+pub(crate) struct Freed {
+    slot: Slot,
+    users: Users,
+    chunks: Vec<usize>,
+}
+
+impl Freed {
+    pub(crate) fn new(slot: &Slot, users: Users, chunks: Vec<usize>) -> Self {
+        let slot = slot.clone();
+        Self {
+            slot,
+            users,
+            chunks,
+        }
+    }
+}
+
 impl Inner {
     /// Records when the freed chunks of a range will be free of the device, and wakes the worker
     /// for it.
@@ -26,23 +45,33 @@ impl Inner {
         drop(state);
         if let Some(slot) = freed {
             let users = slot.lock().users.clone();
-            self.record(&slot, users, chunks);
+            self.record([Freed::new(&slot, users, chunks)]);
         }
     }
 
-    /// As [`retire`](Self::retire), without the engine's lock: the range keeps what was freed until
-    /// a thread looks at the queue.
-    pub(crate) fn record(self: &Arc<Self>, slot: &Slot, users: Users, chunks: Vec<usize>) {
-        // In this thread's hands until the range has them: the driver is called, and owners of
+    /// As [`retire`](Self::retire), without the engine's lock: each range keeps what was freed until
+    /// a thread looks at the queue. Ranges with the same users, one after the other, share fences.
+    pub(crate) fn record(self: &Arc<Self>, all: impl IntoIterator<Item = Freed>) {
+        // In this thread's hands until the ranges have them: the driver is called, and owners of
         // streams may be dropped.
         let work = AtWork::begin();
-        let users = slot.settle_users(users);
-        let until = Until::now(&self.device, &users);
-        let mut range = slot.lock();
-        range.freed.push_back((chunks, until));
-        drop((work, range));
-        self.state.tell();
-        self.worker.wake(self, false);
+        let mut last: Option<(Users, Until)> = None;
+        for freed in all {
+            let users = freed.slot.settle_users(freed.users);
+            let until = match last {
+                Some((same, until)) if same.are(&users) => until,
+                _ => Until::now(&self.device, &users),
+            };
+            let mut range = freed.slot.lock();
+            range.freed.push_back((freed.chunks, until.clone()));
+            drop(range);
+            last = Some((users, until));
+        }
+        drop(work);
+        if last.is_some() {
+            self.state.tell();
+            self.worker.wake(self, false);
+        }
     }
 
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far
@@ -148,7 +177,7 @@ impl Inner {
             rest();
         };
         if !unused.is_empty() {
-            self.record(slot, users, unused);
+            self.record([Freed::new(slot, users, unused)]);
         } else if any {
             self.state.tell();
         }

@@ -49,6 +49,8 @@ pub(crate) struct State {
     pub(crate) counters: EngineCounters,
     pub(crate) ranges: Ranges,
     pub(crate) next_pin: u64,
+    /// The range that memory was last made ahead for.
+    pub(crate) prefetched: RangeId,
     pub(crate) queue: Queue,
     pub(crate) cache: Cache<PhysicalMemory>,
     /// Where memory is overwritten before it goes to the cache; made when it is first needed.
@@ -92,6 +94,7 @@ impl State {
             counters: EngineCounters::default(),
             ranges: Ranges::default(),
             next_pin: 0,
+            prefetched: RangeId(0),
             queue: Queue::default(),
             cache: Cache::default(),
             scrubbing: None,

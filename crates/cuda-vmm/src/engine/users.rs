@@ -75,6 +75,16 @@ impl Users {
         self.streams.iter().map(|(_, named)| named.handle())
     }
 
+    /// Whether both are the same streams and ends.
+    pub(crate) fn are(&self, other: &Self) -> bool {
+        let same_ends = self.ends.len() == other.ends.len()
+            && (self.ends.iter().zip(&other.ends)).all(|(one, other)| Arc::ptr_eq(one, other));
+        let named = self.named().map(Arc::as_ptr);
+        same_ends
+            && (self.names, self.all) == (other.names, other.all)
+            && named.eq(other.named().map(Arc::as_ptr))
+    }
+
     /// The number of the next naming: those of all streams that are named are smaller.
     pub(crate) fn next(&self) -> u64 {
         self.next

@@ -54,6 +54,13 @@ pub enum BlockError {
         /// How many blocks the plan moves.
         moves: usize,
     },
+    /// Blocks cannot be zeroed on a stream that is being captured: the zeros would run when the
+    /// graph does.
+    #[error("the stream is being captured, and {blocks} blocks are to be zeroed on it")]
+    CapturingZeros {
+        /// How many blocks would be backed anew.
+        blocks: usize,
+    },
     /// Fewer blocks are unused than were asked for.
     #[error("out of blocks: {asked} asked, {free} of {blocks} unused")]
     OutOfBlocks {
@@ -111,6 +118,7 @@ impl BlockError {
             Self::NotBacked { .. }
             | Self::Pinned { .. }
             | Self::Capturing { .. }
+            | Self::CapturingZeros { .. }
             | Self::TooMany { .. }
             | Self::NotAllocated { .. } => false,
         }

@@ -231,7 +231,10 @@ impl VirtualMemoryPool {
     }
 
     /// Keeps the memory behind `bytes` bytes at `offset` mapped until the pin is dropped. All of
-    /// them must be live. Hold the pin for the life of a graph that names their addresses.
+    /// them must be live. Hold the pin for the life of a graph that names their addresses: as
+    /// arguments of its kernels, that is, and not in tables that they read. What a table names has
+    /// to be there when the graph runs, and is another each time. See
+    /// [`BlockPin`](crate::pool::blocks::BlockPin).
     ///
     /// A replayed graph uses the memory that is mapped at its addresses when it runs. If nothing is
     /// mapped there, the context is beyond use. Pinned memory that is freed is parked and not given

@@ -1,7 +1,7 @@
 //! Allocations in several pools of one account, all or none.
 
 use super::VirtualMemoryPool;
-use crate::engine::{Account, Ask, Later, Patience, Place, allocate_all};
+use crate::engine::{Account, Ask, Later, Patience, Place, RangeHandle, allocate_all};
 use crate::size::Extent;
 use crate::{Result, VmmError};
 use core::task::{Context, Poll};
@@ -49,12 +49,22 @@ fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolP
     parts.chunk_by(|(one, ..), (other, ..)| core::ptr::eq(*one, *other))
 }
 
-/// Makes all parts live if the pages of each have other live bytes; returns whether it did. The
-/// short way for what block tables do most: it takes each range's lock alone.
-fn take_shared(parts: &[PoolPart<'_>]) -> bool {
+/// Makes all parts live if all their pages are there; returns whether it did. The short way for what
+/// block tables do: it takes each range's lock alone.
+///
+/// Most often the pages have other live bytes, and to free what was taken leaves them as they were.
+/// If not, all parts are looked at before the first is taken. If another thread is faster then,
+/// those that were taken retire, and the long way takes them back.
+fn take_there(parts: &[PoolPart<'_>]) -> bool {
+    let is_there = |(pool, offset, bytes): &PoolPart<'_>| pool.range.is_there(*offset, *bytes);
+    take_each(parts, RangeHandle::take_shared)
+        || (parts.iter().all(is_there) && take_each(parts, RangeHandle::take_if_there))
+}
+
+/// Makes all parts live by `take`, or none; returns whether it did.
+fn take_each(parts: &[PoolPart<'_>], take: fn(&RangeHandle, usize, usize) -> bool) -> bool {
     let mut parts_left = parts.iter();
-    let refused =
-        parts_left.position(|(pool, offset, bytes)| !pool.range.take_shared(*offset, *bytes));
+    let refused = parts_left.position(|(pool, offset, bytes)| !take(&pool.range, *offset, *bytes));
     let Some(taken) = refused else {
         return true;
     };
@@ -170,7 +180,7 @@ impl Account {
         patience: &Patience,
     ) -> Result<Backed<'a>> {
         let parts = self.sorted(parts)?;
-        if !take_shared(&parts) {
+        if !take_there(&parts) {
             ask(&parts, |asks| allocate_all(asks, patience))?;
         }
         Ok(Backed { parts })

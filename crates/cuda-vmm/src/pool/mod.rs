@@ -4,6 +4,7 @@
 pub mod blocks;
 mod elastic;
 mod many;
+mod prefetch;
 mod prometheus;
 mod shared;
 mod snapshot;

@@ -3,7 +3,7 @@
 use crate::common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
-use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool};
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool, VmmError};
 use std::time::{Duration, Instant};
 
 const LIMIT: usize = 16 * PAGE;
@@ -200,4 +200,150 @@ fn the_worker_makes_it_by_itself_and_is_then_silent() {
     assert_eq!(calls, 4);
     fixture.pool.close().expect("closed");
     assert_eq!(fixture.engine.stats().committed_bytes, 0);
+}
+
+#[test]
+fn what_is_named_is_made_in_that_order_where_it_is_missing() {
+    let fixture = Fixture::new(manual());
+    let pool = &fixture.pool;
+    pool.allocate(0, 3 * PAGE + 1).expect("room");
+    pool.deallocate(PAGE, PAGE).expect("live");
+    fixture
+        .simulated
+        .device
+        .synchronize()
+        .expect("nothing runs");
+    pool.prefetch(&[
+        (40 * PAGE + 5, PAGE),
+        (PAGE, 1),
+        (40 * PAGE, 1),
+        (7 * PAGE, 9 * PAGE),
+    ])
+    .expect("within the range");
+    // What is made first is left if the budget has room for no more.
+    let other = VirtualMemoryPool::on_engine(&fixture.engine, 64 * PAGE, PAGE).expect("a pool");
+    other.allocate(0, LIMIT - 6 * PAGE).expect("room");
+    let report = fixture.engine.step();
+    assert_eq!(
+        (report.retired_bytes, report.prefetched_bytes),
+        (PAGE, 3 * PAGE)
+    );
+    let simulator = &fixture.simulated.simulator;
+    simulator.start_trace();
+    pool.allocate(40 * PAGE, 2 * PAGE).expect("there");
+    pool.allocate(PAGE, PAGE).expect("there");
+    assert_eq!(simulator.take_trace(), []);
+    // Pages 40, 41 and 1 count, and one more.
+    other.deallocate(0, LIMIT - 6 * PAGE).expect("live");
+    fixture.engine.step();
+    pool.prefetch(&[(40 * PAGE, 2 * PAGE), (PAGE, PAGE), (7 * PAGE, 9 * PAGE)])
+        .expect("within the range");
+    assert_eq!(fixture.ahead_pages(), 0);
+    fixture.engine.step();
+    assert_eq!(fixture.ahead_pages(), 0, "it is missing in the second half");
+    pool.prefetch(&[(7 * PAGE, 9 * PAGE)])
+        .expect("within the range");
+    assert_eq!(fixture.engine.step().prefetched_bytes, 4 * PAGE);
+    simulator.start_trace();
+    pool.allocate(7 * PAGE, 4 * PAGE).expect("there");
+    assert_eq!(simulator.take_trace(), []);
+}
+
+#[test]
+fn names_hold_until_others_are_given_and_what_is_wrong_changes_nothing() {
+    let fixture = Fixture::new(manual());
+    let pool = &fixture.pool;
+    pool.prefetch(&[(8 * PAGE, PAGE)])
+        .expect("within the range");
+    assert_eq!(fixture.engine.step().prefetched_bytes, PAGE);
+    for (parts, error) in [
+        (
+            &[(0, PAGE), (5, 0)][..],
+            VmmError::ZeroSize { what: "size" },
+        ),
+        (
+            &[(0, PAGE), (63 * PAGE, 2 * PAGE)],
+            VmmError::OutOfRange {
+                offset: 63 * PAGE,
+                bytes: 2 * PAGE,
+                capacity_bytes: 64 * PAGE,
+            },
+        ),
+        (
+            &[(usize::MAX, 2)],
+            VmmError::Overflow {
+                offset: usize::MAX,
+                bytes: 2,
+            },
+        ),
+    ] {
+        assert_eq!(pool.prefetch(parts), Err(error));
+        assert_eq!(fixture.engine.step().prefetched_bytes, 0);
+    }
+    // Wherever the latest allocation was.
+    pool.allocate(20 * PAGE, PAGE).expect("room");
+    assert_eq!(fixture.engine.step().prefetched_bytes, 0);
+    assert_eq!(fixture.ahead_pages(), 1);
+    // What was given up is made again when the next allocation sees it.
+    assert_eq!(pool.trim(), Ok(PAGE));
+    assert_eq!(fixture.engine.step().prefetched_bytes, 0);
+    pool.allocate(21 * PAGE, PAGE).expect("room");
+    assert_eq!(fixture.engine.step().prefetched_bytes, PAGE);
+    // What is ahead of a place that is named no more goes if memory is wanted elsewhere.
+    pool.prefetch(&[]).expect("nothing");
+    fixture.engine.step();
+    assert_eq!(fixture.ahead_pages(), 1);
+    pool.prefetch(&[(2 * PAGE, PAGE)])
+        .expect("within the range");
+    let report = fixture.engine.step();
+    assert_eq!(
+        (report.drained_bytes, report.prefetched_bytes),
+        (PAGE, PAGE)
+    );
+    let without = VirtualMemoryPool::on_engine(&fixture.engine, 64 * PAGE, PAGE).expect("a pool");
+    without.prefetch(&[(0, PAGE)]).expect("within the range");
+    let single = PoolOptions::new().single_handle(true).ahead_bytes_max(PAGE);
+    let single = VirtualMemoryPool::with_options(&fixture.engine, 64 * PAGE, PAGE, single);
+    let single = single.expect("a pool");
+    single.prefetch(&[(0, PAGE)]).expect("within the range");
+    assert_eq!(
+        fixture.engine.step().prefetched_bytes,
+        0,
+        "neither makes any ahead"
+    );
+}
+
+#[test]
+fn a_page_that_is_named_and_was_unmapped_is_made_again() {
+    let fixture = Fixture::new(manual());
+    let pool = &fixture.pool;
+    pool.allocate(0, 2 * PAGE).expect("room");
+    pool.deallocate(0, PAGE).expect("live");
+    // It still retires, so it is not missing.
+    pool.prefetch(&[(0, PAGE)]).expect("within the range");
+    fixture
+        .simulated
+        .device
+        .synchronize()
+        .expect("nothing runs");
+    let report = fixture.engine.step();
+    assert_eq!(
+        (report.drained_bytes, report.prefetched_bytes),
+        (PAGE, PAGE)
+    );
+    assert_eq!(fixture.ahead_pages(), 1);
+}
+
+#[test]
+fn ranges_get_a_chunk_each_in_their_turn() {
+    let fixture = Fixture::new(manual());
+    let ahead = PoolOptions::new().ahead_bytes_max(4 * PAGE);
+    let other = VirtualMemoryPool::with_options(&fixture.engine, 64 * PAGE, PAGE, ahead);
+    let other = other.expect("a pool");
+    // Room for three pages.
+    let holds = VirtualMemoryPool::on_engine(&fixture.engine, 64 * PAGE, PAGE).expect("a pool");
+    holds.allocate(0, LIMIT - 3 * PAGE).expect("room");
+    assert_eq!(fixture.engine.step().prefetched_bytes, 3 * PAGE);
+    let pages = [&fixture.pool, &other].map(|pool| pool.stats().parts.ahead_bytes / PAGE);
+    assert_eq!((pages.iter().sum(), pages.iter().min()), (3, Some(&1)));
 }

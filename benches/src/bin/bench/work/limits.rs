@@ -3,8 +3,7 @@
 use crate::machine::Machine;
 use anyhow::{Context, Result, bail, ensure};
 use cuda_vmm::{EngineOptions, EngineStats, VirtualMemoryPool};
-use cuda_vmm_benches::{Filling, Outcome, Sides, bookkeeping_memory};
-use std::time::Instant;
+use cuda_vmm_benches::{Filling, Outcome, Sides, bookkeeping_memory, time};
 
 const GIB: usize = 1 << 30;
 
@@ -18,9 +17,7 @@ pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let pool = machine.pool(EngineOptions::new(), bytes)?;
     let mut sides = Sides::default();
     sides.add("ours", || {
-        let started = Instant::now();
-        let asked = pool.allocate(0, bytes);
-        let elapsed = started.elapsed();
+        let (asked, elapsed) = time(|| anyhow::Ok(pool.allocate(0, bytes)))?;
         let is_refused = asked.is_err_and(|error| error.is_out_of_memory());
         ensure!(is_refused, "{bytes} bytes were not refused");
         Ok(elapsed)
@@ -110,8 +107,8 @@ pub fn bookkeeping(_: &Machine, outcome: &mut Outcome) -> Result<()> {
     let fillings = bookkeeping_memory()?.into_iter();
     let worst = fillings.max_by(|one, other| share(one).total_cmp(&share(other)));
     let worst = worst.context("nothing is filled")?;
-    let mapped_bytes = worst.mapped_bytes;
-    let note = format!("{mapped_bytes} bytes mapped, on a driver that does nothing");
+    let mapped = worst.mapped_bytes;
+    let note = format!("{mapped} bytes mapped, on a driver that does nothing");
     outcome.note("held", note);
     outcome.count("held", worst.held_bytes as f64);
     outcome.count("allowed", worst.allowed_bytes() as f64);

@@ -1,6 +1,7 @@
 //! The work that is measured.
 
 mod allocation;
+mod blocks;
 mod bytes;
 mod decode;
 mod gpu;
@@ -23,6 +24,7 @@ pub const ALL: &[Work<Machine>] = &[
     ("deallocate 1 GiB", allocation::deallocation),
     ("64 ranges grow at once", growth::measure),
     ("128 sequences grow, serving", decode::measure),
+    ("128 sequences over blocks, serving", blocks::measure),
     ("serving replayed, three models", replay::measure),
     (
         "allocate one page while the worker prefetches",

@@ -88,6 +88,23 @@ impl RangeHandle {
         taken.map(|taken| taken.tell(self.inner())).is_some()
     }
 
+    /// Whether bytes can be taken under the range's lock alone now.
+    pub(crate) fn is_there(&self, offset: usize, bytes: usize) -> bool {
+        let is_pressing = &self.inner().state.is_pressing;
+        self.slot.check_process().is_ok()
+            && !is_pressing.load(Ordering::SeqCst)
+            && self.slot.lock().is_there(offset, bytes)
+    }
+
+    /// Makes bytes live if that takes the range's lock alone; returns whether it did.
+    pub(crate) fn take_if_there(&self, offset: usize, bytes: usize) -> bool {
+        match self.take_there(Place::At(offset), bytes) {
+            Ok(Some(taken)) => _ = taken.tell(self.inner()),
+            Ok(None) | Err(_) => return false,
+        }
+        true
+    }
+
     /// Takes what is there already, under the range's lock alone; `None` if that takes more.
     #[inline]
     fn take_there(&self, place: Place, bytes: usize) -> Result<Option<Taken>> {

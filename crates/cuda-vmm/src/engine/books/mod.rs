@@ -14,6 +14,7 @@ pub(crate) mod chunk_plan;
 pub(crate) mod comes_back;
 pub(crate) mod counters;
 pub(crate) mod cover;
+pub(crate) mod hint;
 pub(crate) mod holders;
 pub(crate) mod intervals;
 pub(crate) mod ledger;

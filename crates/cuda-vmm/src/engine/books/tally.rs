@@ -7,6 +7,7 @@ use super::account::AccountId;
 use super::comes_back::ComesBack;
 use super::range_id::RangeId;
 use crate::MemoryParts;
+use core::ops::Bound;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Something that an engine looks for among its ranges.
@@ -165,6 +166,17 @@ impl Tally {
     /// The ranges of which a fact holds, in the order in which they were made.
     pub(crate) fn with(&self, fact: Fact) -> impl Iterator<Item = RangeId> + '_ {
         self.with[fact as usize].iter().copied()
+    }
+
+    /// The same, those first that were made after this one.
+    pub(crate) fn with_in_turn(
+        &self,
+        fact: Fact,
+        last: RangeId,
+    ) -> impl Iterator<Item = RangeId> + '_ {
+        let with = &self.with[fact as usize];
+        let after = with.range((Bound::Excluded(last), Bound::Unbounded));
+        after.chain(with.range(..=last)).copied()
     }
 
     /// Whether a fact holds of any range.

@@ -11,6 +11,7 @@ use super::at_work::AtWork;
 use super::books::account::AccountId;
 use super::books::chunk_plan::ChunkRules;
 use super::books::counters::PoolCounters;
+use super::books::hint::Hint;
 use super::books::owner::Owner;
 use super::books::pages::{Pages, Survey};
 use super::books::range_id::RangeId;
@@ -39,6 +40,8 @@ pub(crate) struct Range {
     pub(crate) options: PoolOptions,
     /// Where the latest allocation ended, in bytes.
     pub(crate) frontier_bytes: usize,
+    /// The pages that allocations will need next, if the owner has said so.
+    pub(crate) hint: Option<Arc<Hint>>,
     /// Whether memory is to be made ahead of it.
     pub(crate) is_hungry: bool,
     /// Pages that graphs name, by the number of the pin.
@@ -97,6 +100,7 @@ impl Range {
             freed: VecDeque::new(),
             options,
             frontier_bytes: 0,
+            hint: None,
             is_hungry: options.ahead_bytes_max > 0,
             pins: BTreeMap::new(),
             leases: Leases::default(),
@@ -181,6 +185,13 @@ impl Range {
         let survey = self.pages.survey(&bytes);
         let survey = survey.filter(Survey::is_there);
         Ok(survey.map(|survey| self.take(&bytes, &survey)))
+    }
+
+    /// Whether [`take_there`](Self::take_there) would make these bytes live.
+    pub(crate) fn is_there(&self, offset: usize, bytes: usize) -> bool {
+        let extent = self.extent_at(Place::At(offset), bytes);
+        let survey = extent.map(|extent| self.pages.survey(&extent.range()));
+        !self.takes_no_more() && survey.is_ok_and(|it| it.is_some_and(|it| it.is_there()))
     }
 
     /// Makes bytes live if they lie in one chunk that has other live bytes; `None` if not. To free

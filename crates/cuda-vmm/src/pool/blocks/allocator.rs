@@ -56,9 +56,9 @@ use std::collections::BTreeSet;
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
 ///
-/// An engine that keeps its own allocator takes the free block with the lowest number, or the one
-/// freed last; or it gives memory back with
-/// [`reclaim_candidates`](BlockBacking::reclaim_candidates).
+/// An engine that keeps its own allocator takes the free block with the lowest number, gives up what
+/// it frees or lets [`reclaim_candidates`](BlockBacking::reclaim_candidates) choose, and names what
+/// comes next by [`prefetch`](BlockBacking::prefetch).
 ///
 /// All methods take `&self`. Back blocks and give them up through the allocator only.
 #[derive(Debug)]
@@ -74,7 +74,16 @@ impl BlockAllocator {
         let process = backing.engine().device().driver().process();
         let packing = Arc::new(Here::new(process, packing));
         backing.inner().set_packing(&packing);
-        Self { backing, packing }
+        let allocator = Self { backing, packing };
+        allocator.name_next();
+        allocator
+    }
+
+    /// Names the blocks that are handed out next, so that their memory is made ahead.
+    fn name_next(&self) {
+        let inner = self.backing.inner();
+        // It fails in a forked process only, where there is none to make.
+        _ = inner.expect(|| Ok(self.packing.lock()?.upcoming_bare(inner.ahead_blocks)));
     }
 
     /// The backing whose blocks it hands out.
@@ -126,6 +135,7 @@ impl BlockAllocator {
                 packing.untake(&blocks, &backed);
             }
         })?;
+        self.name_next();
         Ok(blocks)
     }
 
@@ -137,7 +147,9 @@ impl BlockAllocator {
     /// is taken back.
     pub fn free(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let blocks = blocks.into_iter().collect();
-        Ok(self.packing.lock()?.put(&blocks)?)
+        self.packing.lock()?.put(&blocks)?;
+        self.name_next();
+        Ok(())
     }
 
     /// How many blocks are handed out; 0 in a forked process.
@@ -195,6 +207,8 @@ impl BlockAllocator {
                 packing.end(plan, is_done);
             }
         };
-        self.backing.inner().commit(plan, stream, begin, end)
+        self.backing.inner().commit(plan, stream, begin, end)?;
+        self.name_next();
+        Ok(())
     }
 }

@@ -4,7 +4,8 @@ use super::block_states::BlockStates;
 use super::layout::Layout;
 use super::memory::BlockMemory;
 use super::{
-    BackedBlocks, BlockError, BlockId, BlockPin, BlockStats, BlockTensor, LayerSpec, ReclaimPlan,
+    BackedBlocks, BlockError, BlockId, BlockOptions, BlockPin, BlockStats, BlockTensor, LayerSpec,
+    ReclaimPlan,
 };
 use crate::engine::Patience;
 use crate::process::Here;
@@ -18,8 +19,9 @@ use core::time::Duration;
 ///
 /// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is
 /// *backed* from [`back`](Self::back) until it is given up, in all tensors at once. Its contents
-/// are undefined until written, and then stay, whatever becomes of its neighbours. The caller reads
-/// and writes through the addresses, and may touch backed blocks only.
+/// are undefined until written, unless [`BlockOptions::zero_on_back`] says otherwise. They then stay,
+/// whatever becomes of its neighbours. The caller reads and writes through the addresses, and may
+/// touch backed blocks only.
 ///
 /// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of
 /// them may be the one that empties. Take pages of 16 or 32 MiB if kernels read and write much, and
@@ -60,6 +62,44 @@ impl BlockBacking {
         blocks: usize,
         page_bytes: usize,
     ) -> Result<Self> {
+        Self::with_options(account, spec, blocks, page_bytes, BlockOptions::new())
+    }
+
+    /// Reserves addresses like [`on_account`](Self::on_account), with options.
+    ///
+    /// # Errors
+    /// As [`on_account`](Self::on_account); as [`use_stream`](Self::use_stream) for the stream on
+    /// which blocks are to be zeroed.
+    ///
+    /// ```
+    /// # #[cfg(feature = "simulator")] {
+    /// use cuda_vmm::pool::blocks::{
+    ///     BlockAllocator, BlockBacking, BlockOptions, ElementSize, LayerSpec, TensorSpec,
+    /// };
+    /// use cuda_vmm::{Driver, Engine, EngineOptions, Quota, WorkerMode};
+    ///
+    /// let device = Driver::detect()?.device(0)?;
+    /// // In production the worker is a thread, and takes these steps by itself.
+    /// let engine = Engine::new(&device, EngineOptions::new().worker(WorkerMode::Manual))?;
+    /// let account = engine.account("model", Quota::new())?;
+    /// let spec = LayerSpec::new([TensorSpec::new("k", &[16, 8, 128], ElementSize::new(2)?)?])?;
+    /// let options = BlockOptions::new().ahead_blocks_max(128);
+    /// let backing = BlockBacking::with_options(&account, spec, 4096, 2 << 20, options)?;
+    /// let allocator = BlockAllocator::new(backing);
+    /// engine.step();
+    /// let made = engine.counters().device_calls;
+    /// allocator.allocate(100)?; // in two pages, which are there
+    /// assert_eq!(engine.counters().device_calls, made);
+    /// # }
+    /// # Ok::<(), cuda_vmm::VmmError>(())
+    /// ```
+    pub fn with_options(
+        account: &Account,
+        spec: LayerSpec,
+        blocks: usize,
+        page_bytes: usize,
+        options: BlockOptions,
+    ) -> Result<Self> {
         if blocks == 0 {
             return Err(VmmError::ZeroSize {
                 what: "number of blocks",
@@ -68,24 +108,35 @@ impl BlockBacking {
         let device = account.engine().device();
         check_page_bytes(page_bytes, device.granularity_bytes())?;
         let (layout, class_of) = Layout::new(spec.tensors(), blocks, page_bytes)?;
-        let states = BlockStates::new(blocks)?;
+        let states = BlockStates::new(&layout)?;
+        let ahead_blocks = options.ahead_blocks_max.min(blocks);
+        let process = device.driver().process();
         let tensors = spec.into_tensors().into_iter().zip(class_of);
         let tensors = tensors
-            .map(|(spec, class)| BlockTensor::new(account, spec, blocks, class, page_bytes))
+            .map(|(spec, class)| {
+                BlockTensor::new(account, spec, blocks, (class, page_bytes), ahead_blocks)
+            })
             .collect::<Result<_>>()?;
         let memory = Arc::new(BlockMemory {
             account: account.clone(),
             tensors,
             layout,
             page_bytes,
-            states: Here::new(device.driver().process(), Mutex::new(states)),
+            states: Here::new(process, Mutex::new(states)),
             changed: Condvar::new(),
             identity: Arc::default(),
             packing: Mutex::new(Weak::new()),
+            zero_on_back: options.zero_on_back,
+            ahead_blocks,
+            named: Here::new(process, Mutex::default()),
         });
         let reclaimer = Arc::downgrade(&memory);
         account.add_reclaimer(reclaimer);
-        Ok(Self(memory))
+        let backing = Self(memory);
+        if let Some(stream) = &backing.0.zero_on_back {
+            backing.use_stream(stream)?;
+        }
+        Ok(backing)
     }
 
     pub(super) fn inner(&self) -> &Arc<BlockMemory> {
@@ -103,8 +154,8 @@ impl BlockBacking {
     /// [`BlockError::Invalid`] for a number that no block has; [`VmmError::Leased`] for a block
     /// that was given up under a [lease](Self::lease) and still is leased;
     /// [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call if that
-    /// is known; [`VmmError::Driver`] if a call failed; [`VmmError::Quarantined`],
-    /// [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
+    /// is known; [`BlockError::CapturingZeros`]; [`VmmError::Driver`] if a call failed;
+    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
     /// contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
@@ -167,6 +218,25 @@ impl BlockBacking {
         drop(states);
         self.0.give(&runs);
         self.0.change(|states| states.left(&runs))
+    }
+
+    /// Names the blocks that will be backed next, in this order, so that the worker makes memory for
+    /// them ahead. At most
+    /// [`ahead_blocks_max`](super::BlockOptions::ahead_blocks_max) of them count. The names hold
+    /// until the next call. A [`BlockAllocator`](super::BlockAllocator) does this itself.
+    ///
+    /// Without it, memory is made behind the latest block that was backed. For an engine with an
+    /// allocator of its own the next blocks are the first of its free list. Call it after each step
+    /// in which blocks were backed or freed. It calls no driver.
+    ///
+    /// # Errors
+    /// [`BlockError::Invalid`] for a number that no block has; [`VmmError::Forked`]. After an error
+    /// the names are as before.
+    pub fn prefetch(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
+        let next: Vec<_> = blocks.into_iter().take(self.0.ahead_blocks).collect();
+        self.0.runs(next.iter().copied())?;
+        self.0
+            .expect(|| Ok(next.iter().map(|block| *block..block + 1).collect()))
     }
 
     /// Keeps backed blocks where they are until the pin is dropped. No plan names them, and
@@ -291,11 +361,16 @@ impl BlockBacking {
 
     /// Stops naming a stream, as
     /// [`VirtualMemoryPool::forget_stream`](crate::VirtualMemoryPool::forget_stream): from now on
-    /// its work must not touch the blocks.
+    /// its work must not touch the blocks. The stream on which blocks are
+    /// [zeroed](super::BlockOptions::zero_on_back) stays named.
     ///
     /// # Errors
     /// As [`use_stream`](Self::use_stream).
     pub fn forget_stream(&self, stream: &Stream) -> Result<()> {
+        let zeroing = self.0.zero_on_back.as_ref();
+        if zeroing.is_some_and(|zeroing| zeroing.raw() == stream.raw()) {
+            return Ok(());
+        }
         let mut tensors = self.0.tensors.iter();
         tensors.try_for_each(|tensor| tensor.pool().forget_stream(stream))
     }
@@ -372,7 +447,7 @@ impl BlockBacking {
         let counted = self.0.look(|states| BlockStats {
             backed_blocks: states.backed(),
             pinned_blocks: states.pinned(),
-            page_bytes: states.page_bytes(layout),
+            page_bytes: states.page_bytes(),
             ..BlockStats::default()
         });
         let tensors = self.0.tensors.iter();

@@ -6,6 +6,7 @@ use super::layout::Layout;
 use super::reclaim::Candidate;
 use super::runs::Runs;
 use super::{BlockError, BlockId, ReclaimPlan};
+use crate::engine::Hint;
 use core::ops::Range;
 use std::collections::BTreeSet;
 
@@ -32,7 +33,12 @@ struct Block {
 /// The record of all blocks.
 #[derive(Debug)]
 pub(super) struct BlockStates {
+    layout: Layout,
     blocks: Vec<Block>,
+    /// How many blocks with memory each page of each class holds.
+    held: Vec<Vec<u32>>,
+    /// The pages that hold one, in bytes.
+    page_bytes: usize,
     clock: u64,
     backed: usize,
     pinned: usize,
@@ -59,22 +65,21 @@ pub(super) struct Departure {
 impl BlockStates {
     /// Makes the record, with no block backed. Fails if the host has no memory for it: there may be
     /// far more blocks of addresses than the host can count.
-    pub(super) fn new(blocks: usize) -> Result<Self, BlockError> {
+    pub(super) fn new(layout: &Layout) -> Result<Self, BlockError> {
         let block = Block {
             state: State::Unbacked,
             pins: 0,
             used: 0,
         };
-        let mut list = Vec::new();
-        if list.try_reserve_exact(blocks).is_err() {
-            return Err(BlockError::TooMany {
-                blocks,
-                each_bytes: size_of::<Block>(),
-            });
-        }
-        list.resize(blocks, block);
+        let count = layout.blocks;
+        let classes = layout.classes.iter();
         Ok(Self {
-            blocks: list,
+            blocks: list(count, block, count)?,
+            held: classes
+                .map(|class| list(class.pages(), 0, count))
+                .collect::<Result<_, _>>()?,
+            layout: layout.clone(),
+            page_bytes: 0,
             clock: 0,
             backed: 0,
             pinned: 0,
@@ -122,10 +127,24 @@ impl BlockStates {
     }
 
     fn set(&mut self, block: BlockId, state: State) {
-        let found = &mut self.blocks[block];
-        self.backed -= usize::from(found.state == State::Backed);
+        let before = core::mem::replace(&mut self.blocks[block].state, state);
+        self.backed -= usize::from(before == State::Backed);
         self.backed += usize::from(state == State::Backed);
-        found.state = state;
+        let (had, has) = (before != State::Unbacked, state != State::Unbacked);
+        if had == has {
+            return;
+        }
+        for (class, held) in self.layout.classes.iter().zip(&mut self.held) {
+            for page in class.pages_of(&(block..block + 1)) {
+                let was_empty = held[page] == 0;
+                held[page] = held[page] + u32::from(has) - u32::from(had);
+                match (was_empty, held[page] == 0) {
+                    (true, false) => self.page_bytes += class.page_bytes(),
+                    (false, true) => self.page_bytes -= class.page_bytes(),
+                    _ => {}
+                }
+            }
+        }
     }
 
     fn set_all(&mut self, runs: &Runs, state: State) {
@@ -243,11 +262,7 @@ impl BlockStates {
     }
 
     /// Checks that a plan is still true, and reserves its blocks.
-    pub(super) fn depart(
-        &mut self,
-        layout: &Layout,
-        plan: &ReclaimPlan,
-    ) -> Result<Departure, BlockError> {
+    pub(super) fn depart(&mut self, plan: &ReclaimPlan) -> Result<Departure, BlockError> {
         let moves = plan.moves().iter();
         let targets: BTreeSet<BlockId> = moves.clone().map(|(_, to)| *to).collect();
         let sources = moves.map(|(from, _)| *from);
@@ -259,7 +274,7 @@ impl BlockStates {
             self.expect_unused(block, plan)?;
         }
         // No other block may have come to a page that is to empty.
-        for (class, pages) in layout.classes.iter().zip(plan.pages()) {
+        for (class, pages) in self.layout.classes.iter().zip(plan.pages()) {
             for page in pages {
                 class
                     .blocks_of(*page)
@@ -302,19 +317,32 @@ impl BlockStates {
     }
 
     /// The pages that hold a block with memory, in bytes.
-    pub(super) fn page_bytes(&self, layout: &Layout) -> usize {
-        let held = |run: &Range<BlockId>| {
-            (run.clone()).filter(|block| self.blocks[*block].state != State::Unbacked)
-        };
-        let mut bytes = 0;
-        for class in &layout.classes {
-            let mut next = 0;
-            for block in held(&(0..self.blocks.len())) {
-                let pages = class.pages_of(&(block..block + 1));
-                bytes += (pages.start.max(next)..pages.end).len() * class.page_bytes();
-                next = pages.end.max(next);
-            }
-        }
-        bytes
+    pub(super) fn page_bytes(&self) -> usize {
+        self.page_bytes
     }
+
+    /// The pages of each class that hold no block with memory and will hold one of these, in the
+    /// order of the runs.
+    pub(super) fn empty_pages(&self, runs: &[Range<BlockId>]) -> Vec<Hint> {
+        let classes = self.layout.classes.iter().zip(&self.held);
+        let empty = classes.map(|(class, held)| {
+            let pages = runs.iter().flat_map(|run| class.pages_of(run));
+            let empty = pages.filter(|page| held[*page] == 0);
+            Hint::new(empty.map(|page| page..page + 1))
+        });
+        empty.collect()
+    }
+}
+
+/// A list of equal items, as a part of the record of this many blocks.
+fn list<T: Clone>(items: usize, item: T, blocks: usize) -> Result<Vec<T>, BlockError> {
+    let mut list = Vec::new();
+    if list.try_reserve_exact(items).is_err() {
+        return Err(BlockError::TooMany {
+            blocks,
+            each_bytes: size_of::<T>().saturating_mul(items.div_ceil(blocks)),
+        });
+    }
+    list.resize(items, item);
+    Ok(list)
 }

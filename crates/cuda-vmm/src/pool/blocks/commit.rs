@@ -36,7 +36,7 @@ impl BlockMemory {
             return Err(BlockError::Capturing { moves }.into());
         }
         let departure = self.change(|states| {
-            let departure = states.depart(&self.layout, plan)?;
+            let departure = states.depart(plan)?;
             match begin(plan) {
                 Ok(()) => Ok(departure),
                 Err(error) => {

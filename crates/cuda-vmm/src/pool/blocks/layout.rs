@@ -37,6 +37,15 @@ impl Class {
         start..end.min(self.blocks)
     }
 
+    /// The blocks that begin in a page.
+    pub(super) fn blocks_from(&self, page: usize) -> Range<BlockId> {
+        let from = |page: usize| {
+            let start = page.saturating_mul(self.page_bytes);
+            start.div_ceil(self.block_bytes).min(self.blocks)
+        };
+        from(page)..from(page + 1)
+    }
+
     /// How many pages it has addresses for.
     pub(super) fn pages(&self) -> usize {
         self.pages_of(&(0..self.blocks)).end
@@ -117,7 +126,11 @@ mod tests {
             let (layout, _) = Layout::new(&[spec], blocks, 1 << shift).expect("small");
             let class = layout.classes[0];
             prop_assert_eq!(class.pages(), (blocks * block_bytes).div_ceil(1 << shift));
+            let begun = (0..class.pages()).flat_map(|page| class.blocks_from(page));
+            prop_assert!(begun.eq(0..blocks));
             for block in 0..blocks {
+                let first = class.pages_of(&(block..block + 1)).start;
+                prop_assert!(class.blocks_from(first).contains(&block));
                 let bytes = block * block_bytes..(block + 1) * block_bytes;
                 for page in 0..class.pages() {
                     let of_page = page << shift..(page + 1) << shift;

@@ -10,10 +10,11 @@ use super::plan::ReclaimPlan;
 use super::reclaim::{Candidate, reclaim};
 use super::runs::Runs;
 use super::{BlockError, BlockId, BlockTensor};
-use crate::engine::{Patience, Reclaimer};
+use crate::engine::{Hint, Patience, Reclaimer, deallocate_together};
 use crate::process::Here;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use crate::{Account, Result};
+use crate::{Account, Result, Stream};
+use core::ops::Range;
 
 #[derive(Debug)]
 pub(super) struct BlockMemory {
@@ -27,6 +28,13 @@ pub(super) struct BlockMemory {
     pub(super) identity: Arc<()>,
     /// What an allocator knows of the blocks, if there is one.
     pub(super) packing: Mutex<Weak<Here<Mutex<Packing>>>>,
+    /// Where blocks that are backed anew are zeroed, if they are.
+    pub(super) zero_on_back: Option<Stream>,
+    /// For how many blocks memory is made ahead.
+    pub(super) ahead_blocks: usize,
+    /// The pages of each class that were last named to the ranges. Locked before the other locks
+    /// here.
+    pub(super) named: Here<Mutex<Vec<Arc<Hint>>>>,
 }
 
 impl Reclaimer for BlockMemory {
@@ -100,7 +108,10 @@ impl BlockMemory {
         drop(states);
         let outcome = match arrival.missing.is_empty() {
             true => Ok(()),
-            false => self.take(&arrival, patience),
+            false => self.zeroing(&arrival.missing).and_then(|stream| {
+                self.take(&arrival, patience)?;
+                stream.map_or(Ok(()), |stream| self.zero(&arrival.missing, stream))
+            }),
         };
         self.change(|states| states.arrived(&arrival, outcome.is_ok()))?;
         outcome.map(|()| (arrival.missing, clock))
@@ -113,6 +124,38 @@ impl BlockMemory {
             .flat_map(|tensor| arrival.missing.iter().map(|run| tensor.part(&run)))
             .collect();
         self.account.allocate_parts(&parts, patience)?.keep();
+        Ok(())
+    }
+
+    /// Names the pages that the next blocks need and that hold none yet, so that the worker makes
+    /// them. `next` returns runs of blocks in order, of no more than `ahead_blocks`.
+    pub(super) fn expect(&self, next: impl FnOnce() -> Result<Vec<Range<BlockId>>>) -> Result<()> {
+        if self.ahead_blocks == 0 {
+            return Ok(());
+        }
+        let mut named = self.named.lock()?;
+        let next = next()?;
+        let hints = self.look(|states| states.empty_pages(&next))?;
+        let mut hungry = None;
+        let mut now = Vec::with_capacity(hints.len());
+        for (class, hint) in hints.into_iter().enumerate() {
+            if let Some(same) = named.get(class).filter(|named| ***named == hint) {
+                now.push(same.clone());
+                continue;
+            }
+            let hint = Arc::new(hint);
+            for tensor in (self.tensors.iter()).filter(|tensor| tensor.class() == class) {
+                if tensor.expect(&hint)? {
+                    hungry = Some(tensor);
+                }
+            }
+            now.push(hint);
+        }
+        *named = now;
+        drop(named);
+        if let Some(tensor) = hungry {
+            tensor.wake_worker();
+        }
         Ok(())
     }
 
@@ -129,11 +172,17 @@ impl BlockMemory {
         _ = self.change(|states| states.left(&unused));
     }
 
-    /// Frees blocks in all tensors.
+    /// Frees blocks in all tensors, behind the same fences.
     pub(super) fn give(&self, runs: &Runs) {
-        for tensor in &self.tensors {
-            tensor.give(runs.iter());
+        if runs.is_empty() {
+            return;
         }
+        let tensors = self.tensors.iter();
+        // The bytes are live, nothing compacts the ranges, and they close after the last use of
+        // them: what is left is a process that was forked meanwhile, whose memory is the parent's.
+        deallocate_together(tensors.map(|tensor| tensor.parts(runs.iter())), |error| {
+            crate::events::warn!(%error, "blocks could not be freed");
+        });
     }
 
     pub(super) fn plan(

@@ -10,6 +10,7 @@
 use super::layout::{Class, Layout};
 use super::{BlockError, BlockId, ReclaimPlan};
 use core::cmp::Reverse;
+use core::ops::Range;
 use std::collections::BTreeSet;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,15 +129,53 @@ impl Packing {
                 blocks: self.blocks.len(),
             });
         }
-        let mut taken = Vec::with_capacity(count);
-        while taken.len() < count
-            && let Some((_, _, Reverse(page))) = self.ranked.last().copied()
-            && let Some((_, _, block)) = self.free.range((page, false, 0)..).next().copied()
-        {
-            self.set(block, Use::Taken, true);
-            taken.push(block);
+        let taken: Vec<_> = self.upcoming().take(count).collect();
+        for block in &taken {
+            self.set(*block, Use::Taken, true);
         }
         Ok(taken)
+    }
+
+    /// The free blocks in the order in which they are handed out. A page that is taken from stays
+    /// the first until all its blocks are out.
+    fn upcoming(&self) -> impl Iterator<Item = BlockId> + '_ {
+        let pages = self.ranked.iter().rev();
+        pages.flat_map(|(_, _, Reverse(page))| self.free_of(*page, false))
+    }
+
+    /// The free blocks of a page in the order in which they are handed out, or those without
+    /// memory, which are the last.
+    fn free_of(&self, page: usize, bare: bool) -> impl Iterator<Item = BlockId> + '_ {
+        let of_page = self.free.range((page, bare, 0)..(page + 1, false, 0));
+        of_page.map(|(_, _, block)| *block)
+    }
+
+    /// Those of the next `count` blocks to be handed out that have no memory, as runs in order.
+    /// Looks at pages rather than at blocks: an allocator asks at each call.
+    pub(super) fn upcoming_bare(&self, mut count: usize) -> Vec<Range<BlockId>> {
+        let mut runs: Vec<Range<BlockId>> = Vec::new();
+        let mut push = |run: Range<BlockId>| match runs.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            _ => runs.push(run),
+        };
+        for (_, _, Reverse(page)) in self.ranked.iter().rev() {
+            let found = &self.pages[*page];
+            // What is handed out has memory.
+            let bare = found.free + found.taken - found.with_memory;
+            count = count.saturating_sub(found.free - bare);
+            if count == 0 {
+                break;
+            }
+            match found.with_memory {
+                0 => {
+                    let all = self.class.blocks_from(*page);
+                    push(all.start..all.start + bare.min(count));
+                }
+                _ => (self.free_of(*page, true).take(count)).for_each(|at| push(at..at + 1)),
+            }
+            count = count.saturating_sub(bare);
+        }
+        runs
     }
 
     /// Takes back what was handed out and could not be backed.

@@ -1,7 +1,9 @@
 //! One tensor whose blocks are backed where they are in use.
 
 use super::{BlockId, ElementSize, TensorSpec};
+use crate::engine::{Hint, RangeHandle};
 use crate::pool::{PoolPart, PoolStats, VirtualMemoryPool};
+use crate::sync::Arc;
 use crate::{Account, LeaseToken, PoolOptions, Result};
 use core::ops::Range;
 
@@ -18,16 +20,19 @@ pub struct BlockTensor {
 }
 
 impl BlockTensor {
-    /// Reserves the addresses; that `blocks` blocks fit in an address was checked.
+    /// Reserves the addresses; that `blocks` blocks fit in an address was checked. Memory is made
+    /// ahead for at most `ahead_blocks`, which are not more.
     pub(super) fn new(
         account: &Account,
         spec: TensorSpec,
         blocks: usize,
-        class: usize,
-        page_bytes: usize,
+        (class, page_bytes): (usize, usize),
+        ahead_blocks: usize,
     ) -> Result<Self> {
+        let ahead_pages = (ahead_blocks * spec.block_bytes()).div_ceil(page_bytes);
         // Any page may be the one that empties, so each goes back alone.
         let options = PoolOptions::new().chunk_bytes_max(0);
+        let options = options.ahead_bytes_max(ahead_pages.saturating_mul(page_bytes));
         let capacity_bytes = blocks * spec.block_bytes();
         let pool = VirtualMemoryPool::on_account(account, capacity_bytes, page_bytes, options)?;
         Ok(Self {
@@ -106,6 +111,15 @@ impl BlockTensor {
         leased.map(move |bytes| bytes.start / block_bytes..bytes.end.div_ceil(block_bytes))
     }
 
+    /// Sets which pages the next blocks need; returns whether the worker has any to make.
+    pub(super) fn expect(&self, pages: &Arc<Hint>) -> Result<bool> {
+        self.pool.range.expect(pages.clone())
+    }
+
+    pub(super) fn wake_worker(&self) {
+        self.pool.range.wake_worker();
+    }
+
     /// Where a run of blocks begins, and its length, in bytes.
     fn bytes(&self, blocks: &Range<BlockId>) -> Range<usize> {
         blocks.start * self.block_bytes()..blocks.end * self.block_bytes()
@@ -117,23 +131,15 @@ impl BlockTensor {
         (&self.pool, bytes.start, bytes.len())
     }
 
-    /// Ends the life of runs of blocks, which are live, behind the same fences.
-    pub(super) fn give(&self, runs: impl IntoIterator<Item = Range<BlockId>>) {
+    /// Runs of blocks as bytes of its range, to be freed.
+    pub(super) fn parts(
+        &self,
+        runs: impl IntoIterator<Item = Range<BlockId>>,
+    ) -> (&RangeHandle, Vec<(usize, usize)>) {
         let parts = runs.into_iter().map(|run| {
             let bytes = self.bytes(&run);
             (bytes.start, bytes.len())
         });
-        self.free(&parts.collect::<Vec<_>>());
-    }
-
-    fn free(&self, parts: &[(usize, usize)]) {
-        if parts.iter().all(|(_, bytes)| *bytes == 0) {
-            return;
-        }
-        // The bytes are live, nothing compacts the pool, and it closes after the last use of it:
-        // what is left is a process that was forked meanwhile, whose memory is the parent's.
-        if let Err(error) = self.pool.deallocate_many(parts) {
-            crate::events::warn!(%error, tensor = self.name(), "blocks could not be freed");
-        }
+        (&self.pool.range, parts.collect())
     }
 }

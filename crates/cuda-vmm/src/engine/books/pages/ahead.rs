@@ -37,6 +37,11 @@ impl<M> Pages<M> {
         self.counts.ahead().iter().copied()
     }
 
+    /// The pages of the chunk that begins at `first`.
+    pub(crate) fn chunk_at(&self, first: usize) -> Range<usize> {
+        first..first + self.chunks.get(first).map_or(0, |chunk| chunk.pages())
+    }
+
     /// A chunk made ahead that lies wholly outside these pages.
     pub(crate) fn ahead_outside(&self, pages: &Range<usize>) -> Option<usize> {
         let before = self.counts.ahead().first().copied();

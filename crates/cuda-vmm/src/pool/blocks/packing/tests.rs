@@ -109,12 +109,15 @@ proptest! {
             match operation {
                 Operation::Take(count) => {
                     let free = model.iter().filter(|(taken, _)| !taken).count();
+                    let bare: Vec<_> = packing.upcoming_bare(count).into_iter().flatten().collect();
                     let outcome = packing.take(count);
                     if count > free {
                         prop_assert_eq!(outcome, Err(BlockError::OutOfBlocks { asked: count, free, blocks }));
                         continue;
                     }
-                    for block in outcome.expect("there are enough") {
+                    let outcome = outcome.expect("there are enough");
+                    prop_assert!(bare.iter().eq(outcome.iter().filter(|block| !model[**block].1)));
+                    for block in outcome {
                         let rank = |block: usize| {
                             let page = page_of(block);
                             let of_page = (0..blocks).filter(|other| page_of(*other) == page);
