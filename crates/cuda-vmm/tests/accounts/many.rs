@@ -358,3 +358,50 @@ fn of_two_models_that_want_what_one_can_have_one_is_served() {
         }
     }
 }
+
+#[test]
+fn parts_whose_pages_are_there_take_no_call_and_one_that_is_missing_disturbs_none() {
+    let (simulated, engine) = engine(manual().park_bytes_max(LIMIT_PAGES * PAGE));
+    let model = account(&engine, "model", Quota::new());
+    let pools = [range(&model), range(&model), range(&model)];
+    let parts = [0, 1, 2].map(|at| (&pools[at], at * PAGE, 2 * PAGE));
+    let park = |backed| {
+        drop(backed);
+        engine.step();
+        engine.stats().parts.parked_bytes / PAGE
+    };
+    for missing in 0..3 {
+        engine.trim().expect("given back");
+        let most = (0..3).filter(|at| *at != missing);
+        let most: Vec<_> = most.map(|at| parts[at]).collect();
+        assert_eq!(park(model.try_allocate_many(&most).expect("room")), 4);
+        simulated.simulator.start_trace();
+        let backed = model.try_allocate_many(&parts).expect("room");
+        let trace = simulated.simulator.take_trace();
+        let made = trace
+            .iter()
+            .filter(|call| **call == DriverFunction::cuMemCreate);
+        assert_eq!(made.count(), 2);
+        let records = [
+            DriverFunction::cuEventRecord,
+            DriverFunction::cuCtxRecordEvent,
+        ];
+        assert!(
+            !trace.iter().any(|call| records.contains(call)),
+            "{trace:?}"
+        );
+        assert_eq!(park(backed), 6);
+        simulated.simulator.start_trace();
+        let backed = model.try_allocate_many(&parts).expect("there");
+        assert_eq!(simulated.simulator.take_trace(), []);
+        assert_eq!(engine.stats().parts.parked_bytes, 0);
+        assert_eq!(park(backed), 6);
+        expect_sums(&engine);
+    }
+    // A part of which some is live is refused, and the others are as they were.
+    pools[1].allocate(2 * PAGE, 1).expect("there");
+    let refused = model.try_allocate_many(&parts).map(drop);
+    let (offset, bytes) = (PAGE, 2 * PAGE);
+    assert_eq!(refused, Err(VmmError::AlreadyMapped { offset, bytes }));
+    assert_eq!(engine.stats().parts.parked_bytes, 5 * PAGE);
+}
