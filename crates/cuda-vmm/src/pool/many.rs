@@ -20,7 +20,17 @@ pub struct Backed<'a> {
     parts: Vec<PoolPart<'a>>,
 }
 
-impl Backed<'_> {
+impl<'a> Backed<'a> {
+    /// Parts that are live, and sorted by pool.
+    pub(super) fn new(parts: Vec<PoolPart<'a>>) -> Self {
+        Self { parts }
+    }
+
+    /// The bytes.
+    pub(super) fn parts(&self) -> &[PoolPart<'a>] {
+        &self.parts
+    }
+
     /// Keeps the bytes live.
     pub fn keep(mut self) {
         self.parts.clear();
@@ -51,10 +61,10 @@ fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolP
 
 /// Makes all parts live if the pages of each have other live bytes; returns whether it did. The
 /// short way for what block tables do most: it takes each range's lock alone.
-fn take_shared(parts: &[PoolPart<'_>]) -> bool {
+fn take_beside_live(parts: &[PoolPart<'_>]) -> bool {
     let mut parts_left = parts.iter();
     let refused =
-        parts_left.position(|(pool, offset, bytes)| !pool.range.take_shared(*offset, *bytes));
+        parts_left.position(|(pool, offset, bytes)| !pool.range.take_beside_live(*offset, *bytes));
     let Some(taken) = refused else {
         return true;
     };
@@ -170,7 +180,7 @@ impl Account {
         patience: &Patience,
     ) -> Result<Backed<'a>> {
         let parts = self.sorted(parts)?;
-        if !take_shared(&parts) {
+        if !take_beside_live(&parts) {
             ask(&parts, |asks| allocate_all(asks, patience))?;
         }
         Ok(Backed { parts })
@@ -186,7 +196,7 @@ impl Account {
     }
 
     /// The parts by pool and offset, all of them of this account and none of them twice.
-    fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
+    pub(super) fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
         for (pool, offset, bytes) in parts {
             if pool.account() != self {
                 return Err(VmmError::ForeignAccount {

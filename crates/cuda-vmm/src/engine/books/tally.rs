@@ -36,10 +36,12 @@ pub(crate) enum Fact {
     Quarantined,
     /// Work of any stream of any device may use it.
     UsedByAll,
+    /// It has mappings of shared chunks that are only to be unmapped.
+    Leaving,
 }
 
 impl Fact {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Freed,
         Self::WaitsForLeases,
         Self::Closed,
@@ -52,6 +54,7 @@ impl Fact {
         Self::Hungry,
         Self::Quarantined,
         Self::UsedByAll,
+        Self::Leaving,
     ];
 }
 
