@@ -34,6 +34,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Layout, Storage, Tensor};
 use cuda_vmm::pool::blocks::{BlockBacking, BlockTensor};
 use cuda_vmm::{Driver, LeaseToken, Stream, VirtualMemoryPool};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, iter, mem};
 
@@ -304,6 +305,20 @@ pub(crate) fn zero(
 ) -> Result<()> {
     // SAFETY: the bytes are live while the pool is borrowed. They are freed behind Candle's stream.
     Ok(unsafe { stream.memset(pool.base_address() + offset as u64, 0, bytes) }?)
+}
+
+/// Queues a copy of live bytes of a pool to live bytes of another at the same offsets, on Candle's
+/// stream.
+pub(crate) fn copy(
+    stream: &Stream,
+    from: &VirtualMemoryPool,
+    to: &VirtualMemoryPool,
+    bytes: Range<usize>,
+) -> Result<()> {
+    let address = |pool: &VirtualMemoryPool| pool.base_address() + bytes.start as u64;
+    // SAFETY: the bytes are live in both pools while these are borrowed. They are freed behind
+    // Candle's stream.
+    Ok(unsafe { stream.copy(address(to), address(from), bytes.len()) }?)
 }
 
 /// Makes a slice on this stream.

@@ -224,6 +224,38 @@ pub enum VmmError {
         /// Length in bytes.
         bytes: usize,
     },
+    /// The bytes lie in a chunk that other ranges map too, so to use them anew would change what
+    /// those read; see
+    /// [`VirtualMemoryPool::make_private`](crate::VirtualMemoryPool::make_private).
+    #[error("some of the {bytes} bytes at offset {offset} lie in memory that is shared")]
+    Shared {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+    },
+    /// Shared memory behind the bytes cannot be replaced now by memory of the range's own.
+    #[error("the shared memory behind the {bytes} bytes at offset {offset} is kept by {by}")]
+    KeptShared {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+        /// What keeps it: a lease, a pin or a capture.
+        by: &'static str,
+    },
+    /// Two ranges that must have pages of one size have pages of two.
+    #[error("expected pages of {expected_bytes} bytes, found pages of {found_bytes} bytes")]
+    WrongPageSize {
+        /// The page needed, in bytes.
+        expected_bytes: usize,
+        /// The page of the range given, in bytes.
+        found_bytes: usize,
+    },
+    /// Memory of a range was to be shared that has
+    /// [one handle behind each allocation](crate::PoolOptions::single_handle).
+    #[error("a range with a single handle behind each allocation shares no memory")]
+    SingleHandle,
     /// No model of this name is registered.
     #[error("no model named {model:?}")]
     ModelNotFound {
@@ -383,6 +415,8 @@ impl VmmError {
             | Self::AlreadyMapped { .. }
             | Self::NotMapped { .. }
             | Self::Leased { .. }
+            | Self::Shared { .. }
+            | Self::KeptShared { .. }
             | Self::ModelNotFound { .. }
             | Self::ModelAlreadyRegistered { .. }
             | Self::Descriptor { .. } => Prospect::Depends,
@@ -403,6 +437,8 @@ impl VmmError {
             | Self::OutOfRange { .. }
             | Self::WrongDevice { .. }
             | Self::ForeignAccount { .. }
+            | Self::WrongPageSize { .. }
+            | Self::SingleHandle
             | Self::WrongDriver
             | Self::Closed
             | Self::Forked => Prospect::Never,

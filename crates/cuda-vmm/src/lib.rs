@@ -46,6 +46,7 @@
 //! - *committed*: held from the driver; the sum of the parts.
 //! - *live*†: in a page with a byte that is allocated and not freed.
 //! - *leased*†: freed, and kept by a lease.
+//! - *shared*†: in a chunk that several ranges of an account map; counted once, and of no range.
 //! - *slack*†: in a page without live bytes, in a chunk with live pages.
 //! - *filling*†: being made and mapped and its access set, or new memory of a compaction.
 //! - *retiring*†: freed, but the device may still use it, or it is being unmapped.
@@ -81,6 +82,8 @@
 //! - *trim*: give back all that is parked, cached or ahead, except what is pinned.
 //! - *relieve*: give memory that is spare back to the driver, for another allocator.
 //! - *compact*: move live pages to chunks that fit, at unchanged addresses, so slack goes back.
+//! - *share*: map chunks of one range behind another one's addresses too, without a copy.
+//! - *make private*: give a range memory of its own in the place of what it shares.
 //! - *reclaim*: choose blocks to evict or move so that whole pages of a paged cache empty.
 //!
 //! # Features
@@ -138,8 +141,8 @@ pub use mapping::{Access, Mapping};
 pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;
 pub use pool::{
-    AccountSnapshot, Backed, PoolStats, SharedMemoryPool, SharedPoolOptions, Snapshot,
-    VirtualMemoryPool,
+    AccountSnapshot, Backed, PoolStats, Shared, SharedMemoryPool, SharedPart, SharedPoolOptions,
+    Snapshot, VirtualMemoryPool,
 };
 #[doc(hidden)]
 pub use process::PerProcess;

@@ -10,7 +10,7 @@ use core::ops::{Add, AddAssign, Sub};
 /// Memory by what it is, in bytes of whole pages. Every committed byte is in exactly one part.
 ///
 /// Parts add up and subtract one by one: the parts of an engine are the sum of those of its ranges,
-/// and of what is on no range's account.
+/// and of what is on no range's account, which is what is cached and what is shared.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
@@ -21,6 +21,9 @@ pub struct MemoryParts {
     /// Pages whose bytes were all freed, and some of which are leased; see
     /// [`VirtualMemoryPool::lease`](crate::VirtualMemoryPool::lease).
     pub leased_bytes: usize,
+    /// In chunks that several ranges of an account map, counted once; on no range's account. See
+    /// [`Account::share_many`](crate::Account::share_many).
+    pub shared_bytes: usize,
     /// Pages without live bytes in chunks that have others.
     pub slack_bytes: usize,
     /// Being made.
@@ -38,70 +41,83 @@ pub struct MemoryParts {
     pub quarantined_bytes: usize,
 }
 
+/// The least that a part can belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Level {
+    Range,
+    Account,
+    Engine,
+}
+
 /// One part, for code that lists them.
 pub(crate) struct Part {
     pub(crate) name: &'static str,
     pub(crate) meaning: &'static str,
-    /// Whether it can be on a range's account.
-    pub(crate) is_of_ranges: bool,
+    pub(crate) level: Level,
     pub(crate) bytes: fn(&MemoryParts) -> usize,
 }
 
 impl MemoryParts {
     /// The parts, in the order in which they are printed.
-    pub(crate) const LIST: [Part; 9] = [
+    pub(crate) const LIST: [Part; 10] = [
         Part {
             name: "live",
             meaning: "Pages with live bytes.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.live_page_bytes,
         },
         Part {
             name: "leased",
             meaning: "Pages whose bytes were all freed, and some of which are leased.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.leased_bytes,
+        },
+        Part {
+            name: "shared",
+            meaning: "In chunks that several ranges map, counted once.",
+            level: Level::Account,
+            bytes: |parts| parts.shared_bytes,
         },
         Part {
             name: "slack",
             meaning: "Pages without live bytes in chunks that have others.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.slack_bytes,
         },
         Part {
             name: "filling",
             meaning: "Being made.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.filling_bytes,
         },
         Part {
             name: "retiring",
             meaning: "Freed, but the device may still use it, or it is being unmapped.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.retiring_bytes,
         },
         Part {
             name: "parked",
             meaning: "Freed and still mapped, to be taken back without a driver call.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.parked_bytes,
         },
         Part {
             name: "ahead",
             meaning: "Made before any allocation needs it.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.ahead_bytes,
         },
         Part {
             name: "cached",
             meaning: "Clean and mapped nowhere.",
-            is_of_ranges: false,
+            level: Level::Engine,
             bytes: |parts| parts.cached_bytes,
         },
         Part {
             name: "quarantined",
             meaning: "Refused by the driver when it was to be given back; retried.",
-            is_of_ranges: true,
+            level: Level::Range,
             bytes: |parts| parts.quarantined_bytes,
         },
     ];
@@ -139,6 +155,7 @@ impl MemoryParts {
         Self {
             live_page_bytes: join(self.live_page_bytes, other.live_page_bytes),
             leased_bytes: join(self.leased_bytes, other.leased_bytes),
+            shared_bytes: join(self.shared_bytes, other.shared_bytes),
             slack_bytes: join(self.slack_bytes, other.slack_bytes),
             filling_bytes: join(self.filling_bytes, other.filling_bytes),
             retiring_bytes: join(self.retiring_bytes, other.retiring_bytes),

@@ -301,8 +301,8 @@ fn the_numbers_read_well() {
     );
     assert_eq!(
         fixture.engine.stats().to_string(),
-        "4 MiB committed of 8 MiB: 4 MiB live, 0 B leased, 0 B slack, 0 B filling, 0 B retiring, 0 B parked, \
-         0 B ahead, 0 B cached, 0 B quarantined; 1 ranges, 2 mappings"
+        "4 MiB committed of 8 MiB: 4 MiB live, 0 B leased, 0 B shared, 0 B slack, 0 B filling, 0 B retiring, \
+         0 B parked, 0 B ahead, 0 B cached, 0 B quarantined; 1 ranges, 2 mappings"
     );
     assert_eq!(
         PoolStats::default().to_string(),

@@ -89,6 +89,8 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
             "OutOfVirtualMemory",
             "QuotaUnsatisfiable",
             "Leased",
+            "Shared",
+            "KeptShared",
             "ModelNotFound",
             "ModelAlreadyRegistered",
             "Descriptor"
@@ -333,6 +335,32 @@ fn texts() -> Vec<(VmmError, &'static str)> {
                 bytes: 2,
             },
             "some of the 2 bytes at offset 1 are leased",
+        ),
+        (
+            VmmError::Shared {
+                offset: 1,
+                bytes: 2,
+            },
+            "some of the 2 bytes at offset 1 lie in memory that is shared",
+        ),
+        (
+            VmmError::KeptShared {
+                offset: 1,
+                bytes: 2,
+                by: "a pin",
+            },
+            "the shared memory behind the 2 bytes at offset 1 is kept by a pin",
+        ),
+        (
+            VmmError::WrongPageSize {
+                expected_bytes: 2,
+                found_bytes: 4,
+            },
+            "expected pages of 2 bytes, found pages of 4 bytes",
+        ),
+        (
+            VmmError::SingleHandle,
+            "a range with a single handle behind each allocation shares no memory",
         ),
         (
             VmmError::ModelNotFound { model: model() },

@@ -9,7 +9,7 @@ use std::ops::Range;
 /// A tensor of its own has one column. In a range for several tensors each is a column, and its
 /// rows are a part of the range's. Columns grow and shrink one by one, and need not be of one
 /// length. Memory follows the [`span`](Self::span), from the first row of any column to the last.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Columns(Vec<Range<usize>>);
 
 impl Columns {

@@ -92,6 +92,7 @@ impl DeviceRows {
             };
             if !space.extent.has_addresses(bytes.end)
                 || space.is_in_use(column, &bytes, self.memory.common.stream())?
+                || !space.make_private(&bytes)?
             {
                 return Ok(None);
             }
@@ -287,6 +288,37 @@ impl DeviceRows {
     pub(super) fn release_front(&mut self, column: usize, count: usize) {
         let end = self.columns.release_front(column, count);
         self.free_unneeded(end);
+    }
+
+    /// Makes rows like these in other addresses.
+    pub(super) fn fork(&self, extent: Option<Extent>) -> Self {
+        let columns = self.layout.columns();
+        Self {
+            memory: self.memory.clone(),
+            addresses: self.addresses,
+            layout: self.layout.clone(),
+            space: extent.map(|extent| Space::over(extent, columns)),
+            columns: self.columns.clone(),
+        }
+    }
+
+    /// Queues a copy of live bytes to live bytes of another range at the same offsets.
+    pub(super) fn copy_bytes(&self, to: &VirtualMemoryPool, bytes: Range<usize>) -> Result<()> {
+        let stream = self.memory.common.stream();
+        match &self.space {
+            Some(space) => lease::copy(stream, space.extent.range(), to, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// Returns the bytes from the first row of any column to the last.
+    pub(super) fn bytes_of_span(&self) -> Range<usize> {
+        self.bytes(&self.columns.span())
+    }
+
+    /// Returns all columns.
+    pub(super) fn columns(&self) -> Range<usize> {
+        self.columns.all()
     }
 
     pub(super) fn extent(&self) -> Option<&Extent> {

@@ -6,6 +6,7 @@ use crate::tensor_pool::PoolMemory;
 use cuda_vmm::VirtualMemoryPool;
 use cuda_vmm::pool::PoolPart;
 use std::ops::Range;
+use std::sync::atomic::AtomicUsize;
 
 /// A range of addresses, and the bytes of it that are live: whole pages around the rows, so that
 /// most rows need no allocation.
@@ -14,6 +15,8 @@ pub(super) struct Extent {
     range: VirtualMemoryPool,
     /// `0..0` if no byte is live.
     live: Range<usize>,
+    /// No byte from this offset on was ever shared with other rows.
+    pub(super) shared_end: AtomicUsize,
 }
 
 /// What rows need for more of them. Nothing is allocated yet.
@@ -63,10 +66,21 @@ impl Extent {
             true => addresses.first(need),
             false => addresses.again(need),
         };
-        Ok(Self {
-            range: memory.range(bytes)?,
+        memory.range(bytes).map(Self::over)
+    }
+
+    /// Rows in this range, of which no byte is live.
+    pub(super) fn over(range: VirtualMemoryPool) -> Self {
+        Self {
+            range,
             live: 0..0,
-        })
+            shared_end: AtomicUsize::new(0),
+        }
+    }
+
+    /// Notes the first bytes that are live.
+    pub(super) fn start_live(&mut self, bytes: Range<usize>) {
+        self.live = bytes;
     }
 
     pub(super) fn range(&self) -> &VirtualMemoryPool {

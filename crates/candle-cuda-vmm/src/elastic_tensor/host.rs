@@ -139,6 +139,25 @@ impl Contents {
         Ok(())
     }
 
+    /// The same rows, in the same buffer until either of the two appends. Neither writes to them
+    /// meanwhile.
+    fn fork(&self) -> Self {
+        let end = self.rows.end;
+        self.viewed_end.fetch_max(end, Ordering::Relaxed);
+        let buffer = self.buffer.as_ref().map(|buffer| Buffer {
+            data: buffer.data.clone(),
+            // What is behind them is the source's.
+            rows: end,
+            ..*buffer
+        });
+        Self {
+            row: self.row.clone(),
+            buffer,
+            rows: self.rows.clone(),
+            viewed_end: AtomicUsize::new(end),
+        }
+    }
+
     fn clear(&mut self) {
         (self.buffer, self.rows) = (None, 0..0);
         *self.viewed_end.get_mut() = 0;
@@ -197,13 +216,17 @@ impl HostRows {
     }
 
     /// What `more` rows in each of these columns need.
-    fn growth(&self, columns: Range<usize>, more: usize) -> Result<Growth> {
+    fn growth(&mut self, columns: Range<usize>, more: usize) -> Result<Growth> {
         let row_bytes = self.layout.row_bytes;
         let need = self
             .addresses
-            .need(self.columns.len_with(columns, more), row_bytes)?;
+            .need(self.columns.len_with(columns.clone(), more), row_bytes)?;
         let end = need.saturating_add(self.columns.span().start * row_bytes);
-        if let Some(extent) = self.extent.as_ref().filter(|it| it.has_addresses(end)) {
+        let next = columns.map(|column| self.columns.next(column)).min();
+        let start = next.map_or(end, |next| next * row_bytes);
+        if let Some(extent) = self.extent.as_mut().filter(|it| it.has_addresses(end))
+            && extent.make_private(&(start..end), || ())?
+        {
             let (bytes, moved) = (extent.missing(end), None);
             return Ok(Growth { bytes, moved });
         }
@@ -297,12 +320,35 @@ impl HostRows {
         self.free_unneeded(end);
     }
 
+    /// Makes rows like these in other addresses.
+    pub(super) fn fork(&self, extent: Option<Extent>) -> Result<Self> {
+        Ok(Self {
+            extent,
+            memory: self.memory.clone(),
+            addresses: self.addresses,
+            layout: self.layout.clone(),
+            columns: self.columns.clone(),
+            contents: self.contents.iter().map(Contents::fork).collect(),
+        })
+    }
+
+    /// Returns the bytes from the first row of any column to the last.
+    pub(super) fn bytes_of_span(&self) -> Range<usize> {
+        let (rows, row_bytes) = (self.columns.span(), self.layout.row_bytes);
+        rows.start * row_bytes..rows.end * row_bytes
+    }
+
+    /// Returns all columns.
+    pub(super) fn columns(&self) -> Range<usize> {
+        self.columns.all()
+    }
+
     pub(super) fn extent(&self) -> Option<&Extent> {
         self.extent.as_ref()
     }
 
     /// What `more` rows in each column need.
-    pub(super) fn plan(&self, more: usize) -> Result<Growth> {
+    pub(super) fn plan(&mut self, more: usize) -> Result<Growth> {
         self.growth(self.columns.all(), more)
     }
 

@@ -10,7 +10,7 @@ use candle_core::{DType, Error, Shape};
 use std::iter;
 
 /// The parts of a row, which lie side by side: one, or one for each tensor that shares the range.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct RowLayout {
     pub(super) dtype: DType,
     pub(super) row_bytes: usize,
@@ -18,7 +18,7 @@ pub(super) struct RowLayout {
 }
 
 /// The part of a row that is a row of one tensor.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Column {
     dims: Vec<usize>,
     /// Elements of the row before it.

@@ -5,6 +5,7 @@ mod columns;
 #[cfg(feature = "cuda")]
 mod device;
 mod extent;
+mod fork;
 mod growth;
 mod host;
 mod layout;

@@ -70,21 +70,55 @@ impl SharedRows {
         })
     }
 
+    pub(super) fn pool(&self) -> &TensorPool {
+        &self.pool
+    }
+
+    /// The same tensors in another range.
+    pub(super) fn with_rows(&self, rows: Rows) -> Self {
+        Self {
+            rows: Arc::new(Mutex::new(rows)),
+            ..self.clone()
+        }
+    }
+
+    /// Returns whether both are one range.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.rows, &other.rows)
+    }
+
+    /// Drops the rows of all columns but these.
+    pub(super) fn keep_columns(&self, kept: &[usize]) -> Result<()> {
+        with_rows!(&mut *self.lock()?, rows => {
+            let gone = rows.columns().filter(|column| !kept.contains(column));
+            gone.for_each(|column| rows.truncate(column, 0));
+        });
+        Ok(())
+    }
+
     /// Locks the rows. Fails in a forked process, where the lock may never be released.
-    fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
+    pub(super) fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
         self.pool.engine().device().driver().check_process()?;
         Ok(self.rows.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
 impl Column {
+    pub(super) fn new(shared: SharedRows, index: usize) -> Self {
+        Self { shared, index }
+    }
+
+    pub(super) fn shared(&self) -> &SharedRows {
+        &self.shared
+    }
+
     pub(super) fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
         self.shared.lock()
     }
 
     /// Returns whether both are columns of one range.
     pub(super) fn is_beside(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.shared.rows, &other.shared.rows)
+        self.shared.is_same(&other.shared)
     }
 }
 

@@ -71,6 +71,14 @@ impl Space {
         Ok(false)
     }
 
+    /// Makes sure that no other range reads what is written when rows come to these bytes. Returns
+    /// `false` if the rows must move for that.
+    pub(super) fn make_private(&mut self, bytes: &Range<usize>) -> Result<bool> {
+        let base = self.base.get_mut().unwrap_or_else(PoisonError::into_inner);
+        // Its lease would keep the chunk.
+        Ok(self.extent.make_private(bytes, || *base = None)?)
+    }
+
     fn drop_base(&mut self) {
         *self.base.get_mut().unwrap_or_else(PoisonError::into_inner) = None;
     }

@@ -61,7 +61,7 @@ impl ElasticCache {
         self.pool.inner().options.contiguous_output
     }
 
-    fn check(&self) -> candle_core::Result<()> {
+    pub(super) fn check(&self) -> candle_core::Result<()> {
         match &self.failed {
             Some(reason) => Err(Error::WrappedContext {
                 wrapped: Box::new(reason.clone()),
@@ -154,6 +154,14 @@ impl ElasticCache {
         ElasticTensor::expecting(&self.pool, row, dtype, Some(self.max_seq_len))
     }
 
+    /// The same cache with other tokens.
+    fn with_rows(&self, rows: Option<ElasticTensor>) -> Self {
+        Self {
+            rows,
+            ..Self::new(&self.pool, self.dim, self.max_seq_len)
+        }
+    }
+
     /// The tokens and the memory of the cache now.
     fn mark(&self) -> Mark {
         let live = self.rows.as_ref().map(ElasticTensor::live);
@@ -196,13 +204,8 @@ impl ElasticCache {
 
     fn try_clone(&self) -> Result<Self> {
         self.check()?;
-        let mut clone = Self::new(&self.pool, self.dim, self.max_seq_len);
-        clone.rows = self
-            .rows
-            .as_ref()
-            .map(ElasticTensor::try_clone)
-            .transpose()?;
-        Ok(clone)
+        let rows = self.rows.as_ref().map(ElasticTensor::try_clone);
+        Ok(self.with_rows(rows.transpose()?))
     }
 }
 
@@ -383,8 +386,7 @@ impl ElasticKvCache {
 
     /// Returns the tensors of keys and values; `None` if their shapes are not known yet.
     pub(super) fn rows_mut(&mut self) -> Result<Option<[&mut ElasticTensor; 2]>> {
-        self.k.check()?;
-        self.v.check()?;
+        self.check()?;
         let (k, v) = (self.k.rows.as_mut(), self.v.rows.as_mut());
         Ok(k.zip(v).map(|(k, v)| [k, v]))
     }
@@ -394,6 +396,22 @@ impl ElasticKvCache {
     /// of all its layers.
     pub fn allocated_bytes(&self) -> usize {
         ElasticTensor::allocated_together(self.all_rows())
+    }
+
+    /// Returns the error of a clone that could not copy the tokens.
+    pub(super) fn check(&self) -> candle_core::Result<()> {
+        self.k.check()?;
+        self.v.check()
+    }
+
+    /// The same cache with other tokens, one tensor for each of [`all_rows`](Self::all_rows).
+    pub(super) fn with_rows(&self, rows: &mut impl Iterator<Item = ElasticTensor>) -> Self {
+        let mut next =
+            |cache: &ElasticCache| cache.with_rows(cache.rows.as_ref().and_then(|_| rows.next()));
+        Self {
+            k: next(&self.k),
+            v: next(&self.v),
+        }
     }
 
     /// Returns the tensors of keys and values that there are.

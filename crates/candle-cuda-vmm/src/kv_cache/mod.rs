@@ -42,6 +42,7 @@
 mod checks;
 mod concat;
 mod elastic;
+mod fork;
 mod preallocated;
 mod sequence;
 mod traits;

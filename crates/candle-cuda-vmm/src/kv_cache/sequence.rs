@@ -51,25 +51,46 @@ use std::time::{Duration, Instant};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Sequence {
-    pool: TensorPool,
-    layers: Arc<Mutex<BTreeMap<usize, SequenceCache>>>,
-    rows: Option<SequenceRows>,
+    pub(super) pool: TensorPool,
+    pub(super) layers: Arc<Mutex<BTreeMap<usize, SequenceCache>>>,
+    pub(super) rows: Option<SequenceRows>,
 }
 
 /// What one token is in each cache, and where it lies.
 #[derive(Debug, Clone)]
-enum SequenceRows {
+pub(super) enum SequenceRows {
     /// Keys and values of each layer have a range of their own.
     Apart { k: Shape, v: Shape, dtype: DType },
     /// All layers share a range. Columns `2 · l` and `2 · l + 1` are layer `l`.
     OneRange { rows: SharedRows, layers: usize },
 }
 
+impl SequenceRows {
+    /// The range of all layers, if they share one.
+    pub(super) fn shared(&self) -> Option<&SharedRows> {
+        match self {
+            Self::Apart { .. } => None,
+            Self::OneRange { rows, .. } => Some(rows),
+        }
+    }
+
+    /// The same, with another range of all layers, if they share one.
+    pub(super) fn with_shared(&self, shared: Option<SharedRows>) -> Self {
+        match (self, shared) {
+            (Self::OneRange { layers, .. }, Some(rows)) => Self::OneRange {
+                rows,
+                layers: *layers,
+            },
+            (rows, _) => rows.clone(),
+        }
+    }
+}
+
 /// The cache of one layer of a [`Sequence`]. Cloning is cheap, and the clones are the same cache.
 #[derive(Debug, Clone)]
 pub struct SequenceCache {
-    pool: TensorPool,
-    cache: Arc<Mutex<ElasticKvCache>>,
+    pub(super) pool: TensorPool,
+    pub(super) cache: Arc<Mutex<ElasticKvCache>>,
 }
 
 impl SequenceCache {
@@ -268,7 +289,7 @@ impl Sequence {
     }
 
     /// Locks all caches, in the order of the layers, and does something with them.
-    fn with_layers<T>(
+    pub(super) fn with_layers<T>(
         &self,
         act: impl FnOnce(&mut [(usize, MutexGuard<'_, ElasticKvCache>)]) -> Result<T>,
     ) -> Result<T> {

@@ -9,6 +9,7 @@ mod blocks;
 mod budget;
 mod bytes;
 mod elastic;
+mod fork;
 mod growth;
 mod guarantees;
 mod joined;

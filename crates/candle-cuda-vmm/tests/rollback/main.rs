@@ -7,6 +7,7 @@ mod common;
 
 mod addresses;
 mod bench;
+mod fork;
 mod pools;
 mod rows;
 mod sequence;

@@ -132,9 +132,11 @@ impl RangeHandle {
         };
         let parts = range.pages.parts();
         let retires = range.pages.any_in_state(ChunkState::Retiring);
-        let is_worked_on = parts.retiring_bytes > 0 || range.pages.is_worked_on();
+        let drains = range.pages.any_in_state(ChunkState::Draining);
+        let is_worked_on = retires || drains || range.pages.is_worked_on();
         // Another thread may have seen just now that more is past.
         let has_spare = range.spare_parked_bytes() + parts.ahead_bytes > 0;
+        let has_spare = has_spare || range.leaving().is_some();
         drop(range);
         if has_spare {
             return Ok(ControlFlow::Continue(()));
@@ -146,7 +148,7 @@ impl RangeHandle {
                 None => ControlFlow::Break(Left::ToTheWorker),
             });
         }
-        if parts.retiring_bytes > 0 && !AtWork::any() {
+        if drains && !AtWork::any() {
             // Another thread is unmapping the last chunks.
             drop(engine.state.wait(state));
             return Ok(ControlFlow::Continue(()));

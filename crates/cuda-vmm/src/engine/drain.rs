@@ -33,6 +33,8 @@ pub(crate) struct Drained {
     range: RangeId,
     first: usize,
     mapping: Mapping,
+    /// Whether other ranges map its memory too.
+    is_shared: bool,
     work: AtWork,
 }
 
@@ -40,11 +42,13 @@ impl RangeGuard<'_> {
     /// Takes out a parked or quarantined chunk. That serves no other thread yet, so it is no
     /// change.
     pub(crate) fn drain(&mut self, id: RangeId, first: usize) -> Option<Drained> {
+        let is_shared = self.pages.is_shared(first);
         let mapping = self.quietly().pages.drain(first)?;
         Some(Drained {
             range: id,
             first,
             mapping,
+            is_shared,
             work: AtWork::begin(),
         })
     }
@@ -99,6 +103,16 @@ impl State {
         })
     }
 
+    /// Takes out a mapping of a shared chunk that is only to be unmapped.
+    fn take_leaving(&mut self, scope: Scope) -> Option<Drained> {
+        self.look_again();
+        let mut ranges = self.ranges.with_within(Fact::Leaving, scope);
+        ranges.find_map(|(id, mut range)| {
+            let first = range.leaving()?;
+            range.drain(id, first)
+        })
+    }
+
     /// Takes out a parked chunk that no pin keeps, of one range or of all, to be unmapped.
     fn take_parked(&mut self, scope: Scope) -> Option<Drained> {
         self.look_again();
@@ -144,6 +158,7 @@ impl Inner {
     pub(crate) fn give_back(self: &Arc<Self>) -> usize {
         // Once it is too much, down to the low watermark: else each free would call the driver for
         // itself.
+        self.unmap_leaving(Scope::All);
         let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {
@@ -207,12 +222,32 @@ impl Inner {
         (given_bytes, outcome)
     }
 
+    /// Unmaps the mappings of shared chunks that are only to be unmapped. Their memory goes with
+    /// the last of them. Returns whether there were any.
+    pub(crate) fn unmap_leaving(self: &Arc<Self>, scope: Scope) -> bool {
+        let mut any = false;
+        loop {
+            let mut state = self.state.lock();
+            let Some(chunk) = state.quietly().take_leaving(scope) else {
+                return any;
+            };
+            drop(state);
+            any = true;
+            // What the driver refuses is quarantined, and retried.
+            let _ = chunk.unmap(self, To::Driver);
+        }
+    }
+
     /// Gives back one piece, if there is one to spare.
     pub(crate) fn give_up_one<'a>(
         self: &Arc<Self>,
         mut state: Locked<'a>,
         scope: Scope,
     ) -> GivenUp<'a> {
+        if let Some(chunk) = state.quietly().take_leaving(scope) {
+            drop(state);
+            return GivenUp::Piece(chunk.unmap(self, To::Driver));
+        }
         if let Some(chunk) = state.quietly().take_ahead(scope) {
             drop(state);
             return GivenUp::Piece(chunk.unmap(self, To::Driver));
@@ -243,8 +278,12 @@ impl Drained {
             range: id,
             first,
             mapping,
+            is_shared,
             work,
         } = self;
+        if is_shared {
+            return engine.unmap_shared((id, first), mapping, work);
+        }
         let bytes = mapping.bytes();
         let released = mapping.unmap().map(|memory| {
             Arc::into_inner(memory).map(|memory| match to {
@@ -296,6 +335,7 @@ impl Drained {
             range: id,
             first,
             mapping,
+            is_shared: _,
             work,
         } = self;
         let fence = scrubbing_stream(engine).and_then(|stream| mapping.scrub(&stream));

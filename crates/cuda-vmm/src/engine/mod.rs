@@ -6,15 +6,17 @@
 //! The modules stand on floors, and each uses those below it only:
 //!
 //! ```text
-//! allocate, compact                   what takes several of the steps below
+//! allocate, compact, share,           what takes several of the steps below
+//! make_private
 //! waiting, step                       how long a call waits; the work that is due now and then
 //! free, lease, pin, hint, streams,    the methods of a range's handle
 //! follow, closing
 //! handle                              a range, with the account that it is charged to
 //! account, listener                   a share of the budget; a task that waits for a change
 //! relief, prefetch, guarantee,        what is done with the budget
-//! shortage, retry, stranded, drain,
-//! backing, refused, retire
+//! shortage, retry, stranded, moving,
+//! drain, sharing, backing, refused,
+//! retire
 //! inner, worker                       the budget: the state, its options, its thread
 //! changes                             the lock of the state, and the protocol of waiting for a change
 //! state, owing                        the state
@@ -45,6 +47,8 @@ mod lease;
 mod limit;
 mod listener;
 mod listeners;
+mod make_private;
+mod moving;
 mod options;
 mod owed;
 mod owing;
@@ -60,6 +64,8 @@ mod relocations;
 mod retire;
 mod retry;
 mod scope;
+mod share;
+mod sharing;
 mod shortage;
 mod slot;
 mod snapshot;
@@ -86,6 +92,7 @@ pub use options::{EngineOptions, PoolOptions, WorkerMode};
 pub use pin::GraphPin;
 pub(crate) use range::Place;
 pub use range::leases::LeaseToken;
+pub(crate) use share::{Share, share_all};
 pub(crate) use snapshot::{AccountLook, Look, RangeStats};
 pub use stats::{AccountStats, EngineStats, Givable, StepReport};
 pub(crate) use waiting::Patience;

@@ -1,6 +1,7 @@
 //! Keeping memory mapped for graphs that name it.
 
 use super::handle::RangeHandle;
+use super::state::State;
 use crate::{Result, VmmError};
 
 /// Keeps the memory behind a range of addresses mapped while it lives; made by
@@ -40,11 +41,16 @@ impl Drop for GraphPin {
         let Ok(engine) = self.range.engine().open() else {
             return;
         };
-        let state = engine.state.lock();
-        let Some(mut range) = state.ranges.get(self.range.id()) else {
+        let mut state = engine.state.lock();
+        let State { ranges, shared, .. } = state.quietly();
+        let id = self.range.id();
+        let Some(mut range) = ranges.get(id) else {
             return;
         };
-        range.pins.remove(&self.number);
+        if let Some(pages) = range.pins.remove(&self.number) {
+            let unused = range.unused_shared(&pages);
+            unused.for_each(|first| shared.retire((id, first)));
+        }
         let ends = range.is_ending();
         // What it kept mapped may serve a thread that waits, which is told here.
         drop(range);

@@ -75,9 +75,11 @@ impl Inner {
     }
 
     /// Looks which leases are over, and parks the chunks that the device has finished with, as far
-    /// as fences tell; returns their bytes. Never waits.
+    /// as fences tell; returns their bytes. Of shared chunks it unmaps them. Never waits.
     pub(crate) fn poll(self: &Arc<Self>) -> usize {
-        self.look_at_queue(|_| false)
+        let bytes = self.look_at_queue(|_| false);
+        self.unmap_leaving(Scope::All);
+        bytes
     }
 
     /// As [`poll`](Self::poll), after a fence was waited for: ends with the first entries of which
@@ -259,6 +261,12 @@ impl Inner {
         scope: Scope,
     ) -> Result<Option<Locked<'a>>> {
         state.quietly().collect_freed();
+        if state.quietly().look_again().any(Fact::Leaving) {
+            // Of another range, perhaps, whose steps no thread takes.
+            drop(state);
+            self.unmap_leaving(Scope::All);
+            return Ok(Some(self.state.lock()));
+        }
         if let Some((id, fences)) = state.first_fences(scope) {
             state.quietly().counters.waits += 1;
             drop(state);

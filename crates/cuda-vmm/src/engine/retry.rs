@@ -43,8 +43,8 @@ enum Piece {
 impl State {
     /// When the worker is to try again what was refused; `None` if nothing was.
     pub(crate) fn retry_in(&mut self) -> Option<Duration> {
-        let refused_bytes = self.parts().quarantined_bytes;
-        (refused_bytes > 0).then(|| self.refusals.left(sync::now()))
+        self.is_any_refused()
+            .then(|| self.refusals.left(sync::now()))
     }
 
     fn refused(&mut self, which: &Which) -> Vec<Piece> {
@@ -140,7 +140,7 @@ impl Inner {
         }
         let mut state = self.state.lock();
         state.counters.retries += tries;
-        let is_over = state.quietly().parts().quarantined_bytes == 0;
+        let is_over = !state.quietly().is_any_refused();
         let was_told = state.refusals.is_told();
         if is_over {
             state.refusals = Refusals::default();

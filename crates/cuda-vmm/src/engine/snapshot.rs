@@ -19,6 +19,8 @@ pub(crate) struct RangeStats {
     pub(crate) live_bytes: usize,
     pub(crate) live_pages: usize,
     pub(crate) chunks: usize,
+    /// What it maps of shared chunks, which are in none of its parts.
+    pub(crate) shared_bytes: usize,
     pub(crate) unused_bytes: usize,
     pub(crate) largest_unused_run_bytes: usize,
     pub(crate) counters: PoolCounters,
@@ -104,7 +106,8 @@ impl State {
     fn stats_without_ranges(&self, id: AccountId) -> AccountStats {
         AccountStats {
             committed_bytes: self.ledger.account_bytes(id),
-            parts: self.parts_without_range(|owner| owner.account == id),
+            parts: self.parts_without_range(|owner| owner.account == id)
+                + self.shared.of_account(id),
             ..AccountStats::default()
         }
     }
@@ -118,14 +121,15 @@ impl State {
             live_bytes: range.owned_bytes(),
             live_pages: range.owned_pages(),
             chunks: range.pages.chunks(),
+            shared_bytes: range.pages.shared_pages() * range.page_bytes,
             unused_bytes: gaps().sum(),
             largest_unused_run_bytes: gaps().max().unwrap_or_default(),
             counters: range.counters,
         }
     }
 
-    /// What is held of the owners that are meant and is in no range's books: what the driver would
-    /// not release, what is being released, and what moves.
+    /// What is held of the owners that are meant and is in no range's books, except shared chunks:
+    /// what the driver would not release, what is being released, and what moves.
     fn parts_without_range(&self, is_meant: impl Fn(&Owner) -> bool) -> MemoryParts {
         let meant = |owner: &Option<Owner>| owner.as_ref().is_some_and(&is_meant);
         let unreleased = self.unreleased.iter().filter(|(owner, _)| meant(owner));

@@ -11,6 +11,7 @@ use super::books::ledger::Ledger;
 use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
+use super::books::shared_chunks::SharedChunks;
 use super::books::tally::{Fact, Tally};
 use super::listeners::Listeners;
 use super::queue::{BITE, Queue};
@@ -53,6 +54,8 @@ pub(crate) struct State {
     pub(crate) prefetched: RangeId,
     pub(crate) queue: Queue,
     pub(crate) cache: Cache<PhysicalMemory>,
+    /// Chunks that several ranges map.
+    pub(crate) shared: SharedChunks<Arc<PhysicalMemory>>,
     /// Where memory is overwritten before it goes to the cache; made when it is first needed.
     pub(crate) scrubbing: Option<Stream>,
     /// Memory that is mapped nowhere but that the driver would not release, and whose it is; the
@@ -97,6 +100,7 @@ impl State {
             prefetched: RangeId(0),
             queue: Queue::default(),
             cache: Cache::default(),
+            shared: SharedChunks::default(),
             scrubbing: None,
             unreleased: Vec::new(),
             releasing: Vec::new(),
@@ -110,24 +114,58 @@ impl State {
     /// Looks at the ranges that were changed since the last look; returns what all were. The caller
     /// has locked no range.
     pub(crate) fn look_again(&mut self) -> &Tally {
-        let Self { ranges, ledger, .. } = self;
+        let Self {
+            ranges,
+            ledger,
+            shared,
+            ..
+        } = self;
         ranges.look_again(|account, comes_back| ledger.foresee(account, comes_back));
+        for account in shared.take_changed() {
+            let coming_bytes = shared.of_account(account).retiring_bytes;
+            ledger.foresee_shared(account, coming_bytes);
+        }
         ranges.tally()
+    }
+
+    /// Whether the driver has refused to take anything back.
+    pub(crate) fn is_any_refused(&mut self) -> bool {
+        self.parts().quarantined_bytes > 0 || self.ranges.tally().any(Fact::Quarantined)
     }
 
     /// Puts chunks that were freed under their range's lock into the queue, at most [`BITE`]; returns
     /// how many.
     pub(crate) fn collect_freed(&mut self) -> usize {
         self.look_again();
-        let Self { ranges, queue, .. } = self;
+        let Self {
+            ranges,
+            queue,
+            shared,
+            ..
+        } = self;
         let mut room = BITE;
         for (id, mut range) in ranges.with(Fact::Freed) {
-            room = queue.collect(id, &mut range.quietly().freed, room);
+            room = Self::collect_of(queue, shared, (id, range.quietly()), room);
             if room == 0 {
                 break;
             }
         }
         BITE - room
+    }
+
+    /// Puts chunks of one range into the queue, at most `room`; returns how many more it could take.
+    pub(crate) fn collect_of(
+        queue: &mut Queue,
+        shared: &mut SharedChunks<Arc<PhysicalMemory>>,
+        (id, range): (RangeId, &mut Range),
+        room: usize,
+    ) -> usize {
+        if range.pages.any_shared() {
+            let freed = range.freed.iter().flat_map(|(chunks, _)| chunks).take(room);
+            let unpinned = freed.filter(|first| !range.is_chunk_pinned(**first));
+            unpinned.for_each(|first| shared.retire((id, *first)));
+        }
+        queue.collect(id, &mut range.freed, room)
     }
 
     /// What is committed, by what it is. The caller has locked no range.
@@ -145,7 +183,7 @@ impl State {
             quarantined_bytes: unreleased.sum::<usize>()
                 + self.relocations.quarantined_bytes(|_| true),
             ..MemoryParts::default()
-        }
+        } + self.shared.parts()
     }
 
     /// The numbers, and a look at each range in the same moment: a range's memory may change from

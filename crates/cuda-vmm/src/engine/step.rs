@@ -34,12 +34,13 @@ impl Steps for Inner {
     }
 
     fn next_work(&self) -> Option<Duration> {
-        const WORK: [Fact; 5] = [
+        const WORK: [Fact; 6] = [
             Fact::Freed,
             Fact::WaitsForLeases,
             Fact::Ending,
             Fact::Hungry,
             Fact::StaleAhead,
+            Fact::Leaving,
         ];
         let mut locked = self.state.lock();
         let state = locked.quietly();

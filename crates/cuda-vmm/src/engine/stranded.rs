@@ -47,6 +47,9 @@ impl Relocation {
                 relocations.stranded.push(self);
             }
         }
+        if let Some(shared) = state.shared.at((id, first)) {
+            state.settle_shared(shared);
+        }
         engine.retire(state, id, unused);
         match error {
             Some(error) => {

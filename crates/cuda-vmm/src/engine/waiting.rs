@@ -109,7 +109,7 @@ fn await_look<'a>(
     state.quietly().collect_freed();
     let is_coming = !state.queue.is_empty()
         || (state.quietly().look_again()).any(Fact::WaitsForLeases)
-        || state.quietly().parts().quarantined_bytes > 0;
+        || state.quietly().is_any_refused();
     if !is_coming {
         // A thread that frees something says so.
         return Some(engine.state.wait_for(state, left));

@@ -20,7 +20,17 @@ pub struct Backed<'a> {
     parts: Vec<PoolPart<'a>>,
 }
 
-impl Backed<'_> {
+impl<'a> Backed<'a> {
+    /// Parts that are live, and sorted by pool.
+    pub(super) fn new(parts: Vec<PoolPart<'a>>) -> Self {
+        Self { parts }
+    }
+
+    /// The bytes.
+    pub(super) fn parts(&self) -> &[PoolPart<'a>] {
+        &self.parts
+    }
+
     /// Keeps the bytes live.
     pub fn keep(mut self) {
         self.parts.clear();
@@ -57,7 +67,7 @@ fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolP
 /// those that were taken retire, and the long way takes them back.
 fn take_there(parts: &[PoolPart<'_>]) -> bool {
     let is_there = |(pool, offset, bytes): &PoolPart<'_>| pool.range.is_there(*offset, *bytes);
-    take_each(parts, RangeHandle::take_shared)
+    take_each(parts, RangeHandle::take_beside_live)
         || (parts.iter().all(is_there) && take_each(parts, RangeHandle::take_if_there))
 }
 
@@ -196,7 +206,7 @@ impl Account {
     }
 
     /// The parts by pool and offset, all of them of this account and none of them twice.
-    fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
+    pub(super) fn sorted<'a>(&self, parts: &[PoolPart<'a>]) -> Result<Vec<PoolPart<'a>>> {
         for (pool, offset, bytes) in parts {
             if pool.account() != self {
                 return Err(VmmError::ForeignAccount {

@@ -6,6 +6,7 @@
 
 use super::{AccountSnapshot, Snapshot};
 use crate::MemoryParts;
+use crate::memory_parts::Level;
 use core::fmt::Write;
 
 /// The `Content-Type` of a response with the text.
@@ -271,7 +272,8 @@ fn account_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Stri
     for (name, help, value) in gauges {
         add(name, Gauge, help, &value);
     }
-    for part in MemoryParts::LIST.iter().filter(|part| part.is_of_ranges) {
+    let parts = MemoryParts::LIST.iter();
+    for part in parts.filter(|part| part.level < Level::Engine) {
         let value = |of: &AccountSnapshot| Some((part.bytes)(&of.stats.parts) as u64);
         add(&format!("{}_bytes", part.name), Gauge, part.meaning, &value);
     }

@@ -2,6 +2,7 @@
 
 use crate::MemoryParts;
 use crate::engine::RangeStats;
+use crate::memory_parts::Level;
 use crate::size::Readable;
 use core::fmt;
 
@@ -21,8 +22,11 @@ pub struct PoolStats {
     pub live_pages: usize,
     /// The memory that the device holds for the pool, in bytes.
     pub committed_bytes: usize,
-    /// The same memory by parts. Nothing of it is cached.
+    /// The same memory by parts. Nothing of it is cached or shared.
     pub parts: MemoryParts,
+    /// What it maps of chunks that other pools map too, in bytes. The account holds them once, so
+    /// they are not among [`committed_bytes`](Self::committed_bytes).
+    pub shared_bytes: usize,
     /// The number of mappings.
     pub chunks: usize,
     /// Bytes of addresses that are not live.
@@ -40,6 +44,7 @@ impl PoolStats {
             live_pages: range.live_pages,
             committed_bytes: range.parts.total_bytes(),
             parts: range.parts,
+            shared_bytes: range.shared_bytes,
             chunks: range.chunks,
             unused_bytes: range.unused_bytes,
             largest_unused_run_bytes: range.largest_unused_run_bytes,
@@ -61,6 +66,10 @@ impl fmt::Display for PoolStats {
         // Live pages are written above.
         let parts = MemoryParts::LIST.iter().skip(1);
         self.parts
-            .write(formatter, parts.filter(|part| part.is_of_ranges))
+            .write(formatter, parts.filter(|part| part.level == Level::Range))?;
+        match self.shared_bytes {
+            0 => Ok(()),
+            bytes => write!(formatter, "; {} shared with others", Readable(bytes)),
+        }
     }
 }

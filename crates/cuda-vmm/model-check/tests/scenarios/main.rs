@@ -27,5 +27,6 @@ mod neighbours;
 mod never_waits;
 mod parked;
 mod planted;
+mod sharing;
 mod waiting;
 mod world;

@@ -122,8 +122,8 @@ impl<'a> Attempt<'a> {
             let slot = &ask.handle.slot;
             let mut range = slot.lock();
             if !range.freed.is_empty() {
-                let queue = &mut state.quietly().queue;
-                queue.collect(slot.id(), &mut range.freed, BITE);
+                let State { queue, shared, .. } = state.quietly();
+                State::collect_of(queue, shared, (slot.id(), &mut range), BITE);
             }
             if !range.freed.is_empty() {
                 return Err(Obstacle::Backlog);
@@ -183,6 +183,13 @@ impl<'a> Attempt<'a> {
         }
         if survey.busy {
             return Err(Obstacle::Busy(extent));
+        }
+        let mut leaving = survey.leaving.iter();
+        if survey.shared || leaving.any(|first| range.is_chunk_pinned(*first)) {
+            return Err(Obstacle::shared(extent));
+        }
+        if !survey.leaving.is_empty() {
+            return Err(Obstacle::Leaving(extent));
         }
         // If more is held than a lowered ceiling or limit allows, it may not use what it has freed
         // again, though that is there.

@@ -11,6 +11,7 @@
 //!     │          Backlog ─────── let others have the lock
 //!     │          Quarantined ─── ask the driver again, once
 //!     │          Busy ────────── look what is past, once; wait for the other thread
+//!     │          Leaving ─────── look what is past, once; unmap it; wait for the device
 //!     │          Retiring ────── look what is past, once; have the streams follow, once;
 //!     │                          wait for the device
 //!     │          Short ───────── look what is past, once; give up what can be spared,
@@ -80,11 +81,11 @@ impl RangeHandle {
 
     /// Makes bytes live under the range's lock alone, if their page has other live bytes; returns
     /// whether it did.
-    pub(crate) fn take_shared(&self, offset: usize, bytes: usize) -> bool {
+    pub(crate) fn take_beside_live(&self, offset: usize, bytes: usize) -> bool {
         if self.slot.check_process().is_err() {
             return false;
         }
-        let taken = self.slot.lock().take_shared(offset, bytes);
+        let taken = self.slot.lock().take_beside_live(offset, bytes);
         taken.map(|taken| taken.tell(self.inner())).is_some()
     }
 

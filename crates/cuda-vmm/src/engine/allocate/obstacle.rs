@@ -19,6 +19,9 @@ pub(super) enum Obstacle {
     Busy(Extent),
     /// More was freed of the range than is put into the queue at once.
     Backlog,
+    /// Some of the pages are in shared chunks that are to be unmapped, or that the device may still
+    /// use.
+    Leaving(Extent),
     /// The device may still use some of the pages, in the chunks that begin at these.
     Retiring(Extent, Vec<usize>),
     /// The budget has no room.
@@ -44,5 +47,9 @@ impl From<VmmError> for Obstacle {
 impl Obstacle {
     pub(super) fn already_mapped(Extent { offset, bytes }: Extent) -> Self {
         Self::Final(VmmError::AlreadyMapped { offset, bytes })
+    }
+
+    pub(super) fn shared(Extent { offset, bytes }: Extent) -> Self {
+        Self::Final(VmmError::Shared { offset, bytes })
     }
 }

@@ -32,6 +32,7 @@ impl<'a> Attempt<'a> {
                 Ok(self.engine().state.lock())
             }
             Obstacle::Busy(extent) => self.await_others(extent, state),
+            Obstacle::Leaving(extent) => self.await_leaving(extent, state),
             Obstacle::Retiring(extent, chunks) => self.await_retiring(extent, &chunks, state),
             Obstacle::Short(lack) => self.make_room(&lack, state),
         }
@@ -100,6 +101,26 @@ impl<'a> Attempt<'a> {
         let error = self.in_the_way(&mut state, extent);
         let only = Scope::Range(self.handle().id());
         if let Some(state) = (self.patience).await_memory(self.engine(), state, only)? {
+            return Ok(state);
+        }
+        self.keeps_its_place();
+        Err(error)
+    }
+
+    /// Leaving: unmaps what the device has finished with, or else waits for the device.
+    fn await_leaving(&mut self, extent: Extent, state: Locked<'a>) -> Result<Locked<'a>> {
+        let (engine, only) = (self.engine(), Scope::Range(self.handle().id()));
+        let state = match self.poll_once(state) {
+            Ok(state) => return Ok(state),
+            Err(state) => state,
+        };
+        drop(state);
+        if engine.unmap_leaving(only) {
+            return Ok(engine.state.lock());
+        }
+        let mut state = engine.state.lock();
+        let error = self.in_the_way(&mut state, extent);
+        if let Some(state) = (self.patience).await_memory(engine, state, only)? {
             return Ok(state);
         }
         self.keeps_its_place();

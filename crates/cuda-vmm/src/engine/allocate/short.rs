@@ -30,7 +30,7 @@ impl<'a> Attempt<'a> {
         let Some(mut state) = self.shortage.relieve(engine, state, scope) else {
             return Ok(engine.state.lock());
         };
-        if !self.has_retried_all && state.quietly().parts().quarantined_bytes > 0 {
+        if !self.has_retried_all && state.quietly().is_any_refused() {
             // The driver may take it by now, and the worker's next try may be far off.
             self.has_retried_all = true;
             drop(state);
@@ -102,7 +102,10 @@ impl<'a> Attempt<'a> {
                 };
                 let retiring_bytes = match scope {
                     Scope::All => parts.retiring_bytes,
-                    Scope::Account(own) => tally.of_account(own).map(retires).sum(),
+                    Scope::Account(own) => {
+                        let shared_bytes = state.shared.of_account(own).retiring_bytes;
+                        tally.of_account(own).map(retires).sum::<usize>() + shared_bytes
+                    }
                     Scope::Range(id) => retires(id),
                 };
                 retiring_bytes.saturating_add(lack.refusal.free_bytes) < lack.bytes

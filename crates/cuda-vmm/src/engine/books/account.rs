@@ -92,6 +92,8 @@ pub(super) struct Account {
     pub(super) comes_back: ComesBack,
     /// What is being released of it, in bytes.
     pub(super) releasing_bytes: usize,
+    /// What comes back of its shared chunks, in bytes.
+    pub(super) shared_coming_bytes: usize,
     /// Whether it is among those that have changed since what is owed was worked out.
     pub(super) is_changed: bool,
     /// It goes with the last of what it is charged for.
@@ -105,6 +107,7 @@ impl Account {
             committed_bytes: 0,
             comes_back: ComesBack::default(),
             releasing_bytes: 0,
+            shared_coming_bytes: 0,
             is_changed: false,
             closed: false,
         }
@@ -128,7 +131,8 @@ impl Account {
 
     /// What it holds, less what comes back without its owner's doing, in bytes.
     pub(super) fn used_bytes(&self) -> usize {
-        let coming_bytes = self.comes_back.coming_bytes + self.releasing_bytes;
+        let coming_bytes =
+            self.comes_back.coming_bytes + self.releasing_bytes + self.shared_coming_bytes;
         self.committed_bytes.saturating_sub(coming_bytes)
     }
 

@@ -75,7 +75,7 @@ impl Cover {
 
     /// The numbers of the intervals that overlap some bytes.
     pub(crate) fn numbers(&self, bytes: &Range<usize>) -> impl Iterator<Item = u64> + '_ {
-        let behind = (bytes.start + 1, 0)..;
+        let behind = (bytes.start.saturating_add(1), 0)..;
         let near = self.near(bytes);
         near.flat_map(move |(_, ends)| ends.range(behind.clone()).map(|(_, number)| *number))
     }

@@ -351,6 +351,11 @@ impl Ledger {
         self.change(id, |account| account.comes_back = comes_back);
     }
 
+    /// Notes what comes back of an account's shared chunks, in bytes.
+    pub(crate) fn foresee_shared(&mut self, id: AccountId, coming_bytes: usize) {
+        self.change(id, |account| account.shared_coming_bytes = coming_bytes);
+    }
+
     /// Notes that so much of an account is being released.
     pub(crate) fn begin_releasing(&mut self, id: AccountId, bytes: usize) {
         self.change(id, |account| account.releasing_bytes += bytes);

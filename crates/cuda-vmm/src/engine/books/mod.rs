@@ -25,5 +25,6 @@ pub(crate) mod policy;
 pub(crate) mod pressure;
 pub(crate) mod range_id;
 pub(crate) mod refusals;
+pub(crate) mod shared_chunks;
 pub(crate) mod sorted;
 pub(crate) mod tally;

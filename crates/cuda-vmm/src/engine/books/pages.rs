@@ -9,6 +9,7 @@ mod chunk;
 mod counts;
 mod draining;
 pub(crate) mod relocation;
+mod sharing;
 
 pub(crate) use chunk::{ChunkState, Contents};
 
@@ -29,6 +30,11 @@ pub(crate) struct Survey {
     /// First pages of retiring chunks. Such bytes may be taken only if their new users come after
     /// the device's work.
     pub(crate) retiring: Vec<usize>,
+    /// First pages of shared chunks that retire, or are parked until they are unmapped. They are
+    /// never used again.
+    pub(crate) leaving: Vec<usize>,
+    /// Whether some pages are in shared chunks that are in use.
+    pub(crate) shared: bool,
     /// Whether another thread fills, drains or moves some of the pages.
     pub(crate) busy: bool,
     /// Whether some pages are in quarantine.
@@ -47,7 +53,9 @@ impl Survey {
 
     /// Whether all pages are backed or parked, and no thread works on them.
     pub(crate) fn is_there(&self) -> bool {
-        self.missing.is_empty() && self.retiring.is_empty() && !self.busy && !self.quarantined
+        let is_ours = self.leaving.is_empty() && !self.shared;
+        let is_idle = self.retiring.is_empty() && !self.busy && !self.quarantined;
+        self.missing.is_empty() && is_ours && is_idle
     }
 }
 
@@ -60,6 +68,8 @@ pub(crate) struct Pages<M> {
     pending: Intervals,
     chunks: SortedMap<Chunk<M>>,
     live_pages: usize,
+    /// Those of them in shared chunks.
+    shared_live_pages: usize,
     counts: Counts,
 }
 
@@ -71,6 +81,7 @@ impl<M> Pages<M> {
             pending: Intervals::default(),
             chunks: SortedMap::default(),
             live_pages: 0,
+            shared_live_pages: 0,
             counts: Counts::default(),
         }
     }
@@ -87,12 +98,13 @@ impl<M> Pages<M> {
         self.chunks.len()
     }
 
-    /// What the pages are. Leased pages count as live here.
+    /// What the pages are, except those in shared chunks. Leased pages count as live here.
     pub(crate) fn parts(&self) -> MemoryParts {
-        let bytes = |state: ChunkState| self.counts.pages(state) * self.page_bytes;
+        let bytes = |state: ChunkState| self.counts.own_pages(state) * self.page_bytes;
         let ahead_bytes = self.counts.ahead_pages() * self.page_bytes;
         let backed_bytes = bytes(ChunkState::Backed) + bytes(ChunkState::Relocating);
-        let live_page_bytes = (self.live_pages - self.stranded_live_pages()) * self.page_bytes;
+        let elsewhere_pages = self.shared_live_pages + self.stranded_live_pages();
+        let live_page_bytes = (self.live_pages - elsewhere_pages) * self.page_bytes;
         MemoryParts {
             filling_bytes: bytes(ChunkState::Filling),
             live_page_bytes,
@@ -101,8 +113,9 @@ impl<M> Pages<M> {
             parked_bytes: bytes(ChunkState::Parked) - ahead_bytes,
             ahead_bytes,
             quarantined_bytes: bytes(ChunkState::Quarantined) + bytes(ChunkState::Stranded),
-            // The books of pages know neither leases nor the cache.
+            // The books of pages know neither leases nor the cache nor other ranges.
             leased_bytes: 0,
+            shared_bytes: 0,
             cached_bytes: 0,
         }
     }
@@ -223,7 +236,10 @@ impl<M> Pages<M> {
             }
             at = first + chunk.pages();
             match chunk.state {
-                ChunkState::Backed => {}
+                ChunkState::Backed => survey.shared |= chunk.shared,
+                ChunkState::Parked | ChunkState::Retiring if chunk.shared => {
+                    survey.leaving.push(first);
+                }
                 ChunkState::Parked => survey.parked.push(first),
                 ChunkState::Retiring => survey.retiring.push(first),
                 ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating => {
@@ -250,8 +266,8 @@ impl<M> Pages<M> {
         next.map_or(end, |(first, _)| first)
     }
 
-    /// Takes bytes if they lie in one chunk that is backed or parked, and are not live. Returns
-    /// whether it did. The short way for what a cache does most: few look-ups, no allocation.
+    /// Takes bytes if they lie in one chunk that is backed or parked, and are not live. Not in a
+    /// shared chunk: others read it. Returns whether it did. The short way for what a cache does most: few look-ups, no allocation.
     #[inline]
     pub(crate) fn take_within_chunk(&mut self, bytes: &Range<usize>) -> bool {
         if !self.pending.is_empty() {
@@ -263,7 +279,7 @@ impl<M> Pages<M> {
         };
         let (first, chunk) = self.chunks.entry(place);
         let is_there = matches!(chunk.state, ChunkState::Backed | ChunkState::Parked);
-        if !is_there || first + chunk.pages() < pages.end {
+        if !is_there || chunk.shared || first + chunk.pages() < pages.end {
             return false;
         }
         let Some(around) = self.live.around(bytes) else {
@@ -349,7 +365,7 @@ impl<M> Pages<M> {
     /// Bytes whose pages are all backed become live.
     fn make_live(&mut self, bytes: &Range<usize>) {
         let touched = self.pages_of(bytes);
-        let fresh = self.unshared_pages(bytes);
+        let fresh = self.lone_pages(bytes);
         self.live_pages += fresh.len();
         let from = self.place_at_or_after(touched.start);
         self.chunks.visit_mut(from, touched.end, |first, chunk| {
@@ -393,7 +409,7 @@ impl<M> Pages<M> {
     /// retiring.
     pub(crate) fn release(&mut self, bytes: &Range<usize>, unused: &mut Vec<usize>) {
         self.live.remove(bytes);
-        let ended = self.unshared_pages(bytes);
+        let ended = self.lone_pages(bytes);
         self.live_pages = self.live_pages.saturating_sub(ended.len());
         self.retire_unused(bytes, &ended, unused);
     }
@@ -409,10 +425,14 @@ impl<M> Pages<M> {
         let pages = self.pages_of(bytes);
         let from = self.place_at_or_after(pages.start);
         let (page_bytes, counts) = (self.page_bytes, &mut self.counts);
+        let shared_live_pages = &mut self.shared_live_pages;
         let pending = (!self.pending.is_empty()).then_some(&self.pending);
         self.chunks.visit_mut(from, pages.end, |first, chunk| {
             let ended_pages = common_pages(ended, first, chunk);
             chunk.live_pages = chunk.live_pages.saturating_sub(ended_pages);
+            if chunk.shared {
+                *shared_live_pages -= ended_pages as usize;
+            }
             if chunk.state != ChunkState::Backed || chunk.live_pages > 0 {
                 return;
             }
@@ -447,7 +467,7 @@ impl<M> Pages<M> {
     }
 
     /// Those of the pages of these bytes, which are not in `live`, that no neighbour keeps live.
-    fn unshared_pages(&self, bytes: &Range<usize>) -> Range<usize> {
+    fn lone_pages(&self, bytes: &Range<usize>) -> Range<usize> {
         let mut pages = self.pages_of(bytes);
         let whole = self.bytes_of(&pages);
         if whole.start < bytes.start && self.live.overlaps(&(whole.start..bytes.start)) {
@@ -469,6 +489,7 @@ impl<M> Pages<M> {
             untouched: false,
             contents: Contents::Unknown,
             ahead: false,
+            shared: false,
             memory,
         };
         self.counts.add(&chunk);

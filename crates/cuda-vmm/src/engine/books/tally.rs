@@ -37,10 +37,12 @@ pub(crate) enum Fact {
     Quarantined,
     /// Work of any stream of any device may use it.
     UsedByAll,
+    /// It has mappings of shared chunks that are only to be unmapped.
+    Leaving,
 }
 
 impl Fact {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Freed,
         Self::WaitsForLeases,
         Self::Closed,
@@ -53,6 +55,7 @@ impl Fact {
         Self::Hungry,
         Self::Quarantined,
         Self::UsedByAll,
+        Self::Leaving,
     ];
 }
 

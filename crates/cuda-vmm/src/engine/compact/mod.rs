@@ -26,19 +26,15 @@ use super::books::move_plan::MovePlan;
 use super::books::pages::relocation::PartlyLive;
 use super::books::range_id::RangeId;
 use super::handle::RangeHandle;
-use super::inner::Inner;
-use super::queue::Until;
-use super::relief::Relief;
-use super::relocation::{Relocation, Site};
+use super::moving::{Mover, finish_work, may_move};
+use super::relocation::Relocation;
 use super::retry::Which;
 use super::scope::Scope;
 use super::shortage::Shortage;
 use super::state::State;
-use super::users::Users;
-use crate::capture::{CaptureGuard, NoCapture};
+use crate::capture::CaptureGuard;
 use crate::events::Entered;
-use crate::sync::Arc;
-use crate::{PhysicalMemory, Reservation, Result, Stream, VmmError};
+use crate::{Result, VmmError};
 
 impl State {
     /// What can be moved of a range now, and what that would come to.
@@ -74,15 +70,6 @@ impl State {
     }
 }
 
-/// What the moves of one call share.
-struct Compaction<'a> {
-    engine: &'a Arc<Inner>,
-    range: RangeId,
-    /// Where copies are made.
-    stream: Stream,
-    scratch: Arc<Reservation>,
-}
-
 impl RangeHandle {
     /// What [`compact`](Self::compact) would do now.
     pub(crate) fn compact_report(&self) -> Result<CompactReport> {
@@ -115,18 +102,10 @@ impl RangeHandle {
             return Ok(report);
         }
         finish_work(engine, &users)?;
-        let device = &engine.device;
-        let stream = Stream::new(device)?;
-        let scratch = Reservation::with_alignment(device, plan.scratch_bytes(), page_bytes)?;
-        let compaction = Compaction {
-            engine,
-            range: id,
-            stream,
-            scratch: Arc::new(scratch),
-        };
+        let mover = Mover::new(engine, (id, page_bytes), plan.scratch_bytes())?;
         let work = AtWork::begin();
-        compaction.run(&plan, &mut report)?;
-        let is_left = compaction.report_to(&mut report);
+        mover.compact(&plan, &mut report)?;
+        let is_left = mover.report_to(&mut report);
         if is_left {
             engine.go_on_closing();
         }
@@ -135,31 +114,9 @@ impl RangeHandle {
     }
 }
 
-/// Whether chunks of a range may be moved now: no capture is declared, and none of its streams is
-/// captured.
-fn may_move(no_capture: Option<&NoCapture>, users: &Users) -> Result<bool> {
-    if no_capture.is_none() {
-        return Ok(false);
-    }
-    for stream in users.named() {
-        if !stream.is_per_thread() && stream.is_capturing()? {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-/// Waits for all work that can use a range. The caller has made sure that no capture is declared.
-fn finish_work(engine: &Inner, users: &Users) -> Result<()> {
-    match Until::now(&engine.device, users) {
-        Until::Fences(fences) => fences.iter().try_for_each(|fence| fence.wait()),
-        Until::Synchronised => engine.device.finish_work(users.are_all()),
-    }
-}
-
-impl Compaction<'_> {
+impl Mover<'_> {
     /// Moves the chunks of a plan, and counts the bytes.
-    fn run(&self, plan: &MovePlan, report: &mut CompactReport) -> Result<()> {
+    fn compact(&self, plan: &MovePlan, report: &mut CompactReport) -> Result<()> {
         for chunk in &plan.moves {
             if let Some(relocation) = self.depart(chunk.first)? {
                 let moved_bytes = relocation.charged_bytes;
@@ -189,80 +146,26 @@ impl Compaction<'_> {
         let mut shortage = Shortage::default();
         loop {
             let mut state = self.engine.state.lock();
-            let State {
-                ledger,
-                ranges,
-                relocations,
-                ..
-            } = &mut *state;
-            let mut range = ranges.get(id).ok_or(VmmError::Closed)?;
+            let State { ledger, ranges, .. } = &mut *state;
+            let range = ranges.get(id).ok_or(VmmError::Closed)?;
             let chunk = range.pages.partly_live_at(first);
-            let fits = |chunk: &PartlyLive| chunk.live_page_bytes <= self.scratch.bytes();
+            let fits = |chunk: &PartlyLive| chunk.live_page_bytes <= self.scratch_bytes();
             let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))
             else {
                 return Ok(None);
             };
-            let reservation = range.reservation.clone().ok_or(VmmError::Closed)?;
-            let Err(refusal) = ledger.charge(range.account, chunk.live_page_bytes, None) else {
-                let site = Site {
-                    owner: range.owner(id),
-                    reservation,
-                    access: range.access.clone(),
-                    page_bytes: range.page_bytes,
-                };
-                let mapping = range.pages.depart(first);
-                return Ok(mapping.map(|mapping| {
-                    relocations.begin(range.owner(id), chunk.live_page_bytes);
-                    Relocation::new(site, first, chunk.pieces, chunk.live_page_bytes, mapping)
-                }));
+            let account = range.account;
+            drop(range);
+            let Err(refusal) = ledger.charge(account, chunk.live_page_bytes, None) else {
+                return Ok(state.begin_move(id, chunk));
             };
             // At its own ceiling an account is helped by its own memory only.
             let scope = match chunk.live_page_bytes > refusal.below_ceiling_bytes {
-                true => Scope::Account(range.account),
+                true => Scope::Account(account),
                 false => Scope::All,
             };
-            drop(range);
             if shortage.relieve(self.engine, state, scope).is_some() {
                 return shortage.refused().map_or(Ok(None), Err);
-            }
-        }
-    }
-
-    /// Moves one chunk, or puts it back; returns the bytes that this gave back.
-    fn relocate(&self, mut relocation: Relocation) -> Result<usize> {
-        let engine = self.engine;
-        let create = |bytes| self.create(bytes);
-        if let Err(error) = relocation.forward(create, &self.scratch, &self.stream) {
-            // What could not be put back is retried.
-            let _ = relocation.put_back(engine);
-            return Err(error);
-        }
-        let charged_bytes = relocation.charged_bytes;
-        let (owner, first) = (relocation.site.owner, relocation.first);
-        let (chunks, old) = relocation.into_arrived();
-        let old_bytes = old.bytes();
-        let mut state = engine.state.lock();
-        let unused = (state.ranges.get(self.range))
-            .map_or_else(Vec::new, |mut range| range.pages.arrive(first, chunks));
-        state.relocations.end(owner, charged_bytes);
-        state.begin_releasing(Some(owner), old_bytes);
-        engine.retire(state, self.range, unused);
-        if let Some(old) = Arc::into_inner(old) {
-            engine.release(Some(owner), old)?;
-        }
-        Ok(old_bytes - charged_bytes)
-    }
-
-    /// Makes memory for which the budget has room. If the device has none, it is relieved and asked
-    /// again.
-    fn create(&self, bytes: usize) -> Result<PhysicalMemory> {
-        let mut relief = Relief::default();
-        loop {
-            match PhysicalMemory::new(&self.engine.device, bytes) {
-                Err(error)
-                    if error.is_out_of_memory()
-                        && relief.next(self.engine, &[self.range], bytes) => {}
-                outcome => return outcome,
             }
         }
     }

@@ -1,7 +1,7 @@
 //! What the leases of a range say about its bytes and pages.
 
 use super::Range;
-use crate::MemoryParts;
+use crate::{Mapping, MemoryParts};
 use core::ops;
 
 impl Range {
@@ -36,11 +36,12 @@ impl Range {
         self.pages.live_pages() - self.leased_pages
     }
 
-    /// What its pages are.
+    /// What its pages are, except those in shared chunks.
     pub(crate) fn parts(&self) -> MemoryParts {
         let mut parts = self.pages.parts();
         if self.waits_for_leases() {
-            parts.leased_bytes = self.leased_pages * self.page_bytes;
+            let leased_pages = self.leased_pages - self.leased_shared_pages;
+            parts.leased_bytes = leased_pages * self.page_bytes;
             parts.live_page_bytes -= parts.leased_bytes;
         }
         parts
@@ -70,14 +71,54 @@ impl Range {
         }
         let first = bytes.start / self.page_bytes;
         let pages = first..bytes.end.div_ceil(self.page_bytes);
-        let count = |range: &Self| {
-            let live = range.pages.live();
-            range.leases.pages(live, range.page_bytes, pages.clone())
+        let shared_pages = |range: &Self| {
+            let chunks = range.pages.shared_chunks(bytes);
+            let within = |chunk: ops::Range<usize>| {
+                let start = chunk.start.max(pages.start);
+                range.count_leased(start..chunk.end.min(pages.end))
+            };
+            chunks.map(within).sum::<usize>()
         };
-        self.leased_pages -= count(self);
+        self.leased_pages -= self.count_leased(pages.clone());
+        self.leased_shared_pages -= shared_pages(self);
         let changed = change(self);
-        self.leased_pages += count(self);
+        self.leased_pages += self.count_leased(pages.clone());
+        self.leased_shared_pages += shared_pages(self);
         changed
+    }
+
+    /// How many of these pages are leased, and have no bytes that the owner did not free.
+    fn count_leased(&self, pages: ops::Range<usize>) -> usize {
+        let live = self.pages.live();
+        self.leases.pages(live, self.page_bytes, pages)
+    }
+
+    /// Puts chunks of other memory in the place of one that was moved; returns those that are
+    /// unused now.
+    pub(crate) fn arrive(
+        &mut self,
+        first: usize,
+        chunks: impl IntoIterator<Item = (ops::Range<usize>, Mapping)>,
+    ) -> Vec<usize> {
+        self.set_shared(first, false);
+        self.pages.arrive(first, chunks)
+    }
+
+    /// From now on the memory of a chunk is shared, or is the range's alone.
+    pub(crate) fn set_shared(&mut self, first: usize, shared: bool) {
+        if self.pages.is_shared(first) == shared {
+            return;
+        }
+        let pages = self.pages.chunk_bytes(first) / self.page_bytes;
+        let leased_pages = match self.waits_for_leases() {
+            true => self.count_leased(first..first + pages),
+            false => 0,
+        };
+        match shared {
+            true => self.leased_shared_pages += leased_pages,
+            false => self.leased_shared_pages -= leased_pages,
+        }
+        self.pages.set_shared(first, shared);
     }
 
     /// Frees all that the owner has, except what is leased.

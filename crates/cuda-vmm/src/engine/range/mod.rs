@@ -50,6 +50,8 @@ pub(crate) struct Range {
     pub(crate) leases: Leases,
     /// Pages in which the owner has freed all bytes, and some are leased.
     leased_pages: usize,
+    /// Those of them in shared chunks.
+    leased_shared_pages: usize,
     pub(crate) counters: PoolCounters,
     /// What its account owes.
     pub(crate) owed: Arc<Owed>,
@@ -105,6 +107,7 @@ impl Range {
             pins: BTreeMap::new(),
             leases: Leases::default(),
             leased_pages: 0,
+            leased_shared_pages: 0,
             counters: PoolCounters::default(),
             owed,
             capacity_bytes,
@@ -196,7 +199,7 @@ impl Range {
 
     /// Makes bytes live if they lie in one chunk that has other live bytes; `None` if not. To free
     /// them again leaves that chunk as it was.
-    pub(crate) fn take_shared(&mut self, offset: usize, bytes: usize) -> Option<Taken> {
+    pub(crate) fn take_beside_live(&mut self, offset: usize, bytes: usize) -> Option<Taken> {
         let extent = self.extent_at(Place::At(offset), bytes).ok()?;
         let bytes = extent.range();
         let is_taken = !self.takes_no_more()
@@ -247,8 +250,9 @@ impl Range {
             (Fact::Ahead, parts.ahead_bytes > 0),
             (Fact::StaleAhead, self.stale_ahead().is_some()),
             (Fact::Hungry, self.wants_ahead()),
-            (Fact::Quarantined, parts.quarantined_bytes > 0),
+            (Fact::Quarantined, self.pages.is_any_refused()),
             (Fact::UsedByAll, self.users.are_all()),
+            (Fact::Leaving, self.leaving().is_some()),
         ];
         RangeLook {
             account: self.account,

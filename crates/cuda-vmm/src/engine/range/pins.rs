@@ -1,6 +1,7 @@
 //! What pins and leases keep where it is, and what may be given up.
 
 use super::Range;
+use crate::engine::books::pages::ChunkState;
 use core::ops;
 use std::collections::BTreeSet;
 
@@ -30,6 +31,27 @@ impl Range {
         }
         let mut parked = self.pages.parked();
         parked.find(|first| !self.is_chunk_pinned(*first))
+    }
+
+    /// A mapping of a shared chunk that is only to be unmapped, and that no pin keeps.
+    pub(crate) fn leaving(&self) -> Option<usize> {
+        let mut leaving = self.pages.leaving();
+        leaving.find(|first| self.pins.is_empty() || !self.is_chunk_pinned(*first))
+    }
+
+    /// First pages of the shared chunks behind these pages in which no byte is live, and that no
+    /// pin keeps.
+    pub(crate) fn unused_shared(
+        &self,
+        pages: &ops::Range<usize>,
+    ) -> impl Iterator<Item = usize> + '_ {
+        let bytes = pages.start * self.page_bytes..pages.end * self.page_bytes;
+        let firsts = self.pages.shared_chunks(&bytes).map(|chunk| chunk.start);
+        firsts.filter(|first| {
+            let state = self.pages.state_of(*first);
+            let is_unused = matches!(state, Some(ChunkState::Retiring | ChunkState::Parked));
+            is_unused && !self.is_chunk_pinned(*first)
+        })
     }
 
     /// What is parked and may be unmapped, in bytes.

@@ -44,6 +44,9 @@ pub(super) struct Chunk<M> {
     pub(super) contents: Contents,
     /// Whether it was made before any allocation needed it, and has never had a live byte.
     pub(super) ahead: bool,
+    /// Whether other ranges map its memory too. Then it is in none of this range's parts, and when
+    /// it is parked, it is only to be unmapped.
+    pub(super) shared: bool,
     /// Absent while Filling, Draining, Relocating or Stranded, when the thread that does that work
     /// has it.
     pub(super) memory: Option<M>,
@@ -54,9 +57,10 @@ impl<M> Chunk<M> {
         self.pages as usize
     }
 
-    /// Whether it is parked and had live bytes before, so that it was not made ahead.
+    /// Whether it is parked to be taken back, and had live bytes before, so that it was not made
+    /// ahead.
     pub(super) fn is_parked(&self) -> bool {
-        self.state == ChunkState::Parked && !self.ahead
+        self.state == ChunkState::Parked && !self.ahead && !self.shared
     }
 
     /// It has live bytes now.

@@ -8,6 +8,8 @@ use std::collections::{BTreeSet, VecDeque};
 pub(super) struct Counts {
     /// Pages by chunk state, in the order of the enum.
     by_state: [usize; 8],
+    /// Those of them in shared chunks.
+    shared: [usize; 8],
     /// First pages of the parked chunks, except those made ahead, in the order in which they were
     /// parked. Entries that are out of date stay until they are met, or until there are many:
     /// taking a chunk back is to cost little.
@@ -16,12 +18,28 @@ pub(super) struct Counts {
     /// First pages of the chunks made ahead that no allocation has taken.
     ahead: BTreeSet<usize>,
     ahead_pages: usize,
+    /// First pages of the parked chunks that are shared.
+    leaving: BTreeSet<usize>,
 }
 
 impl Counts {
     /// Pages of chunks in a state.
     pub(super) fn pages(&self, state: ChunkState) -> usize {
         self.by_state[state as usize]
+    }
+
+    /// The same without shared chunks.
+    pub(super) fn own_pages(&self, state: ChunkState) -> usize {
+        self.by_state[state as usize] - self.shared[state as usize]
+    }
+
+    /// Pages of shared chunks.
+    pub(super) fn shared_pages(&self) -> usize {
+        self.shared.iter().sum()
+    }
+
+    pub(super) fn leaving(&self) -> &BTreeSet<usize> {
+        &self.leaving
     }
 
     /// Pages made ahead, which are parked.
@@ -62,8 +80,24 @@ impl Counts {
         self.by_state[chunk.state as usize] += chunk.pages();
     }
 
+    /// From now on a chunk is shared, or is not.
+    pub(super) fn set_shared<M>(&mut self, first: usize, chunk: &mut Chunk<M>, shared: bool) {
+        let state = chunk.state;
+        self.remove(first, chunk);
+        // Not parked while it is changed, so that the lists follow.
+        (chunk.state, chunk.shared) = (ChunkState::Filling, shared);
+        self.by_state[chunk.state as usize] += chunk.pages();
+        if shared {
+            self.shared[chunk.state as usize] += chunk.pages();
+        }
+        self.change(first, chunk, state);
+    }
+
     pub(super) fn remove<M>(&mut self, first: usize, chunk: &Chunk<M>) {
         self.by_state[chunk.state as usize] -= chunk.pages();
+        if chunk.shared {
+            self.shared[chunk.state as usize] -= chunk.pages();
+        }
         if chunk.state == ChunkState::Parked {
             self.unpark(first, chunk);
         }
@@ -73,12 +107,17 @@ impl Counts {
     pub(super) fn change<M>(&mut self, first: usize, chunk: &mut Chunk<M>, state: ChunkState) {
         self.by_state[chunk.state as usize] -= chunk.pages();
         self.by_state[state as usize] += chunk.pages();
+        if chunk.shared {
+            self.shared[chunk.state as usize] -= chunk.pages();
+            self.shared[state as usize] += chunk.pages();
+        }
         let before = core::mem::replace(&mut chunk.state, state);
         match (before == ChunkState::Parked, state == ChunkState::Parked) {
             (false, true) if chunk.ahead => {
                 self.ahead_pages += chunk.pages();
                 self.ahead.insert(first);
             }
+            (false, true) if chunk.shared => _ = self.leaving.insert(first),
             (false, true) => {
                 self.parked_chunks += 1;
                 self.parked.push_back(first);
@@ -92,6 +131,8 @@ impl Counts {
         if chunk.ahead {
             self.ahead_pages -= chunk.pages();
             self.ahead.remove(&first);
+        } else if chunk.shared {
+            self.leaving.remove(&first);
         } else {
             self.parked_chunks -= 1;
         }

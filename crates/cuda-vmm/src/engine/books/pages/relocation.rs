@@ -22,18 +22,25 @@ impl<M> Pages<M> {
     }
 
     /// The chunk that begins at this page, if it is partly live and may be moved: no thread works
-    /// on it, or is about to take bytes of it. The caller checks what else keeps a chunk in its
-    /// place.
+    /// on it, or is about to take bytes of it, and it is not shared. The caller checks what else
+    /// keeps a chunk in its place.
     pub(crate) fn partly_live_at(&self, first: usize) -> Option<PartlyLive> {
         let chunk = self.chunks.get(first)?;
         let pages = first..first + chunk.pages();
         let is_partly_live = chunk.live_pages > 0 && chunk.live_pages < chunk.pages;
         if chunk.state != ChunkState::Backed
+            || chunk.shared
             || !is_partly_live
             || self.pending.overlaps(&self.bytes_of(&pages))
         {
             return None;
         }
+        Some(self.pieces(first, chunk))
+    }
+
+    /// The pages with live bytes of the chunk that begins at this page.
+    pub(super) fn pieces(&self, first: usize, chunk: &super::Chunk<M>) -> PartlyLive {
+        let pages = first..first + chunk.pages();
         let live_page_bytes = chunk.live_pages as usize * self.page_bytes;
         let largest = 1 << pages.len().ilog2();
         let mut pieces = Vec::new();
@@ -44,12 +51,12 @@ impl<M> Pages<M> {
             at = run.end + 1;
             pieces.extend(cut(run, largest));
         }
-        Some(PartlyLive {
+        PartlyLive {
             first,
             live_page_bytes,
             slack_bytes: pages.len() * self.page_bytes - live_page_bytes,
             pieces,
-        })
+        }
     }
 
     /// Hands out the memory of a chunk whose pages are to be moved. They stay live and may be freed
@@ -74,6 +81,9 @@ impl<M> Pages<M> {
             return Vec::new();
         };
         self.counts.remove(first, &old);
+        if old.shared {
+            self.shared_live_pages -= old.live_pages as usize;
+        }
         let place = self.bytes_of(&(first..first + old.pages()));
         for (pages, memory) in chunks {
             let live = pages.clone().filter(|page| self.is_page_live(*page));
@@ -131,10 +141,11 @@ impl<M> Pages<M> {
                 .any(|(_, chunk)| is_stranded(chunk))
     }
 
-    /// Live pages that are out of reach.
+    /// Live pages that are out of reach, except those in shared chunks.
     pub(super) fn stranded_live_pages(&self) -> usize {
         let stranded = self.in_state(ChunkState::Stranded).into_iter();
         let live = stranded.filter_map(|first| self.chunks.get(first));
+        let live = live.filter(|chunk| !chunk.shared);
         live.map(|chunk| chunk.live_pages as usize).sum()
     }
 

@@ -23,6 +23,8 @@ struct Model {
     backing: [Option<(usize, ChunkState)>; PAGES],
     /// First pages of what was made ahead and not taken.
     ahead: BTreeSet<usize>,
+    /// First pages of chunks whose memory others map too.
+    shared: BTreeSet<usize>,
 }
 
 impl Model {
@@ -51,13 +53,22 @@ impl Model {
     }
 
     fn check(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
+        let is_shared = |first: &usize| self.shared.contains(first);
         let count = |wanted: ChunkState| {
             let of = |entry: &&Option<(usize, ChunkState)>| {
-                entry.is_some_and(|(_, state)| state == wanted)
+                entry.is_some_and(|(first, state)| state == wanted && !is_shared(&first))
             };
             self.backing.iter().filter(of).count() * PAGE
         };
-        let live_pages = (0..PAGES).filter(|page| self.page_live(*page)).count();
+        let of_shared =
+            |page: &usize| self.backing[*page].is_some_and(|(first, _)| is_shared(&first));
+        let all_live = (0..PAGES).filter(|page| self.page_live(*page));
+        prop_assert_eq!(pages.live_pages(), all_live.clone().count());
+        let live_pages = all_live.filter(|page| !of_shared(page)).count();
+        prop_assert_eq!(pages.shared_pages(), (0..PAGES).filter(of_shared).count());
+        let leaving = self.shared.iter().copied();
+        let is_parked = |first: &usize| self.backing[*first] == Some((*first, ChunkState::Parked));
+        prop_assert!(pages.leaving().eq(leaving.filter(is_parked)));
         let ahead_bytes = self.ahead.len() * PAGE;
         prop_assert_eq!(
             pages.parts(),
@@ -66,6 +77,7 @@ impl Model {
                 live_page_bytes: live_pages * PAGE,
                 cached_bytes: 0,
                 leased_bytes: 0,
+                shared_bytes: 0,
                 slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
                 retiring_bytes: count(ChunkState::Retiring),
                 parked_bytes: count(ChunkState::Parked) - ahead_bytes,
@@ -103,6 +115,18 @@ enum Step {
         at: usize,
         bytes: usize,
     },
+    /// Memory of another range at pages that nothing backs.
+    Adopt {
+        page: usize,
+        pages: usize,
+        fails: bool,
+        stuck: bool,
+    },
+    /// The memory of a chunk is shared, or is no longer.
+    SetShared {
+        page: usize,
+        shared: bool,
+    },
     Park(usize),
     Drain {
         page: usize,
@@ -116,6 +140,9 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(at, bytes, fails, stuck, follows)| Step::Allocate { at, bytes, fails, stuck, follows }),
         4 => (0..CAPACITY, 1..40usize).prop_map(|(at, bytes)| Step::Release { at, bytes }),
         2 => (0..PAGES).prop_map(Step::Park),
+        2 => (0..PAGES, 1..4usize, prop::bool::weighted(0.2), any::<bool>())
+            .prop_map(|(page, pages, fails, stuck)| Step::Adopt { page, pages, fails, stuck }),
+        2 => (0..PAGES, any::<bool>()).prop_map(|(page, shared)| Step::SetShared { page, shared }),
         1 => (0..PAGES, prop::bool::weighted(0.2), any::<bool>())
             .prop_map(|(page, fails, stuck)| Step::Ahead { page, fails, stuck }),
         2 => (0..PAGES, prop::bool::weighted(0.2)).prop_map(|(page, refused)| Step::Drain { page, refused }),
@@ -126,7 +153,7 @@ proptest! {
     #[test]
     fn it_agrees_with_a_plain_model(steps in prop::collection::vec(step(), 1..120), largest in 0..3u32, grows in any::<bool>(), at_once in any::<bool>()) {
         let mut pages: Pages<usize> = Pages::new(PAGE);
-        let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES], ahead: BTreeSet::new() };
+        let mut model = Model { live: [false; CAPACITY], backing: [None; PAGES], ahead: BTreeSet::new(), shared: BTreeSet::new() };
         for step in steps {
             match step {
                 Step::Allocate { at, bytes, fails, stuck, follows } => {
@@ -140,10 +167,26 @@ proptest! {
                     let touched = range.start / PAGE..range.end.div_ceil(PAGE);
                     let missing: Vec<_> = touched.clone().filter(|page| model.backing[*page].is_none()).collect();
                     prop_assert_eq!(survey.missing.iter().cloned().flatten().collect::<Vec<_>>(), missing);
-                    let has = |wanted| touched.clone().any(|page| model.backing[page].is_some_and(|(_, state)| state == wanted));
+                    let any = |is: &dyn Fn(usize, ChunkState) -> bool| {
+                        touched.clone().any(|page| model.backing[page].is_some_and(|(first, state)| is(first, state)))
+                    };
+                    let shared = |first: &usize| model.shared.contains(first);
+                    let has = |wanted| any(&|first, state| state == wanted && !shared(&first));
+                    let is_left = |state| [ChunkState::Retiring, ChunkState::Parked].contains(&state);
+                    prop_assert_eq!(survey.shared, any(&|first, state| state == ChunkState::Backed && shared(&first)));
+                    prop_assert_eq!(!survey.leaving.is_empty(), any(&|first, state| is_left(state) && shared(&first)));
+                    prop_assert!(survey.leaving.iter().all(shared));
                     prop_assert_eq!(!survey.retiring.is_empty(), has(ChunkState::Retiring));
-                    prop_assert_eq!(survey.quarantined, has(ChunkState::Quarantined));
+                    prop_assert_eq!(survey.quarantined, any(&|_, state| state == ChunkState::Quarantined));
                     prop_assert_eq!(!survey.parked.is_empty(), has(ChunkState::Parked));
+                    if survey.shared || !survey.leaving.is_empty() {
+                        prop_assert!(!survey.is_there());
+                        let whole = model.whole_chunk(&touched);
+                        if whole.is_some_and(|(first, _)| shared(&first)) {
+                            prop_assert!(!pages.take_within_chunk(&range));
+                        }
+                        continue;
+                    }
                     let whole = model.whole_chunk(&touched);
                     let backing = [ChunkState::Backed, ChunkState::Parked];
                     if at_once && whole.is_some_and(|(_, state)| backing.contains(&state)) {
@@ -203,6 +246,53 @@ proptest! {
                         model.retire_unused();
                     }
                 }
+                Step::Adopt { page, pages: count, fails, stuck } => {
+                    let run = page..(page + count).min(CAPACITY / PAGE);
+                    let is_bare = run.clone().all(|page| model.backing[page].is_none());
+                    if run.is_empty() {
+                        continue;
+                    }
+                    prop_assert_eq!(pages.are_bare(&run), is_bare);
+                    if !is_bare {
+                        continue;
+                    }
+                    let bytes = run.start * PAGE..run.end * PAGE;
+                    pages.begin_sharing(run.clone());
+                    prop_assert!(pages.is_worked_on() && pages.is_in_hand(page));
+                    prop_assert_eq!(pages.survey(&bytes), None, "it is about to be live");
+                    let state = match (fails, stuck) {
+                        (false, _) => Some(ChunkState::Backed),
+                        (true, true) => Some(ChunkState::Quarantined),
+                        (true, false) => None,
+                    };
+                    match fails {
+                        false => pages.finish_sharing(page, page),
+                        true => pages.abort_sharing(page, stuck.then_some(page)),
+                    }
+                    if let Some(state) = state {
+                        run.for_each(|at| model.backing[at] = Some((page, state)));
+                        model.shared.insert(page);
+                    }
+                    bytes.filter(|_| !fails).for_each(|byte| model.live[byte] = true);
+                }
+                Step::SetShared { page, shared } => {
+                    let is_chunk = model.backing[page].is_some_and(|(first, _)| first == page);
+                    if is_chunk && !model.ahead.contains(&page) {
+                        pages.set_shared(page, shared);
+                        match shared {
+                            true => _ = model.shared.insert(page),
+                            false => _ = model.shared.remove(&page),
+                        }
+                    }
+                    prop_assert_eq!(pages.is_shared(page), model.shared.contains(&page));
+                    let whole = |first: &usize| {
+                        let of_chunk = (0..PAGES).filter(|page| model.backing[*page] == Some((*first, ChunkState::Backed)));
+                        let mut bytes = of_chunk.flat_map(|page| page * PAGE..(page + 1) * PAGE).peekable();
+                        bytes.peek().is_some() && bytes.all(|byte| byte < CAPACITY && model.live[byte])
+                    };
+                    let firsts = pages.whole_chunks(&(0..CAPACITY), 0).map(|chunk| chunk.start);
+                    prop_assert!(firsts.eq((0..PAGES).filter(whole)));
+                }
                 Step::Park(page) => {
                     pages.park(page);
                     for entry in model.backing.iter_mut().flatten().filter(|(first, state)| *first == page && *state == ChunkState::Retiring) {
@@ -235,6 +325,9 @@ proptest! {
                     prop_assert_eq!(memory, idle.then_some(page));
                     if memory.is_some() {
                         model.ahead.remove(&page);
+                        if !refused {
+                            model.shared.remove(&page);
+                        }
                         if refused { pages.quarantine(page, page) } else { pages.drained(page) }
                         for entry in model.backing.iter_mut().filter(|entry| entry.is_some_and(|(first, _)| first == page)) {
                             *entry = refused.then_some((page, ChunkState::Quarantined));

@@ -1,0 +1,435 @@
+//! Tensors, caches and sequences that begin with the tokens of others, in the same memory.
+
+use crate::common::layouts::Layout;
+use crate::common::{UnderTest, open, page};
+use candle_core::{DType, Device, Tensor};
+use candle_cuda_vmm::cuda_vmm::{EngineOptions, WorkerMode};
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence};
+use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::time::{Duration, Instant};
+
+fn pool_with(test: &UnderTest, limit_pages: usize) -> TensorPool {
+    let engine = EngineOptions::new()
+        .limit_bytes(limit_pages * page())
+        .worker(WorkerMode::Manual);
+    let options = TensorPoolOptions::new()
+        .engine(engine)
+        .page_bytes(page())
+        .reservation_bytes(64 * page());
+    TensorPool::with_options(&test.device, options).unwrap()
+}
+
+fn pool(test: &UnderTest) -> TensorPool {
+    pool_with(test, 64)
+}
+
+/// Half a page, so that two rows fill one.
+fn row() -> usize {
+    page() / 2
+}
+
+/// The bytes of a row: a mark, and then its number again and again.
+fn bytes(number: u64, row: usize) -> Vec<u8> {
+    let mut bytes = number.to_le_bytes().repeat(row.div_ceil(8));
+    bytes[..8].copy_from_slice(b"mark    ");
+    bytes.truncate(row);
+    bytes
+}
+
+/// Rows of `row` bytes with these numbers.
+fn rows(device: &Device, numbers: &[u64], row: usize) -> Tensor {
+    let all: Vec<u8> = numbers.iter().flat_map(|it| bytes(*it, row)).collect();
+    let rows = Tensor::from_vec(all, (numbers.len(), row), &Device::Cpu).unwrap();
+    rows.to_device(device).unwrap()
+}
+
+#[track_caller]
+fn expect(view: &Tensor, numbers: &[u64]) {
+    let (count, row) = view.dims2().unwrap();
+    assert_eq!(count, numbers.len());
+    let all = view.flatten_all().unwrap().to_vec1::<u8>().unwrap();
+    for (found, number) in all.chunks(row).zip(numbers) {
+        assert!(found == bytes(*number, row), "row {number}");
+    }
+}
+
+#[track_caller]
+fn expect_rows(tensor: &ElasticTensor, numbers: &[u64]) {
+    expect(&tensor.to_owned().unwrap(), numbers);
+}
+
+/// Pages that are shared, and pages with rows of one tensor alone.
+fn held(pool: &TensorPool) -> (usize, usize) {
+    let parts = pool.account().stats().parts;
+    assert_eq!(
+        parts.total_bytes(),
+        pool.account().stats().committed_bytes,
+        "{parts}"
+    );
+    (parts.shared_bytes / page(), parts.live_page_bytes / page())
+}
+
+/// Lets the engine free what retires.
+#[track_caller]
+fn settle(pool: &TensorPool) {
+    let until = Instant::now() + Duration::from_secs(60);
+    let is_coming = |pool: &TensorPool| {
+        let parts = pool.engine().stats().parts;
+        parts.retiring_bytes + parts.leased_bytes > 0
+    };
+    while is_coming(pool) {
+        assert!(Instant::now() < until, "{pool}");
+        pool.device().synchronize().unwrap();
+        pool.engine().step();
+    }
+}
+
+#[test]
+fn a_fork_has_the_rows_in_the_same_memory_and_goes_on_by_itself() {
+    let test = open();
+    let pool = pool(&test);
+    let numbers: Vec<u64> = (0..19).collect();
+    let mut source = pool.tensor(row(), DType::U8).unwrap();
+    source.append(&rows(&test.device, &numbers, row())).unwrap();
+    let view = source.view().unwrap();
+    let mut forks = [source.fork().unwrap(), source.fork().unwrap()];
+    // The tenth page is half full, so each has its own.
+    assert_eq!(held(&pool), (9, 3));
+    let mut expected = [numbers.clone(), numbers.clone(), numbers.clone()];
+    for (at, tensor) in [&mut source].into_iter().chain(&mut forks).enumerate() {
+        let more: Vec<u64> = (0..3).map(|row| 100 * (at as u64 + 1) + row).collect();
+        tensor.append(&rows(&test.device, &more, row())).unwrap();
+        expected[at].extend(more);
+    }
+    for (tensor, expected) in [&source].into_iter().chain(&forks).zip(&expected) {
+        expect(&tensor.view().unwrap(), expected);
+    }
+    expect(&view, &numbers);
+    assert_eq!(held(&pool), (9, 6), "nothing that is shared was written");
+    let [first, second] = forks;
+    // A fork of a fork.
+    let third = first.fork().unwrap();
+    drop((view, source, first));
+    settle(&pool);
+    expect_rows(&second, &expected[2]);
+    expect_rows(&third, &expected[1]);
+    drop(second);
+    settle(&pool);
+    assert_eq!(held(&pool), (0, 11), "the last one has it alone");
+    expect_rows(&third, &expected[1]);
+}
+
+#[test]
+fn rows_that_are_dropped_and_written_anew_are_copied_first() {
+    let test = open();
+    let pool = pool(&test);
+    let numbers: Vec<u64> = (0..16).collect();
+    for of_source in [false, true] {
+        let mut source = pool.tensor(row(), DType::U8).unwrap();
+        source.append(&rows(&test.device, &numbers, row())).unwrap();
+        let mut fork = source.fork().unwrap();
+        assert_eq!(held(&pool), (8, 0));
+        let (writer, other) = match of_source {
+            true => (&mut source, &mut fork),
+            false => (&mut fork, &mut source),
+        };
+        writer.truncate(13).unwrap();
+        let address_space = pool.engine().stats().ranges;
+        writer
+            .append(&rows(&test.device, &[77, 78], row()))
+            .unwrap();
+        settle(&pool);
+        // The chunk of rows 12 and 13 was copied, and the one behind it is the other's alone.
+        assert_eq!(held(&pool), (6, 4));
+        assert_eq!(pool.engine().stats().ranges, address_space, "in place");
+        let written: Vec<u64> = (0..13).chain([77, 78]).collect();
+        expect_rows(writer, &written);
+        expect_rows(other, &numbers);
+        // From the start: all of it.
+        writer.truncate(1).unwrap();
+        writer.append(&rows(&test.device, &[80], row())).unwrap();
+        expect_rows(writer, &[0, 80]);
+        expect_rows(other, &numbers);
+        writer.clear();
+        writer.append(&rows(&test.device, &[90], row())).unwrap();
+        expect_rows(writer, &[90]);
+        expect_rows(other, &numbers);
+        settle(&pool);
+        assert_eq!(held(&pool), (0, 9));
+        drop((source, fork));
+        settle(&pool);
+        assert_eq!(held(&pool), (0, 0));
+    }
+}
+
+#[test]
+fn a_reservation_makes_private_what_the_next_rows_are_written_to() {
+    let test = open();
+    let pool = pool(&test);
+    let mut source = pool.tensor(row(), DType::U8).unwrap();
+    let numbers: Vec<u64> = (0..8).collect();
+    source.append(&rows(&test.device, &numbers, row())).unwrap();
+    let mut fork = source.fork().unwrap();
+    fork.truncate(3).unwrap();
+    fork.reserve(4).unwrap();
+    let before = pool.engine().counters().ranges.allocations;
+    fork.append(&rows(&test.device, &[50, 51, 52, 53], row()))
+        .unwrap();
+    assert_eq!(pool.engine().counters().ranges.allocations, before);
+    expect_rows(&fork, &[0, 1, 2, 50, 51, 52, 53]);
+    expect_rows(&source, &numbers);
+}
+
+#[test]
+fn a_copy_that_has_no_room_is_refused_and_changes_nothing() {
+    let test = open();
+    let pool = pool_with(&test, 8);
+    let numbers: Vec<u64> = (0..16).collect();
+    let mut source = pool.tensor(row(), DType::U8).unwrap();
+    source.append(&rows(&test.device, &numbers, row())).unwrap();
+    let mut fork = source.fork().unwrap();
+    let more = rows(&test.device, &[60], row());
+    for tensor in [&mut source, &mut fork] {
+        tensor.truncate(15).unwrap();
+        let error = tensor.append(&more).unwrap_err();
+        let VmmError::Vmm(error) = error else {
+            panic!("{error}");
+        };
+        assert_eq!(error.shortfall_bytes(), page(), "{error}");
+        expect_rows(tensor, &numbers[..15]);
+        assert_eq!(held(&pool).0, 8);
+    }
+    drop(source);
+    settle(&pool);
+    // It has the memory alone now.
+    fork.append(&more).unwrap();
+    let expected: Vec<u64> = (0..15).chain([60]).collect();
+    expect_rows(&fork, &expected);
+}
+
+#[test]
+fn a_view_keeps_the_memory_and_the_rows_move() {
+    let test = open();
+    let pool = pool(&test);
+    let numbers: Vec<u64> = (0..8).collect();
+    let mut source = pool.tensor(row(), DType::U8).unwrap();
+    source.append(&rows(&test.device, &numbers, row())).unwrap();
+    let mut fork = source.fork().unwrap();
+    let view = fork.view().unwrap();
+    fork.truncate(5).unwrap();
+    fork.append(&rows(&test.device, &[70], row())).unwrap();
+    expect(&view, &numbers);
+    expect_rows(&fork, &[0, 1, 2, 3, 4, 70]);
+    expect_rows(&source, &numbers);
+    drop(source);
+    settle(&pool);
+    expect(&view, &numbers);
+    drop((view, fork));
+    settle(&pool);
+    assert_eq!(held(&pool), (0, 0));
+}
+
+#[test]
+fn a_window_is_forked_where_it_is() {
+    let test = open();
+    let pool = pool(&test);
+    let numbers: Vec<u64> = (0..14).collect();
+    let mut source = pool.tensor(row(), DType::U8).unwrap();
+    source.append(&rows(&test.device, &numbers, row())).unwrap();
+    source.release_front(5).unwrap();
+    let mut fork = source.fork().unwrap();
+    // Pages 2 to 6, and the second half of page 2 is the first row.
+    assert_eq!(held(&pool), (5, 0));
+    fork.append(&rows(&test.device, &[40, 41], row())).unwrap();
+    fork.release_front(3).unwrap();
+    let expected: Vec<u64> = (8..14).chain([40, 41]).collect();
+    expect_rows(&fork, &expected);
+    expect_rows(&source, &numbers[5..]);
+    let empty = pool.tensor(row(), DType::U8).unwrap().fork().unwrap();
+    assert!(empty.is_empty() && empty.allocated_bytes() == 0);
+}
+
+#[test]
+fn random_forks_are_plain_copies() {
+    let test = open();
+    let pool = pool(&test);
+    let mut random = StdRng::seed_from_u64(16);
+    // Rows of less than a page, and of more.
+    for row in [page() / 8, page() / 3 + 5, page() + 3] {
+        let mut all: Vec<(ElasticTensor, Vec<u64>)> = Vec::new();
+        let mut views: Vec<(Tensor, Vec<u64>)> = Vec::new();
+        let mut next = 0;
+        for _ in 0..60 {
+            if all.is_empty() {
+                all.push((pool.tensor(row, DType::U8).unwrap(), Vec::new()));
+            }
+            let at = random.random_range(0..all.len());
+            let tensors = all.len();
+            let (tensor, numbers) = &mut all[at];
+            let len = numbers.len();
+            match random.random_range(0..12) {
+                0..4 if len < 14 => {
+                    let more: Vec<u64> = (next..).take(random.random_range(1..5)).collect();
+                    next += more.len() as u64;
+                    match tensor.append(&rows(&test.device, &more, row)) {
+                        Ok(()) => numbers.extend(more),
+                        Err(error) => assert!(error.is_retryable(), "{error}"),
+                    }
+                }
+                4 | 5 => {
+                    let kept = random.random_range(0..=len);
+                    tensor.truncate(kept).unwrap();
+                    numbers.truncate(kept);
+                }
+                6 => {
+                    let gone = random.random_range(0..=len);
+                    tensor.release_front(gone).unwrap();
+                    numbers.drain(..gone);
+                }
+                7..10 if tensors < 5 => {
+                    let (fork, numbers) = (tensor.fork(), numbers.clone());
+                    match fork {
+                        Ok(fork) => all.push((fork, numbers)),
+                        Err(error) => assert!(error.is_retryable(), "{error}"),
+                    }
+                }
+                10 if views.len() < 2 => {
+                    views.push((tensor.view().unwrap(), numbers.clone()));
+                }
+                10 => drop(views.swap_remove(0)),
+                _ => drop(all.swap_remove(at)),
+            }
+            for (tensor, numbers) in &all {
+                if !numbers.is_empty() {
+                    expect_rows(tensor, numbers);
+                }
+            }
+            for (view, numbers) in views.iter().filter(|(_, numbers)| !numbers.is_empty()) {
+                expect(view, numbers);
+            }
+            let account = pool.account().stats();
+            assert_eq!(account.parts.total_bytes(), account.committed_bytes);
+        }
+        drop((all, views));
+        settle(&pool);
+        assert_eq!(held(&pool), (0, 0));
+    }
+}
+
+const LAYERS: usize = 3;
+
+/// Tokens with these numbers in all layers, with keys and values of `row` bytes each.
+fn append(test: &UnderTest, sequence: &Sequence, numbers: &[u64], row: usize) {
+    for layer in 0..LAYERS {
+        let mut cache = sequence.layer(layer, 0, 32).unwrap();
+        let of_layer = |half| -> Vec<u64> {
+            let number = |it: &u64| it * 100 + (2 * layer + half) as u64;
+            numbers.iter().map(number).collect()
+        };
+        let (k, v) = (of_layer(0), of_layer(1));
+        let (k, v) = (rows(&test.device, &k, row), rows(&test.device, &v, row));
+        cache.append(&k, &v).unwrap();
+    }
+}
+
+#[track_caller]
+fn expect_tokens(sequence: &Sequence, numbers: &[u64]) {
+    assert_eq!(sequence.len(), numbers.len());
+    for layer in 0..LAYERS {
+        let cache = sequence.layer(layer, 0, 32).unwrap();
+        let cache = cache.lock().unwrap();
+        for (half, found) in [cache.k(), cache.v()].into_iter().enumerate() {
+            let number = |it: &u64| it * 100 + (2 * layer + half) as u64;
+            let expected: Vec<u64> = numbers.iter().map(number).collect();
+            let found = found.unwrap().unwrap().force_contiguous().unwrap();
+            expect(&found, &expected);
+        }
+    }
+}
+
+#[test]
+fn a_sequence_is_forked_in_all_layers() {
+    let test = open();
+    for layout in Layout::BOTH {
+        let pool = pool_with(&test, 256);
+        let row = page() / 4;
+        let sequence = layout.sequence(&pool, LAYERS, [row; 2], DType::U8).unwrap();
+        let numbers: Vec<u64> = (0..9).collect();
+        append(&test, &sequence, &numbers, row);
+        let pages = layout.pages(LAYERS, 9);
+        let forks = [(); 2].map(|()| sequence.fork().unwrap());
+        let (shared, own) = held(&pool);
+        let whole = match layout {
+            Layout::Apart => 2 * LAYERS * 2,
+            Layout::OneRange => 2 * LAYERS * 9 / 4,
+        };
+        assert_eq!((shared, own), (whole, 3 * (pages - whole)), "{layout:?}");
+        let mut expected = Vec::new();
+        for (at, fork) in [&sequence].into_iter().chain(&forks).enumerate() {
+            let more: Vec<u64> = (0..4).map(|token| 50 + 10 * at as u64 + token).collect();
+            fork.reserve(4).unwrap();
+            append(&test, fork, &more, row);
+            expected.push([&numbers[..], &more[..]].concat());
+        }
+        for (fork, expected) in [&sequence].into_iter().chain(&forks).zip(&expected) {
+            expect_tokens(fork, expected);
+        }
+        drop(sequence);
+        let [first, second] = forks;
+        first.truncate(3).unwrap();
+        append(&test, &first, &[7, 8], row);
+        expect_tokens(&first, &[0, 1, 2, 7, 8]);
+        expect_tokens(&second, &expected[2]);
+        drop(first);
+        settle(&pool);
+        assert_eq!(held(&pool).0, 0, "{layout:?}");
+        expect_tokens(&second, &expected[2]);
+        drop(second);
+        settle(&pool);
+        assert_eq!(held(&pool), (0, 0), "{layout:?}");
+    }
+}
+
+#[test]
+fn a_cache_and_one_tensor_of_it_are_forked_alone() {
+    let test = open();
+    for layout in Layout::BOTH {
+        let pool = pool_with(&test, 256);
+        let row = page() / 4;
+        let sequence = layout.sequence(&pool, LAYERS, [row; 2], DType::U8).unwrap();
+        append(&test, &sequence, &[0, 1, 2, 3, 4], row);
+        let layer = sequence.layer(1, 0, 32).unwrap();
+        let mut fork = layer.lock().unwrap().fork().unwrap();
+        let keys = layer.lock().unwrap().k_cache().rows().unwrap().fork();
+        drop((layer, sequence));
+        let (k, v) = (
+            rows(&test.device, &[900], row),
+            rows(&test.device, &[901], row),
+        );
+        let (all_k, all_v) = fork.append(&k, &v).unwrap();
+        let [k, v] = [all_k, all_v].map(|it| it.force_contiguous().unwrap());
+        expect(&k, &[2, 102, 202, 302, 402, 900]);
+        expect(&v, &[3, 103, 203, 303, 403, 901]);
+        expect_rows(&keys.unwrap(), &[2, 102, 202, 302, 402]);
+        drop((fork, k, v));
+        settle(&pool);
+        assert_eq!(held(&pool), (0, 0), "{layout:?}");
+    }
+}
+
+#[test]
+fn layers_that_a_model_has_not_made_yet_are_made_in_the_fork() {
+    let test = open();
+    for layout in Layout::BOTH {
+        let pool = pool_with(&test, 256);
+        let row = page() / 4;
+        let sequence = layout.sequence(&pool, LAYERS, [row; 2], DType::U8).unwrap();
+        let empty = sequence.fork().unwrap();
+        append(&test, &empty, &[5, 6], row);
+        append(&test, &sequence, &[1], row);
+        expect_tokens(&empty, &[5, 6]);
+        expect_tokens(&sequence, &[1]);
+    }
+}
