@@ -55,13 +55,14 @@ impl<'a> Attempt<'a> {
         let engine = self.engine();
         let (asks, more_bytes) = (self.asks, needs.more_bytes);
         let seen = engine.device.memory_events();
+        let work = AtWork::begin();
+        // Nothing is allocated on the host before it is clear that pages are missing.
         let mut filling = Filling {
             engine,
-            pieces: Vec::with_capacity(needs.pieces.len()),
-            ranges: Vec::with_capacity(asks.len()),
+            pieces: Vec::new(),
+            ranges: Vec::new(),
             supply,
         };
-        let work = AtWork::begin();
         if let Some(mut range) = held {
             let handle = asks[0].handle;
             if let [need] = &needs.pieces[..]
