@@ -19,7 +19,7 @@ mod workspace;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use workspace::{Workspace, code};
 
 /// The exit code of a usage error where 2 has another meaning.
@@ -59,6 +59,16 @@ enum Task {
         /// With --cuda: the oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
         #[arg(long, default_value_t = gpu_test::COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
         compute_cap: u32,
+        /// Arguments of the example (`--help` lists them)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// Use everything at random for some minutes, and check all bytes; what follows goes to the example
+    #[command(disable_help_flag = true)]
+    Soak {
+        /// Build for GPUs, and run on GPU 0
+        #[arg(long)]
+        cuda: bool,
         /// Arguments of the example (`--help` lists them)
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
@@ -141,14 +151,12 @@ fn start(task: Task) -> Result<u8> {
             compute_cap,
             arguments,
         } => {
-            let mut generate = match cuda {
-                true => gpu_test::with_cuda(&workspace, compute_cap, gpu_test::GENERATE)?,
-                false => {
-                    setup::ensure(&workspace, false, false)?;
-                    workspace.program("--package candle-cuda-vmm --example generate")?
-                }
-            };
+            let mut generate = example(&workspace, cuda, compute_cap, gpu_test::GENERATE)?;
             return code(generate.args(arguments));
+        }
+        Task::Soak { cuda, arguments } => {
+            let mut soak = example(&workspace, cuda, gpu_test::COMPUTE_CAP, gpu_test::SOAK)?;
+            return code(soak.args(arguments));
         }
         Task::Test { cuda: false } => tests::run(&workspace)?,
         Task::Test { cuda: true } => gpu_test::without_gpu(&workspace)?,
@@ -163,4 +171,19 @@ fn start(task: Task) -> Result<u8> {
         Task::RunBundle(_) => {}
     }
     Ok(0)
+}
+
+/// An example of the facade, built for GPUs or not.
+fn example(
+    workspace: &Workspace,
+    cuda: bool,
+    compute_cap: u32,
+    program: gpu_test::Program,
+) -> Result<Command> {
+    if cuda {
+        return gpu_test::with_cuda(workspace, compute_cap, program);
+    }
+    setup::ensure(workspace, false, false)?;
+    let (package, name) = (program.package, program.name);
+    workspace.program(&format!("--package {package} --example {name}"))
 }

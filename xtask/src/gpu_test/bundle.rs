@@ -3,7 +3,7 @@
 use super::arguments::Usage;
 use super::build::{Builder, Manifest};
 use super::cell::{
-    BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, TWO_MODELS, XTASK,
+    BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, SOAK, TWO_MODELS, XTASK,
 };
 use super::conditions::compile_probe;
 use crate::files;
@@ -21,7 +21,7 @@ const LIMIT_BYTES: u64 = 40 << 20;
 const MANIFEST: &str = "bundle.json";
 pub const PROBE: &str = "bin/probe";
 /// Those of its programs that are no tests, and can be asked for by name.
-pub const OTHERS: [Program; 5] = [DEMO, GENERATE, TWO_MODELS, BENCH, BENCH_CANDLE];
+pub const OTHERS: [Program; 6] = [DEMO, GENERATE, TWO_MODELS, SOAK, BENCH, BENCH_CANDLE];
 
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let builder = Builder::new(workspace, compute_cap);

@@ -56,6 +56,7 @@ pub struct Program {
 /// The programs of a bundle that are no tests, this one among them.
 pub const DEMO: Program = other(CORE, "example", "demo");
 pub const GENERATE: Program = other(FACADE, "example", "generate");
+pub const SOAK: Program = other(FACADE, "example", "soak");
 pub const TWO_MODELS: Program = other(FACADE, "example", "two_models");
 pub const BENCH: Program = other(BENCHES, "bin", "bench");
 pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");

@@ -11,7 +11,7 @@ mod runner;
 mod stand_ins;
 
 pub use arguments::{COMPUTE_CAP, InBundle, InPlace, Usage};
-pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program};
+pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program, SOAK};
 
 use crate::workspace::{Workspace, code};
 use crate::{display, kernels};
