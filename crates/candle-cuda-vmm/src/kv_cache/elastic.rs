@@ -1,6 +1,6 @@
 //! A KV cache that grows in place.
 
-use super::checks::{check_pair, check_truncate};
+use super::checks::{check_pair, check_release, check_truncate};
 use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
@@ -21,6 +21,8 @@ pub struct ElasticCache {
     dim: usize,
     max_seq_len: usize,
     rows: Option<ElasticTensor>,
+    /// Tokens that were dropped at the front since the last reset.
+    released: usize,
     /// The error of a clone that could not copy the tokens.
     failed: Option<Arc<VmmError>>,
 }
@@ -32,6 +34,7 @@ impl ElasticCache {
             dim,
             max_seq_len,
             rows: None,
+            released: 0,
             failed: None,
         }
     }
@@ -44,6 +47,11 @@ impl ElasticCache {
     /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.rows.as_ref().map_or(0, ElasticTensor::len)
+    }
+
+    /// Returns the position of the next token; see [`KvCache`].
+    pub fn position(&self) -> usize {
+        self.released + self.current_seq_len()
     }
 
     /// Returns the number of tokens that the cache was made for. It is no limit; see
@@ -181,14 +189,17 @@ impl ElasticCache {
 
     fn release_front(&mut self, tokens: usize) -> Result<()> {
         self.check()?;
-        check_truncate(self.current_seq_len(), tokens)?;
+        check_release(self.current_seq_len(), tokens)?;
         let rows = self.rows.as_mut();
-        rows.map_or(Ok(()), |rows| rows.release_front(tokens))
+        rows.map_or(Ok(()), |rows| rows.release_front(tokens))?;
+        self.released += tokens;
+        Ok(())
     }
 
     /// Drops all tokens and frees their memory.
     pub fn reset(&mut self) {
         self.failed = None;
+        self.released = 0;
         if let Some(rows) = &mut self.rows {
             rows.clear();
         }
@@ -197,6 +208,7 @@ impl ElasticCache {
     fn try_clone(&self) -> Result<Self> {
         self.check()?;
         let mut clone = Self::new(&self.pool, self.dim, self.max_seq_len);
+        clone.released = self.released;
         clone.rows = self
             .rows
             .as_ref()
@@ -381,6 +393,11 @@ impl ElasticKvCache {
         self.k.current_seq_len()
     }
 
+    /// Returns the position of the next token; see [`KvCache`].
+    pub fn position(&self) -> usize {
+        self.k.position()
+    }
+
     /// Returns the tensors of keys and values; `None` if their shapes are not known yet.
     pub(super) fn rows_mut(&mut self) -> Result<Option<[&mut ElasticTensor; 2]>> {
         self.k.check()?;
@@ -426,12 +443,12 @@ impl ElasticKvCache {
     /// # Errors
     /// As [`ElasticTensor::release_front`].
     pub fn release_front(&mut self, tokens: usize) -> Result<()> {
-        check_truncate(self.v.current_seq_len(), tokens)?;
+        check_release(self.v.current_seq_len(), tokens)?;
         self.k.release_front(tokens)?;
         self.v.release_front(tokens)
     }
 
-    /// Makes a cache of the same pool with copies of the tokens.
+    /// Makes a cache of the same pool with copies of the tokens, and the same position.
     ///
     /// # Errors
     /// As [`ElasticTensor::try_clone`].
@@ -467,8 +484,16 @@ impl KvCache for ElasticKvCache {
         self.current_seq_len()
     }
 
+    fn position(&self) -> usize {
+        self.position()
+    }
+
     fn truncate(&mut self, len: usize) -> Result<()> {
         self.truncate(len)
+    }
+
+    fn release_front(&mut self, tokens: usize) -> Result<()> {
+        self.release_front(tokens)
     }
 
     fn reset(&mut self) {

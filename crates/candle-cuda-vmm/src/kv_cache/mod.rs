@@ -39,6 +39,7 @@
 //! # }
 //! ```
 
+mod candle;
 mod checks;
 mod concat;
 mod elastic;
@@ -46,6 +47,7 @@ mod preallocated;
 mod sequence;
 mod traits;
 
+pub use candle::CandleCache;
 pub use concat::ConcatCaches;
 pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;

@@ -7,4 +7,5 @@ mod attention;
 mod blocks;
 mod factory;
 mod layers;
+mod positions;
 mod sequence;
