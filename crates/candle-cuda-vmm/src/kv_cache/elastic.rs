@@ -219,7 +219,7 @@ impl ElasticCache {
 }
 
 /// What a cache was before tokens are appended.
-struct Mark {
+pub(super) struct Mark {
     len: usize,
     live: Live,
     /// What the append has replaced.
@@ -337,12 +337,10 @@ impl ElasticKvCache {
     /// As [`append`](Self::append), with this crate's errors.
     fn try_append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.k.dim, "elastic-append")?;
-        let mut marks = [self.k.mark(), self.v.mark()];
+        let mut marks = self.marks();
         let outcome = self.append_or_fail(k, v, &mut marks);
         if outcome.is_err() {
-            let [k_mark, v_mark] = marks;
-            self.k.undo(k_mark);
-            self.v.undo(v_mark);
+            self.undo(marks);
         }
         outcome
     }
@@ -365,6 +363,17 @@ impl ElasticKvCache {
         Ok(self.output()?)
     }
 
+    /// What the cache is now.
+    pub(super) fn marks(&self) -> [Mark; 2] {
+        [self.k.mark(), self.v.mark()]
+    }
+
+    /// Drops what came after the marks, and frees the memory that was allocated for it.
+    pub(super) fn undo(&mut self, [k_mark, v_mark]: [Mark; 2]) {
+        self.k.undo(k_mark);
+        self.v.undo(v_mark);
+    }
+
     /// Appends keys and values by one launch, if possible.
     #[cfg(feature = "cuda")]
     fn append_in_one_launch(&mut self, k: &Tensor, v: &Tensor) -> Result<AppendOutcome> {
@@ -378,11 +387,20 @@ impl ElasticKvCache {
         }
     }
 
+    /// Returns views of all keys and values, as [`output`](Self::output).
+    pub(super) fn views(&self) -> candle_core::Result<(Tensor, Tensor)> {
+        Ok((self.k.view()?, self.v.view()?))
+    }
+
+    pub(super) fn is_output_contiguous(&self) -> bool {
+        self.k.is_output_contiguous()
+    }
+
     /// Returns all keys and values. Something must have been appended before, at least an empty
     /// tensor of some shape.
     fn output(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        let (k, v) = (self.k.view()?, self.v.view()?);
-        match self.k.is_output_contiguous() {
+        let (k, v) = self.views()?;
+        match self.is_output_contiguous() {
             true => Ok((k.force_contiguous()?, v.force_contiguous()?)),
             false => Ok((k, v)),
         }

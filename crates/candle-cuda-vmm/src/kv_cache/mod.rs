@@ -44,6 +44,8 @@ mod checks;
 mod concat;
 mod elastic;
 mod preallocated;
+mod ring;
+mod rotating;
 mod sequence;
 mod traits;
 
@@ -51,5 +53,6 @@ pub use candle::CandleCache;
 pub use concat::ConcatCaches;
 pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
+pub use rotating::ElasticRotatingKvCache;
 pub use sequence::{Sequence, SequenceCache, SequenceReservation};
 pub use traits::{KvCache, KvCacheFactory};

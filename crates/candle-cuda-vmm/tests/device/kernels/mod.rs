@@ -8,4 +8,5 @@ mod blocks;
 mod factory;
 mod layers;
 mod positions;
+mod rotating;
 mod sequence;
