@@ -10,3 +10,4 @@ mod layers;
 mod positions;
 mod rotating;
 mod sequence;
+mod windows;
