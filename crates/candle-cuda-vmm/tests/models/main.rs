@@ -27,7 +27,7 @@ mod models {
 use support as utils;
 
 use caches::{Rotating, Windowed, Windows};
-use candle::{D, Device, Result, Tensor};
+use candle::{D, DType, Device, Result, Tensor};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use candle_nn::Activation;
@@ -38,6 +38,8 @@ const LAYERS: usize = 3;
 const VOCABULARY: usize = 120;
 const POSITIONS: usize = 64;
 const WINDOW: usize = 8;
+/// A page of the simulated device.
+const PAGE: usize = 2 << 20;
 /// Tokens to generate, more than a window.
 const TOKENS: usize = 12;
 
@@ -92,6 +94,9 @@ fn prompt(batch: usize, length: usize) -> Tensor {
 
 /// A model over caches that it is given.
 trait Ported {
+    /// The heads of K and V, of 8 numbers each.
+    const KV_HEADS: usize;
+
     /// Returns the logits of the next token.
     fn next(&mut self, tokens: &Tensor, caches: &mut [impl KvCache]) -> Result<Tensor>;
 
@@ -133,22 +138,34 @@ trait Ported {
         expect!(&pool);
         expect!(&contiguous);
         expect!(&pool.sequence());
+        let token = (prompt.dims()[0], Self::KV_HEADS, 8);
+        let sequence = pool.sequence();
+        let one_range = sequence.rows_in_one_range(LAYERS, token, token, DType::F32);
+        let one_range = one_range.unwrap();
+        expect!(&one_range);
+        assert_eq!(one_range.bytes(), PAGE, "no layer has left the range");
     }
 }
 
 impl Ported for ported::qwen3::ModelForCausalLM {
+    const KV_HEADS: usize = 2;
+
     fn next(&mut self, tokens: &Tensor, caches: &mut [impl KvCache]) -> Result<Tensor> {
         self.forward(tokens, caches)
     }
 }
 
 impl Ported for ported::mistral::Model {
+    const KV_HEADS: usize = 2;
+
     fn next(&mut self, tokens: &Tensor, caches: &mut [impl KvCache]) -> Result<Tensor> {
         self.forward(tokens, caches)
     }
 }
 
 impl Ported for ported::gemma3::Model {
+    const KV_HEADS: usize = 1;
+
     fn next(&mut self, tokens: &Tensor, caches: &mut [impl KvCache]) -> Result<Tensor> {
         self.forward(tokens, caches)
     }

@@ -1,9 +1,11 @@
 //! Attention with a sliding window, a soft cap, and heads of K and V that differ in size.
 
 use super::attention::{Case, KvLayout, case, difference, reference};
+use crate::common::layouts::Layout;
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa_with};
+use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_cuda_vmm::{TensorPool, VmmError};
 
 /// Decode steps, prompts, prompts after other tokens; one sequence and several.
@@ -83,8 +85,20 @@ fn chunks_over_a_cache_that_releases_its_front_give_what_the_prompt_gives() {
         let options = GqaOptions::new(0.4).mask(Mask::Window(window)).soft_cap(5.);
         let whole = gqa_with(&q, &k, &v, &options).unwrap();
         let pool = TensorPool::new(device).unwrap();
-        for chunk in [1, 3, 20] {
-            let mut cache = pool.kv_cache(2, TOKENS);
+        let token = [(batch, 2, 8), (batch, 2, 4)];
+        let one_range = Layout::OneRange.sequence(&pool, 2, token, DType::F32);
+        let one_range = one_range.unwrap();
+        for (chunk, layer) in [
+            (1, None),
+            (3, None),
+            (20, None),
+            (1, Some(0)),
+            (20, Some(1)),
+        ] {
+            let mut cache: Box<dyn KvCache> = match layer {
+                None => Box::new(pool.kv_cache(2, TOKENS)),
+                Some(layer) => Box::new(one_range.layer(layer, 2, TOKENS).unwrap()),
+            };
             let mut parts = Vec::new();
             while cache.position() < TOKENS {
                 let first = cache.position();
@@ -99,7 +113,7 @@ fn chunks_over_a_cache_that_releases_its_front_give_what_the_prompt_gives() {
             let parts = Tensor::cat(&parts, 2).unwrap();
             assert!(
                 difference(&parts, &whole).unwrap() < 1e-5,
-                "{window} {chunk}"
+                "{window} {chunk} {layer:?}"
             );
         }
     }
