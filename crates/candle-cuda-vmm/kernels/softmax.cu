@@ -1,4 +1,9 @@
-// The softmax over rows of F32, which writes F32, F16 or BF16.
+// The softmax over rows of scores in F32, which writes F32, F16 or BF16.
+//
+// A row has `length` scores, one for each key, of one query. There are `queries` queries, row after
+// row, over and over. The first sees the keys before `seen`, each next one `step` (0 or 1) more, and
+// of those the last `window`. Other keys get the weight 0, and their scores are not read. If `cap`
+// is not 0, a score s counts as cap * tanh(s / cap).
 //
 // One thread block takes one row, in two passes. In the first each thread keeps the largest of its
 // elements and the sum of the powers relative to it. Then the threads of a warp join theirs, then
@@ -39,14 +44,22 @@ static __device__ void store(float *to, float weight) { *to = weight; }
 static __device__ void store(__half *to, float weight) { *to = __float2half_rn(weight); }
 static __device__ void store(__nv_bfloat16 *to, float weight) { *to = __float2bfloat16_rn(weight); }
 
-template <typename T> static __device__ void softmax(const float *from, T *to, unsigned length) {
+static __device__ float capped(float score, float cap) {
+    return cap == 0.0F ? score : cap * tanhf(score / cap);
+}
+
+template <typename T>
+static __device__ void softmax(const float *from, T *to, unsigned length, unsigned queries,
+                               unsigned seen, unsigned step, unsigned window, float cap) {
     __shared__ Partial of_warps[LANES];
+    const unsigned end = seen + blockIdx.x % queries * step;
+    const unsigned start = end > window ? end - window : 0;
     from += static_cast<unsigned long long>(blockIdx.x) * length;
     to += static_cast<unsigned long long>(blockIdx.x) * length;
 
     Partial own = of_nothing();
-    for (unsigned at = threadIdx.x; at < length; at += blockDim.x) {
-        const float x = from[at];
+    for (unsigned at = start + threadIdx.x; at < end; at += blockDim.x) {
+        const float x = capped(from[at], cap);
         // Its weight is 0. If it were the maximum, `x - max` would not be a number.
         if (x == -CUDART_INF_F) {
             continue;
@@ -67,21 +80,25 @@ template <typename T> static __device__ void softmax(const float *from, T *to, u
 
     const float scale = __frcp_rn(own.sum);
     for (unsigned at = threadIdx.x; at < length; at += blockDim.x) {
-        store(to + at, __expf(from[at] - own.max) * scale);
+        const bool is_seen = start <= at && at < end;
+        store(to + at, is_seen ? __expf(capped(from[at], cap) - own.max) * scale : 0.0F);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-softmax_f32(const float *from, float *to, unsigned length) {
-    softmax(from, to, length);
+softmax_f32(const float *from, float *to, unsigned length, unsigned queries, unsigned seen,
+            unsigned step, unsigned window, float cap) {
+    softmax(from, to, length, queries, seen, step, window, cap);
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-softmax_f16(const float *from, __half *to, unsigned length) {
-    softmax(from, to, length);
+softmax_f16(const float *from, __half *to, unsigned length, unsigned queries, unsigned seen,
+            unsigned step, unsigned window, float cap) {
+    softmax(from, to, length, queries, seen, step, window, cap);
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-softmax_bf16(const float *from, __nv_bfloat16 *to, unsigned length) {
-    softmax(from, to, length);
+softmax_bf16(const float *from, __nv_bfloat16 *to, unsigned length, unsigned queries, unsigned seen,
+             unsigned step, unsigned window, float cap) {
+    softmax(from, to, length, queries, seen, step, window, cap);
 }

@@ -132,6 +132,15 @@ pub enum VmmError {
         layers: usize,
     },
 
+    /// An option of an attention has a value that it cannot have. New in 0.2.0.
+    #[error("the {option} of an attention cannot be {value}")]
+    InvalidAttention {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: f32,
+    },
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -322,6 +331,7 @@ impl VmmError {
             | Self::InvalidAlignment { .. }
             | Self::InvalidPageSize(_)
             | Self::UnknownLayer { .. }
+            | Self::InvalidAttention { .. }
             | Self::UnsupportedDevice => true,
         }
     }

@@ -87,7 +87,7 @@ pub use cuda_ffi::AccessFlags;
 pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions};
 pub use elastic_tensor::ElasticTensor;
 pub use error::{Result, Shortage, VmmError};
-pub use kv_cache::{ElasticCache, ElasticKvCache, Sequence, SequenceCache};
+pub use kv_cache::{ElasticCache, ElasticKvCache, ElasticRotatingKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
 pub use relief::{let_candle_make_room, trim_candle_memory};

@@ -186,6 +186,7 @@ fn describe(error: VmmError) -> String {
         VmmError::Vmm(error) => error.to_string(),
         VmmError::UnknownShape { layer } => layer.to_string(),
         VmmError::UnknownLayer { layer, layers } => format!("{layer} {layers}"),
+        VmmError::InvalidAttention { option, value } => format!("{option} {value}"),
     }
 }
 

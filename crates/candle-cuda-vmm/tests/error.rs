@@ -190,6 +190,10 @@ fn predicates_say_what_to_do() {
             required: 2,
         },
         VmmError::InvalidPageSize(1),
+        VmmError::InvalidAttention {
+            option: "window",
+            value: 0.,
+        },
         VmmError::UnsupportedDevice,
     ] {
         assert_eq!(say(&never), (false, false, true, false, 0), "{never:?}");
@@ -240,6 +244,13 @@ fn messages_name_the_values() {
     let (layer, layers) = (11, 7);
     let layer = text(VmmError::UnknownLayer { layer, layers });
     assert!(layer.contains("11") && layer.contains('7'));
+    let (option, value) = ("soft cap", -11.5);
+    let attention = text(VmmError::InvalidAttention { option, value });
+    assert!(
+        ["soft cap", "-11.5"]
+            .iter()
+            .all(|part| attention.contains(part))
+    );
     assert_eq!(text(VmmError::other("as it is")), "as it is");
 }
 

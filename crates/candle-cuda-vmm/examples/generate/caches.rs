@@ -1,7 +1,7 @@
 //! The kinds of caches, and how much memory each holds.
 
 use candle_core::Tensor;
-use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCacheFactory, PreallocatedCaches};
+use candle_cuda_vmm::kv_cache::{CandleCache, ConcatCaches, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 use candle_nn::kv_cache::{ConcatKvCache, KvCache};
 
@@ -25,8 +25,9 @@ pub trait Measured: KvCacheFactory {
 }
 
 impl Measured for PreallocatedCaches {
-    fn held_bytes<'a>(&self, caches: impl Iterator<Item = &'a KvCache>) -> usize {
+    fn held_bytes<'a>(&self, caches: impl Iterator<Item = &'a CandleCache<KvCache>>) -> usize {
         caches
+            .map(CandleCache::inner)
             .flat_map(|cache| [cache.k_cache(), cache.v_cache()])
             .filter_map(|cache| cache.all_data().as_ref())
             .map(bytes)
@@ -35,8 +36,12 @@ impl Measured for PreallocatedCaches {
 }
 
 impl Measured for ConcatCaches {
-    fn held_bytes<'a>(&self, caches: impl Iterator<Item = &'a ConcatKvCache>) -> usize {
+    fn held_bytes<'a>(
+        &self,
+        caches: impl Iterator<Item = &'a CandleCache<ConcatKvCache>>,
+    ) -> usize {
         caches
+            .map(CandleCache::inner)
             .flat_map(|cache| [cache.k(), cache.v()])
             .flatten()
             .map(bytes)

@@ -31,7 +31,8 @@ pub struct Config {
     attention_bias: bool,
     #[serde(default)]
     mlp_bias: bool,
-    sliding_window: Option<usize>,
+    /// The keys that a query sees: its own and those before it. Default: all.
+    pub sliding_window: Option<usize>,
     rope_parameters: Option<serde_json::Value>,
 }
 
@@ -287,8 +288,8 @@ impl Config {
                 return unsupported(field, &set);
             }
         }
-        if let Some(window) = self.sliding_window {
-            return unsupported("sliding_window", &window);
+        if self.sliding_window == Some(0) {
+            return invalid("sliding_window", 0, "a query sees its own key at least");
         }
         // Newer files have rope_theta and rope_scaling here. Ignoring it would change the model.
         if let Some(parameters) = &self.rope_parameters {
@@ -341,6 +342,8 @@ mod tests {
         assert_eq!(with("head_dim", json!(128)).unwrap().head_dim(), 128);
         assert_eq!(with("rope_theta", json!(5e5)).unwrap().rope_theta, 5e5);
         assert!(with("sliding_window", Value::Null).is_ok());
+        let window = with("sliding_window", json!(4096)).unwrap().sliding_window;
+        assert_eq!(window, Some(4096));
         assert!(with("model_type", json!("mistral")).is_ok());
     }
 
@@ -465,7 +468,6 @@ mod tests {
             ("hidden_act", json!("gelu"), "gelu"),
             ("attention_bias", json!(true), "true"),
             ("mlp_bias", json!(true), "true"),
-            ("sliding_window", json!(4096), "4096"),
             (
                 "rope_parameters",
                 json!({ "rope_theta": 1 }),

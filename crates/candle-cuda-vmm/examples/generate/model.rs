@@ -4,7 +4,7 @@
 use crate::config::{Config, RopeScaling};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_cuda_vmm::attention::gqa;
+use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa_with};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
 use candle_nn::rotary_emb::rope_thd;
@@ -41,6 +41,7 @@ struct Layer<C> {
     up: Tensor,
     down: Tensor,
     head_dim: usize,
+    window: Option<usize>,
     cache: C,
 }
 
@@ -79,7 +80,7 @@ impl<C: KvCache> Decoder<C> {
 
     /// Appends tokens, and returns the logits of the token after the last: `[vocab_size]`.
     pub fn forward(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let first = self.tokens();
+        let first = self.layers[0].cache.position();
         let ids = Tensor::new(tokens, self.embedding.device())?;
         let mut x = self.embedding.index_select(&ids, 0)?;
         let (cos, sin) = self.rope.at(first, tokens.len())?;
@@ -91,7 +92,7 @@ impl<C: KvCache> Decoder<C> {
         linear(&last, &self.head)?.squeeze(0)
     }
 
-    /// Returns the number of tokens in the caches.
+    /// Returns the number of tokens in each cache.
     pub fn tokens(&self) -> usize {
         self.layers[0].cache.current_seq_len()
     }
@@ -120,6 +121,7 @@ impl<C: KvCache> Layer<C> {
             up: weights.matrix(&name("mlp.up_proj"), between, hidden)?,
             down: weights.matrix(&name("mlp.down_proj"), hidden, between)?,
             head_dim,
+            window: config.sliding_window,
             cache,
         })
     }
@@ -153,17 +155,29 @@ impl<C: KvCache> Layer<C> {
         let k = rope_thd(&heads(&self.k)?, cos, sin)?.transpose(1, 2)?;
         let v = heads(&self.v)?.transpose(1, 2)?;
         let (k, v) = self.cache.append(&k, &v)?;
-        let scale = 1. / (self.head_dim as f32).sqrt();
+        let mask = self.window.map_or(Mask::Causal, Mask::Window);
+        let options = GqaOptions::new(1. / (self.head_dim as f32).sqrt()).mask(mask);
         let mixed = match attention {
-            Attention::Gqa => gqa(&q, &k, &v, scale, true)?,
-            Attention::Stock => stock(&q, &k, &v, scale)?,
+            Attention::Gqa => gqa_with(&q, &k, &v, &options)?,
+            Attention::Stock => stock(&q, &k, &v, options.scale, self.window)?,
         };
+        if let Some(window) = self.window {
+            // The next query sees its own key and one less than the window.
+            let released = self.cache.current_seq_len().saturating_sub(window - 1);
+            self.cache.release_front(released)?;
+        }
         linear(&mixed.transpose(1, 2)?.reshape((tokens, ()))?, &self.o)
     }
 }
 
-/// Causal attention as in Candle's models.
-pub fn stock(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+/// Causal attention as in Candle's models. A query of several sees the last `window` keys.
+pub fn stock(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f32,
+    window: Option<usize>,
+) -> Result<Tensor> {
     let (_, query_heads, queries, _) = q.dims4()?;
     let (batch, kv_heads, keys, dim) = k.dims4()?;
     let group = query_heads / kv_heads;
@@ -176,11 +190,14 @@ pub fn stock(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let scores = match queries {
         1 => scores,
         _ => {
-            let mask: Vec<f32> = (0..queries)
-                .flat_map(|query| {
-                    (0..keys).map(move |key| match key > keys - queries + query {
-                        true => f32::NEG_INFINITY,
-                        false => 0.,
+            let seen = |own: usize, key: usize| {
+                key <= own && window.is_none_or(|window| own - key < window)
+            };
+            let mask: Vec<f32> = (keys - queries..keys)
+                .flat_map(|own| {
+                    (0..keys).map(move |key| match seen(own, key) {
+                        true => 0.,
+                        false => f32::NEG_INFINITY,
                     })
                 })
                 .collect();

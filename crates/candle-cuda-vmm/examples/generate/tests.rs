@@ -12,6 +12,7 @@ use std::collections::HashMap;
 
 const PROMPT: usize = 9;
 const TOKENS: usize = 24;
+const WINDOW: usize = 6;
 
 fn config() -> Config {
     Config::parse(
@@ -19,6 +20,13 @@ fn config() -> Config {
              "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64 }"#,
     )
     .unwrap()
+}
+
+/// The same with a window that the prompt and the generated tokens exceed.
+fn windowed() -> Config {
+    let mut config = config();
+    config.sliding_window = Some(WINDOW);
+    config
 }
 
 fn run<F: Measured>(factory: &F, attention: Attention, seed: u64, dtype: DType) -> Generation {
@@ -92,6 +100,38 @@ fn a_prompt_token_by_token_gives_what_it_gives_at_once() {
         let off = off.max(0).unwrap().to_scalar::<f32>().unwrap();
         assert!(off < 1e-4, "{off}");
     }
+}
+
+#[test]
+fn a_window_bounds_the_caches_and_every_cache_and_attention_gives_the_same_tokens() {
+    fn check<F: Measured>(factory: &F, attention: Attention, expected: &mut Option<Vec<u32>>) {
+        let weights = || Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
+        let decoder = || Decoder::new(&windowed(), weights(), factory, 16, attention).unwrap();
+        let (mut whole, prompt) = (decoder(), prompt(160, PROMPT, 5));
+        let generation = generate(&mut whole, factory, 1, &prompt, TOKENS, 4).unwrap();
+        for sample in &generation.samples {
+            assert_eq!(sample.cached_tokens, WINDOW - 1);
+        }
+        let expected = expected.get_or_insert(generation.tokens.clone());
+        assert_eq!(generation.tokens, *expected, "{attention:?}");
+        let mut in_parts = decoder();
+        in_parts.forward(&prompt[..2]).unwrap();
+        in_parts.forward(&prompt[2..5]).unwrap();
+        let generation = generate(&mut in_parts, factory, 1, &prompt[5..], TOKENS, 4).unwrap();
+        assert_eq!(generation.tokens, *expected, "{attention:?}");
+    }
+    let mut expected = None;
+    for attention in [Attention::Stock, Attention::Gqa] {
+        check(&PreallocatedCaches, attention, &mut expected);
+        check(&ConcatCaches, attention, &mut expected);
+        #[cfg(feature = "simulator")]
+        {
+            let pool = candle_cuda_vmm::TensorPool::new(&Device::Cpu).unwrap();
+            check(&pool, attention, &mut expected);
+        }
+    }
+    let all = run(&ConcatCaches, Attention::Gqa, 5, DType::F32).tokens;
+    assert_ne!(expected, Some(all), "the window hides tokens");
 }
 
 #[test]

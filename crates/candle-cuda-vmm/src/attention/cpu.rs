@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::options::GqaOptions;
 use super::sizes::{NAME, Sizes};
 use candle_core::{CpuStorage, Error, Layout, Result, WithDType};
 use half::{bf16, f16};
@@ -45,14 +46,13 @@ impl Element for bf16 {
 /// Computes the attention of q, K and V. q is contiguous.
 pub fn attend(
     sizes: &Sizes,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     [q, k, v]: [(&CpuStorage, &Layout); 3],
 ) -> Result<CpuStorage> {
     match q.0 {
-        CpuStorage::F32(_) => attend_typed::<f32>(sizes, scale, causal, [q, k, v]),
-        CpuStorage::F16(_) => attend_typed::<f16>(sizes, scale, causal, [q, k, v]),
-        CpuStorage::BF16(_) => attend_typed::<bf16>(sizes, scale, causal, [q, k, v]),
+        CpuStorage::F32(_) => attend_typed::<f32>(sizes, options, [q, k, v]),
+        CpuStorage::F16(_) => attend_typed::<f16>(sizes, options, [q, k, v]),
+        CpuStorage::BF16(_) => attend_typed::<bf16>(sizes, options, [q, k, v]),
         other => {
             use candle_core::backend::BackendStorage;
             Err(Error::UnsupportedDTypeForOp(other.dtype(), NAME))
@@ -62,26 +62,25 @@ pub fn attend(
 
 fn attend_typed<T: Element>(
     sizes: &Sizes,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     [q, k, v]: [(&CpuStorage, &Layout); 3],
 ) -> Result<CpuStorage> {
     let per_head = sizes.rows() * sizes.dim;
     let queries = &T::cpu_storage_as_slice(q.0)?[q.1.start_offset()..];
     let (k, v) = (Heads::<T>::new(k)?, Heads::<T>::new(v)?);
-    let mut result = Vec::with_capacity(sizes.batch * sizes.kv_heads * per_head);
+    let mut result = Vec::with_capacity(sizes.shape().elem_count());
     let mut scores = vec![0.; sizes.rows() * sizes.keys];
     for batch in 0..sizes.batch {
         for head in 0..sizes.kv_heads {
-            let first = result.len();
+            let first = (batch * sizes.kv_heads + head) * per_head;
             let queries: Vec<f32> = queries[first..first + per_head]
                 .iter()
                 .map(|element| element.widen())
                 .collect();
             let keys = |key| k.row(batch, head, key, sizes.dim);
-            attention_weights(sizes, scale, causal, &queries, keys, &mut scores);
-            let values = |key| v.row(batch, head, key, sizes.dim);
-            let mixed = weighted_sums(sizes, causal, &scores, values);
+            attention_weights(sizes, options, &queries, keys, &mut scores);
+            let values = |key| v.row(batch, head, key, sizes.value_dim);
+            let mixed = weighted_sums(sizes, options, &scores, values);
             result.extend(mixed.into_iter().map(T::narrow));
         }
     }
@@ -113,16 +112,15 @@ impl<'a, T: Element> Heads<'a, T> {
 }
 
 /// Returns whether the query of this row sees this key.
-fn sees(sizes: &Sizes, causal: bool, row: usize, key: usize) -> bool {
-    !causal || key < sizes.keys_seen(row % sizes.queries)
+fn sees(sizes: &Sizes, options: &GqaOptions, row: usize, key: usize) -> bool {
+    sizes.seen(options.mask, row % sizes.queries).contains(&key)
 }
 
 /// Computes the weight of each key for each query row, `[rows, keys]`: a softmax over the keys that
 /// the query sees, and 0 for the others.
 fn attention_weights<'a, T: Element>(
     sizes: &Sizes,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     queries: &[f32],
     keys: impl Fn(usize) -> &'a [T],
     scores: &mut [f32],
@@ -132,8 +130,8 @@ fn attention_weights<'a, T: Element>(
     for key in 0..sizes.keys {
         widen(keys(key), &mut wide);
         for (row, query) in queries.chunks_exact(sizes.dim).enumerate() {
-            scores[row * sizes.keys + key] = match sees(sizes, causal, row, key) {
-                true => dot(query, &wide) * scale,
+            scores[row * sizes.keys + key] = match sees(sizes, options, row, key) {
+                true => capped(dot(query, &wide) * options.scale, options.soft_cap),
                 false => f32::NEG_INFINITY,
             };
         }
@@ -149,20 +147,24 @@ fn attention_weights<'a, T: Element>(
     }
 }
 
-/// Computes the weighted sums of values, `[rows, dim]`.
+fn capped(score: f32, cap: Option<f32>) -> f32 {
+    cap.map_or(score, |cap| cap * (score / cap).tanh())
+}
+
+/// Computes the weighted sums of values, `[rows, value_dim]`.
 fn weighted_sums<'a, T: Element>(
     sizes: &Sizes,
-    causal: bool,
+    options: &GqaOptions,
     weights: &[f32],
     values: impl Fn(usize) -> &'a [T],
 ) -> Vec<f32> {
-    let mut result = vec![0.; sizes.rows() * sizes.dim];
-    let mut wide = vec![0.; sizes.dim];
+    let mut result = vec![0.; sizes.rows() * sizes.value_dim];
+    let mut wide = vec![0.; sizes.value_dim];
     for key in 0..sizes.keys {
         widen(values(key), &mut wide);
-        for (row, result) in result.chunks_exact_mut(sizes.dim).enumerate() {
+        for (row, result) in result.chunks_exact_mut(sizes.value_dim).enumerate() {
             // A prompt's queries do not see about half of the keys.
-            if sees(sizes, causal, row, key) {
+            if sees(sizes, options, row, key) {
                 let weight = weights[row * sizes.keys + key];
                 for (sum, value) in result.iter_mut().zip(&wide) {
                     *sum += weight * value;
@@ -196,6 +198,7 @@ fn dot(left: &[f32], right: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::options::Mask;
     use super::*;
 
     #[test]
@@ -217,12 +220,14 @@ mod tests {
             queries: 2,
             keys: 2,
             dim: 1,
+            value_dim: 1,
         };
         let memory = [1., 1000.];
         let keys = |key: usize| &memory[key..=key];
         let mut weights = [0.; 4];
-        attention_weights(&sizes, 1., true, &[1., 1.], keys, &mut weights);
+        let options = GqaOptions::new(1.).mask(Mask::Causal);
+        attention_weights(&sizes, &options, &[1., 1.], keys, &mut weights);
         assert_eq!(weights, [1., 0., 0., 1.]);
-        assert_eq!(weighted_sums(&sizes, true, &weights, keys), memory);
+        assert_eq!(weighted_sums(&sizes, &options, &weights, keys), memory);
     }
 }

@@ -7,6 +7,7 @@
 //! until the product is queued, on the stream that orders the device's allocations.
 #![allow(unsafe_code)]
 
+use super::options::{GqaOptions, Mask};
 use super::sizes::{NAME, Sizes};
 use super::softmax;
 use crate::order::StreamOrder;
@@ -47,8 +48,7 @@ impl Element for bf16 {
 /// Computes the attention of q, K and V. q is contiguous.
 pub fn attend(
     sizes: &Sizes,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     inputs: [(&CudaStorage, &Layout); 3],
 ) -> Result<CudaStorage> {
     // All work is queued on q's stream, ordered with the streams of K and V if they differ.
@@ -58,9 +58,9 @@ pub fn attend(
         StreamOrder::begin(&stream, &values)?,
     ];
     let outcome = match inputs[0].0.dtype() {
-        DType::F32 => attend_typed::<f32>(sizes, scale, causal, inputs),
-        DType::F16 => attend_typed::<f16>(sizes, scale, causal, inputs),
-        DType::BF16 => attend_typed::<bf16>(sizes, scale, causal, inputs),
+        DType::F32 => attend_typed::<f32>(sizes, options, inputs),
+        DType::F16 => attend_typed::<f16>(sizes, options, inputs),
+        DType::BF16 => attend_typed::<bf16>(sizes, options, inputs),
         other => Err(Error::UnsupportedDTypeForOp(other, NAME)),
     };
     for order in orders {
@@ -71,16 +71,16 @@ pub fn attend(
 
 fn attend_typed<T: Element>(
     sizes: &Sizes,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     [q, k, v]: [(&CudaStorage, &Layout); 3],
 ) -> Result<CudaStorage> {
     let device = &q.0.device;
     let queries = extent::<T>(sizes, q.1, q)?;
-    let keys = Heads::<T>::new(sizes, q.1, k)?;
-    let values = Heads::<T>::new(sizes, q.1, v)?;
+    let keys = Heads::<T>::new(sizes, sizes.dim, q.1, k)?;
+    let values = Heads::<T>::new(sizes, sizes.value_dim, q.1, v)?;
+    let scale = options.scale;
     let scores = multiply::<T, f32>(device, sizes, Product::Scores { scale }, &keys, &queries)?;
-    let weights = weights::<T>(sizes, causal, wrap(sizes, scores, device))?;
+    let weights = weights::<T>(sizes, options, wrap(sizes, scores, device))?;
     let (storage, layout) = weights.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else {
         return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
@@ -114,14 +114,20 @@ struct Heads<'a, T> {
 }
 
 impl<'a, T: Element> Heads<'a, T> {
-    fn new(sizes: &Sizes, q: &Layout, from: (&'a CudaStorage, &Layout)) -> Result<Self> {
+    /// The heads of K or V, whose rows have `dim` elements.
+    fn new(
+        sizes: &Sizes,
+        dim: usize,
+        q: &Layout,
+        from: (&'a CudaStorage, &Layout),
+    ) -> Result<Self> {
         let strides = from.1.stride();
         let key_stride = match sizes.keys {
             // Unused for one key, but cuBLAS checks it.
-            1 => sizes.dim,
+            1 => dim,
             _ => strides[2],
         };
-        if key_stride < sizes.dim {
+        if key_stride < dim {
             let msg = "a key's stride must be at least the head's dimension";
             return Err(sizes.unexpected_strides(q, from.1, msg));
         }
@@ -189,12 +195,12 @@ impl Batches {
 enum Product {
     /// `[rows, keys] = scale · queries[rows, dim] · K[keys, dim]ᵀ`
     Scores { scale: f32 },
-    /// `[rows, dim] = weights[rows, keys] · V[keys, dim]`
+    /// `[rows, value_dim] = weights[rows, keys] · V[keys, value_dim]`
     Output,
 }
 
 /// Multiplies all heads with their query rows. The result is contiguous, `[batch, kv_heads, rows,
-/// keys or dim]`.
+/// keys or value_dim]`.
 fn multiply<T: Element, R: Element>(
     device: &CudaDevice,
     sizes: &Sizes,
@@ -212,7 +218,7 @@ fn multiply<T: Element, R: Element>(
         ),
         Product::Output => (
             sys::cublasOperation_t::CUBLAS_OP_N,
-            sizes.dim,
+            sizes.value_dim,
             sizes.keys,
             1.,
         ),
@@ -293,13 +299,10 @@ fn wrap<T: Element>(sizes: &Sizes, slice: CudaSlice<T>, device: &CudaDevice) -> 
 }
 
 /// Computes the weight of each key for each query, from the scores.
-fn weights<T: Element>(sizes: &Sizes, causal: bool, scores: Tensor) -> Result<Tensor> {
-    let scores = match causal && sizes.queries > 1 {
-        true => masked(sizes, &scores)?,
-        false => scores,
-    };
+fn weights<T: Element>(sizes: &Sizes, options: &GqaOptions, scores: Tensor) -> Result<Tensor> {
     let device = scores.device().as_cuda_device()?;
     let Some(kernel) = softmax::kernel(device, T::SOFTMAX) else {
+        let scores = capped_and_masked(sizes, options, &scores)?;
         return candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(T::DTYPE);
     };
     let (storage, _contiguous) = scores.storage_and_layout();
@@ -307,19 +310,36 @@ fn weights<T: Element>(sizes: &Sizes, causal: bool, scores: Tensor) -> Result<Te
         return Err(Error::UnsupportedDTypeForOp(T::DTYPE, NAME));
     };
     let scores = storage.as_cuda_slice::<f32>()?;
-    let weights = softmax::softmax::<T>(device, &kernel, scores, sizes.keys)?;
+    let weights = softmax::softmax::<T>(device, &kernel, scores, sizes, options)?;
     Ok(wrap(sizes, weights, device))
 }
 
-/// Returns the scores with `-inf` for the keys that a query does not see.
-fn masked(sizes: &Sizes, scores: &Tensor) -> Result<Tensor> {
-    let (device, keys) = (scores.device(), sizes.keys as u32);
-    let key = Tensor::arange(0, keys, device)?.reshape((1, sizes.keys))?;
-    let last_seen = Tensor::arange(keys - sizes.queries as u32, keys, device)?;
-    let seen = key.broadcast_le(&last_seen.reshape((sizes.queries, 1))?)?;
+/// Returns the scores within the soft cap, with `-inf` for the keys that a query does not see. The
+/// softmax kernel does the same.
+fn capped_and_masked(sizes: &Sizes, options: &GqaOptions, scores: &Tensor) -> Result<Tensor> {
+    let scores = match options.soft_cap {
+        Some(cap) => {
+            let cap = f64::from(cap);
+            scores.affine(1. / cap, 0.)?.tanh()?.affine(cap, 0.)?
+        }
+        None => scores.clone(),
+    };
+    if options.mask == Mask::None {
+        return Ok(scores);
+    }
+    let seen = (0..sizes.queries).flat_map(|query| {
+        let seen = sizes.seen(options.mask, query);
+        (0..sizes.keys).map(move |key| u8::from(seen.contains(&key)))
+    });
+    let device = scores.device();
+    let seen = Tensor::from_vec(
+        seen.collect::<Vec<_>>(),
+        (sizes.queries, sizes.keys),
+        device,
+    )?;
     let unseen = Tensor::full(f32::NEG_INFINITY, (), device)?.broadcast_as(scores.shape())?;
     seen.broadcast_as(scores.shape())?
-        .where_cond(scores, &unseen)
+        .where_cond(&scores, &unseen)
 }
 
 /// Converts a number to cuBLAS's type.

@@ -1,17 +1,24 @@
 //! Grouped-query attention.
 
 use super::cpu;
+use super::options::{GqaOptions, Mask};
 use super::sizes::{NAME, Sizes};
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 /// The most memory in bytes for scores at once. Longer prompts are processed in parts.
 const SCORES_BYTES_MAX: usize = 256 << 20;
 
+/// The fewest queries of a part if there is a window.
+const WINDOW_QUERIES: usize = 256;
+
 /// Computes grouped-query attention, `softmax(scale · q · kᵀ) · v`, reading K and V in place.
 ///
+/// This is [`gqa_with`] without a window and without a soft cap.
+///
 /// # Shapes
-/// `q` is `[batch, query_heads, queries, dim]`, `k` and `v` are `[batch, kv_heads, keys, dim]`. The
-/// result has `q`'s shape and is contiguous. With `g = query_heads / kv_heads`, the query heads `g
+/// `q` is `[batch, query_heads, queries, dim]`, `k` is `[batch, kv_heads, keys, dim]`, and `v` is
+/// `[batch, kv_heads, keys, value_dim]`. The result is `[batch, query_heads, queries, value_dim]`,
+/// contiguous. With `g = query_heads / kv_heads`, the query heads `g
 /// · h` to `g · h + g - 1` use head `h` of K and V. Candle's models repeat K and V for the same
 /// result.
 ///
@@ -21,7 +28,8 @@ const SCORES_BYTES_MAX: usize = 256 << 20;
 /// # Strides
 /// K and V may have any strides whose last is 1, and are not copied. A transposed view of
 /// token-major memory `[batch, keys, kv_heads, dim]` works, and so does a part of a longer
-/// reservation. On a GPU a key's stride must be at least `dim`. `q` is copied if it is not
+/// reservation. On a GPU the stride from key to key must be at least
+/// the size of a head. `q` is copied if it is not
 /// contiguous.
 ///
 /// # Causal mask
@@ -54,13 +62,47 @@ const SCORES_BYTES_MAX: usize = 256 << 20;
 /// Candle's errors, with the values, and with `gqa` as the operation if the error has one:
 /// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` and
 ///   `UnexpectedNumberOfDims` if a dtype, a device or a rank is not as above.
-/// - `ShapeMismatchBinaryOp` if `k` and `v` differ, if batch or dim differ, if `query_heads` is no
+/// - `ShapeMismatchBinaryOp` if `k` and `v` differ in more than the last dimension, if batch or dim
+///   differ, if `query_heads` is no
 ///   multiple of `kv_heads`, or with `causal` if there are more queries than keys.
 /// - `EmptyTensor` if any size except `queries` is 0.
 /// - `MatMulUnexpectedStriding` if strides are not supported.
 /// - `Cuda` if memory runs out or cuBLAS fails.
 pub fn gqa(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
-    in_parts(q, k, v, scale, causal, SCORES_BYTES_MAX)
+    let mask = match causal {
+        true => Mask::Causal,
+        false => Mask::None,
+    };
+    gqa_with(q, k, v, &GqaOptions::new(scale).mask(mask))
+}
+
+/// As [`gqa`], with options: a sliding window, a soft cap.
+///
+/// With a window, keys that no query sees are not read, so a decode step over a longer cache costs
+/// what the window costs. Several queries are processed in parts of about the window's length.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa, gqa_with};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let q = Tensor::randn(0f32, 1., (1, 8, 1, 64), &Device::Cpu)?;
+/// let kv = Tensor::randn(0f32, 1., (1, 2, 500, 64), &Device::Cpu)?;
+/// let window = GqaOptions::new(0.125).mask(Mask::Window(100));
+/// let windowed = gqa_with(&q, &kv, &kv, &window)?;
+/// let last = kv.narrow(2, 400, 100)?;
+/// let difference = (windowed - gqa(&q, &last, &last, 0.125, true)?)?.abs()?;
+/// assert!(difference.flatten_all()?.max(0)?.to_scalar::<f32>()? < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// As [`gqa`], and [`InvalidAttention`](crate::VmmError::InvalidAttention) if the window is 0, or if
+/// the soft cap is not more than 0 or not finite. [`VmmError::find`](crate::VmmError::find) returns
+/// that.
+pub fn gqa_with(q: &Tensor, k: &Tensor, v: &Tensor, options: &GqaOptions) -> Result<Tensor> {
+    in_parts(q, k, v, options, SCORES_BYTES_MAX)
 }
 
 /// Splits the queries so that the scores of each part take at most `scores_bytes_max` bytes.
@@ -68,34 +110,42 @@ fn in_parts(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    scale: f32,
-    causal: bool,
+    options: &GqaOptions,
     scores_bytes_max: usize,
 ) -> Result<Tensor> {
-    let sizes = Sizes::from_tensors(q, k, v, causal)?;
+    options.check()?;
+    let sizes = Sizes::from_tensors(q, k, v, options.mask)?;
     if sizes.queries == 0 {
-        return q.zeros_like();
+        return Tensor::zeros(sizes.shape(), q.dtype(), q.device());
     }
-    let bytes_of_query = sizes.batch * sizes.query_heads() * sizes.keys * size_of::<f32>();
-    let part = (scores_bytes_max / bytes_of_query).clamp(1, sizes.queries);
+    let (queries_max, keys) = match options.mask {
+        // Longer parts would have more scores of keys that a query does not see.
+        Mask::Window(window) => {
+            let queries = window.max(WINDOW_QUERIES);
+            (queries, sizes.keys.min(queries.saturating_add(window)))
+        }
+        _ => (sizes.queries, sizes.keys),
+    };
+    let bytes_of_query = sizes.batch * sizes.query_heads() * keys * size_of::<f32>();
+    let part = (scores_bytes_max / bytes_of_query).clamp(1, sizes.queries.min(queries_max));
     let mut results = Vec::new();
     for first in (0..sizes.queries).step_by(part) {
         let queries = part.min(sizes.queries - first);
-        let keys = match causal {
-            true => sizes.keys_seen(first + queries - 1),
-            false => sizes.keys,
-        };
+        let seen = |query| sizes.seen(options.mask, query);
+        let (start, end) = (seen(first).start, seen(first + queries - 1).end);
         let attention = Attention {
-            scale,
-            causal,
+            options: *options,
             sizes: Sizes {
                 queries,
-                keys,
+                keys: end - start,
                 ..sizes
             },
         };
         let q = q.narrow(2, first, queries)?.contiguous()?;
-        let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
+        let (k, v) = (
+            k.narrow(2, start, end - start)?,
+            v.narrow(2, start, end - start)?,
+        );
         results.push(q.apply_op3_no_bwd(&k, &v, &attention)?);
     }
     match results.len() {
@@ -106,8 +156,7 @@ fn in_parts(
 
 /// The operation on one part of the queries, whose scores fit in memory at once.
 struct Attention {
-    scale: f32,
-    causal: bool,
+    options: GqaOptions,
     sizes: Sizes,
 }
 
@@ -126,7 +175,7 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        let result = cpu::attend(&self.sizes, self.scale, self.causal, inputs)?;
+        let result = cpu::attend(&self.sizes, &self.options, inputs)?;
         Ok((result, self.sizes.shape()))
     }
 
@@ -141,7 +190,7 @@ impl CustomOp3 for Attention {
         v_layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let inputs = [(q, q_layout), (k, k_layout), (v, v_layout)];
-        let result = super::cuda::attend(&self.sizes, self.scale, self.causal, inputs)?;
+        let result = super::cuda::attend(&self.sizes, &self.options, inputs)?;
         Ok((result, self.sizes.shape()))
     }
 }
@@ -170,10 +219,17 @@ mod tests {
         let k = kv.transpose(1, 2).unwrap();
         let v = (&k * 0.5).unwrap();
         let bytes_of_query = 2 * 4 * 9 * 4;
-        for causal in [true, false] {
-            let whole = gqa(&q, &k, &v, 0.3, causal).unwrap();
+        for mask in [
+            Mask::None,
+            Mask::Causal,
+            Mask::Window(1),
+            Mask::Window(4),
+            Mask::Window(99),
+        ] {
+            let options = GqaOptions::new(0.3).mask(mask);
+            let whole = gqa_with(&q, &k, &v, &options).unwrap();
             for part in [0, 1, 2, 3, 6, 7] {
-                let parts = in_parts(&q, &k, &v, 0.3, causal, part * bytes_of_query).unwrap();
+                let parts = in_parts(&q, &k, &v, &options, part * bytes_of_query).unwrap();
                 assert_alike(&whole, &parts);
             }
         }
@@ -215,6 +271,7 @@ mod tests {
     #[test]
     fn no_queries_give_nothing() {
         let (q, kv) = (random((1, 2, 0, 4)), random((1, 2, 3, 4)));
-        assert_eq!(gqa(&q, &kv, &kv, 1., true).unwrap().dims(), [1, 2, 0, 4]);
+        let v = random((1, 2, 3, 5));
+        assert_eq!(gqa(&q, &kv, &v, 1., true).unwrap().dims(), [1, 2, 0, 5]);
     }
 }

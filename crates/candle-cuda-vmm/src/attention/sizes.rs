@@ -1,13 +1,15 @@
 //! The checked sizes of an attention.
 
+use super::options::Mask;
 use candle_core::error::MatMulUnexpectedStriding;
 use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
+use std::ops::Range;
 
 /// The operation's name in errors.
 pub const NAME: &str = "gqa";
 
-/// The sizes of queries `[batch, kv_heads * group, queries, dim]` and of K and V `[batch, kv_heads,
-/// keys, dim]`. Only `queries` may be 0.
+/// The sizes of queries `[batch, kv_heads * group, queries, dim]`, of K `[batch, kv_heads, keys,
+/// dim]`, and of V `[batch, kv_heads, keys, value_dim]`. Only `queries` may be 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     pub batch: usize,
@@ -17,11 +19,12 @@ pub struct Sizes {
     pub queries: usize,
     pub keys: usize,
     pub dim: usize,
+    pub value_dim: usize,
 }
 
 impl Sizes {
     /// Checks that three tensors fit together, and returns their sizes.
-    pub fn from_tensors(q: &Tensor, k: &Tensor, v: &Tensor, causal: bool) -> Result<Self> {
+    pub fn from_tensors(q: &Tensor, k: &Tensor, v: &Tensor, mask: Mask) -> Result<Self> {
         if !matches!(q.dtype(), DType::F16 | DType::BF16 | DType::F32) {
             return Err(Error::UnsupportedDTypeForOp(q.dtype(), NAME));
         }
@@ -38,9 +41,9 @@ impl Sizes {
                 return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME });
             }
         }
-        let sizes = Self::from_shapes(q.shape(), k.shape(), v.shape(), causal)?;
-        for other in [k, v] {
-            if sizes.dim > 1 && other.stride()[3] != 1 {
+        let sizes = Self::from_shapes(q.shape(), k.shape(), v.shape(), mask)?;
+        for (other, dim) in [(k, sizes.dim), (v, sizes.value_dim)] {
+            if dim > 1 && other.stride()[3] != 1 {
                 return Err(sizes.unexpected_strides(
                     q.layout(),
                     other.layout(),
@@ -51,7 +54,7 @@ impl Sizes {
         Ok(sizes)
     }
 
-    fn from_shapes(q: &Shape, k: &Shape, v: &Shape, causal: bool) -> Result<Self> {
+    fn from_shapes(q: &Shape, k: &Shape, v: &Shape, mask: Mask) -> Result<Self> {
         let four = |shape: &Shape| {
             <[usize; 4]>::try_from(shape.dims()).map_err(|_| Error::UnexpectedNumberOfDims {
                 expected: 4,
@@ -61,19 +64,19 @@ impl Sizes {
         };
         let [batch, heads, queries, dim] = four(q)?;
         let [k_batch, kv_heads, keys, k_dim] = four(k)?;
-        four(v)?;
+        let [.., value_dim] = four(v)?;
         let mismatch = |lhs: &Shape, rhs: &Shape| Error::ShapeMismatchBinaryOp {
             lhs: lhs.clone(),
             rhs: rhs.clone(),
             op: NAME,
         };
-        if k != v {
+        if k.dims()[..3] != v.dims()[..3] {
             return Err(mismatch(k, v));
         }
-        if [batch, heads, dim, k_batch, kv_heads, keys, k_dim].contains(&0) {
+        if [batch, heads, dim, k_batch, kv_heads, keys, k_dim, value_dim].contains(&0) {
             return Err(Error::EmptyTensor { op: NAME });
         }
-        let too_many_queries = causal && queries > keys;
+        let too_many_queries = mask != Mask::None && queries > keys;
         if (batch, dim) != (k_batch, k_dim) || !heads.is_multiple_of(kv_heads) || too_many_queries {
             return Err(mismatch(q, k));
         }
@@ -84,6 +87,7 @@ impl Sizes {
             queries,
             keys,
             dim,
+            value_dim,
         })
     }
 
@@ -97,15 +101,19 @@ impl Sizes {
         self.group * self.queries
     }
 
-    /// Returns how many keys a query sees with a causal mask: its own and all before. The last
-    /// query's own key is the last.
-    pub fn keys_seen(&self, query: usize) -> usize {
-        self.keys - self.queries + query + 1
+    /// Returns the keys that a query sees.
+    pub fn seen(&self, mask: Mask, query: usize) -> Range<usize> {
+        let end = || self.keys - self.queries + query + 1;
+        match mask {
+            Mask::None => 0..self.keys,
+            Mask::Causal => 0..end(),
+            Mask::Window(window) => end().saturating_sub(window)..end(),
+        }
     }
 
     /// Returns the shape of the result.
     pub fn shape(&self) -> Shape {
-        (self.batch, self.query_heads(), self.queries, self.dim).into()
+        (self.batch, self.query_heads(), self.queries, self.value_dim).into()
     }
 
     /// Makes the error for strides that are not supported.

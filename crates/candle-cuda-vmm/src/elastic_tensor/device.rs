@@ -194,11 +194,17 @@ impl DeviceRows {
 
     /// A column's side of an append of tokens, for which there is room.
     fn side<'a>(&self, column: usize, tokens: &'a Tensor) -> Side<'a> {
-        let base = (self.space.as_ref()).map_or(0, |space| space.extent.range().base_address());
         let first = match self.columns.rows(column) {
             rows if rows.is_empty() => self.columns.next(column),
             rows => rows.start,
         };
+        self.side_at(column, first, tokens)
+    }
+
+    /// A column's side of a write that counts rows from `first` on. That is counted from the start of
+    /// the range.
+    fn side_at<'a>(&self, column: usize, first: usize, tokens: &'a Tensor) -> Side<'a> {
+        let base = (self.space.as_ref()).map_or(0, |space| space.extent.range().base_address());
         let offset = first * self.layout.row_bytes + self.layout.start_bytes(column);
         Side {
             tokens,
@@ -243,6 +249,51 @@ impl DeviceRows {
             };
         }
         Ok(queued)
+    }
+
+    /// Moves all rows to a new range if a view shows some of these rows of a column.
+    pub(super) fn make_writable(&mut self, column: usize, rows: Range<usize>) -> Result<()> {
+        let start = self.columns.rows(column).start;
+        let bytes = self.bytes(&(start + rows.start..start + rows.end));
+        if let Some(space) = &mut self.space
+            && !bytes.is_empty()
+            && space.is_in_use(column, &bytes, self.memory.common.stream())?
+        {
+            let fresh = self.copy_to_new_space([], 0)?;
+            self.replace_space(fresh);
+        }
+        Ok(())
+    }
+
+    /// Writes over rows of a column from row `at` on, which are writable.
+    pub(super) fn overwrite(&mut self, column: usize, at: usize, rows: &Tensor) -> Result<()> {
+        let row_bytes = self.layout.row_bytes;
+        let first = self.columns.rows(column).start + at;
+        let offset = first * row_bytes + self.layout.start_bytes(column);
+        match &self.space {
+            Some(space) if rows.elem_count() > 0 => {
+                let range = space.extent.range();
+                (self.memory.leases).write_rows(range, offset, row_bytes, rows)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes keys and values over rows from row `at` on, which are writable, by one launch. Both
+    /// have a range of their own, one shape and dtype, and their sequence in dimension `dim`.
+    pub(super) fn overwrite_both(
+        pair: [(&Self, &Tensor); 2],
+        at: usize,
+        dim: usize,
+    ) -> Result<AppendOutcome> {
+        if pair.iter().any(|(rows, _)| rows.space.is_none()) {
+            return Ok(AppendOutcome::Unsupported);
+        }
+        let sides =
+            pair.map(|(rows, tokens)| rows.side_at(0, rows.columns.rows(0).start + at, tokens));
+        // SAFETY: the rows are live. After `make_writable` no view showed them. A view that was made
+        // since is the caller's own, and is to show what is written.
+        unsafe { pair[0].0.memory.append.queue(sides, dim, 0, false) }
     }
 
     pub(super) fn grow(&mut self, column: usize, count: usize) -> Result<()> {

@@ -158,6 +158,20 @@ impl Contents {
         }
     }
 
+    /// Moves the rows if a view has shown rows from row `at` on.
+    fn make_writable(&mut self, at: usize, dtype: DType) -> Result<()> {
+        let len = self.rows.len();
+        if let Some(buffer) = &self.buffer
+            && *self.viewed_end.get_mut() > self.rows.start + at
+        {
+            let mut fresh = Buffer::new(len, &self.row, dtype)?;
+            fresh.write(0, &buffer.data.narrow(0, self.rows.start, len)?)?;
+            (self.buffer, self.rows) = (Some(fresh), 0..len);
+            *self.viewed_end.get_mut() = 0;
+        }
+        Ok(())
+    }
+
     fn clear(&mut self) {
         (self.buffer, self.rows) = (None, 0..0);
         *self.viewed_end.get_mut() = 0;
@@ -272,6 +286,20 @@ impl HostRows {
 
     pub(super) fn grow(&mut self, column: usize, count: usize) -> Result<()> {
         self.add(column, count, |buffer, at| buffer.zero(at..at + count))
+    }
+
+    /// Moves the rows of a column to a new buffer if a view has shown some of these, or later ones.
+    pub(super) fn make_writable(&mut self, column: usize, rows: Range<usize>) -> Result<()> {
+        self.contents[column].make_writable(rows.start, self.layout.dtype)
+    }
+
+    /// Writes over rows of a column from row `at` on, which are writable.
+    pub(super) fn overwrite(&mut self, column: usize, at: usize, rows: &Tensor) -> Result<()> {
+        let contents = &mut self.contents[column];
+        match &mut contents.buffer {
+            Some(buffer) => buffer.write(contents.rows.start + at, rows),
+            None => Ok(()),
+        }
     }
 
     /// Copies all rows of a column to a buffer of its own, which the pool does not count.

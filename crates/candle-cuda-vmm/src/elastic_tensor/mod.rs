@@ -9,6 +9,7 @@ mod fork;
 mod growth;
 mod host;
 mod layout;
+mod overwrite;
 mod rows;
 mod shared;
 #[cfg(feature = "cuda")]
@@ -257,6 +258,17 @@ impl ElasticTensor {
     /// - [`Vmm`](VmmError::Vmm) with `OutOfPhysicalMemory` if the budget or the host has no memory.
     /// - [`Vmm`](VmmError::Vmm) if a driver call fails.
     pub fn append(&mut self, rows: &Tensor) -> Result<()> {
+        self.check_like(rows)?;
+        let count = rows.dims()[0];
+        self.check_room(count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        self.rows_mut(|all, column| with_rows!(all, all => all.append(column, rows)))?
+    }
+
+    /// Fails if rows `[count, row…]` differ from those of this tensor in dtype, device or shape.
+    pub(crate) fn check_like(&self, rows: &Tensor) -> Result<()> {
         const OP: &str = "elastic-append";
         if rows.dtype() != self.dtype {
             let (lhs, rhs, op) = (self.dtype, rows.dtype(), OP);
@@ -280,12 +292,7 @@ impl ElasticTensor {
             let (lhs, rhs, op) = (self.shape(self.len()), rows.shape().clone(), OP);
             return Err(Error::ShapeMismatchBinaryOp { lhs, rhs, op }.into());
         }
-        let count = rows.dims()[0];
-        self.check_room(count)?;
-        if count == 0 {
-            return Ok(());
-        }
-        self.rows_mut(|all, column| with_rows!(all, all => all.append(column, rows)))?
+        Ok(())
     }
 
     /// Returns whether [`append_both`](Self::append_both) supports these tokens, with the sequence

@@ -1,10 +1,25 @@
 //! Checks that all KV caches share.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
 
 use crate::error::Result;
 use candle_core::{Error, Tensor};
 
 /// Fails if `len` is more than the number of tokens.
 pub(super) fn check_truncate(tokens: usize, len: usize) -> Result<()> {
+    check_tokens(tokens, len, "len is more than the number of tokens")
+}
+
+/// Fails if `released` is more than the number of tokens.
+pub(super) fn check_release(tokens: usize, released: usize) -> Result<()> {
+    check_tokens(
+        tokens,
+        released,
+        "cannot release more tokens than there are",
+    )
+}
+
+fn check_tokens(tokens: usize, len: usize, msg: &'static str) -> Result<()> {
     if len <= tokens {
         return Ok(());
     }
@@ -13,7 +28,24 @@ pub(super) fn check_truncate(tokens: usize, len: usize) -> Result<()> {
         dim: 0,
         start: 0,
         len,
-        msg: "len is more than the number of tokens",
+        msg,
+    }
+    .into())
+}
+
+/// Returns how many of a cache's `tokens` tokens come before `position`, if `next` is the position
+/// after the last. Fails if the cache cannot be truncated to that position.
+pub(super) fn tokens_before(position: usize, next: usize, tokens: usize) -> Result<usize> {
+    let first = next.saturating_sub(tokens);
+    if (first..=next).contains(&position) {
+        return Ok(position - first);
+    }
+    Err(Error::NarrowInvalidArgs {
+        shape: next.into(),
+        dim: 0,
+        start: first,
+        len: position,
+        msg: "the position is not from the first token's to the one after the last",
     }
     .into())
 }
@@ -45,20 +77,4 @@ pub(super) fn check_pair(
         return Err(Error::ShapeMismatchBinaryOp { lhs, rhs, op });
     }
     Ok(())
-}
-
-/// Appends, and restores the cache if that fails.
-///
-/// Candle's caches append keys before values. A clone of such a cache copies no tokens, and a
-/// failed append writes behind the existing tokens only.
-pub(super) fn append_or_restore<C: Clone>(
-    cache: &mut C,
-    append: impl FnOnce(&mut C) -> candle_core::Result<(Tensor, Tensor)>,
-) -> Result<(Tensor, Tensor)> {
-    let before = cache.clone();
-    let outcome = append(cache);
-    if outcome.is_err() {
-        *cache = before;
-    }
-    Ok(outcome?)
 }

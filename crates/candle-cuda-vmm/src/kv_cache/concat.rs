@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::checks::{append_or_restore, check_pair, check_truncate};
-use super::traits::{KvCache, KvCacheFactory};
+use super::candle::{CandleCache, Growing};
+use super::traits::KvCacheFactory;
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache::ConcatKvCache;
@@ -16,46 +16,33 @@ use candle_nn::kv_cache::ConcatKvCache;
 pub struct ConcatCaches;
 
 impl KvCacheFactory for ConcatCaches {
-    type Cache = ConcatKvCache;
+    type Cache = CandleCache<ConcatKvCache>;
 
     fn layer(&self, _layer: usize, dim: usize, _max_seq_len: usize) -> Result<Self::Cache> {
-        Ok(ConcatKvCache::new(dim))
+        Ok(CandleCache::new(ConcatKvCache::new(dim)))
     }
 }
 
-/// `truncate` copies the remaining tokens, so that the memory of the others is freed.
-impl KvCache for ConcatKvCache {
-    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        check_pair(k, v, self.dim(), "concat-append")?;
-        append_or_restore(self, |cache| cache.append(k, v))
+impl Growing for ConcatKvCache {
+    const APPEND: &'static str = "concat-append";
+
+    fn sequence_dim(&self) -> usize {
+        self.dim()
     }
 
-    fn current_seq_len(&self) -> usize {
+    fn tokens(&self) -> usize {
         self.current_seq_len()
     }
 
-    fn truncate(&mut self, len: usize) -> Result<()> {
-        check_truncate(self.current_seq_len(), len)?;
-        if len == self.current_seq_len() {
-            return Ok(());
-        }
-        let dim = self.dim();
-        let kept = match (self.k(), self.v()) {
-            (Some(k), Some(v)) if len > 0 => {
-                // A contiguous part would be a view, which keeps all of the memory.
-                let first = |all: &Tensor| all.narrow(dim, 0, len)?.force_contiguous();
-                Some((first(k)?, first(v)?))
-            }
-            _ => None,
-        };
-        self.reset();
-        if let Some((k, v)) = kept {
-            self.append(&k, &v)?;
-        }
-        Ok(())
+    fn contents(&self) -> candle_core::Result<Option<(Tensor, Tensor)>> {
+        Ok(self.k().cloned().zip(self.v().cloned()))
     }
 
-    fn reset(&mut self) {
+    fn grow(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        self.append(k, v)
+    }
+
+    fn clear(&mut self) {
         self.reset();
     }
 }

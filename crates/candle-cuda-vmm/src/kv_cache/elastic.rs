@@ -1,6 +1,6 @@
 //! A KV cache that grows in place.
 
-use super::checks::{check_pair, check_truncate};
+use super::checks::{check_pair, check_release, check_truncate};
 use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
@@ -21,6 +21,8 @@ pub struct ElasticCache {
     dim: usize,
     max_seq_len: usize,
     rows: Option<ElasticTensor>,
+    /// Tokens that were dropped at the front since the last reset.
+    released: usize,
     /// The error of a clone that could not copy the tokens.
     failed: Option<Arc<VmmError>>,
 }
@@ -32,6 +34,7 @@ impl ElasticCache {
             dim,
             max_seq_len,
             rows: None,
+            released: 0,
             failed: None,
         }
     }
@@ -44,6 +47,11 @@ impl ElasticCache {
     /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.rows.as_ref().map_or(0, ElasticTensor::len)
+    }
+
+    /// Returns the position of the next token; see [`KvCache`].
+    pub fn position(&self) -> usize {
+        self.released + self.current_seq_len()
     }
 
     /// Returns the number of tokens that the cache was made for. It is no limit; see
@@ -154,10 +162,11 @@ impl ElasticCache {
         ElasticTensor::expecting(&self.pool, row, dtype, Some(self.max_seq_len))
     }
 
-    /// The same cache with other tokens.
+    /// The same cache, at the same position, with other memory for its tokens.
     fn with_rows(&self, rows: Option<ElasticTensor>) -> Self {
         Self {
             rows,
+            released: self.released,
             ..Self::new(&self.pool, self.dim, self.max_seq_len)
         }
     }
@@ -189,14 +198,17 @@ impl ElasticCache {
 
     fn release_front(&mut self, tokens: usize) -> Result<()> {
         self.check()?;
-        check_truncate(self.current_seq_len(), tokens)?;
+        check_release(self.current_seq_len(), tokens)?;
         let rows = self.rows.as_mut();
-        rows.map_or(Ok(()), |rows| rows.release_front(tokens))
+        rows.map_or(Ok(()), |rows| rows.release_front(tokens))?;
+        self.released += tokens;
+        Ok(())
     }
 
     /// Drops all tokens and frees their memory.
     pub fn reset(&mut self) {
         self.failed = None;
+        self.released = 0;
         if let Some(rows) = &mut self.rows {
             rows.clear();
         }
@@ -210,7 +222,7 @@ impl ElasticCache {
 }
 
 /// What a cache was before tokens are appended.
-struct Mark {
+pub(super) struct Mark {
     len: usize,
     live: Live,
     /// What the append has replaced.
@@ -328,12 +340,10 @@ impl ElasticKvCache {
     /// As [`append`](Self::append), with this crate's errors.
     fn try_append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         check_pair(k, v, self.k.dim, "elastic-append")?;
-        let mut marks = [self.k.mark(), self.v.mark()];
+        let mut marks = self.marks();
         let outcome = self.append_or_fail(k, v, &mut marks);
         if outcome.is_err() {
-            let [k_mark, v_mark] = marks;
-            self.k.undo(k_mark);
-            self.v.undo(v_mark);
+            self.undo(marks);
         }
         outcome
     }
@@ -356,6 +366,17 @@ impl ElasticKvCache {
         Ok(self.output()?)
     }
 
+    /// What the cache is now.
+    pub(super) fn marks(&self) -> [Mark; 2] {
+        [self.k.mark(), self.v.mark()]
+    }
+
+    /// Drops what came after the marks, and frees the memory that was allocated for it.
+    pub(super) fn undo(&mut self, [k_mark, v_mark]: [Mark; 2]) {
+        self.k.undo(k_mark);
+        self.v.undo(v_mark);
+    }
+
     /// Appends keys and values by one launch, if possible.
     #[cfg(feature = "cuda")]
     fn append_in_one_launch(&mut self, k: &Tensor, v: &Tensor) -> Result<AppendOutcome> {
@@ -369,11 +390,20 @@ impl ElasticKvCache {
         }
     }
 
+    /// Returns views of all keys and values, as [`output`](Self::output).
+    pub(super) fn views(&self) -> candle_core::Result<(Tensor, Tensor)> {
+        Ok((self.k.view()?, self.v.view()?))
+    }
+
+    pub(super) fn is_output_contiguous(&self) -> bool {
+        self.k.is_output_contiguous()
+    }
+
     /// Returns all keys and values. Something must have been appended before, at least an empty
     /// tensor of some shape.
     fn output(&self) -> candle_core::Result<(Tensor, Tensor)> {
-        let (k, v) = (self.k.view()?, self.v.view()?);
-        match self.k.is_output_contiguous() {
+        let (k, v) = self.views()?;
+        match self.is_output_contiguous() {
             true => Ok((k.force_contiguous()?, v.force_contiguous()?)),
             false => Ok((k, v)),
         }
@@ -382,6 +412,11 @@ impl ElasticKvCache {
     /// Returns the number of tokens in the cache.
     pub fn current_seq_len(&self) -> usize {
         self.k.current_seq_len()
+    }
+
+    /// Returns the position of the next token; see [`KvCache`].
+    pub fn position(&self) -> usize {
+        self.k.position()
     }
 
     /// Returns the tensors of keys and values; `None` if their shapes are not known yet.
@@ -444,12 +479,12 @@ impl ElasticKvCache {
     /// # Errors
     /// As [`ElasticTensor::release_front`].
     pub fn release_front(&mut self, tokens: usize) -> Result<()> {
-        check_truncate(self.v.current_seq_len(), tokens)?;
+        check_release(self.v.current_seq_len(), tokens)?;
         self.k.release_front(tokens)?;
         self.v.release_front(tokens)
     }
 
-    /// Makes a cache of the same pool with copies of the tokens.
+    /// Makes a cache of the same pool with copies of the tokens, and the same position.
     ///
     /// # Errors
     /// As [`ElasticTensor::try_clone`].
@@ -485,8 +520,16 @@ impl KvCache for ElasticKvCache {
         self.current_seq_len()
     }
 
+    fn position(&self) -> usize {
+        self.position()
+    }
+
     fn truncate(&mut self, len: usize) -> Result<()> {
         self.truncate(len)
+    }
+
+    fn release_front(&mut self, tokens: usize) -> Result<()> {
+        self.release_front(tokens)
     }
 
     fn reset(&mut self) {

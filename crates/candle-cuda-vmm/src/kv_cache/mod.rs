@@ -9,6 +9,11 @@
 //! **Models of `candle-transformers`** make their caches inside, out of reach. They need a small
 //! upstream change; `docs/UPSTREAM.md` in the repository describes it.
 //!
+//! **Sliding windows.** After each step a model calls [`release_front`](KvCache::release_front) with
+//! the tokens that no later query sees, and takes positions from [`position`](KvCache::position).
+//! [`gqa_with`](crate::attention::gqa_with) has the mask. [`ElasticRotatingKvCache`] is for models
+//! that use Candle's rotating cache.
+//!
 //! ```
 //! use candle_core::{Device, Tensor};
 //! use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
@@ -39,16 +44,21 @@
 //! # }
 //! ```
 
+mod candle;
 mod checks;
 mod concat;
 mod elastic;
 mod fork;
 mod preallocated;
+mod ring;
+mod rotating;
 mod sequence;
 mod traits;
 
+pub use candle::CandleCache;
 pub use concat::ConcatCaches;
 pub use elastic::{ElasticCache, ElasticKvCache};
 pub use preallocated::PreallocatedCaches;
+pub use rotating::ElasticRotatingKvCache;
 pub use sequence::{Sequence, SequenceCache, SequenceReservation};
 pub use traits::{KvCache, KvCacheFactory};

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::checks::{append_or_restore, check_pair, check_truncate};
-use super::traits::{KvCache, KvCacheFactory};
+use super::candle::{CandleCache, Growing};
+use super::traits::KvCacheFactory;
 use crate::error::Result;
 use candle_core::Tensor;
 use candle_nn::kv_cache;
@@ -16,7 +16,7 @@ use candle_nn::kv_cache;
 pub struct PreallocatedCaches;
 
 impl KvCacheFactory for PreallocatedCaches {
-    type Cache = kv_cache::KvCache;
+    type Cache = CandleCache<kv_cache::KvCache>;
 
     /// # Errors
     /// [`Vmm`](crate::VmmError::Vmm) with `ZeroSize` if `max_seq_len` is 0. Such a cache could
@@ -26,43 +26,30 @@ impl KvCacheFactory for PreallocatedCaches {
             let what = "max_seq_len";
             return Err(cuda_vmm::VmmError::ZeroSize { what }.into());
         }
-        Ok(kv_cache::KvCache::new(dim, max_seq_len))
+        Ok(CandleCache::new(kv_cache::KvCache::new(dim, max_seq_len)))
     }
 }
 
-/// `truncate` copies the remaining tokens into new memory, because this cache cannot be shortened.
-impl KvCache for kv_cache::KvCache {
-    fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        check_pair(k, v, self.k_cache().dim(), "kv-append")?;
-        let (k, v) = (k.contiguous()?, v.contiguous()?);
-        append_or_restore(self, |cache| cache.append(&k, &v))
+impl Growing for kv_cache::KvCache {
+    const APPEND: &'static str = "kv-append";
+
+    fn sequence_dim(&self) -> usize {
+        self.k_cache().dim()
     }
 
-    fn current_seq_len(&self) -> usize {
+    fn tokens(&self) -> usize {
         self.current_seq_len()
     }
 
-    fn truncate(&mut self, len: usize) -> Result<()> {
-        check_truncate(self.current_seq_len(), len)?;
-        if len == self.current_seq_len() {
-            return Ok(());
-        }
-        let kept = match (self.k()?, self.v()?) {
-            (Some(k), Some(v)) if len > 0 => {
-                let (k_dim, v_dim) = (self.k_cache().dim(), self.v_cache().dim());
-                let (k, v) = (k.narrow(k_dim, 0, len)?, v.narrow(v_dim, 0, len)?);
-                Some((k.contiguous()?, v.contiguous()?))
-            }
-            _ => None,
-        };
-        self.reset();
-        if let Some((k, v)) = kept {
-            self.append(&k, &v)?;
-        }
-        Ok(())
+    fn contents(&self) -> candle_core::Result<Option<(Tensor, Tensor)>> {
+        Ok(self.k()?.zip(self.v()?))
     }
 
-    fn reset(&mut self) {
+    fn grow(&mut self, k: &Tensor, v: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+        self.append(&k.contiguous()?, &v.contiguous()?)
+    }
+
+    fn clear(&mut self) {
         self.reset();
     }
 }

@@ -1,5 +1,6 @@
 //! The caches of one sequence, which grow, shrink and are refused together.
 
+use super::checks::{check_truncate, tokens_before};
 use super::elastic::ElasticKvCache;
 use super::traits::{KvCache, KvCacheFactory};
 use crate::elastic_tensor::{ElasticTensor, SharedRows, Waits};
@@ -120,8 +121,16 @@ impl KvCache for SequenceCache {
         self.lock().map_or(0, |cache| cache.current_seq_len())
     }
 
+    fn position(&self) -> usize {
+        self.lock().map_or(0, |cache| cache.position())
+    }
+
     fn truncate(&mut self, len: usize) -> Result<()> {
         self.lock()?.truncate(len)
+    }
+
+    fn release_front(&mut self, tokens: usize) -> Result<()> {
+        self.lock()?.release_front(tokens)
     }
 
     fn reset(&mut self) {
@@ -392,9 +401,24 @@ impl Sequence {
     pub fn truncate(&self, len: usize) -> Result<()> {
         self.with_layers(|caches| {
             for (_, cache) in caches.iter() {
-                super::checks::check_truncate(cache.current_seq_len(), len)?;
+                check_truncate(cache.current_seq_len(), len)?;
             }
             (caches.iter_mut()).try_for_each(|(_, cache)| cache.truncate(len))
+        })
+    }
+
+    /// Drops the tokens from a position on, in all layers. Use it instead of
+    /// [`truncate`](Self::truncate) if layers have released tokens, and so have different lengths.
+    ///
+    /// # Errors
+    /// As [`KvCache::truncate_to_position`] if a layer has no such position; then no layer has
+    /// changed.
+    pub fn truncate_to_position(&self, position: usize) -> Result<()> {
+        self.with_layers(|caches| {
+            for (_, cache) in caches.iter() {
+                tokens_before(position, cache.position(), cache.current_seq_len())?;
+            }
+            (caches.iter_mut()).try_for_each(|(_, cache)| cache.truncate_to_position(position))
         })
     }
 
@@ -415,6 +439,16 @@ impl Sequence {
             Ok(lengths.min().unwrap_or(0))
         });
         len.unwrap_or(0)
+    }
+
+    /// Returns the position that all layers have reached: tokens that a layer has released count. 0
+    /// without layers, and in a forked process.
+    pub fn position(&self) -> usize {
+        let position = self.with_layers(|caches| {
+            let positions = caches.iter().map(|(_, cache)| cache.position());
+            Ok(positions.min().unwrap_or(0))
+        });
+        position.unwrap_or(0)
     }
 
     /// Returns whether a layer has no tokens, or there are no layers.

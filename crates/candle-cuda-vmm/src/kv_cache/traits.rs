@@ -1,5 +1,6 @@
 //! What a model needs of a KV cache.
 
+use super::checks::tokens_before;
 use crate::error::Result;
 use candle_core::Tensor;
 
@@ -8,6 +9,28 @@ use candle_core::Tensor;
 /// Shapes are those of Candle's caches: the sequence is dimension `dim` of the input and of the
 /// output, 2 for `[batch, heads, seq, head_dim]`. Errors are this crate's. A function that returns
 /// Candle's [`Result`](candle_core::Result) can use `?` on them.
+///
+/// # Lengths and positions
+/// The length, [`current_seq_len`](Self::current_seq_len), counts the tokens in the cache. The
+/// [`position`](Self::position) is that of the next token in the whole sequence. It also counts the
+/// tokens that [`release_front`](Self::release_front) has dropped, so a model takes its rotary
+/// embedding from it. Without released tokens the two are equal.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_cuda_vmm::kv_cache::{ConcatCaches, KvCache, KvCacheFactory};
+///
+/// # fn main() -> candle_cuda_vmm::Result<()> {
+/// let mut cache = ConcatCaches.layer(0, 2, 4096)?;
+/// let tokens = Tensor::zeros((1, 8, 10, 64), DType::F32, &Device::Cpu)?;
+/// cache.append(&tokens, &tokens)?;
+/// cache.release_front(4)?; // a window of 6
+/// assert_eq!((cache.current_seq_len(), cache.position()), (6, 10));
+/// cache.truncate_to_position(7)?; // the last three were rejected
+/// assert_eq!((cache.current_seq_len(), cache.position()), (3, 7));
+/// # Ok(())
+/// # }
+/// ```
 pub trait KvCache {
     /// Appends the next tokens, and returns all keys and all values, including the new ones.
     ///
@@ -27,6 +50,10 @@ pub trait KvCache {
     /// Returns the number of tokens in the cache.
     fn current_seq_len(&self) -> usize;
 
+    /// Returns the position of the next token: the number of tokens that were appended and not
+    /// truncated, including released ones. [`reset`](Self::reset) sets it to 0.
+    fn position(&self) -> usize;
+
     /// Keeps the first `len` tokens and drops the rest, as speculative decoding does with rejected
     /// tokens.
     ///
@@ -35,7 +62,27 @@ pub trait KvCache {
     /// changes nothing. Otherwise the cache's own errors.
     fn truncate(&mut self, len: usize) -> Result<()>;
 
-    /// Drops all tokens.
+    /// Drops the tokens from a position on. The next token then has that position.
+    ///
+    /// # Errors
+    /// Candle's `NarrowInvalidArgs` if the position is before the first token in the cache or after
+    /// the next token, and then nothing changes: `shape` is the next token's position, `start` the
+    /// first token's, `len` the given one. Otherwise as [`truncate`](Self::truncate).
+    fn truncate_to_position(&mut self, position: usize) -> Result<()> {
+        let len = tokens_before(position, self.position(), self.current_seq_len())?;
+        self.truncate(len)
+    }
+
+    /// Drops the first `tokens` tokens, as a sliding window does. The position stays.
+    ///
+    /// A cache over elastic memory frees that of whole pages. Candle's caches copy the remaining
+    /// tokens.
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate), if there are fewer tokens.
+    fn release_front(&mut self, tokens: usize) -> Result<()>;
+
+    /// Drops all tokens. The next token has position 0.
     fn reset(&mut self);
 }
 

@@ -7,7 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::sim::Fault;
 use candle_cuda_vmm::cuda_vmm::{EngineOptions, EngineStats, WorkerMode, sys};
 use candle_cuda_vmm::{
-    ElasticBlocks, ElasticKvCache, ElasticTensor, Result, TensorPool, TensorPoolOptions,
+    ElasticBlocks, ElasticKvCache, ElasticRotatingKvCache, ElasticTensor, Result, TensorPool,
+    TensorPoolOptions,
 };
 use std::time::{Duration, Instant};
 
@@ -243,4 +244,29 @@ fn pools_and_blocks_that_cannot_be_made_leave_nothing_behind() {
     assert!(calls >= 2, "each tensor has addresses");
     drop((made, blocks));
     same(0);
+}
+
+impl Contents for ElasticRotatingKvCache {
+    fn contents(&self) -> Vec<u8> {
+        let both = [self.k().unwrap().unwrap(), self.v().unwrap().unwrap()];
+        let state = [self.offset() as u8, self.current_seq_len() as u8];
+        both.iter().flat_map(numbers).chain(state).collect()
+    }
+}
+
+#[test]
+fn an_append_to_a_rotating_cache_that_fails_leaves_keys_values_and_memory() {
+    // Behind the tokens, over some of them too, and over all.
+    for count in [3, 5, 6, 8] {
+        let make = |pool: &TensorPool| {
+            let mut cache = pool.rotating_kv_cache(0, 6).unwrap();
+            cache.append(&rows(0, 3), &rows(100, 3)).unwrap();
+            cache
+        };
+        let append = |cache: &mut ElasticRotatingKvCache| {
+            Ok(cache.append(&rows(3, count), &rows(103, count)).map(drop)?)
+        };
+        let failures = fail_each_call(make, append);
+        assert!(failures >= 6, "three on each side: {failures}");
+    }
 }

@@ -31,7 +31,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let (k, v) = (random(KV_HEADS, keys)?, random(KV_HEADS, keys)?);
         let (head_k, head_v) = (k.contiguous()?, v.contiguous()?);
         let by_gqa = || gqa(&q, &k, &v, scale, true);
-        let by_stock = || stock(&q, &head_k, &head_v, scale);
+        let by_stock = || stock(&q, &head_k, &head_v, scale, None);
         let apart = (by_gqa()?.to_dtype(DType::F32)? - by_stock()?.to_dtype(DType::F32)?)?;
         let apart = apart.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         let is_near = apart <= TOLERANCE;

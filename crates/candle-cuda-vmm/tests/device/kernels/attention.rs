@@ -3,21 +3,21 @@
 
 use crate::common::open;
 use candle_core::{D, DType, Device, Error, Result, Shape, Tensor};
-use candle_cuda_vmm::attention::gqa;
+use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa};
 use candle_cuda_vmm::cuda_vmm::DriverKind;
 
 /// The sizes of a case.
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    batch: usize,
-    query_heads: usize,
-    kv_heads: usize,
-    queries: usize,
-    keys: usize,
-    dim: usize,
+pub struct Case {
+    pub batch: usize,
+    pub query_heads: usize,
+    pub kv_heads: usize,
+    pub queries: usize,
+    pub keys: usize,
+    pub dim: usize,
 }
 
-const fn case(
+pub const fn case(
     batch: usize,
     (query_heads, kv_heads): (usize, usize),
     (queries, keys): (usize, usize),
@@ -52,7 +52,7 @@ const CASES: [Case; 11] = [
 
 /// The layout of K and V.
 #[derive(Clone, Copy, Debug)]
-enum KvLayout {
+pub enum KvLayout {
     /// Contiguous `[batch, kv_heads, keys, dim]`.
     HeadMajor,
     /// The first keys of a longer head-major reservation, as Candle's `KvCache` returns them.
@@ -64,7 +64,7 @@ enum KvLayout {
 }
 
 impl KvLayout {
-    const ALL: [Self; 4] = [
+    pub const ALL: [Self; 4] = [
         Self::HeadMajor,
         Self::HeadMajorPart,
         Self::TokenMajor,
@@ -72,7 +72,7 @@ impl KvLayout {
     ];
 
     /// Makes a view `[batch, kv_heads, keys, dim]` of random numbers with this layout.
-    fn random(self, case: Case, dtype: DType, device: &Device) -> Result<Tensor> {
+    pub fn random(self, case: Case, dtype: DType, device: &Device) -> Result<Tensor> {
         let Case {
             batch,
             kv_heads,
@@ -93,20 +93,33 @@ impl KvLayout {
 }
 
 /// Attention as in Candle's models, in F32.
-fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Result<Tensor> {
+pub fn reference(q: &Tensor, k: &Tensor, v: &Tensor, options: &GqaOptions) -> Result<Tensor> {
     let (_, query_heads, queries, _) = q.dims4()?;
-    let (batch, kv_heads, keys, dim) = k.dims4()?;
+    let (batch, kv_heads, keys, _) = k.dims4()?;
     let repeated = |kv: &Tensor| {
+        let dim = kv.dims()[3];
         let shape = (batch, kv_heads, query_heads / kv_heads, keys, dim);
         let kv = kv.to_dtype(DType::F32)?.contiguous()?.unsqueeze(2)?;
         kv.expand(shape)?.reshape((batch, query_heads, keys, dim))
     };
     let q = q.to_dtype(DType::F32)?.contiguous()?;
     let scores = q.matmul(&repeated(k)?.transpose(2, 3)?.contiguous()?)?;
-    let scores = scores.affine(scale.into(), 0.)?;
+    let mut scores = scores.affine(options.scale.into(), 0.)?;
+    if let Some(cap) = options.soft_cap {
+        scores = ((scores / f64::from(cap))?.tanh()? * f64::from(cap))?;
+    }
+    let is_hidden = |query: usize, key: usize| {
+        // Without a mask there may be more queries than keys.
+        let own = (keys + query).wrapping_sub(queries);
+        match options.mask {
+            Mask::Causal => key > own,
+            Mask::Window(window) => key > own || key + window <= own,
+            _ => false,
+        }
+    };
     let mask: Vec<f32> = (0..queries)
         .flat_map(|query| {
-            (0..keys).map(move |key| match causal && key > keys - queries + query {
+            (0..keys).map(move |key| match is_hidden(query, key) {
                 true => f32::NEG_INFINITY,
                 false => 0.,
             })
@@ -117,8 +130,14 @@ fn reference(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Re
     weights.matmul(&repeated(v)?)
 }
 
+/// The options of a call of `gqa`.
+fn plain(scale: f32, causal: bool) -> GqaOptions {
+    let mask = if causal { Mask::Causal } else { Mask::None };
+    GqaOptions::new(scale).mask(mask)
+}
+
 /// Returns the largest difference between two tensors.
-fn difference(left: &Tensor, right: &Tensor) -> Result<f32> {
+pub fn difference(left: &Tensor, right: &Tensor) -> Result<f32> {
     let left = left.to_dtype(DType::F32)?;
     (left - right)?
         .abs()?
@@ -146,7 +165,7 @@ fn every_shape_in_every_place_is_what_repeated_heads_give() {
                     assert_eq!(ours.dims(), q.dims());
                     assert_eq!(ours.dtype(), dtype);
                     assert!(ours.is_contiguous());
-                    let expected = reference(&q, &k, &v, scale, causal).unwrap();
+                    let expected = reference(&q, &k, &v, &plain(scale, causal)).unwrap();
                     let off = difference(&ours, &expected).unwrap();
                     assert!(
                         off <= allowed,
@@ -170,14 +189,14 @@ fn queries_may_stand_anywhere_and_k_and_v_in_different_places() {
         random(KvLayout::HeadMajorPart),
     );
     let ours = gqa(&q, &k, &v, 0.2, true).unwrap();
-    let expected = reference(&q, &k, &v, 0.2, true).unwrap();
+    let expected = reference(&q, &k, &v, &plain(0.2, true)).unwrap();
     assert!(difference(&ours, &expected).unwrap() <= 2e-5);
     // One sequence for both: a stride of 0.
     let (k, v) = (k.narrow(0, 0, 1).unwrap(), v.narrow(0, 0, 1).unwrap());
     let expand = |kv: &Tensor| kv.expand((2, 2, 19, 32)).unwrap();
     let (k, v) = (expand(&k), expand(&v));
     let ours = gqa(&q, &k, &v, 0.2, true).unwrap();
-    let expected = reference(&q, &k, &v, 0.2, true).unwrap();
+    let expected = reference(&q, &k, &v, &plain(0.2, true)).unwrap();
     assert!(difference(&ours, &expected).unwrap() <= 2e-5);
 }
 
@@ -193,7 +212,7 @@ fn large_scores_do_not_overflow() {
     let q = q.to_dtype(DType::F16).unwrap();
     let k = kv.affine(20., 0.).unwrap();
     let ours = gqa(&q, &k, &kv, 1., true).unwrap();
-    let expected = reference(&q, &k, &kv, 1., true).unwrap();
+    let expected = reference(&q, &k, &kv, &plain(1., true)).unwrap();
     assert!(difference(&ours, &expected).unwrap() <= 4e-3);
 }
 

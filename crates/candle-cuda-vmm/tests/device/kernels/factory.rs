@@ -86,17 +86,29 @@ fn a_cache_holds_what_a_list_of_tokens_holds() {
     fn check<F: KvCacheFactory>(factory: &F, device: &Device) {
         let mut random = StdRng::seed_from_u64(5);
         let mut cache = factory.layer(0, 2, MAX_SEQ_LEN).unwrap();
-        let (mut list, mut next) = (Vec::<u32>::new(), 0);
+        let (mut list, mut next, mut released) = (Vec::<u32>::new(), 0, 0);
         for _ in 0..300 {
-            match random.random_range(0..10) {
+            match random.random_range(0..12) {
                 0 => {
                     cache.reset();
                     list.clear();
+                    released = 0;
                 }
                 1 | 2 => {
                     let len = random.random_range(0..=list.len());
                     cache.truncate(len).unwrap();
                     list.truncate(len);
+                }
+                3 => {
+                    let len = random.random_range(0..=list.len());
+                    cache.truncate_to_position(released + len).unwrap();
+                    list.truncate(len);
+                }
+                4 | 5 => {
+                    let front = random.random_range(0..=list.len().min(4));
+                    cache.release_front(front).unwrap();
+                    list.drain(..front);
+                    released += front;
                 }
                 _ => {
                     let new: Vec<u32> = (next..next + random.random_range(1..=5)).collect();
@@ -114,6 +126,7 @@ fn a_cache_holds_what_a_list_of_tokens_holds() {
                 }
             }
             assert_eq!(cache.current_seq_len(), list.len());
+            assert_eq!(cache.position(), released + list.len());
         }
     }
     let test = open();
@@ -130,7 +143,9 @@ fn what_is_refused_changes_nothing() {
         cache.append(&three, &three).unwrap();
         assert!(cache.truncate(4).is_err());
         assert!(cache.truncate(usize::MAX).is_err());
-        assert_eq!(cache.current_seq_len(), 3);
+        assert!(cache.release_front(4).is_err());
+        assert!(cache.truncate_to_position(4).is_err());
+        assert_eq!((cache.current_seq_len(), cache.position()), (3, 3));
         let other = three.to_dtype(DType::F16).unwrap();
         assert!(cache.append(&other, &other).is_err());
         let other = three.narrow(1, 0, 1).unwrap();
@@ -157,6 +172,22 @@ fn caches_say_how_many_tokens_there_are_to_truncate() {
             }
             other => panic!("{other}"),
         }
+        match cache.release_front(5).unwrap_err() {
+            VmmError::CandleError(Error::NarrowInvalidArgs { shape, len, .. }) => {
+                assert_eq!((shape.dims(), len), (&[2][..], 5));
+            }
+            other => panic!("{other}"),
+        }
+        cache.release_front(1).unwrap();
+        for position in [0, 3, usize::MAX] {
+            match cache.truncate_to_position(position).unwrap_err() {
+                VmmError::CandleError(Error::NarrowInvalidArgs {
+                    shape, start, len, ..
+                }) => assert_eq!((shape.dims(), start, len), (&[2][..], 1, position)),
+                other => panic!("{other}"),
+            }
+        }
+        assert_eq!((cache.current_seq_len(), cache.position()), (1, 2));
     }
     let test = open();
     every_kind!(check, &test.device);

@@ -7,4 +7,7 @@ mod attention;
 mod blocks;
 mod factory;
 mod layers;
+mod positions;
+mod rotating;
 mod sequence;
+mod windows;
