@@ -399,10 +399,12 @@ fn a_cache_and_one_tensor_of_it_are_forked_alone() {
         let pool = pool_with(&test, 256);
         let row = page() / 4;
         let sequence = layout.sequence(&pool, LAYERS, [row; 2], DType::U8).unwrap();
-        append(&test, &sequence, &[0, 1, 2, 3, 4], row);
-        let layer = sequence.layer(1, 0, 32).unwrap();
+        append(&test, &sequence, &[7, 8, 0, 1, 2, 3, 4], row);
+        let mut layer = sequence.layer(1, 0, 32).unwrap();
+        layer.release_front(2).unwrap();
         let mut fork = layer.lock().unwrap().fork().unwrap();
         let keys = layer.lock().unwrap().k_cache().rows().unwrap().fork();
+        assert_eq!((fork.position(), layer.position()), (7, 7));
         drop((layer, sequence));
         let (k, v) = (
             rows(&test.device, &[900], row),
