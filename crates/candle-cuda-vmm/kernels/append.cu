@@ -19,8 +19,8 @@ struct Side {
     unsigned long long token_stride;
 };
 
-// A row begins `row_bytes` behind the one before it. The first `old` of `all` rows are there already. A side has
-// `total` pieces.
+// A row begins `row_bytes` behind the one before it. The first `old` of `all` rows are there
+// already. A side has `total` pieces.
 extern "C" __global__ void append_tokens(
     char *rows_0, const char *tokens_0, uint4 *output_0, unsigned long long outer_stride_0,
     unsigned long long token_stride_0,

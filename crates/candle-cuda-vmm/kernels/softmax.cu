@@ -1,9 +1,9 @@
 // The softmax over rows of scores in F32, which writes F32, F16 or BF16.
 //
 // A row has `length` scores, one for each key, of one query. There are `queries` queries, row after
-// row, over and over. The first sees the keys before `seen`, each next one `step` (0 or 1) more, and
-// of those the last `window`. Other keys get the weight 0, and their scores are not read. If `cap`
-// is not 0, a score s counts as cap * tanh(s / cap).
+// row, over and over. The first sees the keys before `seen`, each next one `step` (0 or 1) more,
+// and of those the last `window`. Other keys get the weight 0, and their scores are not read. If
+// `cap` is not 0, a score s counts as cap * tanh(s / cap).
 //
 // One thread block takes one row, in two passes. In the first each thread keeps the largest of its
 // elements and the sum of the powers relative to it. Then the threads of a warp join theirs, then

@@ -6,10 +6,10 @@
 //!
 //! # Safety
 //! The kernel writes to the rows of each [`Side`], which are live and owned by the caller's borrow.
-//! They are in no view, or in views that are to show what is written. It writes to outputs that were
-//! allocated here for exactly what it writes. It reads the new tokens, whose storage stays borrowed
-//! until the kernel is queued, and live rows. All work is queued on Candle's stream, and memory is
-//! freed behind that stream.
+//! They are in no view, or in views that are to show what is written. It writes to outputs that
+//! were allocated here for exactly what it writes. It reads the new tokens, whose storage stays
+//! borrowed until the kernel is queued, and live rows. All work is queued on Candle's stream, and
+//! memory is freed behind that stream.
 #![allow(unsafe_code)]
 
 use crate::error::{Result, VmmError};
@@ -133,8 +133,8 @@ impl Append {
     /// rows. With `contiguous` it also copies all rows to outputs `[outer…, tokens, run…]`.
     ///
     /// # Safety
-    /// The rows of both sides are live for the `old` and the new tokens. No view shows the new ones,
-    /// except views that are to show what is written.
+    /// The rows of both sides are live for the `old` and the new tokens. No view shows the new
+    /// ones, except views that are to show what is written.
     pub(crate) unsafe fn queue(
         &self,
         sides: [Side<'_>; 2],

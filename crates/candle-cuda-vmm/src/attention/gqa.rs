@@ -98,9 +98,9 @@ pub fn gqa(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, causal: bool) -> Resu
 /// ```
 ///
 /// # Errors
-/// As [`gqa`], and [`InvalidAttention`](crate::VmmError::InvalidAttention) if the window is 0, or if
-/// the soft cap is not more than 0 or not finite. [`VmmError::find`](crate::VmmError::find) returns
-/// that.
+/// As [`gqa`], and [`InvalidAttention`](crate::VmmError::InvalidAttention) if the window is 0, or
+/// if the soft cap is not more than 0 or not finite. [`VmmError::find`](crate::VmmError::find)
+/// returns that.
 pub fn gqa_with(q: &Tensor, k: &Tensor, v: &Tensor, options: &GqaOptions) -> Result<Tensor> {
     in_parts(q, k, v, options, SCORES_BYTES_MAX)
 }

@@ -58,8 +58,8 @@ impl GqaOptions {
         self
     }
 
-    /// Bounds scores to between `-cap` and `cap`: a score `s` becomes `cap · tanh(s / cap)`. It must
-    /// be more than 0 and finite.
+    /// Bounds scores to between `-cap` and `cap`: a score `s` becomes `cap · tanh(s / cap)`. It
+    /// must be more than 0 and finite.
     pub const fn soft_cap(mut self, cap: f32) -> Self {
         self.soft_cap = Some(cap);
         self

@@ -201,8 +201,8 @@ impl DeviceRows {
         self.side_at(column, first, tokens)
     }
 
-    /// A column's side of a write that counts rows from `first` on. That is counted from the start of
-    /// the range.
+    /// A column's side of a write that counts rows from `first` on. That is counted from the start
+    /// of the range.
     fn side_at<'a>(&self, column: usize, first: usize, tokens: &'a Tensor) -> Side<'a> {
         let base = (self.space.as_ref()).map_or(0, |space| space.extent.range().base_address());
         let offset = first * self.layout.row_bytes + self.layout.start_bytes(column);
@@ -291,8 +291,8 @@ impl DeviceRows {
         }
         let sides =
             pair.map(|(rows, tokens)| rows.side_at(0, rows.columns.rows(0).start + at, tokens));
-        // SAFETY: the rows are live. After `make_writable` no view showed them. A view that was made
-        // since is the caller's own, and is to show what is written.
+        // SAFETY: the rows are live. After `make_writable` no view showed them. A view that was
+        // made since is the caller's own, and is to show what is written.
         unsafe { pair[0].0.memory.append.queue(sides, dim, 0, false) }
     }
 
@@ -327,7 +327,8 @@ impl DeviceRows {
         self.free_unneeded(end);
     }
 
-    /// Drops the rows of a column from `len` on, and frees what was allocated since `live` was live.
+    /// Drops the rows of a column from `len` on, and frees what was allocated for them since `live`
+    /// was live.
     pub(super) fn undo(&mut self, column: usize, len: usize, live: &Live) {
         let _ = self.columns.keep(column, len);
         let end = self.columns.span().end * self.layout.row_bytes;

@@ -329,7 +329,8 @@ impl HostRows {
         self.free_unneeded(end);
     }
 
-    /// Drops the rows of a column from `len` on, and frees what was allocated since `live` was live.
+    /// Drops the rows of a column from `len` on, and frees what was allocated for them since `live`
+    /// was live.
     pub(super) fn undo(&mut self, column: usize, len: usize, live: &Live) {
         let contents = &mut self.contents[column];
         contents.rows.end = contents.rows.start + len;

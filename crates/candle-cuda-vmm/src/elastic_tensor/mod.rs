@@ -423,8 +423,8 @@ impl ElasticTensor {
         cleared.unwrap_or_default();
     }
 
-    /// Returns a view `[rows, row…]` of all rows. It is contiguous, unless the tensor is a layer's of
-    /// a [sequence in one range](crate::Sequence::rows_in_one_range) on a CUDA device.
+    /// Returns a view `[rows, row…]` of all rows. It is contiguous, unless the tensor is of a
+    /// [sequence in one range](crate::Sequence::rows_in_one_range) on a CUDA device.
     ///
     /// # Errors
     /// - [`CandleError`](VmmError::CandleError) if Candle fails.

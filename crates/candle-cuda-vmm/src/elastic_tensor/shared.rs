@@ -51,8 +51,8 @@ impl SharedRows {
         })
     }
 
-    /// Makes the tensor of a column, with addresses for the number of rows that is expected. A column
-    /// has one tensor at a time.
+    /// Makes the tensor of a column, with addresses for the number of rows that is expected. A
+    /// column has one tensor at a time.
     pub(crate) fn tensor(&self, index: usize, expected_rows: usize) -> Result<ElasticTensor> {
         let row = with_rows!(&mut *self.lock()?, rows => {
             rows.expect(expected_rows);

@@ -9,10 +9,10 @@
 //! **Models of `candle-transformers`** make their caches inside, out of reach. They need a small
 //! upstream change; `docs/UPSTREAM.md` in the repository describes it.
 //!
-//! **Sliding windows.** After each step a model calls [`release_front`](KvCache::release_front) with
-//! the tokens that no later query sees, and takes positions from [`position`](KvCache::position).
-//! [`gqa_with`](crate::attention::gqa_with) has the mask. [`ElasticRotatingKvCache`] is for models
-//! that use Candle's rotating cache.
+//! **Sliding windows.** After each step a model calls [`release_front`](KvCache::release_front)
+//! with the tokens that no later query sees, and takes positions from
+//! [`position`](KvCache::position). [`gqa_with`](crate::attention::gqa_with) has the mask.
+//! [`ElasticRotatingKvCache`] is for models that use Candle's rotating cache.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};

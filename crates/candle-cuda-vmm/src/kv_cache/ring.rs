@@ -114,8 +114,8 @@ impl Ring {
 
     /// Returns the positions of the tokens that an append of `count` tokens returns.
     ///
-    /// For exactly `window` tokens it returns what Candle's cache returns: the order of rows that go
-    /// on from the offset.
+    /// For exactly `window` tokens it returns what Candle's cache returns: the order of rows that
+    /// go on from the offset.
     pub(super) fn positions(&self, count: usize) -> Vec<usize> {
         let next = self.position + count;
         if count > self.window {

@@ -234,8 +234,9 @@ fn an_append_to_a_cache_that_fails_leaves_keys_values_and_memory() {
 #[test]
 fn an_append_to_a_rotating_cache_that_fails_leaves_keys_values_and_memory() {
     let test = open();
-    // Behind the tokens; over one; over some, around the end; over all. If the free of a copy of old
-    // rows fails, cudarc leaves that memory. So rows are few, and the check at the end allows it.
+    // Behind the tokens; over one; over some, around the end; over all. If the free of a copy of
+    // old rows fails, cudarc leaves that memory. So rows are few, and the check at the end allows
+    // it.
     for (there, count) in [(2, 2), (6, 1), (6, 3), (6, 5)] {
         let make = |pool: &TensorPool| {
             let mut cache = pool.rotating_kv_cache(1, 4).unwrap();

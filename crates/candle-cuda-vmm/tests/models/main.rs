@@ -54,8 +54,8 @@ const PROMPTS: [(usize, &[usize]); 6] = [
 ];
 
 /// Generates tokens by greedy decoding, `[TOKENS][batch]`, after a prompt `[batch, tokens]` that is
-/// taken in chunks. `forward` gets tokens and the position of the first, and returns logits `[batch,
-/// 1, VOCABULARY]`.
+/// taken in chunks. `forward` gets tokens and the position of the first, and returns logits
+/// `[batch, 1, VOCABULARY]`.
 fn generate(
     prompt: &Tensor,
     chunks: &[usize],

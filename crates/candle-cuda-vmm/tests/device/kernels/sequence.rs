@@ -1,5 +1,5 @@
-//! Sequences: the caches of all layers grow, shrink and are refused together, in ranges of their own
-//! and in one range.
+//! Sequences: the caches of all layers grow, shrink and are refused together, in ranges of their
+//! own and in one range.
 
 use crate::common::layouts::Layout;
 use crate::common::{UnderTest, open, page};
