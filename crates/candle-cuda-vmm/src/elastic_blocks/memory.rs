@@ -89,8 +89,8 @@ impl BlockMemory {
         &self.backing
     }
 
-    /// Zeroes those of the blocks on the CPU that are not backed, if blocks are to be zero when they
-    /// are backed. Another thread that backs one of them uses it only after `await_copies`.
+    /// Zeroes those of the blocks on the CPU that are not backed, if blocks are to be zero when
+    /// they are backed. Another thread that backs one of them uses it only after `await_copies`.
     pub(super) fn before_back(&self, blocks: &[BlockId]) -> Result<()> {
         let BlockStorage::Host {
             tensors,

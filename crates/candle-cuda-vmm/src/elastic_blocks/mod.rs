@@ -306,8 +306,8 @@ impl ElasticBlocks {
     /// their memory ahead, up to [`ElasticBlocksOptions::ahead_blocks_max`] blocks. The names hold
     /// until the next call. It calls no driver.
     ///
-    /// For an engine with an allocator of its own: name the first blocks of its free list after each
-    /// step. [`allocator`](Self::allocator) does so itself.
+    /// For an engine with an allocator of its own: name the first blocks of its free list after
+    /// each step. [`allocator`](Self::allocator) does so itself.
     ///
     /// # Errors
     /// [`Vmm`](crate::VmmError::Vmm) with `Block` around [`BlockError::Invalid`]; then the names

@@ -49,8 +49,9 @@ impl Inner {
         }
     }
 
-    /// As [`retire`](Self::retire), without the engine's lock: each range keeps what was freed until
-    /// a thread looks at the queue. Ranges with the same users, one after the other, share fences.
+    /// As [`retire`](Self::retire), without the engine's lock: each range keeps what was freed
+    /// until a thread looks at the queue. Ranges with the same users, one after the other, share
+    /// fences.
     pub(crate) fn record(self: &Arc<Self>, all: impl IntoIterator<Item = Freed>) {
         // In this thread's hands until the ranges have them: the driver is called, and owners of
         // streams may be dropped.

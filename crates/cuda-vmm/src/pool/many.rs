@@ -59,8 +59,8 @@ fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolP
     parts.chunk_by(|(one, ..), (other, ..)| core::ptr::eq(*one, *other))
 }
 
-/// Makes all parts live if all their pages are there; returns whether it did. The short way for what
-/// block tables do: it takes each range's lock alone.
+/// Makes all parts live if all their pages are there; returns whether it did. The short way for
+/// what block tables do: it takes each range's lock alone.
 ///
 /// Most often the pages have other live bytes, and to free what was taken leaves them as they were.
 /// If not, all parts are looked at before the first is taken. If another thread is faster then,

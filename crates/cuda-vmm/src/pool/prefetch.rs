@@ -10,12 +10,12 @@ impl VirtualMemoryPool {
     /// Names the bytes that will be allocated next, in this order, so that the worker makes memory
     /// for them ahead. Each part is given by its offset and its bytes.
     ///
-    /// A pool with [`PoolOptions::ahead_bytes_max`](crate::PoolOptions::ahead_bytes_max) has memory made beyond the end of its latest
-    /// allocation. Use this if the next allocations are elsewhere, such as in holes that were freed.
-    /// The worker then makes those of the pages named that have no memory, the first ones first.
-    /// Pages count up to `ahead_bytes_max`, with memory or not: so name those without. The names
-    /// hold until the next call; an empty list names none. Without `ahead_bytes_max` the call does
-    /// nothing.
+    /// A pool with [`PoolOptions::ahead_bytes_max`](crate::PoolOptions::ahead_bytes_max) has memory
+    /// made beyond the end of its latest allocation. Use this if the next allocations are
+    /// elsewhere, such as in holes that were freed. The worker then makes those of the pages named
+    /// that have no memory, the first ones first. Pages count up to `ahead_bytes_max`, with memory
+    /// or not: so name those without. The names hold until the next call; an empty list names none.
+    /// Without `ahead_bytes_max` the call does nothing.
     ///
     /// It calls no driver. The memory is charged and given up as all that is made ahead.
     ///

@@ -109,7 +109,8 @@ fn zeros_come_after_earlier_work_and_memory_waits_for_them() {
     }
     zeroed.backing.unback(0..BLOCKS).expect("backed");
     zeroed.backing.back(0..BLOCKS).expect("taken back");
-    // The zeros wait for that, and what is given up now waits for the zeros. The stream stays named.
+    // The zeros wait for that, and what is given up now waits for the zeros. The stream stays
+    // named.
     zeroed
         .backing
         .forget_stream(&zeroed.stream)

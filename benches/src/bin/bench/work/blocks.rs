@@ -34,8 +34,8 @@ fn take(allocator: &BlockAllocator, sequences: &mut [(Vec<BlockId>, usize)]) -> 
     Ok(())
 }
 
-/// Takes all steps and notes their own times; returns how many VMM calls they made. At times a model
-/// gives back what it does not use, so that its blocks have holes.
+/// Takes all steps and notes their own times; returns how many VMM calls they made. At times a
+/// model gives back what it does not use, so that its blocks have holes.
 fn run(stream: &Stream, traffic: &Traffic, tensors: usize, own: &mut Vec<f64>) -> Result<usize> {
     let (element, page_bytes) = (ElementSize::new(2)?, stream.device().granularity_bytes());
     let engine = Engine::new(stream.device(), EngineOptions::new())?;

@@ -56,9 +56,9 @@ use std::collections::BTreeSet;
 /// # Ok::<(), cuda_vmm::VmmError>(())
 /// ```
 ///
-/// An engine that keeps its own allocator takes the free block with the lowest number, gives up what
-/// it frees or lets [`reclaim_candidates`](BlockBacking::reclaim_candidates) choose, and names what
-/// comes next by [`prefetch`](BlockBacking::prefetch).
+/// An engine that keeps its own allocator takes the free block with the lowest number, gives up
+/// what it frees or lets [`reclaim_candidates`](BlockBacking::reclaim_candidates) choose, and names
+/// what comes next by [`prefetch`](BlockBacking::prefetch).
 ///
 /// All methods take `&self`. Back blocks and give them up through the allocator only.
 #[derive(Debug)]

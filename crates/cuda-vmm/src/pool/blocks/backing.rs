@@ -19,9 +19,9 @@ use core::time::Duration;
 ///
 /// Each tensor of the [`LayerSpec`] has a range of addresses for all blocks, for life. A block is
 /// *backed* from [`back`](Self::back) until it is given up, in all tensors at once. Its contents
-/// are undefined until written, unless [`BlockOptions::zero_on_back`] says otherwise. They then stay,
-/// whatever becomes of its neighbours. The caller reads and writes through the addresses, and may
-/// touch backed blocks only.
+/// are undefined until written, unless [`BlockOptions::zero_on_back`] says otherwise. They then
+/// stay, whatever becomes of its neighbours. The caller reads and writes through the addresses, and
+/// may touch backed blocks only.
 ///
 /// Pages are made and given back one by one, whatever the engine's largest chunk is, since any of
 /// them may be the one that empties. Take pages of 16 or 32 MiB if kernels read and write much, and
@@ -155,8 +155,8 @@ impl BlockBacking {
     /// that was given up under a [lease](Self::lease) and still is leased;
     /// [`VmmError::OutOfPhysicalMemory`] if the budget has no room, before any driver call if that
     /// is known; [`BlockError::CapturingZeros`]; [`VmmError::Driver`] if a call failed;
-    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed as before, with their
-    /// contents; pages that were made on the way retire.
+    /// [`VmmError::Quarantined`], [`VmmError::Forked`]. After an error the same blocks are backed
+    /// as before, with their contents; pages that were made on the way retire.
     pub fn back(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
         self.0.back(&runs, &Patience::Retiring).map(drop)
@@ -220,10 +220,10 @@ impl BlockBacking {
         self.0.change(|states| states.left(&runs))
     }
 
-    /// Names the blocks that will be backed next, in this order, so that the worker makes memory for
-    /// them ahead. At most
-    /// [`ahead_blocks_max`](super::BlockOptions::ahead_blocks_max) of them count. The names hold
-    /// until the next call. A [`BlockAllocator`](super::BlockAllocator) does this itself.
+    /// Names the blocks that will be backed next, in this order, so that the worker makes memory
+    /// for them ahead. At most [`ahead_blocks_max`](super::BlockOptions::ahead_blocks_max) of them
+    /// count. The names hold until the next call. A [`BlockAllocator`](super::BlockAllocator) does
+    /// this itself.
     ///
     /// Without it, memory is made behind the latest block that was backed. For an engine with an
     /// allocator of its own the next blocks are the first of its free list. Call it after each step
