@@ -184,6 +184,29 @@ fn bytes_in_a_shared_chunk_are_allocated_again_only_when_it_is_private() {
 }
 
 #[test]
+fn chunks_grow_with_what_a_pool_holds_itself() {
+    let mut fixture = Fixture::new(manual(), 2);
+    fixture.take(0, 0..8 * CHUNK);
+    fixture.share(0, 1, 0..8 * CHUNK);
+    for pool in [0, 1] {
+        fixture
+            .try_take(pool, 8 * CHUNK..8 * CHUNK + 1)
+            .expect("room");
+        let parts = fixture.pools[pool].stats().parts;
+        assert_eq!(parts.total_bytes(), PAGE, "{parts}");
+    }
+    // Of memory that it has alone, a pool takes an eighth more.
+    fixture.close(0);
+    fixture.free(1, 8 * CHUNK..8 * CHUNK + 1);
+    fixture.settle();
+    fixture.try_take(1, 8 * CHUNK..8 * CHUNK + 1).expect("room");
+    let parts = fixture.pools[1].stats().parts;
+    assert_eq!(parts.slack_bytes, (CHUNK - 1) * PAGE, "{parts}");
+    fixture.check();
+    fixture.end();
+}
+
+#[test]
 fn parent_and_children_are_made_private_each_for_itself() {
     let mut fixture = Fixture::new(manual(), 3);
     fixture.take(0, 0..CHUNK);

@@ -239,7 +239,10 @@ impl ElasticTensor {
     /// or two each and no memory: the account holds them once, as
     /// [`shared_bytes`](crate::MemoryParts::shared_bytes). What is left is copied, the page in which
     /// the last row ends among it. So both tensors append as before. See
-    /// [`Account::share_many`](crate::Account::share_many).
+    /// [`Account::share_many`](crate::Account::share_many). A chunk may hold an eighth of the rows,
+    /// and the last one is copied as a whole if it is not full. Smaller chunks
+    /// ([`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max)) are shared more
+    /// closely, and take longer to map.
     ///
     /// A tensor that drops rows ([`truncate`](Self::truncate)) and then appends over shared memory
     /// gets memory of its own for that chunk first, which waits for the device's work on the tensor.

@@ -8,21 +8,21 @@ use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPool};
 use cuda_vmm_benches::{Outcome, Sides, watch};
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-const LAYERS: [usize; 2] = [32, 2];
+pub const LAYERS: [usize; 2] = [32, 2];
 
-struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
+pub struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
 impl<F: KvCacheFactory> Layers<F> {
     /// Caches that expect this many tokens.
-    fn new(machine: &Machine, factory: &F, tokens: usize) -> Result<Self> {
+    pub fn new(machine: &Machine, factory: &F, tokens: usize) -> Result<Self> {
         let caches = (0..machine.sized(LAYERS)).map(|layer| factory.layer(layer, 2, tokens));
         Ok(Self(caches.collect::<candle_cuda_vmm::Result<_>>()?))
     }
 
     /// Appends the same tokens in each layer, as keys and as values, and drops the views.
-    fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
+    pub fn append(&mut self, tokens: &Tensor) -> candle_core::Result<()> {
         for cache in &mut self.0 {
             black_box(cache.append(tokens, tokens)?);
         }
@@ -30,7 +30,7 @@ impl<F: KvCacheFactory> Layers<F> {
     }
 }
 
-fn tokens(machine: &Machine, count: usize) -> candle_core::Result<Tensor> {
+pub fn tokens(machine: &Machine, count: usize) -> candle_core::Result<Tensor> {
     Tensor::zeros((1, KV_HEADS, count, HEAD_DIM), DTYPE, &machine.candle)
 }
 
@@ -163,6 +163,22 @@ fn filled<F: KvCacheFactory>(machine: &Machine, factory: &F, count: usize) -> Re
     Ok(layers)
 }
 
+/// One query in each layer, one layer after the other, so that a layer has left the GPU's own cache
+/// before its turn comes again.
+pub fn attend<F: KvCacheFactory>(
+    machine: &Machine,
+    mut layers: Layers<F>,
+) -> Result<impl FnMut() -> Result<Duration> + use<'_, F>> {
+    let q = Tensor::ones((1, 4 * KV_HEADS, 1, HEAD_DIM), DTYPE, &machine.candle)?;
+    let none = tokens(machine, 1)?.narrow(2, 0, 0)?;
+    let views = (layers.0.iter_mut()).map(|cache| cache.append(&none, &none));
+    let views = views.collect::<candle_cuda_vmm::Result<Vec<_>>>()?;
+    Ok(move || {
+        let query = |(k, v): &_| gqa(&q, k, v, 0.1, true).map(drop);
+        Ok(machine.mean_time(1, || views.iter().try_for_each(query))? / views.len() as u32)
+    })
+}
+
 /// All layers of a sequence in one range, against ranges of their own.
 pub fn one_range(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (layers, row) = (machine.sized(LAYERS), (1, KV_HEADS, HEAD_DIM));
@@ -185,18 +201,12 @@ pub fn one_range(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let allowed_bytes = pages as f64 + 1.125 * (count * token_bytes(layers)) as f64;
         outcome.count(&format!("it may hold, {length}"), allowed_bytes);
     }
-    let q = &Tensor::ones((1, 4 * KV_HEADS, 1, HEAD_DIM), DTYPE, &machine.candle)?;
     for (length, count) in [("8,000", [8000, 16]), ("32,000", [32_000, 32])] {
-        let (mut sides, none) = (Sides::default(), tokens(machine, 1)?.narrow(2, 0, 0)?);
+        let mut sides = Sides::default();
         for layout in names {
-            let mut filled = filled(machine, &sequence(layout)?, machine.sized(count))?;
-            let views = filled.0.iter_mut().map(|cache| cache.append(&none, &none));
-            let views = views.collect::<candle_cuda_vmm::Result<Vec<_>>>()?;
-            sides.add(&format!("gqa, {layout}, {length}"), move || {
-                // A layer has left the GPU's own cache before its turn comes again.
-                let query = |(k, v): &_| gqa(q, k, v, 0.1, true).map(drop);
-                Ok(machine.mean_time(1, || views.iter().try_for_each(query))? / layers as u32)
-            });
+            let filled = filled(machine, &sequence(layout)?, machine.sized(count))?;
+            let name = format!("gqa, {layout}, {length}");
+            sides.add(&name, attend(machine, filled)?);
         }
         outcome.measure(sides, &machine.settings, machine.settings.rounds)?;
     }

@@ -3,6 +3,7 @@
 mod attention;
 mod blocks;
 mod decoder;
+mod fork;
 mod growth;
 
 use crate::machine::Machine;
@@ -19,4 +20,5 @@ pub const ALL: &[Work<Machine>] = &[
     ("make and drop a view", growth::view),
     ("one range", growth::one_range),
     ("blocks", blocks::measure),
+    ("fork", fork::measure),
 ];

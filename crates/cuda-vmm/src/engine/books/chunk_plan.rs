@@ -48,7 +48,7 @@ impl ChunkPlan {
             return plan;
         }
         let bytes = extent.range();
-        let grown_bytes = pages.extent_bytes(&bytes);
+        let grown_bytes = pages.extent_bytes(bytes.start) + bytes.len();
         let largest = chunk_pages(
             grown_bytes.div_ceil(page_bytes),
             page_bytes,

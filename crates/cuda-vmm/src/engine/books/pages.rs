@@ -70,6 +70,8 @@ pub(crate) struct Pages<M> {
     live_pages: usize,
     /// Those of them in shared chunks.
     shared_live_pages: usize,
+    /// No page from this one on is in a shared chunk, if any is.
+    shared_end: usize,
     counts: Counts,
 }
 
@@ -82,6 +84,7 @@ impl<M> Pages<M> {
             chunks: SortedMap::default(),
             live_pages: 0,
             shared_live_pages: 0,
+            shared_end: 0,
             counts: Counts::default(),
         }
     }
@@ -254,10 +257,14 @@ impl<M> Pages<M> {
         Some(survey)
     }
 
-    /// The bytes of the extent that these would lengthen at its end, with them; just these if they
-    /// would lengthen none.
-    pub(crate) fn extent_bytes(&self, bytes: &Range<usize>) -> usize {
-        self.live.length_before(bytes.start) + bytes.len()
+    /// The bytes of the extent that ends at an offset, as far as they are the range's own: what it
+    /// shares is no reason to take much more. 0 if no extent ends there.
+    pub(crate) fn extent_bytes(&self, end: usize) -> usize {
+        let bytes = self.live.length_before(end);
+        match self.any_shared() {
+            false => bytes,
+            true => bytes.min(end.saturating_sub(self.shared_end * self.page_bytes)),
+        }
     }
 
     /// The first page at or after `page` that a chunk backs, or `end`.

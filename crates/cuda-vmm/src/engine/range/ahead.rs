@@ -110,7 +110,7 @@ impl Range {
             Some(_) => run.start * self.page_bytes,
             None => self.frontier_bytes,
         };
-        let extent_bytes = self.pages.live().length_before(end_bytes);
+        let extent_bytes = self.pages.extent_bytes(end_bytes);
         let extent_pages = extent_bytes.div_ceil(self.page_bytes) + first - run.start;
         let chunk_bytes_max = self.chunk_bytes_max(chunk_bytes_max);
         let largest = chunk_pages(extent_pages, self.page_bytes, chunk_bytes_max);

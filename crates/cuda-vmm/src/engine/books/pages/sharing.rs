@@ -97,6 +97,14 @@ impl<M> Pages<M> {
         if chunk.shared == shared {
             return;
         }
+        let end = first + chunk.pages();
+        if shared {
+            let before = match self.counts.shared_pages() {
+                0 => 0,
+                _ => self.shared_end,
+            };
+            self.shared_end = before.max(end);
+        }
         self.counts.set_shared(first, chunk, shared);
         let live_pages = chunk.live_pages as usize;
         match shared {
