@@ -37,6 +37,15 @@ impl View {
     }
 }
 
+fn check_cache(cache: &ElasticKvCache, tokens: &Tokens, what: &str) -> Result<()> {
+    for (tensor, factor) in [(cache.k()?, 1.0), (cache.v()?, -1.0)] {
+        if let Some(tensor) = tensor {
+            tokens.check(&tensor, 2, factor, what)?;
+        }
+    }
+    Ok(())
+}
+
 /// Keys and their negatives as values.
 pub type Pair = (Tensor, Tensor);
 
@@ -74,17 +83,36 @@ pub struct Life {
     pub leases: Vec<Arc<()>>,
     pub pin: Option<GraphPin>,
     pub views: Vec<View>,
+    /// What forks were made of.
+    pub origins: Origins,
+}
+
+/// Tensors, caches and sequences that go on beside their forks.
+#[derive(Default)]
+pub struct Origins {
+    pub tensor: Option<(ElasticTensor, Tokens)>,
+    pub cache: Option<(ElasticKvCache, Tokens)>,
+    pub sequence: Option<([SequenceCache; 2], Tokens)>,
+}
+
+/// The caches of a sequence's two layers.
+pub fn layers(sequence: &Sequence) -> Result<[SequenceCache; 2]> {
+    Ok([sequence.layer(0, 2, 512)?, sequence.layer(1, 2, 512)?])
 }
 
 impl Life {
-    pub fn new(device: &Device, account: Account) -> Result<Self> {
+    /// The layers of its sequence have a range each, or all one.
+    pub fn new(device: &Device, account: Account, one_range: bool) -> Result<Self> {
         let page = account.engine().device().granularity_bytes();
         let options = TensorPoolOptions::new()
             .reservation_bytes(64 * page)
             .ahead_bytes_max(page);
         let pool = TensorPool::on_account(device, &account, options)?;
         let token = (1, HEADS, HEAD_DIM);
-        let sequence = pool.sequence().rows(token, token, DType::F32)?;
+        let sequence = match one_range {
+            true => (pool.sequence()).rows_in_one_range(2, token, token, DType::F32)?,
+            false => pool.sequence().rows(token, token, DType::F32)?,
+        };
         let entries = ["k", "v"].map(|name| (name, &BLOCK, DType::F32));
         let options = PoolOptions::new().ahead_bytes_max(2 * page);
         Ok(Self {
@@ -92,7 +120,7 @@ impl Life {
             rows: Tokens::default(),
             cache: pool.kv_cache(2, 512),
             cached: Tokens::default(),
-            layers: [sequence.layer(0, 2, 512)?, sequence.layer(1, 2, 512)?],
+            layers: layers(&sequence)?,
             sequence,
             tokens: Tokens::default(),
             blocks: pool.blocks(BLOCKS, entries)?.allocator(),
@@ -102,24 +130,28 @@ impl Life {
             leases: Vec::new(),
             pin: None,
             views: Vec::new(),
+            origins: Origins::default(),
             account,
         })
     }
 
     /// Checks everything that is there.
     pub fn check(&self) -> Result<()> {
+        let origins = &self.origins;
         (self.rows).check(&self.tensor.view()?, 0, 1.0, "the tensor")?;
-        for (tensor, factor) in [(self.cache.k()?, 1.0), (self.cache.v()?, -1.0)] {
-            if let Some(tensor) = tensor {
-                self.cached.check(&tensor, 2, factor, "the cache")?;
-            }
+        if let Some((tensor, rows)) = &origins.tensor {
+            rows.check(&tensor.view()?, 0, 1.0, "a forked tensor")?;
+        }
+        check_cache(&self.cache, &self.cached, "the cache")?;
+        if let Some((cache, tokens)) = &origins.cache {
+            check_cache(cache, tokens, "a forked cache")?;
         }
         for layer in &self.layers {
-            let layer = layer.lock()?;
-            for (tensor, factor) in [(layer.k()?, 1.0), (layer.v()?, -1.0)] {
-                if let Some(tensor) = tensor {
-                    self.tokens.check(&tensor, 2, factor, "the sequence")?;
-                }
+            check_cache(&*layer.lock()?, &self.tokens, "the sequence")?;
+        }
+        if let Some((layers, tokens)) = &origins.sequence {
+            for layer in layers {
+                check_cache(&*layer.lock()?, tokens, "a forked sequence")?;
             }
         }
         self.check_blocks()?;

@@ -1,6 +1,6 @@
 //! One thread: an account of its own, which ends and begins again, and what is done with it.
 
-use crate::life::{BLOCKS, Life, RANGE_PAGES, ROW, View, pair, views};
+use crate::life::{BLOCKS, Life, RANGE_PAGES, ROW, View, layers, pair, views};
 use crate::tally::{Outcome, Tally};
 use crate::tokens::Tokens;
 use crate::watch::CODES;
@@ -29,14 +29,18 @@ pub const OPERATIONS: &[Operation] = &[
     ("tensor truncate", 4, Player::truncate_rows),
     ("tensor front", 3, Player::release_rows),
     ("tensor clear", 1, Player::clear_rows),
+    ("tensor fork", 2, Player::fork_tensor),
     ("cache append", 8, Player::append_cache),
     ("cache truncate", 4, Player::truncate_cache),
     ("cache front", 3, Player::release_cache),
     ("cache reset", 1, Player::reset_cache),
     ("cache clone", 1, Player::clone_cache),
+    ("cache fork", 2, Player::fork_cache),
     ("sequence step", 10, Player::step_sequence),
     ("sequence truncate", 3, Player::truncate_sequence),
     ("sequence reset", 2, Player::reset_sequence),
+    ("sequence fork", 2, Player::fork_sequence),
+    ("end of an origin", 3, Player::end_origin),
     ("blocks allocate", 6, Player::allocate_blocks),
     ("blocks free", 4, Player::free_blocks),
     ("blocks reclaim", 2, Player::reclaim_blocks),
@@ -145,7 +149,7 @@ impl Player {
         let Some(account) = self.judge("register", registered.map_err(VmmError::from))? else {
             return Ok(None);
         };
-        let life = Life::new(&self.device, account);
+        let life = Life::new(&self.device, account, self.random.random());
         let life = self.judge("begin", life)?;
         if life.is_none() {
             self.unregister()?;
@@ -228,6 +232,46 @@ impl Player {
     fn clear_rows(&mut self, life: &mut Life) -> Result<()> {
         life.tensor.clear();
         life.rows = Tokens::default();
+        Ok(())
+    }
+
+    /// Goes on with a fork, and keeps what it was made of.
+    fn fork_tensor(&mut self, life: &mut Life) -> Result<()> {
+        let fork = life.tensor.fork()?;
+        let origin = std::mem::replace(&mut life.tensor, fork);
+        life.origins.tensor = Some((origin, life.rows.clone()));
+        Ok(())
+    }
+
+    fn fork_cache(&mut self, life: &mut Life) -> Result<()> {
+        let fork = life.cache.fork()?;
+        let origin = std::mem::replace(&mut life.cache, fork);
+        life.origins.cache = Some((origin, life.cached.clone()));
+        Ok(())
+    }
+
+    fn fork_sequence(&mut self, life: &mut Life) -> Result<()> {
+        let fork = life.sequence.fork()?;
+        let origin = std::mem::replace(&mut life.layers, layers(&fork)?);
+        life.sequence = fork;
+        life.origins.sequence = Some((origin, life.tokens.clone()));
+        Ok(())
+    }
+
+    /// Drops what a fork was made of, or tokens of it.
+    fn end_origin(&mut self, life: &mut Life) -> Result<()> {
+        let origins = &mut life.origins;
+        match (self.random.random_range(0..4), &mut origins.tensor) {
+            (0, tensor) => *tensor = None,
+            (1, _) => origins.cache = None,
+            (2, _) => origins.sequence = None,
+            (_, Some((tensor, rows))) => {
+                let len = self.random.random_range(0..=rows.len());
+                tensor.truncate(len)?;
+                rows.truncate(len);
+            }
+            (_, None) => {}
+        }
         Ok(())
     }
 

@@ -224,7 +224,8 @@ fn a_view_keeps_the_memory_and_the_rows_move() {
     expect_rows(&fork, &[0, 1, 2, 3, 4, 70]);
     expect_rows(&source, &numbers);
     drop(source);
-    settle(&pool);
+    test.device.synchronize().unwrap();
+    pool.engine().step();
     expect(&view, &numbers);
     drop((view, fork));
     settle(&pool);
