@@ -103,7 +103,8 @@ impl BlockMemory {
         let tensors = self.lock(tensors)?;
         let bare =
             |block: &&BlockId| **block < self.backing.blocks() && !self.backing.is_backed(**block);
-        zero(&tensors, blocks.iter().filter(bare))
+        let zeros: Vec<_> = tensors.iter().map(zero_block).collect::<Result<_>>()?;
+        zero(&tensors, &zeros, blocks.iter().filter(bare))
     }
 
     /// Returns when the copies of a commit that has freed blocks are done. Called after blocks were
@@ -129,21 +130,32 @@ impl BlockMemory {
                 zeroes,
             } => {
                 let (tensors, stream) = (self.lock(tensors)?, memory.stream());
+                // Candle copies no tensor into itself. What can fail comes before the commit.
+                let copies = tensors.iter().map(|tensor| {
+                    let moves = plan.moves().iter();
+                    let copy = |(from, _): &(BlockId, BlockId)| {
+                        tensor.narrow(0, *from, 1)?.force_contiguous()
+                    };
+                    moves.map(copy).collect::<candle_core::Result<Vec<_>>>()
+                });
+                let copies: Vec<_> = copies.collect::<candle_core::Result<_>>()?;
+                let zeros = match zeroes {
+                    true => tensors.iter().map(zero_block).collect::<Result<_>>()?,
+                    false => Vec::new(),
+                };
                 commit(stream)?;
-                for tensor in tensors.iter() {
-                    for (from, to) in plan.moves() {
-                        // Candle copies no tensor into itself.
-                        let block = tensor.narrow(0, *from, 1)?.force_contiguous()?;
-                        tensor.slice_set(&block, 0, *to)?;
+                for (tensor, copies) in tensors.iter().zip(&copies) {
+                    for (copy, (_, to)) in copies.iter().zip(plan.moves()) {
+                        tensor.slice_set(copy, 0, *to)?;
                     }
                 }
-                if *zeroes {
-                    // An allocator does not say which blocks it backs next.
-                    let sources = plan.moves().iter().map(|(from, _)| from);
-                    zero(&tensors, plan.evicted().iter().chain(sources))?;
-                }
-                // Calls on the CPU are complete when they return.
-                Ok(stream.synchronize()?)
+                // An allocator does not say which blocks it backs next.
+                let sources = plan.moves().iter().map(|(from, _)| from);
+                zero(&tensors, &zeros, plan.evicted().iter().chain(sources))?;
+                // Calls on the CPU are complete when they return. The plan is carried out: if the
+                // simulated stream fails, its memory retires a little later.
+                let _ = stream.synchronize();
+                Ok(())
             }
             #[cfg(feature = "cuda")]
             BlockStorage::Device { memory, .. } => Ok(commit(memory.common.stream())?),
@@ -201,15 +213,23 @@ impl BlockMemory {
     }
 }
 
-/// Zeroes blocks on the CPU.
-fn zero<'a>(tensors: &[Tensor], blocks: impl Iterator<Item = &'a BlockId> + Clone) -> Result<()> {
-    for tensor in tensors {
-        let mut shape = tensor.dims().to_vec();
-        shape[0] = 1;
-        let zeros = zeros(&shape, tensor.dtype())?;
+/// One block of a tensor on the CPU, of zeros.
+fn zero_block(tensor: &Tensor) -> Result<Tensor> {
+    let mut shape = tensor.dims().to_vec();
+    shape[0] = 1;
+    zeros(&shape, tensor.dtype())
+}
+
+/// Zeroes blocks on the CPU, with a block of zeros for each tensor.
+fn zero<'a>(
+    tensors: &[Tensor],
+    zeros: &[Tensor],
+    blocks: impl Iterator<Item = &'a BlockId> + Clone,
+) -> Result<()> {
+    for (tensor, zeros) in tensors.iter().zip(zeros) {
         blocks
             .clone()
-            .try_for_each(|block| tensor.slice_set(&zeros, 0, *block))?;
+            .try_for_each(|block| tensor.slice_set(zeros, 0, *block))?;
     }
     Ok(())
 }

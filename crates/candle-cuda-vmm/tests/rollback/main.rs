@@ -7,6 +7,7 @@ mod common;
 
 mod addresses;
 mod bench;
+mod blocks;
 mod fork;
 mod pools;
 mod rows;
