@@ -7,6 +7,7 @@ use cuda_vmm::pool::blocks::{
 };
 use cuda_vmm::{Engine, EngineOptions, Stream};
 use cuda_vmm_benches::{Outcome, step_until};
+use itertools::Itertools;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
@@ -26,8 +27,8 @@ const ONE_OF: usize = 8;
 fn text(curve: &[(Duration, usize)]) -> String {
     let points = curve.iter().step_by(curve.len().div_ceil(40).max(1));
     let text = |time: &Duration, bytes| format!("{:.3} s {bytes} MiB", time.as_secs_f64());
-    let points = (points.chain(curve.last())).map(|(time, bytes)| text(time, bytes >> 20));
-    points.collect::<Vec<_>>().join(", ")
+    let points = points.chain(curve.last()).dedup();
+    points.map(|(time, bytes)| text(time, bytes >> 20)).join(", ")
 }
 
 fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
@@ -122,4 +123,21 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.count("committed after reclaiming", left_bytes as f64);
     outcome.note("committed after reclaiming", note);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_of_many_points_is_told_by_some_and_the_last() {
+        let point = |index: usize| (Duration::from_millis(index as u64), index << 20);
+        let points = |count| text(&(0..count).map(point).collect::<Vec<_>>());
+        let told = points(100);
+        assert!(told.starts_with("0.000 s 0 MiB, 0.003 s 3 MiB, "), "{told}");
+        assert!(told.ends_with(", 0.099 s 99 MiB"), "{told}");
+        assert_eq!(told.split(", ").count(), 34);
+        assert_eq!(points(101).split(", ").count(), 35);
+        assert_eq!(points(0), "");
+    }
 }

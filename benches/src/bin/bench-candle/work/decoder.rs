@@ -115,7 +115,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shapes_have_room_for_every_round() {
+    fn the_large_shape_has_a_billion_weights_and_room_for_every_round() {
+        let config = Config::parse(LARGE).unwrap();
+        let (hidden, between) = (config.hidden_size, config.intermediate_size);
+        let attention = 2 * hidden * (hidden + config.kv_heads() * config.head_dim());
+        let layer = attention + 3 * hidden * between;
+        let weights = config.vocab_size * hidden + config.num_hidden_layers * layer;
+        assert!((1.2e9..1.3e9).contains(&(weights as f64)), "{weights}");
         for (size, text) in [LARGE, SMALL].into_iter().enumerate() {
             assert!(tokens_max(size) <= Config::parse(text).unwrap().max_position_embeddings);
         }

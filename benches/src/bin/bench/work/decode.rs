@@ -103,3 +103,17 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.count("event records", records as f64);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_has_all_sequences() {
+        let requests = requests();
+        let tokens = requests.iter().map(|request| request.generated_tokens);
+        assert_eq!(tokens.sum::<u32>(), 2 * TOKENS * SEQUENCES as u32);
+        let most = requests.iter().map(Request::tokens_max).max();
+        assert_eq!(most, Some(TOKENS));
+    }
+}

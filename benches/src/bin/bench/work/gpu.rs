@@ -214,8 +214,10 @@ mod tests {
         let mut free = all(6);
         assert_eq!(pick(&mut free, 4), Some(vec![0, 1, 2, 3]));
         put(&mut free, &[1, 3]);
+        assert_eq!(free.len(), 4);
         assert_eq!(pick(&mut free, 5), None);
         assert_eq!(pick(&mut free, 1), Some(vec![1]));
         assert_eq!(pick(&mut free, 3), Some(vec![3, 4, 5]));
+        assert_eq!(pick(&mut free, 1), None);
     }
 }
