@@ -8,7 +8,6 @@ use candle_cuda_vmm::attention::gqa;
 use cuda_vmm_benches::{Outcome, Sides};
 
 const QUERY_HEADS: usize = 32;
-/// Keys that a query meets.
 const KEYS: [[usize; 4]; 2] = [[1024, 8192, 32_768, 131_072], [16, 32, 64, 128]];
 /// Queries, one after another, of a sample.
 const QUERIES: usize = 10;
@@ -26,9 +25,8 @@ fn floor_us(keys: usize) -> f64 {
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let scale = 1.0 / (HEAD_DIM as f32).sqrt();
     let random = |heads: usize, tokens: usize| {
-        Tensor::randn(0f32, 1.0, (1, tokens, heads, HEAD_DIM), &machine.candle)?
-            .to_dtype(DTYPE)?
-            .transpose(1, 2)
+        let made = Tensor::randn(0f32, 1.0, (1, tokens, heads, HEAD_DIM), &machine.candle)?;
+        made.to_dtype(DTYPE)?.transpose(1, 2)
     };
     let lengths = ["1,024", "8,192", "32,768", "131,072"];
     for (length, keys) in lengths.into_iter().zip(machine.sized(KEYS)) {
@@ -49,7 +47,8 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         outcome.measure(sides, &machine.settings, machine.settings.rounds)?;
         let (ours_us, peer_us) = (outcome.us(&ours, 500)?, outcome.us(&peer, 500)?);
         let floor = format!("reading K and V once takes {:.1} µs", floor_us(keys));
-        let note = format!("{keys} keys; {ours_us:.1} µs and {peer_us:.1} µs; {floor} at 3.07 TB/s");
+        let note =
+            format!("{keys} keys; {ours_us:.1} µs and {peer_us:.1} µs; {floor} at 3.07 TB/s");
         outcome.note(&ours, note);
     }
     Ok(())
