@@ -5,9 +5,8 @@
 
 use anyhow::Result;
 use criterion::{BenchmarkGroup, Criterion, measurement::WallTime};
-use cuda_vmm::{
-    Device, Engine, EngineOptions, PoolOptions, Quota, SharedMemoryPool, Stream, VirtualMemoryPool,
-};
+use cuda_vmm::{Device, Engine, EngineOptions, PoolOptions, Quota};
+use cuda_vmm::{SharedMemoryPool, Stream, VirtualMemoryPool};
 use cuda_vmm_benches::{GRANULARITY, Outcome, ParkedModels, bookkeeping_memory};
 use cuda_vmm_benches::{figure::Figure, no_op_driver, report};
 use std::hint::black_box;
@@ -21,7 +20,6 @@ const CAPACITY: usize = 128 << 30;
 const TOKEN: usize = 4096;
 const TOKENS: usize = GRANULARITY / TOKEN - 1;
 
-/// Pages that are parked at a time.
 const PARKED: usize = 64;
 /// Pages that each of several models has parked. Taking them lasts longer than starting a thread.
 const PARKED_OF_EACH: usize = 4096;
@@ -166,8 +164,7 @@ fn judge(mut outcome: Outcome) -> Result<ExitCode> {
 
 fn main() -> Result<ExitCode> {
     let mut criterion = Criterion::default().configure_from_args();
-    let group = criterion.benchmark_group("bookkeeping");
-    let outcome = Outcome::default();
+    let (group, outcome) = (criterion.benchmark_group("bookkeeping"), Outcome::default());
     let mut benches = Benches { group, outcome };
     run(&mut benches, &no_op_driver(true).device(0)?)?;
     benches.group.finish();

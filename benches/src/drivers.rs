@@ -1,6 +1,5 @@
-//! Drivers of functions of our own: one whose calls do nothing, so that what is measured is this
-//! project's own work, and one in front of another driver that notes the calls of a thread. Noting
-//! takes time, so nothing is timed through it.
+//! Drivers of our own: one whose calls do nothing, so that this project's own work is measured, and
+//! one in front of another that notes a thread's calls. Nothing is timed through that one.
 //!
 //! # Safety
 //! A function that notes passes its arguments on to the driver's function of the same name,
@@ -44,15 +43,11 @@ thread_local! {
     static CALLS: RefCell<Option<Vec<Call>>> = const { RefCell::new(None) };
 }
 
-fn note(
-    function: DriverFunction,
-    mapped_bytes: usize,
-    make: impl FnOnce(&DriverTable) -> Option<CUresult>,
-) -> CUresult {
+fn note(call: Call, make: impl FnOnce(&DriverTable) -> Option<CUresult>) -> CUresult {
     // A thread that ends notes nothing.
     let _ = CALLS.try_with(|calls| {
         if let Some(calls) = &mut *calls.borrow_mut() {
-            calls.push((function, mapped_bytes));
+            calls.push(call);
         }
     });
     let code = BEHIND.get().and_then(make);
@@ -76,7 +71,7 @@ macro_rules! define_function {
             if !NOTES {
                 return CUDA_SUCCESS;
             }
-            note(DriverFunction::$name, mapped_bytes!($name $($argument)*), |table| {
+            note((DriverFunction::$name, mapped_bytes!($name $($argument)*)), |table| {
                 let behind: fn(&DriverTable) -> Option<_> = $behind;
                 // SAFETY: the caller keeps the contract of the function of this name.
                 behind(table).map(|function| unsafe { function($($argument),*) })
@@ -162,8 +157,7 @@ define_no_op_table! {
 /// The next free address, and the next handle.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
-/// A driver of one device with 1 TiB, whose calls return success and do nothing. Either all work is
-/// over at once, or none ever is.
+/// A driver of one device with 1 TiB, whose calls do nothing. Work is over at once, or never.
 pub fn no_op_driver(work_ends: bool) -> Driver {
     unsafe extern "C" fn is_not_over(_event: CUevent) -> CUresult {
         CUDA_ERROR_NOT_READY
@@ -172,7 +166,6 @@ pub fn no_op_driver(work_ends: bool) -> Driver {
     if !work_ends {
         table.cuEventQuery = is_not_over;
     }
-    // SAFETY: the functions are static and write nothing except the values above; no memory is
-    // behind the addresses, and nothing here touches any.
+    // SAFETY: the functions are static and write only the values above; nothing touches memory.
     unsafe { Driver::from_table(table, DriverKind::Simulated) }.expect("no call fails")
 }

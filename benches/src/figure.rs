@@ -57,7 +57,6 @@ fn is_reached(reach: &str, ours: f64, ratio: Option<f64>) -> Result<Option<bool>
     }))
 }
 
-/// A figure, as it is reported.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Finding {
     pub(crate) name: String,

@@ -4,6 +4,9 @@
 #![allow(missing_docs, reason = "nothing of it is published")]
 
 mod counting;
+#[allow(dead_code)]
+#[path = "../../xtask/src/display.rs"]
+mod display;
 mod drivers;
 pub mod figure;
 mod models;

@@ -1,11 +1,8 @@
-//! Models of one shared pool, threads that take back their parked pages at the same time, and
-//! waiting for what an engine does in the background.
+//! Models of one shared pool, whose parked pages threads take back; and waiting for an engine.
 
 use anyhow::{Context, Result, ensure};
-use cuda_vmm::{
-    Engine, EngineOptions, EngineStats, PoolOptions, Quota, SharedMemoryPool, SharedPoolOptions,
-    Stream, VirtualMemoryPool, WorkerMode,
-};
+use cuda_vmm::{Engine, EngineOptions, EngineStats, PoolOptions, Quota, SharedMemoryPool};
+use cuda_vmm::{SharedPoolOptions, Stream, VirtualMemoryPool, WorkerMode};
 use std::hint::black_box;
 use std::panic::resume_unwind;
 use std::sync::Arc;
@@ -55,12 +52,10 @@ impl ParkedModels {
     }
 
     /// Each of this many threads takes all pages of one model back, one by one. Returns the time
-    /// from when the first began until a thread ended, the mean of all.
+    /// from when the first began until a thread ended, the mean of all. Up to the last one's
+    /// end, the delay of one core would count for all.
     ///
-    /// Not until the last ended, as what a core is kept from by others would count for all.
-    ///
-    /// Before that each thread in turn parks these pages itself. Else the books of some models
-    /// would lie in another core's cache, and the ways between cores were measured.
+    /// Before that each thread in turn parks its pages, so that its own core's cache has the books.
     pub fn take(&self, threads: usize) -> Result<Duration> {
         let parked = AtomicUsize::new(0);
         // Without sleeping or yielding, after which threads may find themselves on one core.

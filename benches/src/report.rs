@@ -1,9 +1,9 @@
 //! What is printed and written of a run.
 
+pub use crate::display::table;
 use crate::figure::Finding;
 use crate::sides::{Side, quantile};
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, Table, presets};
 use cuda_vmm::{Device, DriverKind};
 use std::path::Path;
 use std::process::ExitCode;
@@ -22,11 +22,10 @@ pub(crate) fn print_head(device: &Device, is_real: bool) {
     let (kind, version) = (driver.kind(), driver.version());
     // The kernel module's own version; the driver tells only the newest CUDA version that it knows.
     let module = match kind {
-        DriverKind::Real => std::fs::read_to_string("/sys/module/nvidia/version").ok(),
-        DriverKind::Simulated => Some("none".to_owned()),
+        DriverKind::Real => std::fs::read_to_string("/sys/module/nvidia/version"),
+        DriverKind::Simulated => Ok("none".to_owned()),
     };
-    let module = module.unwrap_or_else(|| "not known".to_owned());
-    let module = module.trim();
+    let module = module.as_deref().map_or("not known", str::trim);
     println!("GPU: {}, {} bytes", device.name(), device.total_bytes());
     println!("Driver: {kind}, kernel module {module}, CUDA {version}");
     print_command();
@@ -43,7 +42,7 @@ pub(crate) fn print_sides<'a>(name: &str, sides: impl Iterator<Item = &'a Side>)
         let row = [side.name.clone(), side.samples.len().to_string()];
         row.into_iter().chain(quantiles)
     });
-    let table = table(&["side", "rounds", "median", "p99", "p99.9", "max"], rows);
+    let table = table(["side", "rounds", "median", "p99", "p99.9", "max"], rows);
     if table.row_count() > 0 {
         println!("{table}");
     }
@@ -64,7 +63,7 @@ pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
         ]
     });
     let head = ["figure", "ours", "peer", "ratio", "reach", "pass"];
-    println!("\n{}", table(&head, rows));
+    println!("\n{}", table(head, rows));
     for finding in findings {
         if let Some(note) = &finding.note {
             println!("{}: {note}", finding.name);
@@ -80,17 +79,6 @@ pub fn end(findings: &[Finding], json: Option<&Path>) -> Result<ExitCode> {
 fn write(path: &Path, findings: &[Finding]) -> Result<()> {
     let text = serde_json::to_string_pretty(findings)?;
     std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))
-}
-
-/// A table that Markdown understands, with all columns but the first to the right.
-pub fn table<R: Into<comfy_table::Row>>(head: &[&str], rows: impl IntoIterator<Item = R>) -> Table {
-    let mut table = Table::new();
-    table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header(head).add_rows(rows);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
 }
 
 /// Whole numbers as they are, others with four digits that count.

@@ -1,6 +1,6 @@
 //! What is measured against each other, in turns, so that what drifts affects all alike.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use std::time::{Duration, Instant};
 
 /// How long each piece of work is measured.
@@ -44,7 +44,6 @@ impl Settings {
     }
 }
 
-/// What one side of some work took.
 #[derive(Clone, Debug)]
 pub(crate) struct Side {
     pub name: String,
@@ -68,7 +67,6 @@ impl Side {
 /// One round of a side, which returns what it took.
 type Act<'a> = Box<dyn FnMut() -> Result<Duration> + 'a>;
 
-/// The sides of a comparison.
 #[derive(Default)]
 pub struct Sides<'a>(Vec<(Side, Act<'a>)>);
 
@@ -79,14 +77,9 @@ impl<'a> Sides<'a> {
     }
 
     /// Adds a side that does this much in a round.
-    pub fn add_rate(
-        &mut self,
-        name: &str,
-        amount: f64,
-        act: impl FnMut() -> Result<Duration> + 'a,
-    ) {
+    pub fn add_rate(&mut self, name: &str, done: f64, act: impl FnMut() -> Result<Duration> + 'a) {
         let mut side = Side::new(name, Vec::new(), true);
-        side.amount = amount;
+        side.amount = done;
         self.0.push((side, Box::new(act)));
     }
 
@@ -104,9 +97,7 @@ impl<'a> Sides<'a> {
 }
 
 /// The time that something takes which can fail, and what it returns.
-pub fn time<T, E: Into<anyhow::Error>>(
-    act: impl FnOnce() -> Result<T, E>,
-) -> Result<(T, Duration)> {
+pub fn time<T, E: Into<Error>>(act: impl FnOnce() -> Result<T, E>) -> Result<(T, Duration)> {
     let started = Instant::now();
     let (outcome, elapsed) = (act(), started.elapsed());
     let outcome = outcome.map_err(Into::into).context("while it was timed")?;

@@ -12,20 +12,16 @@ pub struct Outcome {
     sides: Vec<Side>,
     /// What is to be said of the figures of a side, which may have no samples.
     notes: Vec<(String, String)>,
-    /// Why nothing came of it.
+    /// Why it ended early.
     error: Option<String>,
 }
 
 impl Outcome {
     pub(crate) fn of<M>(work: Work<M>, machine: &M) -> Self {
         let mut outcome = Self::default();
-        match work.1(machine, &mut outcome) {
-            Ok(()) => outcome,
-            Err(error) => Self {
-                error: Some(format!("{error:#}")),
-                ..Self::default()
-            },
-        }
+        let ended = work.1(machine, &mut outcome);
+        let error = ended.err().map(|error| format!("{error:#}"));
+        Self { error, ..outcome }
     }
 
     pub fn measure(&mut self, sides: Sides<'_>, settings: &Settings, rounds: usize) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
 
-use crate::gpu_test::{BENCH, BENCH_CANDLE, BENCHES};
+use crate::gpu_test::{BENCH, BENCH_CANDLE, BENCHES, Passed};
 use crate::workspace::{Workspace, code};
 use crate::{gpu_test, setup};
 use anyhow::{Context, Result};
@@ -11,7 +11,6 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What is measured on a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {
     /// The pools
@@ -20,19 +19,13 @@ enum Part {
     Candle,
 }
 
-/// What is simulated.
 #[derive(Debug, Subcommand)]
 enum Simulated {
     /// Simulate serving several models on one GPU, in four pools; what follows goes to the program
     #[command(disable_help_flag = true)]
-    Serving {
-        /// Arguments of the program (`--help` lists them)
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Serving(Passed),
 }
 
-/// What is to be measured.
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Arguments {
@@ -58,8 +51,8 @@ pub struct Arguments {
 /// Measures, and returns the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
-    if let Some(Simulated::Serving { arguments }) = &arguments.simulated {
-        let plots = with_plots(arguments, &workspace.target.join("serving"));
+    if let Some(Simulated::Serving(passed)) = &arguments.simulated {
+        let plots = with_plots(&passed.arguments, &workspace.target.join("serving"));
         return code(by_cargo(workspace, "bench-serving")?.args(plots));
     }
     match arguments.gpu {

@@ -45,7 +45,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let result = result.context(format!("ci stopped at the step {name}"));
         failure = result.err();
     }
-    println!("{}", display::table("step,state,time", rows));
+    println!("{}", display::table(["step", "state", "time"], rows));
     failure.map_or(Ok(()), Err)
 }
 

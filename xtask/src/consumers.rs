@@ -1,5 +1,4 @@
-//! Packing the library crates as a registry would get them; and small programs outside the
-//! workspace that depend on the packages, as users' programs do.
+//! Packing the library crates for a registry; and small programs that depend on the packages.
 //!
 //! Each is a folder in `xtask/consumers`. Its manifest says how it is run, what it must print, and
 //! whether it is built on a bare machine: with Rust and a linker, but no header, libclang or C compiler.
@@ -35,9 +34,8 @@ fn packages(workspace: &Workspace) -> PathBuf {
 
 /// Packs every library, and unpacks it into a folder of its own.
 ///
-/// Cargo's own verification is left out: it takes siblings from unpacked sources that it keeps in
-/// cargo's home, stale once a crate changes under the same version. The consumers build what was
-/// packed instead.
+/// Cargo's own verification is left out: it takes siblings from sources in cargo's home, stale once
+/// a crate changes under the same version. The consumers build what was packed instead.
 pub fn pack(workspace: &Workspace) -> Result<()> {
     let names = workspace.libraries().flat_map(|it| ["--package", &it.name]);
     let package = workspace.cargo("package --no-verify --allow-dirty");
@@ -78,7 +76,8 @@ fn count_packages(workspace: &Workspace) -> Result<()> {
         }
         rows.push([user, count.to_string(), recorded.to_string()]);
     }
-    println!("{}", display::table("user of,packages,recorded", rows));
+    let head = ["user of", "packages", "recorded"];
+    println!("{}", display::table(head, rows));
     let (is_as_recorded, differing) = (differing.is_empty(), differing.join(", "));
     let advice = format!("if this is meant, write it to {RECORDED}: {differing}");
     ensure!(is_as_recorded, advice);

@@ -3,11 +3,11 @@
 use comfy_table::{CellAlignment, Row, Table, presets};
 use std::time::Duration;
 
-/// A Markdown table. `head` has commas between columns, which are right-aligned except the first.
-pub fn table<R: Into<Row>>(head: &str, rows: impl IntoIterator<Item = R>) -> Table {
+/// A Markdown table. All columns but the first are right-aligned.
+pub fn table<R: Into<Row>>(head: impl Into<Row>, rows: impl IntoIterator<Item = R>) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
-    table.set_header(head.split(',')).add_rows(rows);
+    table.set_header(head).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

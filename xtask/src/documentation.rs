@@ -22,8 +22,7 @@ pub fn workspace(workspace: &Workspace) -> Result<()> {
     Ok(doc.env("RUSTDOCFLAGS", "-D warnings").run()?)
 }
 
-/// Each library's as a host builds it: by its own manifest's words, offline, with no `cuda.h`, and with the features that
-/// rustdoc has not finished.
+/// Each library's as a host builds it: by its manifest, offline, with unstable rustdoc features.
 pub fn hosted(workspace: &Workspace) -> Result<()> {
     // It allows unfinished features, as a host's does. Cargo takes dependencies as built.
     let rustdoc = workspace.target.join("documentation/rustdoc");

@@ -12,8 +12,7 @@ pub const VERSIONS: [&str; 6] = ["11.8", "12.0", "12.4", "12.9", "13.0", "13.5"]
 pub fn run(workspace: &Workspace) -> Result<()> {
     setup::ensure(workspace, false, false)?;
     let target = workspace.target.join("headers");
-    let mut rows = Vec::new();
-    let mut failures = Vec::new();
+    let (mut rows, mut failures) = (Vec::new(), Vec::new());
     for version in VERSIONS {
         let folder = setup::ensure_headers(workspace, version)?;
         let defined = setup::cuda_version(&folder.join("include"));
@@ -41,7 +40,7 @@ pub fn run(workspace: &Workspace) -> Result<()> {
         let tests = counts.passed.to_string();
         rows.push([version, &defined, state, &tests, &taken].map(str::to_owned));
     }
-    let head = "header,CUDA_VERSION,state,tests,time";
+    let head = ["header", "CUDA_VERSION", "state", "tests", "time"];
     println!("{}", display::table(head, rows));
     let failures = failures.join(", ");
     ensure!(failures.is_empty(), "failed against {failures}");

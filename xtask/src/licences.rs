@@ -2,6 +2,7 @@
 
 use crate::workspace::Workspace;
 use anyhow::{Context, Result, ensure};
+use itertools::Itertools;
 use spdx::{Expression, ParseMode};
 use std::collections::BTreeSet;
 
@@ -12,10 +13,9 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let names: Vec<_> = workspace.libraries().map(|it| &**it.name).collect();
     let packages = dependencies(workspace, &names)?;
     let problem = |line: &String| problem(line, &names, &allowed);
-    let problems: Vec<_> = packages.iter().filter_map(problem).collect();
+    let problems = packages.iter().filter_map(problem).join("\n");
     let (count, licences) = (packages.len(), allowed.len());
     println!("{count} packages, {licences} licences allowed");
-    let problems = problems.join("\n");
     ensure!(problems.is_empty(), "deny.toml does not allow:\n{problems}");
     Ok(())
 }
@@ -29,8 +29,7 @@ fn allowed(text: &str) -> Result<BTreeSet<String>> {
     Ok(allowed)
 }
 
-/// What these packages need when they are built and when they run on any machine, with themselves: the name, the version,
-/// whence it comes if that is no registry, and its licence behind a bar.
+/// These packages and what they need to be built and to run, with a licence behind a bar each.
 fn dependencies(workspace: &Workspace, names: &[&str]) -> Result<BTreeSet<String>> {
     let packages = names.join(" --package ");
     let arguments = format!("--all-features --target all --package {packages}");

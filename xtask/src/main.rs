@@ -17,9 +17,9 @@ mod tidy;
 mod workspace;
 
 use anyhow::Result;
-use clap::{Parser, Subcommand};
-use std::ffi::OsString;
-use std::process::{Command, ExitCode};
+use clap::{Args, Parser, Subcommand};
+use gpu_test::{OldestGpu, Passed, Program};
+use std::process::ExitCode;
 use workspace::{Workspace, code};
 
 /// The exit code of a usage error where 2 has another meaning.
@@ -45,34 +45,13 @@ enum Task {
     },
     /// Run the demo; what follows goes to it
     #[command(disable_help_flag = true)]
-    Demo {
-        /// Arguments of the demo (`--help` lists them)
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Demo(Passed),
     /// Generate tokens with a language model over a KV cache; what follows goes to the example
     #[command(disable_help_flag = true)]
-    Generate {
-        /// Build for GPUs, and run on GPU 0 unless told otherwise
-        #[arg(long)]
-        cuda: bool,
-        /// With --cuda: the oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
-        #[arg(long, default_value_t = gpu_test::COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
-        compute_cap: u32,
-        /// Arguments of the example (`--help` lists them)
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Generate(Example),
     /// Use everything at random for some minutes, and check all bytes; what follows goes to the example
     #[command(disable_help_flag = true)]
-    Soak {
-        /// Build for GPUs, and run on GPU 0
-        #[arg(long)]
-        cuda: bool,
-        /// Arguments of the example (`--help` lists them)
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
-    },
+    Soak(Example),
     /// Run every test that needs no GPU
     Test {
         /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
@@ -125,7 +104,6 @@ fn main() -> ExitCode {
     code.into()
 }
 
-/// Does the task, and returns the exit code.
 fn start(task: Task) -> Result<u8> {
     // On the machine where a bundle runs, there is no workspace.
     if let Task::RunBundle(asked) = task {
@@ -141,31 +119,18 @@ fn start(task: Task) -> Result<u8> {
                 print!("{configuration}");
             }
         }
-        Task::Demo { arguments } => {
+        Task::Demo(passed) => {
             setup::ensure(&workspace, false, false)?;
             let demo = "--package cuda-vmm --features simulator --example demo";
-            return code(workspace.program(demo)?.args(arguments));
+            return code(workspace.program(demo)?.args(passed.arguments));
         }
-        Task::Generate {
-            cuda,
-            compute_cap,
-            arguments,
-        } => {
-            let mut generate = example(&workspace, cuda, compute_cap, gpu_test::GENERATE)?;
-            return code(generate.args(arguments));
-        }
-        Task::Soak { cuda, arguments } => {
-            let mut soak = example(&workspace, cuda, gpu_test::COMPUTE_CAP, gpu_test::SOAK)?;
-            return code(soak.args(arguments));
-        }
+        Task::Generate(example) => return example.run(&workspace, gpu_test::GENERATE),
+        Task::Soak(example) => return example.run(&workspace, gpu_test::SOAK),
         Task::Test { cuda: false } => tests::run(&workspace)?,
         Task::Test { cuda: true } => gpu_test::without_gpu(&workspace)?,
         Task::Bench(arguments) => return bench::run(&workspace, &arguments),
         Task::Ci => ci::run(&workspace)?,
-        Task::Consumers => {
-            consumers::pack(&workspace)?;
-            consumers::run(&workspace)?;
-        }
+        Task::Consumers => consumers::pack(&workspace).and_then(|()| consumers::run(&workspace))?,
         Task::Headers => headers::run(&workspace)?,
         Task::GpuTest(asked) => return gpu_test::run(&workspace, &asked),
         Task::RunBundle(_) => {}
@@ -173,17 +138,26 @@ fn start(task: Task) -> Result<u8> {
     Ok(0)
 }
 
-/// An example of the facade, built for GPUs or not.
-fn example(
-    workspace: &Workspace,
+#[derive(Args)]
+struct Example {
+    /// Build for GPUs, and run on GPU 0 unless told otherwise
+    #[arg(long)]
     cuda: bool,
-    compute_cap: u32,
-    program: gpu_test::Program,
-) -> Result<Command> {
-    if cuda {
-        return gpu_test::with_cuda(workspace, compute_cap, program);
+    #[command(flatten)]
+    oldest: OldestGpu,
+    #[command(flatten)]
+    passed: Passed,
+}
+
+impl Example {
+    fn run(&self, workspace: &Workspace, example: Program) -> Result<u8> {
+        let mut command = if self.cuda {
+            gpu_test::with_cuda(workspace, self.oldest.compute_cap, example)?
+        } else {
+            setup::ensure(workspace, false, false)?;
+            let (package, name) = (example.package, example.name);
+            workspace.program(&format!("--package {package} --example {name}"))?
+        };
+        code(command.args(&self.passed.arguments))
     }
-    setup::ensure(workspace, false, false)?;
-    let (package, name) = (program.package, program.name);
-    workspace.program(&format!("--package {package} --example {name}"))
 }

@@ -41,11 +41,7 @@ pub fn toolkit_folder(workspace: &Workspace) -> PathBuf {
 ///
 /// Says on standard error what it uses if `tell`, and what it brings always.
 pub fn ensure(workspace: &Workspace, cuda: bool, tell: bool) -> Result<()> {
-    let say = |line: String| {
-        if tell {
-            eprintln!("xtask: {line}");
-        }
-    };
+    let say = |line: String| tell.then(|| eprintln!("xtask: {line}"));
     let _lock = lock(workspace)?;
 
     let libclang = workspace.setup_folder().join("libclang");
@@ -159,8 +155,7 @@ fn make(workspace: &Workspace, folder: &Path, list: &str, place: &str) -> Result
     let (options, list) = (PIP.split(' '), pins_of(workspace, list));
     let target = ["--target".into(), work.clone(), "-r".into(), list.clone()];
     let pip = cmd!(shell, "python3 -m pip install {options...}").args(target);
-    let pip = pip.env("PIP_REQUIRE_VIRTUALENV", "false");
-    let pip = pip.env("PIP_USER", "0");
+    let pip = pip.envs([("PIP_REQUIRE_VIRTUALENV", "false"), ("PIP_USER", "0")]);
     let pip = pip.env("PIP_ROOT_USER_ACTION", "ignore");
     pip.ignore_stdout().quiet().run().context(ADVICE)?;
     let mut found = files::matching(&work.join(place).to_string_lossy());

@@ -48,8 +48,7 @@ fn words(source: &str) -> String {
     let code = code.filter(|line| !line.trim_start().starts_with("//"));
     let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
     let words = code.flat_map(|line| line.split(|letter| !is_word(letter)));
-    let words: Vec<_> = words.filter(|word| !word.is_empty()).collect();
-    format!(" {} ", words.join(" "))
+    format!(" {} ", words.filter(|word| !word.is_empty()).join(" "))
 }
 
 /// Whether one source has `Type`, or `Type::function`, or defines `macro!`.
@@ -80,8 +79,7 @@ fn the_map_names_what_is_there() {
         true => !root().join(span).exists(),
         false => is_item(span) && !sources.iter().any(|words| has_item(words, span)),
     });
-    let missing: Vec<_> = missing.collect();
-    assert!(missing.is_empty(), "not in the tree: {missing:?}");
+    assert_eq!(missing.collect_vec(), [""; 0], "not in the tree");
 }
 
 /// The first cell of each row of the tables under a heading.

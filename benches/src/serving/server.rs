@@ -1,13 +1,11 @@
 //! The course of events: arrivals, steps, and the GPU that the models share.
 //!
-//! The GPU does one step at a time. Models with something to do take turns, a step each. Engines
-//! are processes, between which the card switches in time slices; as steps are alike, turns give
-//! each the same share.
+//! The GPU does one step at a time. Models with something to do take turns, a step each. The card
+//! switches between processes in time slices; as steps are alike, turns give each the same share.
 //!
 //! Each engine schedules by iterations, as Orca and vLLM do: a step has all sequences that run, and
-//! the prompts whose blocks fit, whole, in the order in which they came. If a sequence finds no
-//! block for its next token, the one admitted last is preempted: its blocks are freed, and it waits
-//! at the front to have all its tokens computed again.
+//! in order the prompts whose blocks fit. If a sequence finds no block for its next token, the one
+//! admitted last is preempted: it waits at the front to have all its tokens computed again.
 
 use super::memory::{Memory, blocks_of};
 use super::request::Request;
@@ -64,7 +62,6 @@ impl Served {
     }
 }
 
-/// What an engine allows itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     pub sequences_max: usize,
@@ -83,7 +80,6 @@ impl Limits {
     };
 }
 
-/// A request on its way.
 #[derive(Default)]
 struct Sequence {
     request: Request,
@@ -108,10 +104,8 @@ impl Sequence {
     }
 }
 
-/// One model's sequences.
 #[derive(Default)]
 struct Engine<'a> {
-    /// Requests that have not arrived.
     to_come: &'a [Request],
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
@@ -123,7 +117,6 @@ impl Engine<'_> {
     }
 }
 
-/// Everything that shares the GPU.
 pub struct Server<'a> {
     engines: Vec<Engine<'a>>,
     memory: &'a mut dyn Memory,
@@ -135,7 +128,6 @@ pub struct Server<'a> {
     turn: usize,
     /// When memory is looked at next, if its course is noted.
     look_ns: Option<u64>,
-    /// When the last request ended so far.
     end_ns: u64,
 }
 

@@ -16,8 +16,7 @@ pub struct Arguments {
     /// machine has]
     #[arg(long, value_name = "1|2", value_parser = clap::value_parser!(u32).range(1..=2))]
     pub devices: Option<u32>,
-    /// Only rows of which every word is true: a value of an axis, or a row's name; can be given again
-    /// for more rows
+    /// Only rows of which every word is true: an axis's value, or a row's name; more if given again
     #[arg(long, value_name = "WORD[,WORD...]", value_parser = known_words)]
     pub only: Vec<Words>,
     /// Print the names of the rows, and do nothing else; asks for two devices unless told otherwise
@@ -38,7 +37,6 @@ pub struct Arguments {
     pub limit_seconds: u64,
 }
 
-/// What can be asked of `gpu-test`.
 #[derive(Debug, clap::Args)]
 pub struct InPlace {
     #[command(flatten)]
@@ -46,9 +44,23 @@ pub struct InPlace {
     /// Run nothing, but pack all programs into this folder, for a machine that has a GPU and no toolchain
     #[arg(long, value_name = "FOLDER", conflicts_with_all = ["driver", "devices", "only", "list", "json", "stress_seconds", "sanitize"])]
     pub bundle: Option<PathBuf>,
+    #[command(flatten)]
+    pub oldest: OldestGpu,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct OldestGpu {
     /// The oldest GPU for which Candle's kernels are compiled, as NVIDIA numbers them without the dot
     #[arg(long, default_value_t = COMPUTE_CAP, value_parser = clap::value_parser!(u32).range(53..1000))]
     pub compute_cap: u32,
+}
+
+/// What goes to a program.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Passed {
+    /// Arguments of the program (`--help` lists them)
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub arguments: Vec<OsString>,
 }
 
 /// What a bundle's `run` passes on, and what it was told.
@@ -67,7 +79,6 @@ pub struct InBundle {
     pub other: Option<Other>,
 }
 
-/// Which drivers' rows are asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Drivers {
     /// NVIDIA's
@@ -78,7 +89,6 @@ pub enum Drivers {
     All,
 }
 
-/// The words of one `--only`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Words(pub Vec<String>);
 
@@ -86,12 +96,10 @@ fn known_words(text: &str) -> Result<Words, String> {
     let words: Vec<String> = text.split(',').map(str::to_owned).collect();
     let cells = [Cell::all(false), Cell::all(true)].concat();
     let is_known = |word: &&String| cells.iter().any(|cell| cell.is(word));
-    match words.iter().find(|word| !is_known(word)) {
-        None => Ok(Words(words)),
-        Some(word) => Err(format!(
-            "{word:?} is neither a value of an axis nor the name of a row, which --list prints"
-        )),
-    }
+    let wrong = words.iter().find(|word| !is_known(word));
+    let what = "neither a value of an axis nor the name of a row, which --list prints";
+    let wrong = wrong.map(|word| format!("{word:?} is {what}"));
+    wrong.map_or(Ok(Words(words)), Err)
 }
 
 impl Arguments {
@@ -136,8 +144,8 @@ impl Arguments {
         cells
     }
 
-    /// Whether `words` are enough to ask for this cell. Sanitizing takes long: on an axis of which
-    /// nothing is said, it is done for one value only.
+    /// Whether `words` ask for this cell. To save time, sanitizing is done for one value of an axis
+    /// of which nothing is said.
     fn is_due(&self, cell: &Cell, words: &[String]) -> bool {
         let said = |value: &str| words.iter().any(|word| word == value || word == cell.name);
         let is_device = self.devices.is_some() || said(&cell.devices.to_string());
@@ -154,9 +162,8 @@ pub enum Other {
     Program {
         /// The program's name
         name: String,
-        /// Its arguments
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
+        #[command(flatten)]
+        passed: Passed,
     },
 }
 

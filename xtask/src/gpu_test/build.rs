@@ -58,10 +58,8 @@ impl<'a> Builder<'a> {
         let mut built = Programs::new();
         for ((package, features, kind), programs) in groups {
             setup::ensure(self.workspace, true, false)?;
-            let build = match kind {
-                "test" => "test --no-run",
-                _ => "build",
-            };
+            let is_test = kind == "test";
+            let build = if is_test { "test --no-run" } else { "build" };
             let build = format!("{build} --package {package} --features={features}");
             let build = self.cargo(&build);
             let names: BTreeSet<_> = programs.iter().map(|it| it.name).collect();

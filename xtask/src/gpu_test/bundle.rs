@@ -2,13 +2,12 @@
 
 use super::arguments::Usage;
 use super::build::{Builder, Manifest};
-use super::cell::{
-    BENCH, BENCH_CANDLE, Cell, DEMO, GENERATE, Program, Programs, SOAK, TWO_MODELS, XTASK,
-};
+use super::cell::{BENCH, BENCH_CANDLE, DEMO, GENERATE, SOAK, TWO_MODELS, XTASK};
+use super::cell::{Cell, Program, Programs};
 use super::conditions::compile_probe;
 use crate::files;
 use crate::workspace::Workspace;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use fs_err as fs;
 use std::path::{Path, PathBuf};
 use xshell::{Shell, cmd};
@@ -35,9 +34,8 @@ pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()
     let stage = builder.target.join("stage");
     fill(&workspace.shell, &stage, &built, &manifest)?;
     let bytes = pack(&workspace.shell, &stage, folder)?;
-    if bytes > LIMIT_BYTES {
-        bail!("the bundle has {bytes} bytes, more than {LIMIT_BYTES}");
-    }
+    let is_small = bytes <= LIMIT_BYTES;
+    ensure!(is_small, "the bundle's {bytes} bytes exceed {LIMIT_BYTES}");
     let (short, folder) = (workspace.short(folder), folder.display());
     let megabytes = bytes as f64 / 1e6;
     println!(

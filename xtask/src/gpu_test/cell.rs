@@ -1,14 +1,12 @@
 //! The cells of the matrix: what a row runs, and under which conditions.
 //!
-//! `rows.csv` has a line for each: its name, its test programs (the package and the target), and the
-//! variables by which the tests know their cell.
+//! `rows.csv` has a line for each: its name, its tests (package and target), and their variables.
 
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use strum::{Display, EnumIter, EnumString};
 
-/// The driver under the tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[derive(Display, EnumIter, EnumString)]
@@ -18,12 +16,10 @@ pub enum Driver {
     Real,
     /// The one of `cuda-vmm-sim`, called from within the program.
     Simulated,
-    /// The same as a `libcuda.so.1`, which the program takes for NVIDIA's. Not of the matrix:
-    /// `test --cuda` has the facade's CUDA programs run on it.
+    /// The same as a `libcuda.so.1`, on which `test --cuda` has the facade's CUDA programs run.
     SimulatedLibrary,
 }
 
-/// What came of a row.
 #[derive(Clone, Copy, Debug, Display, EnumIter, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 #[strum(serialize_all = "UPPERCASE")]
@@ -98,17 +94,14 @@ impl Program {
 
 pub type Programs = BTreeMap<Program, PathBuf>;
 
-/// One cell of the matrix.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Cell {
     pub name: &'static str,
     pub driver: Driver,
     pub devices: u32,
-    /// The size of the pools' pages, or the device's own granularity, whatever it is; that of
-    /// NVIDIA's present GPUs is 2 MiB.
+    /// The size of the pools' pages, or the device's own granularity, whatever it is.
     pub page: &'static str,
-    /// The kind of Candle device, for the facade only: a CUDA device that works on the default stream
-    /// or on one of its own, or the CPU device, of which there is one.
+    /// For the facade: the CPU device, or a CUDA device on the default stream or on one of its own.
     pub candle_device: Option<&'static str>,
     pub suite: &'static str,
     #[serde(skip)]
@@ -162,7 +155,6 @@ impl Cell {
         self.driver != Driver::Simulated
     }
 
-    /// Whether it is run under NVIDIA's memory checker.
     pub fn is_sanitized(&self) -> bool {
         self.suite == "core-sanitized"
     }
@@ -180,8 +172,7 @@ impl Cell {
         variables.map(move |(name, value)| (*name, value.replace("asked", &seconds)))
     }
 
-    /// For how many seconds the stress test goes on; 0 for other suites. A cell of each driver has as
-    /// many as are asked for, the others have few.
+    /// For how many seconds the stress test goes on; 0 for other suites.
     pub fn stress_seconds(&self, asked: u64) -> u64 {
         let mut variables = self.variables(asked);
         let seconds = variables.find(|(name, _)| *name == "CUDA_VMM_TEST_STRESS_SECONDS");

@@ -84,10 +84,8 @@ fn sanitizer() -> Option<PathBuf> {
     programs.find(|program| program.is_file())
 }
 
-/// The GPUs that answer.
 #[derive(Clone, Debug)]
 pub struct Gpus {
-    /// The first one's name.
     pub name: String,
     pub count: u32,
     /// The CUDA version of the driver.
@@ -140,7 +138,6 @@ pub fn ask_probe(program: &Path) -> Result<Answer> {
 pub struct Libraries {
     /// The folders that hold them, where the dynamic loader must be told.
     pub folders: Vec<PathBuf>,
-    /// Those that are nowhere.
     pub missing: Vec<String>,
 }
 

@@ -10,13 +10,13 @@ mod report;
 mod runner;
 mod stand_ins;
 
-pub use arguments::{COMPUTE_CAP, InBundle, InPlace, Usage};
+pub use arguments::{InBundle, InPlace, OldestGpu, Passed, Usage};
 pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program, SOAK};
 
 use crate::workspace::{Workspace, code};
 use crate::{display, kernels};
 use anyhow::{Context, Result, ensure};
-use arguments::{Arguments, Other};
+use arguments::{Arguments, COMPUTE_CAP, Other};
 use build::{Builder, Manifest};
 use cell::{CUDA, Cell, Driver, State};
 use conditions::{Conditions, Libraries, ask_probe, compile_probe};
@@ -36,11 +36,12 @@ pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
     if arguments.list {
         return list(arguments);
     }
+    let compute_cap = asked.oldest.compute_cap;
     if let Some(folder) = &asked.bundle {
-        bundle::make(workspace, &std::path::absolute(folder)?, asked.compute_cap)?;
+        bundle::make(workspace, &std::path::absolute(folder)?, compute_cap)?;
         return Ok(0);
     }
-    let builder = Builder::new(workspace, asked.compute_cap);
+    let builder = Builder::new(workspace, compute_cap);
     let probe = || ask_probe(&compile_probe(&workspace.shell, &builder.target)?);
     let conditions = Conditions::find(arguments, probe)?;
     let mut cells = arguments.select(conditions.gpu_count())?;
@@ -67,14 +68,14 @@ pub fn run(workspace: &Workspace, asked: &InPlace) -> Result<u8> {
 pub fn run_bundle(asked: &InBundle) -> Result<u8> {
     let folder = &std::path::absolute(&asked.folder).context("the bundle's folder")?;
     let (arguments, beside) = (&asked.matrix, &asked.beside);
-    if let Some(Other::Program { name, arguments }) = &asked.other {
+    if let Some(Other::Program { name, passed }) = &asked.other {
         let program = bundle::other(folder, name)?;
         let needs_cuda = |it: &Program| it.name == name && it.features() == CUDA;
         let mut command = match bundle::OTHERS.iter().any(needs_cuda) {
             true => with_libraries(&program, &bundle::manifest(folder)?.libraries)?,
             false => Command::new(program),
         };
-        return code(command.args(arguments));
+        return code(command.args(&passed.arguments));
     }
     if arguments.list {
         return list(arguments);

@@ -31,7 +31,6 @@ pub struct Row {
     pub log: String,
 }
 
-/// A run of the matrix, as programs read it.
 #[derive(Serialize)]
 pub struct Report<'a> {
     pub machine: Value,
@@ -39,7 +38,6 @@ pub struct Report<'a> {
     pub passed: usize,
     pub failed: usize,
     pub skipped: usize,
-    /// What else is to be said.
     #[serde(skip)]
     pub remark: String,
 }
@@ -113,7 +111,7 @@ impl<'a> Report<'a> {
     /// Prints the table at the end, what failed, and where the report is.
     pub fn print(&self, time: Duration, written_to: &str) {
         let head = "driver,suite,rows,PASS,FAIL,SKIPPED,tests,time";
-        println!("\n{}\n", display::table(head, groups(self.rows)));
+        println!("\n{}\n", display::table(head.split(','), groups(self.rows)));
         self.failures().for_each(print_row);
         if !self.remark.is_empty() {
             println!("{}", self.remark);

@@ -30,7 +30,6 @@ pub struct Runner {
     pub conditions: Conditions,
     /// Where temporary files go, which stay if this process is interrupted.
     folder: PathBuf,
-    /// For how many seconds the longest stress test goes on.
     pub stress_seconds: u64,
     /// How many seconds a program may take besides.
     pub limit_seconds: u64,
@@ -124,15 +123,14 @@ impl Runner {
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
         let counts = tally::count(&text);
         // The memory checker's own, in what the program and it have printed.
-        let mut lines = text.lines().rev().filter(|_| cell.is_sanitized());
+        let is_checked = cell.is_sanitized();
+        let mut lines = text.lines().rev().filter(|_| is_checked);
         let summary = lines.find_map(|line| Some(line[line.find("ERROR SUMMARY")?..].trim()));
         let complaint = match end {
             Err(error) => Some(format!("{error:#}")),
             Ok(None) => Some(format!("stopped after {seconds} s")),
             Ok(Some(status)) if !status.success() => Some(match status.code() {
-                Some(SANITIZER_ERRORS) if cell.is_sanitized() => {
-                    "compute-sanitizer found errors".to_owned()
-                }
+                Some(SANITIZER_ERRORS) if is_checked => "compute-sanitizer found errors".to_owned(),
                 Some(code) => format!("exit code {code}, {} tests failed", counts.failed),
                 // The status names the signal.
                 None => status.to_string(),
@@ -141,7 +139,7 @@ impl Runner {
             Ok(_) if !self.opened_driver(cell, &opened)? => {
                 Some(format!("it did not open the {} driver", cell.driver))
             }
-            Ok(_) if cell.is_sanitized() && summary.is_none() => {
+            Ok(_) if is_checked && summary.is_none() => {
                 Some("compute-sanitizer gave no summary".to_owned())
             }
             Ok(_) => None,

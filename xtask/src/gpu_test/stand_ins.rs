@@ -1,5 +1,4 @@
-//! Libraries that take the place of CUDA's own: to link against where those are absent, and to start the facade's CUDA
-//! programs where there is no GPU.
+//! Libraries in place of CUDA's own: to link against, and to start CUDA programs without a GPU.
 //!
 //! Programs are linked so that every symbol must be found when they are started. What the simulated driver does not have,
 //! and what the stand-ins do not do, is there all the same and returns that it is not supported.

@@ -46,7 +46,6 @@ struct Case {
     json: BTreeMap<String, String>,
     printed: Vec<String>,
     report: Vec<String>,
-    /// What is not printed.
     absent: Vec<String>,
     seconds_at_most: Option<u64>,
 }
@@ -113,9 +112,12 @@ impl Case {
             assert_eq!(printed, list.join("\n") + "\n");
         }
         contains(&printed, &self.printed);
-        for part in &self.absent {
-            assert!(!printed.contains(part), "{part} in {printed}");
-        }
+        let mut absent = self.absent.iter();
+        assert_eq!(
+            absent.find(|part| printed.contains(*part)),
+            None,
+            "{printed}"
+        );
         let left = shell.read_dir(&temporary).unwrap();
         assert!(left.is_empty(), "left behind: {left:?}");
         let report = shell.read_file(reports.join("report.md"));
@@ -187,8 +189,7 @@ impl Case {
     }
 }
 
-/// Packs a bundle as one is packed, with this project's own `xtask`. Returns a command that runs
-/// its script where there is neither cargo nor a workspace.
+/// Packs a bundle, with this `xtask`; returns a command that runs its script without a workspace.
 fn script<'a>(shell: &'a Shell, bundle: &Path, packed: &Path) -> Cmd<'a> {
     shell.copy_file(XTASK, bundle.join("bin/xtask")).unwrap();
     let run = packed.join("run");
@@ -200,7 +201,6 @@ fn script<'a>(shell: &'a Shell, bundle: &Path, packed: &Path) -> Cmd<'a> {
     command.env_remove("CARGO_MANIFEST_DIR")
 }
 
-/// What `cases.toml` holds.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Cases {

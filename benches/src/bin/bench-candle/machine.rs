@@ -5,9 +5,9 @@ use candle_core::{DType, Device};
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::ValueEnum;
-use cuda_vmm_benches::Settings;
+use cuda_vmm_benches::{Settings, time};
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Of keys and values.
 pub const KV_HEADS: usize = 8;
@@ -78,11 +78,10 @@ impl Machine {
         mut act: impl FnMut() -> candle_core::Result<T>,
     ) -> Result<Duration> {
         self.candle.synchronize()?;
-        let started = Instant::now();
-        for _ in 0..count {
-            black_box(act()?);
-        }
-        self.candle.synchronize()?;
-        Ok(started.elapsed() / count as u32)
+        let ((), elapsed) = time(|| {
+            (0..count).try_for_each(|_| act().map(|made| drop(black_box(made))))?;
+            self.candle.synchronize()
+        })?;
+        Ok(elapsed / count as u32)
     }
 }

@@ -13,7 +13,6 @@ use generate::{config, model, weights};
 mod machine;
 mod work;
 
-use anyhow::Result;
 use clap::Parser;
 use cuda_vmm_benches::program::{self, Wanted};
 use machine::{Machine, Place};
@@ -21,8 +20,7 @@ use std::process::ExitCode;
 
 /// Measures tensors and caches that grow on a GPU, beside Candle's own.
 ///
-/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers;
-/// 64, wrong usage.
+/// Exit code: 0, what is demanded is reached; 1, something is not; 2, no GPU; 64, wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "bench-candle")]
 struct Arguments {
@@ -37,14 +35,12 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    program::start("bench-candle", run)
-}
-
-fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let may_be_absent = arguments.device == Place::Cuda;
-    let open = || Machine::open(arguments.device, arguments.quick);
-    let work = (work::ALL, include_str!("../../../figures/bench-candle.csv"));
-    program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
-        (&machine.device, machine.is_real())
+    program::start("bench-candle", |arguments: &Arguments| {
+        let may_be_absent = arguments.device == Place::Cuda;
+        let open = || Machine::open(arguments.device, arguments.quick);
+        let work = (work::ALL, include_str!("../../../figures/bench-candle.csv"));
+        program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
+            (&machine.device, machine.is_real())
+        })
     })
 }

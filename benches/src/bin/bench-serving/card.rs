@@ -18,10 +18,8 @@ pub struct Card {
 impl Card {
     /// A card of its own, on which calls take time if their costs are given.
     pub fn new(costs: Option<CostModel>) -> Result<Self> {
-        let mut config = SimConfig::new().unbacked();
-        if let Some(costs) = costs {
-            config = config.cost_model(costs);
-        }
+        let config = SimConfig::new().unbacked();
+        let config = costs.into_iter().fold(config, SimConfig::cost_model);
         let driver = Driver::simulated(config)?;
         let simulator = driver.simulator().context("no simulator")?.clone();
         Ok(Self {

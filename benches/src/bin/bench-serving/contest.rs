@@ -5,10 +5,7 @@ use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
-use cuda_vmm_benches::serving::{
-    Limits, Memory, Request, Served, Server, TOKEN_BYTES, blocks_within,
-};
-use cuda_vmm_benches::{Outcome, mean, quantile};
+use cuda_vmm_benches::{Outcome, mean, quantile, serving::*};
 use cuda_vmm_sim::CostModel;
 
 /// The pools, in the order of the tables.

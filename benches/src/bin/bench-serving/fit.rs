@@ -1,8 +1,7 @@
 //! Finding the constants of the time model.
 //!
-//! One pair of constants for the whole published static curve: the one with the least sum, over the
-//! peaks, of the squared logarithms of simulated to published p99 time to first token. First on a
-//! coarse grid, then on a fine one around the best.
+//! The pair with the least sum, over the peaks of the published static curve, of the squared
+//! logarithms of simulated to published p99 time to first token: on a coarse grid, then a fine one.
 
 use crate::pools::Counted;
 use crate::ramps::{MODELS, Point, STATIC_TOKENS, curves};
@@ -62,12 +61,9 @@ pub fn run() -> Result<()> {
     let ramps: Vec<_> = curves()?.into_iter().map(with_variants).collect();
     let (_, coarse, _) = search(&ramps, [10_000_000..=40_000_000, 0..=300_000], COARSE)?;
     // Around the best, as far as the coarse grid's step.
-    let around = |value: u64, apart: usize| {
-        let apart = apart as u64;
-        value.saturating_sub(apart)..=value + apart
-    };
-    let steps = around(coarse.step_ns, COARSE[0]);
-    let sequences = around(coarse.sequence_ns, COARSE[1]);
+    let around = |value: u64, apart: u64| value.saturating_sub(apart)..=value + apart;
+    let steps = around(coarse.step_ns, COARSE[0] as u64);
+    let sequences = around(coarse.sequence_ns, COARSE[1] as u64);
     let (error, time, p99_ms) = search(&ramps, [steps, sequences], FINE)?;
     println!("{time:?}, sum of squared logarithms {error:.3}");
     for ((point, _), ms) in ramps.iter().zip(p99_ms) {

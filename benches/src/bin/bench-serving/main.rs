@@ -52,7 +52,6 @@ struct Arguments {
     command: Option<Command>,
 }
 
-/// What else there is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
 enum Command {
     /// Find the constants of the time model again, by the published static curve as a whole
@@ -65,9 +64,7 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<ExitCode> {
     report::print_command();
-    println!(
-        "All times are simulated: steps by the fitted time model, calls by the costs of an H100."
-    );
+    println!("All times are simulated: steps by the fitted time model, calls by costs of an H100.");
     if arguments.command == Some(Command::Fit) {
         fit::run()?;
         return Ok(ExitCode::SUCCESS);

@@ -7,12 +7,6 @@ use cuda_vmm_benches::serving::Served;
 use plotters::prelude::*;
 use std::path::Path;
 
-const MODEL_COLOURS: [RGBColor; 4] = [
-    RGBColor(78, 121, 167),
-    RGBColor(242, 142, 43),
-    RGBColor(118, 183, 178),
-    RGBColor(176, 122, 161),
-];
 const GIB: f64 = (1_u64 << 30) as f64;
 
 fn colour(pool: Pool) -> RGBColor {
@@ -45,8 +39,7 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
     let mut chart = ChartBuilder::on(&root)
         .caption(title, ("sans-serif", 24))
         .margin(12)
-        .x_label_area_size(44)
-        .y_label_area_size(72)
+        .set_left_and_bottom_label_area_size(64)
         .build_cartesian_2d(first..last, (50.0..100_000.0).log_scale())?;
     chart
         .configure_mesh()
@@ -106,8 +99,7 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<()> {
         let mut chart = ChartBuilder::on(area)
             .caption(pool.name(), ("sans-serif", 18))
             .margin(8)
-            .x_label_area_size(36)
-            .y_label_area_size(56)
+            .set_left_and_bottom_label_area_size(48)
             .build_cartesian_2d(0.0..(end_ns / 1e9).max(1.0), 0.0..most_gib * 1.05)?;
         chart
             .configure_mesh()
@@ -119,13 +111,13 @@ fn draw_memory(contest: &Contest, path: &Path) -> Result<()> {
         let models = moments.first().map_or(0, |moment| moment.held_bytes.len());
         // Stacked areas, the highest first, so that the lower ones cover it.
         for model in (0..models).rev() {
-            let colour = MODEL_COLOURS[model % MODEL_COLOURS.len()];
+            let colour = Palette99::pick(model);
             let points = moments.iter().map(|moment| {
                 let bytes: u64 = moment.held_bytes[..=model].iter().sum();
                 (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
             });
             let area = AreaSeries::new(points, 0.0, colour.filled());
-            chart.draw_series(area.border_style(colour))?;
+            chart.draw_series(area.border_style(&colour))?;
         }
     }
     Ok(root.present()?)

@@ -7,8 +7,7 @@ use cuda_vmm_benches::serving::{PHASES, staggered_ramps};
 use serde::Deserialize;
 
 pub const MODELS: u32 = 3;
-/// Tokens of KV that each has in the static split, as published: 0.31 of the card less weights and
-/// activations.
+/// Tokens of KV of each in the static split, as published: 0.31 of what weights leave of the card.
 pub const STATIC_TOKENS: usize = 62_000;
 /// The work of the peak at which the static split is the farthest behind.
 pub const BEST: &str = "(a) best peak";
@@ -54,10 +53,9 @@ pub fn tell(ramps: &Ramps, outcome: &mut Outcome) -> Result<bool> {
         }
     }
     let farthest = |pool| {
-        let peaks = ramps.iter().map(|(point, one)| {
-            let times = one.p99_ms(Pool::StaticSplit) / one.p99_ms(pool);
-            (times, point.peak, one)
-        });
+        let times = |one: &Contest| one.p99_ms(Pool::StaticSplit) / one.p99_ms(pool);
+        let peaks = ramps.iter();
+        let peaks = peaks.map(|(point, one)| (times(one), point.peak, one));
         let farthest = peaks.max_by(|one, other| one.0.total_cmp(&other.0));
         farthest.context("no peaks")
     };

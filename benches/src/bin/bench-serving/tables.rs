@@ -46,7 +46,7 @@ pub fn print_contest(contest: &Contest) {
         let cells = COLUMNS.map(|(_, cell)| cell(contest.of(pool)));
         [pool.name().to_owned()].into_iter().chain(cells)
     });
-    println!("\n{}\n{}", contest.name, table(&head, rows));
+    println!("\n{}\n{}", contest.name, table(head, rows));
 }
 
 /// Prints the curves of workload (a) beside those that were published.
@@ -68,6 +68,6 @@ pub fn print_curves(ramps: &Ramps) {
         ]);
         row
     });
-    let table = table(&head, rows);
+    let table = table(head, rows);
     println!("\n(a), p99 time to first token (ms)\n{table}");
 }

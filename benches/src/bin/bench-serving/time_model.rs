@@ -1,8 +1,7 @@
 //! How long a step of a model takes on the GPU.
 //!
 //! A decode step costs a constant and an amount for each sequence, which `fit` finds. Prompt tokens
-//! follow a roofline: the weights' operations at a share of the card's peak, but at least the time
-//! in which the weights are read once.
+//! follow a roofline: operations at a share of the peak, or the time to read the weights once.
 
 /// Parameters of the model, Llama 3.1 8B.
 const PARAMETERS: f64 = 8.03e9;
@@ -30,11 +29,8 @@ impl TimeModel {
 
     /// A step of prompt tokens and sequences that decode; 0 for none of either.
     pub fn step(&self, prompt_tokens: u32, sequences: usize) -> u64 {
-        let decode_ns = match sequences {
-            0 => 0,
-            count => self.step_ns + self.sequence_ns * count as u64,
-        };
-        decode_ns + prompt_ns(prompt_tokens)
+        let base_ns = if sequences > 0 { self.step_ns } else { 0 };
+        base_ns + self.sequence_ns * sequences as u64 + prompt_ns(prompt_tokens)
     }
 }
 

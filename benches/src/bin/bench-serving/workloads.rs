@@ -23,9 +23,7 @@ pub fn traces(quick: bool, paths: &[PathBuf]) -> Result<Option<Contest>> {
     let mut models = Vec::new();
     for path in paths {
         let mut requests = trace::read(path)?;
-        if quick {
-            requests.retain(|request| request.arrival_ns < QUICK_NS);
-        }
+        requests.retain(|request| !quick || request.arrival_ns < QUICK_NS);
         // A request for no token still gets the one that the prompt's step makes.
         for request in &mut requests {
             request.arrival_ns *= STRETCH;
@@ -66,8 +64,7 @@ const SINGLE_RATE: u32 = 10;
 /// Tokens of each prompt, so long that the memory is full before the steps are.
 const SINGLE_PROMPT_TOKENS: u32 = 1024;
 
-/// Simulates one model with more requests than it can serve at once. The static split is all that
-/// the other pools have.
+/// Simulates one model with too many requests. The static split is all that the other pools have.
 pub fn single(quick: bool) -> Result<Contest> {
     let (phases, seconds) = if quick { (1, 10) } else { (PHASES / 4, 60) };
     let long = |request| Request {

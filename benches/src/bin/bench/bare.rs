@@ -1,8 +1,8 @@
 //! The driver's own calls, with nothing of ours between: the floor and the peers.
 //!
 //! # Safety
-//! Everything here owns what it made, gives it back once, and names only addresses and handles that
-//! it owns to the driver. Places for what the driver writes are valid during the call.
+//! All here owns what it made, gives it back once, and names only what it owns to the driver.
+//! Places for what the driver writes are valid during the call.
 
 use anyhow::{Result, ensure};
 use cuda_vmm::sys::*;
@@ -97,8 +97,7 @@ impl Range {
     /// Maps a chunk of this range and makes it accessible.
     pub fn map(&self, chunk: Chunk) -> Result<()> {
         let (address, bytes) = (chunk.address, chunk.bytes);
-        // SAFETY: the addresses lie in our reservation, behind all chunks before, and the handle is
-        // ours. The descriptor is valid during the call.
+        // SAFETY: addresses of our reservation behind all chunks before, our handle and descriptor.
         unsafe {
             call!(self.device, cuMemMap(address, bytes, 0, chunk.handle, 0))?;
             call!(self.device, cuMemSetAccess(address, bytes, &self.access, 1))

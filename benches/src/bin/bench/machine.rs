@@ -3,9 +3,8 @@
 use crate::bare::call;
 use crate::{Arguments, Choice, Replay};
 use anyhow::{Result, ensure};
-use cuda_vmm::{
-    Device, Driver, DriverKind, Engine, EngineOptions, PoolOptions, Stream, VirtualMemoryPool,
-};
+use cuda_vmm::{Device, Driver, DriverKind, Engine, EngineOptions};
+use cuda_vmm::{PoolOptions, Stream, VirtualMemoryPool};
 use cuda_vmm_benches::{Settings, noting_driver, step_until};
 use cuda_vmm_sim::SimConfig;
 

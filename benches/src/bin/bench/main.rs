@@ -23,34 +23,27 @@ enum Choice {
 
 /// Measures the pools on a GPU beside the driver's own calls and other allocators.
 ///
-/// Exit code: 0, everything that is demanded is reached; 1, something is not; 2, no GPU answers;
-/// 64, wrong usage.
+/// Exit code: 0, what is demanded is reached; 1, something is not; 2, no GPU; 64, wrong usage.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 struct Arguments {
     /// The driver
     #[arg(long, value_enum, default_value_t = Choice::Real)]
     driver: Choice,
-    /// What is measured, and where the figures go
     #[command(flatten)]
     wanted: Wanted,
     /// How many rounds work gets that takes some milliseconds; shorter work gets more, longer work fewer
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
-    /// How the replay of a server's work is made
     #[command(flatten)]
     replay: Replay,
 }
 
 impl Arguments {
-    /// How long each piece of work is measured. There are twenty-three pieces, of which two take up
-    /// to four times as long and one eight times; all but the replay, whose length is an argument,
-    /// shall end within six minutes.
+    /// How long each piece of work is measured. Of twenty-three pieces two take up to four times as
+    /// long and one eight times; all but the replay shall end within six minutes.
     fn settings(&self) -> Settings {
-        let seconds = match self.driver {
-            Choice::Real => 9,
-            Choice::Simulated => 1,
-        };
+        let seconds = if self.driver == Choice::Real { 9 } else { 1 };
         Settings::new(self.rounds as usize, seconds)
     }
 }
@@ -101,25 +94,21 @@ impl Replay {
 
     /// How long a step of these numbers of sequences and prompt tokens takes.
     fn step_time(&self, sequences: usize, prompt_tokens: usize) -> Duration {
-        let decode_ms = match sequences {
-            0 => 0.0,
-            count => self.step_ms + self.sequence_ms * count as f64,
-        };
+        let base_ms = if sequences > 0 { self.step_ms } else { 0.0 };
+        let decode_ms = base_ms + self.sequence_ms * sequences as f64;
         let prompt_ms = self.prompt_token_ms * prompt_tokens as f64;
         Duration::from_secs_f64((decode_ms + prompt_ms) / 1e3)
     }
 }
 
 fn main() -> ExitCode {
-    program::start("bench", run)
-}
-
-fn run(arguments: &Arguments) -> Result<ExitCode> {
-    let may_be_absent = arguments.driver == Choice::Real;
-    let open = || Machine::open(arguments);
-    let work = (work::ALL, include_str!("../../../figures/bench.csv"));
-    program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
-        (&machine.device, machine.is_real())
+    program::start("bench", |arguments: &Arguments| {
+        let may_be_absent = arguments.driver == Choice::Real;
+        let open = || Machine::open(arguments);
+        let work = (work::ALL, include_str!("../../../figures/bench.csv"));
+        program::measure(work, &arguments.wanted, may_be_absent, open, |machine| {
+            (&machine.device, machine.is_real())
+        })
     })
 }
 

@@ -1,12 +1,11 @@
-//! Work for a stream, as a program that serves models queues it: a kernel that writes bytes as fast
-//! as the memory takes them, and so stands for a model's compute.
+//! Work for a stream: a kernel that writes bytes as fast as it can, in place of a model's work.
 //!
 //! A memset would look its addresses up when it is called, and so wait while another thread maps.
 
-use crate::bare::{Plain, call};
+use crate::bare::{Plain, call, check};
 use crate::machine::Machine;
 use anyhow::{Result, ensure};
-use cuda_vmm::sys::{CUfunction, CUmodule};
+use cuda_vmm::sys::{CUfunction, CUmodule, DriverFunction};
 use cuda_vmm::{Device, DriverKind, Stream};
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
@@ -71,23 +70,18 @@ impl Kernel {
             (&raw mut mask).cast(),
             (&raw mut vectors).cast(),
         ];
-        let (parameters, queue, none) = (parameters.as_mut_ptr(), stream.raw(), null_mut());
+        let (values, queue, none) = (parameters.as_mut_ptr(), stream.raw(), null_mut());
+        let launch = stream.device().driver().table().cuLaunchKernel;
         // SAFETY: the parameters are those that the kernel declares, and are read before the call
         // returns; it writes within the caller's memory, as the mask has it begin again at its end.
-        unsafe {
-            call!(
-                stream.device(),
-                cuLaunchKernel(
-                    kernel, blocks, 1, 1, THREADS, 1, 1, 0, queue, parameters, none
-                )
-            )
-        }
+        let code = unsafe { launch(kernel, blocks, 1, 1, THREADS, 1, 1, 0, queue, values, none) };
+        check(code, DriverFunction::cuLaunchKernel)
     }
 }
 
-/// The kernel, and memory of its own to write to.
 pub struct Traffic {
     pub kernel: Kernel,
+    pub stream: Stream,
     buffer: Plain,
     buffer_bytes: usize,
     /// How fast it writes; infinitely in the simulator.
@@ -106,6 +100,7 @@ impl Traffic {
         let buffer_bytes = 1 << buffer_bytes.ilog2();
         let mut traffic = Self {
             kernel,
+            stream: stream.clone(),
             buffer: Plain::new(stream.device(), buffer_bytes)?,
             buffer_bytes,
             bytes_per_second: f64::INFINITY,
@@ -115,7 +110,7 @@ impl Traffic {
             let mut best = Duration::MAX;
             for _ in 0..4 {
                 let started = Instant::now();
-                traffic.queue(stream, TRIAL_BYTES)?;
+                traffic.queue(TRIAL_BYTES)?;
                 stream.synchronize()?;
                 best = best.min(started.elapsed());
             }
@@ -125,16 +120,16 @@ impl Traffic {
         Ok(traffic)
     }
 
-    fn queue(&self, stream: &Stream, bytes: usize) -> Result<()> {
+    fn queue(&self, bytes: usize) -> Result<()> {
         let (target, room_bytes) = (self.buffer.address(), self.buffer_bytes);
         // SAFETY: the memory is ours while this lives, which is beyond the stream's work: the owner
         // has synchronised before it drops this, and `cuMemFree` waits besides.
-        unsafe { self.kernel.write(stream, target, room_bytes, bytes) }
+        unsafe { (self.kernel).write(&self.stream, target, room_bytes, bytes) }
     }
 
     /// Queues as much traffic as takes this long, in memory of its own.
-    pub fn queue_for(&self, stream: &Stream, time: Duration) -> Result<()> {
+    pub fn queue_for(&self, time: Duration) -> Result<()> {
         let bytes = (self.bytes_per_second * time.as_secs_f64()) as usize;
-        self.queue(stream, bytes.max(1))
+        self.queue(bytes.max(1))
     }
 }

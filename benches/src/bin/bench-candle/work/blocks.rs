@@ -2,11 +2,10 @@
 
 use crate::machine::{DTYPE, HEAD_DIM, KV_HEADS, Machine};
 use anyhow::{Result, ensure};
-use cuda_vmm::pool::blocks::{
-    BlockAllocator, BlockBacking, BlockId, ElementSize, LayerSpec, TensorSpec,
-};
+use cuda_vmm::pool::blocks::*;
 use cuda_vmm::{Engine, EngineOptions, Stream};
 use cuda_vmm_benches::{Outcome, step_until};
+use itertools::Itertools;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
@@ -26,22 +25,19 @@ const ONE_OF: usize = 8;
 fn text(curve: &[(Duration, usize)]) -> String {
     let points = curve.iter().step_by(curve.len().div_ceil(40).max(1));
     let text = |time: &Duration, bytes| format!("{:.3} s {bytes} MiB", time.as_secs_f64());
-    let points = (points.chain(curve.last())).map(|(time, bytes)| text(time, bytes >> 20));
-    points.collect::<Vec<_>>().join(", ")
+    let points = points.chain(curve.last()).dedup();
+    let mut points = points.map(|(time, bytes)| text(time, bytes >> 20));
+    points.join(", ")
 }
 
 fn backing(machine: &Machine, blocks: usize) -> Result<BlockBacking> {
     let engine = Engine::new(&machine.device, EngineOptions::new())?;
     let element = ElementSize::new(DTYPE.size_in_bytes())?;
-    let mut tensors = Vec::new();
-    for layer in 0..machine.sized(LAYERS) {
-        for part in ["k", "v"] {
-            let shape = [BLOCK_TOKENS, KV_HEADS, HEAD_DIM];
-            tensors.push(TensorSpec::new(format!("{layer}.{part}"), &shape, element)?);
-        }
-    }
+    let shape = [BLOCK_TOKENS, KV_HEADS, HEAD_DIM];
+    let tensor = |(layer, part)| TensorSpec::new(format!("{layer}.{part}"), &shape, element);
+    let tensors = (0..machine.sized(LAYERS)).cartesian_product(["k", "v"]);
     let page_bytes = machine.device.granularity_bytes();
-    let spec = LayerSpec::new(tensors)?;
+    let spec = LayerSpec::new(tensors.map(tensor).collect::<Result<Vec<_>, _>>()?)?;
     Ok(BlockBacking::new(&engine, spec, blocks, page_bytes)?)
 }
 
@@ -65,17 +61,15 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let lengths: Vec<_> = (0..sequence_count).map(|_| length()).collect();
     let mut sequences: Vec<Vec<BlockId>> = vec![Vec::new(); sequence_count];
     for step in 0..3 * BLOCKS {
-        for (sequence, length) in sequences.iter_mut().zip(&lengths) {
-            if step < *length {
-                sequence.extend(allocator.allocate(1)?);
-            }
+        let growing = sequences.iter_mut().zip(&lengths);
+        for (sequence, _) in growing.filter(|(_, length)| step < **length) {
+            sequence.extend(allocator.allocate(1)?);
         }
         look();
     }
 
     // Most end. The prefix cache keeps their blocks; the longest unused are worth the least.
-    let mut cached = Vec::new();
-    let mut live = Vec::new();
+    let (mut cached, mut live) = (Vec::new(), Vec::new());
     for (index, sequence) in sequences.into_iter().enumerate() {
         match index % ONE_OF {
             0 => live.extend(sequence),
@@ -88,16 +82,15 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 
     // Idle: all that is not in use may go.
     let worth: BTreeMap<BlockId, f64> = cached.iter().copied().zip((1..).map(f64::from)).collect();
+    let worth = |block| worth.get(&block).copied();
     let plan_started = Instant::now();
     // Moving a block costs less than losing any.
-    let plan = allocator
-        .reclaim_candidates_with_moves(usize::MAX, 0.5, |block| worth.get(&block).copied());
+    let plan = allocator.reclaim_candidates_with_moves(usize::MAX, 0.5, worth);
     let planned = plan_started.elapsed();
     allocator.commit(&plan, &stream)?;
     let moves: BTreeMap<_, _> = plan.moves().iter().copied().collect();
-    for block in &mut live {
-        *block = moves.get(block).copied().unwrap_or(*block);
-    }
+    let moved = |block| moves.get(&block).copied().unwrap_or(block);
+    let live: Vec<_> = live.into_iter().map(moved).collect();
     stream.synchronize()?;
     let engine = backing.engine();
     step_until(engine, "memory to go back", |stats| {
@@ -122,4 +115,21 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     outcome.count("committed after reclaiming", left_bytes as f64);
     outcome.note("committed after reclaiming", note);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_curve_of_many_points_is_told_by_some_and_the_last() {
+        let point = |index: usize| (Duration::from_millis(index as u64), index << 20);
+        let points = |count| text(&(0..count).map(point).collect::<Vec<_>>());
+        let told = points(100);
+        assert!(told.starts_with("0.000 s 0 MiB, 0.003 s 3 MiB, "), "{told}");
+        assert!(told.ends_with(", 0.099 s 99 MiB"), "{told}");
+        assert_eq!(told.split(", ").count(), 34);
+        assert_eq!(points(101).split(", ").count(), 35);
+        assert_eq!(points(0), "");
+    }
 }

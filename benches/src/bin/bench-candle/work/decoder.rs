@@ -7,20 +7,18 @@ use crate::weights::{Source, Weights};
 use anyhow::Result;
 use candle_core::{DType, Device};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
-use cuda_vmm_benches::{Outcome, Sides};
+use cuda_vmm_benches::{Outcome, Sides, time};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::cell::RefCell;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Llama 3.2 1B's shape.
 const LARGE: &str = include_str!("large.json");
-/// For a CPU.
 const SMALL: &str = include_str!("small.json");
 
 /// Tokens in the decoder's caches before anything is timed.
 const CONTEXT: [usize; 2] = [8192, 24];
-/// Tokens of a sample.
 const GENERATED: [usize; 2] = [16, 3];
 const ROUNDS: [usize; 2] = [25, 2];
 /// Tokens of the prompt that are taken at once.
@@ -35,7 +33,6 @@ const fn tokens_max(size: usize) -> usize {
 /// A decoder that has taken its prompt.
 struct Subject<C> {
     decoder: Decoder<C>,
-    /// The token that comes next.
     last: u32,
 }
 
@@ -51,9 +48,8 @@ impl<C: KvCache> Subject<C> {
         let mut random = StdRng::seed_from_u64(SEED);
         let token = |_| random.random_range(0..config.vocab_size as u32);
         let prompt: Vec<_> = (0..machine.sized(CONTEXT)).map(token).collect();
-        for part in prompt.chunks(PART) {
-            decoder.forward(part)?;
-        }
+        let mut parts = prompt.chunks(PART);
+        parts.try_for_each(|part| decoder.forward(part).map(drop))?;
         machine.candle.synchronize()?;
         let last = prompt[prompt.len() - 1];
         Ok(Self { decoder, last })
@@ -71,11 +67,8 @@ impl<C: KvCache> Subject<C> {
         self.decoder.attention = attention;
         self.generate()?;
         let count = machine.sized(GENERATED) as u32;
-        let started = Instant::now();
-        for _ in 0..count {
-            self.generate()?;
-        }
-        Ok(started.elapsed() / count)
+        let ((), elapsed) = time(|| (0..count).try_for_each(|_| self.generate()))?;
+        Ok(elapsed / count)
     }
 }
 
@@ -89,23 +82,18 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let preallocated = &RefCell::new(Subject::new(machine, &config, &PreallocatedCaches)?);
     let mut sides = Sides::default();
     sides.add(CONTIGUOUS, || copying.timed(machine, Stock));
-    let attentions = [("stock attention", Stock), ("gqa", Gqa)];
-    for (name, attention) in attentions {
-        sides.add(&format!("ElasticKvCache, {name}"), move || {
-            elastic.borrow_mut().timed(machine, attention)
-        });
-    }
-    for (name, attention) in attentions {
-        sides.add(&format!("KvCache, {name}"), move || {
-            preallocated.borrow_mut().timed(machine, attention)
-        });
+    for (name, attention) in [("stock attention", Stock), ("gqa", Gqa)] {
+        let [ours, peer] = ["ElasticKvCache", "KvCache"].map(|cache| format!("{cache}, {name}"));
+        let elastic = move || elastic.borrow_mut().timed(machine, attention);
+        let preallocated = move || preallocated.borrow_mut().timed(machine, attention);
+        sides.add(&ours, elastic);
+        sides.add(&peer, preallocated);
     }
     let settings = machine.settings.patient(u32::MAX);
     outcome.measure(sides, &settings, machine.sized(ROUNDS))?;
     let (from, to) = (machine.sized(CONTEXT), elastic.borrow().decoder.tokens());
     let count = machine.sized(GENERATED);
-    let sample = format!("the mean of {count} tokens is a sample");
-    let note = format!("{from} to {to} tokens in the caches; {sample}");
+    let note = format!("{from} to {to} tokens in the caches; a sample is the mean of {count}");
     outcome.note(CONTIGUOUS, note);
     Ok(())
 }
@@ -115,7 +103,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_shapes_have_room_for_every_round() {
+    fn the_large_shape_has_a_billion_weights_and_room_for_every_round() {
+        let config = Config::parse(LARGE).unwrap();
+        let (hidden, between) = (config.hidden_size, config.intermediate_size);
+        let attention = 2 * hidden * (hidden + config.kv_heads() * config.head_dim());
+        let layer = attention + 3 * hidden * between;
+        let weights = config.vocab_size * hidden + config.num_hidden_layers * layer;
+        assert!((1.2e9..1.3e9).contains(&(weights as f64)), "{weights}");
         for (size, text) in [LARGE, SMALL].into_iter().enumerate() {
             assert!(tokens_max(size) <= Config::parse(text).unwrap().max_position_embeddings);
         }

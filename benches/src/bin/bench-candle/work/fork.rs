@@ -9,21 +9,15 @@ use cuda_vmm_benches::{Outcome, Sides, time};
 
 /// Tokens that all have: 4 GiB.
 const PREFIX: [usize; 2] = [32_768, 128];
-/// Tokens that are appended at once.
-const PART: [usize; 2] = [1024, 64];
 
 /// A sequence with the prefix, in pages of this many MiB. Nothing runs beside it.
 fn prefix(machine: &Machine, page_mib: usize) -> Result<Sequence> {
     let engine = EngineOptions::new().worker(WorkerMode::Manual);
-    let options = machine
-        .pool_options(false)
-        .engine(engine)
-        .ahead_bytes_max(0);
-    let pool = TensorPool::with_options(&machine.candle, options.page_bytes(page_mib << 20))?;
-    let (sequence, part) = (pool.sequence(), tokens(machine, machine.sized(PART))?);
+    let options = machine.pool_options(false).ahead_bytes_max(0);
+    let options = options.engine(engine).page_bytes(page_mib << 20);
+    let sequence = TensorPool::with_options(&machine.candle, options)?.sequence();
     let count = machine.sized(PREFIX);
-    let mut layers = Layers::new(machine, &sequence, 2 * count)?;
-    (0..count / machine.sized(PART)).try_for_each(|_| layers.append(&part))?;
+    Layers::new(machine, &sequence, 2 * count)?.fill(machine, count)?;
     Ok(sequence)
 }
 
@@ -44,18 +38,15 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let mut layers = Layers::new(machine, &fork, 0)?;
         Ok((layers.append(&more)?, fork))
     };
-    let branches: Vec<_> = (0..machine.sized([64, 3]))
-        .map(branch)
-        .collect::<Result<_>>()?;
+    let branches = (0..machine.sized([64, 3])).map(branch);
+    let branches = branches.collect::<Result<Vec<_>>>()?;
     machine.candle.synchronize()?;
     sequence.pool().engine().trim()?;
     let held_bytes = sequence.pool().committed_bytes();
     outcome.count("held by branches", held_bytes as f64);
     let copies_bytes = branches.len() * sequence.bytes();
-    outcome.note(
-        "held by branches",
-        format!("copies take {copies_bytes} bytes"),
-    );
+    let note = format!("copies take {copies_bytes} bytes");
+    outcome.note("held by branches", note);
     drop(branches);
     let (fork, own) = (sequence.fork()?, prefix(machine, 2)?);
     let mut sides = Sides::default();

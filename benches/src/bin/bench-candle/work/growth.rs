@@ -6,11 +6,13 @@ use candle_core::Tensor;
 use candle_cuda_vmm::attention::gqa;
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{Quota, SharedMemoryPool, TensorPool};
-use cuda_vmm_benches::{Outcome, Sides, watch};
+use cuda_vmm_benches::{Outcome, Sides, time, watch};
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub const LAYERS: [usize; 2] = [32, 2];
+/// The most tokens that are appended at once.
+const PART: usize = 1024;
 
 pub struct Layers<F: KvCacheFactory>(Vec<F::Cache>);
 
@@ -28,13 +30,20 @@ impl<F: KvCacheFactory> Layers<F> {
         }
         Ok(())
     }
+
+    /// Appends `count` tokens, in the largest parts that divide them.
+    pub fn fill(mut self, machine: &Machine, count: usize) -> Result<Self> {
+        let part = (1..=PART).rev().find(|part| count.is_multiple_of(*part));
+        let tokens = tokens(machine, part.unwrap_or(1))?;
+        (0..count / tokens.dim(2)?).try_for_each(|_| self.append(&tokens))?;
+        Ok(self)
+    }
 }
 
 pub fn tokens(machine: &Machine, count: usize) -> candle_core::Result<Tensor> {
     Tensor::zeros((1, KV_HEADS, count, HEAD_DIM), DTYPE, &machine.candle)
 }
 
-/// Bytes of a token's keys and values in all layers.
 fn token_bytes(layers: usize) -> usize {
     2 * layers * KV_HEADS * HEAD_DIM * DTYPE.size_in_bytes()
 }
@@ -81,9 +90,8 @@ pub fn append(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let kinds = (&machine.pool(false)?, &PreallocatedCaches);
         in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))?;
         let [ours_us, peer_us] = [outcome.us(&ours, 990)?, outcome.us(&peer, 990)?];
-        let note = format!(
-            "{count} tokens; the mean of {stretch} steps is a sample; p99 {ours_us:.2} µs and {peer_us:.2} µs"
-        );
+        let tails = format!("p99 {ours_us:.2} µs and {peer_us:.2} µs");
+        let note = format!("{count} tokens; the mean of {stretch} steps is a sample; {tails}");
         outcome.note(&ours, note);
     }
     Ok(())
@@ -104,8 +112,6 @@ pub fn account(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))
 }
 
-/// Tokens that are appended at once.
-const PART: usize = 1000;
 /// What Candle's cache is told to be ready for.
 const PREALLOCATED_TOKENS: usize = 131_072;
 
@@ -123,29 +129,23 @@ pub fn memory(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let counts = machine.sized([[1000, 10_000, 100_000], [20, 40, 80]]);
     for (length, count) in lengths.into_iter().zip(counts) {
         let pool = machine.pool(false)?;
-        let [held_bytes, ahead] = held(machine, &pool, &pool, count)?;
+        let _layers = Layers::new(machine, &pool, count)?.fill(machine, count)?;
+        let [held_bytes, ahead] = held(machine, &pool)?;
         let live_bytes = count * token_bytes;
-        let others = PREALLOCATED_TOKENS * token_bytes;
+        let others_bytes = PREALLOCATED_TOKENS * token_bytes;
         let side = format!("held, {length} tokens");
         outcome.count(&side, held_bytes as f64);
         let allowed_bytes = allowed_bytes(live_bytes, page_bytes);
         outcome.count(&format!("allowed, {length} tokens"), allowed_bytes);
-        let note = format!(
-            "{count} tokens, {live_bytes} bytes live, {ahead} ahead; KvCache({PREALLOCATED_TOKENS}) takes {others} bytes"
-        );
+        let others = format!("KvCache({PREALLOCATED_TOKENS}) takes {others_bytes} bytes");
+        let note = format!("{count} tokens, {live_bytes} bytes live, {ahead} ahead; {others}");
         outcome.note(&side, note);
     }
     Ok(())
 }
 
-/// The bytes that a pool holds for so many tokens, without those ahead, and these.
-fn held<F: KvCacheFactory>(
-    machine: &Machine,
-    pool: &TensorPool,
-    factory: &F,
-    count: usize,
-) -> Result<[usize; 2]> {
-    let _layers = filled(machine, factory, count)?;
+/// The bytes that a pool holds, without those ahead, and these.
+fn held(machine: &Machine, pool: &TensorPool) -> Result<[usize; 2]> {
     machine.candle.synchronize()?;
     watch(pool.engine(), "memory on its way", |stats| {
         stats.parts.filling_bytes + stats.parts.retiring_bytes == 0
@@ -154,17 +154,7 @@ fn held<F: KvCacheFactory>(
     Ok([pool.committed_bytes() - ahead, ahead])
 }
 
-/// Caches of so many tokens.
-fn filled<F: KvCacheFactory>(machine: &Machine, factory: &F, count: usize) -> Result<Layers<F>> {
-    let mut layers = Layers::new(machine, factory, count)?;
-    let part = PART.min(count);
-    let tokens = tokens(machine, part)?;
-    (0..count / part).try_for_each(|_| layers.append(&tokens))?;
-    Ok(layers)
-}
-
-/// One query in each layer, one layer after the other, so that a layer has left the GPU's own cache
-/// before its turn comes again.
+/// One query in each layer in turn, so that a layer has left the GPU's own cache before its next.
 pub fn attend<F: KvCacheFactory>(
     machine: &Machine,
     mut layers: Layers<F>,
@@ -193,9 +183,10 @@ pub fn one_range(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let kinds = (&sequence(names[0])?, &sequence(names[1])?);
     let sizes = (machine.sized([64, 8]), machine.sized([63, 3]), 0);
     in_turns(machine, outcome, names, kinds, sizes, layers, || Ok(()))?;
-    for (length, count) in [("1", 1), ("1,000", machine.sized([PART, 20]))] {
+    for (length, count) in [("1", 1), ("1,000", machine.sized([1000, 20]))] {
         let sequence = sequence("one range")?;
-        let [held_bytes, _] = held(machine, sequence.pool(), &sequence, count)?;
+        let _layers = Layers::new(machine, &sequence, count)?.fill(machine, count)?;
+        let [held_bytes, _] = held(machine, sequence.pool())?;
         outcome.count(&format!("one range holds, {length}"), held_bytes as f64);
         let pages = 2 * machine.device.granularity_bytes();
         let allowed_bytes = pages as f64 + 1.125 * (count * token_bytes(layers)) as f64;
@@ -204,9 +195,10 @@ pub fn one_range(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     for (length, count) in [("8,000", [8000, 16]), ("32,000", [32_000, 32])] {
         let mut sides = Sides::default();
         for layout in names {
-            let filled = filled(machine, &sequence(layout)?, machine.sized(count))?;
-            let name = format!("gqa, {layout}, {length}");
-            sides.add(&name, attend(machine, filled)?);
+            let count = machine.sized(count);
+            let layers = Layers::new(machine, &sequence(layout)?, count)?;
+            let attend = attend(machine, layers.fill(machine, count)?)?;
+            sides.add(&format!("gqa, {layout}, {length}"), attend);
         }
         outcome.measure(sides, &machine.settings, machine.settings.rounds)?;
     }
@@ -240,11 +232,8 @@ pub fn view(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     machine.candle.synchronize()?;
     let mut sides = Sides::default();
     sides.add(OURS, || {
-        let started = Instant::now();
-        for _ in 0..VIEWS {
-            drop(black_box(tensor.view()?));
-        }
-        Ok(started.elapsed() / VIEWS as u32)
+        let view = |_| tensor.view().map(|view| drop(black_box(view)));
+        Ok(time(|| (0..VIEWS).try_for_each(view))?.1 / VIEWS as u32)
     });
     outcome.measure(sides, &machine.settings, machine.settings.rounds * 25)?;
     let tail_us = outcome.us(OURS, 990)?;

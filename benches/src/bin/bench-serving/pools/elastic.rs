@@ -1,12 +1,11 @@
 //! Ours: each model is a range of a [`SharedMemoryPool`], and a block is a page of it.
 //!
 //! Freed blocks stay parked up to a watermark, blocks beyond the last one are made ahead, and the
-//! worker's step has a thread and a clock of its own. What one model has parked another takes back
-//! by asking for memory.
+//! worker's step has a thread and a clock of its own. A model's request takes back parked memory.
 //!
 //! # Safety
 //! `compact_shared` asks that no work is launched on the model's memory meanwhile. None is launched
-//! here at all: the card is simulated, and only its memory is used.
+//! here at all.
 #![allow(unsafe_code)]
 
 use crate::card::Card;
@@ -74,8 +73,7 @@ impl Model {
     /// Has the pool make memory ahead of the highest block, if the latest allocation was elsewhere.
     ///
     /// The pool makes memory ahead of the latest allocation and gives back what is ahead of earlier
-    /// ones. For a block table only the place beyond its highest block counts, so that is allocated
-    /// and freed again before the worker's step.
+    /// ones. A block table needs it beyond its highest block, so that is allocated and freed again.
     fn mark_end(&mut self) -> Result<()> {
         let has_strayed = std::mem::take(&mut self.has_strayed);
         let offset = self.end as usize * BLOCK_BYTES;

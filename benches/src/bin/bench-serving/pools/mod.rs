@@ -36,11 +36,8 @@ impl Memory for Counted {
     }
 
     fn free_blocks(&self, model: usize) -> usize {
-        let held = match self.is_split {
-            true => self.held[model],
-            false => self.held.iter().sum(),
-        };
-        self.limit - held
+        let all = self.held.iter().sum();
+        self.limit - if self.is_split { self.held[model] } else { all }
     }
 
     fn take(&mut self, _: &mut u64, model: usize, count: usize) -> Result<Option<Vec<u32>>> {
@@ -56,10 +53,8 @@ impl Memory for Counted {
     }
 
     fn held_bytes(&self, model: usize) -> u64 {
-        let held = match self.is_split {
-            true => self.limit,
-            false => self.held[model],
-        };
+        let own = self.held[model];
+        let held = if self.is_split { self.limit } else { own };
         (held * BLOCK_BYTES) as u64
     }
 }

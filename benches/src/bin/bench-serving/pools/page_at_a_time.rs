@@ -2,8 +2,7 @@
 //!
 //! Each model keeps up to ten pages mapped that it does not use; when fewer than five are left, a
 //! thread in the background maps more. What is freed beyond that is unmapped and released at once,
-//! on the thread that frees it. A model gives up what it keeps only if another's memory would not
-//! do otherwise.
+//! on the thread that frees it. A model gives up what it keeps only if another needs the memory.
 
 use crate::card::Card;
 use anyhow::{Context, Result};
@@ -137,13 +136,9 @@ impl Memory for PageAtATime {
             }
             let wanted = (RESERVE_MAX - own.reserve.len()).min(room);
             let device = self.card.device.clone();
-            self.card.behind(now_ns, || -> Result<()> {
-                for _ in 0..wanted {
-                    let page = own.map(&device)?;
-                    own.reserve.insert(0, page);
-                }
-                Ok(())
-            })?;
+            let more = |_| own.map(&device).map(|page| own.reserve.insert(0, page));
+            let map = || (0..wanted).try_for_each(more);
+            self.card.behind(now_ns, map)?;
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
 use cuda_vmm::pool::blocks::*;
-use cuda_vmm::{Engine, EngineOptions, Stream};
+use cuda_vmm::{Engine, EngineOptions};
 use cuda_vmm_benches::{MEMORY_MANAGEMENT, Outcome, count_of, noted_calls, step_until};
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,8 @@ fn take(allocator: &BlockAllocator, sequences: &mut [(Vec<BlockId>, usize)]) -> 
 
 /// Takes all steps and notes their own times; returns how many VMM calls they made. At times a
 /// model gives back what it does not use, so that its blocks have holes.
-fn run(stream: &Stream, traffic: &Traffic, tensors: usize, own: &mut Vec<f64>) -> Result<usize> {
+fn run(traffic: &Traffic, tensors: usize, own: &mut Vec<f64>) -> Result<usize> {
+    let stream = &traffic.stream;
     let (element, page_bytes) = (ElementSize::new(2)?, stream.device().granularity_bytes());
     let engine = Engine::new(stream.device(), EngineOptions::new())?;
     let tensor = |at: usize| TensorSpec::new(at.to_string(), &BLOCK_SHAPE, element);
@@ -67,7 +68,7 @@ fn run(stream: &Stream, traffic: &Traffic, tensors: usize, own: &mut Vec<f64>) -
         own.push(started.elapsed().as_nanos() as f64);
         taken?;
         calls += count_of(&noted, &MEMORY_MANAGEMENT);
-        traffic.queue_for(stream, STEP)?;
+        traffic.queue_for(STEP)?;
         stream.synchronize()?;
     }
     Ok(calls)
@@ -78,11 +79,11 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let tensors = if machine.is_real() { 64 } else { 4 };
     let (traffic, mut own) = (Traffic::new(machine, &machine.stream)?, Vec::new());
     for _ in machine.settings.turns(1, machine.settings.rounds, 0) {
-        run(&machine.stream, &traffic, tensors, &mut own)?;
+        run(&traffic, tensors, &mut own)?;
     }
     outcome.times("the pool's own time in a step", own);
     let traffic = Traffic::new(machine, &machine.noted)?;
-    let noted = run(&machine.noted, &traffic, tensors, &mut Vec::new());
-    outcome.count("VMM calls", noted? as f64);
+    let noted = run(&traffic, tensors, &mut Vec::new())?;
+    outcome.count("VMM calls", noted as f64);
     Ok(())
 }

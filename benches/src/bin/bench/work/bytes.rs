@@ -7,7 +7,6 @@ use cuda_vmm::{EngineOptions, VirtualMemoryPool, WorkerMode};
 use cuda_vmm_benches::{Outcome, Sides, step_until, time};
 use std::time::Instant;
 
-/// Copies in a sample.
 const COPY_COUNT: u32 = 4;
 
 /// Copies within chunks, against memory of `cuMemAlloc`, and against a chunk for each page.

@@ -5,7 +5,6 @@ use crate::bare::Plain;
 use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
-use cuda_vmm::Stream;
 use cuda_vmm::sys::DriverFunction::{self, cuCtxRecordEvent, cuEventRecord};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, BLOCK_TOKENS, Limits, Request, Served, Server};
 use cuda_vmm_benches::{MEMORY_MANAGEMENT, Outcome, count_of, noted_calls, watch};
@@ -43,13 +42,13 @@ type Ran = (Served, usize, usize);
 
 /// Takes all steps, with memory made ahead, or with everything allocated before. Freed memory stays
 /// mapped, as the model is alone. Calls of the first step, in which all begin, do not count.
-fn run(stream: &Stream, traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran> {
+fn run(traffic: &Traffic, plain: Option<&Plain>) -> Result<Ran> {
     let (pool, mut gpu) = match plain {
-        Some(plain) => (None, Gpu::backed(stream, traffic, 1, (plain, BYTES))),
+        Some(plain) => (None, Gpu::backed(traffic, 1, (plain, BYTES))),
         None => {
             let limit_bytes = BYTES + AHEAD_BYTES;
             let bytes = [limit_bytes, limit_bytes, AHEAD_BYTES];
-            let (pool, gpu) = Gpu::elastic(stream, traffic, 1, bytes)?;
+            let (pool, gpu) = Gpu::elastic(traffic, 1, bytes)?;
             (Some(pool), gpu)
         }
     };
@@ -83,7 +82,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let settings = machine.settings.patient(4);
     for (_, side) in settings.turns(2, settings.rounds, 0) {
         let plain = [None, Some(&plain)][side];
-        let (served, ..) = run(&machine.stream, &traffic, plain)?;
+        let (served, ..) = run(&traffic, plain)?;
         steps[side].extend(served.steps.into_iter().skip(1));
         if plain.is_none() {
             own.extend(served.calls.into_iter().skip(1));
@@ -91,15 +90,32 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     }
     let [with, without] = steps;
     let (gib, rate) = (STEP_BYTES >> 30, traffic.bytes_per_second / 1e9);
-    let note = format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s");
+    let mut note = format!("{gib} GiB of memory traffic a step, at {rate:.0} GB/s");
+    if rate.is_infinite() {
+        note = "no memory traffic to speak of".to_owned();
+    }
     outcome.note("the pool's own time in a step", note);
     outcome.times("the pool's own time in a step", own);
     outcome.times("whole steps", with);
     outcome.times("whole steps, everything allocated before", without);
 
     let traffic = Traffic::new(machine, &machine.noted)?;
-    let (_, management, records) = run(&machine.noted, &traffic, None)?;
+    let (_, management, records) = run(&traffic, None)?;
     outcome.count("VMM calls", management as f64);
     outcome.count("event records", records as f64);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_step_has_all_sequences() {
+        let requests = requests();
+        let tokens = requests.iter().map(|request| request.generated_tokens);
+        assert_eq!(tokens.sum::<u32>(), 2 * TOKENS * SEQUENCES as u32);
+        let most = requests.iter().map(Request::tokens_max).max();
+        assert_eq!(most, Some(TOKENS));
+    }
 }

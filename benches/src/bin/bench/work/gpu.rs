@@ -4,7 +4,7 @@
 use crate::bare::Plain;
 use crate::traffic::Traffic;
 use anyhow::Result;
-use cuda_vmm::{EngineOptions, SharedMemoryPool, Stream, VirtualMemoryPool};
+use cuda_vmm::{EngineOptions, SharedMemoryPool, VirtualMemoryPool};
 use cuda_vmm_benches::serving::{BLOCK_BYTES, Memory, allocate_runs, runs};
 use cuda_vmm_benches::shared_models;
 use std::sync::Arc;
@@ -45,9 +45,8 @@ impl Model {
     }
 }
 
-/// The models, and the stream on which their steps are.
+/// The models, whose steps are on the traffic's stream.
 pub struct Gpu<'a> {
-    stream: &'a Stream,
     traffic: &'a Traffic,
     models: Vec<Model>,
     free: Vec<Free>,
@@ -63,9 +62,8 @@ pub struct Gpu<'a> {
 }
 
 impl<'a> Gpu<'a> {
-    fn new(stream: &'a Stream, traffic: &'a Traffic, models: Vec<Model>, blocks: usize) -> Self {
+    fn new(traffic: &'a Traffic, models: Vec<Model>, blocks: usize) -> Self {
         Self {
-            stream,
             traffic,
             free: vec![all(blocks); models.len()],
             models,
@@ -80,14 +78,14 @@ impl<'a> Gpu<'a> {
     /// Models of a shared pool, whose blocks get memory when they are taken. It is given the bytes
     /// that all models have, that stay mapped when they are freed, and that are made ahead of each.
     pub fn elastic(
-        stream: &'a Stream,
         traffic: &'a Traffic,
         models: usize,
         [limit_bytes, park_bytes, ahead_bytes]: [usize; 3],
     ) -> Result<(SharedMemoryPool, Self)> {
         let engine = EngineOptions::new().limit_bytes(limit_bytes);
         let engine = engine.park_bytes_max(park_bytes).chunk_bytes_max(0);
-        let (sizes, streams) = ((limit_bytes, ahead_bytes), vec![stream.clone(); models]);
+        let sizes = (limit_bytes, ahead_bytes);
+        let streams = vec![traffic.stream.clone(); models];
         let (pool, ranges) = shared_models(engine, sizes, &streams)?;
         let blocks = limit_bytes / BLOCK_BYTES;
         let ranges = ranges.into_iter().enumerate();
@@ -97,26 +95,20 @@ impl<'a> Gpu<'a> {
             list,
             used: 0,
         });
-        Ok((pool, Self::new(stream, traffic, models.collect(), blocks)))
+        Ok((pool, Self::new(traffic, models.collect(), blocks)))
     }
 
     /// This many models that share blocks which all have memory.
-    pub fn backed(
-        stream: &'a Stream,
-        traffic: &'a Traffic,
-        models: usize,
-        (plain, bytes): (&Plain, usize),
-    ) -> Self {
+    pub fn backed(traffic: &'a Traffic, models: usize, (plain, bytes): (&Plain, usize)) -> Self {
         let models = (0..models).map(|_| Model {
             range: None,
             base_address: plain.address(),
             list: 0,
             used: 0,
         });
-        Self::new(stream, traffic, models.collect(), bytes / BLOCK_BYTES)
+        Self::new(traffic, models.collect(), bytes / BLOCK_BYTES)
     }
 
-    /// Lets the moment be that of the clock.
     fn look_at_clock(&mut self, now_ns: &mut u64) {
         let now_s = self.started.elapsed().as_secs_f64() * self.speed;
         *now_ns = (now_s * 1e9) as u64;
@@ -147,8 +139,7 @@ impl Memory for Gpu<'_> {
         if let Some(range) = &own.range {
             let runs = runs(&picked);
             let started = Instant::now();
-            // It may wait for a page that the worker is making, or for freed memory, whose fence is
-            // past by then, as each step ends with its stream.
+            // It may wait for a page that the worker is making, or for freed memory.
             let taken = allocate_runs(range, &runs);
             *now_ns += started.elapsed().as_nanos() as u64;
             if !matches!(taken, Ok(true)) {
@@ -180,15 +171,13 @@ impl Memory for Gpu<'_> {
     }
 
     fn step(&mut self, now_ns: &mut u64, time_ns: u64) -> Result<()> {
-        let kernel = self.traffic.kernel;
+        let (kernel, stream) = (self.traffic.kernel, &self.traffic.stream);
         for target in self.taken.drain(..) {
-            // SAFETY: the block is live until it is given back, which is after this step's work:
-            // the stream is synchronised below.
-            unsafe { kernel.write(self.stream, target, BLOCK_BYTES, BLOCK_BYTES) }?;
+            // SAFETY: the block is live until after this step, which synchronises the stream below.
+            unsafe { kernel.write(stream, target, BLOCK_BYTES, BLOCK_BYTES) }?;
         }
-        let time = Duration::from_nanos(time_ns);
-        self.traffic.queue_for(self.stream, time)?;
-        self.stream.synchronize()?;
+        self.traffic.queue_for(Duration::from_nanos(time_ns))?;
+        stream.synchronize()?;
         self.look_at_clock(now_ns);
         Ok(())
     }
@@ -214,8 +203,10 @@ mod tests {
         let mut free = all(6);
         assert_eq!(pick(&mut free, 4), Some(vec![0, 1, 2, 3]));
         put(&mut free, &[1, 3]);
+        assert_eq!(free.len(), 4);
         assert_eq!(pick(&mut free, 5), None);
         assert_eq!(pick(&mut free, 1), Some(vec![1]));
         assert_eq!(pick(&mut free, 3), Some(vec![3, 4, 5]));
+        assert_eq!(pick(&mut free, 1), None);
     }
 }

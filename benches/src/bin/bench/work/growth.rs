@@ -35,10 +35,8 @@ impl<'a> Ranges<'a> {
     /// Ranges in which the bytes of the first step are live.
     fn new(stream: &'a Stream, manner: Manner) -> Result<Self> {
         let device = stream.device();
-        let ranges = match device.driver().kind() {
-            DriverKind::Real => RANGES,
-            DriverKind::Simulated => RANGES_SIMULATED,
-        };
+        let is_real = device.driver().kind() == DriverKind::Real;
+        let ranges = if is_real { RANGES } else { RANGES_SIMULATED };
         let page_bytes = device.granularity_bytes();
         let (ahead_bytes, first_bytes) = match manner {
             Manner::Before => (0, PAGES * page_bytes),
@@ -67,8 +65,7 @@ impl<'a> Ranges<'a> {
         })
     }
 
-    /// Takes all steps after the first. Those count in which every range needs a new page, or all
-    /// if they have memory from the beginning.
+    /// Takes all steps after the first. Those that need new pages count; with memory before, all do.
     fn run(&self, kernel: Kernel, times: &mut Vec<f64>) -> Result<()> {
         let page_bytes = self.stream.device().granularity_bytes();
         let step_bytes = page_bytes / STEPS_OF_A_PAGE;

@@ -9,11 +9,7 @@ const GIB: usize = 1 << 30;
 
 /// A request that the budget cannot meet.
 pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let total_bytes = machine.device.total_bytes();
-    let bytes = match total_bytes < 100 * GIB {
-        true => 127 * GIB,
-        false => total_bytes / GIB * GIB * 3 / 2,
-    };
+    let bytes = (machine.device.total_bytes() / GIB * GIB * 3 / 2).max(127 * GIB);
     let pool = machine.pool(EngineOptions::new(), bytes)?;
     let mut sides = Sides::default();
     sides.add("ours", || {
@@ -32,10 +28,9 @@ pub fn refused(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
 fn fill(pool: &VirtualMemoryPool) -> Result<(EngineStats, EngineStats)> {
     for offset in (0..pool.capacity_bytes()).step_by(GIB) {
         let before = pool.engine().stats();
-        match pool.allocate(offset, GIB) {
-            Ok(_) => {}
-            Err(error) if error.is_out_of_memory() => return Ok((before, pool.engine().stats())),
-            Err(error) => return Err(error.into()),
+        if let Err(error) = pool.allocate(offset, GIB) {
+            ensure!(error.is_out_of_memory(), error);
+            return Ok((before, pool.engine().stats()));
         }
     }
     bail!("the driver never ran out of memory")

@@ -1,5 +1,4 @@
-//! Allocating one page that was in use before, from the cache of handles and parked, and while the
-//! engine's thread makes memory ahead for others.
+//! Allocating one page: from the cache of handles, parked, and while the worker prefetches.
 
 use crate::bare::Range;
 use crate::machine::{Machine, range};
@@ -23,7 +22,6 @@ fn one_page(
     Ok(elapsed)
 }
 
-/// A page whose handle is in the cache.
 pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let (page_bytes, settings) = (machine.page_bytes, &machine.settings);
     let mut range = Range::reserve(&machine.device, page_bytes)?;
@@ -43,10 +41,8 @@ pub fn cached(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     range.map(chunk)
 }
 
-/// Pages that are parked in each round.
 const PAGES: usize = 64;
 
-/// A page that is parked.
 pub fn parked(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let parked = ParkedModels::new(&machine.stream, 1, PAGES)?;
     let mut sides = Sides::default();

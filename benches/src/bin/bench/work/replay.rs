@@ -5,10 +5,7 @@ use crate::bare::Plain;
 use crate::machine::Machine;
 use crate::traffic::Traffic;
 use anyhow::Result;
-use cuda_vmm_benches::Outcome;
-use cuda_vmm_benches::serving::{
-    BLOCK_BYTES, Limits, PROMPT_TOKENS, Served, Server, TOKEN_BYTES, staggered_ramps,
-};
+use cuda_vmm_benches::{Outcome, serving::*};
 
 const OWN_TIME: &str = "the pool's own time in a step";
 const MODELS: usize = 3;
@@ -25,8 +22,7 @@ const LIMITS: Limits = Limits {
 
 /// Against one buffer for all, in which all blocks have memory from the beginning.
 pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
-    let (replay, stream) = (&machine.replay, &machine.stream);
-    let traffic = Traffic::new(machine, stream)?;
+    let (replay, traffic) = (&machine.replay, Traffic::new(machine, &machine.stream)?);
     // All the memory that the pools share, or less on a smaller card.
     let limit_bytes = machine.fitting(replay.tokens * TOKEN_BYTES, 0.9, BLOCK_BYTES)?;
     let (from_s, to_s) = replay.window_s();
@@ -34,9 +30,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut requests = staggered_ramps(MODELS as u32, replay.peak, 0);
     for requests in &mut requests {
         requests.retain(|request| window_ns.contains(&request.arrival_ns));
-        for request in requests {
-            request.arrival_ns -= window_ns.start;
-        }
+        (requests.iter_mut()).for_each(|request| request.arrival_ns -= window_ns.start);
     }
     // In the simulator steps take no time, and the trace goes by as fast as other work is measured.
     let speed = match machine.is_real() {
@@ -53,7 +47,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     };
 
     let bytes = [limit_bytes, PARK_BYTES, AHEAD_BYTES];
-    let (pool, mut gpu) = Gpu::elastic(stream, &traffic, MODELS, bytes)?;
+    let (pool, mut gpu) = Gpu::elastic(&traffic, MODELS, bytes)?;
     gpu.watched = Some((pool.clone(), 0, 0));
     let ours = serve(&mut gpu)?;
     let late = pool.snapshot().counters.ranges.late_prefetches;
@@ -68,7 +62,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     drop(pool);
 
     let plain = (&Plain::new(&machine.device, limit_bytes)?, limit_bytes);
-    let before = serve(&mut Gpu::backed(stream, &traffic, MODELS, plain))?;
+    let before = serve(&mut Gpu::backed(&traffic, MODELS, plain))?;
     let (peak, step_ms, sequence_ms) = (replay.peak, replay.step_ms, replay.sequence_ms);
     let (token_ms, ended, most) = (replay.prompt_token_ms, ours.served, ours.sequences_max);
     let note = format!(

@@ -121,8 +121,7 @@ pub fn taken_back(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     Ok(())
 }
 
-/// A page of another range while the engine's thread lets leased parts go, and what that thread
-/// takes of a core while they are leased.
+/// A page of another range while the worker lets leased parts go, and the worker's share of a core.
 pub fn leased(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let many = scaled(machine, 20_000);
     let engine = engine(true, WorkerMode::Thread)?;
