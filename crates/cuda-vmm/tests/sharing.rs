@@ -8,6 +8,8 @@ mod bad_input;
 mod faults;
 #[path = "sharing/fixture.rs"]
 mod fixture;
+#[path = "sharing/found.rs"]
+mod found;
 #[path = "sharing/kept.rs"]
 mod kept;
 #[path = "sharing/random.rs"]

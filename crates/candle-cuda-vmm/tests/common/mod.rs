@@ -92,6 +92,15 @@ impl UnderTest {
         );
     }
 
+    /// Fails unless at least `bytes` bytes of the device are free, up to the tables of a real
+    /// driver.
+    #[track_caller]
+    pub fn expect_free(&self, bytes: usize) {
+        let free = self.free_bytes();
+        let is_free = free + table_bytes(self.kind) >= bytes;
+        assert!(is_free, "{free} bytes are free, {bytes} should be");
+    }
+
     /// Returns whether functions without a device argument use this device.
     pub fn is_default(&self) -> bool {
         candle_cuda_vmm::device::default_driver()

@@ -1,7 +1,7 @@
 //! Tensors, caches and sequences that begin with the tokens of others, in the same memory.
 
 use crate::common::layouts::Layout;
-use crate::common::{UnderTest, open, page};
+use crate::common::{GRANULE, UnderTest, open, page};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::{EngineOptions, WorkerMode};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence};
@@ -49,9 +49,19 @@ fn rows(device: &Device, numbers: &[u64], row: usize) -> Tensor {
 fn expect(view: &Tensor, numbers: &[u64]) {
     let (count, row) = view.dims2().unwrap();
     assert_eq!(count, numbers.len());
-    let all = view.flatten_all().unwrap().to_vec1::<u8>().unwrap();
-    for (found, number) in all.chunks(row).zip(numbers) {
-        assert!(found == bytes(*number, row), "row {number}");
+    // The ends and the middle of each row, which has many pages of the host.
+    let part = row.min(4096);
+    for start in [0, row / 2, row - part] {
+        let part = part.min(row - start);
+        let found = view.narrow(1, start, part).unwrap();
+        let found = found.force_contiguous().unwrap().to_vec2::<u8>().unwrap();
+        for (found, number) in found.iter().zip(numbers) {
+            // Each row repeats its number, after a mark of the same length.
+            let expected = &bytes(*number, part + 16)[8 + start % 8..][..part];
+            let mark = if start == 0 { 8 } else { 0 };
+            assert!(found[mark..] == expected[mark..], "row {number} at {start}");
+            assert!(mark == 0 || found[..8] == *b"mark    ", "row {number}");
+        }
     }
 }
 
@@ -262,7 +272,7 @@ fn random_forks_are_plain_copies() {
         let mut all: Vec<(ElasticTensor, Vec<u64>)> = Vec::new();
         let mut views: Vec<(Tensor, Vec<u64>)> = Vec::new();
         let mut next = 0;
-        for _ in 0..60 {
+        for _ in 0..if page() > GRANULE { 15 } else { 60 } {
             if all.is_empty() {
                 all.push((pool.tensor(row, DType::U8).unwrap(), Vec::new()));
             }

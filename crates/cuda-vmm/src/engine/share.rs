@@ -28,7 +28,7 @@ struct Alias {
     part: usize,
     place: Place,
     pages: Range<usize>,
-    memory: Arc<PhysicalMemory>,
+    memory: Option<Arc<PhysicalMemory>>,
     mapping: Option<Mapping>,
 }
 
@@ -46,6 +46,11 @@ pub(crate) fn share_all(parts: &[Share<'_>]) -> Result<Vec<Vec<Range<usize>>>> {
         return Ok(Vec::new());
     };
     let engine = first.target.engine().open()?;
+    // Before anything is given up. What changes meanwhile is found again.
+    let mut state = engine.state.lock();
+    let checked = state.quietly();
+    parts.iter().try_for_each(|part| part.check(checked))?;
+    drop(state);
     parts.iter().for_each(|part| part.clear_the_way(engine));
     let sharing = Sharing {
         engine,
@@ -134,7 +139,7 @@ impl Share<'_> {
                 part,
                 place: (target, first),
                 pages,
-                memory,
+                memory: Some(memory),
                 mapping: None,
             });
         }
@@ -212,7 +217,10 @@ impl Sharing<'_> {
                 continue;
             };
             let offset = alias.pages.start * site.page_bytes;
-            match Mapping::try_new(&site.reservation, offset, &alias.memory, &site.access) {
+            let Some(memory) = &alias.memory else {
+                continue;
+            };
+            match Mapping::try_new(&site.reservation, offset, memory, &site.access) {
                 Ok(mapping) => alias.mapping = Some(mapping),
                 Err(MapFailure { error, stuck }) => {
                     alias.mapping = stuck;
@@ -240,6 +248,8 @@ impl Sharing<'_> {
                     return Err(VmmError::Closed);
                 }
                 if let Some(mapping) = alias.mapping.take() {
+                    // The mapping holds it: this calls no driver.
+                    alias.memory = None;
                     let page_bytes = range.page_bytes;
                     range.pages.finish_sharing(first, mapping);
                     is_hungry |= range.advance(alias.pages.end * page_bytes);

@@ -1,11 +1,13 @@
 //! Memory of several ranges at once, all or none.
 
 use super::{LIMIT_PAGES, account, asked, blocks, engine, expect_sums, range};
-use crate::common::{PAGE, Simulated, manual};
+use crate::common::{Gate, PAGE, Simulated, manual};
 use cuda_vmm::sim::{Fault, SimConfig};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
-use cuda_vmm::{Engine, EngineOptions, Quota, Stream, VmmError};
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, Quota, Stream, VirtualMemoryPool, VmmError};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 #[test]
@@ -404,4 +406,49 @@ fn parts_whose_pages_are_there_take_no_call_and_one_that_is_missing_disturbs_non
     let (offset, bytes) = (PAGE, 2 * PAGE);
     assert_eq!(refused, Err(VmmError::AlreadyMapped { offset, bytes }));
     assert_eq!(engine.stats().parts.parked_bytes, 5 * PAGE);
+}
+
+#[test]
+fn parts_that_are_there_are_taken_beside_an_allocation_elsewhere() {
+    const PAGES: usize = 4096;
+    for _ in 0..10 {
+        let simulated = Simulated::new(SimConfig::new().granularity_bytes(PAGE).unbacked());
+        let options = manual().park_bytes_max(1 << 30).chunk_bytes_max(PAGE);
+        let engine = Engine::new(&simulated.device, options).expect("an engine");
+        let model = account(&engine, "model", Quota::new());
+        let open = |_| {
+            let options = PoolOptions::new();
+            VirtualMemoryPool::on_account(&model, PAGES * PAGE, PAGE, options).expect("a pool")
+        };
+        let pools = [0, 1].map(open);
+        for pool in &pools {
+            pool.allocate(0, PAGE).expect("room");
+            pool.deallocate(0, PAGE).expect("live");
+        }
+        simulated.device.synchronize().expect("done");
+        engine.step();
+        // Without a named stream, pages that retire now come back only when this is past.
+        let stream = Stream::new(&simulated.device).expect("a stream");
+        let gate = Gate::close(&simulated.device, stream.raw());
+        gate.wait_until_reached();
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for pool in &pools {
+                let is_over = &is_over;
+                scope.spawn(move || {
+                    let mut pages = (1..PAGES).take_while(|_| !is_over.load(Ordering::SeqCst));
+                    pages.try_for_each(|page| pool.try_allocate(page * PAGE, PAGE).map(drop))
+                });
+            }
+            while pools[1].stats().live_pages < 5 {
+                thread::yield_now();
+            }
+            let parts = [(&pools[0], 0, PAGE), (&pools[1], 0, PAGE)];
+            let backed = model.try_allocate_many(&parts);
+            is_over.store(true, Ordering::SeqCst);
+            backed.expect("both are parked").keep();
+        });
+        gate.open();
+        simulated.device.synchronize().expect("done");
+    }
 }

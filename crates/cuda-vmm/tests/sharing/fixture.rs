@@ -97,6 +97,8 @@ impl Fixture {
             taken.deallocate(page * PAGE, PAGE).expect("live");
         }
         self.settle();
+        // What the step overwrites retires until that is past.
+        self.simulated.device.synchronize().expect("done");
         self.engine.trim().expect("no call fails");
         self.engine
             .set_limit_bytes(limit_bytes)

@@ -202,8 +202,13 @@ impl<M> Pages<M> {
         before.filter(backs).or_else(|| self.chunks.next(before))
     }
 
+    /// Whether an allocation is under way.
+    pub(crate) fn is_any_pending(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// The lowest offset, a multiple of `alignment`, at which `bytes` bytes are unused below
-    /// `capacity`; or else the length of the largest unused run.
+    /// `capacity`, and not in a shared chunk; or else the length of the largest such run.
     pub(crate) fn place(
         &self,
         bytes: usize,
@@ -212,7 +217,8 @@ impl<M> Pages<M> {
     ) -> Result<usize, usize> {
         let mut largest = 0;
         let unused = self.live.gaps(0..capacity);
-        for gap in unused.flat_map(|gap| self.pending.gaps(gap)) {
+        let unused = unused.flat_map(|gap| self.pending.gaps(gap));
+        for gap in unused.flat_map(|gap| self.outside_shared(gap)) {
             let start = gap.start.next_multiple_of(alignment);
             if start < gap.end && gap.end - start >= bytes {
                 return Ok(start);

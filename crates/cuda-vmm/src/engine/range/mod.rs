@@ -190,11 +190,14 @@ impl Range {
         Ok(survey.map(|survey| self.take(&bytes, &survey)))
     }
 
-    /// Whether [`take_there`](Self::take_there) would make these bytes live.
+    /// Whether [`take_there`](Self::take_there) would make these bytes live. Not while another
+    /// allocation of the range is under way, when it takes nothing within one chunk.
     pub(crate) fn is_there(&self, offset: usize, bytes: usize) -> bool {
         let extent = self.extent_at(Place::At(offset), bytes);
         let survey = extent.map(|extent| self.pages.survey(&extent.range()));
-        !self.takes_no_more() && survey.is_ok_and(|it| it.is_some_and(|it| it.is_there()))
+        !self.takes_no_more()
+            && !self.pages.is_any_pending()
+            && survey.is_ok_and(|it| it.is_some_and(|it| it.is_there()))
     }
 
     /// Makes bytes live if they lie in one chunk that has other live bytes; `None` if not. To free

@@ -3,8 +3,7 @@
 //! # Safety
 //! The one unsafe call queues zeros over blocks that this call has made live and that the record
 //! reserves for it, so no other call gives them up. The stream is named for all tensors and stays
-//! so. What is freed of the blocks later retires behind a fence on it, and work that was queued
-//! before on other named streams comes first, as with all memory that is taken back.
+//! so. What is freed of the blocks later retires behind a fence on it.
 #![allow(unsafe_code)]
 
 use super::BlockError;

@@ -20,6 +20,19 @@ impl<M> Pages<M> {
         self.counts.shared_pages()
     }
 
+    /// The parts of these bytes that no shared chunk backs, in order.
+    pub(super) fn outside_shared(&self, bytes: Range<usize>) -> Vec<Range<usize>> {
+        let (mut parts, mut start) = (Vec::new(), bytes.start);
+        for chunk in self.shared_chunks(&bytes) {
+            let chunk = self.bytes_of(&chunk);
+            parts.push(start..chunk.start.max(start));
+            start = chunk.end;
+        }
+        parts.push(start..bytes.end.max(start));
+        parts.retain(|part| !part.is_empty());
+        parts
+    }
+
     /// The pages of each shared chunk that backs some of these bytes.
     pub(crate) fn shared_chunks<'a>(
         &'a self,
