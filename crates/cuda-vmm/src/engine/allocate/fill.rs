@@ -237,6 +237,7 @@ impl Filling<'_> {
     ) {
         let id = handle.id();
         self.ranges.push(id);
+        self.pieces.reserve_exact(needs.len());
         let is_missing = needs
             .iter()
             .any(|need| !need.plan.survey.missing.is_empty());
