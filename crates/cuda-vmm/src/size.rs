@@ -39,6 +39,14 @@ impl Extent {
     }
 }
 
+/// Adds a run behind others. It is joined with the last if it begins where that ends.
+pub(crate) fn push_run(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
+    match runs.last_mut() {
+        Some(last) if last.end == run.start => last.end = run.end,
+        _ => runs.push(run),
+    }
+}
+
 /// Checks that `value` is a non-zero multiple of `required`.
 pub(crate) fn multiple(what: &'static str, value: usize, required: usize) -> Result<usize> {
     if value == 0 {

@@ -146,10 +146,11 @@ impl Left {
     }
 }
 
-/// What is needed of a range to back its pages, without the lock.
+/// What is needed of a range to map memory there, without the lock.
+#[derive(Debug, Clone)]
 pub(crate) struct Target {
-    reservation: Arc<Reservation>,
-    access: Arc<[(Device, Access)]>,
+    pub(crate) reservation: Arc<Reservation>,
+    pub(crate) access: Arc<[(Device, Access)]>,
     pub(crate) page_bytes: usize,
 }
 
@@ -161,6 +162,16 @@ impl Target {
             access: range.access.clone(),
             page_bytes: range.page_bytes,
         })
+    }
+
+    /// Maps memory at the addresses that begin with a page.
+    pub(crate) fn map(
+        &self,
+        first: usize,
+        memory: &Arc<PhysicalMemory>,
+    ) -> Result<Mapping, MapFailure> {
+        let offset = first * self.page_bytes;
+        Mapping::try_new(&self.reservation, offset, memory, &self.access)
     }
 
     /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls
@@ -183,8 +194,7 @@ impl Target {
         };
         before();
         let memory = memory.map(Arc::new).map_err(Failure::new)?;
-        let offset = pages.start * self.page_bytes;
-        match Mapping::try_new(&self.reservation, offset, &memory, &self.access) {
+        match self.map(pages.start, &memory) {
             Ok(mapping) => Ok(Made {
                 pages: pages.clone(),
                 mapping,

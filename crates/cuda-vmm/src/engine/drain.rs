@@ -156,9 +156,9 @@ impl Inner {
     /// Gives back parked chunks of ranges that are closed, and, if more is parked than may be, of
     /// others too; returns the bytes that are no longer parked.
     pub(crate) fn give_back(self: &Arc<Self>) -> usize {
+        self.unmap_leaving(Scope::All);
         // Once it is too much, down to the low watermark: else each free would call the driver for
         // itself.
-        self.unmap_leaving(Scope::All);
         let mut keep_bytes = self.options.park_bytes_max;
         let mut given_bytes = 0;
         loop {

@@ -1,6 +1,7 @@
 //! Moving live pages of a range to other memory, at unchanged addresses: what a compaction and the
 //! end of sharing have in common.
 
+use super::backing::Target;
 use super::books::pages::relocation::PartlyLive;
 use super::books::range_id::RangeId;
 use super::inner::Inner;
@@ -50,9 +51,7 @@ impl State {
         let mut range = self.ranges.get(id)?;
         let site = Site {
             owner: range.owner(id),
-            reservation: range.reservation.clone()?,
-            access: range.access.clone(),
-            page_bytes: range.page_bytes,
+            target: Target::of(&range)?,
         };
         let mapping = range.pages.depart(chunk.first)?;
         let charged_bytes = chunk.live_page_bytes;

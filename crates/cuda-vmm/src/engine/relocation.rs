@@ -7,19 +7,18 @@
 //! copies ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
+use super::backing::Target;
 use super::books::owner::Owner;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
-use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
+use crate::{Access, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};
 use core::ops::Range;
 
 /// What a relocation needs to know of its range.
 #[derive(Debug, Clone)]
 pub(crate) struct Site {
     pub(crate) owner: Owner,
-    pub(crate) reservation: Arc<Reservation>,
-    pub(crate) access: Arc<[(Device, Access)]>,
-    pub(crate) page_bytes: usize,
+    pub(crate) target: Target,
 }
 
 /// One chunk on its way. The old memory has the contents until every piece of the new is accessible
@@ -112,7 +111,7 @@ impl Relocation {
     ) -> Result<()> {
         let mut offset = 0;
         for pages in &self.pieces {
-            let memory = Arc::new(create(pages.len() * self.site.page_bytes)?);
+            let memory = Arc::new(create(pages.len() * self.site.target.page_bytes)?);
             let access = [(scratch.device().clone(), Access::ReadWrite)];
             match Mapping::try_new(scratch, offset, &memory, &access) {
                 Ok(mapping) => self.scratch.push((pages.clone(), mapping)),
@@ -131,9 +130,7 @@ impl Relocation {
         // From here on the contents are in two memories, the old and the new.
         self.unmap_old()?;
         while let Some((pages, memory)) = self.loose.pop() {
-            let offset = pages.start * self.site.page_bytes;
-            let site = &self.site;
-            match Mapping::try_new(&site.reservation, offset, &memory, &site.access) {
+            match self.site.target.map(pages.start, &memory) {
                 Ok(mapping) => self.placed.push((pages, mapping)),
                 Err(MapFailure { error, stuck }) => {
                     match stuck {
@@ -150,9 +147,10 @@ impl Relocation {
     /// Copies every piece to its scratch addresses and waits until that is done.
     fn copy(&mut self, stream: &Stream) -> Result<()> {
         self.copying = Some(stream.clone());
+        let target = &self.site.target;
         for (pages, mapping) in &self.scratch {
-            let offset = pages.start * self.site.page_bytes;
-            let source = self.site.reservation.address() + offset as u64;
+            let offset = pages.start * target.page_bytes;
+            let source = target.reservation.address() + offset as u64;
             // SAFETY: the source lies in the chunk's mapping and the target is a mapping of its
             // size; both are owned here and stay until the stream was waited for, as `copying`
             // says.
@@ -231,14 +229,13 @@ impl Relocation {
 
     /// Puts the old memory back in its place, where nothing else is.
     fn restore(&mut self) -> Result<()> {
-        let site = &self.site;
+        let target = &self.site.target;
         if let Some(mapping) = &self.home {
             if !self.accessible {
-                mapping.set_access(&site.access)?;
+                mapping.set_access(&target.access)?;
             }
         } else {
-            let offset = self.first * site.page_bytes;
-            match Mapping::try_new(&site.reservation, offset, &self.old, &site.access) {
+            match target.map(self.first, &self.old) {
                 Ok(mapping) => self.home = Some(mapping),
                 Err(failure) => {
                     (self.home, self.accessible) = (failure.stuck, false);

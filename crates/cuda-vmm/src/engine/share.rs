@@ -1,6 +1,7 @@
 //! Making ranges of an account share chunks of memory; see `sharing`.
 
 use super::at_work::AtWork;
+use super::backing::Target;
 use super::books::pages::ChunkState;
 use super::books::shared_chunks::Place;
 use super::handle::RangeHandle;
@@ -9,9 +10,9 @@ use super::queue::BITE;
 use super::scope::Scope;
 use super::state::State;
 use crate::mapping::MapFailure;
-use crate::size::Extent;
+use crate::size::{Extent, push_run};
 use crate::sync::{Arc, rest};
-use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
+use crate::{Mapping, PhysicalMemory, Result, VmmError};
 use core::ops::Range;
 
 /// Bytes of one range that another one is to share, at the same offsets.
@@ -32,13 +33,6 @@ struct Alias {
     mapping: Option<Mapping>,
 }
 
-/// What is needed of a range to map memory there, without the lock.
-struct Site {
-    reservation: Arc<Reservation>,
-    access: Arc<[(Device, Access)]>,
-    page_bytes: usize,
-}
-
 /// Makes the targets share whole chunks of the sources, of all parts or of none; returns the bytes
 /// of each part that are shared now. They are live in the target.
 pub(crate) fn share_all(parts: &[Share<'_>]) -> Result<Vec<Vec<Range<usize>>>> {
@@ -46,10 +40,10 @@ pub(crate) fn share_all(parts: &[Share<'_>]) -> Result<Vec<Vec<Range<usize>>>> {
         return Ok(Vec::new());
     };
     let engine = first.target.engine().open()?;
-    // Before anything is given up. What changes meanwhile is found again.
-    let mut state = engine.state.lock();
-    let checked = state.quietly();
-    parts.iter().try_for_each(|part| part.check(checked))?;
+    // Before anything is given up. What changes meanwhile is left to the caller as what cannot be
+    // shared, or found closed in the end.
+    let state = engine.state.lock();
+    parts.iter().try_for_each(|part| part.check(&state))?;
     drop(state);
     parts.iter().for_each(|part| part.clear_the_way(engine));
     let sharing = Sharing {
@@ -151,13 +145,10 @@ impl Share<'_> {
         Ok((aliases, next))
     }
 
-    fn site(&self) -> Result<Site> {
+    /// Where its chunks are mapped.
+    fn destination(&self) -> Result<Target> {
         let range = self.target.slot.lock_open()?;
-        Ok(Site {
-            reservation: range.reservation.clone().ok_or(VmmError::Closed)?,
-            access: range.access.clone(),
-            page_bytes: range.page_bytes,
-        })
+        Target::of(&range).ok_or(VmmError::Closed)
     }
 }
 
@@ -187,9 +178,6 @@ impl Sharing<'_> {
 
     /// Takes all chunks in the books, some under each hold of the lock.
     fn begin_all(&mut self) -> Result<()> {
-        let state = self.engine.state.lock();
-        self.parts.iter().try_for_each(|part| part.check(&state))?;
-        drop(state);
         for (at, part) in self.parts.iter().enumerate() {
             let mut page = Some(0);
             while let Some(from) = page {
@@ -208,23 +196,21 @@ impl Sharing<'_> {
 
     fn map_all(&mut self) -> Result<()> {
         let _urgent = self.engine.device.begin_urgent_call();
-        let mut site: Option<(usize, Site)> = None;
-        for alias in &mut self.aliases {
-            if site.as_ref().is_none_or(|(part, _)| *part != alias.part) {
-                site = Some((alias.part, self.parts[alias.part].site()?));
-            }
-            let Some((_, site)) = &site else {
-                continue;
-            };
-            let offset = alias.pages.start * site.page_bytes;
-            let Some(memory) = &alias.memory else {
-                continue;
-            };
-            match Mapping::try_new(&site.reservation, offset, memory, &site.access) {
-                Ok(mapping) => alias.mapping = Some(mapping),
-                Err(MapFailure { error, stuck }) => {
-                    alias.mapping = stuck;
-                    return Err(error);
+        for of_part in self
+            .aliases
+            .chunk_by_mut(|one, other| one.part == other.part)
+        {
+            let target = self.parts[of_part[0].part].destination()?;
+            for alias in of_part {
+                let Some(memory) = &alias.memory else {
+                    continue;
+                };
+                match target.map(alias.pages.start, memory) {
+                    Ok(mapping) => alias.mapping = Some(mapping),
+                    Err(MapFailure { error, stuck }) => {
+                        alias.mapping = stuck;
+                        return Err(error);
+                    }
                 }
             }
         }
@@ -277,10 +263,7 @@ impl Sharing<'_> {
         for alias in &self.aliases {
             let page_bytes = self.parts[alias.part].target.page_bytes();
             let bytes = alias.pages.start * page_bytes..alias.pages.end * page_bytes;
-            match shared[alias.part].last_mut() {
-                Some(last) if last.end == bytes.start => last.end = bytes.end,
-                _ => shared[alias.part].push(bytes),
-            }
+            push_run(&mut shared[alias.part], bytes);
         }
         shared
     }

@@ -13,8 +13,8 @@
 //!  none is left      the memory goes to the driver
 //! ```
 //!
-//! So memory that was shared is used anew only when the users of all ranges that mapped it are past.
-//! No call writes to it while it is shared: an allocation of bytes in it is refused, and
+//! So memory that was shared is used anew only when the users of all ranges that mapped it are
+//! past. No call writes to it while it is shared: an allocation of bytes in it is refused, and
 //! `make_private` gives a range memory of its own.
 
 use super::at_work::AtWork;
@@ -45,7 +45,8 @@ impl State {
         }
     }
 
-    /// As [`end_sharing`](Self::end_sharing) for a mapping that has not come about; it may be stuck.
+    /// As [`end_sharing`](Self::end_sharing) for a mapping that has not come about; it may be
+    /// stuck.
     pub(crate) fn undo_sharing(
         &mut self,
         place: Place,

@@ -133,8 +133,8 @@ impl State {
         self.parts().quarantined_bytes > 0 || self.ranges.tally().any(Fact::Quarantined)
     }
 
-    /// Puts chunks that were freed under their range's lock into the queue, at most [`BITE`]; returns
-    /// how many.
+    /// Puts chunks that were freed under their range's lock into the queue, at most [`BITE`];
+    /// returns how many.
     pub(crate) fn collect_freed(&mut self) -> usize {
         self.look_again();
         let Self {
@@ -153,7 +153,8 @@ impl State {
         BITE - room
     }
 
-    /// Puts chunks of one range into the queue, at most `room`; returns how many more it could take.
+    /// Puts chunks of one range into the queue, at most `room`; returns how many more it could
+    /// take.
     pub(crate) fn collect_of(
         queue: &mut Queue,
         shared: &mut SharedChunks<Arc<PhysicalMemory>>,

@@ -56,12 +56,12 @@ impl Account {
     /// a pool. So sharing charges nothing. What is parked or made ahead in the second pool is given
     /// up for it.
     ///
-    /// Shared memory is for reading. No call of this crate writes to it. So work that uses the pools
-    /// must not write to bytes that were shared, in either pool, before
+    /// Shared memory is for reading. No call of this crate writes to it. So work that uses the
+    /// pools must not write to bytes that were shared, in either pool, before
     /// [`make_private`](VirtualMemoryPool::make_private). Bytes that were freed in a shared chunk
-    /// cannot be allocated again before that: [`VmmError::Shared`]. Nor does the call order streams:
-    /// work that reads in the second pool comes after the work that wrote in the first if the caller
-    /// orders it.
+    /// cannot be allocated again before that: [`VmmError::Shared`]. Nor does the call order
+    /// streams: work that reads in the second pool comes after the work that wrote in the first if
+    /// the caller orders it.
     ///
     /// Bytes are freed in each pool for itself. A chunk without live bytes in one pool retires
     /// there, and is then unmapped. The last pool that is left has it as ordinary memory. So memory
@@ -194,8 +194,8 @@ impl VirtualMemoryPool {
     /// other addresses; [`VmmError::OutOfPhysicalMemory`]; [`VmmError::ZeroSize`],
     /// [`VmmError::Overflow`], [`VmmError::OutOfRange`]; [`VmmError::Driver`],
     /// [`VmmError::Closed`], [`VmmError::Forked`]. After an error live bytes are where they were,
-    /// with their contents. If it is the driver's, some chunks may have memory of their own already;
-    /// if the driver refuses to undo what it did, see [`compact`](Self::compact).
+    /// with their contents. If it is the driver's, some chunks may have memory of their own
+    /// already; if the driver refuses to undo what it did, see [`compact`](Self::compact).
     pub fn make_private(&mut self, offset: usize, bytes: usize) -> Result<usize> {
         self.range.make_private(offset, bytes)
     }

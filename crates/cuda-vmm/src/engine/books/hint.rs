@@ -1,6 +1,7 @@
 //! The pages that allocations of a range will need next.
 
 use super::intervals::Intervals;
+use crate::size::push_run;
 use core::ops::Range;
 
 /// Runs of pages in the order in which allocations will need them. No page is in two of them.
@@ -19,10 +20,7 @@ impl Hint {
             let fresh: Vec<_> = hint.pages.gaps(run).collect();
             for part in fresh {
                 hint.pages.insert(part.clone());
-                match hint.runs.last_mut() {
-                    Some(last) if last.end == part.start => last.end = part.end,
-                    _ => hint.runs.push(part),
-                }
+                push_run(&mut hint.runs, part);
             }
         }
         hint

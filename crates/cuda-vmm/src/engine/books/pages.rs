@@ -280,7 +280,8 @@ impl<M> Pages<M> {
     }
 
     /// Takes bytes if they lie in one chunk that is backed or parked, and are not live. Not in a
-    /// shared chunk: others read it. Returns whether it did. The short way for what a cache does most: few look-ups, no allocation.
+    /// shared chunk: others read it. Returns whether it did. The short way for what a cache does
+    /// most: few look-ups, no allocation.
     #[inline]
     pub(crate) fn take_within_chunk(&mut self, bytes: &Range<usize>) -> bool {
         if !self.pending.is_empty() {

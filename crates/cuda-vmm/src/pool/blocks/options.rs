@@ -30,7 +30,8 @@ pub struct BlockOptions {
     /// [`back`](super::BlockBacking::back) returns. Work that is queued on this stream later finds
     /// zeros. Order work of other streams behind it. Order this stream behind work of others on
     /// blocks that are given up: the page of a block may stay, because of other blocks in it, and
-    /// then the zeros wait for no other stream. Blocks that are backed already keep what they hold, those among them that a [`BlockAllocator`](super::BlockAllocator) hands out again.
+    /// then the zeros wait for no other stream. Blocks that are backed already keep what they hold,
+    /// those among them that a [`BlockAllocator`](super::BlockAllocator) hands out again.
     ///
     /// The backing holds the stream and names it for good, as by
     /// [`use_stream`](super::BlockBacking::use_stream). So name the others that use the blocks.

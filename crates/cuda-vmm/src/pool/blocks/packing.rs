@@ -9,6 +9,7 @@
 
 use super::layout::{Class, Layout};
 use super::{BlockError, BlockId, ReclaimPlan};
+use crate::size::push_run;
 use core::cmp::Reverse;
 use core::ops::Range;
 use std::collections::BTreeSet;
@@ -154,10 +155,7 @@ impl Packing {
     /// Looks at pages rather than at blocks: an allocator asks at each call.
     pub(super) fn upcoming_bare(&self, mut count: usize) -> Vec<Range<BlockId>> {
         let mut runs: Vec<Range<BlockId>> = Vec::new();
-        let mut push = |run: Range<BlockId>| match runs.last_mut() {
-            Some(last) if last.end == run.start => last.end = run.end,
-            _ => runs.push(run),
-        };
+        let mut push = |run| push_run(&mut runs, run);
         for (_, _, Reverse(page)) in self.ranked.iter().rev() {
             let found = &self.pages[*page];
             // What is handed out has memory.
