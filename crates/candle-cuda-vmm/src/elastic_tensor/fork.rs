@@ -7,8 +7,8 @@
 //!
 //! # Safety
 //! Rows are moved to other memory at unchanged addresses only if they are borrowed mutably, so no
-//! work of this crate is queued on them meanwhile. Other code reaches them by views alone, which are
-//! leased: what is leased is not moved.
+//! work of this crate is queued on them meanwhile. Other code reaches them by views alone, which
+//! are leased: what is leased is not moved.
 #![allow(unsafe_code)]
 
 use super::extent::Extent;
@@ -65,8 +65,8 @@ impl Extent {
     }
 
     /// Makes sure that no other range reads what is written when rows come to these bytes. Returns
-    /// `false` if the rows must move to other addresses for that. `before` is called if memory is to
-    /// be moved.
+    /// `false` if the rows must move to other addresses for that. `before` is called if memory is
+    /// to be moved.
     ///
     /// # Errors
     /// `OutOfPhysicalMemory` if there is no room for memory of its own; then nothing has changed.
@@ -166,7 +166,7 @@ impl<'a> Source<'a> {
     }
 
     /// Notes what is shared now, and makes the rows of the fork.
-    fn finish(self) -> Result<Rows> {
+    fn finish(self) -> Rows {
         let Self {
             rows,
             extent,
@@ -195,12 +195,12 @@ impl Rows {
     }
 
     /// Makes rows like these in other addresses.
-    fn fork(&self, extent: Option<Extent>) -> Result<Self> {
-        Ok(match self {
-            Self::Host(rows) => Self::Host(rows.fork(extent)?),
+    fn fork(&self, extent: Option<Extent>) -> Self {
+        match self {
+            Self::Host(rows) => Self::Host(rows.fork(extent)),
             #[cfg(feature = "cuda")]
             Self::Device(rows) => Self::Device(rows.fork(extent)),
-        })
+        }
     }
 }
 
@@ -221,39 +221,35 @@ fn fork_all(pool: &TensorPool, all: &[&Rows]) -> Result<Vec<Rows>> {
         backed.keep();
         shared.keep();
     }
-    let forks = sources
-        .into_iter()
-        .zip(all)
-        .map(|(source, rows)| match source {
-            Some(source) => source.finish(),
-            None => rows.fork(None),
-        });
-    forks.collect()
+    let forks = sources.into_iter().zip(all);
+    let forks = forks.map(|(source, rows)| source.map_or_else(|| rows.fork(None), Source::finish));
+    Ok(forks.collect())
 }
 
 impl ElasticTensor {
     /// Makes a tensor of the same pool with the same rows, in the same memory as far as that goes.
     ///
-    /// Use it for what several tensors begin with. The rows are at addresses of their own. Chunks of
-    /// memory that hold nothing but rows are mapped there a second time, which costs a driver call
-    /// or two each and no memory: the account holds them once, as
-    /// [`shared_bytes`](crate::MemoryParts::shared_bytes). What is left is copied, the page in which
-    /// the last row ends among it. So both tensors append as before. See
+    /// Use it for what several tensors begin with. The rows are at addresses of their own. Chunks
+    /// of memory that hold nothing but rows are mapped there a second time, which costs a driver
+    /// call or two each and no memory: the account holds them once, as
+    /// [`shared_bytes`](crate::MemoryParts::shared_bytes). What is left is copied, the page in
+    /// which the last row ends among it. So both tensors append as before. See
     /// [`Account::share_many`](crate::Account::share_many). A chunk may hold an eighth of the rows,
     /// and the last one is copied as a whole if it is not full. Smaller chunks
     /// ([`EngineOptions::chunk_bytes_max`](crate::EngineOptions::chunk_bytes_max)) are shared more
     /// closely, and take longer to map.
     ///
     /// A tensor that drops rows ([`truncate`](Self::truncate)) and then appends over shared memory
-    /// gets memory of its own for that chunk first, which waits for the device's work on the tensor.
-    /// It may be refused then, the one that was forked or the fork. If a view shows the chunk, the
-    /// rows move to new addresses instead.
+    /// gets memory of its own for that chunk first, which waits for the device's work on the
+    /// tensor. It may be refused then, the one that was forked or the fork. If a view shows the
+    /// chunk, the rows move to new addresses instead.
     ///
     /// [`allocated_bytes`](Self::allocated_bytes) counts the memory in each tensor. On a CPU device
     /// the pool counts as on a GPU, and the rows themselves are copied when one of the two appends.
     ///
-    /// A tensor in a [range of several](crate::Sequence::rows_in_one_range) gets a range for itself,
-    /// in which the memory of the others is shared too. Fork the sequence to fork all of them.
+    /// A tensor in a [range of several](crate::Sequence::rows_in_one_range) gets a range for
+    /// itself, in which the memory of the others is shared too. Fork the sequence to fork all of
+    /// them.
     ///
     /// # Errors
     /// As [`append`](Self::append) and [`view`](Self::view). After an error nothing has changed.
@@ -285,8 +281,8 @@ impl ElasticTensor {
     }
 
     /// As [`fork`](Self::fork), for several tensors of one pool: for all of them, or after an error
-    /// for none. Forks also a range of several tensors as a whole, if one is given; tensors that are
-    /// columns of it are columns of its fork.
+    /// for none. Forks also a range of several tensors as a whole, if one is given; tensors that
+    /// are columns of it are columns of its fork.
     pub(crate) fn fork_together(
         tensors: &[&Self],
         whole: Option<&SharedRows>,
@@ -300,12 +296,7 @@ impl ElasticTensor {
         for tensor in tensors {
             match &tensor.place {
                 Place::Own(rows) => own.push(&**rows),
-                Place::Column(column) => {
-                    let rows = column.shared();
-                    if !shared.iter().any(|other| rows.is_same(other)) {
-                        shared.push(rows);
-                    }
-                }
+                Place::Column(column) => _ = column.shared().is_new(&mut shared),
             }
         }
         let locked: Result<Vec<_>> = shared.iter().map(|rows| rows.lock()).collect();

@@ -1,7 +1,6 @@
 //! Memory for more rows of several tensors, for all of them or for none.
 
 use super::rows::Rows;
-use super::shared::Column;
 use super::{ElasticTensor, Place};
 use crate::error::Result;
 use cuda_vmm::Account;
@@ -39,15 +38,14 @@ impl DerefMut for Growing<'_> {
 /// Returns the rows of these tensors, each range once.
 fn ranges<'a>(tensors: &'a mut [&mut ElasticTensor]) -> Result<Vec<Growing<'a>>> {
     let mut ranges = Vec::with_capacity(tensors.len());
-    let mut shared: Vec<&Column> = Vec::new();
+    let mut shared = Vec::new();
     for tensor in tensors.iter_mut() {
         match &mut tensor.place {
             Place::Own(rows) => ranges.push(Growing::Own(rows)),
             Place::Column(column) => {
-                let column = &*column;
-                if !shared.iter().any(|other| column.is_beside(other)) {
-                    shared.push(column);
-                    ranges.push(Growing::Shared(column.lock()?));
+                let rows = column.shared();
+                if rows.is_new(&mut shared) {
+                    ranges.push(Growing::Shared(rows.lock()?));
                 }
             }
         }
@@ -168,13 +166,12 @@ impl ElasticTensor {
     /// counts once.
     pub(crate) fn allocated_together<'a>(tensors: impl IntoIterator<Item = &'a Self>) -> usize {
         let mut bytes = 0;
-        let mut shared: Vec<&Column> = Vec::new();
+        let mut shared = Vec::new();
         for tensor in tensors {
-            if let Place::Column(column) = &tensor.place {
-                if shared.iter().any(|other| column.is_beside(other)) {
-                    continue;
-                }
-                shared.push(column);
+            if let Place::Column(column) = &tensor.place
+                && !column.shared().is_new(&mut shared)
+            {
+                continue;
             }
             let live = tensor.rows(|rows, _| rows.extent().map_or(0, |extent| extent.live().len()));
             bytes += live.unwrap_or(0);

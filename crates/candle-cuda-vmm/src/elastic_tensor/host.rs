@@ -350,15 +350,15 @@ impl HostRows {
     }
 
     /// Makes rows like these in other addresses.
-    pub(super) fn fork(&self, extent: Option<Extent>) -> Result<Self> {
-        Ok(Self {
+    pub(super) fn fork(&self, extent: Option<Extent>) -> Self {
+        Self {
             extent,
             memory: self.memory.clone(),
             addresses: self.addresses,
             layout: self.layout.clone(),
             columns: self.columns.clone(),
             contents: self.contents.iter().map(Contents::fork).collect(),
-        })
+        }
     }
 
     /// Returns the bytes from the first row of any column to the last.

@@ -116,6 +116,14 @@ enum Place {
     Column(Column),
 }
 
+/// Returns whether keys and values are alike in what one launch for both needs.
+#[cfg(feature = "cuda")]
+fn is_pair([keys, values]: [(&ElasticTensor, &Tensor); 2]) -> bool {
+    keys.1.dims() == values.1.dims()
+        && keys.0.dtype == values.0.dtype
+        && keys.0.len() == values.0.len()
+}
+
 impl TensorPool {
     /// Makes a tensor without rows; see [`ElasticTensor::new`].
     ///
@@ -326,10 +334,7 @@ impl ElasticTensor {
         dim: usize,
         contiguous: bool,
     ) -> Result<AppendOutcome> {
-        let is_pair = keys.1.dims() == values.1.dims()
-            && keys.0.dtype == values.0.dtype
-            && keys.0.len() == values.0.len();
-        if !(is_pair
+        if !(is_pair([(keys.0, keys.1), (values.0, values.1)])
             && keys.0.supports_append_both(keys.1, dim)
             && values.0.supports_append_both(values.1, dim))
         {
@@ -344,7 +349,9 @@ impl ElasticTensor {
                 }
                 _ => Ok(AppendOutcome::Unsupported),
             },
-            (Place::Column(keys), Place::Column(values)) if keys.is_beside(values) => {
+            (Place::Column(keys), Place::Column(values))
+                if keys.shared().is_same(values.shared()) =>
+            {
                 match &mut *keys.lock()? {
                     Rows::Device(rows) => {
                         let pair = Pair::Together(rows, [keys.index, values.index]);

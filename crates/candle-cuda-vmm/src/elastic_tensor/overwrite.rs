@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use std::ops::Range;
 
 #[cfg(feature = "cuda")]
-use super::{Place, device::DeviceRows};
+use super::{Place, device::DeviceRows, is_pair};
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
 
@@ -46,9 +46,7 @@ impl ElasticTensor {
         at: usize,
         dim: usize,
     ) -> Result<bool> {
-        let is_pair = keys.1.dims() == values.1.dims()
-            && keys.0.dtype == values.0.dtype
-            && keys.0.len() == values.0.len();
+        let is_pair = is_pair([(keys.0, keys.1), (values.0, values.1)]);
         let (Place::Own(first), Place::Own(second)) = (&keys.0.place, &values.0.place) else {
             return Ok(false);
         };

@@ -82,6 +82,13 @@ impl SharedRows {
         }
     }
 
+    /// Adds the range to those that were seen, unless it is among them. Returns whether it was not.
+    pub(super) fn is_new<'a>(&'a self, seen: &mut Vec<&'a Self>) -> bool {
+        let is_new = !seen.iter().any(|other| self.is_same(other));
+        seen.extend(is_new.then_some(self));
+        is_new
+    }
+
     /// Returns whether both are one range.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.rows, &other.rows)
@@ -114,11 +121,6 @@ impl Column {
 
     pub(super) fn lock(&self) -> Result<MutexGuard<'_, Rows>> {
         self.shared.lock()
-    }
-
-    /// Returns whether both are columns of one range.
-    pub(super) fn is_beside(&self, other: &Self) -> bool {
-        self.shared.is_same(&other.shared)
     }
 }
 

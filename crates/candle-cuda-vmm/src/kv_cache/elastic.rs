@@ -123,12 +123,7 @@ impl ElasticCache {
             let dim = i32::try_from(dim).unwrap_or(i32::MAX);
             return Err(Error::DimOutOfRange { shape, dim, op }.into());
         }
-        let order: Vec<_> = [dim]
-            .into_iter()
-            .chain(0..dim)
-            .chain(dim + 1..rank)
-            .collect();
-        let rows = tokens.permute(order)?;
+        let rows = token_major(dim, tokens)?;
         if self.current_seq_len() == 0 {
             // An empty cache takes the shape and dtype of the new tokens.
             let has_same_rows = |all: &ElasticTensor| {
@@ -219,6 +214,16 @@ impl ElasticCache {
         let rows = self.rows.as_ref().map(ElasticTensor::try_clone);
         Ok(self.with_rows(rows.transpose()?))
     }
+}
+
+/// Returns tokens with the sequence in dimension 0 instead of `dim`, as rows have it.
+pub(super) fn token_major(dim: usize, tokens: &Tensor) -> candle_core::Result<Tensor> {
+    let order: Vec<_> = [dim]
+        .into_iter()
+        .chain(0..dim)
+        .chain(dim + 1..tokens.rank())
+        .collect();
+    tokens.permute(order)
 }
 
 /// What a cache was before tokens are appended.

@@ -3,7 +3,7 @@
 #![deny(clippy::unwrap_used)]
 
 use super::checks::{check_pair, check_release, check_truncate};
-use super::elastic::ElasticKvCache;
+use super::elastic::{ElasticKvCache, token_major};
 use super::ring::{Ring, Run};
 use super::traits::KvCache;
 use crate::error::Result;
@@ -322,16 +322,6 @@ impl Clone for ElasticRotatingKvCache {
 fn part(dim: usize, tokens: [&Tensor; 2], run: &Run) -> candle_core::Result<[Tensor; 2]> {
     let part = |all: &Tensor| all.narrow(dim, run.tokens.start, run.tokens.len());
     Ok([part(tokens[0])?, part(tokens[1])?])
-}
-
-/// Returns tokens with the sequence in dimension 0, as rows have it.
-fn token_major(dim: usize, tokens: &Tensor) -> candle_core::Result<Tensor> {
-    let order: Vec<_> = [dim]
-        .into_iter()
-        .chain(0..dim)
-        .chain(dim + 1..tokens.rank())
-        .collect();
-    tokens.permute(order)
 }
 
 impl KvCache for ElasticRotatingKvCache {

@@ -367,7 +367,8 @@ impl Sequence {
 
     /// As [`reserve`](Self::reserve), as a future that waits as long as it is polled, also for what
     /// other accounts are asked to give back. It needs no runtime, and stands in the same line as
-    /// threads do; see [`VirtualMemoryPool::allocate_async`]. Others may use the sequence meanwhile.
+    /// threads do; see [`VirtualMemoryPool::allocate_async`]. Others may use the sequence
+    /// meanwhile.
     ///
     /// [`VirtualMemoryPool::allocate_async`]: cuda_vmm::VirtualMemoryPool::allocate_async
     ///
