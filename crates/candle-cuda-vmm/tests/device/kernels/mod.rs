@@ -6,6 +6,7 @@ mod append;
 mod attention;
 mod blocks;
 mod factory;
+mod fork;
 mod layers;
 mod positions;
 mod rotating;
