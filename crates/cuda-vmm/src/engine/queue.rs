@@ -138,7 +138,8 @@ pub(crate) struct Queue {
     /// The entry of each chunk that retires.
     by_chunk: BTreeMap<(RangeId, usize), u64>,
     by_range: BTreeSet<(RangeId, u64)>,
-    /// Those of them whose chunks come back when fences are past.
+    /// Those of them whose chunks come back when fences are past. One whose chunks were all taken
+    /// back stays until it is met: to take a chunk back is to cost little.
     with_chunks: BTreeSet<(RangeId, u64)>,
     /// Entries whose chunks wait for a context synchronise.
     unsynchronised: BTreeSet<u64>,
@@ -237,10 +238,16 @@ impl Queue {
     }
 
     /// The first entry whose chunks come back when fences are past, of one range.
-    pub(crate) fn first_fences(&self, range: RangeId) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+    pub(crate) fn first_fences(&mut self, range: RangeId) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         let of_range = (range, 0)..=(range, u64::MAX);
-        let (_, id) = self.with_chunks.range(of_range).next()?;
-        self.entries.get(id).and_then(Entry::returns)
+        while let Some(&(_, id)) = self.with_chunks.range(of_range.clone()).next() {
+            let returns = self.entries.get(&id).and_then(Entry::returns);
+            if returns.is_some() {
+                return returns;
+            }
+            self.with_chunks.remove(&(range, id));
+        }
+        None
     }
 
     /// The same, of the ranges that are meant.
@@ -295,9 +302,6 @@ impl Queue {
             let id = self.by_chunk.remove(&(range, *first));
             if let Some(entry) = id.and_then(|id| self.entries.get_mut(&id)) {
                 entry.left -= 1;
-                if entry.left == 0 {
-                    self.with_chunks.remove(&(range, entry.id));
-                }
                 entry.followed = true;
                 self.scrubbing_bytes -= core::mem::take(&mut entry.scrubbed_bytes);
             }

@@ -268,7 +268,7 @@ impl Inner {
             self.unmap_leaving(Scope::All);
             return Ok(Some(self.state.lock()));
         }
-        if let Some((id, fences)) = state.first_fences(scope) {
+        if let Some((id, fences)) = state.quietly().first_fences(scope) {
             state.quietly().counters.waits += 1;
             drop(state);
             self.await_fences(id, &fences)?;
@@ -320,7 +320,7 @@ impl Inner {
 impl State {
     /// The first entry of the queue whose chunks come back to a range in scope when fences are
     /// past.
-    fn first_fences(&self, scope: Scope) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
+    fn first_fences(&mut self, scope: Scope) -> Option<(u64, Arc<Vec<Arc<Fence>>>)> {
         match scope {
             Scope::Range(id) => self.queue.first_fences(id),
             _ => (self.queue).first_fences_of(|id| self.ranges.covers(scope, id)),

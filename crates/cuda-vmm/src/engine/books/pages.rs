@@ -126,7 +126,7 @@ impl<M> Pages<M> {
     /// The first page of `pages` that nothing backs or is about to.
     pub(crate) fn first_missing(&self, pages: Range<usize>) -> Option<usize> {
         let mut at = pages.start;
-        for (first, chunk) in self.chunks.range(self.first_at_or_after(at)..pages.end) {
+        for (first, chunk) in self.chunks_of(pages.clone()) {
             if at < first {
                 break;
             }
@@ -186,10 +186,10 @@ impl<M> Pages<M> {
         pages.start * self.page_bytes..pages.end * self.page_bytes
     }
 
-    /// The first page of the chunk that backs `page`, or else `page`.
-    fn first_at_or_after(&self, page: usize) -> usize {
-        let place = self.place_at_or_after(page);
-        place.map_or(page, |place| self.chunks.entry(place).0.min(page))
+    /// The chunks that back some of these pages, in order.
+    fn chunks_of(&self, pages: Range<usize>) -> impl Iterator<Item = (usize, &Chunk<M>)> {
+        let from = self.place_at_or_after(pages.start);
+        self.chunks.visit(from, pages.end)
     }
 
     /// Where the chunk is that backs `page`, or else the next one after it.
@@ -236,10 +236,7 @@ impl<M> Pages<M> {
         let pages = self.pages_of(bytes);
         let mut survey = Survey::default();
         let mut at = pages.start;
-        for (first, chunk) in self
-            .chunks
-            .range(self.first_at_or_after(pages.start)..pages.end)
-        {
+        for (first, chunk) in self.chunks_of(pages.clone()) {
             if at < first {
                 survey.missing.push(at..first);
             }
@@ -291,6 +288,8 @@ impl<M> Pages<M> {
         let Some(place) = self.chunks.at_or_before(pages.start) else {
             return false;
         };
+        // Also if it is not taken here: the longer way begins with the same chunk.
+        self.chunks.note(place);
         let (first, chunk) = self.chunks.entry(place);
         let is_there = matches!(chunk.state, ChunkState::Backed | ChunkState::Parked);
         if !is_there || chunk.shared || first + chunk.pages() < pages.end {

@@ -115,10 +115,17 @@ impl<V> SortedMap<V> {
         (block.keys[at], &block.values[at])
     }
 
-    /// Uses an entry: it is found at once when it is wanted again, or the one after it.
+    /// Notes that an entry is used: it is found at once when it is wanted again, or the one after
+    /// it.
+    #[inline]
+    pub(crate) fn note(&mut self, place: Position) {
+        self.last = place;
+    }
+
+    /// Uses an entry.
     #[inline]
     pub(crate) fn value_mut(&mut self, place: Position) -> &mut V {
-        self.last = place;
+        self.note(place);
         &mut self.blocks[place.block].values[place.at]
     }
 
@@ -252,24 +259,28 @@ impl<V> SortedMap<V> {
         }
     }
 
-    /// The first entry whose key is not below this one.
-    fn from(&self, key: usize) -> Position {
-        let before = key.checked_sub(1).and_then(|key| self.at_or_before(key));
-        self.next(before).unwrap_or(Position {
-            block: self.blocks.len(),
-            at: 0,
-        })
-    }
-
     /// The entries with these keys, in order.
     pub(crate) fn range(&self, keys: Range<usize>) -> impl Iterator<Item = (usize, &V)> {
-        let from = self.from(keys.start);
-        let blocks = self.blocks.iter().enumerate().skip(from.block);
-        let entries = blocks.flat_map(move |(block, Block { keys, values })| {
-            let at = if block == from.block { from.at } else { 0 };
-            keys[at..].iter().copied().zip(&values[at..])
+        let before = keys.start.checked_sub(1);
+        let before = before.and_then(|key| self.at_or_before(key));
+        self.visit(self.next(before), keys.end)
+    }
+
+    /// The entries from this place on whose keys are below `end`, in order.
+    pub(crate) fn visit(
+        &self,
+        from: Option<Position>,
+        end: usize,
+    ) -> impl Iterator<Item = (usize, &V)> {
+        let Position { block, mut at } = from.unwrap_or(Position {
+            block: self.blocks.len(),
+            at: 0,
         });
-        entries.take_while(move |(key, _)| *key < keys.end)
+        let entries = self.blocks[block..].iter().flat_map(move |block| {
+            let at = core::mem::take(&mut at);
+            block.keys[at..].iter().copied().zip(&block.values[at..])
+        });
+        entries.take_while(move |(key, _)| *key < end)
     }
 
     /// Uses the entries from this place on whose keys are below `end`, in order.

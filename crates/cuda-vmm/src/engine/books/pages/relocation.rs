@@ -133,12 +133,9 @@ impl<M> Pages<M> {
 
     /// Whether some of the bytes lie in a stranded chunk.
     pub(crate) fn is_stranded(&self, bytes: &Range<usize>) -> bool {
-        let pages = self.pages_of(bytes);
-        let is_stranded = |chunk: &super::Chunk<M>| chunk.state == ChunkState::Stranded;
+        let mut chunks = self.chunks_of(self.pages_of(bytes));
         self.counts.pages(ChunkState::Stranded) > 0
-            && (self.chunks)
-                .range(self.first_at_or_after(pages.start)..pages.end)
-                .any(|(_, chunk)| is_stranded(chunk))
+            && chunks.any(|(_, chunk)| chunk.state == ChunkState::Stranded)
     }
 
     /// Live pages that are out of reach, except those in shared chunks.

@@ -42,10 +42,7 @@ impl<M> Pages<M> {
             true => self.pages_of(bytes),
             false => 0..0,
         };
-        let chunks = self
-            .chunks
-            .range(self.first_at_or_after(pages.start)..pages.end);
-        let shared = chunks.filter(|(_, chunk)| chunk.shared);
+        let shared = self.chunks_of(pages).filter(|(_, chunk)| chunk.shared);
         shared.map(|(first, chunk)| first..first + chunk.pages())
     }
 
@@ -93,8 +90,7 @@ impl<M> Pages<M> {
 
     /// Whether nothing backs these pages and none of their bytes is taken.
     pub(crate) fn are_bare(&self, pages: &Range<usize>) -> bool {
-        self.next_chunk(self.first_at_or_after(pages.start), pages.end) == pages.end
-            && !self.is_taken(&self.bytes_of(pages))
+        self.chunks_of(pages.clone()).next().is_none() && !self.is_taken(&self.bytes_of(pages))
     }
 
     /// Whether some of the bytes are live or about to be.
