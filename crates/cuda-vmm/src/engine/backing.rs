@@ -39,46 +39,35 @@ pub(crate) struct Made {
 }
 
 impl Locked<'_> {
-    /// Charges an account for `need_bytes` bytes, in its turn, and takes from the cache what serves
-    /// it. `chunks` tells the sizes of the chunks, if the cache can help.
+    /// Charges an account for chunks of these sizes, of `need_bytes` bytes together, in its turn,
+    /// and takes from the cache what serves them. A refusal changes nothing, so it wakes no thread.
     pub(crate) fn charge(
         &mut self,
         account: AccountId,
         need_bytes: usize,
-        chunks: impl FnOnce() -> Vec<usize>,
+        chunks: impl Iterator<Item = usize>,
         ticket: Option<Ticket>,
     ) -> Result<Supply, Refusal> {
-        let cannot_help = |cached_bytes: usize| {
-            cached_bytes == 0
-                || need_bytes
-                    > (self.ledger.room(account, ticket).free_bytes).saturating_add(cached_bytes)
-        };
-        // Then no chunk has to be looked at.
-        if cannot_help(self.cache.bytes()) {
-            self.ledger.admit(account, need_bytes, 0, ticket)?;
-            self.ledger.charge(account, need_bytes, ticket)?;
-            return Ok(Vec::new());
+        let state = self.quietly();
+        let State { ledger, cache, .. } = &mut *state;
+        let mut supply = Supply::new();
+        let cached_bytes = cache.bytes();
+        let room_bytes = || ledger.room(account, ticket).free_bytes;
+        // Otherwise the cache cannot help, and no chunk has to be looked at.
+        if cached_bytes > 0 && need_bytes <= room_bytes().saturating_add(cached_bytes) {
+            supply.extend(chunks.filter_map(|bytes| cache.take(bytes)));
         }
-        self.charge_chunks(account, &chunks(), ticket)
-    }
-
-    /// Charges an account for chunks of these sizes in bytes, and takes from the cache what serves
-    /// them. A refusal changes nothing, so it wakes no thread.
-    pub(crate) fn charge_chunks(
-        &mut self,
-        account: AccountId,
-        chunks: &[usize],
-        ticket: Option<Ticket>,
-    ) -> Result<Supply, Refusal> {
-        let need_bytes = chunks.iter().sum();
-        let supply_bytes = self.cache.supply_bytes(chunks.iter().copied());
-        (self.ledger).admit(account, need_bytes, supply_bytes, ticket)?;
-        let state = &mut **self;
-        let supply = chunks.iter().filter_map(|bytes| state.cache.take(*bytes));
-        let supply = supply.collect();
-        state.ledger.take_from_cache(supply_bytes);
-        state.ledger.charge(account, need_bytes, ticket)?;
-        Ok(supply)
+        ledger.take_from_cache(supply.iter().map(PhysicalMemory::bytes).sum());
+        match ledger.charge(account, need_bytes, ticket) {
+            Ok(()) => {
+                self.note_change();
+                Ok(supply)
+            }
+            Err(refusal) => {
+                state.restock(supply.into_iter().rev());
+                Err(refusal)
+            }
+        }
     }
 }
 

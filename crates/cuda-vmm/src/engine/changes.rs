@@ -53,7 +53,7 @@ impl Locked<'_> {
         }
     }
 
-    /// Notes a change that was made under a range's lock alone.
+    /// Notes a change that was made quietly, or under a range's lock alone.
     pub(crate) fn note_change(&mut self) {
         self.is_changed = true;
     }

@@ -41,7 +41,8 @@ impl Inner {
             return Some(0);
         };
         let bytes = ahead.bytes();
-        let Ok(mut supply) = state.charge_chunks(ahead.owner.account, &[bytes], None) else {
+        let (account, chunk) = (ahead.owner.account, core::iter::once(bytes));
+        let Ok(mut supply) = state.charge(account, bytes, chunk, None) else {
             // Nothing is given up for memory that no allocation needs yet.
             state.stop_prefetching(ahead.owner.range);
             drop(state);

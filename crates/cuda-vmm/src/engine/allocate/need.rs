@@ -156,7 +156,7 @@ impl Needs {
         state: &mut Locked<'_>,
         ticket: Option<Ticket>,
     ) -> Result<Supply, Refusal> {
-        let chunks = || self.pieces.iter().flat_map(Need::chunk_bytes).collect();
+        let chunks = self.pieces.iter().flat_map(Need::chunk_bytes);
         state.charge(self.account, self.bytes(), chunks, ticket)
     }
 }

@@ -27,17 +27,6 @@ impl<M> Cache<M> {
         self.bytes
     }
 
-    /// How much of memory of these sizes is there, in bytes.
-    pub(crate) fn supply_bytes(&self, sizes: impl Iterator<Item = usize>) -> usize {
-        let mut asked = BTreeMap::<usize, usize>::new();
-        sizes.for_each(|bytes| *asked.entry(bytes).or_default() += 1);
-        let there = |bytes: &usize| self.by_bytes.get(bytes).map_or(0, Vec::len);
-        let supply = asked.iter();
-        supply
-            .map(|(bytes, asked)| bytes * there(bytes).min(*asked))
-            .sum()
-    }
-
     pub(crate) fn put(&mut self, bytes: usize, memory: M) {
         self.bytes += bytes;
         self.by_bytes.entry(bytes).or_default().push(memory);

@@ -225,14 +225,13 @@ impl Ledger {
         }
     }
 
-    /// Bytes that the account could be charged now, at this place in the line, or at none, if
-    /// `cached_bytes` of it come out of the cache.
-    fn free_bytes(&self, account: &Account, cached_bytes: usize, ticket: Option<Ticket>) -> usize {
+    /// Bytes that the account could be charged now, at this place in the line, or at none.
+    fn free_bytes(&self, account: &Account, ticket: Option<Ticket>) -> usize {
         let own_bytes = account.unused_guarantee();
         let others = self.unused_guarantee_bytes - own_bytes;
         let in_budget = self
             .limit_bytes
-            .saturating_sub(self.committed_bytes() - cached_bytes)
+            .saturating_sub(self.committed_bytes())
             .saturating_sub(others);
         let ahead_bytes = self.claimed_ahead(account, ticket);
         // No account waits behind others for what is guaranteed.
@@ -264,7 +263,7 @@ impl Ledger {
     pub(crate) fn room(&self, id: AccountId, ticket: Option<Ticket>) -> Refusal {
         let account = self.accounts.get(&id);
         Refusal {
-            free_bytes: account.map_or(0, |account| self.free_bytes(account, 0, ticket)),
+            free_bytes: account.map_or(0, |account| self.free_bytes(account, ticket)),
             below_ceiling_bytes: account.map_or(0, Account::below_ceiling),
             beside_guarantees_bytes: account
                 .map_or(0, |account| self.beside_guarantees_bytes(account)),
@@ -366,34 +365,6 @@ impl Ledger {
         self.change(id, |account| account.releasing_bytes -= bytes);
     }
 
-    /// Checks that an account can be charged `bytes` now, of which some are in the cache; or
-    /// returns what it could have had. With a ticket it is in its turn.
-    pub(crate) fn admit(
-        &self,
-        id: AccountId,
-        bytes: usize,
-        cached_bytes: usize,
-        ticket: Option<Ticket>,
-    ) -> Result<(), Refusal> {
-        let none = Refusal {
-            free_bytes: 0,
-            below_ceiling_bytes: 0,
-            beside_guarantees_bytes: 0,
-            limit_bytes: 0,
-        };
-        let account = self.accounts.get(&id).ok_or(none)?;
-        let free_bytes = self.free_bytes(account, cached_bytes, ticket);
-        if bytes <= free_bytes {
-            return Ok(());
-        }
-        Err(Refusal {
-            free_bytes,
-            below_ceiling_bytes: account.below_ceiling(),
-            beside_guarantees_bytes: self.beside_guarantees_bytes(account),
-            limit_bytes: self.account_limit_bytes(id),
-        })
-    }
-
     /// Charges an account, or says what it could have had. With a ticket it is in its turn, and
     /// stays in the line.
     pub(crate) fn charge(
@@ -402,7 +373,11 @@ impl Ledger {
         bytes: usize,
         ticket: Option<Ticket>,
     ) -> Result<(), Refusal> {
-        self.admit(id, bytes, 0, ticket)?;
+        let account = self.accounts.get(&id);
+        let free_bytes = account.map(|account| self.free_bytes(account, ticket));
+        if free_bytes.is_none_or(|free_bytes| bytes > free_bytes) {
+            return Err(self.room(id, ticket));
+        }
         self.change(id, |account| account.committed_bytes += bytes);
         self.committed_bytes += bytes;
         Ok(())
@@ -520,7 +495,7 @@ impl Ledger {
     pub(crate) fn owed(&mut self) -> BTreeMap<AccountId, usize> {
         let has_room = |want: &Want<AccountId>| {
             let room = self.accounts.get(&want.account);
-            let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, 0, None));
+            let free_bytes = room.map_or(usize::MAX, |account| self.free_bytes(account, None));
             want.bytes <= free_bytes.saturating_add(self.cached_bytes)
         };
         let had_room: Vec<_> = self
