@@ -2,6 +2,7 @@
 
 use crate::engine::books::account::AccountId;
 use crate::engine::books::owner::Owner;
+use crate::engine::books::range_id::RangeId;
 use crate::engine::handle::RangeHandle;
 use crate::engine::range::Place;
 
@@ -17,6 +18,10 @@ pub(crate) struct Ask<'a> {
 }
 
 impl Ask<'_> {
+    pub(super) fn range(&self) -> RangeId {
+        self.handle.id()
+    }
+
     pub(super) fn account(&self) -> AccountId {
         self.handle.account().id()
     }

@@ -112,8 +112,8 @@ impl<'a> Attempt<'a> {
         let account = self.asks[0].account();
         let over = state.quietly().room_when_over(account);
         let whole_bytes = self.whole_bytes();
-        let mut needs = Needs::new(account);
         let mut left: usize = self.asks.iter().map(|ask| ask.places.len()).sum();
+        let mut needs = Needs::new(account, left);
         let mut held = None;
         for (at, ask) in self.asks.iter().enumerate() {
             self.at = at;

@@ -1,13 +1,12 @@
 //! The last part of a try: taking the pages that are there, and backing those that are missing.
 
+use super::ask::Ask;
 use super::attempt::{Attempt, Outcome};
 use super::need::{Need, Needs};
 use crate::engine::at_work::AtWork;
-use crate::engine::backing::{Failure, Left, Made, Supply, Target};
-use crate::engine::books::chunk_plan::ChunkPlan;
+use crate::engine::backing::{Failure, Supply};
 use crate::engine::books::range_id::RangeId;
 use crate::engine::changes::Locked;
-use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
 use crate::engine::range::{Range, Taken};
 use crate::engine::relief::Relief;
@@ -20,26 +19,9 @@ use core::ops;
 
 /// Pages that are being backed for an allocation, for which the account is charged already.
 struct Filling<'a> {
-    engine: &'a Arc<Inner>,
-    pieces: Vec<Piece>,
-    /// The ranges that they are of.
-    ranges: Vec<RangeId>,
+    asks: &'a [Ask<'a>],
+    pieces: Vec<Need>,
     supply: Supply,
-}
-
-/// One run of bytes of one range, whose missing pages are being backed.
-struct Piece {
-    id: RangeId,
-    bytes: ops::Range<usize>,
-    plan: ChunkPlan,
-    /// The runs of pages that the plan backs.
-    runs: Vec<ops::Range<usize>>,
-    page_bytes: usize,
-    /// Where chunks are made; `None` if none is missing.
-    target: Option<Target>,
-    made: Vec<Made>,
-    /// What is left of chunks that were undone.
-    left: Left,
 }
 
 impl<'a> Attempt<'a> {
@@ -49,20 +31,13 @@ impl<'a> Attempt<'a> {
         &mut self,
         mut state: Locked<'a>,
         held: Option<RangeLock<'a>>,
-        needs: Needs,
+        mut needs: Needs,
         supply: Supply,
     ) -> Result<Outcome<'a>> {
         let engine = self.engine();
         let (asks, more_bytes) = (self.asks, needs.more_bytes);
         let seen = engine.device.memory_events();
         let work = AtWork::begin();
-        // Nothing is allocated on the host before it is clear that pages are missing.
-        let mut filling = Filling {
-            engine,
-            pieces: Vec::new(),
-            ranges: Vec::new(),
-            supply,
-        };
         if let Some(mut range) = held {
             let handle = asks[0].handle;
             if let [need] = &needs.pieces[..]
@@ -76,22 +51,24 @@ impl<'a> Attempt<'a> {
                 drop((work, range, state));
                 return Ok(Outcome::Done(taken));
             }
-            filling.begin(&mut state, &mut range, handle, needs.pieces);
+            begin(&needs.pieces, &mut state, &mut range, handle.id());
         } else {
             let charged_bytes = needs.bytes();
-            let mut pieces = needs.pieces.into_iter().peekable();
-            while let Some(ask) = pieces.peek().map(|need| need.ask) {
-                let of_ask = core::iter::from_fn(|| pieces.next_if(|need| need.ask == ask));
-                let of_ask: Vec<_> = of_ask.collect();
-                let handle = asks[ask].handle;
+            let mut begun = 0;
+            for pieces in needs.pieces.chunk_by(|one, next| one.ask == next.ask) {
+                let handle = asks[pieces[0].ask].handle;
                 let mut range = handle.slot.lock();
-                if !of_ask.iter().all(|need| need.is_still_true(&range)) {
+                if !pieces.iter().all(|need| need.is_still_true(&range)) {
                     drop(range);
-                    return Ok(filling.take_back(work, state, asks[0].handle, charged_bytes));
+                    needs.pieces.truncate(begun);
+                    let filling = Filling::new(asks, needs.pieces, supply);
+                    return Ok(filling.take_back(work, state, charged_bytes));
                 }
-                filling.begin(&mut state, &mut range, handle, of_ask);
+                begin(pieces, &mut state, &mut range, handle.id());
+                begun += pieces.len();
             }
         }
+        let mut filling = Filling::new(asks, needs.pieces, supply);
         self.want_no_more(&mut state, more_bytes);
         drop(state);
         let _span = Entered::new(|| {
@@ -110,31 +87,36 @@ impl<'a> Attempt<'a> {
     }
 }
 
-impl Piece {
-    fn charged_bytes(&self) -> usize {
-        self.plan.pages() * self.page_bytes
+/// Takes the pages of a range in the books, so that no other thread makes them.
+fn begin(pieces: &[Need], state: &mut Locked<'_>, range: &mut Range, id: RangeId) {
+    let is_missing = pieces.iter().any(|need| need.target.is_some());
+    if is_missing && range.options.ahead_bytes_max > 0 {
+        range.counters.late_prefetches += 1;
+        crate::events::debug!("memory that was to be made ahead is not there yet");
     }
+    for need in pieces {
+        let survey = &need.plan.survey;
+        state.queue.follow(id, &survey.retiring);
+        let bytes = need.extent.range();
+        range.pages.begin(&bytes, survey, need.plan.runs());
+    }
+}
 
+impl Need {
     /// Undoes all that was made for it.
     fn undo(&mut self) {
         self.left.undo(core::mem::take(&mut self.made));
     }
 
     /// Makes chunks for all missing pages, or none. Spare pages may stay without.
-    fn back(
-        &mut self,
-        supply: &mut Supply,
-        relief: &mut Relief,
-        (engine, ranges): (&Arc<Inner>, &[RangeId]),
-    ) -> Result<()> {
+    fn back(&mut self, supply: &mut Supply, relief: &mut Relief, asks: &[Ask<'_>]) -> Result<()> {
         let Some(target) = &self.target else {
             return Ok(());
         };
-        // Chunks still to be made, the next one last.
-        let mut left = self.plan.chunks();
-        left.reverse();
-        self.made.reserve_exact(left.len());
-        while let Some(pages) = left.pop() {
+        let mut chunks = self.plan.chunks();
+        // Chunks to be made before these, the next one last.
+        let mut first = Vec::new();
+        while let Some(pages) = first.pop().or_else(|| chunks.next()) {
             let mut failure = match target.make(&pages, supply, || ()) {
                 Ok(made) => {
                     self.made.push(made);
@@ -142,14 +124,15 @@ impl Piece {
                 }
                 Err(failure) => failure,
             };
-            let instead = self.instead_of(pages, &mut failure, relief, (engine, ranges));
+            let instead = self.instead_of(pages, &mut failure, relief, asks);
             supply.append(&mut failure.left.cached);
             let Some(instead) = instead else {
+                drop(chunks);
                 self.left = failure.left;
                 self.undo();
                 return Err(failure.error);
             };
-            left.extend(instead);
+            first.extend(instead);
         }
         Ok(())
     }
@@ -165,18 +148,20 @@ impl Piece {
         pages: ops::Range<usize>,
         failure: &mut Failure,
         relief: &mut Relief,
-        (engine, ranges): (&Arc<Inner>, &[RangeId]),
+        asks: &[Ask<'_>],
     ) -> Option<Vec<ops::Range<usize>>> {
         if !(failure.error.is_out_of_memory() && failure.left.is_clean()) {
             return None;
         }
+        let engine = asks[self.ask].handle.inner();
         let bytes = pages.len() * self.page_bytes;
         if relief.is_first() {
             engine.state.lock().counters.device_shortages += 1;
             let error = &failure.error;
             crate::events::warn!(%error, bytes, "the device has no memory though the budget has room");
         }
-        if relief.next(engine, ranges, bytes) {
+        let ranges: Vec<_> = asks.iter().map(Ask::range).collect();
+        if relief.next(engine, &ranges, bytes) {
             return Some(vec![pages]);
         }
         // Memory that is there already is not what the device has too little of.
@@ -189,36 +174,35 @@ impl Piece {
     }
 
     /// Ends its filling in the books: its bytes are live.
-    fn succeed(self, state: &mut State) -> Option<Taken> {
+    fn succeed(self, state: &mut State, asks: &[Ask<'_>]) -> Option<Taken> {
         let State { ranges, ledger, .. } = state;
         // The range cannot have gone: it ends with its last chunk, and some are being filled; or
         // the caller holds its handle.
-        let mut range = ranges.get(self.id)?;
+        let mut range = ranges.get(asks[self.ask].range())?;
+        let bytes = self.extent.range();
         let made_pages: usize = self.made.iter().map(|made| made.pages.len()).sum();
         let unmade_pages = self.plan.pages() - made_pages;
         let chunks = self.made.into_iter();
         let chunks = chunks.map(|made| (made.pages, made.mapping));
-        range.with_leased_pages(&self.bytes, |range| {
-            range.pages.finish(&self.bytes, &self.runs, chunks);
-        });
+        range.with_leased_pages(&bytes, |range| range.pages.finish(&bytes, chunks));
         ledger.refund(range.account, unmade_pages * self.page_bytes);
-        Some(range.taken(&self.bytes))
+        Some(range.taken(&bytes))
     }
 
     /// Ends its filling in the books: all is as before. Returns the chunks that are unused now, and
     /// whether only this thread can go on with the closing of the range.
-    fn fail(&mut self, state: &mut State) -> (Vec<usize>, bool) {
-        let charged_bytes = self.charged_bytes();
+    fn fail(&mut self, state: &mut State, id: RangeId) -> (Vec<usize>, bool) {
+        let charged_bytes = self.bytes();
         // As above.
-        let Some(mut range) = state.ranges.get(self.id) else {
+        let Some(mut range) = state.ranges.get(id) else {
             return (Vec::new(), false);
         };
-        let owner = range.owner(self.id);
+        let owner = range.owner(id);
         let still_mapped = core::mem::take(&mut self.left.still_mapped);
         let kept_bytes = still_mapped.iter().map(|(_, mapping)| mapping.bytes());
         let kept_bytes = kept_bytes.sum();
-        let (pages, survey) = (&mut range.pages, &self.plan.survey);
-        let unused = pages.abort(&self.bytes, survey, &self.runs, still_mapped);
+        let (bytes, plan) = (self.extent.range(), &self.plan);
+        let unused = (range.pages).abort(&bytes, &plan.survey, plan.runs(), still_mapped);
         let is_left = range.is_left();
         drop(range);
         state.settle(owner, charged_bytes, kept_bytes, &mut self.left);
@@ -226,58 +210,33 @@ impl Piece {
     }
 }
 
-impl Filling<'_> {
-    /// Takes the pages of a range in the books, so that no other thread makes them.
-    fn begin(
-        &mut self,
-        state: &mut Locked<'_>,
-        range: &mut Range,
-        handle: &RangeHandle,
-        needs: Vec<Need>,
-    ) {
-        let id = handle.id();
-        self.ranges.push(id);
-        self.pieces.reserve_exact(needs.len());
-        let is_missing = needs
-            .iter()
-            .any(|need| !need.plan.survey.missing.is_empty());
-        if is_missing && range.options.ahead_bytes_max > 0 {
-            range.counters.late_prefetches += 1;
-            crate::events::debug!("memory that was to be made ahead is not there yet");
+impl<'a> Filling<'a> {
+    fn new(asks: &'a [Ask<'a>], pieces: Vec<Need>, supply: Supply) -> Self {
+        Self {
+            asks,
+            pieces,
+            supply,
         }
-        for need in needs {
-            let (bytes, plan) = (need.extent.range(), need.plan);
-            let runs: Vec<_> = plan.runs().collect();
-            state.queue.follow(id, &plan.survey.retiring);
-            range.pages.begin(&bytes, &plan.survey, &runs);
-            self.pieces.push(Piece {
-                id,
-                bytes,
-                plan,
-                runs,
-                page_bytes: need.page_bytes,
-                target: need.target,
-                made: Vec::new(),
-                left: Left::default(),
-            });
-        }
+    }
+
+    fn engine(&self) -> &'a Arc<Inner> {
+        self.asks[0].handle.inner()
     }
 
     /// Where it begins, and how many bytes it makes live.
     fn first(&self) -> (usize, usize) {
-        let first = self.pieces.first().map_or(0, |piece| piece.bytes.start);
-        let bytes = self.pieces.iter().map(|piece| piece.bytes.len());
+        let first = self.pieces.first().map_or(0, |piece| piece.extent.offset);
+        let bytes = self.pieces.iter().map(|piece| piece.extent.bytes);
         (first, bytes.sum())
     }
 
     /// Makes chunks for all pieces, or none.
     fn back(&mut self, relief: &mut Relief) -> Result<()> {
-        let context = (self.engine, &self.ranges[..]);
         for at in 0..self.pieces.len() {
-            let made = self.pieces[at].back(&mut self.supply, relief, context);
+            let made = self.pieces[at].back(&mut self.supply, relief, self.asks);
             if let Err(error) = made {
                 let before = self.pieces[..at].iter_mut().rev();
-                before.for_each(Piece::undo);
+                before.for_each(Need::undo);
                 return Err(error);
             }
         }
@@ -286,17 +245,17 @@ impl Filling<'_> {
 
     /// Ends the filling in the books.
     fn finish(mut self, work: AtWork, mut made: Result<()>) -> Result<Taken> {
-        let engine = self.engine;
+        let engine = self.engine();
         let mut state = engine.state.lock();
         let is_closed = |state: &State| {
-            let mut ranges = self.ranges.iter().map(|id| state.ranges.get(*id));
+            let mut ranges = self.asks.iter().map(|ask| state.ranges.get(ask.range()));
             ranges.any(|range| range.is_none_or(|range| range.takes_no_more()))
         };
         if made.is_ok() && is_closed(&state) {
             // No allocation gets these pages. A thread that closed the range from within this work
             // has not waited for it.
             drop(state);
-            self.pieces.iter_mut().rev().for_each(Piece::undo);
+            self.pieces.iter_mut().rev().for_each(Need::undo);
             made = Err(VmmError::Closed);
             state = engine.state.lock();
         }
@@ -313,7 +272,9 @@ impl Filling<'_> {
     fn succeed(self, work: AtWork, mut state: Locked<'_>) -> Result<Taken> {
         let mut all: Option<Taken> = None;
         for piece in self.pieces {
-            let taken = piece.succeed(&mut state).ok_or(VmmError::Closed)?;
+            let taken = piece
+                .succeed(&mut state, self.asks)
+                .ok_or(VmmError::Closed)?;
             match &mut all {
                 Some(all) => all.is_hungry |= taken.is_hungry,
                 None => all = Some(taken),
@@ -326,13 +287,14 @@ impl Filling<'_> {
 
     /// Undoes in the books what was begun.
     fn fail(mut self, work: AtWork, mut state: Locked<'_>) {
-        let engine = self.engine;
+        let engine = self.engine();
         let mut any_left = false;
         let mut unused: Vec<(RangeId, Vec<usize>)> = Vec::new();
         for piece in self.pieces.iter_mut().rev() {
-            let (chunks, is_left) = piece.fail(&mut state);
+            let id = self.asks[piece.ask].range();
+            let (chunks, is_left) = piece.fail(&mut state, id);
             any_left |= is_left;
-            unused.push((piece.id, chunks));
+            unused.push((id, chunks));
         }
         let mut state = Some(state);
         for (id, chunks) in unused {
@@ -351,18 +313,17 @@ impl Filling<'_> {
 
     /// Takes back what was begun, and the charge for all: another thread has changed what was
     /// found, so the allocation looks again.
-    fn take_back<'b>(
+    fn take_back(
         mut self,
         work: AtWork,
-        mut state: Locked<'b>,
-        handle: &'b RangeHandle,
+        mut state: Locked<'a>,
         charged_bytes: usize,
-    ) -> Outcome<'b> {
-        let engine = handle.inner();
+    ) -> Outcome<'a> {
+        let engine = self.engine();
         state.restock(core::mem::take(&mut self.supply));
-        let begun_bytes: usize = self.pieces.iter().map(Piece::charged_bytes).sum();
+        let begun_bytes: usize = self.pieces.iter().map(Need::bytes).sum();
         let rest_bytes = charged_bytes - begun_bytes;
-        state.ledger.refund(handle.account().id(), rest_bytes);
+        state.ledger.refund(self.asks[0].account(), rest_bytes);
         self.fail(work, state);
         Outcome::Again(engine.state.lock())
     }

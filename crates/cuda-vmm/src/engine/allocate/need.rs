@@ -1,7 +1,7 @@
 //! What an allocation finds at its pages, and so needs.
 
 use super::obstacle::{Lack, Obstacle};
-use crate::engine::backing::{Supply, Target};
+use crate::engine::backing::{Left, Made, Supply, Target};
 use crate::engine::books::account::AccountId;
 use crate::engine::books::chunk_plan::ChunkPlan;
 use crate::engine::books::ledger::Refusal;
@@ -12,7 +12,7 @@ use crate::engine::range::Range;
 use crate::size::Extent;
 use crate::{Result, VmmError};
 
-/// What one piece of an allocation needs: one run of bytes of one range.
+/// What one piece of an allocation needs, one run of bytes of one range, and what is made for it.
 pub(super) struct Need {
     /// The ask that it is of.
     pub(super) ask: usize,
@@ -21,6 +21,9 @@ pub(super) struct Need {
     pub(super) page_bytes: usize,
     /// Where the missing pages go; `None` if none is missing.
     pub(super) target: Option<Target>,
+    pub(super) made: Vec<Made>,
+    /// What is left of chunks that were undone.
+    pub(super) left: Left,
     /// The page before which pieces of the same range before it make all pages.
     claimed_end: usize,
 }
@@ -52,16 +55,19 @@ impl Need {
             plan,
             page_bytes: range.page_bytes,
             target,
+            made: Vec::new(),
+            left: Left::default(),
             claimed_end,
         })
     }
 
-    fn bytes(&self) -> usize {
+    /// What is charged for it, in bytes.
+    pub(super) fn bytes(&self) -> usize {
         self.plan.pages() * self.page_bytes
     }
 
     fn chunk_bytes(&self) -> impl Iterator<Item = usize> + '_ {
-        let chunks = self.plan.chunks().into_iter();
+        let chunks = self.plan.chunks();
         chunks.map(|chunk| chunk.len() * self.page_bytes)
     }
 
@@ -84,10 +90,11 @@ pub(super) fn without(mut survey: Survey, claimed_end: usize) -> Survey {
 }
 
 impl Needs {
-    pub(super) fn new(account: AccountId) -> Self {
+    /// Of no piece yet, and of this many later.
+    pub(super) fn new(account: AccountId, pieces: usize) -> Self {
         Self {
             account,
-            pieces: Vec::new(),
+            pieces: Vec::with_capacity(pieces),
             more_bytes: 0,
         }
     }

@@ -78,11 +78,12 @@ impl ChunkPlan {
     }
 
     /// The chunks to make, in order.
-    pub(crate) fn chunks(&self) -> Vec<ops::Range<usize>> {
-        match self.largest {
-            None => self.runs().collect(),
-            Some(largest) => self.runs().flat_map(|run| cut(run, largest)).collect(),
-        }
+    pub(crate) fn chunks(&self) -> impl Iterator<Item = ops::Range<usize>> + '_ {
+        self.runs().flat_map(|run| {
+            let whole = self.largest.is_none().then(|| run.clone());
+            let parts = self.largest.map(|largest| cut(run, largest));
+            whole.into_iter().chain(parts.into_iter().flatten())
+        })
     }
 
     /// Whether a chunk may be made as two halves, if the device has no memory for it whole.

@@ -341,10 +341,15 @@ impl<M> Pages<M> {
 
     /// Takes the bytes, marks the runs of pages that are to be made, which hold the missing ones,
     /// as being filled and the parked and retiring ones as backed.
-    pub(crate) fn begin(&mut self, bytes: &Range<usize>, survey: &Survey, runs: &[Range<usize>]) {
+    pub(crate) fn begin(
+        &mut self,
+        bytes: &Range<usize>,
+        survey: &Survey,
+        runs: impl IntoIterator<Item = Range<usize>>,
+    ) {
         self.pending.insert(bytes.clone());
         for run in runs {
-            self.insert(run.clone(), ChunkState::Filling, None);
+            self.insert(run, ChunkState::Filling, None);
         }
         for first in &survey.parked {
             self.set_state(*first, ChunkState::Backed);
@@ -358,16 +363,12 @@ impl<M> Pages<M> {
     }
 
     /// Ends a filling that worked: its chunks lie in its runs and cover all the pages that were
-    /// missing.
+    /// missing. So one begins where a run does, and takes its place.
     pub(crate) fn finish(
         &mut self,
         bytes: &Range<usize>,
-        runs: &[Range<usize>],
         chunks: impl IntoIterator<Item = (Range<usize>, M)>,
     ) {
-        for run in runs {
-            self.remove(run.start);
-        }
         for (pages, memory) in chunks {
             self.insert(pages, ChunkState::Backed, Some(memory));
         }
@@ -395,7 +396,7 @@ impl<M> Pages<M> {
         &mut self,
         bytes: &Range<usize>,
         survey: &Survey,
-        runs: &[Range<usize>],
+        runs: impl IntoIterator<Item = Range<usize>>,
         stuck: impl IntoIterator<Item = (Range<usize>, M)>,
     ) -> Vec<usize> {
         self.pending.remove(bytes);
@@ -506,8 +507,10 @@ impl<M> Pages<M> {
             memory,
         };
         self.counts.add(&chunk);
-        let before = self.chunks.insert(pages.start, chunk);
-        debug_assert!(before.is_none(), "two chunks at page {}", pages.start);
+        if let Some(before) = self.chunks.insert(pages.start, chunk) {
+            debug_assert_eq!(before.state, ChunkState::Filling, "two at {pages:?}");
+            self.counts.remove(pages.start, &before);
+        }
     }
 
     fn remove(&mut self, first: usize) {

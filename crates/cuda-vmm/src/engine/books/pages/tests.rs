@@ -215,17 +215,17 @@ proptest! {
                             last.end = crate::engine::books::policy::grown_end(last, 1 << largest, end);
                         }
                     }
-                    pages.begin(&range, &survey, &runs);
+                    pages.begin(&range, &survey, runs.clone());
                     let cut: Vec<_> = runs.iter().flat_map(|run| crate::engine::books::policy::cut(run.clone(), 1 << largest)).collect();
                     if fails {
                         let left: Vec<_> = cut.into_iter().take(usize::from(stuck)).collect();
-                        let orphans = pages.abort(&range, &survey, &runs, left.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                        let orphans = pages.abort(&range, &survey, runs, left.iter().map(|chunk| (chunk.clone(), chunk.start)));
                         prop_assert_eq!(orphans, survey.retiring, "as it was");
                         for chunk in left {
                             for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Quarantined)); }
                         }
                     } else {
-                        pages.finish(&range, &runs, cut.iter().map(|chunk| (chunk.clone(), chunk.start)));
+                        pages.finish(&range, cut.iter().map(|chunk| (chunk.clone(), chunk.start)));
                         for chunk in cut {
                             for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Backed)); }
                         }
@@ -344,12 +344,12 @@ proptest! {
 fn two_tokens_share_a_page_and_the_page_stays_until_both_are_gone() {
     let mut pages: Pages<()> = Pages::new(PAGE);
     let survey = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &survey, &survey.missing);
-    pages.finish(&(0..3), &survey.missing, [(0..1, ())]);
+    pages.begin(&(0..3), &survey, survey.missing.clone());
+    pages.finish(&(0..3), [(0..1, ())]);
     let survey = pages.survey(&(3..6)).expect("free");
     assert_eq!(survey, Survey::default(), "nothing is missing");
-    pages.begin(&(3..6), &survey, &survey.missing);
-    pages.finish(&(3..6), &survey.missing, []);
+    pages.begin(&(3..6), &survey, survey.missing.clone());
+    pages.finish(&(3..6), []);
     assert_eq!(pages.live_pages(), 1);
     assert!(pages.released(&(0..3)).is_empty());
     assert_eq!(pages.released(&(3..6)), [0]);
@@ -360,12 +360,15 @@ fn two_tokens_share_a_page_and_the_page_stays_until_both_are_gone() {
 fn a_neighbour_freed_during_a_filling_that_fails_leaves_an_orphan_to_retire() {
     let mut pages: Pages<()> = Pages::new(PAGE);
     let first = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &first, &first.missing);
-    pages.finish(&(0..3), &first.missing, [(0..1, ())]);
+    pages.begin(&(0..3), &first, first.missing.clone());
+    pages.finish(&(0..3), [(0..1, ())]);
     let second = pages.survey(&(3..20)).expect("free");
-    pages.begin(&(3..20), &second, &second.missing);
+    pages.begin(&(3..20), &second, second.missing.clone());
     assert_eq!(pages.released(&(0..3)), [], "page 0 is about to be used");
-    assert_eq!(pages.abort(&(3..20), &second, &second.missing, []), [0]);
+    assert_eq!(
+        pages.abort(&(3..20), &second, second.missing.clone(), []),
+        [0]
+    );
     assert_eq!(pages.state_of(0), Some(ChunkState::Retiring));
 }
 
@@ -373,7 +376,7 @@ fn a_neighbour_freed_during_a_filling_that_fails_leaves_an_orphan_to_retire() {
 fn placing_is_first_fit_and_aligned() {
     let mut pages: Pages<()> = Pages::new(PAGE);
     let survey = pages.survey(&(4..9)).expect("free");
-    pages.begin(&(4..9), &survey, &survey.missing);
+    pages.begin(&(4..9), &survey, survey.missing.clone());
     assert_eq!(pages.place(4, 4, 40), Ok(0));
     assert_eq!(pages.place(5, 4, 40), Ok(12));
     assert_eq!(pages.place(29, 4, 40), Err(31));
@@ -383,19 +386,22 @@ fn placing_is_first_fit_and_aligned() {
 fn a_parked_page_that_a_neighbour_used_during_a_failed_filling_retires() {
     let mut pages: Pages<()> = Pages::new(PAGE);
     let first = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &first, &first.missing);
-    pages.finish(&(0..3), &first.missing, [(0..1, ())]);
+    pages.begin(&(0..3), &first, first.missing.clone());
+    pages.finish(&(0..3), [(0..1, ())]);
     assert_eq!(pages.released(&(0..3)), [0]);
     pages.park(0);
     // One thread begins over the parked page and a missing one; another uses the page and frees it.
     let failing = pages.survey(&(4..20)).expect("free");
     assert_eq!(failing.parked, [0]);
-    pages.begin(&(4..20), &failing, &failing.missing);
+    pages.begin(&(4..20), &failing, failing.missing.clone());
     let neighbour = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &neighbour, &neighbour.missing);
-    pages.finish(&(0..3), &neighbour.missing, []);
+    pages.begin(&(0..3), &neighbour, neighbour.missing.clone());
+    pages.finish(&(0..3), []);
     assert_eq!(pages.released(&(0..3)), [], "page 0 is about to be used");
-    assert_eq!(pages.abort(&(4..20), &failing, &failing.missing, []), [0]);
+    assert_eq!(
+        pages.abort(&(4..20), &failing, failing.missing.clone(), []),
+        [0]
+    );
     assert_eq!(
         pages.state_of(0),
         Some(ChunkState::Retiring),

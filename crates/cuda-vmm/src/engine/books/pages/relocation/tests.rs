@@ -12,9 +12,9 @@ fn full(largest: usize) -> Pages<usize> {
     let mut pages = Pages::new(PAGE);
     let bytes = 0..PAGES * PAGE;
     let survey = pages.survey(&bytes).expect("nothing is live");
-    pages.begin(&bytes, &survey, &survey.missing);
+    pages.begin(&bytes, &survey, survey.missing.clone());
     let chunks = cut(0..PAGES, largest).map(|chunk| (chunk.clone(), chunk.start));
-    pages.finish(&bytes, &survey.missing, chunks);
+    pages.finish(&bytes, chunks);
     pages
 }
 
@@ -128,8 +128,8 @@ fn a_chunk_of_which_bytes_are_being_taken_stays() {
     let mut pages = full(4);
     pages.released(&(0..PAGE));
     let survey = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &survey, &survey.missing);
+    pages.begin(&(0..3), &survey, survey.missing.clone());
     assert_eq!(pages.partly_live_at(0), None);
-    pages.finish(&(0..3), &survey.missing, []);
+    pages.finish(&(0..3), []);
     assert_eq!(pages.partly_live_at(0), None, "no page of it is slack");
 }
