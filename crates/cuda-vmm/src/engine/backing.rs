@@ -5,11 +5,11 @@ use super::books::ledger::Refusal;
 use super::books::owner::Owner;
 use super::books::pressure::Ticket;
 use super::changes::Locked;
-use super::range::Range;
 use super::state::State;
+use super::target::Target;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
-use crate::{Access, Device, Mapping, PhysicalMemory, Reservation, Result, VmmError};
+use crate::{Mapping, PhysicalMemory, Result, VmmError};
 use core::ops;
 
 /// Memory from the cache, for chunks to be made.
@@ -135,34 +135,7 @@ impl Left {
     }
 }
 
-/// What is needed of a range to map memory there, without the lock.
-#[derive(Debug, Clone)]
-pub(crate) struct Target {
-    pub(crate) reservation: Arc<Reservation>,
-    pub(crate) access: Arc<[(Device, Access)]>,
-    pub(crate) page_bytes: usize,
-}
-
 impl Target {
-    /// `None` if the range has ended.
-    pub(crate) fn of(range: &Range) -> Option<Self> {
-        Some(Self {
-            reservation: range.reservation.clone()?,
-            access: range.access.clone(),
-            page_bytes: range.page_bytes,
-        })
-    }
-
-    /// Maps memory at the addresses that begin with a page.
-    pub(crate) fn map(
-        &self,
-        first: usize,
-        memory: &Arc<PhysicalMemory>,
-    ) -> Result<Mapping, MapFailure> {
-        let offset = first * self.page_bytes;
-        Mapping::try_new(&self.reservation, offset, memory, &self.access)
-    }
-
     /// Makes one chunk, of memory from the supply if some fits. `before` is called before the calls
     /// of the driver that take long.
     pub(crate) fn make(

@@ -74,6 +74,7 @@ mod stats;
 mod step;
 mod stranded;
 mod streams;
+mod target;
 mod users;
 mod waiting;
 mod worker;

@@ -1,7 +1,6 @@
 //! Moving live pages of a range to other memory, at unchanged addresses: what a compaction and the
 //! end of sharing have in common.
 
-use super::backing::Target;
 use super::books::pages::relocation::PartlyLive;
 use super::books::range_id::RangeId;
 use super::inner::Inner;
@@ -51,7 +50,7 @@ impl State {
         let mut range = self.ranges.get(id)?;
         let site = Site {
             owner: range.owner(id),
-            target: Target::of(&range)?,
+            target: range.target()?,
         };
         let mapping = range.pages.depart(chunk.first)?;
         let charged_bytes = chunk.live_page_bytes;

@@ -2,13 +2,14 @@
 //! allocation, or where its owner says that the next ones will be.
 
 use super::at_work::AtWork;
-use super::backing::{Failure, Made, Target};
+use super::backing::{Failure, Made};
 use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
 use super::state::State;
+use super::target::Target;
 use crate::sync::{Arc, rest};
 use crate::{PhysicalMemory, VmmError};
 use core::ops;
@@ -121,7 +122,7 @@ impl State {
             true => None,
             false => range.next_ahead(chunk_bytes_max),
         };
-        let (Some(pages), Some(target)) = (pages, Target::of(&range)) else {
+        let (Some(pages), Some(target)) = (pages, range.target()) else {
             range.quietly().is_hungry = false;
             return Some(None);
         };

@@ -7,8 +7,8 @@
 //! copies ([`Relocation::copying`]).
 #![allow(unsafe_code)]
 
-use super::backing::Target;
 use super::books::owner::Owner;
+use super::target::Target;
 use crate::mapping::MapFailure;
 use crate::sync::Arc;
 use crate::{Access, Mapping, PhysicalMemory, Reservation, Result, Stream, VmmError};

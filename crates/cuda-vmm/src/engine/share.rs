@@ -1,7 +1,6 @@
 //! Making ranges of an account share chunks of memory; see `sharing`.
 
 use super::at_work::AtWork;
-use super::backing::Target;
 use super::books::pages::ChunkState;
 use super::books::shared_chunks::Place;
 use super::handle::RangeHandle;
@@ -9,6 +8,7 @@ use super::inner::Inner;
 use super::queue::BITE;
 use super::scope::Scope;
 use super::state::State;
+use super::target::Target;
 use crate::mapping::MapFailure;
 use crate::size::{Extent, push_run};
 use crate::sync::{Arc, rest};
@@ -148,7 +148,7 @@ impl Share<'_> {
     /// Where its chunks are mapped.
     fn destination(&self) -> Result<Target> {
         let range = self.target.slot.lock_open()?;
-        Target::of(&range).ok_or(VmmError::Closed)
+        range.target().ok_or(VmmError::Closed)
     }
 }
 

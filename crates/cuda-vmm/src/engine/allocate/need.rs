@@ -1,7 +1,7 @@
 //! What an allocation finds at its pages, and so needs.
 
 use super::obstacle::{Lack, Obstacle};
-use crate::engine::backing::{Left, Made, Supply, Target};
+use crate::engine::backing::{Left, Made, Supply};
 use crate::engine::books::account::AccountId;
 use crate::engine::books::chunk_plan::ChunkPlan;
 use crate::engine::books::ledger::Refusal;
@@ -9,6 +9,7 @@ use crate::engine::books::pages::Survey;
 use crate::engine::books::pressure::Ticket;
 use crate::engine::changes::Locked;
 use crate::engine::range::Range;
+use crate::engine::target::Target;
 use crate::size::Extent;
 use crate::{Result, VmmError};
 
@@ -47,7 +48,7 @@ impl Need {
     ) -> Result<Self> {
         let target = match plan.survey.missing.is_empty() {
             true => None,
-            false => Some(Target::of(range).ok_or(VmmError::Closed)?),
+            false => Some(range.target().ok_or(VmmError::Closed)?),
         };
         Ok(Self {
             ask,

@@ -19,6 +19,7 @@ use super::books::tally::{Fact, RangeLook};
 use super::options::PoolOptions;
 use super::owed::Owed;
 use super::queue::Until;
+use super::target::Target;
 use super::users::Users;
 use crate::size::Extent;
 use crate::sync::Arc;
@@ -117,6 +118,15 @@ impl Range {
             has_closer: false,
             making_room: 0,
         }
+    }
+
+    /// What is needed to map memory there; `None` if the range has ended.
+    pub(crate) fn target(&self) -> Option<Target> {
+        Some(Target {
+            reservation: self.reservation.clone()?,
+            access: self.access.clone(),
+            page_bytes: self.page_bytes,
+        })
     }
 
     /// The largest chunk in bytes, if the engine says this.
