@@ -141,6 +141,127 @@ pub enum VmmError {
         value: f32,
     },
 
+    /// A length of 0: a query has no key to see. New in 0.2.0.
+    #[error("sequence {sequence} is empty: a decode step needs at least the query's own token")]
+    EmptySequence {
+        /// The sequence, counted from 0.
+        sequence: usize,
+    },
+
+    /// A length is more than the memory of K and V has room for. New in 0.2.0.
+    #[error("sequence {sequence} has {length} tokens, but room for {capacity}")]
+    LengthBeyondCapacity {
+        /// The sequence, counted from 0.
+        sequence: usize,
+        /// Its length in tokens.
+        length: usize,
+        /// The most tokens that it can have.
+        capacity: usize,
+    },
+
+    /// A paged cache, or a write behind the last tokens, has no lengths. New in 0.2.0.
+    #[error("the lengths of the sequences are missing: set them with `KvBatch::lengths`")]
+    MissingLengths,
+
+    /// A token was to be written to a row that its sequence does not have. New in 0.2.0.
+    #[error(
+        "token {token} was to be written to row {row} of sequence {sequence}, which has {capacity}"
+    )]
+    RowBeyondCapacity {
+        /// The token, counted from 0.
+        token: usize,
+        /// Its sequence, counted from 0.
+        sequence: usize,
+        /// The row.
+        row: usize,
+        /// The rows of the sequence.
+        capacity: usize,
+    },
+
+    /// A sequence was named that the batch does not have. New in 0.2.0.
+    #[error("there is no sequence {sequence}: the batch has {batch}")]
+    UnknownSequence {
+        /// The sequence, counted from 0.
+        sequence: usize,
+        /// The number of sequences.
+        batch: usize,
+    },
+
+    /// A rotary embedding has no such position. New in 0.2.0.
+    #[error(
+        "token {token} is at position {position}, but the rotary table ends at {positions_max}"
+    )]
+    UnknownPosition {
+        /// The token, counted from 0.
+        token: usize,
+        /// Its position.
+        position: usize,
+        /// The number of positions in the table.
+        positions_max: usize,
+    },
+
+    /// A chunk of a prompt without queries, or with more queries than keys. New in 0.2.0.
+    #[error("span {span} of a prompt has {queries} queries and {keys} keys")]
+    InvalidSpan {
+        /// The span, counted from 0.
+        span: usize,
+        /// Its queries.
+        queries: usize,
+        /// The keys that its last query sees.
+        keys: usize,
+    },
+
+    /// The kernels do not support heads of this size. New in 0.2.0.
+    #[error(
+        "heads of {dim} elements of K and {value_dim} of V in {dtype:?} are not supported: on a \
+         GPU both are at most 256 and multiples of 16 bytes"
+    )]
+    UnsupportedHead {
+        /// Elements of a head of K.
+        dim: usize,
+        /// Elements of a head of V.
+        value_dim: usize,
+        /// The dtype of K and V.
+        dtype: candle_core::DType,
+    },
+
+    /// Blocks of a paged cache have a size that attention does not support. New in 0.2.0.
+    #[error("blocks of {size} tokens are not supported: a multiple of 16 from 16 to 256 is")]
+    UnsupportedBlockSize {
+        /// Tokens in a block.
+        size: usize,
+    },
+
+    /// The caches of a batch differ in their strides. New in 0.2.0.
+    #[error("sequence {sequence} has strides {strides:?}, others have {expected:?}")]
+    DifferentStrides {
+        /// The sequence, counted from 0.
+        sequence: usize,
+        /// Its strides in elements: from head to head and from token to token of K, then of V.
+        strides: Vec<usize>,
+        /// The strides of the other sequences.
+        expected: Vec<usize>,
+    },
+
+    /// A decode step has more query heads than its plan was made for. New in 0.2.0.
+    #[error("a decode step of {heads} query heads in all sequences; the plan is for {heads_max}")]
+    BeyondPlan {
+        /// Query heads of all sequences together.
+        heads: usize,
+        /// The most that the plan has memory for.
+        heads_max: usize,
+    },
+
+    /// A decode plan was made for another device or another stream. New in 0.2.0.
+    #[error("the decode plan was made for another device or stream")]
+    PlanOnAnotherDevice,
+
+    /// This build has no attention kernels for the device. New in 0.2.0.
+    #[error(
+        "this build has no attention kernels: turn on the feature `attention` of candle-cuda-vmm"
+    )]
+    NoAttentionKernels,
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -324,6 +445,10 @@ impl VmmError {
             | Self::NotMapped { .. }
             | Self::ModelNotFound(_)
             | Self::UnknownShape { .. }
+            | Self::EmptySequence { .. }
+            | Self::LengthBeyondCapacity { .. }
+            | Self::RowBeyondCapacity { .. }
+            | Self::UnknownPosition { .. }
             | Self::ModelAlreadyExists(_) => false,
             Self::InvalidOffset { .. }
             | Self::MappingFailed(_)
@@ -332,6 +457,15 @@ impl VmmError {
             | Self::InvalidPageSize(_)
             | Self::UnknownLayer { .. }
             | Self::InvalidAttention { .. }
+            | Self::MissingLengths
+            | Self::UnknownSequence { .. }
+            | Self::InvalidSpan { .. }
+            | Self::UnsupportedHead { .. }
+            | Self::UnsupportedBlockSize { .. }
+            | Self::DifferentStrides { .. }
+            | Self::BeyondPlan { .. }
+            | Self::PlanOnAnotherDevice
+            | Self::NoAttentionKernels
             | Self::UnsupportedDevice => true,
         }
     }

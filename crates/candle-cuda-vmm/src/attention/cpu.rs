@@ -2,46 +2,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::element::{Element, capped, dot};
 use super::options::GqaOptions;
 use super::sizes::{NAME, Sizes};
-use candle_core::{CpuStorage, Error, Layout, Result, WithDType};
+use candle_core::{CpuStorage, Error, Layout, Result};
 use half::{bf16, f16};
-
-/// An element type that converts to F32 and back.
-trait Element: WithDType {
-    fn widen(self) -> f32;
-    fn narrow(wide: f32) -> Self;
-}
-
-impl Element for f32 {
-    fn widen(self) -> f32 {
-        self
-    }
-
-    fn narrow(wide: f32) -> Self {
-        wide
-    }
-}
-
-impl Element for f16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-
-    fn narrow(wide: f32) -> Self {
-        Self::from_f32(wide)
-    }
-}
-
-impl Element for bf16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-
-    fn narrow(wide: f32) -> Self {
-        Self::from_f32(wide)
-    }
-}
 
 /// Computes the attention of q, K and V. q is contiguous.
 pub fn attend(
@@ -128,7 +93,7 @@ fn attention_weights<'a, T: Element>(
     // The outer loop is over keys, so that each is read once for all rows.
     let mut wide = vec![0.; sizes.dim];
     for key in 0..sizes.keys {
-        widen(keys(key), &mut wide);
+        T::widen_all(keys(key), &mut wide);
         for (row, query) in queries.chunks_exact(sizes.dim).enumerate() {
             scores[row * sizes.keys + key] = match sees(sizes, options, row, key) {
                 true => capped(dot(query, &wide) * options.scale, options.soft_cap),
@@ -147,10 +112,6 @@ fn attention_weights<'a, T: Element>(
     }
 }
 
-fn capped(score: f32, cap: Option<f32>) -> f32 {
-    cap.map_or(score, |cap| cap * (score / cap).tanh())
-}
-
 /// Computes the weighted sums of values, `[rows, value_dim]`.
 fn weighted_sums<'a, T: Element>(
     sizes: &Sizes,
@@ -161,7 +122,7 @@ fn weighted_sums<'a, T: Element>(
     let mut result = vec![0.; sizes.rows() * sizes.value_dim];
     let mut wide = vec![0.; sizes.value_dim];
     for key in 0..sizes.keys {
-        widen(values(key), &mut wide);
+        T::widen_all(values(key), &mut wide);
         for (row, result) in result.chunks_exact_mut(sizes.value_dim).enumerate() {
             // A prompt's queries do not see about half of the keys.
             if sees(sizes, options, row, key) {
@@ -175,41 +136,10 @@ fn weighted_sums<'a, T: Element>(
     result
 }
 
-fn widen<T: Element>(narrow: &[T], wide: &mut [f32]) {
-    for (wide, narrow) in wide.iter_mut().zip(narrow) {
-        *wide = narrow.widen();
-    }
-}
-
-fn dot(left: &[f32], right: &[f32]) -> f32 {
-    // Several sums, so that the compiler can use a vector register.
-    const LANES: usize = 16;
-    let mut sums = [0.; LANES];
-    let (lefts, rights) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
-    let rest = lefts.remainder().iter().zip(rights.remainder());
-    let rest: f32 = rest.map(|(left, right)| left * right).sum();
-    for (left, right) in lefts.zip(rights) {
-        for ((sum, left), right) in sums.iter_mut().zip(left).zip(right) {
-            *sum += left * right;
-        }
-    }
-    sums.iter().sum::<f32>() + rest
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::options::Mask;
     use super::*;
-
-    #[test]
-    fn a_dot_product_of_any_length() {
-        for length in [1, 15, 16, 17, 40] {
-            let left: Vec<f32> = (0..length).map(|index| index as f32).collect();
-            let right: Vec<f32> = (0..length).map(|index| (index % 3) as f32).collect();
-            let expected: f32 = left.iter().zip(&right).map(|(a, b)| a * b).sum();
-            assert_eq!(dot(&left, &right), expected, "{length}");
-        }
-    }
 
     #[test]
     fn a_key_that_is_not_seen_has_no_weight() {

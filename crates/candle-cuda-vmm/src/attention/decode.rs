@@ -1,0 +1,126 @@
+//! Attention of decode steps.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used)]
+
+use super::cpu_decode;
+use super::kv_batch::KvBatch;
+use super::kv_memory::KvMemory;
+use super::options::GqaOptions;
+use super::plan::DecodePlan;
+use crate::error::VmmError;
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
+
+/// The operation's name in errors.
+const NAME: &str = "decode";
+
+/// Computes the attention of one query for each sequence of a batch, reading K and V in place.
+///
+/// # Shapes
+/// `q` is `[batch, query_heads, dim]`. The result is `[batch, query_heads, value_dim]`, contiguous,
+/// in the dtype of `q`. `query_heads` is a multiple of the number of heads of K and V, which
+/// neighbouring query heads share, as in [`gqa`](super::gqa).
+///
+/// # Keys
+/// The query is that of the last token of its sequence, which is in the cache already
+/// ([`write`](super::write)). With [`Mask::None`](super::Mask::None) and
+/// [`Mask::Causal`](super::Mask::Causal) it sees all tokens of its sequence, and with
+/// [`Mask::Window`](super::Mask::Window) the last ones. Rows behind the length or before the window
+/// are not read, so they need no memory and may hold anything.
+///
+/// # Numbers
+/// `q` is F16, BF16 or F32. K and V have the same dtype, or F8E4M3 if `q` is F16 or BF16. Scores and
+/// sums are F32. A NaN in a key or a value that the query sees makes the result NaN. So does a score
+/// of `+inf`, and if all scores are `-inf`.
+///
+/// # On a CPU device
+/// Each sequence and each head of K and V is a task for rayon's threads. The same inputs give the
+/// same bits, whatever the number of threads.
+///
+/// # On a GPU
+/// It launches the kernels of the feature `attention` on the device's stream, calls nothing that
+/// waits, and allocates only the result. Heads of K and V have at most 256 elements, and a multiple
+/// of 16 bytes. In builds with `debug_assertions` it [checks](KvBatch::check) lengths and tables
+/// first, which waits.
+///
+/// # Errors
+/// Candle's errors, with `decode` as the operation:
+/// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` and
+///   `UnexpectedNumberOfDims` if a dtype, a device or a rank is not as above.
+/// - `ShapeMismatchBinaryOp` if batch or dim differ, or if `query_heads` is no multiple of the heads
+///   of K and V. `EmptyTensor` if there are no query heads.
+///
+/// [`VmmError::find`] returns the others:
+/// - [`InvalidAttention`](VmmError::InvalidAttention), as [`gqa_with`](super::gqa_with).
+/// - [`BeyondPlan`](VmmError::BeyondPlan) and
+///   [`PlanOnAnotherDevice`](VmmError::PlanOnAnotherDevice).
+/// - [`MissingLengths`](VmmError::MissingLengths) for a paged cache without lengths.
+/// - [`UnsupportedHead`](VmmError::UnsupportedHead) and
+///   [`NoAttentionKernels`](VmmError::NoAttentionKernels) on a GPU.
+/// - The errors of [`KvBatch::check`], if lengths and tables are checked.
+pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan) -> Result<Tensor> {
+    options.check()?;
+    check_dtypes(q, kv, NAME)?;
+    let (batch, query_heads, dim) = q.dims3()?;
+    if query_heads == 0 {
+        return Err(Error::EmptyTensor { op: NAME });
+    }
+    if batch != kv.batch() || !fits(kv, query_heads, dim) {
+        return Err(mismatch(q, kv, NAME));
+    }
+    let has_kernels = q.device().is_cpu() || cfg!(feature = "attention") && q.device().is_cuda();
+    if !has_kernels {
+        return Err(VmmError::NoAttentionKernels.into());
+    }
+    plan.check(q, kv, query_heads)?;
+    if kv.lengths.is_none() && matches!(kv.memory, KvMemory::Blocks { .. }) {
+        return Err(VmmError::MissingLengths.into());
+    }
+    let q = q.contiguous()?;
+    match q.device() {
+        Device::Cpu => {
+            let (lengths, tables) = kv.check_seen(options.mask)?;
+            cpu_decode::decode(&q, kv, options, &lengths, &tables)
+        }
+        #[cfg(feature = "attention")]
+        Device::Cuda(_) => {
+            kv.check_head()?;
+            if kv.is_checked() {
+                kv.check_seen(options.mask)?;
+            }
+            super::cuda_decode::decode(&q, kv, options, plan)
+        }
+        _ => Err(VmmError::NoAttentionKernels.into()),
+    }
+}
+
+/// Checks dtype and device of queries, and the dtype of K and V.
+pub(super) fn check_dtypes(q: &Tensor, kv: &KvBatch, op: &'static str) -> Result<()> {
+    use DType::{BF16, F8E4M3, F16, F32};
+    let (lhs, rhs) = (q.dtype(), kv.dtype());
+    match (lhs, rhs) {
+        (F16 | BF16, F8E4M3) => {}
+        (F16 | BF16 | F32, _) if lhs == rhs => {}
+        (F16 | BF16 | F32, _) => return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op }),
+        _ => return Err(Error::UnsupportedDTypeForOp(lhs, op)),
+    }
+    let (lhs, rhs) = (q.device().location(), kv.device().location());
+    match lhs == rhs {
+        true => Ok(()),
+        false => Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op }),
+    }
+}
+
+/// Returns whether queries with these heads fit K.
+pub(super) fn fits(kv: &KvBatch, query_heads: usize, dim: usize) -> bool {
+    dim == kv.dim() && query_heads.is_multiple_of(kv.kv_heads())
+}
+
+/// Makes the error if queries do not fit K `[batch, kv_heads, capacity, dim]`.
+pub(super) fn mismatch(q: &Tensor, kv: &KvBatch, op: &'static str) -> Error {
+    let kv = (kv.batch(), kv.kv_heads(), kv.capacity(), kv.dim());
+    Error::ShapeMismatchBinaryOp {
+        lhs: q.shape().clone(),
+        rhs: Shape::from(kv),
+        op,
+    }
+}
