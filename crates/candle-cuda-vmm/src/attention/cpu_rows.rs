@@ -54,6 +54,11 @@ impl<'a> RowIndex<'a> {
         }
     }
 
+    /// Returns the number of elements of a row.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
     /// Returns the first element of a row, behind the first element of its tensor.
     pub fn offset(&self, sequence: usize, head: usize, token: usize) -> usize {
         let KvStrides {

@@ -9,7 +9,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 const SCORES_BYTES_MAX: usize = 256 << 20;
 
 /// The fewest queries of a part if there is a window.
-const WINDOW_QUERIES: usize = 256;
+pub const WINDOW_QUERIES: usize = 256;
 
 /// Computes grouped-query attention, `softmax(scale · q · kᵀ) · v`, reading K and V in place.
 ///

@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::cpu_rows::Side;
 use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
 use super::options::Mask;
+use super::slots::Slots;
 use super::stream::is_capturing;
 use crate::error::{Result, VmmError};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use cuda_vmm::pool::blocks::BlockError;
 use std::ops::Range;
 
@@ -21,6 +23,13 @@ const HEAD_BYTES_STEP: usize = 16;
 /// The block tables of a paged cache, on the host. Empty for other layouts.
 #[derive(Debug, Default)]
 pub struct HostTables(pub Vec<Vec<u32>>);
+
+/// A row of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    pub sequence: usize,
+    pub row: usize,
+}
 
 impl KvBatch {
     /// Checks lengths and tables. It copies both to the host, so it waits for a GPU.
@@ -54,6 +63,60 @@ impl KvBatch {
             self.check_blocks(&tables, sequence, first..length)?;
         }
         Ok((lengths, tables))
+    }
+
+    /// Checks the rows of new tokens, and returns them with the tables.
+    pub(super) fn check_slots(&self, slots: Slots<'_>) -> Result<(Vec<Row>, HostTables)> {
+        let rows = match slots {
+            Slots::Last => self.last_rows()?,
+            Slots::At { sequences, rows } => self.named_rows(sequences, rows)?,
+        };
+        let tables = self.tables_on_host()?;
+        for Row { sequence, row } in rows.iter().copied() {
+            self.check_blocks(&tables, sequence, row..row + 1)?;
+        }
+        Ok((rows, tables))
+    }
+
+    fn last_rows(&self) -> Result<Vec<Row>> {
+        let lengths = self.lengths_on_host()?.into_iter().enumerate();
+        let row = |(sequence, length)| {
+            self.check_length(sequence, length)?;
+            let row = length - 1;
+            Ok(Row { sequence, row })
+        };
+        lengths.map(row).collect()
+    }
+
+    fn named_rows(&self, sequences: &Tensor, rows: &Tensor) -> Result<Vec<Row>> {
+        let [sequences, rows] = [sequences.to_vec1::<u32>()?, rows.to_vec1()?];
+        let row = |(token, (sequence, row)): (usize, (&u32, &u32))| {
+            let (sequence, row) = (*sequence as usize, *row as usize);
+            let batch = self.batch();
+            if sequence >= batch {
+                return Err(VmmError::UnknownSequence { sequence, batch });
+            }
+            let capacity = self.capacity_of(sequence);
+            match row < capacity {
+                true => Ok(Row { sequence, row }),
+                false => Err(VmmError::RowBeyondCapacity {
+                    token,
+                    sequence,
+                    row,
+                    capacity,
+                }),
+            }
+        };
+        sequences.iter().zip(&rows).enumerate().map(row).collect()
+    }
+
+    /// Returns whether rows share memory.
+    pub(super) fn is_broadcast(&self) -> bool {
+        let tensors = [Side::K, Side::V].map(|side| self.memory.tensors(side));
+        tensors.iter().flatten().any(|tensor| {
+            let mut steps = tensor.dims().iter().zip(tensor.stride());
+            steps.any(|(size, stride)| *size > 1 && *stride == 0)
+        })
     }
 
     /// Returns whether calls check what they use.

@@ -12,6 +12,7 @@
 mod cpu;
 mod cpu_decode;
 mod cpu_rows;
+mod cpu_write;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod decode;
@@ -22,6 +23,7 @@ mod kv_check;
 mod kv_memory;
 mod options;
 mod plan;
+mod prompt;
 mod rotary;
 mod sizes;
 mod slots;
@@ -29,12 +31,15 @@ mod slots;
 mod softmax;
 mod span;
 mod stream;
+mod write;
 
 pub use decode::decode;
 pub use gqa::{gqa, gqa_with};
 pub use kv_batch::KvBatch;
 pub use options::{GqaOptions, Mask};
 pub use plan::DecodePlan;
+pub use prompt::prompt;
 pub use rotary::Rotary;
 pub use slots::Slots;
 pub use span::PromptSpan;
+pub use write::write;
