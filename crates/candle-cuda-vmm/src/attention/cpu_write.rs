@@ -57,10 +57,12 @@ fn rotated(tokens: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) -> Re
     let head = wide.narrow(2, 0, rotary_dim)?.transpose(0, 1)?;
     let head = rope(&head.contiguous()?.unsqueeze(0)?, cos, sin)?;
     let head = head.squeeze(0)?.transpose(0, 1)?;
-    match dim == rotary_dim {
-        true => head.contiguous(),
-        false => Tensor::cat(&[&head, &wide.narrow(2, rotary_dim, dim - rotary_dim)?], 2),
+    if dim == rotary_dim {
+        return head.contiguous();
     }
+    let rest = wide.narrow(2, rotary_dim, dim - rotary_dim)?;
+    // Candle's `cat` along the last dimension returns a transposed view.
+    Tensor::cat(&[&head, &rest], 2)?.contiguous()
 }
 
 /// New rows of K or V, to be stored in one of the tensors.

@@ -4,6 +4,7 @@
 mod allocator;
 mod append;
 mod attention;
+mod batch;
 mod blocks;
 mod factory;
 mod fork;

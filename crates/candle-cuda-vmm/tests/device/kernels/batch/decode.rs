@@ -1,0 +1,258 @@
+//! Decode steps in double precision and by `decode`.
+
+use super::layouts::Layout;
+use super::random::Case;
+use crate::common::open;
+use candle_core::{DType, Device};
+use candle_cuda_vmm::attention::Mask;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+/// The dtypes of queries, and of K and V.
+const DTYPES: [(DType, DType); 5] = [
+    (DType::F32, DType::F32),
+    (DType::F16, DType::F16),
+    (DType::BF16, DType::BF16),
+    (DType::F16, DType::F8E4M3),
+    (DType::BF16, DType::F8E4M3),
+];
+
+/// Query heads, and heads of K and V: each its own, groups, one for all.
+const HEADS: [(usize, usize); 5] = [(4, 4), (8, 2), (6, 2), (7, 1), (8, 1)];
+
+/// The elements of heads of K and of V.
+const DIMS: [(usize, usize); 8] = [
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (128, 128),
+    (192, 128),
+    (256, 256),
+    (16, 32),
+    (112, 64),
+];
+
+#[test]
+fn every_layout_dtype_and_head_gives_what_double_precision_gives() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let mut turn = 0;
+    for layout in Layout::ALL {
+        for (dtype, stored) in DTYPES {
+            for _ in 0..2 {
+                let (query_heads, kv_heads) = HEADS[turn % HEADS.len()];
+                let (dim, value_dim) = DIMS[turn % DIMS.len()];
+                let case = Case {
+                    dtype,
+                    stored,
+                    query_heads,
+                    kv_heads,
+                    dim,
+                    value_dim,
+                    scales: match stored {
+                        DType::F8E4M3 => [0.5, 0.3],
+                        _ => [1.; 2],
+                    },
+                    ..Case::new(layout, &[33, 1, 70])
+                };
+                case.random(turn as u64).check(turn as u64, &test.device);
+                turn += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn every_length_at_the_edge_of_a_block_or_a_tile() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let mut lengths: Vec<usize> = [16, 32, 48, 64, 128, 256]
+        .into_iter()
+        .flat_map(|edge| [edge - 1, edge, edge + 1])
+        .collect();
+    lengths.extend([1, 2, 3, 400]);
+    for (turn, layout) in Layout::ALL.into_iter().enumerate() {
+        let dtype = [DType::F32, DType::F16][turn % 2];
+        let case = Case {
+            dtype,
+            stored: dtype,
+            query_heads: 2,
+            kv_heads: 1,
+            dim: 16,
+            value_dim: 16,
+            ..Case::new(layout, &lengths)
+        };
+        case.random(1).check(1, &test.device);
+    }
+}
+
+#[test]
+fn windows_and_soft_caps_see_what_they_should() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let windows = [1, 2, 15, 16, 17, 63, 64, 65, 100, usize::MAX];
+    let masks = windows.map(Mask::Window);
+    for (number, layout) in Layout::ALL.into_iter().enumerate() {
+        for (turn, mask) in masks.into_iter().chain([Mask::None]).enumerate() {
+            let case = Case {
+                mask,
+                soft_cap: [None, Some(0.7), Some(30.)][(number + turn) % 3],
+                dim: 16,
+                value_dim: 32,
+                ..Case::new(layout, &[100, 1, 64, 65, 16])
+            };
+            case.random(turn as u64).check(2, &test.device);
+        }
+    }
+}
+
+#[test]
+fn scores_that_grow_and_shrink_by_thousands_do_not_overflow() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    for (turn, (dtype, stored)) in DTYPES.into_iter().enumerate() {
+        for slope in [-3., -0.1, 0.1, 3.] {
+            let case = Case {
+                dtype,
+                stored,
+                ..Case::new(Layout::ALL[turn + 3], &[150, 90])
+            };
+            let mut random = case.random(turn as u64);
+            for keys in &mut random.k {
+                let row = case.kv_heads * case.dim;
+                for (token, keys) in keys.chunks_exact_mut(row).enumerate() {
+                    keys.iter_mut().for_each(|key| *key += slope * token as f32);
+                }
+                *keys = super::random::rounded(keys.clone(), stored);
+            }
+            random.q.iter_mut().for_each(|q| *q = q.abs().ceil());
+            random.check(3, &test.device);
+        }
+    }
+}
+
+#[test]
+fn random_cases_give_what_double_precision_gives() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    for seed in 0..24 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let (dtype, stored) = *DTYPES.choose(&mut rng).unwrap();
+        let (query_heads, kv_heads) = *HEADS.choose(&mut rng).unwrap();
+        let (dim, value_dim) = *DIMS.choose(&mut rng).unwrap();
+        let batch = rng.random_range(1..6);
+        let lengths: Vec<_> = (0..batch).map(|_| rng.random_range(1..200)).collect();
+        let case = Case {
+            layout: *Layout::ALL.choose(&mut rng).unwrap(),
+            dtype,
+            stored,
+            query_heads,
+            kv_heads,
+            dim,
+            value_dim,
+            lengths,
+            mask: match rng.random_range(0..3) {
+                0 => Mask::Window(rng.random_range(1..200)),
+                1 => Mask::None,
+                _ => Mask::Causal,
+            },
+            soft_cap: rng.random_bool(0.3).then(|| rng.random_range(0.5..50.)),
+            scales: match stored {
+                DType::F8E4M3 => [rng.random_range(0.1..2.), rng.random_range(0.1..2.)],
+                _ => [1.; 2],
+            },
+        };
+        case.random(seed).check(seed, &test.device);
+    }
+}
+
+#[test]
+fn the_same_bits_at_every_call_and_with_any_number_of_threads() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    for layout in [Layout::TokenMajor, Layout::Blocks(48)] {
+        let case = Case::new(layout, &[300, 5, 77, 200]);
+        let random = case.random(4);
+        let bits = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let pool = pool.build().unwrap();
+            let stored = random.store(5, &test.device);
+            // The device under test may not be used on another thread, except the CPU.
+            let decoded = match test.device {
+                Device::Cpu => pool.install(|| random.decoded(&stored.kv, &Device::Cpu)),
+                _ => random.decoded(&stored.kv, &test.device),
+            };
+            decoded.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let expected = bits(1);
+        for threads in [1, 2, 3, 8] {
+            assert_eq!(bits(threads), expected, "{threads} threads, {layout:?}");
+        }
+    }
+}
+
+#[test]
+fn lengths_count_that_are_in_the_tensor_when_the_step_runs() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let case = Case::new(Layout::Blocks(16), &[40, 17]);
+    let random = case.random(6);
+    let stored = random.store(7, &test.device);
+    let lengths = candle_core::Tensor::new(&[40u32, 17], &test.device).unwrap();
+    let kv = stored.kv.clone().lengths(&lengths).unwrap();
+    let shorter = candle_core::Tensor::new(&[25u32, 1], &test.device).unwrap();
+    lengths.slice_set(&shorter, 0, 0).unwrap();
+    let mut expected = random.clone();
+    expected.case.lengths = vec![25, 1];
+    let ours = random.decoded(&kv, &test.device);
+    super::assert_close(
+        &ours,
+        &expected.expected(),
+        super::allowed(DType::F32),
+        "25, 1",
+    );
+}
+
+#[test]
+fn without_lengths_caches_count_to_their_capacity() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let case = Case::new(Layout::Sequences, &[20]);
+    let random = case.random(8);
+    let kv = random.store(9, &test.device);
+    let pair = kv
+        .memory
+        .iter()
+        .map(|tensor| tensor.transpose(1, 2).unwrap());
+    let pair: Vec<_> = pair.collect();
+    let whole = [
+        candle_cuda_vmm::attention::KvBatch::sequences(&[(pair[0].clone(), pair[1].clone())]),
+        candle_cuda_vmm::attention::KvBatch::rows(&pair[0], &pair[1]),
+    ];
+    for kv in whole {
+        let ours = random.decoded(&kv.unwrap(), &test.device);
+        super::assert_close(
+            &ours,
+            &random.expected(),
+            super::allowed(DType::F32),
+            "whole",
+        );
+    }
+}
