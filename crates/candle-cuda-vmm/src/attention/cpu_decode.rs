@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::cpu_rows::{RowIndex, Rows, Side, cpu};
+use super::cpu_rows::{RowIndex, Rows, cpu};
 use super::element::{Element, capped, dot};
 use super::kv_batch::KvBatch;
 use super::kv_check::HostTables;
+use super::kv_memory::Side;
 use super::options::{GqaOptions, Mask};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Error, Result, Storage, Tensor};

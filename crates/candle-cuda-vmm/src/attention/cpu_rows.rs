@@ -4,29 +4,8 @@
 
 use super::kv_batch::KvBatch;
 use super::kv_check::HostTables;
-use super::kv_memory::{KvMemory, KvStrides};
-use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor, WithDType};
-
-/// K or V.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    K,
-    V,
-}
-
-impl KvMemory {
-    /// Returns the tensors of K or of V: one for each sequence, or one for all.
-    pub fn tensors(&self, side: Side) -> Vec<&Tensor> {
-        match (self, side) {
-            (Self::Rows { k: tensor, .. } | Self::Blocks { k: tensor, .. }, Side::K)
-            | (Self::Rows { v: tensor, .. } | Self::Blocks { v: tensor, .. }, Side::V) => {
-                vec![tensor]
-            }
-            (Self::Sequences { pairs, .. }, Side::K) => pairs.iter().map(|(k, _)| k).collect(),
-            (Self::Sequences { pairs, .. }, Side::V) => pairs.iter().map(|(_, v)| v).collect(),
-        }
-    }
-}
+use super::kv_memory::{KvMemory, KvStrides, Side};
+use candle_core::{CpuStorage, Error, Layout, Result, Storage, WithDType};
 
 /// Finds rows of K or V by sequence, head and token.
 pub struct RowIndex<'a> {

@@ -2,11 +2,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::cpu_rows::{RowIndex, Side};
+use super::cpu_rows::RowIndex;
 use super::element::Element;
 use super::kv_batch::KvBatch;
 use super::kv_check::{HostTables, Row};
-use super::kv_memory::KvMemory;
+use super::kv_memory::{KvMemory, Side};
 use super::rotary::Rotary;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, D, DType, Error, InplaceOp1, Layout, Result, Tensor};

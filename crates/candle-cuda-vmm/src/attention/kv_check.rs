@@ -2,9 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::cpu_rows::Side;
 use super::kv_batch::KvBatch;
-use super::kv_memory::KvMemory;
+use super::kv_memory::{KvMemory, Side};
 use super::options::Mask;
 use super::slots::Slots;
 use super::stream::is_capturing;

@@ -6,6 +6,13 @@ use crate::error::{Result, VmmError};
 use candle_core::Tensor;
 use std::sync::Arc;
 
+/// K or V.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    K,
+    V,
+}
+
 /// The memory of K and V.
 #[derive(Clone, Debug)]
 pub enum KvMemory {
@@ -29,6 +36,18 @@ pub enum KvMemory {
 }
 
 impl KvMemory {
+    /// Returns the tensors of K or of V: one for each sequence, or one for all.
+    pub fn tensors(&self, side: Side) -> Vec<&Tensor> {
+        match (self, side) {
+            (Self::Rows { k: tensor, .. } | Self::Blocks { k: tensor, .. }, Side::K)
+            | (Self::Rows { v: tensor, .. } | Self::Blocks { v: tensor, .. }, Side::V) => {
+                vec![tensor]
+            }
+            (Self::Sequences { pairs, .. }, Side::K) => pairs.iter().map(|(k, _)| k).collect(),
+            (Self::Sequences { pairs, .. }, Side::V) => pairs.iter().map(|(_, v)| v).collect(),
+        }
+    }
+
     /// Returns K; that of the first sequence if each has its own.
     pub fn first(&self) -> &Tensor {
         match self {
