@@ -206,7 +206,7 @@ fn main() -> Result<()> {
     run(&device)
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "simulator"))]
 mod tests {
     #[test]
     fn it_runs_on_the_cpu() {

@@ -31,7 +31,8 @@
 //! - [`TensorPool`], [`ElasticTensor`], [`ElasticKvCache`], [`ElasticBlocks`]: tensors and caches
 //!   that grow.
 //! - [`kv_cache`]: the traits that let a model run with any KV cache.
-//! - [`attention`]: grouped-query attention that reads K and V in place.
+//! - [`attention`]: grouped-query attention that reads K and V in place, of one sequence or of a
+//!   batch in rows, caches or blocks.
 //! - [`virtual_memory`]: the two pools of addresses, and their statistics.
 //! - [`relief`]: moves memory between Candle's own allocations and the pools.
 //! - [`device`]: maps a Candle device to a driver.
@@ -51,6 +52,8 @@
 //! - `serde`: the pools' snapshots ([`Snapshot`]) implement `Serialize` and `Deserialize`.
 //! - `cuda`: CUDA devices work. It turns on Candle's feature `cuda`. Candle's kernels and this
 //!   crate's need `nvcc` to build.
+//! - `attention`: [`attention::decode`] and [`attention::write`] work on GPUs of compute capability
+//!   8.0 or newer. It turns on `cuda`.
 //!
 //! A CUDA device never gets the simulated driver. If a GPU fails, the call returns an error.
 //!
