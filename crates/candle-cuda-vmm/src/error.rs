@@ -449,6 +449,7 @@ impl VmmError {
             | Self::LengthBeyondCapacity { .. }
             | Self::RowBeyondCapacity { .. }
             | Self::UnknownPosition { .. }
+            | Self::UnknownSequence { .. }
             | Self::ModelAlreadyExists(_) => false,
             Self::InvalidOffset { .. }
             | Self::MappingFailed(_)
@@ -458,7 +459,6 @@ impl VmmError {
             | Self::UnknownLayer { .. }
             | Self::InvalidAttention { .. }
             | Self::MissingLengths
-            | Self::UnknownSequence { .. }
             | Self::InvalidSpan { .. }
             | Self::UnsupportedHead { .. }
             | Self::UnsupportedBlockSize { .. }

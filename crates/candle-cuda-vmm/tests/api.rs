@@ -187,6 +187,44 @@ fn describe(error: VmmError) -> String {
         VmmError::UnknownShape { layer } => layer.to_string(),
         VmmError::UnknownLayer { layer, layers } => format!("{layer} {layers}"),
         VmmError::InvalidAttention { option, value } => format!("{option} {value}"),
+        VmmError::EmptySequence { sequence } => sequence.to_string(),
+        VmmError::LengthBeyondCapacity {
+            sequence,
+            length,
+            capacity,
+        } => format!("{sequence} {length} {capacity}"),
+        VmmError::MissingLengths | VmmError::PlanOnAnotherDevice | VmmError::NoAttentionKernels => {
+            String::new()
+        }
+        VmmError::RowBeyondCapacity {
+            token,
+            sequence,
+            row,
+            capacity,
+        } => format!("{token} {sequence} {row} {capacity}"),
+        VmmError::UnknownSequence { sequence, batch } => format!("{sequence} {batch}"),
+        VmmError::UnknownPosition {
+            token,
+            position,
+            positions_max,
+        } => format!("{token} {position} {positions_max}"),
+        VmmError::InvalidSpan {
+            span,
+            queries,
+            keys,
+        } => format!("{span} {queries} {keys}"),
+        VmmError::UnsupportedHead {
+            dim,
+            value_dim,
+            dtype,
+        } => format!("{dim} {value_dim} {dtype:?}"),
+        VmmError::UnsupportedBlockSize { size } => size.to_string(),
+        VmmError::DifferentStrides {
+            sequence,
+            strides,
+            expected,
+        } => format!("{sequence} {strides:?} {expected:?}"),
+        VmmError::BeyondPlan { heads, heads_max } => format!("{heads} {heads_max}"),
     }
 }
 

@@ -194,6 +194,29 @@ fn predicates_say_what_to_do() {
             option: "window",
             value: 0.,
         },
+        VmmError::MissingLengths,
+        VmmError::InvalidSpan {
+            span: 0,
+            queries: 2,
+            keys: 1,
+        },
+        VmmError::UnsupportedHead {
+            dim: 300,
+            value_dim: 1,
+            dtype: candle_core::DType::F16,
+        },
+        VmmError::UnsupportedBlockSize { size: 8 },
+        VmmError::DifferentStrides {
+            sequence: 1,
+            strides: vec![1],
+            expected: vec![2],
+        },
+        VmmError::BeyondPlan {
+            heads: 2,
+            heads_max: 1,
+        },
+        VmmError::PlanOnAnotherDevice,
+        VmmError::NoAttentionKernels,
         VmmError::UnsupportedDevice,
     ] {
         assert_eq!(say(&never), (false, false, true, false, 0), "{never:?}");
@@ -208,6 +231,27 @@ fn predicates_say_what_to_do() {
         VmmError::ModelNotFound(String::new()),
         VmmError::ModelAlreadyExists(String::new()),
         VmmError::UnknownShape { layer: 0 },
+        VmmError::EmptySequence { sequence: 0 },
+        VmmError::LengthBeyondCapacity {
+            sequence: 0,
+            length: 2,
+            capacity: 1,
+        },
+        VmmError::RowBeyondCapacity {
+            token: 0,
+            sequence: 0,
+            row: 1,
+            capacity: 1,
+        },
+        VmmError::UnknownSequence {
+            sequence: 1,
+            batch: 1,
+        },
+        VmmError::UnknownPosition {
+            token: 0,
+            position: 1,
+            positions_max: 1,
+        },
         VmmError::cuda("words"),
         VmmError::other("words"),
         VmmError::from(candle_core::Error::msg("words")),
@@ -251,6 +295,18 @@ fn messages_name_the_values() {
             .iter()
             .all(|part| attention.contains(part))
     );
+    let length = text(VmmError::LengthBeyondCapacity {
+        sequence: 11,
+        length: 22,
+        capacity: 7,
+    });
+    assert!(["11", "22", "7"].iter().all(|part| length.contains(part)));
+    let head = text(VmmError::UnsupportedHead {
+        dim: 11,
+        value_dim: 22,
+        dtype: candle_core::DType::BF16,
+    });
+    assert!(["11", "22", "BF16"].iter().all(|part| head.contains(part)));
     assert_eq!(text(VmmError::other("as it is")), "as it is");
 }
 
