@@ -1,6 +1,7 @@
 //! What code and documents keep, as tests.
 //!
-//! `docs/ARCHITECTURE.md` names what is there, and `docs/ERRORS.md` every public error's variants.
+//! `docs/ARCHITECTURE.md` names what is there, and `docs/ERRORS.md` every public error's variants. The
+//! code of `docs/PAGED_ATTENTION.md` is that of its example.
 //!
 //! No circles between modules: those of a folder can be read in an order, after what they use. A
 //! source uses what its paths name. The check looks through re-exports, which are no use by
@@ -80,6 +81,17 @@ fn the_map_names_what_is_there() {
         false => is_item(span) && !sources.iter().any(|words| has_item(words, span)),
     });
     assert_eq!(missing.collect_vec(), [""; 0], "not in the tree");
+}
+
+#[test]
+fn the_recipe_of_paged_attention_is_its_example() {
+    let read = |path| fs::read_to_string(root().join(path)).expect("the file");
+    let page = read("docs/PAGED_ATTENTION.md");
+    let example = read("crates/candle-cuda-vmm/examples/paged_attention.rs");
+    let blocks = page.split("\n```rust\n").skip(1);
+    let blocks = blocks.filter_map(|rest| rest.split("\n```").next());
+    let missing = blocks.filter(|block| !example.contains(block));
+    assert_eq!(missing.collect_vec(), [""; 0], "not in the example");
 }
 
 /// The first cell of each row of the tables under a heading.

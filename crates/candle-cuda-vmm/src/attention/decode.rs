@@ -28,9 +28,9 @@ const NAME: &str = "decode";
 /// are not read, so they need no memory and may hold anything.
 ///
 /// # Numbers
-/// `q` is F16, BF16 or F32. K and V have the same dtype, or F8E4M3 if `q` is F16 or BF16. Scores and
-/// sums are F32. A NaN in a key or a value that the query sees makes the result NaN. So does a score
-/// of `+inf`, and if all scores are `-inf`.
+/// `q` is F16, BF16 or F32. K and V have the same dtype, or F8E4M3 if `q` is F16 or BF16. Scores
+/// and sums are F32. A NaN in a key or a value that the query sees makes the result NaN. So does a
+/// score of `+inf`, and if all scores are `-inf`.
 ///
 /// # On a CPU device
 /// Each sequence and each head of K and V is a task for rayon's threads. The same inputs give the
@@ -46,8 +46,8 @@ const NAME: &str = "decode";
 /// Candle's errors, with `decode` as the operation:
 /// - `UnsupportedDTypeForOp`, `DTypeMismatchBinaryOp`, `DeviceMismatchBinaryOp` and
 ///   `UnexpectedNumberOfDims` if a dtype, a device or a rank is not as above.
-/// - `ShapeMismatchBinaryOp` if batch or dim differ, or if `query_heads` is no multiple of the heads
-///   of K and V. `EmptyTensor` if there are no query heads.
+/// - `ShapeMismatchBinaryOp` if batch or dim differ, or if `query_heads` is no multiple of the
+///   heads of K and V. `EmptyTensor` if there are no query heads.
 ///
 /// [`VmmError::find`] returns the others:
 /// - [`InvalidAttention`](VmmError::InvalidAttention), as [`gqa_with`](super::gqa_with).

@@ -41,8 +41,8 @@ impl Rotary {
     ///
     /// # Errors
     /// [`CandleError`](crate::VmmError::CandleError) with `UnsupportedDTypeForOp`,
-    /// `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims`, `ShapeMismatchBinaryOp`, `EmptyTensor` or
-    /// `RequiresContiguous` if the tensors are not as above.
+    /// `DeviceMismatchBinaryOp`, `UnexpectedNumberOfDims`, `ShapeMismatchBinaryOp`, `EmptyTensor`
+    /// or `RequiresContiguous` if the tensors are not as above.
     pub fn new(cos: &Tensor, sin: &Tensor) -> Result<Self> {
         for tensor in [cos, sin] {
             if tensor.dtype() != DType::F32 {

@@ -41,8 +41,8 @@ pub fn numbers(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Fails unless numbers differ by at most `allowed`, relative to the expected number if that is more
-/// than 1. NaN is expected as NaN, and infinities as themselves.
+/// Fails unless numbers differ by at most `allowed`, relative to the expected number if that is
+/// more than 1. NaN is expected as NaN, and infinities as themselves.
 #[track_caller]
 pub fn assert_close(ours: &[f32], expected: &[f64], allowed: f64, case: &str) {
     assert_eq!(ours.len(), expected.len(), "{case}");

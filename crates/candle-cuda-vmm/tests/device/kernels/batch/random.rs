@@ -139,8 +139,8 @@ impl Random {
             .collect()
     }
 
-    /// Fails unless the device under test gives what double precision gives, and nearly what the CPU
-    /// gives.
+    /// Fails unless the device under test gives what double precision gives, and nearly what the
+    /// CPU gives.
     #[track_caller]
     pub fn check(&self, seed: u64, device: &Device) {
         let case = format!("{:?}", self.case);
