@@ -5,7 +5,7 @@
 //! [`gqa`] avoids both. [`gqa_with`] has options for models with a sliding window or a soft cap.
 //!
 //! An engine that serves many sequences has their K and V in a [`KvBatch`]: in one tensor, in a
-//! cache for each sequence, or in blocks. [`write`] rotates new tokens and writes them there,
+//! cache for each sequence, or in blocks. [`write()`] rotates new tokens and stores them there,
 //! [`prompt`] computes the attention of chunks of prompts, and [`decode`] that of one token for
 //! each sequence.
 
