@@ -256,7 +256,7 @@ impl Append {
 }
 
 /// Returns the address of a tensor's first element.
-fn address<'a>(
+pub(crate) fn address<'a>(
     slice: &'a Slice,
     layout: &Layout,
     stream: &'a CudaStream,
@@ -271,7 +271,10 @@ fn address<'a>(
 }
 
 /// Returns the address of a slice, for writing.
-fn address_mut<'a>(slice: &'a mut Slice, stream: &'a CudaStream) -> (u64, SyncOnDrop<'a>) {
+pub(crate) fn address_mut<'a>(
+    slice: &'a mut Slice,
+    stream: &'a CudaStream,
+) -> (u64, SyncOnDrop<'a>) {
     macro_rules! addresses {
         ($($dtype:ident)*) => { match slice { $(Slice::$dtype(slice) => slice.device_ptr_mut(stream),)* } };
     }

@@ -29,6 +29,17 @@ macro_rules! image {
 pub(crate) static APPEND: Image = image!("append");
 /// The softmax of attention.
 pub(crate) static SOFTMAX: Image = image!("softmax");
+/// Attention of decode steps, by the dtype of K and V.
+#[cfg(feature = "attention")]
+pub(crate) static DECODE: [Image; 4] = [
+    image!("attention/decode_f16"),
+    image!("attention/decode_bf16"),
+    image!("attention/decode_f32"),
+    image!("attention/decode_f8"),
+];
+/// The kernel that rotates and writes new tokens.
+#[cfg(feature = "attention")]
+pub(crate) static WRITE: Image = image!("attention/write");
 
 /// An image that is loaded on a device.
 struct Loaded {

@@ -116,10 +116,13 @@ impl<'a> Builder<'a> {
         library.context("cuda-vmm-sim-library made no shared library")
     }
 
-    /// The facade's lints with Candle's feature `cuda`, in the build of its programs.
+    /// The facade's lints with Candle's CUDA devices, with all kernels and without those of attention.
     pub fn clippy(&self) -> Result<()> {
-        let line = format!("clippy --package {FACADE} --features {CUDA} --all-targets");
-        Ok(self.cargo(&line).args(["--", "-D", "warnings"]).run()?)
+        for features in [CUDA, "cuda"] {
+            let line = format!("clippy --package {FACADE} --features {features} --all-targets");
+            self.cargo(&line).args(["--", "-D", "warnings"]).run()?;
+        }
+        Ok(())
     }
 
     fn cargo(&self, line: &str) -> Cmd<'_> {

@@ -36,8 +36,8 @@ pub enum State {
 pub const CORE: &str = "cuda-vmm";
 pub const FACADE: &str = "candle-cuda-vmm";
 pub const BENCHES: &str = "cuda-vmm-benches";
-/// The feature with which Candle has CUDA devices.
-pub const CUDA: &str = "cuda";
+/// The feature with which Candle has CUDA devices, and the facade all of its kernels.
+pub const CUDA: &str = "attention";
 
 /// A target of a package, built for one driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

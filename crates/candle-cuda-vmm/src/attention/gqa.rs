@@ -118,6 +118,10 @@ fn in_parts(
     if sizes.queries == 0 {
         return Tensor::zeros(sizes.shape(), q.dtype(), q.device());
     }
+    #[cfg(feature = "attention")]
+    if let Some(result) = by_kernel(q, k, v, options)? {
+        return Ok(result);
+    }
     let (queries_max, keys) = match options.mask {
         // Longer parts would have more scores of keys that a query does not see.
         Mask::Window(window) => {
@@ -151,6 +155,33 @@ fn in_parts(
     match results.len() {
         1 => Ok(results.remove(0)),
         _ => Tensor::cat(&results, 2),
+    }
+}
+
+/// Computes the attention of one query for each sequence by a kernel. Returns `None` if there is
+/// none for this device or for these tensors, or if there are several queries.
+#[cfg(feature = "attention")]
+fn by_kernel(q: &Tensor, k: &Tensor, v: &Tensor, options: &GqaOptions) -> Result<Option<Tensor>> {
+    use crate::error::VmmError;
+    let (batch, query_heads, queries, _) = q.dims4()?;
+    if queries != 1 || !q.device().is_cuda() {
+        return Ok(None);
+    }
+    let attend = || {
+        let kv = super::KvBatch::rows(k, v)?;
+        let plan = super::DecodePlan::new(q.device(), batch, query_heads)?;
+        super::decode(&q.squeeze(2)?, &kv, options, &plan)?.unsqueeze(2)
+    };
+    match attend() {
+        Ok(result) => Ok(Some(result)),
+        Err(error) => match VmmError::find(&error) {
+            Some(
+                VmmError::NoAttentionKernels
+                | VmmError::UnsupportedHead { .. }
+                | VmmError::InvalidAlignment { .. },
+            ) => Ok(None),
+            _ => Err(error),
+        },
     }
 }
 

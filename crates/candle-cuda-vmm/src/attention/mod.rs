@@ -15,6 +15,16 @@ mod cpu_rows;
 mod cpu_write;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "attention")]
+mod cuda_addresses;
+#[cfg(feature = "attention")]
+mod cuda_arguments;
+#[cfg(feature = "attention")]
+mod cuda_decode;
+#[cfg(feature = "attention")]
+mod cuda_plan;
+#[cfg(feature = "attention")]
+mod cuda_write;
 mod decode;
 mod element;
 mod gqa;

@@ -6,6 +6,12 @@ use candle_core::Device;
 
 /// Returns whether the device's stream is being captured. Copies to the host would end the capture.
 pub fn is_capturing(device: &Device) -> bool {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        use candle_core::cuda::cudarc::driver::sys::CUstreamCaptureStatus;
+        let status = device.cuda_stream().capture_status();
+        return status != Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+    }
     let _ = device;
     false
 }

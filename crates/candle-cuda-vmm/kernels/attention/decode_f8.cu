@@ -1,0 +1,26 @@
+// Decode attention over K and V of F8E4M3, with queries of F16 or BF16.
+#include "decode.cuh"
+#include "tile_8_bits.cuh"
+
+namespace {
+
+template <unsigned K_DIM, unsigned V_DIM>
+using F16 = attention::Tile8Bits<__half, K_DIM, V_DIM>;
+template <unsigned K_DIM, unsigned V_DIM>
+using BF16 = attention::Tile8Bits<__nv_bfloat16, K_DIM, V_DIM>;
+
+} // namespace
+
+ATTENTION_KERNEL(decode_f8_f16_64_64, F16, 64, 64)
+ATTENTION_KERNEL(decode_f8_f16_96_96, F16, 96, 96)
+ATTENTION_KERNEL(decode_f8_f16_128_128, F16, 128, 128)
+ATTENTION_KERNEL(decode_f8_f16_192_128, F16, 192, 128)
+ATTENTION_KERNEL(decode_f8_f16_192_192, F16, 192, 192)
+ATTENTION_KERNEL(decode_f8_f16_256_256, F16, 256, 256)
+
+ATTENTION_KERNEL(decode_f8_bf16_64_64, BF16, 64, 64)
+ATTENTION_KERNEL(decode_f8_bf16_96_96, BF16, 96, 96)
+ATTENTION_KERNEL(decode_f8_bf16_128_128, BF16, 128, 128)
+ATTENTION_KERNEL(decode_f8_bf16_192_128, BF16, 192, 128)
+ATTENTION_KERNEL(decode_f8_bf16_192_192, BF16, 192, 192)
+ATTENTION_KERNEL(decode_f8_bf16_256_256, BF16, 256, 256)
