@@ -115,7 +115,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
     assert!(first < most && last < most / 2, "{curve}");
 }
 
-#[cfg(not(feature = "cuda"))]
+#[cfg(not(feature = "attention"))]
 #[test]
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
     let ran = run(CANDLE, "candle-nowhere", &[]);
