@@ -10,7 +10,7 @@
 //! [`cuda_arguments`]: super::cuda_arguments
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::number;
+use super::cuda_addresses::{number, with_addresses};
 use super::cuda_arguments::Cache;
 use super::kv_batch::KvBatch;
 use super::options::{GqaOptions, Mask};
@@ -55,26 +55,59 @@ struct Arguments {
 // SAFETY: all fields are numbers, in C's layout.
 unsafe impl DeviceRepr for Arguments {}
 
-/// Computes the attention of one query for each sequence. `q` is contiguous.
-pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan) -> Result<Tensor> {
+/// Computes the attention of one query for each sequence. `q` is contiguous, and so is `output` if
+/// it is given.
+pub fn decode(
+    q: &Tensor,
+    kv: &KvBatch,
+    options: &GqaOptions,
+    plan: &DecodePlan,
+    output: Option<&Tensor>,
+) -> Result<Tensor> {
+    let device = q.device().as_cuda_device()?;
+    let stream = device.cuda_stream();
+    if let Some(output) = output {
+        let queue = |addresses: &[u64]| queue(q, kv, options, plan, addresses[0]);
+        with_addresses(&stream, &[output], queue)?;
+        return Ok(output.clone());
+    }
+    let shape = Shape::from((kv.batch(), q.dims()[1], kv.value_dim()));
+    // SAFETY: the kernel writes all of it before later work reads it.
+    let mut storage = unsafe { device.alloc_uninit(&shape, q.dtype())? };
+    {
+        let (output, _written) = address_mut(&mut storage.slice, &stream);
+        queue(q, kv, options, plan, output)?;
+    }
+    let storage = Storage::Cuda(storage);
+    Ok(Tensor::from_storage(
+        storage,
+        shape,
+        BackpropOp::none(),
+        false,
+    ))
+}
+
+/// Queues the kernel, which writes to `output`.
+fn queue(
+    q: &Tensor,
+    kv: &KvBatch,
+    options: &GqaOptions,
+    plan: &DecodePlan,
+    output: u64,
+) -> Result<()> {
     let Some(on_device) = &plan.on_device else {
         return Err(VmmError::PlanOnAnotherDevice.into());
     };
-    let (image, name) = kernel(q.dtype(), kv)?;
-    let ((dim, value_dim), name) = name;
+    let (image, ((dim, value_dim), name)) = kernel(q.dtype(), kv)?;
     let device = q.device().as_cuda_device()?;
     let stream = device.cuda_stream();
     let function = on_device.function(device, image, &name)?;
     let launch_shape = on_device.shape(dim, value_dim, kv.dtype().size_in_bytes());
     let query_heads = q.dims()[1];
-    let shape = Shape::from((kv.batch(), query_heads, kv.value_dim()));
-    // SAFETY: the kernel writes all of it before later work reads it.
-    let mut output = unsafe { device.alloc_uninit(&shape, q.dtype())? };
     let other = kv.device().as_cuda_device()?.cuda_stream();
     let order = StreamOrder::begin(&stream, &other)?;
-    let inputs = [q, &on_device.partials, &on_device.arrivals];
-    let queued = kv.with_cache(&stream, &inputs, |cache, addresses| {
-        let (output, _written) = address_mut(&mut output.slice, &stream);
+    let others = [q, &on_device.partials, &on_device.arrivals];
+    let queued = kv.with_cache(&stream, &others, |cache, addresses| {
         let arguments = Arguments {
             cache,
             queries: addresses[0],
@@ -101,17 +134,9 @@ pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan)
         launch.arg(&arguments);
         // SAFETY: the module's: the kernel is for these dtypes and sizes, and what it is given
         // stays borrowed until here.
-        unsafe { launch.launch(config) }.w()
+        unsafe { launch.launch(config) }.w().map(drop)
     });
-    let ended = order.end();
-    queued?;
-    ended?;
-    Ok(Tensor::from_storage(
-        Storage::Cuda(output),
-        shape,
-        BackpropOp::none(),
-        false,
-    ))
+    order.end().and(queued)
 }
 
 /// The padded sizes of heads, and the name of the kernel for them.

@@ -7,6 +7,7 @@ use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
 use super::options::GqaOptions;
 use super::plan::DecodePlan;
+use super::stream::is_same_stream;
 use crate::error::VmmError;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 
@@ -58,6 +59,53 @@ const NAME: &str = "decode";
 ///   [`NoAttentionKernels`](VmmError::NoAttentionKernels) on a GPU.
 /// - The errors of [`KvBatch::check`], if lengths and tables are checked.
 pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan) -> Result<Tensor> {
+    attend(q, kv, options, plan, None)
+}
+
+/// As [`decode`], into a tensor that was made before, so that nothing is allocated.
+///
+/// For steps that are captured. `output` is `[batch, query_heads, value_dim]`, contiguous, in the
+/// dtype of `q` and on its stream. What it held is lost. Tensors that share its memory change too,
+/// so it shares none with the inputs. Candle does not know of the write: order other streams that
+/// read it behind this one.
+///
+/// # Errors
+/// As [`decode`], and with `decode` as the operation `DTypeMismatchBinaryOp`,
+/// `DeviceMismatchBinaryOp`, `ShapeMismatchBinaryOp` or `RequiresContiguous` if `output` is not as
+/// above. Then it holds what it held.
+pub fn decode_into(
+    q: &Tensor,
+    kv: &KvBatch,
+    options: &GqaOptions,
+    plan: &DecodePlan,
+    output: &Tensor,
+) -> Result<()> {
+    let (lhs, rhs, op) = (q.dtype(), output.dtype(), NAME);
+    if lhs != rhs {
+        return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op });
+    }
+    if !is_same_stream(q.device(), output.device()) {
+        let (lhs, rhs) = (q.device().location(), output.device().location());
+        return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op });
+    }
+    let (batch, query_heads, _) = q.dims3()?;
+    if output.dims() != [batch, query_heads, kv.value_dim()] {
+        return Err(mismatch(output, kv, NAME));
+    }
+    if !output.is_contiguous() {
+        return Err(Error::RequiresContiguous { op });
+    }
+    attend(q, kv, options, plan, Some(output)).map(drop)
+}
+
+/// Writes to a tensor, if one is given, and returns that; or returns a new one.
+fn attend(
+    q: &Tensor,
+    kv: &KvBatch,
+    options: &GqaOptions,
+    plan: &DecodePlan,
+    output: Option<&Tensor>,
+) -> Result<Tensor> {
     options.check()?;
     check_dtypes(q, kv, NAME)?;
     let (batch, query_heads, dim) = q.dims3()?;
@@ -79,7 +127,11 @@ pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan)
     match q.device() {
         Device::Cpu => {
             let (lengths, tables) = kv.check_seen(options.mask)?;
-            cpu_decode::decode(&q, kv, options, &lengths, &tables)
+            let made = cpu_decode::decode(&q, kv, options, &lengths, &tables)?;
+            if let Some(output) = output {
+                output.slice_set(&made, 0, 0)?;
+            }
+            Ok(made)
         }
         #[cfg(feature = "attention")]
         Device::Cuda(_) => {
@@ -87,7 +139,7 @@ pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan)
             if kv.is_checked() {
                 kv.check_seen(options.mask)?;
             }
-            super::cuda_decode::decode(&q, kv, options, plan)
+            super::cuda_decode::decode(&q, kv, options, plan, output)
         }
         _ => Err(VmmError::NoAttentionKernels.into()),
     }

@@ -43,7 +43,7 @@ mod span;
 mod stream;
 mod write;
 
-pub use decode::decode;
+pub use decode::{decode, decode_into};
 pub use gqa::{gqa, gqa_with};
 pub use kv_batch::KvBatch;
 pub use options::{GqaOptions, Mask};

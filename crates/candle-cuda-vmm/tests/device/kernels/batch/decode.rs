@@ -3,8 +3,8 @@
 use super::layouts::Layout;
 use super::random::Case;
 use crate::common::open;
-use candle_core::{DType, Device};
-use candle_cuda_vmm::attention::Mask;
+use candle_core::{DType, Device, Error, Tensor};
+use candle_cuda_vmm::attention::{DecodePlan, Mask, decode_into};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -205,6 +205,53 @@ fn the_same_bits_at_every_call_and_with_any_number_of_threads() {
 }
 
 #[test]
+fn a_tensor_that_was_made_before_gets_the_same_bits() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let case = Case::new(Layout::Blocks(32), &[40, 90]);
+    let random = case.random(8);
+    let stored = random.store(9, &test.device);
+    let plan = DecodePlan::new(&test.device, 2, case.query_heads).unwrap();
+    let (q, options) = (random.queries(&test.device), case.options());
+    // A part of a longer one, of which the rest stays.
+    let shape = (3, case.query_heads, case.value_dim);
+    let all = Tensor::ones(shape, DType::F32, &test.device).unwrap();
+    let output = all.narrow(0, 1, 2).unwrap();
+    decode_into(&q, &stored.kv, &options, &plan, &output).unwrap();
+    let made = super::numbers(&output);
+    assert_eq!(made, random.decoded(&stored.kv, &test.device));
+    assert_eq!(super::numbers(&all.narrow(0, 0, 1).unwrap()), [1.; 4 * 64]);
+    // What does not fit is refused, and nothing is written.
+    let wrong = [
+        all.clone(),
+        output.to_dtype(DType::F16).unwrap(),
+        output.transpose(1, 2).unwrap(),
+        all.transpose(0, 1).unwrap().narrow(1, 1, 2).unwrap(),
+        Tensor::ones((2, 4, 64), DType::F32, &test.device)
+            .unwrap()
+            .transpose(0, 1)
+            .unwrap()
+            .contiguous()
+            .unwrap()
+            .transpose(0, 1)
+            .unwrap(),
+    ];
+    let refused = wrong.map(|wrong| {
+        let error = decode_into(&q, &stored.kv, &options, &plan, &wrong).unwrap_err();
+        match error {
+            Error::ShapeMismatchBinaryOp { .. } => "shape",
+            Error::DTypeMismatchBinaryOp { .. } => "dtype",
+            Error::RequiresContiguous { .. } => "contiguous",
+            other => panic!("{other}"),
+        }
+    });
+    assert_eq!(refused, ["shape", "dtype", "shape", "shape", "contiguous"]);
+    assert_eq!(super::numbers(&output), made);
+}
+
+#[test]
 fn lengths_count_that_are_in_the_tensor_when_the_step_runs() {
     let test = open();
     if !super::has_attention(&test) {
@@ -213,9 +260,9 @@ fn lengths_count_that_are_in_the_tensor_when_the_step_runs() {
     let case = Case::new(Layout::Blocks(16), &[40, 17]);
     let random = case.random(6);
     let stored = random.store(7, &test.device);
-    let lengths = candle_core::Tensor::new(&[40u32, 17], &test.device).unwrap();
+    let lengths = Tensor::new(&[40u32, 17], &test.device).unwrap();
     let kv = stored.kv.clone().lengths(&lengths).unwrap();
-    let shorter = candle_core::Tensor::new(&[25u32, 1], &test.device).unwrap();
+    let shorter = Tensor::new(&[25u32, 1], &test.device).unwrap();
     lengths.slice_set(&shorter, 0, 0).unwrap();
     let mut expected = random.clone();
     expected.case.lengths = vec![25, 1];
