@@ -202,3 +202,51 @@ impl fmt::Display for MemoryParts {
         self.write(formatter, Self::LIST.iter())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parts of which no two sums are the same: powers of two from `first` on.
+    fn parts(first: usize) -> MemoryParts {
+        MemoryParts {
+            live_page_bytes: first,
+            leased_bytes: 2 * first,
+            shared_bytes: 4 * first,
+            slack_bytes: 8 * first,
+            filling_bytes: 16 * first,
+            retiring_bytes: 32 * first,
+            parked_bytes: 64 * first,
+            ahead_bytes: 128 * first,
+            cached_bytes: 256 * first,
+            quarantined_bytes: 512 * first,
+        }
+    }
+
+    #[test]
+    fn the_total_is_all_parts_and_what_can_be_given_up_is_four_of_them() {
+        assert_eq!(parts(1).total_bytes(), 1023);
+        assert_eq!(parts(1).reclaimable_bytes(), 8 + 64 + 128 + 256);
+    }
+
+    #[test]
+    fn parts_add_up_one_by_one_and_none_becomes_less_than_nothing() {
+        assert_eq!(parts(1) + parts(2), parts(3));
+        assert_eq!(
+            [parts(1), parts(2)].into_iter().sum::<MemoryParts>(),
+            parts(3)
+        );
+        let mut sum = parts(5);
+        sum += parts(2);
+        assert_eq!(sum, parts(7));
+        assert_eq!(parts(7) - parts(2), parts(5));
+        assert_eq!(parts(2) - parts(7), MemoryParts::default());
+    }
+
+    #[test]
+    fn all_parts_are_written_in_their_order() {
+        let text = "1 B live, 2 B leased, 4 B shared, 8 B slack, 16 B filling, 32 B retiring, \
+                    64 B parked, 128 B ahead, 256 B cached, 512 B quarantined";
+        assert_eq!(parts(1).to_string(), text);
+    }
+}

@@ -123,12 +123,52 @@ mod tests {
         );
         assert_eq!(Extent::new(6, 2, 8).map(|extent| extent.pages(4)), Ok(1..2));
         assert_eq!(Extent::new(3, 2, 8).map(|extent| extent.pages(4)), Ok(0..2));
+        assert_eq!(Extent::new(3, 2, 8).map(Extent::range), Ok(3..5));
+    }
+
+    #[test]
+    fn a_size_is_a_multiple_that_is_not_zero() {
+        assert_eq!(multiple("size", 12, 4), Ok(12));
+        assert_eq!(
+            multiple("size", 0, 4),
+            Err(VmmError::ZeroSize { what: "size" })
+        );
+        let expected = VmmError::Misaligned {
+            what: "size",
+            value: 13,
+            required: 4,
+        };
+        assert_eq!(multiple("size", 13, 4), Err(expected));
+    }
+
+    #[test]
+    fn a_page_is_a_power_of_two_of_at_least_the_granularity() {
+        assert_eq!(check_page_bytes(8, 8), Ok(()));
+        assert_eq!(check_page_bytes(16, 8), Ok(()));
+        for page_bytes in [0, 4, 24] {
+            let expected = VmmError::InvalidPageSize {
+                page_bytes,
+                granularity_bytes: 8,
+            };
+            assert_eq!(check_page_bytes(page_bytes, 8), Err(expected));
+        }
+    }
+
+    #[test]
+    fn runs_that_touch_are_one() {
+        let mut runs = Vec::new();
+        for run in [2..4, 4..5, 6..7, 0..1, 1..2] {
+            push_run(&mut runs, run);
+        }
+        assert_eq!(runs, [2..5, 6..7, 0..2]);
     }
 
     #[test]
     fn bytes_read_well() {
         let text = |bytes| Readable(bytes).to_string();
         assert_eq!(text(17), "17 B");
+        assert_eq!(text(1023), "1023 B");
+        assert_eq!(text(1024), "1 KiB");
         assert_eq!(text(2 << 20), "2 MiB");
         assert_eq!(text((3 << 30) / 2), "1.50 GiB");
     }

@@ -157,3 +157,29 @@ impl Account {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_is_called_by_its_number() {
+        assert_eq!(
+            [0, 1, 7].map(|number| AccountId(number).number()),
+            [0, 1, 7]
+        );
+    }
+
+    #[test]
+    fn what_comes_back_in_any_way_is_not_used_and_what_is_spare_is_not_kept() {
+        let mut account = Account::new(Quota::new());
+        account.committed_bytes = 100;
+        account.comes_back = ComesBack {
+            coming_bytes: 30,
+            spare_bytes: 12,
+        };
+        account.releasing_bytes = 4;
+        account.shared_coming_bytes = 1;
+        assert_eq!((account.used_bytes(), account.kept_bytes()), (65, 88));
+    }
+}

@@ -97,3 +97,120 @@ impl ChunkPlan {
         last.is_some_and(|last| chunk.start < last.end)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGE: usize = 8;
+    const PAGES: usize = 64;
+    /// The range ends within its last page.
+    const CAPACITY: usize = PAGES * PAGE - 3;
+
+    fn rules(single_handle: bool) -> ChunkRules {
+        ChunkRules {
+            capacity_bytes: CAPACITY,
+            page_bytes: PAGE,
+            chunk_bytes_max: 4 * PAGE,
+            single_handle,
+        }
+    }
+
+    /// What an allocation takes, if none of its bytes is live.
+    fn plan(pages: &Pages<usize>, extent: &Extent, rules: &ChunkRules) -> Option<ChunkPlan> {
+        let survey = pages.survey(&extent.range())?;
+        Some(ChunkPlan::new(pages, extent, survey, rules))
+    }
+
+    fn allocate(pages: &mut Pages<usize>, bytes: ops::Range<usize>, single_handle: bool) {
+        let extent = Extent::new(bytes.start, bytes.len(), CAPACITY).expect("inside");
+        let plan = plan(pages, &extent, &rules(single_handle)).expect("not live");
+        let runs: Vec<_> = plan.runs().collect();
+        pages.begin(&bytes, &plan.survey, &runs);
+        let chunks = plan.chunks().into_iter();
+        pages.finish(
+            &bytes,
+            &runs,
+            chunks.map(|chunk| (chunk.clone(), chunk.start)),
+        );
+    }
+
+    #[test]
+    fn the_last_chunk_of_an_extent_that_grows_reaches_beyond_what_is_asked_for() {
+        let mut pages = Pages::new(PAGE);
+        allocate(&mut pages, 0..32 * PAGE, false);
+        let extent = Extent::new(32 * PAGE, PAGE, CAPACITY).expect("inside");
+        let grown = plan(&pages, &extent, &rules(false)).expect("not live");
+        assert_eq!(grown.chunks(), [32..36]);
+        assert_eq!((grown.pages(), grown.spare_pages), (4, 3));
+        assert_eq!(grown.runs().collect::<Vec<_>>(), [32..36]);
+        assert!(grown.is_asked_for(&(32..33)) && !grown.is_asked_for(&(33..34)));
+        assert!(grown.may_halve(&(32..34)) && !grown.may_halve(&(32..33)));
+        let whole = plan(&pages, &extent, &rules(true)).expect("not live");
+        assert_eq!(whole.chunks(), [32..33]);
+        assert!(!whole.may_halve(&(32..36)), "each run is one chunk");
+        // Not beyond a chunk that is there, and not if the extent does not grow.
+        allocate(&mut pages, 34 * PAGE..35 * PAGE, false);
+        let bounded = plan(&pages, &extent, &rules(false)).expect("not live");
+        assert_eq!(bounded.chunks(), [32..34]);
+        let apart = Extent::new(40 * PAGE, PAGE, CAPACITY).expect("inside");
+        let apart = plan(&pages, &apart, &rules(false)).expect("not live");
+        assert_eq!(apart.chunks(), [40..41]);
+        // At the end of the range, its last page is taken as well.
+        allocate(&mut pages, 35 * PAGE..62 * PAGE, false);
+        let last = Extent::new(62 * PAGE, 1, CAPACITY).expect("inside");
+        let last = plan(&pages, &last, &rules(false)).expect("not live");
+        assert_eq!(last.chunks(), [62..64]);
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_missing_is_backed_and_the_last_run_alone_reaches_further(
+            before in prop::collection::vec((0..PAGES - 1, 1..12usize), 0..8),
+            (first, count) in (0..PAGES - 1, 1..40usize),
+            single_handle in any::<bool>(),
+        ) {
+            let bytes = |first: usize, count: usize| {
+                first * PAGE..((first + count) * PAGE).min(CAPACITY)
+            };
+            let mut pages = Pages::new(PAGE);
+            for (first, count) in before {
+                let bytes = bytes(first, count);
+                if pages.survey(&bytes).is_some() {
+                    allocate(&mut pages, bytes, single_handle);
+                }
+            }
+            let bytes = bytes(first, count);
+            let extent = Extent::new(bytes.start, bytes.len(), CAPACITY).expect("inside");
+            let Some(plan) = plan(&pages, &extent, &rules(single_handle)) else {
+                return Ok(());
+            };
+            let missing = plan.survey.missing.clone();
+            let runs: Vec<_> = plan.runs().collect();
+            prop_assert_eq!(runs.len(), missing.len());
+            for (index, (run, missing)) in runs.iter().zip(&missing).enumerate() {
+                let spare = if index + 1 == runs.len() { plan.spare_pages } else { 0 };
+                prop_assert_eq!(run.clone(), missing.start..missing.end + spare);
+            }
+            prop_assert_eq!(plan.pages(), runs.iter().map(ops::Range::len).sum::<usize>());
+            let chunks = plan.chunks();
+            prop_assert!(chunks.iter().cloned().flatten().eq(runs.iter().cloned().flatten()));
+            if let Some(last) = runs.last() {
+                prop_assert_eq!(pages.next_chunk(last.start, last.end), last.end);
+                prop_assert!(last.end <= PAGES);
+            }
+            for chunk in &chunks {
+                prop_assert!(plan.is_asked_for(chunk));
+                prop_assert_eq!(plan.may_halve(chunk), !single_handle && chunk.len() > 1);
+                prop_assert!(single_handle || chunk.len() <= 4);
+            }
+            let grows = pages.extent_bytes(bytes.start) > 0;
+            prop_assert!(plan.spare_pages == 0 || (grows && !single_handle));
+            match single_handle {
+                true => prop_assert_eq!(chunks, runs),
+                false => prop_assert!(plan.spare_pages < 4),
+            }
+        }
+    }
+}

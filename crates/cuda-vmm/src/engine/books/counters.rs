@@ -49,3 +49,21 @@ pub struct EngineCounters {
     /// through the same [`Device`](crate::Device).
     pub device_calls: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_on_two_ranges_adds_up() {
+        let counted = |first| PoolCounters {
+            allocations: first,
+            deallocations: 2 * first,
+            refusals: 4 * first,
+            late_prefetches: 8 * first,
+        };
+        let mut counters = counted(3);
+        counters.add(&counted(4));
+        assert_eq!(counters, counted(7));
+    }
+}

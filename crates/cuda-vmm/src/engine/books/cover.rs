@@ -137,6 +137,7 @@ mod tests {
                 prop_assert_eq!(cover.overlaps(&bytes), expected.len() < bytes.len());
                 let gaps = cover.gaps(&bytes);
                 prop_assert!(gaps.windows(2).all(|pair| pair[0].end < pair[1].start));
+                prop_assert!(gaps.iter().all(|gap| !gap.is_empty()));
                 prop_assert_eq!(gaps.into_iter().flatten().collect::<Vec<_>>(), expected);
             }
             for (range, number) in list {

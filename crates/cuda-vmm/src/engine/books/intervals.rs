@@ -216,6 +216,8 @@ mod tests {
                 }
                 prop_assert_eq!(intervals.total(), points.len());
                 let stored: Vec<_> = intervals.iter().collect();
+                prop_assert!(stored.iter().cloned().flatten().eq(points.iter().copied()));
+                prop_assert_eq!(intervals.is_empty(), points.is_empty());
                 prop_assert!(stored.windows(2).all(|pair| pair[0].end < pair[1].start), "not merged: {stored:?}");
                 for point in 0..=SPACE {
                     let before = (0..point).rev().take_while(|point| points.contains(point)).count();

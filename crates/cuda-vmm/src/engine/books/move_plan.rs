@@ -74,6 +74,12 @@ mod tests {
         );
         assert_eq!((plan.moved_bytes(), plan.returned_bytes()), (6, 7));
         assert_eq!((plan.scratch_bytes(), plan.more_chunks()), (5, 0));
+        let mut plan = plan;
+        for chunk in &mut plan.moves {
+            chunk.pieces.push(90..91);
+        }
+        plan.moves[0].pieces.push(92..93);
+        assert_eq!(plan.more_chunks(), 3, "the pieces, less one each");
         assert_eq!(MovePlan::new(chunks.into_iter(), 0), MovePlan::default());
     }
 

@@ -1,6 +1,7 @@
 use super::super::range_id::RangeId;
 use super::*;
 
+mod limits;
 mod random;
 
 fn owner(account: AccountId, range: u64) -> Owner {

@@ -1,8 +1,13 @@
 //! The books of a range against the plainest account of the same facts.
 
 use super::*;
+use model::Model;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
+
+mod asked;
+mod model;
+mod order;
 
 const PAGE: usize = 8;
 const PAGES: usize = 24;
@@ -14,85 +19,6 @@ impl<M> Pages<M> {
         let mut unused = Vec::new();
         self.release(bytes, &mut unused);
         unused
-    }
-}
-
-/// The plainest account of the same facts: one entry for each byte and each page.
-struct Model {
-    live: [bool; CAPACITY],
-    backing: [Option<(usize, ChunkState)>; PAGES],
-    /// First pages of what was made ahead and not taken.
-    ahead: BTreeSet<usize>,
-    /// First pages of chunks whose memory others map too.
-    shared: BTreeSet<usize>,
-}
-
-impl Model {
-    fn page_live(&self, page: usize) -> bool {
-        (page * PAGE..((page + 1) * PAGE).min(CAPACITY)).any(|byte| self.live[byte])
-    }
-
-    fn retire_unused(&mut self) {
-        for first in 0..PAGES {
-            let chunk: Vec<_> = (0..PAGES)
-                .filter(|page| self.backing[*page] == Some((first, ChunkState::Backed)))
-                .collect();
-            if !chunk.is_empty() && !chunk.iter().any(|page| self.page_live(*page)) {
-                for page in chunk {
-                    self.backing[page] = Some((first, ChunkState::Retiring));
-                }
-            }
-        }
-    }
-
-    /// The chunk that backs all of these pages, if one does.
-    fn whole_chunk(&self, pages: &Range<usize>) -> Option<(usize, ChunkState)> {
-        let first = self.backing[pages.start]?;
-        let mut backing = pages.clone().map(|page| self.backing[page]);
-        backing.all(|entry| entry == Some(first)).then_some(first)
-    }
-
-    fn check(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
-        let is_shared = |first: &usize| self.shared.contains(first);
-        let count = |wanted: ChunkState| {
-            let of = |entry: &&Option<(usize, ChunkState)>| {
-                entry.is_some_and(|(first, state)| state == wanted && !is_shared(&first))
-            };
-            self.backing.iter().filter(of).count() * PAGE
-        };
-        let of_shared =
-            |page: &usize| self.backing[*page].is_some_and(|(first, _)| is_shared(&first));
-        let all_live = (0..PAGES).filter(|page| self.page_live(*page));
-        prop_assert_eq!(pages.live_pages(), all_live.clone().count());
-        let live_pages = all_live.filter(|page| !of_shared(page)).count();
-        prop_assert_eq!(pages.shared_pages(), (0..PAGES).filter(of_shared).count());
-        let leaving = self.shared.iter().copied();
-        let is_parked = |first: &usize| self.backing[*first] == Some((*first, ChunkState::Parked));
-        prop_assert!(pages.leaving().eq(leaving.filter(is_parked)));
-        let ahead_bytes = self.ahead.len() * PAGE;
-        prop_assert_eq!(
-            pages.parts(),
-            MemoryParts {
-                filling_bytes: 0,
-                live_page_bytes: live_pages * PAGE,
-                cached_bytes: 0,
-                leased_bytes: 0,
-                shared_bytes: 0,
-                slack_bytes: count(ChunkState::Backed) - live_pages * PAGE,
-                retiring_bytes: count(ChunkState::Retiring),
-                parked_bytes: count(ChunkState::Parked) - ahead_bytes,
-                ahead_bytes,
-                quarantined_bytes: count(ChunkState::Quarantined),
-            }
-        );
-        prop_assert_eq!(
-            pages.live().total(),
-            self.live.iter().filter(|live| **live).count()
-        );
-        for (_, chunk) in pages.chunks.iter() {
-            prop_assert_eq!(chunk.live_pages <= chunk.pages, true);
-        }
-        Ok(())
     }
 }
 
@@ -179,6 +105,7 @@ proptest! {
                     prop_assert_eq!(!survey.retiring.is_empty(), has(ChunkState::Retiring));
                     prop_assert_eq!(survey.quarantined, any(&|_, state| state == ChunkState::Quarantined));
                     prop_assert_eq!(!survey.parked.is_empty(), has(ChunkState::Parked));
+                    model.check_survey(&survey, &touched)?;
                     if survey.shared || !survey.leaving.is_empty() {
                         prop_assert!(!survey.is_there());
                         let whole = model.whole_chunk(&touched);
@@ -196,13 +123,20 @@ proptest! {
                         }
                         model.ahead.remove(&whole.map_or(PAGES, |(first, _)| first));
                         range.for_each(|byte| model.live[byte] = true);
-                        model.check(&pages)?;
+                        model.check(&mut pages)?;
                         continue;
                     }
                     if whole.is_none() {
                         prop_assert!(!pages.take_within_chunk(&range));
                     }
                     if (!survey.retiring.is_empty() && !follows) || survey.quarantined {
+                        continue;
+                    }
+                    if survey.missing.is_empty() && !fails && grows {
+                        pages.take(&range, &survey);
+                        model.taken(&survey);
+                        range.for_each(|byte| model.live[byte] = true);
+                        model.check(&mut pages)?;
                         continue;
                     }
                     let mut runs = survey.missing.clone();
@@ -229,10 +163,7 @@ proptest! {
                         for chunk in cut {
                             for page in chunk.clone() { model.backing[page] = Some((chunk.start, ChunkState::Backed)); }
                         }
-                        for first in survey.parked.iter().chain(&survey.retiring) {
-                            model.ahead.remove(first);
-                            for entry in model.backing.iter_mut().flatten().filter(|(of, _)| of == first) { entry.1 = ChunkState::Backed; }
-                        }
+                        model.taken(&survey);
                         range.for_each(|byte| model.live[byte] = true);
                     }
                 }
@@ -335,7 +266,7 @@ proptest! {
                     }
                 }
             }
-            model.check(&pages)?;
+            model.check(&mut pages)?;
         }
     }
 }
