@@ -71,6 +71,7 @@ mod tests {
             model.truncate(most);
             prop_assert!(hint.first(most).flatten().eq(model));
             let runs: Vec<_> = hint.first(most).collect();
+            prop_assert!(runs.iter().all(|run| !run.is_empty()));
             prop_assert!(runs.windows(2).all(|pair| pair[0].end != pair[1].start));
         }
     }

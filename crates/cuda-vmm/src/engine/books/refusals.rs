@@ -66,3 +66,36 @@ impl Refusals {
         self.backoff.fail(now);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worker_tries_again_after_ever_longer_delays() {
+        let mut refusals = Refusals::default();
+        let now = Duration::from_secs(1);
+        assert!(!refusals.is_told() && refusals.is_due(now));
+        refusals.tell(now);
+        assert!(refusals.is_told() && !refusals.is_due(now));
+        assert_eq!(refusals.left(now), DELAY);
+        assert!(refusals.is_due(now + DELAY));
+        refusals.fail(now + DELAY);
+        assert_eq!(refusals.left(now + DELAY), 2 * DELAY);
+    }
+
+    #[test]
+    fn each_try_begins_with_the_next_piece() {
+        let mut refusals = Refusals::default();
+        refusals.rotate::<u8>(&mut []);
+        let mut firsts = Vec::new();
+        for _ in 0..5 {
+            let mut pieces = [0, 1, 2];
+            refusals.rotate(&mut pieces);
+            firsts.push(pieces);
+            refusals.take_turn();
+        }
+        let turns = [[0, 1, 2], [1, 2, 0], [2, 0, 1]];
+        assert_eq!(firsts, [turns[0], turns[1], turns[2], turns[0], turns[1]]);
+    }
+}

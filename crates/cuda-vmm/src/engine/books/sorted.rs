@@ -405,6 +405,26 @@ mod tests {
     }
 
     #[test]
+    fn maps_are_equal_if_their_entries_are() {
+        let map = |entries: &[(usize, char)]| {
+            let mut map = SortedMap::default();
+            for (key, value) in entries {
+                map.insert(*key, *value);
+            }
+            map
+        };
+        let one = map(&[(1, 'a'), (2, 'b')]);
+        assert!(one == map(&[(2, 'b'), (1, 'a')]));
+        for other in [
+            &[(1, 'a')][..],
+            &[(1, 'a'), (2, 'c')],
+            &[(1, 'a'), (3, 'b')],
+        ] {
+            assert!(one != map(other));
+        }
+    }
+
+    #[test]
     fn blocks_are_full_behind_an_end_that_grows_and_half_full_elsewhere() {
         let mut map = SortedMap::default();
         (0..10 * BLOCK).for_each(|key| {

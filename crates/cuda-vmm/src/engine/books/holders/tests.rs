@@ -134,10 +134,21 @@ fn two_accounts_that_want_do_not_owe_each_other() {
 }
 
 #[test]
+fn of_two_equals_that_do_not_wait_neither_owes() {
+    let holders = [holder(0, 0, 0, 50), holder(1, 0, 0, 50)];
+    let mut wants = Wants::default();
+    for account in [0, 1] {
+        wants.push(of(account), 20, false);
+    }
+    assert_eq!(divide(LIMIT, &holders, wants.iter()), [0, 0]);
+}
+
+#[test]
 fn an_account_at_its_ceiling_asks_no_other() {
     let mut holders = [holder(0, 0, 0, 90), holder(1, 0, 0, 10)];
     holders[1].ceiling_bytes = 15;
     assert_eq!(divide(LIMIT, &holders, wants(&[(1, 6)])), [0, 0]);
+    assert_eq!(divide(LIMIT, &holders, wants(&[(1, 5)])), [5, 0]);
 }
 
 #[test]

@@ -137,3 +137,19 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn the_accounts_whose_sums_have_changed_are_told_once() {
+    let mut ledger = Ledger::new(1);
+    let accounts = [(); 2].map(|()| ledger.open(Quota::new()).expect("no guarantee"));
+    let mut books: SharedChunks<usize> = SharedChunks::default();
+    let ids = accounts.map(|account| {
+        let at = account.number() as usize * FIRSTS;
+        books.share(account, 4, place(at), at)
+    });
+    assert_eq!(books.take_changed(), accounts.into_iter().collect());
+    books.add(ids[0], place(1));
+    assert!(books.take_changed().is_empty(), "it is counted as before");
+    books.retire(place(FIRSTS));
+    assert_eq!(books.take_changed(), BTreeSet::from([accounts[1]]));
+}

@@ -20,6 +20,42 @@ fn looks() -> impl Strategy<Value = RangeLook> {
     )
 }
 
+#[test]
+fn a_fact_holds_if_it_was_said_once_or_more() {
+    let facts: Facts = [
+        (Fact::Ended, true),
+        (Fact::Leaving, true),
+        (Fact::Ended, true),
+        (Fact::Hungry, false),
+    ]
+    .into_iter()
+    .collect();
+    let holds = Fact::ALL.into_iter().filter(|fact| facts.has(*fact));
+    assert_eq!(holds.collect::<Vec<_>>(), [Fact::Ended, Fact::Leaving]);
+}
+
+#[test]
+fn those_that_were_made_after_the_last_one_come_first() {
+    let mut tally = Tally::default();
+    for id in [1, 4, 6, 9] {
+        let look = RangeLook {
+            account: AccountId(0),
+            parts: MemoryParts::default(),
+            spare_parked_bytes: 0,
+            left_parked_bytes: 0,
+            facts: [(Fact::Parked, id != 6)].into_iter().collect(),
+        };
+        tally.set(RangeId(id), look);
+    }
+    let in_turn = |last| -> Vec<_> {
+        let with = tally.with_in_turn(Fact::Parked, RangeId(last));
+        with.map(|id| id.0).collect()
+    };
+    assert_eq!(in_turn(4), [9, 1, 4]);
+    assert_eq!(in_turn(5), [9, 1, 4]);
+    assert_eq!(in_turn(9), [1, 4, 9]);
+}
+
 proptest! {
     #[test]
     fn sums_are_those_of_a_walk(

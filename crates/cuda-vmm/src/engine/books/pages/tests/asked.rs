@@ -109,6 +109,16 @@ impl Model {
             let shared = self.shared.iter().map(|first| chunks[first].0.clone());
             let shared: Vec<_> = shared.filter(overlaps).collect();
             prop_assert_eq!(pages.shared_chunks(&bytes).collect::<Vec<_>>(), shared);
+            let is_whole = |(_, (of_chunk, state)): &(&usize, &(Range<usize>, ChunkState))| {
+                let own = of_chunk.start * PAGE..of_chunk.end * PAGE;
+                let inside = bytes.start <= own.start && own.end <= bytes.end;
+                *state == ChunkState::Backed && inside && { own }.all(|byte| self.live[byte])
+            };
+            for page in [0, touched.start, touched.start + 1] {
+                let from = chunks.range(page..).filter(is_whole);
+                let whole = from.map(|(_, (of_chunk, _))| of_chunk.clone());
+                prop_assert!(pages.whole_chunks(&bytes, page).eq(whole));
+            }
             let end = bytes.end;
             let live = (0..end).rev().take_while(|byte| self.live[*byte]).count();
             let extends = live > 0 && !(end < CAPACITY && self.live[end]);
