@@ -131,6 +131,10 @@ proptest! {
         prop_assert!(targets.iter().all(|to| after[*to]), "what is moved into stays");
         prop_assert_eq!(emptied_bytes(&layout, &before, &after), chosen.freed_bytes);
         prop_assert!((chosen.cost - cost).abs() < 1e-9);
+        // No less than the first search finds, and at no greater cost.
+        let first = Search::new(&layout, &candidates, move_cost, false).run(bytes);
+        prop_assert!(chosen.freed_bytes >= first.freed_bytes);
+        prop_assert!(chosen.freed_bytes > first.freed_bytes || chosen.cost <= first.cost);
         for (class, emptied) in layout.classes.iter().zip(&chosen.pages) {
             let unique: BTreeSet<_> = emptied.iter().collect();
             prop_assert_eq!(unique.len(), emptied.len());

@@ -93,7 +93,7 @@ impl Model {
     /// What is said of runs of bytes.
     pub(super) fn check_bytes(&self, pages: &Pages<usize>) -> Result<(), TestCaseError> {
         let chunks = self.chunks();
-        for start in (0..CAPACITY).step_by(5) {
+        for start in (0..CAPACITY).step_by(11) {
             let bytes = start..(start + 1 + start * 7 % 30).min(CAPACITY);
             let touched = bytes.start / PAGE..bytes.end.div_ceil(PAGE);
             let whole = self.whole_chunk(&touched);
@@ -130,12 +130,16 @@ impl Model {
                 prop_assert_eq!(pages.extent_bytes(end), extent);
             }
         }
+        // From each byte on, how many are unused.
+        let mut runs = [0; CAPACITY + 1];
+        for byte in (0..CAPACITY).rev() {
+            let is_unused = !self.live[byte] && !self.is_shared_page(byte / PAGE);
+            runs[byte] = if is_unused { runs[byte + 1] + 1 } else { 0 };
+        }
         for (bytes, alignment) in [(1, 1), (9, 4), (25, 8), (60, 1)] {
-            let is_unused = |byte: &usize| !self.live[*byte] && !self.is_shared_page(byte / PAGE);
-            let run = |at: usize| (at..CAPACITY).take_while(is_unused).count();
             let mut starts = (0..CAPACITY).step_by(alignment);
-            let place = starts.find(|at| run(*at) >= bytes);
-            let largest = (0..CAPACITY).map(run).max().unwrap_or(0);
+            let place = starts.find(|at| runs[*at] >= bytes);
+            let largest = runs.iter().copied().max().unwrap_or(0);
             let found = pages.place(bytes, alignment, CAPACITY);
             prop_assert_eq!(found, place.ok_or(largest));
         }
