@@ -102,3 +102,23 @@ impl fmt::Display for AccountStats {
         )
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_account_holds_reads_well() {
+        let stats = AccountStats {
+            ranges: 3,
+            capacity_bytes: 4 << 20,
+            live_bytes: 1 << 10,
+            committed_bytes: 2 << 20,
+            chunks: 1,
+            ..AccountStats::default()
+        };
+        let text = stats.to_string();
+        let expected = "1 KiB live over 4 MiB of addresses in 3 ranges; 2 MiB committed: ";
+        assert_eq!(text, format!("{expected}{}", MemoryParts::default()));
+    }
+}

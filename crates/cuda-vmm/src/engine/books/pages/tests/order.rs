@@ -200,6 +200,14 @@ fn pages_that_a_neighbour_keeps_live_count_once() {
     assert_eq!(pages.live_pages(), 3);
     assert!(pages.take_within_chunk(&(2 * PAGE + 6..4 * PAGE)));
     assert_eq!(pages.live_pages(), 4);
+    // A page that ends at one that is live.
+    chunk(
+        &mut pages,
+        4..8,
+        core::slice::from_ref(&(6 * PAGE..7 * PAGE)),
+    );
+    assert!(pages.take_within_chunk(&(5 * PAGE..6 * PAGE)));
+    assert_eq!(pages.live_pages(), 4 + 2);
 }
 
 #[test]
