@@ -12,7 +12,7 @@ pub(crate) use std::thread_local;
 pub(crate) use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        Weak, atomic,
+        TryLockError, Weak, atomic,
     },
     thread,
 };
@@ -21,7 +21,7 @@ pub(crate) use std::{
 pub(crate) use shuttle::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        Weak, atomic,
+        TryLockError, Weak, atomic,
     },
     thread, thread_local,
 };

@@ -81,7 +81,7 @@ mod worker;
 
 pub(crate) use account::Reclaimer;
 pub use account::{Account, Demand};
-pub(crate) use allocate::{Ask, Later, allocate_all};
+pub(crate) use allocate::{Ask, Later, allocate_all, take_all_there};
 pub use books::account::Quota;
 pub use books::counters::{EngineCounters, PoolCounters};
 pub(crate) use books::hint::Hint;

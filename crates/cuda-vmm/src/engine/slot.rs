@@ -10,7 +10,7 @@ use super::range::leases::{Asked, Asker};
 use super::users::Users;
 use crate::foreign;
 use crate::process::Process;
-use crate::sync::{self, Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use crate::sync::{self, Apart, Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use crate::sys::CUDA_ERROR_CAPTURED_EVENT;
 use crate::{Fence, Result, VmmError};
 use core::ops::{Deref, DerefMut};
@@ -128,6 +128,15 @@ impl Slot {
     pub(crate) fn lock(&self) -> RangeLock<'_> {
         let held = self.shared.held.lock();
         self.locked(held.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Locks the range, unless another thread has it.
+    pub(crate) fn try_lock(&self) -> Option<RangeLock<'_>> {
+        match self.shared.held.try_lock() {
+            Ok(held) => Some(self.locked(held)),
+            Err(TryLockError::Poisoned(held)) => Some(self.locked(held.into_inner())),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     fn locked<'a>(&'a self, held: MutexGuard<'a, Held>) -> RangeLock<'a> {

@@ -1,7 +1,7 @@
 //! Allocations in several pools of one account, all or none.
 
 use super::VirtualMemoryPool;
-use crate::engine::{Account, Ask, Later, Patience, Place, RangeHandle, allocate_all};
+use crate::engine::{Account, Ask, Later, Patience, Place, allocate_all, take_all_there};
 use crate::size::Extent;
 use crate::{Result, VmmError};
 use core::task::{Context, Poll};
@@ -60,21 +60,19 @@ fn by_pool<'a, 'b>(parts: &'b [PoolPart<'a>]) -> impl Iterator<Item = &'b [PoolP
 }
 
 /// Makes all parts live if all their pages are there; returns whether it did. The short way for
-/// what block tables do: it takes each range's lock alone.
+/// what block tables do: it takes the ranges' locks alone.
 ///
-/// Most often the pages have other live bytes, and to free what was taken leaves them as they were.
-/// If not, all parts are looked at before the first is taken. If another thread is faster then,
-/// those that were taken retire, and the long way takes them back.
+/// Most often the pages have other live bytes. Then one range is locked after the other, since to
+/// free what was taken leaves a page as it was.
 fn take_there(parts: &[PoolPart<'_>]) -> bool {
-    let is_there = |(pool, offset, bytes): &PoolPart<'_>| pool.range.is_there(*offset, *bytes);
-    take_each(parts, RangeHandle::take_beside_live)
-        || (parts.iter().all(is_there) && take_each(parts, RangeHandle::take_if_there))
+    take_beside_live(parts) || ask(parts, take_all_there)
 }
 
-/// Makes all parts live by `take`, or none; returns whether it did.
-fn take_each(parts: &[PoolPart<'_>], take: fn(&RangeHandle, usize, usize) -> bool) -> bool {
-    let mut parts_left = parts.iter();
-    let refused = parts_left.position(|(pool, offset, bytes)| !take(&pool.range, *offset, *bytes));
+/// Makes all parts live if their pages have other live bytes, or none; returns whether it did.
+fn take_beside_live(parts: &[PoolPart<'_>]) -> bool {
+    let refused = parts
+        .iter()
+        .position(|(pool, offset, bytes)| !pool.range.take_beside_live(*offset, *bytes));
     let Some(taken) = refused else {
         return true;
     };

@@ -44,6 +44,7 @@ use super::changes::Locked;
 use super::handle::RangeHandle;
 use super::inner::Inner;
 use super::range::{Place, Taken};
+use super::slot::RangeLock;
 use super::waiting::Patience;
 use crate::sync::Arc;
 use crate::sync::atomic::Ordering;
@@ -89,23 +90,6 @@ impl RangeHandle {
         taken.map(|taken| taken.tell(self.inner())).is_some()
     }
 
-    /// Whether bytes can be taken under the range's lock alone now.
-    pub(crate) fn is_there(&self, offset: usize, bytes: usize) -> bool {
-        let is_pressing = &self.inner().state.is_pressing;
-        self.slot.check_process().is_ok()
-            && !is_pressing.load(Ordering::SeqCst)
-            && self.slot.lock().is_there(offset, bytes)
-    }
-
-    /// Makes bytes live if that takes the range's lock alone; returns whether it did.
-    pub(crate) fn take_if_there(&self, offset: usize, bytes: usize) -> bool {
-        match self.take_there(Place::At(offset), bytes) {
-            Ok(Some(taken)) => _ = taken.tell(self.inner()),
-            Ok(None) | Err(_) => return false,
-        }
-        true
-    }
-
     /// Takes what is there already, under the range's lock alone; `None` if that takes more.
     #[inline]
     fn take_there(&self, place: Place, bytes: usize) -> Result<Option<Taken>> {
@@ -129,6 +113,51 @@ impl RangeHandle {
         let is_retryable = error.is_retryable();
         crate::events::debug!(?place, bytes, %error, is_retryable, "memory was refused");
     }
+}
+
+/// Makes the bytes of all asks live, or none, if all their pages are there; returns whether it did.
+/// It takes the ranges' locks alone.
+///
+/// It has all of them at once, so that it looks at every page before it takes the first, and no
+/// page has to be given back. It waits for none of them while it has another: if some thread has
+/// one, it lets go.
+pub(crate) fn take_all_there(asks: &[Ask<'_>]) -> bool {
+    let [first, ..] = asks else {
+        return true;
+    };
+    if first.handle.slot.check_process().is_err() {
+        return false;
+    }
+    let ranges = asks.iter().map(|ask| ask.handle.slot.try_lock());
+    let Some(mut ranges) = ranges.collect::<Option<Vec<_>>>() else {
+        return false;
+    };
+    let engine = first.handle.inner();
+    // As in `RangeHandle::take_there`.
+    if engine.state.is_pressing.load(Ordering::SeqCst) {
+        return false;
+    }
+    let mut all = asks.iter().zip(&ranges);
+    let is_there = |(ask, range): (&Ask<'_>, &RangeLock<'_>)| {
+        let mut places = ask.places.iter();
+        places.all(|(place, bytes)| range.is_there(*place, *bytes))
+    };
+    if !all.all(is_there) {
+        return false;
+    }
+    let mut is_hungry = false;
+    for (ask, range) in asks.iter().zip(&mut ranges) {
+        for (place, bytes) in ask.places {
+            if let Ok(Some(taken)) = range.take_there(*place, *bytes) {
+                is_hungry |= taken.is_hungry;
+            }
+        }
+    }
+    drop(ranges);
+    if is_hungry {
+        engine.worker.wake(engine, false);
+    }
+    true
 }
 
 /// Makes the bytes of all asks live, or none; returns the offset of the first. There is one ask at

@@ -202,8 +202,8 @@ impl Range {
 
     /// Whether [`take_there`](Self::take_there) would make these bytes live. Not while another
     /// allocation of the range is under way, when it takes nothing within one chunk.
-    pub(crate) fn is_there(&self, offset: usize, bytes: usize) -> bool {
-        let extent = self.extent_at(Place::At(offset), bytes);
+    pub(crate) fn is_there(&self, place: Place, bytes: usize) -> bool {
+        let extent = self.extent_at(place, bytes);
         let survey = extent.map(|extent| self.pages.survey(&extent.range()));
         !self.takes_no_more()
             && !self.pages.is_any_pending()
