@@ -20,12 +20,13 @@ fn what_is_in_the_cache_is_committed_and_makes_room_when_it_is_taken() {
     let told = |ledger: &Ledger| (ledger.committed_bytes(), ledger.cached_bytes());
     assert_eq!(told(&ledger), (60, 40));
     assert_eq!(ledger.account_bytes(id), 20);
-    let free = |cached_bytes| {
-        let refusal = ledger.admit(id, 100, cached_bytes, None);
-        refusal.map_err(|refusal| refusal.free_bytes)
-    };
-    assert_eq!((free(0), free(40)), (Err(40), Err(80)));
-    assert_eq!(ledger.admit(id, 80, 40, None), Ok(()));
+    assert_eq!(ledger.room(id, None).free_bytes, 40);
+    let refused = ledger.charge(id, 41, None);
+    assert_eq!(refused.map_err(|refusal| refusal.free_bytes), Err(40));
+    ledger.take_from_cache(40);
+    assert_eq!(ledger.room(id, None).free_bytes, 80);
+    ledger.restock(40);
+    assert_eq!(told(&ledger), (60, 40), "as before");
     ledger.take_from_cache(30);
     assert_eq!(told(&ledger), (30, 10));
     ledger.restock(5);
@@ -62,7 +63,7 @@ fn beside_the_guarantees_of_others_an_account_may_hold_the_rest() {
         beside_guarantees_bytes: 80,
         limit_bytes: 100,
     };
-    assert_eq!(ledger.admit(first, 81, 0, None), Err(expected));
+    assert_eq!(ledger.charge(first, 81, None), Err(expected));
     assert_eq!(ledger.room(first, None), expected);
 }
 

@@ -22,8 +22,8 @@ fn byte(page: usize) -> Range<usize> {
 
 fn back(pages: &mut Pages<usize>, page: usize) {
     let survey = pages.survey(&byte(page)).expect("free");
-    pages.begin(&byte(page), &survey, &survey.missing);
-    pages.finish(&byte(page), &survey.missing, [(page..page + 1, page)]);
+    pages.begin(&byte(page), &survey, survey.missing.clone());
+    pages.finish(&byte(page), [(page..page + 1, page)]);
 }
 
 #[test]
@@ -63,8 +63,8 @@ fn an_extent_counts_from_behind_the_last_shared_chunk() {
     for page in 0..6 {
         let bytes = page * PAGE..(page + 1) * PAGE;
         let survey = pages.survey(&bytes).expect("free");
-        pages.begin(&bytes, &survey, &survey.missing);
-        pages.finish(&bytes, &survey.missing, [(page..page + 1, page)]);
+        pages.begin(&bytes, &survey, survey.missing.clone());
+        pages.finish(&bytes, [(page..page + 1, page)]);
     }
     assert_eq!(pages.extent_bytes(6 * PAGE), 6 * PAGE);
     pages.set_shared(3, true);
@@ -154,12 +154,16 @@ fn pages_that_are_being_made_are_pending_and_backed_by_no_chunk_that_is_done() {
     let mut pages: Pages<usize> = Pages::new(PAGE);
     let bytes = 0..2 * PAGE;
     let survey = pages.survey(&bytes).expect("free");
-    pages.begin(&bytes, &survey, &survey.missing);
+    pages.begin(&bytes, &survey, survey.missing.clone());
     assert!(pages.is_any_pending() && pages.is_worked_on() && pages.is_in_hand(0));
     assert_eq!(pages.parts().filling_bytes, 2 * PAGE);
     assert!(pages.has_taken(&(PAGE..PAGE + 1)) && !pages.is_within_backed(&bytes));
     assert!(!pages.are_bare(&(0..1)) && pages.are_bare(&(2..4)));
-    assert!(pages.abort(&bytes, &survey, &survey.missing, []).is_empty());
+    assert!(
+        pages
+            .abort(&bytes, &survey, survey.missing.clone(), [])
+            .is_empty()
+    );
     assert!(!pages.is_any_pending() && pages.are_bare(&(0..4)));
 }
 
@@ -167,12 +171,8 @@ fn pages_that_are_being_made_are_pending_and_backed_by_no_chunk_that_is_done() {
 fn chunk(pages: &mut Pages<usize>, of_chunk: Range<usize>, live: &[Range<usize>]) {
     let bytes = of_chunk.start * PAGE..of_chunk.end * PAGE;
     let survey = pages.survey(&bytes).expect("free");
-    pages.begin(&bytes, &survey, &survey.missing);
-    pages.finish(
-        &bytes,
-        &survey.missing,
-        [(of_chunk.clone(), of_chunk.start)],
-    );
+    pages.begin(&bytes, &survey, survey.missing.clone());
+    pages.finish(&bytes, [(of_chunk.clone(), of_chunk.start)]);
     for bytes in live {
         assert!(pages.live().contains(bytes));
     }
@@ -220,9 +220,9 @@ fn a_chunk_that_is_about_to_be_used_at_its_end_does_not_retire() {
     );
     let taken = 7 * PAGE..8 * PAGE;
     let survey = pages.survey(&taken).expect("free");
-    pages.begin(&taken, &survey, &[]);
+    pages.begin(&taken, &survey, []);
     assert_eq!(pages.released(&(4 * PAGE..5 * PAGE)), [0_usize; 0]);
-    pages.finish(&taken, &[], []);
+    pages.finish(&taken, []);
     assert_eq!(pages.released(&taken), [4]);
 }
 
@@ -231,16 +231,16 @@ fn a_parked_page_that_another_is_about_to_use_is_not_parked_by_one_that_fails() 
     let mut pages = parked(&[0]);
     let failing = pages.survey(&(4..20)).expect("free");
     assert_eq!(failing.parked, [0]);
-    pages.begin(&(4..20), &failing, &failing.missing);
+    pages.begin(&(4..20), &failing, failing.missing.clone());
     let other = pages.survey(&(0..3)).expect("free");
-    pages.begin(&(0..3), &other, &[]);
+    pages.begin(&(0..3), &other, []);
     assert!(
         pages
-            .abort(&(4..20), &failing, &failing.missing, [])
+            .abort(&(4..20), &failing, failing.missing.clone(), [])
             .is_empty()
     );
     assert_eq!(pages.state_of(0), Some(ChunkState::Backed));
-    pages.finish(&(0..3), &[], []);
+    pages.finish(&(0..3), []);
     assert_eq!(pages.released(&(0..3)), [0]);
 }
 
