@@ -1,11 +1,13 @@
 //! The kinds of caches, and how much memory each holds.
 
-use candle_core::Tensor;
+use crate::generation::Generator;
+use crate::model::Decoder;
+use candle_core::{Result, Tensor};
 use candle_cuda_vmm::kv_cache::{CandleCache, ConcatCaches, KvCacheFactory, PreallocatedCaches};
 use candle_cuda_vmm::{ElasticKvCache, TensorPool};
 use candle_nn::kv_cache::{ConcatKvCache, KvCache};
 
-/// The kind of cache. `main` maps each to a factory.
+/// The kind of cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Kind {
     /// Candle's `KvCache`, with memory for the longest sequence from the start
@@ -14,6 +16,9 @@ pub enum Kind {
     Concat,
     /// `ElasticKvCache`, with memory for the tokens in it only
     Elastic,
+    /// `ElasticBlocks` with a block table, for `attention::prompt` and `decode` in place of
+    /// `--attention`. A GPU needs the feature `attention`
+    Paged,
 }
 
 /// A factory that reports how much memory its caches hold.
@@ -22,6 +27,26 @@ pub trait Measured: KvCacheFactory {
     fn held_bytes<'a>(&self, caches: impl Iterator<Item = &'a Self::Cache>) -> usize
     where
         Self::Cache: 'a;
+}
+
+/// A decoder, and the factory of its caches.
+pub struct Cached<'a, F: Measured> {
+    pub decoder: Decoder<F::Cache>,
+    pub factory: &'a F,
+}
+
+impl<F: Measured> Generator for Cached<'_, F> {
+    fn forward(&mut self, tokens: &[u32]) -> Result<Tensor> {
+        self.decoder.forward(tokens)
+    }
+
+    fn tokens(&self) -> usize {
+        self.decoder.tokens()
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.factory.held_bytes(self.decoder.caches())
+    }
 }
 
 impl Measured for PreallocatedCaches {

@@ -1,12 +1,22 @@
 //! Greedy decoding, with measurements.
 
-use crate::caches::Measured;
-use crate::model::Decoder;
 use candle_core::{DType, Device, Result, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use std::time::Instant;
+
+/// A decoder with one sequence in its caches.
+pub trait Generator {
+    /// Appends tokens, and returns the logits of the token after the last: `[vocab_size]`.
+    fn forward(&mut self, tokens: &[u32]) -> Result<Tensor>;
+
+    /// Returns the number of tokens in the caches.
+    fn tokens(&self) -> usize;
+
+    /// Returns the memory in bytes that the caches hold, including unused memory.
+    fn held_bytes(&self) -> usize;
+}
 
 /// The generated tokens, and measurements.
 #[derive(Debug, Serialize)]
@@ -38,6 +48,17 @@ pub struct Sample {
     pub held_bytes: usize,
 }
 
+impl Sample {
+    fn take(decoder: &impl Generator, token_bytes: usize, tokens_per_second: f64) -> Self {
+        Self {
+            cached_tokens: decoder.tokens(),
+            tokens_per_second,
+            live_bytes: decoder.tokens() * token_bytes,
+            held_bytes: decoder.held_bytes(),
+        }
+    }
+}
+
 /// Returns random tokens for a prompt.
 pub fn prompt(vocab_size: usize, tokens: usize, seed: u64) -> Vec<u32> {
     let mut random = StdRng::seed_from_u64(seed);
@@ -47,25 +68,18 @@ pub fn prompt(vocab_size: usize, tokens: usize, seed: u64) -> Vec<u32> {
 }
 
 /// Generates `count` tokens after the prompt by greedy decoding, and takes about `samples` samples.
-pub fn generate<F: Measured>(
-    decoder: &mut Decoder<F::Cache>,
-    factory: &F,
+pub fn generate(
+    decoder: &mut impl Generator,
     token_bytes: usize,
     prompt: &[u32],
     count: usize,
     samples: usize,
 ) -> Result<Generation> {
-    let sample = |decoder: &Decoder<F::Cache>, tokens_per_second| Sample {
-        cached_tokens: decoder.tokens(),
-        tokens_per_second,
-        live_bytes: decoder.tokens() * token_bytes,
-        held_bytes: factory.held_bytes(decoder.caches()),
-    };
     let start = Instant::now();
     // `most_likely` copies the token to the host, which waits for the device.
     let mut tokens = vec![most_likely(&decoder.forward(prompt)?)?];
     let decode_start = Instant::now();
-    let mut taken = vec![sample(decoder, 0.)];
+    let mut taken = vec![Sample::take(decoder, token_bytes, 0.)];
     let interval = count.saturating_sub(1).div_ceil(samples.max(1)).max(1);
     let (mut since, mut since_tokens) = (decode_start, 0);
     let mut last = tokens[0];
@@ -74,7 +88,7 @@ pub fn generate<F: Measured>(
         tokens.push(last);
         if step % interval == 0 || step == count - 1 {
             let speed = (step - since_tokens) as f64 / since.elapsed().as_secs_f64();
-            taken.push(sample(decoder, speed));
+            taken.push(Sample::take(decoder, token_bytes, speed));
             (since, since_tokens) = (Instant::now(), step);
         }
     }

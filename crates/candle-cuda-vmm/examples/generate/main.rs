@@ -4,24 +4,29 @@
 //! small model with random weights. `--config` takes the `config.json` of a Hugging Face model, and
 //! `--weights` its safetensors files.
 
+mod batch;
+#[cfg(all(test, feature = "simulator"))]
+mod batch_tests;
 mod caches;
 mod config;
 mod demand;
 mod generation;
 mod model;
+mod paged;
 #[cfg(test)]
 mod tests;
 mod weights;
 
-use caches::{Kind, Measured};
+use caches::{Cached, Kind, Measured};
 use candle_core::{DType, Device};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::{Parser, ValueEnum};
 use config::Config;
 use demand::Demand;
-use generation::Generation;
+use generation::{Generation, Generator};
 use model::{Attention, Decoder};
+use paged::Paged;
 use serde_json::json;
 use std::error::Error;
 use std::fmt::Write;
@@ -95,79 +100,117 @@ fn main() -> Result<(), Box<dyn Error>> {
         None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
         None => Device::Cpu,
     };
+    let work = Work::new(&arguments, &device)?;
     match arguments.cache {
-        Kind::Kv => run(&arguments, &PreallocatedCaches, device),
-        Kind::Concat => run(&arguments, &ConcatCaches, device),
+        Kind::Kv => work.run(&PreallocatedCaches),
+        Kind::Concat => work.run(&ConcatCaches),
         Kind::Elastic => {
             // Two pages are mapped ahead, so that no token waits for the driver.
             let is_stock = arguments.attention == Attention::Stock;
             let options = TensorPoolOptions::new()
                 .ahead_bytes_max(4 << 20)
                 .contiguous_output(is_stock);
-            run(
-                &arguments,
-                &TensorPool::with_options(&device, options)?,
-                device,
-            )
+            work.run(&TensorPool::with_options(&device, options)?)
         }
+        Kind::Paged => work.run_paged(),
     }
 }
 
-/// Makes the model with caches of this factory, generates tokens, and prints the results.
-fn run<F: Measured>(
-    arguments: &Arguments,
-    factory: &F,
-    device: Device,
-) -> Result<(), Box<dyn Error>> {
-    let config = match &arguments.config {
-        Some(path) => Config::read(path)?,
-        None => Config::small()?,
-    };
-    let dtype = match arguments.dtype {
-        Precision::F32 => DType::F32,
-        Precision::F16 => DType::F16,
-        Precision::Bf16 => DType::BF16,
-    };
-    let positions = config.max_position_embeddings;
-    let max_seq_len = arguments.max_seq_len.unwrap_or(positions);
-    let (prompt_tokens, tokens) = (arguments.prompt_tokens, arguments.tokens);
-    Demand {
-        prompt_tokens,
-        tokens,
-        max_seq_len,
-        is_reserved: arguments.cache == Kind::Kv,
-        dtype,
+/// What is asked for, checked before anything is allocated.
+struct Work<'a> {
+    arguments: &'a Arguments,
+    device: &'a Device,
+    config: Config,
+    dtype: DType,
+    max_seq_len: usize,
+}
+
+impl<'a> Work<'a> {
+    fn new(arguments: &'a Arguments, device: &'a Device) -> Result<Self, Box<dyn Error>> {
+        let config = match &arguments.config {
+            Some(path) => Config::read(path)?,
+            None => Config::small()?,
+        };
+        let dtype = match arguments.dtype {
+            Precision::F32 => DType::F32,
+            Precision::F16 => DType::F16,
+            Precision::Bf16 => DType::BF16,
+        };
+        let positions = config.max_position_embeddings;
+        let max_seq_len = arguments.max_seq_len.unwrap_or(positions);
+        Demand {
+            prompt_tokens: arguments.prompt_tokens,
+            tokens: arguments.tokens,
+            max_seq_len,
+            // On the CPU blocks take all their memory at once.
+            is_reserved: matches!(arguments.cache, Kind::Kv | Kind::Paged),
+            dtype,
+        }
+        .check(&config, device)?;
+        Ok(Self {
+            arguments,
+            device,
+            config,
+            dtype,
+            max_seq_len,
+        })
     }
-    .check(&config, &device)?;
-    let source = match arguments.weights.as_slice() {
-        [] => Source::Random(arguments.seed),
-        paths => Source::Files(weights::read(paths)?),
-    };
-    let weights = Weights::new(source, dtype, &device);
-    let mut decoder = Decoder::new(&config, weights, factory, max_seq_len, arguments.attention)?;
-    let prompt = generation::prompt(config.vocab_size, arguments.prompt_tokens, arguments.seed);
-    let generation = generation::generate(
-        &mut decoder,
-        factory,
-        token_bytes(&config, dtype),
-        &prompt,
-        arguments.tokens,
-        8,
-    )?;
-    print!("{}", describe(&generation));
-    if let Some(path) = &arguments.json {
-        let report = json!({
-            "cache": name(arguments.cache),
-            "attention": name(arguments.attention),
-            "dtype": name(arguments.dtype),
-            "device": format!("{:?}", device.location()),
-            "seed": arguments.seed,
-            "max_seq_len": max_seq_len,
-            "generation": generation,
-        });
-        std::fs::write(path, format!("{report:#}\n"))?;
+
+    fn weights(&self) -> Result<Weights, Box<dyn Error>> {
+        let source = match self.arguments.weights.as_slice() {
+            [] => Source::Random(self.arguments.seed),
+            paths => Source::Files(weights::read(paths)?),
+        };
+        Ok(Weights::new(source, self.dtype, self.device))
     }
-    Ok(())
+
+    /// Makes the model with caches of this factory, and generates tokens.
+    fn run<F: Measured>(&self, factory: &F) -> Result<(), Box<dyn Error>> {
+        let (weights, attention) = (self.weights()?, self.arguments.attention);
+        let decoder = Decoder::new(&self.config, weights, factory, self.max_seq_len, attention)?;
+        self.generate(&mut Cached { decoder, factory }, Some(name(attention)))
+    }
+
+    /// Makes the model with a paged cache, and generates tokens.
+    fn run_paged(&self) -> Result<(), Box<dyn Error>> {
+        let tokens = self.arguments.prompt_tokens + self.arguments.tokens;
+        // Other caches grow beyond `max_seq_len`.
+        let tokens_max = tokens.max(self.max_seq_len);
+        let pool = TensorPool::new(self.device)?;
+        let weights = self.weights()?;
+        let mut paged = Paged::new(&pool, &self.config, weights, self.dtype, tokens_max)?;
+        self.generate(&mut paged, None)
+    }
+
+    /// Generates tokens, and prints the results.
+    fn generate(
+        &self,
+        decoder: &mut impl Generator,
+        attention: Option<String>,
+    ) -> Result<(), Box<dyn Error>> {
+        let arguments = self.arguments;
+        let prompt = generation::prompt(
+            self.config.vocab_size,
+            arguments.prompt_tokens,
+            arguments.seed,
+        );
+        let bytes = token_bytes(&self.config, self.dtype);
+        let generation = generation::generate(decoder, bytes, &prompt, arguments.tokens, 8)?;
+        print!("{}", describe(&generation));
+        if let Some(path) = &arguments.json {
+            let report = json!({
+                "cache": name(arguments.cache),
+                "attention": attention,
+                "dtype": name(arguments.dtype),
+                "device": format!("{:?}", self.device.location()),
+                "seed": arguments.seed,
+                "max_seq_len": self.max_seq_len,
+                "generation": generation,
+            });
+            std::fs::write(path, format!("{report:#}\n"))?;
+        }
+        Ok(())
+    }
 }
 
 /// Returns the size in bytes of one token's keys and values in all layers.

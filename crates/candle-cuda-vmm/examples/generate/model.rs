@@ -1,5 +1,5 @@
-//! A Llama-shaped decoder, generic over its caches: RMSNorm, rotary positions, grouped-query
-//! attention, SwiGLU.
+//! A Llama-shaped decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU. `Model` has
+//! the weights, and `Decoder` generates one sequence with it, generic over its caches.
 
 use crate::config::{Config, RopeScaling};
 use crate::weights::Weights;
@@ -18,19 +18,20 @@ pub enum Attention {
     Gqa,
 }
 
-/// The decoder, with a cache for each layer.
-pub struct Decoder<C> {
+/// The weights, and what follows from the configuration. It has no caches, so it computes tokens of
+/// any sequences.
+pub struct Model {
     embedding: Tensor,
-    layers: Vec<Layer<C>>,
+    layers: Vec<Layer>,
     norm: Tensor,
     head: Tensor,
-    rope: Rope,
     norm_eps: f32,
-    /// The attention that the next tokens use.
-    pub attention: Attention,
+    head_dim: usize,
+    /// The options of every layer's attention.
+    pub options: GqaOptions,
 }
 
-struct Layer<C> {
+struct Layer {
     attention_norm: Tensor,
     q: Tensor,
     k: Tensor,
@@ -40,71 +41,72 @@ struct Layer<C> {
     gate: Tensor,
     up: Tensor,
     down: Tensor,
-    head_dim: usize,
-    window: Option<usize>,
-    cache: C,
 }
 
-impl<C: KvCache> Decoder<C> {
-    /// Makes the model, with one cache per layer from the factory, for at most `max_seq_len`
-    /// tokens.
-    pub fn new<F: KvCacheFactory<Cache = C>>(
-        config: &Config,
-        mut weights: Weights,
-        factory: &F,
-        max_seq_len: usize,
-        attention: Attention,
-    ) -> Result<Self> {
+/// The projections of new tokens in a layer, before rotation: `[tokens, heads, head_dim]` each.
+pub struct Projections {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+}
+
+impl Model {
+    pub fn new(config: &Config, mut weights: Weights) -> Result<Self> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
         let embedding = weights.matrix("model.embed_tokens.weight", vocabulary, hidden)?;
         let layers = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let cache = factory.layer(layer, 2, max_seq_len)?;
-                Layer::new(config, &mut weights, layer, cache)
-            })
+            .map(|layer| Layer::new(config, &mut weights, layer))
             .collect::<Result<_>>()?;
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
             false => weights.matrix("lm_head.weight", vocabulary, hidden)?,
         };
+        let head_dim = config.head_dim();
+        let mask = config.sliding_window.map_or(Mask::Causal, Mask::Window);
         Ok(Self {
-            rope: Rope::new(config, embedding.dtype(), embedding.device())?,
             norm: weights.norm("model.norm.weight", hidden)?,
             embedding,
             layers,
             head,
             norm_eps: config.rms_norm_eps,
-            attention,
+            head_dim,
+            options: GqaOptions::new(1. / (head_dim as f32).sqrt()).mask(mask),
         })
     }
 
-    /// Appends tokens, and returns the logits of the token after the last: `[vocab_size]`.
-    pub fn forward(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let first = self.layers[0].cache.position();
-        let ids = Tensor::new(tokens, self.embedding.device())?;
-        let mut x = self.embedding.index_select(&ids, 0)?;
-        let (cos, sin) = self.rope.at(first, tokens.len())?;
-        for layer in &mut self.layers {
-            x = layer.forward(&x, (&cos, &sin), self.norm_eps, self.attention)?;
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// Returns the hidden states of tokens after all layers: `[tokens, hidden_size]`.
+    ///
+    /// `tokens` is U32 `[tokens]`. `attend` stores the keys and values of a layer, which is counted
+    /// from 0, and returns what its attention mixes: `[tokens, query_heads, head_dim]`.
+    pub fn hidden(
+        &self,
+        tokens: &Tensor,
+        mut attend: impl FnMut(usize, Projections) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let mut x = self.embedding.index_select(tokens, 0)?;
+        for (at, layer) in self.layers.iter().enumerate() {
+            let normed = rms_norm(&x, &layer.attention_norm, self.norm_eps)?;
+            let mixed = attend(at, layer.project(&normed, self.head_dim)?)?;
+            x = (x + linear(&mixed.flatten_from(1)?, &layer.o)?)?;
+            let normed = rms_norm(&x, &layer.feed_forward_norm, self.norm_eps)?;
+            x = (x + layer.feed_forward(&normed)?)?;
         }
-        let last = x.narrow(0, tokens.len() - 1, 1)?.contiguous()?;
-        let last = rms_norm(&last, &self.norm, self.norm_eps)?;
-        linear(&last, &self.head)?.squeeze(0)
+        Ok(x)
     }
 
-    /// Returns the number of tokens in each cache.
-    pub fn tokens(&self) -> usize {
-        self.layers[0].cache.current_seq_len()
-    }
-
-    /// Returns the caches, one for each layer.
-    pub fn caches(&self) -> impl Iterator<Item = &C> {
-        self.layers.iter().map(|layer| &layer.cache)
+    /// Returns the logits of the tokens after those of some hidden states: `[tokens, vocab_size]`.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let normed = rms_norm(&hidden.contiguous()?, &self.norm, self.norm_eps)?;
+        linear(&normed, &self.head)
     }
 }
 
-impl<C: KvCache> Layer<C> {
-    fn new(config: &Config, weights: &mut Weights, layer: usize, cache: C) -> Result<Self> {
+impl Layer {
+    fn new(config: &Config, weights: &mut Weights, layer: usize) -> Result<Self> {
         let (hidden, between) = (config.hidden_size, config.intermediate_size);
         let head_dim = config.head_dim();
         let q_size = config.num_attention_heads * head_dim;
@@ -120,54 +122,107 @@ impl<C: KvCache> Layer<C> {
             gate: weights.matrix(&name("mlp.gate_proj"), between, hidden)?,
             up: weights.matrix(&name("mlp.up_proj"), between, hidden)?,
             down: weights.matrix(&name("mlp.down_proj"), hidden, between)?,
-            head_dim,
-            window: config.sliding_window,
-            cache,
         })
     }
 
-    /// `x` is `[tokens, hidden_size]`, and so is the result.
-    fn forward(
-        &mut self,
-        x: &Tensor,
-        rope: (&Tensor, &Tensor),
-        norm_eps: f32,
-        attention: Attention,
-    ) -> Result<Tensor> {
-        let normed = rms_norm(x, &self.attention_norm, norm_eps)?;
-        let x = (x + self.attend(&normed, rope, attention)?)?;
-        let normed = rms_norm(&x, &self.feed_forward_norm, norm_eps)?;
-        let gated = (silu(&linear(&normed, &self.gate)?)? * linear(&normed, &self.up)?)?;
-        x + linear(&gated, &self.down)?
+    fn project(&self, x: &Tensor, head_dim: usize) -> Result<Projections> {
+        let tokens = x.dim(0)?;
+        let heads = |weight: &Tensor| linear(x, weight)?.reshape((tokens, (), head_dim));
+        Ok(Projections {
+            q: heads(&self.q)?,
+            k: heads(&self.k)?,
+            v: heads(&self.v)?,
+        })
     }
 
-    fn attend(
-        &mut self,
-        x: &Tensor,
-        (cos, sin): (&Tensor, &Tensor),
-        attention: Attention,
-    ) -> Result<Tensor> {
-        let tokens = x.dim(0)?;
-        // [1, tokens, heads, head_dim]: token-major, as the projections return it.
-        let heads =
-            |projection: &Tensor| linear(x, projection)?.reshape((1, tokens, (), self.head_dim));
-        let q = rope_thd(&heads(&self.q)?, cos, sin)?.transpose(1, 2)?;
-        let k = rope_thd(&heads(&self.k)?, cos, sin)?.transpose(1, 2)?;
-        let v = heads(&self.v)?.transpose(1, 2)?;
-        let (k, v) = self.cache.append(&k, &v)?;
-        let mask = self.window.map_or(Mask::Causal, Mask::Window);
-        let options = GqaOptions::new(1. / (self.head_dim as f32).sqrt()).mask(mask);
-        let mixed = match attention {
-            Attention::Gqa => gqa_with(&q, &k, &v, &options)?,
-            Attention::Stock => stock(&q, &k, &v, options.scale, self.window)?,
-        };
-        if let Some(window) = self.window {
-            // The next query sees its own key and one less than the window.
-            let released = self.cache.current_seq_len().saturating_sub(window - 1);
-            self.cache.release_front(released)?;
-        }
-        linear(&mixed.transpose(1, 2)?.reshape((tokens, ()))?, &self.o)
+    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gated = (silu(&linear(x, &self.gate)?)? * linear(x, &self.up)?)?;
+        linear(&gated, &self.down)
     }
+}
+
+/// The decoder of one sequence, with a cache for each layer.
+pub struct Decoder<C> {
+    model: Model,
+    caches: Vec<C>,
+    rope: Rope,
+    /// The attention that the next tokens use.
+    pub attention: Attention,
+}
+
+impl<C: KvCache> Decoder<C> {
+    /// Makes the model, with one cache per layer from the factory, for at most `max_seq_len`
+    /// tokens.
+    pub fn new<F: KvCacheFactory<Cache = C>>(
+        config: &Config,
+        weights: Weights,
+        factory: &F,
+        max_seq_len: usize,
+        attention: Attention,
+    ) -> Result<Self> {
+        let model = Model::new(config, weights)?;
+        let caches = (0..config.num_hidden_layers)
+            .map(|layer| Ok(factory.layer(layer, 2, max_seq_len)?))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            rope: Rope::new(config, model.embedding.dtype(), model.device())?,
+            model,
+            caches,
+            attention,
+        })
+    }
+
+    /// Appends tokens, and returns the logits of the token after the last: `[vocab_size]`.
+    pub fn forward(&mut self, tokens: &[u32]) -> Result<Tensor> {
+        let rope = self.rope.at(self.caches[0].position(), tokens.len())?;
+        let ids = Tensor::new(tokens, self.model.device())?;
+        let options = &self.model.options;
+        let hidden = self.model.hidden(&ids, |layer, new| {
+            let cache = &mut self.caches[layer];
+            attend(cache, &new, (&rope.0, &rope.1), options, self.attention)
+        })?;
+        let last = hidden.narrow(0, tokens.len() - 1, 1)?;
+        self.model.logits(&last)?.squeeze(0)
+    }
+
+    /// Returns the number of tokens in each cache.
+    pub fn tokens(&self) -> usize {
+        self.caches[0].current_seq_len()
+    }
+
+    /// Returns the caches, one for each layer.
+    pub fn caches(&self) -> impl Iterator<Item = &C> {
+        self.caches.iter()
+    }
+}
+
+/// Appends new tokens to a cache, and attends over all of it.
+fn attend<C: KvCache>(
+    cache: &mut C,
+    new: &Projections,
+    (cos, sin): (&Tensor, &Tensor),
+    options: &GqaOptions,
+    attention: Attention,
+) -> Result<Tensor> {
+    // [1, heads, tokens, head_dim], token-major, as the projections return it.
+    let rotated = |x: &Tensor| rope_thd(&x.unsqueeze(0)?, cos, sin)?.transpose(1, 2);
+    let (q, k) = (rotated(&new.q)?, rotated(&new.k)?);
+    let v = new.v.unsqueeze(0)?.transpose(1, 2)?;
+    let (k, v) = cache.append(&k, &v)?;
+    let window = match options.mask {
+        Mask::Window(window) => Some(window),
+        _ => None,
+    };
+    let mixed = match attention {
+        Attention::Gqa => gqa_with(&q, &k, &v, options)?,
+        Attention::Stock => stock(&q, &k, &v, options.scale, window)?,
+    };
+    if let Some(window) = window {
+        // The next query sees its own key and one less than the window.
+        let released = cache.current_seq_len().saturating_sub(window - 1);
+        cache.release_front(released)?;
+    }
+    mixed.squeeze(0)?.transpose(0, 1)
 }
 
 /// Causal attention as in Candle's models. A query of several sees the last `window` keys.
@@ -212,6 +267,24 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
+/// Returns the cosine and the sine of each position's rotations, F32 `[positions, head_dim / 2]`.
+pub fn rotations(config: &Config, device: &Device) -> Result<(Tensor, Tensor)> {
+    let half = config.head_dim() / 2;
+    let frequencies: Vec<f32> = (0..half)
+        .map(|index| config.rope_theta.powf(-(index as f32) / half as f32))
+        .map(|frequency| scaled(frequency, config.rope_scaling))
+        .collect();
+    let positions = config.max_position_embeddings;
+    let angles: Vec<f32> = (0..positions)
+        .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
+        .collect();
+    let angles = Tensor::from_vec(angles, (positions, half), &Device::Cpu)?;
+    Ok((
+        angles.cos()?.to_device(device)?,
+        angles.sin()?.to_device(device)?,
+    ))
+}
+
 /// The rotary embedding of each position, `[positions, head_dim / 2]`.
 struct Rope {
     cos: Tensor,
@@ -220,19 +293,11 @@ struct Rope {
 
 impl Rope {
     fn new(config: &Config, dtype: DType, device: &Device) -> Result<Self> {
-        let half = config.head_dim() / 2;
-        let frequencies: Vec<f32> = (0..half)
-            .map(|index| config.rope_theta.powf(-(index as f32) / half as f32))
-            .map(|frequency| scaled(frequency, config.rope_scaling))
-            .collect();
-        let positions = config.max_position_embeddings;
-        let angles: Vec<f32> = (0..positions)
-            .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
-            .collect();
-        let angles = Tensor::from_vec(angles, (positions, half), &Device::Cpu)?;
+        let (cos, sin) = rotations(config, &Device::Cpu)?;
+        // Converted first, so that less is copied to the device.
         Ok(Self {
-            cos: angles.cos()?.to_dtype(dtype)?.to_device(device)?,
-            sin: angles.sin()?.to_dtype(dtype)?.to_device(device)?,
+            cos: cos.to_dtype(dtype)?.to_device(device)?,
+            sin: sin.to_dtype(dtype)?.to_device(device)?,
         })
     }
 

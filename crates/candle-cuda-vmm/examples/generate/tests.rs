@@ -1,8 +1,8 @@
 //! The whole decoder on the CPU: what it generates does not depend on the cache.
 
-use crate::caches::Measured;
+use crate::caches::{Cached, Measured};
 use crate::config::Config;
-use crate::generation::{Generation, generate, prompt};
+use crate::generation::{Generation, Generator, generate, prompt};
 use crate::model::{Attention, Decoder};
 use crate::token_bytes;
 use crate::weights::{Source, Weights, read};
@@ -44,10 +44,11 @@ fn run_with<F: Measured>(
     dtype: DType,
 ) -> Generation {
     let config = config();
-    let mut decoder = Decoder::new(&config, weights, factory, max_seq_len, attention).unwrap();
+    let decoder = Decoder::new(&config, weights, factory, max_seq_len, attention).unwrap();
     let prompt = prompt(config.vocab_size, PROMPT, seed);
     let bytes = token_bytes(&config, dtype);
-    generate(&mut decoder, factory, bytes, &prompt, TOKENS, 4).unwrap()
+    let mut decoder = Cached { decoder, factory };
+    generate(&mut decoder, bytes, &prompt, TOKENS, 4).unwrap()
 }
 
 #[test]
@@ -106,9 +107,12 @@ fn a_prompt_token_by_token_gives_what_it_gives_at_once() {
 fn a_window_bounds_the_caches_and_every_cache_and_attention_gives_the_same_tokens() {
     fn check<F: Measured>(factory: &F, attention: Attention, expected: &mut Option<Vec<u32>>) {
         let weights = || Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
-        let decoder = || Decoder::new(&windowed(), weights(), factory, 16, attention).unwrap();
+        let decoder = || Cached {
+            decoder: Decoder::new(&windowed(), weights(), factory, 16, attention).unwrap(),
+            factory,
+        };
         let (mut whole, prompt) = (decoder(), prompt(160, PROMPT, 5));
-        let generation = generate(&mut whole, factory, 1, &prompt, TOKENS, 4).unwrap();
+        let generation = generate(&mut whole, 1, &prompt, TOKENS, 4).unwrap();
         for sample in &generation.samples {
             assert_eq!(sample.cached_tokens, WINDOW - 1);
         }
@@ -117,7 +121,7 @@ fn a_window_bounds_the_caches_and_every_cache_and_attention_gives_the_same_token
         let mut in_parts = decoder();
         in_parts.forward(&prompt[..2]).unwrap();
         in_parts.forward(&prompt[2..5]).unwrap();
-        let generation = generate(&mut in_parts, factory, 1, &prompt[5..], TOKENS, 4).unwrap();
+        let generation = generate(&mut in_parts, 1, &prompt[5..], TOKENS, 4).unwrap();
         assert_eq!(generation.tokens, *expected, "{attention:?}");
     }
     let mut expected = None;
