@@ -38,7 +38,7 @@ impl BatchDecoder {
     /// Appends a token to each sequence, and returns the logits of the tokens after them:
     /// `[batch, vocab_size]`. `tokens` and `positions` are U32 `[batch]`.
     ///
-    /// It reads nothing on the host, so it can be captured.
+    /// On a GPU tokens, positions, lengths and tables are read when the work runs.
     pub fn decode(
         &self,
         tokens: &Tensor,

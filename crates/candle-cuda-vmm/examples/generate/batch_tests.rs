@@ -20,7 +20,7 @@ const PROMPTS: [usize; 3] = [3, 16, 37];
 const STEPS: usize = 40;
 const WINDOW: usize = 20;
 const SEED: u64 = 11;
-/// The most that a logit may be off. The largest logits are about 3.
+/// The most that a logit may be off. The largest logits are about 4.
 const OFF_MAX: f32 = 1e-5;
 
 fn config(window: Option<usize>) -> Config {
