@@ -10,7 +10,7 @@
 //! [`cuda_arguments`]: super::cuda_arguments
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::{number, with_addresses};
+use super::cuda_addresses::{UNIT_BYTES, number, with_addresses};
 use super::cuda_arguments::Cache;
 use super::kv_batch::KvBatch;
 use super::options::{GqaOptions, Mask};
@@ -66,6 +66,7 @@ pub fn decode(
 ) -> Result<Tensor> {
     let device = q.device().as_cuda_device()?;
     let stream = device.cuda_stream();
+    let q = &aligned(q)?;
     if let Some(output) = output {
         let queue = |addresses: &[u64]| queue(q, kv, options, plan, addresses[0]);
         with_addresses(&stream, &[output], queue)?;
@@ -85,6 +86,15 @@ pub fn decode(
         BackpropOp::none(),
         false,
     ))
+}
+
+/// Returns the queries, or a copy if they do not begin where kernels can read them. Allocations do.
+fn aligned(q: &Tensor) -> Result<Tensor> {
+    let offset_bytes = q.layout().start_offset() * q.dtype().size_in_bytes();
+    match offset_bytes.is_multiple_of(UNIT_BYTES) {
+        true => Ok(q.clone()),
+        false => q.force_contiguous(),
+    }
 }
 
 /// Queues the kernel, which writes to `output`.

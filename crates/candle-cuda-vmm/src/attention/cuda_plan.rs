@@ -9,12 +9,14 @@
 use super::cuda_addresses::{UNIT_BYTES, number};
 use crate::error::{Result, VmmError};
 use crate::kernels::Image;
+use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::CudaFunction;
 use candle_core::cuda::cudarc::driver::sys::{
     CUdevice_attribute as Attribute, CUfunction_attribute,
 };
-use candle_core::{DType, Device, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{DType, Device, Shape, Storage, Tensor};
 use std::sync::{Mutex, PoisonError};
 
 /// Query heads of an item: `HEADS` of the kernels.
@@ -50,7 +52,7 @@ pub struct DevicePlan {
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct LaunchShape {
     pub warps: usize,
     pub stages: usize,
     pub shared_bytes: usize,
@@ -81,9 +83,13 @@ impl DevicePlan {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let blocks = processors.clamp(1, BLOCKS_MAX);
         let slot = partial_bytes(256) / size_of::<f32>();
+        let shape = Shape::from(2 * blocks * slot);
+        // SAFETY: a kernel reads of it what it has written.
+        let partials = unsafe { cuda.alloc_uninit(&shape, DType::F32)? };
+        let partials = Storage::Cuda(partials);
         Ok(Some(Self {
             blocks: number(blocks)?,
-            partials: Tensor::zeros(2 * blocks * slot, DType::F32, device)?,
+            partials: Tensor::from_storage(partials, shape, BackpropOp::none(), false),
             arrivals: Tensor::zeros(batch_max * query_heads, DType::U32, device)?,
             shared_bytes_max,
             functions: Mutex::new(Vec::new()),
@@ -115,7 +121,7 @@ impl DevicePlan {
     /// Chooses the warps of a thread block and the tiles that each has in shared memory, for heads
     /// of these padded sizes. As many warps as possible with two tiles each: one is computed while
     /// the other comes.
-    pub fn shape(&self, dim: usize, value_dim: usize, element_bytes: usize) -> Shape {
+    pub fn shape(&self, dim: usize, value_dim: usize, element_bytes: usize) -> LaunchShape {
         shape_within(self.shared_bytes_max, dim, value_dim, element_bytes)
     }
 }
@@ -125,7 +131,7 @@ fn shape_within(
     dim: usize,
     value_dim: usize,
     element_bytes: usize,
-) -> Shape {
+) -> LaunchShape {
     let row_bytes = |dim: usize| ((dim * element_bytes / UNIT_BYTES) | 1) * UNIT_BYTES;
     let stage_bytes = TILE * (row_bytes(dim) + row_bytes(value_dim));
     let weights_bytes = BLOCKS_MAX * HEADS * size_of::<f32>();
@@ -138,7 +144,7 @@ fn shape_within(
     // One warp with two tiles of the largest heads fits the smallest GPU.
     let warps = (1..=WARPS_MAX).rev().find(has_two).unwrap_or(1);
     let stages = stages(warps).max(1);
-    Shape {
+    LaunchShape {
         warps,
         stages,
         shared_bytes: weights_bytes + warps * (partial_bytes(value_dim) + stages * stage_bytes),

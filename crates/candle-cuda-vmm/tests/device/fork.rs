@@ -39,8 +39,8 @@ fn bytes(number: u64, row: usize) -> Vec<u8> {
 
 /// Rows of `row` bytes with these numbers.
 pub fn rows(device: &Device, numbers: &[u64], row: usize) -> Tensor {
-    let all: Vec<u8> = numbers.iter().flat_map(|it| bytes(*it, row)).collect();
-    let rows = Tensor::from_vec(all, (numbers.len(), row), &Device::Cpu).unwrap();
+    let all: Vec<_> = numbers.iter().map(|it| bytes(*it, row)).collect();
+    let rows = Tensor::from_vec(all.concat(), (numbers.len(), row), &Device::Cpu).unwrap();
     rows.to_device(device).unwrap()
 }
 

@@ -4,7 +4,7 @@ use super::layouts::Layout;
 use super::random::Case;
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
-use candle_cuda_vmm::attention::{DecodePlan, Mask, decode_into};
+use candle_cuda_vmm::attention::{DecodePlan, Mask, decode, decode_into};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -249,6 +249,34 @@ fn a_tensor_that_was_made_before_gets_the_same_bits() {
     });
     assert_eq!(refused, ["shape", "dtype", "shape", "shape", "contiguous"]);
     assert_eq!(super::numbers(&output), made);
+}
+
+#[test]
+fn queries_may_begin_anywhere_in_their_memory() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    for dtype in [DType::F32, DType::F16] {
+        let case = Case {
+            dtype,
+            stored: dtype,
+            ..Case::new(Layout::TokenMajor, &[40, 9])
+        };
+        let random = case.random(10);
+        let kv = random.store(11, &test.device).kv;
+        let plan = DecodePlan::new(&test.device, 2, case.query_heads).unwrap();
+        let q = random.queries(&test.device);
+        let flat = q.flatten_all().unwrap();
+        let before = flat.narrow(0, 0, 1).unwrap();
+        let behind = Tensor::cat(&[&before, &flat], 0).unwrap();
+        let behind = behind.narrow(0, 1, flat.elem_count()).unwrap();
+        let behind = behind.reshape(q.dims()).unwrap();
+        assert!(behind.is_contiguous());
+        let result = decode(&behind, &kv, &case.options(), &plan).unwrap();
+        let expected = random.decoded(&kv, &test.device);
+        assert_eq!(super::numbers(&result), expected);
+    }
 }
 
 #[test]
