@@ -120,7 +120,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
     let ran = run(CANDLE, "candle-nowhere", &[]);
     assert_no_verdicts(&ran, "no GPU answers");
-    assert_eq!(ran.1.len(), 30);
+    assert_eq!(ran.1.len(), 41);
 }
 
 fn folder(name: &str) -> PathBuf {

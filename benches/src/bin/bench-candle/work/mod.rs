@@ -2,6 +2,7 @@
 
 mod attention;
 mod blocks;
+mod decode;
 mod decoder;
 mod fork;
 mod growth;
@@ -16,6 +17,7 @@ pub const ALL: &[Work<Machine>] = &[
     ("memory of the caches", growth::memory),
     ("worst decode step", growth::step),
     ("attention", attention::measure),
+    ("decode attention", decode::measure),
     ("whole decoder", decoder::measure),
     ("make and drop a view", growth::view),
     ("one range", growth::one_range),
