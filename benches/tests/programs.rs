@@ -84,7 +84,7 @@ fn wrong_usage_has_an_exit_code_of_its_own() {
 fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
     let (output, list) = run(CANDLE, "candle-cpu", &["--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(list.len(), 30, "{list:?}");
+    assert_eq!(list.len(), 41, "{list:?}");
     let mut judged = Vec::new();
     for finding in &list {
         let name = finding["name"].as_str().expect("a name");
