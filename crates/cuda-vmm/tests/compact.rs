@@ -14,7 +14,9 @@ mod midway;
 
 use common::{Gate, manual, turn, with_context};
 use cuda_vmm::sys::{CU_STREAM_CAPTURE_MODE_RELAXED, CUDA_SUCCESS};
-use cuda_vmm::{CaptureGuard, CompactReport, EngineOptions, Stream};
+use cuda_vmm::{
+    CaptureGuard, CompactReport, EngineOptions, PoolOptions, Quota, Stream, VirtualMemoryPool,
+};
 use fixture::{CHUNK, Fixture, PAGE, PAGES};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -125,6 +127,26 @@ fn parked_memory_is_given_up_for_it() {
         (moved * PAGE, 0)
     );
     assert_eq!(fixture.engine.stats().parts.parked_bytes, 0);
+    fixture.check();
+}
+
+#[test]
+fn memory_that_another_account_has_parked_is_given_up_for_it() {
+    let _turn = turn();
+    let options = manual()
+        .limit_bytes((PAGES + CHUNK) * PAGE)
+        .park_bytes_max(usize::MAX);
+    let mut fixture = Fixture::new(options, true);
+    let account = fixture.engine.account("other", Quota::new()).expect("new");
+    let other = VirtualMemoryPool::on_account(&account, PAGES * PAGE, PAGE, PoolOptions::new());
+    let other = other.expect("addresses");
+    other.allocate(0, CHUNK * PAGE).expect("room");
+    other.deallocate(0, CHUNK * PAGE).expect("live");
+    fixture.keep(|page| page.is_multiple_of(2));
+    assert_eq!(other.stats().parts.parked_bytes, CHUNK * PAGE);
+    let report = fixture.pool.compact().expect("what was parked");
+    assert_eq!(report.moved_bytes, PAGES / 2 * PAGE);
+    assert!(other.stats().parts.parked_bytes < CHUNK * PAGE);
     fixture.check();
 }
 

@@ -4,6 +4,8 @@ mod common;
 
 #[path = "sharing/bad_input.rs"]
 mod bad_input;
+#[path = "sharing/closing.rs"]
+mod closing;
 #[path = "sharing/faults.rs"]
 mod faults;
 #[path = "sharing/fixture.rs"]
@@ -67,6 +69,25 @@ fn what_is_not_shared_is_allocated_and_copied_and_all_of_it_goes_with_the_guard(
     target.deallocate(CHUNK * PAGE, 3 * PAGE).expect("live");
     fixture.settle();
     assert_eq!(fixture.account.stats().parts.shared_bytes, 0);
+    fixture.check();
+    fixture.end();
+}
+
+#[test]
+fn what_is_left_before_between_and_after_whole_chunks_is_named() {
+    let mut fixture = Fixture::new(manual(), 2);
+    fixture.take(0, 0..4 * CHUNK);
+    // What retires is in the way of the third chunk.
+    fixture.take(1, 2 * CHUNK..2 * CHUNK + 1);
+    fixture.stream.synchronize().expect("done");
+    let simulator = fixture.simulated.simulator.clone();
+    simulator.hold_work();
+    fixture.touch(1, 2 * CHUNK);
+    fixture.free(1, 2 * CHUNK..2 * CHUNK + 1);
+    let rest = fixture.share(0, 1, 1..4 * CHUNK);
+    simulator.release_work();
+    let pages = |pages: core::ops::Range<usize>| (pages.start * PAGE, pages.len() * PAGE);
+    assert_eq!(rest, [pages(1..CHUNK), pages(2 * CHUNK..3 * CHUNK)]);
     fixture.check();
     fixture.end();
 }

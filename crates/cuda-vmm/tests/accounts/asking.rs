@@ -82,6 +82,41 @@ fn a_refusal_presses_others_until_it_is_withdrawn() {
 }
 
 #[test]
+fn nothing_is_given_up_for_an_allocation_that_it_could_not_serve() {
+    let (_simulated, engine) = engine(manual().park_bytes_max(8 * PAGE));
+    let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+    let (held, wanted) = (range(&holder), range(&asks));
+    held.allocate(0, 8 * PAGE).expect("room");
+    held.deallocate(0, 3 * PAGE).expect("live");
+    engine.step();
+    assert_eq!(asked(wanted.try_allocate(0, 4 * PAGE)), 4);
+    assert_eq!(asked(wanted.allocate(0, 4 * PAGE)), 4);
+    assert_eq!(held.stats().parts.parked_bytes, 3 * PAGE);
+    wanted.try_allocate(0, 2 * PAGE).expect("two are given up");
+    assert_eq!(held.stats().parts.parked_bytes, PAGE);
+}
+
+#[test]
+fn what_the_driver_keeps_from_an_allocation_others_owe() {
+    let (simulated, engine) = engine(manual());
+    let [holder, asks] = ["holder", "asks"].map(|name| account(&engine, name, Quota::new()));
+    let (held, wanted) = (range(&holder), range(&asks));
+    held.allocate(0, 8 * PAGE).expect("room");
+    held.deallocate(0, 2 * PAGE).expect("live");
+    let code = CUDA_ERROR_OPERATING_SYSTEM;
+    let refused = Fault::always(DriverFunction::cuMemUnmap, code);
+    simulated.simulator.inject(refused);
+    engine.step();
+    assert_eq!(held.stats().parts.quarantined_bytes, 2 * PAGE);
+    // As much as the driver may give back yet.
+    assert_eq!(asked(wanted.try_allocate(0, 2 * PAGE)), 2);
+    assert_eq!(holder.owed_bytes(), 2 * PAGE);
+    simulated.simulator.clear_faults();
+    wanted.try_allocate(0, 2 * PAGE).expect("given back");
+    assert_eq!(holder.owed_bytes(), 0);
+}
+
+#[test]
 fn what_a_range_was_refused_is_wanted_while_other_ranges_are_served() {
     let (_simulated, engine) = engine(manual());
     let holder = account(&engine, "holder", Quota::new().priority(-1));

@@ -1,7 +1,7 @@
 //! Threads that share a backing: nothing is handed out twice, nothing is lost, no thread reads
 //! another's bytes.
 
-use crate::common::{manual, turn};
+use crate::common::{Gate, manual, turn};
 use crate::fixture::{Fixture, PAGE, Shapes};
 use cuda_vmm::pool::blocks::{BlockAllocator, BlockError};
 use cuda_vmm::{Stream, VmmError};
@@ -139,6 +139,37 @@ fn threads_that_back_the_same_blocks_find_them_backed() {
     fixture.back(left);
     fixture.back(0..40);
     fixture.settle();
+    fixture.check();
+    fixture.end();
+}
+
+#[test]
+fn a_block_that_another_thread_is_backing_is_waited_for() {
+    let _turn = turn();
+    let mut fixture = Fixture::new(Shapes::Vectors, 32, manual().limit_bytes(4 * PAGE));
+    fixture.back(0..32);
+    let gate = Gate::close(&fixture.simulated.device, fixture.stream.raw());
+    gate.wait_until_reached();
+    fixture.unback(0..16);
+    std::thread::scope(|scope| {
+        // In here, so that a failure opens it before the scope waits for its threads.
+        let gate = gate;
+        let backing = &fixture.backing;
+        // It waits for memory that retires, and holds the block that is backed meanwhile.
+        let backs = scope.spawn(|| backing.back([0, 16]));
+        while backing.stats().pinned_blocks == 0 {
+            std::thread::yield_now();
+        }
+        let tries = scope.spawn(|| backing.try_back([0]));
+        // Time for it to go wrong in.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert!(!tries.is_finished(), "the other may have it soon");
+        gate.open();
+        for outcome in [backs, tries] {
+            assert_eq!(outcome.join().expect("no panic"), Ok(()));
+        }
+    });
+    fixture.fill(0);
     fixture.check();
     fixture.end();
 }

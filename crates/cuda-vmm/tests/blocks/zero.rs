@@ -125,6 +125,32 @@ fn zeros_come_after_earlier_work_and_memory_waits_for_them() {
     assert!(!zeroed.simulated.simulator.is_poisoned(0));
 }
 
+/// Blocks no longer wait for later work on a stream that was forgotten, and still wait for the
+/// stream that zeroes, which cannot be.
+#[test]
+fn any_stream_but_the_one_that_zeroes_is_forgotten() {
+    let _turn = turn();
+    let zeroed = Zeroed::new(Shapes::Vectors);
+    let other = Stream::new(&zeroed.simulated.device).expect("a stream");
+    zeroed.backing.use_stream(&other).expect("of this device");
+    // Frees all blocks behind work on a stream that was forgotten before.
+    let is_waited_for = |forgotten: &Stream| {
+        zeroed.backing.back(0..BLOCKS).expect("room");
+        zeroed.settle();
+        let forget = zeroed.backing.forget_stream(forgotten);
+        forget.expect("of this device");
+        let gate = Gate::close(&zeroed.simulated.device, forgotten.raw());
+        zeroed.backing.unback(0..BLOCKS).expect("backed");
+        let report = zeroed.engine.step();
+        assert!(gate.is_closed());
+        gate.open();
+        zeroed.settle();
+        report.retired_bytes == 0
+    };
+    assert!(is_waited_for(&zeroed.stream));
+    assert!(!is_waited_for(&other));
+}
+
 #[test]
 fn nothing_is_backed_while_the_stream_is_captured() {
     let _turn = turn();

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Level, Metadata, Subscriber};
+use tracing::subscriber::NoSubscriber;
+use tracing::{Dispatch, Event, Level, Metadata, Subscriber};
 
 /// What was told: the level, and the message with its fields.
 #[derive(Debug, Clone, Default)]
@@ -57,8 +58,17 @@ impl Subscriber for Keeper {
     fn exit(&self, _: &Id) {}
 }
 
+/// A second subscriber, which wants nothing, to be kept while another is of use. With one alone,
+/// `tracing` asks the subscriber of the thread that comes first to an event whether any is wanted:
+/// that of no test, if another test comes first, and then none is told of it.
+#[must_use]
+pub fn second_subscriber() -> Dispatch {
+    Dispatch::new(NoSubscriber::default())
+}
+
 /// What this thread is told meanwhile.
 pub fn told(act: impl FnOnce()) -> Vec<(Level, String)> {
+    let _second = second_subscriber();
     let keeper = Keeper::default();
     let told = keeper.told.clone();
     tracing::subscriber::with_default(keeper, act);

@@ -1,10 +1,13 @@
 //! Code of others: what makes room, tokens, wakers and subscribers panic, take locks of their own,
 //! and call the pool.
 
+use crate::common::told::second_subscriber;
 use crate::common::{Models, PAGE, PATIENCE, Simulated, manual};
 use crate::{CAPACITY, pool};
 use cuda_vmm::sim::{Fault, SimConfig};
-use cuda_vmm::{EngineOptions, LeaseToken, Stream, VirtualMemoryPool, VmmError, sys};
+use cuda_vmm::{
+    Engine, EngineOptions, LeaseToken, PoolOptions, Stream, VirtualMemoryPool, VmmError, sys,
+};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -345,6 +348,7 @@ fn beside(simulated: &Simulated, options: EngineOptions, act: impl Fn(&Models) +
         let pool = pool.clone();
         Acting(Mutex::new(Box::new(move |_| act(&pool))))
     };
+    let _second = second_subscriber();
     let dispatch = tracing::Dispatch::new(acting);
     in_time(move || {
         tracing::dispatcher::with_default(&dispatch, || {
@@ -438,6 +442,7 @@ fn a_subscriber_may_allocate_when_a_free_has_no_fence() {
                 }
             })))
         };
+        let _second = second_subscriber();
         let dispatch = tracing::Dispatch::new(acting);
         let act = move || frees.deallocate(0, 4 * PAGE);
         in_time(move || tracing::dispatcher::with_default(&dispatch, act)).expect("live");
@@ -480,4 +485,86 @@ fn a_waker_may_free_on_the_thread_that_waits_and_panic() {
         drop((holds, wants));
         assert_nothing_left(simulated, pool);
     }
+}
+
+/// Has another thread do something in the middle of `act`, at an event of this text; `act` goes on
+/// when that thread waits for memory or is done. Returns whether it was done by then.
+fn with_another_thread<T: Send + 'static>(
+    text: &'static str,
+    engine: Engine,
+    other: impl FnOnce() -> T + Send + 'static,
+    act: impl FnOnce(),
+) -> (T, bool) {
+    let (told, hear) = mpsc::channel();
+    let mut other = Some(other);
+    let acting = Acting(Mutex::new(Box::new(move |event| {
+        let is_meant = event.contains(text);
+        let Some(other) = other.take_if(|_| is_meant) else {
+            return;
+        };
+        let waits = engine.counters().waits;
+        let thread = thread::spawn(other);
+        until(|| engine.counters().waits > waits || thread.is_finished());
+        let is_done = thread.is_finished();
+        told.send((thread, is_done)).expect("heard");
+    })));
+    let _second = second_subscriber();
+    tracing::dispatcher::with_default(&tracing::Dispatch::new(acting), act);
+    let (thread, is_done) = hear.try_recv().expect("it was told");
+    (thread.join().expect("no panic"), is_done)
+}
+
+/// Also after others made room for the pool.
+#[test]
+fn a_pool_closes_when_memory_that_another_thread_makes_ahead_is_made() {
+    let simulated = Simulated::new(SimConfig::new().memory_bytes(8 * PAGE));
+    let engine = Engine::new(&simulated.device, manual().limit_bytes(100 * PAGE));
+    let engine = engine.expect("an engine");
+    let options = PoolOptions::new().ahead_bytes_max(PAGE);
+    let pool = VirtualMemoryPool::with_options(&engine, 64 * PAGE, PAGE, options);
+    let pool = pool.expect("addresses");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    simulated.device.set_make_room(Some(Arc::new(move |_| {
+        count.fetch_add(1, Ordering::SeqCst);
+    })));
+    pool.allocate(0, 9 * PAGE).expect_err("no room was made");
+    assert_eq!(asked.load(Ordering::SeqCst), 1);
+    pool.allocate(0, PAGE).expect("room");
+    let (closed, is_closed_before) = with_another_thread(
+        "created memory",
+        engine.clone(),
+        move || pool.close(),
+        || _ = engine.step(),
+    );
+    assert_eq!((closed, is_closed_before), (Ok(()), false));
+    let stats = engine.stats();
+    assert_eq!((stats.ranges, stats.committed_bytes), (0, 0), "{stats}");
+    simulated.device.set_make_room(None);
+}
+
+#[test]
+fn an_allocation_waits_for_what_another_thread_is_about_to_free() {
+    let simulated = Simulated::default();
+    let engine = Engine::new(&simulated.device, manual().limit_bytes(4 * PAGE));
+    let engine = engine.expect("an engine");
+    let range = || VirtualMemoryPool::on_engine(&engine, 64 * PAGE, PAGE).expect("addresses");
+    let (frees, wants) = (range(), range());
+    let stream = Stream::new(&simulated.device).expect("a stream");
+    frees.use_stream(&stream).expect("of the device");
+    frees.allocate(0, 4 * PAGE).expect("room");
+    // It is retiring, and not in the queue yet. Of the fence that is refused a subscriber is told.
+    let refused = Fault::nth_of(
+        sys::DriverFunction::cuEventRecord,
+        1,
+        sys::CUDA_ERROR_UNKNOWN,
+    );
+    simulated.simulator.inject(refused);
+    let (taken, is_taken_before) = with_another_thread(
+        "cuEventRecord",
+        engine.clone(),
+        move || wants.allocate(0, PAGE).map(drop),
+        || frees.deallocate(0, 4 * PAGE).expect("live"),
+    );
+    assert_eq!((taken, is_taken_before), (Ok(()), false));
 }
