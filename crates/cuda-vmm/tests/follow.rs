@@ -8,8 +8,8 @@ mod common;
 use common::{PAGE, Simulated, manual, with_context};
 use cuda_vmm::sim::{Books, Fault, Simulator};
 use cuda_vmm::sys::{
-    CU_STREAM_CAPTURE_MODE_GLOBAL, CUDA_ERROR_OUT_OF_MEMORY, CUDA_ERROR_UNKNOWN, CUDA_SUCCESS,
-    DriverFunction,
+    CU_STREAM_CAPTURE_MODE_GLOBAL, CU_STREAM_CAPTURE_MODE_RELAXED, CUDA_ERROR_OUT_OF_MEMORY,
+    CUDA_ERROR_UNKNOWN, CUDA_SUCCESS, DriverFunction,
 };
 use cuda_vmm::{CaptureGuard, Engine, Stream, VirtualMemoryPool};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -39,6 +39,11 @@ impl Fixture {
     /// A page that was freed while a write to it waits to be run on the first of so many named
     /// streams.
     fn freed_under_a_write(named: usize) -> Self {
+        Self::freed_pages(named, 1)
+    }
+
+    /// The same with so many pages, which are freed by one call.
+    fn freed_pages(named: usize, pages: usize) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let simulated = Simulated::default();
         let engine =
@@ -55,12 +60,14 @@ impl Fixture {
             _turn: turn,
         };
         fixture.simulated.simulator.hold_work();
-        fixture.pool.allocate(0, PAGE).expect("room");
+        for page in 0..pages {
+            fixture.pool.allocate(page * PAGE, PAGE).expect("room");
+        }
         for stream in fixture.streams.iter().take(named) {
             fixture.pool.use_stream(stream).expect("same device");
         }
         fixture.write(0, 7);
-        fixture.pool.deallocate(0, PAGE).expect("live");
+        fixture.pool.deallocate(0, pages * PAGE).expect("live");
         fixture
     }
 
@@ -185,6 +192,57 @@ fn a_stream_that_is_named_later_waits_as_well() {
         fixture.calls(|| fixture.pool.use_stream(&later).expect("same device")),
         []
     );
+}
+
+#[test]
+fn a_stream_that_is_named_later_is_not_made_to_wait_twice() {
+    let fixture = Fixture::freed_pages(2, 2);
+    fixture.pool.try_allocate(0, PAGE).expect("at once");
+    let late = Stream::new(&fixture.simulated.device).expect("a stream");
+    let calls = fixture.calls(|| fixture.pool.use_stream(&late).expect("same device"));
+    assert_eq!(waits(&calls), 1);
+    // The other page was freed by the same call, behind the same work.
+    let calls = fixture.calls(|| _ = fixture.pool.try_allocate(PAGE, PAGE).expect("at once"));
+    assert_eq!(calls, []);
+}
+
+/// The stream of each thread is another one, and a captured one waits for nothing outside.
+#[test]
+fn the_caller_waits_where_a_stream_that_is_named_later_cannot() {
+    let fixture = Fixture::freed_under_a_write(1);
+    fixture.take().expect("at once");
+    let device = &fixture.simulated.device;
+    let captured = Stream::new(device).expect("a stream");
+    // SAFETY: the per-thread default stream is always there.
+    let per_thread = unsafe { Stream::borrow(device, core::ptr::without_provenance_mut(2)) };
+    let table = *device.driver().table();
+    with_context(device, || {
+        // SAFETY: the stream is alive.
+        let code =
+            unsafe { (table.cuStreamBeginCapture)(captured.raw(), CU_STREAM_CAPTURE_MODE_RELAXED) };
+        assert_eq!(code, CUDA_SUCCESS);
+    });
+    std::thread::scope(|scope| {
+        let waiting =
+            [&captured, &per_thread].map(|stream| scope.spawn(|| fixture.pool.use_stream(stream)));
+        // Time for it to go wrong in.
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        let is_done = waiting.each_ref().map(|thread| thread.is_finished());
+        fixture.simulated.simulator.release_work();
+        assert_eq!(is_done, [false, false]);
+        for thread in waiting {
+            assert_eq!(thread.join().expect("no panic"), Ok(()));
+        }
+    });
+    with_context(device, || {
+        let mut graph = core::ptr::null_mut();
+        // SAFETY: the stream is alive and `graph` a valid place; the graph is destroyed once.
+        unsafe {
+            let code = (table.cuStreamEndCapture)(captured.raw(), &mut graph);
+            assert_eq!(code, CUDA_SUCCESS, "intact");
+            assert_eq!((table.cuGraphDestroy)(graph), CUDA_SUCCESS);
+        }
+    });
 }
 
 #[test]

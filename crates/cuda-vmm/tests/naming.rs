@@ -4,7 +4,8 @@
 mod common;
 
 use common::{Gate, PAGE, Simulated, manual};
-use cuda_vmm::sys::DriverFunction;
+use cuda_vmm::sim::Fault;
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, DriverFunction};
 use cuda_vmm::{Engine, Stream, VirtualMemoryPool};
 use std::sync::Arc;
 
@@ -124,6 +125,40 @@ fn of_a_forgotten_stream_only_what_was_queued_before_is_waited_for() {
     let _gate = Gate::close(&fixture.simulated.device, stream.raw());
     fixture.pool.allocate(0, PAGE).expect("room");
     fixture.free(0);
+    assert_eq!(fixture.engine.step().drained_bytes, PAGE);
+}
+
+#[test]
+fn what_is_kept_of_a_forgotten_stream_goes_once_its_work_is_past() {
+    let fixture = Fixture::new();
+    let (_other, stream) = (fixture.named(), fixture.named());
+    fixture.pool.allocate(0, PAGE).expect("room");
+    let before = fixture.simulated.books().events;
+    let gate = fixture.write_behind_a_gate(&stream, 0);
+    fixture.pool.forget_stream(&stream).expect("named");
+    assert_eq!(fixture.simulated.books().events, before + 1);
+    gate.open();
+    stream.synchronize().expect("legal work");
+    fixture.free(0);
+    fixture.expect_goes_back();
+    assert_eq!(fixture.simulated.books().events, before);
+}
+
+#[test]
+fn the_end_of_a_forgotten_stream_that_cannot_be_asked_for_is_waited_for_alone() {
+    let fixture = Fixture::new();
+    let (_other, stream, unnamed) = (fixture.named(), fixture.named(), fixture.stream());
+    fixture.pool.allocate(0, PAGE).expect("room");
+    let gate = fixture.write_behind_a_gate(&stream, 0);
+    fixture.pool.forget_stream(&stream).expect("named");
+    // Work that is none of the pool's.
+    let _other_gate = Gate::close(&fixture.simulated.device, unnamed.raw());
+    let refused = Fault::nth_of(DriverFunction::cuEventQuery, 1, CUDA_ERROR_OPERATING_SYSTEM);
+    fixture.simulated.simulator.inject(refused);
+    fixture.free(0);
+    fixture.expect_waits();
+    gate.open();
+    stream.synchronize().expect("legal work");
     assert_eq!(fixture.engine.step().drained_bytes, PAGE);
 }
 

@@ -225,3 +225,40 @@ impl End {
         })
     }
 }
+
+#[cfg(all(test, feature = "simulator", not(model_check)))]
+mod tests {
+    use super::*;
+    use crate::Driver;
+    use crate::sim::SimConfig;
+
+    /// Ranges whose users are not the same share no fences.
+    #[test]
+    fn users_with_other_streams_or_other_ends_are_others() {
+        let driver = Driver::simulated(SimConfig::new()).expect("a simulator");
+        let device = driver.device(0).expect("a device");
+        let [first, second] = [(); 2].map(|()| Stream::new(&device).expect("a stream"));
+        let end = || Arc::new(first.record().expect("recorded"));
+        let [one, other] = [(); 2].map(|()| end());
+        let users = |streams: &[&Stream], ends: &[&Arc<Fence>]| {
+            let mut users = Users::default();
+            streams.iter().for_each(|stream| drop(users.name(stream)));
+            ends.iter().for_each(|end| _ = users.add_end(end));
+            users
+        };
+        let all = [
+            users(&[], &[]),
+            users(&[&first], &[]),
+            users(&[&second], &[]),
+            users(&[&first, &second], &[]),
+            users(&[&first], &[&one]),
+            users(&[&first], &[&other]),
+            users(&[&first], &[&one, &other]),
+        ];
+        for (at, users) in all.iter().enumerate() {
+            for (other_at, other) in all.iter().enumerate() {
+                assert_eq!(users.are(other), at == other_at, "{at}, {other_at}");
+            }
+        }
+    }
+}
