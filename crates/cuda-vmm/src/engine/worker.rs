@@ -306,3 +306,90 @@ fn take_steps<E: Steps>(shared: &Shared<E>, engine: &Weak<E>) {
         _ = foreign::call(|| drop((engine, kept)));
     }
 }
+
+#[cfg(all(test, not(model_check)))]
+mod tests {
+    use super::*;
+    use crate::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Instant;
+
+    /// Longer than any wait here is; a test that fails ends all the same.
+    const FOREVER: Duration = Duration::from_secs(60);
+
+    /// An engine that tells of the end of each step.
+    struct Scripted {
+        told: Sender<Instant>,
+        /// After how many steps nothing is left to be done.
+        left: AtomicUsize,
+        /// How long a step takes.
+        takes: Duration,
+        retiring_bytes: usize,
+    }
+
+    impl Scripted {
+        fn new(
+            left: usize,
+            takes: Duration,
+            retiring_bytes: usize,
+        ) -> (Arc<Self>, Receiver<Instant>) {
+            let (told, hear) = channel();
+            let left = AtomicUsize::new(left);
+            let engine = Arc::new(Self {
+                told,
+                left,
+                takes,
+                retiring_bytes,
+            });
+            (engine, hear)
+        }
+    }
+
+    impl Steps for Scripted {
+        fn step(self: &Arc<Self>, is_worker: bool) -> StepReport {
+            assert!(is_worker);
+            thread::sleep(self.takes);
+            self.left.fetch_sub(1, Ordering::SeqCst);
+            self.told.send(Instant::now()).expect("the test listens");
+            StepReport {
+                retiring_bytes: self.retiring_bytes,
+                ..StepReport::default()
+            }
+        }
+
+        fn next_work(&self) -> Option<Duration> {
+            (self.left.load(Ordering::SeqCst) > 0).then_some(Duration::ZERO)
+        }
+    }
+
+    #[test]
+    fn steps_are_taken_until_nothing_is_left_and_an_engine_is_kept_so_long() {
+        let worker = Worker::new(WorkerMode::Thread);
+        let (engine, hear) = Scripted::new(3, Duration::ZERO, 0);
+        worker.keep(&engine);
+        drop(engine);
+        // It ends with the engine.
+        assert_eq!(hear.iter().count(), 3);
+    }
+
+    #[test]
+    fn while_memory_retires_slow_steps_are_taken_as_often_as_quick_ones() {
+        let worker = Worker::new(WorkerMode::Thread);
+        // With rests of half a second this would take five seconds.
+        let (engine, hear) = Scripted::new(11, Duration::from_millis(4), 1);
+        worker.wake(&engine, true);
+        let mut steps = (0..11).map(|_| hear.recv_timeout(FOREVER).expect("a step"));
+        let first = steps.next().expect("eleven steps");
+        let last = steps.last().expect("eleven steps");
+        assert!(last - first < 9 * REST_MAX, "{:?}", last - first);
+    }
+
+    #[test]
+    fn after_a_slow_step_of_which_nothing_came_the_thread_rests() {
+        let worker = Worker::new(WorkerMode::Thread);
+        let (engine, hear) = Scripted::new(2, Duration::from_millis(4), 0);
+        worker.wake(&engine, true);
+        let [first, second] = [(); 2].map(|()| hear.recv_timeout(FOREVER).expect("a step"));
+        assert!(second - first >= REST_MAX, "{:?}", second - first);
+    }
+}

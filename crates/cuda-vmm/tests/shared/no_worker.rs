@@ -1,5 +1,6 @@
 //! No worker thread: calls that wait do its work.
 
+use crate::common::told::Keeper;
 use crate::common::{Models, PAGE, Simulated, alone, manual, role, run_alone};
 use crate::{CAPACITY, pool};
 use cuda_vmm::sim::{Fault, SimConfig};
@@ -136,4 +137,35 @@ fn calls_do_the_work_if_no_thread_can_start() {
     waited.expect("the call synchronises the context");
     retired.expect("live");
     taken.expect("the call synchronises the context");
+}
+
+/// In a process of its own too. Each free asks for the thread.
+#[test]
+fn a_thread_that_was_refused_is_asked_for_again_some_calls_later() {
+    const TEST: &str = "no_worker::a_thread_that_was_refused_is_asked_for_again_some_calls_later";
+    if role().is_none() {
+        run_alone(&mut alone(TEST, "limited"));
+        return;
+    }
+    let simulated = Simulated::new(SimConfig::new().unbacked());
+    let pool = full(&simulated.device, EngineOptions::new());
+    let keeper = Keeper::default();
+    let told = keeper.told.clone();
+    tracing::subscriber::set_global_default(keeper).expect("the first");
+    let is_told = |text| {
+        let told = told.0.lock().expect("no panic");
+        told.iter().any(|(_, told)| told.contains(text))
+    };
+    let free = |page| pool.deallocate_for_model("holds", page * PAGE, PAGE);
+    limit_addresses(true);
+    let freed = free(0);
+    limit_addresses(false);
+    freed.expect("live");
+    assert!(is_told("the worker thread could not start"));
+    let starts = |page: &usize| {
+        free(*page).expect("live");
+        is_told("the worker thread starts")
+    };
+    // Two calls pass before the system is asked again.
+    assert_eq!((1..8).find(starts), Some(3));
 }
