@@ -120,6 +120,10 @@ impl Everything {
             forked(VirtualMemoryPool::on_engine(engine, PAGE, PAGE));
             assert_eq!(engine.step(), StepReport::default());
             assert_eq!(engine.stats(), before);
+            // What does not change is told here too.
+            let stats = pool.stats();
+            let told = (stats.capacity_bytes, stats.page_bytes, stats.live_bytes);
+            assert_eq!(told, (pool.capacity_bytes(), pool.page_bytes(), 0));
         }
         forked(self.model.allocate(PAGE, PAGE));
         let (account, options) = (self.model.account(), PoolOptions::new());

@@ -63,6 +63,7 @@ fn the_rest_of_the_engine_goes_on_and_leaves_it_alone() {
     let neighbour = VirtualMemoryPool::on_engine(&fixture.engine, 4 * PAGE, PAGE).expect("a pool");
     let own = Stream::new(&fixture.simulated.device).expect("a stream");
     neighbour.use_stream(&own).expect("of this device");
+    let account = fixture.pool.account().clone();
     let (engine, pool) = (&fixture.engine, &mut fixture.pool);
     std::thread::scope(|scope| {
         // In here, so that a failure lets it through before the scope waits for its threads.
@@ -79,6 +80,8 @@ fn the_rest_of_the_engine_goes_on_and_leaves_it_alone() {
         );
         assert_eq!(stats.parts.live_page_bytes, PAGES / 2 * PAGE, "{stats}");
         assert_eq!(stats.parts.total_bytes(), stats.committed_bytes, "{stats}");
+        assert_eq!(account.stats().parts, stats.parts);
+        assert_eq!(account.stats().committed_bytes, stats.committed_bytes);
         neighbour.try_allocate(0, 2 * PAGE).expect("room");
         neighbour.deallocate(0, PAGE).expect("live");
         engine.step();
@@ -89,7 +92,7 @@ fn the_rest_of_the_engine_goes_on_and_leaves_it_alone() {
         let report = compacting.join().expect("no panic").expect("room");
         assert_eq!(report.skipped_bytes, 0);
     });
-    drop((neighbour, own));
+    drop((neighbour, own, account));
     fixture.check();
     fixture.end();
 }
