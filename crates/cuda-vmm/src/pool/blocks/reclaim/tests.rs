@@ -74,6 +74,17 @@ fn where_room_is_short_what_costs_least_is_evicted() {
 }
 
 #[test]
+fn room_is_kept_for_what_is_dearer_to_evict_than_to_move() {
+    // Pages of two blocks: the first would empty at no cost, and then the third at 10.
+    let layout = layout(&[PAGE / 2], 6);
+    let mut candidates = costs(&[Some(0.0), Some(0.0), None, None, Some(10.0), None]);
+    (candidates[3], candidates[5]) = (Candidate::Absent, Candidate::Absent);
+    let chosen = reclaim(&layout, &candidates, usize::MAX, Some(1.0));
+    assert_eq!((chosen.evicted, chosen.moves.len()), (vec![], 2));
+    assert_eq!((chosen.freed_bytes, chosen.cost), (2 * PAGE, 2.0));
+}
+
+#[test]
 fn a_block_of_many_pages_frees_them_all() {
     let layout = layout(&[3 * PAGE, 8], 4);
     let candidates = costs(&[Some(1.0), None, Some(3.0), None]);
