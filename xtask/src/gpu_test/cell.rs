@@ -39,6 +39,9 @@ pub const BENCHES: &str = "cuda-vmm-benches";
 /// The feature with which Candle has CUDA devices, and the facade all of its kernels.
 pub const CUDA: &str = "attention";
 
+/// The test that runs kernels on the host, and opens no driver.
+pub const HOST_KERNELS: &str = "host_kernels";
+
 /// A target of a package, built for one driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Program {
