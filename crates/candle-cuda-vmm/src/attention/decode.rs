@@ -33,6 +33,10 @@ const NAME: &str = "decode";
 /// and sums are F32. A NaN in a key or a value that the query sees makes the result NaN. So does a
 /// score of `+inf`, and if all scores are `-inf`.
 ///
+/// The same inputs and the same plan give the same bits. Another GPU splits the keys otherwise, so
+/// sums are rounded otherwise. Whatever the split, results of random inputs with outliers are
+/// within 1e-6 (F32), 1e-3 (F16) and 6e-3 (BF16) of double precision, as a ratio of norms.
+///
 /// # On a CPU device
 /// Each sequence and each head of K and V is a task for rayon's threads. The same inputs give the
 /// same bits, whatever the number of threads.
