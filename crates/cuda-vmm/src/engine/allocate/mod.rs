@@ -148,9 +148,9 @@ pub(crate) fn take_all_there(asks: &[Ask<'_>]) -> bool {
     let mut is_hungry = false;
     for (ask, range) in asks.iter().zip(&mut ranges) {
         for (place, bytes) in ask.places {
-            if let Ok(Some(taken)) = range.take_there(*place, *bytes) {
-                is_hungry |= taken.is_hungry;
-            }
+            let taken = range.take_there(*place, *bytes);
+            debug_assert!(matches!(taken, Ok(Some(_))), "it is there");
+            is_hungry |= taken.is_ok_and(|taken| taken.is_some_and(|taken| taken.is_hungry));
         }
     }
     drop(ranges);
