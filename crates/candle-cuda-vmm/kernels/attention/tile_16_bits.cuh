@@ -68,6 +68,22 @@ template <typename M, unsigned V_DIM> struct Products {
     }
 };
 
+// Loads the queries of `heads` heads as right fragments, with zeros for others. `dim_of` names the
+// first of the two dims of a register.
+template <unsigned FRAGMENTS, typename Q, typename DimOf>
+__device__ inline void load_queries(unsigned (&to)[FRAGMENTS][2], const Q *rows, unsigned heads,
+                                    unsigned dims, DimOf dim_of) {
+    const unsigned head = lane_index() / 4;
+    for (unsigned at = 0; at < FRAGMENTS; ++at) {
+        for (unsigned half = 0; half < 2; ++half) {
+            const unsigned dim = dim_of(at, half);
+            const bool is_there = head < heads && dim < dims;
+            const Q *place = rows + head * dims + dim;
+            to[at][half] = is_there ? *reinterpret_cast<const unsigned *>(place) : 0;
+        }
+    }
+}
+
 template <typename E, unsigned K_DIM, unsigned V_DIM> struct Tile16Bits {
     using Element = E;
     using Query = E;
@@ -77,16 +93,10 @@ template <typename E, unsigned K_DIM, unsigned V_DIM> struct Tile16Bits {
 
     __device__ void begin(const E *rows, unsigned heads, const Arguments &given) {
         products.clear();
-        const unsigned head = lane_index() / 4;
         const unsigned pair = lane_index() % 4 * 2;
-        for (unsigned at = 0; at < K_DIM / 16; ++at) {
-            for (unsigned half = 0; half < 2; ++half) {
-                const unsigned dim = 16 * at + 8 * half + pair;
-                const bool is_there = head < heads && dim < given.cache.k.dim;
-                const E *place = rows + head * given.cache.k.dim + dim;
-                queries[at][half] = is_there ? *reinterpret_cast<const unsigned *>(place) : 0;
-            }
-        }
+        load_queries(queries, rows, heads, given.cache.k.dim, [=](unsigned at, unsigned half) {
+            return 16 * at + 8 * half + pair;
+        });
     }
 
     __device__ void add(const char *k, const char *v, unsigned key, const Sequence &sequence,

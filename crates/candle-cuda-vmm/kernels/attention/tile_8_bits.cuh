@@ -27,15 +27,10 @@ template <typename M, unsigned K_DIM, unsigned V_DIM> struct Tile8Bits {
 
     __device__ void begin(const M *rows, unsigned heads, const Arguments &given) {
         products.clear();
-        const unsigned head = lane_index() / 4;
-        for (unsigned at = 0; at < K_DIM / 16; ++at) {
-            for (unsigned half = 0; half < 2; ++half) {
-                const unsigned dim = 16 * at + 4 * (lane_index() % 4) + 2 * half;
-                const bool is_there = head < heads && dim < given.cache.k.dim;
-                const M *place = rows + head * given.cache.k.dim + dim;
-                queries[at][half] = is_there ? *reinterpret_cast<const unsigned *>(place) : 0;
-            }
-        }
+        const unsigned quarter = lane_index() % 4;
+        load_queries(queries, rows, heads, given.cache.k.dim, [=](unsigned at, unsigned half) {
+            return 16 * at + 4 * quarter + 2 * half;
+        });
     }
 
     __device__ void add(const char *k, const char *v, unsigned key, const Sequence &sequence,

@@ -7,7 +7,7 @@ use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
 use super::options::GqaOptions;
 use super::plan::DecodePlan;
-use super::stream::is_same_stream;
+use super::stream::{check_device, is_same_stream};
 use crate::error::VmmError;
 use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 
@@ -159,11 +159,7 @@ pub(super) fn check_dtypes(q: &Tensor, kv: &KvBatch, op: &'static str) -> Result
         (F16 | BF16 | F32, _) => return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op }),
         _ => return Err(Error::UnsupportedDTypeForOp(lhs, op)),
     }
-    let (lhs, rhs) = (q.device().location(), kv.device().location());
-    match lhs == rhs {
-        true => Ok(()),
-        false => Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op }),
-    }
+    check_device(q, kv.memory.first(), op)
 }
 
 /// Returns whether queries with these heads fit K.

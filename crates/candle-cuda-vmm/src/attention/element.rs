@@ -36,33 +36,25 @@ impl Element for f32 {
     }
 }
 
-impl Element for f16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
+macro_rules! element_of_16_bits {
+    ($($type:ty),*) => {$(
+        impl Element for $type {
+            fn widen(self) -> f32 {
+                self.to_f32()
+            }
 
-    fn narrow(wide: f32) -> Self {
-        Self::from_f32(wide)
-    }
+            fn narrow(wide: f32) -> Self {
+                Self::from_f32(wide)
+            }
 
-    fn widen_all(narrow: &[Self], wide: &mut [f32]) {
-        narrow.convert_to_f32_slice(wide);
-    }
+            fn widen_all(narrow: &[Self], wide: &mut [f32]) {
+                narrow.convert_to_f32_slice(wide);
+            }
+        }
+    )*};
 }
 
-impl Element for bf16 {
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
-
-    fn narrow(wide: f32) -> Self {
-        Self::from_f32(wide)
-    }
-
-    fn widen_all(narrow: &[Self], wide: &mut [f32]) {
-        narrow.convert_to_f32_slice(wide);
-    }
-}
+element_of_16_bits!(f16, bf16);
 
 impl Element for F8E4M3 {
     fn widen(self) -> f32 {

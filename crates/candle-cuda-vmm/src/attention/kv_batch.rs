@@ -3,6 +3,7 @@
 #![deny(clippy::unwrap_used)]
 
 use super::kv_memory::{KvMemory, KvSizes, KvStrides};
+use super::stream::check_device;
 use crate::elastic_blocks::ElasticBlocks;
 use crate::error::{Result, VmmError};
 use candle_core::{DType, Device, Error, Tensor};
@@ -313,15 +314,7 @@ fn check_alike(left: &Tensor, right: &Tensor) -> Result<()> {
     if lhs != rhs {
         return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op }.into());
     }
-    check_device(left, right)
-}
-
-fn check_device(left: &Tensor, right: &Tensor) -> Result<()> {
-    let (lhs, rhs) = (left.device().location(), right.device().location());
-    match lhs == rhs {
-        true => Ok(()),
-        false => Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME }.into()),
-    }
+    Ok(check_device(left, right, NAME)?)
 }
 
 /// Checks a tensor of lengths or of block numbers.
@@ -329,7 +322,7 @@ fn check_index(k: &Tensor, index: &Tensor, rank: usize) -> Result<()> {
     if index.dtype() != DType::U32 {
         return Err(Error::UnsupportedDTypeForOp(index.dtype(), NAME).into());
     }
-    check_device(k, index)?;
+    check_device(k, index, NAME)?;
     if index.rank() != rank {
         let error = Error::UnexpectedNumberOfDims {
             expected: rank,

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use super::stream::check_device;
 use crate::error::Result;
 use candle_core::{DType, Error, Tensor};
 
@@ -52,10 +53,7 @@ impl Rotary {
                 return Err(Error::RequiresContiguous { op: NAME }.into());
             }
         }
-        let (lhs, rhs) = (cos.device().location(), sin.device().location());
-        if lhs != rhs {
-            return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME }.into());
-        }
+        check_device(cos, sin, NAME)?;
         let (positions, half) = cos.dims2()?;
         if sin.dims2()? != (positions, half) {
             let (lhs, rhs) = (cos.shape().clone(), sin.shape().clone());

@@ -1,6 +1,7 @@
 //! The checked sizes of an attention.
 
 use super::options::Mask;
+use super::stream::check_device;
 use candle_core::error::MatMulUnexpectedStriding;
 use candle_core::{DType, Error, Layout, Result, Shape, Tensor};
 use std::ops::Range;
@@ -36,10 +37,7 @@ impl Sizes {
                     op: NAME,
                 });
             }
-            let (lhs, rhs) = (q.device().location(), other.device().location());
-            if lhs != rhs {
-                return Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME });
-            }
+            check_device(q, other, NAME)?;
         }
         let sizes = Self::from_shapes(q.shape(), k.shape(), v.shape(), mask)?;
         for (other, dim) in [(k, sizes.dim), (v, sizes.value_dim)] {

@@ -1,8 +1,17 @@
-//! The streams of Candle's devices.
+//! Candle's devices and their streams.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use candle_core::Device;
+use candle_core::{Device, Error, Result, Tensor};
+
+/// Fails unless two tensors are on one device.
+pub fn check_device(left: &Tensor, right: &Tensor, op: &'static str) -> Result<()> {
+    let (lhs, rhs) = (left.device().location(), right.device().location());
+    match lhs == rhs {
+        true => Ok(()),
+        false => Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op }),
+    }
+}
 
 /// Returns whether the device's stream is being captured. Copies to the host would end the capture.
 pub fn is_capturing(device: &Device) -> bool {

@@ -7,6 +7,7 @@ use super::decode::{check_dtypes, mismatch};
 use super::kv_batch::KvBatch;
 use super::rotary::Rotary;
 use super::slots::Slots;
+use super::stream::check_device;
 use crate::error::VmmError;
 use candle_core::{DType, Device, Error, Result, Tensor};
 
@@ -113,7 +114,7 @@ fn check_tensors(q: &Tensor, k: &Tensor, v: &Tensor, kv: &KvBatch) -> Result<()>
         if lhs != rhs {
             return Err(Error::DTypeMismatchBinaryOp { lhs, rhs, op });
         }
-        check_device(q, other)?;
+        check_device(q, other, NAME)?;
     }
     let (tokens, _, dim) = q.dims3()?;
     if dim != kv.dim() {
@@ -134,7 +135,7 @@ fn check_rotary(q: &Tensor, rotary: Option<(&Rotary, &Tensor)>) -> Result<()> {
     let Some((rotary, positions)) = rotary else {
         return Ok(());
     };
-    check_device(q, &rotary.cos)?;
+    check_device(q, &rotary.cos, NAME)?;
     let (tokens, _, dim) = q.dims3()?;
     if rotary.dim() > dim {
         let (lhs, rhs) = (q.shape().clone(), rotary.cos.shape().clone());
@@ -161,7 +162,7 @@ fn check_index(q: &Tensor, index: &Tensor, tokens: usize) -> Result<()> {
     if index.dtype() != DType::U32 {
         return Err(Error::UnsupportedDTypeForOp(index.dtype(), NAME));
     }
-    check_device(q, index)?;
+    check_device(q, index, NAME)?;
     if index.dims1()? != tokens {
         let (lhs, rhs) = (q.shape().clone(), index.shape().clone());
         return Err(Error::ShapeMismatchBinaryOp { lhs, rhs, op: NAME });
@@ -169,14 +170,6 @@ fn check_index(q: &Tensor, index: &Tensor, tokens: usize) -> Result<()> {
     match index.is_contiguous() {
         true => Ok(()),
         false => Err(Error::RequiresContiguous { op: NAME }),
-    }
-}
-
-fn check_device(left: &Tensor, right: &Tensor) -> Result<()> {
-    let (lhs, rhs) = (left.device().location(), right.device().location());
-    match lhs == rhs {
-        true => Ok(()),
-        false => Err(Error::DeviceMismatchBinaryOp { lhs, rhs, op: NAME }),
     }
 }
 
