@@ -8,6 +8,15 @@ use candle_core::Tensor;
 use candle_core::{DType, Error, Shape};
 #[cfg(any(feature = "cuda", test))]
 use std::iter;
+use std::ops::Range;
+
+/// Rows of several tensors get padding if they have such a length. Shorter ones would lose more to
+/// it, and longer ones have few tokens in a page.
+const PADDED_BYTES: Range<usize> = 64 << 10..1 << 20;
+/// They get it if their length is a multiple of this: then the same tensor's parts of rows lie in
+/// few of the memory's channels.
+const STEP_BYTES: usize = 8 << 10;
+const PADDING_BYTES: usize = 2 << 10;
 
 /// The parts of a row, which lie side by side: one, or one for each tensor that shares the range.
 #[derive(Debug, Clone)]
@@ -55,9 +64,14 @@ impl RowLayout {
             }
             columns.push(Column { dims, start });
         }
+        let mut row_bytes = elements * dtype.size_in_bytes();
+        let is_aligned = row_bytes.is_multiple_of(STEP_BYTES);
+        if columns.len() > 1 && is_aligned && PADDED_BYTES.contains(&row_bytes) {
+            row_bytes += PADDING_BYTES;
+        }
         Ok(Self {
             dtype,
-            row_bytes: elements * dtype.size_in_bytes(),
+            row_bytes,
             columns,
         })
     }
@@ -162,6 +176,26 @@ mod tests {
             }
             start += part;
         }
+        Ok(())
+    }
+
+    #[test]
+    fn rows_of_many_layers_are_padded() -> Result<()> {
+        let row_bytes = |columns: usize, dim: usize| {
+            let shapes = vec![Shape::from((8, dim)); columns];
+            RowLayout::new(shapes, DType::F16).map(|layout| layout.row_bytes)
+        };
+        // 32 layers, 33, the fewest, and too many of 8 heads of 128.
+        assert_eq!(row_bytes(64, 128)?, 130 << 10);
+        assert_eq!(row_bytes(66, 128)?, 132 << 10);
+        assert_eq!(row_bytes(32, 128)?, 66 << 10);
+        assert_eq!(row_bytes(28, 128)?, 56 << 10);
+        assert_eq!(row_bytes(512, 128)?, 1 << 20);
+        assert_eq!(row_bytes(1, 32 << 10)?, 512 << 10);
+        // The parts stay where they were.
+        let layout = RowLayout::new(vec![Shape::from((8, 128)); 64], DType::F16)?;
+        assert_eq!(layout.start_bytes(63), 63 * (2 << 10));
+        assert_eq!(layout.shape(3), [3, 65 << 10]);
         Ok(())
     }
 

@@ -113,7 +113,7 @@ fn a_move_that_is_refused_memory_leaves_tokens_and_memory() {
     assert_eq!(k.dims(), [9, ROW]);
 }
 
-/// Each has addresses for 8,192 tokens of 128 KiB, and a page.
+/// Each has addresses for 8,192 tokens of 130 KiB, and a page.
 #[test]
 fn ten_thousand_sequences_of_32_layers_are_alive_at_once() {
     const SEQUENCES: usize = 10_000;
@@ -137,7 +137,7 @@ fn ten_thousand_sequences_of_32_layers_are_alive_at_once() {
     }
     let books = bench.books();
     let addresses = books.reserved_bytes - nothing.reserved_bytes;
-    assert_eq!(addresses, SEQUENCES << 30);
+    assert_eq!(addresses, SEQUENCES * 8192 * (130 << 10));
     assert_eq!(pool.committed_bytes(), SEQUENCES * GRANULE);
     for (sequence, layers) in &mut sequences {
         // The memory of a token of all layers is there.
