@@ -24,6 +24,7 @@ mod kernels {
         "attention/decode_f16",
         "attention/decode_bf16",
         "attention/write",
+        "attention/read",
     ];
 
     /// The oldest architecture that has the instructions of attention.

@@ -37,7 +37,10 @@ pub(crate) static DECODE: [Image; 4] = [
     image!("attention/decode_f32"),
     image!("attention/decode_f8"),
 ];
-/// The kernel that rotates and writes new tokens.
+/// The kernels that copy rows of K and V.
+#[cfg(feature = "attention")]
+pub(crate) static READ: Image = image!("attention/read");
+/// The kernels that rotate and write new tokens.
 #[cfg(feature = "attention")]
 pub(crate) static WRITE: Image = image!("attention/write");
 

@@ -9,9 +9,9 @@ struct Side {
     char *first;
     // Bytes from one sequence to the next, or from one block to the next.
     unsigned long long step_bytes;
-    // Bytes from one token of a sequence or of a block to its next, and from one head to the next.
-    unsigned long long token_bytes;
+    // Bytes from one head to the next, and from one token of a sequence or of a block to its next.
     unsigned long long head_bytes;
+    unsigned token_bytes;
     // Elements of a head, and units of 16 bytes that they fill.
     unsigned dim;
     unsigned units;
@@ -33,32 +33,39 @@ struct Cache {
     unsigned capacity;
     unsigned table_length;
     unsigned blocks;
-    // Tokens of a block.
+    // Tokens of a block, and their logarithm to base 2; 0 if that is no whole number.
     unsigned block_tokens;
+    unsigned block_shift;
 
     __device__ unsigned capacity_of(unsigned sequence) const {
         return addresses == nullptr ? capacity
                                     : static_cast<unsigned>(addresses[3 * sequence + 2]);
     }
 
-    // The block that has a token; `blocks` or more if there is none.
-    __device__ unsigned block_of(unsigned sequence, unsigned token) const {
-        return tables[1ULL * sequence * table_length + token / block_tokens];
+    // Where a token of a sequence is: in `part`, which is a block, or the sequence if there are
+    // none. No block has a part number of `blocks` or more.
+    struct Where {
+        unsigned part;
+        unsigned token;
+    };
+
+    __device__ Where find(unsigned sequence, unsigned token) const {
+        if (tables == nullptr) {
+            return {sequence, token};
+        }
+        const unsigned at = block_shift != 0 ? token >> block_shift : token / block_tokens;
+        return {tables[1ULL * sequence * table_length + at], token - at * block_tokens};
     }
 
-    // The address of a token of a head. `block` is the token's, if there are blocks.
-    __device__ char *row(const Side &side, unsigned sequence, unsigned block, unsigned head,
-                         unsigned token) const {
-        char *at = side.first + head * side.head_bytes;
-        if (tables != nullptr) {
-            at += block * side.step_bytes;
-            token %= block_tokens;
-        } else if (addresses != nullptr) {
-            at += addresses[3 * sequence + (&side == &v ? 1 : 0)];
-        } else {
-            at += sequence * side.step_bytes;
-        }
-        return at + token * side.token_bytes;
+    __device__ bool exists(const Where &where) const {
+        return tables == nullptr || where.part < blocks;
+    }
+
+    // The address of a head of a token that exists.
+    __device__ char *row(const Side &side, const Where &where, unsigned head) const {
+        char *at = side.first + head * side.head_bytes + 1ULL * where.token * side.token_bytes;
+        return addresses != nullptr ? at + addresses[3 * where.part + (&side == &v ? 1 : 0)]
+                                    : at + where.part * side.step_bytes;
     }
 };
 
@@ -76,9 +83,7 @@ struct Arguments {
     unsigned group;
     // Tokens that a query sees; 0 if all.
     unsigned window;
-    // Tiles of K and V that a warp has room for.
-    unsigned stages;
-    // A score is the product times `scale`; if `cap` is not 0, `cap * tanh` of that over `cap`.
+    // A score is the product times `scale`; if `cap` is not 0, `cap * tanh` of that.
     float scale;
     float cap;
     // What the output is multiplied with.

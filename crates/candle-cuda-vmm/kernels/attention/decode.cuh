@@ -1,16 +1,22 @@
 // Attention of one query for each sequence, over K and V in place.
 //
-// Each warp streams tiles of K and V through shared memory of its own, and no warp waits for
-// another before its segment ends. `schedule.cuh` says which tiles, `loads.cuh` how they come,
-// `tile_*.cuh` what is computed, and `merge.cuh` how results are joined.
+// Each warp loads its tiles of K and V to registers, the next one while it computes with the one
+// that came, and no warp waits for another before its segment ends. `schedule.cuh` says which
+// tiles, `tile_*.cuh` what is loaded and computed, and `merge.cuh` how results are joined.
 //
 // How the work is split follows Rabe and Staats, "Self-attention does not need O(n^2) memory"
 // (2021), and Osama et al., "Stream-K" (2023).
 #pragma once
-#include "loads.cuh"
 #include "merge.cuh"
+#include "rows.cuh"
 
 namespace attention {
+
+// Warps of a block: as many as a multiprocessor has registers for, so that nothing that a tile needs
+// goes to memory.
+constexpr unsigned warps_max(unsigned k_dim, unsigned v_dim) {
+    return k_dim + v_dim <= 192 ? 16 : k_dim + v_dim <= 256 ? 12 : 8;
+}
 
 // Writes zeros for sequences without tokens, which no block has a part of.
 template <typename Query> __device__ inline void clear_empty(const Arguments &given) {
@@ -25,100 +31,142 @@ template <typename Query> __device__ inline void clear_empty(const Arguments &gi
     }
 }
 
-template <typename Tile, unsigned K_DIM, unsigned V_DIM>
-__device__ inline void decode(const Arguments &given, char *shared) {
-    using Query = typename Tile::Query;
-    using Tiles = Loads<typename Tile::Element, K_DIM, V_DIM>;
-    const unsigned warp = threadIdx.x / LANES;
-    const unsigned warps = blockDim.x / LANES;
-    auto &weights = *reinterpret_cast<Weights *>(shared);
-    auto *of_warps = reinterpret_cast<Partial<V_DIM> *>(shared + sizeof(Weights));
-    char *stages = reinterpret_cast<char *>(of_warps + warps) +
-                   1ULL * warp * given.stages * Tiles::STAGE_BYTES;
+// The tiles of a segment that one warp takes: every one of as many as there are warps.
+class Walk {
+    unsigned tile;
+    // Where the tile is, found ahead of its use.
+    Cache::Where where;
 
-    clear_empty<Query>(given);
+    // The tile's first key. Blocks hold whole tiles.
+    __device__ unsigned key(const Segment &segment) const {
+        return (segment.sequence.first_tile() + tile) * TILE;
+    }
+
+    __device__ void find(const Segment &segment, const Arguments &given) {
+        if (tile < segment.end) {
+            where = given.cache.find(segment.sequence.index, key(segment));
+        }
+    }
+
+  public:
+    __device__ Walk(const Segment &segment, const Arguments &given)
+        : tile(segment.begin + threadIdx.x / LANES) {
+        find(segment, given);
+    }
+
+    __device__ Place next(const Segment &segment, const Arguments &given) {
+        const Cache &cache = given.cache;
+        if (tile >= segment.end) {
+            return {};
+        }
+        Place place = {true, key(segment), nullptr, nullptr};
+        if (cache.exists(where)) {
+            place.k = cache.row(cache.k, where, segment.kv_head(given));
+            place.v = cache.row(cache.v, where, segment.kv_head(given));
+        }
+        tile += blockDim.x / LANES;
+        find(segment, given);
+        return place;
+    }
+};
+
+// What a block has in shared memory.
+template <typename Tile, unsigned V_DIM> struct Shared {
+    typename Tile::Shared tile;
+    Columns of_groups;
+    OfWarps<V_DIM> of_warps;
+};
+
+template <typename Tile, unsigned V_DIM>
+__device__ inline void decode(const Arguments &given, char *memory) {
+    using Query = typename Tile::Query;
+    const unsigned warp = threadIdx.x / LANES;
+    auto &shared = *reinterpret_cast<Shared<Tile, V_DIM> *>(memory);
+
+    wait_for_earlier_kernels();
     const Parts parts(given);
     Segment segment(given, parts, blockIdx.x);
-    Tiles loads(given, segment, warp, warps);
-    for (unsigned stage = 0; stage < given.stages; ++stage) {
-        loads.begin(stages + stage * Tiles::STAGE_BYTES);
-    }
-    char *stage = stages;
-    char *const end = stages + given.stages * Tiles::STAGE_BYTES;
     for (; !segment.is_over(); segment.advance(given)) {
         const Sequence &sequence = segment.sequence;
         const unsigned heads = segment.heads(given);
         const unsigned long long first_head =
             1ULL * sequence.index * given.cache.kv_heads * given.group + segment.first_head(given);
+        const auto *queries =
+            static_cast<const Query *>(given.queries) + first_head * given.cache.k.dim;
         Tile own;
-        own.begin(static_cast<const Query *>(given.queries) + first_head * given.cache.k.dim, heads,
-                  given);
-        for (unsigned tile = segment.begin + warp; tile < segment.end; tile += warps) {
-            wait_for_all_but(given.stages - 1);
-            __syncwarp();
-            const unsigned key = (sequence.first_tile() + tile) * TILE;
-            own.add(stage, stage + Tiles::K_BYTES, key, sequence, given);
-            // All lanes have read it.
-            __syncwarp();
-            loads.begin(stage);
-            stage += Tiles::STAGE_BYTES;
-            stage = stage == end ? stages : stage;
+        own.fetch(shared.tile, queries, heads, given);
+        Walk walk(segment, given);
+        Place place = walk.next(segment, given);
+        own.load(place, sequence, given);
+        own.begin(queries, heads);
+        __syncthreads();
+#pragma unroll 1
+        while (place.is_there) {
+            place = walk.next(segment, given);
+            own.add(shared.tile, place, sequence, given);
         }
-        const unsigned with_tiles = min(warps, segment.end - segment.begin);
+        const unsigned with_tiles = min(blockDim.x / LANES, segment.end - segment.begin);
         if (warp < with_tiles) {
-            own.store(of_warps[warp], heads);
+            own.store_max(shared.of_warps.max[warp]);
+        }
+        __syncthreads();
+        if (warp < with_tiles) {
+            own.store(shared.of_warps, warp, with_tiles);
         }
         __syncthreads();
 
-        const OfWarps<V_DIM> own_partials{of_warps};
-        const auto to_output = [&](unsigned head, unsigned dim, float value) {
+        const auto to_output = [&](unsigned head, unsigned dim, const float4 &sums, float total) {
             if (dim < given.cache.v.dim) {
+                float4 scaled = {};
+                // If no key counts, 0 / 0: not a number, as in a softmax of nothing but -inf.
+                add(scaled, sums, given.value_scale / total);
                 auto *output = static_cast<Query *>(given.output);
-                narrow(value, output + (first_head + head) * given.cache.v.dim + dim);
+                narrow(scaled, output + (first_head + head) * given.cache.v.dim + dim);
             }
         };
         if (segment.is_whole()) {
-            weigh_partials(weights, own_partials, with_tiles, heads, true, given.value_scale, nullptr,
-                           nullptr);
-            sum_partials<V_DIM>(weights, own_partials, with_tiles, heads, to_output);
+            add_warps(shared.of_warps, with_tiles, heads,
+                      [&](unsigned head, unsigned dim, const float4 &sums) {
+                          to_output(head, dim, sums, shared.of_warps.total_of(head, with_tiles));
+                      });
         } else {
-            auto *slots = reinterpret_cast<Partial<V_DIM> *>(given.partials);
+            auto *slots = static_cast<Partial<V_DIM> *>(given.partials);
             Partial<V_DIM> &slot = slots[2 * blockIdx.x + (segment.begin == 0 ? 1 : 0)];
-            weigh_partials(weights, own_partials, with_tiles, heads, false, 1.0F, slot.max, slot.total);
-            sum_partials<V_DIM>(weights, own_partials, with_tiles, heads,
-                                [&](unsigned head, unsigned dim, float value) {
-                                    slot.sums[head][dim] = value;
-                                });
-            const unsigned first = parts.owner(segment.item_begin);
-            const unsigned last = parts.owner(segment.item_begin + sequence.tiles() - 1);
-            const unsigned count = last - first + 1;
+            // By threads that have no columns, if there are any.
+            const unsigned head = blockDim.x - 1 - threadIdx.x;
+            if (head < heads) {
+                slot.softmax[head] = {shared.of_warps.max_of(head, with_tiles),
+                                      shared.of_warps.total_of(head, with_tiles)};
+            }
+            add_warps(shared.of_warps, with_tiles, heads,
+                      [&](unsigned head, unsigned dim, const float4 &sums) {
+                          *reinterpret_cast<float4 *>(slot.sums[head] + dim) = sums;
+                      });
+            const unsigned first = segment.first_block(parts);
+            const unsigned count = segment.block_count(parts, first);
             unsigned *arrivals = given.arrivals + 1ULL * sequence.index * items(given) + segment.item;
             if (is_last_to_arrive(arrivals, count)) {
-                const OfBlocks<V_DIM> all_partials{slots, first};
-                weigh_partials(weights, all_partials, count, heads, true, given.value_scale, nullptr,
-                               nullptr);
-                sum_partials<V_DIM>(weights, all_partials, count, heads, to_output);
+                add_blocks(shared.of_groups, slots, first, count, heads, to_output);
             }
         }
         // Before the warps write to shared memory again.
         __syncthreads();
     }
-    // No copy may be under way when the block ends.
-    wait_for_all_but(0);
+    clear_empty<Query>(given);
 }
 
 } // namespace attention
 
 #ifndef ATTENTION_ON_THE_HOST
 #define ATTENTION_KERNEL(NAME, TILE_TYPE, K_DIM, V_DIM)                                            \
-    extern "C" __global__ void __launch_bounds__(256, 1)                                           \
+    extern "C" __global__ void __launch_bounds__(32 * attention::warps_max(K_DIM, V_DIM), 1)       \
         NAME(const __grid_constant__ attention::Arguments given) {                                 \
         extern __shared__ __align__(128) char shared[];                                            \
-        attention::decode<TILE_TYPE<K_DIM, V_DIM>, K_DIM, V_DIM>(given, shared);                                 \
+        attention::decode<TILE_TYPE<K_DIM, V_DIM>, V_DIM>(given, shared);                          \
     }
 #else
 #define ATTENTION_KERNEL(NAME, TILE_TYPE, K_DIM, V_DIM)                                            \
     void NAME(const attention::Arguments &given, char *shared) {                                   \
-        attention::decode<TILE_TYPE<K_DIM, V_DIM>, K_DIM, V_DIM>(given, shared);                                 \
+        attention::decode<TILE_TYPE<K_DIM, V_DIM>, V_DIM>(given, shared);                          \
     }
 #endif

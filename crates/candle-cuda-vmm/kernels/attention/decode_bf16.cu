@@ -1,11 +1,11 @@
 // Decode attention over K and V of BF16.
 #include "decode.cuh"
-#include "tile_16_bits.cuh"
+#include "tile_matrix.cuh"
 
 namespace {
 
 template <unsigned K_DIM, unsigned V_DIM>
-using BF16 = attention::Tile16Bits<__nv_bfloat16, K_DIM, V_DIM>;
+using BF16 = attention::TileMatrix<__nv_bfloat16, __nv_bfloat16, K_DIM, V_DIM>;
 
 } // namespace
 

@@ -1,11 +1,11 @@
 // Decode attention over K and V of F16.
 #include "decode.cuh"
-#include "tile_16_bits.cuh"
+#include "tile_matrix.cuh"
 
 namespace {
 
 template <unsigned K_DIM, unsigned V_DIM>
-using F16 = attention::Tile16Bits<__half, K_DIM, V_DIM>;
+using F16 = attention::TileMatrix<__half, __half, K_DIM, V_DIM>;
 
 } // namespace
 

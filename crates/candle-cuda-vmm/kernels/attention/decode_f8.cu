@@ -1,13 +1,13 @@
 // Decode attention over K and V of F8E4M3, with queries of F16 or BF16.
 #include "decode.cuh"
-#include "tile_8_bits.cuh"
+#include "tile_matrix.cuh"
 
 namespace {
 
 template <unsigned K_DIM, unsigned V_DIM>
-using F16 = attention::Tile8Bits<__half, K_DIM, V_DIM>;
+using F16 = attention::TileMatrix<__half, __nv_fp8_e4m3, K_DIM, V_DIM>;
 template <unsigned K_DIM, unsigned V_DIM>
-using BF16 = attention::Tile8Bits<__nv_bfloat16, K_DIM, V_DIM>;
+using BF16 = attention::TileMatrix<__nv_bfloat16, __nv_fp8_e4m3, K_DIM, V_DIM>;
 
 } // namespace
 

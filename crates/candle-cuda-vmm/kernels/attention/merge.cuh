@@ -13,80 +13,153 @@
 
 namespace attention {
 
-// Thread blocks that a launch may have, and so partial results of an item.
-constexpr unsigned BLOCKS_MAX = 320;
+// Warps that a block may have.
+constexpr unsigned WARPS_MAX = 16;
 
-// Weights of partial results, for each of them and each head.
-using Weights = float[BLOCKS_MAX][HEADS];
-
-// The partial results of the warps of a block, in shared memory.
+// What the warps of a block have of an item, in shared memory.
 template <unsigned V_DIM> struct OfWarps {
-    const Partial<V_DIM> *partials;
+    // Of each warp and head. The warps scale what they have to the largest before they store it.
+    float max[WARPS_MAX][HEADS];
+    Partial<V_DIM> partials[];
 
-    __device__ const Partial<V_DIM> &operator[](unsigned at) const { return partials[at]; }
-    static __device__ float read(const float &number) { return number; }
-};
-
-// The partial results of an item from the block `first` on, in device memory.
-template <unsigned V_DIM> struct OfBlocks {
-    const Partial<V_DIM> *slots;
-    unsigned first;
-
-    __device__ const Partial<V_DIM> &operator[](unsigned at) const {
-        return slots[2 * (first + at) + (at == 0 ? 1 : 0)];
+    __device__ float max_of(unsigned head, unsigned warps) const {
+        float all = minus_infinity();
+#pragma unroll 4
+        for (unsigned warp = 0; warp < warps; ++warp) {
+            all = fmaxf(all, max[warp][head]);
+        }
+        return all;
     }
-    // From the second level of the cache: another multiprocessor wrote it.
-    static __device__ float read(const float &number) { return __ldcg(&number); }
-};
 
-// Computes the weights of partial results. If `is_final`, they make the weighted sums the output.
-// Otherwise `max` and `total` get those of all. All threads of the block call it.
-template <typename Partials>
-__device__ inline void weigh_partials(Weights &weights, const Partials &partials, unsigned count,
-                                      unsigned heads, bool is_final, float value_scale, float *max,
-                                      float *total) {
-    const unsigned warps = blockDim.x / LANES;
-    for (unsigned head = threadIdx.x / LANES; head < heads; head += warps) {
-        float own_max = minus_infinity();
-        for (unsigned at = lane_index(); at < count; at += LANES) {
-            own_max = fmaxf(own_max, partials.read(partials[at].max[head]));
-        }
-        const float all_max = largest<LANES - 1>(own_max);
-        float own_total = 0.0F;
-        for (unsigned at = lane_index(); at < count; at += LANES) {
-            const float max_of_it = partials.read(partials[at].max[head]);
-            const float weight = exp2f(max_of_it - base_of(all_max));
-            own_total += weight * partials.read(partials[at].total[head]);
-            weights[at][head] = weight;
-        }
-        const float all_total = sum<LANES - 1>(own_total);
-        if (is_final) {
-            // If no key counts, 0 / 0: not a number, as in a softmax of nothing but -inf.
-            const float factor = value_scale / all_total;
-            for (unsigned at = lane_index(); at < count; at += LANES) {
-                weights[at][head] *= factor;
-            }
-        } else if (lane_index() == 0) {
-            max[head] = all_max;
-            total[head] = all_total;
-        }
-    }
-    __syncthreads();
-}
-
-// Calls `store(head, dim, sum)` for the weighted sum of the partial results in their order.
-template <unsigned V_DIM, typename Partials, typename Store>
-__device__ inline void sum_partials(const Weights &weights, const Partials &partials,
-                                    unsigned count, unsigned heads, Store store) {
-    for (unsigned index = threadIdx.x; index < heads * V_DIM; index += blockDim.x) {
-        const unsigned head = index / V_DIM;
-        const unsigned dim = index % V_DIM;
+    __device__ float total_of(unsigned head, unsigned warps) const {
         float all = 0.0F;
 #pragma unroll 4
-        for (unsigned at = 0; at < count; ++at) {
-            all += weights[at][head] * partials.read(partials[at].sums[head][dim]);
+        for (unsigned warp = 0; warp < warps; ++warp) {
+            all += partials[warp].softmax[head].total;
         }
-        store(head, dim, all);
+        return all;
+    }
+};
+
+__device__ inline void add(float4 &to, const float4 &more, float weight) {
+    to.x += weight * more.x;
+    to.y += weight * more.y;
+    to.z += weight * more.z;
+    to.w += weight * more.w;
+}
+
+// Adds what the first `count` warps have, in their order. Calls `store(head, dim, sums)` for four
+// dims of each head. All threads of the block call it.
+template <unsigned V_DIM, typename Store>
+__device__ inline void add_warps(const OfWarps<V_DIM> &of_warps, unsigned count, unsigned heads,
+                                 Store store) {
+    constexpr unsigned COLUMNS = V_DIM / 4;
+#pragma unroll 1
+    for (unsigned at = threadIdx.x; at < heads * COLUMNS; at += blockDim.x) {
+        const unsigned head = at / COLUMNS;
+        const unsigned dim = at % COLUMNS * 4;
+        float4 sums = {};
+#pragma unroll 8
+        for (unsigned warp = 0; warp < count; ++warp) {
+            const float *its = of_warps.partials[warp].sums[head] + dim;
+            add(sums, *reinterpret_cast<const float4 *>(its), 1.0F);
+        }
+        store(head, dim, sums);
+    }
+}
+
+// What a thread has of four dims of a head.
+struct Column {
+    float4 sums;
+    Softmax softmax;
+
+    __device__ void clear() { sums = {}, softmax = {minus_infinity(), 0.0F}; }
+
+    // Goes on with a maximum that is not smaller.
+    __device__ void raise(float max) {
+        const float factor = power_of_2(softmax.max - base_of(max));
+        softmax = {max, softmax.total * factor};
+        const float4 before = sums;
+        sums = {};
+        attention::add(sums, before, factor);
+    }
+
+    // Adds more, whose maximum is not larger.
+    __device__ void add(const float4 &more, const Softmax &its) {
+        const float weight = power_of_2(its.max - base_of(softmax.max));
+        softmax.total += weight * its.total;
+        attention::add(sums, more, weight);
+    }
+};
+
+// One for each thread, in shared memory.
+using Columns = Column[WARPS_MAX * LANES];
+
+// Adds the partial results of the `count` blocks from `first` on, in a fixed order. Calls
+// `store(head, dim, sums, total)` for four dims of each head. All threads of the block call it.
+//
+// If there are more threads than columns of four dims, groups of threads share the partial results,
+// and the first group adds what the others have.
+template <unsigned V_DIM, typename Store>
+__device__ inline void add_blocks(Columns &of_groups, const Partial<V_DIM> *slots, unsigned first,
+                                  unsigned count, unsigned heads, Store store) {
+    constexpr unsigned COLUMNS = V_DIM / 4;
+    // Loaded at once.
+    constexpr unsigned STEPS = 8;
+    const unsigned columns = heads * COLUMNS;
+    const unsigned groups = columns < blockDim.x ? quotient(blockDim.x, columns) : 1;
+    const unsigned group = groups == 1 ? 0 : quotient(threadIdx.x, columns);
+    Column own;
+#pragma unroll 1
+    for (unsigned at = threadIdx.x - group * columns; at < columns && group < groups;
+         at += blockDim.x) {
+        const unsigned head = at / COLUMNS;
+        const unsigned dim = at % COLUMNS * 4;
+        own.clear();
+#pragma unroll 1
+        for (unsigned begin = group; begin < count; begin += STEPS * groups) {
+            float4 sums[STEPS];
+            Softmax softmaxes[STEPS];
+            float max = own.softmax.max;
+#pragma unroll
+            for (unsigned step = 0; step < STEPS; ++step) {
+                const unsigned which = begin + step * groups;
+                softmaxes[step] = {minus_infinity(), 0.0F};
+                sums[step] = {};
+                if (which < count) {
+                    // The item begins at the end of the first block.
+                    const auto &partial = slots[2 * (first + which) + (which == 0 ? 1 : 0)];
+                    load_past_first_level(softmaxes[step], &partial.softmax[head]);
+                    load_past_first_level(sums[step], partial.sums[head] + dim);
+                }
+            }
+#pragma unroll
+            for (unsigned step = 0; step < STEPS; ++step) {
+                max = fmaxf(max, softmaxes[step].max);
+            }
+            own.raise(max);
+#pragma unroll
+            for (unsigned step = 0; step < STEPS; ++step) {
+                own.add(sums[step], softmaxes[step]);
+            }
+        }
+        if (groups == 1) {
+            store(head, dim, own.sums, own.softmax.total);
+        }
+    }
+    if (groups == 1) {
+        return;
+    }
+    of_groups[threadIdx.x] = own;
+    __syncthreads();
+    if (group == 0) {
+#pragma unroll 1
+        for (unsigned other = 1; other < groups; ++other) {
+            const Column &its = of_groups[other * columns + threadIdx.x];
+            own.raise(fmaxf(own.softmax.max, its.softmax.max));
+            own.add(its.sums, its.softmax);
+        }
+        store(threadIdx.x / COLUMNS, threadIdx.x % COLUMNS * 4, own.sums, own.softmax.total);
     }
 }
 
@@ -94,18 +167,15 @@ __device__ inline void sum_partials(const Weights &weights, const Partials &part
 // then all of them can be read. All threads of the block call it.
 __device__ inline bool is_last_to_arrive(unsigned *arrivals, unsigned count) {
     __shared__ bool is_last;
-    // What each thread wrote comes before the count.
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        is_last = atomicAdd(arrivals, 1) == count - 1;
+        is_last = count_in_order(arrivals) == count - 1;
         if (is_last) {
             // For the next launch.
             *arrivals = 0;
         }
     }
     __syncthreads();
-    __threadfence();
     return is_last;
 }
 

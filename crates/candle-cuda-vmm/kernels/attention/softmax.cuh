@@ -9,10 +9,18 @@ constexpr float LOG2_E = 1.4426950408889634F;
 
 __device__ inline float minus_infinity() { return __int_as_float(0xff800000); }
 
-// The score of a product, in units of log 2.
-__device__ inline float score(float product, const Arguments &given) {
-    const float scaled = product * given.scale;
-    return LOG2_E * (given.cap == 0.0F ? scaled : given.cap * tanhf(scaled / given.cap));
+// Turns products into scores, in units of log 2.
+template <unsigned COUNT>
+__device__ inline void score(float (&products)[COUNT], const Arguments &given) {
+    if (given.cap == 0.0F) {
+        for (float &product : products) {
+            product *= given.scale * LOG2_E;
+        }
+    } else {
+        for (float &product : products) {
+            product = given.cap * LOG2_E * tanhf(product * given.scale);
+        }
+    }
 }
 
 // What exponents are relative to. If all scores are -inf, 0: else -inf minus -inf would come up.
@@ -28,7 +36,7 @@ struct Running {
 
     // Goes on with a new maximum; returns what earlier sums are to be multiplied with.
     __device__ float raise(float new_max) {
-        const float factor = exp2f(max - base_of(new_max));
+        const float factor = power_of_2(max - base_of(new_max));
         max = new_max;
         total *= factor;
         return factor;
@@ -36,20 +44,25 @@ struct Running {
 
     // The power of a score, which is added.
     __device__ float add(float score) {
-        const float power = exp2f(score - base_of(max));
+        const float power = power_of_2(score - base_of(max));
         total += power;
         return power;
     }
 };
 
-// What a warp or a thread block has of an item: for each query head a maximum, the sum of the
-// powers, and the sums of values weighted with them.
+// The maximum of scores, and the sum of their powers relative to it.
+struct Softmax {
+    float max;
+    float total;
+};
+
+// What a warp or a thread block has of an item: for each query head the softmax, and the sums of
+// values weighted with the powers.
 template <unsigned V_DIM> struct Partial {
     // Four more than needed, so that the lanes write to different banks.
     static constexpr unsigned STRIDE = V_DIM + 4;
     float sums[HEADS][STRIDE];
-    float max[HEADS];
-    float total[HEADS];
+    Softmax softmax[HEADS];
 };
 
 } // namespace attention

@@ -1,5 +1,5 @@
-// What one warp does together: asynchronous copies to shared memory, matrix fragments, products of
-// 16 by 16 and 16 by 8 matrices, reductions. Each function wraps instructions of PTX (sm_80).
+// What one warp does together: loads past the first level of the cache, matrix fragments, products
+// of 16 by 16 and 16 by 8 matrices, reductions. Each function wraps instructions of PTX (sm_80).
 //
 // A fragment is a matrix whose elements are spread over the lanes, as the PTX manual lays out for
 // `mma.m16n8k16`. In lane `l`, let `row = l / 4` and `pair = 2 * (l % 4)`:
@@ -23,46 +23,65 @@ __device__ inline unsigned lane_index() { return threadIdx.x % LANES; }
 // `tests/host_kernels/` has functions for the host instead.
 #ifndef ATTENTION_ON_THE_HOST
 
-__device__ inline unsigned shared_address(const void *pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+// Lets the next kernel of the stream begin, as far as it does not wait for this one, and waits until
+// the kernels before this one have ended. Only a launch that asks for it begins earlier than that.
+__device__ inline void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;\n" ::: "memory");
+#endif
 }
 
-// Begins to copy 16 bytes to shared memory. If not `valid`, zeros come there and nothing is read.
-__device__ inline void copy_16_bytes(void *to, const void *from, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(valid ? 16 : 0)
+// Loads four, two or one registers of numbers that nobody writes meanwhile and that are read once;
+// zeros if not `valid`.
+template <unsigned COUNT>
+__device__ inline void load(unsigned *to, const char *from, bool valid) {
+    const unsigned is_valid = valid ? 1 : 0;
+    if constexpr (COUNT == 4) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+                     "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+                     "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];\n}\n"
+                     : "=&r"(to[0]), "=&r"(to[1]), "=&r"(to[2]), "=&r"(to[3])
+                     : "l"(from), "r"(is_valid));
+    } else if constexpr (COUNT == 2) {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n"
+                     "mov.u32 %0, 0;\nmov.u32 %1, 0;\n"
+                     "@p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];\n}\n"
+                     : "=&r"(to[0]), "=&r"(to[1])
+                     : "l"(from), "r"(is_valid));
+    } else {
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\nmov.u32 %0, 0;\n"
+                     "@p ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];\n}\n"
+                     : "=&r"(to[0])
+                     : "l"(from), "r"(is_valid));
+    }
+}
+
+// Begins to copy 4 bytes to shared memory; zeros if not `valid`.
+__device__ inline void copy_4_bytes(void *to, const void *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(valid ? 4 : 0)
                  : "memory");
 }
 
-// Closes a group of copies. A group may be empty.
-__device__ inline void end_group() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+// Waits for this thread's copies.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
-template <unsigned PENDING> __device__ inline void wait_for_groups() {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(PENDING) : "memory");
-}
-
-// Loads a left fragment. Each lane names 16 bytes: row `lane % 16`, columns from 8 * (lane / 16).
-__device__ inline void load_left(unsigned (&to)[4], const void *from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(from))
+// Adds 1 and returns what was there. What the block wrote before, in the order that its barriers
+// give, comes before the count; what others wrote before theirs can be read after it.
+__device__ inline unsigned count_in_order(unsigned *to) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;\n"
+                 : "=r"(before)
+                 : "l"(to)
                  : "memory");
+    return before;
 }
 
-// Loads a left fragment that lies transposed: a row in memory is a column of the fragment. Each
-// lane names 16 bytes: the column `lane % 8 + 8 * (lane / 16)`, rows from 8 * (lane / 8 % 2).
-__device__ inline void load_left_transposed(unsigned (&to)[4], const void *from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(from))
-                 : "memory");
-}
-
-// Transposes an 8 x 8 matrix whose rows lie as in one register of a fragment.
-__device__ inline unsigned transposed(unsigned own) {
-    unsigned result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(own));
+// Numbers below the normal ones count as 0.
+__device__ inline float power_of_2(float exponent) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(exponent));
     return result;
 }
 
@@ -85,18 +104,11 @@ __device__ inline void multiply(float (&sums)[4], const unsigned (&left)[4],
 
 #endif
 
-// Waits until at most `pending` groups of this lane's copies are not complete. At most 7.
-__device__ inline void wait_for_all_but(unsigned pending) {
-    switch (pending) {
-    case 0: return wait_for_groups<0>();
-    case 1: return wait_for_groups<1>();
-    case 2: return wait_for_groups<2>();
-    case 3: return wait_for_groups<3>();
-    case 4: return wait_for_groups<4>();
-    case 5: return wait_for_groups<5>();
-    case 6: return wait_for_groups<6>();
-    default: return wait_for_groups<7>();
-    }
+// A quotient of numbers below 2^18, faster than a division. It is exact: the number plus a half is
+// no nearer to a multiple of the divisor than a float of 24 bits can tell.
+__device__ inline unsigned quotient(unsigned number, unsigned divisor) {
+    return static_cast<unsigned>(__fdividef(static_cast<float>(number) + 0.5F,
+                                            static_cast<float>(divisor)));
 }
 
 // The largest of the lanes whose numbers differ in the bits of `MASK`.
@@ -110,13 +122,22 @@ template <unsigned MASK> __device__ inline float largest(float own) {
 }
 
 // The sum over the lanes whose numbers differ in the bits of `MASK`.
-template <unsigned MASK, typename N> __device__ inline N sum(N own) {
+template <unsigned MASK> __device__ inline float sum(float own) {
     for (unsigned bit = LANES / 2; bit != 0; bit /= 2) {
         if ((MASK & bit) != 0) {
             own += __shfl_xor_sync(ALL_LANES, own, bit);
         }
     }
     return own;
+}
+
+// Loads 8 or 16 bytes from the second level of the cache: another block wrote them.
+template <typename T> __device__ inline void load_past_first_level(T &to, const void *from) {
+    if constexpr (sizeof(T) == 8) {
+        reinterpret_cast<float2 &>(to) = __ldcg(static_cast<const float2 *>(from));
+    } else {
+        reinterpret_cast<float4 &>(to) = __ldcg(static_cast<const float4 *>(from));
+    }
 }
 
 __device__ inline float wide(float number) { return number; }
@@ -138,6 +159,15 @@ __device__ inline unsigned packed(float low, float high, __half) {
 }
 __device__ inline unsigned packed(float low, float high, __nv_bfloat16) {
     return bits_of(__floats2bfloat162_rn(low, high));
+}
+
+// Four numbers side by side, at a multiple of their size.
+__device__ inline void narrow(const float4 &numbers, float *to) {
+    *reinterpret_cast<float4 *>(to) = numbers;
+}
+template <typename T> __device__ inline void narrow(const float4 &numbers, T *to) {
+    const uint2 bits = {packed(numbers.x, numbers.y, T()), packed(numbers.z, numbers.w, T())};
+    *reinterpret_cast<uint2 *>(to) = bits;
 }
 
 } // namespace attention

@@ -97,13 +97,13 @@ template <typename T, typename E> __device__ inline void write(const WriteArgume
     if (row >= cache.capacity_of(sequence)) {
         return;
     }
-    const unsigned block = cache.tables == nullptr ? 0 : cache.block_of(sequence, row);
-    if (cache.tables != nullptr && block >= cache.blocks) {
+    const Cache::Where where = cache.find(sequence, row);
+    if (!cache.exists(where)) {
         return;
     }
     const Side &side = is_key ? cache.k : cache.v;
     const T *from = place(is_key ? given.k : given.v);
-    E *to = reinterpret_cast<E *>(cache.row(side, sequence, block, head, row));
+    E *to = reinterpret_cast<E *>(cache.row(side, where, head));
     const float scale = is_key ? given.k_scale : given.v_scale;
     for (unsigned dim = lane; dim < side.dim; dim += LANES) {
         const float number = is_key ? rotated(given, from, token, dim) : wide(from[dim]);

@@ -18,8 +18,8 @@ use std::sync::Arc;
 pub struct Side {
     first: u64,
     step_bytes: u64,
-    token_bytes: u64,
     head_bytes: u64,
+    token_bytes: u32,
     dim: u32,
     units: u32,
 }
@@ -39,6 +39,7 @@ pub struct Cache {
     table_length: u32,
     blocks: u32,
     block_tokens: u32,
+    block_shift: u32,
 }
 
 // SAFETY: all fields are numbers, in C's layout.
@@ -93,13 +94,13 @@ impl KvBatch {
     fn unaddressed_cache(&self) -> Result<Cache> {
         let side = |strides: KvStrides, dim: usize| {
             let bytes = |elements: usize| elements * self.dtype.size_in_bytes();
-            let strides = [strides.outer, strides.token, strides.head].map(bytes);
+            let strides = [strides.outer, strides.head, strides.token].map(bytes);
             strides.into_iter().try_for_each(check_multiple)?;
             Ok::<_, Error>(Side {
                 first: 0,
                 step_bytes: strides[0] as u64,
-                token_bytes: strides[1] as u64,
-                head_bytes: strides[2] as u64,
+                head_bytes: strides[1] as u64,
+                token_bytes: number(strides[2])?,
                 dim: number(dim)?,
                 units: number(bytes(dim) / UNIT_BYTES)?,
             })
@@ -125,6 +126,10 @@ impl KvBatch {
             table_length: number(table_length)?,
             blocks: number(blocks)?,
             block_tokens: number(block_tokens)?,
+            block_shift: match block_tokens.is_power_of_two() {
+                true => block_tokens.trailing_zeros(),
+                false => 0,
+            },
         })
     }
 }

@@ -10,8 +10,10 @@
 //! [`cuda_arguments`]: super::cuda_arguments
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::{UNIT_BYTES, number, with_addresses};
+use super::cuda_addresses::{UNIT_BYTES, check_multiple, number, with_addresses};
 use super::cuda_arguments::Cache;
+use super::cuda_launch::launch;
+use super::cuda_plan::Work;
 use super::kv_batch::KvBatch;
 use super::options::{GqaOptions, Mask};
 use super::plan::DecodePlan;
@@ -21,7 +23,7 @@ use crate::kernels::{DECODE, Image};
 use crate::order::StreamOrder;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
-use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Result, Shape, Storage, Tensor};
 
@@ -46,7 +48,6 @@ struct Arguments {
     arrivals: u64,
     group: u32,
     window: u32,
-    stages: u32,
     scale: f32,
     cap: f32,
     value_scale: f32,
@@ -68,7 +69,10 @@ pub fn decode(
     let stream = device.cuda_stream();
     let q = &aligned(q)?;
     if let Some(output) = output {
-        let queue = |addresses: &[u64]| queue(q, kv, options, plan, addresses[0]);
+        let queue = |addresses: &[u64]| {
+            check_multiple(addresses[0] as usize)?;
+            queue(q, kv, options, plan, addresses[0])
+        };
         with_addresses(&stream, &[output], queue)?;
         return Ok(output.clone());
     }
@@ -108,12 +112,16 @@ fn queue(
     let Some(on_device) = &plan.on_device else {
         return Err(VmmError::PlanOnAnotherDevice.into());
     };
-    let (image, ((dim, value_dim), name)) = kernel(q.dtype(), kv)?;
+    let (image, ((dim, value_dim), name)) = name_of(q.dtype(), kv)?;
     let device = q.device().as_cuda_device()?;
     let stream = device.cuda_stream();
-    let function = on_device.function(device, image, &name)?;
-    let launch_shape = on_device.shape(dim, value_dim, kv.dtype().size_in_bytes());
+    let kernel = on_device.kernel(device, image, &name)?;
     let query_heads = q.dims()[1];
+    let group = query_heads / kv.kv_heads();
+    let work = Work::new(kv, group);
+    // The kernels count tiles in 32 bits.
+    number(work.items.saturating_mul(work.tiles))?;
+    let shape = on_device.shape(&kernel, &work);
     let other = kv.device().as_cuda_device()?.cuda_stream();
     let order = StreamOrder::begin(&stream, &other)?;
     let others = [q, &on_device.partials, &on_device.arrivals];
@@ -124,36 +132,35 @@ fn queue(
             output,
             partials: addresses[1],
             arrivals: addresses[2],
-            group: number(query_heads / kv.kv_heads())?,
+            group: number(group)?,
             window: match options.mask {
                 // A longer window sees all.
                 Mask::Window(window) => u32::try_from(window).unwrap_or(0),
                 Mask::None | Mask::Causal => 0,
             },
-            stages: number(launch_shape.stages)?,
-            scale: options.scale * kv.scales[0],
+            // A bounded score is `cap * tanh(product * scale / cap)`.
+            scale: options.scale * kv.scales[0] / options.soft_cap.unwrap_or(1.),
             cap: options.soft_cap.unwrap_or(0.),
             value_scale: kv.scales[1],
         };
         let config = LaunchConfig {
-            grid_dim: (on_device.blocks, 1, 1),
-            block_dim: (number(32 * launch_shape.warps)?, 1, 1),
-            shared_mem_bytes: number(launch_shape.shared_bytes)?,
+            grid_dim: (number(shape.blocks)?, 1, 1),
+            block_dim: (number(32 * shape.warps)?, 1, 1),
+            shared_mem_bytes: number(shape.shared_bytes(dim, value_dim))?,
         };
-        let mut launch = stream.launch_builder(&function);
-        launch.arg(&arguments);
+        let overlaps = on_device.overlaps;
         // SAFETY: the module's: the kernel is for these dtypes and sizes, and what it is given
-        // stays borrowed until here.
-        unsafe { launch.launch(config) }.w().map(drop)
+        // stays borrowed until here. It begins by waiting for earlier kernels.
+        unsafe { launch(&kernel.function, &stream, config, &arguments, overlaps) }.w()
     });
     order.end().and(queued)
 }
 
 /// The padded sizes of heads, and the name of the kernel for them.
-type Kernel = ((usize, usize), String);
+type Name = ((usize, usize), String);
 
 /// Returns the kernel for these dtypes and sizes, and its image.
-fn kernel(queries: DType, kv: &KvBatch) -> Result<(&'static Image, Kernel)> {
+fn name_of(queries: DType, kv: &KvBatch) -> Result<(&'static Image, Name)> {
     let (dim, value_dim, dtype) = (kv.dim(), kv.value_dim(), kv.dtype());
     let unsupported = VmmError::UnsupportedHead {
         dim,

@@ -6,7 +6,8 @@
 //! item. Kernels of one stream use them one after the other, and each leaves the counts at 0.
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::{UNIT_BYTES, number};
+use super::kv_batch::KvBatch;
+use super::kv_memory::KvMemory;
 use crate::error::{Result, VmmError};
 use crate::kernels::Image;
 use candle_core::backend::BackendDevice;
@@ -21,41 +22,103 @@ use std::sync::{Mutex, PoisonError};
 
 /// Query heads of an item: `HEADS` of the kernels.
 const HEADS: usize = 8;
-/// Thread blocks that a launch may have: `BLOCKS_MAX` of the kernels.
-const BLOCKS_MAX: usize = 320;
 /// Keys of a tile: `TILE` of the kernels.
 const TILE: usize = 16;
-/// Warps that a thread block may have, by the kernels' launch bounds.
-const WARPS_MAX: usize = 8;
-/// Tiles that a warp may have in shared memory: what the kernels can wait for.
-const STAGES_MAX: usize = 8;
+/// Threads of a warp.
+const LANES: usize = 32;
+/// Warps that a thread block may have: `WARPS_MAX` of the kernels.
+const WARPS_MAX: usize = 16;
+/// Warps that are fastest if each has few tiles.
+const WARPS_OF_FEW: usize = 8;
+/// Tiles of a thread block that are few.
+const FEW_TILES: usize = 16;
 /// Shared memory that kernels declare themselves, and what the driver keeps for each block.
 const RESERVED_BYTES: usize = 2048;
 
 /// The oldest architecture that the kernels are for.
 const CAPABILITY_MAJOR_MIN: usize = 8;
+/// The oldest architecture with programmatic stream serialization.
+const OVERLAPS_MAJOR_MIN: usize = 9;
 
 /// The device's part of a plan.
 #[derive(Debug)]
 pub struct DevicePlan {
-    /// Thread blocks of a launch.
-    pub blocks: u32,
-    /// F32, two slots for each block.
+    processors: usize,
+    /// F32, two slots for each block of a launch.
     pub partials: Tensor,
     /// U32, one for each item; 0 between launches.
     pub arrivals: Tensor,
     /// Shared memory that a block may have, in bytes.
     shared_bytes_max: usize,
+    /// Whether a kernel can begin while the one before it ends.
+    pub overlaps: bool,
     /// The kernels that were used, which may have that much shared memory.
-    functions: Mutex<Vec<(String, CudaFunction)>>,
+    functions: Mutex<Vec<(String, Kernel)>>,
+}
+
+/// A kernel of a device.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    pub function: CudaFunction,
+    /// Warps that its thread blocks may have.
+    pub warps_max: usize,
+}
+
+/// What a launch is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    pub items: usize,
+    /// The most of an item.
+    pub tiles: usize,
+    pub is_paged: bool,
+}
+
+impl Work {
+    pub fn new(kv: &KvBatch, group: usize) -> Self {
+        Self {
+            items: kv.batch() * kv.kv_heads() * group.div_ceil(HEADS),
+            tiles: kv.capacity().div_ceil(TILE),
+            is_paged: matches!(kv.memory, KvMemory::Blocks { .. }),
+        }
+    }
 }
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaunchShape {
+    pub blocks: usize,
     pub warps: usize,
-    pub stages: usize,
-    pub shared_bytes: usize,
+}
+
+impl LaunchShape {
+    /// Chooses a shape for a launch on a GPU with this many multiprocessors.
+    ///
+    /// Items that are as many as the multiprocessors get two blocks on each, so that one reads
+    /// while the other joins results. Fewer get one, so that fewer results are to be joined, and so
+    /// do paged caches, which were faster by it.
+    pub fn new(processors: usize, work: &Work, warps_max: usize) -> Self {
+        if work.items >= processors && !work.is_paged {
+            return Self {
+                blocks: 2 * processors,
+                warps: (warps_max / 2).max(1),
+            };
+        }
+        let is_few = work.items * work.tiles <= FEW_TILES * processors;
+        Self {
+            blocks: processors,
+            warps: warps_max.min(if is_few { WARPS_OF_FEW } else { WARPS_MAX }),
+        }
+    }
+
+    /// Returns the shared memory of a block, in bytes: `Shared` of the kernels.
+    pub fn shared_bytes(&self, dim: usize, value_dim: usize) -> usize {
+        // A fragment of queries for each 16 dims; a column for each thread; a maximum for each warp
+        // and head.
+        let queries = dim / 16 * LANES * 16;
+        let columns = WARPS_MAX * LANES * 32;
+        let max = WARPS_MAX * HEADS * size_of::<f32>();
+        queries + columns + max + self.warps * partial_bytes(value_dim)
+    }
 }
 
 /// Bytes of a partial result: `Partial` of the kernels.
@@ -81,73 +144,52 @@ impl DevicePlan {
         let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes_max =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let blocks = processors.clamp(1, BLOCKS_MAX);
         let slot = partial_bytes(256) / size_of::<f32>();
-        let shape = Shape::from(2 * blocks * slot);
+        let shape = Shape::from(2 * 2 * processors * slot);
         // SAFETY: a kernel reads of it what it has written.
         let partials = unsafe { cuda.alloc_uninit(&shape, DType::F32)? };
         let partials = Storage::Cuda(partials);
         Ok(Some(Self {
-            blocks: number(blocks)?,
+            processors,
             partials: Tensor::from_storage(partials, shape, BackpropOp::none(), false),
             arrivals: Tensor::zeros(batch_max * query_heads, DType::U32, device)?,
             shared_bytes_max,
+            overlaps: major >= OVERLAPS_MAJOR_MIN,
             functions: Mutex::new(Vec::new()),
         }))
     }
 
     /// Returns a kernel, which may have all of the device's shared memory.
-    pub fn function(
+    pub fn kernel(
         &self,
         device: &candle_core::CudaDevice,
         image: &Image,
         name: &str,
-    ) -> candle_core::Result<CudaFunction> {
+    ) -> candle_core::Result<Kernel> {
         let mut functions = self
             .functions
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, function)) = functions.iter().find(|(known, _)| known == name) {
-            return Ok(function.clone());
+        if let Some((_, kernel)) = functions.iter().find(|(known, _)| known == name) {
+            return Ok(kernel.clone());
         }
         let function = image.function(device, name).w()?;
         let bytes = i32::try_from(self.shared_bytes_max - RESERVED_BYTES).unwrap_or(i32::MAX);
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, bytes).w()?;
-        functions.push((name.to_owned(), function.clone()));
-        Ok(function)
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
+        let threads_max = usize::try_from(function.get_attribute(attribute).w()?);
+        let kernel = Kernel {
+            function,
+            warps_max: (threads_max.unwrap_or_default() / LANES).clamp(1, WARPS_MAX),
+        };
+        functions.push((name.to_owned(), kernel.clone()));
+        Ok(kernel)
     }
 
-    /// Chooses the warps of a thread block and the tiles that each has in shared memory, for heads
-    /// of these padded sizes. As many warps as possible with two tiles each: one is computed while
-    /// the other comes.
-    pub fn shape(&self, dim: usize, value_dim: usize, element_bytes: usize) -> LaunchShape {
-        shape_within(self.shared_bytes_max, dim, value_dim, element_bytes)
-    }
-}
-
-fn shape_within(
-    shared_bytes_max: usize,
-    dim: usize,
-    value_dim: usize,
-    element_bytes: usize,
-) -> LaunchShape {
-    let row_bytes = |dim: usize| ((dim * element_bytes / UNIT_BYTES) | 1) * UNIT_BYTES;
-    let stage_bytes = TILE * (row_bytes(dim) + row_bytes(value_dim));
-    let weights_bytes = BLOCKS_MAX * HEADS * size_of::<f32>();
-    let free_bytes = shared_bytes_max.saturating_sub(RESERVED_BYTES + weights_bytes);
-    let stages = |warps: usize| {
-        let own_bytes = (free_bytes / warps).saturating_sub(partial_bytes(value_dim));
-        (own_bytes / stage_bytes).min(STAGES_MAX)
-    };
-    let has_two = |warps: &usize| stages(*warps) >= 2;
-    // One warp with two tiles of the largest heads fits the smallest GPU.
-    let warps = (1..=WARPS_MAX).rev().find(has_two).unwrap_or(1);
-    let stages = stages(warps).max(1);
-    LaunchShape {
-        warps,
-        stages,
-        shared_bytes: weights_bytes + warps * (partial_bytes(value_dim) + stages * stage_bytes),
+    /// Chooses how a kernel is launched.
+    pub fn shape(&self, kernel: &Kernel, work: &Work) -> LaunchShape {
+        LaunchShape::new(self.processors, work, kernel.warps_max)
     }
 }
 
@@ -157,17 +199,29 @@ mod tests {
 
     #[test]
     fn every_head_fits_the_smallest_and_the_largest_gpu() {
-        // Compute capability 8.6 and 9.0.
+        // Compute capability 8.6 and 9.0. The kernels' launch bounds allow these warps.
         for shared_bytes_max in [99 << 10, 227 << 10] {
-            for (dim, value_dim) in [(64, 64), (192, 128), (256, 256)] {
-                for element_bytes in [1, 2, 4] {
-                    let shape = shape_within(shared_bytes_max, dim, value_dim, element_bytes);
-                    assert!(shape.stages >= 2, "{shape:?}");
-                    assert!(shape.shared_bytes <= shared_bytes_max - RESERVED_BYTES);
-                }
+            for (dim, value_dim, warps) in [(64, 64, 16), (192, 128, 8), (256, 256, 8)] {
+                let shape = LaunchShape { blocks: 1, warps };
+                assert!(shape.shared_bytes(dim, value_dim) <= shared_bytes_max - RESERVED_BYTES);
             }
         }
-        let shape = shape_within(227 << 10, 128, 128, 2);
-        assert_eq!((shape.warps, shape.stages), (8, 2));
+    }
+
+    #[test]
+    fn many_items_get_two_blocks_on_each_multiprocessor() {
+        let shape = |items, keys: usize, is_paged| {
+            let work = Work {
+                items,
+                tiles: keys / TILE,
+                is_paged,
+            };
+            let shape = LaunchShape::new(132, &work, 12);
+            (shape.blocks, shape.warps)
+        };
+        assert_eq!(shape(8, 1 << 10, false), (132, 8));
+        assert_eq!(shape(8, 8 << 10, false), (132, 12));
+        assert_eq!(shape(32 * 8, 1 << 10, false), (264, 6));
+        assert_eq!(shape(32 * 8, 1 << 10, true), (132, 12));
     }
 }

@@ -76,7 +76,8 @@ pub fn decode(q: &Tensor, kv: &KvBatch, options: &GqaOptions, plan: &DecodePlan)
 /// # Errors
 /// As [`decode`], and with `decode` as the operation `DTypeMismatchBinaryOp`,
 /// `DeviceMismatchBinaryOp`, `ShapeMismatchBinaryOp` or `RequiresContiguous` if `output` is not as
-/// above. Then it holds what it held.
+/// above, and [`InvalidAlignment`](VmmError::InvalidAlignment) if it does not begin at a multiple of
+/// 16 bytes on a GPU. Then it holds what it held.
 pub fn decode_into(
     q: &Tensor,
     kv: &KvBatch,

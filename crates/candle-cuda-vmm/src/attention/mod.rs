@@ -22,7 +22,11 @@ mod cuda_arguments;
 #[cfg(feature = "attention")]
 mod cuda_decode;
 #[cfg(feature = "attention")]
+mod cuda_launch;
+#[cfg(feature = "attention")]
 mod cuda_plan;
+#[cfg(feature = "attention")]
+mod cuda_read;
 #[cfg(feature = "attention")]
 mod cuda_write;
 mod decode;

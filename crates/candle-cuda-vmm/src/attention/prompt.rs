@@ -96,8 +96,7 @@ pub fn prompt(
         for part in parts(span, options.mask) {
             let q = q.narrow(0, first, part.queries)?;
             first += part.queries;
-            let [k, v] = keys(kv, part.sequence, seen(&part, options.mask))?;
-            let [k, v] = [k.to_dtype(q.dtype())?, v.to_dtype(q.dtype())?];
+            let [k, v] = keys(kv, part.sequence, seen(&part, options.mask), &q)?;
             let q = q.transpose(0, 1)?.unsqueeze(0)?;
             let result = gqa_with(&q, &k, &v, &unscaled)?;
             results.push(result.squeeze(0)?.transpose(0, 1)?);
@@ -171,8 +170,18 @@ fn parts(span: &PromptSpan, mask: Mask) -> impl Iterator<Item = PromptSpan> {
     })
 }
 
-/// Returns rows of K and V of a sequence, `[1, kv_heads, rows, dim or value_dim]`.
-fn keys(kv: &KvBatch, sequence: usize, rows: Range<usize>) -> Result<[Tensor; 2]> {
+/// Returns rows of K and V of a sequence, `[1, kv_heads, rows, dim or value_dim]`, in the dtype of
+/// the queries.
+fn keys(kv: &KvBatch, sequence: usize, rows: Range<usize>, q: &Tensor) -> Result<[Tensor; 2]> {
+    #[cfg(feature = "attention")]
+    if q.device().is_cuda()
+        && (kv.dtype() != q.dtype() || matches!(kv.memory, KvMemory::Blocks { .. }))
+    {
+        // Candle's kernels do not convert F8E4M3, and gather only contiguous blocks.
+        let [k, v] = super::cuda_read::read(kv, sequence, &rows, q.dtype(), q.device())?;
+        let heads_first = |rows: Tensor| rows.transpose(0, 1)?.unsqueeze(0);
+        return Ok([heads_first(k)?, heads_first(v)?]);
+    }
     let in_place = |tensor: &Tensor| tensor.narrow(2, rows.start, rows.len());
     let [k, v] = match &kv.memory {
         KvMemory::Rows { k, v } => [k, v].map(|all| in_place(&all.narrow(0, sequence, 1)?)),
@@ -198,7 +207,7 @@ fn keys(kv: &KvBatch, sequence: usize, rows: Range<usize>) -> Result<[Tensor; 2]
             })
         }
     };
-    Ok([k?, v?])
+    Ok([k?.to_dtype(q.dtype())?, v?.to_dtype(q.dtype())?])
 }
 
 /// Returns copies of blocks, one after the other.

@@ -1,6 +1,8 @@
 //! Tests that launch kernels, and so run on GPUs only: `cargo xtask test --cuda` skips this module
 //! by name.
 
+#[cfg(feature = "attention")]
+mod decode;
 mod relief;
 
 use crate::common::{open, page};

@@ -141,8 +141,8 @@ struct Case {
             const size_t head_bytes = dims[side] * bytes_of(type);
             *both[side] = {layout == Layout::Sequences ? nullptr : sides[side].begin(),
                            tokens * bytes,
-                           bytes,
                            head_bytes,
+                           static_cast<unsigned>(bytes),
                            dims[side],
                            static_cast<unsigned>(head_bytes / 16)};
         }
@@ -155,6 +155,12 @@ struct Case {
         cache.table_length = table_length;
         cache.blocks = blocks;
         cache.block_tokens = block_tokens;
+        while (1U << cache.block_shift < block_tokens) {
+            cache.block_shift += 1;
+        }
+        if (1U << cache.block_shift != block_tokens) {
+            cache.block_shift = 0;
+        }
         return cache;
     }
 };

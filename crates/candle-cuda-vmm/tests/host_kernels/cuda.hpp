@@ -1,9 +1,7 @@
 // Runs CUDA kernels on the host, thread block after thread block.
 //
 // Each CUDA thread is a fiber. A fiber runs until it meets others, at a barrier or where the lanes
-// of a warp exchange something; then the next one runs. An asynchronous copy happens when its group
-// is waited for, as late as may be, so a kernel that reads before it waits finds what was there
-// before.
+// of a warp exchange something; then the next one runs.
 #pragma once
 #define ATTENTION_ON_THE_HOST
 #include <algorithm>
@@ -37,18 +35,12 @@ namespace host {
 constexpr unsigned LANES = 32;
 constexpr size_t STACK_BYTES = 1 << 17;
 
-struct Copy {
-    void *to;
-    const void *from;
-    bool valid;
-};
-
 struct Thread {
     ucontext_t context;
     uint3 index;
     bool is_done;
-    std::vector<Copy> open;
-    std::vector<std::vector<Copy>> groups;
+    // To shared memory, under way.
+    std::vector<std::function<void()>> copies;
 };
 
 struct Barrier {
@@ -138,12 +130,6 @@ inline void run_block(uint3 index, dim3 grid, unsigned count, std::function<void
             }
         }
     }
-    for (const Thread &thread : threads) {
-        CHECK(thread.open.empty());
-        for (const auto &group : thread.groups) {
-            CHECK(group.empty());
-        }
-    }
 }
 
 } // namespace host
@@ -155,7 +141,6 @@ inline void run_block(uint3 index, dim3 grid, unsigned count, std::function<void
 
 inline void __syncwarp() { host::meet_warp(); }
 inline void __syncthreads() { host::meet(host::block_barrier, blockDim.x); }
-inline void __threadfence() {}
 
 template <typename T> T __shfl_xor_sync(unsigned, T own, unsigned bits) {
     return host::exchange(own, host::lane() ^ bits);
@@ -178,13 +163,31 @@ inline unsigned __ballot_sync(unsigned, bool own) {
     return result;
 }
 
+// `joined` is called with what one lane after another gave.
+template <typename T, typename Join> T reduce(T own, Join joined) {
+    auto &given = host::warp().given;
+    given[host::lane()][0] = static_cast<unsigned long long>(own);
+    host::meet_warp();
+    T result = static_cast<T>(given[0][0]);
+    for (unsigned lane = 1; lane < host::LANES; ++lane) {
+        result = joined(result, static_cast<T>(given[lane][0]));
+    }
+    host::meet_warp();
+    return result;
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned own) {
+    return reduce(own, [](unsigned left, unsigned right) { return left + right; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned own) {
+    return reduce(own, [](unsigned left, unsigned right) { return std::max(left, right); });
+}
+inline bool __any_sync(unsigned, bool own) {
+    return reduce(unsigned{own}, [](unsigned left, unsigned right) { return left | right; }) != 0;
+}
+
+inline float __fdividef(float number, float divisor) { return number / divisor; }
 template <typename T> T __ldg(const T *from) { return *from; }
 template <typename T> T __ldcg(const T *from) { return *from; }
-inline unsigned atomicAdd(unsigned *to, unsigned more) {
-    const unsigned before = *to;
-    *to += more;
-    return before;
-}
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float __int_as_float(unsigned bits) {
     float result;
@@ -200,4 +203,5 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     }
     return result;
 }
+using std::max;
 using std::min;

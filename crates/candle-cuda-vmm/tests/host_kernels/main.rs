@@ -43,3 +43,8 @@ fn decode_is_a_softmax_in_double_precision() {
 fn writing_is_what_plain_loops_write() {
     run("write", 40);
 }
+
+#[test]
+fn reading_is_what_plain_loops_read() {
+    run("read", 40);
+}

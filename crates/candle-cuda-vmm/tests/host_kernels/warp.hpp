@@ -4,73 +4,34 @@
 
 namespace attention {
 
-inline void copy_16_bytes(void *to, const void *from, bool valid) {
-    CHECK(reinterpret_cast<size_t>(to) % 16 == 0);
-    CHECK(!valid || reinterpret_cast<size_t>(from) % 16 == 0);
-    host::current->open.push_back({to, from, valid});
-}
-
-inline void end_group() {
-    host::current->groups.push_back(host::current->open);
-    host::current->open.clear();
-}
-
-template <unsigned PENDING> void wait_for_groups() {
-    auto &groups = host::current->groups;
-    for (; groups.size() > PENDING; groups.erase(groups.begin())) {
-        for (const host::Copy &copy : groups.front()) {
-            if (copy.valid) {
-                std::memcpy(copy.to, copy.from, 16);
-            } else {
-                std::memset(copy.to, 0, 16);
-            }
-        }
+template <unsigned COUNT> void load(unsigned *to, const char *from, bool valid) {
+    CHECK(!valid || reinterpret_cast<size_t>(from) % (4 * COUNT) == 0);
+    std::memset(to, 0, 4 * COUNT);
+    if (valid) {
+        std::memcpy(to, from, 4 * COUNT);
     }
 }
 
-// Four matrices of 8 by 8 elements of 16 bits. The lanes name their rows, eight after eight.
-inline void load_matrices(unsigned (&to)[4], const void *from, bool is_transposed) {
-    CHECK(reinterpret_cast<size_t>(from) % 16 == 0);
-    auto &given = host::warp().given;
-    const unsigned lane = host::lane();
-    given[lane][0] = reinterpret_cast<unsigned long long>(from);
-    host::meet_warp();
-    for (unsigned matrix = 0; matrix < 4; ++matrix) {
-        to[matrix] = 0;
-        for (unsigned half = 0; half < 2; ++half) {
-            unsigned row = lane / 4;
-            unsigned column = lane % 4 * 2 + half;
-            if (is_transposed) {
-                std::swap(row, column);
-            }
-            const auto *elements =
-                reinterpret_cast<const unsigned short *>(given[8 * matrix + row][0]);
-            to[matrix] |= static_cast<unsigned>(elements[column]) << 16 * half;
-        }
-    }
-    host::meet_warp();
+inline void wait_for_earlier_kernels() {}
+
+// A copy happens when it is waited for, so who reads before finds what was there.
+inline void copy_4_bytes(void *to, const void *from, bool valid) {
+    CHECK(reinterpret_cast<size_t>(to) % 4 == 0 && reinterpret_cast<size_t>(from) % 4 == 0);
+    host::current->copies.push_back([=] {
+        valid ? std::memcpy(to, from, 4) : std::memset(to, 0, 4);
+    });
 }
 
-inline void load_left(unsigned (&to)[4], const void *from) { load_matrices(to, from, false); }
-inline void load_left_transposed(unsigned (&to)[4], const void *from) {
-    load_matrices(to, from, true);
+inline void wait_for_copies() {
+    for (const auto &copy : host::current->copies) {
+        copy();
+    }
+    host::current->copies.clear();
 }
 
-inline unsigned transposed(unsigned own) {
-    auto &given = host::warp().given;
-    const unsigned lane = host::lane();
-    given[lane][0] = own;
-    host::meet_warp();
-    unsigned result = 0;
-    for (unsigned half = 0; half < 2; ++half) {
-        const unsigned row = lane % 4 * 2 + half;
-        const unsigned column = lane / 4;
-        const unsigned long long pair = given[row * 4 + column / 2][0];
-        result |= static_cast<unsigned>(pair >> 16 * (column % 2) & 0xffff) << 16 * half;
-    }
-    host::meet_warp();
-    return result;
-}
+inline unsigned count_in_order(unsigned *to) { return (*to)++; }
+
+inline float power_of_2(float exponent) { return exp2f(exponent); }
 
 template <typename M> float element(unsigned long long pair, unsigned half, M) {
     const auto bits = static_cast<unsigned short>(pair >> 16 * half);

@@ -4,7 +4,9 @@ use super::layouts::Layout;
 use super::random::Case;
 use crate::common::open;
 use candle_core::{DType, Device, Error, Tensor};
+use candle_cuda_vmm::VmmError;
 use candle_cuda_vmm::attention::{DecodePlan, Mask, decode, decode_into};
+use candle_cuda_vmm::cuda_vmm::DriverKind;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -88,6 +90,26 @@ fn every_length_at_the_edge_of_a_block_or_a_tile() {
             ..Case::new(layout, &lengths)
         };
         case.random(1).check(1, &test.device);
+    }
+}
+
+/// One sequence and a few are joined from many thread blocks; many sequences are whole, or not.
+#[test]
+fn long_and_many_sequences_are_split_over_a_gpu() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    let uneven: Vec<_> = (0..140).map(|at| 1 + at * 37 % 150).collect();
+    let all = [vec![5000], vec![2500, 20, 1700], vec![48; 140], uneven];
+    for (turn, lengths) in all.iter().enumerate() {
+        let (dtype, stored) = DTYPES[turn + 1];
+        let case = Case {
+            dtype,
+            stored,
+            ..Case::new(Layout::ALL[turn], lengths)
+        };
+        case.random(turn as u64).check(6, &test.device);
     }
 }
 
@@ -249,6 +271,20 @@ fn a_tensor_that_was_made_before_gets_the_same_bits() {
     });
     assert_eq!(refused, ["shape", "dtype", "shape", "shape", "contiguous"]);
     assert_eq!(super::numbers(&output), made);
+    if test.kind == DriverKind::Real {
+        let longer = Tensor::ones(output.elem_count() + 1, DType::F32, &test.device).unwrap();
+        let unaligned = longer.narrow(0, 1, output.elem_count()).unwrap();
+        let unaligned = unaligned.reshape(output.shape()).unwrap();
+        let error = decode_into(&q, &stored.kv, &options, &plan, &unaligned).unwrap_err();
+        assert!(matches!(
+            VmmError::find(&error),
+            Some(VmmError::InvalidAlignment {
+                actual,
+                required: 16
+            }) if actual % 16 == 4
+        ));
+        assert_eq!(super::numbers(&longer), vec![1.; longer.elem_count()]);
+    }
 }
 
 #[test]
