@@ -7,7 +7,8 @@ use std::fs;
 use xshell::cmd;
 
 /// The sources. The PTX of each is beside it.
-const SOURCES: [&str; 2] = [
+const SOURCES: [&str; 3] = [
+    "benches/src/bin/bench-candle/work/read.cu",
     "benches/src/bin/bench/traffic.cu",
     "crates/cuda-vmm/tests/common/gather.cu",
 ];

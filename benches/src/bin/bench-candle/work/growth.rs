@@ -31,6 +31,13 @@ impl<F: KvCacheFactory> Layers<F> {
         Ok(())
     }
 
+    /// Returns K and V of each layer.
+    pub fn views(&mut self, machine: &Machine) -> Result<Vec<(Tensor, Tensor)>> {
+        let none = tokens(machine, 1)?.narrow(2, 0, 0)?;
+        let views = (self.0.iter_mut()).map(|cache| cache.append(&none, &none));
+        Ok(views.collect::<candle_cuda_vmm::Result<_>>()?)
+    }
+
     /// Appends `count` tokens, in the largest parts that divide them.
     pub fn fill(mut self, machine: &Machine, count: usize) -> Result<Self> {
         let part = (1..=PART).rev().find(|part| count.is_multiple_of(*part));
@@ -160,9 +167,7 @@ pub fn attend<F: KvCacheFactory>(
     mut layers: Layers<F>,
 ) -> Result<impl FnMut() -> Result<Duration> + use<'_, F>> {
     let q = Tensor::ones((1, 4 * KV_HEADS, 1, HEAD_DIM), DTYPE, &machine.candle)?;
-    let none = tokens(machine, 1)?.narrow(2, 0, 0)?;
-    let views = (layers.0.iter_mut()).map(|cache| cache.append(&none, &none));
-    let views = views.collect::<candle_cuda_vmm::Result<Vec<_>>>()?;
+    let views = layers.views(machine)?;
     Ok(move || {
         let query = |(k, v): &_| gqa(&q, k, v, 0.1, true).map(drop);
         Ok(machine.mean_time(1, || views.iter().try_for_each(query))? / views.len() as u32)

@@ -5,6 +5,7 @@ mod blocks;
 mod decode;
 mod decoder;
 mod fork;
+mod graph;
 mod growth;
 
 use crate::machine::Machine;
