@@ -1,8 +1,9 @@
 """Measures PyTorch's attentions on the shapes of `bench-candle --only "decode attention"`.
 
 The device's time of graphs of at least 32 calls over different K and V of at least 512 MiB
-together, as there: the median of 20 replays. Prints a row for each shape and attention. Run it on
-the same machine, in the same command as `bench-candle`.
+together, as there: the median of 20 replays. Prints a row for each shape and attention, or only
+those that are named as arguments. Run it on the same machine, in the same command as
+`bench-candle`.
 """
 
 import statistics
@@ -73,6 +74,8 @@ def main():
         pairs = [torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(sets)]
         q = torch.randn(sequences, QUERY_HEADS, 1, DIM, device="cuda", dtype=torch.float16)
         for name, call in attentions(q, pairs).items():
+            if sys.argv[1:] and name not in sys.argv[1:]:
+                continue
             try:
                 us = median_us(max(CALLS, sets), call)
                 row = f"{us:.2f} µs, {bytes_read / us / 1e6:.2f} TB/s"
