@@ -8,6 +8,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::{DecodePlan, GqaOptions, KvBatch, decode_into};
 use candle_cuda_vmm::attention::{Rotary, Slots, write};
+use candle_nn::rotary_emb::rope;
 use cuda_vmm_benches::{Outcome, Sides, time};
 use std::slice;
 
@@ -179,5 +180,15 @@ fn rows(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut sides = Sides::default();
     let launches = machine.sized([LAUNCHES, 2]);
     sides.add("write, 64", graph(machine, launches, write)?);
+    // What Candle has: the rotations alone, in two launches.
+    let turned = |angles: Tensor| angles.to_dtype(DTYPE)?.unsqueeze(1);
+    let angles = angles.narrow(0, 0, sequences)?;
+    let (cos, sin) = (turned(angles.cos()?)?, turned(angles.sin()?)?);
+    let (q, k) = (q.unsqueeze(2)?, k.unsqueeze(2)?);
+    let rope = move |_| {
+        rope(&q, &cos, &sin)?;
+        rope(&k, &cos, &sin).map(drop)
+    };
+    sides.add("rope of Q and of K", graph(machine, launches, rope)?);
     outcome.measure(sides, &machine.settings, 20)
 }
