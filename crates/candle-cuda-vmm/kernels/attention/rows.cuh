@@ -27,7 +27,8 @@ template <unsigned ROW_BYTES, unsigned SHARERS> struct Share {
 
     // Where in the row the bytes of a register lie.
     static __device__ unsigned offset(unsigned at, unsigned sharer) {
-        if (at < OF_UNITS) {
+        // There may be no whole units.
+        if (at / 4 + 1 <= OF_UNITS / 4) {
             return at / 4 * SHARERS * 16 + sharer * 16 + at % 4 * 4;
         }
         if (at < OF_HALVES) {
@@ -40,7 +41,7 @@ template <unsigned ROW_BYTES, unsigned SHARERS> struct Share {
     static __device__ void load(unsigned (&to)[REGISTERS], const char *row, unsigned sharer,
                                 unsigned bytes) {
 #pragma unroll
-        for (unsigned at = 0; at < OF_UNITS; at += 4) {
+        for (unsigned at = 0; at != OF_UNITS; at += 4) {
             const unsigned from = offset(at, sharer);
             attention::load<4>(to + at, row + from, from < bytes);
         }
