@@ -77,6 +77,9 @@ template <typename Tile, unsigned V_DIM> struct Shared {
     OfWarps<V_DIM> of_warps;
 };
 
+// `shared_bytes` in `src/attention/cuda_plan.rs` counts with these.
+static_assert(sizeof(Column) == 32 && sizeof(Partial<128>) == HEADS * (128 + 4 + 2) * 4, "");
+
 template <typename Tile, unsigned V_DIM>
 __device__ inline void decode(const Arguments &given, char *memory) {
     using Query = typename Tile::Query;

@@ -3,7 +3,8 @@
 // The keys of a sequence are tiles of TILE. An item is one head of K and V of one sequence with at
 // most HEADS of its query heads. The tiles of all items stand in one line, item after item, and
 // each thread block takes an equal part of the line. So no block has more than one tile more than
-// another, however long the sequences are. The part of an item that a block has is a segment.
+// another, however long the sequences are. Only if all items are equal, some blocks may have none
+// (`find_even`). The part of an item that a block has is a segment.
 //
 //   items     |---- 0 ----|---- 1 ----|-- 2 --|------ 3 ------|
 //   blocks    |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|-- 4 --|
@@ -20,7 +21,7 @@ namespace attention {
 constexpr unsigned TILE = 16;
 // Query heads that are computed at once.
 constexpr unsigned HEADS = 8;
-// A block has at least this many tiles, if there are any. Fewer would cost more in merging.
+// There are no more blocks than those that have this many tiles. Fewer would cost more in joining.
 constexpr unsigned BLOCK_TILES_MIN = 8;
 
 struct Sequence {

@@ -47,6 +47,8 @@ template <typename M, typename E, unsigned K_DIM, unsigned V_DIM> struct TileMat
     struct Shared {
         uint4 queries[K_DIM / 16][LANES];
     };
+    // As `shared_bytes` in `src/attention/cuda_plan.rs` has it.
+    static_assert(sizeof(Shared) == K_DIM / 16 * LANES * 16, "");
     // For each 16 dims a fragment of sums, of the heads `pair` and `pair + 1`.
     float sums[V_DIM / 16][4];
     // Of the head `row`.

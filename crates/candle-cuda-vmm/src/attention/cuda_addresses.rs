@@ -38,13 +38,13 @@ pub fn with_addresses<R>(
     launch(&addresses)
 }
 
-/// Fails unless an address or a stride is one that kernels read at.
-pub fn check_multiple(bytes: usize) -> Result<()> {
-    match bytes.is_multiple_of(UNIT_BYTES) {
+/// Fails unless an address or a stride is one that a kernel reads at.
+pub fn check_multiple(bytes: usize, required: usize) -> Result<()> {
+    match bytes.is_multiple_of(required) {
         true => Ok(()),
         false => Err(VmmError::InvalidAlignment {
             actual: bytes,
-            required: UNIT_BYTES,
+            required,
         }
         .into()),
     }
@@ -59,7 +59,7 @@ pub fn table(pairs: &[(Tensor, Tensor)]) -> crate::error::Result<Tensor> {
     for (k, v) in pairs {
         with_addresses(&stream, &[k, v], |addresses| {
             for address in addresses {
-                check_multiple(*address as usize)?;
+                check_multiple(*address as usize, UNIT_BYTES)?;
                 table.push(address.cast_signed());
             }
             Ok(())

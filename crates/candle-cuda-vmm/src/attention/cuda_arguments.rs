@@ -47,14 +47,16 @@ unsafe impl DeviceRepr for Cache {}
 
 impl KvBatch {
     /// Calls `launch` with this batch as kernels find it, and with the addresses of other tensors.
-    /// All of it stays borrowed until `launch` returns.
+    /// All of it stays borrowed until `launch` returns. It fails if an address or a stride of K or V
+    /// is no multiple of `required` bytes.
     pub(super) fn with_cache<R>(
         &self,
         stream: &Arc<CudaStream>,
         others: &[&Tensor],
+        required: usize,
         launch: impl FnOnce(Cache, &[u64]) -> Result<R>,
     ) -> Result<R> {
-        let (mut own, mut cache) = (Vec::new(), self.unaddressed_cache()?);
+        let (mut own, mut cache) = (Vec::new(), self.unaddressed_cache(required)?);
         match &self.memory {
             KvMemory::Rows { k, v } => own.extend([k, v]),
             KvMemory::Blocks { k, v, tables, .. } => own.extend([k, v, tables]),
@@ -73,7 +75,7 @@ impl KvBatch {
                 _ => {
                     (cache.k.first, cache.v.first) = (own[0], own[1]);
                     for first in [own[0], own[1]] {
-                        check_multiple(first as usize)?;
+                        check_multiple(first as usize, required)?;
                     }
                     &own[2..]
                 }
@@ -91,11 +93,12 @@ impl KvBatch {
     }
 
     /// Returns all but the addresses.
-    fn unaddressed_cache(&self) -> Result<Cache> {
+    fn unaddressed_cache(&self, required: usize) -> Result<Cache> {
         let side = |strides: KvStrides, dim: usize| {
             let bytes = |elements: usize| elements * self.dtype.size_in_bytes();
             let strides = [strides.outer, strides.head, strides.token].map(bytes);
-            strides.into_iter().try_for_each(check_multiple)?;
+            let mut each = strides.into_iter();
+            each.try_for_each(|stride| check_multiple(stride, required))?;
             Ok::<_, Error>(Side {
                 first: 0,
                 step_bytes: strides[0] as u64,

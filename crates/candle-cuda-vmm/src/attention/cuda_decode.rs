@@ -70,7 +70,7 @@ pub fn decode(
     let q = &aligned(q)?;
     if let Some(output) = output {
         let queue = |addresses: &[u64]| {
-            check_multiple(addresses[0] as usize)?;
+            check_multiple(addresses[0] as usize, UNIT_BYTES)?;
             queue(q, kv, options, plan, addresses[0])
         };
         with_addresses(&stream, &[output], queue)?;
@@ -119,13 +119,13 @@ fn queue(
     let query_heads = q.dims()[1];
     let group = query_heads / kv.kv_heads();
     let work = Work::new(kv, group);
-    // The kernels count tiles in 32 bits.
-    number(work.items.saturating_mul(work.tiles))?;
+    // The kernels count tiles in 32 bits, and round up to eight.
+    number(work.items.saturating_mul(work.tiles).saturating_add(8))?;
     let shape = on_device.shape(&kernel, &work);
     let other = kv.device().as_cuda_device()?.cuda_stream();
     let order = StreamOrder::begin(&stream, &other)?;
     let others = [q, &on_device.partials, &on_device.arrivals];
-    let queued = kv.with_cache(&stream, &others, |cache, addresses| {
+    let queued = kv.with_cache(&stream, &others, UNIT_BYTES, |cache, addresses| {
         let arguments = Arguments {
             cache,
             queries: addresses[0],
@@ -148,10 +148,9 @@ fn queue(
             block_dim: (number(32 * shape.warps)?, 1, 1),
             shared_mem_bytes: number(shape.shared_bytes(dim, value_dim))?,
         };
-        let overlaps = on_device.overlaps;
         // SAFETY: the module's: the kernel is for these dtypes and sizes, and what it is given
-        // stays borrowed until here. It begins by waiting for earlier kernels.
-        unsafe { launch(&kernel.function, &stream, config, &arguments, overlaps) }.w()
+        // stays borrowed until here. If it overlaps, it begins by waiting for earlier kernels.
+        unsafe { launch(&kernel, &stream, config, &arguments) }.w()
     });
     order.end().and(queued)
 }

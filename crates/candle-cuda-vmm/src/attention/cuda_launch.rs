@@ -5,23 +5,21 @@
 //! ended. The kernel reads and writes nothing but its arguments before it waits for that work.
 #![allow(unsafe_code)]
 
-use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, sys,
-};
+use super::cuda_plan::Kernel;
+use candle_core::cuda::cudarc::driver::{CudaStream, DeviceRepr, DriverError, LaunchConfig, sys};
 
-/// Queues a kernel with one argument, a struct. If `overlaps`, it begins while earlier kernels of
+/// Queues a kernel with one argument, a struct. If it overlaps, it begins while earlier kernels of
 /// the stream end, which GPUs of compute capability 9.0 and newer can do: `cuLaunchKernelEx` with
 /// the attribute of programmatic stream serialization.
 ///
 /// # Safety
 /// - The kernel takes an `A`, and what it does with that is sound.
-/// - If `overlaps`, it waits for earlier work before it reads or writes memory.
+/// - If it overlaps, it waits for earlier work before it reads or writes memory.
 pub unsafe fn launch<A: DeviceRepr>(
-    function: &CudaFunction,
+    kernel: &Kernel,
     stream: &CudaStream,
     config: LaunchConfig,
     arguments: &A,
-    overlaps: bool,
 ) -> Result<(), DriverError> {
     let mut attribute = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -39,17 +37,17 @@ pub unsafe fn launch<A: DeviceRepr>(
         sharedMemBytes: config.shared_mem_bytes,
         hStream: stream.cu_stream(),
         attrs: &raw mut attribute,
-        numAttrs: u32::from(overlaps),
+        numAttrs: u32::from(kernel.overlaps),
     };
     stream.context().bind_to_thread()?;
     let mut parameters = [(&raw const *arguments).cast_mut().cast()];
-    // SAFETY: the function belongs to the stream's context, which is current; the configuration
+    // SAFETY: the kernel belongs to the stream's context, which is current; the configuration
     // and the argument are valid until the call returns, and the driver copies them. The rest is
     // the caller's promise.
     unsafe {
         sys::cuLaunchKernelEx(
             &raw const config,
-            function.cu_function(),
+            kernel.function.cu_function(),
             parameters.as_mut_ptr(),
             std::ptr::null_mut(),
         )

@@ -50,8 +50,8 @@ pub struct DevicePlan {
     pub arrivals: Tensor,
     /// Shared memory that a block may have, in bytes.
     shared_bytes_max: usize,
-    /// Whether a kernel can begin while the one before it ends.
-    pub overlaps: bool,
+    /// Whether kernels can begin while the one before them ends, if they are compiled for that.
+    overlaps: bool,
     /// The kernels that were used, which may have that much shared memory.
     functions: Mutex<Vec<(String, Kernel)>>,
 }
@@ -62,6 +62,8 @@ pub struct Kernel {
     pub function: CudaFunction,
     /// Warps that its thread blocks may have.
     pub warps_max: usize,
+    /// Whether it may begin while the one before it ends: on a GPU that can, if it waits then.
+    pub overlaps: bool,
 }
 
 /// What a launch is to do.
@@ -177,11 +179,17 @@ impl DevicePlan {
         let bytes = i32::try_from(self.shared_bytes_max - RESERVED_BYTES).unwrap_or(i32::MAX);
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, bytes).w()?;
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK;
-        let threads_max = usize::try_from(function.get_attribute(attribute).w()?);
+        let number = |attribute| {
+            let number = function.get_attribute(attribute).w()?;
+            Ok::<_, candle_core::Error>(usize::try_from(number).unwrap_or_default())
+        };
+        let threads_max = number(CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
+        // The architecture of the source, which an older build's PTX has on a newer GPU too.
+        let compiled_for = number(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
         let kernel = Kernel {
+            warps_max: (threads_max / LANES).clamp(1, WARPS_MAX),
+            overlaps: self.overlaps && compiled_for >= 10 * OVERLAPS_MAJOR_MIN,
             function,
-            warps_max: (threads_max.unwrap_or_default() / LANES).clamp(1, WARPS_MAX),
         };
         functions.push((name.to_owned(), kernel.clone()));
         Ok(kernel)

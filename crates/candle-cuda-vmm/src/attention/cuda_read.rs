@@ -67,7 +67,9 @@ pub fn read(
     };
     let other = kv.device().as_cuda_device()?.cuda_stream();
     let order = StreamOrder::begin(&stream, &other)?;
-    let queued = kv.with_cache(&stream, &[], |cache, _| {
+    // It reads one element at a time.
+    let required = kv.dtype().size_in_bytes();
+    let queued = kv.with_cache(&stream, &[], required, |cache, _| {
         let (k, _k_written) = address_mut(&mut k.slice, &stream);
         let (v, _v_written) = address_mut(&mut v.slice, &stream);
         let arguments = Arguments {

@@ -7,7 +7,7 @@
 //! here for exactly what it writes.
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::number;
+use super::cuda_addresses::{UNIT_BYTES, number};
 use super::cuda_arguments::Cache;
 use super::kv_batch::KvBatch;
 use super::rotary::Rotary;
@@ -96,7 +96,7 @@ pub fn write(
     }
     let other = kv.device().as_cuda_device()?.cuda_stream();
     let order = StreamOrder::begin(&stream, &other)?;
-    let queued = kv.with_cache(&stream, &inputs, |cache, addresses| {
+    let queued = kv.with_cache(&stream, &inputs, UNIT_BYTES, |cache, addresses| {
         let (output, _written) = address_mut(&mut output.slice, &stream);
         let heads = |at: usize| Heads {
             first: addresses[at],

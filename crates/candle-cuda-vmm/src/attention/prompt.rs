@@ -32,7 +32,7 @@ const NAME: &str = "prompt";
 /// It calls [`gqa_with`] for each span, so scores take at most 256 MiB as a rule. Rows and
 /// sequences are read in place. The blocks of a paged cache are gathered first, those of one span
 /// at a time; with a window, only the blocks that a part of the queries sees. K and V in F8E4M3
-/// are converted after that.
+/// are copied and converted.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

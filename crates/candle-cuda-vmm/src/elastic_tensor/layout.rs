@@ -76,6 +76,17 @@ impl RowLayout {
         })
     }
 
+    /// Returns the bytes of as many rows as have so many bytes without padding, at least.
+    pub(super) fn with_padding(&self, bytes: usize) -> usize {
+        let parts = self.columns.iter();
+        let dims = parts.map(|column| column.dims.iter().product::<usize>());
+        let padding = self.row_bytes - dims.sum::<usize>() * self.dtype.size_in_bytes();
+        match padding {
+            0 => bytes,
+            padding => bytes.saturating_add((bytes / (self.row_bytes - padding) + 1) * padding),
+        }
+    }
+
     /// Returns the number of columns.
     pub(super) fn columns(&self) -> usize {
         self.columns.len()
@@ -196,6 +207,10 @@ mod tests {
         let layout = RowLayout::new(vec![Shape::from((8, 128)); 64], DType::F16)?;
         assert_eq!(layout.start_bytes(63), 63 * (2 << 10));
         assert_eq!(layout.shape(3), [3, 65 << 10]);
+        // A GiB has 8,192 rows without padding.
+        assert!(layout.with_padding(1 << 30) >= 8192 * (130 << 10));
+        let short = RowLayout::new(vec![Shape::from((8, 128)); 2], DType::F16)?;
+        assert_eq!(short.with_padding(1 << 30), 1 << 30);
         Ok(())
     }
 

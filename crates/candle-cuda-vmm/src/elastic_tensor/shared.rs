@@ -42,6 +42,7 @@ impl SharedRows {
         let layout = RowLayout::new(shapes, dtype)?;
         let reservation_bytes = pool.inner().options.reservation_bytes;
         let bytes_max = reservation_bytes.saturating_mul(layout.columns());
+        let bytes_max = layout.with_padding(bytes_max);
         let page_bytes = pool.inner().memory.common().page_bytes();
         let rows = Rows::new(pool, Addresses::unknown(bytes_max, page_bytes), layout);
         Ok(Self {

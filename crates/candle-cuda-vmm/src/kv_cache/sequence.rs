@@ -243,8 +243,10 @@ impl Sequence {
     /// A token then lies in one piece, `[layers, keys and values, batch, heads, head_dim]` if keys
     /// and values have one shape. Use it for many short sequences, because it rounds their memory
     /// up to whole pages once, and not for keys and for values of each layer. With 32 layers of 8
-    /// heads of 128 in F16 a token is 128 KiB, and takes 2 MiB instead of 128 MiB. The addresses
-    /// for 8,192 such tokens are 1 GiB either way.
+    /// heads of 128 in F16 a token is 128 KiB, and takes 2 MiB instead of 128 MiB.
+    ///
+    /// A token of 64 KiB to 1 MiB that is a multiple of 8 KiB gets 2 KiB of padding, so that
+    /// attention over one layer uses all of the memory's channels.
     ///
     /// The caches work as those of ranges of their own do, with these differences:
     /// - Memory follows the layer that has most tokens. Only what no layer needs is freed, at the

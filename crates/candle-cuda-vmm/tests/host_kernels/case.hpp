@@ -37,7 +37,8 @@ inline void store(void *to, Type type, size_t at, float number) {
 // Memory that begins at a multiple of 128 bytes.
 struct Memory {
     std::vector<char> bytes;
-    explicit Memory(size_t count) : bytes(count + 128, 0x7f) {}
+    // It is full of what is not a number in any type.
+    explicit Memory(size_t count) : bytes(count + 128, static_cast<char>(0xff)) {}
     char *begin() {
         const size_t address = reinterpret_cast<size_t>(bytes.data());
         return bytes.data() + (128 - address % 128);

@@ -153,3 +153,29 @@ fn ten_thousand_sequences_of_32_layers_are_alive_at_once() {
     drop((sequences, pool));
     assert_eq!(bench.books(), nothing);
 }
+
+/// The padding of their rows takes nothing from what layers in one range may have.
+#[test]
+fn padded_rows_are_as_many_as_a_range_of_its_own_has() {
+    const LAYERS: usize = 16;
+    let _bench = Bench::new();
+    let options = TensorPoolOptions::new().reservation_bytes(GRANULE);
+    let pool = TensorPool::with_options(&Device::Cpu, options).unwrap();
+    let token = (1, 8, 128);
+    let rows_max = GRANULE / (8 * 128 * 2);
+    let sequence = pool.sequence();
+    let sequence = sequence.rows_in_one_range(LAYERS, token, token, DType::F16);
+    let sequence = sequence.unwrap();
+    let layers: Vec<_> = (0..LAYERS)
+        .map(|layer| sequence.layer(layer, 2, rows_max).unwrap())
+        .collect();
+    sequence.reserve(rows_max).unwrap();
+    // 64 KiB and 2 KiB of padding.
+    assert_eq!(
+        sequence.bytes(),
+        (rows_max * (66 << 10)).next_multiple_of(GRANULE)
+    );
+    let error = sequence.reserve(rows_max + 1).unwrap_err();
+    assert!(matches!(error, VmmError::InvalidOffset { .. }), "{error}");
+    drop(layers);
+}
