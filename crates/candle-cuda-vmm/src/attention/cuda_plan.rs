@@ -8,6 +8,7 @@
 
 use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
+use crate::device::core_device;
 use crate::error::{Result, VmmError};
 use crate::kernels::Image;
 use candle_core::backend::BackendDevice;
@@ -18,6 +19,7 @@ use candle_core::cuda::cudarc::driver::sys::{
 };
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Shape, Storage, Tensor};
+use cuda_vmm::DriverVersion;
 use std::sync::{Mutex, PoisonError};
 
 /// Query heads of an item: `HEADS` of the kernels.
@@ -39,6 +41,11 @@ const RESERVED_BYTES: usize = 2048;
 const CAPABILITY_MAJOR_MIN: usize = 8;
 /// The oldest architecture with programmatic stream serialization.
 const OVERLAPS_MAJOR_MIN: usize = 9;
+/// The oldest driver that captures such launches.
+const OVERLAPS_DRIVER_MIN: DriverVersion = DriverVersion {
+    major: 12,
+    minor: 3,
+};
 
 /// The device's part of a plan.
 #[derive(Debug)]
@@ -146,6 +153,7 @@ impl DevicePlan {
         let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes_max =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let driver = core_device(device).map(|core| core.driver().version());
         let slot = partial_bytes(256) / size_of::<f32>();
         let shape = Shape::from(2 * 2 * processors * slot);
         // SAFETY: a kernel reads of it what it has written.
@@ -156,7 +164,8 @@ impl DevicePlan {
             partials: Tensor::from_storage(partials, shape, BackpropOp::none(), false),
             arrivals: Tensor::zeros(batch_max * query_heads, DType::U32, device)?,
             shared_bytes_max,
-            overlaps: major >= OVERLAPS_MAJOR_MIN,
+            overlaps: major >= OVERLAPS_MAJOR_MIN
+                && driver.is_ok_and(|driver| driver >= OVERLAPS_DRIVER_MIN),
             functions: Mutex::new(Vec::new()),
         }))
     }
