@@ -91,3 +91,11 @@ struct Arguments {
 };
 
 } // namespace attention
+
+// Begins a kernel that writes or reads rows of K and V.
+#ifndef ATTENTION_ON_THE_HOST
+#define ROW_KERNEL(NAME, ARGUMENTS)                                                                \
+    extern "C" __global__ void __launch_bounds__(256) NAME(const __grid_constant__ ARGUMENTS given)
+#else
+#define ROW_KERNEL(NAME, ARGUMENTS) void NAME(const ARGUMENTS &given)
+#endif

@@ -71,21 +71,23 @@ __device__ inline void add_warps(const OfWarps<V_DIM> &of_warps, unsigned count,
 // What a thread has of four dims of a head.
 struct Column {
     float4 sums;
-    Softmax softmax;
+    Running softmax;
 
-    __device__ void clear() { sums = {}, softmax = {minus_infinity(), 0.0F}; }
+    __device__ void clear() {
+        sums = {};
+        softmax.clear();
+    }
 
     // Goes on with a maximum that is not smaller.
     __device__ void raise(float max) {
-        const float factor = power_of_2(softmax.max - base_of(max));
-        softmax = {max, softmax.total * factor};
+        const float factor = softmax.raise(max);
         const float4 before = sums;
         sums = {};
         attention::add(sums, before, factor);
     }
 
     // Adds more, whose maximum is not larger.
-    __device__ void add(const float4 &more, const Softmax &its) {
+    __device__ void add(const float4 &more, const Running &its) {
         const float weight = power_of_2(its.max - base_of(softmax.max));
         softmax.total += weight * its.total;
         attention::add(sums, more, weight);
@@ -119,12 +121,12 @@ __device__ inline void add_blocks(Columns &of_groups, const Partial<V_DIM> *slot
 #pragma unroll 1
         for (unsigned begin = group; begin < count; begin += STEPS * groups) {
             float4 sums[STEPS];
-            Softmax softmaxes[STEPS];
+            Running softmaxes[STEPS];
             float max = own.softmax.max;
 #pragma unroll
             for (unsigned step = 0; step < STEPS; ++step) {
                 const unsigned which = begin + step * groups;
-                softmaxes[step] = {minus_infinity(), 0.0F};
+                softmaxes[step].clear();
                 sums[step] = {};
                 if (which < count) {
                     // The item begins at the end of the first block.

@@ -39,19 +39,18 @@ template <typename E, typename T> __device__ inline void read(const ReadArgument
 
 } // namespace attention
 
-#ifndef ATTENTION_ON_THE_HOST
-#define READ_KERNEL(NAME, E, T)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
-        NAME(const __grid_constant__ attention::ReadArguments given) {                             \
-        attention::read<E, T>(given);                                                              \
-    }
-#else
-#define READ_KERNEL(NAME, E, T)                                                                    \
-    void NAME(const attention::ReadArguments &given) { attention::read<E, T>(given); }
-#endif
-
-READ_KERNEL(read_f16, __half, __half)
-READ_KERNEL(read_bf16, __nv_bfloat16, __nv_bfloat16)
-READ_KERNEL(read_f32, float, float)
-READ_KERNEL(read_f8_f16, __nv_fp8_e4m3, __half)
-READ_KERNEL(read_f8_bf16, __nv_fp8_e4m3, __nv_bfloat16)
+ROW_KERNEL(read_f16, attention::ReadArguments) {
+    attention::read<__half, __half>(given);
+}
+ROW_KERNEL(read_bf16, attention::ReadArguments) {
+    attention::read<__nv_bfloat16, __nv_bfloat16>(given);
+}
+ROW_KERNEL(read_f32, attention::ReadArguments) {
+    attention::read<float, float>(given);
+}
+ROW_KERNEL(read_f8_f16, attention::ReadArguments) {
+    attention::read<__nv_fp8_e4m3, __half>(given);
+}
+ROW_KERNEL(read_f8_bf16, attention::ReadArguments) {
+    attention::read<__nv_fp8_e4m3, __nv_bfloat16>(given);
+}

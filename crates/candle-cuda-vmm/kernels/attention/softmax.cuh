@@ -29,7 +29,7 @@ __device__ inline float base_of(float max) { return max == minus_infinity() ? 0.
 // The softmax of one query so far.
 struct Running {
     float max;
-    // The sum of this lane's powers, relative to `max`.
+    // The sum of powers, relative to `max`: a lane's, or those that were joined.
     float total;
 
     __device__ void clear() { max = minus_infinity(), total = 0.0F; }
@@ -50,19 +50,13 @@ struct Running {
     }
 };
 
-// The maximum of scores, and the sum of their powers relative to it.
-struct Softmax {
-    float max;
-    float total;
-};
-
 // What a warp or a thread block has of an item: for each query head the softmax, and the sums of
 // values weighted with the powers.
 template <unsigned V_DIM> struct Partial {
     // Four more than needed, so that the lanes write to different banks.
     static constexpr unsigned STRIDE = V_DIM + 4;
     float sums[HEADS][STRIDE];
-    Softmax softmax[HEADS];
+    Running softmax[HEADS];
 };
 
 } // namespace attention

@@ -113,19 +113,18 @@ template <typename T, typename E> __device__ inline void write(const WriteArgume
 
 } // namespace attention
 
-#ifndef ATTENTION_ON_THE_HOST
-#define WRITE_KERNEL(NAME, T, E)                                                                   \
-    extern "C" __global__ void __launch_bounds__(256)                                              \
-        NAME(const __grid_constant__ attention::WriteArguments given) {                            \
-        attention::write<T, E>(given);                                                             \
-    }
-#else
-#define WRITE_KERNEL(NAME, T, E)                                                                   \
-    void NAME(const attention::WriteArguments &given) { attention::write<T, E>(given); }
-#endif
-
-WRITE_KERNEL(write_f16, __half, __half)
-WRITE_KERNEL(write_bf16, __nv_bfloat16, __nv_bfloat16)
-WRITE_KERNEL(write_f32, float, float)
-WRITE_KERNEL(write_f8_f16, __half, __nv_fp8_e4m3)
-WRITE_KERNEL(write_f8_bf16, __nv_bfloat16, __nv_fp8_e4m3)
+ROW_KERNEL(write_f16, attention::WriteArguments) {
+    attention::write<__half, __half>(given);
+}
+ROW_KERNEL(write_bf16, attention::WriteArguments) {
+    attention::write<__nv_bfloat16, __nv_bfloat16>(given);
+}
+ROW_KERNEL(write_f32, attention::WriteArguments) {
+    attention::write<float, float>(given);
+}
+ROW_KERNEL(write_f8_f16, attention::WriteArguments) {
+    attention::write<__half, __nv_fp8_e4m3>(given);
+}
+ROW_KERNEL(write_f8_bf16, attention::WriteArguments) {
+    attention::write<__nv_bfloat16, __nv_fp8_e4m3>(given);
+}

@@ -6,7 +6,8 @@ use crate::append::address;
 use crate::error::VmmError;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::CudaStream;
-use candle_core::{Error, Result, Storage, Tensor};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaStorage, Error, Result, Shape, Storage, Tensor};
 use std::sync::Arc;
 
 /// What addresses and strides of K and V are multiples of, in bytes.
@@ -48,6 +49,11 @@ pub fn check_multiple(bytes: usize, required: usize) -> Result<()> {
         }
         .into()),
     }
+}
+
+/// Makes a contiguous tensor of memory that a kernel fills.
+pub fn wrap(storage: CudaStorage, shape: Shape) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// Returns the table of sequences with caches of their own, I64 `[batch, 3]`: the address of K, the

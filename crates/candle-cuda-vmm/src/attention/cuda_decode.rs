@@ -10,7 +10,7 @@
 //! [`cuda_arguments`]: super::cuda_arguments
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::{UNIT_BYTES, check_multiple, number, with_addresses};
+use super::cuda_addresses::{UNIT_BYTES, check_multiple, number, with_addresses, wrap};
 use super::cuda_arguments::Cache;
 use super::cuda_launch::launch;
 use super::cuda_plan::Work;
@@ -24,8 +24,7 @@ use crate::order::StreamOrder;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
-use candle_core::op::BackpropOp;
-use candle_core::{DType, Result, Shape, Storage, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 
 /// The sizes of heads of K and of V that there are kernels for. Others are padded to the next.
 const HEADS: [(usize, usize); 6] = [
@@ -83,13 +82,7 @@ pub fn decode(
         let (output, _written) = address_mut(&mut storage.slice, &stream);
         queue(q, kv, options, plan, output)?;
     }
-    let storage = Storage::Cuda(storage);
-    Ok(Tensor::from_storage(
-        storage,
-        shape,
-        BackpropOp::none(),
-        false,
-    ))
+    Ok(wrap(storage, shape))
 }
 
 /// Returns the queries, or a copy if they do not begin where kernels can read them. Allocations do.

@@ -6,6 +6,7 @@
 //! item. Kernels of one stream use them one after the other, and each leaves the counts at 0.
 #![allow(unsafe_code)]
 
+use super::cuda_addresses::wrap;
 use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
 use crate::device::core_device;
@@ -17,8 +18,7 @@ use candle_core::cuda::cudarc::driver::CudaFunction;
 use candle_core::cuda::cudarc::driver::sys::{
     CUdevice_attribute as Attribute, CUfunction_attribute,
 };
-use candle_core::op::BackpropOp;
-use candle_core::{DType, Device, Shape, Storage, Tensor};
+use candle_core::{DType, Device, Shape, Tensor};
 use cuda_vmm::DriverVersion;
 use std::sync::{Mutex, PoisonError};
 
@@ -158,10 +158,9 @@ impl DevicePlan {
         let shape = Shape::from(2 * 2 * processors * slot);
         // SAFETY: a kernel reads of it what it has written.
         let partials = unsafe { cuda.alloc_uninit(&shape, DType::F32)? };
-        let partials = Storage::Cuda(partials);
         Ok(Some(Self {
             processors,
-            partials: Tensor::from_storage(partials, shape, BackpropOp::none(), false),
+            partials: wrap(partials, shape),
             arrivals: Tensor::zeros(batch_max * query_heads, DType::U32, device)?,
             shared_bytes_max,
             overlaps: major >= OVERLAPS_MAJOR_MIN

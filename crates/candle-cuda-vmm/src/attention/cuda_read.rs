@@ -6,7 +6,7 @@
 //! for exactly these rows.
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::number;
+use super::cuda_addresses::{number, wrap};
 use super::cuda_arguments::Cache;
 use super::kv_batch::KvBatch;
 use crate::append::address_mut;
@@ -15,8 +15,7 @@ use crate::order::StreamOrder;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::op::BackpropOp;
-use candle_core::{DType, Device, Error, Result, Shape, Storage, Tensor};
+use candle_core::{DType, Device, Error, Result, Shape, Tensor};
 use std::ops::Range;
 
 /// Threads per block.
@@ -92,7 +91,5 @@ pub fn read(
     });
     order.end().and(queued)?;
     let [k_shape, v_shape] = shapes;
-    Ok([(k, k_shape), (v, v_shape)].map(|(storage, shape)| {
-        Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
-    }))
+    Ok([wrap(k, k_shape), wrap(v, v_shape)])
 }

@@ -7,7 +7,7 @@
 //! here for exactly what it writes.
 #![allow(unsafe_code)]
 
-use super::cuda_addresses::{UNIT_BYTES, number};
+use super::cuda_addresses::{UNIT_BYTES, number, wrap};
 use super::cuda_arguments::Cache;
 use super::kv_batch::KvBatch;
 use super::rotary::Rotary;
@@ -18,8 +18,7 @@ use crate::order::StreamOrder;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::op::BackpropOp;
-use candle_core::{DType, Error, Result, Storage, Tensor};
+use candle_core::{DType, Error, Result, Tensor};
 
 /// Threads per block.
 const THREADS: u32 = 256;
@@ -74,7 +73,7 @@ pub fn write(
     // SAFETY: the kernel writes all of it before later work reads it.
     let mut output = unsafe { device.alloc_uninit(&shape, new[0].dtype())? };
     if tokens == 0 {
-        return Ok(wrap(output, &shape));
+        return Ok(wrap(output, shape));
     }
     let [q, k, v] = new.map(with_contiguous_heads);
     let new = [&q?, &k?, &v?];
@@ -142,7 +141,7 @@ pub fn write(
     let ended = order.end();
     queued?;
     ended?;
-    Ok(wrap(output, &shape))
+    Ok(wrap(output, shape))
 }
 
 /// Returns the tensor, or a copy if the elements of a head are not side by side.
@@ -151,13 +150,4 @@ fn with_contiguous_heads(tensor: &Tensor) -> Result<Tensor> {
         1 => Ok(tensor.clone()),
         _ => tensor.force_contiguous(),
     }
-}
-
-fn wrap(storage: candle_core::CudaStorage, shape: &candle_core::Shape) -> Tensor {
-    Tensor::from_storage(
-        Storage::Cuda(storage),
-        shape.clone(),
-        BackpropOp::none(),
-        false,
-    )
 }

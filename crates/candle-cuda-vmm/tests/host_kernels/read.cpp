@@ -1,24 +1,13 @@
 // Compares the kernels that copy rows with plain loops, on random cases.
-#include "case.hpp"
+#include "row_kernel.hpp"
 
 #include "../../kernels/attention/read.cu"
 
 using attention::ReadArguments;
 
-struct Kernel {
-    const char *name;
-    void (*run)(const ReadArguments &);
-    Type type;
-    Type to;
-};
+using Kernel = RowKernel<ReadArguments>;
 
-static const Kernel ALL[] = {
-    {"read_f16", read_f16, Type::F16, Type::F16},
-    {"read_bf16", read_bf16, Type::BF16, Type::BF16},
-    {"read_f32", read_f32, Type::F32, Type::F32},
-    {"read_f8_f16", read_f8_f16, Type::F8, Type::F16},
-    {"read_f8_bf16", read_f8_bf16, Type::F8, Type::BF16},
-};
+static const Kernel ALL[] = ROW_KERNELS(read);
 
 static void compare(const Kernel &kernel) {
     std::vector<unsigned> lengths(1 + below(4));
@@ -34,7 +23,7 @@ static void compare(const Kernel &kernel) {
     const unsigned rows = 1 + below(std::min(lengths[sequence] + 1, cache.capacity) - first);
     std::vector<char> sides[2];
     for (unsigned side = 0; side < 2; ++side) {
-        sides[side].assign(rows * cache.kv_heads * cache.dims[side] * bytes_of(kernel.to),
+        sides[side].assign(rows * cache.kv_heads * cache.dims[side] * bytes_of(kernel.tokens),
                            static_cast<char>(0xff));
     }
     const ReadArguments arguments = {cache.cache(), sides[0].data(), sides[1].data(), sequence,
@@ -46,7 +35,7 @@ static void compare(const Kernel &kernel) {
         const unsigned dim = cache.dims[side];
         for (unsigned at = 0; at < rows * cache.kv_heads * dim; ++at) {
             const unsigned token = first + at / dim / cache.kv_heads;
-            const float found = read(sides[side].data(), kernel.to, at);
+            const float found = read(sides[side].data(), kernel.tokens, at);
             if (token < lengths[sequence]) {
                 const size_t place =
                     cache.place(side, sequence, token, at / dim % cache.kv_heads, at % dim);
@@ -58,13 +47,4 @@ static void compare(const Kernel &kernel) {
     }
 }
 
-int main(int, char **arguments) {
-    random_bits.seed(static_cast<unsigned>(std::atoi(arguments[1])));
-    const int rounds = std::atoi(arguments[2]);
-    for (const Kernel &kernel : ALL) {
-        for (int round = 0; round < rounds; ++round) {
-            compare(kernel);
-        }
-        std::printf("%s: %d cases\n", kernel.name, rounds);
-    }
-}
+int main(int, char **arguments) { return compare_all(ALL, arguments, compare); }

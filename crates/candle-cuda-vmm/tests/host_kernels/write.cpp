@@ -1,24 +1,13 @@
 // Compares the kernels that rotate and write tokens with plain loops, on random cases.
-#include "case.hpp"
+#include "row_kernel.hpp"
 
 #include "../../kernels/attention/write.cu"
 
 using attention::WriteArguments;
 
-struct Kernel {
-    const char *name;
-    void (*run)(const WriteArguments &);
-    Type type;
-    Type tokens;
-};
+using Kernel = RowKernel<WriteArguments>;
 
-static const Kernel ALL[] = {
-    {"write_f16", write_f16, Type::F16, Type::F16},
-    {"write_bf16", write_bf16, Type::BF16, Type::BF16},
-    {"write_f32", write_f32, Type::F32, Type::F32},
-    {"write_f8_f16", write_f8_f16, Type::F8, Type::F16},
-    {"write_f8_bf16", write_f8_bf16, Type::F8, Type::BF16},
-};
+static const Kernel ALL[] = ROW_KERNELS(write);
 
 // New queries, keys or values.
 struct New {
@@ -180,13 +169,4 @@ static void compare(const Kernel &kernel) {
     CHECK(kernel.tokens == Type::F32 || differing * 100 <= all);
 }
 
-int main(int, char **arguments) {
-    random_bits.seed(static_cast<unsigned>(std::atoi(arguments[1])));
-    const int rounds = std::atoi(arguments[2]);
-    for (const Kernel &kernel : ALL) {
-        for (int round = 0; round < rounds; ++round) {
-            compare(kernel);
-        }
-        std::printf("%s: %d cases\n", kernel.name, rounds);
-    }
-}
+int main(int, char **arguments) { return compare_all(ALL, arguments, compare); }
