@@ -7,6 +7,7 @@ use candle_cuda_vmm::cuda_vmm::sim::{Books, Fault, Simulator};
 use candle_cuda_vmm::cuda_vmm::sys;
 use candle_cuda_vmm::device::core_device;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The simulator of the CPU device, for one test at a time.
 pub struct Bench {
@@ -32,6 +33,16 @@ impl Bench {
 
     pub fn books(&self) -> Books {
         self.simulator().books(0)
+    }
+
+    /// Waits until the books are these. The worker of an engine may be in a step while the last
+    /// owner of the engine is dropped; then its fences end a moment later.
+    pub fn await_books(&self, expected: Books) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.books() != expected && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(self.books(), expected);
     }
 
     /// Runs `work` with its first driver call failing, then with its second, until it makes fewer
