@@ -6,7 +6,8 @@
 /// whole simulator. The books of an [`Interposer`](crate::Interposer) are the sum over all devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Books {
-    /// Device memory in use, in bytes: allocation handles and plain allocations.
+    /// Device memory in use, in bytes: allocation handles, plain allocations, and what a simulated
+    /// device reserves for its graphs' allocations.
     ///
     /// Memory that is mapped or imported several times counts once. Memory whose handle was
     /// released counts until it is unmapped.

@@ -142,6 +142,13 @@ calls! {
         let bytes = crate::device::uuid(sim.device(device)?);
         uuid.set(CUuuid { bytes: bytes.map(|byte| byte as c_char) })
     }
+    fn cuDeviceGetGraphMemAttribute(sim, device: CUdevice, attribute: CUgraphMem_attribute, value: *mut c_void) {
+        let value = out!(value.cast::<u64>());
+        value.set(sim.graph_memory_attribute(sim.device(device)?, attribute)? as u64)
+    }
+    fn cuDeviceGraphMemTrim(sim, device: CUdevice) {
+        sim.graph_memory_trim(sim.device(device)?)
+    }
     fn cuDeviceCanAccessPeer(sim, can_access: *mut c_int, device: CUdevice, peer: CUdevice) {
         let can_access = out!(can_access);
         can_access.set((sim.device(device)? != sim.device(peer)?).into())
@@ -374,17 +381,36 @@ calls! {
     }
 
     fn cuGraphInstantiateWithFlags(sim, exec: *mut CUgraphExec, graph: CUgraph, flags: c_ulonglong) {
-        /// Frees the allocations of the graph's nodes. No node here allocates.
-        const AUTO_FREE_ON_LAUNCH: c_ulonglong = 1;
+        const AUTO_FREE: c_ulonglong = CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH as c_ulonglong;
         let exec = out!(exec);
-        no_flags(flags & !AUTO_FREE_ON_LAUNCH)?;
-        exec.set(sim.graph_instantiate(graph)?)
+        no_flags(flags & !AUTO_FREE)?;
+        exec.set(sim.graph_instantiate(graph, flags & AUTO_FREE != 0)?)
+    }
+    fn cuGraphUpload(sim, graph: CUgraphExec, stream: CUstream) {
+        sim.graph_upload(graph, stream)
     }
     fn cuGraphLaunch(sim, graph: CUgraphExec, stream: CUstream) {
         sim.graph_launch(graph, stream)
     }
     fn cuGraphExecDestroy(sim, exec: CUgraphExec) {
         sim.graph_destroy(exec.addr(), true)
+    }
+    fn cuGraphGetNodes(sim, graph: CUgraph, nodes: *mut CUgraphNode, count: *mut usize) {
+        let listed = sim.graph_nodes(graph)?;
+        if nodes.is_null() {
+            return out!(count).set(listed.len());
+        }
+        let room = *read!(count.cast_const());
+        for number in 0..room {
+            let node = listed.get(number).copied().unwrap_or(std::ptr::null_mut());
+            // SAFETY: the contract of the module: there is room for `count` handles.
+            unsafe { nodes.add(number).write(node) };
+        }
+        out!(count).set(room.min(listed.len()))
+    }
+    fn cuGraphNodeGetType(sim, node: CUgraphNode, kind: *mut CUgraphNodeType) {
+        let kind = out!(kind);
+        kind.set(sim.lock().graphs.node_kind(node.addr())?)
     }
     fn cuGraphDestroy(sim, graph: CUgraph) {
         sim.graph_destroy(graph.addr(), false)

@@ -1,10 +1,9 @@
-//! Stream capture, the graphs that it makes, and the calls that invalidate it.
+//! Stream capture, and the calls that invalidate it.
 
 use crate::state::graphs::Capture;
 use crate::state::streams::Key;
 use crate::state::{DriverResult, Inner, State};
 use cuda_vmm_sys::*;
-use std::sync::Arc;
 
 impl Inner {
     /// Begins a call that is unsafe during capture. It invalidates the captures that are exposed to
@@ -120,10 +119,13 @@ impl State {
         let device = stream.device;
         match stream.capture.take() {
             Some(capture) if !capture.invalidated => {
-                let key = inner.graphs.add(device, false, capture.nodes.into());
+                let key = inner.graphs.add_captured(device, capture);
                 Ok(std::ptr::without_provenance_mut(key))
             }
-            _ => Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED),
+            _ => {
+                inner.forget_graph_memory();
+                Err(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
+            }
         }
     }
 
@@ -157,40 +159,5 @@ impl State {
         let before = self.threads.get().capture_mode;
         self.threads.update(|thread| thread.capture_mode = mode);
         Ok(before)
-    }
-
-    pub(crate) fn graph_instantiate(&self, graph: CUgraph) -> DriverResult<CUgraphExec> {
-        let mut inner = self.lock();
-        inner.enter()?;
-        let graph = inner.graphs.get(graph.addr(), false)?;
-        let (device, nodes) = (graph.device, Arc::clone(&graph.nodes));
-        let key = inner.graphs.add(device, true, nodes);
-        Ok(std::ptr::without_provenance_mut(key))
-    }
-
-    /// Enqueues a graph's work on what is mapped at its addresses now. If nothing is, the launch
-    /// succeeds and the work poisons the context when it runs.
-    pub(crate) fn graph_launch(
-        self: &Arc<Self>,
-        graph: CUgraphExec,
-        stream: CUstream,
-    ) -> DriverResult {
-        let mut inner = self.lock();
-        let key = inner.enter_stream(stream)?;
-        let nodes = Arc::clone(&inner.graphs.get(graph.addr(), true)?.nodes);
-        inner.check_not_captured(key)?;
-        inner.check_implicit(key)?;
-        for node in nodes.iter() {
-            let work = inner.resolve(node, true, self.config.backed);
-            self.enqueue(&mut inner, key, work)?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn graph_destroy(&self, key: usize, executable: bool) -> DriverResult {
-        let mut inner = self.lock();
-        inner.graphs.get(key, executable)?;
-        inner.graphs.by_key.remove(&key);
-        Ok(())
     }
 }

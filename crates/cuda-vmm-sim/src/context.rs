@@ -35,8 +35,8 @@ impl State {
         Contexts::handle(device)
     }
 
-    /// Releases one retain. The last release destroys the context's streams, events, graphs and
-    /// plain allocations. A poisoned context stays poisoned.
+    /// Releases one retain. The last release destroys the context's streams, events, graphs with
+    /// their memory, and plain allocations. A poisoned context stays poisoned.
     pub(crate) fn release_context(&self, device: usize) -> DriverResult {
         let mut inner = self.lock();
         let context = &mut inner.contexts.0[device];
@@ -50,6 +50,7 @@ impl State {
             inner.events.destroy_all(device);
             inner.graphs.destroy_all(device);
             inner.free_all_plain(device);
+            inner.free_all_graph_memory(device);
             self.notify();
         }
         Ok(())

@@ -24,8 +24,9 @@ impl Fault {
     /// Fails the `n`th call from now with `code`, once. 0 fails no call.
     ///
     /// All entry points count, except pure queries: `cuInit`, `cuDriverGetVersion`,
-    /// `cuGetErrorName`, `cuGetErrorString`, `cuDevice*`, `cuCtxGetCurrent`, `cuCtxSetCurrent`,
-    /// `cuCtxGetDevice` and `cuThreadExchangeStreamCaptureMode`.
+    /// `cuGetErrorName`, `cuGetErrorString`, `cuDevice*` without `cuDeviceGraphMemTrim`,
+    /// `cuCtxGetCurrent`, `cuCtxSetCurrent`, `cuCtxGetDevice` and
+    /// `cuThreadExchangeStreamCaptureMode`.
     pub fn nth_call(n: u64, code: CUresult) -> Self {
         Self {
             calls: Calls::Nth { left: n },
@@ -115,6 +116,7 @@ pub(crate) fn is_counted(function: DriverFunction) -> bool {
             | cuDeviceGetAttribute
             | cuDeviceTotalMem
             | cuDeviceGetUuid
+            | cuDeviceGetGraphMemAttribute
             | cuDeviceCanAccessPeer
             | cuDevicePrimaryCtxRetain
             | cuDevicePrimaryCtxRelease

@@ -84,7 +84,10 @@ impl Inner {
             Endpoint::Host(address) => address != 0,
         };
         let fine = match *node {
-            Node::Nothing | Node::HostFunction { .. } => true,
+            Node::Nothing
+            | Node::HostFunction { .. }
+            | Node::Allocate { .. }
+            | Node::Free { .. } => true,
             Node::Memset { bytes: 0, .. } | Node::Copy { bytes: 0, .. } => true,
             Node::Memset { address, bytes, .. } => is_valid(&self.space, address, bytes, true),
             Node::Copy { to, from, bytes } => {

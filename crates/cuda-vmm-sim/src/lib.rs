@@ -13,6 +13,8 @@ mod device;
 mod error_names;
 mod event;
 mod fault;
+mod graph;
+mod graph_memory;
 #[allow(unsafe_code)]
 mod host_memory;
 #[allow(unsafe_code)]

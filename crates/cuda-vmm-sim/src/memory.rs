@@ -186,6 +186,12 @@ impl State {
         if address == 0 {
             return Ok(());
         }
+        if inner.space.allocated_graph(address).is_ok() {
+            let mut inner = self.wait_for_device(inner, device)?;
+            inner.space.allocated_graph(address)?.is_allocated = false;
+            inner.space.open_graph(address, false);
+            return Ok(());
+        }
         inner.space.plain(address)?;
         let mut inner = self.wait_for_device(inner, device)?;
         let bytes = inner.space.plain(address)?.bytes;
@@ -197,7 +203,9 @@ impl State {
     pub(crate) fn plain_alloc_async(&self, bytes: usize, stream: CUstream) -> DriverResult<u64> {
         let mut inner = self.lock();
         let key = inner.enter_stream(stream)?;
-        inner.check_not_captured(key)?;
+        if inner.streams.get(key)?.capture.is_some() {
+            return inner.capture_allocation(key, bytes);
+        }
         let device = inner.streams.get(key)?.device;
         let address = inner.add_plain(device, bytes)?;
         inner.charge(|cost| cost.async_alloc.at(bytes));
@@ -214,19 +222,18 @@ impl State {
         if address == 0 {
             return Ok(());
         }
-        let capturing = inner.streams.get(key)?.capture.is_some();
+        if inner.streams.get(key)?.capture.is_some() {
+            return inner.capture_free(key, address);
+        }
+        if inner.space.allocated_graph(address).is_ok() {
+            return self.free_graph_memory(&mut inner, address, key);
+        }
         let Ok(range) = inner.space.plain(address) else {
-            // The driver then uses the call that waits, unless this stream is the captured one.
-            if !capturing {
-                inner.unsafe_call()?;
-            }
+            // The driver then uses the call that waits.
+            inner.unsafe_call()?;
             return Err(CUDA_ERROR_INVALID_VALUE);
         };
         let bytes = range.bytes;
-        if capturing {
-            // A capture cannot free memory that was not allocated in it.
-            return Err(CUDA_ERROR_INVALID_VALUE);
-        }
         inner.check_implicit(key)?;
         self.enqueue(&mut inner, key, Work::Free { address })?;
         if let Kind::Plain { freeing, .. } = &mut inner.space.plain(address)?.kind {
@@ -246,13 +253,7 @@ impl Inner {
     }
 
     fn add_plain(&mut self, device: usize, bytes: usize) -> DriverResult<u64> {
-        if bytes == 0 {
-            return Err(CUDA_ERROR_INVALID_VALUE);
-        }
-        let page = crate::host_memory::page_bytes();
-        let bytes = bytes
-            .checked_next_multiple_of(page)
-            .ok_or(CUDA_ERROR_OUT_OF_MEMORY)?;
+        let bytes = whole_pages(bytes)?;
         let handle = self.physical.create(device, bytes, false)?;
         let placed = self
             .space
@@ -287,4 +288,14 @@ impl Inner {
             self.remove_plain(address);
         }
     }
+}
+
+/// Rounds the size of an allocation up to whole pages of the host.
+pub(crate) fn whole_pages(bytes: usize) -> DriverResult<usize> {
+    if bytes == 0 {
+        return Err(CUDA_ERROR_INVALID_VALUE);
+    }
+    bytes
+        .checked_next_multiple_of(crate::host_memory::page_bytes())
+        .ok_or(CUDA_ERROR_OUT_OF_MEMORY)
 }

@@ -82,6 +82,14 @@ impl Inner {
                 }
             }
             Node::HostFunction { function, data } => Work::HostFunction { function, data },
+            Node::Allocate { address, .. } => Work::Open {
+                address,
+                open: true,
+            },
+            Node::Free { address } => Work::Open {
+                address,
+                open: false,
+            },
         }
     }
 
@@ -172,6 +180,7 @@ impl State {
         match work {
             Work::Nothing | Work::Record { .. } | Work::Wait { .. } => inner.complete_marker(&work),
             Work::Free { address } => inner.remove_plain(address),
+            Work::Open { address, open } => inner.space.open_graph(address, open),
             Work::HostFunction { function, data } => {
                 drop(inner);
                 // SAFETY: the driver's caller guarantees that the function may be called with this

@@ -118,6 +118,47 @@ fn whatever_is_made_and_given_back_the_books_are_the_drivers() {
 }
 
 #[test]
+fn what_a_capture_allocates_is_not_in_the_books() {
+    let _turn = turn();
+    let (driver, interposer) = interposed();
+    let stream = driver.stream().unwrap();
+    let before = agree(&driver, &interposer);
+    for frees in [true, false] {
+        call!(
+            driver,
+            cuStreamBeginCapture(stream, CU_STREAM_CAPTURE_MODE_GLOBAL)
+        )
+        .unwrap();
+        let (mut inside, mut outside) = (0, 0);
+        call!(driver, cuMemAllocAsync(&mut inside, PAGE, stream)).unwrap();
+        assert_eq!(agree(&driver, &interposer), before);
+        call!(driver, cuMemAllocAsync(&mut outside, PAGE, null_mut())).unwrap();
+        assert_eq!(agree(&driver, &interposer).plain_allocations, 1);
+        let refused = call!(driver, cuMemFreeAsync(outside, stream));
+        assert_eq!(refused, Err(CUDA_ERROR_INVALID_VALUE));
+        assert_eq!(agree(&driver, &interposer).plain_allocations, 1);
+        call!(driver, cuMemFreeAsync(outside, null_mut())).unwrap();
+        if frees {
+            call!(driver, cuMemFreeAsync(inside, stream)).unwrap();
+        }
+        let (mut graph, mut exec) = (null_mut(), null_mut());
+        call!(driver, cuStreamEndCapture(stream, &mut graph)).unwrap();
+        call!(driver, cuGraphInstantiateWithFlags(&mut exec, graph, 0)).unwrap();
+        call!(driver, cuGraphLaunch(exec, stream)).unwrap();
+        if !frees {
+            call!(driver, cuMemFreeAsync(inside, stream)).unwrap();
+        }
+        call!(driver, cuCtxSynchronize()).unwrap();
+        assert_eq!(interposer.books().physical_bytes, before.physical_bytes);
+        assert_eq!(driver.books().physical_bytes, before.physical_bytes + PAGE);
+        call!(driver, cuGraphExecDestroy(exec)).unwrap();
+        call!(driver, cuGraphDestroy(graph)).unwrap();
+        call!(driver, cuDeviceGraphMemTrim(0)).unwrap();
+        assert_eq!(agree(&driver, &interposer), before);
+    }
+}
+
+#[test]
 fn a_call_that_a_fault_answers_does_not_reach_the_driver() {
     let _turn = turn();
     let (driver, interposer) = interposed();

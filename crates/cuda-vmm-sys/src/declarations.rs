@@ -18,6 +18,9 @@ pub type CUstreamCaptureStatus = c_uint;
 pub type CUstreamCaptureMode = c_uint;
 pub type CUstream_flags = c_uint;
 pub type CUevent_flags = c_uint;
+pub type CUgraphNodeType = c_uint;
+pub type CUgraphMem_attribute = c_uint;
+pub type CUgraphInstantiate_flags = c_uint;
 pub type CUdriverProcAddress_flags = c_uint;
 
 macro_rules! declare_constants {

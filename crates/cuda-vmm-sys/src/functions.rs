@@ -25,6 +25,8 @@ macro_rules! driver_functions {
                 fn cuDeviceGetAttribute(value: *mut c_int, attribute: CUdevice_attribute, device: CUdevice) = PFN_cuDeviceGetAttribute_v2000, 2000;
                 fn cuDeviceTotalMem(bytes: *mut usize, device: CUdevice) = PFN_cuDeviceTotalMem_v3020, 3020;
                 fn cuDeviceGetUuid(uuid: *mut CUuuid, device: CUdevice) = PFN_cuDeviceGetUuid_v9020, 9020;
+                fn cuDeviceGetGraphMemAttribute(device: CUdevice, attribute: CUgraphMem_attribute, value: *mut c_void) = PFN_cuDeviceGetGraphMemAttribute_v11040, 11040;
+                fn cuDeviceGraphMemTrim(device: CUdevice) = PFN_cuDeviceGraphMemTrim_v11040, 11040;
                 fn cuDeviceCanAccessPeer(can_access: *mut c_int, device: CUdevice, peer: CUdevice) = PFN_cuDeviceCanAccessPeer_v4000, 4000;
                 fn cuDevicePrimaryCtxRetain(context: *mut CUcontext, device: CUdevice) = PFN_cuDevicePrimaryCtxRetain_v7000, 7000;
                 fn cuDevicePrimaryCtxRelease(device: CUdevice) = PFN_cuDevicePrimaryCtxRelease_v11000, 11000;
@@ -80,8 +82,11 @@ macro_rules! driver_functions {
                 fn cuEventSynchronize(event: CUevent) = PFN_cuEventSynchronize_v2000, 2000;
                 fn cuEventElapsedTime(milliseconds: *mut f32, start: CUevent, end: CUevent) = PFN_cuEventElapsedTime_v2000, 2000;
                 fn cuGraphInstantiateWithFlags(exec: *mut CUgraphExec, graph: CUgraph, flags: c_ulonglong) = PFN_cuGraphInstantiateWithFlags_v11040, 11040;
+                fn cuGraphUpload(graph: CUgraphExec, stream: CUstream) = PFN_cuGraphUpload_v11010, 11010;
                 fn cuGraphLaunch(graph: CUgraphExec, stream: CUstream) = PFN_cuGraphLaunch_v10000, 10000;
                 fn cuGraphExecDestroy(exec: CUgraphExec) = PFN_cuGraphExecDestroy_v10000, 10000;
+                fn cuGraphGetNodes(graph: CUgraph, nodes: *mut CUgraphNode, count: *mut usize) = PFN_cuGraphGetNodes_v10000, 10000;
+                fn cuGraphNodeGetType(node: CUgraphNode, kind: *mut CUgraphNodeType) = PFN_cuGraphNodeGetType_v10000, 10000;
                 fn cuGraphDestroy(graph: CUgraph) = PFN_cuGraphDestroy_v10000, 10000;
             }
             optional {

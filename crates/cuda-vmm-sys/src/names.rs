@@ -109,6 +109,20 @@ macro_rules! constants {
             CU_EVENT_BLOCKING_SYNC: CUevent_flags = 1;
             CU_EVENT_DISABLE_TIMING: CUevent_flags = 2;
             CU_EVENT_INTERPROCESS: CUevent_flags = 4;
+            CU_GRAPH_NODE_TYPE_KERNEL: CUgraphNodeType = 0;
+            CU_GRAPH_NODE_TYPE_MEMCPY: CUgraphNodeType = 1;
+            CU_GRAPH_NODE_TYPE_MEMSET: CUgraphNodeType = 2;
+            CU_GRAPH_NODE_TYPE_HOST: CUgraphNodeType = 3;
+            CU_GRAPH_NODE_TYPE_EMPTY: CUgraphNodeType = 5;
+            CU_GRAPH_NODE_TYPE_WAIT_EVENT: CUgraphNodeType = 6;
+            CU_GRAPH_NODE_TYPE_EVENT_RECORD: CUgraphNodeType = 7;
+            CU_GRAPH_NODE_TYPE_MEM_ALLOC: CUgraphNodeType = 10;
+            CU_GRAPH_NODE_TYPE_MEM_FREE: CUgraphNodeType = 11;
+            CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT: CUgraphMem_attribute = 0;
+            CU_GRAPH_MEM_ATTR_USED_MEM_HIGH: CUgraphMem_attribute = 1;
+            CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT: CUgraphMem_attribute = 2;
+            CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH: CUgraphMem_attribute = 3;
+            CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH: CUgraphInstantiate_flags = 1;
             CU_GET_PROC_ADDRESS_DEFAULT: CUdriverProcAddress_flags = 0;
             CU_GET_PROC_ADDRESS_LEGACY_STREAM: CUdriverProcAddress_flags = 1;
             CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM: CUdriverProcAddress_flags = 2;
@@ -134,6 +148,9 @@ macro_rules! types {
             CUstreamCaptureMode,
             CUstream_flags,
             CUevent_flags,
+            CUgraphNodeType,
+            CUgraphMem_attribute,
+            CUgraphInstantiate_flags,
             CUdriverProcAddress_flags,
             CUuuid,
             CUmemLocation,
@@ -152,6 +169,7 @@ macro_rules! handles {
             CUevent = CUevent_st;
             CUgraph = CUgraph_st;
             CUgraphExec = CUgraphExec_st;
+            CUgraphNode = CUgraphNode_st;
             CUmodule = CUmod_st;
             CUfunction = CUfunc_st;
         }

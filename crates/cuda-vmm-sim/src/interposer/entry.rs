@@ -118,6 +118,14 @@ fn destroy<T>(
     )
 }
 
+/// Returns whether a stream of the caller is being captured.
+fn is_captured(state: &State, stream: CUstream) -> bool {
+    let mut status = CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the place for the status is valid, and the driver has just accepted the stream.
+    let code = unsafe { (state.driver.cuStreamIsCapturing)(stream, &mut status) };
+    code == CUDA_SUCCESS && status != CU_STREAM_CAPTURE_STATUS_NONE
+}
+
 /// Reads an out-parameter after a call that succeeded.
 macro_rules! result {
     ($pointer:expr) => {
@@ -185,11 +193,14 @@ macro_rules! call {
             holdings.plain_alloc(result!($pointer), $size)
         })
     };
-    (cuMemAllocAsync $state:ident ($pointer:ident, $size:ident, $stream:ident)) => {
-        note_created($state, forward!(cuMemAllocAsync $state ($pointer, $size, $stream)), |holdings| {
-            holdings.plain_alloc(result!($pointer), $size)
-        })
-    };
+    (cuMemAllocAsync $state:ident ($pointer:ident, $size:ident, $stream:ident)) => {{
+        let code = forward!(cuMemAllocAsync $state ($pointer, $size, $stream));
+        if code == CUDA_SUCCESS && is_captured($state, $stream) {
+            // Its memory belongs to the graph.
+            return code;
+        }
+        note_created($state, code, |holdings| holdings.plain_alloc(result!($pointer), $size))
+    }};
     (cuMemFree $state:ident ($pointer:ident)) => {
         release(
             $state,

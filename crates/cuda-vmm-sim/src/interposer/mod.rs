@@ -122,7 +122,8 @@ impl Interposer {
     /// together.
     ///
     /// `physical_bytes` is the memory of handles that are held or mapped, and of plain allocations.
-    /// Memory that was imported from another process counts too.
+    /// Memory that was imported from another process counts too. What a capture allocates does not:
+    /// it is the graph's, and the driver reserves it for graphs at a launch.
     pub fn books(&self) -> Books {
         self.0.state.lock().holdings.books()
     }

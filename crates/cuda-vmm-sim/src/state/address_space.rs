@@ -1,6 +1,7 @@
 //! Reserved addresses, and the memory that is mapped to them.
 
 use super::DriverResult;
+use super::graph_memory::GraphRange;
 use crate::host_memory::{HostFile, HostRange, Protection};
 use cuda_vmm_sys::*;
 use std::collections::BTreeMap;
@@ -52,6 +53,8 @@ pub(crate) enum Kind {
         freeing: bool,
         _host: Option<HostRange>,
     },
+    /// An allocation of a graph.
+    Graph(GraphRange),
 }
 
 /// A range of addresses with memory.
@@ -60,9 +63,22 @@ pub(crate) struct Range {
     /// Unique. Queued work keeps it to detect that its addresses were mapped anew.
     pub(crate) id: u64,
     pub(crate) bytes: usize,
+    /// The memory; 0 if an allocation of a graph has none now.
     pub(crate) handle: u64,
+    /// The access of work that runs now.
     pub(crate) access: Access,
     pub(crate) kind: Kind,
+}
+
+impl Range {
+    /// Returns whether a call may enqueue work of a device that reads, or writes, this.
+    fn is_open(&self, device: usize, write: bool) -> bool {
+        match &self.kind {
+            // Its access changes when the launches run, and this when they are enqueued.
+            Kind::Graph(graph) => graph.is_allocated,
+            _ => self.access.allows(device, write),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -78,13 +94,13 @@ pub(crate) struct AddressSpace {
     granularity_bytes: usize,
     reservations: BTreeMap<u64, Reservation>,
     reserved_bytes: usize,
-    ranges: BTreeMap<u64, Range>,
+    pub(super) ranges: BTreeMap<u64, Range>,
     next_id: u64,
     /// The next unused address, if the simulator has no host memory.
     next_address: u64,
 }
 
-fn out_of_memory(_: io::Error) -> CUresult {
+pub(super) fn out_of_memory(_: io::Error) -> CUresult {
     CUDA_ERROR_OUT_OF_MEMORY
 }
 
@@ -104,6 +120,10 @@ impl AddressSpace {
         }
     }
 
+    pub(crate) fn granularity_bytes(&self) -> usize {
+        self.granularity_bytes
+    }
+
     /// Returns the number of reservations and their total size in bytes.
     pub(crate) fn reserved(&self) -> (usize, usize) {
         (self.reservations.len(), self.reserved_bytes)
@@ -114,7 +134,7 @@ impl AddressSpace {
         self.ranges.iter().map(|(&address, range)| (address, range))
     }
 
-    fn new_addresses(
+    pub(super) fn new_addresses(
         &mut self,
         bytes: usize,
         alignment: usize,
@@ -208,7 +228,7 @@ impl AddressSpace {
         };
         let mut reached = address;
         for (start, range) in self.overlapping(address, bytes) {
-            if start > reached || !range.access.allows(device, write) {
+            if start > reached || !range.is_open(device, write) {
                 return false;
             }
             reached = start + range.bytes as u64;
@@ -241,7 +261,14 @@ impl AddressSpace {
         Ok(())
     }
 
-    fn insert(&mut self, address: u64, bytes: usize, handle: u64, access: Access, kind: Kind) {
+    pub(super) fn insert(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        handle: u64,
+        access: Access,
+        kind: Kind,
+    ) {
         let id = self.next_id;
         self.next_id += 1;
         let range = Range {

@@ -4,6 +4,7 @@ pub(crate) mod address_space;
 pub(crate) mod contexts;
 pub(crate) mod events;
 mod export;
+pub(crate) mod graph_memory;
 pub(crate) mod graphs;
 pub(crate) mod physical;
 pub(crate) mod streams;
@@ -16,6 +17,7 @@ use address_space::{AddressSpace, Kind};
 use contexts::Contexts;
 use cuda_vmm_sys::*;
 use events::Events;
+use graph_memory::GraphMemory;
 use graphs::Graphs;
 use physical::PhysicalMemory;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -57,6 +59,7 @@ pub(crate) struct Inner {
     pub(crate) streams: Streams,
     pub(crate) events: Events,
     pub(crate) graphs: Graphs,
+    pub(crate) graph_memory: GraphMemory,
     pub(crate) cost: Option<CostModel>,
     /// When the driver's virtual lock becomes free, in nanoseconds.
     driver_free_ns: u64,
@@ -79,6 +82,7 @@ impl State {
             contexts: Contexts::new(devices),
             events: Events::default(),
             graphs: Graphs::default(),
+            graph_memory: GraphMemory::new(devices),
             cost: config.cost_model.clone(),
             driver_free_ns: 0,
             streams: {

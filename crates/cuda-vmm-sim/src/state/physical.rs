@@ -25,6 +25,8 @@ pub(crate) struct Physical {
     pub(crate) shareable: bool,
     storage: Storage,
     identity: Option<FileIdentity>,
+    /// Whether it lies in what the device reserves for its graphs, which is charged as a whole.
+    of_graph: bool,
     /// Creates, imports and retains that were not released.
     references: usize,
     mappings: usize,
@@ -78,12 +80,13 @@ impl PhysicalMemory {
         self.devices[device].used_bytes
     }
 
-    /// Returns the references to handles of a device that were not released.
+    /// Returns the references to handles of a device that were not released, without the internal
+    /// ones of graphs.
     pub(crate) fn references(&self, device: usize) -> usize {
         let mine = self
             .allocations
             .values()
-            .filter(|physical| physical.device == device);
+            .filter(|physical| physical.device == device && !physical.of_graph);
         mine.map(|physical| physical.references).sum()
     }
 
@@ -119,19 +122,40 @@ impl PhysicalMemory {
         match made {
             Ok((storage, identity)) => Ok(self.insert(device, bytes, shareable, storage, identity)),
             Err(code) => {
-                self.devices[device].used_bytes -= bytes;
+                self.discharge(device, bytes);
                 Err(code)
             }
         }
     }
 
-    fn charge(&mut self, device: usize, bytes: usize) -> DriverResult {
+    /// Creates memory for a graph's allocation. It lies in what was charged for graphs before.
+    pub(crate) fn create_for_graph(&mut self, device: usize, bytes: usize) -> DriverResult<u64> {
+        let storage = match self.backed {
+            true => Storage::Device {
+                offset: self.devices[device].take(bytes)?,
+            },
+            false => Storage::Unbacked,
+        };
+        let handle = self.insert(device, bytes, false, storage, None);
+        if let Some(physical) = self.allocations.get_mut(&handle) {
+            physical.of_graph = true;
+        }
+        Ok(handle)
+    }
+
+    /// Takes memory of a device into use.
+    pub(crate) fn charge(&mut self, device: usize, bytes: usize) -> DriverResult {
         let used = &mut self.devices[device].used_bytes;
         match used.checked_add(bytes) {
             Some(sum) if sum <= self.limit_bytes => *used = sum,
             _ => return Err(CUDA_ERROR_OUT_OF_MEMORY),
         }
         Ok(())
+    }
+
+    /// Gives back what was charged.
+    pub(crate) fn discharge(&mut self, device: usize, bytes: usize) {
+        self.devices[device].used_bytes -= bytes;
     }
 
     fn insert(
@@ -153,6 +177,7 @@ impl PhysicalMemory {
             shareable,
             storage,
             identity,
+            of_graph: false,
             references: 1,
             mappings: 0,
         };
@@ -248,7 +273,9 @@ impl PhysicalMemory {
             self.by_file.remove(&identity);
         }
         let device = &mut self.devices[physical.device];
-        device.used_bytes -= physical.bytes;
+        if !physical.of_graph {
+            device.used_bytes -= physical.bytes;
+        }
         if let Storage::Device { offset } = physical.storage {
             device.put_back(offset, physical.bytes);
         }

@@ -157,6 +157,15 @@ impl Streams {
             .filter_map(|stream| Some((stream.capture.as_mut()?, stream.device, stream.blocking)))
     }
 
+    /// Returns whether the capture with this number is under way.
+    pub(crate) fn is_captured(&self, id: u64) -> bool {
+        let mut captures = self
+            .by_key
+            .values()
+            .filter_map(|stream| stream.capture.as_ref());
+        captures.any(|capture| capture.id == id)
+    }
+
     pub(crate) fn is_legacy(&self, key: Key) -> bool {
         self.legacy.contains(&key)
     }

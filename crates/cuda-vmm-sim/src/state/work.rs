@@ -59,6 +59,11 @@ pub(crate) enum Work {
     Free {
         address: u64,
     },
+    /// Lets later work use an allocation of a graph, or no more.
+    Open {
+        address: u64,
+        open: bool,
+    },
 }
 
 impl Work {

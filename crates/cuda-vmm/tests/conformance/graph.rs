@@ -23,10 +23,14 @@ pub fn graph(kit: &mut Kit) -> (Stage, Object, Object) {
 }
 
 pub fn launch(kit: &mut Kit, stage: &Stage, exec: Object) {
-    let stream = stage.captured.raw();
-    let code = call!(kit, cuGraphLaunch(exec.raw(), stream));
+    replay_on(kit, stage.captured, exec);
+}
+
+/// Launches a graph on a stream and waits for it, and notes how both went.
+pub fn replay_on(kit: &mut Kit, stream: Object, exec: Object) {
+    let code = call!(kit, cuGraphLaunch(exec.raw(), stream.raw()));
     kit.answer(code);
-    let code = call!(kit, cuStreamSynchronize(stream));
+    let code = call!(kit, cuStreamSynchronize(stream.raw()));
     kit.answer(code);
 }
 

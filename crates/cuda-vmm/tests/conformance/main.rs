@@ -15,6 +15,7 @@ mod common;
 mod access;
 mod capture;
 mod graph;
+mod graph_memory;
 mod kit;
 mod order;
 mod peers;
@@ -125,6 +126,11 @@ fn capture() {
     let mut cases = capture::cases(has_context_events());
     cases.push(graph::replay());
     check_here("capture", &cases);
+}
+
+#[test]
+fn graph_memory() {
+    check_here("graph_memory", &graph_memory::cases());
 }
 
 /// What one device may do with another's memory; the cases take two devices.
