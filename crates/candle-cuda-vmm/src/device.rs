@@ -35,6 +35,32 @@ pub fn core_device(device: &Device) -> Result<cuda_vmm::Device> {
     }
 }
 
+/// Makes a Candle device for GPU `ordinal` with a stream of its own, for steps that are captured
+/// ([`graph`](crate::graph)).
+///
+/// Candle's events are off for this device object. They order the streams of several device objects
+/// that use one tensor, and a capture does not survive them. So before another device object, of
+/// this GPU or another, reads a tensor of this one (`to_device`), synchronise this device, or make
+/// the other stream wait (`CudaStream::join`). Drop the tensor only when that read has run. Copies
+/// to the CPU are ordered as always.
+///
+/// # Errors
+/// [`CandleError`](VmmError::CandleError) if there is no such GPU, or without the feature `cuda`.
+pub fn cuda_with_own_stream(ordinal: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(ordinal)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = &device {
+        // SAFETY: the device object is new, and so is its context object, which no other device
+        // object shares. All of its work is on the one stream, which needs no events. Other streams
+        // reach its tensors as the documentation above says.
+        #[allow(unsafe_code)]
+        unsafe {
+            cuda.cuda_stream().context().disable_event_tracking();
+        }
+    }
+    Ok(device)
+}
+
 /// Returns the driver for functions that take no device: [`VirtualAddressRange::new`], the
 /// functions of [`mapping`] and [`cuda_ffi`], and [`is_vmm_supported`].
 ///

@@ -262,6 +262,10 @@ pub enum VmmError {
     )]
     NoAttentionKernels,
 
+    /// A step was not captured, or did not run. New in 0.2.0.
+    #[error(transparent)]
+    Graph(#[from] crate::graph::GraphError),
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -352,9 +356,18 @@ impl VmmError {
         }
     }
 
+    /// Returns what tells whether a retry helps: of a step that failed, the error of the step.
+    fn reason(&self) -> &Self {
+        use crate::graph::GraphError::{Capture, Warmup};
+        match self.cause() {
+            Self::Graph(Capture { source, .. } | Warmup { source, .. }) => source.reason(),
+            error => error,
+        }
+    }
+
     /// Returns how much memory was missing, if the budget is exhausted.
     pub fn shortage(&self) -> Option<Shortage> {
-        match self.cause() {
+        match self.reason() {
             Self::OutOfPhysicalMemory {
                 requested,
                 available,
@@ -384,7 +397,7 @@ impl VmmError {
 
     /// Returns the driver's own code, if a driver call of this crate failed.
     pub fn driver_code(&self) -> Option<cuda_vmm::sys::CUresult> {
-        match self.cause() {
+        match self.reason() {
             Self::Vmm(error) => error.driver_code(),
             _ => None,
         }
@@ -392,7 +405,7 @@ impl VmmError {
 
     /// Returns whether physical memory ran out: the budget's, or the device's.
     pub fn is_out_of_memory(&self) -> bool {
-        match self.cause() {
+        match self.reason() {
             Self::OutOfPhysicalMemory { .. } => true,
             Self::Vmm(error) => error.is_out_of_memory(),
             _ => false,
@@ -406,7 +419,7 @@ impl VmmError {
     /// returns `true` for it even if the request exceeds the limit. Compare `requested` with
     /// `global_stats().physical_limit` before you wait.
     pub fn is_retryable(&self) -> bool {
-        match self.cause() {
+        match self.reason() {
             Self::OutOfPhysicalMemory { .. } => true,
             Self::Vmm(error) => error.is_retryable(),
             _ => false,
@@ -415,7 +428,7 @@ impl VmmError {
 
     /// Returns how many bytes must be freed before a retry can succeed; 0 if that is not known.
     pub fn shortfall_bytes(&self) -> usize {
-        match self.cause() {
+        match self.reason() {
             Self::OutOfPhysicalMemory {
                 requested,
                 available,
@@ -434,7 +447,7 @@ impl VmmError {
     pub fn is_permanent(&self) -> bool {
         // No wildcard, so that a new variant does not compile until it is listed. Variants of the
         // core return what the core's return.
-        match self.cause() {
+        match self.reason() {
             Self::Vmm(error) => error.is_permanent(),
             Self::CudaError(_)
             | Self::Other(_)
@@ -466,13 +479,14 @@ impl VmmError {
             | Self::BeyondPlan { .. }
             | Self::PlanOnAnotherDevice
             | Self::NoAttentionKernels
+            | Self::Graph(_)
             | Self::UnsupportedDevice => true,
         }
     }
 
     /// Returns whether the device's context is unusable, so that every later call on it fails too.
     pub fn is_poisoned(&self) -> bool {
-        match self.cause() {
+        match self.reason() {
             Self::Vmm(error) => error.is_poisoned(),
             _ => false,
         }

@@ -33,6 +33,7 @@
 //! - [`kv_cache`]: the traits that let a model run with any KV cache.
 //! - [`attention`]: grouped-query attention that reads K and V in place, of one sequence or of a
 //!   batch in rows, caches or blocks.
+//! - [`graph`]: a decode step that is captured once and runs while caches grow.
 //! - [`virtual_memory`]: the two pools of addresses, and their statistics.
 //! - [`relief`]: moves memory between Candle's own allocations and the pools.
 //! - [`device`]: maps a Candle device to a driver.
@@ -72,6 +73,7 @@ pub mod device;
 mod elastic_blocks;
 mod elastic_tensor;
 pub mod error;
+pub mod graph;
 #[cfg(feature = "cuda")]
 mod kernels;
 pub mod kv_cache;
@@ -88,7 +90,7 @@ mod zeros;
 
 pub use cuda_ffi::AccessFlags;
 pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions};
-pub use elastic_tensor::ElasticTensor;
+pub use elastic_tensor::{ElasticTensor, RowsWatch};
 pub use error::{Result, Shortage, VmmError};
 pub use kv_cache::{ElasticCache, ElasticKvCache, ElasticRotatingKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};

@@ -10,6 +10,7 @@
 //!   out. Dropping gives it back; `close` does the same and returns the error.
 //! - [`Stream`], [`Fence`], [`CaptureGuard`]: whether the device has finished with memory, and
 //!   which calls may be made during a capture.
+//! - [`Graph`]: work of a stream that is captured once and launched many times.
 //! - [`Engine`]: one budget on one device. It never holds a lock over a driver call, never unmaps
 //!   what the device may still use, and loses nothing when a call fails.
 //! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one
@@ -110,6 +111,7 @@ mod error;
 mod events;
 mod fence;
 mod foreign;
+mod graph;
 mod mapping;
 mod memory_parts;
 mod physical;
@@ -137,6 +139,7 @@ pub use engine::{
 pub use error::REQUIRE_GPU_VARIABLE;
 pub use error::{CloseError, DriverError, QuotaConflict, Result, VmmError};
 pub use fence::Fence;
+pub use graph::{Graph, GraphMemory, GraphNodes};
 pub use mapping::{Access, Mapping};
 pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;

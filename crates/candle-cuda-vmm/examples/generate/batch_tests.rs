@@ -5,13 +5,14 @@ use crate::caches::Cached;
 use crate::config::Config;
 use crate::generation::{Generation, generate, prompt};
 use crate::model::{Attention, Decoder};
-use crate::paged::{BLOCK_SIZE, Paged, PagedCache};
+use crate::paged::{BLOCK_SIZE, Paged, PagedCache, decode_graph};
 use crate::token_bytes;
 use crate::weights::{Source, Weights};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::{KvBatch, PromptSpan};
 use candle_cuda_vmm::kv_cache::ConcatCaches;
 use candle_cuda_vmm::{TensorPool, VmmError};
+use std::rc::Rc;
 
 const VOCABULARY: usize = 160;
 /// Positions of the model, and rows of each sequence.
@@ -236,27 +237,30 @@ fn a_paged_cache_has_stock_logits_and_reuses_blocks_behind_a_window() {
         let config = config(window);
         let expected = [0, 1, 2].map(|at| stock(&config, &tokens[at]));
         let pool = TensorPool::new(&Device::Cpu).unwrap();
-        let decoder = BatchDecoder::new(&config, weights(), 3, &Device::Cpu).unwrap();
-        let mut cache = PagedCache::new(&pool, &config, DType::F32, 3, CAPACITY).unwrap();
-        cache.extend(&PROMPTS).unwrap();
+        // One row is padding.
+        let decoder = Rc::new(BatchDecoder::new(&config, weights(), 4, &Device::Cpu).unwrap());
+        let mut cache = PagedCache::new(&pool, &config, DType::F32, 4, CAPACITY).unwrap();
+        let mut graph = decode_graph(&decoder, cache.inputs(), 4).unwrap();
+        (0..3).for_each(|_| cache.begin());
+        cache
+            .extend(&[0, 1, 2].map(|at| &tokens[at][..PROMPTS[at]]))
+            .unwrap();
         let spans = [0, 1, 2].map(|at| PromptSpan::new(at, PROMPTS[at], PROMPTS[at]));
         let new: Vec<_> = (0..3)
             .flat_map(|at| &tokens[at][..PROMPTS[at]])
             .copied()
             .collect();
         let new = Tensor::new(new, &Device::Cpu).unwrap();
-        let logits = rows(&decoder.prompt(&new, &spans, cache.layers()).unwrap());
+        let kv = cache.inputs().kv(3).unwrap();
+        let logits = rows(&decoder.prompt(&new, &spans, &kv).unwrap());
         for at in 0..3 {
             assert_near(&logits[at], &expected[at][PROMPTS[at] - 1], "the prompt");
         }
         for step in 0..STEPS {
             cache.release().unwrap();
-            cache.extend(&[1; 3]).unwrap();
-            let last = [0, 1, 2].map(|at| tokens[at][PROMPTS[at] + step]);
-            let new = Tensor::new(&last, &Device::Cpu).unwrap();
-            let logits = decoder
-                .decode(&new, cache.positions(), cache.layers())
-                .unwrap();
+            let last = [0, 1, 2].map(|at| &tokens[at][PROMPTS[at] + step..][..1]);
+            cache.extend(&last).unwrap();
+            let logits = graph.replay(3, cache.named()).unwrap();
             for (at, logits) in rows(&logits).into_iter().enumerate() {
                 let what = format!("window {window:?}, sequence {at}, step {step}");
                 assert_near(&logits, &expected[at][PROMPTS[at] + step], &what);
@@ -276,8 +280,10 @@ fn a_paged_cache_has_stock_logits_and_reuses_blocks_behind_a_window() {
 fn a_sequence_that_becomes_too_long_changes_nothing() {
     let pool = TensorPool::new(&Device::Cpu).unwrap();
     let mut cache = PagedCache::new(&pool, &config(None), DType::F32, 2, 40).unwrap();
-    cache.extend(&[40, 1]).unwrap();
-    match cache.extend(&[9, 30]).unwrap_err() {
+    (0..2).for_each(|_| cache.begin());
+    let some = [0; 47];
+    cache.extend(&[&some[..40], &some[..1]]).unwrap();
+    match cache.extend(&[&some[..9], &some[..30]]).unwrap_err() {
         VmmError::LengthBeyondCapacity {
             sequence,
             length,
@@ -286,8 +292,63 @@ fn a_sequence_that_becomes_too_long_changes_nothing() {
         other => panic!("{other}"),
     }
     assert_eq!(cache.lengths().collect::<Vec<_>>(), [40, 1]);
-    cache.extend(&[8, 47]).unwrap();
+    cache.extend(&[&some[..8], &some[..47]]).unwrap();
     assert_eq!(cache.tokens(), 96);
+}
+
+/// Each sequence gets its own tokens, whichever row it is in, and no bucket is captured twice.
+#[test]
+fn sequences_come_and_go_between_replays() {
+    let config = config(None);
+    let tokens: Vec<_> = (0..6).map(|at| prompt(VOCABULARY, 60, at)).collect();
+    let expected: Vec<_> = tokens.iter().map(|all| stock(&config, all)).collect();
+    let pool = TensorPool::new(&Device::Cpu).unwrap();
+    let decoder = Rc::new(BatchDecoder::new(&config, weights(), 4, &Device::Cpu).unwrap());
+    let mut cache = PagedCache::new(&pool, &config, DType::F32, 4, CAPACITY).unwrap();
+    let mut graph = decode_graph(&decoder, cache.inputs(), 4).unwrap();
+    let mut buckets = Vec::new();
+    graph
+        .capture_all(|progress| buckets.push((progress.bucket, progress.done, progress.total)))
+        .unwrap();
+    assert_eq!(buckets, [(4, 1, 3), (2, 2, 3), (1, 3, 3)]);
+    // The sequence in each row, and the tokens that it has had.
+    let mut running: Vec<(usize, usize)> = Vec::new();
+    let mut waiting = 0..tokens.len();
+    for step in 0..120 {
+        // One comes every ten steps if there is room, and one goes every seventeen.
+        if step % 17 == 16 && !running.is_empty() {
+            let row = step % running.len();
+            cache.end(row).unwrap();
+            running.swap_remove(row);
+        }
+        if step % 10 == 0
+            && running.len() < 4
+            && let Some(next) = waiting.next()
+        {
+            cache.begin();
+            running.push((next, 0));
+        }
+        while let Some(row) = running.iter().position(|(_, had)| *had == 60) {
+            cache.end(row).unwrap();
+            running.swap_remove(row);
+        }
+        if running.is_empty() {
+            break;
+        }
+        let new: Vec<_> = running
+            .iter()
+            .map(|(at, had)| &tokens[*at][*had..][..1])
+            .collect();
+        cache.extend(&new).unwrap();
+        let logits = graph.replay(running.len(), cache.named()).unwrap();
+        for ((at, had), logits) in running.iter_mut().zip(rows(&logits)) {
+            let what = format!("step {step}, sequence {at}, token {had}");
+            assert_near(&logits, &expected[*at][*had], &what);
+            *had += 1;
+        }
+    }
+    assert!(waiting.is_empty(), "all have come");
+    assert_eq!(graph.counts().captures, 3);
 }
 
 #[test]
@@ -304,10 +365,15 @@ fn a_paged_cache_gives_the_same_tokens_as_others() {
         };
         let expected = generate(&mut cached, bytes, &prompt, STEPS, 4).unwrap();
         let pool = TensorPool::new(&Device::Cpu).unwrap();
-        let mut paged = Paged::new(&pool, &config, weights(), DType::F32, CAPACITY).unwrap();
+        let make = |is_captured| {
+            let (weights, dtype) = (weights(), DType::F32);
+            Paged::new(&pool, &config, weights, dtype, CAPACITY, is_captured).unwrap()
+        };
+        let captured = generate(&mut make(true), bytes, &prompt, STEPS, 4).unwrap();
+        assert_eq!(captured.tokens, expected.tokens);
         let Generation {
             tokens, samples, ..
-        } = generate(&mut paged, bytes, &prompt, STEPS, 4).unwrap();
+        } = generate(&mut make(false), bytes, &prompt, STEPS, 4).unwrap();
         assert_eq!(tokens, expected.tokens);
         for (sample, other) in samples.iter().zip(&expected.samples) {
             let more = sample.cached_tokens - other.cached_tokens;

@@ -19,6 +19,7 @@ mod weights;
 
 use caches::{Cached, Kind, Measured};
 use candle_core::{DType, Device};
+use candle_cuda_vmm::device::cuda_with_own_stream;
 use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use clap::{Parser, ValueEnum};
@@ -66,6 +67,10 @@ struct Arguments {
     /// Device to run on [default: the GPU if built with the feature `cuda`]
     #[arg(long, value_enum)]
     device: Option<DeviceKind>,
+    /// Launch the kernels of a decode step one by one. By default a GPU replays a captured step, with
+    /// the cache `paged`
+    #[arg(long)]
+    no_capture: bool,
     /// Write all results to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -95,10 +100,9 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments = Arguments::parse();
     let device = match arguments.device {
-        Some(DeviceKind::Cpu) => Device::Cpu,
-        Some(DeviceKind::Cuda) => Device::new_cuda(0)?,
-        None if cfg!(feature = "cuda") => Device::new_cuda(0)?,
-        None => Device::Cpu,
+        Some(DeviceKind::Cuda) => cuda_with_own_stream(0)?,
+        None if cfg!(feature = "cuda") => cuda_with_own_stream(0)?,
+        _ => Device::Cpu,
     };
     let work = Work::new(&arguments, &device)?;
     match arguments.cache {
@@ -178,7 +182,9 @@ impl<'a> Work<'a> {
         let tokens_max = tokens.max(self.max_seq_len);
         let pool = TensorPool::new(self.device)?;
         let weights = self.weights()?;
-        let mut paged = Paged::new(&pool, &self.config, weights, self.dtype, tokens_max)?;
+        let is_captured = self.device.is_cuda() && !self.arguments.no_capture;
+        let (config, dtype) = (&self.config, self.dtype);
+        let mut paged = Paged::new(&pool, config, weights, dtype, tokens_max, is_captured)?;
         self.generate(&mut paged, None)
     }
 

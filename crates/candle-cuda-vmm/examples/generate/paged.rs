@@ -6,82 +6,156 @@ use crate::generation::Generator;
 use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::{KvBatch, PromptSpan};
-use candle_cuda_vmm::{BlockId, ElasticBlockAllocator, Result, TensorPool, VmmError};
+use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions, StepBlocks};
+use candle_cuda_vmm::{
+    BlockId, ElasticBlockAllocator, ElasticBlocks, Result, TensorPool, VmmError,
+};
+use std::rc::Rc;
 
 /// The tokens of a block.
 pub const BLOCK_SIZE: usize = 16;
 
-/// K and V of all layers in blocks, and the tables of a batch. A block has the same number in all
-/// layers.
-///
-/// Tables, lengths and positions are device tensors that keep their addresses. Each step changes
-/// what is in them.
-pub struct PagedCache {
-    /// One for each layer. Their tensors are dropped before the blocks.
-    layers: Vec<KvBatch>,
+/// What a step reads on the device. The tensors keep their addresses, and each step changes what is
+/// in them. Cloning is cheap.
+#[derive(Clone)]
+pub struct StepInputs {
+    /// K and V of each layer, in blocks. Dropped before the blocks.
+    layers: Vec<[Tensor; 2]>,
+    /// The blocks of each sequence, U32 `[batch, blocks_max]`.
     tables: Tensor,
-    lengths: Tensor,
-    positions: Tensor,
+    /// The new token, its position, and the length with it, of each sequence: U32 `[3, batch]`.
+    numbers: Tensor,
+    blocks: ElasticBlocks,
+}
+
+impl StepInputs {
+    fn row(&self, row: usize, batch: usize) -> Result<Tensor> {
+        Ok(self.numbers.get(row)?.narrow(0, 0, batch)?)
+    }
+
+    /// Returns the new token of each of the first `batch` sequences, U32 `[batch]`.
+    pub fn tokens(&self, batch: usize) -> Result<Tensor> {
+        self.row(0, batch)
+    }
+
+    /// Returns their positions, U32 `[batch]`.
+    pub fn positions(&self, batch: usize) -> Result<Tensor> {
+        self.row(1, batch)
+    }
+
+    /// Returns K and V of each layer for them.
+    pub fn kv(&self, batch: usize) -> Result<Vec<KvBatch>> {
+        let (tables, lengths) = (self.tables.narrow(0, 0, batch)?, self.row(2, batch)?);
+        let layers = self.layers.iter().map(|[k, v]| {
+            let kv = KvBatch::blocks(k, v, &tables)?.lengths(&lengths)?;
+            Ok(kv.checked_by(&self.blocks))
+        });
+        layers.collect()
+    }
+}
+
+/// K and V of all layers in blocks, and the tables of a batch. A block has the same number in all
+/// layers. Sequences are numbered from 0 without gaps.
+pub struct PagedCache {
+    inputs: StepInputs,
     sequences: Vec<Sequence>,
+    /// The number of rows of the tables that do not name the padding.
+    rows: usize,
+    padding: BlockId,
+    /// The most sequences.
+    batch_max: usize,
     /// The most blocks of a sequence.
     blocks_max: usize,
     window: Option<usize>,
     allocator: ElasticBlockAllocator,
+    named: StepBlocks,
 }
 
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct Sequence {
     blocks: Vec<BlockId>,
     /// The number of blocks that are free again, from the first on. They keep their entries.
     freed: usize,
     length: usize,
+    token: u32,
+    /// Whether the device has the table.
+    is_uploaded: bool,
 }
 
 impl PagedCache {
-    /// Reserves addresses for `batch` sequences of at most `tokens_max` tokens each. On the CPU
+    /// Reserves addresses for `batch_max` sequences of at most `tokens_max` tokens each. On the CPU
     /// that is memory.
     pub fn new(
         pool: &TensorPool,
         config: &Config,
         dtype: DType,
-        batch: usize,
+        batch_max: usize,
         tokens_max: usize,
     ) -> Result<Self> {
         let blocks_max = tokens_max.div_ceil(BLOCK_SIZE);
         let shape = (BLOCK_SIZE, config.kv_heads(), config.head_dim());
         let entries = (0..config.num_hidden_layers)
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
-        let blocks = pool.blocks(batch * blocks_max, entries)?;
+        // One more block is for the padding of buckets.
+        let blocks = pool.blocks(batch_max * blocks_max + 1, entries)?;
         // SAFETY: tables name allocated blocks only, which are backed until they are freed, when
         // no later query reads them. No operation reads a whole tensor.
         #[allow(unsafe_code)]
         let tensors = unsafe { blocks.reserved_tensors()? };
-        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::U32, pool.device());
-        let (tables, lengths) = (zeros(&[batch, blocks_max])?, zeros(&[batch])?);
-        let layers = tensors.chunks_exact(2).map(|layer| {
-            let kv = KvBatch::blocks(&layer[0], &layer[1], &tables)?.lengths(&lengths)?;
-            Ok(kv.checked_by(&blocks))
-        });
+        let layers = tensors.chunks_exact(2);
+        let layers = layers.map(|layer| [layer[0].clone(), layer[1].clone()]);
+        let (allocator, mut named) = (blocks.allocator(), StepBlocks::new(&blocks));
+        let padding = allocator.allocate(1)?;
+        named.name(padding.iter().copied())?;
+        // A row of padding has one token, in the block of padding.
+        let table = vec![padding[0] as u32; batch_max * blocks_max];
+        let mut numbers = vec![0u32; 3 * batch_max];
+        numbers[2 * batch_max..].fill(1);
+        let device = pool.device();
         Ok(Self {
-            layers: layers.collect::<Result<_>>()?,
-            positions: zeros(&[batch])?,
-            tables,
-            lengths,
-            sequences: vec![Sequence::default(); batch],
+            inputs: StepInputs {
+                layers: layers.collect(),
+                tables: Tensor::from_vec(table, (batch_max, blocks_max), device)?,
+                numbers: Tensor::from_vec(numbers, (3, batch_max), device)?,
+                blocks,
+            },
+            sequences: Vec::new(),
+            rows: 0,
+            padding: padding[0],
+            batch_max,
             blocks_max,
             window: config.sliding_window,
-            allocator: blocks.allocator(),
+            allocator,
+            named,
         })
     }
 
-    /// Counts `counts[i]` new tokens of sequence `i`, and allocates the blocks that they need. Then
-    /// writes tables, lengths and positions to the device.
+    /// Begins a sequence without tokens, which gets the next number.
+    pub fn begin(&mut self) {
+        self.sequences.push(Sequence::default());
+    }
+
+    /// Ends a sequence and frees its blocks. The last sequence gets its number.
+    #[allow(dead_code, reason = "this program has one sequence")]
+    pub fn end(&mut self, sequence: usize) -> Result<()> {
+        let ended = self.sequences.swap_remove(sequence);
+        let blocks = &ended.blocks[ended.freed..];
+        self.named.forget(blocks.iter().copied());
+        self.allocator.free(blocks.iter().copied())?;
+        if let Some(moved) = self.sequences.get_mut(sequence) {
+            moved.is_uploaded = false;
+        }
+        Ok(())
+    }
+
+    /// Counts new tokens of each sequence, and allocates the blocks that they need. Then writes
+    /// what the step reads to the device.
     ///
     /// If a sequence becomes too long, or memory runs out, nothing is allocated.
-    pub fn extend(&mut self, counts: &[usize]) -> Result<()> {
+    pub fn extend(&mut self, new: &[&[u32]]) -> Result<()> {
         let mut missing = Vec::new();
-        for (at, (sequence, count)) in self.sequences.iter().zip(counts).enumerate() {
-            let (length, capacity) = (sequence.length + count, self.blocks_max * BLOCK_SIZE);
+        for (at, (sequence, new)) in self.sequences.iter().zip(new).enumerate() {
+            let (length, capacity) = (sequence.length + new.len(), self.blocks_max * BLOCK_SIZE);
             if length > capacity {
                 return Err(VmmError::LengthBeyondCapacity {
                     sequence: at,
@@ -91,10 +165,14 @@ impl PagedCache {
             }
             missing.push(length.div_ceil(BLOCK_SIZE) - sequence.blocks.len());
         }
-        let mut new = self.allocator.allocate(missing.iter().sum())?.into_iter();
-        for ((sequence, count), missing) in self.sequences.iter_mut().zip(counts).zip(missing) {
-            sequence.blocks.extend(new.by_ref().take(missing));
-            sequence.length += count;
+        let allocated = self.allocator.allocate(missing.iter().sum())?;
+        self.named.name(allocated.iter().copied())?;
+        let mut allocated = allocated.into_iter();
+        for ((sequence, new), missing) in self.sequences.iter_mut().zip(new).zip(missing) {
+            sequence.blocks.extend(allocated.by_ref().take(missing));
+            sequence.is_uploaded &= missing == 0;
+            sequence.length += new.len();
+            sequence.token = new.last().copied().unwrap_or(sequence.token);
         }
         self.upload()
     }
@@ -108,42 +186,52 @@ impl PagedCache {
             // The next query sees its own key and one less than the window.
             let unseen = (sequence.length + 1).saturating_sub(window) / BLOCK_SIZE;
             let blocks = &sequence.blocks[sequence.freed..unseen];
+            self.named.forget(blocks.iter().copied());
             self.allocator.free(blocks.iter().copied())?;
             sequence.freed = unseen;
         }
         Ok(())
     }
 
-    fn upload(&self) -> Result<()> {
-        let device = self.tables.device();
-        let mut tables = vec![0u32; self.sequences.len() * self.blocks_max];
-        for (table, sequence) in tables
-            .chunks_exact_mut(self.blocks_max)
-            .zip(&self.sequences)
-        {
-            for (entry, block) in table.iter_mut().zip(&sequence.blocks) {
-                *entry = *block as u32;
+    fn upload(&mut self) -> Result<()> {
+        let StepInputs {
+            tables, numbers, ..
+        } = &self.inputs;
+        let device = tables.device();
+        let set = |row: usize, blocks: &[BlockId]| {
+            let mut table: Vec<_> = blocks.iter().map(|block| *block as u32).collect();
+            table.resize(self.blocks_max, self.padding as u32);
+            let table = Tensor::from_vec(table, (1, self.blocks_max), device)?;
+            tables.slice_set(&table, 0, row)
+        };
+        for (at, sequence) in self.sequences.iter_mut().enumerate() {
+            if !std::mem::replace(&mut sequence.is_uploaded, true) {
+                set(at, &sequence.blocks)?;
             }
         }
-        let tables = Tensor::from_vec(tables, self.tables.shape(), device)?;
-        self.tables.slice_set(&tables, 0, 0)?;
-        let lengths: Vec<_> = self.sequences.iter().map(|it| it.length as u32).collect();
-        let positions: Vec<_> = lengths.iter().map(|it| it.saturating_sub(1)).collect();
-        self.lengths
-            .slice_set(&Tensor::new(lengths, device)?, 0, 0)?;
-        self.positions
-            .slice_set(&Tensor::new(positions, device)?, 0, 0)?;
-        Ok(())
+        // Rows of sequences that have ended are padding now.
+        (self.sequences.len()..self.rows).try_for_each(|row| set(row, &[]))?;
+        self.rows = self.sequences.len();
+        let mut new = vec![0u32; 3 * self.batch_max];
+        // Rows of padding have one token.
+        new[2 * self.batch_max..].fill(1);
+        for (at, sequence) in self.sequences.iter().enumerate() {
+            new[at] = sequence.token;
+            new[self.batch_max + at] = sequence.length.saturating_sub(1) as u32;
+            new[2 * self.batch_max + at] = sequence.length as u32;
+        }
+        let new = Tensor::from_vec(new, (3, self.batch_max), device)?;
+        Ok(numbers.slice_set(&new, 0, 0)?)
     }
 
-    /// Returns K and V of each layer.
-    pub fn layers(&self) -> &[KvBatch] {
-        &self.layers
+    /// Returns what steps read on the device.
+    pub fn inputs(&self) -> &StepInputs {
+        &self.inputs
     }
 
-    /// Returns the position of each sequence's last token, U32 `[batch]`.
-    pub fn positions(&self) -> &Tensor {
-        &self.positions
+    /// Returns the blocks that the tables name, for captured steps.
+    pub fn named(&mut self) -> &mut StepBlocks {
+        &mut self.named
     }
 
     /// Returns the number of tokens that each sequence has had.
@@ -163,43 +251,73 @@ impl PagedCache {
     }
 }
 
+/// Makes the graph of decode steps over a paged cache, for batches in buckets up to `batch_max`.
+/// Nothing is captured yet.
+pub fn decode_graph(
+    decoder: &Rc<BatchDecoder>,
+    inputs: &StepInputs,
+    batch_max: usize,
+) -> Result<DecodeGraph<'static>> {
+    let (decoder, inputs) = (decoder.clone(), inputs.clone());
+    let device = inputs.tables.device().clone();
+    let options = DecodeGraphOptions::up_to(batch_max);
+    DecodeGraph::new(&device, options, move |bucket| {
+        let (tokens, positions) = (inputs.tokens(bucket)?, inputs.positions(bucket)?);
+        decoder.decode(&tokens, &positions, &inputs.kv(bucket)?)
+    })
+}
+
 /// The decoder of a batch with one sequence, over a paged cache.
 pub struct Paged {
-    decoder: BatchDecoder,
+    decoder: Rc<BatchDecoder>,
+    /// The graph of decode steps; `None` if each step is launched kernel by kernel.
+    graph: Option<DecodeGraph<'static>>,
     cache: PagedCache,
 }
 
 impl Paged {
-    /// Makes the model, and a cache for at most `tokens_max` tokens.
+    /// Makes the model, and a cache for at most `tokens_max` tokens. Decode steps are captured if
+    /// `is_captured`.
     pub fn new(
         pool: &TensorPool,
         config: &Config,
         weights: Weights,
         dtype: DType,
         tokens_max: usize,
+        is_captured: bool,
     ) -> Result<Self> {
+        let decoder = Rc::new(BatchDecoder::new(config, weights, 1, pool.device())?);
+        let mut cache = PagedCache::new(pool, config, dtype, 1, tokens_max)?;
+        cache.begin();
+        let graph = is_captured.then(|| decode_graph(&decoder, cache.inputs(), 1));
         Ok(Self {
-            decoder: BatchDecoder::new(config, weights, 1, pool.device())?,
-            cache: PagedCache::new(pool, config, dtype, 1, tokens_max)?,
+            decoder,
+            graph: graph.transpose()?,
+            cache,
         })
     }
 
     fn device(&self) -> &Device {
-        self.cache.tables.device()
+        self.cache.inputs.tables.device()
     }
 }
 
 impl Generator for Paged {
     fn forward(&mut self, tokens: &[u32]) -> candle_core::Result<Tensor> {
-        self.cache.extend(&[tokens.len()])?;
-        let ids = Tensor::new(tokens, self.device())?;
-        let layers = self.cache.layers();
-        let logits = match tokens.len() {
-            1 => self.decoder.decode(&ids, self.cache.positions(), layers)?,
-            count => {
+        self.cache.extend(&[tokens])?;
+        let logits = match (tokens.len(), &mut self.graph) {
+            (1, Some(graph)) => graph.replay(1, self.cache.named())?,
+            (1, None) => {
+                let inputs = self.cache.inputs();
+                let (tokens, positions) = (inputs.tokens(1)?, inputs.positions(1)?);
+                self.decoder.decode(&tokens, &positions, &inputs.kv(1)?)?
+            }
+            (count, _) => {
                 let length = self.cache.lengths().sum();
                 let span = PromptSpan::new(0, count, length);
-                self.decoder.prompt(&ids, &[span], layers)?
+                let ids = Tensor::new(tokens, self.device())?;
+                let kv = self.cache.inputs().kv(1)?;
+                self.decoder.prompt(&ids, &[span], &kv)?
             }
         };
         self.cache.release()?;

@@ -56,4 +56,5 @@ pub use prompt::prompt;
 pub use rotary::Rotary;
 pub use slots::Slots;
 pub use span::PromptSpan;
+pub(crate) use stream::is_same_stream;
 pub use write::write;

@@ -1,6 +1,7 @@
 //! The memory behind the rows of one tensor.
 
 use super::addresses::Addresses;
+use super::watch::Generation;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;
 use cuda_vmm::VirtualMemoryPool;
@@ -17,6 +18,8 @@ pub(super) struct Extent {
     live: Range<usize>,
     /// No byte from this offset on was ever shared with other rows.
     pub(super) shared_end: AtomicUsize,
+    /// Ends when the rows leave these addresses.
+    pub(super) generation: Generation,
 }
 
 /// What rows need for more of them. Nothing is allocated yet.
@@ -75,6 +78,7 @@ impl Extent {
             range,
             live: 0..0,
             shared_end: AtomicUsize::new(0),
+            generation: Generation::default(),
         }
     }
 
@@ -161,6 +165,7 @@ impl Extent {
         // The bytes are live, so this fails in a forked process only, which has nothing to free.
         let _ = self.range.deallocate(bytes.start, bytes.len());
         self.live = if bytes == self.live {
+            self.generation.end();
             0..0
         } else if bytes.start == self.live.start {
             bytes.end..self.live.end

@@ -48,6 +48,7 @@ impl Extent {
     /// Notes that bytes up to an offset may be shared.
     fn note_shared(&self, end: usize) {
         self.shared_end.fetch_max(end, Ordering::Relaxed);
+        self.generation.end();
     }
 
     /// Returns the bytes that are written when rows come to these, and may be shared.

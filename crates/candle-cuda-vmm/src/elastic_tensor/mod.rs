@@ -14,6 +14,7 @@ mod rows;
 mod shared;
 #[cfg(feature = "cuda")]
 mod space;
+mod watch;
 
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
@@ -30,6 +31,7 @@ use rows::{Rows, with_rows};
 use shared::Column;
 pub(crate) use shared::SharedRows;
 use std::ops::Range;
+pub use watch::RowsWatch;
 
 /// A tensor `[rows, row…]` whose first dimension grows and shrinks, with memory for the rows in
 /// use.

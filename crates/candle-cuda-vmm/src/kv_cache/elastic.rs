@@ -4,7 +4,7 @@ use super::checks::{check_pair, check_release, check_truncate};
 use super::traits::{KvCache, KvCacheFactory};
 #[cfg(feature = "cuda")]
 use crate::append::AppendOutcome;
-use crate::elastic_tensor::{ElasticTensor, Live};
+use crate::elastic_tensor::{ElasticTensor, Live, RowsWatch};
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
 use candle_core::{DType, Error, Shape, Tensor};
@@ -459,6 +459,17 @@ impl ElasticKvCache {
         [&self.k, &self.v]
             .into_iter()
             .filter_map(ElasticCache::rows)
+    }
+
+    /// Watches whether the tokens stay at their addresses, for steps that are captured.
+    ///
+    /// # Errors
+    /// [`UnknownShape`](VmmError::UnknownShape), with layer 0, if there were no tokens yet.
+    pub fn watch(&self) -> Result<RowsWatch> {
+        match self.all_rows().next() {
+            Some(_) => RowsWatch::of(self.all_rows()),
+            None => Err(VmmError::UnknownShape { layer: 0 }),
+        }
     }
 
     /// Drops all tokens and frees their memory. Tensors that were returned before are unchanged.

@@ -3,7 +3,7 @@
 use super::checks::{check_truncate, tokens_before};
 use super::elastic::ElasticKvCache;
 use super::traits::{KvCache, KvCacheFactory};
-use crate::elastic_tensor::{ElasticTensor, SharedRows, Waits};
+use crate::elastic_tensor::{ElasticTensor, RowsWatch, SharedRows, Waits};
 use crate::error::{Result, VmmError};
 use crate::tensor_pool::TensorPool;
 use candle_core::{DType, Shape, Tensor};
@@ -467,6 +467,22 @@ impl Sequence {
             Ok(ElasticTensor::allocated_together(rows))
         });
         bytes.unwrap_or(0)
+    }
+
+    /// Watches whether the tokens of all layers stay at their addresses, for steps that are
+    /// captured.
+    ///
+    /// # Errors
+    /// [`UnknownShape`](VmmError::UnknownShape) for a layer that has had no tokens yet.
+    pub fn watch(&self) -> Result<RowsWatch> {
+        self.with_layers(|caches| {
+            for (layer, cache) in caches.iter() {
+                if cache.all_rows().next().is_none() {
+                    return Err(VmmError::UnknownShape { layer: *layer });
+                }
+            }
+            RowsWatch::of(caches.iter().flat_map(|(_, cache)| cache.all_rows()))
+        })
     }
 
     /// Returns the pool.

@@ -15,6 +15,7 @@ mod copies;
 mod dropped;
 mod forked;
 mod gate;
+mod graph;
 mod kernels;
 mod lease;
 mod owners;

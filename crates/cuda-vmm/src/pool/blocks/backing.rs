@@ -4,8 +4,8 @@ use super::block_states::BlockStates;
 use super::layout::Layout;
 use super::memory::BlockMemory;
 use super::{
-    BackedBlocks, BlockError, BlockId, BlockOptions, BlockPin, BlockStats, BlockTensor, LayerSpec,
-    ReclaimPlan,
+    BackedBlocks, BlockError, BlockHold, BlockId, BlockOptions, BlockPin, BlockStats, BlockTensor,
+    LayerSpec, ReclaimPlan,
 };
 use crate::engine::Patience;
 use crate::process::Here;
@@ -202,7 +202,7 @@ impl BlockBacking {
     }
 
     /// Gives blocks up with their contents. A block may be named twice. It never waits for the
-    /// device.
+    /// device, but for a launch that [holds](Self::hold) the blocks.
     ///
     /// A page empties only if all its blocks go. So rather leave unused blocks backed, and let
     /// [`reclaim_candidates`](Self::reclaim_candidates) choose.
@@ -213,7 +213,9 @@ impl BlockBacking {
     /// After an error none is given up.
     pub fn unback(&self, blocks: impl IntoIterator<Item = BlockId>) -> Result<()> {
         let runs = self.0.runs(blocks)?;
-        let mut states = self.0.settled(&runs)?;
+        let mut states = self
+            .0
+            .once(|states| states.is_settled(&runs) && !states.is_held())?;
         states.leave(&runs)?;
         drop(states);
         self.0.give(&runs);
@@ -249,6 +251,23 @@ impl BlockBacking {
         let runs = self.0.runs(blocks)?;
         self.0.settled(&runs)?.pin(&runs)?;
         Ok(BlockPin::new(self.0.clone(), runs))
+    }
+
+    /// Keeps every block where it is, for the time of a launch: calls that give blocks up wait until
+    /// the result is dropped. Blocks may be backed meanwhile.
+    ///
+    /// Look under it whether the blocks that the launch uses are backed, then queue the launch on a
+    /// stream that the backing [names](Self::use_stream), and drop it. What is given up later is
+    /// unmapped behind that work. As long as [`generation`](BlockHold::generation) is the same, the
+    /// blocks that were backed are backed, and need no other look.
+    ///
+    /// It costs two locks. Hold it for no longer than the launch takes, and give up no blocks on
+    /// the same thread meanwhile: that call would wait for ever.
+    ///
+    /// # Errors
+    /// [`VmmError::Forked`].
+    pub fn hold(&self) -> Result<BlockHold> {
+        BlockHold::new(self.0.clone())
     }
 
     /// Keeps the memory of neighbouring blocks of one tensor until `token` is released. All of them

@@ -42,6 +42,10 @@ pub(super) struct BlockStates {
     clock: u64,
     backed: usize,
     pinned: usize,
+    /// Launches under way that keep every block where it is.
+    holds: usize,
+    /// How many calls have given blocks up.
+    generation: u64,
 }
 
 /// What a call that backs blocks has to do.
@@ -83,6 +87,8 @@ impl BlockStates {
             clock: 0,
             backed: 0,
             pinned: 0,
+            holds: 0,
+            generation: 0,
         })
     }
 
@@ -153,6 +159,11 @@ impl BlockStates {
         }
     }
 
+    fn go(&mut self, runs: &Runs) {
+        self.generation += u64::from(!runs.is_empty());
+        self.set_all(runs, State::Leaving);
+    }
+
     /// Makes plans stale that name the blocks or empty their pages.
     pub(super) fn used(&mut self, runs: &Runs) {
         self.clock += 1;
@@ -189,6 +200,22 @@ impl BlockStates {
         }
     }
 
+    /// Keeps every block where it is. Returns how many calls have given blocks up.
+    pub(super) fn hold_all(&mut self) -> u64 {
+        self.holds += 1;
+        self.generation
+    }
+
+    /// Ends what [`hold_all`](Self::hold_all) began.
+    pub(super) fn let_all_go(&mut self) {
+        self.holds -= 1;
+    }
+
+    /// Whether a launch keeps every block where it is. Then none may leave.
+    pub(super) fn is_held(&self) -> bool {
+        self.holds > 0
+    }
+
     /// Reserves the blocks, all of them settled, for a call that gives them up.
     pub(super) fn leave(&mut self, runs: &Runs) -> Result<(), BlockError> {
         for block in runs.blocks() {
@@ -198,7 +225,7 @@ impl BlockStates {
             }
         }
         self.used(runs);
-        self.set_all(runs, State::Leaving);
+        self.go(runs);
         Ok(())
     }
 
@@ -212,7 +239,7 @@ impl BlockStates {
         };
         let unused = Runs::of_ordered(runs.blocks().filter(is_unused));
         self.used(&unused);
-        self.set_all(&unused, State::Leaving);
+        self.go(&unused);
         unused
     }
 
@@ -287,7 +314,7 @@ impl BlockStates {
             leaving: Runs::of_ordered(leaving),
             targets: Runs::of_ordered(targets),
         };
-        self.set_all(&departure.leaving, State::Leaving);
+        self.go(&departure.leaving);
         for block in departure.targets.blocks() {
             self.hold(block);
         }

@@ -35,16 +35,13 @@ impl BlockMemory {
             let moves = moves.len();
             return Err(BlockError::Capturing { moves }.into());
         }
-        let departure = self.change(|states| {
-            let departure = states.depart(plan)?;
-            match begin(plan) {
-                Ok(()) => Ok(departure),
-                Err(error) => {
-                    states.departed(&departure, false);
-                    Err(error)
-                }
-            }
-        })??;
+        let mut states = self.once(|states| !states.is_held())?;
+        let departure = states.depart(plan)?;
+        if let Err(error) = begin(plan) {
+            states.departed(&departure, false);
+            return Err(error);
+        }
+        drop(states);
         let moved = self.copy(moves, stream);
         if moved.is_ok() {
             self.give(&departure.leaving);

@@ -89,8 +89,16 @@ impl BlockMemory {
 
     /// The record, as soon as no other call backs or gives up any of the blocks.
     pub(super) fn settled(&self, runs: &Runs) -> Result<MutexGuard<'_, BlockStates>> {
+        self.once(|states| states.is_settled(runs))
+    }
+
+    /// The record, as soon as it is so.
+    pub(super) fn once(
+        &self,
+        is_so: impl Fn(&BlockStates) -> bool,
+    ) -> Result<MutexGuard<'_, BlockStates>> {
         let mut states = self.states.lock()?;
-        while !states.is_settled(runs) {
+        while !is_so(&states) {
             states = self
                 .changed
                 .wait(states)
@@ -162,7 +170,8 @@ impl BlockMemory {
     /// Gives up blocks that no call has used since the record had this clock, and that nothing
     /// keeps.
     pub(super) fn undo(&self, runs: &Runs, clock: u64) {
-        let Ok(mut states) = self.settled(runs) else {
+        let is_free = |states: &BlockStates| states.is_settled(runs) && !states.is_held();
+        let Ok(mut states) = self.once(is_free) else {
             return;
         };
         let unused = states.leave_unused(runs, clock);

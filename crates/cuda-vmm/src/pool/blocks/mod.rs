@@ -13,7 +13,8 @@
 //!   pages empty, at the least cost;
 //!   [`reclaim_candidates_with_moves`](BlockBacking::reclaim_candidates_with_moves) may move blocks
 //!   into backed ones of no value. [`commit`](BlockBacking::commit) does it.
-//! - [`pin`](BlockBacking::pin) keeps blocks out of every plan.
+//! - [`pin`](BlockBacking::pin) keeps blocks out of every plan, and [`hold`](BlockBacking::hold)
+//!   keeps all of them where they are while work is launched.
 //!
 //! An engine without an allocator of its own takes [`BlockAllocator`], which packs.
 //!
@@ -45,6 +46,7 @@ mod backed;
 mod backing;
 mod block_states;
 mod commit;
+mod hold;
 mod layer_spec;
 mod layout;
 mod memory;
@@ -62,6 +64,7 @@ pub use crate::error::BlockError;
 pub use allocator::BlockAllocator;
 pub use backed::BackedBlocks;
 pub use backing::BlockBacking;
+pub use hold::BlockHold;
 pub use layer_spec::{ElementSize, LayerSpec, TensorSpec};
 pub use options::BlockOptions;
 pub use pin::BlockPin;
