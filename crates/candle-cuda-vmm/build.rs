@@ -25,6 +25,7 @@ mod kernels {
         "attention/decode_bf16",
         "attention/write",
         "attention/read",
+        "fused",
     ];
 
     /// The oldest architecture that has the instructions of attention.

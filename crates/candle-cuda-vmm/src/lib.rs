@@ -33,6 +33,7 @@
 //! - [`kv_cache`]: the traits that let a model run with any KV cache.
 //! - [`attention`]: grouped-query attention that reads K and V in place, of one sequence or of a
 //!   batch in rows, caches or blocks.
+//! - [`fused`]: what a layer does between its products, by one launch each.
 //! - [`graph`]: a decode step that is captured once and runs while caches grow.
 //! - [`virtual_memory`]: the two pools of addresses, and their statistics.
 //! - [`relief`]: moves memory between Candle's own allocations and the pools.
@@ -54,7 +55,7 @@
 //! - `cuda`: CUDA devices work. It turns on Candle's feature `cuda`. Candle's kernels and this
 //!   crate's need `nvcc` to build.
 //! - `attention`: [`attention::decode`] and [`attention::write`] work on GPUs of compute capability
-//!   8.0 or newer. It turns on `cuda`.
+//!   8.0 or newer, and [`fused`] has kernels there. It turns on `cuda`.
 //!
 //! A CUDA device never gets the simulated driver. If a GPU fails, the call returns an error.
 //!
@@ -73,6 +74,7 @@ pub mod device;
 mod elastic_blocks;
 mod elastic_tensor;
 pub mod error;
+pub mod fused;
 pub mod graph;
 #[cfg(feature = "cuda")]
 mod kernels;

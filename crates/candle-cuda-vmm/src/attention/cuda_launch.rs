@@ -5,7 +5,7 @@
 //! ended. The kernel reads and writes nothing but its arguments before it waits for that work.
 #![allow(unsafe_code)]
 
-use super::cuda_plan::Kernel;
+use crate::kernels::Kernel;
 use candle_core::cuda::cudarc::driver::{CudaStream, DeviceRepr, DriverError, LaunchConfig, sys};
 
 /// Queues a kernel with one argument, a struct. If it overlaps, it begins while earlier kernels of

@@ -9,17 +9,14 @@
 use super::cuda_addresses::wrap;
 use super::kv_batch::KvBatch;
 use super::kv_memory::KvMemory;
-use crate::device::core_device;
 use crate::error::{Result, VmmError};
-use crate::kernels::Image;
+use crate::kernels::{Image, Kernel};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
-use candle_core::cuda::cudarc::driver::CudaFunction;
 use candle_core::cuda::cudarc::driver::sys::{
     CUdevice_attribute as Attribute, CUfunction_attribute,
 };
 use candle_core::{DType, Device, Shape, Tensor};
-use cuda_vmm::DriverVersion;
 use std::sync::{Mutex, PoisonError};
 
 /// Query heads of an item: `HEADS` of the kernels.
@@ -39,13 +36,6 @@ const RESERVED_BYTES: usize = 2048;
 
 /// The oldest architecture that the kernels are for.
 const CAPABILITY_MAJOR_MIN: usize = 8;
-/// The oldest architecture with programmatic stream serialization.
-const OVERLAPS_MAJOR_MIN: usize = 9;
-/// The oldest driver that captures such launches.
-const OVERLAPS_DRIVER_MIN: DriverVersion = DriverVersion {
-    major: 12,
-    minor: 3,
-};
 
 /// The device's part of a plan.
 #[derive(Debug)]
@@ -57,20 +47,8 @@ pub struct DevicePlan {
     pub arrivals: Tensor,
     /// Shared memory that a block may have, in bytes.
     shared_bytes_max: usize,
-    /// Whether kernels can begin while the one before them ends, if they are compiled for that.
-    overlaps: bool,
     /// The kernels that were used, which may have that much shared memory.
     functions: Mutex<Vec<(String, Kernel)>>,
-}
-
-/// A kernel of a device.
-#[derive(Clone, Debug)]
-pub struct Kernel {
-    pub function: CudaFunction,
-    /// Warps that its thread blocks may have.
-    pub warps_max: usize,
-    /// Whether it may begin while the one before it ends: on a GPU that can, if it waits then.
-    pub overlaps: bool,
 }
 
 /// What a launch is to do.
@@ -153,7 +131,6 @@ impl DevicePlan {
         let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_bytes_max =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let driver = core_device(device).map(|core| core.driver().version());
         let slot = partial_bytes(256) / size_of::<f32>();
         let shape = Shape::from(2 * 2 * processors * slot);
         // SAFETY: a kernel reads of it what it has written.
@@ -163,8 +140,6 @@ impl DevicePlan {
             partials: wrap(partials, shape),
             arrivals: Tensor::zeros(batch_max * query_heads, DType::U32, device)?,
             shared_bytes_max,
-            overlaps: major >= OVERLAPS_MAJOR_MIN
-                && driver.is_ok_and(|driver| driver >= OVERLAPS_DRIVER_MIN),
             functions: Mutex::new(Vec::new()),
         }))
     }
@@ -183,29 +158,18 @@ impl DevicePlan {
         if let Some((_, kernel)) = functions.iter().find(|(known, _)| known == name) {
             return Ok(kernel.clone());
         }
-        let function = image.function(device, name).w()?;
+        let kernel = image.kernel(device, name).w()?;
         let bytes = i32::try_from(self.shared_bytes_max - RESERVED_BYTES).unwrap_or(i32::MAX);
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        function.set_attribute(attribute, bytes).w()?;
-        let number = |attribute| {
-            let number = function.get_attribute(attribute).w()?;
-            Ok::<_, candle_core::Error>(usize::try_from(number).unwrap_or_default())
-        };
-        let threads_max = number(CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
-        // The architecture of the source, which an older build's PTX has on a newer GPU too.
-        let compiled_for = number(CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?;
-        let kernel = Kernel {
-            warps_max: (threads_max / LANES).clamp(1, WARPS_MAX),
-            overlaps: self.overlaps && compiled_for >= 10 * OVERLAPS_MAJOR_MIN,
-            function,
-        };
+        kernel.function.set_attribute(attribute, bytes).w()?;
         functions.push((name.to_owned(), kernel.clone()));
         Ok(kernel)
     }
 
     /// Chooses how a kernel is launched.
     pub fn shape(&self, kernel: &Kernel, work: &Work) -> LaunchShape {
-        LaunchShape::new(self.processors, work, kernel.warps_max)
+        let warps_max = (kernel.threads_max / LANES).clamp(1, WARPS_MAX);
+        LaunchShape::new(self.processors, work, warps_max)
     }
 }
 

@@ -16,13 +16,13 @@ mod cpu_write;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "attention")]
-mod cuda_addresses;
+pub(crate) mod cuda_addresses;
 #[cfg(feature = "attention")]
 mod cuda_arguments;
 #[cfg(feature = "attention")]
 mod cuda_decode;
 #[cfg(feature = "attention")]
-mod cuda_launch;
+pub(crate) mod cuda_launch;
 #[cfg(feature = "attention")]
 mod cuda_plan;
 #[cfg(feature = "attention")]
@@ -30,7 +30,7 @@ mod cuda_read;
 #[cfg(feature = "attention")]
 mod cuda_write;
 mod decode;
-mod element;
+pub(crate) mod element;
 mod gqa;
 mod kv_batch;
 mod kv_check;
@@ -44,7 +44,7 @@ mod slots;
 #[cfg(feature = "cuda")]
 mod softmax;
 mod span;
-mod stream;
+pub(crate) mod stream;
 mod write;
 
 pub use decode::{decode, decode_into};

@@ -1,4 +1,4 @@
-//! Runs the attention kernels on the host, without a GPU.
+//! Runs the kernels of the feature `attention` on the host, without a GPU.
 //!
 //! A C++ compiler builds the same `.cu` files with functions in place of a GPU's instructions:
 //! threads are fibers, and thread blocks run one after the other, in any order. The programs
@@ -47,4 +47,9 @@ fn writing_is_what_plain_loops_write() {
 #[test]
 fn reading_is_what_plain_loops_read() {
     run("read", 40);
+}
+
+#[test]
+fn a_layers_steps_are_plain_loops_in_double_precision() {
+    run("fused", 80);
 }

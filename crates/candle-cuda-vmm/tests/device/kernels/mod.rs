@@ -8,6 +8,7 @@ mod batch;
 mod blocks;
 mod factory;
 mod fork;
+mod fused;
 mod graph;
 mod layers;
 mod positions;

@@ -8,7 +8,7 @@ mod layouts;
 mod prompt;
 mod random;
 mod reference;
-mod refusals;
+pub mod refusals;
 mod write;
 
 use crate::common::UnderTest;
