@@ -22,7 +22,9 @@ const NAME: &str = "write";
 /// # Shapes
 /// `q` is `[tokens, query_heads, dim]`, `k` is `[tokens, kv_heads, dim]`, and `v` is `[tokens,
 /// kv_heads, value_dim]`, in one dtype: F16, BF16 or F32. K and V of the batch have the same dtype,
-/// or F8E4M3 if that is F16 or BF16. The result is the rotated `q`, contiguous.
+/// or F8E4M3 if that is F16 or BF16. The result is the rotated `q`, contiguous. `q`, `k` and `v` may
+/// have any strides. They are not copied if the elements of a head are side by side, so they may be
+/// parts of one product's result.
 ///
 /// `rotary` is the table and the position of each token, U32 `[tokens]`, contiguous. Without it
 /// nothing is rotated. Rotations are computed in F32.

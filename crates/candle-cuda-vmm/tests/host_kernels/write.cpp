@@ -9,18 +9,29 @@ using Kernel = RowKernel<WriteArguments>;
 
 static const Kernel ALL[] = ROW_KERNELS(write);
 
-// New queries, keys or values.
+// New queries, keys or values, with what is not a number between heads and between tokens.
 struct New {
-    unsigned heads;
-    unsigned dim;
+    Type type;
+    unsigned head_stride;
+    unsigned token_stride;
     Memory memory;
     New(Type type, unsigned tokens, unsigned heads, unsigned dim)
-        : heads(heads), dim(dim), memory(size_t{tokens} * heads * dim * bytes_of(type)) {
-        for (size_t at = 0; at < size_t{tokens} * heads * dim; ++at) {
-            store(memory.begin(), type, at, gauss());
+        : type(type), head_stride(dim + 3 * below(2)),
+          token_stride(heads * head_stride + 5 * below(2)),
+          memory(size_t{tokens} * token_stride * bytes_of(type)) {
+        for (unsigned token = 0; token < tokens; ++token) {
+            for (unsigned at = 0; at < heads * dim; ++at) {
+                store(memory.begin(), type, place(token, at / dim, at % dim), gauss());
+            }
         }
     }
-    attention::Heads given() { return {memory.begin(), heads * dim, dim}; }
+    size_t place(unsigned token, unsigned head, unsigned dim) const {
+        return size_t{token} * token_stride + head * head_stride + dim;
+    }
+    float at(unsigned token, unsigned head, unsigned dim) {
+        return read(memory.begin(), type, place(token, head, dim));
+    }
+    attention::Heads given() { return {memory.begin(), token_stride, head_stride}; }
 };
 
 static void compare(const Kernel &kernel) {
@@ -94,7 +105,7 @@ static void compare(const Kernel &kernel) {
     }
     const auto rotated = [&](New &of, unsigned token, unsigned head, unsigned at) -> float {
         const auto element = [&](unsigned at) {
-            return read(of.memory.begin(), kernel.tokens, (token * of.heads + head) * of.dim + at);
+            return of.at(token, head, at);
         };
         if (!is_rotated || at >= rotary_dim) {
             return element(at);
@@ -125,10 +136,8 @@ static void compare(const Kernel &kernel) {
         for (unsigned side = 0; side < 2; ++side) {
             for (unsigned at = 0; at < cache.kv_heads * cache.dims[side]; ++at) {
                 const unsigned head = at / cache.dims[side], dim_at = at % cache.dims[side];
-                float number = side == 0
-                                   ? rotated(k, token, head, dim_at)
-                                   : read(v.memory.begin(), kernel.tokens,
-                                          (token * v.heads + head) * v.dim + dim_at);
+                float number = side == 0 ? rotated(k, token, head, dim_at)
+                                         : v.at(token, head, dim_at);
                 if (kernel.type == Type::F8) {
                     number /= side == 0 ? arguments.k_scale : arguments.v_scale;
                 }

@@ -296,6 +296,41 @@ fn no_tokens_change_nothing() {
     assert_eq!(rotated.dims(), [0, case.query_heads, case.dim]);
 }
 
+#[test]
+fn parts_of_one_tensor_are_written_as_copies_of_them() {
+    let test = open();
+    if !super::has_attention(&test) {
+        return;
+    }
+    for (turn, (_, case)) in cases().enumerate() {
+        let case = Case {
+            value_dim: case.dim,
+            ..case
+        };
+        let heads = case.query_heads + 2 * case.kv_heads;
+        let shape = (case.lengths.len(), heads, case.dim);
+        let all = Tensor::randn(0f32, 1., shape, &test.device).unwrap();
+        let all = all.to_dtype(case.dtype).unwrap();
+        let part = |first, count| all.narrow(1, first, count).unwrap();
+        let q = part(0, case.query_heads);
+        let k = part(case.query_heads, case.kv_heads);
+        let v = part(case.query_heads + case.kv_heads, case.kv_heads);
+        let rotary = Rotation::ALL[turn % Rotation::ALL.len()].table(&test.device);
+        let positions = Tensor::new(&[32u32, 0, 63, 15], &test.device).unwrap();
+        let rotary = rotary.as_ref().map(|rotary| (rotary, &positions));
+        let run = |[q, k, v]: [&Tensor; 3]| {
+            let stored = case.random(7).store(7, &test.device);
+            let rotated = write(q, k, v, rotary, &stored.kv, Slots::Last).unwrap();
+            let memory = stored.memory.iter().flat_map(numbers);
+            let bits = |number: f32| number.to_bits();
+            let rotated = numbers(&rotated).into_iter().chain(memory).map(bits);
+            rotated.collect::<Vec<_>>()
+        };
+        let copies = [&q, &k, &v].map(|part| part.force_contiguous().unwrap());
+        assert_eq!(run([&q, &k, &v]), run(copies.each_ref()), "{case:?}");
+    }
+}
+
 /// Makes blocks of 16 tokens with two heads of 8 elements, some of them backed.
 fn elastic(pool: &TensorPool) -> ElasticBlocks {
     let entries = ["k", "v"].map(|name| (name, (16, 2, 8), DType::F32));
