@@ -82,6 +82,7 @@ impl BatchDecoder {
             prompt(&q, kv, spans, &self.model.options)
         })?;
         let ends = Tensor::new(ends, device)?;
-        self.model.logits(&hidden.index_select(&ends, 0)?)
+        self.model
+            .logits(&hidden.select(|all| all.index_select(&ends, 0))?)
     }
 }

@@ -5,8 +5,9 @@ use crate::config::{Config, RopeScaling};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa_with};
+use candle_cuda_vmm::fused::{add_rms_norm, silu_mul};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
-use candle_nn::ops::{rms_norm, silu, softmax_last_dim};
+use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope_thd;
 
 /// How attention reads keys and values.
@@ -26,28 +27,53 @@ pub struct Model {
     norm: Tensor,
     head: Tensor,
     norm_eps: f32,
-    head_dim: usize,
+    heads: Heads,
     /// The options of every layer's attention.
     pub options: GqaOptions,
 }
 
+/// Matrices that multiply the same are joined, so a decode step has fewer and larger products.
 struct Layer {
     attention_norm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    /// Q, K and V, one below the other.
+    qkv: Tensor,
     o: Tensor,
     feed_forward_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate_up: Tensor,
     down: Tensor,
 }
 
-/// The projections of new tokens in a layer, before rotation: `[tokens, heads, head_dim]` each.
+/// The heads of a token in a layer.
+#[derive(Clone, Copy)]
+struct Heads {
+    queries: usize,
+    kv: usize,
+    dim: usize,
+}
+
+/// The projections of new tokens in a layer, before rotation: `[tokens, heads, head_dim]` each, all
+/// in one tensor.
 pub struct Projections {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
+}
+
+/// The hidden states of tokens after all layers, `[tokens, hidden_size]`: a residual stream, and
+/// what the last layer adds to it.
+pub struct Hidden {
+    residual: Tensor,
+    added: Option<Tensor>,
+}
+
+impl Hidden {
+    /// Returns those of some tokens. `of` chooses rows.
+    pub fn select(&self, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self {
+            residual: of(&self.residual)?,
+            added: self.added.as_ref().map(of).transpose()?,
+        })
+    }
 }
 
 impl Model {
@@ -61,7 +87,11 @@ impl Model {
             true => embedding.clone(),
             false => weights.matrix("lm_head.weight", vocabulary, hidden)?,
         };
-        let head_dim = config.head_dim();
+        let heads = Heads {
+            queries: config.num_attention_heads,
+            kv: config.kv_heads(),
+            dim: config.head_dim(),
+        };
         let mask = config.sliding_window.map_or(Mask::Causal, Mask::Window);
         Ok(Self {
             norm: weights.norm("model.norm.weight", hidden)?,
@@ -69,8 +99,8 @@ impl Model {
             layers,
             head,
             norm_eps: config.rms_norm_eps,
-            head_dim,
-            options: GqaOptions::new(1. / (head_dim as f32).sqrt()).mask(mask),
+            heads,
+            options: GqaOptions::new(1. / (heads.dim as f32).sqrt()).mask(mask),
         })
     }
 
@@ -78,7 +108,7 @@ impl Model {
         self.embedding.device()
     }
 
-    /// Returns the hidden states of tokens after all layers: `[tokens, hidden_size]`.
+    /// Returns the hidden states of tokens after all layers.
     ///
     /// `tokens` is U32 `[tokens]`. `attend` stores the keys and values of a layer, which is counted
     /// from 0, and returns what its attention mixes: `[tokens, query_heads, head_dim]`.
@@ -86,22 +116,32 @@ impl Model {
         &self,
         tokens: &Tensor,
         mut attend: impl FnMut(usize, Projections) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let mut x = self.embedding.index_select(tokens, 0)?;
+    ) -> Result<Hidden> {
+        let mut hidden = Hidden {
+            residual: self.embedding.index_select(tokens, 0)?,
+            added: None,
+        };
         for (at, layer) in self.layers.iter().enumerate() {
-            let normed = rms_norm(&x, &layer.attention_norm, self.norm_eps)?;
-            let mixed = attend(at, layer.project(&normed, self.head_dim)?)?;
-            x = (x + linear(&mixed.flatten_from(1)?, &layer.o)?)?;
-            let normed = rms_norm(&x, &layer.feed_forward_norm, self.norm_eps)?;
-            x = (x + layer.feed_forward(&normed)?)?;
+            let (residual, normed) = self.normed(&hidden, &layer.attention_norm)?;
+            let mixed = attend(at, layer.project(&normed, self.heads)?)?;
+            let added = Some(linear(&mixed.flatten_from(1)?, &layer.o)?);
+            let (residual, normed) =
+                self.normed(&Hidden { residual, added }, &layer.feed_forward_norm)?;
+            let added = Some(layer.feed_forward(&normed)?);
+            hidden = Hidden { residual, added };
         }
-        Ok(x)
+        Ok(hidden)
     }
 
     /// Returns the logits of the tokens after those of some hidden states: `[tokens, vocab_size]`.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let normed = rms_norm(&hidden.contiguous()?, &self.norm, self.norm_eps)?;
-        linear(&normed, &self.head)
+    pub fn logits(&self, hidden: &Hidden) -> Result<Tensor> {
+        linear(&self.normed(hidden, &self.norm)?.1, &self.head)
+    }
+
+    /// Adds what a layer adds, and returns the residual stream and its norm.
+    fn normed(&self, hidden: &Hidden, weight: &Tensor) -> Result<(Tensor, Tensor)> {
+        let added = hidden.added.as_ref();
+        add_rms_norm(&hidden.residual, added, weight, self.norm_eps)
     }
 }
 
@@ -114,30 +154,38 @@ impl Layer {
         let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         Ok(Self {
             attention_norm: weights.norm(&name("input_layernorm"), hidden)?,
-            q: weights.matrix(&name("self_attn.q_proj"), q_size, hidden)?,
-            k: weights.matrix(&name("self_attn.k_proj"), kv_size, hidden)?,
-            v: weights.matrix(&name("self_attn.v_proj"), kv_size, hidden)?,
+            qkv: weights.joined(
+                &[
+                    (&name("self_attn.q_proj"), q_size),
+                    (&name("self_attn.k_proj"), kv_size),
+                    (&name("self_attn.v_proj"), kv_size),
+                ],
+                hidden,
+            )?,
             o: weights.matrix(&name("self_attn.o_proj"), hidden, q_size)?,
             feed_forward_norm: weights.norm(&name("post_attention_layernorm"), hidden)?,
-            gate: weights.matrix(&name("mlp.gate_proj"), between, hidden)?,
-            up: weights.matrix(&name("mlp.up_proj"), between, hidden)?,
+            gate_up: weights.joined(
+                &[
+                    (&name("mlp.gate_proj"), between),
+                    (&name("mlp.up_proj"), between),
+                ],
+                hidden,
+            )?,
             down: weights.matrix(&name("mlp.down_proj"), hidden, between)?,
         })
     }
 
-    fn project(&self, x: &Tensor, head_dim: usize) -> Result<Projections> {
-        let tokens = x.dim(0)?;
-        let heads = |weight: &Tensor| linear(x, weight)?.reshape((tokens, (), head_dim));
+    fn project(&self, x: &Tensor, heads: Heads) -> Result<Projections> {
+        let all = linear(x, &self.qkv)?.reshape((x.dim(0)?, (), heads.dim))?;
         Ok(Projections {
-            q: heads(&self.q)?,
-            k: heads(&self.k)?,
-            v: heads(&self.v)?,
+            q: all.narrow(1, 0, heads.queries)?,
+            k: all.narrow(1, heads.queries, heads.kv)?,
+            v: all.narrow(1, heads.queries + heads.kv, heads.kv)?,
         })
     }
 
     fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gated = (silu(&linear(x, &self.gate)?)? * linear(x, &self.up)?)?;
-        linear(&gated, &self.down)
+        linear(&silu_mul(&linear(x, &self.gate_up)?)?, &self.down)
     }
 }
 
@@ -181,7 +229,7 @@ impl<C: KvCache> Decoder<C> {
             let cache = &mut self.caches[layer];
             attend(cache, &new, (&rope.0, &rope.1), options, self.attention)
         })?;
-        let last = hidden.narrow(0, tokens.len() - 1, 1)?;
+        let last = hidden.select(|all| all.narrow(0, tokens.len() - 1, 1))?;
         self.model.logits(&last)?.squeeze(0)
     }
 
@@ -204,8 +252,11 @@ fn attend<C: KvCache>(
     options: &GqaOptions,
     attention: Attention,
 ) -> Result<Tensor> {
-    // [1, heads, tokens, head_dim], token-major, as the projections return it.
-    let rotated = |x: &Tensor| rope_thd(&x.unsqueeze(0)?, cos, sin)?.transpose(1, 2);
+    // [1, heads, tokens, head_dim], token-major. Candle rotates contiguous tensors only.
+    let rotated = |x: &Tensor| {
+        let x = x.contiguous()?.unsqueeze(0)?;
+        rope_thd(&x, cos, sin)?.transpose(1, 2)
+    };
     let (q, k) = (rotated(&new.q)?, rotated(&new.k)?);
     let v = new.v.unsqueeze(0)?.transpose(1, 2)?;
     let (k, v) = cache.append(&k, &v)?;

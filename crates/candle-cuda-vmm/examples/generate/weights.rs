@@ -38,6 +38,13 @@ impl Weights {
         })
     }
 
+    /// Returns matrices `[out, in]`, one below the other: the matrix of one product for all of them.
+    pub fn joined(&mut self, parts: &[(&str, usize)], inputs: usize) -> Result<Tensor> {
+        let parts = parts.iter();
+        let parts = parts.map(|(name, outputs)| self.matrix(name, *outputs, inputs));
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+    }
+
     /// Returns the factors of a norm. Random factors are near 1.
     pub fn norm(&mut self, name: &str, size: usize) -> Result<Tensor> {
         self.get(name, &[size], |random| random.random_range(0.9..1.1))
