@@ -53,6 +53,7 @@ fn is_reached(reach: &str, ours: f64, ratio: Option<f64>) -> Result<Option<bool>
         ["≤", most, "×"] => ratio <= most.parse()?,
         ["≥", least, "×"] => ratio >= least.parse()?,
         ["≤", most, _] => ours <= most.parse()?,
+        ["≥", least, _] => ours >= least.parse()?,
         _ => bail!("not a reach: {reach:?}"),
     }))
 }
@@ -71,8 +72,8 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// A figure without a value. Its reach is `≤ 1.5 ×` or `≥ 2 ×` the peer's figure, at most an
-    /// amount, as in `≤ 20 µs`, or empty if nothing is demanded.
+    /// A figure without a value. Its reach is `≤ 1.5 ×` or `≥ 2 ×` the peer's figure, an amount, as
+    /// in `≤ 20 µs` or `≥ 900 tokens/s`, or empty if nothing is demanded.
     pub fn new(name: &str, unit: &str, reach: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -131,6 +132,8 @@ mod tests {
             ("≥ 0.5 ×", 0.9, Some(2.0), Some(false)),
             ("≤ 20 µs", 20.0, None, Some(true)),
             ("≤ 20 µs", 20.5, Some(1.0), Some(false)),
+            ("≥ 900 tokens/s", 900.0, None, Some(true)),
+            ("≥ 900 tokens/s", 899.0, Some(1.0), Some(false)),
             ("", 1e9, Some(1.0), None),
             // What is no number does not pass.
             ("≤ 2 ×", f64::NAN, Some(1.0), Some(false)),
@@ -170,7 +173,7 @@ mod tests {
                 assert!(has_end || reach.is_empty(), "{reach}");
             }
         }
-        for wrong in ["2 ×", "≤ two ×", "≥ 2 µs"] {
+        for wrong in ["2 ×", "≤ two ×", "2 µs"] {
             assert!(is_reached(wrong, 1.0, None).is_err(), "{wrong}");
         }
     }

@@ -34,6 +34,14 @@ impl Outcome {
         self.sides.push(Side::new(name, samples, true));
     }
 
+    /// Takes in times in each of which this much was done.
+    pub fn rates(&mut self, name: &str, amount: f64, samples: Vec<f64>) {
+        self.times(name, samples);
+        if let Some(side) = self.sides.last_mut() {
+            side.amount = amount;
+        }
+    }
+
     pub fn count(&mut self, name: &str, value: f64) {
         self.sides.push(Side::new(name, vec![value], false));
     }

@@ -1,7 +1,7 @@
 //! What code and documents keep, as tests.
 //!
 //! `docs/ARCHITECTURE.md` names what is there, and `docs/ERRORS.md` every public error's variants. The
-//! code of `docs/PAGED_ATTENTION.md` is that of its example.
+//! code of the recipes in `docs` is that of their examples.
 //!
 //! No circles between modules: those of a folder can be read in an order, after what they use. A
 //! source uses what its paths name. The check looks through re-exports, which are no use by
@@ -18,13 +18,17 @@ use syn::{Item, ItemMod, ItemUse, Macro, Meta, UseTree, Visibility};
 use walkdir::WalkDir;
 
 /// Where `docs/ERRORS.md` has the error, and where the source has it.
-const ERRORS: [(&str, &str); 5] = [
+const ERRORS: [(&str, &str); 6] = [
     ("cuda_vmm::VmmError", "cuda-vmm/src/error.rs"),
     (
         "cuda_vmm::pool::blocks::BlockError",
         "cuda-vmm/src/error/block.rs",
     ),
     ("candle_cuda_vmm::VmmError", "candle-cuda-vmm/src/error.rs"),
+    (
+        "candle_cuda_vmm::graph::GraphError",
+        "candle-cuda-vmm/src/error/graph.rs",
+    ),
     ("cuda_vmm_sys::LoadError", "cuda-vmm-sys/src/load.rs"),
     ("cuda_vmm_sim::SimError", "cuda-vmm-sim/src/simulator.rs"),
 ];
@@ -84,14 +88,20 @@ fn the_map_names_what_is_there() {
 }
 
 #[test]
-fn the_recipe_of_paged_attention_is_its_example() {
-    let read = |path| fs::read_to_string(root().join(path)).expect("the file");
-    let page = read("docs/PAGED_ATTENTION.md");
-    let example = read("crates/candle-cuda-vmm/examples/paged_attention.rs");
-    let blocks = page.split("\n```rust\n").skip(1);
-    let blocks = blocks.filter_map(|rest| rest.split("\n```").next());
-    let missing = blocks.filter(|block| !example.contains(block));
-    assert_eq!(missing.collect_vec(), [""; 0], "not in the example");
+fn the_code_of_recipes_is_that_of_their_examples() {
+    let read = |path: String| fs::read_to_string(root().join(path)).expect("the file");
+    let recipes = [
+        ("PAGED_ATTENTION", "paged_attention"),
+        ("CAPTURED_STEPS", "captured_step"),
+    ];
+    for (page, name) in recipes {
+        let page = read(format!("docs/{page}.md"));
+        let example = read(format!("crates/candle-cuda-vmm/examples/{name}.rs"));
+        let blocks = page.split("\n```rust\n").skip(1);
+        let blocks = blocks.filter_map(|rest| rest.split("\n```").next());
+        let missing = blocks.filter(|block| !example.contains(block));
+        assert_eq!(missing.collect_vec(), [""; 0], "not in the example");
+    }
 }
 
 /// The first cell of each row of the tables under a heading.

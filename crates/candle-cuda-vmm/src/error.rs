@@ -3,6 +3,9 @@
 //! All variants of 0.1.1 are here, with their fields. [`VmmError::Vmm`] is new: it carries an error
 //! of [`cuda_vmm`] for which 0.1.1 has no variant.
 
+mod graph;
+
+pub use graph::GraphError;
 use std::sync::Arc;
 use thiserror::Error;
 
@@ -264,7 +267,7 @@ pub enum VmmError {
 
     /// A step was not captured, or did not run. New in 0.2.0.
     #[error(transparent)]
-    Graph(#[from] crate::graph::GraphError),
+    Graph(#[from] GraphError),
 
     /// No model of this name is registered.
     #[error("model not found: {0}")]
@@ -358,7 +361,7 @@ impl VmmError {
 
     /// Returns what tells whether a retry helps: of a step that failed, the error of the step.
     fn reason(&self) -> &Self {
-        use crate::graph::GraphError::{Capture, Warmup};
+        use GraphError::{Capture, Warmup};
         match self.cause() {
             Self::Graph(Capture { source, .. } | Warmup { source, .. }) => source.reason(),
             error => error,

@@ -4,11 +4,14 @@
 #[allow(dead_code)]
 #[path = "../../../../crates/candle-cuda-vmm/examples/generate"]
 mod generate {
+    pub mod batch;
     pub mod config;
+    pub mod generation;
     pub mod model;
+    pub mod paged;
     pub mod weights;
 }
-use generate::{config, model, weights};
+use generate::{batch, config, generation, model, paged, weights};
 
 mod machine;
 mod work;

@@ -8,7 +8,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::{KvBatch, PromptSpan};
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions, StepBlocks};
 use candle_cuda_vmm::{
-    BlockId, ElasticBlockAllocator, ElasticBlocks, Result, TensorPool, VmmError,
+    BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result, TensorPool,
+    VmmError,
 };
 use std::rc::Rc;
 
@@ -97,7 +98,10 @@ impl PagedCache {
         let entries = (0..config.num_hidden_layers)
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
         // One more block is for the padding of buckets.
-        let blocks = pool.blocks(batch_max * blocks_max + 1, entries)?;
+        let count = batch_max * blocks_max + 1;
+        // A step needs at most one block for each sequence. The worker makes their memory ahead.
+        let options = ElasticBlocksOptions::new().ahead_blocks_max(4 * batch_max);
+        let blocks = pool.blocks_with_options(count, entries, options)?;
         // SAFETY: tables name allocated blocks only, which are backed until they are freed, when
         // no later query reads them. No operation reads a whole tensor.
         #[allow(unsafe_code)]

@@ -1,7 +1,7 @@
 //! The memory behind the rows of one tensor.
 
 use super::addresses::Addresses;
-use super::watch::Generation;
+use super::generation::Rising;
 use crate::error::Result;
 use crate::tensor_pool::PoolMemory;
 use cuda_vmm::VirtualMemoryPool;
@@ -19,7 +19,7 @@ pub(super) struct Extent {
     /// No byte from this offset on was ever shared with other rows.
     pub(super) shared_end: AtomicUsize,
     /// Ends when the rows leave these addresses.
-    pub(super) generation: Generation,
+    pub(super) generation: Rising,
 }
 
 /// What rows need for more of them. Nothing is allocated yet.
@@ -78,7 +78,7 @@ impl Extent {
             range,
             live: 0..0,
             shared_end: AtomicUsize::new(0),
-            generation: Generation::default(),
+            generation: Rising::default(),
         }
     }
 

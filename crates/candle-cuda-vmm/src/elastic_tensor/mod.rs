@@ -6,6 +6,7 @@ mod columns;
 mod device;
 mod extent;
 mod fork;
+mod generation;
 mod growth;
 mod host;
 mod layout;

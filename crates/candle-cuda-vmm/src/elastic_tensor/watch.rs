@@ -4,27 +4,9 @@
 
 use super::ElasticTensor;
 use super::extent::Extent;
+use super::generation::Generation;
 use crate::error::{Result, VmmError};
-use crate::graph::StepMemory;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// How often the rows in some addresses have left them. It outlives the addresses.
-#[derive(Debug, Default)]
-pub(super) struct Generation(Arc<AtomicU64>);
-
-impl Generation {
-    /// Notes that the rows were dropped or have moved, or that other rows share their memory.
-    pub(super) fn end(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Generation {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
 
 /// Tells whether the rows of tensors are still at the addresses at which they were when it was
 /// made, and in memory of their own. Cloning is cheap.
@@ -38,7 +20,7 @@ pub struct RowsWatch(Vec<Watched>);
 
 #[derive(Clone, Debug)]
 struct Watched {
-    generation: Arc<AtomicU64>,
+    generation: Arc<Generation>,
     /// The generation when the watch was made.
     seen: u64,
 }
@@ -55,27 +37,15 @@ impl RowsWatch {
 
     /// Returns whether all rows are where they were.
     pub fn is_current(&self) -> bool {
-        let is_current =
-            |watched: &Watched| watched.generation.load(Ordering::Relaxed) == watched.seen;
+        let is_current = |watched: &Watched| watched.generation.get() == watched.seen;
         self.0.iter().all(is_current)
-    }
-}
-
-impl StepMemory for RowsWatch {
-    /// Fails with [`RowsMoved`](crate::graph::GraphError::RowsMoved) unless all rows are where they
-    /// were. The views in the step keep their memory.
-    fn while_held(&mut self, launch: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        match self.is_current() {
-            true => launch(),
-            false => Err(crate::graph::GraphError::RowsMoved.into()),
-        }
     }
 }
 
 impl Extent {
     fn watch(&self) -> RowsWatch {
-        let generation = self.generation.0.clone();
-        let seen = generation.load(Ordering::Relaxed);
+        let generation = self.generation.generation().clone();
+        let seen = generation.get();
         RowsWatch(vec![Watched { generation, seen }])
     }
 }

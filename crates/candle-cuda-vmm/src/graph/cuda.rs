@@ -9,9 +9,9 @@
 //! table reaches blocks, covers what a caller leaves out.
 #![allow(unsafe_code)]
 
-use super::{Captured, GraphError, Step, output};
+use super::{Captured, Step, output};
 use crate::device::device_of_stream;
-use crate::error::{Result, VmmError};
+use crate::error::{GraphError, Result, VmmError};
 use crate::lease::core_stream;
 use candle_core::{CudaDevice, Device};
 use cuda_vmm::Graph;

@@ -3,7 +3,8 @@
 #![deny(clippy::unwrap_used)]
 
 use crate::elastic_blocks::ElasticBlocks;
-use crate::error::Result;
+use crate::elastic_tensor::RowsWatch;
+use crate::error::{GraphError, Result};
 use candle_core::Device;
 use cuda_vmm::pool::blocks::{BlockError, BlockHold, BlockId};
 
@@ -141,5 +142,16 @@ impl StepMemory for StepBlocks {
 
     fn device(&self) -> Option<&Device> {
         Some(self.blocks.pool().device())
+    }
+}
+
+impl StepMemory for RowsWatch {
+    /// Fails with [`GraphError::RowsMoved`] unless all rows are where they
+    /// were. The views in the step keep their memory.
+    fn while_held(&mut self, launch: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        match self.is_current() {
+            true => launch(),
+            false => Err(GraphError::RowsMoved.into()),
+        }
     }
 }

@@ -5,12 +5,11 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
-mod error;
 mod memory;
 mod options;
 mod output;
 
-pub use error::GraphError;
+pub use crate::error::GraphError;
 pub use memory::{StepBlocks, StepMemory};
 pub use options::DecodeGraphOptions;
 

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::GraphError;
+use crate::error::GraphError;
 use std::collections::BTreeSet;
 
 /// The options of a [`DecodeGraph`](super::DecodeGraph): the sizes of its buckets.

@@ -2,9 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::GraphError;
 use crate::attention::is_same_stream;
-use crate::error::Result;
+use crate::error::{GraphError, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp2, Layout, Tensor};
 

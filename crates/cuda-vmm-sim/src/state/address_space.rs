@@ -1,7 +1,7 @@
 //! Reserved addresses, and the memory that is mapped to them.
 
 use super::DriverResult;
-use super::graph_memory::GraphRange;
+use super::graph_range::GraphRange;
 use crate::host_memory::{HostFile, HostRange, Protection};
 use cuda_vmm_sys::*;
 use std::collections::BTreeMap;

@@ -6,22 +6,11 @@
 
 use super::DriverResult;
 use super::address_space::{Access, AddressSpace, Kind, Range, out_of_memory};
+use super::graph_range::GraphRange;
 use super::streams::{Point, Streams};
 use crate::host_memory::{HostFile, HostRange, Protection};
 use cuda_vmm_sys::*;
 use std::collections::HashMap;
-
-/// The addresses of one allocation node.
-#[derive(Debug)]
-pub(crate) struct GraphRange {
-    /// The number of the capture that it belongs to.
-    pub(crate) capture: u64,
-    /// Whether the launches and frees so far leave it allocated.
-    pub(crate) is_allocated: bool,
-    /// Whether its own graph frees it.
-    pub(crate) is_freed_inside: bool,
-    host: Option<HostRange>,
-}
 
 impl AddressSpace {
     /// Adds addresses for an allocation of a capture, without memory.

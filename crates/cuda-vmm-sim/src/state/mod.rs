@@ -5,6 +5,7 @@ pub(crate) mod contexts;
 pub(crate) mod events;
 mod export;
 pub(crate) mod graph_memory;
+mod graph_range;
 pub(crate) mod graphs;
 pub(crate) mod physical;
 pub(crate) mod streams;

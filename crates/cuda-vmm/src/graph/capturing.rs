@@ -37,8 +37,9 @@ impl<'a> Capturing<'a> {
     }
 
     pub(super) fn end(mut self) -> Result<Template> {
-        self.is_over = true;
-        Self::end_on(self.stream)
+        let ended = Self::end_on(self.stream);
+        self.is_over = ended.is_ok();
+        ended
     }
 
     fn end_on(stream: &Stream) -> Result<Template> {
@@ -57,7 +58,8 @@ impl<'a> Capturing<'a> {
 impl Drop for Capturing<'_> {
     fn drop(&mut self) {
         if !self.is_over {
-            // The error is that of the work, which is told already.
+            // The error is that of the work, or of the first try, which is told already. If that
+            // has ended the capture, this one is refused.
             drop(Self::end_on(self.stream));
         }
     }

@@ -14,8 +14,8 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 /// Llama 3.2 1B's shape.
-const LARGE: &str = include_str!("large.json");
-const SMALL: &str = include_str!("small.json");
+pub const LARGE: &str = include_str!("large.json");
+pub const SMALL: &str = include_str!("small.json");
 
 /// Tokens in the decoder's caches before anything is timed.
 const CONTEXT: [usize; 2] = [8192, 24];

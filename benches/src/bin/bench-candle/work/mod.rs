@@ -2,6 +2,7 @@
 
 mod attention;
 mod blocks;
+mod captured;
 mod decode;
 mod decoder;
 mod fork;
@@ -20,6 +21,7 @@ pub const ALL: &[Work<Machine>] = &[
     ("attention", attention::measure),
     ("decode attention", decode::measure),
     ("whole decoder", decoder::measure),
+    ("captured steps", captured::measure),
     ("make and drop a view", growth::view),
     ("one range", growth::one_range),
     ("blocks", blocks::measure),

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-/// Why a [`DecodeGraph`](super::DecodeGraph) did not capture a step, or did not run it.
+/// Why a [`DecodeGraph`](crate::graph::DecodeGraph) did not capture a step, or did not run it.
 ///
 /// The device is usable after each of them, unless the error inside says otherwise
 /// ([`VmmError::is_poisoned`](crate::VmmError::is_poisoned)).
@@ -35,7 +35,7 @@ pub enum GraphError {
         /// The size of the bucket.
         batch: usize,
         /// The error of the step.
-        source: Box<crate::VmmError>,
+        source: Box<super::VmmError>,
     },
 
     /// The step failed while it was captured. Or it made a call that a capture does not survive:
@@ -45,7 +45,7 @@ pub enum GraphError {
         /// The size of the bucket.
         batch: usize,
         /// The error of the step, or of the driver.
-        source: Box<crate::VmmError>,
+        source: Box<super::VmmError>,
     },
 
     /// The step dropped a tensor that was made outside of it. The driver refuses to free that
