@@ -15,9 +15,13 @@ fn graph_device(test: &UnderTest) -> Device {
     cuda_with_own_stream(test.ordinal().try_into().unwrap()).unwrap()
 }
 
-fn numbers(first: usize, device: &Device) -> Tensor {
+fn try_numbers(first: usize, device: &Device) -> Result<Tensor> {
     let numbers: Vec<_> = (first..first + 8).map(|number| number as f32).collect();
-    Tensor::from_vec(numbers, (4, 2), device).unwrap()
+    Tensor::from_vec(numbers, (4, 2), device)
+}
+
+fn numbers(first: usize, device: &Device) -> Tensor {
+    try_numbers(first, device).unwrap()
 }
 
 /// Writes to a tensor without a kernel.
@@ -147,7 +151,7 @@ fn a_step_that_reads_its_results_or_waits_is_refused() {
             // Other numbers each time.
             static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
             let first = NEXT.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-            let new = numbers(first, tensor.device());
+            let new = try_numbers(first, tensor.device())?;
             tensor.inplace_op2(&new, &Written)
         }),
     ];

@@ -8,7 +8,7 @@ use super::DriverResult;
 use super::address_space::{Access, AddressSpace, Kind, Range, out_of_memory};
 use super::graph_range::GraphRange;
 use super::streams::{Point, Streams};
-use crate::host_memory::{HostFile, HostRange, Protection};
+use crate::host_memory::{HostFile, Protection};
 use cuda_vmm_sys::*;
 use std::collections::HashMap;
 
