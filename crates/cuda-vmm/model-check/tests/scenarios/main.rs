@@ -19,6 +19,7 @@ mod explore;
 mod faults;
 mod following;
 mod kept;
+mod launches;
 mod leases;
 #[path = "../../../tests/common/models.rs"]
 #[allow(dead_code)]
