@@ -67,6 +67,7 @@ __device__ inline float rotated(const WriteArguments &given, const T *head, unsi
 __device__ inline void narrow(float number, __nv_fp8_e4m3 *to) { *to = __nv_fp8_e4m3(number); }
 
 template <typename T, typename E> __device__ inline void write(const WriteArguments &given) {
+    wait_for_earlier_kernels();
     const Cache &cache = given.cache;
     const unsigned token = blockIdx.x;
     const unsigned lane = lane_index();

@@ -9,6 +9,7 @@
 
 use super::cuda_addresses::{UNIT_BYTES, number, wrap};
 use super::cuda_arguments::Cache;
+use super::cuda_launch::launch;
 use super::kv_batch::KvBatch;
 use super::rotary::Rotary;
 use super::slots::Slots;
@@ -17,7 +18,7 @@ use crate::kernels::WRITE;
 use crate::order::StreamOrder;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
-use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
 use candle_core::{DType, Error, Result, Tensor};
 
 /// Threads per block.
@@ -85,7 +86,7 @@ pub fn write(
         (DType::F32, _) => "write_f32",
         (other, _) => return Err(Error::UnsupportedDTypeForOp(other, "write")),
     };
-    let function = WRITE.function(device, name).w()?;
+    let kernel = WRITE.kernel(device, name).w()?;
     let mut inputs = new.to_vec();
     if let Some((rotary, positions)) = rotary {
         inputs.extend([&rotary.cos, &rotary.sin, positions]);
@@ -132,11 +133,9 @@ pub fn write(
             block_dim: (THREADS, 1, 1),
             shared_mem_bytes: 0,
         };
-        let mut launch = stream.launch_builder(&function);
-        launch.arg(&arguments);
         // SAFETY: the module's: the kernel is for these dtypes, and what it is given stays borrowed
-        // until here.
-        unsafe { launch.launch(config) }.w()
+        // until here. It begins by waiting for earlier kernels.
+        unsafe { launch(&kernel, &stream, config, &arguments) }.w()
     });
     let ended = order.end();
     queued?;
