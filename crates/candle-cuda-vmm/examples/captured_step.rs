@@ -134,7 +134,9 @@ fn run(device: &Device) -> Result<()> {
         model.step(&tokens, &inputs.kv(bucket)?)
     };
     let mut graph = DecodeGraph::new(device, DecodeGraphOptions::up_to(BATCH_MAX), step)?;
-    graph.capture_all(|progress| println!("captured {} of {}", progress.done, progress.total))?;
+    graph.capture_all(&mut named, |progress| {
+        println!("captured {} of {}", progress.done, progress.total);
+    })?;
 
     let mut sequences: Vec<Sequence> = Vec::new();
     for round in 0..60 {

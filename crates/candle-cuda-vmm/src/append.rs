@@ -14,6 +14,7 @@
 
 use crate::error::{Result, VmmError};
 use crate::kernels;
+use crate::lease;
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaStream, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg, SyncOnDrop,
@@ -142,6 +143,7 @@ impl Append {
         old: usize,
         contiguous: bool,
     ) -> Result<AppendOutcome> {
+        lease::check_not_captured()?;
         let Some(function) = &self.function else {
             return Ok(AppendOutcome::Unsupported);
         };

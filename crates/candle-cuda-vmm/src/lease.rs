@@ -25,7 +25,7 @@
 //! all of them.
 #![allow(unsafe_code)]
 
-use crate::error::{Result, VmmError};
+use crate::error::{GraphError, Result, VmmError};
 use crate::order::StreamOrder;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda::cudarc::driver::{CudaContext, CudaStream, DriverError};
@@ -34,9 +34,37 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, DType, Layout, Storage, Tensor};
 use cuda_vmm::pool::blocks::{BlockBacking, BlockTensor};
 use cuda_vmm::{Driver, LeaseToken, Stream, VirtualMemoryPool};
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::{fmt, iter, mem};
+
+thread_local! {
+    /// Whether this thread captures a step.
+    static CAPTURES: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Has this thread make no tensor over memory of a pool, nor write to such memory, while the result
+/// lives. A captured step would keep the address when the lease is over.
+pub(crate) fn refuse_on_this_thread() -> impl Sized {
+    struct Refused(bool);
+
+    impl Drop for Refused {
+        fn drop(&mut self) {
+            CAPTURES.set(self.0);
+        }
+    }
+
+    Refused(CAPTURES.replace(true))
+}
+
+/// Fails if this thread captures a step.
+pub(crate) fn check_not_captured() -> Result<()> {
+    match CAPTURES.get() {
+        true => Err(GraphError::PoolInStep.into()),
+        false => Ok(()),
+    }
+}
 
 /// Returns Candle's stream as a stream of the core, which keeps Candle's stream alive.
 pub(crate) fn core_stream(core: &cuda_vmm::Device, candle: &Arc<CudaStream>) -> Stream {
@@ -93,6 +121,7 @@ impl Leases {
     }
 
     fn token(&self) -> Result<Token> {
+        check_not_captured()?;
         let free = self.free.lock()?.pop();
         let stream = match free {
             Some(stream) => stream,

@@ -308,7 +308,9 @@ fn sequences_come_and_go_between_replays() {
     let mut graph = decode_graph(&decoder, cache.inputs(), 4).unwrap();
     let mut buckets = Vec::new();
     graph
-        .capture_all(|progress| buckets.push((progress.bucket, progress.done, progress.total)))
+        .capture_all(cache.named(), |progress| {
+            buckets.push((progress.bucket, progress.done, progress.total))
+        })
         .unwrap();
     assert_eq!(buckets, [(4, 1, 3), (2, 2, 3), (1, 3, 3)]);
     // The sequence in each row, and the tokens that it has had.

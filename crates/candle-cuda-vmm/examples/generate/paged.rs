@@ -60,6 +60,8 @@ impl StepInputs {
 pub struct PagedCache {
     inputs: StepInputs,
     sequences: Vec<Sequence>,
+    /// What the device has in its tables.
+    tables: Vec<u32>,
     /// The number of rows of the tables that do not name the padding.
     rows: usize,
     padding: BlockId,
@@ -119,11 +121,12 @@ impl PagedCache {
         Ok(Self {
             inputs: StepInputs {
                 layers: layers.collect(),
-                tables: Tensor::from_vec(table, (batch_max, blocks_max), device)?,
+                tables: Tensor::from_slice(&table, (batch_max, blocks_max), device)?,
                 numbers: Tensor::from_vec(numbers, (3, batch_max), device)?,
                 blocks,
             },
             sequences: Vec::new(),
+            tables: table,
             rows: 0,
             padding: padding[0],
             batch_max,
@@ -197,25 +200,35 @@ impl PagedCache {
         Ok(())
     }
 
+    /// Writes what the step reads to the device: the numbers, and the rows of tables that have
+    /// changed, from the first to the last of them.
     fn upload(&mut self) -> Result<()> {
-        let StepInputs {
-            tables, numbers, ..
-        } = &self.inputs;
-        let device = tables.device();
-        let set = |row: usize, blocks: &[BlockId]| {
-            let mut table: Vec<_> = blocks.iter().map(|block| *block as u32).collect();
-            table.resize(self.blocks_max, self.padding as u32);
-            let table = Tensor::from_vec(table, (1, self.blocks_max), device)?;
-            tables.slice_set(&table, 0, row)
-        };
-        for (at, sequence) in self.sequences.iter_mut().enumerate() {
-            if !std::mem::replace(&mut sequence.is_uploaded, true) {
-                set(at, &sequence.blocks)?;
+        let (width, padding) = (self.blocks_max, self.padding as u32);
+        let mut changed: Option<(usize, usize)> = None;
+        for row in 0..self.sequences.len().max(self.rows) {
+            let table = &mut self.tables[row * width..][..width];
+            match self.sequences.get_mut(row) {
+                Some(sequence) if sequence.is_uploaded => continue,
+                Some(sequence) => {
+                    sequence.is_uploaded = true;
+                    let (used, rest) = table.split_at_mut(sequence.blocks.len());
+                    for (entry, block) in used.iter_mut().zip(&sequence.blocks) {
+                        *entry = *block as u32;
+                    }
+                    rest.fill(padding);
+                }
+                // Its sequence has ended.
+                None => table.fill(padding),
             }
+            changed = Some((changed.map_or(row, |(first, _)| first), row));
         }
-        // Rows of sequences that have ended are padding now.
-        (self.sequences.len()..self.rows).try_for_each(|row| set(row, &[]))?;
         self.rows = self.sequences.len();
+        let device = self.inputs.tables.device();
+        if let Some((first, last)) = changed {
+            let rows = &self.tables[first * width..(last + 1) * width];
+            let rows = Tensor::from_slice(rows, (last + 1 - first, width), device)?;
+            self.inputs.tables.slice_set(&rows, 0, first)?;
+        }
         let mut new = vec![0u32; 3 * self.batch_max];
         // Rows of padding have one token.
         new[2 * self.batch_max..].fill(1);
@@ -225,7 +238,7 @@ impl PagedCache {
             new[2 * self.batch_max + at] = sequence.length as u32;
         }
         let new = Tensor::from_vec(new, (3, self.batch_max), device)?;
-        Ok(numbers.slice_set(&new, 0, 0)?)
+        Ok(self.inputs.numbers.slice_set(&new, 0, 0)?)
     }
 
     /// Returns what steps read on the device.

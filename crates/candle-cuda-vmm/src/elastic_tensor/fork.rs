@@ -174,8 +174,10 @@ impl<'a> Source<'a> {
             mut fork,
             bytes,
         } = self;
-        extent.note_shared(bytes.shared.end);
-        fork.note_shared(bytes.shared.end);
+        if !bytes.shared.is_empty() {
+            extent.note_shared(bytes.shared.end);
+            fork.note_shared(bytes.shared.end);
+        }
         fork.start_live(bytes.live);
         rows.fork(Some(fork))
     }

@@ -390,7 +390,7 @@ impl ElasticTensor {
     /// `len` rows; then nothing changes.
     pub fn truncate(&mut self, len: usize) -> Result<()> {
         self.check_rows(&(0..len), "len is more than the number of rows")?;
-        self.rows_mut(|rows, column| with_rows!(rows, rows => rows.truncate(column, len)))
+        self.rows_mut(|rows, column| rows.truncate(column, len))
     }
 
     /// The bytes of device memory that are allocated for the rows now.
@@ -428,8 +428,7 @@ impl ElasticTensor {
 
     /// Drops all rows and frees their memory.
     pub fn clear(&mut self) {
-        let cleared =
-            self.rows_mut(|rows, column| with_rows!(rows, rows => rows.truncate(column, 0)));
+        let cleared = self.rows_mut(|rows, column| rows.truncate(column, 0));
         cleared.unwrap_or_default();
     }
 

@@ -64,6 +64,15 @@ impl Rows {
         }
     }
 
+    /// Keeps the first `len` rows of a column.
+    pub(super) fn truncate(&mut self, column: usize, len: usize) {
+        if let (0, Some(extent)) = (len, self.extent()) {
+            // Other columns may keep its memory.
+            extent.generation.end();
+        }
+        with_rows!(self, rows => rows.truncate(column, len));
+    }
+
     pub(super) fn finish(&mut self, growth: Growth) {
         with_rows!(self, rows => rows.finish(growth));
     }

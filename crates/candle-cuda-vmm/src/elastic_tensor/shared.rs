@@ -97,10 +97,10 @@ impl SharedRows {
 
     /// Drops the rows of all columns but these.
     pub(super) fn keep_columns(&self, kept: &[usize]) -> Result<()> {
-        with_rows!(&mut *self.lock()?, rows => {
-            let gone = rows.columns().filter(|column| !kept.contains(column));
-            gone.for_each(|column| rows.truncate(column, 0));
-        });
+        let mut rows = self.lock()?;
+        let columns = with_rows!(&*rows, rows => rows.columns());
+        let gone = columns.filter(|column| !kept.contains(column));
+        gone.for_each(|column| rows.truncate(column, 0));
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 
 use super::extent::Extent;
 use crate::error::Result;
+use crate::lease::check_not_captured;
 use candle_core::Tensor;
 use cuda_vmm::Stream;
 use std::ops::Range;
@@ -104,6 +105,7 @@ impl Space {
         row_bytes: usize,
         lease: impl Fn(Range<usize>) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        check_not_captured()?;
         let (page_bytes, live) = (self.extent.range().page_bytes(), self.extent.live());
         let first = (rows.start * row_bytes / page_bytes * page_bytes)
             .max(live.start)

@@ -5,8 +5,10 @@
 use super::ElasticTensor;
 use super::extent::Extent;
 use super::generation::Generation;
-use crate::error::{Result, VmmError};
+use crate::error::{GraphError, Result, VmmError};
+use candle_core::Device;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Tells whether the rows of tensors are still at the addresses at which they were when it was
 /// made, and in memory of their own. Cloning is cheap.
@@ -15,8 +17,11 @@ use std::sync::Arc;
 /// reached the end of their addresses or because a view showed what was written over; when all rows
 /// were dropped, with the tensor or without; and when a fork shares their memory.
 /// [`DecodeGraph::replay`](crate::graph::DecodeGraph::replay) asks it.
-#[derive(Clone, Debug, Default)]
-pub struct RowsWatch(Vec<Watched>);
+#[derive(Clone, Debug)]
+pub struct RowsWatch {
+    watched: Vec<Watched>,
+    device: Device,
+}
 
 #[derive(Clone, Debug)]
 struct Watched {
@@ -26,27 +31,44 @@ struct Watched {
 }
 
 impl RowsWatch {
-    /// Watches the rows of all these tensors.
-    pub(crate) fn of<'a>(tensors: impl IntoIterator<Item = &'a ElasticTensor>) -> Result<Self> {
-        let watches = tensors.into_iter().map(ElasticTensor::watch);
-        let watches: Result<Vec<_>> = watches.collect();
-        Ok(Self(
-            watches?.into_iter().flat_map(|watch| watch.0).collect(),
-        ))
+    /// Watches the rows of all these tensors, which are on this device.
+    pub(crate) fn of<'a>(
+        device: &Device,
+        tensors: impl IntoIterator<Item = &'a ElasticTensor>,
+    ) -> Result<Self> {
+        let watched = tensors.into_iter().map(|tensor| {
+            let watched = tensor.rows(|rows, _| rows.extent().map(Extent::watch))?;
+            let watched = watched.ok_or(VmmError::NotMapped { offset: 0, size: 0 })?;
+            watched.ok_or_else(|| GraphError::RowsMoved.into())
+        });
+        Ok(Self {
+            watched: watched.collect::<Result<_>>()?,
+            device: device.clone(),
+        })
+    }
+
+    /// Returns the device of the rows.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Returns whether all rows are where they were.
     pub fn is_current(&self) -> bool {
         let is_current = |watched: &Watched| watched.generation.get() == watched.seen;
-        self.0.iter().all(is_current)
+        self.watched.iter().all(is_current)
     }
 }
 
 impl Extent {
-    fn watch(&self) -> RowsWatch {
+    /// Watches the rows; `None` if others share their memory.
+    fn watch(&self) -> Option<Watched> {
+        let (live, shared_end) = (self.live(), self.shared_end.load(Ordering::Relaxed));
+        if shared_end > 0 && self.range().is_shared(live.start, live.len()) {
+            return None;
+        }
         let generation = self.generation.generation().clone();
         let seen = generation.get();
-        RowsWatch(vec![Watched { generation, seen }])
+        Some(Watched { generation, seen })
     }
 }
 
@@ -54,9 +76,9 @@ impl ElasticTensor {
     /// Watches the rows at their present addresses.
     ///
     /// # Errors
-    /// [`NotMapped`](VmmError::NotMapped) if there are no rows yet.
+    /// [`NotMapped`](VmmError::NotMapped) if there are no rows yet, and
+    /// [`GraphError::RowsMoved`] if others share their memory.
     pub fn watch(&self) -> Result<RowsWatch> {
-        let watch = self.rows(|rows, _| rows.extent().map(Extent::watch))?;
-        watch.ok_or(VmmError::NotMapped { offset: 0, size: 0 })
+        RowsWatch::of(self.device(), [self])
     }
 }

@@ -49,7 +49,8 @@ pub enum GraphError {
     },
 
     /// The step dropped a tensor that was made outside of it. The driver refuses to free that
-    /// memory during a capture, and it is lost.
+    /// memory during a capture, and it is lost. If operations follow the drop, the first of them
+    /// fails, and this is a [`Capture`](Self::Capture) with `CUDA_ERROR_INVALID_VALUE`.
     #[error("the captured step of {batch} sequences dropped a tensor that was made before it")]
     TensorDropped {
         /// The size of the bucket.
@@ -69,6 +70,12 @@ pub enum GraphError {
         /// The frees in the capture.
         frees: usize,
     },
+
+    /// The step appended to a cache of a pool, or took a view of one, while it was captured. The
+    /// graph would keep addresses that are the cache's for a moment only. It is the source of a
+    /// [`Capture`](Self::Capture).
+    #[error("a captured step may not append to caches of a pool, nor take views of them")]
+    PoolInStep,
 
     /// The step returned a tensor without dimensions, on another device or stream, or of another
     /// shape or dtype than when it ran for the first time.

@@ -13,7 +13,8 @@ use crate::attention::cuda_launch::launch;
 use crate::kernels::{FUSED, Kernel};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
-use candle_core::cuda::cudarc::driver::{DeviceRepr, LaunchConfig};
+use candle_core::cuda::cudarc::driver::sys::CUresult;
+use candle_core::cuda::cudarc::driver::{DeviceRepr, DriverError, LaunchConfig};
 use candle_core::{CudaDevice, DType, Result, Shape, Tensor};
 
 /// Pieces of a row that a thread keeps in registers: `HELD` of the kernels.
@@ -81,7 +82,7 @@ pub fn add_rms_norm(
 ) -> Result<Option<(Tensor, Tensor)>> {
     let device = x.device().as_cuda_device()?;
     let names = ["add_rms_norm_f16", "add_rms_norm_bf16", "add_rms_norm_f32"];
-    let Some(kernel) = kernel(device, x.dtype(), names) else {
+    let Some(kernel) = kernel(device, x.dtype(), names)? else {
         return Ok(None);
     };
     let stream = device.cuda_stream();
@@ -130,7 +131,7 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Option<Tensor>> {
     let device = gate_up.device().as_cuda_device()?;
     let dtype = gate_up.dtype();
     let names = ["silu_mul_f16", "silu_mul_bf16", "silu_mul_f32"];
-    let Some(kernel) = kernel(device, dtype, names) else {
+    let Some(kernel) = kernel(device, dtype, names)? else {
         return Ok(None);
     };
     let stream = device.cuda_stream();
@@ -164,16 +165,36 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Option<Tensor>> {
 
 /// Returns the kernel for a dtype by its names for F16, BF16 and F32; `None` if the driver does not
 /// load it.
-fn kernel(device: &CudaDevice, dtype: DType, [f16, bf16, f32]: [&str; 3]) -> Option<Kernel> {
+fn kernel(
+    device: &CudaDevice,
+    dtype: DType,
+    [f16, bf16, f32]: [&str; 3],
+) -> Result<Option<Kernel>> {
+    use CUresult::{
+        CUDA_ERROR_INVALID_IMAGE, CUDA_ERROR_INVALID_PTX, CUDA_ERROR_JIT_COMPILER_NOT_FOUND,
+        CUDA_ERROR_NO_BINARY_FOR_GPU, CUDA_ERROR_NOT_SUPPORTED, CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+    };
     let name = match dtype {
         DType::F16 => f16,
         DType::BF16 => bf16,
         _ => f32,
     };
-    let kernel = FUSED.kernel(device, name);
-    let kernel =
-        kernel.inspect_err(|error| tracing::debug!(%error, "Candle's operations are used"));
-    kernel.ok()
+    match FUSED.kernel(device, name) {
+        Err(
+            error @ DriverError(
+                CUDA_ERROR_INVALID_IMAGE
+                | CUDA_ERROR_INVALID_PTX
+                | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+                | CUDA_ERROR_NO_BINARY_FOR_GPU
+                | CUDA_ERROR_NOT_SUPPORTED
+                | CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+            ),
+        ) => {
+            tracing::debug!(%error, "Candle's operations are used");
+            Ok(None)
+        }
+        kernel => kernel.map(Some).w(),
+    }
 }
 
 fn is_aligned(address: &u64) -> bool {

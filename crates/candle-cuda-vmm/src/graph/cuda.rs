@@ -12,9 +12,12 @@
 use super::{Captured, Step, output};
 use crate::device::device_of_stream;
 use crate::error::{GraphError, Result, VmmError};
-use crate::lease::core_stream;
-use candle_core::{CudaDevice, Device};
+use crate::lease::{self, core_stream};
+use candle_core::cuda::cudarc::cublas::{CudaBlas, sys as cublas};
+use candle_core::cuda::cudarc::driver::{CudaStream, DevicePtr};
+use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
 use cuda_vmm::Graph;
+use std::sync::Arc;
 
 /// Fails if the device's stream cannot be captured.
 pub(super) fn check_device(device: &CudaDevice) -> Result<()> {
@@ -29,19 +32,77 @@ pub(super) fn check_device(device: &CudaDevice) -> Result<()> {
     }
 }
 
-/// Runs the step once, and captures it with a copy of its result.
-pub(super) fn capture(cuda: &CudaDevice, batch: usize, step: &mut Step<'_>) -> Result<Captured> {
-    let (stream, device) = (cuda.cuda_stream(), Device::Cuda(cuda.clone()));
-    // Small arrays that operations copy from the host are kept on the device while the step runs
-    // first, and are read there when it is captured.
+/// The workspace that cuBLAS asks for on new GPUs, in bytes.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// What the captured steps of one graph have beside their tensors.
+pub(super) struct Shared {
+    /// What cuBLAS writes to in captured steps. Otherwise each of its products would allocate in the
+    /// graph.
+    workspace: Tensor,
+}
+
+impl Shared {
+    pub(super) fn new(device: &Device) -> Result<Self> {
+        let workspace = Tensor::zeros(WORKSPACE_BYTES, DType::U8, device)?;
+        Ok(Self { workspace })
+    }
+
+    /// Has cuBLAS use the workspace while the result lives.
+    fn lend(&self, device: &CudaDevice) -> impl Sized {
+        struct Lent(Arc<CudaBlas>, Arc<CudaStream>);
+
+        impl Drop for Lent {
+            fn drop(&mut self) {
+                // SAFETY: handle and stream are alive. Naming the stream again ends the use of the
+                // workspace.
+                let ended = unsafe {
+                    cublas::cublasSetStream_v2(*self.0.handle(), self.1.cu_stream().cast())
+                };
+                if let Err(error) = ended.result() {
+                    tracing::warn!(%error, "cuBLAS keeps a workspace that was lent");
+                }
+            }
+        }
+
+        let (blas, stream) = (device.cublas_handle(), device.cuda_stream());
+        let (storage, _) = self.workspace.storage_and_layout();
+        if let Storage::Cuda(storage) = &*storage
+            && let Ok(slice) = storage.as_cuda_slice::<u8>()
+        {
+            let (address, _read) = slice.device_ptr(&stream);
+            let address = std::ptr::with_exposed_provenance_mut(address as usize);
+            // SAFETY: the memory has this size, and lives as long as the graphs whose steps name
+            // it. The handle works on one stream.
+            let lent =
+                unsafe { cublas::cublasSetWorkspace_v2(*blas.handle(), address, WORKSPACE_BYTES) };
+            if let Err(error) = lent.result() {
+                tracing::debug!(%error, "cuBLAS allocates in captured steps");
+            }
+        }
+        Lent(blas, stream)
+    }
+}
+
+/// Has Candle keep small arrays from the host on the device, while the result lives.
+pub(super) fn keep_arrays(device: &Device) -> impl Sized {
+    match device {
+        Device::Cuda(device) => Some(device.enable_cuda_graph_htod_cache()),
+        _ => None,
+    }
+}
+
+/// Captures the step, which has run, with a copy of its result to `output`.
+pub(super) fn capture(
+    cuda: &CudaDevice,
+    shared: &Shared,
+    batch: usize,
+    step: &mut Step<'_>,
+    output: Tensor,
+) -> Result<Captured> {
+    let stream = cuda.cuda_stream();
+    let _workspace = shared.lend(cuda);
     let _arrays = cuda.enable_cuda_graph_htod_cache();
-    let output = {
-        let made = step(batch).map_err(|error| GraphError::Warmup {
-            batch,
-            source: Box::new(error.into()),
-        })?;
-        output::like(&made, &device, batch)?
-    };
     // cudarc keeps the errors of drops for later calls.
     let check_drops = || match stream.context().check_err() {
         Ok(()) => Ok(()),
@@ -49,6 +110,7 @@ pub(super) fn capture(cuda: &CudaDevice, batch: usize, step: &mut Step<'_>) -> R
     };
     let core = core_stream(&device_of_stream(&stream)?, &stream);
     let captured = Graph::capture(&core, || {
+        let _captured = lease::refuse_on_this_thread();
         let made = step(batch)?;
         check_drops()?;
         output::check(&made, &output, batch)?;

@@ -15,7 +15,8 @@ use cuda_vmm::pool::blocks::{BlockError, BlockHold, BlockId};
 /// nothing but its own tensors.
 pub trait StepMemory {
     /// Checks that the memory is there, keeps it in place, and calls `launch`, which queues the
-    /// step. What goes away after that is freed behind the step.
+    /// step, or runs it on the CPU and before a capture. What goes away after that is freed behind
+    /// the step. A step over blocks does not back blocks or give some up.
     ///
     /// # Errors
     /// Why the memory is not there; then `launch` was not called. Otherwise what `launch` returns.
@@ -119,6 +120,7 @@ impl StepBlocks {
     fn check(&mut self, hold: &BlockHold) -> Result<()> {
         let is_named = |block: &BlockId| self.named[*block] > 0;
         let missing = match self.generation == Some(hold.generation()) {
+            true if self.unchecked.is_empty() => None,
             true => hold.find_missing(self.unchecked.iter().copied().filter(is_named))?,
             false => hold.find_missing((0..self.named.len()).filter(is_named))?,
         };
@@ -153,5 +155,9 @@ impl StepMemory for RowsWatch {
             true => launch(),
             false => Err(GraphError::RowsMoved.into()),
         }
+    }
+
+    fn device(&self) -> Option<&Device> {
+        Some(RowsWatch::device(self))
     }
 }

@@ -39,12 +39,15 @@ type Step<'a> = Box<dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a>;
 ///   are loaded, and once to be captured. The first replay follows. So a step must be one that may
 ///   run twice: [`attention::write`](crate::attention::write) writes the same rows again.
 /// - It must not read results on the host, copy from the host what differs from step to step, or
-///   wait for the device.
+///   wait for the device. Arrays that it copies from the host have at most 4 KiB.
 /// - It must not keep tensors that it makes, nor drop tensors that were made before.
-/// - It uses no other stream.
+/// - It must not append to caches of a pool, nor take views of them: their addresses are of a
+///   moment. Make views before.
+/// - It uses no other stream. While it is captured, no other thread uses the device: that work
+///   would become a part of the graph.
 ///
 /// What breaks these rules is a [`GraphError`] when the step is captured, and the device is usable
-/// after it. What the step owns or borrows lives as long as this object, so weights and inputs stay
+/// after it. Not found are work on other streams, and that of other threads. What the step owns or borrows lives as long as this object, so weights and inputs stay
 /// where they are. Do not put others in their place through a `RefCell` or a lock.
 ///
 /// # Memory that goes away
@@ -59,7 +62,7 @@ type Step<'a> = Box<dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a>;
 /// made it, because Candle keeps small arrays that captured steps read for as long as that thread
 /// lives.
 ///
-/// Tensors that the step makes and drops are memory of the graph, which the device holds beside all
+/// It takes 32 MiB for cuBLAS. Tensors that the step makes and drops are memory of the graph, which the device holds beside all
 /// budgets: [`cuda_vmm::Device::graph_memory`]. The graphs of a device share it.
 ///
 /// # On a CPU device
@@ -88,8 +91,10 @@ type Step<'a> = Box<dyn FnMut(usize) -> candle_core::Result<Tensor> + 'a>;
 pub struct DecodeGraph<'a> {
     device: Device,
     options: DecodeGraphOptions,
-    /// Dropped before the step, whose tensors their graphs name.
+    /// Dropped before what their graphs name.
     captured: BTreeMap<usize, Captured>,
+    #[cfg(feature = "cuda")]
+    shared: Option<cuda::Shared>,
     step: Step<'a>,
     counts: GraphCounts,
     /// Candle's arrays for captured steps are of a thread.
@@ -150,40 +155,57 @@ impl<'a> DecodeGraph<'a> {
             device: device.clone(),
             options,
             captured: BTreeMap::new(),
+            #[cfg(feature = "cuda")]
+            shared: match device.is_cuda() {
+                true => Some(cuda::Shared::new(device)?),
+                false => None,
+            },
             step: Box::new(step),
             counts: GraphCounts::default(),
             on_its_thread: PhantomData,
         })
     }
 
-    /// Captures the bucket of a batch, unless it is captured. The step runs once before.
+    /// Captures the bucket of a batch, unless it is captured. The step runs once before, over the
+    /// memory that it reaches.
     ///
     /// The inputs must be such that the step may run: padding, if there are no sequences yet.
     ///
     /// # Errors
-    /// Any [`GraphError`] but `RowsMoved` and `AnotherStream`. The bucket is not captured then, and
-    /// the others are as before.
-    pub fn capture(&mut self, batch: usize) -> Result<()> {
+    /// After an error the bucket is not captured, and the others are as before.
+    /// - Any [`GraphError`].
+    /// - What [`StepMemory::while_held`] returns: [`GraphError::RowsMoved`], or `NotBacked` for a
+    ///   block. Then the step did not run.
+    /// - [`CandleError`](crate::VmmError::CandleError) or [`Vmm`](crate::VmmError::Vmm) if there is
+    ///   no memory for the result.
+    pub fn capture(&mut self, batch: usize, memory: &mut dyn StepMemory) -> Result<()> {
         let bucket = self.options.bucket(batch)?;
         if self.captured.contains_key(&bucket) {
             return Ok(());
         }
-        let captured = match &self.device {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => cuda::capture(device, bucket, &mut self.step)?,
-            _ => {
-                let warmup = |source| GraphError::Warmup {
-                    batch: bucket,
-                    source: Box::new(source),
-                };
-                let made = (self.step)(bucket).map_err(|error| warmup(error.into()))?;
-                Captured {
-                    output: output::like(&made, &self.device, bucket)?,
-                    #[cfg(feature = "cuda")]
-                    graph: None,
-                }
-            }
+        self.check_stream(memory)?;
+        let Self { device, step, .. } = self;
+        let mut output = None;
+        memory.while_held(&mut || {
+            output = Some(warm_up(device, bucket, step)?);
+            Ok(())
+        })?;
+        // A memory that does not launch has refused.
+        let Some(output) = output else {
+            return Ok(());
         };
+        #[cfg(feature = "cuda")]
+        let captured = match (device, &self.shared) {
+            (Device::Cuda(device), Some(shared)) => {
+                cuda::capture(device, shared, bucket, step, output)?
+            }
+            _ => Captured {
+                output,
+                graph: None,
+            },
+        };
+        #[cfg(not(feature = "cuda"))]
+        let captured = Captured { output };
         self.captured.insert(bucket, captured);
         self.counts.captures += 1;
         Ok(())
@@ -194,13 +216,17 @@ impl<'a> DecodeGraph<'a> {
     ///
     /// # Errors
     /// As [`capture`](Self::capture), of the first bucket that fails.
-    pub fn capture_all(&mut self, mut progress: impl FnMut(CaptureProgress)) -> Result<()> {
+    pub fn capture_all(
+        &mut self,
+        memory: &mut dyn StepMemory,
+        mut progress: impl FnMut(CaptureProgress),
+    ) -> Result<()> {
         let buckets: Vec<_> = self.options.buckets().rev().collect();
         for bucket in &buckets {
             if self.captured.contains_key(bucket) {
                 continue;
             }
-            self.capture(*bucket)?;
+            self.capture(*bucket, memory)?;
             progress(CaptureProgress {
                 bucket: *bucket,
                 done: self.captured.len(),
@@ -218,16 +244,15 @@ impl<'a> DecodeGraph<'a> {
     ///
     /// # Errors
     /// - Those of [`capture`](Self::capture).
-    /// - [`GraphError::AnotherStream`] if the memory is of another device or stream.
-    /// - What [`StepMemory::while_held`] returns: [`GraphError::RowsMoved`], or `NotBacked` for a
-    ///   block. Then nothing was launched.
+    /// - [`GraphError::AnotherStream`] if the memory is of another device or stream, and what
+    ///   [`StepMemory::while_held`] returns. Then nothing was launched.
     /// - [`Vmm`](crate::VmmError::Vmm) with the driver's error, such as out of memory for what the
     ///   step allocates.
     /// - On a CPU device, any error of the step.
     pub fn replay(&mut self, batch: usize, memory: &mut dyn StepMemory) -> Result<Tensor> {
         let bucket = self.options.bucket(batch)?;
         self.check_stream(memory)?;
-        self.capture(bucket)?;
+        self.capture(bucket, memory)?;
         let Self { captured, step, .. } = self;
         // It was captured above.
         let Some(captured) = captured.get_mut(&bucket) else {
@@ -281,6 +306,21 @@ impl<'a> DecodeGraph<'a> {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+/// Runs the step, and returns a tensor for its results, with this one in it.
+fn warm_up(device: &Device, batch: usize, step: &mut Step<'_>) -> Result<Tensor> {
+    // Small arrays that operations copy from the host are kept on the device while the step runs
+    // first, and are read there when it is captured.
+    #[cfg(feature = "cuda")]
+    let _arrays = cuda::keep_arrays(device);
+    let made = step(batch).map_err(|error| GraphError::Warmup {
+        batch,
+        source: Box::new(error.into()),
+    })?;
+    let output = output::like(&made, device, batch)?;
+    output::write(&output, &made)?;
+    Ok(output)
 }
 
 impl Captured {

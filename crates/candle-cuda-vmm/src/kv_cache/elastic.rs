@@ -465,9 +465,10 @@ impl ElasticKvCache {
     ///
     /// # Errors
     /// [`UnknownShape`](VmmError::UnknownShape), with layer 0, if there were no tokens yet.
+    /// Otherwise as [`ElasticTensor::watch`].
     pub fn watch(&self) -> Result<RowsWatch> {
         match self.all_rows().next() {
-            Some(_) => RowsWatch::of(self.all_rows()),
+            Some(rows) => RowsWatch::of(rows.device(), self.all_rows()),
             None => Err(VmmError::UnknownShape { layer: 0 }),
         }
     }

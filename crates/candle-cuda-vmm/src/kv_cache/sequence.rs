@@ -473,7 +473,8 @@ impl Sequence {
     /// captured.
     ///
     /// # Errors
-    /// [`UnknownShape`](VmmError::UnknownShape) for a layer that has had no tokens yet.
+    /// [`UnknownShape`](VmmError::UnknownShape) for a layer that has had no tokens yet. Otherwise
+    /// as [`ElasticTensor::watch`].
     pub fn watch(&self) -> Result<RowsWatch> {
         self.with_layers(|caches| {
             for (layer, cache) in caches.iter() {
@@ -481,7 +482,8 @@ impl Sequence {
                     return Err(VmmError::UnknownShape { layer: *layer });
                 }
             }
-            RowsWatch::of(caches.iter().flat_map(|(_, cache)| cache.all_rows()))
+            let tensors = caches.iter().flat_map(|(_, cache)| cache.all_rows());
+            RowsWatch::of(self.pool.device(), tensors)
         })
     }
 

@@ -111,7 +111,7 @@ fn a_graph_keeps_its_device() {
     let core = core_device(&device).unwrap();
     let input = numbers(5, &device);
     let mut graph = graph(&device, move |batch| copied(&input, batch));
-    graph.capture_all(|_| {}).unwrap();
+    graph.capture_all(&mut (), |_| {}).unwrap();
     drop(device);
     let output = graph.replay(1, &mut ()).unwrap();
     assert_eq!(output.to_vec2::<f32>().unwrap(), [[5., 6.]]);
@@ -183,7 +183,7 @@ fn a_step_that_keeps_what_it_made_is_refused() {
         Ok(made)
     });
     refused!(
-        graph.capture(1),
+        graph.capture(1, &mut ()),
         VmmError::Graph(GraphError::TensorKept {
             batch: 1,
             allocations: 3,
@@ -211,14 +211,84 @@ fn a_step_that_drops_what_was_there_before_is_refused() {
         Ok(made)
     });
     refused!(
-        graph.capture(1),
+        graph.capture(1, &mut ()),
         VmmError::Graph(GraphError::TensorDropped { batch: 1 })
     );
     drop(graph);
+    // The next operation fails, and has the driver's error.
+    others.borrow_mut().push(numbers(3, &device));
+    let mut graph = graph_of_two(&device, &others, &input);
+    let error = graph.capture(1, &mut ()).unwrap_err();
+    let text = format!("{error:?}");
+    assert!(
+        matches!(error, VmmError::Graph(GraphError::Capture { batch: 1, .. })),
+        "{text}"
+    );
+    assert!(text.contains("CUDA_ERROR_INVALID_VALUE"), "{text}");
+    drop(graph);
     drop(input);
     expect_usable(&device);
-    // The driver did not free the tensor's memory.
+    // The driver did not free the tensors' memory.
     test.begin_again();
+}
+
+/// A step that drops a tensor in its second run, and goes on.
+fn graph_of_two<'a>(
+    device: &Device,
+    others: &'a RefCell<Vec<Tensor>>,
+    input: &'a Tensor,
+) -> DecodeGraph<'a> {
+    let mut runs = 0;
+    graph(device, move |batch| {
+        runs += 1;
+        if runs == 2 {
+            others.borrow_mut().pop();
+        }
+        copied(input, batch)
+    })
+}
+
+/// Its rows may leave their addresses, and nothing would hold them.
+#[test]
+fn a_step_that_appends_to_a_cache_or_takes_a_view_is_refused() {
+    let test = open();
+    let device = graph_device(&test);
+    let pool = TensorPool::new(&device).unwrap();
+    let rows = RefCell::new(pool.tensor(2, DType::F32).unwrap());
+    rows.borrow_mut().append(&numbers(0, &device)).unwrap();
+    let blocks = pool.blocks(4, [("k", 8, DType::F32)]).unwrap();
+    blocks.back([0]).unwrap();
+    let input = numbers(0, &device);
+    let acts: [(&str, &dyn Fn() -> candle_cuda_vmm::Result<()>); 3] = [
+        ("a view", &|| rows.borrow().view().map(drop)),
+        ("an append", &|| rows.borrow_mut().append(&input)),
+        ("blocks", &|| blocks.prefix("k").map(drop)),
+    ];
+    for (what, act) in acts {
+        let mut graph = graph(&device, |batch| {
+            act()?;
+            copied(&input, batch)
+        });
+        let error = graph.capture(1, &mut ()).unwrap_err();
+        let VmmError::Graph(GraphError::Capture { source, .. }) = error else {
+            panic!("{what}: {error:?}");
+        };
+        let VmmError::CandleError(inside) = &*source else {
+            panic!("{what}: {source:?}");
+        };
+        let found = VmmError::find(inside);
+        assert!(
+            matches!(found, Some(VmmError::Graph(GraphError::PoolInStep))),
+            "{what}: {source:?}"
+        );
+        drop(graph);
+        // After the capture they work.
+        act().unwrap();
+        device.synchronize().unwrap();
+    }
+    drop((rows, blocks, pool));
+    drop(input);
+    expect_usable(&device);
 }
 
 #[test]
@@ -250,7 +320,7 @@ fn a_result_of_another_stream_is_refused() {
     let input = numbers(0, &graph_device(&test));
     let mut graph = graph(&device, |batch| copied(&input, batch));
     refused!(
-        graph.capture(1),
+        graph.capture(1, &mut ()),
         VmmError::Graph(GraphError::Output { batch: 1, .. })
     );
     drop(graph);

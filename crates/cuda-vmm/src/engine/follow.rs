@@ -36,6 +36,10 @@ impl Following {
     /// an event that belongs to a capture, which would draw it in; the question whether the fence
     /// is past finds those events.
     fn run(&self) -> Result<bool> {
+        // A capture that begins between the question and the wait would be drawn in.
+        let Some(_no_capture) = CaptureGuard::try_none() else {
+            return Ok(false);
+        };
         for named in &self.streams {
             let stream = named.handle();
             let others = self.fences.iter().filter(|fence| !fence.is_on(stream));

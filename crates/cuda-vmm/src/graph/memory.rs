@@ -19,11 +19,11 @@ use crate::{Device, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct GraphMemory {
-    /// In use by graphs that run, or that have not freed it.
+    /// Mapped for what graphs allocate. It stays so after a launch, until it is trimmed.
     pub used_bytes: u64,
-    /// The most that was in use.
+    /// The most that was mapped.
     pub used_bytes_max: u64,
-    /// Held, in use or not.
+    /// Held, mapped or not.
     pub reserved_bytes: u64,
     /// The most that was held.
     pub reserved_bytes_max: u64,

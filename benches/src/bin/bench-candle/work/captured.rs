@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::machine::Machine;
 use crate::paged::{BLOCK_SIZE, PagedCache, StepInputs};
 use crate::weights::{Source, Weights};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use candle_core::{D, DType, Device, Tensor};
 use candle_cuda_vmm::device::cuda_with_own_stream;
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
@@ -24,6 +24,11 @@ const GROWING: [usize; 2] = [64, 4];
 const STEPS: [usize; 2] = [2048, 40];
 /// Sequences of each of two models.
 const SHARED: [usize; 2] = [8, 2];
+/// A step is compared with so many before it and behind it.
+const AROUND: usize = 16;
+/// Steps between two times at which unused memory is given back: fewer than one in a hundred steps
+/// comes after one.
+const TRIM: usize = 128;
 const SEED: u64 = 0;
 
 /// A model with a paged cache whose sequences all generate, token by token.
@@ -35,36 +40,42 @@ struct Subject {
     tokens: Vec<u32>,
 }
 
-impl Subject {
-    /// Makes a model with this many sequences of this length. What they hold is undefined: no time
-    /// depends on it.
-    fn new(
-        pool: &TensorPool,
-        config: &Config,
-        batch: usize,
-        length: usize,
-        length_max: usize,
-    ) -> Result<Self> {
-        let device = pool.device();
-        let weights = Weights::new(Source::Random(SEED), DType::BF16, device);
-        let decoder = Rc::new(BatchDecoder::new(config, weights, batch, device)?);
+/// A model, and where its caches get their memory.
+struct Stage {
+    pool: TensorPool,
+    config: Config,
+    decoder: Rc<BatchDecoder>,
+}
+
+impl Stage {
+    /// Makes sequences of these lengths. What they hold is undefined: no time depends on it.
+    fn subject(&self, lengths: &[usize], length_max: usize) -> Result<Subject> {
+        let Self {
+            pool,
+            config,
+            decoder,
+        } = self;
+        let (device, batch) = (pool.device(), lengths.len());
         let mut cache = PagedCache::new(pool, config, DType::BF16, batch, length_max)?;
-        let tokens = vec![1; length];
-        (0..batch).for_each(|_| cache.begin());
-        cache.extend(&vec![tokens.as_slice(); batch])?;
+        let tokens = vec![1; lengths.iter().copied().max().unwrap_or_default()];
+        lengths.iter().for_each(|_| cache.begin());
+        let new: Vec<_> = lengths.iter().map(|length| &tokens[..*length]).collect();
+        cache.extend(&new)?;
         let (model, inputs) = (decoder.clone(), cache.inputs().clone());
         let options = DecodeGraphOptions::of([batch]);
         let step = move |batch| next(&model, &inputs, batch);
         let mut graph = DecodeGraph::new(device, options, step)?;
-        graph.capture_all(|_| {})?;
-        Ok(Self {
-            decoder,
+        graph.capture_all(cache.named(), |_| {})?;
+        Ok(Subject {
+            decoder: decoder.clone(),
             cache,
             graph,
             tokens: vec![1; batch],
         })
     }
+}
 
+impl Subject {
     fn extend(&mut self) -> Result<()> {
         let new: Vec<_> = self.tokens.chunks(1).collect();
         Ok(self.cache.extend(&new)?)
@@ -79,6 +90,19 @@ impl Subject {
         let host = started.elapsed();
         self.tokens = next.to_vec1()?;
         Ok(host)
+    }
+
+    /// Fails unless the captured step gives the tokens of the same step launched kernel by kernel.
+    fn compare(&mut self) -> Result<()> {
+        self.replay()?;
+        let again = next(&self.decoder, self.cache.inputs(), self.tokens.len())?;
+        let again: Vec<u32> = again.to_vec1()?;
+        ensure!(
+            again == self.tokens,
+            "{again:?} one by one, {:?}",
+            self.tokens
+        );
+        Ok(())
     }
 
     /// The same, launched kernel by kernel.
@@ -125,14 +149,22 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         false => Device::Cpu,
     };
     let config = Config::parse(if machine.is_real() { LARGE } else { SMALL })?;
-    let pool = TensorPool::with_options(&device, TensorPoolOptions::new())?;
+    let weights = Weights::new(Source::Random(SEED), DType::BF16, &device);
+    let most = machine.sized(GROWING);
+    let decoder = BatchDecoder::new(&config, weights, most, &device)?;
+    let stage = Stage {
+        pool: TensorPool::with_options(&device, TensorPoolOptions::new())?,
+        decoder: Rc::new(decoder),
+        config,
+    };
     let rate = read_rate(machine, machine.sized([1 << 30, 1 << 16]), outcome)?;
     let (context, generated) = (machine.sized(CONTEXT), machine.sized(GENERATED));
     let rounds = machine.sized(ROUNDS);
     for batch in machine.sized([[1, 32], [1, 2]]) {
         let name = if batch == 1 { "1" } else { "32" };
         let longest = context + 2 * (rounds + 1) * generated + BLOCK_SIZE;
-        let subject = Subject::new(&pool, &config, batch, context, longest)?;
+        let mut subject = stage.subject(&vec![context; batch], longest)?;
+        subject.compare()?;
         let subject = &std::cell::RefCell::new(subject);
         let hosts = &std::cell::RefCell::new(Vec::new());
         let done = (batch * generated) as f64;
@@ -155,15 +187,15 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             .map(|took| took.as_nanos() as f64)
             .collect();
         outcome.times(&format!("host of a replay, {name}"), hosts);
-        let bytes = read_bytes(&config, batch, context);
+        let bytes = read_bytes(&stage.config, batch, context);
         let floor = format!("floor, {name}");
         outcome.rates(&floor, batch as f64, vec![bytes as f64 / rate * 1e9]);
         let subject = subject.borrow();
         ensure!(subject.graph.counts().captures == 1, "captured again");
         outcome.note(&format!("captured, {name}"), nodes(&subject.graph, batch));
     }
-    growing(machine, &pool, &config, outcome)?;
-    sharing(machine, &pool, &config, outcome)
+    growing(machine, &stage, outcome)?;
+    sharing(machine, &stage, outcome)
 }
 
 fn nodes(graph: &DecodeGraph<'_>, _batch: usize) -> String {
@@ -176,67 +208,69 @@ fn nodes(graph: &DecodeGraph<'_>, _batch: usize) -> String {
     "no graph".to_owned()
 }
 
-/// Sequences that grow together, block by block and page by page.
-fn growing(
-    machine: &Machine,
-    pool: &TensorPool,
-    config: &Config,
-    outcome: &mut Outcome,
-) -> Result<()> {
+/// Sequences that grow together, block by block and page by page. They begin at different lengths,
+/// so that some of them need a block in each step.
+fn growing(machine: &Machine, stage: &Stage, outcome: &mut Outcome) -> Result<()> {
+    const WARM: usize = 8;
     let (batch, steps) = (machine.sized(GROWING), machine.sized(STEPS));
-    let mut subject = Subject::new(pool, config, batch, 1, steps + BLOCK_SIZE)?;
-    // Some steps come before the first that counts.
-    (0..8).try_for_each(|_| subject.replay().map(drop))?;
-    let before = pool.engine().counters().ranges.late_prefetches;
+    let lengths: Vec<_> = (1..=batch).collect();
+    let mut subject = stage.subject(&lengths, batch + steps + WARM)?;
+    (0..WARM).try_for_each(|_| subject.replay().map(drop))?;
+    let late = || stage.pool.engine().counters().ranges.late_prefetches;
+    let before = late();
     let mut took = Vec::with_capacity(steps);
-    for _ in 8..steps {
+    for _ in 0..steps {
         let (_, elapsed) = time(|| subject.replay())?;
         took.push(elapsed.as_nanos() as f64);
     }
-    let late = pool.engine().counters().ranges.late_prefetches - before;
     let captures = subject.graph.counts().captures;
-    outcome.count("captures and late allocations", (captures + late) as f64);
-    outcome.times("worst step while growing", vec![quantile(&took, 1000)]);
-    outcome.times("median step while growing", vec![quantile(&took, 500)]);
-    let [p99, p999] = [990, 999].map(|per_mille| quantile(&took, per_mille) / 1e3);
-    let held = pool.committed_bytes() >> 20;
-    let note = format!("{steps} steps, to {held} MiB; p99 {p99:.0} µs, p99.9 {p999:.0} µs");
+    let calls = captures + late() - before;
+    outcome.count("captures and late allocations", calls as f64);
+    // A step reads all that is cached, so it takes longer as the sequences grow. Each is compared
+    // with those around it.
+    let around = took.windows(2 * AROUND + 1);
+    let (worst, median) = around
+        .map(|around| (around[AROUND], quantile(around, 500)))
+        .max_by(|one, other| (one.0 / one.1).total_cmp(&(other.0 / other.1)))
+        .context("too few steps")?;
+    outcome.times("worst step while growing", vec![worst]);
+    outcome.times("median of the steps around it", vec![median]);
+    let [first, last] = [took[AROUND], took[steps - AROUND]].map(|ns| ns / 1e3);
+    let held = stage.pool.committed_bytes() >> 20;
+    let note = format!("{steps} steps of {first:.0} to {last:.0} µs, to {held} MiB");
     outcome.note("worst step while growing", note);
     Ok(())
 }
 
 /// Two models in turns, whose sequences come and go, beside one of them alone.
-fn sharing(
-    machine: &Machine,
-    pool: &TensorPool,
-    config: &Config,
-    outcome: &mut Outcome,
-) -> Result<()> {
-    let (batch, steps) = (machine.sized(SHARED), machine.sized([1024, 12]));
+fn sharing(machine: &Machine, stage: &Stage, outcome: &mut Outcome) -> Result<()> {
+    let (batch, steps) = (machine.sized(SHARED), machine.sized([2048, 16]));
     let length = machine.sized([1024, 8]);
     let longest = length + steps + BLOCK_SIZE;
-    let mut models = [(); 2].map(|()| Subject::new(pool, config, batch, length, longest));
-    let mut alone = Vec::with_capacity(steps);
-    if let Ok(model) = &mut models[0] {
-        for _ in 0..steps / 2 {
-            alone.push(time(|| model.replay())?.1.as_nanos() as f64);
+    let model = || stage.subject(&vec![length; batch], longest);
+    let mut models = [model()?, model()?];
+    let timed =
+        |model: &mut Subject| -> Result<f64> { Ok(time(|| model.replay())?.1.as_nanos() as f64) };
+    let alone = (0..steps / 2).map(|_| timed(&mut models[0]));
+    outcome.times("a step alone", alone.collect::<Result<_>>()?);
+    for step in 0..steps / 2 {
+        // Both are as long as the one that was alone.
+        models[1].replay()?;
+        if step % 8 == 7 {
+            models[0].replace(step / 8 % batch, length)?;
         }
     }
-    let [first, second] = models;
-    let mut models = [first?, second?];
     let mut together = Vec::with_capacity(steps);
     for step in 0..steps {
-        let model = &mut models[step % 2];
-        together.push(time(|| model.replay())?.1.as_nanos() as f64);
+        together.push(timed(&mut models[step % 2])?);
         if step % 8 == 7 {
-            model.replace(step / 8 % batch, length)?;
+            models[step / 8 % 2].replace(step / 16 % batch, length)?;
         }
-        if step % 64 == 63 {
+        if step % TRIM == TRIM - 1 {
             // Memory goes back, and the worker makes it anew.
-            pool.trim()?;
+            stage.pool.trim()?;
         }
     }
     outcome.times("a step of two models", together);
-    outcome.times("a step alone", alone);
     Ok(())
 }

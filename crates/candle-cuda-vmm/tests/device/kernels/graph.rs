@@ -30,8 +30,8 @@ fn device(test: &mut UnderTest) -> Device {
             let device = cuda_with_own_stream(ordinal).unwrap();
             // A first step, for what is kept as long as the thread lives.
             let first = Step::new(&device);
-            first.one_token_each();
-            drop(first.graph());
+            let mut named = first.one_token_each();
+            drop(first.graph(&mut named));
             drop(first);
             device.synchronize().unwrap();
             test.begin_again();
@@ -114,11 +114,11 @@ impl Step {
         mixed.flatten_from(1)?.matmul(&self.weights[3])
     }
 
-    fn graph(&self) -> DecodeGraph<'_> {
+    fn graph(&self, memory: &mut dyn StepMemory) -> DecodeGraph<'_> {
         let options = DecodeGraphOptions::up_to(BATCH_MAX);
         let step = |batch| self.run(batch);
         let mut graph = DecodeGraph::new(self.device(), options, step).unwrap();
-        graph.capture_all(|_| {}).unwrap();
+        graph.capture_all(memory, |_| {}).unwrap();
         graph
     }
 
@@ -153,7 +153,7 @@ fn a_captured_step_has_the_bits_of_the_same_step_launched_one_by_one() {
     let device = device(&mut test);
     let step = Step::new(&device);
     let mut named = step.one_token_each();
-    let mut graph = step.graph();
+    let mut graph = step.graph(&mut named);
     assert_eq!(graph.counts().captures, 3);
     // Sequence `s` has the blocks `s`, `s + BATCH_MAX`, and so on, as it grows.
     let mut backed = 1;
@@ -201,7 +201,7 @@ fn a_batch_without_a_bucket_is_refused() {
     let device = device(&mut test);
     let step = Step::new(&device);
     let mut named = step.one_token_each();
-    let mut graph = step.graph();
+    let mut graph = step.graph(&mut named);
     for batch in [0, BATCH_MAX + 1] {
         refused!(
             graph.replay(batch, &mut named),
@@ -212,7 +212,7 @@ fn a_batch_without_a_bucket_is_refused() {
     let none = DecodeGraphOptions::of([0]);
     let mut without = DecodeGraph::new(&device, none, |batch| step.run(batch)).unwrap();
     refused!(
-        without.capture(1),
+        without.capture(1, &mut ()),
         VmmError::Graph(GraphError::NoBucket {
             batch: 1,
             batch_max: 0
@@ -232,7 +232,7 @@ fn a_replay_over_blocks_that_were_given_up_is_refused_and_launches_nothing() {
     let device = device(&mut test);
     let step = Step::new(&device);
     let mut named = step.one_token_each();
-    let mut graph = step.graph();
+    let mut graph = step.graph(&mut named);
     let before = numbers(&graph.replay(BATCH_MAX, &mut named).unwrap());
     let not_backed = |graph: &mut DecodeGraph<'_>, named: &mut StepBlocks, missing| {
         let result = graph.replay(BATCH_MAX, named);
@@ -273,6 +273,67 @@ fn a_replay_over_blocks_that_were_given_up_is_refused_and_launches_nothing() {
     );
     drop((graph, named));
     drop(step);
+    end(device);
+}
+
+/// The first replay of a bucket runs the step before it captures it.
+#[test]
+fn a_first_replay_over_blocks_that_were_given_up_runs_nothing() {
+    let mut test = open();
+    if !has_attention(&test) {
+        return;
+    }
+    let device = device(&mut test);
+    let step = Step::new(&device);
+    let mut named = step.one_token_each();
+    step.blocks.unback([1]).unwrap();
+    let runs = Cell::new(0);
+    let counted = |batch: usize| {
+        runs.set(runs.get() + 1);
+        step.run(batch)
+    };
+    let options = DecodeGraphOptions::up_to(BATCH_MAX);
+    let mut graph = DecodeGraph::new(&device, options, counted).unwrap();
+    for refused in [
+        graph.replay(BATCH_MAX, &mut named).map(drop),
+        graph.capture(BATCH_MAX, &mut named),
+        graph.capture_all(&mut named, |_| {}),
+    ] {
+        refused!(
+            refused,
+            VmmError::Vmm(CoreError::Block(BlockError::NotBacked { block: 1 }))
+        );
+    }
+    assert_eq!((runs.get(), graph.counts().captures), (0, 0));
+    step.blocks.back([1]).unwrap();
+    graph.replay(BATCH_MAX, &mut named).unwrap();
+    assert_eq!((runs.get(), graph.counts().captures), (2, 1));
+    drop((graph, named));
+    drop(step);
+    end(device);
+}
+
+/// A result of any strides is copied in order.
+#[test]
+fn a_result_that_is_not_contiguous_is_captured() {
+    let mut test = open();
+    if !has_attention(&test) {
+        return;
+    }
+    let device = device(&mut test);
+    let input = Tensor::arange(0f32, 24., &device).unwrap();
+    let input = input.reshape((4, 6)).unwrap();
+    let step = |batch: usize| (input.narrow(0, 0, batch)? + 1.)?.narrow(1, 1, 4)?.t();
+    let options = DecodeGraphOptions::up_to(4);
+    let mut graph = DecodeGraph::new(&device, options, step).unwrap();
+    for _ in 0..3 {
+        let output = graph.replay(4, &mut ()).unwrap();
+        assert_eq!(output.dims(), [4, 4]);
+        let expected = (0..16).map(|at| (at % 4 * 6 + at / 4 + 2) as f32);
+        assert_eq!(numbers(&output), expected.collect::<Vec<_>>());
+    }
+    drop(graph);
+    drop(input);
     end(device);
 }
 
@@ -344,8 +405,13 @@ fn a_replay_over_rows_that_have_left_their_addresses_is_refused() {
     let mut watch = cache.watch().unwrap();
     let fork = cache.fork().unwrap();
     refuse(&mut watch, "forked");
-    let mut watch = fork.watch().unwrap();
+    refused!(fork.watch(), VmmError::Graph(GraphError::RowsMoved));
+    refused!(cache.watch(), VmmError::Graph(GraphError::RowsMoved));
     drop(fork);
+    let mut last = pool.kv_cache(2, 64);
+    last.append(&token(), &token()).unwrap();
+    let mut watch = last.watch().unwrap();
+    drop(last);
     refuse(&mut watch, "dropped");
     // More tokens than it was made for.
     let mut short = pool.kv_cache(2, 2);
@@ -367,6 +433,9 @@ fn a_replay_over_rows_that_have_left_their_addresses_is_refused() {
     layers.iter_mut().for_each(appended);
     let mut watch = sequence.watch().unwrap();
     watch.while_held(&mut || Ok(())).unwrap();
+    layers[1].lock().unwrap().reset();
+    refuse(&mut watch, "one layer reset");
+    let mut watch = sequence.watch().unwrap();
     sequence.reset();
     refuse(&mut watch, "all layers reset");
 }
@@ -390,14 +459,14 @@ fn a_step_that_fails_or_changes_its_result_is_refused_and_can_be_captured_later(
     let options = || DecodeGraphOptions::up_to(4);
     let mut graph = DecodeGraph::new(&device, options(), step).unwrap();
     refused!(
-        graph.capture(3),
+        graph.capture(3, &mut ()),
         VmmError::Graph(GraphError::Warmup { batch: 4, .. })
     );
     if device.is_cuda() {
         calls.set(0);
         fails_at.set(2);
         refused!(
-            graph.capture(3),
+            graph.capture(3, &mut ()),
             VmmError::Graph(GraphError::Capture { batch: 4, .. })
         );
     }
@@ -419,7 +488,7 @@ fn a_step_that_fails_or_changes_its_result_is_refused_and_can_be_captured_later(
     let scalar = |_| input.sum_all();
     let mut scalar = DecodeGraph::new(&device, options(), scalar).unwrap();
     refused!(
-        scalar.capture(1),
+        scalar.capture(1, &mut ()),
         VmmError::Graph(GraphError::Output { batch: 1, .. })
     );
     drop((graph, changing, scalar));

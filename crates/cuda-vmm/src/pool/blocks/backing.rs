@@ -261,8 +261,8 @@ impl BlockBacking {
     /// unmapped behind that work. As long as [`generation`](BlockHold::generation) is the same, the
     /// blocks that were backed are backed, and need no other look.
     ///
-    /// It costs two locks. Hold it for no longer than the launch takes, and give up no blocks on
-    /// the same thread meanwhile: that call would wait for ever.
+    /// It costs two locks. Hold it for no longer than the launch takes. Meanwhile give up no blocks
+    /// on the same thread, and wait for none that does: that would wait for ever.
     ///
     /// # Errors
     /// [`VmmError::Forked`].
