@@ -108,10 +108,14 @@ pub(super) fn capture(
         Ok(()) => Ok(()),
         Err(_) => Err(GraphError::TensorDropped { batch }),
     };
+    let failed = |error| GraphError::Capture {
+        batch,
+        source: Box::new(error),
+    };
     let core = core_stream(&device_of_stream(&stream)?, &stream);
     let captured = Graph::capture(&core, || {
         let _captured = lease::refuse_on_this_thread();
-        let made = step(batch)?;
+        let made = step(batch).map_err(|error| failed(error.into()))?;
         check_drops()?;
         output::check(&made, &output, batch)?;
         output::write(&output, &made)
@@ -119,10 +123,7 @@ pub(super) fn capture(
     let dropped = check_drops();
     let (mut graph, ()) = captured.map_err(|error| match error {
         VmmError::Graph(error) => error,
-        error => GraphError::Capture {
-            batch,
-            source: Box::new(error),
-        },
+        error => failed(error),
     })?;
     dropped?;
     let nodes = graph.nodes();
