@@ -8,9 +8,10 @@ use std::time::Instant;
 
 type Step = (&'static str, fn(&Workspace) -> Result<()>);
 
-const STEPS: [Step; 13] = [
+const STEPS: [Step; 14] = [
     ("test", tests::run),
     ("long tests", tests::long),
+    ("server", tests::server),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
     ("formatting", |it| cargo(it, "fmt --all --check")),

@@ -9,6 +9,9 @@ use std::time::Instant;
 /// What turns on the simulator wherever it is optional, and what else of the core is.
 pub const FEATURES: &str = "--features cuda-vmm/simulator,cuda-vmm/serde";
 
+/// All but the server, whose dependencies take minutes to compile.
+const WITHOUT_SERVER: &str = "--workspace --exclude cuda-vmm-serve";
+
 /// Runs the workspace's tests, with nextest if it is installed: it runs the tests of all programs side by side.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
@@ -16,14 +19,23 @@ pub fn run(workspace: &Workspace) -> Result<()> {
     let run = |line: &str| workspace.cargo(&format!("{line} {FEATURES}")).run();
     let nextest = workspace.cargo("nextest --version").quiet();
     if nextest.ignore_stdout().ignore_stderr().run().is_ok() {
-        run("nextest run --workspace --status-level slow --final-status-level fail")?;
+        run(&format!(
+            "nextest run {WITHOUT_SERVER} --status-level slow --final-status-level fail"
+        ))?;
         // The model check's documentation is that of `cuda-vmm`.
-        run("test --doc --workspace --exclude cuda-vmm-model-check")?;
+        run(&format!(
+            "test --doc {WITHOUT_SERVER} --exclude cuda-vmm-model-check"
+        ))?;
     } else {
-        run("test --workspace")?;
+        run(&format!("test {WITHOUT_SERVER}"))?;
     }
     eprintln!("xtask: test: PASS in {}", display::time(started.elapsed()));
     Ok(())
+}
+
+/// Runs the tests of the server.
+pub fn server(workspace: &Workspace) -> Result<()> {
+    Ok(workspace.cargo("test --package cuda-vmm-serve").run()?)
 }
 
 /// Runs a thousand cases of the property test, and the model checker in fifteen times the orders.

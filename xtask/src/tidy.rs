@@ -134,7 +134,7 @@ fn the_page_of_errors_has_every_variant() {
 }
 
 /// Where crates begin.
-const CRATES: [&str; 8] = [
+const CRATES: [&str; 9] = [
     "crates/cuda-vmm/src",
     "crates/candle-cuda-vmm/src",
     "crates/cuda-vmm-sim/src",
@@ -142,6 +142,7 @@ const CRATES: [&str; 8] = [
     "benches/src/bin/bench",
     "benches/src/bin/bench-candle",
     "benches/src/bin/bench-serving",
+    "benches/serve/src",
     "xtask/src",
 ];
 

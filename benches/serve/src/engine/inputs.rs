@@ -1,0 +1,116 @@
+//! What a decode step reads on the device.
+
+use super::kv::Kv;
+use crate::scheduler::Id;
+use candle_core::{DType, Device, Tensor};
+use candle_cuda_vmm::attention::KvBatch;
+use candle_cuda_vmm::{BlockId, ElasticBlocks, Result};
+
+/// Tensors that keep their addresses, for the largest batch. Each step changes what is in them.
+/// Cloning is cheap, and clones are the same tensors.
+#[derive(Clone)]
+pub struct Inputs {
+    /// The new token, its position, and the length with it, of each row: U32 `[3, batch]`.
+    numbers: Tensor,
+    /// The blocks of each row: U32 `[batch, blocks_max]`.
+    tables: Tensor,
+    layers: Vec<[Tensor; 2]>,
+    blocks: ElasticBlocks,
+}
+
+impl Inputs {
+    /// Makes inputs of rows that are padding.
+    pub fn new(kv: &Kv, device: &Device, batch_max: usize, blocks_max: usize) -> Result<Self> {
+        let (layers, blocks) = kv.layers();
+        Ok(Self {
+            numbers: Tensor::zeros((3, batch_max), DType::U32, device)?,
+            tables: Tensor::zeros((batch_max, blocks_max), DType::U32, device)?,
+            layers,
+            blocks,
+        })
+    }
+
+    fn row(&self, row: usize, batch: usize) -> Result<Tensor> {
+        Ok(self.numbers.get(row)?.narrow(0, 0, batch)?)
+    }
+
+    /// The new tokens of the first `batch` rows, and their positions.
+    pub fn tokens(&self, batch: usize) -> Result<[Tensor; 2]> {
+        Ok([self.row(0, batch)?, self.row(1, batch)?])
+    }
+
+    /// K and V of each layer for the first `batch` rows.
+    pub fn kv(&self, batch: usize) -> Result<Vec<KvBatch>> {
+        let (tables, lengths) = (self.tables.narrow(0, 0, batch)?, self.row(2, batch)?);
+        let layers = self.layers.iter().map(|[k, v]| {
+            let kv = KvBatch::blocks(k, v, &tables)?.lengths(&lengths)?;
+            Ok(kv.checked_by(&self.blocks))
+        });
+        layers.collect()
+    }
+}
+
+/// The inputs, and what the device has in them.
+pub struct Rows {
+    inputs: Inputs,
+    tables: Vec<u32>,
+    blocks_max: usize,
+    batch_max: usize,
+    /// For rows that no sequence has.
+    padding: BlockId,
+}
+
+impl Rows {
+    /// Makes inputs of rows that are padding, for at most this many sequences of this many blocks.
+    pub fn new(kv: &mut Kv, device: &Device, batch_max: usize, blocks_max: usize) -> Result<Self> {
+        let padding = kv.padding()?;
+        let mut rows = Self {
+            inputs: Inputs::new(kv, device, batch_max, blocks_max)?,
+            tables: vec![u32::MAX; batch_max * blocks_max],
+            blocks_max,
+            batch_max,
+            padding,
+        };
+        rows.set(kv, &[])?;
+        Ok(rows)
+    }
+
+    /// The inputs.
+    pub fn inputs(&self) -> &Inputs {
+        &self.inputs
+    }
+
+    /// Writes the inputs of these sequences, in rows of this order, and padding behind them.
+    pub fn set(&mut self, kv: &Kv, sequences: &[Id]) -> Result<()> {
+        let mut numbers = vec![0u32; 3 * self.batch_max];
+        numbers[2 * self.batch_max..].fill(1);
+        let mut changed: Option<(usize, usize)> = None;
+        let (width, padding) = (self.blocks_max, self.padding as u32);
+        for (row, table) in self.tables.chunks_exact_mut(width).enumerate() {
+            let id = sequences.get(row);
+            let blocks = id.map_or(&[][..], |id| kv.table(*id));
+            let entries = blocks.iter().map(|block| *block as u32);
+            let entries = entries.chain(std::iter::repeat(padding)).take(width);
+            if !entries.clone().eq(table.iter().copied()) {
+                entries
+                    .zip(&mut *table)
+                    .for_each(|(new, entry)| *entry = new);
+                changed = Some((changed.map_or(row, |(first, _)| first), row));
+            }
+            if let Some(id) = id {
+                let tokens = kv.tokens(*id);
+                numbers[row] = tokens.last().copied().unwrap_or_default();
+                numbers[self.batch_max + row] = tokens.len().saturating_sub(1) as u32;
+                numbers[2 * self.batch_max + row] = tokens.len() as u32;
+            }
+        }
+        let device = self.inputs.tables.device();
+        if let Some((first, last)) = changed {
+            let new = &self.tables[first * width..(last + 1) * width];
+            let new = Tensor::from_slice(new, (last + 1 - first, width), device)?;
+            self.inputs.tables.slice_set(&new, 0, first)?;
+        }
+        let numbers = Tensor::from_vec(numbers, (3, self.batch_max), device)?;
+        Ok(self.inputs.numbers.slice_set(&numbers, 0, 0)?)
+    }
+}

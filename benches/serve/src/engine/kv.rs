@@ -1,0 +1,327 @@
+//! K and V of one model's sequences, in blocks that have memory while they are in use.
+
+use super::prefix::PrefixCache;
+use crate::config::Config;
+use crate::scheduler::{Blocks, Growth, Id};
+use candle_core::{DType, Tensor};
+use candle_cuda_vmm::attention::KvBatch;
+use candle_cuda_vmm::graph::StepBlocks;
+use candle_cuda_vmm::{
+    BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result, TensorPool,
+    VmmError,
+};
+use std::collections::HashMap;
+
+/// The tokens of a block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// How a model's blocks get their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// As sequences need it, made ahead; it goes back when others want it.
+    Elastic,
+    /// All at the start, and for good.
+    Static,
+    /// Page by page as sequences need it, and back as soon as pages are empty.
+    PageAtATime,
+}
+
+/// What is known of a sequence.
+#[derive(Debug, Default)]
+struct Sequence {
+    /// Its prompt, and what was generated.
+    tokens: Vec<u32>,
+    blocks: Vec<BlockId>,
+    /// How many of them, from the first on, are in the prefix cache.
+    known: usize,
+}
+
+/// The blocks of one model, its sequences, and the prefixes that it keeps.
+pub struct Kv {
+    /// K and V of each layer. Dropped before the blocks.
+    layers: Vec<[Tensor; 2]>,
+    blocks: ElasticBlocks,
+    allocator: ElasticBlockAllocator,
+    named: StepBlocks,
+    prefix: PrefixCache,
+    sequences: HashMap<Id, Sequence>,
+    policy: Policy,
+    /// The first failure that is not for want of memory.
+    failure: Option<VmmError>,
+}
+
+impl Kv {
+    /// Reserves addresses for this many blocks, and with the static policy their memory.
+    pub fn new(
+        pool: &TensorPool,
+        config: &Config,
+        dtype: DType,
+        num_blocks: usize,
+        sequences_max: usize,
+        policy: Policy,
+    ) -> Result<Self> {
+        let shape = (BLOCK_TOKENS, config.kv_heads(), config.head_dim());
+        let entries = (0..config.num_hidden_layers)
+            .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
+        let ahead = match policy {
+            Policy::Elastic => 4 * sequences_max,
+            Policy::Static | Policy::PageAtATime => 0,
+        };
+        let options = ElasticBlocksOptions::new().ahead_blocks_max(ahead);
+        let blocks = pool.blocks_with_options(num_blocks, entries, options)?;
+        if policy == Policy::Static {
+            blocks.back(0..num_blocks)?;
+        }
+        // SAFETY: tables name allocated blocks only, which `named` checks before each captured step.
+        // They are backed until they are freed, after which no table names them. No operation reads
+        // a whole tensor.
+        #[allow(unsafe_code)]
+        let tensors = unsafe { blocks.reserved_tensors()? };
+        let layers = tensors.chunks_exact(2);
+        Ok(Self {
+            layers: layers.map(|kv| [kv[0].clone(), kv[1].clone()]).collect(),
+            allocator: blocks.allocator(),
+            named: StepBlocks::new(&blocks),
+            blocks,
+            prefix: PrefixCache::new(BLOCK_TOKENS),
+            sequences: HashMap::new(),
+            policy,
+            failure: None,
+        })
+    }
+
+    /// K and V of all layers for a batch with these tables and lengths.
+    pub fn batch(&self, tables: &Tensor, lengths: &Tensor) -> Result<Vec<KvBatch>> {
+        let layers = self.layers.iter().map(|[k, v]| {
+            let kv = KvBatch::blocks(k, v, tables)?.lengths(lengths)?;
+            Ok(kv.checked_by(&self.blocks))
+        });
+        layers.collect()
+    }
+
+    /// Clones of the tensors of all layers, for a step that is captured.
+    pub fn layers(&self) -> (Vec<[Tensor; 2]>, ElasticBlocks) {
+        (self.layers.clone(), self.blocks.clone())
+    }
+
+    /// The blocks that tables name, for captured steps.
+    pub fn named(&mut self) -> &mut StepBlocks {
+        &mut self.named
+    }
+
+    /// A block that is never freed, for rows that no sequence has.
+    pub fn padding(&mut self) -> Result<BlockId> {
+        let block = self.allocator.allocate(1)?;
+        self.named.name(block.iter().copied())?;
+        Ok(block[0])
+    }
+
+    /// Notes a sequence with its prompt. It has no blocks yet.
+    pub fn begin(&mut self, id: Id, prompt: Vec<u32>) {
+        let sequence = Sequence {
+            tokens: prompt,
+            ..Sequence::default()
+        };
+        self.sequences.insert(id, sequence);
+    }
+
+    /// Appends a generated token.
+    pub fn push(&mut self, id: Id, token: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.tokens.push(token);
+        }
+    }
+
+    /// Forgets a sequence, which was released.
+    pub fn forget(&mut self, id: Id) {
+        self.release(id);
+        self.sequences.remove(&id);
+    }
+
+    /// The tokens of a sequence.
+    pub fn tokens(&self, id: Id) -> &[u32] {
+        self.sequences.get(&id).map_or(&[], |it| &it.tokens)
+    }
+
+    /// The blocks of a sequence.
+    pub fn table(&self, id: Id) -> &[BlockId] {
+        self.sequences.get(&id).map_or(&[], |it| &it.blocks)
+    }
+
+    /// Notes that the first `count` tokens of a sequence are in its blocks, and makes whole blocks
+    /// known to others.
+    pub fn computed(&mut self, id: Id, count: usize) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let whole = (count / BLOCK_TOKENS).min(sequence.blocks.len());
+        while sequence.known < whole {
+            let at = sequence.known;
+            let before = at.checked_sub(1).map(|before| sequence.blocks[before]);
+            let tokens = &sequence.tokens[at * BLOCK_TOKENS..][..BLOCK_TOKENS];
+            if !self.prefix.add(before, tokens, sequence.blocks[at]) {
+                // Another sequence has computed the same.
+                break;
+            }
+            sequence.known += 1;
+        }
+    }
+
+    /// Gives memory back: first what nothing uses, then prefixes. Returns how many bytes were
+    /// freed; they come free when the device has finished with them.
+    pub fn give_back(&mut self, bytes: usize) -> Result<usize> {
+        if self.policy == Policy::Static {
+            return Ok(0);
+        }
+        let mut freed = self.reclaim(bytes)?;
+        while freed < bytes {
+            let evicted = self.prefix.evict(EVICTED_AT_ONCE);
+            if evicted.is_empty() {
+                break;
+            }
+            self.allocator.free(evicted)?;
+            freed += self.reclaim(bytes - freed)?;
+        }
+        Ok(freed)
+    }
+
+    /// Forgets all prefixes that nothing uses, and gives their memory back.
+    pub fn clear_prefixes(&mut self) -> Result<()> {
+        let evicted = self.prefix.evict(usize::MAX);
+        self.allocator.free(evicted)?;
+        self.give_back(usize::MAX).map(drop)
+    }
+
+    fn reclaim(&mut self, bytes: usize) -> Result<usize> {
+        let plan = self.allocator.reclaim_candidates(bytes, |_| None);
+        let freed = plan.freed_bytes();
+        if freed > 0 {
+            self.allocator.commit(&plan)?;
+        }
+        Ok(freed)
+    }
+
+    /// Takes blocks, if need be those of prefixes that nothing uses.
+    fn allocate(&mut self, count: usize) -> Result<Vec<BlockId>> {
+        loop {
+            let error = match self.allocator.try_allocate(count) {
+                Ok(blocks) => return Ok(blocks),
+                Err(error) => error,
+            };
+            let evicted = self.prefix.evict(count);
+            if evicted.is_empty() {
+                return Err(error);
+            }
+            self.allocator.free(evicted)?;
+        }
+    }
+
+    /// The first failure of a call of the scheduler that was not for want of memory.
+    pub fn failure(&mut self) -> Option<VmmError> {
+        self.failure.take()
+    }
+
+    /// Blocks with prefixes that nothing uses.
+    pub fn unused_prefixes(&self) -> usize {
+        self.prefix.unused()
+    }
+
+    /// Blocks that are handed out: to sequences, prefixes and padding.
+    pub fn allocated(&self) -> usize {
+        self.allocator.allocated()
+    }
+
+    /// The number of sequences that have blocks, and of blocks that they have.
+    pub fn in_use(&self) -> (usize, usize) {
+        let held = self.sequences.values().filter(|it| !it.blocks.is_empty());
+        let (sequences, blocks) = (held.clone().count(), held.map(|it| it.blocks.len()).sum());
+        (sequences, blocks)
+    }
+
+    /// The blocks, with their statistics.
+    pub fn blocks(&self) -> &ElasticBlocks {
+        &self.blocks
+    }
+}
+
+/// Prefix blocks that are given up before memory is looked for again.
+const EVICTED_AT_ONCE: usize = 64;
+
+impl Blocks for Kv {
+    fn sequence_tokens_max(&self) -> usize {
+        // One block is for padding.
+        (self.blocks.num_blocks() - 1) * BLOCK_TOKENS
+    }
+
+    fn cached_prefix(&mut self, id: Id) -> usize {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return 0;
+        };
+        let computed = sequence.tokens.len().saturating_sub(1);
+        let taken = self.prefix.take(&sequence.tokens[..computed]);
+        // They exist.
+        _ = self.named.name(taken.iter().copied());
+        sequence.known = taken.len();
+        sequence.blocks = taken;
+        sequence.known * BLOCK_TOKENS
+    }
+
+    fn grow(&mut self, id: Id, tokens: usize) -> Growth {
+        let has = self.table(id).len();
+        let missing = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(has);
+        if missing == 0 {
+            return Growth::Done;
+        }
+        match self.allocate(missing) {
+            Ok(blocks) => {
+                // They exist.
+                _ = self.named.name(blocks.iter().copied());
+                if let Some(sequence) = self.sequences.get_mut(&id) {
+                    sequence.blocks.extend(blocks);
+                }
+                Growth::Done
+            }
+            Err(error) => {
+                let is_short = error.is_out_of_memory() || error.is_retryable();
+                let is_short = is_short || is_out_of_blocks(&error);
+                if !is_short && self.failure.is_none() {
+                    self.failure = Some(error);
+                }
+                Growth::Short
+            }
+        }
+    }
+
+    fn release(&mut self, id: Id) {
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return;
+        };
+        let blocks = std::mem::take(&mut sequence.blocks);
+        let known = std::mem::take(&mut sequence.known);
+        self.named.forget(blocks.iter().copied());
+        let (shared, own) = blocks.split_at(known.min(blocks.len()));
+        let freed = self.allocator.free(own.iter().copied());
+        // From the last on, so that a prefix is older than what is behind it.
+        let gone = shared.iter().rev().copied();
+        let gone: Vec<_> = gone.filter(|block| !self.prefix.release(*block)).collect();
+        let freed = freed.and_then(|()| self.allocator.free(gone));
+        let freed = freed.and_then(|()| match self.policy {
+            Policy::PageAtATime => self.reclaim(usize::MAX).map(drop),
+            _ => Ok(()),
+        });
+        if let Err(error) = freed
+            && self.failure.is_none()
+        {
+            self.failure = Some(error);
+        }
+    }
+}
+
+fn is_out_of_blocks(error: &VmmError) -> bool {
+    use candle_cuda_vmm::{BlockError, cuda_vmm};
+    let block = match error {
+        VmmError::Vmm(cuda_vmm::VmmError::Block(block)) => block,
+        _ => return false,
+    };
+    matches!(block, BlockError::OutOfBlocks { .. })
+}

@@ -1,0 +1,205 @@
+//! One model that serves: its scheduler, its memory, and its steps.
+
+use super::inputs::Rows;
+use super::kv::{BLOCK_TOKENS, Kv};
+use crate::batch::BatchDecoder;
+use crate::scheduler::{Ask, Chunk, Counts, Id, Limits, Refusal, Scheduler, Step};
+use candle_core::{D, DType, Device, Tensor};
+use candle_cuda_vmm::Result;
+use candle_cuda_vmm::attention::PromptSpan;
+use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
+use std::collections::HashMap;
+use std::rc::Rc;
+
+/// A token of a sequence, and whether it is the last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Made {
+    /// The sequence.
+    pub id: Id,
+    /// The token.
+    pub token: u32,
+}
+
+/// A model that serves. It stays on its thread, as its captured steps do.
+pub struct Runner {
+    decoder: Rc<BatchDecoder>,
+    kv: Kv,
+    scheduler: Scheduler,
+    rows: Rows,
+    graph: DecodeGraph<'static>,
+    device: Device,
+}
+
+impl Runner {
+    /// Makes a runner over these blocks. No step is captured yet.
+    pub fn new(decoder: BatchDecoder, mut kv: Kv, device: &Device, limits: Limits) -> Result<Self> {
+        let batch_max = limits.sequences_max;
+        let blocks_max = limits.context_max.div_ceil(BLOCK_TOKENS);
+        let rows = Rows::new(&mut kv, device, batch_max, blocks_max)?;
+        let decoder = Rc::new(decoder);
+        let (model, inputs) = (decoder.clone(), rows.inputs().clone());
+        let step = move |bucket| {
+            let [tokens, positions] = inputs.tokens(bucket)?;
+            let logits = model.decode(&tokens, &positions, &inputs.kv(bucket)?)?;
+            likeliest(&logits)
+        };
+        let options = DecodeGraphOptions::up_to(batch_max);
+        Ok(Self {
+            graph: DecodeGraph::new(device, options, step)?,
+            decoder,
+            kv,
+            scheduler: Scheduler::new(limits),
+            rows,
+            device: device.clone(),
+        })
+    }
+
+    /// Captures the steps of all sizes of batches.
+    pub fn capture(&mut self) -> Result<()> {
+        self.graph.capture_all(self.kv.named(), |_| {})
+    }
+
+    /// Has a sequence wait for its turn.
+    ///
+    /// # Errors
+    ///
+    /// Why it does not.
+    pub fn submit(
+        &mut self,
+        id: Id,
+        prompt: Vec<u32>,
+        generated_max: usize,
+    ) -> core::result::Result<(), Refusal> {
+        let ask = Ask {
+            id,
+            prompt_tokens: prompt.len(),
+            generated_max,
+        };
+        self.scheduler.submit(ask, &self.kv)?;
+        self.kv.begin(id, prompt);
+        Ok(())
+    }
+
+    /// Ends a sequence and frees its memory. Returns whether there was one.
+    pub fn cancel(&mut self, id: Id) -> bool {
+        let was_there = self.scheduler.cancel(id, &mut self.kv);
+        self.kv.forget(id);
+        was_there
+    }
+
+    /// Takes a step, if there is something to do and memory for it. Calls `made` with each token
+    /// that it gives, which returns whether the sequence ends there. Returns whether it took one.
+    pub fn step(&mut self, mut made: impl FnMut(Made) -> bool) -> Result<bool> {
+        let step = self.scheduler.plan(&mut self.kv);
+        if let Some(failure) = self.kv.failure() {
+            return Err(failure);
+        }
+        if step.is_empty() {
+            return Ok(false);
+        }
+        let tokens = self.compute(&step)?;
+        for chunk in &step.chunks {
+            self.kv.computed(chunk.id, chunk.first + chunk.count);
+        }
+        for id in &step.decodes {
+            self.kv.computed(*id, self.kv.tokens(*id).len());
+        }
+        let mut ends = Vec::new();
+        let ended = |id: Id| {
+            let Some(token) = tokens.get(&id).copied() else {
+                return false;
+            };
+            let is_last = made(Made { id, token });
+            ends.push((id, token));
+            is_last
+        };
+        let gone = self.scheduler.finish(&step, ended, &mut self.kv);
+        for (id, token) in ends {
+            self.kv.push(id, token);
+        }
+        gone.into_iter().for_each(|id| self.kv.forget(id));
+        match self.kv.failure() {
+            Some(failure) => Err(failure),
+            None => Ok(true),
+        }
+    }
+
+    /// Computes a step, and returns the next token of each sequence that has one.
+    fn compute(&mut self, step: &Step) -> Result<HashMap<Id, u32>> {
+        let prompts = match step.chunks.as_slice() {
+            [] => None,
+            chunks => Some(self.prompts(chunks)?),
+        };
+        let decodes = match step.decodes.as_slice() {
+            [] => None,
+            ids => {
+                self.rows.set(&self.kv, ids)?;
+                Some(self.graph.replay(ids.len(), self.kv.named())?)
+            }
+        };
+        let mut tokens = HashMap::new();
+        if let Some(next) = prompts {
+            let last = step.chunks.iter().zip(next.to_vec1()?);
+            let last = last.filter(|(chunk, _)| chunk.is_last);
+            tokens.extend(last.map(|(chunk, token)| (chunk.id, token)));
+        }
+        if let Some(next) = decodes {
+            tokens.extend(step.decodes.iter().copied().zip(next.to_vec1()?));
+        }
+        Ok(tokens)
+    }
+
+    /// Computes chunks of prompts, and returns the likeliest token after each.
+    fn prompts(&self, chunks: &[Chunk]) -> Result<Tensor> {
+        let end = |chunk: &Chunk| chunk.first + chunk.count;
+        let blocks = |chunk: &Chunk| end(chunk).div_ceil(BLOCK_TOKENS);
+        let width = chunks.iter().map(blocks).max().unwrap_or(1);
+        let (mut tokens, mut tables, mut spans) = (Vec::new(), Vec::new(), Vec::new());
+        for (at, chunk) in chunks.iter().enumerate() {
+            tokens.extend_from_slice(&self.kv.tokens(chunk.id)[chunk.first..end(chunk)]);
+            let table = &self.kv.table(chunk.id)[..blocks(chunk)];
+            let rest = std::iter::repeat_n(0, width - table.len());
+            tables.extend(table.iter().map(|block| *block as u32).chain(rest));
+            spans.push(PromptSpan::new(at, chunk.count, end(chunk)));
+        }
+        let lengths: Vec<_> = chunks.iter().map(|chunk| end(chunk) as u32).collect();
+        let device = &self.device;
+        let tables = Tensor::from_vec(tables, (chunks.len(), width), device)?;
+        let kv = self.kv.batch(&tables, &Tensor::new(lengths, device)?)?;
+        let tokens = Tensor::new(tokens, device)?;
+        Ok(likeliest(&self.decoder.prompt(&tokens, &spans, &kv)?)?)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.is_idle()
+    }
+
+    /// What there is, and what was done.
+    pub fn counts(&self) -> Counts {
+        self.scheduler.counts()
+    }
+
+    /// Gives memory back for others: unused blocks and prefixes first, then the youngest sequences.
+    pub fn give_back(&mut self, bytes: usize) -> Result<()> {
+        let freed = self.kv.give_back(bytes)?;
+        if freed < bytes && !self.scheduler.is_idle() {
+            let (sequences, blocks) = self.kv.in_use();
+            let per_sequence = blocks.checked_div(sequences).unwrap_or_default() * BLOCK_TOKENS;
+            self.scheduler.give_back(per_sequence.max(1), &mut self.kv);
+            self.kv.give_back(bytes - freed)?;
+        }
+        Ok(())
+    }
+
+    /// The memory.
+    pub fn kv(&mut self) -> &mut Kv {
+        &mut self.kv
+    }
+}
+
+/// Returns the likeliest token of each row: U32 `[batch]`.
+fn likeliest(logits: &Tensor) -> candle_core::Result<Tensor> {
+    // On the CPU Candle cannot compare some dtypes.
+    logits.to_dtype(DType::F32)?.argmax(D::Minus1)
+}

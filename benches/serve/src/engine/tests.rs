@@ -1,0 +1,141 @@
+//! A small model on the CPU, whose tokens are those of one sequence alone.
+
+use super::*;
+use crate::batch::BatchDecoder;
+use crate::config::Config;
+use crate::scheduler::{Id, Limits, Refusal};
+use crate::weights::{Source, Weights};
+use candle_core::{DType, Device};
+use candle_cuda_vmm::TensorPool;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
+
+const MODEL: &str = r#"{ "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256 }"#;
+const LIMITS: Limits = Limits {
+    sequences_max: 4,
+    step_tokens_max: 24,
+    context_max: 160,
+    waiting_max: 64,
+};
+/// Blocks of which one sequence of full length has ten, and few others fit beside it.
+const FEW: usize = 16;
+/// Blocks for all.
+const PLENTY: usize = 64;
+
+fn runner(policy: Policy, blocks: usize) -> (Runner, TensorPool) {
+    let config = Config::parse(MODEL).expect("a model");
+    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
+    let weights = Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
+    let decoder = BatchDecoder::new(&config, weights, LIMITS.sequences_max, &Device::Cpu);
+    let kv = Kv::new(
+        &pool,
+        &config,
+        DType::F32,
+        blocks,
+        LIMITS.sequences_max,
+        policy,
+    );
+    let kv = kv.expect("blocks");
+    let runner = Runner::new(decoder.expect("a decoder"), kv, &Device::Cpu, LIMITS);
+    (runner.expect("a runner"), pool)
+}
+
+fn prompt(random: &mut StdRng) -> Vec<u32> {
+    // Few different beginnings, so that prefixes are found again.
+    let kind = random.random_range(0..3u32);
+    let length = random.random_range(1..90);
+    (0..length).map(|at| (at * 7 + kind * 11) % 64).collect()
+}
+
+/// Runs until nothing is left, and returns the tokens of each sequence.
+fn drain(runner: &mut Runner, tokens: &mut HashMap<Id, Vec<u32>>) {
+    let mut empty = 0;
+    while !runner.is_idle() {
+        let stepped = runner.step(|made| {
+            tokens.entry(made.id).or_default().push(made.token);
+            false
+        });
+        empty = if stepped.expect("a step") {
+            0
+        } else {
+            empty + 1
+        };
+        assert!(empty < 3, "it is stuck");
+    }
+}
+
+#[test]
+fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
+    let mut random = StdRng::seed_from_u64(3);
+    let asks: Vec<_> = (0..24)
+        .map(|_| (prompt(&mut random), random.random_range(1..60)))
+        .collect();
+    let mut expected = HashMap::new();
+    for (at, (prompt, count)) in asks.iter().enumerate() {
+        let (mut alone, _pool) = runner(Policy::Elastic, PLENTY);
+        alone
+            .submit(Id(at as u64), prompt.clone(), *count)
+            .expect("it fits");
+        drain(&mut alone, &mut expected);
+    }
+    for (policy, blocks) in [
+        (Policy::Elastic, FEW),
+        (Policy::PageAtATime, FEW),
+        (Policy::Static, PLENTY),
+    ] {
+        let (mut runner, _pool) = runner(policy, blocks);
+        runner.capture().expect("captured");
+        let mut tokens = HashMap::new();
+        for (at, (prompt, count)) in asks.iter().enumerate() {
+            let id = Id(at as u64);
+            runner.submit(id, prompt.clone(), *count).expect("it fits");
+            if at % 3 == 0 {
+                runner
+                    .step(|made| {
+                        tokens
+                            .entry(made.id)
+                            .or_insert_with(Vec::new)
+                            .push(made.token);
+                        false
+                    })
+                    .expect("a step");
+            }
+        }
+        drain(&mut runner, &mut tokens);
+        assert_eq!(tokens, expected, "{policy:?}");
+        let counts = runner.counts();
+        assert!(counts.cached_tokens > 0, "{policy:?}");
+        assert_eq!(
+            counts.preemptions > 0,
+            blocks == FEW,
+            "{policy:?}: {counts:?}"
+        );
+        assert_eq!(runner.kv().in_use(), (0, 0), "{policy:?}");
+        runner.kv().clear_prefixes().expect("cleared");
+        assert_eq!(runner.kv().unused_prefixes(), 0);
+        assert_eq!(
+            runner.kv().allocated(),
+            1,
+            "{policy:?}: the block that pads"
+        );
+    }
+}
+
+#[test]
+fn a_sequence_that_goes_away_frees_its_memory_and_what_never_fits_is_refused() {
+    let (mut runner, _pool) = runner(Policy::Elastic, FEW);
+    runner.submit(Id(1), vec![1; 40], 100).expect("it fits");
+    for _ in 0..5 {
+        runner.step(|_| false).expect("a step");
+    }
+    assert!(runner.kv().in_use().1 >= 3);
+    assert!(runner.cancel(Id(1)));
+    assert!(!runner.cancel(Id(1)));
+    assert_eq!(runner.kv().in_use(), (0, 0));
+    assert!(runner.is_idle());
+    let refused = runner.submit(Id(2), vec![1; 100], 100);
+    assert!(matches!(refused, Err(Refusal::TooLong { tokens: 200, .. })));
+}
