@@ -52,6 +52,9 @@ enum Task {
     /// Use everything at random for some minutes, and check all bytes; what follows goes to the example
     #[command(disable_help_flag = true)]
     Soak(Example),
+    /// Serve language models that share memory, over HTTP as OpenAI's; what follows goes to the server
+    #[command(disable_help_flag = true)]
+    Serve(Passed),
     /// Run every test that needs no GPU
     Test {
         /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
@@ -123,6 +126,11 @@ fn start(task: Task) -> Result<u8> {
             setup::ensure(&workspace, false, false)?;
             let demo = "--package cuda-vmm --features simulator --example demo";
             return code(workspace.program(demo)?.args(passed.arguments));
+        }
+        Task::Serve(passed) => {
+            setup::ensure(&workspace, false, false)?;
+            let mut server = workspace.program("--package cuda-vmm-serve")?;
+            return code(server.args(passed.arguments));
         }
         Task::Generate(example) => return example.run(&workspace, gpu_test::GENERATE),
         Task::Soak(example) => return example.run(&workspace, gpu_test::SOAK),

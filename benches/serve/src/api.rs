@@ -1,0 +1,85 @@
+//! OpenAI's HTTP API in front of a [`Backend`].
+
+mod ask;
+mod body;
+mod completions;
+mod error;
+mod generation;
+mod page;
+mod reply;
+mod stream;
+
+use crate::request::Backend;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use axum::{Json, Router};
+use error::ApiError;
+use serde_json::{Value, json};
+use std::io;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+
+/// How large the body of a request may be.
+pub const BODY_BYTES_MAX: usize = 4 << 20;
+
+type App = Arc<dyn Backend>;
+
+/// Serves until `shutdown` is ready, and then until the running responses have ended.
+///
+/// It accepts nothing after `shutdown`. A client that reads nothing keeps its response running, so a
+/// caller that waits for a limited time puts a time-out around this and then ends the runtime.
+pub async fn serve(
+    listener: TcpListener,
+    backend: Arc<dyn Backend>,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    // Each token is a small packet that is wanted at once.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "no TCP_NODELAY");
+        }
+    });
+    let server = axum::serve(listener, router(backend));
+    server.with_graceful_shutdown(shutdown).await
+}
+
+fn router(backend: App) -> Router {
+    let router = Router::new()
+        .route("/", get(async || page::page()))
+        .route("/health", get(health))
+        .route("/metrics", get(metrics))
+        .route("/v1/models", get(models))
+        .route("/v1/completions", post(completions::complete))
+        .route("/v1/chat/completions", post(completions::chat))
+        .method_not_allowed_fallback(async |method: Method, uri: Uri| {
+            ApiError::Method(method, uri.path().to_owned())
+        })
+        .fallback(async |uri: Uri| ApiError::UnknownPath(uri.path().to_owned()));
+    let router = router.layer(DefaultBodyLimit::max(BODY_BYTES_MAX));
+    router.with_state(backend)
+}
+
+async fn health(State(backend): State<App>) -> (StatusCode, Json<Value>) {
+    let (status, word) = match backend.is_healthy() {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unhealthy"),
+    };
+    (status, Json(json!({ "status": word })))
+}
+
+async fn metrics(State(backend): State<App>) -> impl IntoResponse {
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], backend.metrics())
+}
+
+async fn models(State(backend): State<App>) -> Json<Value> {
+    let models = backend.models().into_iter().map(|model| {
+        json!({
+            "id": model.id, "object": "model", "created": model.created, "owned_by": "cuda-vmm",
+        })
+    });
+    Json(json!({ "object": "list", "data": models.collect::<Vec<_>>() }))
+}

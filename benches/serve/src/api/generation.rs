@@ -1,0 +1,103 @@
+//! The text of a response, as it is generated.
+
+use crate::api::error::ApiError;
+use crate::request::{Event, FinishReason};
+use crate::text::{Detokenizer, StopStrings, TokenizerError};
+use tokio::sync::mpsc;
+
+/// Makes text of an engine's events. When it is dropped, the engine learns that no more is wanted.
+#[derive(Debug)]
+pub struct Generation {
+    /// None once nothing more is wanted of it.
+    events: Option<mpsc::Receiver<Event>>,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    end: Option<FinishReason>,
+    usage: Usage,
+}
+
+/// The tokens of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    pub prompt: usize,
+    pub completion: usize,
+}
+
+/// What comes next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// Text, which is not empty.
+    Text(String),
+    /// There is no more.
+    End(FinishReason),
+}
+
+impl Generation {
+    /// The text that comes after a prompt, up to the first of some strings.
+    pub fn new(
+        events: mpsc::Receiver<Event>,
+        detokenizer: Detokenizer,
+        stop: Vec<String>,
+        prompt_tokens: usize,
+    ) -> Self {
+        Self {
+            events: Some(events),
+            detokenizer,
+            stops: StopStrings::new(stop),
+            end: None,
+            usage: Usage {
+                prompt: prompt_tokens,
+                completion: 0,
+            },
+        }
+    }
+
+    /// The tokens so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Waits for what comes next.
+    pub async fn next(&mut self) -> Result<Piece, ApiError> {
+        loop {
+            if let Some(reason) = self.end {
+                return Ok(Piece::End(reason));
+            }
+            let event = match &mut self.events {
+                Some(events) => events.recv().await,
+                None => None,
+            };
+            let text = match event {
+                Some(Event::Failed(problem)) => return Err(ApiError::Failed(problem)),
+                None => return Err(ApiError::failed("the engine gave the request up")),
+                Some(event) => self.text(event).map_err(ApiError::failed)?,
+            };
+            if self.stops.is_found() {
+                self.end = Some(FinishReason::Stop);
+            }
+            if self.end.is_some() {
+                self.events = None;
+            }
+            if !text.is_empty() {
+                return Ok(Piece::Text(text));
+            }
+        }
+    }
+
+    /// The text that comes with an event.
+    fn text(&mut self, event: Event) -> Result<String, TokenizerError> {
+        match event {
+            Event::Token(id) => {
+                self.usage.completion += 1;
+                let text = self.detokenizer.push(id)?;
+                Ok(self.stops.push(&text))
+            }
+            Event::End(reason) => {
+                self.end = Some(reason);
+                let rest = self.detokenizer.finish()?;
+                Ok(self.stops.push(&rest) + &self.stops.finish())
+            }
+            Event::Failed(_) => Ok(String::new()),
+        }
+    }
+}

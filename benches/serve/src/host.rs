@@ -1,0 +1,147 @@
+//! Several models under one limit of memory, each on a thread of its own.
+
+mod hosted;
+mod shape;
+
+pub use shape::{Shape, ShapeError};
+
+use crate::engine::Policy;
+use crate::request::{Backend, Event, Generate, ModelInfo, Refusal};
+use candle_core::Device;
+use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
+use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm};
+use cuda_vmm::SharedMemoryPool;
+use hosted::Hosted;
+use tokio::sync::mpsc;
+
+/// Where models run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// The CPU, with the simulated driver.
+    Cpu,
+    /// The GPU of this number.
+    Gpu(usize),
+}
+
+impl Place {
+    /// Makes a device object with a stream of its own.
+    fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Gpu(ordinal) => cuda_with_own_stream(ordinal),
+        }
+    }
+}
+
+/// How models share the memory, and how much of it there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sharing {
+    /// What all models may hold for K and V, in bytes.
+    pub limit_bytes: usize,
+    /// How blocks get their memory.
+    pub policy: Policy,
+    /// Sequences of a model that run at once.
+    pub sequences_max: usize,
+    /// Requests of a model that wait.
+    pub waiting_max: usize,
+    /// Tokens of prompts in a step.
+    pub step_tokens_max: usize,
+}
+
+/// A model that is asked for: its name, what it is, and its quota of the memory.
+#[derive(Clone, Debug)]
+pub struct ModelSpec {
+    /// The name that requests give.
+    pub name: String,
+    /// What it is.
+    pub shape: Shape,
+    /// Its guarantee, its ceiling and its priority.
+    pub quota: Quota,
+}
+
+/// Models that serve.
+pub struct Host {
+    pool: SharedMemoryPool,
+    models: Vec<Hosted>,
+}
+
+impl Host {
+    /// Makes all models, and captures their steps on a GPU.
+    ///
+    /// # Errors
+    ///
+    /// The first model that cannot be made; none is left then.
+    pub fn new(place: Place, sharing: &Sharing, specs: Vec<ModelSpec>) -> Result<Self> {
+        let device = core_device(&place.open()?)?;
+        let pool = SharedMemoryPool::new(&device, sharing.limit_bytes)?;
+        let count = specs.len();
+        let mut all_started = Vec::new();
+        let mut host = Self {
+            pool,
+            models: Vec::new(),
+        };
+        for spec in specs {
+            let account = host.pool.register_model(&spec.name, spec.quota)?;
+            let (model, started) = Hosted::start(place, sharing, count, account, spec)?;
+            host.models.push(model);
+            all_started.push(started);
+        }
+        // All are made at once, each on its thread.
+        for started in all_started {
+            let ended = |_| candle_core::Error::msg("the model's thread has ended");
+            started.recv().map_err(ended)??;
+        }
+        Ok(host)
+    }
+
+    /// Ends all models, when what they run has ended, and waits for them.
+    pub fn close(&self) {
+        self.models.iter().for_each(Hosted::close);
+    }
+
+    /// Forgets all prefixes that nothing uses, and gives their memory back.
+    pub fn clear_prefixes(&self) {
+        self.models.iter().for_each(Hosted::clear_prefixes);
+    }
+
+    /// The memory of all models.
+    pub fn pool(&self) -> &SharedMemoryPool {
+        &self.pool
+    }
+}
+
+impl Backend for Host {
+    fn models(&self) -> Vec<ModelInfo> {
+        self.models.iter().map(|it| it.info().clone()).collect()
+    }
+
+    fn submit(
+        &self,
+        model: &str,
+        ask: Generate,
+    ) -> core::result::Result<mpsc::Receiver<Event>, Refusal> {
+        let found = self.models.iter().find(|it| it.info().id == model);
+        found.ok_or(Refusal::UnknownModel)?.submit(ask)
+    }
+
+    fn metrics(&self) -> String {
+        let mut text = self.pool.snapshot().prometheus();
+        hosted::write_metrics(&self.models, &mut text);
+        text
+    }
+
+    fn is_healthy(&self) -> bool {
+        self.models.iter().all(Hosted::is_healthy)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// The error of a thread that could not be started.
+fn no_thread(error: std::io::Error) -> VmmError {
+    candle_core::Error::wrap(error).into()
+}

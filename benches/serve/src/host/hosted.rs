@@ -1,0 +1,415 @@
+//! One model, on its thread.
+
+use super::{ModelSpec, Place, Sharing, no_thread};
+use crate::batch::BatchDecoder;
+use crate::engine::{BLOCK_TOKENS, Kv, Policy, Runner};
+use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
+use crate::scheduler::{Counts, Id, Limits};
+use candle_cuda_vmm::{Account, Result, TensorPool, TensorPoolOptions, VmmError};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Wake, Waker};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+/// How long a model that has no memory waits before it looks again, if nothing tells it.
+const LOOK: Duration = Duration::from_millis(20);
+/// When a client that was refused may ask again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What a model's thread is told.
+enum Command {
+    Begin(Id, Generate, mpsc::Sender<Event>),
+    /// Memory is owed, or may be had.
+    Look,
+    ClearPrefixes(Sender<()>),
+    /// Ends when nothing is left.
+    Close,
+}
+
+/// What a model's thread tells.
+#[derive(Debug, Default)]
+struct Told {
+    /// Requests that were taken and have not ended.
+    open: AtomicUsize,
+    next: AtomicU64,
+    is_closing: AtomicBool,
+    has_failed: AtomicBool,
+    counts: Mutex<Counts>,
+}
+
+/// A model that serves.
+pub(super) struct Hosted {
+    info: ModelInfo,
+    commands: Sender<Command>,
+    told: Arc<Told>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Requests that may be open, those that run among them.
+    open_max: usize,
+}
+
+impl Hosted {
+    /// Starts the thread that makes the model. The receiver tells whether it is made.
+    pub(super) fn start(
+        place: Place,
+        sharing: &Sharing,
+        models: usize,
+        account: Account,
+        spec: ModelSpec,
+    ) -> Result<(Self, Receiver<Result<()>>)> {
+        let (commands, told) = (channel(), Arc::new(Told::default()));
+        let context = spec.shape.config.max_position_embeddings;
+        let created = SystemTime::now().duration_since(UNIX_EPOCH);
+        let info = ModelInfo {
+            id: spec.name.clone(),
+            created: created.map_or(0, |since| since.as_secs()),
+            context_tokens_max: context,
+            stop_ids: spec.shape.stop_ids.clone(),
+            tokenizer: spec.shape.tokenizer.clone(),
+            template: spec.shape.template.clone(),
+        };
+        let (tell, started) = channel();
+        let sharing = *sharing;
+        let (look, thread_told) = (commands.0.clone(), told.clone());
+        let builder = thread::Builder::new().name(spec.name.clone());
+        let serve = move || {
+            let made = make(place, &sharing, models, &account, &spec);
+            let runner = match made {
+                Ok(runner) => {
+                    _ = tell.send(Ok(()));
+                    runner
+                }
+                Err(error) => {
+                    thread_told.has_failed.store(true, Ordering::Relaxed);
+                    _ = tell.send(Err(error));
+                    return;
+                }
+            };
+            let waker = Waker::from(Arc::new(Looks(Mutex::new(look))));
+            account.set_owed_waker(Some(waker.clone()));
+            account.set_memory_waker(Some(waker));
+            let serving = Serving {
+                runner,
+                account: account.clone(),
+                requests: HashMap::new(),
+                told: thread_told,
+                is_closing: false,
+            };
+            serving.run(&commands.1);
+            account.set_owed_waker(None);
+            account.set_memory_waker(None);
+        };
+        let thread = builder.spawn(serve).map_err(no_thread)?;
+        let hosted = Self {
+            info,
+            commands: commands.0,
+            told,
+            thread: Mutex::new(Some(thread)),
+            open_max: sharing.sequences_max + sharing.waiting_max,
+        };
+        Ok((hosted, started))
+    }
+
+    pub(super) fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    pub(super) fn is_healthy(&self) -> bool {
+        !self.told.has_failed.load(Ordering::Relaxed)
+    }
+
+    /// Hands a request to the thread. Waits for nothing.
+    pub(super) fn submit(
+        &self,
+        ask: Generate,
+    ) -> core::result::Result<mpsc::Receiver<Event>, Refusal> {
+        let (tokens, tokens_max) = (ask.prompt.len(), self.info.context_tokens_max);
+        let tokens = tokens.saturating_add(ask.max_tokens);
+        if tokens > tokens_max {
+            return Err(Refusal::TooLong { tokens, tokens_max });
+        }
+        if self.told.is_closing.load(Ordering::Relaxed) || !self.is_healthy() {
+            return Err(Refusal::Closing);
+        }
+        if self.told.open.fetch_add(1, Ordering::Relaxed) >= self.open_max {
+            self.told.open.fetch_sub(1, Ordering::Relaxed);
+            return Err(Refusal::Busy {
+                retry_after: RETRY_AFTER,
+            });
+        }
+        let id = Id(self.told.next.fetch_add(1, Ordering::Relaxed));
+        let (events, receiver) = ask.channel();
+        match self.commands.send(Command::Begin(id, ask, events)) {
+            Ok(()) => Ok(receiver),
+            Err(_) => {
+                self.told.open.fetch_sub(1, Ordering::Relaxed);
+                Err(Refusal::Closing)
+            }
+        }
+    }
+
+    pub(super) fn clear_prefixes(&self) {
+        let (done, wait) = channel();
+        if self.commands.send(Command::ClearPrefixes(done)).is_ok() {
+            // An error says that the thread has ended.
+            _ = wait.recv();
+        }
+    }
+
+    /// Ends the thread when nothing is left to do, and waits for it.
+    pub(super) fn close(&self) {
+        self.told.is_closing.store(true, Ordering::Relaxed);
+        // An error says that it has ended.
+        _ = self.commands.send(Command::Close);
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(Err(_)) = thread.map(JoinHandle::join) {
+            tracing::error!(model = self.info.id, "the thread panicked");
+        }
+    }
+}
+
+/// Writes the counts of all models in Prometheus's text format.
+pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
+    type Count = fn(&Counts) -> u64;
+    let counts: [(&str, &str, Count); 6] = [
+        ("running", "gauge", |it| it.running as u64),
+        ("waiting", "gauge", |it| it.waiting as u64),
+        ("preemptions_total", "counter", |it| it.preemptions),
+        ("computed_tokens_total", "counter", |it| it.computed_tokens),
+        ("cached_tokens_total", "counter", |it| it.cached_tokens),
+        ("generated_tokens_total", "counter", |it| {
+            it.generated_tokens
+        }),
+    ];
+    for (name, kind, count) in counts {
+        // Writing to a string cannot fail.
+        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} {kind}");
+        for model in models {
+            let counts = model
+                .told
+                .counts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let (id, count) = (&model.info.id, count(&counts));
+            _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {count}");
+        }
+    }
+}
+
+/// Tells the thread to look at its memory.
+struct Looks(Mutex<Sender<Command>>);
+
+impl Wake for Looks {
+    fn wake(self: Arc<Self>) {
+        let look = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // An error says that the thread has ended.
+        _ = look.send(Command::Look);
+    }
+}
+
+/// Makes a model on its thread.
+fn make(
+    place: Place,
+    sharing: &Sharing,
+    models: usize,
+    account: &Account,
+    spec: &ModelSpec,
+) -> Result<Runner> {
+    let (device, config) = (place.open()?, &spec.shape.config);
+    let pool = TensorPool::on_account(&device, account, TensorPoolOptions::new())?;
+    let weights = spec.shape.weights(&device)?;
+    let decoder = BatchDecoder::new(config, weights, sharing.sequences_max, &device)?;
+    let token = 2 * config.num_hidden_layers * config.kv_heads() * config.head_dim();
+    let block_bytes = BLOCK_TOKENS * token * spec.shape.dtype.size_in_bytes();
+    let share_bytes = match sharing.policy {
+        Policy::Static => sharing.limit_bytes / models,
+        Policy::Elastic | Policy::PageAtATime => sharing.limit_bytes,
+    };
+    let limits = Limits {
+        sequences_max: sharing.sequences_max,
+        step_tokens_max: sharing.step_tokens_max,
+        context_max: config.max_position_embeddings,
+        waiting_max: sharing.sequences_max + sharing.waiting_max,
+    };
+    // No more than all sequences of full length can use, and one for padding.
+    let most = limits.sequences_max * limits.context_max.div_ceil(BLOCK_TOKENS) + 1;
+    let num_blocks = (share_bytes / block_bytes).clamp(2, most);
+    let kv = Kv::new(
+        &pool,
+        config,
+        spec.shape.dtype,
+        num_blocks,
+        limits.sequences_max,
+        sharing.policy,
+    )?;
+    let mut runner = Runner::new(decoder, kv, &device, limits)?;
+    if device.is_cuda() {
+        runner.capture()?;
+    }
+    Ok(runner)
+}
+
+/// A request that was taken.
+struct Request {
+    ask: Generate,
+    events: mpsc::Sender<Event>,
+    sent: usize,
+}
+
+/// The state of a model's thread.
+struct Serving {
+    runner: Runner,
+    account: Account,
+    requests: HashMap<Id, Request>,
+    told: Arc<Told>,
+    is_closing: bool,
+}
+
+impl Serving {
+    fn run(mut self, commands: &Receiver<Command>) {
+        let mut has_stepped = true;
+        loop {
+            self.listen(commands, has_stepped);
+            if self.is_closing && self.requests.is_empty() {
+                return;
+            }
+            self.drop_gone();
+            let stepped = self.give_back().and_then(|()| self.step());
+            *self
+                .told
+                .counts
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = self.runner.counts();
+            match stepped {
+                Ok(stepped) => has_stepped = stepped,
+                Err(error) => return self.fail(&error),
+            }
+        }
+    }
+
+    /// Takes in what it is told. Waits for it if there is nothing to do, and for a while if there
+    /// is no memory.
+    fn listen(&mut self, commands: &Receiver<Command>, has_stepped: bool) {
+        let first = match (self.runner.is_idle(), has_stepped) {
+            (true, _) if self.is_closing => None,
+            (true, _) => commands.recv().ok(),
+            (false, true) => None,
+            (false, false) => commands.recv_timeout(LOOK).ok(),
+        };
+        for command in first.into_iter().chain(commands.try_iter()) {
+            match command {
+                Command::Begin(id, ask, events) => self.begin(id, ask, events),
+                Command::Look => {}
+                Command::ClearPrefixes(done) => {
+                    if let Err(error) = self.runner.kv().clear_prefixes() {
+                        tracing::warn!(%error, "prefixes could not be given back");
+                    }
+                    // Who asked may have gone.
+                    _ = done.send(());
+                }
+                Command::Close => self.is_closing = true,
+            }
+        }
+    }
+
+    fn begin(&mut self, id: Id, ask: Generate, events: mpsc::Sender<Event>) {
+        match self.runner.submit(id, ask.prompt.clone(), ask.max_tokens) {
+            Ok(()) => {
+                let request = Request {
+                    ask,
+                    events,
+                    sent: 0,
+                };
+                self.requests.insert(id, request);
+            }
+            Err(refusal) => {
+                self.told.open.fetch_sub(1, Ordering::Relaxed);
+                // The client may have gone.
+                _ = events.try_send(Event::Failed(refusal.to_string()));
+            }
+        }
+    }
+
+    /// Ends the requests whose clients have gone.
+    fn drop_gone(&mut self) {
+        let gone = self.requests.iter().filter(|(_, it)| it.events.is_closed());
+        let gone: Vec<_> = gone.map(|(id, _)| *id).collect();
+        for id in gone {
+            self.runner.cancel(id);
+            self.requests.remove(&id);
+            self.told.open.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn give_back(&mut self) -> Result<()> {
+        match self.account.owed_bytes() {
+            0 => Ok(()),
+            owed => {
+                self.runner.give_back(owed)?;
+                self.account.give_back()?;
+                Ok(())
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<bool> {
+        let Self {
+            runner,
+            requests,
+            told,
+            ..
+        } = self;
+        let mut over = Vec::new();
+        let stepped = runner.step(|made| {
+            let Some(request) = requests.get_mut(&made.id) else {
+                return true;
+            };
+            let is_last = request.take(made.token);
+            if is_last {
+                over.push(made.id);
+            }
+            is_last
+        });
+        for id in over {
+            requests.remove(&id);
+            told.open.fetch_sub(1, Ordering::Relaxed);
+        }
+        stepped
+    }
+
+    /// Ends all requests after a failure that no request caused.
+    fn fail(mut self, error: &VmmError) {
+        self.told.has_failed.store(true, Ordering::Relaxed);
+        tracing::error!(%error, "the model has failed");
+        for (_, request) in self.requests.drain() {
+            // The client may have gone.
+            _ = request.events.try_send(Event::Failed(error.to_string()));
+        }
+    }
+}
+
+impl Request {
+    /// Sends a token. Returns whether it is the last, or nobody wants it.
+    fn take(&mut self, token: u32) -> bool {
+        if self.ask.stop_ids.contains(&token) {
+            // The client may have gone.
+            _ = self.events.try_send(Event::End(FinishReason::Stop));
+            return true;
+        }
+        self.sent += 1;
+        let is_wanted = self.events.try_send(Event::Token(token)).is_ok();
+        let is_last = self.sent >= self.ask.max_tokens;
+        if is_last {
+            _ = self.events.try_send(Event::End(FinishReason::Length));
+        }
+        is_last || !is_wanted
+    }
+}

@@ -1,0 +1,166 @@
+//! Models that share memory on the CPU, and clients of which many vanish.
+
+use candle_core::DType;
+use candle_cuda_vmm::Quota;
+use cuda_vmm_serve::engine::Policy;
+use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, ShapeError, Sharing};
+use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, Refusal, Sampling};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+const MODELS: [&str; 2] = ["one", "two"];
+/// A page of K and V of two layers for each model, and two such steps more.
+const LIMIT: usize = 32 << 20;
+
+fn sharing(policy: Policy) -> Sharing {
+    Sharing {
+        limit_bytes: LIMIT,
+        policy,
+        sequences_max: 4,
+        waiting_max: 1000,
+        step_tokens_max: 64,
+    }
+}
+
+fn host(sharing: &Sharing) -> Host {
+    let specs = MODELS.map(|name| ModelSpec {
+        name: name.to_owned(),
+        shape: Shape::read("tiny", 3, DType::F32).expect("a shape"),
+        quota: Quota::new(),
+    });
+    Host::new(Place::Cpu, sharing, specs.into()).expect("models")
+}
+
+fn ask(random: &mut StdRng) -> Generate {
+    let kind = random.random_range(0..4);
+    let length = random.random_range(1..80);
+    Generate {
+        prompt: (0..length).map(|at| (at * 5 + kind) % 250).collect(),
+        max_tokens: random.random_range(1..40),
+        sampling: Sampling {
+            temperature: 0.,
+            top_p: 1.,
+            seed: None,
+        },
+        stop_ids: vec![256],
+    }
+}
+
+/// What a request gave: its tokens, and how it ended.
+type Reply = (Vec<u32>, FinishReason);
+
+fn reply(host: &Host, model: &str, ask: Generate) -> Reply {
+    let mut events = host.submit(model, ask).expect("there is room");
+    let mut tokens = Vec::new();
+    loop {
+        match events.blocking_recv().expect("an end comes") {
+            Event::Token(token) => tokens.push(token),
+            Event::End(reason) => return (tokens, reason),
+            Event::Failed(why) => panic!("{why}"),
+        }
+    }
+}
+
+/// The bytes of K and V that are in use.
+fn live_bytes(host: &Host) -> usize {
+    host.pool().snapshot().engine.parts.live_page_bytes
+}
+
+#[test]
+fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
+    const REQUESTS: usize = 96;
+    let mut random = StdRng::seed_from_u64(9);
+    let asks: Vec<_> = (0..REQUESTS).map(|_| ask(&mut random)).collect();
+    let alone = host(&sharing(Policy::Elastic));
+    let mut expected = HashMap::new();
+    for ask in &asks {
+        let key = (ask.prompt.clone(), ask.max_tokens);
+        expected
+            .entry(key)
+            .or_insert_with(|| reply(&alone, "one", ask.clone()));
+    }
+    drop(alone);
+    for policy in [Policy::Elastic, Policy::PageAtATime, Policy::Static] {
+        let host = host(&sharing(policy));
+        std::thread::scope(|scope| {
+            for client in 0..8 {
+                let (host, asks, expected) = (&host, &asks, &expected);
+                scope.spawn(move || {
+                    let mut random = StdRng::seed_from_u64(client as u64);
+                    for ask in asks.iter().skip(client).step_by(8) {
+                        let model = MODELS[random.random_range(0..2)];
+                        if random.random_bool(0.4) {
+                            // It goes away after a while.
+                            let mut events = host.submit(model, ask.clone()).expect("room");
+                            let some = random.random_range(0..ask.max_tokens);
+                            for _ in 0..some {
+                                _ = events.blocking_recv();
+                            }
+                            continue;
+                        }
+                        // Models have the same weights.
+                        let key = (ask.prompt.clone(), ask.max_tokens);
+                        assert_eq!(reply(host, model, ask.clone()), expected[&key]);
+                    }
+                });
+            }
+        });
+        assert!(host.is_healthy(), "{policy:?}");
+        let text = host.metrics();
+        let ended = Instant::now() + Duration::from_secs(10);
+        while !host.metrics().contains("running{model=\"one\"} 0") && Instant::now() < ended {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(text.contains("cuda_vmm_serve_cached_tokens_total{model=\"two\"}"));
+        host.clear_prefixes();
+        host.clear_prefixes();
+        if policy != Policy::Static {
+            // The pages of the block that pads, in each tensor of each model.
+            assert_eq!(live_bytes(&host), 2 * 4 * (2 << 20), "{policy:?}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let host = host(&Sharing {
+        waiting_max: 0,
+        sequences_max: 1,
+        ..sharing(Policy::Elastic)
+    });
+    let mut random = StdRng::seed_from_u64(1);
+    let unknown = host.submit("three", ask(&mut random)).map(drop);
+    assert_eq!(unknown, Err(Refusal::UnknownModel));
+    let long = Generate {
+        max_tokens: 4000,
+        ..ask(&mut random)
+    };
+    let too_long = host.submit("one", long).map(drop);
+    assert!(
+        matches!(too_long, Err(Refusal::TooLong { .. })),
+        "{too_long:?}"
+    );
+    let first = Generate {
+        max_tokens: 1500,
+        ..ask(&mut random)
+    };
+    let running = host.submit("one", first.clone()).expect("room");
+    let busy = host.submit("one", first.clone()).map(drop);
+    assert!(matches!(busy, Err(Refusal::Busy { .. })), "{busy:?}");
+    drop(running);
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while host.submit("one", ask(&mut random)).is_err() {
+        assert!(
+            Instant::now() < deadline,
+            "a client that goes away makes room"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    host.close();
+    let closed = host.submit("one", ask(&mut random)).map(drop);
+    assert_eq!(closed, Err(Refusal::Closing));
+    let nowhere = Shape::read("/nowhere", 0, DType::F32);
+    assert!(matches!(nowhere, Err(ShapeError::Unknown(_))));
+}
