@@ -26,6 +26,7 @@ mod kernels {
         "attention/write",
         "attention/read",
         "fused",
+        "sample",
     ];
 
     /// The oldest architecture that has the instructions of attention.

@@ -4,22 +4,19 @@
 // Threads take 16 bytes at a time if sizes and addresses allow, else one element. Arithmetic is
 // F32. `src/fused/cuda.rs` has the arguments' fields in the same order.
 #include "attention/warp.cuh"
+#include "rows.cuh"
 
 namespace fused {
 
 using attention::LANES;
 using attention::narrow;
 using attention::wide;
+using rows::Piece;
+using rows::row;
+using rows::Rows;
 
 // Pieces of a row that a thread keeps in registers.
 constexpr unsigned HELD = 2;
-
-// Rows of a tensor. The elements of a row are side by side.
-struct Rows {
-    const void *first;
-    // Elements from one row to the next.
-    unsigned long long stride;
-};
 
 struct NormArguments {
     Rows x;
@@ -46,17 +43,6 @@ struct GatedArguments {
     // Whether all rows, and all their halves, begin and end at multiples of 16 bytes.
     unsigned is_wide;
 };
-
-// Elements that are loaded at once.
-template <typename T, unsigned COUNT> struct alignas(COUNT * sizeof(T)) Piece {
-    T elements[COUNT];
-};
-
-// The pieces of a block's row.
-template <typename P, typename T> __device__ inline const P *row(const Rows &rows, const T *) {
-    const T *first = static_cast<const T *>(rows.first) + blockIdx.x * rows.stride;
-    return reinterpret_cast<const P *>(first);
-}
 
 // The sum over all threads of a block, which has whole warps. Each thread gets it. It is called
 // once by a kernel.
@@ -189,16 +175,9 @@ template <typename T> __device__ inline void silu_mul(const GatedArguments &give
 
 } // namespace fused
 
-#ifndef ATTENTION_ON_THE_HOST
-#define FUSED_KERNEL(NAME, ARGUMENTS)                                                              \
-    extern "C" __global__ void __launch_bounds__(1024) NAME(const __grid_constant__ ARGUMENTS given)
-#else
-#define FUSED_KERNEL(NAME, ARGUMENTS) void NAME(const ARGUMENTS &given)
-#endif
-
-FUSED_KERNEL(add_rms_norm_f16, fused::NormArguments) { fused::add_rms_norm<__half>(given); }
-FUSED_KERNEL(add_rms_norm_bf16, fused::NormArguments) { fused::add_rms_norm<__nv_bfloat16>(given); }
-FUSED_KERNEL(add_rms_norm_f32, fused::NormArguments) { fused::add_rms_norm<float>(given); }
-FUSED_KERNEL(silu_mul_f16, fused::GatedArguments) { fused::silu_mul<__half>(given); }
-FUSED_KERNEL(silu_mul_bf16, fused::GatedArguments) { fused::silu_mul<__nv_bfloat16>(given); }
-FUSED_KERNEL(silu_mul_f32, fused::GatedArguments) { fused::silu_mul<float>(given); }
+ROWS_KERNEL(add_rms_norm_f16, fused::NormArguments) { fused::add_rms_norm<__half>(given); }
+ROWS_KERNEL(add_rms_norm_bf16, fused::NormArguments) { fused::add_rms_norm<__nv_bfloat16>(given); }
+ROWS_KERNEL(add_rms_norm_f32, fused::NormArguments) { fused::add_rms_norm<float>(given); }
+ROWS_KERNEL(silu_mul_f16, fused::GatedArguments) { fused::silu_mul<__half>(given); }
+ROWS_KERNEL(silu_mul_bf16, fused::GatedArguments) { fused::silu_mul<__nv_bfloat16>(given); }
+ROWS_KERNEL(silu_mul_f32, fused::GatedArguments) { fused::silu_mul<float>(given); }

@@ -65,6 +65,9 @@ pub(crate) static WRITE: Image = image!("attention/write");
 /// The kernels that do what is between a layer's products.
 #[cfg(feature = "attention")]
 pub(crate) static FUSED: Image = image!("fused");
+/// The kernels that draw tokens.
+#[cfg(feature = "attention")]
+pub(crate) static SAMPLE: Image = image!("sample");
 
 /// A kernel of a device, and how it may be launched.
 #[cfg(feature = "attention")]

@@ -34,6 +34,7 @@
 //! - [`attention`]: grouped-query attention that reads K and V in place, of one sequence or of a
 //!   batch in rows, caches or blocks.
 //! - [`fused`]: what a layer does between its products, by one launch each.
+//! - [`sampling`]: draws tokens from logits on the device.
 //! - [`graph`]: a decode step that is captured once and runs while caches grow.
 //! - [`virtual_memory`]: the two pools of addresses, and their statistics.
 //! - [`relief`]: moves memory between Candle's own allocations and the pools.
@@ -55,7 +56,7 @@
 //! - `cuda`: CUDA devices work. It turns on Candle's feature `cuda`. Candle's kernels and this
 //!   crate's need `nvcc` to build.
 //! - `attention`: [`attention::decode`] and [`attention::write`] work on GPUs of compute capability
-//!   8.0 or newer, and [`fused`] has kernels there. It turns on `cuda`.
+//!   8.0 or newer, and so does [`sampling::sample`]. [`fused`] has kernels there. It turns on `cuda`.
 //!
 //! A CUDA device never gets the simulated driver. If a GPU fails, the call returns an error.
 //!
@@ -86,6 +87,7 @@ pub mod mapping;
 mod order;
 pub mod physical_memory;
 pub mod relief;
+pub mod sampling;
 mod tensor_pool;
 pub mod virtual_memory;
 mod zeros;

@@ -89,7 +89,7 @@ fn silu_mul_typed<T: Element>(gate_up: &Tensor) -> Result<Tensor> {
 }
 
 /// The rows of a tensor `[rows, size]`, in memory of any stride between rows.
-struct Rows<'a, T> {
+pub struct Rows<'a, T> {
     elements: &'a [T],
     start: usize,
     stride: usize,
@@ -97,7 +97,7 @@ struct Rows<'a, T> {
 }
 
 impl<'a, T: Element> Rows<'a, T> {
-    fn new((storage, layout): &'a (impl Deref<Target = Storage>, &Layout)) -> Result<Self> {
+    pub fn new((storage, layout): &'a (impl Deref<Target = Storage>, &Layout)) -> Result<Self> {
         let Storage::Cpu(storage) = &**storage else {
             return Err(VmmError::UnsupportedDevice.into());
         };
@@ -109,7 +109,7 @@ impl<'a, T: Element> Rows<'a, T> {
         })
     }
 
-    fn row(&self, at: usize) -> &'a [T] {
+    pub fn row(&self, at: usize) -> &'a [T] {
         &self.elements[self.start + at * self.stride..][..self.size]
     }
 }

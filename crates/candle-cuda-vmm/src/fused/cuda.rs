@@ -20,7 +20,7 @@ use candle_core::{CudaDevice, DType, Result, Shape, Tensor};
 /// Pieces of a row that a thread keeps in registers: `HELD` of the kernels.
 const HELD: usize = 2;
 /// Threads of a warp.
-const LANES: usize = 32;
+pub const LANES: usize = 32;
 /// Threads of a block that multiplies gate and up.
 const GATED_THREADS: usize = 256;
 /// The most blocks of a row. They take its pieces in turn.
@@ -29,13 +29,13 @@ const GATED_BLOCKS_MAX: usize = 1024;
 /// `Rows` of the kernels.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-struct Rows {
+pub struct Rows {
     first: u64,
     stride: u64,
 }
 
 impl Rows {
-    fn new(first: u64, tensor: &Tensor) -> Self {
+    pub fn new(first: u64, tensor: &Tensor) -> Self {
         Self {
             first,
             stride: tensor.stride()[0] as u64,
@@ -202,14 +202,14 @@ fn is_aligned(address: &u64) -> bool {
 }
 
 /// Returns whether parts of rows, of this many elements, begin and end at multiples of 16 bytes.
-fn is_wide(dtype: DType, size: usize, rows: &[Rows]) -> bool {
+pub fn is_wide(dtype: DType, size: usize, rows: &[Rows]) -> bool {
     let bytes = |elements: u64| elements * dtype.size_in_bytes() as u64;
     let are_aligned = |rows: &Rows| is_aligned(&rows.first) && is_aligned(&bytes(rows.stride));
     is_aligned(&bytes(size as u64)) && rows.iter().all(are_aligned)
 }
 
 /// Returns the pieces of a part of a row with this many elements.
-fn pieces(dtype: DType, size: usize, is_wide: bool) -> usize {
+pub fn pieces(dtype: DType, size: usize, is_wide: bool) -> usize {
     match is_wide {
         true => size * dtype.size_in_bytes() / UNIT_BYTES,
         false => size,

@@ -28,10 +28,10 @@
 //! No gradient flows through these functions.
 
 mod add_rms_norm;
-mod check;
-mod cpu;
+pub(crate) mod check;
+pub(crate) mod cpu;
 #[cfg(feature = "attention")]
-mod cuda;
+pub(crate) mod cuda;
 mod silu_mul;
 
 pub use add_rms_norm::add_rms_norm;

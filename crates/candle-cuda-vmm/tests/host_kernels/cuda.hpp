@@ -189,6 +189,32 @@ inline float __fdividef(float number, float divisor) { return number / divisor; 
 template <typename T> T __ldg(const T *from) { return *from; }
 template <typename T> T __ldcg(const T *from) { return *from; }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline unsigned __umulhi(unsigned left, unsigned right) {
+    return static_cast<unsigned>(1ULL * left * right >> 32);
+}
+inline unsigned long long __umul64hi(unsigned long long left, unsigned long long right) {
+    return static_cast<unsigned long long>(static_cast<unsigned __int128>(left) * right >> 64);
+}
+inline float __fadd_rn(float left, float right) { return left + right; }
+inline float __fdiv_rn(float left, float right) { return left / right; }
+inline float __fmaf_rn(float left, float right, float more) { return std::fma(left, right, more); }
+// Fibers take turns only where they meet.
+template <typename T> T atomicAdd(T *to, T more) {
+    const T before = *to;
+    *to += more;
+    return before;
+}
+inline unsigned __float_as_uint(float number) {
+    unsigned result;
+    std::memcpy(&result, &number, sizeof result);
+    return result;
+}
+inline float __uint_as_float(unsigned bits) {
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
 inline float __int_as_float(unsigned bits) {
     float result;
     std::memcpy(&result, &bits, sizeof result);

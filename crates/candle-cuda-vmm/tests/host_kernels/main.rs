@@ -53,3 +53,8 @@ fn reading_is_what_plain_loops_read() {
 fn a_layers_steps_are_plain_loops_in_double_precision() {
     run("fused", 80);
 }
+
+#[test]
+fn tokens_are_those_of_a_sorted_row() {
+    run("sample", 60);
+}

@@ -22,7 +22,7 @@ const BATCH_MAX: usize = 4;
 
 /// A device whose steps can be captured. The memory that Candle and the driver keep for such steps
 /// is no leak.
-fn device(test: &mut UnderTest) -> Device {
+pub fn device(test: &mut UnderTest) -> Device {
     match test.kind {
         DriverKind::Simulated => Device::Cpu,
         DriverKind::Real => {
@@ -41,7 +41,7 @@ fn device(test: &mut UnderTest) -> Device {
 }
 
 /// Gives back what the driver keeps for graphs.
-fn end(device: Device) {
+pub fn end(device: Device) {
     device.synchronize().unwrap();
     #[cfg(feature = "cuda")]
     if device.is_cuda() {

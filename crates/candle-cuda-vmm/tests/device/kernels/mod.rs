@@ -13,5 +13,6 @@ mod graph;
 mod layers;
 mod positions;
 mod rotating;
+mod sample;
 mod sequence;
 mod windows;
