@@ -1,9 +1,11 @@
 //! What a decode step reads on the device.
 
+use super::choice::Choice;
 use super::kv::Kv;
 use crate::scheduler::Id;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
+use candle_cuda_vmm::sampling::SampleParameters;
 use candle_cuda_vmm::{BlockId, ElasticBlocks, Result};
 
 /// Tensors that keep their addresses, for the largest batch. Each step changes what is in them.
@@ -12,6 +14,10 @@ use candle_cuda_vmm::{BlockId, ElasticBlocks, Result};
 pub struct Inputs {
     /// The new token, its position, and the length with it, of each row: U32 `[3, batch]`.
     numbers: Tensor,
+    /// The temperature and the probability of the tokens that are chosen from: F32 `[2, batch]`.
+    chances: Tensor,
+    /// U32 `[batch, 2]`.
+    seeds: Tensor,
     /// The blocks of each row: U32 `[batch, blocks_max]`.
     tables: Tensor,
     layers: Vec<[Tensor; 2]>,
@@ -24,6 +30,8 @@ impl Inputs {
         let (layers, blocks) = kv.layers();
         Ok(Self {
             numbers: Tensor::zeros((3, batch_max), DType::U32, device)?,
+            chances: Tensor::zeros((2, batch_max), DType::F32, device)?,
+            seeds: Tensor::zeros((batch_max, 2), DType::U32, device)?,
             tables: Tensor::zeros((batch_max, blocks_max), DType::U32, device)?,
             layers,
             blocks,
@@ -37,6 +45,19 @@ impl Inputs {
     /// The new tokens of the first `batch` rows, and their positions.
     pub fn tokens(&self, batch: usize) -> Result<[Tensor; 2]> {
         Ok([self.row(0, batch)?, self.row(1, batch)?])
+    }
+
+    /// How the next token of each of the first `batch` rows is chosen.
+    pub fn parameters(&self, batch: usize) -> Result<SampleParameters> {
+        let chance = |row: usize| self.chances.get(row)?.narrow(0, 0, batch);
+        let seeds = self.seeds.narrow(0, 0, batch)?;
+        let positions = self.row(1, batch)?;
+        Ok(SampleParameters::new(
+            &chance(0)?,
+            &chance(1)?,
+            &seeds,
+            &positions,
+        )?)
     }
 
     /// K and V of each layer for the first `batch` rows.
@@ -81,14 +102,18 @@ impl Rows {
     }
 
     /// Writes the inputs of these sequences, in rows of this order, and padding behind them.
-    pub fn set(&mut self, kv: &Kv, sequences: &[Id]) -> Result<()> {
+    pub fn set(&mut self, kv: &Kv, sequences: &[(Id, Choice)]) -> Result<()> {
+        let mut chances = vec![1f32; 2 * self.batch_max];
+        let mut seeds = vec![0u32; 2 * self.batch_max];
+        // Rows of padding take the likeliest token, which is the least work.
+        chances[..self.batch_max].fill(0.);
         let mut numbers = vec![0u32; 3 * self.batch_max];
         numbers[2 * self.batch_max..].fill(1);
         let mut changed: Option<(usize, usize)> = None;
         let (width, padding) = (self.blocks_max, self.padding as u32);
         for (row, table) in self.tables.chunks_exact_mut(width).enumerate() {
-            let id = sequences.get(row);
-            let blocks = id.map_or(&[][..], |id| kv.table(*id));
+            let sequence = sequences.get(row);
+            let blocks = sequence.map_or(&[][..], |(id, _)| kv.table(*id));
             let entries = blocks.iter().map(|block| *block as u32);
             let entries = entries.chain(std::iter::repeat(padding)).take(width);
             if !entries.clone().eq(table.iter().copied()) {
@@ -97,7 +122,10 @@ impl Rows {
                     .for_each(|(new, entry)| *entry = new);
                 changed = Some((changed.map_or(row, |(first, _)| first), row));
             }
-            if let Some(id) = id {
+            if let Some((id, choice)) = sequence {
+                chances[row] = choice.temperature;
+                chances[self.batch_max + row] = choice.top_p;
+                seeds[2 * row..][..2].copy_from_slice(&choice.seed_halves());
                 let tokens = kv.tokens(*id);
                 numbers[row] = tokens.last().copied().unwrap_or_default();
                 numbers[self.batch_max + row] = tokens.len().saturating_sub(1) as u32;
@@ -110,6 +138,10 @@ impl Rows {
             let new = Tensor::from_slice(new, (last + 1 - first, width), device)?;
             self.inputs.tables.slice_set(&new, 0, first)?;
         }
+        let chances = Tensor::from_vec(chances, (2, self.batch_max), device)?;
+        self.inputs.chances.slice_set(&chances, 0, 0)?;
+        let seeds = Tensor::from_vec(seeds, (self.batch_max, 2), device)?;
+        self.inputs.seeds.slice_set(&seeds, 0, 0)?;
         let numbers = Tensor::from_vec(numbers, (3, self.batch_max), device)?;
         Ok(self.inputs.numbers.slice_set(&numbers, 0, 0)?)
     }

@@ -1,5 +1,6 @@
 //! Models that serve: their memory, their prefixes, and their steps.
 
+mod choice;
 mod inputs;
 mod kv;
 mod prefix;
@@ -7,5 +8,6 @@ mod runner;
 #[cfg(test)]
 mod tests;
 
+pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
 pub use runner::{Made, Runner};

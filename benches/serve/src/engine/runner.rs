@@ -1,13 +1,15 @@
 //! One model that serves: its scheduler, its memory, and its steps.
 
+use super::choice::{Choice, parameters};
 use super::inputs::Rows;
 use super::kv::{BLOCK_TOKENS, Kv};
 use crate::batch::BatchDecoder;
 use crate::scheduler::{Ask, Chunk, Counts, Id, Limits, Refusal, Scheduler, Step};
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_cuda_vmm::Result;
 use candle_cuda_vmm::attention::PromptSpan;
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
+use candle_cuda_vmm::sampling::sample;
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -27,6 +29,7 @@ pub struct Runner {
     scheduler: Scheduler,
     rows: Rows,
     graph: DecodeGraph<'static>,
+    choices: HashMap<Id, Choice>,
     device: Device,
 }
 
@@ -41,7 +44,7 @@ impl Runner {
         let step = move |bucket| {
             let [tokens, positions] = inputs.tokens(bucket)?;
             let logits = model.decode(&tokens, &positions, &inputs.kv(bucket)?)?;
-            likeliest(&logits)
+            sample(&logits, &inputs.parameters(bucket)?)
         };
         let options = DecodeGraphOptions::up_to(batch_max);
         Ok(Self {
@@ -50,6 +53,7 @@ impl Runner {
             kv,
             scheduler: Scheduler::new(limits),
             rows,
+            choices: HashMap::new(),
             device: device.clone(),
         })
     }
@@ -69,6 +73,7 @@ impl Runner {
         id: Id,
         prompt: Vec<u32>,
         generated_max: usize,
+        choice: Choice,
     ) -> core::result::Result<(), Refusal> {
         let ask = Ask {
             id,
@@ -77,14 +82,24 @@ impl Runner {
         };
         self.scheduler.submit(ask, &self.kv)?;
         self.kv.begin(id, prompt);
+        self.choices.insert(id, choice);
         Ok(())
     }
 
     /// Ends a sequence and frees its memory. Returns whether there was one.
     pub fn cancel(&mut self, id: Id) -> bool {
         let was_there = self.scheduler.cancel(id, &mut self.kv);
-        self.kv.forget(id);
+        self.forget(id);
         was_there
+    }
+
+    fn forget(&mut self, id: Id) {
+        self.kv.forget(id);
+        self.choices.remove(&id);
+    }
+
+    fn choice(&self, id: Id) -> Choice {
+        self.choices.get(&id).copied().unwrap_or(Choice::GREEDY)
     }
 
     /// Takes a step, if there is something to do and memory for it. Calls `made` with each token
@@ -117,7 +132,7 @@ impl Runner {
         for (id, token) in ends {
             self.kv.push(id, token);
         }
-        gone.into_iter().for_each(|id| self.kv.forget(id));
+        gone.into_iter().for_each(|id| self.forget(id));
         match self.kv.failure() {
             Some(failure) => Err(failure),
             None => Ok(true),
@@ -133,7 +148,8 @@ impl Runner {
         let decodes = match step.decodes.as_slice() {
             [] => None,
             ids => {
-                self.rows.set(&self.kv, ids)?;
+                let rows: Vec<_> = ids.iter().map(|id| (*id, self.choice(*id))).collect();
+                self.rows.set(&self.kv, &rows)?;
                 Some(self.graph.replay(ids.len(), self.kv.named())?)
             }
         };
@@ -149,7 +165,7 @@ impl Runner {
         Ok(tokens)
     }
 
-    /// Computes chunks of prompts, and returns the likeliest token after each.
+    /// Computes chunks of prompts, and returns the token after each.
     fn prompts(&self, chunks: &[Chunk]) -> Result<Tensor> {
         let end = |chunk: &Chunk| chunk.first + chunk.count;
         let blocks = |chunk: &Chunk| end(chunk).div_ceil(BLOCK_TOKENS);
@@ -167,7 +183,13 @@ impl Runner {
         let tables = Tensor::from_vec(tables, (chunks.len(), width), device)?;
         let kv = self.kv.batch(&tables, &Tensor::new(lengths, device)?)?;
         let tokens = Tensor::new(tokens, device)?;
-        Ok(likeliest(&self.decoder.prompt(&tokens, &spans, &kv)?)?)
+        let logits = self.decoder.prompt(&tokens, &spans, &kv)?;
+        let rows = chunks.iter();
+        let rows = rows.map(|chunk| (self.choice(chunk.id), end(chunk) as u32 - 1));
+        Ok(sample(
+            &logits,
+            &parameters(&rows.collect::<Vec<_>>(), device)?,
+        )?)
     }
 
     /// Whether there is nothing to do.
@@ -196,10 +218,4 @@ impl Runner {
     pub fn kv(&mut self) -> &mut Kv {
         &mut self.kv
     }
-}
-
-/// Returns the likeliest token of each row: U32 `[batch]`.
-fn likeliest(logits: &Tensor) -> candle_core::Result<Tensor> {
-    // On the CPU Candle cannot compare some dtypes.
-    logits.to_dtype(DType::F32)?.argmax(D::Minus1)
 }

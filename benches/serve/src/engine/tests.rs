@@ -50,6 +50,18 @@ fn prompt(random: &mut StdRng) -> Vec<u32> {
     (0..length).map(|at| (at * 7 + kind * 11) % 64).collect()
 }
 
+/// Every second sequence takes the likeliest tokens, the others choose by a seed of their own.
+fn choice(at: usize) -> Choice {
+    match at % 2 {
+        0 => Choice::GREEDY,
+        _ => Choice {
+            temperature: 0.9,
+            top_p: 0.8,
+            seed: (at as u64) << 31,
+        },
+    }
+}
+
 /// Runs until nothing is left, and returns the tokens of each sequence.
 fn drain(runner: &mut Runner, tokens: &mut HashMap<Id, Vec<u32>>) {
     let mut empty = 0;
@@ -77,7 +89,7 @@ fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
     for (at, (prompt, count)) in asks.iter().enumerate() {
         let (mut alone, _pool) = runner(Policy::Elastic, PLENTY);
         alone
-            .submit(Id(at as u64), prompt.clone(), *count)
+            .submit(Id(at as u64), prompt.clone(), *count, choice(at))
             .expect("it fits");
         drain(&mut alone, &mut expected);
     }
@@ -91,7 +103,9 @@ fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
         let mut tokens = HashMap::new();
         for (at, (prompt, count)) in asks.iter().enumerate() {
             let id = Id(at as u64);
-            runner.submit(id, prompt.clone(), *count).expect("it fits");
+            runner
+                .submit(id, prompt.clone(), *count, choice(at))
+                .expect("it fits");
             if at % 3 == 0 {
                 runner
                     .step(|made| {
@@ -127,7 +141,9 @@ fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
 #[test]
 fn a_sequence_that_goes_away_frees_its_memory_and_what_never_fits_is_refused() {
     let (mut runner, _pool) = runner(Policy::Elastic, FEW);
-    runner.submit(Id(1), vec![1; 40], 100).expect("it fits");
+    runner
+        .submit(Id(1), vec![1; 40], 100, Choice::GREEDY)
+        .expect("it fits");
     for _ in 0..5 {
         runner.step(|_| false).expect("a step");
     }
@@ -136,6 +152,6 @@ fn a_sequence_that_goes_away_frees_its_memory_and_what_never_fits_is_refused() {
     assert!(!runner.cancel(Id(1)));
     assert_eq!(runner.kv().in_use(), (0, 0));
     assert!(runner.is_idle());
-    let refused = runner.submit(Id(2), vec![1; 100], 100);
+    let refused = runner.submit(Id(2), vec![1; 100], 100, Choice::GREEDY);
     assert!(matches!(refused, Err(Refusal::TooLong { tokens: 200, .. })));
 }

@@ -2,7 +2,7 @@
 
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Kv, Policy, Runner};
+use crate::engine::{BLOCK_TOKENS, Choice, Kv, Policy, Runner};
 use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Counts, Id, Limits};
 use candle_cuda_vmm::{Account, Result, TensorPool, TensorPoolOptions, VmmError};
@@ -321,7 +321,13 @@ impl Serving {
     }
 
     fn begin(&mut self, id: Id, ask: Generate, events: mpsc::Sender<Event>) {
-        match self.runner.submit(id, ask.prompt.clone(), ask.max_tokens) {
+        let choice = Choice {
+            temperature: ask.sampling.temperature,
+            top_p: ask.sampling.top_p,
+            seed: ask.sampling.seed.unwrap_or_else(rand::random),
+        };
+        let (prompt, max_tokens) = (ask.prompt.clone(), ask.max_tokens);
+        match self.runner.submit(id, prompt, max_tokens, choice) {
             Ok(()) => {
                 let request = Request {
                     ask,
