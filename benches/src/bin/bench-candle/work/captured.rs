@@ -8,9 +8,10 @@ use crate::machine::Machine;
 use crate::paged::{BLOCK_SIZE, PagedCache, StepInputs};
 use crate::weights::{Source, Weights};
 use anyhow::{Context, Result, ensure};
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::device::cuda_with_own_stream;
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
+use candle_cuda_vmm::sampling::{SampleParameters, sample};
 use candle_cuda_vmm::{TensorPool, TensorPoolOptions};
 use cuda_vmm_benches::{Outcome, Sides, quantile, time};
 use std::rc::Rc;
@@ -36,6 +37,7 @@ struct Subject {
     decoder: Rc<BatchDecoder>,
     cache: PagedCache,
     graph: DecodeGraph<'static>,
+    greedy: SampleParameters,
     /// The token of each sequence that comes next.
     tokens: Vec<u32>,
 }
@@ -62,14 +64,18 @@ impl Stage {
         let new: Vec<_> = lengths.iter().map(|length| &tokens[..*length]).collect();
         cache.extend(&new)?;
         let (model, inputs) = (decoder.clone(), cache.inputs().clone());
+        let greedy = greedy(device, batch)?;
+        let of_step = greedy.clone();
         let options = DecodeGraphOptions::of([batch]);
-        let step = move |batch| next(&model, &inputs, batch);
+        // There is one bucket.
+        let step = move |_| next(&model, &inputs, &of_step);
         let mut graph = DecodeGraph::new(device, options, step)?;
         graph.capture_all(cache.named(), |_| {})?;
         Ok(Subject {
             decoder: decoder.clone(),
             cache,
             graph,
+            greedy,
             tokens: vec![1; batch],
         })
     }
@@ -95,7 +101,7 @@ impl Subject {
     /// Fails unless the captured step gives the tokens of the same step launched kernel by kernel.
     fn compare(&mut self) -> Result<()> {
         self.replay()?;
-        let again = next(&self.decoder, self.cache.inputs(), self.tokens.len())?;
+        let again = next(&self.decoder, self.cache.inputs(), &self.greedy)?;
         let again: Vec<u32> = again.to_vec1()?;
         ensure!(
             again == self.tokens,
@@ -108,7 +114,7 @@ impl Subject {
     /// The same, launched kernel by kernel.
     fn one_by_one(&mut self) -> Result<()> {
         self.extend()?;
-        let next = next(&self.decoder, self.cache.inputs(), self.tokens.len())?;
+        let next = next(&self.decoder, self.cache.inputs(), &self.greedy)?;
         self.tokens = next.to_vec1()?;
         Ok(())
     }
@@ -125,11 +131,26 @@ impl Subject {
     }
 }
 
-/// Computes the most likely next tokens: U32 `[batch]`.
-fn next(decoder: &BatchDecoder, inputs: &StepInputs, batch: usize) -> candle_core::Result<Tensor> {
+/// Computes the likeliest next tokens: U32 `[batch]`.
+fn next(
+    decoder: &BatchDecoder,
+    inputs: &StepInputs,
+    greedy: &SampleParameters,
+) -> candle_core::Result<Tensor> {
+    let batch = greedy.batch();
     let (tokens, positions) = (inputs.tokens(batch)?, inputs.positions(batch)?);
     let logits = decoder.decode(&tokens, &positions, &inputs.kv(batch)?)?;
-    logits.to_dtype(DType::F32)?.argmax(D::Minus1)
+    sample(&logits, greedy)
+}
+
+/// Takes the likeliest token of each row.
+fn greedy(device: &Device, batch: usize) -> Result<SampleParameters> {
+    let numbers = Tensor::zeros(batch, DType::F32, device)?;
+    let seeds = Tensor::zeros((batch, 2), DType::U32, device)?;
+    let positions = Tensor::zeros(batch, DType::U32, device)?;
+    Ok(SampleParameters::new(
+        &numbers, &numbers, &seeds, &positions,
+    )?)
 }
 
 /// The bytes that a step reads at least: the weights, and K and V.
