@@ -103,7 +103,7 @@ fn a_replay_reads_what_was_written_since_the_capture() {
         sample(&logits.narrow(0, 0, bucket)?, &inputs.first(bucket)?)
     };
     let mut graph = DecodeGraph::new(&device, DecodeGraphOptions::up_to(BATCH), step).unwrap();
-    graph.capture_all(|_| {}).unwrap();
+    graph.capture_all(&mut (), |_| {}).unwrap();
     let mut seen = BTreeSet::new();
     for (turn, batch) in [4, 1, 3, 4, 2, 4].into_iter().enumerate() {
         let rows = [0; BATCH].map(|at| Row {
