@@ -25,9 +25,16 @@ fn sharing(policy: Policy) -> Sharing {
 }
 
 fn host(sharing: &Sharing) -> Host {
+    host_of(
+        sharing,
+        &Shape::read("tiny", 3, DType::F32).expect("a shape"),
+    )
+}
+
+fn host_of(sharing: &Sharing, shape: &Shape) -> Host {
     let specs = MODELS.map(|name| ModelSpec {
         name: name.to_owned(),
-        shape: Shape::read("tiny", 3, DType::F32).expect("a shape"),
+        shape: shape.clone(),
         quota: Quota::new(),
     });
     Host::new(Place::Cpu, sharing, specs.into()).expect("models")
@@ -126,6 +133,76 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
             assert_eq!(live_bytes(&host), 2 * 4 * (2 << 20), "{policy:?}");
         }
     }
+}
+
+/// K and V of a token take 16 KiB in each of two tensors, so a page has 128 tokens.
+const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+    "max_position_embeddings": 512 }"#;
+
+/// Both models want more than there is, at the same time and one after the other.
+#[test]
+fn models_that_are_short_get_what_others_do_not_need() {
+    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
+    // Each has a page in each tensor for the block that pads and 112 tokens more. There are two
+    // more such steps: enough for one sequence of either.
+    let sharing = Sharing {
+        limit_bytes: (2 + 2) * 2 * (2 << 20),
+        ..sharing(Policy::Elastic)
+    };
+    let alone = host_of(
+        &Sharing {
+            limit_bytes: 1 << 30,
+            ..sharing
+        },
+        &shape,
+    );
+    let asks: Vec<_> = (0..4)
+        .map(|at| Generate {
+            prompt: (0..132).map(|token| (token * (at + 1)) % 250).collect(),
+            max_tokens: 2,
+            sampling: Sampling {
+                temperature: 0.,
+                top_p: 1.,
+                seed: None,
+            },
+            stop_ids: vec![256],
+        })
+        .collect();
+    let expected: Vec<_> = asks
+        .iter()
+        .map(|ask| reply(&alone, "one", ask.clone()))
+        .collect();
+    drop(alone);
+    let host = host_of(&sharing, &shape);
+    // The first keeps the prefixes of what it served, until the second needs their memory.
+    for round in 0..2 {
+        for model in MODELS {
+            for (ask, expected) in asks.iter().zip(&expected).skip(round * 2).take(2) {
+                assert_eq!(
+                    &reply(&host, model, ask.clone()),
+                    expected,
+                    "{model} in turn"
+                );
+            }
+        }
+    }
+    // Both at once.
+    std::thread::scope(|scope| {
+        for (client, model) in MODELS.into_iter().cycle().take(4).enumerate() {
+            let (host, asks, expected) = (&host, &asks, &expected);
+            scope.spawn(move || {
+                for at in (client..asks.len()).step_by(4) {
+                    let got = reply(host, model, asks[at].clone());
+                    assert_eq!(got, expected[at], "{model}, request {at}");
+                }
+            });
+        }
+    });
+    assert!(host.is_healthy());
+    let most = host.pool().snapshot().engine.limit_bytes;
+    assert_eq!(most, sharing.limit_bytes);
+    assert!(host.pool().snapshot().engine.committed_bytes <= most);
 }
 
 #[test]

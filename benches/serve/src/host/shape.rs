@@ -69,8 +69,18 @@ impl Shape {
             "3b" => LLAMA_3B,
             folder => return Self::of_folder(Path::new(folder), dtype),
         };
+        Self::random(config, seed, dtype)
+    }
+
+    /// A model with random weights, of the sizes that the text of a `config.json` says. Bytes are
+    /// its tokens.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the text.
+    pub fn random(config: &str, seed: u64, dtype: DType) -> Result<Self, ShapeError> {
         let config = Config::parse(config).map_err(|error| ShapeError::File {
-            path: text.into(),
+            path: "config.json".into(),
             error: error.to_string(),
         })?;
         Ok(Self {
