@@ -6,7 +6,9 @@ use crate::refused;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cuda_vmm::attention::{DecodePlan, GqaOptions, KvBatch, Slots, decode, write};
 use candle_cuda_vmm::cuda_vmm::{DriverKind, VmmError as CoreError};
-use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
+#[cfg(feature = "cuda")]
+use candle_cuda_vmm::device::core_device;
+use candle_cuda_vmm::device::cuda_with_own_stream;
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions, GraphError, StepBlocks, StepMemory};
 use candle_cuda_vmm::kv_cache::KvCacheFactory;
 use candle_cuda_vmm::{BlockError, ElasticBlocks, RowsWatch, TensorPool, VmmError};
@@ -49,7 +51,14 @@ pub fn end(device: Device) {
         core.trim_graph_memory().unwrap();
         assert_eq!(core.graph_memory().unwrap().reserved_bytes, 0);
     }
-    let _ = core_device(&device);
+}
+
+/// A device, a step whose sequences have a token each, and the blocks that it names.
+fn first_step(test: &mut UnderTest) -> (Device, Step, StepBlocks) {
+    let device = device(test);
+    let step = Step::new(&device);
+    let named = step.one_token_each();
+    (device, step, named)
 }
 
 /// A layer with its weights, and the inputs of a batch over a paged cache.
@@ -150,9 +159,7 @@ fn a_captured_step_has_the_bits_of_the_same_step_launched_one_by_one() {
     if !has_attention(&test) {
         return;
     }
-    let device = device(&mut test);
-    let step = Step::new(&device);
-    let mut named = step.one_token_each();
+    let (device, step, mut named) = first_step(&mut test);
     let mut graph = step.graph(&mut named);
     assert_eq!(graph.counts().captures, 3);
     // Sequence `s` has the blocks `s`, `s + BATCH_MAX`, and so on, as it grows.
@@ -198,9 +205,7 @@ fn a_batch_without_a_bucket_is_refused() {
     if !has_attention(&test) {
         return;
     }
-    let device = device(&mut test);
-    let step = Step::new(&device);
-    let mut named = step.one_token_each();
+    let (device, step, mut named) = first_step(&mut test);
     let mut graph = step.graph(&mut named);
     for batch in [0, BATCH_MAX + 1] {
         refused!(
@@ -229,9 +234,7 @@ fn a_replay_over_blocks_that_were_given_up_is_refused_and_launches_nothing() {
     if !has_attention(&test) {
         return;
     }
-    let device = device(&mut test);
-    let step = Step::new(&device);
-    let mut named = step.one_token_each();
+    let (device, step, mut named) = first_step(&mut test);
     let mut graph = step.graph(&mut named);
     let before = numbers(&graph.replay(BATCH_MAX, &mut named).unwrap());
     let not_backed = |graph: &mut DecodeGraph<'_>, named: &mut StepBlocks, missing| {
@@ -283,9 +286,7 @@ fn a_first_replay_over_blocks_that_were_given_up_runs_nothing() {
     if !has_attention(&test) {
         return;
     }
-    let device = device(&mut test);
-    let step = Step::new(&device);
-    let mut named = step.one_token_each();
+    let (device, step, mut named) = first_step(&mut test);
     step.blocks.unback([1]).unwrap();
     let runs = Cell::new(0);
     let counted = |batch: usize| {
