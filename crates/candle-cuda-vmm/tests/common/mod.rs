@@ -15,7 +15,7 @@ use holdings::{Holdings, table_bytes};
 use settings::{CandleStream, Settings};
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub const KIB: usize = 1 << 10;
 pub const MIB: usize = 1 << 20;
@@ -25,7 +25,7 @@ pub const GIB: usize = 1 << 30;
 pub const GRANULE: usize = 2 * MIB;
 
 /// How long worker threads may take to free what they hold.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The page of the elastic pools under test, in bytes.
 pub fn page() -> usize {
@@ -173,6 +173,18 @@ pub fn open() -> UnderTest {
         all,
         before: cores.iter().map(Holdings::of).collect(),
         _alone: alone,
+    }
+}
+
+/// Lets an engine give back until it holds at most so many bytes. Its own thread may be in the midst
+/// of that, so one step of the caller's is not enough.
+#[track_caller]
+pub fn settle_to(device: &Device, engine: &cuda_vmm::Engine, bytes_max: usize) {
+    let until = Instant::now() + Duration::from_secs(60);
+    while engine.stats().committed_bytes > bytes_max {
+        assert!(Instant::now() < until, "{}", engine.stats());
+        device.synchronize().unwrap();
+        engine.step();
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tensors of paged caches. Nothing here launches kernels: on a GPU blocks are written as bytes.
 
 use crate::bytes;
-use crate::common::{UnderTest, block_page, open};
+use crate::common::{UnderTest, block_page, open, settle_to};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::pool::blocks::BlockError;
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream, WorkerMode};
@@ -250,12 +250,7 @@ fn what_a_living_prefix_shows_stays_and_what_it_has_is_given_to_no_other() {
         expect(&part, block, 3 + block);
     }
     drop(part);
-    let until = Instant::now() + Duration::from_secs(60);
-    while engine.stats().committed_bytes > 0 {
-        assert!(Instant::now() < until, "{}", engine.stats());
-        test.device.synchronize().unwrap();
-        engine.step();
-    }
+    settle_to(&test.device, &engine, 0);
 }
 
 #[test]

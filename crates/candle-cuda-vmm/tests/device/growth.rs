@@ -1,10 +1,9 @@
 //! Tensors that grow, and earlier views of them.
 
-use crate::common::{GRANULE, UnderTest, open, page};
+use crate::common::{GRANULE, UnderTest, open, page, settle_to};
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions};
 use candle_cuda_vmm::{ElasticTensor, TensorPool, TensorPoolOptions, VmmError};
-use std::time::{Duration, Instant};
 
 fn options() -> TensorPoolOptions {
     TensorPoolOptions::new()
@@ -39,12 +38,7 @@ fn expect(view: &Tensor, first: usize, count: usize) {
 /// Lets the engine's worker free retiring memory.
 #[track_caller]
 fn settle(pool: &TensorPool, bytes_max: usize) {
-    let until = Instant::now() + Duration::from_secs(60);
-    while pool.committed_bytes() > bytes_max {
-        assert!(Instant::now() < until, "{pool}");
-        pool.device().synchronize().unwrap();
-        pool.engine().step();
-    }
+    settle_to(pool.device(), pool.engine(), bytes_max);
 }
 
 /// Returns a number of columns with which three rows take more than one page.
@@ -143,12 +137,7 @@ fn memory_stays_until_the_last_view_is_dropped_whichever_goes_first() {
         }
         let elsewhere = std::thread::spawn(move || drop(part));
         elsewhere.join().unwrap();
-        let until = Instant::now() + Duration::from_secs(60);
-        while engine.stats().committed_bytes > 0 {
-            assert!(Instant::now() < until, "{}", engine.stats());
-            test.device.synchronize().unwrap();
-            engine.step();
-        }
+        settle_to(&test.device, &engine, 0);
     }
 }
 

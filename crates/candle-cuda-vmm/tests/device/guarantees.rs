@@ -3,7 +3,7 @@
 //! if it leaves room for all guarantees. Nothing here launches a kernel.
 
 use crate::common::layouts::Layout;
-use crate::common::{UnderTest, open, page};
+use crate::common::{UnderTest, open, page, settle_to};
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory, Sequence, SequenceCache};
@@ -275,8 +275,6 @@ fn guarantees_hold_for_tensors_caches_and_blocks() {
             played.check();
         }
         played.models.clear();
-        played.settle();
-        played.shared.core().trim().unwrap();
-        assert_eq!(played.shared.detailed_stats().committed_bytes, 0);
+        settle_to(&test.device, played.shared.core().engine(), 0);
     }
 }
