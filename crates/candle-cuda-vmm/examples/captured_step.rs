@@ -73,10 +73,10 @@ impl Inputs {
         kv.lengths(&lengths.narrow(0, 0, batch)?)
     }
 
-    /// Writes the inputs of the next step, with padding behind the sequences.
-    fn set(&self, sequences: &[Sequence], padding: BlockId) -> Result<()> {
-        let (mut tokens, mut lengths) = ([0u32; BATCH_MAX], [1u32; BATCH_MAX]);
-        let mut tables = [[padding as u32; BLOCKS_MAX]; BATCH_MAX];
+    /// Writes the inputs of the next step. Rows behind the sequences get a length of 0.
+    fn set(&self, sequences: &[Sequence]) -> Result<()> {
+        let (mut tokens, mut lengths) = ([0u32; BATCH_MAX], [0u32; BATCH_MAX]);
+        let mut tables = [[0u32; BLOCKS_MAX]; BATCH_MAX];
         for (at, sequence) in sequences.iter().enumerate() {
             (tokens[at], lengths[at]) = (sequence.token, sequence.length as u32);
             for (entry, block) in tables[at].iter_mut().zip(&sequence.blocks) {
@@ -121,12 +121,6 @@ fn run(device: &Device) -> Result<()> {
         k: tensors.remove(0),
     };
 
-    // A block for the rows of a bucket that have no sequence.
-    let padding = allocator.allocate(1)?[0];
-    let mut named = StepBlocks::new(&blocks);
-    named.name([padding])?;
-    inputs.set(&[], padding)?;
-
     // Buckets of 1, 2 and 4 sequences, captured before the first request.
     let model = Model::random(device)?;
     let step = |bucket| {
@@ -134,6 +128,7 @@ fn run(device: &Device) -> Result<()> {
         model.step(&tokens, &inputs.kv(bucket)?)
     };
     let mut graph = DecodeGraph::new(device, DecodeGraphOptions::up_to(BATCH_MAX), step)?;
+    let mut named = StepBlocks::new(&blocks);
     graph.capture_all(&mut named, |progress| {
         println!("captured {} of {}", progress.done, progress.total);
     })?;
@@ -161,7 +156,7 @@ fn run(device: &Device) -> Result<()> {
             named.name(new.iter().copied())?;
             sequence.blocks.extend(new);
         }
-        inputs.set(&sequences, padding)?;
+        inputs.set(&sequences)?;
         let next = graph.replay(sequences.len(), &mut named)?.to_vec1()?;
         for (sequence, token) in sequences.iter_mut().zip(next) {
             sequence.token = token;

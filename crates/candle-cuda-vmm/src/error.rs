@@ -144,13 +144,6 @@ pub enum VmmError {
         value: f32,
     },
 
-    /// A length of 0: a query has no key to see. New in 0.2.0.
-    #[error("sequence {sequence} is empty: a decode step needs at least the query's own token")]
-    EmptySequence {
-        /// The sequence, counted from 0.
-        sequence: usize,
-    },
-
     /// A length is more than the memory of K and V has room for. New in 0.2.0.
     #[error("sequence {sequence} has {length} tokens, but room for {capacity}")]
     LengthBeyondCapacity {
@@ -461,7 +454,6 @@ impl VmmError {
             | Self::NotMapped { .. }
             | Self::ModelNotFound(_)
             | Self::UnknownShape { .. }
-            | Self::EmptySequence { .. }
             | Self::LengthBeyondCapacity { .. }
             | Self::RowBeyondCapacity { .. }
             | Self::UnknownPosition { .. }

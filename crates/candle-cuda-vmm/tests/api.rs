@@ -187,7 +187,6 @@ fn describe(error: VmmError) -> String {
         VmmError::UnknownShape { layer } => layer.to_string(),
         VmmError::UnknownLayer { layer, layers } => format!("{layer} {layers}"),
         VmmError::InvalidAttention { option, value } => format!("{option} {value}"),
-        VmmError::EmptySequence { sequence } => sequence.to_string(),
         VmmError::LengthBeyondCapacity {
             sequence,
             length,

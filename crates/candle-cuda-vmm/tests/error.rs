@@ -231,7 +231,6 @@ fn predicates_say_what_to_do() {
         VmmError::ModelNotFound(String::new()),
         VmmError::ModelAlreadyExists(String::new()),
         VmmError::UnknownShape { layer: 0 },
-        VmmError::EmptySequence { sequence: 0 },
         VmmError::LengthBeyondCapacity {
             sequence: 0,
             length: 2,

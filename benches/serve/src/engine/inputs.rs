@@ -6,7 +6,7 @@ use crate::scheduler::Id;
 use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::sampling::SampleParameters;
-use candle_cuda_vmm::{BlockId, ElasticBlocks, Result};
+use candle_cuda_vmm::{ElasticBlocks, Result};
 
 /// Tensors that keep their addresses, for the largest batch. Each step changes what is in them.
 /// Cloning is cheap, and clones are the same tensors.
@@ -25,7 +25,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Makes inputs of rows that are padding.
+    /// Makes inputs of rows without a sequence.
     pub fn new(kv: &Kv, device: &Device, batch_max: usize, blocks_max: usize) -> Result<Self> {
         let (layers, blocks) = kv.layers();
         Ok(Self {
@@ -77,23 +77,17 @@ pub struct Rows {
     tables: Vec<u32>,
     blocks_max: usize,
     batch_max: usize,
-    /// For rows that no sequence has.
-    padding: BlockId,
 }
 
 impl Rows {
-    /// Makes inputs of rows that are padding, for at most this many sequences of this many blocks.
-    pub fn new(kv: &mut Kv, device: &Device, batch_max: usize, blocks_max: usize) -> Result<Self> {
-        let padding = kv.padding()?;
-        let mut rows = Self {
+    /// Makes inputs for at most this many sequences of this many blocks.
+    pub fn new(kv: &Kv, device: &Device, batch_max: usize, blocks_max: usize) -> Result<Self> {
+        Ok(Self {
             inputs: Inputs::new(kv, device, batch_max, blocks_max)?,
-            tables: vec![u32::MAX; batch_max * blocks_max],
+            tables: vec![0; batch_max * blocks_max],
             blocks_max,
             batch_max,
-            padding,
-        };
-        rows.set(kv, &[])?;
-        Ok(rows)
+        })
     }
 
     /// The inputs.
@@ -101,36 +95,35 @@ impl Rows {
         &self.inputs
     }
 
-    /// Writes the inputs of these sequences, in rows of this order, and padding behind them.
+    /// Writes the inputs of these sequences, in rows of this order. The rows behind them get a
+    /// length of 0.
     pub fn set(&mut self, kv: &Kv, sequences: &[(Id, Choice)]) -> Result<()> {
         let mut chances = vec![1f32; 2 * self.batch_max];
         let mut seeds = vec![0u32; 2 * self.batch_max];
-        // Rows of padding take the likeliest token, which is the least work.
+        // Rows without a sequence take the likeliest token, which is the least work.
         chances[..self.batch_max].fill(0.);
         let mut numbers = vec![0u32; 3 * self.batch_max];
-        numbers[2 * self.batch_max..].fill(1);
         let mut changed: Option<(usize, usize)> = None;
-        let (width, padding) = (self.blocks_max, self.padding as u32);
-        for (row, table) in self.tables.chunks_exact_mut(width).enumerate() {
-            let sequence = sequences.get(row);
-            let blocks = sequence.map_or(&[][..], |(id, _)| kv.table(*id));
-            let entries = blocks.iter().map(|block| *block as u32);
-            let entries = entries.chain(std::iter::repeat(padding)).take(width);
-            if !entries.clone().eq(table.iter().copied()) {
-                entries
-                    .zip(&mut *table)
-                    .for_each(|(new, entry)| *entry = new);
+        let width = self.blocks_max;
+        let tables = self.tables.chunks_exact_mut(width);
+        for (row, (table, (id, choice))) in tables.zip(sequences).enumerate() {
+            let entries = kv.table(*id).iter().map(|block| *block as u32);
+            if !entries
+                .clone()
+                .eq(table.iter().copied().take(entries.len()))
+            {
+                for (entry, new) in table.iter_mut().zip(entries) {
+                    *entry = new;
+                }
                 changed = Some((changed.map_or(row, |(first, _)| first), row));
             }
-            if let Some((id, choice)) = sequence {
-                chances[row] = choice.temperature;
-                chances[self.batch_max + row] = choice.top_p;
-                seeds[2 * row..][..2].copy_from_slice(&choice.seed_halves());
-                let tokens = kv.tokens(*id);
-                numbers[row] = tokens.last().copied().unwrap_or_default();
-                numbers[self.batch_max + row] = tokens.len().saturating_sub(1) as u32;
-                numbers[2 * self.batch_max + row] = tokens.len() as u32;
-            }
+            chances[row] = choice.temperature;
+            chances[self.batch_max + row] = choice.top_p;
+            seeds[2 * row..][..2].copy_from_slice(&choice.seed_halves());
+            let tokens = kv.tokens(*id);
+            numbers[row] = tokens.last().copied().unwrap_or_default();
+            numbers[self.batch_max + row] = tokens.len().saturating_sub(1) as u32;
+            numbers[2 * self.batch_max + row] = tokens.len() as u32;
         }
         let device = self.inputs.tables.device();
         if let Some((first, last)) = changed {

@@ -109,13 +109,6 @@ impl Kv {
         &mut self.named
     }
 
-    /// A block that is never freed, for rows that no sequence has.
-    pub fn padding(&mut self) -> Result<BlockId> {
-        let block = self.allocator.allocate(1)?;
-        self.named.name(block.iter().copied())?;
-        Ok(block[0])
-    }
-
     /// Notes a sequence with its prompt. It has no blocks yet.
     pub fn begin(&mut self, id: Id, prompt: Vec<u32>) {
         let sequence = Sequence {
@@ -226,7 +219,7 @@ impl Kv {
         self.prefix.unused()
     }
 
-    /// Blocks that are handed out: to sequences, prefixes and padding.
+    /// Blocks that are handed out: to sequences and prefixes.
     pub fn allocated(&self) -> usize {
         self.allocator.allocated()
     }
@@ -249,8 +242,7 @@ const EVICTED_AT_ONCE: usize = 64;
 
 impl Blocks for Kv {
     fn sequence_tokens_max(&self) -> usize {
-        // One block is for padding.
-        (self.blocks.num_blocks() - 1) * BLOCK_TOKENS
+        self.blocks.num_blocks() * BLOCK_TOKENS
     }
 
     fn cached_prefix(&mut self, id: Id) -> usize {

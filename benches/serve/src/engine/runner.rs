@@ -35,10 +35,10 @@ pub struct Runner {
 
 impl Runner {
     /// Makes a runner over these blocks. No step is captured yet.
-    pub fn new(decoder: BatchDecoder, mut kv: Kv, device: &Device, limits: Limits) -> Result<Self> {
+    pub fn new(decoder: BatchDecoder, kv: Kv, device: &Device, limits: Limits) -> Result<Self> {
         let batch_max = limits.sequences_max;
         let blocks_max = limits.context_max.div_ceil(BLOCK_TOKENS);
-        let rows = Rows::new(&mut kv, device, batch_max, blocks_max)?;
+        let rows = Rows::new(&kv, device, batch_max, blocks_max)?;
         let decoder = Rc::new(decoder);
         let (model, inputs) = (decoder.clone(), rows.inputs().clone());
         let step = move |bucket| {

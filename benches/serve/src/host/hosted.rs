@@ -239,9 +239,9 @@ fn make(
         context_max: config.max_position_embeddings,
         waiting_max: sharing.sequences_max + sharing.waiting_max,
     };
-    // No more than all sequences of full length can use, and one for padding.
-    let most = limits.sequences_max * limits.context_max.div_ceil(BLOCK_TOKENS) + 1;
-    let num_blocks = (share_bytes / block_bytes).clamp(2, most);
+    // No more than all sequences of full length can use.
+    let most = limits.sequences_max * limits.context_max.div_ceil(BLOCK_TOKENS);
+    let num_blocks = (share_bytes / block_bytes).clamp(1, most);
     let kv = Kv::new(
         &pool,
         config,

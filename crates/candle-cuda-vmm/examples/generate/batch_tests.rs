@@ -237,7 +237,7 @@ fn a_paged_cache_has_stock_logits_and_reuses_blocks_behind_a_window() {
         let config = config(window);
         let expected = [0, 1, 2].map(|at| stock(&config, &tokens[at]));
         let pool = TensorPool::new(&Device::Cpu).unwrap();
-        // One row is padding.
+        // One row has no sequence.
         let decoder = Rc::new(BatchDecoder::new(&config, weights(), 4, &Device::Cpu).unwrap());
         let mut cache = PagedCache::new(&pool, &config, DType::F32, 4, CAPACITY).unwrap();
         let mut graph = decode_graph(&decoder, cache.inputs(), 4).unwrap();

@@ -62,9 +62,6 @@ pub struct PagedCache {
     sequences: Vec<Sequence>,
     /// What the device has in its tables.
     tables: Vec<u32>,
-    /// The number of rows of the tables that do not name the padding.
-    rows: usize,
-    padding: BlockId,
     /// The most sequences.
     batch_max: usize,
     /// The most blocks of a sequence.
@@ -99,8 +96,7 @@ impl PagedCache {
         let shape = (BLOCK_SIZE, config.kv_heads(), config.head_dim());
         let entries = (0..config.num_hidden_layers)
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
-        // One more block is for the padding of buckets.
-        let count = batch_max * blocks_max + 1;
+        let count = batch_max * blocks_max;
         // A step needs at most one block for each sequence. The worker makes their memory ahead.
         let options = ElasticBlocksOptions::new().ahead_blocks_max(4 * batch_max);
         let blocks = pool.blocks_with_options(count, entries, options)?;
@@ -110,25 +106,17 @@ impl PagedCache {
         let tensors = unsafe { blocks.reserved_tensors()? };
         let layers = tensors.chunks_exact(2);
         let layers = layers.map(|layer| [layer[0].clone(), layer[1].clone()]);
-        let (allocator, mut named) = (blocks.allocator(), StepBlocks::new(&blocks));
-        let padding = allocator.allocate(1)?;
-        named.name(padding.iter().copied())?;
-        // A row of padding has one token, in the block of padding.
-        let table = vec![padding[0] as u32; batch_max * blocks_max];
-        let mut numbers = vec![0u32; 3 * batch_max];
-        numbers[2 * batch_max..].fill(1);
-        let device = pool.device();
+        let (allocator, named) = (blocks.allocator(), StepBlocks::new(&blocks));
+        let (tables, device) = ((batch_max, blocks_max), pool.device());
         Ok(Self {
             inputs: StepInputs {
                 layers: layers.collect(),
-                tables: Tensor::from_slice(&table, (batch_max, blocks_max), device)?,
-                numbers: Tensor::from_vec(numbers, (3, batch_max), device)?,
+                tables: Tensor::zeros(tables, DType::U32, device)?,
+                numbers: Tensor::zeros((3, batch_max), DType::U32, device)?,
                 blocks,
             },
             sequences: Vec::new(),
-            tables: table,
-            rows: 0,
-            padding: padding[0],
+            tables: vec![0; batch_max * blocks_max],
             batch_max,
             blocks_max,
             window: config.sliding_window,
@@ -203,35 +191,25 @@ impl PagedCache {
     /// Writes what the step reads to the device: the numbers, and the rows of tables that have
     /// changed, from the first to the last of them.
     fn upload(&mut self) -> Result<()> {
-        let (width, padding) = (self.blocks_max, self.padding as u32);
+        let width = self.blocks_max;
         let mut changed: Option<(usize, usize)> = None;
-        for row in 0..self.sequences.len().max(self.rows) {
-            let table = &mut self.tables[row * width..][..width];
-            match self.sequences.get_mut(row) {
-                Some(sequence) if sequence.is_uploaded => continue,
-                Some(sequence) => {
-                    sequence.is_uploaded = true;
-                    let (used, rest) = table.split_at_mut(sequence.blocks.len());
-                    for (entry, block) in used.iter_mut().zip(&sequence.blocks) {
-                        *entry = *block as u32;
-                    }
-                    rest.fill(padding);
+        let rows = self.tables.chunks_exact_mut(width);
+        for (row, (table, sequence)) in rows.zip(&mut self.sequences).enumerate() {
+            if !std::mem::replace(&mut sequence.is_uploaded, true) {
+                for (entry, block) in table.iter_mut().zip(&sequence.blocks) {
+                    *entry = *block as u32;
                 }
-                // Its sequence has ended.
-                None => table.fill(padding),
+                changed = Some((changed.map_or(row, |(first, _)| first), row));
             }
-            changed = Some((changed.map_or(row, |(first, _)| first), row));
         }
-        self.rows = self.sequences.len();
         let device = self.inputs.tables.device();
         if let Some((first, last)) = changed {
             let rows = &self.tables[first * width..(last + 1) * width];
             let rows = Tensor::from_slice(rows, (last + 1 - first, width), device)?;
             self.inputs.tables.slice_set(&rows, 0, first)?;
         }
+        // Rows without a sequence have a length of 0.
         let mut new = vec![0u32; 3 * self.batch_max];
-        // Rows of padding have one token.
-        new[2 * self.batch_max..].fill(1);
         for (at, sequence) in self.sequences.iter().enumerate() {
             new[at] = sequence.token;
             new[self.batch_max + at] = sequence.length.saturating_sub(1) as u32;

@@ -79,6 +79,9 @@ impl Step<'_> {
         let tasks = results.par_chunks_mut(group * kv.value_dim()).enumerate();
         tasks.for_each(|(task, results)| {
             let (sequence, head) = (task / kv.kv_heads(), task % kv.kv_heads());
+            if self.lengths[sequence] == 0 {
+                return;
+            }
             let mut wide = vec![0.; group * dim];
             Q::widen_all(&queries[task * group * dim..][..group * dim], &mut wide);
             let mut sums = Sums::new(self, &wide, group);

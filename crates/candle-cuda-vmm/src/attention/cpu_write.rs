@@ -81,7 +81,8 @@ struct NewRows<'a> {
 impl NewRows<'_> {
     fn store<T: Element>(&self, storage: &mut [T], start: usize) {
         let dim = self.index.dim();
-        for (token, row) in self.elements.chunks_exact(self.heads * dim).zip(self.rows) {
+        for row in self.rows {
+            let token = &self.elements[row.token * self.heads * dim..][..self.heads * dim];
             if self.only.is_some_and(|sequence| sequence != row.sequence) {
                 continue;
             }

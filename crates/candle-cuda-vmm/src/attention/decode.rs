@@ -26,7 +26,8 @@ const NAME: &str = "decode";
 /// ([`write`](super::write)). With [`Mask::None`](super::Mask::None) and
 /// [`Mask::Causal`](super::Mask::Causal) it sees all tokens of its sequence, and with
 /// [`Mask::Window`](super::Mask::Window) the last ones. Rows behind the length or before the window
-/// are not read, so they need no memory and may hold anything.
+/// are not read, so they need no memory and may hold anything. The result of a sequence whose
+/// length is 0 is zeros: so a batch may have more rows than sequences.
 ///
 /// # Numbers
 /// `q` is F16, BF16 or F32. K and V have the same dtype, or F8E4M3 if `q` is F16 or BF16. Scores

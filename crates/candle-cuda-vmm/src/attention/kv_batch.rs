@@ -205,7 +205,8 @@ impl KvBatch {
     /// Sets how many tokens of each sequence count: U32 `[batch]`, contiguous, on the same device.
     ///
     /// They are read when the work runs. Without lengths, the length of each sequence is its
-    /// capacity. A paged cache needs lengths.
+    /// capacity. A paged cache needs lengths. A length of 0 is that of a row without a sequence:
+    /// nothing of it is read or written, whatever its table names.
     ///
     /// # Errors
     /// [`CandleError`](VmmError::CandleError) with `UnsupportedDTypeForOp`,

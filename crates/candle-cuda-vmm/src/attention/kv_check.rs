@@ -23,9 +23,10 @@ const HEAD_BYTES_STEP: usize = 16;
 #[derive(Debug, Default)]
 pub struct HostTables(pub Vec<Vec<u32>>);
 
-/// A row of a sequence.
+/// The row of a sequence that a new token goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
+    pub token: usize,
     pub sequence: usize,
     pub row: usize,
 }
@@ -40,7 +41,6 @@ impl KvBatch {
     ///
     /// # Errors
     /// - [`MissingLengths`](VmmError::MissingLengths) if a paged cache has no lengths.
-    /// - [`EmptySequence`](VmmError::EmptySequence) if a length is 0.
     /// - [`LengthBeyondCapacity`](VmmError::LengthBeyondCapacity).
     /// - [`Vmm`](VmmError::Vmm) with `Block` around [`BlockError::Invalid`] if a table entry that
     ///   the length needs names no block, or around [`BlockError::NotBacked`] if that block is not
@@ -71,7 +71,7 @@ impl KvBatch {
             Slots::At { sequences, rows } => self.named_rows(sequences, rows)?,
         };
         let tables = self.tables_on_host()?;
-        for Row { sequence, row } in rows.iter().copied() {
+        for Row { sequence, row, .. } in rows.iter().copied() {
             self.check_blocks(&tables, sequence, row..row + 1)?;
         }
         Ok((rows, tables))
@@ -79,12 +79,15 @@ impl KvBatch {
 
     fn last_rows(&self) -> Result<Vec<Row>> {
         let lengths = self.lengths_on_host()?.into_iter().enumerate();
-        let row = |(sequence, length)| {
-            self.check_length(sequence, length)?;
-            let row = length - 1;
-            Ok(Row { sequence, row })
+        let row = |(sequence, length): (usize, usize)| {
+            let row = Row {
+                token: sequence,
+                sequence,
+                row: length.checked_sub(1)?,
+            };
+            Some(self.check_length(sequence, length).map(|()| row))
         };
-        lengths.map(row).collect()
+        lengths.filter_map(row).collect()
     }
 
     fn named_rows(&self, sequences: &Tensor, rows: &Tensor) -> Result<Vec<Row>> {
@@ -97,7 +100,11 @@ impl KvBatch {
             }
             let capacity = self.capacity_of(sequence);
             match row < capacity {
-                true => Ok(Row { sequence, row }),
+                true => Ok(Row {
+                    token,
+                    sequence,
+                    row,
+                }),
                 false => Err(VmmError::RowBeyondCapacity {
                     token,
                     sequence,
@@ -160,14 +167,13 @@ impl KvBatch {
 
     pub(super) fn check_length(&self, sequence: usize, length: usize) -> Result<()> {
         let capacity = self.capacity_of(sequence);
-        match length {
-            0 => Err(VmmError::EmptySequence { sequence }),
-            _ if length > capacity => Err(VmmError::LengthBeyondCapacity {
+        match length > capacity {
+            true => Err(VmmError::LengthBeyondCapacity {
                 sequence,
                 length,
                 capacity,
             }),
-            _ => Ok(()),
+            false => Ok(()),
         }
     }
 

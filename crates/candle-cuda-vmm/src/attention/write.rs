@@ -73,8 +73,7 @@ const NAME: &str = "write";
 ///   [`UnsupportedHead`](VmmError::UnsupportedHead) on a GPU.
 ///
 /// If rows are checked, on a CPU device always:
-/// - [`EmptySequence`](VmmError::EmptySequence) and
-///   [`LengthBeyondCapacity`](VmmError::LengthBeyondCapacity) for [`Slots::Last`].
+/// - [`LengthBeyondCapacity`](VmmError::LengthBeyondCapacity) for [`Slots::Last`].
 /// - [`UnknownSequence`](VmmError::UnknownSequence) and
 ///   [`RowBeyondCapacity`](VmmError::RowBeyondCapacity) for [`Slots::At`].
 /// - [`UnknownPosition`](VmmError::UnknownPosition).

@@ -169,7 +169,7 @@ impl<'a> DecodeGraph<'a> {
     /// Captures the bucket of a batch, unless it is captured. The step runs once before, over the
     /// memory that it reaches.
     ///
-    /// The inputs must be such that the step may run: padding, if there are no sequences yet.
+    /// The inputs must be such that the step may run: lengths of 0, if there are no sequences yet.
     ///
     /// # Errors
     /// After an error the bucket is not captured, and the others are as before.

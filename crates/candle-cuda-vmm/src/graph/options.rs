@@ -7,8 +7,9 @@ use std::collections::BTreeSet;
 
 /// The options of a [`DecodeGraph`](super::DecodeGraph): the sizes of its buckets.
 ///
-/// A step of any batch runs in the smallest bucket that has room for it. The other sequences of the
-/// bucket are padding.
+/// A step of any batch runs in the smallest bucket that has room for it. The other rows of the
+/// bucket have no sequence: give them a length of 0
+/// ([`KvBatch::lengths`](crate::attention::KvBatch::lengths)).
 ///
 /// ```
 /// use candle_cuda_vmm::graph::DecodeGraphOptions;

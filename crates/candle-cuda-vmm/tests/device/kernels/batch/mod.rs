@@ -9,6 +9,7 @@ mod prompt;
 mod random;
 mod reference;
 pub mod refusals;
+mod vacant;
 mod write;
 
 use crate::common::UnderTest;
