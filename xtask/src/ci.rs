@@ -1,7 +1,7 @@
 //! `ci`: every check, in order, until one fails.
 
 use crate::workspace::{Workspace, code};
-use crate::{consumers, display, documentation, gpu_test, headers, licences, setup, tests};
+use crate::{consumers, display, documentation, gpu_test, headers, licences, server, setup, tests};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Instant;
@@ -11,7 +11,7 @@ type Step = (&'static str, fn(&Workspace) -> Result<()>);
 const STEPS: [Step; 14] = [
     ("test", tests::run),
     ("long tests", tests::long),
-    ("server", tests::server),
+    ("server", server::run),
     ("gpu-test, simulated", gpu_test_simulated),
     ("gpu-test without a GPU", gpu_test_without_gpu),
     ("formatting", |it| cargo(it, "fmt --all --check")),

@@ -10,6 +10,7 @@ mod gpu_test;
 mod headers;
 mod kernels;
 mod licences;
+mod server;
 mod setup;
 mod tests;
 #[cfg(test)]
@@ -61,6 +62,9 @@ enum Task {
         /// takes minutes
         #[arg(long)]
         cuda: bool,
+        /// Run instead the tests of the server, and OpenAI's own client for Python against it
+        #[arg(long, conflicts_with = "cuda")]
+        server: bool,
     },
     /// Measure what the bookkeeping costs, with --gpu what the pools cost on the GPU of this machine, or simulate serving
     ///
@@ -134,8 +138,9 @@ fn start(task: Task) -> Result<u8> {
         }
         Task::Generate(example) => return example.run(&workspace, gpu_test::GENERATE),
         Task::Soak(example) => return example.run(&workspace, gpu_test::SOAK),
-        Task::Test { cuda: false } => tests::run(&workspace)?,
-        Task::Test { cuda: true } => gpu_test::without_gpu(&workspace)?,
+        Task::Test { cuda: true, .. } => gpu_test::without_gpu(&workspace)?,
+        Task::Test { server: true, .. } => server::run(&workspace)?,
+        Task::Test { .. } => tests::run(&workspace)?,
         Task::Bench(arguments) => return bench::run(&workspace, &arguments),
         Task::Ci => ci::run(&workspace)?,
         Task::Consumers => consumers::pack(&workspace).and_then(|()| consumers::run(&workspace))?,

@@ -17,6 +17,9 @@ mod places;
 const RUNTIME: &str = "13.0";
 const TOOLKIT: &str = "toolkit";
 
+/// The list of what OpenAI's client for Python needs.
+const CLIENT: &str = "openai";
+
 /// Where unpacked wheels hold what is wanted of them.
 const IN_LIBCLANG: &str = "clang/native";
 const IN_CUDA: &str = "nvidia/*";
@@ -101,6 +104,14 @@ pub fn ensure_headers(workspace: &Workspace, version: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The folder of the packages of OpenAI's client for Python, brought if it is not there.
+pub fn ensure_client(workspace: &Workspace) -> Result<PathBuf> {
+    let _lock = lock(workspace)?;
+    let folder = workspace.setup_folder().join(CLIENT);
+    make(workspace, &folder, CLIENT, "")?;
+    Ok(folder)
+}
+
 /// What programs outside the checkout put into their `.cargo/config.toml`; empty if they need none.
 pub fn configuration(setup: &Path) -> Result<String> {
     let mut variables = BTreeMap::new();
@@ -177,7 +188,7 @@ mod unit {
     fn every_list_has_pins_with_version_and_hash() {
         let workspace = Workspace::find().unwrap();
         let headers = crate::headers::VERSIONS;
-        for list in [&headers[..], &["libclang", RUNTIME, TOOLKIT]].concat() {
+        for list in [&headers[..], &["libclang", RUNTIME, TOOLKIT, CLIENT]].concat() {
             let pins = pins(&workspace, list).unwrap();
             assert!(!pins.is_empty(), "{list}");
             for pin in pins.lines() {

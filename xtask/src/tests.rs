@@ -12,30 +12,33 @@ pub const FEATURES: &str = "--features cuda-vmm/simulator,cuda-vmm/serde";
 /// All but the server, whose dependencies take minutes to compile.
 const WITHOUT_SERVER: &str = "--workspace --exclude cuda-vmm-serve";
 
-/// Runs the workspace's tests, with nextest if it is installed: it runs the tests of all programs side by side.
+/// Runs the workspace's tests.
 pub fn run(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
     setup::ensure(workspace, false, false)?;
-    let run = |line: &str| workspace.cargo(&format!("{line} {FEATURES}")).run();
-    let nextest = workspace.cargo("nextest --version").quiet();
-    if nextest.ignore_stdout().ignore_stderr().run().is_ok() {
-        run(&format!(
-            "nextest run {WITHOUT_SERVER} --status-level slow --final-status-level fail"
-        ))?;
-        // The model check's documentation is that of `cuda-vmm`.
-        run(&format!(
-            "test --doc {WITHOUT_SERVER} --exclude cuda-vmm-model-check"
-        ))?;
-    } else {
-        run(&format!("test {WITHOUT_SERVER}"))?;
-    }
+    // The model check's documentation is that of `cuda-vmm`.
+    let documented = format!("{WITHOUT_SERVER} --exclude cuda-vmm-model-check {FEATURES}");
+    let packages = format!("{WITHOUT_SERVER} {FEATURES}");
+    run_packages(workspace, &packages, &documented)?;
     eprintln!("xtask: test: PASS in {}", display::time(started.elapsed()));
     Ok(())
 }
 
-/// Runs the tests of the server.
-pub fn server(workspace: &Workspace) -> Result<()> {
-    Ok(workspace.cargo("test --package cuda-vmm-serve").run()?)
+/// Runs the tests of some packages, and those of the documentation of some, with nextest if it is
+/// installed: it runs the tests of all programs side by side, and ends those that hang.
+pub fn run_packages(workspace: &Workspace, packages: &str, documented: &str) -> Result<()> {
+    let run = |line: &str, packages| workspace.cargo(&format!("{line} {packages}")).run();
+    let nextest = workspace.cargo("nextest --version").quiet();
+    if nextest.ignore_stdout().ignore_stderr().run().is_ok() {
+        run(
+            "nextest run --status-level slow --final-status-level fail",
+            packages,
+        )?;
+        run("test --doc", documented)?;
+    } else {
+        run("test", packages)?;
+    }
+    Ok(())
 }
 
 /// Runs a thousand cases of the property test, and the model checker in fifteen times the orders.

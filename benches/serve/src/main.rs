@@ -8,10 +8,16 @@ use cuda_vmm_serve::api;
 use cuda_vmm_serve::engine::Policy;
 use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, Sharing};
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tracing_subscriber::EnvFilter;
+
+const MIB: usize = 1 << 20;
 
 /// Serve language models that share a GPU's memory, over HTTP as OpenAI's
 ///
@@ -49,6 +55,25 @@ struct Arguments {
     /// Seed of random weights
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Memory that a model always gets, in MiB; for several models, given again
+    #[arg(long, value_name = "NAME=MIB", value_parser = of_model::<usize>)]
+    guarantee: Vec<(String, usize)>,
+    /// The most memory that a model gets, in MiB
+    #[arg(long, value_name = "NAME=MIB", value_parser = of_model::<usize>)]
+    ceiling: Vec<(String, usize)>,
+    /// A model's priority: the higher one gets memory first, and gives it back last
+    #[arg(long, value_name = "NAME=NUMBER", value_parser = of_model::<i32>)]
+    priority: Vec<(String, i32)>,
+    /// How long requests may go on after ctrl-C, in seconds; a second ctrl-C ends them at once
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    drain: u64,
+}
+
+/// Reads `NAME=VALUE`.
+fn of_model<T: FromStr<Err: Display>>(text: &str) -> Result<(String, T), String> {
+    let (name, value) = text.split_once('=').ok_or("NAME=VALUE is expected")?;
+    let value = value.parse().map_err(|error| format!("{value}: {error}"))?;
+    Ok((name.to_owned(), value))
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -80,25 +105,46 @@ fn main() -> Result<()> {
         .init();
     let host = Arc::new(host(&arguments)?);
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
-    runtime.block_on(serve(&arguments, &host))?;
-    tracing::info!("what runs is finished");
+    let served = runtime.block_on(serve(&arguments, &host));
+    // Ends what still runs: the models learn that nobody wants it.
+    runtime.shutdown_timeout(Duration::from_secs(10));
     host.close();
-    Ok(())
+    served
 }
 
+/// Serves until ctrl-C, and then until the running responses have ended or their time is over.
 async fn serve(arguments: &Arguments, host: &Arc<Host>) -> Result<()> {
     let listener = TcpListener::bind(arguments.listen).await;
     let listener = listener.with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let address = listener.local_addr().context("no address")?;
     println!("listening on http://{address}");
-    let shutdown = async {
-        if let Err(error) = tokio::signal::ctrl_c().await {
-            tracing::error!(%error, "ctrl-C cannot be heard");
-            std::future::pending::<()>().await;
-        }
+    let told = Arc::new(Notify::new());
+    let tell = told.clone();
+    let shutdown = async move {
+        interrupt().await;
         tracing::info!("no more requests are taken");
+        tell.notify_one();
     };
-    Ok(api::serve(listener, host.clone(), shutdown).await?)
+    let late = async {
+        told.notified().await;
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(arguments.drain)) => {}
+            () = interrupt() => {}
+        }
+    };
+    tokio::select! {
+        served = api::serve(listener, host.clone(), shutdown) => served?,
+        () = late => tracing::warn!("the requests that still run are cut off"),
+    }
+    Ok(())
+}
+
+/// Waits for ctrl-C; for ever if that cannot be heard.
+async fn interrupt() {
+    if let Err(error) = tokio::signal::ctrl_c().await {
+        tracing::error!(%error, "ctrl-C cannot be heard");
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Makes the models.
@@ -115,7 +161,7 @@ fn host(arguments: &Arguments) -> Result<Host> {
         None => Place::Cpu,
     };
     let sharing = Sharing {
-        limit_bytes: arguments.memory << 20,
+        limit_bytes: arguments.memory.saturating_mul(MIB),
         policy: match arguments.policy {
             PolicyKind::Elastic => Policy::Elastic,
             PolicyKind::Static => Policy::Static,
@@ -143,5 +189,26 @@ fn host(arguments: &Arguments) -> Result<Host> {
         let quota = Quota::new();
         specs.push(ModelSpec { name, shape, quota });
     }
+    set_quotas(arguments, &mut specs)?;
     Host::new(place, &sharing, specs).context("the models cannot be made")
+}
+
+/// Gives the models the quotas that are asked for.
+fn set_quotas(arguments: &Arguments, specs: &mut [ModelSpec]) -> Result<()> {
+    let mut quota = |name: &str, change: &dyn Fn(Quota) -> Quota| {
+        let spec = specs.iter_mut().find(|spec| spec.name == name);
+        let spec = spec.with_context(|| format!("there is no model {name} to give a quota"))?;
+        spec.quota = change(spec.quota);
+        anyhow::Ok(())
+    };
+    for (name, mib) in &arguments.guarantee {
+        quota(name, &|it| it.guarantee_bytes(mib.saturating_mul(MIB)))?;
+    }
+    for (name, mib) in &arguments.ceiling {
+        quota(name, &|it| it.ceiling_bytes(mib.saturating_mul(MIB)))?;
+    }
+    for (name, priority) in &arguments.priority {
+        quota(name, &|it| it.priority(*priority))?;
+    }
+    Ok(())
 }

@@ -1,0 +1,177 @@
+//! The program itself: its command line, and how it ends.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longer than anything here takes; a test that fails ends all the same.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A server on a free port. It does not outlive the test.
+struct Program {
+    child: Child,
+    address: String,
+    _stdout: BufReader<ChildStdout>,
+    stderr: BufReader<ChildStderr>,
+}
+
+fn start(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cuda-vmm-serve"));
+    command.args(arguments).env("NO_COLOR", "1");
+    command
+}
+
+impl Program {
+    fn start(arguments: &[&str]) -> Self {
+        let mut command = start(&["--listen", "127.0.0.1:0"]);
+        command.args(arguments);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stdout = BufReader::new(child.stdout.take().unwrap());
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        stdout.read_line(&mut line).unwrap();
+        let address = line.trim_end().strip_prefix("listening on http://");
+        let address = address.expect(&line).to_owned();
+        Self {
+            child,
+            address,
+            _stdout: stdout,
+            stderr,
+        }
+    }
+
+    /// Sends a request whose connection ends with its response.
+    fn send(&self, method: &str, path: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        stream
+    }
+
+    /// Begins a text of many tokens, and waits until some of it came.
+    fn begin_long_text(&self) -> TcpStream {
+        let body = r#"{"model": "tiny", "prompt": "a", "max_tokens": 2000, "stream": true,
+            "temperature": 0}"#;
+        let mut stream = self.send("POST", "/v1/completions", body);
+        let mut some = [0; 256];
+        assert!(stream.read(&mut some).unwrap() > 0);
+        stream
+    }
+
+    fn interrupt(&self) {
+        let process = Pid::from_raw(self.child.id().cast_signed());
+        kill(process, Signal::SIGINT).unwrap();
+    }
+
+    /// Reads what it tells until a line has this text.
+    fn await_line(&mut self, text: &str) {
+        let mut all = String::new();
+        while !all.contains(text) {
+            let count = self.stderr.read_line(&mut all).unwrap();
+            assert_ne!(count, 0, "{all}");
+        }
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            if let Some(end) = self.child.try_wait().unwrap() {
+                return end;
+            }
+            assert!(Instant::now() < until, "the server does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // One that has ended is none of our concern.
+        _ = self.child.kill();
+        _ = self.child.wait();
+    }
+}
+
+fn rest(mut stream: TcpStream) -> String {
+    let mut bytes = Vec::new();
+    // A connection that is cut off may end with an error.
+    _ = stream.read_to_end(&mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn ctrl_c_lets_what_runs_end_and_takes_no_more() {
+    let mut program = Program::start(&["--models", "tiny"]);
+    let running = program.begin_long_text();
+    program.interrupt();
+    program.await_line("no more requests are taken");
+    let text = rest(running);
+    assert!(text.contains("data: [DONE]"), "{text}");
+    assert!(program.end().success());
+    assert!(TcpStream::connect(&program.address).is_err());
+}
+
+#[test]
+fn ctrl_c_again_or_the_end_of_the_time_cuts_off_what_runs() {
+    for (drain, is_again) in [("0", false), ("3600", true)] {
+        let mut program = Program::start(&["--models", "tiny", "--drain", drain]);
+        // It reads nothing, so its response cannot end.
+        let running: Vec<_> = (0..8).map(|_| program.begin_long_text()).collect();
+        program.interrupt();
+        program.await_line("no more requests are taken");
+        if is_again {
+            program.interrupt();
+        }
+        program.await_line("cut off");
+        assert!(program.end().success());
+        let ends = running.into_iter().map(rest);
+        let cut = ends.filter(|text| !text.contains("data: [DONE]")).count();
+        assert!(cut > 0, "{drain}");
+    }
+}
+
+#[test]
+fn quotas_go_to_their_models() {
+    let quotas = ["--guarantee", "tiny=64", "--ceiling", "tiny-2=128"];
+    let priority = ["--priority", "tiny-2=-3"];
+    let program = Program::start(&[&quotas[..], &priority].concat());
+    let metrics = rest(program.send("GET", "/metrics", ""));
+    for line in [
+        r#"cuda_vmm_guarantee_bytes{model="tiny"} 67108864"#,
+        r#"cuda_vmm_ceiling_bytes{model="tiny-2"} 134217728"#,
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+}
+
+#[test]
+fn what_cannot_be_served_is_said_at_the_start() {
+    let taken = Program::start(&["--models", "tiny"]);
+    for (arguments, problem) in [
+        (
+            &["--listen", &taken.address][..],
+            "cannot listen on 127.0.0.1",
+        ),
+        (&["--guarantee", "big=1"], "there is no model big"),
+        (&["--guarantee", "tiny"], "NAME=VALUE is expected"),
+        (&["--ceiling", "tiny=x"], "invalid digit"),
+        (&["--guarantee", "tiny=300"], "guarantee"),
+        (&["--models", "huge"], "huge is no shape"),
+        (&["--models", "a=tiny,a=tiny"], "a"),
+    ] {
+        let output = start(arguments).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{arguments:?}");
+        assert!(text.contains(problem), "{arguments:?}: {text}");
+    }
+}
