@@ -55,7 +55,7 @@ enum Task {
     Soak(Example),
     /// Serve language models that share memory, over HTTP as OpenAI's; what follows goes to the server
     #[command(disable_help_flag = true)]
-    Serve(Passed),
+    Serve(Example),
     /// Run every test that needs no GPU
     Test {
         /// Run instead the tests of Candle's CUDA devices, over the simulated driver; builds Candle's kernels once, which
@@ -131,11 +131,7 @@ fn start(task: Task) -> Result<u8> {
             let demo = "--package cuda-vmm --features simulator --example demo";
             return code(workspace.program(demo)?.args(passed.arguments));
         }
-        Task::Serve(passed) => {
-            setup::ensure(&workspace, false, false)?;
-            let mut server = workspace.program("--package cuda-vmm-serve")?;
-            return code(server.args(passed.arguments));
-        }
+        Task::Serve(server) => return server.run(&workspace, gpu_test::SERVE),
         Task::Generate(example) => return example.run(&workspace, gpu_test::GENERATE),
         Task::Soak(example) => return example.run(&workspace, gpu_test::SOAK),
         Task::Test { cuda: true, .. } => gpu_test::without_gpu(&workspace)?,
@@ -151,6 +147,7 @@ fn start(task: Task) -> Result<u8> {
     Ok(0)
 }
 
+/// A program that runs on the CPU or on a GPU.
 #[derive(Args)]
 struct Example {
     /// Build for GPUs, and run on GPU 0 unless told otherwise
@@ -163,13 +160,13 @@ struct Example {
 }
 
 impl Example {
-    fn run(&self, workspace: &Workspace, example: Program) -> Result<u8> {
+    fn run(&self, workspace: &Workspace, program: Program) -> Result<u8> {
         let mut command = if self.cuda {
-            gpu_test::with_cuda(workspace, self.oldest.compute_cap, example)?
+            gpu_test::with_cuda(workspace, self.oldest.compute_cap, program)?
         } else {
             setup::ensure(workspace, false, false)?;
-            let (package, name) = (example.package, example.name);
-            workspace.program(&format!("--package {package} --example {name}"))?
+            let (package, kind, name) = (program.package, program.kind, program.name);
+            workspace.program(&format!("--package {package} --{kind} {name}"))?
         };
         code(command.args(&self.passed.arguments))
     }

@@ -1,5 +1,6 @@
 //! The checks of the server: its own tests, and OpenAI's own client against it.
 
+use crate::gpu_test::SERVER as PACKAGE;
 use crate::workspace::Workspace;
 use crate::{setup, tests};
 use anyhow::{Context, Result, ensure};
@@ -12,7 +13,6 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use wait_timeout::ChildExt;
 
-const PACKAGE: &str = "cuda-vmm-serve";
 const CLIENT: &str = "benches/serve/tests/openai_client.py";
 /// What the server prints before its address.
 const LISTENS: &str = "listening on ";

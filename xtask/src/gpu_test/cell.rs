@@ -32,10 +32,11 @@ pub enum State {
     Skipped,
 }
 
-/// The package without Candle, that of the facade, and that of the benches.
+/// The package without Candle, that of the facade, that of the benches, and the server.
 pub const CORE: &str = "cuda-vmm";
 pub const FACADE: &str = "candle-cuda-vmm";
 pub const BENCHES: &str = "cuda-vmm-benches";
+pub const SERVER: &str = "cuda-vmm-serve";
 /// The feature with which Candle has CUDA devices, and the facade all of its kernels.
 pub const CUDA: &str = "attention";
 
@@ -59,6 +60,7 @@ pub const SOAK: Program = other(FACADE, "example", "soak");
 pub const TWO_MODELS: Program = other(FACADE, "example", "two_models");
 pub const BENCH: Program = other(BENCHES, "bin", "bench");
 pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");
+pub const SERVE: Program = other(SERVER, "bin", "cuda-vmm-serve");
 pub const XTASK: Program = other("xtask", "bin", "xtask");
 
 pub const fn other(package: &'static str, kind: &'static str, name: &'static str) -> Program {
@@ -77,6 +79,7 @@ impl Program {
             CORE => "simulator",
             // The tests for CPU devices start on any machine.
             FACADE if self.driver != Driver::Simulated => CUDA,
+            SERVER => CUDA,
             _ if *self == BENCH_CANDLE => CUDA,
             _ => "",
         }

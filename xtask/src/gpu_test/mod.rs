@@ -11,7 +11,7 @@ mod runner;
 mod stand_ins;
 
 pub use arguments::{InBundle, InPlace, OldestGpu, Passed, Usage};
-pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program, SOAK};
+pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program, SERVE, SERVER, SOAK};
 
 use crate::workspace::{Workspace, code};
 use crate::{display, kernels};
