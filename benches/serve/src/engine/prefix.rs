@@ -31,6 +31,8 @@ pub struct PrefixCache {
     entries: HashMap<Block, Entry>,
     /// Blocks that may go, the longest unused first.
     idle: BTreeMap<u64, Block>,
+    /// How many blocks no sequence uses.
+    unused: usize,
     clock: u64,
 }
 
@@ -42,6 +44,7 @@ impl PrefixCache {
             blocks: HashMap::new(),
             entries: HashMap::new(),
             idle: BTreeMap::new(),
+            unused: 0,
             clock: 0,
         }
     }
@@ -102,6 +105,7 @@ impl PrefixCache {
             && let Some((_, block)) = self.idle.pop_first()
             && let Some(entry) = self.entries.remove(&block)
         {
+            self.unused -= 1;
             self.blocks.remove(&entry.key);
             if let Some(before) = entry.key.0 {
                 self.change(before, |entry| entry.children -= 1);
@@ -113,8 +117,7 @@ impl PrefixCache {
 
     /// The number of blocks that nothing uses. All of them can be evicted.
     pub fn unused(&self) -> usize {
-        let unused = self.entries.values().filter(|entry| entry.users == 0);
-        unused.count()
+        self.unused
     }
 
     /// Changes an entry, if there is one, and notes whether it may go.
@@ -122,7 +125,10 @@ impl PrefixCache {
         let Some(entry) = self.entries.get_mut(&block) else {
             return;
         };
+        let was_unused = entry.users == 0;
         change(entry);
+        self.unused += usize::from(entry.users == 0);
+        self.unused -= usize::from(was_unused);
         if let Some(since) = entry.idle_since.take() {
             self.idle.remove(&since);
         }
@@ -217,6 +223,8 @@ mod tests {
                         }
                     }
                 }
+                let unused = cache.entries.values().filter(|entry| entry.users == 0);
+                prop_assert_eq!(cache.unused(), unused.count());
                 let used: HashSet<_> = running.iter().flatten().copied().collect();
                 let evicted = cache.evict(evicts);
                 prop_assert!(evicted.iter().all(|block| !used.contains(block)));
