@@ -17,8 +17,11 @@ use axum::routing::{get, post};
 use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use error::ApiError;
+use futures_util::future::{Either, select};
+use page::Page;
 use serde_json::{Value, json};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 
@@ -42,13 +45,20 @@ pub async fn serve(
             tracing::debug!(%error, "no TCP_NODELAY");
         }
     });
-    let server = axum::serve(listener, router(backend));
-    server.with_graceful_shutdown(shutdown).await
+    let page = Arc::new(Page::new(backend.clone()));
+    let server = axum::serve(listener, router(backend, page.clone()));
+    let server = server.with_graceful_shutdown(shutdown).into_future();
+    // The first sample is there before the first connection. The last is taken when the server
+    // has ended.
+    match select(pin!(page.sample()), server).await {
+        Either::Left((never, _)) => match never {},
+        Either::Right((served, _)) => served,
+    }
 }
 
-fn router(backend: App) -> Router {
+fn router(backend: App, page: Arc<Page>) -> Router {
     let router = Router::new()
-        .route("/", get(async || page::page()))
+        .route("/", get(move || page.clone().respond()))
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .route("/v1/models", get(models))

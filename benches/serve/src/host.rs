@@ -1,16 +1,18 @@
 //! Several models under one limit of memory, each on a thread of its own.
 
+mod figures;
 mod hosted;
 mod shape;
 
 pub use shape::{Shape, ShapeError};
 
 use crate::engine::Policy;
+use crate::figures::Figures;
 use crate::request::{Backend, Event, Generate, ModelInfo, Refusal};
 use candle_core::Device;
 use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
 use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm};
-use cuda_vmm::SharedMemoryPool;
+use cuda_vmm::{SharedMemoryPool, Snapshot};
 use hosted::Hosted;
 use tokio::sync::mpsc;
 
@@ -108,6 +110,15 @@ impl Host {
     pub fn pool(&self) -> &SharedMemoryPool {
         &self.pool
     }
+
+    fn look(&self) -> (Snapshot, Figures) {
+        // Before the snapshot, so that what a thread says it has freed is freed there too.
+        let models = self.models.iter();
+        let models: Vec<_> = models.map(|it| (&*it.info().id, it.work())).collect();
+        let snapshot = self.pool.snapshot();
+        let figures = figures::figures(&snapshot, models);
+        (snapshot, figures)
+    }
 }
 
 impl Backend for Host {
@@ -124,9 +135,15 @@ impl Backend for Host {
         found.ok_or(Refusal::UnknownModel)?.submit(ask)
     }
 
+    fn figures(&self) -> Figures {
+        self.look().1
+    }
+
     fn metrics(&self) -> String {
-        let mut text = self.pool.snapshot().prometheus();
+        let (snapshot, figures) = self.look();
+        let mut text = snapshot.prometheus();
         hosted::write_metrics(&self.models, &mut text);
+        figures::write_metrics(&figures, &mut text);
         text
     }
 

@@ -5,7 +5,7 @@
 //! for a [`Backend`](request::Backend), and the events that come of it into a response. [`text`] is
 //! all that has to do with letters: tokens, chat templates and stop strings. [`host`] is the backend:
 //! several models, each with an [`engine`] on a thread of its own, whose steps the [`scheduler`]
-//! plans.
+//! plans. [`figures`] are what it says of their memory and work.
 
 #![deny(unsafe_code)]
 
@@ -22,6 +22,7 @@ use generate::{batch, config, model, weights};
 
 pub mod api;
 pub mod engine;
+pub mod figures;
 pub mod host;
 pub mod request;
 pub mod scheduler;

@@ -1,5 +1,6 @@
 //! What the server asks of an engine, and what an engine gives back.
 
+use crate::figures::Figures;
 use crate::text::{ChatTemplate, Tokenizer};
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,9 @@ pub trait Backend: Send + Sync {
     /// [`mpsc::Sender::is_closed`]. [`Generate::channel`] makes a channel that holds every event, so
     /// that the engine never waits for a slow reader.
     fn submit(&self, model: &str, ask: Generate) -> Result<mpsc::Receiver<Event>, Refusal>;
+
+    /// The memory and the work of its models at present. The server asks several times a second.
+    fn figures(&self) -> Figures;
 
     /// Its figures, in the text format of Prometheus.
     fn metrics(&self) -> String;

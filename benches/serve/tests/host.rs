@@ -3,6 +3,7 @@
 use candle_core::DType;
 use candle_cuda_vmm::Quota;
 use cuda_vmm_serve::engine::Policy;
+use cuda_vmm_serve::figures::{Figures, ModelFigures};
 use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, ShapeError, Sharing};
 use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, Refusal, Sampling};
 use rand::rngs::StdRng;
@@ -172,6 +173,67 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
 const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
     "max_position_embeddings": 512 }"#;
+
+/// Takes figures until they are as wanted. Whenever they are taken, all parts add up to the limit.
+fn figures_once(host: &Host, is_wanted: impl Fn(&[ModelFigures]) -> bool) -> Figures {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let figures = host.figures();
+        let parts = figures.models.iter().map(ModelFigures::committed_bytes);
+        let held: usize = parts.sum::<usize>() + figures.unowned_bytes;
+        assert_eq!(held + figures.free_bytes, LIMIT, "{figures:?}");
+        if is_wanted(&figures.models) {
+            return figures;
+        }
+        assert!(Instant::now() < deadline, "{figures:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn figures_say_what_memory_is_for_and_add_up_to_the_limit() {
+    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
+    for policy in [Policy::Elastic, Policy::PageAtATime, Policy::Static] {
+        let host = host_of(&sharing(policy), &shape);
+        let ask = Generate {
+            prompt: (0..70).collect(),
+            max_tokens: 40,
+            sampling: Sampling {
+                temperature: 0.,
+                top_p: 1.,
+                seed: None,
+            },
+            stop_ids: Vec::new(),
+        };
+        let mut running = host.submit("one", ask).expect("room");
+        let figures = figures_once(&host, |models| models[0].live_bytes > 0);
+        assert_eq!(figures.models.len(), 2, "{policy:?}");
+        assert_eq!(figures.models[1].id, "two");
+        assert_eq!(figures.models[1].live_bytes, 0, "{policy:?}");
+        if policy == Policy::Elastic {
+            figures_once(&host, |models| models[0].ahead_bytes > 0);
+        }
+        while running.blocking_recv().is_some() {}
+        let figures = figures_once(&host, |models| models[0].live_bytes == 0);
+        let one = &figures.models[0];
+        assert_eq!((one.running, one.waiting), (0, 0), "{policy:?}");
+        assert_eq!(one.generated_tokens, 40, "{policy:?}");
+        // Of 109 tokens that were computed, 6 whole blocks are kept.
+        assert!(one.prefix_bytes >= 6 * 16 * 2 * (16 << 10), "{one:?}");
+        let sample = "cuda_vmm_serve_cached_prefix_bytes{model=\"one\"}";
+        let sample = format!("{sample} {}\n", one.prefix_bytes);
+        assert!(host.metrics().contains(&sample), "{policy:?}");
+        host.clear_prefixes();
+        let others = match policy {
+            // All that the model has, which nothing uses.
+            Policy::Static => LIMIT / 2,
+            _ => 0,
+        };
+        figures_once(&host, |models| {
+            models[0].prefix_bytes == 0 && models[0].other_bytes == others
+        });
+    }
+}
 
 /// Both models want more than there is, at the same time and one after the other.
 #[test]

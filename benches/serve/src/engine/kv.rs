@@ -160,22 +160,21 @@ impl Kv {
         }
     }
 
-    /// Gives memory back: first what nothing uses, then prefixes. Returns how many bytes were
-    /// freed; they come free when the device has finished with them.
+    /// Gives memory back: the pages in which the fewest prefixes are lost, the longest unused first.
+    /// Returns how many bytes were freed; they come free when the device has finished with them.
     pub fn give_back(&mut self, bytes: usize) -> Result<usize> {
         if self.policy == Policy::Static {
             return Ok(0);
         }
-        let mut freed = self.reclaim(bytes)?;
-        while freed < bytes {
-            let evicted = self.prefix.evict(EVICTED_AT_ONCE);
-            if evicted.is_empty() {
-                break;
-            }
-            self.allocator.free(evicted)?;
-            freed += self.reclaim(bytes - freed)?;
+        let cost = |block| self.prefix.cost(block);
+        let plan = self.allocator.reclaim_candidates(bytes, cost);
+        if plan.is_empty() {
+            return Ok(0);
         }
-        Ok(freed)
+        self.allocator.commit(&plan)?;
+        let behind = self.prefix.remove(plan.evicted());
+        self.allocator.free(behind)?;
+        Ok(plan.freed_bytes())
     }
 
     /// Forgets all prefixes that nothing uses, and gives their memory back.
@@ -183,15 +182,6 @@ impl Kv {
         let evicted = self.prefix.evict(usize::MAX);
         self.allocator.free(evicted)?;
         self.give_back(usize::MAX).map(drop)
-    }
-
-    fn reclaim(&mut self, bytes: usize) -> Result<usize> {
-        let plan = self.allocator.reclaim_candidates(bytes, |_| None);
-        let freed = plan.freed_bytes();
-        if freed > 0 {
-            self.allocator.commit(&plan)?;
-        }
-        Ok(freed)
     }
 
     /// Takes blocks, if need be those of prefixes that nothing uses.
@@ -236,9 +226,6 @@ impl Kv {
         &self.blocks
     }
 }
-
-/// Prefix blocks that are given up before memory is looked for again.
-const EVICTED_AT_ONCE: usize = 64;
 
 impl Blocks for Kv {
     fn sequence_tokens_max(&self) -> usize {
@@ -298,7 +285,13 @@ impl Blocks for Kv {
         let gone: Vec<_> = gone.filter(|block| !self.prefix.release(*block)).collect();
         let freed = freed.and_then(|()| self.allocator.free(gone));
         let freed = freed.and_then(|()| match self.policy {
-            Policy::PageAtATime => self.reclaim(usize::MAX).map(drop),
+            Policy::PageAtATime => {
+                let empty = self.allocator.reclaim_candidates(usize::MAX, |_| None);
+                match empty.is_empty() {
+                    true => Ok(()),
+                    false => self.allocator.commit(&empty),
+                }
+            }
             _ => Ok(()),
         });
         if let Err(error) = freed

@@ -10,4 +10,4 @@ mod tests;
 
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
-pub use runner::{Made, Runner};
+pub use runner::{HeldBytes, Made, Runner};

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// The number of a block.
 pub type Block = usize;
@@ -18,9 +18,11 @@ struct Entry {
     key: Key,
     /// Sequences that use it.
     users: usize,
-    /// Blocks behind it that are known.
-    children: usize,
-    /// When it was last used, if nothing uses it and nothing is behind it: then it may go.
+    /// Known blocks right behind it.
+    children: HashSet<Block>,
+    /// When it was last used.
+    used_at: u64,
+    /// Its place among those that may go, if nothing uses it and nothing is behind it.
     idle_since: Option<u64>,
 }
 
@@ -31,6 +33,8 @@ pub struct PrefixCache {
     entries: HashMap<Block, Entry>,
     /// Blocks that may go, the longest unused first.
     idle: BTreeMap<u64, Block>,
+    /// How many blocks no sequence uses.
+    unused: usize,
     clock: u64,
 }
 
@@ -42,6 +46,7 @@ impl PrefixCache {
             blocks: HashMap::new(),
             entries: HashMap::new(),
             idle: BTreeMap::new(),
+            unused: 0,
             clock: 0,
         }
     }
@@ -58,7 +63,7 @@ impl PrefixCache {
             taken.push(block);
         }
         for block in &taken {
-            self.change(*block, |entry| entry.users += 1);
+            self.use_again(*block, |users| users + 1);
         }
         taken
     }
@@ -74,13 +79,14 @@ impl PrefixCache {
             && before.is_none_or(|before| self.entries.contains_key(&before));
         if is_new {
             if let Some(before) = before {
-                self.change(before, |entry| entry.children += 1);
+                self.change(before, |entry| _ = entry.children.insert(block));
             }
             self.blocks.insert(key.clone(), block);
             let entry = Entry {
                 key,
                 users: 1,
-                children: 0,
+                children: HashSet::new(),
+                used_at: self.clock,
                 idle_since: None,
             };
             self.entries.insert(block, entry);
@@ -91,8 +97,17 @@ impl PrefixCache {
     /// Counts one user less of a block. Returns whether it is known, and so stays.
     pub fn release(&mut self, block: Block) -> bool {
         let is_known = self.entries.contains_key(&block);
-        self.change(block, |entry| entry.users = entry.users.saturating_sub(1));
+        self.use_again(block, |users| users.saturating_sub(1));
         is_known
+    }
+
+    fn use_again(&mut self, block: Block, users: impl FnOnce(usize) -> usize) {
+        self.clock += 1;
+        let clock = self.clock;
+        self.change(block, |entry| {
+            entry.users = users(entry.users);
+            entry.used_at = clock;
+        });
     }
 
     /// Forgets up to `count` blocks that nothing uses, the longest unused first, and returns them.
@@ -100,21 +115,55 @@ impl PrefixCache {
         let mut evicted = Vec::new();
         while evicted.len() < count
             && let Some((_, block)) = self.idle.pop_first()
-            && let Some(entry) = self.entries.remove(&block)
         {
-            self.blocks.remove(&entry.key);
-            if let Some(before) = entry.key.0 {
-                self.change(before, |entry| entry.children -= 1);
-            }
+            self.forget(block);
             evicted.push(block);
         }
         evicted
     }
 
+    /// What it costs to lose a block: more if it was used lately. `None` if a sequence uses it, or
+    /// if it is not known.
+    pub fn cost(&self, block: Block) -> Option<f64> {
+        let entry = self.entries.get(&block).filter(|entry| entry.users == 0)?;
+        Some(1. / (1 + self.clock - entry.used_at) as f64)
+    }
+
+    /// Forgets blocks that nothing uses, and all that is behind them, which nobody would find.
+    /// Returns what was behind them and is not among them. Passes over unknown blocks.
+    pub fn remove(&mut self, blocks: &[Block]) -> Vec<Block> {
+        let named: HashSet<_> = blocks.iter().copied().collect();
+        let mut behind = Vec::new();
+        let mut left = blocks.to_vec();
+        while let Some(block) = left.pop() {
+            let Some(entry) = self.forget(block) else {
+                continue;
+            };
+            if !named.contains(&block) {
+                behind.push(block);
+            }
+            left.extend(entry.children);
+        }
+        behind
+    }
+
+    fn forget(&mut self, block: Block) -> Option<Entry> {
+        let entry = self.entries.remove(&block)?;
+        debug_assert_eq!(entry.users, 0, "block {block}");
+        self.unused -= 1;
+        self.blocks.remove(&entry.key);
+        if let Some(since) = entry.idle_since {
+            self.idle.remove(&since);
+        }
+        if let Some(before) = entry.key.0 {
+            self.change(before, |before| _ = before.children.remove(&block));
+        }
+        Some(entry)
+    }
+
     /// The number of blocks that nothing uses. All of them can be evicted.
     pub fn unused(&self) -> usize {
-        let unused = self.entries.values().filter(|entry| entry.users == 0);
-        unused.count()
+        self.unused
     }
 
     /// Changes an entry, if there is one, and notes whether it may go.
@@ -122,11 +171,14 @@ impl PrefixCache {
         let Some(entry) = self.entries.get_mut(&block) else {
             return;
         };
+        let was_unused = entry.users == 0;
         change(entry);
+        self.unused += usize::from(entry.users == 0);
+        self.unused -= usize::from(was_unused);
         if let Some(since) = entry.idle_since.take() {
             self.idle.remove(&since);
         }
-        if entry.users == 0 && entry.children == 0 {
+        if entry.users == 0 && entry.children.is_empty() {
             self.clock += 1;
             entry.idle_since = Some(self.clock);
             self.idle.insert(self.clock, block);
@@ -171,6 +223,30 @@ mod tests {
     }
 
     #[test]
+    fn what_was_used_lately_costs_more_and_goes_with_what_is_behind_it() {
+        let mut cache = PrefixCache::new(1);
+        for (before, token, block) in [
+            (None, 1, 10),
+            (Some(10), 2, 11),
+            (Some(11), 3, 12),
+            (None, 4, 13),
+        ] {
+            assert!(cache.add(before, &[token], block));
+            assert_eq!(cache.cost(block), None, "it is used");
+        }
+        for block in [12, 11, 10, 13] {
+            cache.release(block);
+        }
+        assert_eq!(cache.cost(14), None, "not known");
+        let costs = [12, 11, 10, 13].map(|block| cache.cost(block).expect("unused"));
+        assert!(costs.is_sorted_by(|one, next| one < next), "{costs:?}");
+        assert_eq!(cache.take(&[4]), [13]);
+        assert_eq!(cache.remove(&[11, 14]), [12]);
+        assert_eq!(cache.take(&[1, 2, 3]), [10]);
+        assert_eq!((cache.len(), cache.unused()), (2, 0));
+    }
+
+    #[test]
     fn the_same_tokens_are_known_once_and_only_behind_a_known_block() {
         let mut cache = PrefixCache::new(BLOCK);
         assert!(cache.add(None, &[1, 2], 10));
@@ -183,11 +259,11 @@ mod tests {
 
     proptest! {
         /// Sequences of few different tokens come, are computed block by block, and go; now and
-        /// then blocks are evicted. What is taken holds exactly the tokens that were asked for.
+        /// then blocks are evicted, or removed with what is behind them. What is taken holds exactly the tokens that were asked for.
         #[test]
         fn what_is_taken_holds_the_tokens(
             steps in prop::collection::vec(
-                (prop::collection::vec(0..2u32, 0..9), 0..6usize, 0..4usize),
+                (prop::collection::vec(0..2u32, 0..9), 0..6usize, 0..4usize, 0..4usize),
                 1..60,
             ),
         ) {
@@ -196,7 +272,7 @@ mod tests {
             let mut contents: HashMap<Block, Vec<u32>> = HashMap::new();
             let mut free: Vec<Block> = (0..200).rev().collect();
             let mut running: Vec<Vec<Block>> = Vec::new();
-            for (tokens, ends, evicts) in steps {
+            for (tokens, ends, evicts, removes) in steps {
                 let mut blocks = cache.take(&tokens);
                 for (at, block) in blocks.iter().enumerate() {
                     prop_assert_eq!(&contents[block], &tokens[..(at + 1) * BLOCK]);
@@ -217,10 +293,19 @@ mod tests {
                         }
                     }
                 }
+                let unused = cache.entries.values().filter(|entry| entry.users == 0);
+                prop_assert_eq!(cache.unused(), unused.count());
                 let used: HashSet<_> = running.iter().flatten().copied().collect();
                 let evicted = cache.evict(evicts);
                 prop_assert!(evicted.iter().all(|block| !used.contains(block)));
                 free.extend(evicted);
+                let mut removed: Vec<_> = cache.entries.keys().copied().collect();
+                removed.retain(|block| cache.cost(*block).is_some());
+                removed.sort_unstable();
+                prop_assert_eq!(removed.len(), cache.unused());
+                removed.truncate(removes);
+                free.extend(cache.remove(&removed));
+                free.extend(removed);
                 let distinct: HashSet<_> = free.iter().collect();
                 prop_assert_eq!(distinct.len(), free.len(), "no block is free twice");
                 prop_assert!(free.iter().all(|block| !used.contains(block)));

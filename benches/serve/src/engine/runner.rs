@@ -22,6 +22,15 @@ pub struct Made {
     pub token: u32,
 }
 
+/// Bytes of the blocks that are handed out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeldBytes {
+    /// Blocks that sequences use, each counted once.
+    pub sequence_bytes: usize,
+    /// Blocks that only the prefix cache holds.
+    pub prefix_bytes: usize,
+}
+
 /// A model that serves. It stays on its thread, as its captured steps do.
 pub struct Runner {
     decoder: Rc<BatchDecoder>,
@@ -31,6 +40,8 @@ pub struct Runner {
     graph: DecodeGraph<'static>,
     choices: HashMap<Id, Choice>,
     device: Device,
+    /// A block in all tensors.
+    block_bytes: usize,
 }
 
 impl Runner {
@@ -38,6 +49,7 @@ impl Runner {
     pub fn new(decoder: BatchDecoder, kv: Kv, device: &Device, limits: Limits) -> Result<Self> {
         let batch_max = limits.sequences_max;
         let blocks_max = limits.context_max.div_ceil(BLOCK_TOKENS);
+        let block_bytes = kv.blocks().stats().block_bytes;
         let rows = Rows::new(&kv, device, batch_max, blocks_max)?;
         let decoder = Rc::new(decoder);
         let (model, inputs) = (decoder.clone(), rows.inputs().clone());
@@ -55,6 +67,7 @@ impl Runner {
             rows,
             choices: HashMap::new(),
             device: device.clone(),
+            block_bytes,
         })
     }
 
@@ -200,6 +213,16 @@ impl Runner {
     /// What there is, and what was done.
     pub fn counts(&self) -> Counts {
         self.scheduler.counts()
+    }
+
+    /// What holds the blocks. It looks at no block, so it can be called after every step.
+    pub fn held(&self) -> HeldBytes {
+        let prefixes = self.kv.unused_prefixes();
+        let sequences = self.kv.allocated().saturating_sub(prefixes);
+        HeldBytes {
+            sequence_bytes: sequences * self.block_bytes,
+            prefix_bytes: prefixes * self.block_bytes,
+        }
     }
 
     /// Gives memory back for others: unused blocks and prefixes first, then the youngest sequences.

@@ -26,7 +26,11 @@ const FEW: usize = 16;
 const PLENTY: usize = 64;
 
 fn runner(policy: Policy, blocks: usize) -> (Runner, TensorPool) {
-    let config = Config::parse(MODEL).expect("a model");
+    runner_of(MODEL, policy, blocks)
+}
+
+fn runner_of(model: &str, policy: Policy, blocks: usize) -> (Runner, TensorPool) {
+    let config = Config::parse(model).expect("a model");
     let pool = TensorPool::new(&Device::Cpu).expect("a pool");
     let weights = Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
     let decoder = BatchDecoder::new(&config, weights, LIMITS.sequences_max, &Device::Cpu);
@@ -150,4 +154,41 @@ fn a_sequence_that_goes_away_frees_its_memory_and_what_never_fits_is_refused() {
     assert!(runner.is_idle());
     let refused = runner.submit(Id(2), vec![1; 100], 100, Choice::GREEDY);
     assert!(matches!(refused, Err(Refusal::TooLong { tokens: 200, .. })));
+}
+
+/// A page of K or V has 8 blocks.
+const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+    "max_position_embeddings": 512 }"#;
+
+#[test]
+fn giving_back_a_page_costs_the_prefixes_of_a_page() {
+    let (mut runner, _pool) = runner_of(WIDE, Policy::Elastic, PLENTY);
+    let mut tokens = HashMap::new();
+    for at in 0..4u32 {
+        let prompt = (0..129).map(|token| (token * (at + 1)) % 250).collect();
+        let id = Id(u64::from(at));
+        runner
+            .submit(id, prompt, 2, Choice::GREEDY)
+            .expect("it fits");
+        drain(&mut runner, &mut tokens);
+    }
+    assert_eq!(runner.kv().unused_prefixes(), 4 * 8);
+    let page = 2 * (2 << 20);
+    for pages in 1..3 {
+        let freed = runner.kv().give_back(page).expect("given back");
+        assert!(freed >= page, "{freed}");
+        // What was in the page, and what is behind it in others.
+        let kept = runner.kv().unused_prefixes();
+        assert!(kept >= 4 * 8 - pages * 2 * 8, "{kept} after {pages}");
+        assert_eq!(runner.kv().allocated(), kept);
+    }
+    // The newest is still there.
+    let cached = runner.counts().cached_tokens;
+    let prompt = (0..129).map(|token| (token * 4) % 250).collect();
+    runner
+        .submit(Id(9), prompt, 2, Choice::GREEDY)
+        .expect("it fits");
+    drain(&mut runner, &mut tokens);
+    assert_eq!(runner.counts().cached_tokens - cached, 128);
 }

@@ -1,5 +1,6 @@
 //! One model, on its thread.
 
+use super::figures::{Label, Work};
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
 use crate::engine::{BLOCK_TOKENS, Choice, Kv, Policy, Runner};
@@ -39,7 +40,7 @@ struct Told {
     next: AtomicU64,
     is_closing: AtomicBool,
     has_failed: AtomicBool,
-    counts: Mutex<Counts>,
+    work: Mutex<Work>,
 }
 
 /// A model that serves.
@@ -122,6 +123,15 @@ impl Hosted {
         !self.told.has_failed.load(Ordering::Relaxed)
     }
 
+    /// What the thread has published last.
+    pub(super) fn work(&self) -> Work {
+        *self
+            .told
+            .work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hands a request to the thread. Waits for nothing.
     pub(super) fn submit(
         &self,
@@ -193,12 +203,7 @@ pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
         // Writing to a string cannot fail.
         _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} {kind}");
         for model in models {
-            let counts = model
-                .told
-                .counts
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let (id, count) = (&model.info.id, count(&counts));
+            let (id, count) = (Label(&model.info.id), count(&model.work().counts));
             _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {count}");
         }
     }
@@ -285,9 +290,12 @@ impl Serving {
             let stepped = self.give_back().and_then(|()| self.step());
             *self
                 .told
-                .counts
+                .work
                 .lock()
-                .unwrap_or_else(PoisonError::into_inner) = self.runner.counts();
+                .unwrap_or_else(PoisonError::into_inner) = Work {
+                counts: self.runner.counts(),
+                held: self.runner.held(),
+            };
             match stepped {
                 Ok(stepped) => has_stepped = stepped,
                 Err(error) => return self.fail(&error),

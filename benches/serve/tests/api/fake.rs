@@ -1,10 +1,12 @@
 //! An engine that says what a test wants.
 
 use cuda_vmm_serve::api;
+use cuda_vmm_serve::figures::{Figures, ModelFigures};
 use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, ModelInfo, Refusal};
 use cuda_vmm_serve::text::{BYTES_END_OF_TEXT, ChatTemplate, Tokenizer};
 use serde_json::json;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -33,6 +35,14 @@ pub struct Fake {
     script: Script,
     asked: Mutex<Vec<Generate>>,
     is_healthy: bool,
+    figures_taken: AtomicUsize,
+}
+
+impl Fake {
+    /// How often the server has taken the figures.
+    pub fn figures_taken(&self) -> usize {
+        self.figures_taken.load(Ordering::Relaxed)
+    }
 }
 
 /// The names of the models.
@@ -100,6 +110,22 @@ impl Backend for Fake {
         Ok(receiver)
     }
 
+    fn figures(&self) -> Figures {
+        let taken = self.figures_taken.fetch_add(1, Ordering::Relaxed);
+        let models = self.models().into_iter().map(|model| ModelFigures {
+            id: model.id,
+            live_bytes: 3 << 20,
+            generated_tokens: taken as u64,
+            ..ModelFigures::default()
+        });
+        Figures {
+            limit_bytes: 16 << 20,
+            unowned_bytes: 0,
+            free_bytes: 4 << 20,
+            models: models.collect(),
+        }
+    }
+
     fn metrics(&self) -> String {
         "requests_total 1\n".to_owned()
     }
@@ -129,6 +155,7 @@ impl Server {
             script,
             asked: Mutex::default(),
             is_healthy,
+            figures_taken: AtomicUsize::new(0),
         });
         let (shutdown, is_shut_down) = oneshot::channel();
         let served = api::serve(listener, fake.clone(), async {

@@ -1,8 +1,10 @@
 //! Responses in one piece.
 
-use crate::fake::{BYTES, SMALL, Script, Server, soon};
+use crate::fake::{BROKEN, BYTES, SMALL, STRICT, Script, Server, soon};
 use cuda_vmm_serve::request::{Event, Sampling};
 use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 fn ids(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
@@ -23,7 +25,7 @@ async fn the_models_are_listed() {
 }
 
 #[tokio::test]
-async fn health_metrics_and_the_page_are_there() {
+async fn health_and_metrics_are_there() {
     let server = Server::start(Script::Say("")).await;
     let health = server.get("/health").await;
     assert_eq!(
@@ -37,19 +39,64 @@ async fn health_metrics_and_the_page_are_there() {
     );
     let kind = metrics.header("content-type").unwrap();
     assert!(kind.starts_with("text/plain; version=0.0.4"), "{kind}");
-    let page = server.get("/").await;
-    assert_eq!(page.status, 200);
-    assert_eq!(
-        page.header("content-type"),
-        Some("text/html; charset=utf-8")
-    );
-
     let server = Server::start_with(Script::Say(""), false).await;
     let health = server.get("/health").await;
     assert_eq!(
         (health.status, health.json()),
         (503, json!({"status": "unhealthy"}))
     );
+}
+
+#[tokio::test]
+async fn the_page_has_the_models_and_is_not_kept() {
+    let server = Server::start(Script::Say("")).await;
+    let page = server.get("/").await;
+    assert_eq!(page.status, 200, "{}", page.body);
+    let kind = page.header("content-type");
+    assert_eq!(kind, Some("text/html; charset=utf-8"));
+    assert_eq!(page.header("cache-control"), Some("no-store"));
+    let security = page.header("content-security-policy").unwrap();
+    assert!(security.starts_with("default-src 'none';"), "{security}");
+    for model in [BYTES, SMALL, STRICT, BROKEN] {
+        assert!(page.body.contains(&format!(">{model}</th>")), "{model}");
+    }
+    // There is a first sample before there is a connection.
+    assert!(page.body.contains("<polygon"), "{}", page.body);
+}
+
+#[tokio::test]
+async fn the_page_is_drawn_once_for_all_who_ask_within_two_seconds() {
+    soon(async {
+        loop {
+            let server = Server::start(Script::Say("")).await;
+            let begin = Instant::now();
+            let pages = [server.get("/").await.body, server.get("/").await.body];
+            if begin.elapsed() < Duration::from_secs(2) {
+                assert_eq!(pages[0], pages[1]);
+                // The figures have changed, and so does the page.
+                while server.get("/").await.body == pages[0] {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                return;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_sampler_takes_figures_until_the_server_ends() {
+    let server = Server::start(Script::Say("")).await;
+    soon(async {
+        while server.fake.figures_taken() < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    server.shutdown.send(()).unwrap();
+    soon(server.served).await.unwrap().unwrap();
+    // Nothing holds the engine any longer.
+    assert_eq!(Arc::strong_count(&server.fake), 1);
 }
 
 #[tokio::test]
