@@ -2,6 +2,7 @@
 
 mod figures;
 mod hosted;
+mod metrics;
 mod shape;
 
 pub use shape::{Shape, ShapeError};
@@ -142,7 +143,7 @@ impl Backend for Host {
     fn metrics(&self) -> String {
         let (snapshot, figures) = self.look();
         let mut text = snapshot.prometheus();
-        hosted::write_metrics(&self.models, &mut text);
+        metrics::write_metrics(&self.models, &mut text);
         figures::write_metrics(&figures, &mut text);
         text
     }

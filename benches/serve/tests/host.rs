@@ -220,6 +220,9 @@ fn figures_say_what_memory_is_for_and_add_up_to_the_limit() {
         assert_eq!(one.generated_tokens, 40, "{policy:?}");
         // Of 109 tokens that were computed, 6 whole blocks are kept.
         assert!(one.prefix_bytes >= 6 * 16 * 2 * (16 << 10), "{one:?}");
+        // Its prompt's step gave one token, and 39 steps followed.
+        let steps = "cuda_vmm_serve_step_seconds_count{model=\"one\",sequences=\"1\"} 39\n";
+        assert!(host.metrics().contains(steps), "{}", host.metrics());
         let sample = "cuda_vmm_serve_cached_prefix_bytes{model=\"one\"}";
         let sample = format!("{sample} {}\n", one.prefix_bytes);
         assert!(host.metrics().contains(&sample), "{policy:?}");

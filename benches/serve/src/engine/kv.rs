@@ -7,8 +7,8 @@ use candle_core::{DType, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::graph::StepBlocks;
 use candle_cuda_vmm::{
-    BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result, TensorPool,
-    VmmError,
+    Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result,
+    TensorPool, VmmError,
 };
 use std::collections::HashMap;
 
@@ -46,6 +46,11 @@ pub struct Kv {
     prefix: PrefixCache,
     sequences: HashMap<Id, Sequence>,
     policy: Policy,
+    account: Account,
+    /// Whether memory was refused, for which other models may owe.
+    is_asking: bool,
+    /// Whether the plan of this step lacks memory.
+    is_short: bool,
     /// The first failure that is not for want of memory.
     failure: Option<VmmError>,
 }
@@ -86,6 +91,9 @@ impl Kv {
             prefix: PrefixCache::new(BLOCK_TOKENS),
             sequences: HashMap::new(),
             policy,
+            account: pool.account().clone(),
+            is_asking: false,
+            is_short: false,
             failure: None,
         })
     }
@@ -191,11 +199,25 @@ impl Kv {
                 Ok(blocks) => return Ok(blocks),
                 Err(error) => error,
             };
+            self.is_asking = true;
             let evicted = self.prefix.evict(count);
             if evicted.is_empty() {
                 return Err(error);
             }
             self.allocator.free(evicted)?;
+        }
+    }
+
+    /// A plan begins.
+    pub fn begin_plan(&mut self) {
+        self.is_short = false;
+    }
+
+    /// A plan is made. If it has all the memory that it needs, other models owe nothing for what was
+    /// refused before: it was found among prefixes, or who needed it has gone.
+    pub fn end_plan(&mut self) {
+        if !self.is_short && std::mem::take(&mut self.is_asking) {
+            self.account.withdraw();
         }
     }
 
@@ -263,6 +285,7 @@ impl Blocks for Kv {
             Err(error) => {
                 let is_short = error.is_out_of_memory() || error.is_retryable();
                 let is_short = is_short || is_out_of_blocks(&error);
+                self.is_short |= is_short;
                 if !is_short && self.failure.is_none() {
                     self.failure = Some(error);
                 }

@@ -7,7 +7,9 @@ mod prefix;
 mod runner;
 #[cfg(test)]
 mod tests;
+mod times;
 
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
-pub use runner::{HeldBytes, Made, Runner};
+pub use runner::{HeldBytes, Made, Runner, Stepped};
+pub use times::StepTimes;

@@ -12,6 +12,7 @@ use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
 use candle_cuda_vmm::sampling::sample;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 /// A token of a sequence, and whether it is the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,17 @@ pub struct HeldBytes {
     pub sequence_bytes: usize,
     /// Blocks that only the prefix cache holds.
     pub prefix_bytes: usize,
+}
+
+/// A step that was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stepped {
+    /// Sequences that decoded a token.
+    pub decodes: usize,
+    /// Chunks of prompts.
+    pub prompts: usize,
+    /// From the decode step's launch until its tokens were on the host.
+    pub decode_time: Duration,
 }
 
 /// A model that serves. It stays on its thread, as its captured steps do.
@@ -116,16 +128,18 @@ impl Runner {
     }
 
     /// Takes a step, if there is something to do and memory for it. Calls `made` with each token
-    /// that it gives, which returns whether the sequence ends there. Returns whether it took one.
-    pub fn step(&mut self, mut made: impl FnMut(Made) -> bool) -> Result<bool> {
+    /// that it gives, which returns whether the sequence ends there. Returns the step if it took one.
+    pub fn step(&mut self, mut made: impl FnMut(Made) -> bool) -> Result<Option<Stepped>> {
+        self.kv.begin_plan();
         let step = self.scheduler.plan(&mut self.kv);
+        self.kv.end_plan();
         if let Some(failure) = self.kv.failure() {
             return Err(failure);
         }
         if step.is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
-        let tokens = self.compute(&step)?;
+        let (tokens, decode_time) = self.compute(&step)?;
         for chunk in &step.chunks {
             self.kv.computed(chunk.id, chunk.first + chunk.count);
         }
@@ -148,34 +162,44 @@ impl Runner {
         gone.into_iter().for_each(|id| self.forget(id));
         match self.kv.failure() {
             Some(failure) => Err(failure),
-            None => Ok(true),
+            None => Ok(Some(Stepped {
+                decodes: step.decodes.len(),
+                prompts: step.chunks.len(),
+                decode_time,
+            })),
         }
     }
 
-    /// Computes a step, and returns the next token of each sequence that has one.
-    fn compute(&mut self, step: &Step) -> Result<HashMap<Id, u32>> {
+    /// Computes a step, and returns the next token of each sequence that has one, and how long the
+    /// decode step took.
+    fn compute(&mut self, step: &Step) -> Result<(HashMap<Id, u32>, Duration)> {
         let prompts = match step.chunks.as_slice() {
             [] => None,
             chunks => Some(self.prompts(chunks)?),
         };
+        let mut begun = Instant::now();
         let decodes = match step.decodes.as_slice() {
             [] => None,
             ids => {
                 let rows: Vec<_> = ids.iter().map(|id| (*id, self.choice(*id))).collect();
                 self.rows.set(&self.kv, &rows)?;
+                begun = Instant::now();
                 Some(self.graph.replay(ids.len(), self.kv.named())?)
             }
         };
         let mut tokens = HashMap::new();
+        let mut decode_time = Duration::ZERO;
         if let Some(next) = prompts {
             let last = step.chunks.iter().zip(next.to_vec1()?);
             let last = last.filter(|(chunk, _)| chunk.is_last);
             tokens.extend(last.map(|(chunk, token)| (chunk.id, token)));
         }
         if let Some(next) = decodes {
-            tokens.extend(step.decodes.iter().copied().zip(next.to_vec1()?));
+            let next = next.to_vec1()?;
+            decode_time = begun.elapsed();
+            tokens.extend(step.decodes.iter().copied().zip(next));
         }
-        Ok(tokens)
+        Ok((tokens, decode_time))
     }
 
     /// Computes chunks of prompts, and returns the token after each.

@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::scheduler::{Id, Limits, Refusal};
 use crate::weights::{Source, Weights};
 use candle_core::{DType, Device};
-use candle_cuda_vmm::TensorPool;
+use candle_cuda_vmm::{SharedMemoryPool, TensorPool, TensorPoolOptions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
@@ -26,16 +26,16 @@ const FEW: usize = 16;
 const PLENTY: usize = 64;
 
 fn runner(policy: Policy, blocks: usize) -> (Runner, TensorPool) {
-    runner_of(MODEL, policy, blocks)
+    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
+    (runner_of(MODEL, policy, blocks, &pool), pool)
 }
 
-fn runner_of(model: &str, policy: Policy, blocks: usize) -> (Runner, TensorPool) {
+fn runner_of(model: &str, policy: Policy, blocks: usize, pool: &TensorPool) -> Runner {
     let config = Config::parse(model).expect("a model");
-    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
     let weights = Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
     let decoder = BatchDecoder::new(&config, weights, LIMITS.sequences_max, &Device::Cpu);
     let kv = Kv::new(
-        &pool,
+        pool,
         &config,
         DType::F32,
         blocks,
@@ -44,7 +44,7 @@ fn runner_of(model: &str, policy: Policy, blocks: usize) -> (Runner, TensorPool)
     );
     let kv = kv.expect("blocks");
     let runner = Runner::new(decoder.expect("a decoder"), kv, &Device::Cpu, LIMITS);
-    (runner.expect("a runner"), pool)
+    runner.expect("a runner")
 }
 
 fn prompt(random: &mut StdRng) -> Vec<u32> {
@@ -74,10 +74,9 @@ fn drain(runner: &mut Runner, tokens: &mut HashMap<Id, Vec<u32>>) {
             tokens.entry(made.id).or_default().push(made.token);
             false
         });
-        empty = if stepped.expect("a step") {
-            0
-        } else {
-            empty + 1
+        empty = match stepped.expect("a step") {
+            Some(_) => 0,
+            None => empty + 1,
         };
         assert!(empty < 3, "it is stuck");
     }
@@ -161,18 +160,48 @@ const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 32, "intermediate_size
     "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
     "max_position_embeddings": 512 }"#;
 
+/// Runs a prompt of 8 whole blocks and a token more.
+fn run_long(runner: &mut Runner, kind: u32) {
+    run(runner, kind, 129);
+}
+
+fn run(runner: &mut Runner, kind: u32, tokens: u32) {
+    let prompt = (0..tokens)
+        .map(|token| (token * (kind + 1)) % 250)
+        .collect();
+    let submitted = runner.submit(Id(u64::from(kind)), prompt, 2, Choice::GREEDY);
+    submitted.expect("it fits");
+    drain(runner, &mut HashMap::new());
+}
+
+#[test]
+fn what_a_model_finds_among_its_own_prefixes_others_do_not_owe() {
+    // Three pages of each tensor for two models.
+    let limit_bytes = 3 * 2 * (2 << 20);
+    let mut shared = SharedMemoryPool::new(limit_bytes, Device::Cpu).expect("a pool");
+    let mut models = ["one", "two"].map(|name| {
+        let options = TensorPoolOptions::new();
+        let capacity = PLENTY * BLOCK_TOKENS * 2 * (16 << 10);
+        shared.register_model(name, capacity).expect("registered");
+        let pool = shared.tensor_pool(name, options).expect("a pool");
+        (runner_of(WIDE, Policy::PageAtATime, PLENTY, &pool), pool)
+    });
+    // The first has the prefixes of two pages, the second those of one.
+    (0..2).for_each(|kind| run_long(&mut models[0].0, kind));
+    run(&mut models[1].0, 0, 113);
+    assert_eq!(shared.detailed_stats().committed_bytes, limit_bytes);
+    // Now it needs a page more than there is.
+    run(&mut models[1].0, 1, 113);
+    assert_eq!(models[1].0.kv().unused_prefixes(), 7, "some were given up");
+    assert_eq!(models[0].1.account().owed_bytes(), 0);
+    assert_eq!(models[0].0.kv().unused_prefixes(), 2 * 8);
+}
+
 #[test]
 fn giving_back_a_page_costs_the_prefixes_of_a_page() {
-    let (mut runner, _pool) = runner_of(WIDE, Policy::Elastic, PLENTY);
-    let mut tokens = HashMap::new();
-    for at in 0..4u32 {
-        let prompt = (0..129).map(|token| (token * (at + 1)) % 250).collect();
-        let id = Id(u64::from(at));
-        runner
-            .submit(id, prompt, 2, Choice::GREEDY)
-            .expect("it fits");
-        drain(&mut runner, &mut tokens);
-    }
+    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
+    let mut runner = runner_of(WIDE, Policy::Elastic, PLENTY, &pool);
+    (0..4).for_each(|kind| run_long(&mut runner, kind));
     assert_eq!(runner.kv().unused_prefixes(), 4 * 8);
     let page = 2 * (2 << 20);
     for pages in 1..3 {
@@ -185,10 +214,6 @@ fn giving_back_a_page_costs_the_prefixes_of_a_page() {
     }
     // The newest is still there.
     let cached = runner.counts().cached_tokens;
-    let prompt = (0..129).map(|token| (token * 4) % 250).collect();
-    runner
-        .submit(Id(9), prompt, 2, Choice::GREEDY)
-        .expect("it fits");
-    drain(&mut runner, &mut tokens);
+    run_long(&mut runner, 3);
     assert_eq!(runner.counts().cached_tokens - cached, 128);
 }

@@ -1,20 +1,19 @@
 //! One model, on its thread.
 
-use super::figures::{Label, Work};
+use super::figures::Work;
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Choice, Kv, Policy, Runner};
+use crate::engine::{BLOCK_TOKENS, Choice, Kv, Policy, Runner, StepTimes, Stepped};
 use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
-use crate::scheduler::{Counts, Id, Limits};
+use crate::scheduler::{Id, Limits};
 use candle_cuda_vmm::{Account, Result, TensorPool, TensorPoolOptions, VmmError};
-use std::collections::HashMap;
-use std::fmt::Write;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 /// How long a model that has no memory waits before it looks again, if nothing tells it.
@@ -41,6 +40,16 @@ struct Told {
     is_closing: AtomicBool,
     has_failed: AtomicBool,
     work: Mutex<Work>,
+    /// Of steps without prompts, by their number of sequences, up to a power of two.
+    times: Mutex<BTreeMap<usize, StepTimes>>,
+}
+
+impl Told {
+    fn count_time(&self, step: Stepped, total: Duration) {
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        let times = times.entry(step.decodes.next_power_of_two()).or_default();
+        times.add(total, total.saturating_sub(step.decode_time));
+    }
 }
 
 /// A model that serves.
@@ -132,6 +141,14 @@ impl Hosted {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The times of steps without prompts, by their number of sequences, up to a power of two.
+    pub(super) fn times(&self) -> MutexGuard<'_, BTreeMap<usize, StepTimes>> {
+        self.told
+            .times
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Hands a request to the thread. Waits for nothing.
     pub(super) fn submit(
         &self,
@@ -182,29 +199,6 @@ impl Hosted {
             .take();
         if let Some(Err(_)) = thread.map(JoinHandle::join) {
             tracing::error!(model = self.info.id, "the thread panicked");
-        }
-    }
-}
-
-/// Writes the counts of all models in Prometheus's text format.
-pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
-    type Count = fn(&Counts) -> u64;
-    let counts: [(&str, &str, Count); 6] = [
-        ("running", "gauge", |it| it.running as u64),
-        ("waiting", "gauge", |it| it.waiting as u64),
-        ("preemptions_total", "counter", |it| it.preemptions),
-        ("computed_tokens_total", "counter", |it| it.computed_tokens),
-        ("cached_tokens_total", "counter", |it| it.cached_tokens),
-        ("generated_tokens_total", "counter", |it| {
-            it.generated_tokens
-        }),
-    ];
-    for (name, kind, count) in counts {
-        // Writing to a string cannot fail.
-        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} {kind}");
-        for model in models {
-            let (id, count) = (Label(&model.info.id), count(&model.work().counts));
-            _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {count}");
         }
     }
 }
@@ -286,6 +280,7 @@ impl Serving {
             if self.is_closing && self.requests.is_empty() {
                 return;
             }
+            let begun = Instant::now();
             self.drop_gone();
             let stepped = self.give_back().and_then(|()| self.step());
             *self
@@ -297,7 +292,12 @@ impl Serving {
                 held: self.runner.held(),
             };
             match stepped {
-                Ok(stepped) => has_stepped = stepped,
+                Ok(stepped) => {
+                    has_stepped = stepped.is_some();
+                    if let Some(step) = stepped.filter(|step| step.prompts == 0) {
+                        self.told.count_time(step, begun.elapsed());
+                    }
+                }
                 Err(error) => return self.fail(&error),
             }
         }
@@ -374,7 +374,7 @@ impl Serving {
         }
     }
 
-    fn step(&mut self) -> Result<bool> {
+    fn step(&mut self) -> Result<Option<Stepped>> {
         let Self {
             runner,
             requests,

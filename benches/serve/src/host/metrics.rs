@@ -1,0 +1,65 @@
+//! Counts and times of the models, in Prometheus's text format.
+
+use super::figures::Label;
+use super::hosted::Hosted;
+use crate::engine::StepTimes;
+use crate::scheduler::Counts;
+use std::fmt::Write;
+use std::time::Duration;
+
+type Count = fn(&Counts) -> u64;
+
+const COUNTS: [(&str, &str, Count); 6] = [
+    ("running", "gauge", |it| it.running as u64),
+    ("waiting", "gauge", |it| it.waiting as u64),
+    ("preemptions_total", "counter", |it| it.preemptions),
+    ("computed_tokens_total", "counter", |it| it.computed_tokens),
+    ("cached_tokens_total", "counter", |it| it.cached_tokens),
+    ("generated_tokens_total", "counter", |it| {
+        it.generated_tokens
+    }),
+];
+
+type Time = fn(&StepTimes) -> Duration;
+
+const TIMES: [(&str, Time); 2] = [
+    ("step_seconds", StepTimes::total),
+    ("step_own_seconds", StepTimes::own),
+];
+
+/// Writes what each model has and did, and how long steps without prompts took, by their number of
+/// sequences up to a power of two: all of it, what is the server's own, and that as a share.
+pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
+    // Writing to a string cannot fail.
+    for (name, kind, count) in COUNTS {
+        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} {kind}");
+        for model in models {
+            let (id, count) = (Label(&model.info().id), count(&model.work().counts));
+            _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {count}");
+        }
+    }
+    let mut all = Vec::new();
+    for model in models {
+        let id = Label(&model.info().id);
+        for (sequences, times) in &*model.times() {
+            let labels = format!("model=\"{id}\",sequences=\"{sequences}\"");
+            all.push((labels, *times));
+        }
+    }
+    for (name, time) in TIMES {
+        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} summary");
+        for (labels, times) in &all {
+            let (sum, count) = (time(times).as_secs_f64(), times.steps());
+            _ = writeln!(text, "cuda_vmm_serve_{name}_sum{{{labels}}} {sum}");
+            _ = writeln!(text, "cuda_vmm_serve_{name}_count{{{labels}}} {count}");
+        }
+    }
+    let name = "cuda_vmm_serve_step_own_ratio";
+    _ = writeln!(text, "# TYPE {name} summary");
+    for (labels, times) in &all {
+        for quantile in [0.5, 0.99] {
+            let share = times.share(quantile);
+            _ = writeln!(text, "{name}{{{labels},quantile=\"{quantile}\"}} {share}");
+        }
+    }
+}
