@@ -95,7 +95,12 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
             .or_insert_with(|| reply(&alone, "one", ask.clone()));
     }
     drop(alone);
-    for policy in [Policy::Elastic, Policy::PageAtATime, Policy::Static] {
+    for policy in [
+        Policy::Elastic,
+        Policy::PageAtATime,
+        Policy::Static,
+        Policy::Ideal,
+    ] {
         let host = host(&sharing(policy));
         std::thread::scope(|scope| {
             for client in 0..8 {
@@ -128,7 +133,7 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
         assert!(text.contains("cuda_vmm_serve_cached_tokens_total{model=\"two\"}"));
         host.clear_prefixes();
         host.clear_prefixes();
-        if policy != Policy::Static {
+        if !policy.is_backed_at_start() {
             // The pages of the block that pads, in each tensor of each model.
             assert_eq!(live_bytes(&host), 2 * 4 * (2 << 20), "{policy:?}");
         }
@@ -204,6 +209,55 @@ fn models_that_are_short_get_what_others_do_not_need() {
     let engine = host.pool().snapshot().engine;
     assert_eq!(engine.limit_bytes, sharing.limit_bytes);
     assert!(engine.committed_bytes <= engine.limit_bytes);
+}
+
+/// One sequence of either model fits into the limit, and not one of each.
+#[test]
+fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
+    const BLOCK_BYTES: usize = 16 * 2 * (16 << 10);
+    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
+    let limit_bytes = 12 * BLOCK_BYTES;
+    let sharing = Sharing {
+        limit_bytes,
+        ..sharing(Policy::Ideal)
+    };
+    let host = host_of(&sharing, &shape);
+    let ask = |first: u32, max_tokens| Generate {
+        prompt: (0..132).map(|token| (token * 3 + first) % 250).collect(),
+        max_tokens,
+        sampling: Sampling {
+            temperature: 0.,
+            top_p: 1.,
+            seed: None,
+        },
+        stop_ids: Vec::new(),
+    };
+    for round in 0..3 {
+        let mut long = host.submit("one", ask(2 * round, 60)).expect("room");
+        let first = long.blocking_recv();
+        assert!(matches!(first, Some(Event::Token(_))), "{first:?}");
+        // Nine blocks, of which nine to twelve are in use: it waits for the other to end.
+        let (tokens, _) = reply(&host, "two", ask(2 * round + 1, 3));
+        assert_eq!(tokens.len(), 3);
+        let ended = std::iter::from_fn(|| long.try_recv().ok()).last();
+        assert_eq!(ended, Some(Event::End(FinishReason::Length)));
+    }
+    // Many of both: they preempt, and none is lost.
+    std::thread::scope(|scope| {
+        for client in 0..6 {
+            let (host, ask) = (&host, &ask);
+            scope.spawn(move || {
+                let model = MODELS[client as usize % 2];
+                let (tokens, _) = reply(host, model, ask(100 + client, 40));
+                assert_eq!(tokens.len(), 40);
+            });
+        }
+    });
+    assert!(host.is_healthy());
+    let budget = host.budget().expect("a budget");
+    let most_bytes = budget.most_bytes();
+    assert!(most_bytes <= limit_bytes && most_bytes >= 9 * BLOCK_BYTES);
+    drop(host);
 }
 
 #[test]

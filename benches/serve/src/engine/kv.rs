@@ -1,5 +1,6 @@
 //! K and V of one model's sequences, in blocks that have memory while they are in use.
 
+use super::budget::{Budget, Counted};
 use super::prefix::PrefixCache;
 use crate::config::Config;
 use crate::scheduler::{Blocks, Growth, Id};
@@ -24,6 +25,17 @@ pub enum Policy {
     Static,
     /// Page by page as sequences need it, and back as soon as pages are empty.
     PageAtATime,
+    /// What memory that costs nothing would give. Each model has all at the start that the limit of
+    /// all models holds, which is more than the limit together, on purpose. What sequences have in
+    /// use is counted, and stays within the limit. Prefixes that nothing uses do not count.
+    Ideal,
+}
+
+impl Policy {
+    /// Whether blocks have their memory from the start, and for good.
+    pub fn is_backed_at_start(self) -> bool {
+        matches!(self, Self::Static | Self::Ideal)
+    }
 }
 
 /// What is known of a sequence.
@@ -46,12 +58,16 @@ pub struct Kv {
     prefix: PrefixCache,
     sequences: HashMap<Id, Sequence>,
     policy: Policy,
+    /// What of all models' budget is counted for this one, if there is one.
+    counted: Option<Counted>,
+    /// Blocks that are handed out for good, to rows that no sequence has.
+    padding_blocks: usize,
     /// The first failure that is not for want of memory.
     failure: Option<VmmError>,
 }
 
 impl Kv {
-    /// Reserves addresses for this many blocks, and with the static policy their memory.
+    /// Reserves addresses for this many blocks, and with some policies their memory.
     pub fn new(
         pool: &TensorPool,
         config: &Config,
@@ -65,11 +81,11 @@ impl Kv {
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
         let ahead = match policy {
             Policy::Elastic => 4 * sequences_max,
-            Policy::Static | Policy::PageAtATime => 0,
+            Policy::Static | Policy::PageAtATime | Policy::Ideal => 0,
         };
         let options = ElasticBlocksOptions::new().ahead_blocks_max(ahead);
         let blocks = pool.blocks_with_options(num_blocks, entries, options)?;
-        if policy == Policy::Static {
+        if policy.is_backed_at_start() {
             blocks.back(0..num_blocks)?;
         }
         // SAFETY: tables name allocated blocks only, which `named` checks before each captured step.
@@ -86,8 +102,16 @@ impl Kv {
             prefix: PrefixCache::new(BLOCK_TOKENS),
             sequences: HashMap::new(),
             policy,
+            counted: None,
+            padding_blocks: 0,
             failure: None,
         })
+    }
+
+    /// Counts the blocks that sequences use in a budget, and takes none that it has no room for.
+    pub fn within(mut self, budget: Budget, block_bytes: usize) -> Self {
+        self.counted = Some(budget.counted(block_bytes));
+        self
     }
 
     /// K and V of all layers for a batch with these tables and lengths.
@@ -112,6 +136,7 @@ impl Kv {
     /// A block that is never freed, for rows that no sequence has.
     pub fn padding(&mut self) -> Result<BlockId> {
         let block = self.allocator.allocate(1)?;
+        self.padding_blocks += 1;
         self.named.name(block.iter().copied())?;
         Ok(block[0])
     }
@@ -170,7 +195,7 @@ impl Kv {
     /// Gives memory back: first what nothing uses, then prefixes. Returns how many bytes were
     /// freed; they come free when the device has finished with them.
     pub fn give_back(&mut self, bytes: usize) -> Result<usize> {
-        if self.policy == Policy::Static {
+        if self.policy.is_backed_at_start() {
             return Ok(0);
         }
         let mut freed = self.reclaim(bytes)?;
@@ -199,6 +224,19 @@ impl Kv {
             self.allocator.commit(&plan)?;
         }
         Ok(freed)
+    }
+
+    /// Counts this many blocks more as in use. Returns `false` if the budget has no room for them.
+    fn take(&mut self, count: usize) -> bool {
+        self.counted.as_mut().is_none_or(|it| it.take(count))
+    }
+
+    /// Gives the budget what was counted and is no more in use.
+    fn settle(&mut self) {
+        if let Some(counted) = &mut self.counted {
+            let handed_out = self.allocator.allocated() - self.padding_blocks;
+            counted.settle(handed_out - self.prefix.unused());
+        }
     }
 
     /// Takes blocks, if need be those of prefixes that nothing uses.
@@ -258,7 +296,15 @@ impl Blocks for Kv {
             return 0;
         };
         let computed = sequence.tokens.len().saturating_sub(1);
+        let unused = self.prefix.unused();
         let taken = self.prefix.take(&sequence.tokens[..computed]);
+        let newly_used = unused - self.prefix.unused();
+        if self.counted.as_mut().is_some_and(|it| !it.take(newly_used)) {
+            for block in taken.iter().rev() {
+                self.prefix.release(*block);
+            }
+            return 0;
+        }
         // They exist.
         _ = self.named.name(taken.iter().copied());
         sequence.known = taken.len();
@@ -272,6 +318,9 @@ impl Blocks for Kv {
         if missing == 0 {
             return Growth::Done;
         }
+        if !self.take(missing) {
+            return Growth::Short;
+        }
         match self.allocate(missing) {
             Ok(blocks) => {
                 // They exist.
@@ -282,6 +331,7 @@ impl Blocks for Kv {
                 Growth::Done
             }
             Err(error) => {
+                self.settle();
                 let is_short = error.is_out_of_memory() || error.is_retryable();
                 let is_short = is_short || is_out_of_blocks(&error);
                 if !is_short && self.failure.is_none() {
@@ -309,6 +359,7 @@ impl Blocks for Kv {
             Policy::PageAtATime => self.reclaim(usize::MAX).map(drop),
             _ => Ok(()),
         });
+        self.settle();
         if let Err(error) = freed
             && self.failure.is_none()
         {

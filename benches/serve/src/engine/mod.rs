@@ -1,5 +1,6 @@
 //! Models that serve: their memory, their prefixes, and their steps.
 
+mod budget;
 mod choice;
 mod inputs;
 mod kv;
@@ -8,6 +9,7 @@ mod runner;
 #[cfg(test)]
 mod tests;
 
+pub use budget::Budget;
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
 pub use runner::{Made, Runner};

@@ -32,6 +32,8 @@ pub struct PrefixCache {
     /// Blocks that may go, the longest unused first.
     idle: BTreeMap<u64, Block>,
     clock: u64,
+    /// How many blocks nothing uses.
+    unused: usize,
 }
 
 impl PrefixCache {
@@ -43,6 +45,7 @@ impl PrefixCache {
             entries: HashMap::new(),
             idle: BTreeMap::new(),
             clock: 0,
+            unused: 0,
         }
     }
 
@@ -102,6 +105,7 @@ impl PrefixCache {
             && let Some((_, block)) = self.idle.pop_first()
             && let Some(entry) = self.entries.remove(&block)
         {
+            self.unused -= 1;
             self.blocks.remove(&entry.key);
             if let Some(before) = entry.key.0 {
                 self.change(before, |entry| entry.children -= 1);
@@ -113,8 +117,7 @@ impl PrefixCache {
 
     /// The number of blocks that nothing uses. All of them can be evicted.
     pub fn unused(&self) -> usize {
-        let unused = self.entries.values().filter(|entry| entry.users == 0);
-        unused.count()
+        self.unused
     }
 
     /// Changes an entry, if there is one, and notes whether it may go.
@@ -122,7 +125,9 @@ impl PrefixCache {
         let Some(entry) = self.entries.get_mut(&block) else {
             return;
         };
+        self.unused -= usize::from(entry.users == 0);
         change(entry);
+        self.unused += usize::from(entry.users == 0);
         if let Some(since) = entry.idle_since.take() {
             self.idle.remove(&since);
         }
@@ -147,6 +152,11 @@ mod tests {
     use std::collections::HashSet;
 
     const BLOCK: usize = 2;
+
+    fn used_known(cache: &PrefixCache) -> usize {
+        let used = cache.entries.values().filter(|entry| entry.users > 0);
+        used.count()
+    }
 
     #[test]
     fn the_longest_unused_leaf_goes_first() {
@@ -224,6 +234,7 @@ mod tests {
                 let distinct: HashSet<_> = free.iter().collect();
                 prop_assert_eq!(distinct.len(), free.len(), "no block is free twice");
                 prop_assert!(free.iter().all(|block| !used.contains(block)));
+                prop_assert_eq!(cache.unused(), cache.len() - used_known(&cache));
             }
             for block in running.into_iter().flat_map(|blocks| blocks.into_iter().rev()) {
                 if !cache.release(block) {
