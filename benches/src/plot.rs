@@ -46,11 +46,11 @@ pub const STROKES: [Stroke; 4] = {
     ]
 };
 
+/// A line's name, look and points.
+pub type Line<'a> = (&'a str, Stroke, Vec<(f64, f64)>);
+
 /// Draws lines with their names, the widest first. Points that are no numbers are left out.
-pub fn draw_lines<X, Y>(
-    chart: &mut Chart<'_, '_, X, Y>,
-    lines: &[(&str, Stroke, Vec<(f64, f64)>)],
-) -> Result<()>
+pub fn draw_lines<X, Y>(chart: &mut Chart<'_, '_, X, Y>, lines: &[Line]) -> Result<()>
 where
     X: Ranged<ValueType = f64>,
     Y: Ranged<ValueType = f64>,

@@ -96,7 +96,10 @@ fn real(arguments: &[OsString]) -> Option<&[OsString]> {
 /// The arguments, with a path for this one if they do not have it.
 fn with(arguments: &[OsString], name: &str, path: &Path) -> Vec<OsString> {
     let mut texts = arguments.iter().map(|argument| argument.to_string_lossy());
-    let begins = |text: &str| text.strip_prefix(name).is_some_and(|it| it.starts_with('='));
+    let begins = |text: &str| {
+        text.strip_prefix(name)
+            .is_some_and(|it| it.starts_with('='))
+    };
     if texts.any(|text| text == name || begins(&text)) {
         return arguments.to_vec();
     }

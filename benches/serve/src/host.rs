@@ -93,7 +93,8 @@ impl Host {
         };
         for spec in specs {
             let account = host.pool.register_model(&spec.name, spec.quota)?;
-            let (model, started) = Hosted::start(place, sharing, count, account, &host.budget, spec)?;
+            let (model, started) =
+                Hosted::start(place, sharing, count, account, &host.budget, spec)?;
             host.models.push(model);
             all_started.push(started);
         }

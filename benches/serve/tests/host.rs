@@ -8,6 +8,7 @@ use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, Refusal, S
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 const MODELS: [&str; 2] = ["one", "two"];
@@ -211,10 +212,12 @@ fn models_that_are_short_get_what_others_do_not_need() {
     assert!(engine.committed_bytes <= engine.limit_bytes);
 }
 
+/// K and V of a block of [`WIDE`].
+const BLOCK_BYTES: usize = 16 * 2 * (16 << 10);
+
 /// One sequence of either model fits into the limit, and not one of each.
 #[test]
 fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
-    const BLOCK_BYTES: usize = 16 * 2 * (16 << 10);
     let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
     let limit_bytes = 12 * BLOCK_BYTES;
     let sharing = Sharing {
@@ -222,6 +225,18 @@ fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
         ..sharing(Policy::Ideal)
     };
     let host = host_of(&sharing, &shape);
+    let (ended, is_ended) = std::sync::mpsc::channel();
+    let test = std::thread::spawn(move || {
+        share_ideally(&host, limit_bytes);
+        ended.send(()).expect("the test waits");
+    });
+    let waited = is_ended.recv_timeout(Duration::from_secs(120));
+    // A model that waits forever has no end; a failure of the thread is the test's.
+    assert_ne!(waited, Err(RecvTimeoutError::Timeout), "models are stuck");
+    test.join().expect("the models share");
+}
+
+fn share_ideally(host: &Host, limit_bytes: usize) {
     let ask = |first: u32, max_tokens| Generate {
         prompt: (0..132).map(|token| (token * 3 + first) % 250).collect(),
         max_tokens,
@@ -237,7 +252,7 @@ fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
         let first = long.blocking_recv();
         assert!(matches!(first, Some(Event::Token(_))), "{first:?}");
         // Nine blocks, of which nine to twelve are in use: it waits for the other to end.
-        let (tokens, _) = reply(&host, "two", ask(2 * round + 1, 3));
+        let (tokens, _) = reply(host, "two", ask(2 * round + 1, 3));
         assert_eq!(tokens.len(), 3);
         let ended = std::iter::from_fn(|| long.try_recv().ok()).last();
         assert_eq!(ended, Some(Event::End(FinishReason::Length)));
@@ -245,7 +260,7 @@ fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
     // Many of both: they preempt, and none is lost.
     std::thread::scope(|scope| {
         for client in 0..6 {
-            let (host, ask) = (&host, &ask);
+            let ask = &ask;
             scope.spawn(move || {
                 let model = MODELS[client as usize % 2];
                 let (tokens, _) = reply(host, model, ask(100 + client, 40));
@@ -257,7 +272,6 @@ fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
     let budget = host.budget().expect("a budget");
     let most_bytes = budget.most_bytes();
     assert!(most_bytes <= limit_bytes && most_bytes >= 9 * BLOCK_BYTES);
-    drop(host);
 }
 
 #[test]

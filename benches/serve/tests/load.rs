@@ -122,10 +122,21 @@ fn all_workloads_run_under_all_policies() {
         }
     }
     let text = String::from_utf8(output.stdout).expect("text");
-    for words in ["(a) ramps: peak 8", "static ÷ elastic", "(e) closed loop: 2 clients"] {
+    for words in [
+        "(a) ramps: peak 8",
+        "static ÷ elastic",
+        "(e) closed loop: 2 clients",
+    ] {
         assert!(text.contains(words), "{words}: {text}");
     }
-    for plot in ["ramps", "ramps-8", "traces", "idle", "hand-over", "closed-2"] {
+    for plot in [
+        "ramps",
+        "ramps-8",
+        "traces",
+        "idle",
+        "hand-over",
+        "closed-2",
+    ] {
         let file = folder.path("plots").join(format!("{plot}.svg"));
         let svg = std::fs::read_to_string(file).expect(plot);
         assert!(svg.contains("</svg>"), "{plot}");
@@ -148,7 +159,10 @@ fn check(request: &Value, may_be_refused: bool) {
     let first = number("first_token_us").expect("a token");
     assert!(number("planned_us") <= number("sent_us"), "{request}");
     assert!(number("sent_us").expect("sent") < first, "{request}");
-    assert!(first + sum <= number("end_us").expect("an end"), "{request}");
+    assert!(
+        first + sum <= number("end_us").expect("an end"),
+        "{request}"
+    );
 }
 
 #[test]

@@ -117,13 +117,7 @@ impl Reply {
         chunk
     }
 
-    fn choice(
-        &self,
-        name: &str,
-        value: Value,
-        ids: &[u32],
-        reason: Option<FinishReason>,
-    ) -> Value {
+    fn choice(&self, name: &str, value: Value, ids: &[u32], reason: Option<FinishReason>) -> Value {
         let reason = reason.map(|reason| match reason {
             FinishReason::Stop => "stop",
             FinishReason::Length => "length",

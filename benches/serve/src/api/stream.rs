@@ -73,7 +73,7 @@ impl Chunks {
             Ok(Piece::Text(text, ids)) => {
                 let ids = ids.unwrap_or_default();
                 (self.reply.piece(&text, &ids), Stage::Pieces)
-            },
+            }
             Ok(Piece::End(reason)) => (self.reply.end(reason), Stage::Usage),
             Err(error) => {
                 tracing::error!(%error, "a response failed");

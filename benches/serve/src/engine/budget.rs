@@ -1,7 +1,12 @@
 //! The limit of models whose memory costs nothing: a number that they count up and down together.
+//!
+//! Nobody is asked to give bytes back. But models with prompts that are half computed could wait for
+//! each other forever. So of models that wait, all but the one that was made first give theirs back,
+//! if they can compute nothing at all.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 
@@ -17,6 +22,10 @@ struct State {
     used_bytes: usize,
     /// The most that was ever in use.
     most_bytes: usize,
+    /// How many models were made.
+    models: usize,
+    /// Models that wait for bytes.
+    waiting: BTreeSet<usize>,
     wakers: Vec<Waker>,
 }
 
@@ -54,8 +63,12 @@ impl Budget {
         let mut state = self.state();
         let used = state.used_bytes.checked_sub(bytes);
         state.used_bytes = used.expect("what is given was taken");
-        let wakers = state.wakers.clone();
         drop(state);
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
+        let wakers = self.state().wakers.clone();
         wakers.iter().for_each(Waker::wake_by_ref);
     }
 
@@ -76,8 +89,13 @@ impl Budget {
 
     /// A model's part, of blocks of this size.
     pub(super) fn counted(self, block_bytes: usize) -> Counted {
+        let mut state = self.state();
+        let model = state.models;
+        state.models += 1;
+        drop(state);
         Counted {
             budget: self,
+            model,
             block_bytes,
             blocks: 0,
         }
@@ -91,6 +109,7 @@ impl Budget {
 /// What of a budget is counted for one model.
 pub(super) struct Counted {
     budget: Budget,
+    model: usize,
     block_bytes: usize,
     blocks: usize,
 }
@@ -104,6 +123,23 @@ impl Counted {
         fits
     }
 
+    /// Notes whether the model waits for bytes.
+    pub(super) fn wait(&self, is_waiting: bool) {
+        let mut state = self.budget.state();
+        if !is_waiting {
+            state.waiting.remove(&self.model);
+        } else if state.waiting.insert(self.model) {
+            drop(state);
+            self.budget.wake_all();
+        }
+    }
+
+    /// Whether the model, if it can compute nothing, must give its bytes to one that waits.
+    pub(super) fn must_yield(&self) -> bool {
+        let first = self.budget.state().waiting.first().copied();
+        first.is_some_and(|first| first < self.model)
+    }
+
     /// Gives back what was counted beyond the blocks that are in use.
     pub(super) fn settle(&mut self, used: usize) {
         let unused = self.blocks.checked_sub(used);
@@ -115,6 +151,7 @@ impl Counted {
 
 impl Drop for Counted {
     fn drop(&mut self) {
+        self.wait(false);
         self.budget.give(self.blocks * self.block_bytes);
     }
 }
@@ -147,7 +184,12 @@ mod unit {
         one.settle(4);
         assert_eq!(woken.0.load(Ordering::Relaxed), 1);
         assert!(two.take(3));
+        one.wait(true);
+        assert!(two.must_yield() && !one.must_yield());
+        two.wait(true);
+        assert!(!one.must_yield(), "it was made first");
         drop(one);
+        assert!(!two.must_yield());
         assert_eq!(budget.used_bytes(), 56);
         assert_eq!(budget.most_bytes(), 96);
     }

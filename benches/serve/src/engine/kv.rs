@@ -62,6 +62,10 @@ pub struct Kv {
     counted: Option<Counted>,
     /// Blocks that are handed out for good, to rows that no sequence has.
     padding_blocks: usize,
+    /// Whether memory was refused since the last plan that had all it asked for.
+    was_refused: bool,
+    /// Whether a sequence of this plan goes without memory.
+    is_short: bool,
     /// The first failure that is not for want of memory.
     failure: Option<VmmError>,
 }
@@ -104,6 +108,8 @@ impl Kv {
             policy,
             counted: None,
             padding_blocks: 0,
+            was_refused: false,
+            is_short: false,
             failure: None,
         })
     }
@@ -246,12 +252,30 @@ impl Kv {
                 Ok(blocks) => return Ok(blocks),
                 Err(error) => error,
             };
+            self.was_refused = true;
             let evicted = self.prefix.evict(count);
             if evicted.is_empty() {
                 return Err(error);
             }
             self.allocator.free(evicted)?;
         }
+    }
+
+    /// Ends a plan. If every sequence has what it asked for, what was refused is wanted no more, and
+    /// other models need not give memory back for it.
+    pub fn planned(&mut self) {
+        let is_short = std::mem::take(&mut self.is_short);
+        if let Some(counted) = &self.counted {
+            counted.wait(is_short);
+        }
+        if !is_short && std::mem::take(&mut self.was_refused) {
+            self.blocks.account().withdraw();
+        }
+    }
+
+    /// Whether the model, if it can compute nothing, must give its memory to one that waits.
+    pub fn must_yield(&self) -> bool {
+        self.counted.as_ref().is_some_and(Counted::must_yield)
     }
 
     /// The first failure of a call of the scheduler that was not for want of memory.
@@ -319,6 +343,7 @@ impl Blocks for Kv {
             return Growth::Done;
         }
         if !self.take(missing) {
+            self.is_short = true;
             return Growth::Short;
         }
         match self.allocate(missing) {
@@ -334,6 +359,7 @@ impl Blocks for Kv {
                 self.settle();
                 let is_short = error.is_out_of_memory() || error.is_retryable();
                 let is_short = is_short || is_out_of_blocks(&error);
+                self.is_short |= is_short;
                 if !is_short && self.failure.is_none() {
                     self.failure = Some(error);
                 }

@@ -106,10 +106,14 @@ impl Runner {
     /// that it gives, which returns whether the sequence ends there. Returns whether it took one.
     pub fn step(&mut self, mut made: impl FnMut(Made) -> bool) -> Result<bool> {
         let step = self.scheduler.plan(&mut self.kv);
+        self.kv.planned();
         if let Some(failure) = self.kv.failure() {
             return Err(failure);
         }
         if step.is_empty() {
+            if self.kv.must_yield() {
+                self.scheduler.give_back(1, &mut self.kv);
+            }
             return Ok(false);
         }
         let tokens = self.compute(&step)?;

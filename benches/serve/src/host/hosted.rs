@@ -246,7 +246,9 @@ fn make(
     };
     // No more than all sequences of full length can use, and one for padding.
     let most = limits.sequences_max * limits.context_max.div_ceil(BLOCK_TOKENS) + 1;
-    let num_blocks = (share_bytes / block_bytes).clamp(2, most);
+    // In an ideal memory, the one for padding is beside what the limit holds.
+    let padding = usize::from(sharing.policy == Policy::Ideal);
+    let num_blocks = (share_bytes / block_bytes + padding).clamp(2, most);
     let kv = Kv::new(
         &pool,
         config,

@@ -40,7 +40,11 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
         .draw()?;
     let lines = Pool::ALL.map(|pool| {
         let p99_ms = ramps.iter().map(|(_, contest)| contest.p99_ms(pool));
-        (pool.name(), STROKES[pool as usize], peaks().zip(p99_ms).collect())
+        (
+            pool.name(),
+            STROKES[pool as usize],
+            peaks().zip(p99_ms).collect(),
+        )
     });
     plot::draw_lines(&mut chart, &lines)?;
     for (label, pool) in [

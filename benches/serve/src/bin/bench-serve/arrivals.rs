@@ -74,13 +74,15 @@ impl Run {
 fn phase(name: PhaseName, models: &[Vec<Request>], random: &mut StdRng) -> Phase {
     let mut requests = Vec::new();
     for (model, of_model) in models.iter().enumerate() {
-        requests.extend(of_model.iter().map(|request| Planned {
-            model,
-            arrival_us: request.arrival_ns / 1000,
-            prompt: (0..request.prompt_tokens)
-                .map(|_| random.random_range(0..PROMPT_IDS))
-                .collect(),
-            generated_tokens: request.generated_tokens,
+        requests.extend(of_model.iter().map(|request| {
+            Planned {
+                model,
+                arrival_us: request.arrival_ns / 1000,
+                prompt: (0..request.prompt_tokens)
+                    .map(|_| random.random_range(0..PROMPT_IDS))
+                    .collect(),
+                generated_tokens: request.generated_tokens,
+            }
         }));
     }
     requests.sort_by_key(|planned| planned.arrival_us);

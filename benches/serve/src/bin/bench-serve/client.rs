@@ -138,11 +138,7 @@ pub fn since(start: Instant) -> u64 {
 }
 
 /// Reads a response to its end. Returns why there is no whole text, if the request was not refused.
-async fn receive(
-    mut response: Response,
-    record: &mut Recorded,
-    start: Instant,
-) -> Option<String> {
+async fn receive(mut response: Response, record: &mut Recorded, start: Instant) -> Option<String> {
     let status = response.status().as_u16();
     record.status = Some(status);
     let retry_after = response.headers().get(header::RETRY_AFTER);

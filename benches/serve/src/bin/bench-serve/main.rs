@@ -7,8 +7,8 @@ mod trace;
 mod arrivals;
 mod client;
 mod metrics;
-mod plots;
 mod play;
+mod plots;
 mod policy;
 mod record;
 mod report;
@@ -166,7 +166,11 @@ fn program(told: Option<&Path>) -> Result<PathBuf> {
         }
     };
     let is_there = path.is_file();
-    ensure!(is_there, "there is no server {} (--server FILE)", path.display());
+    ensure!(
+        is_there,
+        "there is no server {} (--server FILE)",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -196,9 +200,15 @@ impl Measuring<'_> {
                 peak.unwrap_or_default(),
                 run.seed
             );
-            let played = play::play(&client, &run).await.with_context(|| of.clone())?;
+            let played = play::play(&client, &run)
+                .await
+                .with_context(|| of.clone())?;
             let took = played.memory.last().map_or(0, |looked| looked.at_us);
-            eprintln!("{of}: {} requests in {:.1} s", run.requests(), took as f64 / 1e6);
+            eprintln!(
+                "{of}: {} requests in {:.1} s",
+                run.requests(),
+                took as f64 / 1e6
+            );
             self.ran.push(Ran {
                 workload,
                 policy,

@@ -23,10 +23,7 @@ impl Metrics {
             ("cuda_vmm_committed_bytes", &mut metrics.committed_bytes),
             ("cuda_vmm_serve_running", &mut metrics.running),
             ("cuda_vmm_serve_waiting", &mut metrics.waiting),
-            (
-                "cuda_vmm_serve_preemptions_total",
-                &mut metrics.preemptions,
-            ),
+            ("cuda_vmm_serve_preemptions_total", &mut metrics.preemptions),
         ];
         for (name, values) in all {
             for model in models {

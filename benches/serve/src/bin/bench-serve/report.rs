@@ -41,6 +41,8 @@ impl Report<'_> {
         let name = || format!("writing {}", path.display());
         let mut file = BufWriter::new(File::create(path).with_context(name)?);
         serde_json::to_writer(&mut file, self).with_context(name)?;
-        file.write_all(b"\n").and_then(|()| file.flush()).with_context(name)
+        file.write_all(b"\n")
+            .and_then(|()| file.flush())
+            .with_context(name)
     }
 }

@@ -98,9 +98,7 @@ fn print_curves(ran: &[Ran], sections: &[Section]) {
         [vec![peak(section)], cells.concat()].concat()
     });
     let ratios = table(head, rows);
-    println!(
-        "\n(a), time to first token, seeds paired: median (least, most)\n{ratios}"
-    );
+    println!("\n(a), time to first token, seeds paired: median (least, most)\n{ratios}");
     for policy in Policy::ALL {
         if ran.iter().any(|run| run.policy == policy) {
             let highest = highest_peak(ran, policy);
