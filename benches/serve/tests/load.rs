@@ -1,14 +1,18 @@
 //! The program that measures, with the real server as its child.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 const BENCH: &str = env!("CARGO_BIN_EXE_bench-serve");
 const SERVER: &str = env!("CARGO_BIN_EXE_cuda-vmm-serve");
 
-/// A few requests of a tiny model in each workload. Each of two tensors in two layers takes a page of
-/// each model, and there are two such steps more.
+/// A few requests of a tiny model in each workload. Padding takes a page in each of four tensors of
+/// each model, 8 MiB, and there are such steps beside.
 const WORKLOADS: &str = r#"
 [server]
 model = "tiny"
@@ -182,4 +186,50 @@ fn what_is_wrong_is_said_and_has_a_code() {
     assert!(traces.status.success());
     let text = String::from_utf8_lossy(&traces.stdout);
     assert!(text.contains("(b) traces: not run"), "{text}");
+}
+
+/// Waits until something is so.
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Whether a process runs; one that has ended and is not yet waited for does not.
+fn runs(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    let stat = stat.unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    state.is_some_and(|rest| !rest.starts_with(['Z', 'X']))
+}
+
+#[test]
+fn no_server_stays_behind_if_the_program_is_interrupted() {
+    let folder = Folder::new();
+    // A server that says which process it is.
+    let (script, pid_file) = (folder.path("server.sh"), folder.path("pid"));
+    let text = format!(
+        "#!/bin/sh\necho $$ > '{}'\nexec '{SERVER}' \"$@\"\n",
+        pid_file.display()
+    );
+    std::fs::write(&script, text).expect("a file");
+    std::fs::set_permissions(&script, PermissionsExt::from_mode(0o700)).expect("a program");
+    let mut command = folder.command(&script);
+    let command = command.args(["--only", "a", "--seeds", "1000"]);
+    let mut program = command.stdout(Stdio::null()).spawn().expect("it starts");
+    let pid = || std::fs::read_to_string(&pid_file).unwrap_or_default();
+    wait_until("the server", || pid().ends_with('\n'));
+    let server = pid().trim().to_owned();
+    assert!(runs(&server), "process {server}");
+    let own = Pid::from_raw(program.id().try_into().expect("a process"));
+    kill(own, Signal::SIGINT).expect("it runs");
+    let mut status = None;
+    wait_until("the program's end", || {
+        status = program.try_wait().expect("its status");
+        status.is_some()
+    });
+    assert_eq!(status.and_then(|status| status.code()), Some(1));
+    wait_until("the server's end", || !runs(&server));
 }

@@ -1,8 +1,8 @@
 //! The limit of models whose memory costs nothing: a number that they count up and down together.
 //!
-//! Nobody is asked to give bytes back. But models with prompts that are half computed could wait for
-//! each other forever. So of models that wait, all but the one that was made first give theirs back,
-//! if they can compute nothing at all.
+//! Nobody is asked to give bytes back. But models with prompts that are half computed could wait
+//! for each other forever. So of models that wait, all but the one that was made first give theirs
+//! back, if they can compute nothing at all.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 

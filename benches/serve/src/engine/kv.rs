@@ -261,8 +261,8 @@ impl Kv {
         }
     }
 
-    /// Ends a plan. If every sequence has what it asked for, what was refused is wanted no more, and
-    /// other models need not give memory back for it.
+    /// Ends a plan. If every sequence has what it asked for, what was refused is wanted no more,
+    /// and other models need not give memory back for it.
     pub fn planned(&mut self) {
         let is_short = std::mem::take(&mut self.is_short);
         if let Some(counted) = &self.counted {

@@ -87,10 +87,12 @@ fn main() -> ExitCode {
     program::start("bench-serve", |arguments: &Arguments| {
         let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
         runtime.block_on(async {
-            // What is dropped when a signal comes ends its server.
+            // Signals are heard before a server starts. What is dropped when one comes ends its
+            // server.
             tokio::select! {
-                ended = run(arguments) => ended,
+                biased;
                 signal = interrupted() => bail!("ended by {}", signal?),
+                ended = run(arguments) => ended,
             }
         })
     })

@@ -86,9 +86,12 @@ impl Said {
 mod tests {
     use super::*;
 
-    const STREAM: &str = ": a comment\n\ndata: {\"choices\":[{\"text\":\"\u{e9}\",\"token_ids\":[195,\
-        169]}]}\r\n\r\ndata: {\"choices\":[]}\n\ndata:{\"choices\":\ndata: [{\"token_ids\":[7]}]}\n\n\
-        data: {\"error\":{\"message\":\"it fell\",\"code\":null}}\n\ndata: {\n\ndata: [DONE]\n\nrest";
+    const STREAM: &str = ": a comment\n\n\
+        data: {\"choices\":[{\"text\":\"\u{e9}\",\"token_ids\":[195,169]}]}\r\n\r\n\
+        data: {\"choices\":[]}\n\n\
+        data:{\"choices\":\ndata: [{\"token_ids\":[7]}]}\n\n\
+        data: {\"error\":{\"message\":\"it fell\",\"code\":null}}\n\n\
+        data: {\n\ndata: [DONE]\n\nrest";
 
     fn said(pieces: &[&[u8]]) -> Vec<Said> {
         let (mut events, mut said) = (Events::default(), Vec::new());

@@ -187,8 +187,8 @@ pub fn paired(
 /// How many times the time of an unloaded server a peak's p99 may be.
 const LOADED_TIMES: f64 = 10.0;
 
-/// The highest peak of workload (a) at which a policy's p99 time to first token is at most ten times
-/// that of its unloaded server; `None` if there is none.
+/// The highest peak of workload (a) at which a policy's p99 time to first token is at most ten
+/// times that of its unloaded server; `None` if there is none.
 pub fn highest_peak(ran: &[Ran], policy: Policy) -> Option<u32> {
     let all = Section::all(ran);
     let all = all.iter().filter(|it| it.workload == Workload::Ramps);
