@@ -10,6 +10,7 @@ mod display;
 mod drivers;
 pub mod figure;
 mod models;
+pub mod plot;
 pub mod program;
 pub mod report;
 pub mod serving;

@@ -21,7 +21,8 @@ enum Part {
 
 #[derive(Debug, Subcommand)]
 enum Simulated {
-    /// Simulate serving several models on one GPU, in four pools; what follows goes to the program
+    /// Simulate serving several models on one GPU, in four pools; what follows goes to the program.
+    /// With `--real` first, measure the server of this workspace over HTTP instead
     #[command(disable_help_flag = true)]
     Serving(Passed),
 }
@@ -48,12 +49,16 @@ pub struct Arguments {
     arguments: Vec<OsString>,
 }
 
+/// The server, a package and its program.
+const SERVE: &str = "cuda-vmm-serve";
+/// What is asked of the server unless told otherwise.
+const WORKLOADS: &str = "benches/serve/workloads/cpu.toml";
+
 /// Measures, and returns the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
     if let Some(Simulated::Serving(passed)) = &arguments.simulated {
-        let plots = with_plots(&passed.arguments, &workspace.target.join("serving"));
-        return code(by_cargo(workspace, "bench-serving")?.args(plots));
+        return serving(workspace, &passed.arguments);
     }
     match arguments.gpu {
         true => on_gpu(workspace, arguments),
@@ -61,13 +66,44 @@ pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     }
 }
 
-/// The arguments, with the folder of the plots if they name none.
-fn with_plots(arguments: &[OsString], folder: &Path) -> Vec<OsString> {
+/// Simulates a server, or measures the real one if that is the first argument.
+fn serving(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
+    let plots = |folder: &str| workspace.target.join(folder);
+    match real(arguments) {
+        None => {
+            let arguments = with(arguments, "--plots", &plots("serving"));
+            code(by_cargo(workspace, "bench-serving")?.args(arguments))
+        }
+        Some(arguments) => {
+            // The measuring program starts the server that lies beside it.
+            let server = format!("build --release --package {SERVE} --bin {SERVE}");
+            workspace.cargo(&server).run()?;
+            let workloads = workspace.root.join(WORKLOADS);
+            let arguments = with(arguments, "--workloads", &workloads);
+            let arguments = with(&arguments, "--plots", &plots("serving-real"));
+            let program = format!("--package {SERVE} --bin bench-serve");
+            code(workspace.program(&program)?.args(arguments))
+        }
+    }
+}
+
+/// What follows `--real`, if the arguments begin with it.
+fn real(arguments: &[OsString]) -> Option<&[OsString]> {
+    let (first, rest) = arguments.split_first()?;
+    (first == "--real").then_some(rest)
+}
+
+/// The arguments, with a path for this one if they do not have it.
+fn with(arguments: &[OsString], name: &str, path: &Path) -> Vec<OsString> {
     let mut texts = arguments.iter().map(|argument| argument.to_string_lossy());
-    if texts.any(|text| text == "--plots" || text.starts_with("--plots=")) {
+    let begins = |text: &str| {
+        text.strip_prefix(name)
+            .is_some_and(|it| it.starts_with('='))
+    };
+    if texts.any(|text| text == name || begins(&text)) {
         return arguments.to_vec();
     }
-    [&["--plots".into(), folder.into()], arguments].concat()
+    [&[name.into(), path.into()], arguments].concat()
 }
 
 fn by_cargo(workspace: &Workspace, program: &str) -> Result<Command> {
@@ -137,13 +173,21 @@ mod tests {
     fn plots_go_to_the_target_folder_unless_told_otherwise() {
         let given = |arguments: &[&str]| {
             let arguments: Vec<_> = arguments.iter().map(OsString::from).collect();
-            with_plots(&arguments, Path::new("/built/serving"))
+            with(&arguments, "--plots", Path::new("/built/serving"))
         };
         let plots = ["--plots", "/built/serving", "--quick"];
         assert_eq!(given(&["--quick"]), plots);
         for told in [&["--plots", "x"][..], &["--plots=x"]] {
             assert_eq!(given(told), told);
         }
+    }
+
+    #[test]
+    fn the_real_server_is_measured_if_that_is_said_first() {
+        let arguments = ["--real", "--quick"].map(OsString::from);
+        assert_eq!(real(&arguments), Some(&arguments[1..]));
+        assert_eq!(real(&arguments[1..]), None);
+        assert_eq!(real(&[]), None);
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod shape;
 
 pub use shape::{Shape, ShapeError};
 
-use crate::engine::Policy;
+use crate::engine::{Budget, Policy};
 use crate::figures::Figures;
 use crate::request::{Backend, Event, Generate, ModelInfo, Refusal};
 use candle_core::Device;
@@ -39,7 +39,8 @@ impl Place {
 /// How models share the memory, and how much of it there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sharing {
-    /// What all models may hold for K and V, in bytes.
+    /// What all models may hold for K and V, in bytes. With [`Policy::Ideal`] it is what their
+    /// sequences may have in use, and they hold more.
     pub limit_bytes: usize,
     /// How blocks get their memory.
     pub policy: Policy,
@@ -65,6 +66,7 @@ pub struct ModelSpec {
 /// Models that serve.
 pub struct Host {
     pool: SharedMemoryPool,
+    budget: Option<Budget>,
     models: Vec<Hosted>,
 }
 
@@ -76,16 +78,26 @@ impl Host {
     /// The first model that cannot be made; none is left then.
     pub fn new(place: Place, sharing: &Sharing, specs: Vec<ModelSpec>) -> Result<Self> {
         let device = core_device(&place.open()?)?;
-        let pool = SharedMemoryPool::new(&device, sharing.limit_bytes)?;
         let count = specs.len();
+        let (limit_bytes, budget) = match sharing.policy {
+            Policy::Ideal => {
+                // Each model has as much as the limit, up to a page more in each tensor.
+                let all_bytes = sharing.limit_bytes.saturating_mul(2 * count);
+                (all_bytes, Some(Budget::new(sharing.limit_bytes)))
+            }
+            _ => (sharing.limit_bytes, None),
+        };
+        let pool = SharedMemoryPool::new(&device, limit_bytes)?;
         let mut all_started = Vec::new();
         let mut host = Self {
             pool,
+            budget,
             models: Vec::new(),
         };
         for spec in specs {
             let account = host.pool.register_model(&spec.name, spec.quota)?;
-            let (model, started) = Hosted::start(place, sharing, count, account, spec)?;
+            let (model, started) =
+                Hosted::start(place, sharing, count, account, &host.budget, spec)?;
             host.models.push(model);
             all_started.push(started);
         }
@@ -105,6 +117,11 @@ impl Host {
     /// Forgets all prefixes that nothing uses, and gives their memory back.
     pub fn clear_prefixes(&self) {
         self.models.iter().for_each(Hosted::clear_prefixes);
+    }
+
+    /// What sequences of all models have in use, with [`Policy::Ideal`].
+    pub fn budget(&self) -> Option<&Budget> {
+        self.budget.as_ref()
     }
 
     /// The memory of all models.

@@ -24,7 +24,7 @@ const MIB: usize = 1 << 20;
 /// It proves the library, and is no product: no one is asked who they are.
 #[derive(Parser)]
 struct Arguments {
-    /// Models: tiny, 1b, 3b (random weights, bytes as tokens), or folders of Hugging Face. A name of
+    /// Models: tiny, wide, 1b, 3b (random weights, bytes as tokens), or folders of Hugging Face. A name of
     /// your own goes before it: NAME=MODEL
     #[arg(long, value_delimiter = ',', default_value = "tiny,tiny")]
     models: Vec<String>,
@@ -87,6 +87,7 @@ enum PolicyKind {
     Elastic,
     Static,
     PageAtATime,
+    Ideal,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -166,6 +167,7 @@ fn host(arguments: &Arguments) -> Result<Host> {
             PolicyKind::Elastic => Policy::Elastic,
             PolicyKind::Static => Policy::Static,
             PolicyKind::PageAtATime => Policy::PageAtATime,
+            PolicyKind::Ideal => Policy::Ideal,
         },
         sequences_max: arguments.sequences.into(),
         waiting_max: arguments.waiting.into(),

@@ -9,6 +9,7 @@ use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, Refusal, S
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 const MODELS: [&str; 2] = ["one", "two"];
@@ -130,7 +131,12 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
     let alone = host(&sharing(Policy::Elastic));
     asks.iter().for_each(|ask| expected.serve(&alone, ask));
     drop(alone);
-    for policy in [Policy::Elastic, Policy::PageAtATime, Policy::Static] {
+    for policy in [
+        Policy::Elastic,
+        Policy::PageAtATime,
+        Policy::Static,
+        Policy::Ideal,
+    ] {
         let host = host(&sharing(policy));
         std::thread::scope(|scope| {
             for client in 0..8 {
@@ -163,7 +169,7 @@ fn every_request_has_its_tokens_and_what_vanishes_frees_its_memory() {
         });
         assert!(live_bytes(&host) > 0, "prefixes are kept: {policy:?}");
         host.clear_prefixes();
-        if policy != Policy::Static {
+        if !policy.is_backed_at_start() {
             await_until("all memory is free", || live_bytes(&host) == 0);
         }
     }
@@ -302,6 +308,68 @@ fn models_that_are_short_get_what_others_do_not_need() {
     let engine = host.pool().snapshot().engine;
     assert_eq!(engine.limit_bytes, sharing.limit_bytes);
     assert!(engine.committed_bytes <= engine.limit_bytes);
+}
+
+/// K and V of a block of [`WIDE`].
+const BLOCK_BYTES: usize = 16 * 2 * (16 << 10);
+
+/// One sequence of either model fits into the limit, and not one of each.
+#[test]
+fn an_ideal_memory_is_shared_and_stays_within_the_limit() {
+    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
+    let limit_bytes = 12 * BLOCK_BYTES;
+    let sharing = Sharing {
+        limit_bytes,
+        ..sharing(Policy::Ideal)
+    };
+    let host = host_of(&sharing, &shape);
+    let (ended, is_ended) = std::sync::mpsc::channel();
+    let test = std::thread::spawn(move || {
+        share_ideally(&host, limit_bytes);
+        ended.send(()).expect("the test waits");
+    });
+    let waited = is_ended.recv_timeout(Duration::from_secs(300));
+    // A model that waits forever has no end; a failure of the thread is the test's.
+    assert_ne!(waited, Err(RecvTimeoutError::Timeout), "models are stuck");
+    test.join().expect("the models share");
+}
+
+fn share_ideally(host: &Host, limit_bytes: usize) {
+    let ask = |first: u32, max_tokens| Generate {
+        prompt: (0..132).map(|token| (token * 3 + first) % 250).collect(),
+        max_tokens,
+        sampling: Sampling {
+            temperature: 0.,
+            top_p: 1.,
+            seed: None,
+        },
+        stop_ids: Vec::new(),
+    };
+    for round in 0..2 {
+        let mut long = host.submit("one", ask(2 * round, 30)).expect("room");
+        let first = long.blocking_recv();
+        assert!(matches!(first, Some(Event::Token(_))), "{first:?}");
+        // Nine blocks, while nine to eleven are in use: it waits for the other to end.
+        let (tokens, _) = reply(host, "two", ask(2 * round + 1, 3));
+        assert_eq!(tokens.len(), 3);
+        let ended = std::iter::from_fn(|| long.try_recv().ok()).last();
+        assert_eq!(ended, Some(Event::End(FinishReason::Length)));
+    }
+    // Many of both: they preempt, and none is lost.
+    std::thread::scope(|scope| {
+        for client in 0..4 {
+            let ask = &ask;
+            scope.spawn(move || {
+                let model = MODELS[client as usize % 2];
+                let (tokens, _) = reply(host, model, ask(100 + client, 8));
+                assert_eq!(tokens.len(), 8);
+            });
+        }
+    });
+    assert!(host.is_healthy());
+    let budget = host.budget().expect("a budget");
+    let most_bytes = budget.most_bytes();
+    assert!(most_bytes <= limit_bytes && most_bytes >= 9 * BLOCK_BYTES);
 }
 
 #[test]

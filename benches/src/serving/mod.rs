@@ -7,4 +7,4 @@ mod server;
 
 pub use memory::*;
 pub use request::*;
-pub use server::{Limits, Served, Server};
+pub use server::{Limits, Moment, Served, Server};

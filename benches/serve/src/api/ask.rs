@@ -23,6 +23,8 @@ pub struct Ask {
     pub stop: Vec<String>,
     pub is_streamed: bool,
     pub include_usage: bool,
+    pub ignores_stop_ids: bool,
+    pub returns_token_ids: bool,
 }
 
 /// What to go on from.
@@ -72,6 +74,8 @@ impl Ask {
             stop: stop(body.stop)?,
             is_streamed,
             include_usage: include_usage.unwrap_or(false),
+            ignores_stop_ids: body.ignore_eos.unwrap_or(false),
+            returns_token_ids: body.return_token_ids.unwrap_or(false),
         })
     }
 

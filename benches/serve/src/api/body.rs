@@ -19,6 +19,10 @@ pub struct Body {
     pub n: Option<u64>,
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
+    /// No token ends the text. An extension, as vLLM has it.
+    pub ignore_eos: Option<bool>,
+    /// The tokens are told too. An extension, as vLLM has it.
+    pub return_token_ids: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]

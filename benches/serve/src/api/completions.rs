@@ -42,8 +42,14 @@ async fn respond(backend: App, kind: Kind, content: Content) -> Result<Response,
     let events = backend.submit(&ask.model, generate);
     let events =
         events.map_err(|refusal| ApiError::refused(refusal, ask.model.clone(), kind.param()))?;
-    let generation = Generation::new(events, detokenizer, ask.stop, prompt_tokens);
-    let reply = Reply::new(kind, ask.model, ask.include_usage);
+    let generation = Generation::new(
+        events,
+        detokenizer,
+        ask.stop,
+        prompt_tokens,
+        ask.returns_token_ids,
+    );
+    let reply = Reply::new(kind, ask.model, ask.include_usage, ask.returns_token_ids);
     match ask.is_streamed {
         true => Ok(stream::response(reply, generation)),
         false => whole(reply, generation).await,
@@ -73,18 +79,24 @@ fn prepare(ask: Ask, model: ModelInfo) -> Result<(Ask, Generate, Detokenizer), A
         max_tokens: ask.max_tokens.min(tokens_max - prompt.len()),
         prompt,
         sampling: ask.sampling,
-        stop_ids: model.stop_ids,
+        stop_ids: match ask.ignores_stop_ids {
+            true => Vec::new(),
+            false => model.stop_ids,
+        },
     };
     Ok((ask, generate, detokenizer))
 }
 
 async fn whole(reply: Reply, mut generation: Generation) -> Result<Response, ApiError> {
-    let mut text = String::new();
+    let (mut text, mut all_ids) = (String::new(), Vec::new());
     loop {
         match generation.next().await? {
-            Piece::Text(piece) => text.push_str(&piece),
+            Piece::Text(piece, ids) => {
+                text.push_str(&piece);
+                all_ids.extend(ids.unwrap_or_default());
+            }
             Piece::End(reason) => {
-                let object = reply.whole(&text, reason, generation.usage());
+                let object = reply.whole(&text, &all_ids, reason, generation.usage());
                 return Ok(Json(object).into_response());
             }
         }

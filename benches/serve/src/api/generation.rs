@@ -14,6 +14,8 @@ pub struct Generation {
     stops: StopStrings,
     end: Option<FinishReason>,
     usage: Usage,
+    /// Tokens that were not given yet, if they are to be given.
+    ids: Option<Vec<u32>>,
 }
 
 /// The tokens of a request.
@@ -26,19 +28,22 @@ pub struct Usage {
 /// What comes next.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Piece {
-    /// Text, which is not empty.
-    Text(String),
+    /// Text, and the tokens that it came with if they are to be given. One of them is not empty.
+    Text(String, Option<Vec<u32>>),
     /// There is no more.
     End(FinishReason),
 }
 
 impl Generation {
     /// The text that comes after a prompt, up to the first of some strings.
+    ///
+    /// If tokens are to be given, there is a piece for each, even if it makes no text yet.
     pub fn new(
         events: mpsc::Receiver<Event>,
         detokenizer: Detokenizer,
         stop: Vec<String>,
         prompt_tokens: usize,
+        gives_tokens: bool,
     ) -> Self {
         Self {
             events: Some(events),
@@ -49,6 +54,7 @@ impl Generation {
                 prompt: prompt_tokens,
                 completion: 0,
             },
+            ids: gives_tokens.then(Vec::new),
         }
     }
 
@@ -78,8 +84,10 @@ impl Generation {
             if self.end.is_some() {
                 self.events = None;
             }
-            if !text.is_empty() {
-                return Ok(Piece::Text(text));
+            let has_ids = self.ids.as_ref().is_some_and(|ids| !ids.is_empty());
+            if has_ids || !text.is_empty() {
+                let ids = self.ids.as_mut().map(std::mem::take);
+                return Ok(Piece::Text(text, ids));
             }
         }
     }
@@ -89,6 +97,9 @@ impl Generation {
         match event {
             Event::Token(id) => {
                 self.usage.completion += 1;
+                if let Some(ids) = &mut self.ids {
+                    ids.push(id);
+                }
                 let text = self.detokenizer.push(id)?;
                 Ok(self.stops.push(&text))
             }

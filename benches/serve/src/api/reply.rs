@@ -35,11 +35,13 @@ pub struct Reply {
     model: String,
     /// Whether chunks say how many tokens there were: the last one does, the others have a null.
     include_usage: bool,
+    /// Whether each choice says which tokens it has.
+    includes_token_ids: bool,
 }
 
 impl Reply {
     /// A response to a request for a model, with an identifier of its own.
-    pub fn new(kind: Kind, model: String, include_usage: bool) -> Self {
+    pub fn new(kind: Kind, model: String, include_usage: bool, includes_token_ids: bool) -> Self {
         static FIRST: LazyLock<u128> = LazyLock::new(|| since_1970().as_nanos());
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let prefix = match kind {
@@ -53,11 +55,12 @@ impl Reply {
             created: since_1970().as_secs(),
             model,
             include_usage,
+            includes_token_ids,
         }
     }
 
     /// The whole response.
-    pub fn whole(&self, text: &str, reason: FinishReason, usage: Usage) -> Value {
+    pub fn whole(&self, text: &str, ids: &[u32], reason: FinishReason, usage: Usage) -> Value {
         let (object, name, value) = match self.kind {
             Kind::Text => ("text_completion", "text", json!(text)),
             Kind::Chat => {
@@ -65,7 +68,7 @@ impl Reply {
                 ("chat.completion", "message", message)
             }
         };
-        let mut object = self.object(object, vec![choice(name, value, Some(reason))]);
+        let mut object = self.object(object, vec![self.choice(name, value, ids, Some(reason))]);
         object["usage"] = numbers(usage);
         object
     }
@@ -73,23 +76,23 @@ impl Reply {
     /// The first chunk, if there is one before the text.
     pub fn opening(&self) -> Option<Value> {
         let delta = json!({ "role": "assistant", "content": "", "refusal": null });
-        let choice = choice("delta", delta, None);
+        let choice = self.choice("delta", delta, &[], None);
         (self.kind == Kind::Chat).then(|| self.chunk(vec![choice]))
     }
 
     /// A chunk of text.
-    pub fn piece(&self, text: &str) -> Value {
+    pub fn piece(&self, text: &str, ids: &[u32]) -> Value {
         self.chunk(vec![match self.kind {
-            Kind::Text => choice("text", json!(text), None),
-            Kind::Chat => choice("delta", json!({ "content": text }), None),
+            Kind::Text => self.choice("text", json!(text), ids, None),
+            Kind::Chat => self.choice("delta", json!({ "content": text }), ids, None),
         }])
     }
 
     /// The chunk after the text.
     pub fn end(&self, reason: FinishReason) -> Value {
         self.chunk(vec![match self.kind {
-            Kind::Text => choice("text", json!(""), Some(reason)),
-            Kind::Chat => choice("delta", json!({}), Some(reason)),
+            Kind::Text => self.choice("text", json!(""), &[], Some(reason)),
+            Kind::Chat => self.choice("delta", json!({}), &[], Some(reason)),
         }])
     }
 
@@ -114,20 +117,25 @@ impl Reply {
         chunk
     }
 
+    fn choice(&self, name: &str, value: Value, ids: &[u32], reason: Option<FinishReason>) -> Value {
+        let reason = reason.map(|reason| match reason {
+            FinishReason::Stop => "stop",
+            FinishReason::Length => "length",
+        });
+        let mut choice =
+            json!({ "index": 0, name: value, "logprobs": null, "finish_reason": reason });
+        if self.includes_token_ids {
+            choice["token_ids"] = json!(ids);
+        }
+        choice
+    }
+
     fn object(&self, object: &str, choices: Vec<Value>) -> Value {
         json!({
             "id": self.id, "object": object, "created": self.created, "model": self.model,
             "choices": choices,
         })
     }
-}
-
-fn choice(name: &str, value: Value, reason: Option<FinishReason>) -> Value {
-    let reason = reason.map(|reason| match reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    });
-    json!({ "index": 0, name: value, "logprobs": null, "finish_reason": reason })
 }
 
 fn numbers(usage: Usage) -> Value {

@@ -70,7 +70,10 @@ impl Chunks {
 
     async fn piece(&mut self) -> (Value, Stage) {
         match self.generation.next().await {
-            Ok(Piece::Text(text)) => (self.reply.piece(&text), Stage::Pieces),
+            Ok(Piece::Text(text, ids)) => {
+                let ids = ids.unwrap_or_default();
+                (self.reply.piece(&text, &ids), Stage::Pieces)
+            }
             Ok(Piece::End(reason)) => (self.reply.end(reason), Stage::Usage),
             Err(error) => {
                 tracing::error!(%error, "a response failed");

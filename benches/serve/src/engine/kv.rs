@@ -1,5 +1,6 @@
 //! K and V of one model's sequences, in blocks that have memory while they are in use.
 
+use super::budget::{Budget, Counted};
 use super::prefix::PrefixCache;
 use crate::config::Config;
 use crate::scheduler::{Blocks, Growth, Id};
@@ -7,8 +8,8 @@ use candle_core::{DType, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::graph::StepBlocks;
 use candle_cuda_vmm::{
-    Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result,
-    TensorPool, VmmError,
+    BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result, TensorPool,
+    VmmError,
 };
 use std::collections::HashMap;
 
@@ -24,6 +25,17 @@ pub enum Policy {
     Static,
     /// Page by page as sequences need it, and back as soon as pages are empty.
     PageAtATime,
+    /// What memory that costs nothing would give. Each model has all at the start that the limit of
+    /// all models holds, which is more than the limit together, on purpose. What sequences have in
+    /// use is counted, and stays within the limit. Prefixes that nothing uses do not count.
+    Ideal,
+}
+
+impl Policy {
+    /// Whether blocks have their memory from the start, and for good.
+    pub fn is_backed_at_start(self) -> bool {
+        matches!(self, Self::Static | Self::Ideal)
+    }
 }
 
 /// What is known of a sequence.
@@ -46,7 +58,8 @@ pub struct Kv {
     prefix: PrefixCache,
     sequences: HashMap<Id, Sequence>,
     policy: Policy,
-    account: Account,
+    /// What of all models' budget is counted for this one, if there is one.
+    counted: Option<Counted>,
     /// Whether memory was refused, for which other models may owe.
     is_asking: bool,
     /// Whether the plan of this step lacks memory.
@@ -56,7 +69,7 @@ pub struct Kv {
 }
 
 impl Kv {
-    /// Reserves addresses for this many blocks, and with the static policy their memory.
+    /// Reserves addresses for this many blocks, and with some policies their memory.
     pub fn new(
         pool: &TensorPool,
         config: &Config,
@@ -70,11 +83,11 @@ impl Kv {
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
         let ahead = match policy {
             Policy::Elastic => 4 * sequences_max,
-            Policy::Static | Policy::PageAtATime => 0,
+            Policy::Static | Policy::PageAtATime | Policy::Ideal => 0,
         };
         let options = ElasticBlocksOptions::new().ahead_blocks_max(ahead);
         let blocks = pool.blocks_with_options(num_blocks, entries, options)?;
-        if policy == Policy::Static {
+        if policy.is_backed_at_start() {
             blocks.back(0..num_blocks)?;
         }
         // SAFETY: tables name allocated blocks only, which `named` checks before each captured step.
@@ -91,11 +104,17 @@ impl Kv {
             prefix: PrefixCache::new(BLOCK_TOKENS),
             sequences: HashMap::new(),
             policy,
-            account: pool.account().clone(),
+            counted: None,
             is_asking: false,
             is_short: false,
             failure: None,
         })
+    }
+
+    /// Counts the blocks that sequences use in a budget, and takes none that it has no room for.
+    pub fn within(mut self, budget: Budget, block_bytes: usize) -> Self {
+        self.counted = Some(budget.counted(block_bytes));
+        self
     }
 
     /// K and V of all layers for a batch with these tables and lengths.
@@ -171,7 +190,7 @@ impl Kv {
     /// Gives memory back: the pages in which the fewest prefixes are lost, the longest unused first.
     /// Returns how many bytes were freed; they come free when the device has finished with them.
     pub fn give_back(&mut self, bytes: usize) -> Result<usize> {
-        if self.policy == Policy::Static {
+        if self.policy.is_backed_at_start() {
             return Ok(0);
         }
         let cost = |block| self.prefix.cost(block);
@@ -190,6 +209,18 @@ impl Kv {
         let evicted = self.prefix.evict(usize::MAX);
         self.allocator.free(evicted)?;
         self.give_back(usize::MAX).map(drop)
+    }
+
+    /// Counts this many blocks more as in use. Returns `false` if the budget has no room for them.
+    fn take(&mut self, count: usize) -> bool {
+        self.counted.as_mut().is_none_or(|it| it.take(count))
+    }
+
+    /// Gives the budget what was counted and is no more in use.
+    fn settle(&mut self) {
+        if let Some(counted) = &mut self.counted {
+            counted.settle(self.allocator.allocated() - self.prefix.unused());
+        }
     }
 
     /// Takes blocks, if need be those of prefixes that nothing uses.
@@ -216,9 +247,17 @@ impl Kv {
     /// A plan is made. If it has all the memory that it needs, other models owe nothing for what was
     /// refused before: it was found among prefixes, or who needed it has gone.
     pub fn end_plan(&mut self) {
-        if !self.is_short && std::mem::take(&mut self.is_asking) {
-            self.account.withdraw();
+        if let Some(counted) = &self.counted {
+            counted.wait(self.is_short);
         }
+        if !self.is_short && std::mem::take(&mut self.is_asking) {
+            self.blocks.account().withdraw();
+        }
+    }
+
+    /// Whether the model, if it can compute nothing, must give its memory to one that waits.
+    pub fn must_yield(&self) -> bool {
+        self.counted.as_ref().is_some_and(Counted::must_yield)
     }
 
     /// The first failure of a call of the scheduler that was not for want of memory.
@@ -259,7 +298,15 @@ impl Blocks for Kv {
             return 0;
         };
         let computed = sequence.tokens.len().saturating_sub(1);
+        let unused = self.prefix.unused();
         let taken = self.prefix.take(&sequence.tokens[..computed]);
+        let newly_used = unused - self.prefix.unused();
+        if self.counted.as_mut().is_some_and(|it| !it.take(newly_used)) {
+            for block in taken.iter().rev() {
+                self.prefix.release(*block);
+            }
+            return 0;
+        }
         // They exist.
         _ = self.named.name(taken.iter().copied());
         sequence.known = taken.len();
@@ -273,6 +320,10 @@ impl Blocks for Kv {
         if missing == 0 {
             return Growth::Done;
         }
+        if !self.take(missing) {
+            self.is_short = true;
+            return Growth::Short;
+        }
         match self.allocate(missing) {
             Ok(blocks) => {
                 // They exist.
@@ -283,6 +334,7 @@ impl Blocks for Kv {
                 Growth::Done
             }
             Err(error) => {
+                self.settle();
                 let is_short = error.is_out_of_memory() || error.is_retryable();
                 let is_short = is_short || is_out_of_blocks(&error);
                 self.is_short |= is_short;
@@ -317,6 +369,7 @@ impl Blocks for Kv {
             }
             _ => Ok(()),
         });
+        self.settle();
         if let Err(error) = freed
             && self.failure.is_none()
         {

@@ -1,5 +1,6 @@
 //! Models that serve: their memory, their prefixes, and their steps.
 
+mod budget;
 mod choice;
 mod inputs;
 mod kv;
@@ -9,6 +10,7 @@ mod runner;
 mod tests;
 mod times;
 
+pub use budget::Budget;
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
 pub use runner::{HeldBytes, Made, Runner, Stepped};

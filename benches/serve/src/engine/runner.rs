@@ -137,6 +137,9 @@ impl Runner {
             return Err(failure);
         }
         if step.is_empty() {
+            if self.kv.must_yield() {
+                self.scheduler.give_back(1, &mut self.kv);
+            }
             return Ok(None);
         }
         let (tokens, decode_time) = self.compute(&step)?;

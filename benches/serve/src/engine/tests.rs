@@ -34,14 +34,22 @@ fn runner_of(model: &str, policy: Policy, blocks: usize, pool: &TensorPool) -> R
     let config = Config::parse(model).expect("a model");
     let weights = Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
     let decoder = BatchDecoder::new(&config, weights, LIMITS.sequences_max, &Device::Cpu);
+    let num_blocks = match policy {
+        Policy::Ideal => PLENTY,
+        _ => blocks,
+    };
     let kv = Kv::new(
         pool,
         &config,
         DType::F32,
-        blocks,
+        num_blocks,
         LIMITS.sequences_max,
         policy,
     );
+    let kv = match policy {
+        Policy::Ideal => kv.map(|kv| kv.within(Budget::new(blocks), 1)),
+        _ => kv,
+    };
     let kv = kv.expect("blocks");
     let runner = Runner::new(decoder.expect("a decoder"), kv, &Device::Cpu, LIMITS);
     runner.expect("a runner")
@@ -99,6 +107,7 @@ fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
     for (policy, blocks) in [
         (Policy::Elastic, FEW),
         (Policy::PageAtATime, FEW),
+        (Policy::Ideal, FEW),
         (Policy::Static, PLENTY),
     ] {
         let (mut runner, _pool) = runner(policy, blocks);

@@ -3,7 +3,7 @@
 use super::figures::Work;
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Choice, Kv, Policy, Runner, StepTimes, Stepped};
+use crate::engine::{BLOCK_TOKENS, Budget, Choice, Kv, Policy, Runner, StepTimes, Stepped};
 use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Id, Limits};
 use candle_cuda_vmm::{Account, Result, TensorPool, TensorPoolOptions, VmmError};
@@ -69,6 +69,7 @@ impl Hosted {
         sharing: &Sharing,
         models: usize,
         account: Account,
+        budget: &Option<Budget>,
         spec: ModelSpec,
     ) -> Result<(Self, Receiver<Result<()>>)> {
         let (commands, told) = (channel(), Arc::new(Told::default()));
@@ -83,11 +84,11 @@ impl Hosted {
             template: spec.shape.template.clone(),
         };
         let (tell, started) = channel();
-        let sharing = *sharing;
+        let (sharing, budget) = (*sharing, budget.clone());
         let (look, thread_told) = (commands.0.clone(), told.clone());
         let builder = thread::Builder::new().name(spec.name.clone());
         let serve = move || {
-            let made = make(place, &sharing, models, &account, &spec);
+            let made = make(place, &sharing, models, &account, budget.clone(), &spec);
             let runner = match made {
                 Ok(runner) => {
                     _ = tell.send(Ok(()));
@@ -100,6 +101,9 @@ impl Hosted {
                 }
             };
             let waker = Waker::from(Arc::new(Looks(Mutex::new(look))));
+            if let Some(budget) = budget {
+                budget.wake(waker.clone());
+            }
             account.set_owed_waker(Some(waker.clone()));
             account.set_memory_waker(Some(waker));
             let serving = Serving {
@@ -220,6 +224,7 @@ fn make(
     sharing: &Sharing,
     models: usize,
     account: &Account,
+    budget: Option<Budget>,
     spec: &ModelSpec,
 ) -> Result<Runner> {
     let (device, config) = (place.open()?, &spec.shape.config);
@@ -230,7 +235,7 @@ fn make(
     let block_bytes = BLOCK_TOKENS * token * spec.shape.dtype.size_in_bytes();
     let share_bytes = match sharing.policy {
         Policy::Static => sharing.limit_bytes / models,
-        Policy::Elastic | Policy::PageAtATime => sharing.limit_bytes,
+        Policy::Elastic | Policy::PageAtATime | Policy::Ideal => sharing.limit_bytes,
     };
     let limits = Limits {
         sequences_max: sharing.sequences_max,
@@ -249,6 +254,10 @@ fn make(
         limits.sequences_max,
         sharing.policy,
     )?;
+    let kv = match budget {
+        Some(budget) => kv.within(budget, block_bytes),
+        None => kv,
+    };
     let mut runner = Runner::new(decoder, kv, &device, limits)?;
     if device.is_cuda() {
         runner.capture()?;

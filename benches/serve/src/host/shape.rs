@@ -12,6 +12,12 @@ const TINY: &str = r#"{ "vocab_size": 264, "hidden_size": 64, "intermediate_size
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 2048 }"#;
 
+/// For measuring on the CPU: K and V are large beside what is computed. They take 32 KiB for a
+/// token, in two tensors, so that a page holds 128 tokens.
+const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 128, "intermediate_size": 512,
+    "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
+    "max_position_embeddings": 1024 }"#;
+
 /// The shape of Llama 3.2 1B.
 const LLAMA_1B: &str = r#"{ "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
     "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
@@ -26,7 +32,7 @@ const LLAMA_3B: &str = r#"{ "vocab_size": 128256, "hidden_size": 3072, "intermed
 #[derive(Debug, thiserror::Error)]
 pub enum ShapeError {
     /// It is neither a shape nor a folder.
-    #[error("{0} is no shape (tiny, 1b, 3b), and no folder with a config.json")]
+    #[error("{0} is no shape (tiny, wide, 1b, 3b), and no folder with a config.json")]
     Unknown(String),
     /// A file of the folder cannot be read.
     #[error("{}: {error}", .path.display())]
@@ -57,7 +63,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Reads what a model is: `tiny`, `1b`, `3b`, or a folder. Weights are read later.
+    /// Reads what a model is: `tiny`, `wide`, `1b`, `3b`, or a folder. Weights are read later.
     ///
     /// # Errors
     ///
@@ -65,6 +71,7 @@ impl Shape {
     pub fn read(text: &str, seed: u64, dtype: DType) -> Result<Self, ShapeError> {
         let config = match text {
             "tiny" => TINY,
+            "wide" => WIDE,
             "1b" => LLAMA_1B,
             "3b" => LLAMA_3B,
             folder => return Self::of_folder(Path::new(folder), dtype),

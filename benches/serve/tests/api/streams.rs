@@ -47,6 +47,48 @@ async fn a_completion_comes_character_by_character() {
 }
 
 #[tokio::test]
+async fn every_token_has_a_chunk_if_tokens_are_told() {
+    let server = Server::start(Script::Say("Hé")).await;
+    let body = json!({"model": BYTES, "prompt": "Say", "stream": true, "return_token_ids": true});
+    let told = |mut chunk: Value, ids: &[u32]| {
+        chunk["choices"][0]["token_ids"] = json!(ids);
+        chunk
+    };
+    let expected = [
+        told(text("H", Value::Null), &[72]),
+        told(text("", Value::Null), &[0xC3]),
+        told(text("é", Value::Null), &[0xA9]),
+        told(text("", json!("stop")), &[]),
+        json!("[DONE]"),
+    ];
+    let events = server.complete(body.clone()).await.events();
+    assert_eq!(chunks(events, "text_completion"), expected);
+
+    // A stop string that is not whole yet holds text back, but no tokens.
+    let mut stopped = body;
+    stopped["stop"] = json!("Hé");
+    let events = server.complete(stopped).await.events();
+    let expected = [
+        told(text("", Value::Null), &[72]),
+        told(text("", Value::Null), &[0xC3]),
+        told(text("", Value::Null), &[0xA9]),
+        told(text("", json!("stop")), &[]),
+        json!("[DONE]"),
+    ];
+    assert_eq!(chunks(events, "text_completion"), expected);
+
+    let messages = json!([{"role": "user", "content": "Hi"}]);
+    let body = json!({
+        "model": BYTES, "messages": messages, "stream": true, "return_token_ids": true,
+    });
+    let events = server.chat(body).await.events();
+    let ids = events.iter().map(|event| &event["choices"][0]["token_ids"]);
+    let ids: Vec<_> = ids.take(events.len() - 1).collect();
+    let expected = json!([[], [72], [0xC3], [0xA9], []]);
+    assert_eq!(json!(ids), expected);
+}
+
+#[tokio::test]
 async fn a_chat_begins_with_the_role() {
     let server = Server::start(Script::Say("Hello")).await;
     let messages = json!([{"role": "user", "content": "Hi"}]);

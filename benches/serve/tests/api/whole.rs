@@ -262,3 +262,22 @@ async fn the_engine_learns_of_a_stop_string() {
     });
     assert_eq!(response.json()["choices"][0]["text"], "a");
 }
+
+#[tokio::test]
+async fn tokens_are_told_and_none_ends_the_text_if_that_is_asked() {
+    let server = Server::start(Script::Say("Hé")).await;
+    let mut body = json!({"model": BYTES, "prompt": "Say", "return_token_ids": true});
+    let choice = server.complete(body.clone()).await.json()["choices"][0].clone();
+    assert_eq!(choice["text"], "Hé");
+    assert_eq!(choice["token_ids"], json!(ids("Hé")));
+    assert_eq!(server.asked().stop_ids, [256]);
+    body["ignore_eos"] = json!(true);
+    body["return_token_ids"] = Value::Null;
+    let choice = server.complete(body.clone()).await.json()["choices"][0].clone();
+    assert_eq!(choice.get("token_ids"), None);
+    assert_eq!(server.asked().stop_ids, [0; 0]);
+    body["ignore_eos"] = json!("yes");
+    let response = server.complete(body).await;
+    assert_eq!(response.status, 400);
+    assert_eq!(response.json()["error"]["param"], "ignore_eos");
+}

@@ -3,20 +3,9 @@
 use crate::contest::{Contest, Pool};
 use crate::ramps::Ramps;
 use anyhow::{Context, Result};
-use cuda_vmm_benches::serving::Served;
+use cuda_vmm_benches::plot::{self, STROKES};
 use plotters::prelude::*;
 use std::path::Path;
-
-const GIB: f64 = (1_u64 << 30) as f64;
-
-fn colour(pool: Pool) -> RGBColor {
-    match pool {
-        Pool::StaticSplit => RGBColor(200, 30, 30),
-        Pool::PageAtATime => RGBColor(200, 130, 20),
-        Pool::Ours => RGBColor(40, 130, 60),
-        Pool::Ideal => RGBColor(40, 40, 40),
-    }
-}
 
 /// Draws the curves of workload (a), and memory over time of each contest, into a folder.
 pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Result<()> {
@@ -49,19 +38,20 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
         .y_label_formatter(&|value| format!("{value:.0}"))
         .light_line_style(WHITE.mix(0.0))
         .draw()?;
-    for pool in Pool::ALL {
-        let style = colour(pool).stroke_width(2);
-        let points = peaks().zip(ramps.iter().map(|(_, contest)| contest.p99_ms(pool)));
-        chart
-            .draw_series(LineSeries::new(points, style))?
-            .label(pool.name())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], style));
-    }
+    let lines = Pool::ALL.map(|pool| {
+        let p99_ms = ramps.iter().map(|(_, contest)| contest.p99_ms(pool));
+        (
+            pool.name(),
+            STROKES[pool as usize],
+            peaks().zip(p99_ms).collect(),
+        )
+    });
+    plot::draw_lines(&mut chart, &lines)?;
     for (label, pool) in [
         ("static, published", Pool::StaticSplit),
         ("KVCached, published", Pool::PageAtATime),
     ] {
-        let style = colour(pool).filled();
+        let style = STROKES[pool as usize].colour.filled();
         let published = ramps.iter().map(|(point, _)| match pool {
             Pool::StaticSplit => point.static_ms,
             _ => point.elastic_ms,
@@ -83,42 +73,8 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
 
 /// What each model held over time, a chart for each pool.
 fn draw_memory(contest: &Contest, path: &Path) -> Result<()> {
-    let root = SVGBackend::new(path, (1_000, 1_100)).into_drawing_area();
-    root.fill(&WHITE)?;
     let of = &contest.name;
     let title = format!("{of}: memory held by each model, the first at the bottom");
-    let titled = root.titled(&title, ("sans-serif", 24))?;
-    let charts = titled.split_evenly((Pool::ALL.len(), 1));
-    let most = |of: fn(&Served) -> u64| {
-        let values = Pool::ALL.map(|pool| of(contest.of(pool)));
-        values.into_iter().max().unwrap_or_default() as f64
-    };
-    let end_ns = most(|served| served.over_time.last().map_or(0, |moment| moment.at_ns));
-    let most_gib = most(|served| served.held_bytes_max) / GIB;
-    for (pool, area) in Pool::ALL.into_iter().zip(&charts) {
-        let mut chart = ChartBuilder::on(area)
-            .caption(pool.name(), ("sans-serif", 18))
-            .margin(8)
-            .set_left_and_bottom_label_area_size(48)
-            .build_cartesian_2d(0.0..(end_ns / 1e9).max(1.0), 0.0..most_gib * 1.05)?;
-        chart
-            .configure_mesh()
-            .x_desc("simulated seconds")
-            .y_desc("GiB")
-            .light_line_style(WHITE.mix(0.0))
-            .draw()?;
-        let moments = &contest.of(pool).over_time;
-        let models = moments.first().map_or(0, |moment| moment.held_bytes.len());
-        // Stacked areas, the highest first, so that the lower ones cover it.
-        for model in (0..models).rev() {
-            let colour = Palette99::pick(model);
-            let points = moments.iter().map(|moment| {
-                let bytes: u64 = moment.held_bytes[..=model].iter().sum();
-                (moment.at_ns as f64 / 1e9, bytes as f64 / GIB)
-            });
-            let area = AreaSeries::new(points, 0.0, colour.filled());
-            chart.draw_series(area.border_style(&colour))?;
-        }
-    }
-    Ok(root.present()?)
+    let pools = Pool::ALL.map(|pool| (pool.name(), &*contest.of(pool).over_time));
+    plot::draw_memory(&title, "simulated seconds", &pools, path)
 }
