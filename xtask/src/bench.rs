@@ -1,6 +1,8 @@
 //! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
 
-use crate::gpu_test::{BENCH, BENCH_CANDLE, BENCHES, Passed};
+use crate::gpu_test::{
+    BENCH, BENCH_CANDLE, BENCH_SERVE, BENCHES, COMPUTE_CAP, Passed, SERVE, SERVER,
+};
 use crate::workspace::{Workspace, code};
 use crate::{gpu_test, setup};
 use anyhow::{Context, Result};
@@ -49,10 +51,8 @@ pub struct Arguments {
     arguments: Vec<OsString>,
 }
 
-/// The server, a package and its program.
-const SERVE: &str = "cuda-vmm-serve";
-/// What is asked of the server unless told otherwise.
-const WORKLOADS: &str = "benches/serve/workloads/cpu.toml";
+/// Where the files are that say what is asked of the server.
+const WORKLOADS: &str = "benches/serve/workloads";
 
 /// Measures, and returns the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
@@ -75,16 +75,37 @@ fn serving(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
             code(by_cargo(workspace, "bench-serving")?.args(arguments))
         }
         Some(arguments) => {
+            let file = match is_on_gpu(arguments) {
+                true => "h200.toml",
+                false => "cpu.toml",
+            };
+            let workloads = workspace.root.join(WORKLOADS).join(file);
+            let all = with(arguments, "--workloads", &workloads);
+            let all = with(&all, "--plots", &plots("serving-real"));
             // The measuring program starts the server that lies beside it.
-            let server = format!("build --release --package {SERVE} --bin {SERVE}");
-            workspace.cargo(&server).run()?;
-            let workloads = workspace.root.join(WORKLOADS);
-            let arguments = with(arguments, "--workloads", &workloads);
-            let arguments = with(&arguments, "--plots", &plots("serving-real"));
-            let program = format!("--package {SERVE} --bin bench-serve");
-            code(workspace.program(&program)?.args(arguments))
+            let [server, program] = [SERVE.name, BENCH_SERVE.name]
+                .map(|program| format!("--package {SERVER} --bin {program}"));
+            let mut program = match is_on_gpu(arguments) {
+                true => {
+                    gpu_test::with_cuda(workspace, COMPUTE_CAP, SERVE)?;
+                    gpu_test::with_cuda(workspace, COMPUTE_CAP, BENCH_SERVE)?
+                }
+                false => {
+                    workspace
+                        .cargo(&format!("build --release {server}"))
+                        .run()?;
+                    workspace.program(&program)?
+                }
+            };
+            code(program.args(all))
         }
     }
+}
+
+/// Whether the models are to run on a GPU.
+fn is_on_gpu(arguments: &[OsString]) -> bool {
+    let is_apart = |pair: &[OsString]| pair[0] == "--device" && pair[1] == "cuda";
+    arguments.windows(2).any(is_apart) || arguments.iter().any(|it| it == "--device=cuda")
 }
 
 /// What follows `--real`, if the arguments begin with it.
@@ -188,6 +209,12 @@ mod tests {
         assert_eq!(real(&arguments), Some(&arguments[1..]));
         assert_eq!(real(&arguments[1..]), None);
         assert_eq!(real(&[]), None);
+        let is_on_gpu = |line: &str| {
+            let words: Vec<_> = line.split(' ').map(OsString::from).collect();
+            is_on_gpu(&words)
+        };
+        assert!(is_on_gpu("--quick --device cuda") && is_on_gpu("--device=cuda"));
+        assert!(!is_on_gpu("--device cpu") && !is_on_gpu("--device") && !is_on_gpu("cuda"));
     }
 
     #[test]

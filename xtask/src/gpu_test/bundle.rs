@@ -2,7 +2,9 @@
 
 use super::arguments::Usage;
 use super::build::{Builder, Manifest};
-use super::cell::{BENCH, BENCH_CANDLE, DEMO, GENERATE, SERVE, SOAK, TWO_MODELS, XTASK};
+use super::cell::{
+    BENCH, BENCH_CANDLE, BENCH_SERVE, DEMO, GENERATE, SERVE, SOAK, TWO_MODELS, XTASK,
+};
 use super::cell::{Cell, Program, Programs};
 use super::conditions::compile_probe;
 use crate::files;
@@ -20,7 +22,16 @@ const LIMIT_BYTES: u64 = 40 << 20;
 const MANIFEST: &str = "bundle.json";
 pub const PROBE: &str = "bin/probe";
 /// Those of its programs that are no tests, and can be asked for by name.
-pub const OTHERS: [Program; 7] = [DEMO, GENERATE, TWO_MODELS, SOAK, BENCH, BENCH_CANDLE, SERVE];
+pub const OTHERS: [Program; 8] = [
+    DEMO,
+    GENERATE,
+    TWO_MODELS,
+    SOAK,
+    BENCH,
+    BENCH_CANDLE,
+    SERVE,
+    BENCH_SERVE,
+];
 
 pub fn make(workspace: &Workspace, folder: &Path, compute_cap: u32) -> Result<()> {
     let builder = Builder::new(workspace, compute_cap);

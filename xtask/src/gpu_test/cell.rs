@@ -61,6 +61,7 @@ pub const TWO_MODELS: Program = other(FACADE, "example", "two_models");
 pub const BENCH: Program = other(BENCHES, "bin", "bench");
 pub const BENCH_CANDLE: Program = other(BENCHES, "bin", "bench-candle");
 pub const SERVE: Program = other(SERVER, "bin", "cuda-vmm-serve");
+pub const BENCH_SERVE: Program = other(SERVER, "bin", "bench-serve");
 pub const XTASK: Program = other("xtask", "bin", "xtask");
 
 pub const fn other(package: &'static str, kind: &'static str, name: &'static str) -> Program {

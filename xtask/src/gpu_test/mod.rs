@@ -10,13 +10,13 @@ mod report;
 mod runner;
 mod stand_ins;
 
-pub use arguments::{InBundle, InPlace, OldestGpu, Passed, Usage};
-pub use cell::{BENCH, BENCH_CANDLE, BENCHES, GENERATE, Program, SERVE, SERVER, SOAK};
+pub use arguments::{COMPUTE_CAP, InBundle, InPlace, OldestGpu, Passed, Usage};
+pub use cell::{BENCH, BENCH_CANDLE, BENCH_SERVE, BENCHES, GENERATE, Program, SERVE, SERVER, SOAK};
 
 use crate::workspace::{Workspace, code};
 use crate::{display, kernels};
 use anyhow::{Context, Result, ensure};
-use arguments::{Arguments, COMPUTE_CAP, Other};
+use arguments::{Arguments, Other};
 use build::{Builder, Manifest};
 use cell::{CUDA, Cell, Driver, State};
 use conditions::{Conditions, Libraries, ask_probe, compile_probe};
