@@ -14,7 +14,7 @@ use candle_core::Device;
 use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
 use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm};
 use cuda_vmm::{SharedMemoryPool, Snapshot};
-use hosted::Hosted;
+use hosted::{Common, Hosted};
 use tokio::sync::mpsc;
 
 /// Where models run.
@@ -94,10 +94,16 @@ impl Host {
             budget,
             models: Vec::new(),
         };
-        for spec in specs {
-            let account = host.pool.register_model(&spec.name, spec.quota)?;
-            let (model, started) =
-                Hosted::start(place, sharing, count, account, &host.budget, spec)?;
+        let register = |spec: &ModelSpec| host.pool.register_model(&spec.name, spec.quota);
+        let accounts: core::result::Result<Vec<_>, _> = specs.iter().map(register).collect();
+        let common = Common {
+            place,
+            sharing: *sharing,
+            accounts: accounts?,
+            budget: host.budget.clone(),
+        };
+        for (spec, account) in specs.into_iter().zip(&common.accounts) {
+            let (model, started) = Hosted::start(&common, account.clone(), spec)?;
             host.models.push(model);
             all_started.push(started);
         }

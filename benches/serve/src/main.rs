@@ -14,7 +14,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 
 const MIB: usize = 1 << 20;
@@ -119,18 +120,22 @@ async fn serve(arguments: &Arguments, host: &Arc<Host>) -> Result<()> {
     let listener = listener.with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let address = listener.local_addr().context("no address")?;
     println!("listening on http://{address}");
-    let told = Arc::new(Notify::new());
-    let tell = told.clone();
+    // One stream for both, so that no ctrl-C between them is lost.
+    let mut interrupts = signal(SignalKind::interrupt()).context("ctrl-C cannot be heard")?;
+    let (tell, told) = oneshot::channel();
     let shutdown = async move {
-        interrupt().await;
+        interrupts.recv().await;
         tracing::info!("no more requests are taken");
-        tell.notify_one();
+        // Nobody waits for it if the server has failed.
+        _ = tell.send(interrupts);
     };
     let late = async {
-        told.notified().await;
+        let Ok(mut interrupts) = told.await else {
+            return std::future::pending().await;
+        };
         tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(arguments.drain)) => {}
-            () = interrupt() => {}
+            _ = interrupts.recv() => {}
         }
     };
     tokio::select! {
@@ -138,14 +143,6 @@ async fn serve(arguments: &Arguments, host: &Arc<Host>) -> Result<()> {
         () = late => tracing::warn!("the requests that still run are cut off"),
     }
     Ok(())
-}
-
-/// Waits for ctrl-C; for ever if that cannot be heard.
-async fn interrupt() {
-    if let Err(error) = tokio::signal::ctrl_c().await {
-        tracing::error!(%error, "ctrl-C cannot be heard");
-        std::future::pending::<()>().await;
-    }
 }
 
 /// Makes the models.

@@ -8,10 +8,11 @@ use candle_core::{DType, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::graph::StepBlocks;
 use candle_cuda_vmm::{
-    BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result, TensorPool,
-    VmmError,
+    Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result,
+    TensorPool, VmmError,
 };
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 /// The tokens of a block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -60,8 +61,10 @@ pub struct Kv {
     policy: Policy,
     /// What of all models' budget is counted for this one, if there is one.
     counted: Option<Counted>,
-    /// Whether memory was refused, for which other models may owe.
-    is_asking: bool,
+    /// The models that memory is shared with.
+    others: Vec<Account>,
+    /// Since when memory is refused, for which they may owe.
+    asking_since: Option<Instant>,
     /// Whether the plan of this step lacks memory.
     is_short: bool,
     /// The first failure that is not for want of memory.
@@ -69,20 +72,21 @@ pub struct Kv {
 }
 
 impl Kv {
-    /// Reserves addresses for this many blocks, and with some policies their memory.
+    /// Reserves addresses for this many blocks, and with some policies their memory. The elastic
+    /// one has the memory of so many made ahead.
     pub fn new(
         pool: &TensorPool,
         config: &Config,
         dtype: DType,
         num_blocks: usize,
-        sequences_max: usize,
+        ahead_blocks_max: usize,
         policy: Policy,
     ) -> Result<Self> {
         let shape = (BLOCK_TOKENS, config.kv_heads(), config.head_dim());
         let entries = (0..config.num_hidden_layers)
             .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
         let ahead = match policy {
-            Policy::Elastic => 4 * sequences_max,
+            Policy::Elastic => ahead_blocks_max,
             Policy::Static | Policy::PageAtATime | Policy::Ideal => 0,
         };
         let options = ElasticBlocksOptions::new().ahead_blocks_max(ahead);
@@ -105,7 +109,8 @@ impl Kv {
             sequences: HashMap::new(),
             policy,
             counted: None,
-            is_asking: false,
+            others: Vec::new(),
+            asking_since: None,
             is_short: false,
             failure: None,
         })
@@ -114,6 +119,12 @@ impl Kv {
     /// Counts the blocks that sequences use in a budget, and takes none that it has no room for.
     pub fn within(mut self, budget: Budget, block_bytes: usize) -> Self {
         self.counted = Some(budget.counted(block_bytes));
+        self
+    }
+
+    /// Waits a little for what these models owe before sequences are preempted.
+    pub fn beside(mut self, others: Vec<Account>) -> Self {
+        self.others = others;
         self
     }
 
@@ -230,7 +241,7 @@ impl Kv {
                 Ok(blocks) => return Ok(blocks),
                 Err(error) => error,
             };
-            self.is_asking = true;
+            self.asking_since.get_or_insert_with(Instant::now);
             let evicted = self.prefix.evict(count);
             if evicted.is_empty() {
                 return Err(error);
@@ -250,9 +261,17 @@ impl Kv {
         if let Some(counted) = &self.counted {
             counted.wait(self.is_short);
         }
-        if !self.is_short && std::mem::take(&mut self.is_asking) {
+        if !self.is_short && self.asking_since.take().is_some() {
             self.blocks.account().withdraw();
         }
+    }
+
+    /// Whether memory that was refused is likely to be there soon.
+    fn is_coming(&self) -> bool {
+        let asking = self.asking_since.map(|since| since.elapsed());
+        let owes = |other: &Account| other.owed_bytes() > 0;
+        asking
+            .is_some_and(|asking| asking < HEARD || asking < GIVEN && self.others.iter().any(owes))
     }
 
     /// Whether the model, if it can compute nothing, must give its memory to one that waits.
@@ -287,6 +306,12 @@ impl Kv {
         &self.blocks
     }
 }
+
+/// How long others may take to hear that they owe, and the engine's worker to finish a page that it
+/// makes ahead.
+const HEARD: Duration = Duration::from_millis(5);
+/// How long they may take to give it back.
+const GIVEN: Duration = Duration::from_millis(50);
 
 impl Blocks for Kv {
     fn sequence_tokens_max(&self) -> usize {
@@ -335,13 +360,16 @@ impl Blocks for Kv {
             }
             Err(error) => {
                 self.settle();
-                let is_short = error.is_out_of_memory() || error.is_retryable();
-                let is_short = is_short || is_out_of_blocks(&error);
+                let is_memory = error.is_out_of_memory() || error.is_retryable();
+                let is_short = is_memory || is_out_of_blocks(&error);
                 self.is_short |= is_short;
                 if !is_short && self.failure.is_none() {
                     self.failure = Some(error);
                 }
-                Growth::Short
+                match is_memory && self.is_coming() {
+                    true => Growth::Coming,
+                    false => Growth::Short,
+                }
             }
         }
     }

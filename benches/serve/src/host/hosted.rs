@@ -21,6 +21,9 @@ const LOOK: Duration = Duration::from_millis(20);
 /// When a client that was refused may ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// Divisor of the limit: for what all models have ahead.
+const AHEAD_SHARE: usize = 16;
+
 /// What a model's thread is told.
 enum Command {
     Begin(Id, Generate, mpsc::Sender<Event>),
@@ -52,6 +55,15 @@ impl Told {
     }
 }
 
+/// What all models have.
+#[derive(Clone)]
+pub(super) struct Common {
+    pub(super) place: Place,
+    pub(super) sharing: Sharing,
+    pub(super) accounts: Vec<Account>,
+    pub(super) budget: Option<Budget>,
+}
+
 /// A model that serves.
 pub(super) struct Hosted {
     info: ModelInfo,
@@ -65,11 +77,8 @@ pub(super) struct Hosted {
 impl Hosted {
     /// Starts the thread that makes the model. The receiver tells whether it is made.
     pub(super) fn start(
-        place: Place,
-        sharing: &Sharing,
-        models: usize,
+        common: &Common,
         account: Account,
-        budget: &Option<Budget>,
         spec: ModelSpec,
     ) -> Result<(Self, Receiver<Result<()>>)> {
         let (commands, told) = (channel(), Arc::new(Told::default()));
@@ -84,11 +93,11 @@ impl Hosted {
             template: spec.shape.template.clone(),
         };
         let (tell, started) = channel();
-        let (sharing, budget) = (*sharing, budget.clone());
+        let (sharing, common) = (common.sharing, common.clone());
         let (look, thread_told) = (commands.0.clone(), told.clone());
         let builder = thread::Builder::new().name(spec.name.clone());
         let serve = move || {
-            let made = make(place, &sharing, models, &account, budget.clone(), &spec);
+            let made = make(&common, &account, &spec);
             let runner = match made {
                 Ok(runner) => {
                     _ = tell.send(Ok(()));
@@ -101,7 +110,7 @@ impl Hosted {
                 }
             };
             let waker = Waker::from(Arc::new(Looks(Mutex::new(look))));
-            if let Some(budget) = budget {
+            if let Some(budget) = common.budget {
                 budget.wake(waker.clone());
             }
             account.set_owed_waker(Some(waker.clone()));
@@ -219,22 +228,16 @@ impl Wake for Looks {
 }
 
 /// Makes a model on its thread.
-fn make(
-    place: Place,
-    sharing: &Sharing,
-    models: usize,
-    account: &Account,
-    budget: Option<Budget>,
-    spec: &ModelSpec,
-) -> Result<Runner> {
-    let (device, config) = (place.open()?, &spec.shape.config);
+fn make(common: &Common, account: &Account, spec: &ModelSpec) -> Result<Runner> {
+    let (device, config) = (common.place.open()?, &spec.shape.config);
+    let sharing = &common.sharing;
     let pool = TensorPool::on_account(&device, account, TensorPoolOptions::new())?;
     let weights = spec.shape.weights(&device)?;
     let decoder = BatchDecoder::new(config, weights, sharing.sequences_max, &device)?;
     let token = 2 * config.num_hidden_layers * config.kv_heads() * config.head_dim();
     let block_bytes = BLOCK_TOKENS * token * spec.shape.dtype.size_in_bytes();
     let share_bytes = match sharing.policy {
-        Policy::Static => sharing.limit_bytes / models,
+        Policy::Static => sharing.limit_bytes / common.accounts.len(),
         Policy::Elastic | Policy::PageAtATime | Policy::Ideal => sharing.limit_bytes,
     };
     let limits = Limits {
@@ -246,16 +249,21 @@ fn make(
     // No more than all sequences of full length can use.
     let most = limits.sequences_max * limits.context_max.div_ceil(BLOCK_TOKENS);
     let num_blocks = (share_bytes / block_bytes).clamp(1, most);
+    // What nobody uses yet is a small part of the limit, for all models together.
+    let ahead_max = num_blocks / (AHEAD_SHARE * common.accounts.len());
     let kv = Kv::new(
         &pool,
         config,
         spec.shape.dtype,
         num_blocks,
-        limits.sequences_max,
+        ahead_max.min(4 * limits.sequences_max),
         sharing.policy,
     )?;
-    let kv = match budget {
-        Some(budget) => kv.within(budget, block_bytes),
+    let others = common.accounts.iter();
+    let others = others.filter(|it| it.name() != account.name());
+    let kv = kv.beside(others.cloned().collect());
+    let kv = match &common.budget {
+        Some(budget) => kv.within(budget.clone(), block_bytes),
         None => kv,
     };
     let mut runner = Runner::new(decoder, kv, &device, limits)?;

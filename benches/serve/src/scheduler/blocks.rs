@@ -10,6 +10,8 @@ pub enum Growth {
     Done,
     /// Not now; it has what it had before.
     Short,
+    /// Not now, but others are about to give some back; it has what it had before.
+    Coming,
 }
 
 /// Memory of one model's sequences.
@@ -32,6 +34,9 @@ pub trait Blocks {
     fn cached_prefix(&mut self, id: Id) -> usize;
 
     /// Gives a sequence memory for so many tokens in all, those that it has memory for included.
+    ///
+    /// [`Coming`](Growth::Coming) is for a limited time: if none comes, it says
+    /// [`Short`](Growth::Short) then.
     fn grow(&mut self, id: Id, tokens: usize) -> Growth;
 
     /// Takes back all memory of a sequence. Its prefix may stay in the cache.

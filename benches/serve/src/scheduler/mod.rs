@@ -8,8 +8,9 @@
 //! Sequences stand in one line, in the order of arrival: those that run, then those that wait. Who
 //! waits is admitted from the front, so nobody overtakes. If a sequence that decodes gets no
 //! memory, the youngest that runs is preempted, which may be itself: it gives its memory back, is
-//! again the first that waits, and has all its tokens computed again. In that plan nobody is
-//! admitted. So after a step only the youngest that runs can be in the midst of its prompt. If that
+//! again the first that waits, and has all its tokens computed again. If others are about to give
+//! memory back, it sits out the step instead, with what it has. In such plans nobody is admitted. So
+//! after a step only the youngest that runs can be in the midst of its prompt. If that
 //! one gets no memory, it keeps its place and what it has, and nobody is admitted either.
 //!
 //! The front of the line never loses its memory to the others. If the model can have all the memory
@@ -144,28 +145,37 @@ impl Scheduler {
             ..Step::default()
         };
         self.running.iter_mut().for_each(Sequence::unplan);
-        self.plan_decodes(&mut step, blocks);
+        let mut has_memory = self.plan_decodes(&mut step, blocks);
         let mut budget = self.limits.step_tokens_max;
-        let is_short = !self.plan_prompts(&mut step, &mut budget, blocks);
-        if step.preempted.is_empty() && !is_short {
+        has_memory &= self.plan_prompts(&mut step, &mut budget, blocks);
+        if has_memory {
             self.admit(&mut step, &mut budget, blocks);
         }
         step
     }
 
-    fn plan_decodes(&mut self, step: &mut Step, blocks: &mut impl Blocks) {
-        let mut at = 0;
+    /// Goes on with sequences that decode; returns whether there was memory for all.
+    fn plan_decodes(&mut self, step: &mut Step, blocks: &mut impl Blocks) -> bool {
+        let (mut at, mut has_memory) = (0, true);
         // Only such are preempted as come later, or the one itself: what is planned stays.
         while let Some(sequence) = self.running.get_mut(at) {
             if !sequence.decodes() {
                 at += 1;
-            } else if sequence.plan(1, blocks).is_some() {
-                step.decodes.push(sequence.id());
-                at += 1;
-            } else {
-                step.preempted.extend(self.preempt(blocks));
+                continue;
             }
+            let planned = sequence.plan(1, blocks);
+            has_memory &= planned.is_ok();
+            match planned {
+                Ok(chunk) => step.decodes.push(chunk.id),
+                Err(Growth::Coming) => {}
+                Err(_) => {
+                    step.preempted.extend(self.preempt(blocks));
+                    continue;
+                }
+            }
+            at += 1;
         }
+        has_memory
     }
 
     /// Goes on with prompts that were begun; returns whether there was memory for it.
@@ -179,7 +189,7 @@ impl Scheduler {
         // for what is left of theirs.
         let begun = self.running.iter_mut();
         for sequence in begun.filter(|sequence| !sequence.decodes()) {
-            let Some(chunk) = sequence.plan(*budget, blocks) else {
+            let Ok(chunk) = sequence.plan(*budget, blocks) else {
                 return false;
             };
             *budget -= chunk.count;
@@ -194,7 +204,7 @@ impl Scheduler {
                 break;
             };
             let cached = sequence.take_prefix(blocks);
-            let Some(chunk) = sequence.plan(*budget, blocks) else {
+            let Ok(chunk) = sequence.plan(*budget, blocks) else {
                 sequence.release(blocks);
                 self.waiting.push_front(sequence);
                 break;

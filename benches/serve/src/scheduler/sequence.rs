@@ -54,16 +54,21 @@ impl Sequence {
         self.computed
     }
 
-    /// Plans the next tokens, at most so many; returns `None` if memory is short.
-    pub(super) fn plan(&mut self, tokens_max: usize, blocks: &mut impl Blocks) -> Option<Chunk> {
+    /// Plans the next tokens, at most so many; the error is what memory it got instead.
+    pub(super) fn plan(
+        &mut self,
+        tokens_max: usize,
+        blocks: &mut impl Blocks,
+    ) -> Result<Chunk, Growth> {
         let (id, first) = (self.id(), self.computed);
         let count = self.left().min(tokens_max);
-        if blocks.grow(id, first + count) == Growth::Short {
-            return None;
+        match blocks.grow(id, first + count) {
+            Growth::Done => {}
+            growth => return Err(growth),
         }
         self.held = self.held.max(first + count);
         self.planned = count;
-        Some(Chunk {
+        Ok(Chunk {
             id,
             first,
             count,

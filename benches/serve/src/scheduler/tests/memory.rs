@@ -36,6 +36,10 @@ pub(super) struct Memory {
     pub(super) cached: BTreeMap<Id, usize>,
     /// Whether the last call found no memory.
     is_short: bool,
+    /// How often more memory is said to be about to come.
+    pub(super) comes: usize,
+    /// For whom it was.
+    pub(super) waiting: Vec<Id>,
     /// Who was released, and whether that was for want of memory.
     pub(super) released: Vec<(Id, bool)>,
 }
@@ -52,6 +56,8 @@ impl Memory {
             held: BTreeMap::new(),
             cached: BTreeMap::new(),
             is_short: false,
+            comes: 0,
+            waiting: Vec::new(),
             released: Vec::new(),
         }
     }
@@ -156,6 +162,11 @@ impl Blocks for Memory {
         self.evict_for(more);
         let cached = self.cache.values().sum::<usize>();
         self.is_short = more > 0 && self.own() + cached + more > self.now;
+        if self.is_short && self.comes > 0 {
+            self.comes -= 1;
+            self.waiting.push(id);
+            return Growth::Coming;
+        }
         if self.is_short {
             return Growth::Short;
         }

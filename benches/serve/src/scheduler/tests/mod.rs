@@ -185,6 +185,24 @@ fn a_decode_without_memory_preempts_the_youngest() {
 }
 
 #[test]
+fn a_decode_whose_memory_is_coming_sits_out_with_what_it_has() {
+    let asks = [ask(1, 4, 4), ask(2, 3, 4), ask(3, 1, 4)];
+    let mut server = Server::new(LIMITS, 8, &asks);
+    server.memory.set_now(7);
+    let first = [chunk(1, 0, 4, true), chunk(2, 0, 3, true)];
+    server.expect_step(&[], &first, &[]);
+    server.memory.comes = 3;
+    // They have all of 7. Nobody is preempted, and nobody is admitted.
+    server.expect_step(&[], &[], &[]);
+    assert_eq!(server.memory.holders(), ids(&[1, 2]));
+    server.memory.set_now(8);
+    server.expect_step(&[1], &[], &[]);
+    // None came.
+    server.expect_step(&[1], &[], &[2]);
+    assert_eq!(server.scheduler.counts().preemptions, 1);
+}
+
+#[test]
 fn the_preempted_are_the_first_to_be_admitted_later_and_have_all_computed_again() {
     let asks = [ask(1, 3, 4), ask(2, 3, 9), ask(3, 2, 9), ask(4, 1, 1)];
     let mut server = Server::new(

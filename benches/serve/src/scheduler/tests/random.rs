@@ -20,6 +20,8 @@ enum Event {
     Finish,
     /// Other models leave so many blocks.
     Leave(usize),
+    /// So often more is said to be about to come.
+    Come(usize),
     /// What there is too much of after that is given back.
     GiveExcess,
     GiveBack(usize),
@@ -44,6 +46,7 @@ fn events() -> impl Strategy<Value = Event> {
         3 => Just(Event::Finish),
         2 => (0..40usize).prop_map(Event::Leave),
         2 => Just(Event::Leave(usize::MAX)),
+        2 => (0..6usize).prop_map(Event::Come),
         1 => Just(Event::GiveExcess),
         1 => (0..40usize).prop_map(Event::GiveBack),
         16 => Just(Event::Step),
@@ -84,6 +87,7 @@ proptest! {
                 Event::Plan => world.plan(),
                 Event::Finish => world.finish(),
                 Event::Leave(blocks) => world.memory.set_now(blocks),
+                Event::Come(times) => world.memory.comes = times,
                 Event::GiveExcess => world.give_back(world.memory.excess_tokens()),
                 Event::GiveBack(tokens) => world.give_back(tokens),
                 Event::Step => {
