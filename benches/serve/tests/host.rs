@@ -244,37 +244,6 @@ fn figures_say_what_memory_is_for_and_add_up_to_the_limit() {
     }
 }
 
-/// A model that decodes gets a page from an idle one, and keeps what it has until it comes.
-#[test]
-fn a_decode_waits_for_what_an_idle_model_gives_back() {
-    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
-    // Three pages in each tensor.
-    let sharing = Sharing {
-        limit_bytes: 3 * 2 * (2 << 20),
-        ..sharing(Policy::PageAtATime)
-    };
-    let host = host_of(&sharing, &shape);
-    let ask = |first, length, max_tokens| Generate {
-        prompt: (first..first + length).collect(),
-        max_tokens,
-        sampling: Sampling {
-            temperature: 0.,
-            top_p: 1.,
-            seed: None,
-        },
-        stop_ids: Vec::new(),
-    };
-    // The first model has the prefixes of two pages, and the second begins in the third.
-    for first in 0..2 {
-        reply(&host, "one", ask(first, 129, 1));
-    }
-    let (tokens, _) = reply(&host, "two", ask(0, 100, 40));
-    assert_eq!(tokens.len(), 40);
-    let none = "cuda_vmm_serve_preemptions_total{model=\"two\"} 0\n";
-    assert!(host.metrics().contains(none), "{}", host.metrics());
-    assert!(live_bytes(&host) <= sharing.limit_bytes);
-}
-
 /// Both models want more than there is, at the same time and one after the other.
 #[test]
 fn models_that_are_short_get_what_others_do_not_need() {

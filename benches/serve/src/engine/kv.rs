@@ -63,6 +63,8 @@ pub struct Kv {
     counted: Option<Counted>,
     /// The models that memory is shared with.
     others: Vec<Account>,
+    /// How long they may take to give back what they owe.
+    patience: Duration,
     /// Since when memory is refused, for which they may owe.
     asking_since: Option<Instant>,
     /// Whether the plan of this step lacks memory.
@@ -110,6 +112,7 @@ impl Kv {
             policy,
             counted: None,
             others: Vec::new(),
+            patience: Duration::ZERO,
             asking_since: None,
             is_short: false,
             failure: None,
@@ -122,9 +125,9 @@ impl Kv {
         self
     }
 
-    /// Waits a little for what these models owe before sequences are preempted.
-    pub fn beside(mut self, others: Vec<Account>) -> Self {
-        self.others = others;
+    /// Has sequences wait so long for what these models owe before they are preempted.
+    pub fn beside(mut self, others: Vec<Account>, patience: Duration) -> Self {
+        (self.others, self.patience) = (others, patience);
         self
     }
 
@@ -268,10 +271,11 @@ impl Kv {
 
     /// Whether memory that was refused is likely to be there soon.
     fn is_coming(&self) -> bool {
-        let asking = self.asking_since.map(|since| since.elapsed());
         let owes = |other: &Account| other.owed_bytes() > 0;
-        asking
-            .is_some_and(|asking| asking < HEARD || asking < GIVEN && self.others.iter().any(owes))
+        self.asking_since.is_some_and(|since| {
+            let asking = since.elapsed();
+            asking < HEARD || asking < self.patience && self.others.iter().any(owes)
+        })
     }
 
     /// Whether the model, if it can compute nothing, must give its memory to one that waits.
@@ -310,8 +314,6 @@ impl Kv {
 /// How long others may take to hear that they owe, and the engine's worker to finish a page that it
 /// makes ahead.
 const HEARD: Duration = Duration::from_millis(5);
-/// How long they may take to give it back.
-const GIVEN: Duration = Duration::from_millis(50);
 
 impl Blocks for Kv {
     fn sequence_tokens_max(&self) -> usize {

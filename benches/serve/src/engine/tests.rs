@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::scheduler::{Id, Limits, Refusal};
 use crate::weights::{Source, Weights};
 use candle_core::{DType, Device};
-use candle_cuda_vmm::{SharedMemoryPool, TensorPool, TensorPoolOptions};
+use candle_cuda_vmm::{Account, SharedMemoryPool, TensorPool, TensorPoolOptions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::HashMap;
@@ -28,10 +28,16 @@ const PLENTY: usize = 64;
 
 fn runner(policy: Policy, blocks: usize) -> (Runner, TensorPool) {
     let pool = TensorPool::new(&Device::Cpu).expect("a pool");
-    (runner_of(MODEL, policy, blocks, &pool), pool)
+    (runner_of(MODEL, policy, blocks, &pool, Vec::new()), pool)
 }
 
-fn runner_of(model: &str, policy: Policy, blocks: usize, pool: &TensorPool) -> Runner {
+fn runner_of(
+    model: &str,
+    policy: Policy,
+    blocks: usize,
+    pool: &TensorPool,
+    others: Vec<Account>,
+) -> Runner {
     let config = Config::parse(model).expect("a model");
     let weights = Weights::new(Source::Random(5), DType::F32, &Device::Cpu);
     let decoder = BatchDecoder::new(&config, weights, LIMITS.sequences_max, &Device::Cpu);
@@ -47,6 +53,8 @@ fn runner_of(model: &str, policy: Policy, blocks: usize, pool: &TensorPool) -> R
         4 * LIMITS.sequences_max,
         policy,
     );
+    // No test is to depend on how long something takes.
+    let kv = kv.map(|kv| kv.beside(others, Duration::from_secs(3600)));
     let kv = match policy {
         Policy::Ideal => kv.map(|kv| kv.within(Budget::new(blocks), 1)),
         _ => kv,
@@ -167,6 +175,7 @@ fn a_sequence_that_goes_away_frees_its_memory_and_what_never_fits_is_refused() {
     assert!(matches!(refused, Err(Refusal::TooLong { tokens: 200, .. })));
 }
 
+const PAGE: usize = 2 << 20;
 /// A page of K or V has 8 blocks.
 const WIDE: &str = r#"{ "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64,
     "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
@@ -186,36 +195,75 @@ fn run(runner: &mut Runner, kind: u32, tokens: u32) {
     drain(runner, &mut HashMap::new());
 }
 
-#[test]
-fn what_a_model_finds_among_its_own_prefixes_others_do_not_owe() {
-    // Three pages of each tensor for two models.
-    let limit_bytes = 3 * 2 * (2 << 20);
-    let mut shared = SharedMemoryPool::new(limit_bytes, Device::Cpu).expect("a pool");
-    let mut models = ["one", "two"].map(|name| {
-        let options = TensorPoolOptions::new();
+/// Three pages of each tensor for two models, which give back empty pages at once.
+fn two_models() -> (SharedMemoryPool, [(Runner, Account); 2]) {
+    let mut shared = SharedMemoryPool::new(3 * 2 * PAGE, Device::Cpu).expect("a pool");
+    let pools = ["one", "two"].map(|name| {
         let capacity = PLENTY * BLOCK_TOKENS * 2 * (16 << 10);
         shared.register_model(name, capacity).expect("registered");
-        let pool = shared.tensor_pool(name, options).expect("a pool");
-        (runner_of(WIDE, Policy::PageAtATime, PLENTY, &pool), pool)
+        shared
+            .tensor_pool(name, TensorPoolOptions::new())
+            .expect("a pool")
     });
+    let models = [0, 1].map(|at| {
+        let others = vec![pools[1 - at].account().clone()];
+        let runner = runner_of(WIDE, Policy::PageAtATime, PLENTY, &pools[at], others);
+        (runner, pools[at].account().clone())
+    });
+    (shared, models)
+}
+
+#[test]
+fn what_a_model_finds_among_its_own_prefixes_others_do_not_owe() {
+    let (shared, mut models) = two_models();
     // The first has the prefixes of two pages, the second those of one.
     (0..2).for_each(|kind| run_long(&mut models[0].0, kind));
     run(&mut models[1].0, 0, 113);
-    assert_eq!(shared.detailed_stats().committed_bytes, limit_bytes);
+    assert_eq!(shared.detailed_stats().committed_bytes, 3 * 2 * PAGE);
     // Now it needs a page more than there is.
     run(&mut models[1].0, 1, 113);
     assert_eq!(models[1].0.kv().unused_prefixes(), 7, "some were given up");
-    assert_eq!(models[0].1.account().owed_bytes(), 0);
+    assert_eq!(models[0].1.owed_bytes(), 0);
     assert_eq!(models[0].0.kv().unused_prefixes(), 2 * 8);
+}
+
+#[test]
+fn a_decode_keeps_what_it_has_until_another_model_gives_back_what_it_owes() {
+    let (_shared, mut models) = two_models();
+    (0..2).for_each(|kind| run_long(&mut models[0].0, kind));
+    let [(one, account), (two, _)] = &mut models;
+    let prompt = (0..120).collect();
+    let submitted = two.submit(Id(0), prompt, 40, Choice::GREEDY);
+    submitted.expect("it fits");
+    let mut tokens = 0;
+    while account.owed_bytes() == 0 {
+        let stepped = two.step(|_| {
+            tokens += 1;
+            false
+        });
+        stepped.expect("a step or none");
+        assert!(tokens < 40, "a page is not enough");
+    }
+    // It has the blocks of a page, and needs one more.
+    assert_eq!(tokens, 9);
+    for _ in 0..3 {
+        assert_eq!(two.step(|_| false).expect("none"), None);
+        assert_eq!(two.kv().in_use(), (1, 8));
+    }
+    one.give_back(account.owed_bytes()).expect("given back");
+    account.give_back().expect("given back");
+    drain(two, &mut HashMap::new());
+    let counts = two.counts();
+    assert_eq!((counts.preemptions, counts.generated_tokens), (0, 40));
 }
 
 #[test]
 fn giving_back_a_page_costs_the_prefixes_of_a_page() {
     let pool = TensorPool::new(&Device::Cpu).expect("a pool");
-    let mut runner = runner_of(WIDE, Policy::Elastic, PLENTY, &pool);
+    let mut runner = runner_of(WIDE, Policy::Elastic, PLENTY, &pool, Vec::new());
     (0..4).for_each(|kind| run_long(&mut runner, kind));
     assert_eq!(runner.kv().unused_prefixes(), 4 * 8);
-    let page = 2 * (2 << 20);
+    let page = 2 * PAGE;
     for pages in 1..3 {
         let freed = runner.kv().give_back(page).expect("given back");
         assert!(freed >= page, "{freed}");

@@ -21,6 +21,8 @@ const LOOK: Duration = Duration::from_millis(20);
 /// When a client that was refused may ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// How long other models may take to give back what they owe before a sequence is preempted.
+const GIVEN: Duration = Duration::from_millis(50);
 /// Divisor of the limit: for what all models have ahead.
 const AHEAD_SHARE: usize = 16;
 
@@ -261,7 +263,7 @@ fn make(common: &Common, account: &Account, spec: &ModelSpec) -> Result<Runner> 
     )?;
     let others = common.accounts.iter();
     let others = others.filter(|it| it.name() != account.name());
-    let kv = kv.beside(others.cloned().collect());
+    let kv = kv.beside(others.cloned().collect(), GIVEN);
     let kv = match &common.budget {
         Some(budget) => kv.within(budget.clone(), block_bytes),
         None => kv,
