@@ -9,12 +9,11 @@ use cuda_vmm_serve::engine::Policy;
 use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, Sharing};
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing_subscriber::EnvFilter;
 
@@ -105,9 +104,12 @@ fn main() -> Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
+    // Before models are made, which can take minutes.
+    let listener = TcpListener::bind(arguments.listen);
+    let listener = listener.with_context(|| format!("cannot listen on {}", arguments.listen))?;
     let host = Arc::new(host(&arguments)?);
     let runtime = tokio::runtime::Runtime::new().context("no runtime")?;
-    let served = runtime.block_on(serve(&arguments, &host));
+    let served = runtime.block_on(serve(&arguments, listener, &host));
     // Ends what still runs: the models learn that nobody wants it.
     runtime.shutdown_timeout(Duration::from_secs(10));
     host.close();
@@ -115,27 +117,27 @@ fn main() -> Result<()> {
 }
 
 /// Serves until ctrl-C, and then until the running responses have ended or their time is over.
-async fn serve(arguments: &Arguments, host: &Arc<Host>) -> Result<()> {
-    let listener = TcpListener::bind(arguments.listen).await;
-    let listener = listener.with_context(|| format!("cannot listen on {}", arguments.listen))?;
+async fn serve(arguments: &Arguments, listener: TcpListener, host: &Arc<Host>) -> Result<()> {
+    listener.set_nonblocking(true).context("no socket")?;
+    let listener = tokio::net::TcpListener::from_std(listener).context("no socket")?;
+    // The same for both waits, so that no ctrl-C between them is lost.
+    let mut signals = Signals::new().context("ctrl-C cannot be heard")?;
     let address = listener.local_addr().context("no address")?;
     println!("listening on http://{address}");
-    // One stream for both, so that no ctrl-C between them is lost.
-    let mut interrupts = signal(SignalKind::interrupt()).context("ctrl-C cannot be heard")?;
     let (tell, told) = oneshot::channel();
     let shutdown = async move {
-        interrupts.recv().await;
+        signals.recv().await;
         tracing::info!("no more requests are taken");
         // Nobody waits for it if the server has failed.
-        _ = tell.send(interrupts);
+        _ = tell.send(signals);
     };
     let late = async {
-        let Ok(mut interrupts) = told.await else {
+        let Ok(mut signals) = told.await else {
             return std::future::pending().await;
         };
         tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(arguments.drain)) => {}
-            _ = interrupts.recv() => {}
+            () = signals.recv() => {}
         }
     };
     tokio::select! {
@@ -143,6 +145,28 @@ async fn serve(arguments: &Arguments, host: &Arc<Host>) -> Result<()> {
         () = late => tracing::warn!("the requests that still run are cut off"),
     }
     Ok(())
+}
+
+/// What ends the server: ctrl-C, and what service managers send.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 /// Makes the models.

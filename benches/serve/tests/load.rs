@@ -18,7 +18,7 @@ model = "tiny"
 dtype = "f32"
 memory_mib = 48
 sequences = 4
-waiting = 2
+waiting = 100
 step_tokens = 64
 [ramps]
 models = 2

@@ -4,7 +4,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// Longer than anything here takes; a test that fails ends all the same.
@@ -15,7 +16,8 @@ struct Program {
     child: Child,
     address: String,
     _stdout: BufReader<ChildStdout>,
-    stderr: BufReader<ChildStderr>,
+    /// The lines that it tells.
+    told: Receiver<String>,
 }
 
 fn start(arguments: &[&str]) -> Command {
@@ -32,6 +34,11 @@ impl Program {
         let mut child = command.spawn().unwrap();
         let mut stdout = BufReader::new(child.stdout.take().unwrap());
         let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (tell, told) = channel();
+        std::thread::spawn(move || {
+            let mut lines = stderr.lines().map_while(Result::ok);
+            lines.all(|line| tell.send(line).is_ok())
+        });
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
         let address = line.trim_end().strip_prefix("listening on http://");
@@ -40,7 +47,7 @@ impl Program {
             child,
             address,
             _stdout: stdout,
-            stderr,
+            told,
         }
     }
 
@@ -58,11 +65,13 @@ impl Program {
         stream
     }
 
-    /// Begins a text of many tokens, and waits until some of it came.
-    fn begin_long_text(&self) -> TcpStream {
-        let body = r#"{"model": "tiny", "prompt": "a", "max_tokens": 2000, "stream": true,
-            "temperature": 0}"#;
-        let mut stream = self.send("POST", "/v1/completions", body);
+    /// Begins a text of so many tokens, and waits until some of it came.
+    fn begin_text(&self, tokens: usize) -> TcpStream {
+        let body = format!(
+            r#"{{"model": "m", "prompt": "a", "max_tokens": {tokens}, "stream": true,
+            "temperature": 0}}"#
+        );
+        let mut stream = self.send("POST", "/v1/completions", &body);
         let mut some = [0; 256];
         assert!(stream.read(&mut some).unwrap() > 0);
         stream
@@ -73,13 +82,10 @@ impl Program {
         kill(process, Signal::SIGINT).unwrap();
     }
 
-    /// Reads what it tells until a line has this text.
+    /// Waits until it tells a line with this text.
     fn await_line(&mut self, text: &str) {
-        let mut all = String::new();
-        while !all.contains(text) {
-            let count = self.stderr.read_line(&mut all).unwrap();
-            assert_ne!(count, 0, "{all}");
-        }
+        let line = || self.told.recv_timeout(PATIENCE).expect(text);
+        while !line().contains(text) {}
     }
 
     fn end(&mut self) -> ExitStatus {
@@ -111,8 +117,8 @@ fn rest(mut stream: TcpStream) -> String {
 
 #[test]
 fn ctrl_c_lets_what_runs_end_and_takes_no_more() {
-    let mut program = Program::start(&["--models", "tiny"]);
-    let running = program.begin_long_text();
+    let mut program = Program::start(&["--models", "m=tiny", "--drain", "3600"]);
+    let running = program.begin_text(300);
     program.interrupt();
     program.await_line("no more requests are taken");
     let text = rest(running);
@@ -124,9 +130,9 @@ fn ctrl_c_lets_what_runs_end_and_takes_no_more() {
 #[test]
 fn ctrl_c_again_or_the_end_of_the_time_cuts_off_what_runs() {
     for (drain, is_again) in [("0", false), ("3600", true)] {
-        let mut program = Program::start(&["--models", "tiny", "--drain", drain]);
-        // It reads nothing, so its response cannot end.
-        let running: Vec<_> = (0..8).map(|_| program.begin_long_text()).collect();
+        // Texts that take long.
+        let mut program = Program::start(&["--models", "m=wide", "--drain", drain]);
+        let running: Vec<_> = (0..4).map(|_| program.begin_text(900)).collect();
         program.interrupt();
         program.await_line("no more requests are taken");
         if is_again {
@@ -167,9 +173,16 @@ fn what_cannot_be_served_is_said_at_the_start() {
         (&["--ceiling", "tiny=x"], "invalid digit"),
         (&["--guarantee", "tiny=300"], "guarantee"),
         (&["--models", "huge"], "huge is no shape"),
-        (&["--models", "a=tiny,a=tiny"], "a"),
+        (
+            &["--models", "a=tiny,a=tiny"],
+            "model already registered: a",
+        ),
     ] {
-        let output = start(arguments).output().unwrap();
+        let mut command = start(arguments);
+        if !arguments.contains(&"--listen") {
+            command.args(["--listen", "127.0.0.1:0"]);
+        }
+        let output = command.output().unwrap();
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success(), "{arguments:?}");
         assert!(text.contains(problem), "{arguments:?}: {text}");

@@ -22,8 +22,6 @@ struct State {
     used_bytes: usize,
     /// The most that was ever in use.
     most_bytes: usize,
-    /// How many models were made.
-    models: usize,
     /// Models that wait for bytes.
     waiting: BTreeSet<usize>,
     wakers: Vec<Waker>,
@@ -51,20 +49,15 @@ impl Budget {
         fits
     }
 
-    /// Counts this many bytes less, and wakes the models, as one may wait for them.
+    /// Counts this many bytes less.
     ///
     /// # Panics
     ///
     /// If fewer are in use.
-    pub fn give(&self, bytes: usize) {
-        if bytes == 0 {
-            return;
-        }
+    fn give(&self, bytes: usize) {
         let mut state = self.state();
         let used = state.used_bytes.checked_sub(bytes);
         state.used_bytes = used.expect("what is given was taken");
-        drop(state);
-        self.wake_all();
     }
 
     fn wake_all(&self) {
@@ -88,16 +81,13 @@ impl Budget {
     }
 
     /// A model's part, of blocks of this size.
-    pub(super) fn counted(self, block_bytes: usize) -> Counted {
-        let mut state = self.state();
-        let model = state.models;
-        state.models += 1;
-        drop(state);
+    pub(super) fn counted(self, model: usize, block_bytes: usize) -> Counted {
         Counted {
             budget: self,
             model,
             block_bytes,
             blocks: 0,
+            before_plan: None,
         }
     }
 
@@ -112,9 +102,26 @@ pub(super) struct Counted {
     model: usize,
     block_bytes: usize,
     blocks: usize,
+    /// What was counted before the plan that is being made.
+    before_plan: Option<usize>,
 }
 
 impl Counted {
+    /// A plan begins. What it takes and gives again wakes nobody: models that wait would wake each
+    /// other for ever.
+    pub(super) fn begin_plan(&mut self) {
+        self.before_plan = Some(self.blocks);
+    }
+
+    /// A plan is made, and lacks bytes or not. Wakes the models if it has given some.
+    pub(super) fn end_plan(&mut self, is_short: bool) {
+        let before = self.before_plan.take();
+        if before.is_some_and(|before| self.blocks < before) {
+            self.budget.wake_all();
+        }
+        self.wait(is_short);
+    }
+
     /// Counts this many blocks more as in use. Returns `false` if there is no room for them.
     #[must_use]
     pub(super) fn take(&mut self, blocks: usize) -> bool {
@@ -140,19 +147,24 @@ impl Counted {
         first.is_some_and(|first| first < self.model)
     }
 
-    /// Gives back what was counted beyond the blocks that are in use.
+    /// Gives back what was counted beyond the blocks that are in use. Wakes the models, as one may
+    /// wait for it.
     pub(super) fn settle(&mut self, used: usize) {
         let unused = self.blocks.checked_sub(used);
         let unused = unused.expect("what is in use was counted");
         self.blocks = used;
         self.budget.give(unused * self.block_bytes);
+        if unused > 0 && self.before_plan.is_none() {
+            self.budget.wake_all();
+        }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
+        self.before_plan = None;
+        self.settle(0);
         self.wait(false);
-        self.budget.give(self.blocks * self.block_bytes);
     }
 }
 
@@ -175,7 +187,8 @@ mod unit {
     fn models_count_the_same_bytes_and_what_is_given_wakes_them() {
         let (budget, woken) = (Budget::new(100), Arc::new(Woken::default()));
         budget.wake(Waker::from(woken.clone()));
-        let [mut one, mut two] = [10, 7].map(|bytes| budget.clone().counted(bytes));
+        let counted = |model, bytes| budget.clone().counted(model, bytes);
+        let (mut one, mut two) = (counted(0, 10), counted(1, 7));
         assert!(one.take(6) && two.take(5), "95 of 100");
         assert!(!two.take(1) && !one.take(1), "nothing is counted");
         assert_eq!(budget.used_bytes(), 95);
@@ -183,11 +196,20 @@ mod unit {
         assert_eq!(woken.0.load(Ordering::Relaxed), 0, "nothing was given");
         one.settle(4);
         assert_eq!(woken.0.load(Ordering::Relaxed), 1);
+        // A plan that gives what it took wakes nobody; one that gives more does.
+        for (used, wakes) in [(4, 1), (3, 2)] {
+            one.begin_plan();
+            assert!(one.take(1));
+            one.settle(used);
+            one.end_plan(false);
+            assert_eq!(woken.0.load(Ordering::Relaxed), wakes);
+        }
+        assert!(one.take(1));
         assert!(two.take(3));
         one.wait(true);
         assert!(two.must_yield() && !one.must_yield());
         two.wait(true);
-        assert!(!one.must_yield(), "it was made first");
+        assert!(!one.must_yield(), "it is the first");
         drop(one);
         assert!(!two.must_yield());
         assert_eq!(budget.used_bytes(), 56);

@@ -120,8 +120,10 @@ impl Kv {
     }
 
     /// Counts the blocks that sequences use in a budget, and takes none that it has no room for.
-    pub fn within(mut self, budget: Budget, block_bytes: usize) -> Self {
-        self.counted = Some(budget.counted(block_bytes));
+    /// The model has this place among all models: of those that wait for each other, the first
+    /// keeps what it has.
+    pub fn within(mut self, budget: Budget, model: usize, block_bytes: usize) -> Self {
+        self.counted = Some(budget.counted(model, block_bytes));
         self
     }
 
@@ -241,7 +243,13 @@ impl Kv {
     fn allocate(&mut self, count: usize) -> Result<Vec<BlockId>> {
         loop {
             let error = match self.allocator.try_allocate(count) {
-                Ok(blocks) => return Ok(blocks),
+                Ok(blocks) => {
+                    // Others give back, so what is missing may come too.
+                    if let Some(since) = &mut self.asking_since {
+                        *since = Instant::now();
+                    }
+                    return Ok(blocks);
+                }
                 Err(error) => error,
             };
             self.asking_since.get_or_insert_with(Instant::now);
@@ -256,13 +264,16 @@ impl Kv {
     /// A plan begins.
     pub fn begin_plan(&mut self) {
         self.is_short = false;
+        if let Some(counted) = &mut self.counted {
+            counted.begin_plan();
+        }
     }
 
     /// A plan is made. If it has all the memory that it needs, other models owe nothing for what was
-    /// refused before: it was found among prefixes, or who needed it has gone.
+    /// refused before: it was found among prefixes, or the sequence that needed it has gone.
     pub fn end_plan(&mut self) {
-        if let Some(counted) = &self.counted {
-            counted.wait(self.is_short);
+        if let Some(counted) = &mut self.counted {
+            counted.end_plan(self.is_short);
         }
         if !self.is_short && self.asking_since.take().is_some() {
             self.blocks.account().withdraw();
@@ -274,7 +285,8 @@ impl Kv {
         let owes = |other: &Account| other.owed_bytes() > 0;
         self.asking_since.is_some_and(|since| {
             let asking = since.elapsed();
-            asking < HEARD || asking < self.patience && self.others.iter().any(owes)
+            let retires = || self.blocks.engine().stats().parts.retiring_bytes > 0;
+            asking < HEARD || asking < self.patience && (self.others.iter().any(owes) || retires())
         })
     }
 
@@ -388,9 +400,10 @@ impl Blocks for Kv {
         // From the last on, so that a prefix is older than what is behind it.
         let gone = shared.iter().rev().copied();
         let gone: Vec<_> = gone.filter(|block| !self.prefix.release(*block)).collect();
+        let has_freed = !own.is_empty() || !gone.is_empty();
         let freed = freed.and_then(|()| self.allocator.free(gone));
         let freed = freed.and_then(|()| match self.policy {
-            Policy::PageAtATime => {
+            Policy::PageAtATime if has_freed => {
                 let empty = self.allocator.reclaim_candidates(usize::MAX, |_| None);
                 match empty.is_empty() {
                     true => Ok(()),

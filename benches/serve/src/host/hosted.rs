@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 
 /// How long a model that has no memory waits before it looks again, if nothing tells it.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(5);
 /// When a client that was refused may ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -99,6 +99,7 @@ impl Hosted {
         let (look, thread_told) = (commands.0.clone(), told.clone());
         let builder = thread::Builder::new().name(spec.name.clone());
         let serve = move || {
+            let _unwinds = Unwinds(thread_told.clone());
             let made = make(&common, &account, &spec);
             let runner = match made {
                 Ok(runner) => {
@@ -218,6 +219,17 @@ impl Hosted {
     }
 }
 
+/// Notes that the thread has failed if it panics.
+struct Unwinds(Arc<Told>);
+
+impl Drop for Unwinds {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.has_failed.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Tells the thread to look at its memory.
 struct Looks(Mutex<Sender<Command>>);
 
@@ -261,11 +273,12 @@ fn make(common: &Common, account: &Account, spec: &ModelSpec) -> Result<Runner> 
         ahead_max.min(4 * limits.sequences_max),
         sharing.policy,
     )?;
-    let others = common.accounts.iter();
-    let others = others.filter(|it| it.name() != account.name());
+    let is_own = |it: &&Account| it.name() == account.name();
+    let model = common.accounts.iter().position(|it| is_own(&it));
+    let others = common.accounts.iter().filter(|it| !is_own(it));
     let kv = kv.beside(others.cloned().collect(), GIVEN);
     let kv = match &common.budget {
-        Some(budget) => kv.within(budget.clone(), block_bytes),
+        Some(budget) => kv.within(budget.clone(), model.unwrap_or_default(), block_bytes),
         None => kv,
     };
     let mut runner = Runner::new(decoder, kv, &device, limits)?;
@@ -302,6 +315,11 @@ impl Serving {
             let begun = Instant::now();
             self.drop_gone();
             let stepped = self.give_back().and_then(|()| self.step());
+            if let Ok(Some(step)) = &stepped
+                && step.prompts == 0
+            {
+                self.told.count_time(*step, begun.elapsed());
+            }
             *self
                 .told
                 .work
@@ -311,12 +329,7 @@ impl Serving {
                 held: self.runner.held(),
             };
             match stepped {
-                Ok(stepped) => {
-                    has_stepped = stepped.is_some();
-                    if let Some(step) = stepped.filter(|step| step.prompts == 0) {
-                        self.told.count_time(step, begun.elapsed());
-                    }
-                }
+                Ok(stepped) => has_stepped = stepped.is_some(),
                 Err(error) => return self.fail(&error),
             }
         }
@@ -422,6 +435,7 @@ impl Serving {
     fn fail(mut self, error: &VmmError) {
         self.told.has_failed.store(true, Ordering::Relaxed);
         tracing::error!(%error, "the model has failed");
+        self.account.withdraw();
         for (_, request) in self.requests.drain() {
             // The client may have gone.
             _ = request.events.try_send(Event::Failed(error.to_string()));

@@ -14,7 +14,8 @@
 //! one gets no memory, it keeps its place and what it has, and nobody is admitted either.
 //!
 //! The front of the line never loses its memory to the others. If the model can have all the memory
-//! that it was promised, the front has a part in every step. So every sequence gets there and ends.
+//! that it was promised, the front has a part in every step, except for those few that it sits out.
+//! So every sequence gets there and ends.
 //!
 //! There is no clock, thread or device here: a plan depends on the calls alone.
 #![forbid(unsafe_code)]

@@ -8,8 +8,8 @@ use candle_core::Tensor;
 #[derive(Clone, Copy, Debug)]
 pub enum Slots<'a> {
     /// Token `i` is the last token of sequence `i`: its row is `lengths[i] - 1`. There are as many
-    /// tokens as sequences. The token of a sequence whose length is 0 is not written. For decode
-    /// steps.
+    /// tokens as sequences. The token of a sequence whose length is 0 is not written; its
+    /// position must be one that the rotary table has. For decode steps.
     Last,
     /// Token `i` is row `rows[i]` of sequence `sequences[i]`: any rows, for prompts. No row may be
     /// named twice.

@@ -229,8 +229,20 @@ impl Played<'_> {
         }
     }
 
+    /// The engine's own thread may be in the midst of giving something back. So what is to be
+    /// available is so soon.
     fn check(&self) {
-        self.settle();
+        let until = Instant::now() + Duration::from_secs(60);
+        let is_as_expected = |(index, model): (usize, &Model)| {
+            let available = model.pool.account().available_bytes();
+            available == self.available(index) * page()
+        };
+        loop {
+            self.settle();
+            if self.models.iter().enumerate().all(is_as_expected) || Instant::now() > until {
+                break;
+            }
+        }
         let snapshot = self.shared.core().snapshot();
         for (index, (plain, model)) in self.plain.iter().zip(&self.models).enumerate() {
             let account = &snapshot.accounts[index];

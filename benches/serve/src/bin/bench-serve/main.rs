@@ -140,22 +140,10 @@ async fn run(arguments: &Arguments) -> Result<ExitCode> {
         servers: Vec::new(),
         ran: Vec::new(),
     };
-    for workload in Workload::ALL {
-        if !arguments.only.contains(&workload) {
-            continue;
-        }
-        if workload == Workload::Traces && measuring.traces.is_empty() {
-            println!("{ABSENT}");
-            continue;
-        }
-        for policy in Policy::ALL {
-            if arguments.policies.contains(&policy) {
-                let of = || format!("{}, {}", workload.name(), policy.name());
-                measuring.measure(workload, policy).await.with_context(of)?;
-            }
-        }
-    }
-    measuring.end(&file)
+    let measured = measuring.measure_all().await;
+    // What was measured before a failure is not lost.
+    let code = measuring.end(&file)?;
+    measured.map(|()| code)
 }
 
 /// The server's program: what is told, or the one beside this one.
@@ -177,6 +165,26 @@ fn program(told: Option<&Path>) -> Result<PathBuf> {
 }
 
 impl Measuring<'_> {
+    async fn measure_all(&mut self) -> Result<()> {
+        let arguments = self.arguments;
+        for workload in Workload::ALL {
+            if !arguments.only.contains(&workload) {
+                continue;
+            }
+            if workload == Workload::Traces && self.traces.is_empty() {
+                println!("{ABSENT}");
+                continue;
+            }
+            for policy in Policy::ALL {
+                if arguments.policies.contains(&policy) {
+                    let of = || format!("{}, {}", workload.name(), policy.name());
+                    self.measure(workload, policy).await.with_context(of)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Runs a workload on a server of its own.
     async fn measure(&mut self, workload: Workload, policy: Policy) -> Result<()> {
         let models = workload.models(&self.settings, &self.traces);

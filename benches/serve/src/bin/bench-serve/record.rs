@@ -37,7 +37,7 @@ impl Recorded {
 
     /// Whether the server refused it, as too many wait.
     pub fn is_refused(&self) -> bool {
-        self.status == Some(503)
+        self.status == Some(503) && self.retry_after.is_some()
     }
 
     /// From its planned arrival to its first token.

@@ -246,6 +246,7 @@ mod tests {
     fn a_summary_counts_what_was_served_and_leaves_the_rest_out() {
         let mut refused = served(0, 0, &[]);
         (refused.status, refused.first_token_us) = (Some(503), None);
+        refused.retry_after = Some(1);
         let mut failed = served(50, 60, &[10]);
         failed.failure = Some("cut".to_owned());
         let requests = vec![
