@@ -14,6 +14,7 @@ use candle_cuda_vmm::{
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 const LIMIT_PAGES: usize = 16;
 /// Rows, tokens and blocks in a page.
