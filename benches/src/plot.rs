@@ -4,11 +4,12 @@ use crate::serving::Moment;
 use anyhow::{Context, Result};
 use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
+use std::ops::Range;
 use std::path::Path;
 
 const GIB: f64 = (1_u64 << 30) as f64;
 
-pub type Chart<'a, 'b, X, Y> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>;
+type Chart<'a, 'b, X, Y> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>;
 
 /// A line's look. A wide line shows on both sides of a narrower one that is drawn over it.
 #[derive(Clone, Copy, Debug)]
@@ -49,8 +50,52 @@ pub const STROKES: [Stroke; 4] = {
 /// A line's name, look and points.
 pub type Line<'a> = (&'a str, Stroke, Vec<(f64, f64)>);
 
+/// Points with a name.
+pub type Points<'a> = (&'a str, RGBColor, Vec<(f64, f64)>);
+
+/// Draws p99 times to first token by the peak of each ramp, with points of others beside the lines.
+pub fn draw_peaks(
+    title: &str,
+    (peaks, ms): (Range<f64>, Range<f64>),
+    lines: &[Line],
+    points: &[Points],
+    path: &Path,
+) -> Result<()> {
+    let root = SVGBackend::new(path, (1_000, 640)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&root)
+        .caption(title, ("sans-serif", 24))
+        .margin(12)
+        .set_left_and_bottom_label_area_size(64)
+        .build_cartesian_2d(peaks, ms.log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc("peak of each ramp (requests a second)")
+        .y_desc("milliseconds")
+        .x_label_formatter(&|value| format!("{value:.0}"))
+        .y_label_formatter(&|value| format!("{value:.0}"))
+        .light_line_style(WHITE.mix(0.0))
+        .draw()?;
+    draw_lines(&mut chart, lines)?;
+    for (name, colour, points) in points {
+        let style = colour.filled();
+        let points = points.iter().copied();
+        chart
+            .draw_series(points.map(|point| Circle::new(point, 5, style)))?
+            .label(*name)
+            .legend(move |(x, y)| Circle::new((x + 10, y), 5, style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK)
+        .draw()?;
+    Ok(root.present()?)
+}
+
 /// Draws lines with their names, the widest first. Points that are no numbers are left out.
-pub fn draw_lines<X, Y>(chart: &mut Chart<'_, '_, X, Y>, lines: &[Line]) -> Result<()>
+fn draw_lines<X, Y>(chart: &mut Chart<'_, '_, X, Y>, lines: &[Line]) -> Result<()>
 where
     X: Ranged<ValueType = f64>,
     Y: Ranged<ValueType = f64>,

@@ -1,8 +1,8 @@
 //! The limit of models whose memory costs nothing: a number that they count up and down together.
 //!
 //! Nobody is asked to give bytes back. But models with prompts that are half computed could wait
-//! for each other forever. So of models that wait, all but the one that was made first give theirs
-//! back, if they can compute nothing at all.
+//! for each other forever. So a model that waits and can compute nothing gives a sequence's memory
+//! back at each look, unless it is the first of those that wait.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 

@@ -4,7 +4,6 @@ use crate::contest::{Contest, Pool};
 use crate::ramps::Ramps;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::plot::{self, STROKES};
-use plotters::prelude::*;
 use std::path::Path;
 
 /// Draws the curves of workload (a), and memory over time of each contest, into a folder.
@@ -19,25 +18,9 @@ pub fn draw(folder: &Path, ramps: &Ramps, contests: &[(String, &Contest)]) -> Re
 
 /// p99 time to first token by peak, simulated and published.
 fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
-    let root = SVGBackend::new(path, (1_000, 640)).into_drawing_area();
-    root.fill(&WHITE)?;
     let peaks = || ramps.iter().map(|(point, _)| f64::from(point.peak));
     let ends = peaks().next().zip(peaks().next_back());
     let (first, last) = ends.context("no peaks")?;
-    let title = "Three models on one GPU: p99 time to first token";
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 24))
-        .margin(12)
-        .set_left_and_bottom_label_area_size(64)
-        .build_cartesian_2d(first..last, (50.0..100_000.0).log_scale())?;
-    chart
-        .configure_mesh()
-        .x_desc("peak of each ramp (requests a second)")
-        .y_desc("milliseconds")
-        .x_label_formatter(&|value| format!("{value:.0}"))
-        .y_label_formatter(&|value| format!("{value:.0}"))
-        .light_line_style(WHITE.mix(0.0))
-        .draw()?;
     let lines = Pool::ALL.map(|pool| {
         let p99_ms = ramps.iter().map(|(_, contest)| contest.p99_ms(pool));
         (
@@ -46,29 +29,21 @@ fn draw_curves(ramps: &Ramps, path: &Path) -> Result<()> {
             peaks().zip(p99_ms).collect(),
         )
     });
-    plot::draw_lines(&mut chart, &lines)?;
-    for (label, pool) in [
+    let published = [
         ("static, published", Pool::StaticSplit),
         ("KVCached, published", Pool::PageAtATime),
-    ] {
-        let style = STROKES[pool as usize].colour.filled();
-        let published = ramps.iter().map(|(point, _)| match pool {
+    ];
+    let published = published.map(|(label, pool)| {
+        let ms = ramps.iter().map(|(point, _)| match pool {
             Pool::StaticSplit => point.static_ms,
             _ => point.elastic_ms,
         });
-        let points = peaks().zip(published);
-        chart
-            .draw_series(points.map(|point| Circle::new(point, 5, style)))?
-            .label(label)
-            .legend(move |(x, y)| Circle::new((x + 10, y), 5, style));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK)
-        .draw()?;
-    Ok(root.present()?)
+        let colour = STROKES[pool as usize].colour;
+        (label, colour, peaks().zip(ms).collect())
+    });
+    let title = "Three models on one GPU: p99 time to first token";
+    let ranges = (first..last, 50.0..100_000.0);
+    plot::draw_peaks(title, ranges, &lines, &published, path)
 }
 
 /// What each model held over time, a chart for each pool.

@@ -8,7 +8,6 @@ use crate::workload::Workload;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::plot::{self, STROKES};
 use cuda_vmm_benches::serving::Moment;
-use plotters::prelude::*;
 use std::path::Path;
 
 /// Draws the curves of workload (a), and memory over time of each section, into a folder.
@@ -62,33 +61,9 @@ fn draw_curves(ran: &[Ran], sections: &[&Section], path: &Path) -> Result<()> {
     let peak = |section: &&Section| section.peak.map_or(0.0, f64::from);
     let ends = sections.first().map(peak).zip(sections.last().map(peak));
     let (first, last) = ends.context("no peaks")?;
-    let root = SVGBackend::new(path, (1_000, 640)).into_drawing_area();
-    root.fill(&WHITE)?;
     let title = "Models on one device: p99 time to first token";
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, ("sans-serif", 24))
-        .margin(12)
-        .set_left_and_bottom_label_area_size(64)
-        .build_cartesian_2d(
-            first..last.max(first + 1.0),
-            (least / 2.0..most * 2.0).log_scale(),
-        )?;
-    chart
-        .configure_mesh()
-        .x_desc("peak of each ramp (requests a second)")
-        .y_desc("milliseconds")
-        .x_label_formatter(&|value| format!("{value:.0}"))
-        .y_label_formatter(&|value| format!("{value:.0}"))
-        .light_line_style(WHITE.mix(0.0))
-        .draw()?;
-    plot::draw_lines(&mut chart, &lines)?;
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK)
-        .draw()?;
-    Ok(root.present()?)
+    let ranges = (first..last.max(first + 1.0), least / 2.0..most * 2.0);
+    plot::draw_peaks(title, ranges, &lines, &[], path)
 }
 
 /// What the device held for each model over time, in the first seed's run.
