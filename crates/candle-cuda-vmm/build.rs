@@ -26,6 +26,7 @@ mod kernels {
         "attention/write",
         "attention/read",
         "fused",
+        "linear",
         "sample",
     ];
 

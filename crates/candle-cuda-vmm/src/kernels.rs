@@ -65,6 +65,9 @@ pub(crate) static WRITE: Image = image!("attention/write");
 /// The kernels that do what is between a layer's products.
 #[cfg(feature = "attention")]
 pub(crate) static FUSED: Image = image!("fused");
+/// The products of one row with weights.
+#[cfg(feature = "attention")]
+pub(crate) static LINEAR: Image = image!("linear");
 /// The kernels that draw tokens.
 #[cfg(feature = "attention")]
 pub(crate) static SAMPLE: Image = image!("sample");

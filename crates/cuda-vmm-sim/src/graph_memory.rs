@@ -11,8 +11,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 impl Inner {
-    /// Captures an allocation and returns its address, which has no memory before a launch.
+    /// Captures an allocation and returns its address, which has no memory before a launch. That of
+    /// no bytes is null, and nothing is captured.
     pub(crate) fn capture_allocation(&mut self, key: Key, bytes: usize) -> DriverResult<u64> {
+        if bytes == 0 {
+            return Ok(0);
+        }
         let bytes = whole_pages(bytes)?;
         let stream = self.streams.get_mut(key)?;
         let device = stream.device;
@@ -106,12 +110,18 @@ impl Inner {
     fn reserve_for_graphs(&mut self, device: usize, bytes: usize) -> DriverResult {
         let bytes = bytes.next_multiple_of(self.space.granularity_bytes());
         let reserve = &mut self.graph_memory.reserves[device];
-        if bytes > reserve.bytes {
-            self.physical.charge(device, bytes - reserve.bytes)?;
-            reserve.bytes = bytes;
-            reserve.bytes_max = reserve.bytes_max.max(bytes);
+        let missing_bytes = bytes.saturating_sub(reserve.bytes);
+        let charged = self.physical.charge(device, missing_bytes);
+        if charged.is_err() {
+            // The driver takes what there is before it fails, and keeps it.
+            let lost_bytes = self.physical.free_bytes(device);
+            self.physical.charge(device, lost_bytes)?;
+            reserve.lost_bytes += lost_bytes;
+        } else {
+            reserve.bytes += missing_bytes;
         }
-        Ok(())
+        reserve.bytes_max = reserve.bytes_max.max(reserve.all_bytes());
+        charged
     }
 
     fn back_graph_memory(&mut self, device: usize, address: u64) -> DriverResult {
@@ -194,6 +204,8 @@ impl Inner {
         }
         let by_capture = &mut self.graph_memory.by_capture;
         by_capture.retain(|_, allocations| allocations.device != device);
+        let lost_bytes = &mut self.graph_memory.reserves[device].lost_bytes;
+        self.physical.discharge(device, std::mem::take(lost_bytes));
         self.shrink_reserve(device);
     }
 
@@ -240,7 +252,7 @@ impl State {
         Ok(match attribute {
             CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT => inner.used_for_graphs(device),
             CU_GRAPH_MEM_ATTR_USED_MEM_HIGH => reserve.used_bytes_max,
-            CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT => reserve.bytes,
+            CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT => reserve.all_bytes(),
             CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH => reserve.bytes_max,
             _ => return Err(CUDA_ERROR_INVALID_VALUE),
         })

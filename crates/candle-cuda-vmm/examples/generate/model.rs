@@ -5,7 +5,7 @@ use crate::config::{Config, RopeScaling};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa_with};
-use candle_cuda_vmm::fused::{add_rms_norm, silu_mul};
+use candle_cuda_vmm::fused::{RmsNorm, add_rms_norm, gated_linear, linear, silu_mul};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope_thd;
@@ -76,6 +76,18 @@ impl Hidden {
     }
 }
 
+impl Heads {
+    /// Divides the product of tokens with the weights of Q, K and V.
+    fn of(self, qkv: &Tensor) -> Result<Projections> {
+        let all = qkv.reshape((qkv.dim(0)?, (), self.dim))?;
+        Ok(Projections {
+            q: all.narrow(1, 0, self.queries)?,
+            k: all.narrow(1, self.queries, self.kv)?,
+            v: all.narrow(1, self.queries + self.kv, self.kv)?,
+        })
+    }
+}
+
 impl Model {
     pub fn new(config: &Config, mut weights: Weights) -> Result<Self> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
@@ -122,20 +134,59 @@ impl Model {
             added: None,
         };
         for (at, layer) in self.layers.iter().enumerate() {
-            let (residual, normed) = self.normed(&hidden, &layer.attention_norm)?;
-            let mixed = attend(at, layer.project(&normed, self.heads)?)?;
-            let added = Some(linear(&mixed.flatten_from(1)?, &layer.o)?);
-            let (residual, normed) =
-                self.normed(&Hidden { residual, added }, &layer.feed_forward_norm)?;
-            let added = Some(layer.feed_forward(&normed)?);
-            hidden = Hidden { residual, added };
+            hidden = match tokens.dim(0)? {
+                1 => self.token(&hidden.residual, layer, |new| attend(at, new))?,
+                _ => self.tokens(&hidden, layer, |new| attend(at, new))?,
+            };
         }
         Ok(hidden)
     }
 
+    /// What a layer makes of one token: a launch for each product.
+    fn token(
+        &self,
+        x: &Tensor,
+        layer: &Layer,
+        attend: impl FnOnce(Projections) -> Result<Tensor>,
+    ) -> Result<Hidden> {
+        let qkv = linear(x, &layer.qkv, self.norm(&layer.attention_norm), None)?;
+        let mixed = attend(self.heads.of(&qkv)?)?;
+        let x = linear(&mixed.flatten_from(1)?, &layer.o, None, Some(x))?;
+        let gated = gated_linear(&x, &layer.gate_up, self.norm(&layer.feed_forward_norm))?;
+        Ok(Hidden {
+            residual: linear(&gated, &layer.down, None, Some(&x))?,
+            added: None,
+        })
+    }
+
+    /// What a layer makes of several: sums and norms are a launch together.
+    fn tokens(
+        &self,
+        hidden: &Hidden,
+        layer: &Layer,
+        attend: impl FnOnce(Projections) -> Result<Tensor>,
+    ) -> Result<Hidden> {
+        let (residual, normed) = self.normed(hidden, &layer.attention_norm)?;
+        let mixed = attend(self.heads.of(&linear(&normed, &layer.qkv, None, None)?)?)?;
+        let added = Some(linear(&mixed.flatten_from(1)?, &layer.o, None, None)?);
+        let (residual, normed) =
+            self.normed(&Hidden { residual, added }, &layer.feed_forward_norm)?;
+        let gated = silu_mul(&linear(&normed, &layer.gate_up, None, None)?)?;
+        let added = Some(linear(&gated, &layer.down, None, None)?);
+        Ok(Hidden { residual, added })
+    }
+
     /// Returns the logits of the tokens after those of some hidden states: `[tokens, vocab_size]`.
     pub fn logits(&self, hidden: &Hidden) -> Result<Tensor> {
-        linear(&self.normed(hidden, &self.norm)?.1, &self.head)
+        match &hidden.added {
+            None => linear(&hidden.residual, &self.head, self.norm(&self.norm), None),
+            Some(_) => linear(&self.normed(hidden, &self.norm)?.1, &self.head, None, None),
+        }
+    }
+
+    fn norm<'a>(&self, weight: &'a Tensor) -> Option<RmsNorm<'a>> {
+        let eps = self.norm_eps;
+        Some(RmsNorm { weight, eps })
     }
 
     /// Adds what a layer adds, and returns the residual stream and its norm.
@@ -173,19 +224,6 @@ impl Layer {
             )?,
             down: weights.matrix(&name("mlp.down_proj"), hidden, between)?,
         })
-    }
-
-    fn project(&self, x: &Tensor, heads: Heads) -> Result<Projections> {
-        let all = linear(x, &self.qkv)?.reshape((x.dim(0)?, (), heads.dim))?;
-        Ok(Projections {
-            q: all.narrow(1, 0, heads.queries)?,
-            k: all.narrow(1, heads.queries, heads.kv)?,
-            v: all.narrow(1, heads.queries + heads.kv, heads.kv)?,
-        })
-    }
-
-    fn feed_forward(&self, x: &Tensor) -> Result<Tensor> {
-        linear(&silu_mul(&linear(x, &self.gate_up)?)?, &self.down)
     }
 }
 
@@ -312,10 +350,6 @@ pub fn stock(
         }
     };
     softmax_last_dim(&scores)?.matmul(&v)
-}
-
-fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.matmul(&weight.t()?)
 }
 
 /// Returns the cosine and the sine of each position's rotations, F32 `[positions, head_dim / 2]`.

@@ -10,7 +10,7 @@
 use crate::append::address_mut;
 use crate::attention::cuda_addresses::{UNIT_BYTES, number, with_addresses, wrap};
 use crate::attention::cuda_launch::launch;
-use crate::kernels::{FUSED, Kernel};
+use crate::kernels::{FUSED, Image, Kernel};
 use candle_core::backend::BackendDevice;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::sys::CUresult;
@@ -82,7 +82,7 @@ pub fn add_rms_norm(
 ) -> Result<Option<(Tensor, Tensor)>> {
     let device = x.device().as_cuda_device()?;
     let names = ["add_rms_norm_f16", "add_rms_norm_bf16", "add_rms_norm_f32"];
-    let Some(kernel) = kernel(device, x.dtype(), names)? else {
+    let Some(kernel) = kernel(device, &FUSED, x.dtype(), names)? else {
         return Ok(None);
     };
     let stream = device.cuda_stream();
@@ -131,7 +131,7 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Option<Tensor>> {
     let device = gate_up.device().as_cuda_device()?;
     let dtype = gate_up.dtype();
     let names = ["silu_mul_f16", "silu_mul_bf16", "silu_mul_f32"];
-    let Some(kernel) = kernel(device, dtype, names)? else {
+    let Some(kernel) = kernel(device, &FUSED, dtype, names)? else {
         return Ok(None);
     };
     let stream = device.cuda_stream();
@@ -163,10 +163,11 @@ pub fn silu_mul(gate_up: &Tensor) -> Result<Option<Tensor>> {
     Ok(Some(wrap(storage, shape)))
 }
 
-/// Returns the kernel for a dtype by its names for F16, BF16 and F32; `None` if the driver does not
-/// load it.
-fn kernel(
+/// Returns the kernel of an image for a dtype, by its names for F16, BF16 and F32; `None` if the
+/// driver does not load it.
+pub fn kernel(
     device: &CudaDevice,
+    image: &'static Image,
     dtype: DType,
     [f16, bf16, f32]: [&str; 3],
 ) -> Result<Option<Kernel>> {
@@ -179,7 +180,7 @@ fn kernel(
         DType::BF16 => bf16,
         _ => f32,
     };
-    match FUSED.kernel(device, name) {
+    match image.kernel(device, name) {
         Err(
             error @ DriverError(
                 CUDA_ERROR_INVALID_IMAGE

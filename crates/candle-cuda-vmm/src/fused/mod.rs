@@ -2,8 +2,11 @@
 //!
 //! A decode step launches a few kernels of weight and many small ones, each of which takes longer
 //! to begin than to run. [`add_rms_norm`] adds to the residual stream and normalizes the sum, and
-//! [`silu_mul`] joins gate and up. Their inputs may be parts of wider rows, so the products before
-//! them can be joined too: `narrow` the result of one product with the weights of several.
+//! [`silu_mul`] joins gate and up. [`linear`] and [`gated_linear`] do such things within a product,
+//! which is faster for one row.
+//!
+//! Inputs may be parts of wider rows, so the products before them can be joined too: `narrow` the
+//! result of one product with the weights of several.
 //!
 //! ```
 //! use candle_core::{Device, Result, Tensor};
@@ -32,7 +35,11 @@ pub(crate) mod check;
 pub(crate) mod cpu;
 #[cfg(feature = "attention")]
 pub(crate) mod cuda;
+#[cfg(feature = "attention")]
+mod cuda_linear;
+mod linear;
 mod silu_mul;
 
 pub use add_rms_norm::add_rms_norm;
+pub use linear::{RmsNorm, gated_linear, linear};
 pub use silu_mul::silu_mul;

@@ -117,8 +117,18 @@ pub(crate) struct Allocations {
 #[derive(Debug, Default)]
 pub(crate) struct Reserve {
     pub(crate) bytes: usize,
+    /// What launches that failed for lack of memory had taken. No launch gets it, and trimming does
+    /// not give it back.
+    pub(crate) lost_bytes: usize,
+    /// The most that both were together.
     pub(crate) bytes_max: usize,
     pub(crate) used_bytes_max: usize,
+}
+
+impl Reserve {
+    pub(crate) fn all_bytes(&self) -> usize {
+        self.bytes + self.lost_bytes
+    }
 }
 
 /// The memory of all graphs.

@@ -80,6 +80,11 @@ impl PhysicalMemory {
         self.devices[device].used_bytes
     }
 
+    /// Returns the memory of a device that is not in use, in bytes.
+    pub(crate) fn free_bytes(&self, device: usize) -> usize {
+        self.limit_bytes.saturating_sub(self.used_bytes(device))
+    }
+
     /// Returns the references to handles of a device that were not released, without the internal
     /// ones of graphs.
     pub(crate) fn references(&self, device: usize) -> usize {

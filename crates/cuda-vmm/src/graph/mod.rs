@@ -111,7 +111,8 @@ impl Graph {
     ///
     /// # Errors
     /// [`VmmError::Driver`]: `CUDA_ERROR_OUT_OF_MEMORY` if the device has no memory for what the
-    /// graph allocates.
+    /// graph allocates. The driver keeps what it had taken before it failed, as long as the process
+    /// has the device.
     ///
     /// # Safety
     /// All that the captured work reads and writes is there when it runs: device addresses are

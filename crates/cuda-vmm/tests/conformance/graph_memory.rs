@@ -107,6 +107,10 @@ pub fn cases() -> Vec<Case> {
     cases
 }
 
+pub fn poisoning_cases() -> Vec<Case> {
+    life::poisoning_cases()
+}
+
 fn replays() -> Vec<Case> {
     let replayed = ["SUCCESS", "SUCCESS", "reads 42"];
     vec![
@@ -269,16 +273,20 @@ fn captured_frees() -> Vec<Case> {
         ),
         Case::new(
             "cuMemAllocAsync in a capture: no bytes",
-            &["INVALID_VALUE", "SUCCESS"],
+            &["SUCCESS", "null", "SUCCESS", "0 nodes"],
             |kit| {
                 let stream = begin(kit);
-                let (mut address, raw) = (0, stream.raw());
+                let (mut address, raw) = (u64::MAX, stream.raw());
                 let code = call!(kit, cuMemAllocAsync(&mut address, 0, raw));
                 kit.answer(code);
+                kit.note(if address == 0 { "null" } else { "an address" });
                 let mut graph = core::ptr::null_mut();
                 let code = call!(kit, cuStreamEndCapture(raw, &mut graph));
                 kit.answer(code);
-                destroy(kit, (!graph.is_null()).then(|| Object::new(graph)));
+                let (mut count, nowhere) = (0, core::ptr::null_mut());
+                kit.must(call!(kit, cuGraphGetNodes(graph, nowhere, &mut count)));
+                kit.note(&format!("{count} nodes"));
+                destroy(kit, Some(Object::new(graph)));
             },
         ),
     ]

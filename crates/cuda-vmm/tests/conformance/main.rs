@@ -74,7 +74,14 @@ fn differences(cases: &[Case], answers: impl Fn(&Case) -> Vec<String>) -> Vec<St
 /// Fails with every difference in a group of cases, and unless the device is as it was.
 fn check(group: &str, cases: &[Case], answers: impl Fn(&Case) -> Vec<String>) {
     assert!(!cases.is_empty(), "{group} has no cases");
-    let differences = under_test().unchanged(|| differences(cases, answers));
+    let differences = under_test().unchanged(|| {
+        let differences = differences(cases, answers);
+        // Told here too, as what is left is a failure of its own.
+        for difference in &differences {
+            println!("{difference}");
+        }
+        differences
+    });
     println!("{group}: {} cases", cases.len());
     assert!(
         differences.is_empty(),
@@ -145,12 +152,13 @@ fn peers() {
 /// What a process of its own writes before its answers, one to a line.
 const ANSWER: &str = "answer: ";
 
-/// Cases that poison the context, each in a process of its own.
+/// Cases that poison the context or leave it with less memory, each in a process of its own.
 #[test]
 fn poison() {
     let mut cases = work::poisoning_cases();
     cases.extend(graph::poisoning_cases());
     cases.extend(access::poisoning_cases());
+    cases.extend(graph_memory::poisoning_cases());
     if let Some(role) = common::role() {
         let case = cases.iter().find(|case| case.name == role);
         let case = case.expect("a case of this name");

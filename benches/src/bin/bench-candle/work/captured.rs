@@ -30,6 +30,8 @@ const AROUND: usize = 16;
 /// Steps between two times at which unused memory is given back: fewer than one in a hundred steps
 /// comes after one.
 const TRIM: usize = 128;
+/// For how long memory may go back before growth is measured.
+const SETTLE: Duration = Duration::from_secs(10);
 const SEED: u64 = 0;
 
 /// A model with a paged cache whose sequences all generate, token by token.
@@ -42,6 +44,47 @@ struct Subject {
     tokens: Vec<u32>,
 }
 
+/// What a step took of the host's time.
+#[derive(Clone, Copy)]
+struct Step {
+    /// Finding room for the tokens, and writing what the step reads.
+    extend: Duration,
+    replay: Duration,
+    /// Until the tokens are there.
+    wait: Duration,
+}
+
+impl Step {
+    fn ns(&self) -> f64 {
+        (self.extend + self.replay + self.wait).as_nanos() as f64
+    }
+}
+
+/// A step that took the longest beside the median of those around it.
+struct Worst {
+    step: Step,
+    median_ns: f64,
+}
+
+impl Worst {
+    fn of(steps: &[Step]) -> Result<Self> {
+        let around = steps.windows(2 * AROUND + 1).map(|around| {
+            let took: Vec<_> = around.iter().map(Step::ns).collect();
+            Self {
+                step: around[AROUND],
+                median_ns: quantile(&took, 500),
+            }
+        });
+        around
+            .max_by(|one, other| one.ratio().total_cmp(&other.ratio()))
+            .context("too few steps")
+    }
+
+    fn ratio(&self) -> f64 {
+        self.step.ns() / self.median_ns
+    }
+}
+
 /// A model, and where its caches get their memory.
 struct Stage {
     pool: TensorPool,
@@ -50,6 +93,21 @@ struct Stage {
 }
 
 impl Stage {
+    /// Waits until the memory of earlier sequences is the driver's again.
+    fn settle(&self) -> Result<()> {
+        let started = Instant::now();
+        self.pool.trim()?;
+        while self.pool.committed_bytes() > 0 {
+            ensure!(
+                started.elapsed() < SETTLE,
+                "memory of earlier sequences stays"
+            );
+            std::thread::sleep(Duration::from_millis(1));
+            self.pool.trim()?;
+        }
+        Ok(())
+    }
+
     /// Makes sequences of these lengths. What they hold is undefined: no time depends on it.
     fn subject(&self, lengths: &[usize], length_max: usize) -> Result<Subject> {
         let Self {
@@ -87,15 +145,26 @@ impl Subject {
         Ok(self.cache.extend(&new)?)
     }
 
-    /// Generates a token of each sequence, by the captured step, and waits for them. Returns the
-    /// host's time of the replay.
-    fn replay(&mut self) -> Result<Duration> {
-        self.extend()?;
+    /// Generates a token of each sequence, by the captured step, and waits for them.
+    fn replay(&mut self) -> Result<Step> {
+        let ((), extend) = time(|| self.extend())?;
+        Ok(Step {
+            extend,
+            ..self.replay_again()?
+        })
+    }
+
+    /// The same for the tokens of the last step, which writes to the same rows.
+    fn replay_again(&mut self) -> Result<Step> {
         let started = Instant::now();
         let next = self.graph.replay(self.tokens.len(), self.cache.named())?;
-        let host = started.elapsed();
+        let replay = started.elapsed();
         self.tokens = next.to_vec1()?;
-        Ok(host)
+        Ok(Step {
+            extend: Duration::ZERO,
+            replay,
+            wait: started.elapsed() - replay,
+        })
     }
 
     /// Fails unless the captured step gives the tokens of the same step launched kernel by kernel.
@@ -193,8 +262,9 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         sides.add_rate(&format!("captured, {name}"), done, || {
             let mut subject = subject.borrow_mut();
             let all = (0..generated).map(|_| subject.replay());
-            let (mut took, elapsed) = time(|| all.collect::<Result<Vec<_>>>())?;
-            hosts.borrow_mut().append(&mut took);
+            let (took, elapsed) = time(|| all.collect::<Result<Vec<_>>>())?;
+            let replays = took.into_iter().map(|step| step.replay.as_nanos() as f64);
+            hosts.borrow_mut().extend(replays);
             Ok(elapsed)
         });
         sides.add_rate(&format!("one by one, {name}"), done, || {
@@ -202,12 +272,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
             Ok(time(|| (0..generated).try_for_each(|_| subject.one_by_one()))?.1)
         });
         outcome.measure(sides, &machine.settings.patient(u32::MAX), rounds)?;
-        let hosts = hosts
-            .borrow()
-            .iter()
-            .map(|took| took.as_nanos() as f64)
-            .collect();
-        outcome.times(&format!("host of a replay, {name}"), hosts);
+        outcome.times(&format!("host of a replay, {name}"), hosts.take());
         let bytes = read_bytes(&stage.config, batch, context);
         let floor = format!("floor, {name}");
         outcome.rates(&floor, batch as f64, vec![bytes as f64 / rate * 1e9]);
@@ -215,6 +280,7 @@ pub fn measure(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         ensure!(subject.graph.counts().captures == 1, "captured again");
         outcome.note(&format!("captured, {name}"), nodes(&subject.graph, batch));
     }
+    serving(machine, &stage, rate, outcome)?;
     growing(machine, &stage, outcome)?;
     sharing(machine, &stage, outcome)
 }
@@ -229,36 +295,68 @@ fn nodes(graph: &DecodeGraph<'_>, _batch: usize) -> String {
     "no graph".to_owned()
 }
 
+/// As many steps as a server's requests take after their prompts, of whole batches.
+fn serving(machine: &Machine, stage: &Stage, rate: f64, outcome: &mut Outcome) -> Result<()> {
+    let (prompt, steps) = (machine.sized([256, 8]), machine.sized([256, 4]));
+    for batch in machine.sized([[32, 64], [2, 3]]) {
+        let name = if batch == machine.sized([32, 2]) {
+            "32"
+        } else {
+            "64"
+        };
+        let mut rates = Vec::new();
+        for _ in 0..machine.sized([5, 1]) {
+            let mut subject = stage.subject(&vec![prompt; batch], prompt + steps + BLOCK_SIZE)?;
+            let all = || (0..steps).try_for_each(|_| subject.replay().map(drop));
+            rates.push(time(all)?.1.as_nanos() as f64);
+        }
+        let side = format!("captured, {name}, 256 to 512");
+        outcome.rates(&side, (batch * steps) as f64, rates);
+        let bytes = read_bytes(&stage.config, batch, prompt + steps / 2);
+        let side = format!("floor, {name}, 256 to 512");
+        outcome.rates(&side, batch as f64, vec![bytes as f64 / rate * 1e9]);
+    }
+    Ok(())
+}
+
 /// Sequences that grow together, block by block and page by page. They begin at different lengths,
 /// so that some of them need a block in each step.
 fn growing(machine: &Machine, stage: &Stage, outcome: &mut Outcome) -> Result<()> {
     const WARM: usize = 8;
     let (batch, steps) = (machine.sized(GROWING), machine.sized(STEPS));
+    stage.settle()?;
     let lengths: Vec<_> = (1..=batch).collect();
     let mut subject = stage.subject(&lengths, batch + steps + WARM)?;
     (0..WARM).try_for_each(|_| subject.replay().map(drop))?;
-    let late = || stage.pool.engine().counters().ranges.late_prefetches;
-    let before = late();
-    let mut took = Vec::with_capacity(steps);
-    for _ in 0..steps {
-        let (_, elapsed) = time(|| subject.replay())?;
-        took.push(elapsed.as_nanos() as f64);
-    }
-    let captures = subject.graph.counts().captures;
-    let calls = captures + late() - before;
+    let counters = || stage.pool.engine().counters();
+    let before = counters();
+    let grown = (0..steps).map(|_| subject.replay());
+    let grown = grown.collect::<Result<Vec<_>>>()?;
+    let (captures, after) = (subject.graph.counts().captures, counters());
+    let late = after.ranges.late_prefetches - before.ranges.late_prefetches;
+    let (calls, waits) = (captures + late, after.waits - before.waits);
     outcome.count("captures and late allocations", calls as f64);
+    // What the machine does without any growth.
+    let still = (0..steps).map(|_| subject.replay_again());
+    let still = Worst::of(&still.collect::<Result<Vec<_>>>()?)?;
     // A step reads all that is cached, so it takes longer as the sequences grow. Each is compared
     // with those around it.
-    let around = took.windows(2 * AROUND + 1);
-    let (worst, median) = around
-        .map(|around| (around[AROUND], quantile(around, 500)))
-        .max_by(|one, other| (one.0 / one.1).total_cmp(&(other.0 / other.1)))
-        .context("too few steps")?;
-    outcome.times("worst step while growing", vec![worst]);
-    outcome.times("median of the steps around it", vec![median]);
-    let [first, last] = [took[AROUND], took[steps - AROUND]].map(|ns| ns / 1e3);
+    let worst = Worst::of(&grown)?;
+    outcome.times("worst step while growing", vec![worst.step.ns()]);
+    outcome.times("median of the steps around it", vec![worst.median_ns]);
+    let [first, last] = [grown[AROUND], grown[steps - AROUND]].map(|step| step.ns() / 1e3);
+    let Step {
+        extend,
+        replay,
+        wait,
+    } = worst.step;
     let held = stage.pool.committed_bytes() >> 20;
-    let note = format!("{steps} steps of {first:.0} to {last:.0} µs, to {held} MiB");
+    let note = format!(
+        "{steps} steps of {first:.0} to {last:.0} µs, to {held} MiB; the worst: {extend:.0?} for \
+         room, {replay:.0?} to replay, {wait:.0?} to wait; {waits} waits for memory; without \
+         growth the worst is {:.3} × those around it",
+        still.ratio()
+    );
     outcome.note("worst step while growing", note);
     Ok(())
 }

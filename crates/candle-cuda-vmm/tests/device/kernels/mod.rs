@@ -11,6 +11,7 @@ mod fork;
 mod fused;
 mod graph;
 mod layers;
+mod linear;
 mod positions;
 mod rotating;
 mod sample;

@@ -1,5 +1,6 @@
 //! How long memory of graphs is there: launches, and frees outside of them.
 
+use super::reserve::note_reserve;
 use super::{allocate, begin, end, trim};
 use super::{clean, destroy_executable, executable, free, freeing, launch, leaving, wait};
 use crate::Case;
@@ -140,35 +141,41 @@ pub fn launches() -> Vec<Case> {
                 destroy(kit, Some(graph));
             },
         ),
-        Case::new(
-            "a launch needs more memory than the device has",
-            &["SUCCESS", "OUT_OF_MEMORY", "SUCCESS", "SUCCESS"],
-            |kit| {
-                let (mut free_bytes, mut total) = (0, 0);
-                kit.must(call!(kit, cuMemGetInfo(&mut free_bytes, &mut total)));
-                let large = (total / 5 * 3).next_multiple_of(kit.page);
-                let graphs = [(); 2].map(|()| {
-                    let stream = begin(kit);
-                    let address = allocate(kit, stream, large);
-                    let graph = end(kit, stream);
-                    (stream, address, graph, executable(kit, graph, 0))
-                });
-                for (stream, _, _, exec) in graphs {
-                    let code = launch(kit, exec, stream);
-                    kit.answer(code);
-                }
-                let [(stream, address, graph, exec), second] = graphs;
-                let code = free(kit, stream, address);
-                kit.answer(code);
-                clean(kit, stream, graph, exec);
-                let (stream, address, graph, exec) = second;
+    ]
+}
+
+/// A launch for which there is no memory makes the driver keep what it had taken, as long as the
+/// process has the device.
+pub fn poisoning_cases() -> Vec<Case> {
+    vec![Case::new(
+        "a launch needs more memory than the device has",
+        &["SUCCESS", "OUT_OF_MEMORY", "SUCCESS", "SUCCESS", "reserved"],
+        |kit| {
+            let (mut free_bytes, mut total) = (0, 0);
+            kit.must(call!(kit, cuMemGetInfo(&mut free_bytes, &mut total)));
+            let large = (total / 5 * 3).next_multiple_of(kit.page);
+            let graphs = [(); 2].map(|()| {
+                let stream = begin(kit);
+                let address = allocate(kit, stream, large);
+                let graph = end(kit, stream);
+                (stream, address, graph, executable(kit, graph, 0))
+            });
+            for (stream, _, _, exec) in graphs {
                 let code = launch(kit, exec, stream);
                 kit.answer(code);
-                if code == CUDA_SUCCESS {
-                    kit.must(free(kit, stream, address));
-                }
-                clean(kit, stream, graph, exec);
-            },
-        ),
-    ]
+            }
+            let [(stream, address, graph, exec), second] = graphs;
+            let code = free(kit, stream, address);
+            kit.answer(code);
+            clean(kit, stream, graph, exec);
+            let (stream, address, graph, exec) = second;
+            let code = launch(kit, exec, stream);
+            kit.answer(code);
+            if code == CUDA_SUCCESS {
+                kit.must(free(kit, stream, address));
+            }
+            clean(kit, stream, graph, exec);
+            note_reserve(kit);
+        },
+    )]
 }

@@ -16,7 +16,7 @@ fn attribute(kit: &Kit, attribute: CUgraphMem_attribute) -> u64 {
 }
 
 /// Notes whether the device has memory behind graphs, and whether it reserves some.
-fn note_reserve(kit: &mut Kit) {
+pub fn note_reserve(kit: &mut Kit) {
     let used = attribute(kit, CU_GRAPH_MEM_ATTR_USED_MEM_CURRENT);
     let reserved = attribute(kit, CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT);
     let used_high = attribute(kit, CU_GRAPH_MEM_ATTR_USED_MEM_HIGH);
