@@ -37,8 +37,8 @@ pub struct HeldBytes {
 pub struct Stepped {
     /// Sequences that decoded a token.
     pub decodes: usize,
-    /// Chunks of prompts.
-    pub prompts: usize,
+    /// Tokens of prompts.
+    pub prompt_tokens: usize,
     /// From the decode step's launch until its tokens were on the host.
     pub decode_time: Duration,
 }
@@ -167,7 +167,7 @@ impl Runner {
             Some(failure) => Err(failure),
             None => Ok(Some(Stepped {
                 decodes: step.decodes.len(),
-                prompts: step.chunks.len(),
+                prompt_tokens: step.chunks.iter().map(|chunk| chunk.count).sum(),
                 decode_time,
             })),
         }

@@ -7,13 +7,16 @@ use std::time::Duration;
 /// Parts in which a share is counted.
 const PARTS: usize = 200;
 
-/// The times of decode steps of about as many sequences.
+/// The times of steps of about as many sequences, or tokens of prompts.
 ///
 /// A step's own time is all that is not the model's: planning, inputs, and handing out tokens. The
 /// model's time begins with its first launch and ends when its tokens are on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct StepTimes {
     steps: u64,
+    /// Of all steps together, as the next.
+    sequences: u64,
+    prompt_tokens: u64,
     total: Duration,
     own: Duration,
     /// How many steps had a share up to each part.
@@ -24,6 +27,8 @@ impl Default for StepTimes {
     fn default() -> Self {
         Self {
             steps: 0,
+            sequences: 0,
+            prompt_tokens: 0,
             total: Duration::ZERO,
             own: Duration::ZERO,
             shares: [0; PARTS],
@@ -32,9 +37,16 @@ impl Default for StepTimes {
 }
 
 impl StepTimes {
-    /// Adds a step.
-    pub fn add(&mut self, total: Duration, own: Duration) {
+    /// Adds a step of so many sequences that decode, and so many tokens of prompts.
+    pub fn add(
+        &mut self,
+        (sequences, prompt_tokens): (usize, usize),
+        total: Duration,
+        own: Duration,
+    ) {
         self.steps += 1;
+        self.sequences += sequences as u64;
+        self.prompt_tokens += prompt_tokens as u64;
         self.total += total;
         self.own += own;
         let share = own.as_secs_f64() / total.as_secs_f64().max(f64::MIN_POSITIVE);
@@ -46,6 +58,16 @@ impl StepTimes {
     /// How many steps there were.
     pub fn steps(&self) -> u64 {
         self.steps
+    }
+
+    /// How many sequences they had, added up.
+    pub fn sequences(&self) -> u64 {
+        self.sequences
+    }
+
+    /// How many tokens of prompts they had, added up.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens
     }
 
     /// How long they took together.
@@ -82,11 +104,12 @@ mod tests {
         let mut times = StepTimes::default();
         assert_eq!((times.steps(), times.share(0.5)), (0, 0.));
         for _ in 0..98 {
-            times.add(100 * MS, 2 * MS);
+            times.add((4, 0), 100 * MS, 2 * MS);
         }
-        times.add(100 * MS, 31 * MS);
-        times.add(10 * MS, 10 * MS);
-        assert_eq!(times.steps(), 100);
+        times.add((3, 7), 100 * MS, 31 * MS);
+        times.add((1, 0), 10 * MS, 10 * MS);
+        assert_eq!((times.steps(), times.sequences()), (100, 396));
+        assert_eq!(times.prompt_tokens(), 7);
         assert_eq!((times.total(), times.own()), (9910 * MS, 237 * MS));
         assert_eq!((times.share(0.5), times.share(0.98)), (0.02, 0.02));
         assert_eq!((times.share(0.99), times.share(1.)), (0.31, 1.));
@@ -95,7 +118,7 @@ mod tests {
     #[test]
     fn a_step_that_took_no_time_is_counted() {
         let mut times = StepTimes::default();
-        times.add(Duration::ZERO, Duration::ZERO);
+        times.add((1, 0), Duration::ZERO, Duration::ZERO);
         assert_eq!((times.steps(), times.share(0.99)), (1, 0.005));
     }
 }

@@ -45,15 +45,29 @@ struct Told {
     is_closing: AtomicBool,
     has_failed: AtomicBool,
     work: Mutex<Work>,
-    /// Of steps without prompts, by their number of sequences, up to a power of two.
-    times: Mutex<BTreeMap<usize, StepTimes>>,
+    times: Mutex<Times>,
+}
+
+/// How long steps took.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Times {
+    /// Those without prompts, by their number of sequences, up to a power of two.
+    pub(super) decode: BTreeMap<usize, StepTimes>,
+    /// Those with prompts, by the tokens of these, up to a power of two.
+    pub(super) prompt: BTreeMap<usize, StepTimes>,
 }
 
 impl Told {
     fn count_time(&self, step: Stepped, total: Duration) {
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        let times = times.entry(step.decodes.next_power_of_two()).or_default();
-        times.add(total, total.saturating_sub(step.decode_time));
+        let (of_kind, size) = match step.prompt_tokens {
+            0 => (&mut times.decode, step.decodes),
+            tokens => (&mut times.prompt, tokens),
+        };
+        let sizes = (step.decodes, step.prompt_tokens);
+        let own = total.saturating_sub(step.decode_time);
+        let times = of_kind.entry(size.next_power_of_two()).or_default();
+        times.add(sizes, total, own);
     }
 }
 
@@ -158,7 +172,7 @@ impl Hosted {
     }
 
     /// The times of steps without prompts, by their number of sequences, up to a power of two.
-    pub(super) fn times(&self) -> MutexGuard<'_, BTreeMap<usize, StepTimes>> {
+    pub(super) fn times(&self) -> MutexGuard<'_, Times> {
         self.told
             .times
             .lock()
@@ -315,9 +329,7 @@ impl Serving {
             let begun = Instant::now();
             self.drop_gone();
             let stepped = self.give_back().and_then(|()| self.step());
-            if let Ok(Some(step)) = &stepped
-                && step.prompts == 0
-            {
+            if let Ok(Some(step)) = &stepped {
                 self.told.count_time(*step, begun.elapsed());
             }
             *self

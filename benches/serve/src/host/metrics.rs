@@ -20,15 +20,16 @@ const COUNTS: [(&str, &str, Count); 6] = [
     }),
 ];
 
+/// All but the model's time.
+const OWN: &str = "step_own_seconds";
+
 type Time = fn(&StepTimes) -> Duration;
 
-const TIMES: [(&str, Time); 2] = [
-    ("step_seconds", StepTimes::total),
-    ("step_own_seconds", StepTimes::own),
-];
+const TIMES: [(&str, Time); 2] = [("step_seconds", StepTimes::total), (OWN, StepTimes::own)];
 
 /// Writes what each model has and did, and how long steps without prompts took, by their number of
-/// sequences up to a power of two: all of it, what is the server's own, and that as a share.
+/// sequences up to a power of two: all of it, what is the server's own, and that as a share. Steps
+/// with prompts, which may have sequences that decode too, are told by their tokens of prompts.
 pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
     // Writing to a string cannot fail.
     for (name, kind, count) in COUNTS {
@@ -38,21 +39,43 @@ pub(super) fn write_metrics(models: &[Hosted], text: &mut String) {
             _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {count}");
         }
     }
-    let mut all = Vec::new();
+    let (mut all, mut with_prompts) = (Vec::new(), Vec::new());
     for model in models {
         let id = Label(&model.info().id);
-        for (sequences, times) in &*model.times() {
-            let labels = format!("model=\"{id}\",sequences=\"{sequences}\"");
-            all.push((labels, *times));
+        let times = model.times();
+        for (sequences, times) in &times.decode {
+            all.push((format!("model=\"{id}\",sequences=\"{sequences}\""), *times));
+        }
+        for (tokens, times) in &times.prompt {
+            let labels = format!("model=\"{id}\",prompt_tokens=\"{tokens}\"");
+            with_prompts.push((labels, *times));
         }
     }
-    for (name, time) in TIMES {
-        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} summary");
-        for (labels, times) in &all {
-            let (sum, count) = (time(times).as_secs_f64(), times.steps());
-            _ = writeln!(text, "cuda_vmm_serve_{name}_sum{{{labels}}} {sum}");
-            _ = writeln!(text, "cuda_vmm_serve_{name}_count{{{labels}}} {count}");
+    let kinds = [("", &all), ("prompt_", &with_prompts)];
+    for (kind, all) in kinds {
+        for (name, time) in TIMES {
+            // The model's time of prompts is not known apart.
+            if kind == "prompt_" && name == OWN {
+                continue;
+            }
+            let name = format!("cuda_vmm_serve_{kind}{name}");
+            _ = writeln!(text, "# TYPE {name} summary");
+            for (labels, times) in all {
+                let (sum, count) = (time(times).as_secs_f64(), times.steps());
+                _ = writeln!(text, "{name}_sum{{{labels}}} {sum}");
+                _ = writeln!(text, "{name}_count{{{labels}}} {count}");
+            }
         }
+        let name = format!("cuda_vmm_serve_{kind}step_sequences_total");
+        _ = writeln!(text, "# TYPE {name} counter");
+        for (labels, times) in all {
+            _ = writeln!(text, "{name}{{{labels}}} {}", times.sequences());
+        }
+    }
+    let name = "cuda_vmm_serve_prompt_step_tokens_total";
+    _ = writeln!(text, "# TYPE {name} counter");
+    for (labels, times) in &with_prompts {
+        _ = writeln!(text, "{name}{{{labels}}} {}", times.prompt_tokens());
     }
     let name = "cuda_vmm_serve_step_own_ratio";
     _ = writeln!(text, "# TYPE {name} summary");

@@ -1,6 +1,5 @@
 //! One workload in four pools.
 
-use crate::pools::Counted;
 use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
@@ -46,10 +45,10 @@ impl Pool {
         let share_bytes = SHARED_TOKENS * TOKEN_BYTES / if models == 1 { 1 } else { SHARE };
         let settings = (share_bytes, CHUNK_BYTES_MAX);
         Ok(match self {
-            Self::StaticSplit => Box::new(Counted::split(static_tokens, models)),
+            Self::StaticSplit => Box::new(Counted::split(blocks_within(static_tokens), models)),
             Self::PageAtATime => Box::new(PageAtATime::new(blocks, models, costs)?),
             Self::Ours => Box::new(Elastic::new(blocks, models, costs, settings)?),
-            Self::Ideal => Box::new(Counted::shared(SHARED_TOKENS, models)),
+            Self::Ideal => Box::new(Counted::shared(blocks, models)),
         })
     }
 }

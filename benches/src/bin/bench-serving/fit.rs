@@ -3,12 +3,11 @@
 //! The pair with the least sum, over the peaks of the published static curve, of the squared
 //! logarithms of simulated to published p99 time to first token: on a coarse grid, then a fine one.
 
-use crate::pools::Counted;
 use crate::ramps::{MODELS, Point, STATIC_TOKENS, curves};
 use crate::time_model::TimeModel;
 use anyhow::{Context, Result};
 use cuda_vmm_benches::quantile;
-use cuda_vmm_benches::serving::{Limits, PHASES, Request, Served, Server, staggered_ramps};
+use cuda_vmm_benches::serving::*;
 use std::ops::RangeInclusive;
 
 /// By how much the two constants, a step's and a sequence's, are apart in the grids, in nanoseconds.
@@ -28,7 +27,7 @@ fn attempt(ramps: &Ramps, time: TimeModel) -> Result<Try> {
     for (point, variants) in ramps {
         let mut served = Served::default();
         for models in variants {
-            let mut memory = Counted::split(STATIC_TOKENS, models.len());
+            let mut memory = Counted::split(blocks_within(STATIC_TOKENS), models.len());
             let limits = Limits::DEFAULT;
             Server::new(models, &mut memory, limits, &step, &mut served).run(u64::MAX)?;
         }

@@ -1,6 +1,5 @@
 //! What holds of every schedule, whatever the requests, in every pool.
 
-use crate::pools::Counted;
 use crate::pools::elastic::Elastic;
 use crate::pools::page_at_a_time::PageAtATime;
 use crate::time_model::TimeModel;
@@ -69,12 +68,11 @@ const POOLS: usize = 4;
 fn pool(which: usize, limit: usize, models: usize, costs: Option<CostModel>) -> Checked {
     // Nothing of it stands beyond a fraction of so small a pool.
     let settings = (limit * BLOCK_BYTES / 8, 4 * BLOCK_BYTES);
-    let tokens = |blocks| blocks * BLOCK_TOKENS as usize;
     let pool: Box<dyn Memory> = match which {
-        0 => Box::new(Counted::split(tokens(limit / models), models)),
+        0 => Box::new(Counted::split(limit / models, models)),
         1 => Box::new(PageAtATime::new(limit, models, costs).unwrap()),
         2 => Box::new(Elastic::new(limit, models, costs, settings).unwrap()),
-        _ => Box::new(Counted::shared(tokens(limit), models)),
+        _ => Box::new(Counted::shared(limit, models)),
     };
     Checked {
         pool,

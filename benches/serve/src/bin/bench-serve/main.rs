@@ -14,12 +14,14 @@ mod record;
 mod report;
 mod server;
 mod settings;
+mod simulated;
 mod stream;
 mod summary;
 mod tables;
 mod workload;
 
 use anyhow::{Context, Result, bail, ensure};
+use arrivals::Run;
 use clap::{Parser, ValueEnum};
 use client::Client;
 use cuda_vmm_benches::program;
@@ -33,6 +35,7 @@ use settings::Settings;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use workload::Workload;
 
 const ABSENT: &str = "(b) traces: not run: no trace was given (--trace FILE)";
@@ -109,6 +112,14 @@ async fn interrupted() -> Result<&'static str> {
     }
 }
 
+/// A server that runs, for one policy.
+struct Server {
+    policy: Policy,
+    flags: Vec<String>,
+    running: Running,
+    client: Client,
+}
+
 /// What is measured on, and what came of it.
 struct Measuring<'a> {
     arguments: &'a Arguments,
@@ -175,19 +186,48 @@ impl Measuring<'_> {
                 println!("{ABSENT}");
                 continue;
             }
-            for policy in Policy::ALL {
-                if arguments.policies.contains(&policy) {
-                    let of = || format!("{}, {}", workload.name(), policy.name());
-                    self.measure(workload, policy).await.with_context(of)?;
-                }
-            }
+            let of = || workload.name().to_owned();
+            self.measure(workload).await.with_context(of)?;
         }
         Ok(())
     }
 
-    /// Runs a workload on a server of its own.
-    async fn measure(&mut self, workload: Workload, policy: Policy) -> Result<()> {
+    /// Runs a workload on servers of its own, one for each policy. Each run is played on all of them
+    /// before the next, so that what is compared is a few seconds apart.
+    async fn measure(&mut self, workload: Workload) -> Result<()> {
         let models = workload.models(&self.settings, &self.traces);
+        let mut servers = self.start(workload, models).await?;
+        let runs = workload.runs(&self.settings, &self.traces);
+        for (turn, run) in runs.into_iter().enumerate() {
+            let first = turn % servers.len();
+            servers.rotate_left(first);
+            for server in &servers {
+                self.play(workload, server, &run).await?;
+            }
+            servers.rotate_right(first);
+        }
+        for server in servers {
+            let Server {
+                policy,
+                flags,
+                running,
+                client,
+            } = server;
+            let metrics = client.metrics().await?;
+            self.servers.push(Started {
+                workload,
+                policy,
+                flags,
+                steps: metrics.steps,
+                prompt_steps: metrics.prompt_steps,
+            });
+            running.stop().await?;
+        }
+        Ok(())
+    }
+
+    /// Starts a server for each policy, all at once, and has each model run once.
+    async fn start(&self, workload: Workload, models: usize) -> Result<Vec<Server>> {
         let mut of_server = self.settings.server.clone();
         if workload == Workload::Closed {
             of_server.sequences = self.settings.closed.sequences;
@@ -197,49 +237,66 @@ impl Measuring<'_> {
             Device::Cpu => "cpu",
             Device::Cuda => "cuda",
         });
-        let flags = server::flags(&of_server, models, policy, device);
-        let server = Running::start(&self.program, &flags).await?;
-        let client = Client::new(&server.url, server::names(models))?;
-        play::warm_up(&client, models).await?;
-        for run in workload.runs(&self.settings, &self.traces) {
-            let peak = run.peak.map(|peak| format!(", peak {peak}"));
-            let of = format!(
-                "{}, {}{}, seed {}",
-                workload.name(),
-                policy.name(),
-                peak.unwrap_or_default(),
-                run.seed
-            );
-            let played = play::play(&client, &run)
-                .await
-                .with_context(|| of.clone())?;
-            let took = played.memory.last().map_or(0, |looked| looked.at_us);
-            eprintln!(
-                "{of}: {} requests in {:.1} s",
-                run.requests(),
-                took as f64 / 1e6
-            );
-            self.ran.push(Ran {
-                workload,
-                policy,
-                peak: run.peak,
-                seed: run.seed,
-                requests: played.requests,
-                memory: played.memory,
-                preemptions: played.preemptions,
+        let asked = &self.arguments.policies;
+        let policies = Policy::ALL.into_iter().filter(|it| asked.contains(it));
+        let mut starting = JoinSet::new();
+        for policy in policies {
+            let flags = server::flags(&of_server, models, policy, device);
+            let program = self.program.clone();
+            starting.spawn(async move {
+                let running = Running::start(&program, &flags).await;
+                let running = running.with_context(|| policy.name())?;
+                let client = Client::new(&running.url, server::names(models))?;
+                play::warm_up(&client, models).await?;
+                anyhow::Ok(Server {
+                    policy,
+                    flags,
+                    running,
+                    client,
+                })
             });
         }
-        self.servers.push(Started {
+        let mut servers = Vec::new();
+        while let Some(started) = starting.join_next().await {
+            servers.push(started.context("a server's task failed")??);
+        }
+        servers.sort_by_key(|server| server.policy as usize);
+        Ok(servers)
+    }
+
+    async fn play(&mut self, workload: Workload, server: &Server, run: &Run) -> Result<()> {
+        let peak = run.peak.map(|peak| format!(", peak {peak}"));
+        let of = format!(
+            "{}{}, seed {}, {}",
+            workload.name(),
+            peak.unwrap_or_default(),
+            run.seed,
+            server.policy.name()
+        );
+        let played = play::play(&server.client, run)
+            .await
+            .with_context(|| of.clone())?;
+        let took = played.memory.last().map_or(0, |looked| looked.at_us);
+        eprintln!(
+            "{of}: {} requests in {:.1} s",
+            run.requests(),
+            took as f64 / 1e6
+        );
+        self.ran.push(Ran {
             workload,
-            policy,
-            flags,
+            policy: server.policy,
+            peak: run.peak,
+            seed: run.seed,
+            requests: played.requests,
+            memory: played.memory,
+            preemptions: played.preemptions,
         });
-        server.stop().await
+        Ok(())
     }
 
     /// Prints and writes what came of it.
     fn end(&self, file: &str) -> Result<ExitCode> {
-        tables::print(&self.ran);
+        tables::print(&self.ran, &self.servers);
         if let Some(path) = &self.arguments.json {
             let traces = self.arguments.trace.iter();
             let report = Report {
@@ -256,6 +313,7 @@ impl Measuring<'_> {
             plots::draw(folder, &self.ran)?;
             println!("Plots: {}", folder.display());
         }
+        simulated::print(&self.ran, &self.servers, &self.settings)?;
         let requests = self.ran.iter().flat_map(|run| &run.requests);
         let failures = requests.filter_map(|request| request.failure.as_deref());
         let failures: Vec<_> = failures.collect();

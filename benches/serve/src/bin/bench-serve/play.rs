@@ -66,15 +66,13 @@ pub async fn play(client: &Client, run: &Run) -> Result<Played> {
     watch.shutdown().await;
     let after = client.idle(IDLE_TIMEOUT).await?;
     let mut memory = std::mem::take(&mut *looks.lock().unwrap_or_else(PoisonError::into_inner));
-    memory.push(Looked {
-        at_us: since(start),
-        committed_bytes: after.committed_bytes,
-    });
     let preemptions = |counts: &[u64]| counts.iter().sum::<u64>();
+    let preempted = preemptions(&after.preemptions) - preemptions(&before.preemptions);
+    memory.push(Looked::new(since(start), after));
     Ok(Played {
         requests,
         memory,
-        preemptions: preemptions(&after.preemptions) - preemptions(&before.preemptions),
+        preemptions: preempted,
     })
 }
 
@@ -84,10 +82,7 @@ async fn watch_memory(client: Client, start: Instant, looks: Arc<Mutex<Vec<Looke
     loop {
         ticks.tick().await;
         if let Ok(metrics) = client.metrics().await {
-            let looked = Looked {
-                at_us: since(start),
-                committed_bytes: metrics.committed_bytes,
-            };
+            let looked = Looked::new(since(start), metrics);
             let mut looks = looks.lock().unwrap_or_else(PoisonError::into_inner);
             looks.push(looked);
         }

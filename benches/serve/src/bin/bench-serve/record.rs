@@ -1,6 +1,7 @@
 //! What is recorded of requests, and of memory.
 
 use crate::arrivals::PhaseName;
+use crate::metrics::Metrics;
 use crate::policy::Policy;
 use crate::workload::Workload;
 use serde::Serialize;
@@ -72,6 +73,22 @@ pub struct Looked {
     pub at_us: u64,
     /// What the device holds for each model.
     pub committed_bytes: Vec<u64>,
+    /// What of that sequences use.
+    pub live_bytes: Vec<u64>,
+    /// What of that only the prefix cache holds.
+    pub prefix_bytes: Vec<u64>,
+}
+
+impl Looked {
+    /// At a time, what the server says of its memory.
+    pub fn new(at_us: u64, metrics: Metrics) -> Self {
+        Self {
+            at_us,
+            committed_bytes: metrics.committed_bytes,
+            live_bytes: metrics.live_bytes,
+            prefix_bytes: metrics.prefix_bytes,
+        }
+    }
 }
 
 /// A run of a workload on one server.

@@ -1,5 +1,6 @@
 //! The file with all that was recorded.
 
+use crate::metrics::{PromptSteps, Steps};
 use crate::policy::Policy;
 use crate::record::Ran;
 use crate::settings::Settings;
@@ -16,6 +17,9 @@ pub struct Started {
     pub workload: Workload,
     pub policy: Policy,
     pub flags: Vec<String>,
+    /// Its steps without prompts, until it ended.
+    pub steps: Vec<Steps>,
+    pub prompt_steps: Vec<PromptSteps>,
 }
 
 /// What the file holds.

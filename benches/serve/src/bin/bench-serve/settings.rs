@@ -25,6 +25,8 @@ pub struct Server {
     pub dtype: String,
     /// Memory for K and V of all models, in MiB.
     pub memory_mib: usize,
+    /// K and V of a token of the model, in bytes, for the simulation beside what is measured.
+    pub token_bytes: usize,
     /// Sequences of a model that run at once.
     pub sequences: u16,
     /// Requests of a model that wait; more are refused.

@@ -76,16 +76,22 @@ pub struct Summary {
     pub failed: usize,
     pub preemptions: u64,
     pub tokens_per_second: f64,
+    /// The same while each client of a closed loop has its first request's first token and none has
+    /// its last: no prompt is computed meanwhile.
+    pub decoded_per_second: f64,
     /// How much later requests were sent than planned.
     pub late_us: Vec<f64>,
     pub held_bytes_max: u64,
+    /// What of that sequences used, at that moment.
+    pub live_bytes: u64,
 }
 
 impl Summary {
     /// Takes a phase of runs together.
     pub fn of(runs: &[&Ran], phase: PhaseName) -> Self {
         let mut summary = Self::default();
-        let (mut tokens, mut time_us) = (0, 0);
+        let mut all = Tokens::default();
+        let mut decoded = Tokens::default();
         for run in runs {
             let requests: Vec<_> = run.requests.iter().filter(|it| it.phase == phase).collect();
             for request in &requests {
@@ -98,17 +104,23 @@ impl Summary {
                 summary.per_token_us.extend(request.per_token_us());
                 summary.late_us.push(request.late_us() as f64);
             }
-            let held = run.memory.iter().map(|it| it.committed_bytes.iter().sum());
-            summary.held_bytes_max = held.max().unwrap_or(0).max(summary.held_bytes_max);
+            for looked in &run.memory {
+                let held_bytes = looked.committed_bytes.iter().sum();
+                if held_bytes > summary.held_bytes_max {
+                    summary.held_bytes_max = held_bytes;
+                    summary.live_bytes = looked.live_bytes.iter().sum();
+                }
+            }
             summary.preemptions += run.preemptions;
             let clients = match run.workload {
                 Workload::Closed => run.peak,
                 _ => None,
             };
-            let (some_tokens, some_us) = rate(&requests, clients);
-            (tokens, time_us) = (tokens + some_tokens, time_us + some_us);
+            all.add(rate(&requests, clients));
+            decoded.add(decode_rate(&requests, clients));
         }
-        summary.tokens_per_second = tokens as f64 / (time_us as f64 / 1e6);
+        summary.tokens_per_second = all.per_second();
+        summary.decoded_per_second = decoded.per_second();
         summary
     }
 
@@ -118,28 +130,72 @@ impl Summary {
     }
 }
 
-/// Tokens, and in which time they came: from the first arrival to the last token.
+/// Tokens, and in which time they came.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Tokens {
+    count: usize,
+    time_us: u64,
+}
+
+impl Tokens {
+    /// Those of requests that came after a time, until another.
+    fn within(requests: &[&Recorded], first_us: u64, last_us: u64) -> Self {
+        let times = requests.iter().flat_map(|request| times(request));
+        Self {
+            count: times
+                .filter(|us| (first_us + 1..=last_us).contains(us))
+                .count(),
+            time_us: last_us.saturating_sub(first_us),
+        }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.count += other.count;
+        self.time_us += other.time_us;
+    }
+
+    fn per_second(self) -> f64 {
+        self.count as f64 / (self.time_us as f64 / 1e6)
+    }
+}
+
+/// Tokens from the first arrival to the last token.
 ///
 /// In a closed loop it is the time in which all clients have a request that has its first token, or
 /// waits behind one that had: from when each has had its first until the last request is sent.
-fn rate(requests: &[&Recorded], clients: Option<u32>) -> (usize, u64) {
+fn rate(requests: &[&Recorded], clients: Option<u32>) -> Tokens {
     let first = match clients {
         None => requests.iter().map(|it| it.planned_us).min(),
-        Some(clients) => {
-            let mut sent: Vec<_> = requests.iter().collect();
-            sent.sort_by_key(|it| it.sent_us);
-            let begun = sent.iter().take(clients as usize);
-            begun.filter_map(|it| it.first_token_us).max()
-        }
+        Some(clients) => all_have_begun(&first_of_each(requests, clients)),
     };
     let last = match clients {
         None => requests.iter().filter_map(|it| it.last_token_us()).max(),
         Some(_) => requests.iter().map(|it| it.sent_us).max(),
     };
-    let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
-    let times = requests.iter().flat_map(|request| times(request));
-    let tokens = times.filter(|us| (first..=last).contains(us)).count();
-    (tokens, last.saturating_sub(first))
+    Tokens::within(requests, first.unwrap_or(0), last.unwrap_or(0))
+}
+
+/// Tokens of a closed loop's first requests, while all of them are generated.
+fn decode_rate(requests: &[&Recorded], clients: Option<u32>) -> Tokens {
+    let first = first_of_each(requests, clients.unwrap_or(0));
+    let ends = first.iter().filter_map(|it| it.last_token_us());
+    let both = all_have_begun(&first).zip(ends.min());
+    both.map_or_else(Tokens::default, |(begun, ended)| {
+        Tokens::within(&first, begun, ended)
+    })
+}
+
+/// The first request of each client.
+fn first_of_each<'a>(requests: &[&'a Recorded], clients: u32) -> Vec<&'a Recorded> {
+    let mut sent = requests.to_vec();
+    sent.sort_by_key(|it| it.sent_us);
+    sent.truncate(clients as usize);
+    sent
+}
+
+/// When the last of some requests has its first token.
+fn all_have_begun(requests: &[&Recorded]) -> Option<u64> {
+    requests.iter().filter_map(|it| it.first_token_us).max()
 }
 
 /// When each token came.
@@ -187,19 +243,22 @@ pub fn paired(
 /// How many times the time of an unloaded server a peak's p99 may be.
 const LOADED_TIMES: f64 = 10.0;
 
-/// The highest peak of workload (a) at which a policy's p99 time to first token is at most ten
-/// times that of its unloaded server; `None` if there is none.
+/// The highest peak of workload (a) up to which a policy serves every request, and its p99 time to
+/// first token is at most ten times that of its unloaded server; `None` if there is none.
 pub fn highest_peak(ran: &[Ran], policy: Policy) -> Option<u32> {
     let all = Section::all(ran);
     let all = all.iter().filter(|it| it.workload == Workload::Ramps);
     let p99_ms = |section: &Section| section.summary(ran, policy).map(|it| it.p99_ms());
     let mut unloaded = all.clone().filter(|it| it.phase == PhaseName::Unloaded);
     let unloaded_ms = p99_ms(unloaded.next()?)?;
-    let within = all.filter(|section| {
-        let ms = p99_ms(section);
-        ms.is_some_and(|ms| ms <= LOADED_TIMES * unloaded_ms)
+    let peaks = all.filter(|it| it.peak.is_some());
+    let within = peaks.take_while(|section| {
+        section.summary(ran, policy).is_some_and(|it| {
+            let is_whole = it.refused == 0 && it.failed == 0;
+            is_whole && it.p99_ms() <= LOADED_TIMES * unloaded_ms
+        })
     });
-    within.filter_map(|section| section.peak).max()
+    within.filter_map(|section| section.peak).last()
 }
 
 #[cfg(test)]
@@ -230,6 +289,8 @@ mod tests {
         let looked = |at_us, bytes: [u64; 2]| Looked {
             at_us,
             committed_bytes: bytes.to_vec(),
+            live_bytes: vec![at_us, 0],
+            prefix_bytes: vec![0, 0],
         };
         Ran {
             workload: Workload::Ramps,
@@ -263,6 +324,7 @@ mod tests {
         assert_eq!(summary.first_token_us[..2], [200.0, 1000.0]);
         assert_eq!(summary.per_token_us[..2], [200.0, 0.0]);
         assert_eq!((summary.preemptions, summary.held_bytes_max), (6, 8));
+        assert_eq!(summary.live_bytes, 5);
         assert_eq!(summary.late_us[..], [5.0; 8]);
         // Seven tokens in 1,000 µs of each run, those of the failed request too.
         assert_eq!(summary.tokens_per_second, 7.0 / 1e-3);
@@ -281,9 +343,13 @@ mod tests {
             request.sent_us = request.planned_us;
         }
         let requests: Vec<_> = requests.iter().collect();
-        // From 150 to 360: of the first 200 and 300, of the second 150, 250 and 350.
-        assert_eq!(rate(&requests, Some(2)), (5, 210));
-        assert_eq!(rate(&requests, None), (12, 650));
+        let tokens = |count, time_us| Tokens { count, time_us };
+        // After 150, up to 360: of the first 200 and 300, of the second 250 and 350.
+        assert_eq!(rate(&requests, Some(2)), tokens(4, 210));
+        assert_eq!(rate(&requests, None), tokens(12, 650));
+        // Up to 300: of the first 200 and 300, of the second 250.
+        assert_eq!(decode_rate(&requests, Some(2)), tokens(3, 150));
+        assert_eq!(decode_rate(&requests, None), Tokens::default());
     }
 
     #[test]
@@ -327,8 +393,13 @@ mod tests {
         unloaded.phase = PhaseName::Unloaded;
         let run = |peak, us| ran(Policy::Static, Some(peak), 0, vec![served(0, us, &[])]);
         let mut all = vec![ran(Policy::Static, None, 0, vec![unloaded])];
-        all.extend([run(2, 200), run(4, 1000), run(6, 1001)]);
+        all.extend([run(2, 200), run(4, 1000), run(6, 1001), run(8, 200)]);
         assert_eq!(highest_peak(&all, Policy::Static), Some(4));
+        let mut refused = served(0, 0, &[]);
+        (refused.status, refused.first_token_us) = (Some(503), None);
+        refused.retry_after = Some(1);
+        all[2].requests.push(refused);
+        assert_eq!(highest_peak(&all, Policy::Static), Some(2));
         assert_eq!(highest_peak(&all, Policy::Elastic), None);
         assert_eq!(highest_peak(&all[1..], Policy::Static), None);
     }

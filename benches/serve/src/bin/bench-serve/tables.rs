@@ -1,8 +1,10 @@
 //! What is printed of the runs.
 
 use crate::arrivals::PhaseName;
+use crate::metrics::Steps;
 use crate::policy::Policy;
 use crate::record::Ran;
+use crate::report::Started;
 use crate::summary::{Ratio, Section, Summary, highest_peak, paired};
 use crate::workload::Workload;
 use cuda_vmm_benches::report::table;
@@ -12,7 +14,7 @@ use cuda_vmm_benches::{mean, quantile};
 type Column = (&'static str, fn(&Summary) -> String);
 
 /// The columns of a section's table after the policy.
-const COLUMNS: [Column; 12] = [
+const COLUMNS: [Column; 13] = [
     ("first token: mean", |it| ms(mean(&it.first_token_us))),
     ("p50", |it| ms(quantile(&it.first_token_us, 500))),
     ("p99 (ms)", |it| ms(quantile(&it.first_token_us, 990))),
@@ -24,10 +26,13 @@ const COLUMNS: [Column; 12] = [
     ("preempted", |it| it.preemptions.to_string()),
     ("tokens/s", |it| format!("{:.1}", it.tokens_per_second)),
     ("sent late: p99 (ms)", |it| ms(quantile(&it.late_us, 990))),
-    ("most held (GiB)", |it| {
-        format!("{:.3}", it.held_bytes_max as f64 / (1_u64 << 30) as f64)
-    }),
+    ("most held (GiB)", |it| gib(it.held_bytes_max)),
+    ("of it live", |it| gib(it.live_bytes)),
 ];
+
+fn gib(bytes: u64) -> String {
+    format!("{:.3}", bytes as f64 / (1_u64 << 30) as f64)
+}
 
 fn ms(us: f64) -> String {
     let ms = us / 1e3;
@@ -41,7 +46,7 @@ fn policies(ran: &[Ran], section: &Section) -> impl Iterator<Item = (Policy, Sum
 }
 
 /// Prints all tables.
-pub fn print(ran: &[Ran]) {
+pub fn print(ran: &[Ran], servers: &[Started]) {
     let sections = Section::all(ran);
     for section in &sections {
         let head: Vec<_> = ["policy"]
@@ -56,6 +61,78 @@ pub fn print(ran: &[Ran]) {
     }
     print_curves(ran, &sections);
     print_hand_over(ran, &sections);
+    print_closed(ran, &sections);
+    print_steps(servers);
+}
+
+/// Prints the rates of workload (e).
+fn print_closed(ran: &[Ran], sections: &[Section]) {
+    let closed = sections.iter().filter(|it| it.workload == Workload::Closed);
+    let rows = closed.flat_map(|section| {
+        policies(ran, section).map(|(policy, it)| {
+            let rates = [it.tokens_per_second, it.decoded_per_second];
+            let rates = rates.map(|rate| format!("{rate:.0}"));
+            [
+                vec![peak(section), policy.name().to_owned()],
+                rates.to_vec(),
+            ]
+            .concat()
+        })
+    });
+    let rows: Vec<_> = rows.collect();
+    if !rows.is_empty() {
+        let head = [
+            "clients",
+            "policy",
+            "tokens/s, prompts within",
+            "tokens/s while all generate",
+        ];
+        let table = table(head, rows);
+        println!("\n(e), tokens a second\n{table}");
+    }
+}
+
+/// Prints how long steps without prompts took, and what of that is the server's own.
+fn print_steps(servers: &[Started]) {
+    let rows = servers.iter().flat_map(|server| {
+        let models = server.steps.iter();
+        let mut sizes: Vec<_> = models.map(|steps| steps.sequences_max).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        sizes.into_iter().map(|size| {
+            let models = server.steps.iter().filter(|it| it.sequences_max == size);
+            let models: Vec<_> = models.collect();
+            let sum = |number: fn(&Steps) -> f64| models.iter().map(|it| number(it)).sum::<f64>();
+            let most =
+                |number: fn(&Steps) -> f64| models.iter().map(|it| number(it)).fold(0., f64::max);
+            let (count, seconds) = (sum(|it| it.count as f64), sum(|it| it.seconds));
+            let percent = |share: f64| format!("{:.1}%", 100. * share);
+            [
+                server.workload.name().to_owned(),
+                server.policy.name().to_owned(),
+                size.to_string(),
+                format!("{count}"),
+                format!("{:.1}", sum(|it| it.sequences as f64) / count),
+                ms(seconds / count * 1e6),
+                percent(sum(|it| it.own_seconds) / seconds),
+                percent(most(|it| it.own_share_p50)),
+                percent(most(|it| it.own_share_p99)),
+            ]
+        })
+    });
+    let head = [
+        "workload",
+        "policy",
+        "sequences, up to",
+        "steps",
+        "sequences, mean",
+        "step (ms)",
+        "own share: mean",
+        "p50",
+        "p99",
+    ];
+    let table = table(head, rows.collect::<Vec<_>>());
+    println!("\nSteps without prompts; quantiles are those of the model with the largest\n{table}");
 }
 
 /// What is divided by what in the table of the ramps.
@@ -104,7 +181,9 @@ fn print_curves(ran: &[Ran], sections: &[Section]) {
             let highest = highest_peak(ran, policy);
             let highest = highest.map_or_else(|| "none".to_owned(), |peak| peak.to_string());
             let name = policy.name();
-            println!("{name}: highest peak with p99 at most ten times the unloaded one: {highest}");
+            println!(
+                "{name}: highest peak up to which all are served with p99 at most ten times the unloaded one: {highest}"
+            );
         }
     }
 }
