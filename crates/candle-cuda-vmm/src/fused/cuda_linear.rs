@@ -9,7 +9,7 @@
 #![allow(unsafe_code)]
 
 use super::cuda::kernel;
-use super::linear::RmsNorm;
+use super::rms_norm::RmsNorm;
 use crate::append::address_mut;
 use crate::attention::cuda_addresses::{UNIT_BYTES, number, with_addresses, wrap};
 use crate::attention::cuda_launch::launch;

@@ -4,17 +4,9 @@
 
 use super::add_rms_norm::add_rms_norm;
 use super::check::{check_alike, check_dtype, check_rows};
+use super::rms_norm::RmsNorm;
 use super::silu_mul::silu_mul;
 use candle_core::{Error, Result, Tensor};
-
-/// The norm of a product's input, as [`add_rms_norm`] has it.
-#[derive(Clone, Copy, Debug)]
-pub struct RmsNorm<'a> {
-    /// Factors of a row's elements, `[hidden]`.
-    pub weight: &'a Tensor,
-    /// What is added to the mean of the squares.
-    pub eps: f32,
-}
 
 /// Returns `norm(x) · weightᵀ + added`: the product of rows with weights, as a linear layer without
 /// bias has it. Without `norm`, `x` is multiplied as it is.

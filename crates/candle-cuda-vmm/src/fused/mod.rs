@@ -38,8 +38,10 @@ pub(crate) mod cuda;
 #[cfg(feature = "attention")]
 mod cuda_linear;
 mod linear;
+mod rms_norm;
 mod silu_mul;
 
 pub use add_rms_norm::add_rms_norm;
-pub use linear::{RmsNorm, gated_linear, linear};
+pub use linear::{gated_linear, linear};
+pub use rms_norm::RmsNorm;
 pub use silu_mul::silu_mul;
