@@ -310,6 +310,50 @@ fn models_that_are_short_get_what_others_do_not_need() {
     assert!(engine.committed_bytes <= engine.limit_bytes);
 }
 
+/// Both have filled their half of the memory with prefixes. One is idle then, and the other needs
+/// more than its half.
+#[test]
+fn an_idle_model_gives_up_prefixes_though_it_holds_no_more_than_the_busy_one() {
+    let shape = Shape::random(WIDE, 3, DType::F32).expect("a shape");
+    // A page of each tensor holds 128 tokens: half of the memory is two of them.
+    let sharing = Sharing {
+        limit_bytes: 4 * 2 * (2 << 20),
+        ..sharing(Policy::Elastic)
+    };
+    let host = host_of(&sharing, &shape);
+    let ask = |at: u32, length: u32| Generate {
+        prompt: (0..length).map(|token| (token * (at + 1)) % 250).collect(),
+        max_tokens: 2,
+        sampling: Sampling {
+            temperature: 0.,
+            top_p: 1.,
+            seed: None,
+        },
+        stop_ids: vec![256],
+    };
+    for model in MODELS {
+        reply(&host, model, ask(0, 200));
+    }
+    let held = || {
+        let figures = host.figures();
+        figures
+            .models
+            .iter()
+            .map(ModelFigures::committed_bytes)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(held(), [sharing.limit_bytes / 2; 2]);
+    // Three pages at once, without a sequence that is preempted.
+    std::thread::scope(|scope| {
+        for at in 1..4 {
+            let (host, ask) = (&host, ask(at, 100));
+            scope.spawn(move || reply(host, "one", ask));
+        }
+    });
+    assert!(held()[0] > sharing.limit_bytes / 2, "{:?}", held());
+    assert!(host.is_healthy());
+}
+
 /// K and V of a block of [`WIDE`].
 const BLOCK_BYTES: usize = 16 * 2 * (16 << 10);
 

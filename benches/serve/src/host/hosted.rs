@@ -6,7 +6,7 @@ use crate::batch::BatchDecoder;
 use crate::engine::{BLOCK_TOKENS, Budget, Choice, Kv, Policy, Runner, StepTimes, Stepped};
 use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Id, Limits};
-use candle_cuda_vmm::{Account, Result, TensorPool, TensorPoolOptions, VmmError};
+use candle_cuda_vmm::{Account, Quota, Result, TensorPool, TensorPoolOptions, VmmError};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -137,6 +137,8 @@ impl Hosted {
                 account: account.clone(),
                 requests: HashMap::new(),
                 told: thread_told,
+                quota: spec.quota,
+                ranks_idle: None,
                 is_closing: false,
             };
             serving.run(&commands.1);
@@ -315,6 +317,10 @@ struct Serving {
     account: Account,
     requests: HashMap<Id, Request>,
     told: Arc<Told>,
+    /// What was asked for.
+    quota: Quota,
+    /// Whether it last ranked as a model that has nothing to do.
+    ranks_idle: Option<bool>,
     is_closing: bool,
 }
 
@@ -322,7 +328,9 @@ impl Serving {
     fn run(mut self, commands: &Receiver<Command>) {
         let mut has_stepped = true;
         loop {
+            self.rank();
             self.listen(commands, has_stepped);
+            self.rank();
             if self.is_closing && self.requests.is_empty() {
                 return;
             }
@@ -344,6 +352,22 @@ impl Serving {
                 Ok(stepped) => has_stepped = stepped.is_some(),
                 Err(error) => return self.fail(&error),
             }
+        }
+    }
+
+    /// Ranks a model that has nothing to do behind those of its priority that have, and before those
+    /// of lower ones. Of equals, only the one that holds more gives back, so the prefixes of an idle
+    /// model would stand against what a busy one is short of.
+    fn rank(&mut self) {
+        let is_idle = self.runner.is_idle();
+        if self.ranks_idle == Some(is_idle) {
+            return;
+        }
+        let priority = self.quota.priority.saturating_mul(2);
+        let quota = self.quota.priority(priority.saturating_sub(is_idle.into()));
+        match self.account.set_quota(quota) {
+            Ok(()) => self.ranks_idle = Some(is_idle),
+            Err(error) => tracing::warn!(%error, "the model keeps its rank"),
         }
     }
 

@@ -239,6 +239,7 @@ impl Measuring<'_> {
         });
         let asked = &self.arguments.policies;
         let policies = Policy::ALL.into_iter().filter(|it| asked.contains(it));
+        let prompt_tokens = self.settings.ramps.tokens.prompt;
         let mut starting = JoinSet::new();
         for policy in policies {
             let flags = server::flags(&of_server, models, policy, device);
@@ -247,7 +248,7 @@ impl Measuring<'_> {
                 let running = Running::start(&program, &flags).await;
                 let running = running.with_context(|| policy.name())?;
                 let client = Client::new(&running.url, server::names(models))?;
-                play::warm_up(&client, models).await?;
+                play::warm_up(&client, models, prompt_tokens).await?;
                 anyhow::Ok(Server {
                     policy,
                     flags,

@@ -22,25 +22,36 @@ pub struct Played {
     pub preemptions: u64,
 }
 
-/// Sends one request to each model, which is not recorded, so that all have run once.
+/// How many requests each model gets at once before anything is recorded.
+const WARM_UP: [usize; 6] = [1, 2, 4, 8, 16, 32];
+
+/// Sends requests with prompts of this length to each model that are not recorded: the first of a
+/// size take longer, as libraries load kernels for it.
 ///
 /// # Errors
 ///
 /// If one of them is not served.
-pub async fn warm_up(client: &Client, models: usize) -> Result<()> {
+pub async fn warm_up(client: &Client, models: usize, prompt_tokens: u32) -> Result<()> {
     for model in 0..models {
-        let planned = Planned {
-            model,
-            arrival_us: 0,
-            prompt: vec![0; 8],
-            generated_tokens: 4,
-        };
-        let ready = client.ready(&planned, crate::arrivals::PhaseName::Measured, 0);
-        let record = client.send_now(ready, Instant::now()).await;
-        anyhow::ensure!(
-            record.is_served(),
-            "the first request of a model failed: {record:?}"
-        );
+        for (turn, requests) in WARM_UP.into_iter().enumerate() {
+            let mut sent = JoinSet::new();
+            for number in 0..requests {
+                let planned = Planned {
+                    model,
+                    arrival_us: 0,
+                    // No prefix is that of another.
+                    prompt: vec![(64 * turn + number) as u32 % 256; prompt_tokens as usize],
+                    generated_tokens: 4,
+                };
+                let ready = client.ready(&planned, crate::arrivals::PhaseName::Measured, 0);
+                let client = client.clone();
+                sent.spawn(async move { client.send_now(ready, Instant::now()).await });
+            }
+            while let Some(record) = sent.join_next().await {
+                let record = record.context("a request's task failed")?;
+                anyhow::ensure!(record.is_served(), "a first request failed: {record:?}");
+            }
+        }
     }
     Ok(())
 }
