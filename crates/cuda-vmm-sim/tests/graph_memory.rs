@@ -173,8 +173,13 @@ fn a_launch_for_which_there_is_too_little_memory_enqueues_nothing() {
     assert_eq!(launch(&driver, made, stream), out);
     synchronize(&driver, stream);
     assert_eq!(driver.read(outside, 1).unwrap(), [0]);
-    assert_eq!(attributes(&driver), [0; 4]);
     assert_eq!(free(&driver, address, stream), INVALID, "not allocated");
+    // What there was is lost: no trim gives it back.
+    let lost = [0, 0, 127, 127];
+    assert_eq!(attributes(&driver), lost);
+    call!(driver, cuDeviceGraphMemTrim(0)).unwrap();
+    assert_eq!(attributes(&driver), lost);
+    assert_eq!(driver.create(PAGE), out.map(|()| 0));
 }
 
 #[test]
