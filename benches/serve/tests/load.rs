@@ -17,6 +17,7 @@ const WORKLOADS: &str = r#"
 model = "tiny"
 dtype = "f32"
 memory_mib = 48
+token_bytes = 512
 sequences = 4
 waiting = 100
 step_tokens = 64
@@ -128,6 +129,8 @@ fn all_workloads_run_under_all_policies() {
     for words in [
         "(a) ramps: peak 8",
         "static ÷ elastic",
+        "measured and simulated",
+        "Steps without prompts",
         "(e) closed loop: 2 clients",
     ] {
         assert!(text.contains(words), "{words}: {text}");
