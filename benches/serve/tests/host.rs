@@ -244,6 +244,21 @@ fn figures_say_what_memory_is_for_and_add_up_to_the_limit() {
     }
 }
 
+/// Asks for the two likeliest tokens after a prompt of this length, which differs from that of other
+/// numbers from its second token on.
+fn greedy(number: u32, length: u32) -> Generate {
+    Generate {
+        prompt: (0..length).map(|at| (at * (number + 1)) % 250).collect(),
+        max_tokens: 2,
+        sampling: Sampling {
+            temperature: 0.,
+            top_p: 1.,
+            seed: None,
+        },
+        stop_ids: vec![256],
+    }
+}
+
 /// Both models want more than there is, at the same time and one after the other.
 #[test]
 fn models_that_are_short_get_what_others_do_not_need() {
@@ -261,18 +276,7 @@ fn models_that_are_short_get_what_others_do_not_need() {
         },
         &shape,
     );
-    let asks: Vec<_> = (0..4)
-        .map(|at| Generate {
-            prompt: (0..132).map(|token| (token * (at + 1)) % 250).collect(),
-            max_tokens: 2,
-            sampling: Sampling {
-                temperature: 0.,
-                top_p: 1.,
-                seed: None,
-            },
-            stop_ids: vec![256],
-        })
-        .collect();
+    let asks: Vec<_> = (0..4).map(|at| greedy(at, 132)).collect();
     let expected: Vec<_> = asks
         .iter()
         .map(|ask| reply(&alone, "one", ask.clone()))
@@ -321,18 +325,8 @@ fn an_idle_model_gives_up_prefixes_though_it_holds_no_more_than_the_busy_one() {
         ..sharing(Policy::Elastic)
     };
     let host = host_of(&sharing, &shape);
-    let ask = |at: u32, length: u32| Generate {
-        prompt: (0..length).map(|token| (token * (at + 1)) % 250).collect(),
-        max_tokens: 2,
-        sampling: Sampling {
-            temperature: 0.,
-            top_p: 1.,
-            seed: None,
-        },
-        stop_ids: vec![256],
-    };
     for model in MODELS {
-        reply(&host, model, ask(0, 200));
+        reply(&host, model, greedy(0, 200));
     }
     let held = || {
         let figures = host.figures();
@@ -346,7 +340,7 @@ fn an_idle_model_gives_up_prefixes_though_it_holds_no_more_than_the_busy_one() {
     // Three pages at once, without a sequence that is preempted.
     std::thread::scope(|scope| {
         for at in 1..4 {
-            let (host, ask) = (&host, ask(at, 100));
+            let (host, ask) = (&host, greedy(at, 100));
             scope.spawn(move || reply(host, "one", ask));
         }
     });

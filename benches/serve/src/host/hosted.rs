@@ -173,7 +173,7 @@ impl Hosted {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The times of steps without prompts, by their number of sequences, up to a power of two.
+    /// How long steps took.
     pub(super) fn times(&self) -> MutexGuard<'_, Times> {
         self.told
             .times

@@ -226,7 +226,7 @@ impl Measuring<'_> {
         Ok(())
     }
 
-    /// Starts a server for each policy, all at once, and has each model run once.
+    /// Starts a server for each policy, all at once, and warms up its models.
     async fn start(&self, workload: Workload, models: usize) -> Result<Vec<Server>> {
         let mut of_server = self.settings.server.clone();
         if workload == Workload::Closed {
