@@ -35,6 +35,9 @@ pub struct Runner {
     pub limit_seconds: u64,
 }
 
+/// A simulated program holds up no GPU, and is slow on a machine that does other work.
+const SIMULATED_LIMITS: u64 = 4;
+
 impl Runner {
     pub fn new(conditions: Conditions, programs: Programs, folder: &Path) -> Self {
         Self {
@@ -117,7 +120,11 @@ impl Runner {
         let mut command = self.command(cell, program, &opened)?;
         command.current_dir(folder.path()).stdin(Stdio::null());
         command.stdout(output.try_clone()?).stderr(output);
-        let seconds = self.limit_seconds + cell.stress_seconds(self.stress_seconds);
+        let limit_seconds = match cell.driver {
+            Driver::Real => self.limit_seconds,
+            Driver::Simulated | Driver::SimulatedLibrary => SIMULATED_LIMITS * self.limit_seconds,
+        };
+        let seconds = limit_seconds + cell.stress_seconds(self.stress_seconds);
         let end = run_for(&mut command, Duration::from_secs(seconds));
 
         let text = String::from_utf8_lossy(&fs::read(&log)?).into_owned();
