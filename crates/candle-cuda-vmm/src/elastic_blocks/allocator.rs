@@ -87,6 +87,11 @@ impl ElasticBlockAllocator {
         self.allocator.allocated()
     }
 
+    /// Returns how many blocks are free and backed, so that handing them out takes no memory.
+    pub fn free_backed(&self) -> usize {
+        self.allocator.free_backed()
+    }
+
     /// Chooses blocks to evict so that whole pages become empty; see
     /// [`BlockAllocator::reclaim_candidates`]. Free blocks cost nothing; `cost` is asked for the
     /// others.

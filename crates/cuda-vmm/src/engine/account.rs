@@ -241,8 +241,14 @@ impl Account {
         let engine = self.engine().open()?;
         engine.poll();
         let (bytes, outcome) = engine.give_up(Scope::Account(self.id()), |_| false);
+        let mut state = engine.state.lock();
         // Also if nothing went: what is owed is worked out anew.
-        engine.state.lock().note_change();
+        state.note_change();
+        let has_room = state.starved.has_room(state.ledger.committed_bytes());
+        drop(state);
+        if has_room {
+            engine.worker.wake(engine, false);
+        }
         outcome.map(|()| bytes)
     }
 
@@ -374,6 +380,7 @@ impl Inner {
             // What it owes is not worked out any more.
             entry.owed.set(0);
             state.ledger.close(id);
+            state.starved.note_other_room();
             state.look_again();
             for slot in state.ranges.of_account(id) {
                 slot.lock().is_account_closed = true;

@@ -18,6 +18,7 @@ impl Inner {
         loop {
             let mut state = self.state.lock();
             let outcome = guarantee(&mut state);
+            state.quietly().starved.note_other_room();
             let Err(VmmError::QuotaUnsatisfiable {
                 what: QuotaConflict::Guarantee,
                 asked_bytes,

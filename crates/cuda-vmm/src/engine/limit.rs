@@ -27,6 +27,7 @@ impl Engine {
         }
         let mut state = engine.state.lock();
         state.ledger.set_limit(engine.budget_bytes(bytes))?;
+        state.starved.note_other_room();
         engine.limit_bytes.store(bytes, Ordering::Relaxed);
         drop(state);
         // What is to be spared above it goes with the next step.

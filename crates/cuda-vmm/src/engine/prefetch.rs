@@ -46,6 +46,9 @@ impl Inner {
         let Ok(mut supply) = state.charge(account, bytes, chunk, None) else {
             // Nothing is given up for memory that no allocation needs yet.
             state.stop_prefetching(ahead.owner.range);
+            let committed_bytes = state.ledger.committed_bytes();
+            let starved = &mut state.quietly().starved;
+            starved.refuse(ahead.owner.range, bytes, committed_bytes);
             drop(state);
             crate::events::debug!(bytes, "the budget has no room for memory made ahead");
             return Some(0);
@@ -112,6 +115,7 @@ impl State {
     /// The next chunk to make ahead. `None` if no range wants any; `Some(None)` if the one that did
     /// wants none any more.
     fn next_ahead(&mut self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
+        self.feed_starved();
         self.look_again();
         // A chunk for each range in its turn: several may back the same blocks.
         let mut ranges = (self.ranges).with_in_turn(Fact::Hungry, self.prefetched);
@@ -132,6 +136,15 @@ impl State {
             target,
             pages,
         }))
+    }
+
+    /// Has the ranges that the budget had no room for want memory again, if there is some now.
+    fn feed_starved(&mut self) {
+        for id in self.starved.take(self.ledger.committed_bytes()) {
+            if let Some(mut range) = self.ranges.get(id) {
+                range.quietly().look_ahead();
+            }
+        }
     }
 
     fn stop_prefetching(&self, id: RangeId) {

@@ -12,6 +12,7 @@ use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::books::refusals::Refusals;
 use super::books::shared_chunks::SharedChunks;
+use super::books::starved::Starved;
 use super::books::tally::{Fact, Tally};
 use super::listeners::Listeners;
 use super::queue::{BITE, Queue};
@@ -52,6 +53,8 @@ pub(crate) struct State {
     pub(crate) next_pin: u64,
     /// The range that memory was last made ahead for.
     pub(crate) prefetched: RangeId,
+    /// Ranges that the budget had no room for, until there is some.
+    pub(crate) starved: Starved,
     pub(crate) queue: Queue,
     pub(crate) cache: Cache<PhysicalMemory>,
     /// Chunks that several ranges map.
@@ -98,6 +101,7 @@ impl State {
             ranges: Ranges::default(),
             next_pin: 0,
             prefetched: RangeId(0),
+            starved: Starved::default(),
             queue: Queue::default(),
             cache: Cache::default(),
             shared: SharedChunks::default(),

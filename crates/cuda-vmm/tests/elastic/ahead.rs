@@ -3,7 +3,7 @@
 use crate::common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OUT_OF_MEMORY, DriverFunction};
-use cuda_vmm::{Engine, EngineOptions, PoolOptions, VirtualMemoryPool, VmmError};
+use cuda_vmm::{Engine, EngineOptions, PoolOptions, Quota, VirtualMemoryPool, VmmError};
 use std::time::{Duration, Instant};
 
 const LIMIT: usize = 16 * PAGE;
@@ -183,6 +183,46 @@ fn a_driver_that_has_no_memory_ahead_is_not_asked_again_until_there_is_need() {
     simulator.clear_faults();
     fixture.pool.allocate(0, PAGE).expect("room");
     assert_eq!(fixture.engine.step().prefetched_bytes, 4 * PAGE);
+}
+
+#[test]
+fn what_the_budget_had_no_room_for_is_made_when_there_is_some() {
+    let fixture = Fixture::new(manual());
+    let other = VirtualMemoryPool::on_engine(&fixture.engine, 64 * PAGE, PAGE).expect("a pool");
+    other.allocate(0, LIMIT).expect("all there is");
+    let step = || fixture.engine.step().prefetched_bytes / PAGE;
+    assert_eq!([step(), step()], [0, 0]);
+    other.deallocate(0, 4 * PAGE).expect("live");
+    assert_eq!([step(), step()], [4, 0]);
+    assert_eq!(fixture.ahead_pages(), 4);
+}
+
+#[test]
+fn a_higher_limit_or_ceiling_is_room_for_memory_ahead() {
+    for limit_is_short in [true, false] {
+        let simulated = Simulated::default();
+        let (limit, ceiling) = match limit_is_short {
+            true => (LIMIT, 2 * LIMIT),
+            false => (2 * LIMIT, LIMIT),
+        };
+        let engine = Engine::new(&simulated.device, manual().limit_bytes(limit));
+        let engine = engine.expect("an engine");
+        let account = engine.account("model", Quota::new().ceiling_bytes(ceiling));
+        let account = account.expect("a free name");
+        let pool = |options| VirtualMemoryPool::on_account(&account, 64 * PAGE, PAGE, options);
+        let _ahead = pool(PoolOptions::new().ahead_bytes_max(4 * PAGE)).expect("a pool");
+        let other = pool(PoolOptions::new()).expect("a pool");
+        other.allocate(0, LIMIT).expect("all there is");
+        let step = || engine.step().prefetched_bytes / PAGE;
+        assert_eq!([step(), step()], [0, 0]);
+        let more = LIMIT + 4 * PAGE;
+        match limit_is_short {
+            true => engine.set_limit_bytes(more),
+            false => account.set_quota(Quota::new().ceiling_bytes(more)),
+        }
+        .expect("more");
+        assert_eq!([step(), step()], [4, 0], "limit: {limit_is_short}");
+    }
 }
 
 #[test]

@@ -27,4 +27,5 @@ pub(crate) mod range_id;
 pub(crate) mod refusals;
 pub(crate) mod shared_chunks;
 pub(crate) mod sorted;
+pub(crate) mod starved;
 pub(crate) mod tally;

@@ -157,6 +157,13 @@ impl BlockAllocator {
         self.packing.lock().map_or(0, |packing| packing.taken())
     }
 
+    /// How many blocks are free and have memory, so that handing them out needs none; 0 in a forked
+    /// process.
+    pub fn free_backed(&self) -> usize {
+        let packing = self.packing.lock();
+        packing.map_or(0, |packing| packing.free_backed())
+    }
+
     /// Whether a block is handed out; false in a forked process.
     pub fn is_allocated(&self, block: BlockId) -> bool {
         let packing = self.packing.lock();

@@ -50,6 +50,8 @@ pub(super) struct Packing {
     ranked: BTreeSet<Rank>,
     /// Free blocks, those that have memory first.
     free: BTreeSet<(usize, bool, BlockId)>,
+    /// How many of them have memory.
+    free_backed: usize,
     taken: usize,
 }
 
@@ -66,6 +68,7 @@ impl Packing {
             pages: vec![Page::default(); class.pages()],
             ranked: BTreeSet::new(),
             free: BTreeSet::new(),
+            free_backed: 0,
             taken: layout.blocks,
         };
         for block in 0..layout.blocks {
@@ -84,6 +87,10 @@ impl Packing {
 
     pub(super) fn taken(&self) -> usize {
         self.taken
+    }
+
+    pub(super) fn free_backed(&self) -> usize {
+        self.free_backed
     }
 
     pub(super) fn is_taken(&self, block: BlockId) -> bool {
@@ -109,6 +116,8 @@ impl Packing {
         found.with_memory =
             found.with_memory + usize::from(has_memory) - usize::from(before.has_memory);
         let is_ranked = found.free > 0;
+        self.free_backed -= usize::from(before.state == Use::Free && before.has_memory);
+        self.free_backed += usize::from(state == Use::Free && has_memory);
         self.taken -= usize::from(before.state == Use::Taken);
         self.taken += usize::from(state == Use::Taken);
         self.blocks[block] = Block { state, has_memory };

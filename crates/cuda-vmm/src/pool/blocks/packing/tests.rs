@@ -168,6 +168,8 @@ proptest! {
                 }
             }
             prop_assert_eq!(packing.taken(), model.iter().filter(|(taken, _)| *taken).count());
+            let ready = model.iter().filter(|(taken, has_memory)| !*taken && *has_memory);
+            prop_assert_eq!(packing.free_backed(), ready.count());
             for (block, (taken, _)) in model.iter().enumerate() {
                 prop_assert_eq!(packing.is_taken(block), *taken);
             }
