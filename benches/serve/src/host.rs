@@ -3,7 +3,10 @@
 mod figures;
 mod hosted;
 mod metrics;
+mod outbox;
+mod peers;
 mod shape;
+mod told;
 
 pub use shape::{Shape, ShapeError};
 
@@ -16,6 +19,7 @@ use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm};
 use cuda_vmm::{SharedMemoryPool, Snapshot};
 use hosted::{Common, Hosted};
 use tokio::sync::mpsc;
+use told::Peer;
 
 /// Where models run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,14 +100,16 @@ impl Host {
         };
         let register = |spec: &ModelSpec| host.pool.register_model(&spec.name, spec.quota);
         let accounts: core::result::Result<Vec<_>, _> = specs.iter().map(register).collect();
+        let (peers, commands): (Vec<_>, Vec<_>) = specs.iter().map(|_| Peer::new()).unzip();
         let common = Common {
             place,
             sharing: *sharing,
             accounts: accounts?,
             budget: host.budget.clone(),
+            peers: peers.into(),
         };
-        for (spec, account) in specs.into_iter().zip(&common.accounts) {
-            let (model, started) = Hosted::start(&common, account.clone(), spec)?;
+        for (own, (spec, commands)) in specs.into_iter().zip(commands).enumerate() {
+            let (model, started) = Hosted::start(&common, own, commands, spec)?;
             host.models.push(model);
             all_started.push(started);
         }

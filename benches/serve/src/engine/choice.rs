@@ -1,9 +1,5 @@
 //! How the tokens of a sequence are chosen.
 
-use candle_core::{Device, Tensor};
-use candle_cuda_vmm::Result;
-use candle_cuda_vmm::sampling::SampleParameters;
-
 /// How the tokens of a sequence are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
@@ -27,24 +23,4 @@ impl Choice {
     pub(super) fn seed_halves(&self) -> [u32; 2] {
         [self.seed as u32, (self.seed >> 32) as u32]
     }
-}
-
-/// Makes the parameters of these rows on the device: how each chooses, and the position of its last
-/// token.
-pub(super) fn parameters(rows: &[(Choice, u32)], device: &Device) -> Result<SampleParameters> {
-    let numbers = |number: fn(&Choice) -> f32| {
-        let all: Vec<_> = rows.iter().map(|(choice, _)| number(choice)).collect();
-        Tensor::new(all, device)
-    };
-    let seeds: Vec<_> = rows
-        .iter()
-        .flat_map(|(choice, _)| choice.seed_halves())
-        .collect();
-    let positions: Vec<_> = rows.iter().map(|(_, position)| *position).collect();
-    Ok(SampleParameters::new(
-        &numbers(|choice| choice.temperature)?,
-        &numbers(|choice| choice.top_p)?,
-        &Tensor::from_vec(seeds, (rows.len(), 2), device)?,
-        &Tensor::new(positions, device)?,
-    )?)
 }

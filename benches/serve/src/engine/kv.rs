@@ -65,10 +65,17 @@ pub struct Kv {
     others: Vec<Account>,
     /// How long they may take to give back what they owe.
     patience: Duration,
+    /// What all models may hold, and how much of it is to be free.
+    limit_bytes: usize,
+    free_bytes_min: usize,
     /// Since when memory is refused, for which they may owe.
     asking_since: Option<Instant>,
+    /// A page of each tensor, in bytes: what the next block needs if none is free.
+    pages_bytes: usize,
     /// Whether the plan of this step lacks memory.
     is_short: bool,
+    /// The fewest blocks that this plan was refused, since it last freed some.
+    refused: usize,
     /// The first failure that is not for want of memory.
     failure: Option<VmmError>,
 }
@@ -101,6 +108,7 @@ impl Kv {
         // a whole tensor.
         #[allow(unsafe_code)]
         let tensors = unsafe { blocks.reserved_tensors()? };
+        let pages_bytes = tensors.len() * blocks.backing().page_bytes();
         let layers = tensors.chunks_exact(2);
         Ok(Self {
             layers: layers.map(|kv| [kv[0].clone(), kv[1].clone()]).collect(),
@@ -113,8 +121,12 @@ impl Kv {
             counted: None,
             others: Vec::new(),
             patience: Duration::ZERO,
+            limit_bytes: 0,
+            free_bytes_min: 0,
             asking_since: None,
+            pages_bytes,
             is_short: false,
+            refused: usize::MAX,
             failure: None,
         })
     }
@@ -130,6 +142,13 @@ impl Kv {
     /// Has sequences wait so long for what these models owe before they are preempted.
     pub fn beside(mut self, others: Vec<Account>, patience: Duration) -> Self {
         (self.others, self.patience) = (others, patience);
+        self
+    }
+
+    /// Has so much of what all models may hold be free, as far as prefixes that nothing uses can go
+    /// for it: the model's own while it has some, and then those of others.
+    pub fn keep_free(mut self, limit_bytes: usize, free_bytes_min: usize) -> Self {
+        (self.limit_bytes, self.free_bytes_min) = (limit_bytes, free_bytes_min);
         self
     }
 
@@ -241,6 +260,10 @@ impl Kv {
 
     /// Takes blocks, if need be those of prefixes that nothing uses.
     fn allocate(&mut self, count: usize) -> Result<Vec<BlockId>> {
+        if self.lacks_pages(count) {
+            let evicted = self.prefix.evict(count);
+            self.allocator.free(evicted)?;
+        }
         loop {
             let error = match self.allocator.try_allocate(count) {
                 Ok(blocks) => {
@@ -261,9 +284,35 @@ impl Kv {
         }
     }
 
+    /// Whether so many blocks need pages though little is free. Then a prefix of the model's own
+    /// goes first: its blocks are there already.
+    fn lacks_pages(&self, count: usize) -> bool {
+        self.free_bytes_min > 0
+            && self.prefix.unused() > 0
+            && self.allocator.free_backed() < count
+            && self.free_bytes() < self.free_bytes_min + self.pages_bytes
+    }
+
+    /// What no model holds.
+    fn free_bytes(&self) -> usize {
+        let others = self.others.iter().map(Account::committed_bytes);
+        let held = self.blocks.account().committed_bytes() + others.sum::<usize>();
+        self.limit_bytes.saturating_sub(held)
+    }
+
+    /// How much too little is free, which prefixes of others may make room for; 0 while the model
+    /// has some of its own.
+    pub fn missing_bytes(&self) -> usize {
+        match self.free_bytes_min > 0 && self.prefix.unused() == 0 {
+            true => self.free_bytes_min.saturating_sub(self.free_bytes()),
+            false => 0,
+        }
+    }
+
     /// A plan begins.
     pub fn begin_plan(&mut self) {
         self.is_short = false;
+        self.refused = usize::MAX;
         if let Some(counted) = &mut self.counted {
             counted.begin_plan();
         }
@@ -288,6 +337,16 @@ impl Kv {
             let retires = || self.blocks.engine().stats().parts.retiring_bytes > 0;
             asking < HEARD || asking < self.patience && (self.others.iter().any(owes) || retires())
         })
+    }
+
+    /// There is no memory. What was refused is not asked for again in the same plan, as others would
+    /// be told each time.
+    fn lack(&mut self) -> Growth {
+        self.is_short = true;
+        match self.is_coming() {
+            true => Growth::Coming,
+            false => Growth::Short,
+        }
     }
 
     /// Whether the model, if it can compute nothing, must give its memory to one that waits.
@@ -359,6 +418,9 @@ impl Blocks for Kv {
         if missing == 0 {
             return Growth::Done;
         }
+        if missing >= self.refused {
+            return self.lack();
+        }
         if !self.take(missing) {
             self.is_short = true;
             return Growth::Short;
@@ -375,15 +437,15 @@ impl Blocks for Kv {
             Err(error) => {
                 self.settle();
                 let is_memory = error.is_out_of_memory() || error.is_retryable();
-                let is_short = is_memory || is_out_of_blocks(&error);
-                self.is_short |= is_short;
-                if !is_short && self.failure.is_none() {
-                    self.failure = Some(error);
+                if is_memory {
+                    self.refused = missing;
+                    return self.lack();
                 }
-                match is_memory && self.is_coming() {
-                    true => Growth::Coming,
-                    false => Growth::Short,
+                match is_out_of_blocks(&error) {
+                    true => self.is_short = true,
+                    false => _ = self.failure.get_or_insert(error),
                 }
+                Growth::Short
             }
         }
     }
@@ -395,6 +457,7 @@ impl Blocks for Kv {
         let blocks = std::mem::take(&mut sequence.blocks);
         let known = std::mem::take(&mut sequence.known);
         self.named.forget(blocks.iter().copied());
+        self.refused = usize::MAX;
         let (shared, own) = blocks.split_at(known.min(blocks.len()));
         let freed = self.allocator.free(own.iter().copied());
         // From the last on, so that a prefix is older than what is behind it.

@@ -5,10 +5,12 @@ mod choice;
 mod inputs;
 mod kv;
 mod prefix;
+mod prompts;
 mod runner;
 #[cfg(test)]
 mod tests;
 mod times;
+mod upload;
 
 pub use budget::Budget;
 pub use choice::Choice;

@@ -1,13 +1,13 @@
 //! One model that serves: its scheduler, its memory, and its steps.
 
-use super::choice::{Choice, parameters};
+use super::choice::Choice;
 use super::inputs::Rows;
 use super::kv::{BLOCK_TOKENS, Kv};
+use super::prompts::PromptInputs;
 use crate::batch::BatchDecoder;
-use crate::scheduler::{Ask, Chunk, Counts, Id, Limits, Refusal, Scheduler, Step};
+use crate::scheduler::{Ask, Blocks, Chunk, Counts, Id, Limits, Refusal, Scheduler, Step};
 use candle_core::{Device, Tensor};
 use candle_cuda_vmm::Result;
-use candle_cuda_vmm::attention::PromptSpan;
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions};
 use candle_cuda_vmm::sampling::sample;
 use std::collections::HashMap;
@@ -86,6 +86,42 @@ impl Runner {
     /// Captures the steps of all sizes of batches.
     pub fn capture(&mut self) -> Result<()> {
         self.graph.capture_all(self.kv.named(), |_| {})
+    }
+
+    /// Computes prompts of many lengths and forgets them, so that no request waits until its kernels
+    /// are loaded. It ends early if there is no memory for more.
+    pub fn warm_up(&mut self) -> Result<()> {
+        let limits = self.scheduler.limits();
+        let tokens_max = limits.context_max.min(self.kv.sequence_tokens_max());
+        let prompt_max = tokens_max.saturating_sub(1).max(1);
+        let mut is_short = false;
+        for count in prompt_lengths(limits.step_tokens_max) {
+            let prompts = (0..count).step_by(prompt_max);
+            let lengths = prompts.map(|first| prompt_max.min(count - first));
+            let ids: Vec<_> = lengths
+                .clone()
+                .enumerate()
+                .map(|(at, _)| Id(at as u64))
+                .collect();
+            for (id, length) in ids.iter().zip(lengths) {
+                // What is refused is not computed.
+                is_short |= self
+                    .submit(*id, vec![0; length], 1, Choice::GREEDY)
+                    .is_err();
+            }
+            while !self.is_idle() && !is_short {
+                is_short = self.step(|_| true)?.is_none();
+            }
+            for id in ids {
+                self.cancel(id);
+            }
+            self.kv.clear_prefixes()?;
+            if is_short {
+                break;
+            }
+        }
+        self.scheduler = Scheduler::new(limits);
+        Ok(())
     }
 
     /// Has a sequence wait for its turn.
@@ -207,29 +243,11 @@ impl Runner {
 
     /// Computes chunks of prompts, and returns the token after each.
     fn prompts(&self, chunks: &[Chunk]) -> Result<Tensor> {
-        let end = |chunk: &Chunk| chunk.first + chunk.count;
-        let blocks = |chunk: &Chunk| end(chunk).div_ceil(BLOCK_TOKENS);
-        let width = chunks.iter().map(blocks).max().unwrap_or(1);
-        let (mut tokens, mut tables, mut spans) = (Vec::new(), Vec::new(), Vec::new());
-        for (at, chunk) in chunks.iter().enumerate() {
-            tokens.extend_from_slice(&self.kv.tokens(chunk.id)[chunk.first..end(chunk)]);
-            let table = &self.kv.table(chunk.id)[..blocks(chunk)];
-            let rest = std::iter::repeat_n(0, width - table.len());
-            tables.extend(table.iter().map(|block| *block as u32).chain(rest));
-            spans.push(PromptSpan::new(at, chunk.count, end(chunk)));
-        }
-        let lengths: Vec<_> = chunks.iter().map(|chunk| end(chunk) as u32).collect();
-        let device = &self.device;
-        let tables = Tensor::from_vec(tables, (chunks.len(), width), device)?;
-        let kv = self.kv.batch(&tables, &Tensor::new(lengths, device)?)?;
-        let tokens = Tensor::new(tokens, device)?;
-        let logits = self.decoder.prompt(&tokens, &spans, &kv)?;
-        let rows = chunks.iter();
-        let rows = rows.map(|chunk| (self.choice(chunk.id), end(chunk) as u32 - 1));
-        Ok(sample(
-            &logits,
-            &parameters(&rows.collect::<Vec<_>>(), device)?,
-        )?)
+        let choice = |id| self.choice(id);
+        let inputs = PromptInputs::new(&self.kv, chunks, choice, &self.device)?;
+        let (tokens, spans) = (&inputs.tokens, &inputs.spans);
+        let logits = self.decoder.prompt(tokens, spans, &inputs.kv)?;
+        Ok(sample(&logits, &inputs.parameters)?)
     }
 
     /// Whether there is nothing to do.
@@ -267,5 +285,31 @@ impl Runner {
     /// The memory.
     pub fn kv(&mut self) -> &mut Kv {
         &mut self.kv
+    }
+}
+
+/// Lengths of which each is at most half as long again as the one before, up to this one.
+fn prompt_lengths(most: usize) -> Vec<usize> {
+    let powers = (0..usize::BITS).map(|bits| 1usize << bits);
+    let powers = powers.take_while(|power| *power <= most);
+    let mut lengths: Vec<_> = powers
+        .flat_map(|power| [power, power + power / 2])
+        .collect();
+    lengths.retain(|length| *length <= most);
+    lengths.push(most);
+    lengths.dedup();
+    lengths
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn prompts_of_all_lengths_are_near_one_that_is_computed_first() {
+        assert_eq!(prompt_lengths(1), [1]);
+        assert_eq!(prompt_lengths(14), [1, 2, 3, 4, 6, 8, 12, 14]);
+        let lengths = prompt_lengths(8192);
+        assert_eq!((lengths.len(), lengths.last()), (26, Some(&8192)));
     }
 }

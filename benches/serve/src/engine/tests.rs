@@ -102,6 +102,32 @@ fn drain(runner: &mut Runner, tokens: &mut HashMap<Id, Vec<u32>>) {
 }
 
 #[test]
+fn a_model_that_is_warm_has_nothing_and_gives_the_same_tokens() {
+    for policy in [Policy::Elastic, Policy::Static, Policy::Ideal] {
+        for blocks in [FEW, PLENTY] {
+            let mut tokens = [false, true].map(|is_warm| {
+                let (mut runner, pool) = runner(policy, blocks);
+                if is_warm {
+                    runner.warm_up().expect("memory that suffices");
+                    assert_eq!((runner.counts(), runner.held()), Default::default());
+                    let held = pool.engine().stats().parts.live_page_bytes;
+                    assert!(held == 0 || policy.is_backed_at_start(), "{held} bytes");
+                }
+                let mut tokens = HashMap::new();
+                let prompt = (0..50).collect();
+                runner
+                    .submit(Id(0), prompt, 20, choice(1))
+                    .expect("it fits");
+                drain(&mut runner, &mut tokens);
+                tokens
+            });
+            let warm = tokens[1].drain().next();
+            assert_eq!(warm, tokens[0].drain().next(), "{policy:?}, {blocks}");
+        }
+    }
+}
+
+#[test]
 fn tokens_are_those_of_each_sequence_alone_whatever_else_runs() {
     let mut random = StdRng::seed_from_u64(3);
     let asks: Vec<_> = (0..24)

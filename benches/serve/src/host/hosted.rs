@@ -1,14 +1,17 @@
 //! One model, on its thread.
 
 use super::figures::Work;
+use super::outbox::Outbox;
+use super::peers::Peers;
+use super::told::{Command, Peer, Times, Told};
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Budget, Choice, Kv, Policy, Runner, StepTimes, Stepped};
+use crate::engine::{BLOCK_TOKENS, Budget, Choice, Kv, Policy, Runner, Stepped};
 use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Id, Limits};
 use candle_cuda_vmm::{Account, Quota, Result, TensorPool, TensorPoolOptions, VmmError};
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
@@ -26,50 +29,9 @@ const GIVEN: Duration = Duration::from_millis(50);
 /// Divisor of the limit: for what all models have ahead.
 const AHEAD_SHARE: usize = 16;
 
-/// What a model's thread is told.
-enum Command {
-    Begin(Id, Generate, mpsc::Sender<Event>),
-    /// Memory is owed, or may be had.
-    Look,
-    ClearPrefixes(Sender<()>),
-    /// Ends when nothing is left.
-    Close,
-}
-
-/// What a model's thread tells.
-#[derive(Debug, Default)]
-struct Told {
-    /// Requests that were taken and have not ended.
-    open: AtomicUsize,
-    next: AtomicU64,
-    is_closing: AtomicBool,
-    has_failed: AtomicBool,
-    work: Mutex<Work>,
-    times: Mutex<Times>,
-}
-
-/// How long steps took.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Times {
-    /// Those without prompts, by their number of sequences, up to a power of two.
-    pub(super) decode: BTreeMap<usize, StepTimes>,
-    /// Those with prompts, by the tokens of these, up to a power of two.
-    pub(super) prompt: BTreeMap<usize, StepTimes>,
-}
-
-impl Told {
-    fn count_time(&self, step: Stepped, total: Duration) {
-        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
-        let (of_kind, size) = match step.prompt_tokens {
-            0 => (&mut times.decode, step.decodes),
-            tokens => (&mut times.prompt, tokens),
-        };
-        let sizes = (step.decodes, step.prompt_tokens);
-        let own = total.saturating_sub(step.decode_time);
-        let times = of_kind.entry(size.next_power_of_two()).or_default();
-        times.add(sizes, total, own);
-    }
-}
+/// Divisor of the limit: what is to be free for sequences that begin, as far as prefixes that
+/// nothing uses can make room for it.
+const FREE_SHARE: usize = 8;
 
 /// What all models have.
 #[derive(Clone)]
@@ -78,6 +40,8 @@ pub(super) struct Common {
     pub(super) sharing: Sharing,
     pub(super) accounts: Vec<Account>,
     pub(super) budget: Option<Budget>,
+    /// All models, in the order of the accounts.
+    pub(super) peers: Arc<[Peer]>,
 }
 
 /// A model that serves.
@@ -91,13 +55,19 @@ pub(super) struct Hosted {
 }
 
 impl Hosted {
-    /// Starts the thread that makes the model. The receiver tells whether it is made.
+    /// Starts the thread that makes the model of this place among all. The receiver tells whether
+    /// it is made.
     pub(super) fn start(
         common: &Common,
-        account: Account,
+        own: usize,
+        commands: Receiver<Command>,
         spec: ModelSpec,
     ) -> Result<(Self, Receiver<Result<()>>)> {
-        let (commands, told) = (channel(), Arc::new(Told::default()));
+        let Peer {
+            commands: sender,
+            told,
+        } = &common.peers[own];
+        let (sender, told) = (sender.clone(), told.clone());
         let context = spec.shape.config.max_position_embeddings;
         let created = SystemTime::now().duration_since(UNIX_EPOCH);
         let info = ModelInfo {
@@ -110,15 +80,17 @@ impl Hosted {
         };
         let (tell, started) = channel();
         let (sharing, common) = (common.sharing, common.clone());
-        let (look, thread_told) = (commands.0.clone(), told.clone());
+        let account = common.accounts[own].clone();
+        let (look, thread_told) = (sender.clone(), told.clone());
         let builder = thread::Builder::new().name(spec.name.clone());
         let serve = move || {
             let _unwinds = Unwinds(thread_told.clone());
-            let made = make(&common, &account, &spec);
-            let runner = match made {
-                Ok(runner) => {
+            let made = make(&common, own, &spec);
+            let outbox = || Outbox::new(&spec.name).map_err(no_thread);
+            let (runner, outbox) = match made.and_then(|made| Ok((made, outbox()?))) {
+                Ok(made) => {
                     _ = tell.send(Ok(()));
-                    runner
+                    made
                 }
                 Err(error) => {
                     thread_told.has_failed.store(true, Ordering::Relaxed);
@@ -136,19 +108,21 @@ impl Hosted {
                 runner,
                 account: account.clone(),
                 requests: HashMap::new(),
+                outbox,
                 told: thread_told,
+                peers: Peers::new(common.peers, own),
                 quota: spec.quota,
                 ranks_idle: None,
                 is_closing: false,
             };
-            serving.run(&commands.1);
+            serving.run(&commands);
             account.set_owed_waker(None);
             account.set_memory_waker(None);
         };
         let thread = builder.spawn(serve).map_err(no_thread)?;
         let hosted = Self {
             info,
-            commands: commands.0,
+            commands: sender,
             told,
             thread: Mutex::new(Some(thread)),
             open_max: sharing.sequences_max + sharing.waiting_max,
@@ -166,11 +140,7 @@ impl Hosted {
 
     /// What the thread has published last.
     pub(super) fn work(&self) -> Work {
-        *self
-            .told
-            .work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.told.work()
     }
 
     /// How long steps took.
@@ -258,7 +228,8 @@ impl Wake for Looks {
 }
 
 /// Makes a model on its thread.
-fn make(common: &Common, account: &Account, spec: &ModelSpec) -> Result<Runner> {
+fn make(common: &Common, own: usize, spec: &ModelSpec) -> Result<Runner> {
+    let account = &common.accounts[own];
     let (device, config) = (common.place.open()?, &spec.shape.config);
     let sharing = &common.sharing;
     let pool = TensorPool::on_account(&device, account, TensorPoolOptions::new())?;
@@ -289,17 +260,21 @@ fn make(common: &Common, account: &Account, spec: &ModelSpec) -> Result<Runner> 
         ahead_max.min(4 * limits.sequences_max),
         sharing.policy,
     )?;
-    let is_own = |it: &&Account| it.name() == account.name();
-    let model = common.accounts.iter().position(|it| is_own(&it));
-    let others = common.accounts.iter().filter(|it| !is_own(it));
-    let kv = kv.beside(others.cloned().collect(), GIVEN);
+    let mut others = common.accounts.clone();
+    others.remove(own);
+    let kv = kv.beside(others, GIVEN);
     let kv = match &common.budget {
-        Some(budget) => kv.within(budget.clone(), model.unwrap_or_default(), block_bytes),
+        Some(budget) => kv.within(budget.clone(), own, block_bytes),
         None => kv,
+    };
+    let kv = match sharing.policy {
+        Policy::Elastic => kv.keep_free(sharing.limit_bytes, sharing.limit_bytes / FREE_SHARE),
+        Policy::Static | Policy::PageAtATime | Policy::Ideal => kv,
     };
     let mut runner = Runner::new(decoder, kv, &device, limits)?;
     if device.is_cuda() {
         runner.capture()?;
+        runner.warm_up()?;
     }
     Ok(runner)
 }
@@ -316,7 +291,9 @@ struct Serving {
     runner: Runner,
     account: Account,
     requests: HashMap<Id, Request>,
+    outbox: Outbox,
     told: Arc<Told>,
+    peers: Peers,
     /// What was asked for.
     quota: Quota,
     /// Whether it last ranked as a model that has nothing to do.
@@ -337,22 +314,34 @@ impl Serving {
             let begun = Instant::now();
             self.drop_gone();
             let stepped = self.give_back().and_then(|()| self.step());
+            if !self.runner.is_idle() {
+                match self.runner.kv().missing_bytes() {
+                    0 => {}
+                    bytes => self.peers.ask(bytes),
+                }
+            }
             if let Ok(Some(step)) = &stepped {
                 self.told.count_time(*step, begun.elapsed());
             }
-            *self
-                .told
-                .work
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = Work {
-                counts: self.runner.counts(),
-                held: self.runner.held(),
-            };
+            self.publish();
             match stepped {
                 Ok(stepped) => has_stepped = stepped.is_some(),
                 Err(error) => return self.fail(&error),
             }
         }
+    }
+
+    /// Tells what there is, and what was done.
+    fn publish(&self) {
+        let mut work = self
+            .told
+            .work
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *work = Work {
+            counts: self.runner.counts(),
+            held: self.runner.held(),
+        };
     }
 
     /// Ranks a model that has nothing to do behind those of its priority that have, and before those
@@ -384,6 +373,12 @@ impl Serving {
             match command {
                 Command::Begin(id, ask, events) => self.begin(id, ask, events),
                 Command::Look => {}
+                Command::GiveBack(bytes) => {
+                    if let Err(error) = self.runner.kv().give_back(bytes) {
+                        tracing::warn!(%error, "prefixes could not be given back");
+                    }
+                    self.publish();
+                }
                 Command::ClearPrefixes(done) => {
                     if let Err(error) = self.runner.kv().clear_prefixes() {
                         tracing::warn!(%error, "prefixes could not be given back");
@@ -447,6 +442,7 @@ impl Serving {
             runner,
             requests,
             told,
+            outbox,
             ..
         } = self;
         let mut over = Vec::new();
@@ -454,12 +450,13 @@ impl Serving {
             let Some(request) = requests.get_mut(&made.id) else {
                 return true;
             };
-            let is_last = request.take(made.token);
+            let is_last = request.take(made.token, outbox);
             if is_last {
                 over.push(made.id);
             }
             is_last
         });
+        outbox.send();
         for id in over {
             requests.remove(&id);
             told.open.fetch_sub(1, Ordering::Relaxed);
@@ -473,26 +470,25 @@ impl Serving {
         tracing::error!(%error, "the model has failed");
         self.account.withdraw();
         for (_, request) in self.requests.drain() {
-            // The client may have gone.
-            _ = request.events.try_send(Event::Failed(error.to_string()));
+            let failed = Event::Failed(error.to_string());
+            self.outbox.push(&request.events, failed);
         }
     }
 }
 
 impl Request {
-    /// Sends a token. Returns whether it is the last, or nobody wants it.
-    fn take(&mut self, token: u32) -> bool {
+    /// Takes a token for the client. Returns whether it is the last, or nobody wants it.
+    fn take(&mut self, token: u32, outbox: &mut Outbox) -> bool {
         if self.ask.stop_ids.contains(&token) {
-            // The client may have gone.
-            _ = self.events.try_send(Event::End(FinishReason::Stop));
+            outbox.push(&self.events, Event::End(FinishReason::Stop));
             return true;
         }
         self.sent += 1;
-        let is_wanted = self.events.try_send(Event::Token(token)).is_ok();
+        outbox.push(&self.events, Event::Token(token));
         let is_last = self.sent >= self.ask.max_tokens;
         if is_last {
-            _ = self.events.try_send(Event::End(FinishReason::Length));
+            outbox.push(&self.events, Event::End(FinishReason::Length));
         }
-        is_last || !is_wanted
+        is_last || self.events.is_closed()
     }
 }

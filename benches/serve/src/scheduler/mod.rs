@@ -107,6 +107,11 @@ impl Scheduler {
         }
     }
 
+    /// What it was made with.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
     /// Has a sequence wait behind all others.
     ///
     /// # Errors
