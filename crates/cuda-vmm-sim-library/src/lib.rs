@@ -101,6 +101,7 @@ macro_rules! export {
     (cuMemGetInfo $arguments:tt) => { export!(@as cuMemGetInfo_v2 = cuMemGetInfo $arguments); };
     (cuMemAlloc $arguments:tt) => { export!(@as cuMemAlloc_v2 = cuMemAlloc $arguments); };
     (cuMemFree $arguments:tt) => { export!(@as cuMemFree_v2 = cuMemFree $arguments); };
+    (cuMemHostRegister $arguments:tt) => { export!(@as cuMemHostRegister_v2 = cuMemHostRegister $arguments); };
     (cuMemcpyHtoD $arguments:tt) => { export!(@as cuMemcpyHtoD_v2 = cuMemcpyHtoD $arguments); };
     (cuMemcpyDtoH $arguments:tt) => { export!(@as cuMemcpyDtoH_v2 = cuMemcpyDtoH $arguments); };
     (cuMemcpyDtoD $arguments:tt) => { export!(@as cuMemcpyDtoD_v2 = cuMemcpyDtoD $arguments); };
@@ -164,6 +165,7 @@ mod exports {
     pub(super) use super::cuMemAlloc_v2 as cuMemAlloc;
     pub(super) use super::cuMemFree_v2 as cuMemFree;
     pub(super) use super::cuMemGetInfo_v2 as cuMemGetInfo;
+    pub(super) use super::cuMemHostRegister_v2 as cuMemHostRegister;
     pub(super) use super::cuMemcpyDtoD_v2 as cuMemcpyDtoD;
     pub(super) use super::cuMemcpyDtoDAsync_v2 as cuMemcpyDtoDAsync;
     pub(super) use super::cuMemcpyDtoH_v2 as cuMemcpyDtoH;

@@ -27,6 +27,10 @@ pub struct Books {
     pub plain_allocations: usize,
     /// Total size of the plain allocations, in bytes, each rounded up to a host page.
     pub plain_bytes: usize,
+    /// Ranges of host memory that are registered, by the context of this device.
+    pub host_registrations: usize,
+    /// Total size of the registered ranges, in bytes.
+    pub host_registered_bytes: usize,
     /// Streams that were created and not destroyed.
     pub streams: usize,
     /// Events that were created and not destroyed.

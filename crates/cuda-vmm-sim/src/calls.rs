@@ -205,6 +205,13 @@ calls! {
         sim.plain_free_async(pointer, stream)
     }
 
+    fn cuMemHostRegister(sim, address: *mut c_void, size: usize, flags: c_uint) {
+        sim.host_register(address.expose_provenance(), size, flags)
+    }
+    fn cuMemHostUnregister(sim, address: *mut c_void) {
+        sim.host_unregister(address.addr())
+    }
+
     fn cuMemcpyHtoD(sim, destination: CUdeviceptr, source: *const c_void, size: usize) {
         sim.launch_and_wait(host_to_device(destination, source, size))
     }

@@ -36,7 +36,7 @@ impl State {
     }
 
     /// Releases one retain. The last release destroys the context's streams, events, graphs with
-    /// their memory, and plain allocations. A poisoned context stays poisoned.
+    /// their memory, and plain allocations, and unregisters host memory. A poisoned context stays poisoned.
     pub(crate) fn release_context(&self, device: usize) -> DriverResult {
         let mut inner = self.lock();
         let context = &mut inner.contexts.0[device];
@@ -51,6 +51,7 @@ impl State {
             inner.graphs.destroy_all(device);
             inner.free_all_plain(device);
             inner.free_all_graph_memory(device);
+            inner.registrations.remove_all(device);
             self.notify();
         }
         Ok(())

@@ -48,6 +48,8 @@ codes! {
     CUDA_ERROR_LAUNCH_TIMEOUT "the work took too long"
     CUDA_ERROR_CONTEXT_IS_DESTROYED "the current context was destroyed"
     CUDA_ERROR_ASSERT "an assertion failed on the device"
+    CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED "some of the host memory is registered already"
+    CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED "no registered host memory begins there"
     CUDA_ERROR_HARDWARE_STACK_ERROR "error in a call stack on the device"
     CUDA_ERROR_ILLEGAL_INSTRUCTION "illegal instruction on the device"
     CUDA_ERROR_MISALIGNED_ADDRESS "misaligned access on the device"

@@ -4,8 +4,9 @@
 //! that are not mapped with access. If the mapping has changed when the work runs, that is an
 //! illegal access.
 //!
-//! All host memory is treated as pageable. So a copy from the host reads the bytes at the call, and
-//! a copy to the host returns when it is complete, as the driver's do (CUDA Driver API, "API
+//! Host memory that is not registered is pageable. A copy from there reads the bytes at the call,
+//! and a copy to there returns when it is complete. A copy from or to registered memory returns at
+//! once, and touches that memory when it runs. So do the driver's (CUDA Driver API, "API
 //! synchronization behavior").
 
 use crate::state::address_space::AddressSpace;
@@ -31,17 +32,15 @@ impl State {
         inner.check_implicit(key)?;
         let work = inner.resolve(&node, true, self.config.backed);
         let sequence = self.enqueue(&mut inner, key, work)?;
-        let to_host = |node: &Node| {
-            matches!(
-                node,
-                Node::Copy {
-                    to: Endpoint::Host(_),
-                    bytes: 1..,
-                    ..
-                }
-            )
+        let waits = match node {
+            Node::Copy {
+                to: Endpoint::Host(address),
+                bytes: bytes @ 1..,
+                ..
+            } => !inner.registrations.contains(address, bytes),
+            _ => false,
         };
-        if to_host(&node) {
+        if waits {
             let stream = inner.streams.get(key)?;
             let (device, clock_ns) = (stream.device, stream.clock_ns);
             let inner = self.wait_for(inner, device, &[(key, sequence)])?;

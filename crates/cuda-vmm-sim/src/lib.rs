@@ -23,6 +23,7 @@ mod launch;
 #[allow(unsafe_code)]
 mod location;
 mod memory;
+mod registration;
 mod simulator;
 #[allow(unsafe_code)]
 mod slot;

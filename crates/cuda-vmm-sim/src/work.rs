@@ -45,7 +45,7 @@ impl Inner {
     }
 
     /// Converts a call or a graph's node to work on the current mappings. `stage` means that the
-    /// host's bytes may change or be freed before the work runs.
+    /// host's bytes may change or be freed before the work runs, unless they are registered.
     pub(crate) fn resolve(&self, node: &Node, stage: bool, backed: bool) -> Work {
         match *node {
             Node::Nothing => Work::Nothing,
@@ -66,7 +66,12 @@ impl Inner {
                     Endpoint::Host(address) => ResolvedEndpoint::Host(address),
                 };
                 let from = match from {
-                    Endpoint::Host(address) if stage && backed && bytes > 0 => {
+                    Endpoint::Host(address)
+                        if stage
+                            && backed
+                            && bytes > 0
+                            && !self.registrations.contains(address, bytes) =>
+                    {
                         let source = std::ptr::with_exposed_provenance::<u8>(address);
                         // SAFETY: the driver's caller guarantees this many readable bytes.
                         ResolvedEndpoint::Staged(

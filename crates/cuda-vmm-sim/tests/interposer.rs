@@ -102,6 +102,23 @@ fn whatever_is_made_and_given_back_the_books_are_the_drivers() {
     call!(driver, cuGraphDestroy(graph)).unwrap();
     call!(driver, cuEventDestroy(event)).unwrap();
 
+    let mut host = vec![0u8; 3 * 4096];
+    let place = host.as_mut_ptr().cast();
+    call!(driver, cuMemHostRegister(place, host.len(), 0)).unwrap();
+    let held = agree(&driver, &interposer);
+    let registered = (held.host_registrations, held.host_registered_bytes);
+    assert_eq!(registered, (1, host.len()));
+    let again = call!(driver, cuMemHostRegister(place, host.len(), 0));
+    assert_eq!(again, Err(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED));
+    let inside = place.wrapping_byte_add(4096);
+    let refused = call!(driver, cuMemHostUnregister(inside));
+    assert_eq!(refused, Err(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED));
+    assert_eq!(agree(&driver, &interposer), held);
+    interposer.inject(Fault::nth_of(DriverFunction::cuMemHostUnregister, 1, OUT));
+    assert_eq!(call!(driver, cuMemHostUnregister(place)), Err(OUT));
+    assert_eq!(agree(&driver, &interposer), held);
+    call!(driver, cuMemHostUnregister(place)).unwrap();
+
     let mut plain = [0, 0];
     call!(driver, cuMemAlloc(&mut plain[0], PAGE)).unwrap();
     call!(driver, cuMemAllocAsync(&mut plain[1], PAGE, stream)).unwrap();

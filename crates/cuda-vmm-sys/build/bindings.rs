@@ -44,6 +44,8 @@ pub fn generate(include: &Path) -> Result<(), String> {
         .prepend_enum_name(false)
         .formatter(bindgen::Formatter::None)
         .layout_tests(true);
+    // These are macros of no type.
+    builder = builder.allowlist_var("^CU_MEMHOSTREGISTER_[A-Z_]+$");
     // The wheel of libclang has no headers of its own, so it uses the C compiler's.
     let borrowed = compiler::include();
     if let Some(folder) = &borrowed {

@@ -40,6 +40,8 @@ macro_rules! driver_functions {
                 fn cuMemFree(pointer: CUdeviceptr) = PFN_cuMemFree_v3020, 3020;
                 fn cuMemAllocAsync(pointer: *mut CUdeviceptr, size: usize, stream: CUstream) = PFN_cuMemAllocAsync_v11020, 11020;
                 fn cuMemFreeAsync(pointer: CUdeviceptr, stream: CUstream) = PFN_cuMemFreeAsync_v11020, 11020;
+                fn cuMemHostRegister(address: *mut c_void, size: usize, flags: c_uint) = PFN_cuMemHostRegister_v6050, 6050;
+                fn cuMemHostUnregister(address: *mut c_void) = PFN_cuMemHostUnregister_v4000, 4000;
                 fn cuMemcpyHtoD(destination: CUdeviceptr, source: *const c_void, size: usize) = PFN_cuMemcpyHtoD_v3020, 3020;
                 fn cuMemcpyDtoH(destination: *mut c_void, source: CUdeviceptr, size: usize) = PFN_cuMemcpyDtoH_v3020, 3020;
                 fn cuMemcpyDtoD(destination: CUdeviceptr, source: CUdeviceptr, size: usize) = PFN_cuMemcpyDtoD_v3020, 3020;

@@ -97,6 +97,10 @@ macro_rules! constants {
             CU_MEM_ACCESS_FLAGS_PROT_NONE: CUmemAccess_flags = 0;
             CU_MEM_ACCESS_FLAGS_PROT_READ: CUmemAccess_flags = 1;
             CU_MEM_ACCESS_FLAGS_PROT_READWRITE: CUmemAccess_flags = 3;
+            CU_MEMHOSTREGISTER_PORTABLE: c_uint = 1;
+            CU_MEMHOSTREGISTER_DEVICEMAP: c_uint = 2;
+            CU_MEMHOSTREGISTER_IOMEMORY: c_uint = 4;
+            CU_MEMHOSTREGISTER_READ_ONLY: c_uint = 8;
             CU_STREAM_CAPTURE_STATUS_NONE: CUstreamCaptureStatus = 0;
             CU_STREAM_CAPTURE_STATUS_ACTIVE: CUstreamCaptureStatus = 1;
             CU_STREAM_CAPTURE_STATUS_INVALIDATED: CUstreamCaptureStatus = 2;

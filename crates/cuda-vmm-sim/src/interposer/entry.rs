@@ -217,6 +217,19 @@ macro_rules! call {
             |holdings, bytes| holdings.plain_alloc($pointer, bytes),
         )
     };
+    (cuMemHostRegister $state:ident ($address:ident, $size:ident, $flags:ident)) => {
+        note_created($state, forward!(cuMemHostRegister $state ($address, $size, $flags)), |holdings| {
+            holdings.register($address.addr(), $size)
+        })
+    };
+    (cuMemHostUnregister $state:ident ($address:ident)) => {
+        release(
+            $state,
+            |holdings| holdings.unregister($address.addr()),
+            || forward!(cuMemHostUnregister $state ($address)),
+            |holdings, bytes| holdings.register($address.addr(), bytes),
+        )
+    };
     (cuStreamCreate $state:ident ($stream:ident, $flags:ident)) => {
         note_created($state, forward!(cuStreamCreate $state ($stream, $flags)), |holdings| {
             holdings.streams.insert(result!($stream).addr());

@@ -28,6 +28,7 @@ pub(super) struct Holdings {
     reservations: HashMap<u64, usize>,
     mappings: BTreeMap<u64, Mapped>,
     plain: HashMap<u64, usize>,
+    registered: HashMap<usize, usize>,
     pub(super) streams: Handles,
     pub(super) events: Handles,
     pub(super) graphs: Handles,
@@ -106,6 +107,14 @@ impl Holdings {
         self.plain.remove(&address)
     }
 
+    pub(super) fn register(&mut self, address: usize, bytes: usize) {
+        self.registered.insert(address, bytes);
+    }
+
+    pub(super) fn unregister(&mut self, address: usize) -> Option<usize> {
+        self.registered.remove(&address)
+    }
+
     pub(super) fn books(&self) -> Books {
         let plain_bytes = self.plain.values().sum::<usize>();
         Books {
@@ -122,6 +131,8 @@ impl Holdings {
             mapped_bytes: self.mappings.values().map(|mapped| mapped.bytes).sum(),
             plain_allocations: self.plain.len(),
             plain_bytes,
+            host_registrations: self.registered.len(),
+            host_registered_bytes: self.registered.values().sum(),
             streams: self.streams.len(),
             events: self.events.len(),
             graphs: self.graphs.len(),
@@ -156,13 +167,19 @@ mod tests {
     }
 
     #[test]
-    fn a_reservation_and_a_plain_allocation_are_known_by_their_address() {
+    fn what_has_an_address_is_known_by_it() {
         let mut holdings = Holdings::default();
         holdings.reserve(0x1000, 64);
         holdings.plain_alloc(0x2000, 32);
         let books = holdings.books();
         assert_eq!((books.reservations, books.reserved_bytes), (1, 64));
         assert_eq!((books.plain_allocations, books.physical_bytes), (1, 32));
+        holdings.register(0x3000, 16);
+        let books = holdings.books();
+        let registered = (books.host_registrations, books.host_registered_bytes);
+        assert_eq!(registered, (1, 16));
+        assert_eq!(holdings.unregister(0x1000), None);
+        assert_eq!(holdings.unregister(0x3000), Some(16));
         assert_eq!(holdings.free(0x2000), None);
         assert_eq!(holdings.free(0x1000), Some(64));
         assert_eq!(holdings.plain_free(0x2000), Some(32));

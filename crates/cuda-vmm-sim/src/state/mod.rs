@@ -8,6 +8,7 @@ pub(crate) mod graph_memory;
 mod graph_range;
 pub(crate) mod graphs;
 pub(crate) mod physical;
+pub(crate) mod registrations;
 pub(crate) mod streams;
 pub(crate) mod work;
 
@@ -21,6 +22,7 @@ use events::Events;
 use graph_memory::GraphMemory;
 use graphs::Graphs;
 use physical::PhysicalMemory;
+use registrations::Registrations;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use streams::Streams;
 
@@ -56,6 +58,7 @@ pub(crate) struct Inner {
     trace: Option<Vec<DriverFunction>>,
     pub(crate) physical: PhysicalMemory,
     pub(crate) space: AddressSpace,
+    pub(crate) registrations: Registrations,
     pub(crate) contexts: Contexts,
     pub(crate) streams: Streams,
     pub(crate) events: Events,
@@ -80,6 +83,7 @@ impl State {
             trace: None,
             physical: PhysicalMemory::new(devices, config.memory_bytes, config.backed),
             space: AddressSpace::new(config.granularity_bytes, config.backed),
+            registrations: Registrations::default(),
             contexts: Contexts::new(devices),
             events: Events::default(),
             graphs: Graphs::default(),
@@ -210,11 +214,14 @@ impl Inner {
     /// Returns the resources that a device holds.
     pub(crate) fn books(&self, device: usize) -> Books {
         let (reservations, reserved_bytes) = self.space.reserved();
+        let (host_registrations, host_registered_bytes) = self.registrations.of_device(device);
         let mut books = Books {
             physical_bytes: self.physical.used_bytes(device),
             handles: self.physical.references(device),
             reservations,
             reserved_bytes,
+            host_registrations,
+            host_registered_bytes,
             streams: self.streams.created(device),
             events: self.events.count(device),
             graphs: self.graphs.count(device),

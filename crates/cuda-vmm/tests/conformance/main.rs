@@ -2,8 +2,8 @@
 //!
 //! The environment chooses the driver, the devices and the size of memory (`common/under_test.rs`).
 //! Every case makes raw calls in a state of its own and lists what they answered. The expected
-//! answers follow measurements on an H100 and an H200 with driver 580.159; a group fails with every
-//! difference, and shows both answers.
+//! answers follow measurements on an H100 and an H200 with driver 580.159, those of `host_memory`
+//! CUDA's manual; a group fails with every difference, and shows both answers.
 #![allow(
     clippy::macro_metavars_in_unsafe,
     reason = "every call of the table is unsafe"
@@ -16,6 +16,7 @@ mod access;
 mod capture;
 mod graph;
 mod graph_memory;
+mod host_memory;
 mod kit;
 mod order;
 mod peers;
@@ -133,6 +134,12 @@ fn capture() {
     let mut cases = capture::cases(has_context_events());
     cases.push(graph::replay());
     check_here("capture", &cases);
+}
+
+/// What host memory that is registered may do; CUDA's manual has the answers.
+#[test]
+fn host_memory() {
+    check_here("host_memory", &host_memory::cases());
 }
 
 #[test]

@@ -2,22 +2,26 @@
 
 use crate::common::{turn, under_test};
 use crate::kit::Kit;
-use crate::{Case, capture, differences, rules};
+use crate::{Case, capture, differences, host_memory, rules};
 use cuda_vmm::sys::*;
+use std::ffi::{c_uint, c_void};
 use std::sync::OnceLock;
 
 /// The table that the wrong answers are made from.
 static HONEST: OnceLock<DriverTable> = OnceLock::new();
 
-/// A function that answers success where the honest one refuses a value.
+/// A function that answers success where the honest one refuses a value, or what else is named.
 macro_rules! lenient {
     ($name:ident($($argument:ident: $type:ty),*)) => {
+        lenient!($name($($argument: $type),*), CUDA_ERROR_INVALID_VALUE);
+    };
+    ($name:ident($($argument:ident: $type:ty),*), $refusal:ident) => {
         #[allow(non_snake_case)]
         unsafe extern "C" fn $name($($argument: $type),*) -> CUresult {
             let honest = HONEST.get().expect("set before the table is used");
             // SAFETY: the caller's promise is the one that the driver's function asks for.
             match unsafe { (honest.$name)($($argument),*) } {
-                CUDA_ERROR_INVALID_VALUE => CUDA_SUCCESS,
+                $refusal => CUDA_SUCCESS,
                 code => code,
             }
         }
@@ -27,6 +31,7 @@ macro_rules! lenient {
 lenient!(cuMemUnmap(pointer: CUdeviceptr, size: usize));
 lenient!(cuMemFree(pointer: CUdeviceptr));
 lenient!(cuMemSetAccess(pointer: CUdeviceptr, size: usize, descriptors: *const CUmemAccessDesc, count: usize));
+lenient!(cuMemHostRegister(address: *mut c_void, size: usize, flags: c_uint), CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
 
 /// An event query that captures need not fear.
 unsafe extern "C" fn event_query(_: CUevent) -> CUresult {
@@ -84,6 +89,15 @@ fn a_driver_that_frees_mapped_memory_is_found_out() {
     is_found(&rules::cases(), "cuMemFree of mapped memory", |table| {
         table.cuMemFree = cuMemFree;
     });
+}
+
+#[test]
+fn a_driver_that_registers_host_memory_twice_is_found_out() {
+    is_found(
+        &host_memory::cases(),
+        "register what is registered",
+        |table| table.cuMemHostRegister = cuMemHostRegister,
+    );
 }
 
 #[test]
