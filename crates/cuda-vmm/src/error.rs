@@ -186,6 +186,28 @@ pub enum VmmError {
         /// The most that the asker may ever hold, in bytes.
         limit_bytes: usize,
     },
+    /// The limit of a [`HostStore`](crate::HostStore) has no room. Nothing was taken.
+    #[error(
+        "the host store is full: {needed_bytes} bytes needed, {in_use_bytes} in use of {limit_bytes}"
+    )]
+    HostStoreFull {
+        /// Bytes that the request needs, rounded up to whole huge pages.
+        needed_bytes: usize,
+        /// Bytes that are reserved, in whole huge pages.
+        in_use_bytes: usize,
+        /// The limit in bytes.
+        limit_bytes: usize,
+    },
+    /// The operating system refused host memory.
+    #[error("{call} of {bytes} bytes of host memory failed: {reason}")]
+    HostMemory {
+        /// The system call.
+        call: &'static str,
+        /// Bytes that were asked for.
+        bytes: usize,
+        /// The system's own words.
+        reason: Box<str>,
+    },
     /// No run of unused addresses is long enough.
     #[error(
         "out of address space: {asked_bytes} bytes asked, the largest unused run has {largest_free_bytes}"
@@ -344,8 +366,8 @@ impl VmmError {
     /// | kind | errors |
     /// |---|---|
     /// | later | [`OutOfPhysicalMemory`](Self::OutOfPhysicalMemory) of at most its limit; [`Quarantined`](Self::Quarantined); [`Driver`](Self::Driver) with `CUDA_ERROR_OUT_OF_MEMORY`, except for addresses, and with `CUDA_ERROR_NOT_READY` from `cuMemSetAccess` |
-    /// | never | `OutOfPhysicalMemory` of more than its limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values exclude each other, such as a guarantee and the limit; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
-    /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors |
+    /// | never | `OutOfPhysicalMemory` and [`HostStoreFull`](Self::HostStoreFull) of more than the limit; `Driver` if [the context is beyond use](Self::is_poisoned); [`QuotaUnsatisfiable`](Self::QuotaUnsatisfiable) if two values exclude each other, such as a guarantee and the limit; [`Block`](Self::Block) if no block or plan is such; [`Closed`](Self::Closed), [`Forked`](Self::Forked), and all that says that an argument, a device or the installation is wrong |
+    /// | depends on what the program does | all others: on bytes or tensors that it frees, on models and quotas, on descriptors, on host memory |
     ///
     /// The driver does not say how much memory it lacks, so what is larger than the whole device is
     /// later too.
@@ -385,6 +407,14 @@ impl VmmError {
                 true => Prospect::Never,
                 false => Prospect::Later,
             },
+            Self::HostStoreFull {
+                needed_bytes,
+                limit_bytes,
+                ..
+            } => match needed_bytes > limit_bytes {
+                true => Prospect::Never,
+                false => Prospect::Depends,
+            },
             Self::Driver(_) if self.is_poisoned() => Prospect::Never,
             // The driver returns the same code if addresses run out; memory does not help then.
             Self::Driver(error) => match (error.code, error.call) {
@@ -419,6 +449,7 @@ impl VmmError {
             | Self::KeptShared { .. }
             | Self::ModelNotFound { .. }
             | Self::ModelAlreadyRegistered { .. }
+            | Self::HostMemory { .. }
             | Self::Descriptor { .. } => Prospect::Depends,
             #[cfg(feature = "simulator")]
             Self::Simulator(

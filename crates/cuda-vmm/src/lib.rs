@@ -16,6 +16,7 @@
 //! - [`VirtualMemoryPool`], one elastic range, and [`SharedMemoryPool`], many models under one
 //!   limit.
 //! - [`pool::blocks`]: memory behind the block tables of paged caches.
+//! - [`HostStore`]: pinned host memory, under a limit of its own.
 //!
 //! ```
 //! # #[cfg(feature = "simulator")] {
@@ -40,6 +41,7 @@
 //! - *chunk*: one piece of physical memory behind one mapping, of one page or several.
 //! - *range*: the addresses of one pool, or of one model; it grows and shrinks in place.
 //! - *extent*: a run of live bytes without a gap.
+//! - *piece*: pinned host memory that a host store makes, keeps and gives back whole.
 //! - *block*: a numbered part of a paged cache, with bytes in each of its tensors.
 //!
 //! What memory is. Each committed byte is in exactly one of the parts marked with †:
@@ -112,6 +114,7 @@ mod events;
 mod fence;
 mod foreign;
 mod graph;
+mod host_store;
 mod mapping;
 mod memory_parts;
 mod physical;
@@ -140,6 +143,7 @@ pub use error::REQUIRE_GPU_VARIABLE;
 pub use error::{CloseError, DriverError, QuotaConflict, Result, VmmError};
 pub use fence::Fence;
 pub use graph::{Graph, GraphMemory, GraphNodes};
+pub use host_store::{HostBytes, HostStore, HostStoreOptions, HostStoreStats};
 pub use mapping::{Access, Mapping};
 pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;

@@ -12,6 +12,11 @@ pub(crate) trait Stuck: Debug + Send + Sync {
         0
     }
 
+    /// Host memory that it pins, in bytes.
+    fn host_bytes(&self) -> usize {
+        0
+    }
+
     /// Addresses that it reserves, in bytes.
     fn address_bytes(&self) -> usize {
         0
@@ -67,6 +72,11 @@ impl Quarantine {
     pub(crate) fn bytes(&self) -> usize {
         let unfinished = self.unfinished.iter();
         self.refused_bytes() + unfinished.map(|stuck| stuck.bytes()).sum::<usize>()
+    }
+
+    /// Host memory in bytes.
+    pub(crate) fn host_bytes(&self) -> usize {
+        self.refused.iter().map(|stuck| stuck.host_bytes()).sum()
     }
 
     /// Addresses in bytes.

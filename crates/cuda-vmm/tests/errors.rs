@@ -93,6 +93,8 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
             "KeptShared",
             "ModelNotFound",
             "ModelAlreadyRegistered",
+            "HostStoreFull",
+            "HostMemory",
             "Descriptor"
         ]
     );
@@ -101,6 +103,14 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
         asked_bytes: 8,
         available_bytes: 4,
     };
+    let full = |needed_bytes| VmmError::HostStoreFull {
+        needed_bytes,
+        in_use_bytes: 6,
+        limit_bytes: 8,
+    };
+    assert!(full(9).is_permanent() && !full(8).is_permanent() && !full(8).is_retryable());
+    // It is host memory that is missing, so eviction from the device does not help.
+    assert!(!full(8).is_out_of_memory() && full(8).shortfall_bytes() == 0);
     assert!(quota(QuotaConflict::GuaranteeAboveCeiling).is_permanent());
     assert!(quota(QuotaConflict::Headroom).is_permanent());
     assert!(quota(QuotaConflict::LimitBelowGuarantees).is_permanent());
@@ -400,6 +410,22 @@ fn texts() -> Vec<(VmmError, &'static str)> {
         (
             VmmError::Forked,
             "the driver was opened before fork; it cannot be used in the child",
+        ),
+        (
+            VmmError::HostStoreFull {
+                needed_bytes: 4,
+                in_use_bytes: 6,
+                limit_bytes: 8,
+            },
+            "the host store is full: 4 bytes needed, 6 in use of 8",
+        ),
+        (
+            VmmError::HostMemory {
+                call: "mmap",
+                bytes: 4,
+                reason: "no more".into(),
+            },
+            "mmap of 4 bytes of host memory failed: no more",
         ),
         (
             VmmError::Descriptor {

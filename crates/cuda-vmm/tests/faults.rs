@@ -14,8 +14,8 @@ use common::{
 use cuda_vmm::sim::{Fault, Interposer};
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
 use cuda_vmm::{
-    Device, Engine, EngineOptions, PoolOptions, Quota, Result, SharedPoolOptions, Stream,
-    VirtualMemoryPool,
+    Device, Engine, EngineOptions, HostBytes, HostStore, HostStoreOptions, PoolOptions, Quota,
+    Result, SharedPoolOptions, Stream, VirtualMemoryPool,
 };
 use std::cell::RefCell;
 use std::time::Duration;
@@ -40,12 +40,22 @@ struct Fixture {
     made: Option<VirtualMemoryPool>,
     /// Those that are named for the pool, which lets go of streams that no caller holds.
     streams: Vec<Stream>,
+    host: HostStore,
+    kept: Option<HostBytes>,
     /// Holds the first of them until the operation is over.
     gate: RefCell<Option<Gate>>,
 }
 
 fn options() -> EngineOptions {
     manual().limit_bytes(limit())
+}
+
+/// The unit of a host store's sizes.
+const HOST_UNIT: usize = 2 << 20;
+
+fn host_store(device: &Device) -> HostStore {
+    let options = HostStoreOptions::new().piece_bytes(HOST_UNIT).threads(1);
+    HostStore::with_options(device, 4 * HOST_UNIT, options).expect("a store")
 }
 
 impl Fixture {
@@ -65,12 +75,14 @@ impl Fixture {
         let shared = Models::with_options(&device, shared).expect("shared pool");
         shared.register_model("old", 8 * page()).expect("model");
         Self {
-            device,
+            device: device.clone(),
             held_bytes,
             engine,
             pool: Some(pool),
             shared,
             made: None,
+            host: host_store(&device),
+            kept: None,
             streams,
             gate: RefCell::new(None),
         }
@@ -117,6 +129,15 @@ impl Fixture {
             self.interposer().books().physical_bytes - self.held_bytes,
             "{what}: ours, and the driver's"
         );
+        let host = self.host.stats();
+        assert_eq!(
+            host.registered_bytes + self.device.quarantined_host_bytes(),
+            self.interposer().books().host_registered_bytes,
+            "{what}: ours, and the driver's"
+        );
+        let in_use = self.kept.as_ref().map_or(0, HostBytes::reserved_bytes);
+        assert_eq!(host.in_use_bytes, in_use, "{what}: {host}");
+        assert!(host.registered_bytes <= 4 * HOST_UNIT, "{what}: {host}");
     }
 
     /// Once the driver works again, everything that was refused goes back.
@@ -138,6 +159,7 @@ impl Fixture {
         }
         assert_eq!(self.device.quarantined_bytes(), 0, "{what}");
         assert_eq!(self.device.quarantined_address_bytes(), 0, "{what}");
+        assert_eq!(self.device.quarantined_host_bytes(), 0, "{what}");
     }
 }
 
@@ -432,6 +454,31 @@ fn cases() -> Vec<Case> {
                 f.shared.deallocate_for_model_address("old", base, page())
             },
         ),
+        case("reserve host memory in three pieces", NOTHING, |f| {
+            f.kept = Some(f.host.reserve(3 * HOST_UNIT)?);
+            Ok(())
+        }),
+        case(
+            "reserve host memory beside what is free",
+            |f| f.host.reserve(2 * HOST_UNIT).map(drop),
+            |f| {
+                f.kept = Some(f.host.reserve(4 * HOST_UNIT)?);
+                Ok(())
+            },
+        ),
+        back(
+            "trim host memory",
+            |f| f.host.reserve(3 * HOST_UNIT).map(drop),
+            |f| f.host.trim().map(drop),
+        ),
+        back(
+            "end a host store",
+            |f| f.host.reserve(3 * HOST_UNIT).map(drop),
+            |f| {
+                f.host = host_store(&f.device);
+                Ok(())
+            },
+        ),
         back(
             "unregister a model",
             |f| f.shared.allocate_for_model("old", 2 * page()).map(drop),
@@ -472,6 +519,7 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
         fixture.pool().stats(),
         fixture.shared.stats(),
         fixture.engine.stats(),
+        fixture.host.stats().registered_bytes,
     );
     let models = fixture.shared.models();
     fixture.interposer().start_trace();
@@ -501,6 +549,11 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
                     (before.0.live_bytes, before.0.live_pages),
                     "{what}"
                 );
+                assert!(fixture.kept.is_none(), "{what}");
+                if failing.len() == 1 {
+                    let registered = fixture.host.stats().registered_bytes;
+                    assert_eq!(registered, before.3, "{what}: unpinned again");
+                }
                 let quarantined = fixture.engine.stats().parts.quarantined_bytes
                     + fixture.shared.stats().parts.quarantined_bytes;
                 if failing.len() == 1 {
@@ -525,6 +578,7 @@ fn run_in(what: &str, case: &Case, failing: &[u64], code: CUresult) -> usize {
         && !case.gives_back
         && fixture.pool().stats().live_bytes == before.0.live_bytes
         && fixture.made.is_none()
+        && fixture.kept.is_none()
         && fixture.shared.models() == models
         && fixture.shared.stats().parts.live_page_bytes == before.1.parts.live_page_bytes
     {
@@ -577,6 +631,7 @@ fn a_device_that_refuses_everything_loses_nothing() {
         DriverFunction::cuEventRecord,
         DriverFunction::cuEventQuery,
         DriverFunction::cuCtxRecordEvent,
+        DriverFunction::cuMemHostUnregister,
     ] {
         let what = &format!("{refused} refused for good");
         let before = under_test().interposer.books();
@@ -590,6 +645,10 @@ fn a_device_that_refuses_everything_loses_nothing() {
             .deallocate(0, 2 * page())
             .expect("never fails for the driver");
         fixture.engine.step();
+        drop(fixture.host.reserve(HOST_UNIT));
+        let trimmed = fixture.host.trim();
+        let is_refused = refused == DriverFunction::cuMemHostUnregister;
+        assert_eq!(trimmed.is_err(), is_refused, "{what}");
         fixture.check(what);
         assert_eq!(fixture.pool().physical_memory_usage(), 2 * page(), "{what}");
         fixture.settle(what);

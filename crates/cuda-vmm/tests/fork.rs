@@ -7,8 +7,9 @@ mod common;
 use common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Books;
 use cuda_vmm::{
-    Access, Device, Engine, Fence, Mapping, PhysicalMemory, PoolOptions, Quota, Reservation,
-    SharedMemoryPool, StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
+    Access, Device, Engine, Fence, HostBytes, HostStore, HostStoreStats, Mapping, PhysicalMemory,
+    PoolOptions, Quota, Reservation, SharedMemoryPool, StepReport, Stream, VirtualMemoryPool,
+    VmmError, WorkerMode,
 };
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -24,6 +25,10 @@ struct Everything {
     pools: Vec<(Engine, VirtualMemoryPool)>,
     shared: SharedMemoryPool,
     model: VirtualMemoryPool,
+    host: HostStore,
+    kept: HostBytes,
+    /// Where the memory of the host store is.
+    pinned: usize,
     /// The last owners of another simulated driver, one of whose streams has a thread.
     lonely: (Stream, Mapping),
 }
@@ -66,7 +71,11 @@ impl Everything {
         let model = VirtualMemoryPool::on_account(&account, 4 * PAGE, PAGE, PoolOptions::new());
         let model = model.expect("addresses");
         model.allocate(0, PAGE).expect("room");
+        let host = HostStore::new(device, 4 * PAGE).expect("a store");
         Self {
+            kept: host.reserve(PAGE).expect("room"),
+            pinned: not_inherited(),
+            host,
             reservation: Reservation::new(device, PAGE).expect("address space"),
             memory: PhysicalMemory::new(device, PAGE).expect("memory"),
             mapping,
@@ -109,6 +118,13 @@ impl Everything {
         forked(self.lonely.0.synchronize());
         let owner = self.lonely.0.device().clone();
         forked(self.lonely.1.set_access(&[(owner, Access::None)]));
+        forked(self.host.reserve(PAGE));
+        forked(self.host.trim());
+        forked(self.host.set_limit_bytes(0));
+        forked(HostStore::new(device, PAGE));
+        // The child has not inherited the memory: without the check these would fault.
+        forked(self.kept.read(0, &mut [0]));
+        assert_eq!(self.host.stats(), HostStoreStats::default());
         for (engine, pool) in &self.pools {
             let before = engine.stats();
             forked(pool.allocate(4 * PAGE, PAGE));
@@ -138,7 +154,55 @@ const FINE: i32 = 40;
 const CALLS: i32 = 41;
 const DROPS: i32 = 42;
 
-fn child(everything: Everything, before: Books) -> i32 {
+const MEMORY: i32 = 43;
+
+/// The address of the one mapping of this process that its children do not inherit.
+fn not_inherited() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").expect("the maps");
+    let mut first = "";
+    let mut found = Vec::new();
+    for line in maps.lines() {
+        match line.strip_prefix("VmFlags:") {
+            Some(flags) if flags.split(' ').any(|flag| flag == "dc") => found.push(first),
+            Some(_) => {}
+            None if line.contains('-') && !line.contains("kB") => first = line,
+            None => {}
+        }
+    }
+    let [mapping] = found[..] else {
+        panic!("{found:?}");
+    };
+    let address = mapping.split('-').next().expect("an address");
+    usize::from_str_radix(address, 16).expect("a number")
+}
+
+/// Whether the page at an address is mapped.
+fn is_mapped(address: usize) -> bool {
+    // SAFETY: asks about one page, which need not be mapped.
+    unsafe {
+        libc::msync(
+            core::ptr::without_provenance_mut(address),
+            4096,
+            libc::MS_ASYNC,
+        ) == 0
+    }
+}
+
+/// Maps memory of the child's own at an address at which the parent has pinned memory.
+fn map_there(address: usize) -> bool {
+    let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    let place = core::ptr::without_provenance_mut(address);
+    // SAFETY: without replacing anything, and of this test alone.
+    let mapped = unsafe { libc::mmap(place, 4096, libc::PROT_READ, kind, -1, 0) };
+    mapped == place
+}
+
+fn child(mut everything: Everything, before: Books) -> i32 {
+    assert_eq!(everything.kept.write(0, &[1]), Err(VmmError::Forked));
+    let pinned = everything.pinned;
+    if is_mapped(pinned) || !map_there(pinned) {
+        return MEMORY;
+    }
     let checked = std::panic::catch_unwind(AssertUnwindSafe(|| everything.check_calls()));
     if checked.is_err() {
         return CALLS;
@@ -149,6 +213,10 @@ fn child(everything: Everything, before: Books) -> i32 {
         assert_eq!(simulator.books(0), before, "dropping called the driver");
         drop(simulator);
     }));
+    // Dropping leaves alone what came to the addresses of what was not inherited.
+    if !is_mapped(pinned) {
+        return MEMORY;
+    }
     match dropped {
         Ok(()) => FINE,
         Err(_) => DROPS,
@@ -164,7 +232,10 @@ fn in_a_forked_process_calls_answer_forked_and_drops_do_nothing() {
     let status =
         unsafe { common::in_a_child(|| everything.take().map_or(DROPS, |all| child(all, before))) };
     let everything = everything.expect("taken in the child only");
-    assert_eq!(status, FINE, "{CALLS}: a call, {DROPS}: a drop");
+    assert_eq!(
+        status, FINE,
+        "{CALLS}: a call, {DROPS}: a drop, {MEMORY}: memory"
+    );
     // The parent goes on as if nothing had been.
     assert_eq!(everything.simulated.books(), before);
     everything.pools[0]

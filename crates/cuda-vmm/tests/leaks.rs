@@ -10,8 +10,8 @@ use core::ptr::null_mut;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_SUCCESS, DriverFunction};
 use cuda_vmm::{
-    Access, Device, Engine, EngineOptions, Mapping, PhysicalMemory, Reservation, Result,
-    SharedPoolOptions, Stream, VirtualMemoryPool,
+    Access, Device, Engine, EngineOptions, HostStore, HostStoreOptions, Mapping, PhysicalMemory,
+    Reservation, Result, SharedPoolOptions, Stream, VirtualMemoryPool,
 };
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -66,6 +66,44 @@ fn options() -> EngineOptions {
         .park_bytes_max(2 * page())
         .cache_bytes_max(4 * page())
         .chunk_bytes_max(4 * page())
+}
+
+/// Bytes given back, a trim, a lowered limit, and bytes that outlive their store.
+#[test]
+fn host_stores_that_end_in_every_way() {
+    const UNIT: usize = 2 << 20;
+    rounds(|device| {
+        let options = HostStoreOptions::new().piece_bytes(UNIT).threads(2);
+        let store = HostStore::with_options(device, 4 * UNIT, options).expect("a store");
+        let kept = store.reserve(UNIT).expect("room");
+        drop(store.reserve(3 * UNIT).expect("room"));
+        assert_eq!(store.trim(), Ok(3 * UNIT));
+        drop(store.reserve(3 * UNIT).expect("room"));
+        store.set_limit_bytes(2 * UNIT).expect("this process");
+        store.reserve(2 * UNIT).expect_err("above the limit");
+        drop(store);
+        drop(kept);
+    });
+}
+
+/// What the driver refuses to unregister is kept, and goes when it is tried again.
+#[test]
+fn host_memory_that_the_driver_refuses_to_take_back() {
+    rounds(|device| {
+        let store = HostStore::new(device, 2 << 20).expect("a store");
+        drop(store.reserve(1).expect("room"));
+        let interposer = &under_test().interposer;
+        let refusal = CUDA_ERROR_OPERATING_SYSTEM;
+        interposer.inject(Fault::nth_of(
+            DriverFunction::cuMemHostUnregister,
+            1,
+            refusal,
+        ));
+        drop(store);
+        assert_eq!(device.quarantined_host_bytes(), 2 << 20);
+        device.retry_quarantine();
+        assert_eq!(device.quarantined_host_bytes(), 0);
+    });
 }
 
 #[test]

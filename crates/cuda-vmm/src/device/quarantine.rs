@@ -20,6 +20,12 @@ impl Device {
         self.quarantine(|quarantine| quarantine.address_bytes())
     }
 
+    /// Returns the bytes of pinned host memory that the driver refused to unregister when its
+    /// [`HostStore`](crate::HostStore) ended.
+    pub fn quarantined_host_bytes(&self) -> usize {
+        self.quarantine(|quarantine| quarantine.host_bytes())
+    }
+
     /// Tries again to give back what is in quarantine. Returns the bytes of memory that went.
     ///
     /// If an engine ended with memory that the device might still use, this waits for the device
