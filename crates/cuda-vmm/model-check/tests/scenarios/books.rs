@@ -68,6 +68,10 @@ pub struct Books {
     mappings: BTreeMap<u64, Mapped>,
     /// Bytes by address.
     reservations: BTreeMap<u64, u64>,
+    /// Bytes of host memory by address.
+    registered: BTreeMap<usize, usize>,
+    /// The most host memory that may be registered at any moment.
+    pub host_limit_bytes: Option<usize>,
     streams: BTreeSet<usize>,
     /// Tasks that have unmapped something.
     pub unmapping: BTreeSet<usize>,
@@ -122,6 +126,7 @@ impl Books {
         self.memory.is_empty()
             && self.mappings.is_empty()
             && self.reservations.is_empty()
+            && self.registered.is_empty()
             && self.streams.is_empty()
             && self.events.is_empty()
             && self.retained == 0
@@ -226,6 +231,24 @@ impl Books {
             self.forbid(format!("the device holds {physical_bytes} bytes"));
         }
         handle
+    }
+
+    pub fn register(&mut self, address: usize, bytes: usize) {
+        let before = self.registered.range(..address + bytes).next_back();
+        if before.is_some_and(|(start, length)| start + length > address) {
+            self.forbid(format!("host memory at {address:#x} was registered twice"));
+        }
+        self.registered.insert(address, bytes);
+        let all_bytes = self.registered.values().sum::<usize>();
+        if self.host_limit_bytes.is_some_and(|limit| all_bytes > limit) {
+            self.forbid(format!("{all_bytes} bytes of the host are registered"));
+        }
+    }
+
+    pub fn unregister(&mut self, address: usize) {
+        if self.registered.remove(&address).is_none() {
+            self.forbid(format!("host memory at {address:#x} is not registered"));
+        }
     }
 
     pub fn destroy(&mut self, handle: u64) {

@@ -397,6 +397,20 @@ unsafe extern "C" fn event_synchronise(event: CUevent) -> CUresult {
     code
 }
 
+unsafe extern "C" fn register(address: *mut c_void, bytes: usize, _: c_uint) -> CUresult {
+    call_in_context(DriverFunction::cuMemHostRegister, |books| {
+        expect_relaxed(books, DriverFunction::cuMemHostRegister);
+        books.register(address.addr(), bytes);
+    })
+}
+
+unsafe extern "C" fn unregister(address: *mut c_void) -> CUresult {
+    call_in_context(DriverFunction::cuMemHostUnregister, |books| {
+        expect_relaxed(books, DriverFunction::cuMemHostUnregister);
+        books.unregister(address.addr());
+    })
+}
+
 /// A new driver that has `cuCtxRecordEvent`, or one of the time before.
 pub fn open(new: bool) -> Driver {
     let table = DriverTable {
@@ -416,6 +430,8 @@ pub fn open(new: bool) -> Driver {
         cuCtxRecordEvent: new.then_some(context_record),
         cuThreadExchangeStreamCaptureMode: exchange_mode,
         cuMemGetAllocationGranularity: granularity,
+        cuMemHostRegister: register,
+        cuMemHostUnregister: unregister,
         cuMemAddressReserve: reserve,
         cuMemAddressFree: free,
         cuMemCreate: create,

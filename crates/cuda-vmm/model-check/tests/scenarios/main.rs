@@ -18,6 +18,7 @@ mod driver;
 mod explore;
 mod faults;
 mod following;
+mod host_store;
 mod kept;
 mod launches;
 mod leases;
