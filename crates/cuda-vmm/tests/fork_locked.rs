@@ -9,8 +9,8 @@ use cuda_vmm::pool::blocks::{BlockAllocator, BlockBacking, ElementSize, LayerSpe
 use cuda_vmm::sim::SimConfig;
 use cuda_vmm::{
     Account, AccountStats, CaptureGuard, CompactReport, Driver, Engine, EngineOptions, Givable,
-    PoolOptions, Quota, SharedMemoryPool, Snapshot, StepReport, Stream, VirtualMemoryPool,
-    VmmError, WorkerMode,
+    HostBytes, HostStore, HostStoreOptions, HostStoreStats, PoolOptions, Quota, SharedMemoryPool,
+    Snapshot, StepReport, Stream, VirtualMemoryPool, VmmError, WorkerMode,
 };
 use std::future::Future;
 use std::pin::pin;
@@ -29,6 +29,8 @@ struct Everything {
     blocks: BlockAllocator,
     backing: BlockBacking,
     stream: Stream,
+    host: HostStore,
+    kept: HostBytes,
 }
 
 impl Everything {
@@ -49,7 +51,11 @@ impl Everything {
             let engine = Engine::new(device, manual()).expect("an engine");
             BlockBacking::new(&engine, spec, 64, PAGE).expect("a backing")
         };
+        let host = HostStoreOptions::new().piece_bytes(PAGE).threads(2);
+        let host = HostStore::with_options(device, 4 * PAGE, host).expect("a store");
         Self {
+            kept: host.reserve(PAGE).expect("room"),
+            host,
             blocks: BlockAllocator::new(backing()),
             backing: backing(),
             stream: Stream::new(device).expect("a stream"),
@@ -90,6 +96,11 @@ impl Everything {
             14 => Box::new(|| self.range.account().set_memory_waker(None)),
             15 => Box::new(|| _ = self.blocks.backing().account().givable()),
             16 => Box::new(|| drop(self.range.account().demand())),
+            17 => Box::new(|| {
+                drop(self.host.reserve(PAGE).expect("room"));
+                self.host.trim().expect("no call fails");
+            }),
+            18 => Box::new(|| _ = self.host.stats()),
             _ => return None,
         })
     }
@@ -103,6 +114,12 @@ impl Everything {
         forked(self.simulated.driver.device(0));
         assert_eq!(device.quarantined_bytes(), 0);
         assert_eq!(device.quarantined_address_bytes(), 0);
+        assert_eq!(device.quarantined_host_bytes(), 0);
+        forked(self.host.reserve(PAGE));
+        forked(self.host.trim());
+        forked(self.host.set_limit_bytes(0));
+        forked(self.kept.read(0, &mut [0]));
+        assert_eq!(self.host.stats(), HostStoreStats::default());
         assert_eq!(device.retry_quarantine(), 0);
         device.set_make_room(None);
         device.set_make_room(Some(Arc::new(|_| {})));
@@ -255,7 +272,7 @@ fn a_process_forked_under_a_lock_never_waits_for_it() {
     for what in 0.. {
         let all = everything.as_ref().expect("taken in children only");
         let Some(act) = all.busy(what) else {
-            assert_eq!(what, 17, "all of them");
+            assert_eq!(what, 19, "all of them");
             break;
         };
         let is_over = AtomicBool::new(false);

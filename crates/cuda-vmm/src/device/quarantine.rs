@@ -26,7 +26,7 @@ impl Device {
         self.quarantine(|quarantine| quarantine.host_bytes())
     }
 
-    /// Tries again to give back what is in quarantine. Returns the bytes of memory that went.
+    /// Tries again to give back what is in quarantine. Returns the bytes of device memory that went.
     ///
     /// If an engine ended with memory that the device might still use, this waits for the device
     /// ([`synchronize`](Self::synchronize)), unless a capture is declared. In a forked process it
