@@ -266,6 +266,32 @@ pub enum VmmError {
         /// What keeps it: a lease, a pin or a capture.
         by: &'static str,
     },
+    /// The range is asleep, or a thread is putting it to sleep or waking it; see
+    /// [`VirtualMemoryPool::sleep`](crate::VirtualMemoryPool::sleep).
+    #[error("the range is asleep{}, with {asleep_bytes} bytes", if *is_changing { " or about to be" } else { "" })]
+    Asleep {
+        /// Memory that it gave up and has when it wakes, in bytes.
+        asleep_bytes: usize,
+        /// Whether a thread puts it to sleep or wakes it now.
+        is_changing: bool,
+    },
+    /// A range was to be woken that is awake.
+    #[error("the range is awake, with {live_bytes} live bytes")]
+    Awake {
+        /// Its live bytes.
+        live_bytes: usize,
+    },
+    /// A range cannot be put to sleep now. Nothing was changed.
+    #[error("the {bytes} bytes at offset {offset} are kept awake by {by}")]
+    KeptAwake {
+        /// First byte.
+        offset: usize,
+        /// Length in bytes.
+        bytes: usize,
+        /// What keeps them: a lease, a pin, a capture, queued work, shared memory, or work of
+        /// another thread.
+        by: &'static str,
+    },
     /// Two ranges that must have pages of one size have pages of two.
     #[error("expected pages of {expected_bytes} bytes, found pages of {found_bytes} bytes")]
     WrongPageSize {
@@ -447,6 +473,9 @@ impl VmmError {
             | Self::Leased { .. }
             | Self::Shared { .. }
             | Self::KeptShared { .. }
+            | Self::Asleep { .. }
+            | Self::Awake { .. }
+            | Self::KeptAwake { .. }
             | Self::ModelNotFound { .. }
             | Self::ModelAlreadyRegistered { .. }
             | Self::HostMemory { .. }

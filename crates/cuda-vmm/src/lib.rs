@@ -58,6 +58,7 @@
 //!   owner says that the next will be; given up first.
 //! - *cached*†: unmapped and overwritten with zeros, on no account; any range may take it.
 //! - *quarantined*†: refused by the driver when it was unmapped, released or moved; retried.
+//! - *asleep*: given up by a range that sleeps, and had again when it wakes; not committed.
 //! - *pinned*: kept mapped for a captured graph, though it is freed.
 //!
 //! Budgets:
@@ -85,6 +86,8 @@
 //! - *trim*: give back all that is parked, cached or ahead, except what is pinned.
 //! - *relieve*: give memory that is spare back to the driver, for another allocator.
 //! - *compact*: move live pages to chunks that fit, at unchanged addresses, so slack goes back.
+//! - *sleep*: give up all memory of a range, and keep its addresses and what was live.
+//! - *wake*: have that memory again at the same addresses, with the contents if they were kept.
 //! - *share*: map chunks of one range behind another one's addresses too, without a copy.
 //! - *make private*: give a range memory of its own in the place of what it shares.
 //! - *reclaim*: choose blocks to evict or move so that whole pages of a paged cache empty.
@@ -135,8 +138,8 @@ pub use device::{Device, MakeRoom};
 pub use driver::{Driver, DriverKind, DriverVersion};
 pub use engine::{
     Account, AccountStats, CompactReport, Demand, Engine, EngineCounters, EngineOptions,
-    EngineStats, Givable, GraphPin, LeaseToken, PoolCounters, PoolOptions, Quota, StepReport,
-    WorkerMode,
+    EngineStats, Givable, GraphPin, Keep, LeaseToken, PoolCounters, PoolOptions, Quota, Slept,
+    StepReport, WorkerMode,
 };
 #[cfg(feature = "simulator")]
 pub use error::REQUIRE_GPU_VARIABLE;
@@ -149,7 +152,7 @@ pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;
 pub use pool::{
     AccountSnapshot, Backed, PoolStats, Shared, SharedMemoryPool, SharedPart, SharedPoolOptions,
-    Snapshot, VirtualMemoryPool,
+    Snapshot, VirtualMemoryPool, WakeOptions,
 };
 #[doc(hidden)]
 pub use process::PerProcess;

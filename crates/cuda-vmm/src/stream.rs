@@ -262,6 +262,43 @@ impl Stream {
     }
 }
 
+/// Copies between the device and pinned host memory, for this crate alone.
+impl Stream {
+    /// Queues a copy from device addresses to a host address (`cuMemcpyDtoHAsync`).
+    ///
+    /// # Safety
+    /// The device addresses must be mapped, and the host's be of pinned memory that nothing else
+    /// reads or writes, until the work has run.
+    pub(crate) unsafe fn copy_out(&self, target: usize, source: u64, bytes: usize) -> Result<()> {
+        let _current = self.handle.device.make_current()?;
+        let target = core::ptr::with_exposed_provenance_mut(target);
+        // SAFETY: the caller vouches for both ends.
+        unsafe {
+            call!(
+                self.handle.device.driver(),
+                cuMemcpyDtoHAsync(target, source, bytes, self.handle.raw)
+            )
+        }
+    }
+
+    /// Queues a copy from a host address to device addresses (`cuMemcpyHtoDAsync`).
+    ///
+    /// # Safety
+    /// The device addresses must be mapped and writable, and the host's be of pinned memory that
+    /// nothing writes, until the work has run.
+    pub(crate) unsafe fn copy_in(&self, target: u64, source: usize, bytes: usize) -> Result<()> {
+        let _current = self.handle.device.make_current()?;
+        let source = core::ptr::with_exposed_provenance(source);
+        // SAFETY: the caller vouches for both ends.
+        unsafe {
+            call!(
+                self.handle.device.driver(),
+                cuMemcpyHtoDAsync(target, source, bytes, self.handle.raw)
+            )
+        }
+    }
+}
+
 impl Handle {
     /// As [`Stream::wait_for`].
     pub(crate) fn wait_for(&self, fence: &Fence) -> Result<()> {

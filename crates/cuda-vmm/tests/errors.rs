@@ -91,6 +91,10 @@ fn every_error_is_later_or_never_or_depends_on_the_program() {
             "Leased",
             "Shared",
             "KeptShared",
+            "Asleep",
+            "Asleep",
+            "Awake",
+            "KeptAwake",
             "ModelNotFound",
             "ModelAlreadyRegistered",
             "HostStoreFull",
@@ -360,6 +364,32 @@ fn texts() -> Vec<(VmmError, &'static str)> {
                 by: "a pin",
             },
             "the shared memory behind the 2 bytes at offset 1 is kept by a pin",
+        ),
+        (
+            VmmError::Asleep {
+                asleep_bytes: 2,
+                is_changing: false,
+            },
+            "the range is asleep, with 2 bytes",
+        ),
+        (
+            VmmError::Asleep {
+                asleep_bytes: 2,
+                is_changing: true,
+            },
+            "the range is asleep or about to be, with 2 bytes",
+        ),
+        (
+            VmmError::Awake { live_bytes: 3 },
+            "the range is awake, with 3 live bytes",
+        ),
+        (
+            VmmError::KeptAwake {
+                offset: 1,
+                bytes: 2,
+                by: "a pin",
+            },
+            "the 2 bytes at offset 1 are kept awake by a pin",
         ),
         (
             VmmError::WrongPageSize {

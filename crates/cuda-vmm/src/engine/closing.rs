@@ -10,6 +10,7 @@ use super::handle::RangeHandle;
 use super::inner::Inner;
 use super::range::Remains;
 use super::range::leases::Asker;
+use super::range::rest::Rest;
 use super::scope::Scope;
 use crate::Result;
 use crate::sync::Arc;
@@ -113,6 +114,7 @@ impl RangeHandle {
         let mut range = slot.lock();
         let unused = range.free_all();
         let leased = range.waits_for_leases();
+        let asleep = core::mem::replace(&mut range.rest, Rest::Awake(None));
         drop(range);
         if leased {
             // Now, since another thread may find the last lease over, and then no other thread may
@@ -120,6 +122,8 @@ impl RangeHandle {
             state.kept = Some(engine.clone());
         }
         engine.retire(state, slot.id(), unused);
+        // Without a lock: its host bytes may unpin memory.
+        drop(asleep);
         leased
     }
 

@@ -135,14 +135,14 @@ impl State {
             false => Fact::ParkedAndLeft,
         });
         ranges
-            .filter(|(_, range)| !range.has_closer && (too_much || range.takes_no_more()))
+            .filter(|(_, range)| !range.has_closer && (too_much || range.keeps_nothing()))
             .find_map(|(id, mut range)| {
                 let first = range.quietly().spare_parked()?;
                 let bytes = range.pages.chunk_bytes(first);
                 let contents = range.pages.contents(first);
                 let chunk = range.drain(id, first)?;
                 Some(match contents {
-                    Contents::Unknown if bytes <= room_bytes && !range.takes_no_more() => {
+                    Contents::Unknown if bytes <= room_bytes && !range.keeps_nothing() => {
                         Next::Scrub(chunk)
                     }
                     Contents::Clean if bytes <= room_bytes => Next::Unmap(chunk, To::Cache),

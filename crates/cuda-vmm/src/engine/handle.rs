@@ -107,7 +107,7 @@ impl RangeHandle {
     pub(crate) fn is_live(&self, offset: usize, bytes: usize) -> bool {
         self.slot.lock_open().is_ok_and(|range| {
             let extent = Extent::new(offset, bytes, range.capacity_bytes);
-            extent.is_ok_and(|extent| range.is_live(&extent.range()))
+            range.rest.is_awake() && extent.is_ok_and(|extent| range.is_live(&extent.range()))
         })
     }
 

@@ -56,6 +56,7 @@ impl RangeHandle {
         // Held to the end, so that no capture begins meanwhile.
         let no_capture = CaptureGuard::try_none();
         let mut range = self.slot.lock_open()?;
+        range.check_awake()?;
         let mut chunks = range.to_make_private(&extent.range());
         if !range.leases.is_empty() && !chunks.is_empty() {
             let parts: Vec<_> = (chunks.iter())

@@ -6,6 +6,7 @@
 //! The modules stand on floors, and each uses those below it only:
 //!
 //! ```text
+//! sleep                               giving up all memory of ranges, and having it again
 //! allocate, compact, share,           what takes several of the steps below
 //! make_private
 //! waiting, step                       how long a call waits; the work that is due now and then
@@ -67,6 +68,7 @@ mod scope;
 mod share;
 mod sharing;
 mod shortage;
+mod sleep;
 mod slot;
 mod snapshot;
 mod state;
@@ -94,7 +96,10 @@ pub use pin::GraphPin;
 pub(crate) use range::Place;
 pub use range::leases::LeaseToken;
 pub(crate) use share::{Share, share_all};
+pub use sleep::{Keep, Slept};
+pub(crate) use sleep::{Waking, sleep_all, wake_all};
 pub(crate) use snapshot::{AccountLook, Look, RangeStats};
+pub(crate) use stats::write_rest;
 pub use stats::{AccountStats, EngineStats, Givable, StepReport};
 pub(crate) use waiting::Patience;
 

@@ -174,12 +174,18 @@ impl Relocation {
         Ok(())
     }
 
-    fn unmap_old(&mut self) -> Result<()> {
+    /// Unmaps the old memory, which stays and still has the contents.
+    pub(crate) fn unmap_old(&mut self) -> Result<()> {
         let Some(Err(failure)) = self.home.take().map(Mapping::unmap) else {
             return Ok(());
         };
         self.home = Some(failure.object);
         Err(failure.error)
+    }
+
+    /// Copies of the old memory may be under way on this stream, and could not be waited for.
+    pub(crate) fn is_copied_on(&mut self, stream: &Stream) {
+        self.copying = Some(stream.clone());
     }
 
     /// Undoes as much as the driver lets it: the old memory goes back to its place and the new is

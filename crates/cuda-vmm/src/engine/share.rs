@@ -76,6 +76,7 @@ impl Share<'_> {
                 return Err(VmmError::SingleHandle);
             }
             Extent::new(offset, bytes, range.capacity_bytes)?;
+            range.check_awake()?;
             if handle.id() == self.target.id() && range.pages.has_taken(&self.bytes) {
                 return Err(match range.is_held_by_lease(&self.bytes) {
                     true => VmmError::Leased { offset, bytes },
@@ -99,6 +100,10 @@ impl Share<'_> {
     ) -> Result<(Vec<Alias>, Option<usize>)> {
         let (source, target) = (self.source.id(), self.target.id());
         let State { ranges, shared, .. } = state;
+        for id in [source, target] {
+            // Another thread may have put it to sleep since the parts were checked.
+            ranges.get(id).ok_or(VmmError::Closed)?.check_awake()?;
+        }
         let range = ranges.get(source).ok_or(VmmError::Closed)?;
         let chunks = range.pages.whole_chunks(&self.bytes, page);
         let chunks: Vec<_> = chunks.take(at_most).collect();

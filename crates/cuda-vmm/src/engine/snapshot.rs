@@ -6,6 +6,7 @@ use super::books::owner::Owner;
 use super::books::range_id::RangeId;
 use super::inner::Engine;
 use super::range::Range;
+use super::range::rest::RestStats;
 use super::state::State;
 use super::stats::{AccountStats, EngineStats};
 use crate::MemoryParts;
@@ -23,6 +24,7 @@ pub(crate) struct RangeStats {
     pub(crate) shared_bytes: usize,
     pub(crate) unused_bytes: usize,
     pub(crate) largest_unused_run_bytes: usize,
+    pub(crate) rest: RestStats,
     pub(crate) counters: PoolCounters,
 }
 
@@ -124,6 +126,7 @@ impl State {
             shared_bytes: range.pages.shared_pages() * range.page_bytes,
             unused_bytes: gaps().sum(),
             largest_unused_run_bytes: gaps().max().unwrap_or_default(),
+            rest: range.rest.stats(),
             counters: range.counters,
         }
     }
@@ -149,6 +152,9 @@ impl AccountStats {
     fn add(&mut self, range: &Range) {
         self.parts += range.parts();
         self.chunks += range.pages.chunks();
+        let rest = range.rest.stats();
+        self.asleep_bytes += rest.asleep_bytes;
+        self.host_bytes += rest.host_bytes;
         if !range.closed {
             self.ranges += 1;
             self.capacity_bytes += range.capacity_bytes;

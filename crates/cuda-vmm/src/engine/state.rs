@@ -195,18 +195,20 @@ impl State {
     /// one part to another under the range's lock alone.
     pub(crate) fn stats_seen(&self, mut see: impl FnMut(RangeId, &Range)) -> EngineStats {
         let mut parts = self.parts_of_none();
-        let mut chunks = 0;
+        let mut stats = EngineStats::default();
         for (id, range) in self.ranges.iter() {
             see(id, &range);
             parts += range.parts();
-            chunks += range.pages.chunks();
+            stats.chunks += range.pages.chunks();
+            let rest = range.rest.stats();
+            stats.asleep_bytes += rest.asleep_bytes;
+            stats.host_bytes += rest.host_bytes;
         }
         EngineStats {
-            limit_bytes: 0,
             committed_bytes: self.ledger.committed_bytes(),
             parts,
             ranges: self.ranges.len(),
-            chunks,
+            ..stats
         }
     }
 

@@ -21,6 +21,11 @@ pub struct EngineStats {
     pub ranges: usize,
     /// Mappings.
     pub chunks: usize,
+    /// Memory that ranges gave up to sleep, and have when they wake, in bytes. Nothing of it is
+    /// committed.
+    pub asleep_bytes: usize,
+    /// Memory of host stores with contents of ranges, in bytes.
+    pub host_bytes: usize,
 }
 
 impl fmt::Display for EngineStats {
@@ -33,7 +38,21 @@ impl fmt::Display for EngineStats {
             self.parts,
             self.ranges,
             self.chunks,
-        )
+        )?;
+        write_rest(formatter, self.asleep_bytes, self.host_bytes)
+    }
+}
+
+/// Writes what is asleep and what host stores have, if there is any.
+pub(crate) fn write_rest(
+    formatter: &mut fmt::Formatter<'_>,
+    asleep_bytes: usize,
+    host_bytes: usize,
+) -> fmt::Result {
+    let (asleep, host) = (Readable(asleep_bytes), Readable(host_bytes));
+    match asleep_bytes + host_bytes {
+        0 => Ok(()),
+        _ => write!(formatter, "; {asleep} asleep, {host} on the host"),
     }
 }
 
@@ -87,6 +106,11 @@ pub struct AccountStats {
     pub parts: MemoryParts,
     /// Mappings.
     pub chunks: usize,
+    /// Memory that its ranges gave up to sleep, and have when they wake, in bytes. Nothing of it is
+    /// committed.
+    pub asleep_bytes: usize,
+    /// Memory of host stores with contents of its ranges, in bytes.
+    pub host_bytes: usize,
 }
 
 impl fmt::Display for AccountStats {
@@ -99,7 +123,8 @@ impl fmt::Display for AccountStats {
             self.ranges,
             Readable(self.committed_bytes),
             self.parts,
-        )
+        )?;
+        write_rest(formatter, self.asleep_bytes, self.host_bytes)
     }
 }
 

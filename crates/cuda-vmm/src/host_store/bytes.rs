@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 use super::store::{Place, Store};
+use crate::quarantine::Stuck;
 use crate::sync::Arc;
 use crate::{Result, VmmError};
 use core::ops::Range;
@@ -113,6 +114,13 @@ impl HostBytes {
             (start < end).then(|| (place.address + (start - own.start), end - start))
         });
         Ok(parts)
+    }
+}
+
+/// Kept by a device while a copy of its own may still run.
+impl Stuck for HostBytes {
+    fn host_bytes(&self) -> usize {
+        self.reserved_bytes()
     }
 }
 

@@ -94,6 +94,7 @@ fn ask<T>(parts: &[PoolPart<'_>], act: impl FnOnce(&[Ask<'_>]) -> T) -> T {
         asks.push(Ask {
             handle: &of_pool[0].0.range,
             places: &places[at..end],
+            wakes: false,
         });
         at = end;
     }

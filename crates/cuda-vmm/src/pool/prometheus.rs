@@ -118,10 +118,13 @@ impl core::fmt::Display for Labels<'_> {
     }
 }
 
+const ASLEEP: &str = "Memory that was given up to sleep, and is taken again to wake.";
+const HOST: &str = "Memory of host stores with contents of ranges.";
+
 fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
     use Kind::{Counter, Gauge};
     type Number = fn(&Snapshot) -> u64;
-    let gauges: [(&str, &str, Number); 4] = [
+    let gauges: [(&str, &str, Number); 6] = [
         ("limit_bytes", "The budget.", |of| {
             of.engine.limit_bytes as u64
         }),
@@ -134,6 +137,8 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
             of.engine.ranges as u64
         }),
         ("mappings", "Mappings.", |of| of.engine.chunks as u64),
+        ("asleep_bytes", ASLEEP, |of| of.engine.asleep_bytes as u64),
+        ("host_bytes", HOST, |of| of.engine.host_bytes as u64),
     ];
     let counters: [(&str, &str, Number); 9] = [
         ("allocations", "Calls that made bytes live.", |of| {
@@ -207,7 +212,7 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
 fn account_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<String>) {
     use Kind::{Counter, Gauge};
     type Number = fn(&AccountSnapshot) -> Option<u64>;
-    let gauges: [(&str, &str, Number); 8] = [
+    let gauges: [(&str, &str, Number); 10] = [
         ("capacity_bytes", "Addresses.", |of| {
             Some(of.stats.capacity_bytes as u64)
         }),
@@ -238,6 +243,10 @@ fn account_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Stri
             Some(of.stats.ranges as u64)
         }),
         ("mappings", "Mappings.", |of| Some(of.stats.chunks as u64)),
+        ("asleep_bytes", ASLEEP, |of| {
+            Some(of.stats.asleep_bytes as u64)
+        }),
+        ("host_bytes", HOST, |of| Some(of.stats.host_bytes as u64)),
     ];
     let counters: [(&str, &str, Number); 4] = [
         ("allocations", "Calls that made bytes live.", |of| {

@@ -1,7 +1,7 @@
 //! The numbers of one pool at one moment.
 
 use crate::MemoryParts;
-use crate::engine::RangeStats;
+use crate::engine::{RangeStats, write_rest};
 use crate::memory_parts::Level;
 use crate::size::Readable;
 use core::fmt;
@@ -33,6 +33,11 @@ pub struct PoolStats {
     pub unused_bytes: usize,
     /// The longest run of addresses that are not live, in bytes.
     pub largest_unused_run_bytes: usize,
+    /// Memory that the pool gave up to sleep, and has when it wakes, in bytes. Nothing of it is
+    /// committed.
+    pub asleep_bytes: usize,
+    /// Memory of host stores with contents of the pool, in bytes.
+    pub host_bytes: usize,
 }
 
 impl PoolStats {
@@ -48,6 +53,8 @@ impl PoolStats {
             chunks: range.chunks,
             unused_bytes: range.unused_bytes,
             largest_unused_run_bytes: range.largest_unused_run_bytes,
+            asleep_bytes: range.rest.asleep_bytes,
+            host_bytes: range.rest.host_bytes,
         }
     }
 }
@@ -67,9 +74,10 @@ impl fmt::Display for PoolStats {
         let parts = MemoryParts::LIST.iter().skip(1);
         self.parts
             .write(formatter, parts.filter(|part| part.level == Level::Range))?;
-        match self.shared_bytes {
-            0 => Ok(()),
-            bytes => write!(formatter, "; {} shared with others", Readable(bytes)),
+        if self.shared_bytes > 0 {
+            let bytes = Readable(self.shared_bytes);
+            write!(formatter, "; {bytes} shared with others")?;
         }
+        write_rest(formatter, self.asleep_bytes, self.host_bytes)
     }
 }

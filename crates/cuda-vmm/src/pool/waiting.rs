@@ -124,6 +124,7 @@ impl Future for Allocation<'_> {
         let ask = Ask {
             handle: &pool.range,
             places: &places,
+            wakes: false,
         };
         let offset = self.later.poll(&[ask], context);
         offset.map_ok(|offset| pool.base_address() + offset as u64)

@@ -15,6 +15,9 @@ pub(crate) struct Ask<'a> {
     pub(crate) handle: &'a RangeHandle,
     /// Where, and how many bytes.
     pub(crate) places: &'a [(Place, usize)],
+    /// Whether the range is asleep and the bytes are those that were live. Otherwise it must be
+    /// awake.
+    pub(crate) wakes: bool,
 }
 
 impl Ask<'_> {

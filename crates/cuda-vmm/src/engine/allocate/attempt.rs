@@ -152,6 +152,9 @@ impl<'a> Attempt<'a> {
         if range.takes_no_more() {
             return Err(VmmError::Closed.into());
         }
+        if !self.asks[self.at].wakes {
+            range.check_awake()?;
+        }
         let extent = range.extent_at(place, bytes)?;
         let bytes = extent.range();
         let Some(survey) = range.pages.survey(&bytes) else {

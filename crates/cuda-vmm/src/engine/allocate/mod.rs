@@ -70,6 +70,7 @@ impl RangeHandle {
                 let ask = Ask {
                     handle: self,
                     places: &places,
+                    wakes: false,
                 };
                 allocate_all(&[ask], patience)
             }

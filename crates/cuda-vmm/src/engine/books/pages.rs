@@ -5,6 +5,7 @@
 //! is, and otherwise is in the state of the chunk that backs it, or free if none does.
 
 mod ahead;
+mod asleep;
 mod chunk;
 mod counts;
 mod draining;
@@ -73,6 +74,8 @@ pub(crate) struct Pages<M> {
     /// No page from this one on is in a shared chunk, if any is.
     shared_end: usize,
     counts: Counts,
+    /// How often memory was taken from behind pages, or replaced.
+    generation: u64,
 }
 
 impl<M> Pages<M> {
@@ -86,6 +89,7 @@ impl<M> Pages<M> {
             shared_live_pages: 0,
             shared_end: 0,
             counts: Counts::default(),
+            generation: 0,
         }
     }
 

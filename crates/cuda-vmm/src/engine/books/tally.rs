@@ -25,7 +25,7 @@ pub(crate) enum Fact {
     Ending,
     /// It has parked chunks that may be unmapped.
     Parked,
-    /// The same, and it takes no more and no thread is closing it.
+    /// The same, and it keeps nothing that it has freed, and no thread is closing it.
     ParkedAndLeft,
     /// It has chunks made ahead.
     Ahead,

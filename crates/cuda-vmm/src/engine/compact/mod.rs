@@ -89,7 +89,10 @@ impl RangeHandle {
         let (users, page_bytes, plan, mut report) = {
             let mut state = engine.state.lock();
             let (users, page_bytes) = match state.ranges.get(id) {
-                Some(range) if !range.closed => (range.users.clone(), range.page_bytes),
+                Some(range) if !range.closed => {
+                    range.check_awake()?;
+                    (range.users.clone(), range.page_bytes)
+                }
                 _ => return Err(VmmError::Closed),
             };
             let (plan, report) = state.quietly().plan_moves(id);
@@ -148,6 +151,7 @@ impl Mover<'_> {
             let mut state = self.engine.state.lock();
             let State { ledger, ranges, .. } = &mut *state;
             let range = ranges.get(id).ok_or(VmmError::Closed)?;
+            range.check_awake()?;
             let chunk = range.pages.partly_live_at(first);
             let fits = |chunk: &PartlyLive| chunk.live_page_bytes <= self.scratch_bytes();
             let Some(chunk) = chunk.filter(|chunk| fits(chunk) && !range.is_chunk_held(first))

@@ -42,7 +42,7 @@ impl Range {
 
     /// Whether the worker has memory to make ahead for it now.
     pub(crate) fn wants_ahead(&self) -> bool {
-        self.is_hungry && !self.takes_no_more()
+        self.is_hungry && !self.takes_no_more() && self.rest.is_awake()
     }
 
     /// A chunk made ahead at a place that allocations have left; any, if the range is closed. While

@@ -6,6 +6,7 @@ mod ahead;
 mod leased;
 pub(crate) mod leases;
 mod pins;
+pub(crate) mod rest;
 
 use super::at_work::AtWork;
 use super::books::account::AccountId;
@@ -26,6 +27,7 @@ use crate::sync::Arc;
 use crate::{Access, Device, Mapping, Reservation, Result, VmmError};
 use core::ops;
 use leases::Leases;
+use rest::Rest;
 use std::collections::{BTreeMap, VecDeque};
 
 #[derive(Debug)]
@@ -59,6 +61,8 @@ pub(crate) struct Range {
     pub(crate) capacity_bytes: usize,
     pub(crate) page_bytes: usize,
     pub(crate) closed: bool,
+    /// Whether it is awake.
+    pub(crate) rest: Rest,
     /// Whether its account is closed: it gets no more memory.
     pub(crate) is_account_closed: bool,
     /// Whether the thread that closed it is giving back what it has. Steps leave that alone, except
@@ -114,6 +118,7 @@ impl Range {
             capacity_bytes,
             page_bytes,
             closed: false,
+            rest: Rest::Awake(None),
             is_account_closed: false,
             has_closer: false,
             making_room: 0,
@@ -146,8 +151,9 @@ impl Range {
         }
     }
 
-    /// Checks bytes that must all be live.
+    /// Checks bytes that must all be live, and awake.
     pub(crate) fn live_extent(&self, offset: usize, bytes: usize) -> Result<Extent> {
+        self.check_awake()?;
         let extent = Extent::new(offset, bytes, self.capacity_bytes)?;
         if !self.is_live(&extent.range()) {
             return Err(VmmError::NotMapped { offset, bytes });
@@ -188,6 +194,7 @@ impl Range {
         if self.takes_no_more() {
             return Err(VmmError::Closed);
         }
+        self.check_awake()?;
         let bytes = self.extent_at(place, bytes)?.range();
         if self.take_within_chunk(&bytes) {
             return Ok(Some(self.taken(&bytes)));
@@ -206,6 +213,7 @@ impl Range {
         let extent = self.extent_at(place, bytes);
         let survey = extent.map(|extent| self.pages.survey(&extent.range()));
         !self.takes_no_more()
+            && self.rest.is_awake()
             && !self.pages.is_any_pending()
             && survey.is_ok_and(|it| it.is_some_and(|it| it.is_there()))
     }
@@ -216,6 +224,7 @@ impl Range {
         let extent = self.extent_at(Place::At(offset), bytes).ok()?;
         let bytes = extent.range();
         let is_taken = !self.takes_no_more()
+            && self.rest.is_awake()
             && self.pages.is_within_backed(&bytes)
             && self.take_within_chunk(&bytes);
         is_taken.then(|| self.taken(&bytes))
@@ -236,13 +245,14 @@ impl Range {
         self.taken(bytes)
     }
 
-    /// Notes that an allocation has made these bytes live.
+    /// Notes that an allocation, or a wake, has made these bytes live.
     #[inline]
     pub(crate) fn taken(&mut self, bytes: &ops::Range<usize>) -> Taken {
-        self.counters.allocations += 1;
+        let is_awake = self.rest.is_awake();
+        self.counters.allocations += u64::from(is_awake);
         Taken {
             offset: bytes.start,
-            is_hungry: self.advance(bytes.end),
+            is_hungry: is_awake && self.advance(bytes.end),
         }
     }
 
@@ -259,7 +269,7 @@ impl Range {
             (Fact::Ended, self.closed && self.pages.chunks() == 0),
             (Fact::Ending, self.is_ending()),
             (Fact::Parked, is_parked),
-            (Fact::ParkedAndLeft, is_left_parked && self.takes_no_more()),
+            (Fact::ParkedAndLeft, is_left_parked && self.keeps_nothing()),
             (Fact::Ahead, parts.ahead_bytes > 0),
             (Fact::StaleAhead, self.stale_ahead().is_some()),
             (Fact::Hungry, self.wants_ahead()),
@@ -284,6 +294,12 @@ impl Range {
     #[inline]
     pub(crate) fn takes_no_more(&self) -> bool {
         self.closed || self.is_account_closed
+    }
+
+    /// Whether what it has freed is of no use to it: it is closed, or its account is, or it is
+    /// asleep.
+    pub(crate) fn keeps_nothing(&self) -> bool {
+        self.takes_no_more() || !self.rest.is_awake()
     }
 
     /// Whose its memory is; the range is the one of this name.
@@ -317,6 +333,7 @@ impl Range {
             _users: core::mem::take(&mut self.users),
             _freed: core::mem::take(&mut self.freed),
             _leases: core::mem::take(&mut self.leases),
+            _rest: core::mem::replace(&mut self.rest, Rest::Awake(None)),
             _reservation: self.reservation.take(),
         }
     }
@@ -331,5 +348,6 @@ pub(crate) struct Remains {
     _users: Users,
     _freed: VecDeque<(Vec<usize>, Until)>,
     _leases: Leases,
+    _rest: Rest,
     _reservation: Option<Arc<Reservation>>,
 }

@@ -31,6 +31,7 @@ impl<M> Pages<M> {
             return None;
         }
         self.set_state(first, ChunkState::Draining);
+        self.generation += 1;
         self.chunks.get_mut(first)?.memory.take()
     }
 

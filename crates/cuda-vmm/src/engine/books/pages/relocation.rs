@@ -66,6 +66,7 @@ impl<M> Pages<M> {
             return None;
         }
         self.set_state(first, ChunkState::Relocating);
+        self.generation += 1;
         self.chunks.get_mut(first)?.memory.take()
     }
 

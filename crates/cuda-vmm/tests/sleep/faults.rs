@@ -1,0 +1,182 @@
+//! Sleep and wake with each driver call failing in turn, and with its undo.
+
+use crate::common::{manual, turn};
+use crate::fixture::{Fixture, PAGE};
+use cuda_vmm::sim::Fault;
+use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
+use cuda_vmm::{Keep, PoolStats};
+
+/// Does something with the calls of these numbers failing; returns how many calls it made, and
+/// whether it worked.
+fn with_faults(
+    fixture: &mut Fixture,
+    (failing, code): (&[u64], CUresult),
+    act: impl FnOnce(&mut Fixture) -> cuda_vmm::Result<()>,
+) -> (u64, bool) {
+    let what = format!("calls {failing:?} failing with {code}");
+    let simulator = fixture.simulated.simulator.clone();
+    simulator.start_trace();
+    for nth in failing {
+        simulator.inject(Fault::nth_call(*nth, code));
+    }
+    let outcome = act(fixture);
+    let calls = simulator.take_trace().len() as u64;
+    simulator.clear_faults();
+    if let Err(error) = &outcome {
+        assert_eq!(error.driver_code(), Some(code), "{what}: {error}");
+    }
+    (calls, outcome.is_ok())
+}
+
+/// Lets the driver take back what it had refused.
+fn recover(fixture: &Fixture) {
+    fixture.simulated.device.synchronize().expect("done");
+    for _ in 0..4 {
+        fixture.engine.step();
+    }
+    fixture.simulated.device.retry_quarantine();
+    assert_eq!(fixture.engine.stats().parts.quarantined_bytes, 0);
+    assert_eq!(fixture.simulated.device.quarantined_bytes(), 0);
+    fixture.check();
+}
+
+/// A pool of several chunks and extents, of which one page is parked.
+fn pool() -> Fixture {
+    let mut fixture = Fixture::new(manual().chunk_bytes_max(4 * PAGE), &[1]);
+    fixture.take(0, 0..9);
+    fixture.take(0, 20..22);
+    fixture.take(0, 40..41);
+    fixture.free(0, 40..41);
+    fixture.settle();
+    fixture
+}
+
+/// Without the parked page, which may go though the sleep fails.
+fn without_parked(mut stats: PoolStats) -> PoolStats {
+    stats.committed_bytes -= stats.parts.parked_bytes;
+    stats.chunks -= stats.parts.parked_bytes / PAGE;
+    stats.parts.parked_bytes = 0;
+    stats
+}
+
+fn sleep(keeps: bool, failing: &[u64], code: CUresult) -> u64 {
+    let what = format!("calls {failing:?} failing with {code}");
+    let mut fixture = pool();
+    let before = without_parked(fixture.pools[0].stats());
+    let (calls, is_done) = with_faults(&mut fixture, (failing, code), |fixture| {
+        let keep = match keeps {
+            true => Keep::Host(&fixture.store),
+            false => Keep::Nothing,
+        };
+        fixture.pools[0].sleep(keep).map(drop)
+    });
+    assert_eq!(fixture.pools[0].is_asleep(), is_done, "{what}");
+    if failing.len() < 2 {
+        fixture.check();
+        let quarantined_bytes = fixture.engine.stats().parts.quarantined_bytes;
+        match is_done {
+            // What the driver did not release is tried again.
+            true => assert_eq!(fixture.engine.stats().committed_bytes, quarantined_bytes),
+            false if quarantined_bytes == 0 => {
+                let after = without_parked(fixture.pools[0].stats());
+                assert_eq!(after, before, "{what}");
+                assert_eq!(fixture.store.stats().in_use_bytes, 0, "{what}");
+            }
+            // The parked page, which the driver refused to unmap or to release.
+            false => assert_eq!(quarantined_bytes, PAGE, "{what}"),
+        }
+    }
+    fixture.check_books();
+    recover(&fixture);
+    if !is_done {
+        assert_eq!(without_parked(fixture.pools[0].stats()), before, "{what}");
+        fixture.sleep(0).expect("the driver works again");
+    }
+    assert_eq!(fixture.engine.stats().committed_bytes, 0, "{what}");
+    fixture.pools[0].wake().expect("room");
+    if !keeps {
+        let pages: Vec<_> = fixture.contents[0].keys().copied().collect();
+        pages
+            .iter()
+            .for_each(|page| fixture.write(0, *page..page + 1));
+    }
+    fixture.check();
+    fixture.end();
+    calls
+}
+
+fn wake(keeps: bool, failing: &[u64], code: CUresult) -> u64 {
+    let what = format!("calls {failing:?} failing with {code}");
+    let mut fixture = pool();
+    let keep = match keeps {
+        true => Keep::Host(&fixture.store),
+        false => Keep::Nothing,
+    };
+    fixture.pools[0].sleep(keep).expect("no call fails");
+    let before = fixture.pools[0].stats();
+    let (calls, is_done) = with_faults(&mut fixture, (failing, code), |fixture| {
+        fixture.pools[0].wake()
+    });
+    assert_eq!(fixture.pools[0].is_asleep(), !is_done, "{what}");
+    if !is_done && failing.len() < 2 {
+        assert_eq!(fixture.pools[0].stats(), before, "{what}");
+        assert_eq!(fixture.engine.stats().committed_bytes, 0, "{what}");
+    }
+    fixture.check_books();
+    fixture.simulated.device.synchronize().expect("done");
+    for _ in 0..4 {
+        fixture.engine.step();
+    }
+    fixture.simulated.device.retry_quarantine();
+    if !is_done {
+        assert_eq!(fixture.pools[0].stats(), before, "{what}");
+        assert_eq!(fixture.engine.stats().committed_bytes, 0, "{what}");
+        fixture.pools[0].wake().expect("the driver works again");
+    }
+    if !keeps {
+        let pages: Vec<_> = fixture.contents[0].keys().copied().collect();
+        pages
+            .iter()
+            .for_each(|page| fixture.write(0, *page..page + 1));
+    }
+    recover(&fixture);
+    assert_eq!(fixture.store.stats().in_use_bytes, 0, "{what}");
+    fixture.end();
+    calls
+}
+
+fn every_call_fails(run: impl Fn(&[u64], CUresult) -> u64) {
+    let _turn = turn();
+    let calls = run(&[], 0);
+    assert!(calls > 8, "it calls the driver: {calls}");
+    for code in [CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY] {
+        for nth in 1..=calls + 2 {
+            run(&[nth], code);
+        }
+    }
+    for first in 1..=calls {
+        for second in first + 1..=first + 8 {
+            run(&[first, second], CUDA_ERROR_OPERATING_SYSTEM);
+        }
+    }
+}
+
+#[test]
+fn each_call_of_a_sleep_that_keeps_fails_in_turn_and_with_its_undo() {
+    every_call_fails(|failing, code| sleep(true, failing, code));
+}
+
+#[test]
+fn each_call_of_a_sleep_that_keeps_nothing_fails_in_turn_and_with_its_undo() {
+    every_call_fails(|failing, code| sleep(false, failing, code));
+}
+
+#[test]
+fn each_call_of_a_wake_from_the_host_fails_in_turn_and_with_its_undo() {
+    every_call_fails(|failing, code| wake(true, failing, code));
+}
+
+#[test]
+fn each_call_of_a_wake_without_contents_fails_in_turn_and_with_its_undo() {
+    every_call_fails(|failing, code| wake(false, failing, code));
+}
