@@ -151,8 +151,8 @@ pub use mapping::{Access, Mapping};
 pub use memory_parts::MemoryParts;
 pub use physical::PhysicalMemory;
 pub use pool::{
-    AccountSnapshot, Backed, PoolStats, Shared, SharedMemoryPool, SharedPart, SharedPoolOptions,
-    Snapshot, VirtualMemoryPool, WakeOptions,
+    AccountSnapshot, Arriving, Backed, PoolStats, Shared, SharedMemoryPool, SharedPart,
+    SharedPoolOptions, Snapshot, VirtualMemoryPool, WakeOptions,
 };
 #[doc(hidden)]
 pub use process::PerProcess;

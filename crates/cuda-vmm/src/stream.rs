@@ -13,6 +13,7 @@ use crate::sync::{Arc, Weak};
 use crate::sys::{CU_STREAM_NON_BLOCKING, CUstream};
 use crate::{Device, Fence, Result};
 use core::any::Any;
+use core::ffi::c_void;
 use core::ptr::null_mut;
 
 /// A queue of work on a device; a cheap clone.
@@ -294,6 +295,26 @@ impl Stream {
             call!(
                 self.handle.device.driver(),
                 cuMemcpyHtoDAsync(target, source, bytes, self.handle.raw)
+            )
+        }
+    }
+
+    /// Queues a call of a host function (`cuLaunchHostFunc`).
+    ///
+    /// # Safety
+    /// The function must be sound to call with `data` from any thread, whenever the stream comes to
+    /// it. It must not unwind, and call no driver.
+    pub(crate) unsafe fn call_host(
+        &self,
+        function: unsafe extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ) -> Result<()> {
+        let _current = self.handle.device.make_current()?;
+        // SAFETY: the caller vouches for the function.
+        unsafe {
+            call!(
+                self.handle.device.driver(),
+                cuLaunchHostFunc(self.handle.raw, Some(function), data)
             )
         }
     }

@@ -10,6 +10,12 @@ mod constant;
 mod faults;
 #[path = "sleep/fixture.rs"]
 mod fixture;
+#[path = "sleep/many.rs"]
+mod many;
+#[path = "sleep/random.rs"]
+mod random;
+#[path = "sleep/streaming.rs"]
+mod streaming;
 
 use common::manual;
 use cuda_vmm::{Keep, VmmError, WakeOptions};

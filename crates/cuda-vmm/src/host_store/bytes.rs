@@ -124,6 +124,12 @@ impl Stuck for HostBytes {
     }
 }
 
+impl Stuck for Arc<HostBytes> {
+    fn host_bytes(&self) -> usize {
+        self.reserved_bytes()
+    }
+}
+
 impl Drop for HostBytes {
     fn drop(&mut self) {
         self.store.give_back(&self.places);

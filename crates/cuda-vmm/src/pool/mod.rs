@@ -19,7 +19,7 @@ pub use many::{Backed, PoolPart, Turn};
 pub use prometheus::{PROMETHEUS_CONTENT_TYPE, prometheus};
 pub use shared::{SharedMemoryPool, SharedPoolOptions};
 pub use sharing::{Shared, SharedPart};
-pub use sleep::WakeOptions;
+pub use sleep::{Arriving, WakeOptions};
 pub use snapshot::{AccountSnapshot, Snapshot};
 pub use stats::PoolStats;
 pub use waiting::Allocation;

@@ -6,8 +6,11 @@
 #![allow(unsafe_code)]
 
 use super::VirtualMemoryPool;
-use crate::Result;
-use crate::engine::{Keep, Patience, Slept, Waking, sleep_all, wake_all};
+use crate::engine::{
+    Account, Arrival, Keep, Patience, RangeHandle, Slept, Waking, sleep_all, wake_all,
+};
+use crate::size::Extent;
+use crate::{Result, Stream, VmmError};
 use core::ops::Range;
 use core::time::Duration;
 
@@ -19,8 +22,11 @@ pub struct WakeOptions {
     /// memory only, as [`VirtualMemoryPool::allocate`] does.
     pub timeout: Option<Duration>,
     /// Bytes whose contents come first, in this order. All others follow, in the order of their
-    /// addresses.
+    /// addresses. If several pools wake together, these are bytes of each.
     pub first: Vec<Range<usize>>,
+    /// How many bytes of contents come in a second at most, so that copies of others have the rest
+    /// of the link. If none is given, they come as fast as the link lets them.
+    pub bytes_per_second: Option<u64>,
 }
 
 impl WakeOptions {
@@ -30,6 +36,7 @@ impl WakeOptions {
         Self {
             timeout: None,
             first: Vec::new(),
+            bytes_per_second: None,
         }
     }
 
@@ -44,6 +51,29 @@ impl WakeOptions {
         self.first = bytes.into_iter().collect();
         self
     }
+
+    /// With at most this many bytes of contents in a second. Then they come in parts of 8 MiB, and
+    /// between them the stream of the copies waits in a host function (`cuLaunchHostFunc`). The
+    /// driver calls the host functions of all streams one after the other, so those of others may
+    /// wait as long.
+    pub const fn bytes_per_second(mut self, bytes: u64) -> Self {
+        self.bytes_per_second = Some(bytes);
+        self
+    }
+
+    fn wake(&self, ranges: &[&RangeHandle], waits: bool) -> Result<Arrival> {
+        let patience = match self.timeout {
+            Some(timeout) => Patience::for_at_most(timeout),
+            None => Patience::Retiring,
+        };
+        let how = Waking {
+            patience,
+            first: &self.first,
+            bytes_per_second: self.bytes_per_second,
+            waits,
+        };
+        wake_all(ranges, &how)
+    }
 }
 
 impl VirtualMemoryPool {
@@ -52,7 +82,7 @@ impl VirtualMemoryPool {
     ///
     /// All bytes that are live stay allocated: they are live again when the pool wakes. Until then
     /// `allocate`, `deallocate`, `lease`, `pin_for_graph` and the like return
-    /// [`VmmError::Asleep`](crate::VmmError::Asleep), and no work may use the addresses. The memory
+    /// [`VmmError::Asleep`], and no work may use the addresses. The memory
     /// goes to the driver before the call returns, so any account can have it. What the account is
     /// guaranteed stays its own.
     ///
@@ -64,15 +94,15 @@ impl VirtualMemoryPool {
     /// stream may have work on it; then the call waits for all that is queued now.
     ///
     /// # Errors
-    /// [`VmmError::KeptAwake`](crate::VmmError::KeptAwake) if a lease whose token is not released, a
+    /// [`VmmError::KeptAwake`] if a lease whose token is not released, a
     /// pin, a capture, queued work, memory that is [shared](crate::Account::share_many) or another
-    /// thread's call keeps it awake; [`VmmError::Asleep`](crate::VmmError::Asleep) if it is asleep;
-    /// [`VmmError::HostStoreFull`](crate::VmmError::HostStoreFull) and the other errors of
+    /// thread's call keeps it awake; [`VmmError::Asleep`] if it is asleep;
+    /// [`VmmError::HostStoreFull`] and the other errors of
     /// [`HostStore::reserve`](crate::HostStore::reserve);
-    /// [`VmmError::Quarantined`](crate::VmmError::Quarantined) if the driver refused to unmap some
-    /// of it before; [`VmmError::Driver`](crate::VmmError::Driver),
-    /// [`VmmError::Closed`](crate::VmmError::Closed),
-    /// [`VmmError::Forked`](crate::VmmError::Forked). After an error the pool is awake, with its
+    /// [`VmmError::Quarantined`] if the driver refused to unmap some
+    /// of it before; [`VmmError::Driver`],
+    /// [`VmmError::Closed`],
+    /// [`VmmError::Forked`]. After an error the pool is awake, with its
     /// memory and contents. Only if the driver also refuses to map a chunk again, its bytes are in
     /// quarantine, as after a [`compact`](Self::compact).
     ///
@@ -98,7 +128,7 @@ impl VirtualMemoryPool {
 
     /// Gives up all memory like [`sleep`](Self::sleep), for a pool that other threads have too. If
     /// they allocate or free meanwhile, they get
-    /// [`VmmError::Asleep`](crate::VmmError::Asleep).
+    /// [`VmmError::Asleep`].
     ///
     /// # Errors
     /// As [`sleep`](Self::sleep).
@@ -119,13 +149,13 @@ impl VirtualMemoryPool {
     /// for that.
     ///
     /// # Errors
-    /// [`VmmError::Awake`](crate::VmmError::Awake) if it is awake;
-    /// [`VmmError::Asleep`](crate::VmmError::Asleep) if another thread wakes it or puts it to sleep;
-    /// [`VmmError::OutOfPhysicalMemory`](crate::VmmError::OutOfPhysicalMemory), with what is
-    /// missing; [`VmmError::Driver`](crate::VmmError::Driver),
-    /// [`VmmError::Quarantined`](crate::VmmError::Quarantined),
-    /// [`VmmError::Closed`](crate::VmmError::Closed),
-    /// [`VmmError::Forked`](crate::VmmError::Forked). After an error the pool is asleep as it was,
+    /// [`VmmError::Awake`] if it is awake;
+    /// [`VmmError::Asleep`] if another thread wakes it or puts it to sleep;
+    /// [`VmmError::OutOfPhysicalMemory`], with what is
+    /// missing; [`VmmError::Driver`],
+    /// [`VmmError::Quarantined`],
+    /// [`VmmError::Closed`],
+    /// [`VmmError::Forked`]. After an error the pool is asleep as it was,
     /// and can be woken later.
     pub fn wake(&self) -> Result<()> {
         self.wake_with(&WakeOptions::new())
@@ -136,15 +166,41 @@ impl VirtualMemoryPool {
     /// # Errors
     /// As [`wake`](Self::wake).
     pub fn wake_with(&self, options: &WakeOptions) -> Result<()> {
-        let patience = match options.timeout {
-            Some(timeout) => Patience::for_at_most(timeout),
-            None => Patience::Retiring,
-        };
-        let waking = Waking {
-            handle: &self.range,
-            first: &options.first,
-        };
-        wake_all(&[waking], &patience)
+        options.wake(&[&self.range], true).map(drop)
+    }
+
+    /// Wakes the pool like [`wake_with`](Self::wake_with), and does not wait for the contents. The
+    /// pool is awake when all copies are queued, and its bytes can be used in the order in which
+    /// they come: have the stream that uses them wait
+    /// ([`Arriving::order_stream`]). What is freed meanwhile is given back behind the copies.
+    ///
+    /// # Errors
+    /// As [`wake`](Self::wake). A copy that fails after it was queued puts the context beyond use.
+    ///
+    /// ```
+    /// # #[cfg(feature = "simulator")] {
+    /// use cuda_vmm::{Driver, HostStore, Keep, Stream, VirtualMemoryPool, WakeOptions};
+    ///
+    /// let device = Driver::detect()?.device(0)?;
+    /// let store = HostStore::new(&device, 64 << 20)?;
+    /// let mut pool = VirtualMemoryPool::new(&device, 1 << 30, 2 << 20)?;
+    /// pool.allocate(0, 32 << 20)?;
+    /// pool.sleep(Keep::Host(&store))?;
+    /// let layer = |number: usize| number * (8 << 20)..(number + 1) * (8 << 20);
+    /// let layers = WakeOptions::new().first((0..4).map(layer));
+    /// let arriving = pool.wake_streaming(&layers)?;
+    /// let stream = Stream::new(&device)?;
+    /// for number in 0..4 {
+    ///     let bytes = layer(number);
+    ///     arriving.order_stream(&stream, &pool, bytes.start, bytes.len())?;
+    ///     // The work of this layer is launched on the stream here.
+    /// }
+    /// arriving.finish()?;
+    /// # }
+    /// # Ok::<(), cuda_vmm::VmmError>(())
+    /// ```
+    pub fn wake_streaming(&self, options: &WakeOptions) -> Result<Arriving> {
+        options.wake(&[&self.range], false).map(Arriving)
     }
 
     /// Whether the pool is asleep, or a thread is putting it to sleep or waking it; false if it was
@@ -158,8 +214,8 @@ impl VirtualMemoryPool {
     /// other code by its addresses, such as a network card, is true as long as this is the same.
     ///
     /// # Errors
-    /// [`VmmError::Closed`](crate::VmmError::Closed),
-    /// [`VmmError::Forked`](crate::VmmError::Forked).
+    /// [`VmmError::Closed`],
+    /// [`VmmError::Forked`].
     pub fn generation(&self) -> Result<u64> {
         self.range.generation()
     }
@@ -168,10 +224,114 @@ impl VirtualMemoryPool {
     /// bytes of the store.
     ///
     /// # Errors
-    /// [`VmmError::Asleep`](crate::VmmError::Asleep) if the copy is all there is;
-    /// [`VmmError::Closed`](crate::VmmError::Closed),
-    /// [`VmmError::Forked`](crate::VmmError::Forked).
+    /// [`VmmError::Asleep`] if the copy is all there is;
+    /// [`VmmError::Closed`],
+    /// [`VmmError::Forked`].
     pub fn forget_copy(&self) -> Result<usize> {
         self.range.forget_copy()
+    }
+}
+
+impl Account {
+    /// Puts several pools of the account to sleep, all or none, as [`VirtualMemoryPool::sleep`]
+    /// does. What becomes of the contents is said of each.
+    ///
+    /// # Errors
+    /// As [`VirtualMemoryPool::sleep`], for the first pool that fails; then all are awake.
+    /// [`VmmError::ForeignAccount`] for a pool of another account.
+    pub fn sleep_many(&self, pools: &mut [(&mut VirtualMemoryPool, Keep<'_>)]) -> Result<Slept> {
+        let ranges = pools.iter().map(|(pool, keep)| (&pool.range, *keep));
+        let ranges: Vec<_> = ranges.collect();
+        ranges
+            .iter()
+            .try_for_each(|(range, _)| self.expect(range))?;
+        sleep_all(&ranges)
+    }
+
+    /// Wakes several pools of the account, all or none, as [`VirtualMemoryPool::wake_with`] does.
+    /// The contents come pool by pool.
+    ///
+    /// # Errors
+    /// As [`VirtualMemoryPool::wake`]; what is missing is missing for all of them together. Then
+    /// all are asleep. [`VmmError::ForeignAccount`] for a pool of another account.
+    pub fn wake_many(&self, pools: &[&VirtualMemoryPool], options: &WakeOptions) -> Result<()> {
+        self.wake_ranges(pools, options, true).map(drop)
+    }
+
+    /// Wakes several pools like [`wake_many`](Self::wake_many), and does not wait for the contents,
+    /// as [`VirtualMemoryPool::wake_streaming`] does.
+    ///
+    /// # Errors
+    /// As [`wake_many`](Self::wake_many).
+    pub fn wake_many_streaming(
+        &self,
+        pools: &[&VirtualMemoryPool],
+        options: &WakeOptions,
+    ) -> Result<Arriving> {
+        self.wake_ranges(pools, options, false).map(Arriving)
+    }
+
+    fn wake_ranges(
+        &self,
+        pools: &[&VirtualMemoryPool],
+        options: &WakeOptions,
+        waits: bool,
+    ) -> Result<Arrival> {
+        let ranges: Vec<_> = pools.iter().map(|pool| &pool.range).collect();
+        ranges.iter().try_for_each(|range| self.expect(range))?;
+        options.wake(&ranges, waits)
+    }
+
+    fn expect(&self, range: &RangeHandle) -> Result<()> {
+        match range.account() == self {
+            true => Ok(()),
+            false => Err(VmmError::ForeignAccount {
+                expected: self.name().into(),
+                found: range.account().name().into(),
+            }),
+        }
+    }
+}
+
+/// Contents of pools that were woken and are on their way; see
+/// [`VirtualMemoryPool::wake_streaming`]. Dropping it waits until all have come.
+#[derive(Debug)]
+#[must_use = "dropping it waits for all contents"]
+pub struct Arriving(Arrival);
+
+impl Arriving {
+    /// Makes `stream` wait until the contents of `bytes` bytes at `offset` of the pool have come
+    /// (`cuStreamWaitEvent`). What of them is not on its way is not waited for.
+    ///
+    /// # Errors
+    /// [`VmmError::ZeroSize`], [`VmmError::Overflow`], [`VmmError::OutOfRange`];
+    /// [`VmmError::WrongDriver`], [`VmmError::Driver`].
+    pub fn order_stream(
+        &self,
+        stream: &Stream,
+        pool: &VirtualMemoryPool,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        let extent = Extent::new(offset, bytes, pool.capacity_bytes())?;
+        (self.0).order_stream(stream, pool.range.id(), &extent.range())
+    }
+
+    /// Whether the contents of `bytes` bytes at `offset` of the pool have come.
+    ///
+    /// # Errors
+    /// As [`order_stream`](Self::order_stream).
+    pub fn has_come(&self, pool: &VirtualMemoryPool, offset: usize, bytes: usize) -> Result<bool> {
+        let extent = Extent::new(offset, bytes, pool.capacity_bytes())?;
+        let end = self.0.end_of(pool.range.id(), &extent.range());
+        end.map_or(Ok(true), |end| end.is_complete())
+    }
+
+    /// Waits until all contents have come.
+    ///
+    /// # Errors
+    /// [`VmmError::Driver`].
+    pub fn finish(self) -> Result<()> {
+        self.0.finish()
     }
 }

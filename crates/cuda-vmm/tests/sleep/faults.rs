@@ -4,7 +4,7 @@ use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE};
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
-use cuda_vmm::{Keep, PoolStats};
+use cuda_vmm::{Keep, PoolStats, WakeOptions};
 
 /// Does something with the calls of these numbers failing; returns how many calls it made, and
 /// whether it worked.
@@ -105,7 +105,16 @@ fn sleep(keeps: bool, failing: &[u64], code: CUresult) -> u64 {
     calls
 }
 
-fn wake(keeps: bool, failing: &[u64], code: CUresult) -> u64 {
+/// How the contents come back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Comes {
+    Not,
+    Whole,
+    Streaming,
+}
+
+fn wake(comes: Comes, failing: &[u64], code: CUresult) -> u64 {
+    let keeps = comes != Comes::Not;
     let what = format!("calls {failing:?} failing with {code}");
     let mut fixture = pool();
     let keep = match keeps {
@@ -114,8 +123,12 @@ fn wake(keeps: bool, failing: &[u64], code: CUresult) -> u64 {
     };
     fixture.pools[0].sleep(keep).expect("no call fails");
     let before = fixture.pools[0].stats();
-    let (calls, is_done) = with_faults(&mut fixture, (failing, code), |fixture| {
-        fixture.pools[0].wake()
+    let (calls, is_done) = with_faults(&mut fixture, (failing, code), |fixture| match comes {
+        Comes::Not | Comes::Whole => fixture.pools[0].wake(),
+        Comes::Streaming => {
+            let options = WakeOptions::new().bytes_per_second(1 << 40);
+            fixture.pools[0].wake_streaming(&options).map(drop)
+        }
     });
     assert_eq!(fixture.pools[0].is_asleep(), !is_done, "{what}");
     if !is_done && failing.len() < 2 {
@@ -173,10 +186,15 @@ fn each_call_of_a_sleep_that_keeps_nothing_fails_in_turn_and_with_its_undo() {
 
 #[test]
 fn each_call_of_a_wake_from_the_host_fails_in_turn_and_with_its_undo() {
-    every_call_fails(|failing, code| wake(true, failing, code));
+    every_call_fails(|failing, code| wake(Comes::Whole, failing, code));
 }
 
 #[test]
 fn each_call_of_a_wake_without_contents_fails_in_turn_and_with_its_undo() {
-    every_call_fails(|failing, code| wake(false, failing, code));
+    every_call_fails(|failing, code| wake(Comes::Not, failing, code));
+}
+
+#[test]
+fn each_call_of_a_wake_that_streams_fails_in_turn_and_with_its_undo() {
+    every_call_fails(|failing, code| wake(Comes::Streaming, failing, code));
 }

@@ -2,6 +2,7 @@
 
 use super::Range;
 use crate::engine::books::intervals::Intervals;
+use crate::sync::Arc;
 use crate::{HostBytes, Result, VmmError};
 
 /// Whether a range is awake.
@@ -22,7 +23,7 @@ pub(crate) struct Asleep {
     /// The pages of these bytes, in bytes.
     pub(crate) page_bytes: usize,
     /// Their contents in order, without the gaps; `None` if they were not kept.
-    pub(crate) host: Option<HostBytes>,
+    pub(crate) host: Option<Arc<HostBytes>>,
     /// Whether the copy stays when the range wakes.
     pub(crate) is_constant: bool,
 }
@@ -30,7 +31,7 @@ pub(crate) struct Asleep {
 /// A copy of a range that is awake.
 #[derive(Debug)]
 pub(crate) struct HostCopy {
-    pub(crate) host: HostBytes,
+    pub(crate) host: Arc<HostBytes>,
     /// The bytes that it is of.
     live: Intervals,
     /// How many calls had changed what is live, when the copy was that of the range.
@@ -52,7 +53,7 @@ impl Rest {
     }
 
     pub(crate) fn stats(&self) -> RestStats {
-        let reserved = |host: &HostBytes| host.reserved_bytes();
+        let reserved = |host: &Arc<HostBytes>| host.reserved_bytes();
         match self {
             Self::Awake(copy) => RestStats {
                 asleep_bytes: 0,
@@ -91,7 +92,7 @@ impl Range {
     }
 
     /// A copy that is of the range as it is now.
-    pub(crate) fn copy_of_now(&self, host: HostBytes) -> HostCopy {
+    pub(crate) fn copy_of_now(&self, host: Arc<HostBytes>) -> HostCopy {
         HostCopy {
             host,
             live: self.pages.live().clone(),

@@ -2,32 +2,90 @@
 //!
 //! # Safety
 //! The unsafe calls queue copies on a private stream. Both ends stay until the stream is past them:
-//! the chunks, because the range is marked as changing and the thread that copies has them or waits
-//! before it frees them; the host bytes, because their owner is borrowed, and kept by the device if
-//! the stream cannot be waited for.
+//! the chunks, because the range is marked as changing and the thread that copies has them, or
+//! because frees of the range wait for the end of the copies; the host bytes, because their owner
+//! waits before it drops them, and the device keeps them if the stream cannot be waited for.
+//!
+//! The other call queues a function of this module that only sleeps.
 #![allow(unsafe_code)]
 
+use super::order::Part;
 use crate::engine::books::intervals::Intervals;
-use crate::{Device, HostBytes, Result, Stream};
-use core::ops::Range;
+use crate::sync::{self, Arc, thread};
+use crate::{Device, Fence, HostBytes, Result, Stream, VmmError};
+use core::ffi::c_void;
+use core::time::Duration;
+
+/// The bytes of a copy at most. Its end is a moment at which a stream may go on.
+const PART_BYTES: usize = 64 << 20;
+/// The same if copies are slowed down: the link is another's between them.
+const SLOW_PART_BYTES: usize = 8 << 20;
+
+/// How fast contents come back.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pace {
+    bytes_per_second: u64,
+    begin: Duration,
+    /// What is queued so far.
+    bytes: u64,
+}
+
+impl Pace {
+    pub(super) fn new(bytes_per_second: u64) -> Result<Self> {
+        if bytes_per_second == 0 {
+            return Err(VmmError::ZeroSize { what: "bandwidth" });
+        }
+        Ok(Self {
+            bytes_per_second,
+            begin: sync::now(),
+            bytes: 0,
+        })
+    }
+
+    /// When the next copy may begin.
+    fn next(&mut self, bytes: usize) -> Duration {
+        let nanos = u128::from(self.bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        self.bytes += bytes as u64;
+        let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
+        self.begin.saturating_add(Duration::from_nanos(nanos))
+    }
+}
 
 /// A private stream with copies that may be under way.
 #[derive(Debug)]
 pub(super) struct Copies {
     stream: Stream,
+    pace: Option<Pace>,
     is_under_way: bool,
 }
 
+/// Sleeps until a moment, in microseconds of `sync::now`.
+unsafe extern "C" fn sleep_until(micros: *mut c_void) {
+    let until = Duration::from_micros(micros.addr() as u64);
+    if let Some(left) = until.checked_sub(sync::now()) {
+        thread::sleep(left);
+    }
+}
+
 impl Copies {
-    pub(super) fn new(device: &Device) -> Result<Self> {
+    pub(super) fn new(device: &Device, pace: Option<Pace>) -> Result<Self> {
         Ok(Self {
             stream: Stream::new(device)?,
+            pace,
             is_under_way: false,
         })
     }
 
     pub(super) fn stream(&self) -> &Stream {
         &self.stream
+    }
+
+    /// The bytes of one copy at most.
+    pub(super) fn part_bytes(&self) -> usize {
+        match self.pace {
+            Some(_) => SLOW_PART_BYTES,
+            None => PART_BYTES,
+        }
     }
 
     /// Queues copies of the live bytes of a range at `base` to the host, one after the other.
@@ -51,15 +109,19 @@ impl Copies {
         Ok(())
     }
 
-    /// Queues copies of these bytes of a range at `base` from the host, where they begin at `at`.
-    pub(super) fn queue_in(
-        &mut self,
-        base: u64,
-        bytes: Range<usize>,
-        (at, host): (usize, &HostBytes),
-    ) -> Result<()> {
+    /// Queues copies of a part of the contents of a range at `base` from the host.
+    pub(super) fn queue_in(&mut self, base: u64, part: &Part, host: &HostBytes) -> Result<()> {
+        let Part { bytes, at } = part;
+        if let Some(pace) = &mut self.pace {
+            let begin = pace.next(bytes.len());
+            self.is_under_way = true;
+            let micros = usize::try_from(begin.as_micros()).unwrap_or(usize::MAX);
+            let micros = core::ptr::without_provenance_mut(micros);
+            // SAFETY: the function takes any number, sleeps, and calls no driver.
+            unsafe { self.stream.call_host(sleep_until, micros) }?;
+        }
         let mut target = base + bytes.start as u64;
-        for (source, part_bytes) in host.parts(at, bytes.len())? {
+        for (source, part_bytes) in host.parts(*at, bytes.len())? {
             self.is_under_way = true;
             // SAFETY: as the module says; the bytes were made live by this thread, so they are
             // mapped.
@@ -67,6 +129,11 @@ impl Copies {
             target += part_bytes as u64;
         }
         Ok(())
+    }
+
+    /// The end of what is queued so far.
+    pub(super) fn end(&self) -> Result<Arc<Fence>> {
+        self.stream.record().map(Arc::new)
     }
 
     /// Waits for all copies.
@@ -78,7 +145,8 @@ impl Copies {
         Ok(())
     }
 
-    /// Waits for all copies, after a call has failed. Returns whether none is under way any more.
+    /// Waits for all copies, after a call has failed or their owner has gone. Returns whether none
+    /// is under way any more.
     pub(super) fn give_up(&mut self) -> bool {
         match self.finish() {
             Ok(()) => true,

@@ -16,20 +16,23 @@
 //! wake
 //!  mark            one thread wakes a range
 //!  allocate        the bytes that were live, as any allocation does: all or none
-//!  copy            from the host, on a stream of its own
-//!  end             the range is awake
+//!  copy            from the host, on a stream of its own, in the order that was asked for
+//!  end             the range is awake: when all contents have come, or, if the wake streams, when
+//!                  all copies are queued and each part has a fence
 //!
 //!  a step fails    the memory goes again; the range is asleep, and has its host bytes
 //! ```
 //!
 //! Several ranges sleep together or not at all, and wake so.
 
+mod arrival;
 mod change;
 mod copies;
 mod order;
 mod sleeper;
 mod wake;
 
+pub(crate) use arrival::Arrival;
 pub use sleeper::Slept;
 pub(crate) use sleeper::sleep_all;
 pub(crate) use wake::{Waking, wake_all};

@@ -62,7 +62,9 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
         sleeper.reserve()?;
     }
     let copies = sleepers.iter().any(|sleeper| sleeper.host.is_some());
-    let mut copies = copies.then(|| Copies::new(&engine.device)).transpose()?;
+    let mut copies = copies
+        .then(|| Copies::new(&engine.device, None))
+        .transpose()?;
     for sleeper in &sleepers {
         sleeper.give_up_spare(engine)?;
     }
@@ -329,7 +331,7 @@ impl<'a> Sleeper<'a> {
         range.rest = Rest::Asleep(Asleep {
             live: range.pages.fall_asleep(),
             page_bytes,
-            host: self.host.take().or(copy),
+            host: self.host.take().map(Arc::new).or(copy),
             is_constant: matches!(self.keep, Keep::Constant(_)),
         });
         self.change.end()
