@@ -15,6 +15,7 @@ mod store;
 
 pub use bytes::HostBytes;
 pub use options::HostStoreOptions;
+pub(crate) use share_out::share_out;
 pub use stats::HostStoreStats;
 
 use crate::sync::Arc;
@@ -22,7 +23,7 @@ use crate::{Device, Result, VmmError};
 use store::Store;
 
 /// The unit of all sizes in a store: a huge page.
-const UNIT_BYTES: usize = 2 << 20;
+pub(crate) const UNIT_BYTES: usize = 2 << 20;
 
 /// A budget of pinned host memory; a cheap clone.
 ///

@@ -10,7 +10,7 @@ const STACK_BYTES: usize = 128 << 10;
 ///
 /// The calling thread works too, so a system that starts no more threads only makes it slower.
 #[cfg(not(model_check))]
-pub(super) fn share_out(parts: usize, threads: usize, work: impl Fn(usize) + Sync) {
+pub(crate) fn share_out(parts: usize, threads: usize, work: impl Fn(usize) + Sync) {
     share_out_with(parts, threads, STACK_BYTES, work);
 }
 
@@ -43,7 +43,7 @@ fn share_out_with(parts: usize, threads: usize, stack_bytes: usize, work: impl F
 
 /// The model checker has no part in this work, as its threads share nothing.
 #[cfg(model_check)]
-pub(super) fn share_out(parts: usize, _threads: usize, work: impl Fn(usize) + Sync) {
+pub(crate) fn share_out(parts: usize, _threads: usize, work: impl Fn(usize) + Sync) {
     (0..parts).for_each(work);
 }
 

@@ -3,6 +3,7 @@
 
 pub mod blocks;
 mod elastic;
+mod fill;
 mod many;
 mod prefetch;
 mod prometheus;
