@@ -4,10 +4,12 @@
 //! of [`cuda_vmm`] for which 0.1.1 has no variant.
 
 mod graph;
+mod weights;
 
 pub use graph::GraphError;
 use std::sync::Arc;
 use thiserror::Error;
+pub use weights::WeightsError;
 
 /// The result of this crate's functions.
 pub type Result<T> = std::result::Result<T, VmmError>;
@@ -262,6 +264,10 @@ pub enum VmmError {
     #[error(transparent)]
     Graph(#[from] GraphError),
 
+    /// Weights could not be loaded, or neither sleep nor wake.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+
     /// No model of this name is registered.
     #[error("model not found: {0}")]
     ModelNotFound(String),
@@ -458,6 +464,7 @@ impl VmmError {
             | Self::RowBeyondCapacity { .. }
             | Self::UnknownPosition { .. }
             | Self::UnknownSequence { .. }
+            | Self::Weights(_)
             | Self::ModelAlreadyExists(_) => false,
             Self::InvalidOffset { .. }
             | Self::MappingFailed(_)

@@ -74,6 +74,7 @@ pub mod cuda_ffi;
 pub mod device;
 mod elastic_blocks;
 mod elastic_tensor;
+mod elastic_weights;
 pub mod error;
 pub mod fused;
 pub mod graph;
@@ -95,7 +96,8 @@ mod zeros;
 pub use cuda_ffi::AccessFlags;
 pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions};
 pub use elastic_tensor::{ElasticTensor, RowsWatch};
-pub use error::{Result, Shortage, VmmError};
+pub use elastic_weights::{ElasticModel, ElasticWeights, WeightsOptions, weights_in};
+pub use error::{Result, Shortage, VmmError, WeightsError};
 pub use kv_cache::{ElasticCache, ElasticKvCache, ElasticRotatingKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
@@ -116,8 +118,9 @@ pub use cuda_vmm::pool::blocks::{
 pub use cuda_vmm::sim;
 pub use cuda_vmm::{
     Account, AccountSnapshot, AccountStats, CaptureGuard, Demand, Driver, Engine, EngineCounters,
-    EngineOptions, EngineStats, Givable, GraphPin, MemoryParts, PoolCounters, PoolOptions,
-    PoolStats, Quota, Snapshot, StepReport, Stream, WorkerMode, sys,
+    EngineOptions, EngineStats, Givable, GraphPin, HostStore, HostStoreOptions, Keep, MemoryParts,
+    PoolCounters, PoolOptions, PoolStats, Quota, Snapshot, StepReport, Stream, WakeOptions,
+    WorkerMode, sys,
 };
 
 /// This crate's version.

@@ -193,6 +193,7 @@ fn describe(error: VmmError) -> String {
             capacity,
         } => format!("{sequence} {length} {capacity}"),
         VmmError::Graph(error) => error.to_string(),
+        VmmError::Weights(error) => error.to_string(),
         VmmError::MissingLengths | VmmError::PlanOnAnotherDevice | VmmError::NoAttentionKernels => {
             String::new()
         }

@@ -27,3 +27,4 @@ mod refusal;
 mod seed;
 mod settings;
 mod shared;
+mod weights;

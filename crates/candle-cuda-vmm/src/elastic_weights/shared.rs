@@ -1,0 +1,198 @@
+//! What weights and their builders share: where the tensors are, and their memory.
+
+use super::convert::Conversion;
+use super::file::WeightsFile;
+use super::layout::{Layout, Placed};
+use super::options::WeightsOptions;
+use crate::error::{Result, VmmError, WeightsError};
+#[cfg(feature = "cuda")]
+use crate::lease::Leases;
+use crate::tensor_pool::{Memory, TensorPool};
+use candle_core::{DType, Device, Error, Shape, Tensor};
+use candle_nn::Init;
+use candle_nn::var_builder::SimpleBackend;
+use cuda_vmm::{HostStore, Keep, Slept, VirtualMemoryPool, WakeOptions};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The tensors' places, and their memory.
+#[derive(Debug)]
+pub(super) struct Shared {
+    layout: Layout,
+    /// All bytes are live while the weights are awake.
+    range: VirtualMemoryPool,
+    place: Place,
+}
+
+/// Where the contents are.
+#[derive(Debug)]
+enum Place {
+    /// In tensors of Candle's, by their offsets. The range has the memory that a GPU would need.
+    Host(HashMap<usize, Tensor>),
+    /// In the range.
+    #[cfg(feature = "cuda")]
+    Device(Arc<Leases>),
+}
+
+impl Shared {
+    /// Reserves addresses and allocates memory, whose contents are undefined.
+    pub(super) fn new(pool: &TensorPool, layout: Layout) -> Result<Self> {
+        let memory = &pool.inner().memory;
+        let range = memory.common().range(layout.bytes())?;
+        range.allocate(0, layout.bytes())?;
+        let place = match memory {
+            Memory::Host(_) => Place::Host(HashMap::new()),
+            #[cfg(feature = "cuda")]
+            Memory::Device(memory) => Place::Device(memory.leases.clone()),
+        };
+        Ok(Self {
+            layout,
+            range,
+            place,
+        })
+    }
+
+    pub(super) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Reads all tensors.
+    pub(super) fn read(
+        &mut self,
+        files: &[WeightsFile],
+        #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] store: &HostStore,
+        options: &WeightsOptions,
+    ) -> Result<()> {
+        let (layout, done) = (&self.layout, AtomicUsize::new(0));
+        let tell = |bytes: usize| {
+            let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            if let Some(progress) = &options.progress {
+                progress(done, layout.bytes());
+            }
+        };
+        let read = |offset: usize, target: &mut [u8]| {
+            for placed in layout.within(offset..offset + target.len()) {
+                read_part(placed, offset, target, files)?;
+            }
+            tell(target.len());
+            Ok::<_, VmmError>(())
+        };
+        match &mut self.place {
+            Place::Host(tensors) => {
+                for placed in layout.tensors() {
+                    let mut bytes = vec![0; placed.bytes().len()];
+                    read(placed.offset, &mut bytes)?;
+                    let (shape, device) = (&placed.shape, Device::Cpu);
+                    let tensor = Tensor::from_raw_buffer(&bytes, placed.dtype, shape, &device)?;
+                    tensors.insert(placed.offset, tensor);
+                }
+                Ok(())
+            }
+            #[cfg(feature = "cuda")]
+            Place::Device(_) => self.range.fill(0, layout.bytes(), store, read),
+        }
+    }
+
+    pub(super) fn sleep(&mut self, keep: Keep<'_>) -> Result<Slept> {
+        let slept = self.range.sleep(keep)?;
+        if let (Place::Host(tensors), Keep::Nothing) = (&mut self.place, keep) {
+            tensors.clear();
+        }
+        Ok(slept)
+    }
+
+    /// Has the memory again, unless it is there.
+    pub(super) fn wake(&mut self, options: &WakeOptions) -> Result<()> {
+        match self.range.is_asleep() {
+            true => Ok(self.range.wake_with(options)?),
+            false => Ok(()),
+        }
+    }
+
+    fn tensor(&self, name: &str, dtype: DType) -> candle_core::Result<Tensor> {
+        let placed = self
+            .layout
+            .find(name)
+            .ok_or_else(|| Error::CannotFindTensor {
+                path: name.to_owned(),
+            })?;
+        let tensor = match &self.place {
+            Place::Host(tensors) => {
+                let tensor = tensors.get(&placed.offset).cloned();
+                // Builders are made of weights that are awake, and keep them so.
+                tensor.ok_or_else(|| VmmError::from(WeightsError::Asleep))?
+            }
+            #[cfg(feature = "cuda")]
+            Place::Device(leases) if placed.elements == 0 => {
+                leases.empty(&placed.shape, placed.dtype)?
+            }
+            #[cfg(feature = "cuda")]
+            Place::Device(leases) => {
+                leases.tensor(&self.range, placed.offset, &placed.shape, placed.dtype)?
+            }
+        };
+        tensor.to_dtype(dtype)
+    }
+}
+
+/// Reads what a tensor has of the bytes of the range from `offset` on.
+fn read_part(
+    placed: &Placed,
+    offset: usize,
+    target: &mut [u8],
+    files: &[WeightsFile],
+) -> std::result::Result<(), WeightsError> {
+    let own = placed.bytes();
+    let (start, end) = (own.start.max(offset), own.end.min(offset + target.len()));
+    if start >= end {
+        return Ok(());
+    }
+    // Parts begin at multiples of what is at least as long as a number.
+    let (to, from) = (placed.dtype.size_in_bytes(), placed.source_element_bytes());
+    let numbers = (start - own.start) / to..(end - own.start) / to;
+    let begin = placed.begin + (numbers.start * from) as u64;
+    let (file, target) = (
+        &files[placed.file],
+        &mut target[start - offset..end - offset],
+    );
+    if placed.conversion == Conversion::None {
+        return file.read(begin, target);
+    }
+    let mut bytes = vec![0; numbers.len() * from];
+    file.read(begin, &mut bytes)?;
+    placed.conversion.convert(&bytes, target);
+    Ok(())
+}
+
+/// What builders ask. As long as one is left, the weights are not put to sleep.
+pub(super) struct Backend(pub(super) Arc<Shared>);
+
+impl SimpleBackend for Backend {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        _: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let tensor = self.0.tensor(name, dtype)?;
+        match tensor.shape() == &shape {
+            true => Ok(tensor),
+            false => Err(Error::UnexpectedShape {
+                msg: format!("shape mismatch for {name}"),
+                expected: shape,
+                got: tensor.shape().clone(),
+            }),
+        }
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> candle_core::Result<Tensor> {
+        self.0.tensor(name, dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.layout.find(name).is_some()
+    }
+}
