@@ -84,7 +84,7 @@ fn wrong_usage_has_an_exit_code_of_its_own() {
 fn on_a_cpu_every_figure_is_measured_and_only_counts_are_judged() {
     let (output, list) = run(CANDLE, "candle-cpu", &["--device", "cpu"]);
     assert!(output.status.success(), "{output:?}");
-    assert_eq!(list.len(), 55, "{list:?}");
+    assert_eq!(list.len(), 56, "{list:?}");
     let mut judged = Vec::new();
     for finding in &list {
         let name = finding["name"].as_str().expect("a name");
@@ -122,7 +122,7 @@ fn the_curve_of_blocks_goes_up_and_comes_down() {
 fn without_a_gpu_every_figure_is_reported_without_a_verdict() {
     let ran = run(CANDLE, "candle-nowhere", &[]);
     assert_no_verdicts(&ran, "no GPU answers");
-    assert_eq!(ran.1.len(), 55);
+    assert_eq!(ran.1.len(), 56);
 }
 
 fn folder(name: &str) -> PathBuf {

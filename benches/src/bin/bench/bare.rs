@@ -5,6 +5,8 @@
 //! Places for what the driver writes are valid during the call.
 
 use anyhow::{Result, ensure};
+use core::ffi::c_void;
+use core::ptr::null_mut;
 use cuda_vmm::sys::*;
 use cuda_vmm::{Device, Stream};
 use cuda_vmm_benches::time;
@@ -165,6 +167,59 @@ impl Drop for Plain {
     fn drop(&mut self) {
         // SAFETY: the memory is ours, and this is its end.
         let _ = unsafe { call!(self.0, cuMemFree(self.1)) };
+    }
+}
+
+/// Host memory that is pinned for copies.
+pub struct Pinned {
+    device: Device,
+    memory: *mut c_void,
+    bytes: usize,
+}
+
+impl Pinned {
+    /// Maps, touches and registers memory.
+    pub fn new(device: &Device, bytes: usize) -> Result<Self> {
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let kind = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        // SAFETY: new memory, at an address of the system's choice.
+        let memory = unsafe { libc::mmap(null_mut(), bytes, access, kind, -1, 0) };
+        ensure!(memory != libc::MAP_FAILED, "no host memory: {bytes} bytes");
+        let this = Self {
+            device: device.clone(),
+            memory,
+            bytes,
+        };
+        // SAFETY: see the module's documentation.
+        unsafe { call!(device, cuMemHostRegister(memory, bytes, 0)) }?;
+        Ok(this)
+    }
+
+    /// The time of copying all of it to the device, or from there.
+    pub fn copy(&self, stream: &Stream, address: u64, is_in: bool) -> Result<Duration> {
+        let (memory, bytes, raw) = (self.memory, self.bytes, stream.raw());
+        let ((), elapsed) = time(|| {
+            // SAFETY: the caller's addresses are mapped, and both ends stay until the stream was
+            // synchronised.
+            unsafe {
+                match is_in {
+                    true => call!(self.device, cuMemcpyHtoDAsync(address, memory, bytes, raw)),
+                    false => call!(self.device, cuMemcpyDtoHAsync(memory, address, bytes, raw)),
+                }
+            }?;
+            anyhow::Ok(stream.synchronize()?)
+        })?;
+        Ok(elapsed)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: the memory is ours, and this is its end. What was not registered is refused.
+        unsafe {
+            let _ = call!(self.device, cuMemHostUnregister(self.memory));
+            libc::munmap(self.memory, self.bytes);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ mod decoder;
 mod fork;
 mod graph;
 mod growth;
+mod weights;
 
 use crate::machine::Machine;
 use cuda_vmm_benches::Work;
@@ -26,4 +27,5 @@ pub const ALL: &[Work<Machine>] = &[
     ("one range", growth::one_range),
     ("blocks", blocks::measure),
     ("fork", fork::measure),
+    ("load weights", weights::measure),
 ];

@@ -10,6 +10,7 @@ mod limits;
 mod page;
 mod replay;
 mod scale;
+mod sleep;
 
 use crate::machine::Machine;
 use cuda_vmm_benches::Work;
@@ -35,6 +36,8 @@ pub const ALL: &[Work<Machine>] = &[
     ("fill the card until OUT_OF_MEMORY", limits::filled),
     ("tear down 64 GiB", allocation::tear_down),
     ("scrubbing", bytes::scrubbing),
+    ("sleep", sleep::measure),
+    ("pinned memory", sleep::pinned),
     ("slack", limits::slack),
     ("bookkeeping", limits::bookkeeping),
     ("scale: a refusal is remembered", scale::remembered),
