@@ -17,6 +17,8 @@ mod pools;
 mod rules;
 #[path = "device/running_work.rs"]
 mod running_work;
+#[path = "device/sleep.rs"]
+mod sleep;
 #[path = "device/streams.rs"]
 mod streams;
 

@@ -1,10 +1,12 @@
 //! Sleep and wake with each driver call failing in turn, and with its undo.
 
 use crate::common::{manual, turn};
-use crate::fixture::{Fixture, PAGE};
+use crate::fixture::{Fixture, PAGE, UNIT};
 use cuda_vmm::sim::Fault;
-use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
-use cuda_vmm::{Keep, PoolStats, WakeOptions};
+use cuda_vmm::sys::{
+    CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult, DriverFunction,
+};
+use cuda_vmm::{Keep, PoolStats, VmmError, WakeOptions};
 
 /// Does something with the calls of these numbers failing; returns how many calls it made, and
 /// whether it worked.
@@ -197,4 +199,57 @@ fn each_call_of_a_wake_without_contents_fails_in_turn_and_with_its_undo() {
 #[test]
 fn each_call_of_a_wake_that_streams_fails_in_turn_and_with_its_undo() {
     every_call_fails(|failing, code| wake(Comes::Streaming, failing, code));
+}
+
+/// Lets all waits for a stream fail, until the faults are cleared.
+fn fail_waits(fixture: &Fixture) {
+    let wait = DriverFunction::cuStreamSynchronize;
+    let fault = Fault::always(wait, CUDA_ERROR_OPERATING_SYSTEM);
+    fixture.simulated.simulator.inject(fault);
+}
+
+#[test]
+fn copies_out_that_cannot_be_waited_for_keep_the_chunks_and_the_host_bytes() {
+    let _turn = turn();
+    let mut fixture = Fixture::new(manual(), &[1]);
+    fixture.take(0, 0..4);
+    fixture.stream.synchronize().expect("done");
+    fail_waits(&fixture);
+    fixture.sleep(0).expect_err("no wait works");
+    // The copies may still run.
+    assert!(!fixture.pools[0].is_asleep());
+    let stats = fixture.pools[0].stats();
+    assert_eq!(stats.parts.quarantined_bytes, 4 * PAGE, "{stats}");
+    assert_eq!(fixture.store.stats().in_use_bytes, UNIT);
+    let (offset, bytes) = (0, PAGE);
+    assert_eq!(
+        fixture.pools[0].deallocate(offset, bytes),
+        Err(VmmError::Quarantined { offset, bytes })
+    );
+    fixture.simulated.simulator.clear_faults();
+    recover(&fixture);
+    fixture.sleep(0).expect("the driver works again");
+    fixture.pools[0].wake().expect("room");
+    fixture.check();
+    fixture.end();
+}
+
+#[test]
+fn copies_in_that_cannot_be_waited_for_keep_the_memory_until_they_are_past() {
+    let _turn = turn();
+    let mut fixture = Fixture::new(manual().park_bytes_max(1 << 30), &[1]);
+    fixture.take(0, 0..4);
+    fixture.sleep(0).expect("idle");
+    fail_waits(&fixture);
+    fixture.pools[0].wake().expect_err("no wait works");
+    assert!(fixture.pools[0].is_asleep());
+    let stats = fixture.pools[0].stats();
+    assert_eq!(stats.parts.retiring_bytes, 4 * PAGE, "{stats}");
+    fixture.simulated.simulator.clear_faults();
+    // A pool that sleeps parks nothing, whatever the engine may keep.
+    fixture.settle();
+    assert_eq!(fixture.engine.stats().committed_bytes, 0);
+    fixture.pools[0].wake().expect("the driver works again");
+    fixture.check();
+    fixture.end();
 }

@@ -3,7 +3,7 @@
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE};
 use core::time::Duration;
-use cuda_vmm::{Keep, Stream, VmmError, WakeOptions};
+use cuda_vmm::{Arriving, Keep, Stream, VmmError, WakeOptions};
 use std::time::Instant;
 
 /// A pool with pages of its own, asleep.
@@ -82,24 +82,29 @@ fn a_limit_of_nothing_is_refused() {
     fixture.end();
 }
 
+/// Wakes the pool so that page 0 comes at once, and those from 20 on after a third of a second.
+fn wake_slowly(fixture: &Fixture) -> Arriving {
+    let options = WakeOptions::new()
+        .first(core::iter::once(0..PAGE))
+        .bytes_per_second(30 * PAGE as u64);
+    fixture.pools[0].wake_streaming(&options).expect("room")
+}
+
 #[test]
 fn what_is_freed_meanwhile_stays_mapped_until_the_copies_are_past() {
     let _turn = turn();
     let mut fixture = asleep();
-    let simulator = fixture.simulated.simulator.clone();
-    simulator.hold_work();
-    let arriving = fixture.pools[0].wake_streaming(&WakeOptions::new());
-    let arriving = arriving.expect("room");
+    let arriving = wake_slowly(&fixture);
+    // The named stream is idle, so only the copies keep the memory.
     fixture.free(0, 20..40);
     fixture.engine.step();
     fixture.engine.trim().expect("no call fails");
     assert_eq!(fixture.pools[0].stats().parts.retiring_bytes, 20 * PAGE);
-    simulator.release_work();
     arriving.finish().expect("no call fails");
     fixture.settle();
     assert_eq!(fixture.pools[0].stats().parts.retiring_bytes, 0);
     fixture.engine.trim().expect("no call fails");
-    assert!(!simulator.is_poisoned(0));
+    assert!(!fixture.simulated.simulator.is_poisoned(0));
     fixture.check();
     fixture.end();
 }
@@ -108,10 +113,7 @@ fn what_is_freed_meanwhile_stays_mapped_until_the_copies_are_past() {
 fn contents_on_their_way_keep_a_pool_awake() {
     let _turn = turn();
     let mut fixture = asleep();
-    let simulator = fixture.simulated.simulator.clone();
-    simulator.hold_work();
-    let arriving = fixture.pools[0].wake_streaming(&WakeOptions::new());
-    let arriving = arriving.expect("room");
+    let arriving = wake_slowly(&fixture);
     let refused = fixture.pools[0].sleep(Keep::Nothing);
     assert_eq!(
         refused.expect_err("not idle"),
@@ -123,7 +125,6 @@ fn contents_on_their_way_keep_a_pool_awake() {
     );
     // The host bytes are in use as long.
     assert!(fixture.store.stats().in_use_bytes > 0);
-    simulator.release_work();
     drop(arriving);
     assert_eq!(fixture.store.stats().in_use_bytes, 0);
     fixture.sleep(0).expect("idle");
@@ -137,17 +138,10 @@ fn a_pool_can_be_closed_while_its_contents_come() {
     let _turn = turn();
     let mut fixture = asleep();
     let simulator = fixture.simulated.simulator.clone();
-    simulator.hold_work();
-    let arriving = fixture.pools[0].wake_streaming(&WakeOptions::new());
-    let arriving = arriving.expect("room");
-    std::thread::scope(|scope| {
-        let fixture = &mut fixture;
-        let closing = scope.spawn(|| fixture.close(0));
-        std::thread::sleep(Duration::from_millis(10));
-        assert!(!closing.is_finished(), "it waits for the copies");
-        simulator.release_work();
-        closing.join().expect("no panic");
-    });
+    let arriving = wake_slowly(&fixture);
+    let begun = Instant::now();
+    fixture.close(0);
+    assert!(begun.elapsed() >= Duration::from_millis(200), "it waits");
     arriving.finish().expect("no call fails");
     assert!(!simulator.is_poisoned(0));
     assert_eq!(fixture.store.stats().in_use_bytes, 0);

@@ -36,6 +36,8 @@ struct Work {
     stream: usize,
     /// Addresses that it uses; none for a mark in the queue.
     addresses: Range<u64>,
+    /// Host addresses that it uses.
+    host: Range<usize>,
     /// Work that must be finished before.
     after: Vec<u64>,
 }
@@ -246,8 +248,15 @@ impl Books {
     }
 
     pub fn unregister(&mut self, address: usize) {
-        if self.registered.remove(&address).is_none() {
+        let Some(bytes) = self.registered.remove(&address) else {
             self.forbid(format!("host memory at {address:#x} is not registered"));
+            return;
+        };
+        let in_use = |work: &Work| work.host.start < address + bytes && address < work.host.end;
+        if self.work.values().any(in_use) {
+            self.forbid(format!(
+                "host memory at {address:#x} was unregistered under a copy"
+            ));
         }
     }
 
@@ -344,9 +353,22 @@ impl Books {
         let work = Work {
             stream,
             addresses,
+            host: 0..0,
             after: Vec::new(),
         };
         self.work.insert(id, work);
+    }
+
+    /// Queues a copy between memory that must be there and registered host memory.
+    pub fn copy(&mut self, stream: usize, addresses: Range<u64>, host: Range<usize>) {
+        let registered = self.registered.range(..=host.start).next_back();
+        if registered.is_none_or(|(start, bytes)| host.end > start + bytes) {
+            self.forbid(format!("a copy with {host:#x?}, which is not registered"));
+        }
+        self.launch(stream, addresses);
+        if let Some(mut work) = self.work.last_entry() {
+            work.get_mut().host = host;
+        }
     }
 
     /// Whether what is queued on a stream from now on waits for this work of another.
@@ -372,6 +394,7 @@ impl Books {
         let mark = Work {
             stream,
             addresses: 0..0,
+            host: 0..0,
             after,
         };
         self.work.insert(id, mark);
@@ -429,6 +452,7 @@ impl Books {
         let mark = Work {
             stream: stream.unwrap_or_default(),
             addresses: 0..0,
+            host: 0..0,
             after: Vec::new(),
         };
         self.work.insert(id, mark);

@@ -308,6 +308,42 @@ unsafe extern "C" fn copy_bytes(
     code
 }
 
+unsafe extern "C" fn copy_out(
+    target: *mut c_void,
+    source: CUdeviceptr,
+    bytes: usize,
+    stream: CUstream,
+) -> CUresult {
+    let code = call_in_context(DriverFunction::cuMemcpyDtoHAsync, |books| {
+        let addresses = source..source + bytes as u64;
+        books.copy(
+            stream.addr(),
+            addresses,
+            target.addr()..target.addr() + bytes,
+        );
+    });
+    ring();
+    code
+}
+
+unsafe extern "C" fn copy_in(
+    target: CUdeviceptr,
+    source: *const c_void,
+    bytes: usize,
+    stream: CUstream,
+) -> CUresult {
+    let code = call_in_context(DriverFunction::cuMemcpyHtoDAsync, |books| {
+        let addresses = target..target + bytes as u64;
+        books.copy(
+            stream.addr(),
+            addresses,
+            source.addr()..source.addr() + bytes,
+        );
+    });
+    ring();
+    code
+}
+
 unsafe extern "C" fn stream_synchronise(stream: CUstream) -> CUresult {
     let mut until = Vec::new();
     let code = call_in_context(DriverFunction::cuStreamSynchronize, |books| {
@@ -441,6 +477,8 @@ pub fn open(new: bool) -> Driver {
         cuMemUnmap: unmap,
         cuMemsetD8Async: set_bytes,
         cuMemcpyDtoDAsync: copy_bytes,
+        cuMemcpyDtoHAsync: copy_out,
+        cuMemcpyHtoDAsync: copy_in,
         cuStreamSynchronize: stream_synchronise,
         cuStreamQuery: stream_query,
         cuStreamWaitEvent: stream_wait,

@@ -30,5 +30,6 @@ mod never_waits;
 mod parked;
 mod planted;
 mod sharing;
+mod sleep;
 mod waiting;
 mod world;

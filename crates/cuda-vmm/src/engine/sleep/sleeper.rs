@@ -9,14 +9,15 @@ use crate::engine::books::pages::ChunkState;
 use crate::engine::books::pages::relocation::PartlyLive;
 use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
-use crate::engine::moving::may_move;
-use crate::engine::queue::{BITE, Until};
+use crate::engine::moving::{finish_work, may_move};
+use crate::engine::queue::BITE;
 use crate::engine::range::Range;
 use crate::engine::range::leases::Asker;
 use crate::engine::range::rest::{Asleep, Rest};
 use crate::engine::relocation::Relocation;
 use crate::engine::retry::Which;
 use crate::engine::scope::Scope;
+use crate::engine::users::Users;
 use crate::sync::{Arc, rest};
 use crate::{CaptureGuard, HostBytes, Result, VmmError};
 
@@ -48,7 +49,8 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
         return Ok(Slept::default());
     };
     let engine = first.engine().open()?;
-    // Held to the end, so that no capture begins meanwhile.
+    // Held while others' work is looked at and waited for. Copies and the end of memory harm no
+    // capture, so one may begin meanwhile.
     let no_capture = CaptureGuard::try_none();
     let begun = parts
         .iter()
@@ -58,6 +60,7 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
     for sleeper in &sleepers {
         sleeper.check(engine, no_capture.as_ref())?;
     }
+    drop(no_capture);
     for sleeper in &mut sleepers {
         sleeper.reserve()?;
     }
@@ -215,16 +218,12 @@ impl<'a> Sleeper<'a> {
         if !may_move(no_capture, &users)? {
             return Err(self.kept("a capture"));
         }
-        // Work of streams that are not known may be of others. It is waited for.
-        let is_known = users.streams().is_some();
-        match Until::now(&engine.device, &users) {
-            Until::Synchronised => engine.device.finish_work(users.are_all())?,
-            Until::Fences(fences) if is_known => {
-                if !Until::Fences(fences).is_past()? {
-                    return Err(self.kept("queued work"));
-                }
-            }
-            Until::Fences(fences) => fences.iter().try_for_each(|fence| fence.wait())?,
+        if is_busy(&users)? {
+            return Err(self.kept("queued work"));
+        }
+        if users.streams().is_none() {
+            // Work of streams that are not known may be of others. It is waited for.
+            finish_work(engine, &users)?;
         }
         engine.poll();
         engine.synchronise(Scope::Range(self.handle().id()))?;
@@ -336,6 +335,25 @@ impl<'a> Sleeper<'a> {
         });
         self.change.end()
     }
+}
+
+/// Whether work is queued on streams that are known. Not by a fence of now, which takes the device a
+/// moment though the stream is idle.
+fn is_busy(users: &Users) -> Result<bool> {
+    let Some(streams) = users.streams() else {
+        return Ok(false);
+    };
+    for (_, named) in streams {
+        if !named.handle().is_idle()? {
+            return Ok(true);
+        }
+    }
+    for end in users.ends() {
+        if !end.is_complete()? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 impl Range {
