@@ -7,9 +7,9 @@ mod common;
 use common::{PAGE, Simulated, manual};
 use cuda_vmm::sim::Books;
 use cuda_vmm::{
-    Access, Device, Engine, Fence, HostBytes, HostStore, HostStoreStats, Mapping, PhysicalMemory,
-    PoolOptions, Quota, Reservation, SharedMemoryPool, StepReport, Stream, VirtualMemoryPool,
-    VmmError, WorkerMode,
+    Access, Arriving, Device, Engine, Fence, HostBytes, HostStore, HostStoreStats, Keep, Mapping,
+    PhysicalMemory, PoolOptions, Quota, Reservation, SharedMemoryPool, StepReport, Stream,
+    VirtualMemoryPool, VmmError, WakeOptions, WorkerMode,
 };
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -25,6 +25,10 @@ struct Everything {
     pools: Vec<(Engine, VirtualMemoryPool)>,
     shared: SharedMemoryPool,
     model: VirtualMemoryPool,
+    /// It sleeps, and the host has its contents.
+    asleep: VirtualMemoryPool,
+    /// The contents of a pool that was woken.
+    arriving: (VirtualMemoryPool, Arriving),
     host: HostStore,
     kept: HostBytes,
     /// Where the memory of the host store is.
@@ -72,7 +76,17 @@ impl Everything {
         let model = model.expect("addresses");
         model.allocate(0, PAGE).expect("room");
         let host = HostStore::new(device, 4 * PAGE).expect("a store");
+        let asleep = || {
+            let mut pool = VirtualMemoryPool::new(device, PAGE, PAGE).expect("a pool");
+            pool.allocate(0, PAGE).expect("room");
+            pool.sleep(Keep::Host(&host)).expect("idle");
+            pool
+        };
+        let woken = asleep();
+        let arriving = woken.wake_streaming(&WakeOptions::new()).expect("room");
         Self {
+            asleep: asleep(),
+            arriving: (woken, arriving),
             kept: host.reserve(PAGE).expect("room"),
             pinned: not_inherited(),
             host,
@@ -141,6 +155,15 @@ impl Everything {
             let told = (stats.capacity_bytes, stats.page_bytes, stats.live_bytes);
             assert_eq!(told, (pool.capacity_bytes(), pool.page_bytes(), 0));
         }
+        let (woken, arriving) = &self.arriving;
+        forked(self.asleep.wake());
+        forked(self.asleep.forget_copy());
+        forked(self.asleep.generation());
+        assert!(!self.asleep.is_asleep());
+        // SAFETY: never reaches a device.
+        forked(unsafe { woken.sleep_shared(Keep::Host(&self.host)) });
+        forked(arriving.has_come(woken, 0, PAGE));
+        forked(arriving.order_stream(&self.stream, woken, 0, PAGE));
         forked(self.model.allocate(PAGE, PAGE));
         let (account, options) = (self.model.account(), PoolOptions::new());
         forked(VirtualMemoryPool::on_account(account, PAGE, PAGE, options));

@@ -18,7 +18,7 @@ mod random;
 mod streaming;
 
 use common::manual;
-use cuda_vmm::{Keep, VmmError, WakeOptions};
+use cuda_vmm::{Keep, PoolOptions, VirtualMemoryPool, VmmError, WakeOptions};
 use fixture::{Fixture, PAGE, PAGES, UNIT};
 
 #[test]
@@ -286,6 +286,42 @@ fn a_wake_is_no_allocation_of_the_owners() {
     fixture.sleep(0).expect("idle");
     fixture.pools[0].wake().expect("room");
     assert_eq!(fixture.pools[0].counters(), before);
+    fixture.end();
+}
+
+#[test]
+fn each_run_of_live_bytes_has_one_handle_again() {
+    let mut fixture = Fixture::new(manual(), &[1]);
+    let options = PoolOptions::new().single_handle(true);
+    let account = fixture.account(0).clone();
+    let pool = VirtualMemoryPool::on_account(&account, PAGES * PAGE, PAGE, options);
+    let mut pool = pool.expect("addresses");
+    pool.allocate(0, 3 * PAGE).expect("room");
+    pool.allocate(5 * PAGE, 20 * PAGE).expect("room");
+    assert_eq!(pool.stats().chunks, 2);
+    pool.sleep(Keep::Host(&fixture.store)).expect("idle");
+    pool.wake().expect("room");
+    let stats = pool.stats();
+    assert_eq!((stats.chunks, stats.live_bytes), (2, 23 * PAGE));
+    drop((pool, account));
+    fixture.take(0, 0..1);
+    fixture.check();
+    fixture.end();
+}
+
+#[test]
+fn memory_that_is_being_overwritten_for_the_cache_is_waited_for() {
+    let mut fixture = Fixture::new(manual().cache_bytes_max(1 << 30), &[1]);
+    fixture.take(0, 0..8);
+    fixture.free(0, 2..5);
+    fixture.stream.synchronize().expect("done");
+    // It begins to overwrite what was freed.
+    fixture.engine.step();
+    fixture.sleep(0).expect("idle");
+    fixture.engine.trim().expect("no call fails");
+    assert_eq!(fixture.engine.stats().committed_bytes, 0);
+    fixture.pools[0].wake().expect("room");
+    fixture.check();
     fixture.end();
 }
 

@@ -66,7 +66,9 @@ impl Drop for Arrival {
         let Some(copies) = &mut self.copies else {
             return;
         };
-        if !copies.give_up() {
+        // Twice: a wait that failed once often works then, and what the device keeps is in use until
+        // a context synchronise.
+        if !(copies.give_up() || copies.give_up()) {
             // The device may still read them.
             let device = copies.stream().device().clone();
             device.keep_unfinished(core::mem::take(&mut self.hosts));

@@ -28,6 +28,7 @@
 mod arrival;
 mod change;
 mod copies;
+mod idle;
 mod order;
 mod sleeper;
 mod wake;

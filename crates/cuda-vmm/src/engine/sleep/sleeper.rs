@@ -3,21 +3,17 @@
 use super::Keep;
 use super::change::Change;
 use super::copies::Copies;
-use crate::capture::NoCapture;
+use super::idle::kept;
 use crate::engine::at_work::AtWork;
-use crate::engine::books::pages::ChunkState;
 use crate::engine::books::pages::relocation::PartlyLive;
 use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
-use crate::engine::moving::{finish_work, may_move};
 use crate::engine::queue::BITE;
 use crate::engine::range::Range;
-use crate::engine::range::leases::Asker;
 use crate::engine::range::rest::{Asleep, Rest};
 use crate::engine::relocation::Relocation;
 use crate::engine::retry::Which;
 use crate::engine::scope::Scope;
-use crate::engine::users::Users;
 use crate::sync::{Arc, rest};
 use crate::{CaptureGuard, HostBytes, Result, VmmError};
 
@@ -58,7 +54,7 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
     let mut sleepers: Vec<_> = begun.collect::<Result<_>>()?;
     engine.retry(&Which::All);
     for sleeper in &sleepers {
-        sleeper.check(engine, no_capture.as_ref())?;
+        sleeper.handle().check_idle(engine, no_capture.as_ref())?;
     }
     drop(no_capture);
     for sleeper in &mut sleepers {
@@ -81,8 +77,17 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
             Err(error)
         }
     };
+    let state = engine.state.lock();
+    let is_left = |(handle, _): &(&RangeHandle, _)| {
+        let range = state.ranges.get(handle.id());
+        range.is_some_and(|range| range.is_left())
+    };
+    let any_left = parts.iter().any(is_left);
+    drop(state);
+    if any_left {
+        engine.go_on_closing();
+    }
     drop(work);
-    engine.go_on_closing();
     slept
 }
 
@@ -126,7 +131,8 @@ fn undo(
         let _ = relocation.put_back(engine);
     }
     let hosts = sleepers.into_iter().filter_map(|sleeper| sleeper.host);
-    if unfinished.is_some() {
+    // The chunks may have been waited for meanwhile.
+    if unfinished.is_some_and(|mut copies| !copies.give_up()) {
         engine.device.keep_unfinished(hosts.collect());
     }
 }
@@ -184,74 +190,6 @@ impl<'a> Sleeper<'a> {
 
     fn handle(&self) -> &'a RangeHandle {
         self.change.handle
-    }
-
-    /// The error if something keeps the range awake.
-    fn kept(&self, by: &'static str) -> VmmError {
-        let range = self.handle().slot.lock();
-        let mut live = range.pages.live().iter();
-        let first = live.next().unwrap_or_default();
-        let end = live.last().map_or(first.end, |last| last.end);
-        kept(first.start..end, by)
-    }
-
-    /// Checks that nothing uses the memory, and waits for other threads' work on it.
-    fn check(&self, engine: &Arc<Inner>, no_capture: Option<&NoCapture>) -> Result<()> {
-        let slot = &self.handle().slot;
-        self.await_others(engine)?;
-        slot.ask_tokens(Asker::Waiting, None);
-        // What was freed under leases that are over retires.
-        engine.poll();
-        let range = slot.lock();
-        let held = range.leases.bytes().into_iter();
-        let held = held.chain(range.leases.freed().iter()).next();
-        if let Some(bytes) = held {
-            return Err(kept(bytes, "a lease"));
-        }
-        if let Some(pages) = range.pins.values().next() {
-            let bytes = pages.start * range.page_bytes..pages.end * range.page_bytes;
-            return Err(kept(bytes, "a pin"));
-        }
-        let users = range.users.clone();
-        drop(range);
-        let users = slot.settle_users(users);
-        if !may_move(no_capture, &users)? {
-            return Err(self.kept("a capture"));
-        }
-        if is_busy(&users)? {
-            return Err(self.kept("queued work"));
-        }
-        if users.streams().is_none() {
-            // Work of streams that are not known may be of others. It is waited for.
-            finish_work(engine, &users)?;
-        }
-        engine.poll();
-        engine.synchronise(Scope::Range(self.handle().id()))?;
-        Ok(())
-    }
-
-    /// Waits until no other thread makes, moves or unmaps pages of the range.
-    fn await_others(&self, engine: &Inner) -> Result<()> {
-        let mut state = engine.state.lock();
-        loop {
-            let range = state
-                .ranges
-                .get(self.handle().id())
-                .ok_or(VmmError::Closed)?;
-            let pages = &range.pages;
-            let drains = pages.any_in_state(ChunkState::Draining);
-            if !(pages.is_worked_on() || pages.is_any_pending() || drains) {
-                return Ok(());
-            }
-            if range.making_room > 0 || AtWork::any() {
-                // That could wait for this thread.
-                drop(range);
-                drop(state);
-                return Err(self.kept("another call"));
-            }
-            drop(range);
-            state = engine.state.wait(state);
-        }
     }
 
     /// Reserves host bytes for the contents, unless there is a copy that is still true.
@@ -334,51 +272,5 @@ impl<'a> Sleeper<'a> {
             is_constant: matches!(self.keep, Keep::Constant(_)),
         });
         self.change.end()
-    }
-}
-
-/// Whether work is queued on streams that are known. Not by a fence of now, which takes the device a
-/// moment though the stream is idle.
-fn is_busy(users: &Users) -> Result<bool> {
-    let Some(streams) = users.streams() else {
-        return Ok(false);
-    };
-    for (_, named) in streams {
-        if !named.handle().is_idle()? {
-            return Ok(true);
-        }
-    }
-    for end in users.ends() {
-        if !end.is_complete()? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-impl Range {
-    /// Checks that every chunk can be taken out.
-    fn check_ready(&self) -> Result<()> {
-        let Some((pages, state, is_shared)) = self.pages.first_unready() else {
-            return Ok(());
-        };
-        let bytes = pages.start * self.page_bytes..pages.end * self.page_bytes;
-        Err(match state {
-            _ if is_shared => kept(bytes, "shared memory"),
-            ChunkState::Quarantined | ChunkState::Stranded => VmmError::Quarantined {
-                offset: bytes.start,
-                bytes: bytes.len(),
-            },
-            ChunkState::Retiring | ChunkState::Parked => kept(bytes, "queued work"),
-            _ => kept(bytes, "another call"),
-        })
-    }
-}
-
-fn kept(bytes: core::ops::Range<usize>, by: &'static str) -> VmmError {
-    VmmError::KeptAwake {
-        offset: bytes.start,
-        bytes: bytes.len(),
-        by,
     }
 }
