@@ -96,6 +96,11 @@ pub enum GraphError {
     #[error("rows that the captured step names have moved, were dropped, or are shared by a fork")]
     RowsMoved,
 
+    /// The graph is paused: its step was dropped, for weights that sleep. Resume it when they are
+    /// awake.
+    #[error("the graph is paused, as weights of its step may be asleep")]
+    Paused,
+
     /// Memory that the step names is used on another device or stream.
     #[error("the memory of the step belongs to another device or stream than the graph")]
     AnotherStream,

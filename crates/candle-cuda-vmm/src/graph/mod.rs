@@ -1,7 +1,13 @@
 //! A decode step that is captured once, and runs again and again while caches grow.
 //!
 //! See [`DecodeGraph`].
+//!
+//! # Safety
+//! A captured step keeps addresses. The step owns or borrows what is there, and lives as long as the
+//! captures, except between [`pause`](DecodeGraph::pause) and [`resume`](DecodeGraph::resume), when
+//! nothing is launched. Whoever resumes promises that the same tensors are at the same addresses.
 #![deny(clippy::unwrap_used)]
+#![allow(unsafe_code)]
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -95,7 +101,8 @@ pub struct DecodeGraph<'a> {
     captured: BTreeMap<usize, Captured>,
     #[cfg(feature = "cuda")]
     shared: Option<cuda::Shared>,
-    step: Step<'a>,
+    /// `None` while it is paused.
+    step: Option<Step<'a>>,
     counts: GraphCounts,
     /// Candle's arrays for captured steps are of a thread.
     on_its_thread: PhantomData<*const ()>,
@@ -160,7 +167,7 @@ impl<'a> DecodeGraph<'a> {
                 true => Some(cuda::Shared::new(device)?),
                 false => None,
             },
-            step: Box::new(step),
+            step: Some(Box::new(step)),
             counts: GraphCounts::default(),
             on_its_thread: PhantomData,
         })
@@ -173,7 +180,7 @@ impl<'a> DecodeGraph<'a> {
     ///
     /// # Errors
     /// After an error the bucket is not captured, and the others are as before.
-    /// - Any [`GraphError`].
+    /// - Any [`GraphError`]; [`GraphError::Paused`] while it is paused.
     /// - What [`StepMemory::while_held`] returns: [`GraphError::RowsMoved`], or `NotBacked` for a
     ///   block. Then the step did not run.
     /// - [`CandleError`](crate::VmmError::CandleError) or [`Vmm`](crate::VmmError::Vmm) if there is
@@ -185,6 +192,7 @@ impl<'a> DecodeGraph<'a> {
         }
         self.check_stream(memory)?;
         let Self { device, step, .. } = self;
+        let step = step.as_mut().ok_or(GraphError::Paused)?;
         let mut output = None;
         memory.while_held(&mut || {
             output = Some(warm_up(device, bucket, step)?);
@@ -254,6 +262,7 @@ impl<'a> DecodeGraph<'a> {
         self.check_stream(memory)?;
         self.capture(bucket, memory)?;
         let Self { captured, step, .. } = self;
+        let step = step.as_mut().ok_or(GraphError::Paused)?;
         // It was captured above.
         let Some(captured) = captured.get_mut(&bucket) else {
             return Err(GraphError::NoBucket {
@@ -278,6 +287,31 @@ impl<'a> DecodeGraph<'a> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Drops the step, with the tensors that it owns, and keeps the captures. Until
+    /// [`resume`](Self::resume) nothing is captured or launched. So the weights of the step can
+    /// sleep ([`ElasticModel`](crate::ElasticModel)).
+    ///
+    /// Steps that were launched may still run: synchronise the device before memory goes.
+    pub fn pause(&mut self) {
+        self.step = None;
+    }
+
+    /// Whether it is paused.
+    pub fn is_paused(&self) -> bool {
+        self.step.is_none()
+    }
+
+    /// Goes on with this step, and with the captures of the one before.
+    ///
+    /// # Safety
+    /// The step must compute the same as the one before, from tensors of the same shapes and dtypes
+    /// at the same addresses, and own or borrow them as that one did. That is so for weights that
+    /// have slept and are awake again, if all else that the step reads has stayed. If it has not,
+    /// [`clear`](Self::clear) the captures first; then any step will do.
+    pub unsafe fn resume(&mut self, step: impl FnMut(usize) -> candle_core::Result<Tensor> + 'a) {
+        self.step = Some(Box::new(step));
     }
 
     /// Forgets all captures, for example after rows have moved. The next steps are captured anew.

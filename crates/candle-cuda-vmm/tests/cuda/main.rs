@@ -23,3 +23,4 @@ mod relief;
 mod simulated;
 mod streams;
 mod token;
+mod weights;

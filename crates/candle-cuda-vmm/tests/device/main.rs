@@ -27,4 +27,3 @@ mod refusal;
 mod seed;
 mod settings;
 mod shared;
-mod weights;

@@ -16,4 +16,5 @@ mod positions;
 mod rotating;
 mod sample;
 mod sequence;
+mod weights;
 mod windows;
