@@ -22,6 +22,8 @@ mod leases;
 mod prefix_cache;
 #[path = "blocks/random_operations.rs"]
 mod random_operations;
+#[path = "blocks/sleep.rs"]
+mod sleep;
 #[path = "blocks/threads.rs"]
 mod threads;
 #[path = "blocks/zero.rs"]

@@ -12,7 +12,7 @@ use cuda_vmm::pool::blocks::{
     BackedBlocks, BlockBacking, BlockError, BlockId, BlockPin, BlockStats, ElementSize, LayerSpec,
     ReclaimPlan, TensorSpec,
 };
-use cuda_vmm::{Account, Engine};
+use cuda_vmm::{Account, Engine, Keep, Slept, WakeOptions};
 use memory::BlockMemory;
 pub use options::ElasticBlocksOptions;
 use std::sync::Arc;
@@ -430,6 +430,8 @@ impl ElasticBlocks {
         let dtype = self.0.dtypes.get(index).copied();
         let error = BlockError::InvalidTensor { tensor, tensors };
         let dtype = dtype.ok_or(cuda_vmm::VmmError::Block(error))?;
+        // Fails if they are asleep.
+        let _hold = self.backing().hold()?;
         self.0.memory.prefix(index, self.backed_prefix(), dtype)
     }
 
@@ -449,6 +451,7 @@ impl ElasticBlocks {
     ///   completed, no [`unback`](Self::unback) or [`commit`](Self::commit) frees those blocks,
     ///   unless the work was queued before on Candle's stream. [`check_table`](Self::check_table)
     ///   finds mistakes; [`pin`](Self::pin) prevents them.
+    /// - The blocks are [asleep](Self::sleep) at no time between.
     /// - No operation reads the whole storage while one of its blocks is not backed. Nearly every
     ///   operation on the tensor itself does: arithmetic, `to_dtype`, `contiguous`, printing.
     ///   Candle's `to_vec*`, `to_scalar`, `to_device` and `copy` read the whole storage even of a
@@ -488,6 +491,32 @@ impl ElasticBlocks {
     /// them.
     pub fn stats(&self) -> BlockStats {
         self.backing().stats()
+    }
+
+    /// Gives the memory of all blocks to others. The addresses stay, the same blocks are backed when
+    /// they [wake](Self::wake), and their contents are there if they are kept: see
+    /// [`BlockBacking::sleep`]. Synchronise the device before, as queued work keeps them awake. On a
+    /// CPU device the tensors stay as they are.
+    ///
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) as [`BlockBacking::sleep`], with `KeptAwake` if a view is left
+    /// or a launch is under way. Then all blocks are awake.
+    pub fn sleep(&self, keep: Keep<'_>) -> Result<Slept> {
+        Ok(self.backing().sleep(keep)?)
+    }
+
+    /// Has the memory of all blocks at their addresses again: see [`BlockBacking::wake`].
+    ///
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) as [`BlockBacking::wake`]. Then all blocks are asleep as they
+    /// were.
+    pub fn wake(&self, options: &WakeOptions) -> Result<()> {
+        Ok(self.backing().wake(options)?)
+    }
+
+    /// Returns whether the blocks are asleep.
+    pub fn is_asleep(&self) -> bool {
+        self.backing().is_asleep()
     }
 
     /// Returns the core's record of the blocks, with their leases and statistics by tensor. Carry

@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::pool::blocks::BlockError;
 use candle_cuda_vmm::cuda_vmm::{self, EngineOptions, Stream, WorkerMode};
 use candle_cuda_vmm::{
-    ElasticBlocks, ElasticBlocksOptions, TensorPool, TensorPoolOptions, VmmError,
+    ElasticBlocks, ElasticBlocksOptions, HostStore, Keep, TensorPool, TensorPoolOptions, VmmError,
+    WakeOptions,
 };
 use std::time::{Duration, Instant};
 
@@ -526,4 +527,58 @@ fn layers_without_blocks_are_empty_tensors_in_their_places() {
     let what = "dimension of a block";
     let expected = VmmError::Vmm(cuda_vmm::VmmError::ZeroSize { what });
     assert_eq!(format!("{:?}", none.unwrap_err()), format!("{expected:?}"));
+}
+
+/// A conversation's keys and values are kept, and nothing of them is computed again.
+#[test]
+fn blocks_that_slept_have_the_same_bytes_at_the_same_addresses() {
+    let test = open();
+    let pool = pool(&test);
+    let blocks = pool
+        .blocks(16, [("k", wide(), DType::F32), ("v", wide(), DType::F32)])
+        .unwrap();
+    blocks.back(0..7).unwrap();
+    let store = HostStore::new(&test.core, 1 << 30).unwrap();
+    let all = reserved(&blocks);
+    for (index, tensor) in all.iter().enumerate() {
+        (0..7).for_each(|block| write(&test, tensor, block, 10 * index + block));
+    }
+    let addresses: Vec<_> = all.iter().map(address).collect();
+    for keep in [
+        Keep::Host(&store),
+        Keep::Constant(&store),
+        Keep::Constant(&store),
+    ] {
+        test.device.synchronize().unwrap();
+        if test.device.is_cuda() {
+            let view = blocks.prefix("k").unwrap();
+            let refused = blocks.sleep(keep).unwrap_err();
+            assert!(
+                matches!(refused, VmmError::Vmm(cuda_vmm::VmmError::KeptAwake { .. })),
+                "{refused:?}"
+            );
+            drop(view);
+            test.device.synchronize().unwrap();
+        }
+        blocks.sleep(keep).unwrap();
+        assert!(blocks.is_asleep());
+        assert_eq!(pool.committed_bytes(), 0);
+        for refused in [
+            blocks.back([9]).unwrap_err(),
+            blocks.prefix("k").unwrap_err(),
+            blocks.sleep(keep).unwrap_err(),
+        ] {
+            assert!(
+                matches!(refused, VmmError::Vmm(cuda_vmm::VmmError::Asleep { .. })),
+                "{refused:?}"
+            );
+        }
+        blocks.wake(&WakeOptions::new()).unwrap();
+        assert!(addresses.iter().copied().eq(all.iter().map(address)));
+        for index in 0..2 {
+            let view = blocks.prefix_of(index).unwrap();
+            (0..7).for_each(|block| expect(&view, block, 10 * index + block));
+        }
+    }
+    drop(all);
 }

@@ -61,7 +61,7 @@ impl WakeOptions {
         self
     }
 
-    fn wake(&self, ranges: &[&RangeHandle], waits: bool) -> Result<Arrival> {
+    pub(super) fn wake(&self, ranges: &[&RangeHandle], waits: bool) -> Result<Arrival> {
         let patience = match self.timeout {
             Some(timeout) => Patience::for_at_most(timeout),
             None => Patience::Retiring,

@@ -46,6 +46,26 @@ pub(super) struct BlockStates {
     holds: usize,
     /// How many calls have given blocks up.
     generation: u64,
+    pub(super) rest: Rest,
+}
+
+/// Whether the blocks have their memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rest {
+    Awake,
+    /// A thread puts them to sleep or wakes them.
+    Changing,
+    Asleep,
+}
+
+impl Rest {
+    /// What they are after a call.
+    pub(super) fn after(is_asleep: bool) -> Self {
+        match is_asleep {
+            true => Self::Asleep,
+            false => Self::Awake,
+        }
+    }
 }
 
 /// What a call that backs blocks has to do.
@@ -89,6 +109,7 @@ impl BlockStates {
             pinned: 0,
             holds: 0,
             generation: 0,
+            rest: Rest::Awake,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Keeping all blocks where they are while work is launched.
 
 use super::BlockId;
+use super::block_states::Rest;
 use super::memory::BlockMemory;
 use crate::Result;
 use crate::sync::Arc;
@@ -17,7 +18,14 @@ pub struct BlockHold {
 impl BlockHold {
     pub(super) fn new(backing: Arc<BlockMemory>) -> Result<Self> {
         // Not by `change`: a hold serves no thread that waits.
-        let generation = backing.states.lock()?.hold_all();
+        let mut states = backing.states.lock()?;
+        let rest = states.rest;
+        if rest != Rest::Awake {
+            drop(states);
+            return Err(backing.asleep(rest));
+        }
+        let generation = states.hold_all();
+        drop(states);
         Ok(Self {
             backing,
             generation,

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used)]
 
-use super::block_states::{Arrival, BlockStates};
+use super::block_states::{Arrival, BlockStates, Rest};
 use super::layout::Layout;
 use super::packing::Packing;
 use super::plan::ReclaimPlan;
@@ -92,7 +92,7 @@ impl BlockMemory {
         self.once(|states| states.is_settled(runs))
     }
 
-    /// The record, as soon as it is so.
+    /// The record, as soon as it is so. Fails if the blocks are asleep.
     pub(super) fn once(
         &self,
         is_so: impl Fn(&BlockStates) -> bool,
@@ -104,7 +104,14 @@ impl BlockMemory {
                 .wait(states)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        Ok(states)
+        let rest = states.rest;
+        match rest {
+            Rest::Awake => Ok(states),
+            _ => {
+                drop(states);
+                Err(self.asleep(rest))
+            }
+        }
     }
 
     /// Backs blocks in all tensors, or none; returns those that were not backed before, and the

@@ -56,6 +56,7 @@ mod pin;
 mod plan;
 mod reclaim;
 mod runs;
+mod sleep;
 mod stats;
 mod tensor;
 mod zero;

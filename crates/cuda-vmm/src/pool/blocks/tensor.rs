@@ -89,6 +89,10 @@ impl BlockTensor {
         self.class
     }
 
+    pub(super) fn range(&self) -> &RangeHandle {
+        &self.pool.range
+    }
+
     pub(super) fn pool(&self) -> &VirtualMemoryPool {
         &self.pool
     }
