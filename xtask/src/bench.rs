@@ -1,4 +1,5 @@
-//! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, or what serving several models comes to.
+//! `bench`: what the bookkeeping costs on the CPU, what the pools cost on a GPU, what
+//! serving several models comes to, or what it costs to have models sleep.
 
 use crate::gpu_test::{
     BENCH, BENCH_CANDLE, BENCH_SERVE, BENCHES, COMPUTE_CAP, Passed, SERVE, SERVER,
@@ -22,18 +23,22 @@ enum Part {
 }
 
 #[derive(Debug, Subcommand)]
-enum Simulated {
+enum Task {
     /// Simulate serving several models on one GPU, in four pools; what follows goes to the program.
     /// With `--real` first, measure the server of this workspace over HTTP instead
     #[command(disable_help_flag = true)]
     Serving(Passed),
+    /// Measure two models that take turns on a GPU with room for one, and what a neighbour feels of
+    /// it; on the CPU with `--device cpu`. What follows goes to the program
+    #[command(disable_help_flag = true)]
+    Sleep(Passed),
 }
 
 #[derive(Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Arguments {
     #[command(subcommand)]
-    simulated: Option<Simulated>,
+    task: Option<Task>,
     /// Measure on the GPU of this machine
     #[arg(long)]
     gpu: bool,
@@ -57,13 +62,22 @@ const WORKLOADS: &str = "benches/serve/workloads";
 /// Measures, and returns the exit code: 1 if something is not reached, 2 if no GPU answers.
 pub fn run(workspace: &Workspace, arguments: &Arguments) -> Result<u8> {
     setup::ensure(workspace, false, false)?;
-    if let Some(Simulated::Serving(passed)) = &arguments.simulated {
-        return serving(workspace, &passed.arguments);
+    match &arguments.task {
+        Some(Task::Serving(passed)) => serving(workspace, &passed.arguments),
+        Some(Task::Sleep(passed)) => sleep(workspace, &passed.arguments),
+        None if arguments.gpu => on_gpu(workspace, arguments),
+        None => on_cpu(workspace, arguments.json.as_deref()),
     }
-    match arguments.gpu {
-        true => on_gpu(workspace, arguments),
-        false => on_cpu(workspace, arguments.json.as_deref()),
-    }
+}
+
+/// Measures models that sleep and wake.
+fn sleep(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
+    let mut program = match is_on(arguments, "cpu") {
+        true => by_cargo(workspace, BENCH_CANDLE.name)?,
+        false => gpu_test::with_cuda(workspace, COMPUTE_CAP, BENCH_CANDLE)?,
+    };
+    let only = ["--only", "sleeping models"];
+    code(program.args(only).args(arguments))
 }
 
 /// Simulates a server, or measures the real one if that is the first argument.
@@ -75,7 +89,7 @@ fn serving(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
             code(by_cargo(workspace, "bench-serving")?.args(arguments))
         }
         Some(arguments) => {
-            let file = match is_on_gpu(arguments) {
+            let file = match is_on(arguments, "cuda") {
                 true => "h200.toml",
                 false => "cpu.toml",
             };
@@ -85,7 +99,7 @@ fn serving(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
             // The measuring program starts the server that lies beside it.
             let [server, program] = [SERVE.name, BENCH_SERVE.name]
                 .map(|program| format!("--package {SERVER} --bin {program}"));
-            let mut program = match is_on_gpu(arguments) {
+            let mut program = match is_on(arguments, "cuda") {
                 true => {
                     gpu_test::with_cuda(workspace, COMPUTE_CAP, SERVE)?;
                     gpu_test::with_cuda(workspace, COMPUTE_CAP, BENCH_SERVE)?
@@ -102,10 +116,11 @@ fn serving(workspace: &Workspace, arguments: &[OsString]) -> Result<u8> {
     }
 }
 
-/// Whether the models are to run on a GPU.
-fn is_on_gpu(arguments: &[OsString]) -> bool {
-    let is_apart = |pair: &[OsString]| pair[0] == "--device" && pair[1] == "cuda";
-    arguments.windows(2).any(is_apart) || arguments.iter().any(|it| it == "--device=cuda")
+/// Whether the models are to run on this device.
+fn is_on(arguments: &[OsString], device: &str) -> bool {
+    let is_apart = |pair: &[OsString]| pair[0] == "--device" && pair[1] == device;
+    let joined = OsString::from(format!("--device={device}"));
+    arguments.windows(2).any(is_apart) || arguments.contains(&joined)
 }
 
 /// What follows `--real`, if the arguments begin with it.
@@ -211,7 +226,7 @@ mod tests {
         assert_eq!(real(&[]), None);
         let is_on_gpu = |line: &str| {
             let words: Vec<_> = line.split(' ').map(OsString::from).collect();
-            is_on_gpu(&words)
+            is_on(&words, "cuda")
         };
         assert!(is_on_gpu("--quick --device cuda") && is_on_gpu("--device=cuda"));
         assert!(!is_on_gpu("--device cpu") && !is_on_gpu("--device") && !is_on_gpu("cuda"));

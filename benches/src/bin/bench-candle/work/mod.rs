@@ -27,5 +27,6 @@ pub const ALL: &[Work<Machine>] = &[
     ("one range", growth::one_range),
     ("blocks", blocks::measure),
     ("fork", fork::measure),
-    ("load weights", weights::measure),
+    ("load weights", weights::load),
+    ("sleeping models", weights::switch),
 ];
