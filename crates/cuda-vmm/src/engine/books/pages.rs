@@ -119,7 +119,9 @@ impl<M> Pages<M> {
             retiring_bytes: bytes(ChunkState::Retiring) + bytes(ChunkState::Draining),
             parked_bytes: bytes(ChunkState::Parked) - ahead_bytes,
             ahead_bytes,
-            quarantined_bytes: bytes(ChunkState::Quarantined) + bytes(ChunkState::Stranded),
+            quarantined_bytes: bytes(ChunkState::Quarantined)
+                + bytes(ChunkState::Stranded)
+                + bytes(ChunkState::Restoring),
             // The books of pages know neither leases nor the cache nor other ranges.
             leased_bytes: 0,
             shared_bytes: 0,
@@ -252,7 +254,10 @@ impl<M> Pages<M> {
                 }
                 ChunkState::Parked => survey.parked.push(first),
                 ChunkState::Retiring => survey.retiring.push(first),
-                ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating => {
+                ChunkState::Filling
+                | ChunkState::Draining
+                | ChunkState::Relocating
+                | ChunkState::Restoring => {
                     survey.busy = true;
                 }
                 ChunkState::Quarantined | ChunkState::Stranded => survey.quarantined = true,

@@ -20,6 +20,8 @@ pub(crate) enum ChunkState {
     /// A move was broken off and the driver would not map it again. Its bytes are live and safe,
     /// but out of reach; retried.
     Stranded,
+    /// The same, and a thread tries to map it again.
+    Restoring,
 }
 
 /// What is in a chunk that has no live byte.
@@ -47,7 +49,7 @@ pub(super) struct Chunk<M> {
     /// Whether other ranges map its memory too. Then it is in none of this range's parts, and when
     /// it is parked, it is only to be unmapped.
     pub(super) shared: bool,
-    /// Absent while Filling, Draining, Relocating or Stranded, when the thread that does that work
+    /// Absent while Filling, Draining, Relocating, Stranded or Restoring, when the thread that does that work
     /// has it.
     pub(super) memory: Option<M>,
 }

@@ -7,9 +7,9 @@ use std::collections::{BTreeSet, VecDeque};
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     /// Pages by chunk state, in the order of the enum.
-    by_state: [usize; 8],
+    by_state: [usize; 9],
     /// Those of them in shared chunks.
-    shared: [usize; 8],
+    shared: [usize; 9],
     /// First pages of the parked chunks, except those made ahead, in the order in which they were
     /// parked. Entries that are out of date stay until they are met, or until there are many:
     /// taking a chunk back is to cost little.

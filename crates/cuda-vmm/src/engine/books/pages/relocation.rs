@@ -15,6 +15,9 @@ pub(crate) struct PartlyLive {
     pub(crate) pieces: Vec<Range<usize>>,
 }
 
+/// States of chunks whose live bytes cannot be used.
+const OUT_OF_REACH: [ChunkState; 2] = [ChunkState::Stranded, ChunkState::Restoring];
+
 impl<M> Pages<M> {
     /// All chunks that may be moved, in the order of their pages.
     pub(crate) fn partly_live(&self) -> impl Iterator<Item = PartlyLive> + '_ {
@@ -103,7 +106,7 @@ impl<M> Pages<M> {
     /// Ends a move that failed: the chunk's memory is in its place again. Returns the chunk if it
     /// is unused, because its bytes were freed meanwhile; it is now retiring.
     pub(crate) fn come_back(&mut self, first: usize, memory: M) -> Vec<usize> {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
+        debug_assert!(self.is_moved(first));
         self.set_state(first, ChunkState::Backed);
         let Some(chunk) = self.chunks.get_mut(first) else {
             return Vec::new();
@@ -117,34 +120,45 @@ impl<M> Pages<M> {
 
     /// Ends a move that failed, whose memory is not in its place again.
     pub(crate) fn strand(&mut self, first: usize) {
-        debug_assert_eq!(self.state_of(first), Some(ChunkState::Relocating));
+        debug_assert!(self.is_moved(first));
         self.set_state(first, ChunkState::Stranded);
     }
 
     /// Marks a stranded chunk as being worked on.
     pub(crate) fn resume(&mut self, first: usize) {
         debug_assert_eq!(self.state_of(first), Some(ChunkState::Stranded));
-        self.set_state(first, ChunkState::Relocating);
+        self.set_state(first, ChunkState::Restoring);
     }
 
     /// Whether pages are being made or moved. A thread that closes the range waits for that.
     pub(crate) fn is_worked_on(&self) -> bool {
-        self.counts.pages(ChunkState::Filling) + self.counts.pages(ChunkState::Relocating) > 0
+        let worked_on = [
+            ChunkState::Filling,
+            ChunkState::Relocating,
+            ChunkState::Restoring,
+        ];
+        worked_on.iter().any(|state| self.any_in_state(*state))
     }
 
     /// Whether some of the bytes lie in a stranded chunk.
     pub(crate) fn is_stranded(&self, bytes: &Range<usize>) -> bool {
         let mut chunks = self.chunks_of(self.pages_of(bytes));
-        self.counts.pages(ChunkState::Stranded) > 0
-            && chunks.any(|(_, chunk)| chunk.state == ChunkState::Stranded)
+        OUT_OF_REACH.iter().any(|state| self.any_in_state(*state))
+            && chunks.any(|(_, chunk)| OUT_OF_REACH.contains(&chunk.state))
     }
 
     /// Live pages that are out of reach, except those in shared chunks.
     pub(super) fn stranded_live_pages(&self) -> usize {
-        let stranded = self.in_state(ChunkState::Stranded).into_iter();
+        let stranded = OUT_OF_REACH.iter().flat_map(|state| self.in_state(*state));
         let live = stranded.filter_map(|first| self.chunks.get(first));
         let live = live.filter(|chunk| !chunk.shared);
         live.map(|chunk| chunk.live_pages as usize).sum()
+    }
+
+    /// Whether a thread has the memory of a chunk whose pages move, or are to be put back.
+    fn is_moved(&self, first: usize) -> bool {
+        let state = self.state_of(first);
+        matches!(state, Some(ChunkState::Relocating | ChunkState::Restoring))
     }
 
     fn is_page_live(&self, page: usize) -> bool {

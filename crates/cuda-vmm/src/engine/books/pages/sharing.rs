@@ -83,7 +83,10 @@ impl<M> Pages<M> {
         state.is_some_and(|state| {
             matches!(
                 state,
-                ChunkState::Filling | ChunkState::Draining | ChunkState::Relocating
+                ChunkState::Filling
+                    | ChunkState::Draining
+                    | ChunkState::Relocating
+                    | ChunkState::Restoring
             )
         })
     }

@@ -118,8 +118,13 @@ fn a_stranded_chunk_is_quarantined_and_its_bytes_have_no_owner() {
     assert!(pages.survey(&(0..PAGE)).expect("free").quarantined);
     let released = pages.released(&(PAGE..4 * PAGE));
     assert!(released.is_empty(), "kept to be retried");
+    let stranded = pages.parts();
     pages.resume(0);
     assert!(pages.is_worked_on());
+    // Out of reach until it is in its place again.
+    assert_eq!(pages.parts(), stranded);
+    assert!(pages.is_stranded(&(PAGE..2 * PAGE)));
+    assert!(pages.survey(&(0..PAGE)).expect("free").busy);
     assert_eq!(pages.come_back(0, 0), [0], "it is unused now");
 }
 

@@ -6,7 +6,7 @@ use super::{CAPACITY, PAGE, PAGES};
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 
-const STATES: [ChunkState; 8] = [
+const STATES: [ChunkState; 9] = [
     ChunkState::Filling,
     ChunkState::Backed,
     ChunkState::Retiring,
@@ -15,6 +15,7 @@ const STATES: [ChunkState; 8] = [
     ChunkState::Quarantined,
     ChunkState::Relocating,
     ChunkState::Stranded,
+    ChunkState::Restoring,
 ];
 
 impl Model {
