@@ -60,10 +60,15 @@ impl Handle {
         Ok(status != CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
+    /// Whether it is a default stream. An event recorded there comes after work of others too.
+    pub(crate) fn is_default(&self) -> bool {
+        self.raw.addr() <= 2
+    }
+
     /// Whether everything queued so far is done (`cuStreamQuery`). Never waits. False of the
-    /// default streams: an event recorded there comes after work of others too.
+    /// default streams.
     pub(crate) fn is_idle(&self) -> Result<bool> {
-        if self.raw.addr() <= 2 {
+        if self.is_default() {
             return Ok(false);
         }
         let _current = self.device.make_current()?;

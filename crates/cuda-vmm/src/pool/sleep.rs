@@ -91,7 +91,8 @@ impl VirtualMemoryPool {
     ///
     /// Work on the memory must have ended: if streams are [named](Self::use_stream), the call looks
     /// whether they are idle, and is refused if not. If none is named, or the pool was leased, any
-    /// stream may have work on it; then the call waits for all that is queued now.
+    /// stream may have work on it; then the call waits for all that is queued now. So it does if a
+    /// default stream is named, which cannot be asked.
     ///
     /// # Errors
     /// [`VmmError::KeptAwake`] if a lease whose token is not released, a

@@ -2,7 +2,7 @@
 
 use crate::common::{manual, turn};
 use crate::fixture::{Fixture, PAGE, PAGES, UNIT};
-use cuda_vmm::{CaptureGuard, Keep, VmmError, WakeOptions};
+use cuda_vmm::{CaptureGuard, Keep, Stream, VmmError, WakeOptions};
 use std::sync::Arc;
 
 /// Tries to put the first pool to sleep. It must be refused, with this error, and change nothing.
@@ -135,6 +135,27 @@ fn work_of_streams_that_are_not_known_is_waited_for() {
     // SAFETY: the page is live.
     unsafe { fixture.stream.read(fixture.address(0, 0), &mut found) }.expect("mapped");
     assert_eq!(found, [7; PAGE]);
+    fixture.end();
+}
+
+#[test]
+fn work_of_a_default_stream_which_cannot_be_asked_is_waited_for() {
+    let _turn = turn();
+    let mut fixture = with_pages();
+    // SAFETY: the legacy default stream is always there.
+    let legacy = unsafe { Stream::borrow(&fixture.simulated.device, core::ptr::null_mut()) };
+    fixture.pools[0].use_stream(&legacy).expect("same device");
+    fixture.sleep(0).expect("idle");
+    fixture.pools[0].wake().expect("room");
+    // SAFETY: the page is live, and stays mapped until the work has run.
+    unsafe { legacy.memset(fixture.address(0, 0), 7, PAGE) }.expect("queued");
+    fixture.sleep(0).expect("it waits");
+    fixture.pools[0].wake().expect("room");
+    let mut found = [0; PAGE];
+    // SAFETY: the page is live.
+    unsafe { fixture.stream.read(fixture.address(0, 0), &mut found) }.expect("mapped");
+    assert_eq!(found, [7; PAGE]);
+    drop(legacy);
     fixture.end();
 }
 

@@ -51,12 +51,11 @@ impl RangeHandle {
         if !may_move(no_capture, &users)? {
             return Err(self.kept_awake("a capture"));
         }
-        if is_busy(&users)? {
-            return Err(self.kept_awake("queued work"));
-        }
-        if users.streams().is_none() {
-            // Work of streams that are not known may be of others. It is waited for.
-            finish_work(engine, &users)?;
+        match is_busy(&users)? {
+            Some(true) => return Err(self.kept_awake("queued work")),
+            Some(false) => {}
+            // It may be of others, so it is waited for.
+            None => finish_work(engine, &users)?,
         }
         engine.poll();
         self.await_retiring(engine)
@@ -99,23 +98,26 @@ impl RangeHandle {
     }
 }
 
-/// Whether work is queued on streams that are known. Not by a fence of now, which takes the device a
+/// Whether work is queued on the streams that are known; `None` if others may have some, or if a
+/// default stream is known, which cannot be asked. Not by a fence of now, which takes the device a
 /// moment though the stream is idle.
-fn is_busy(users: &Users) -> Result<bool> {
-    let Some(streams) = users.streams() else {
-        return Ok(false);
-    };
-    for (_, named) in streams {
-        if !named.handle().is_idle()? {
-            return Ok(true);
+fn is_busy(users: &Users) -> Result<Option<bool>> {
+    let named = users.streams().into_iter().flatten();
+    let handles: Vec<_> = named.map(|(_, named)| named.handle()).collect();
+    if users.streams().is_none() || handles.iter().any(|stream| stream.is_default()) {
+        return Ok(None);
+    }
+    for stream in handles {
+        if !stream.is_idle()? {
+            return Ok(Some(true));
         }
     }
     for end in users.ends() {
         if !end.is_complete()? {
-            return Ok(true);
+            return Ok(Some(true));
         }
     }
-    Ok(false)
+    Ok(Some(false))
 }
 
 impl Range {
