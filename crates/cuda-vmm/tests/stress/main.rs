@@ -11,7 +11,7 @@ mod pieces;
 mod player;
 
 use common::{Models, number, under_test};
-use cuda_vmm::{Device, EngineOptions, SharedPoolOptions};
+use cuda_vmm::{Device, EngineOptions, HostStore, HostStoreOptions, SharedPoolOptions};
 use player::{Player, Tally};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,13 @@ fn pool(device: &Device, page: usize) -> Models {
     Models::with_options(device, options).expect("a pool")
 }
 
+/// Pinned memory for some of the ranges of a device, but not for all.
+fn store(device: &Device) -> HostStore {
+    let bytes = (LIMIT_PAGES / 3 * under_test().page_bytes).next_multiple_of(2 << 20);
+    let options = HostStoreOptions::new().piece_bytes(16 << 20);
+    HostStore::with_options(device, bytes, options).expect("whole pieces")
+}
+
 /// Plays on all devices for the seconds asked, and gives everything back.
 fn play(round: u64) -> Tally {
     let under_test = under_test();
@@ -41,11 +48,13 @@ fn play(round: u64) -> Tally {
     let pools: Vec<_> = (under_test.devices.iter())
         .map(|device| pool(device, under_test.page_bytes))
         .collect();
+    let stores: Vec<_> = under_test.devices.iter().map(store).collect();
     let tally = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS * pools.len())
             .map(|number| {
-                let pool = &pools[number % pools.len()];
-                scope.spawn(move || Player::new(number, round, pool).play(until))
+                let at = number % pools.len();
+                let (pool, store) = (&pools[at], &stores[at]);
+                scope.spawn(move || Player::new(number, round, pool, store).play(until))
             })
             .collect();
         let tallies = threads.into_iter().map(|thread| thread.join());
@@ -54,6 +63,7 @@ fn play(round: u64) -> Tally {
         })
     });
     under_test.interposer.clear_faults();
+    drop(stores);
     for (pool, device) in pools.iter().zip(&under_test.devices) {
         device
             .synchronize()

@@ -6,11 +6,11 @@ use core::fmt;
 use core::ops::Range;
 use cuda_vmm::sim::Fault;
 use cuda_vmm::sys::{CUDA_ERROR_OPERATING_SYSTEM, CUDA_ERROR_OUT_OF_MEMORY, CUresult};
-use cuda_vmm::{Result, Stream, VirtualMemoryPool, VmmError};
+use cuda_vmm::{HostStore, Keep, Result, Stream, VirtualMemoryPool, VmmError, WakeOptions};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The addresses of a range, in pages.
 const CAPACITY_PAGES: usize = 12;
@@ -24,6 +24,7 @@ pub struct Tally {
     failed: u64,
     freed: u64,
     dropped: u64,
+    slept: u64,
     copied_bytes: u64,
     checked_bytes: u64,
 }
@@ -38,6 +39,7 @@ impl core::ops::Add for Tally {
             failed: self.failed + other.failed,
             freed: self.freed + other.freed,
             dropped: self.dropped + other.dropped,
+            slept: self.slept + other.slept,
             copied_bytes: self.copied_bytes + other.copied_bytes,
             checked_bytes: self.checked_bytes + other.checked_bytes,
         }
@@ -53,6 +55,7 @@ impl Tally {
             (self.failed, "calls failed by an injected fault"),
             (self.freed, "frees"),
             (self.dropped, "ranges dropped"),
+            (self.slept, "ranges that slept and woke"),
             (self.copied_bytes, "copied bytes"),
             (self.checked_bytes, "checked bytes"),
         ];
@@ -66,13 +69,14 @@ impl fmt::Display for Tally {
         let mib = |bytes: u64| bytes >> 20;
         write!(
             formatter,
-            "{} allocations, {} refused, {} failed by injected faults, {} frees, {} ranges dropped; {} MiB copied, \
+            "{} allocations, {} refused, {} failed by injected faults, {} frees, {} ranges dropped, {} slept; {} MiB copied, \
              {} MiB read back and checked",
             self.grown,
             self.refused,
             self.failed,
             self.freed,
             self.dropped,
+            self.slept,
             mib(self.copied_bytes),
             mib(self.checked_bytes),
         )
@@ -83,6 +87,8 @@ impl fmt::Display for Tally {
 pub struct Player<'a> {
     name: String,
     pool: &'a Models,
+    /// Where contents go while the range sleeps; for all threads of a device.
+    store: &'a HostStore,
     /// Half of the threads have a model of the shared pool, the others a pool on its engine.
     is_model: bool,
     /// For the last two threads of a device no stream is named, so what they free waits for the
@@ -98,7 +104,7 @@ pub struct Player<'a> {
 
 impl<'a> Player<'a> {
     /// Thread `number` in its `round`.
-    pub fn new(number: usize, round: u64, pool: &'a Models) -> Self {
+    pub fn new(number: usize, round: u64, pool: &'a Models, store: &'a HostStore) -> Self {
         let mut tally = Tally::default();
         let name = format!("thread {number}");
         let is_model = number % 4 < 2;
@@ -114,6 +120,7 @@ impl<'a> Player<'a> {
         Self {
             name,
             pool,
+            store,
             is_model,
             names_stream,
             stream,
@@ -135,6 +142,7 @@ impl<'a> Player<'a> {
                 75..90 => self.free(),
                 90..94 => self.plan_a_fault(),
                 94 => self.trim(),
+                96..98 => self.sleep(),
                 95 if self.random.random_range(0..4) == 0 => self.start_again(),
                 _ => self.look_at_the_numbers(),
             }
@@ -318,6 +326,57 @@ impl<'a> Player<'a> {
         let model = self.is_model.then_some(&self.name);
         let stream = self.names_stream.then_some(&self.stream);
         self.range = Some(open(&mut self.tally, self.pool, model, stream));
+    }
+
+    /// Puts the range to sleep, often with work on it still queued, and wakes it.
+    fn sleep(&mut self) {
+        if self.random.random() {
+            let stream = self.stream.clone();
+            insist(&mut self.tally, || stream.synchronize());
+        }
+        // SAFETY: this thread alone uses the range.
+        match unsafe { self.range().sleep_shared(Keep::Host(self.store)) } {
+            Ok(_) => {}
+            Err(error) if is_injected(&error) => {
+                self.tally.failed += 1;
+                return self.await_stranded();
+            }
+            Err(
+                VmmError::KeptAwake { .. }
+                | VmmError::Quarantined { .. }
+                | VmmError::HostStoreFull { .. },
+            ) => return,
+            Err(error) => panic!("{}: {error}", self.name),
+        }
+        let options = WakeOptions::new().timeout(Duration::from_millis(100));
+        loop {
+            let arriving = match self.range().wake_streaming(&options) {
+                Ok(arriving) => arriving,
+                Err(error) if is_injected(&error) => {
+                    self.tally.failed += 1;
+                    continue;
+                }
+                Err(error) => {
+                    assert!(error.is_retryable(), "{}: {error}", self.name);
+                    continue;
+                }
+            };
+            let (range, stream) = (self.range.clone(), self.stream.clone());
+            let range = range.expect("there is a range while it plays");
+            insist(&mut self.tally, || {
+                arriving.order_stream(&stream, &range, 0, range.capacity_bytes())
+            });
+            break;
+        }
+        self.tally.slept += 1;
+    }
+
+    /// Waits until the driver has mapped again what two faults have left unmapped.
+    fn await_stranded(&mut self) {
+        while self.range().stats().parts.quarantined_bytes > 0 {
+            self.trim();
+            std::thread::yield_now();
+        }
     }
 
     /// Gives the range back. What the driver refuses for a fault is retried later.
