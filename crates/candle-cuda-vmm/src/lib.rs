@@ -96,7 +96,9 @@ mod zeros;
 pub use cuda_ffi::AccessFlags;
 pub use elastic_blocks::{ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions};
 pub use elastic_tensor::{ElasticTensor, RowsWatch};
-pub use elastic_weights::{ElasticModel, ElasticWeights, WeightsOptions, weights_in};
+pub use elastic_weights::{
+    ElasticModel, ElasticWeights, WeightsArriving, WeightsOptions, weights_in,
+};
 pub use error::{Result, Shortage, VmmError, WeightsError};
 pub use kv_cache::{ElasticCache, ElasticKvCache, ElasticRotatingKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};

@@ -16,7 +16,7 @@ use crate::tensor_pool::TensorPool;
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
 use convert::Conversion;
-use cuda_vmm::{HostStore, Keep, Slept, WakeOptions};
+use cuda_vmm::{Arriving, HostStore, Keep, Slept, WakeOptions};
 use file::WeightsFile;
 use layout::Layout;
 use shared::{Backend, Shared};
@@ -214,10 +214,61 @@ impl ElasticWeights {
         Ok(())
     }
 
+    /// Has the memory of the weights again, and does not wait for their contents, if these were
+    /// kept: they come in the order of [`WakeOptions::first`], and then in that of their addresses.
+    /// Before work with some of them is queued, have it [wait](WeightsArriving::order) for those.
+    /// What is computed before from others is nonsense, and no more than that.
+    ///
+    /// Contents that were not kept are read first, as by [`wake`](Self::wake).
+    ///
+    /// # Errors
+    /// As [`wake`](Self::wake).
+    pub fn wake_streaming(&mut self, options: &WakeOptions) -> Result<WeightsArriving> {
+        match self.asleep.ok_or(WeightsError::Awake)? {
+            Contents::InFiles => {
+                self.wake(options)?;
+                Ok(WeightsArriving(None))
+            }
+            Contents::Kept => {
+                let arriving = self.own()?.wake_streaming(options)?;
+                self.asleep = None;
+                Ok(WeightsArriving(Some(arriving)))
+            }
+        }
+    }
+
     /// The weights, if nobody else has them.
     fn own(&mut self) -> core::result::Result<&mut Shared, WeightsError> {
         let builders = Arc::strong_count(&self.shared) - 1;
         Arc::get_mut(&mut self.shared).ok_or(WeightsError::InUse { builders })
+    }
+}
+
+/// Contents of weights that are awake, and that are still on their way; see
+/// [`ElasticWeights::wake_streaming`]. Dropping it waits until all have come.
+#[derive(Debug)]
+#[must_use = "dropping it waits for all contents"]
+pub struct WeightsArriving(Option<Arriving>);
+
+impl WeightsArriving {
+    /// Makes what is queued on Candle's stream from now on wait for the tensors whose names begin
+    /// with `prefix`, and those between them. Waits for nothing itself.
+    ///
+    /// # Errors
+    /// [`Vmm`](crate::VmmError::Vmm) with `Driver`.
+    pub fn order(&self, weights: &ElasticWeights, prefix: &str) -> Result<()> {
+        match (&self.0, weights.bytes_of(prefix)) {
+            (Some(arriving), Some(bytes)) => weights.shared.order(arriving, bytes),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until all contents have come.
+    ///
+    /// # Errors
+    /// As [`order`](Self::order).
+    pub fn finish(self) -> Result<()> {
+        Ok(self.0.map_or(Ok(()), Arriving::finish)?)
     }
 }
 

@@ -1,6 +1,6 @@
 //! A model whose weights sleep and wake with it.
 
-use super::ElasticWeights;
+use super::{ElasticWeights, WeightsArriving};
 use crate::error::{Result, WeightsError};
 use candle_core::DType;
 use candle_nn::VarBuilder;
@@ -87,6 +87,16 @@ impl<M> ElasticModel<M> {
     /// As [`ElasticWeights::wake`]. Then all is asleep as it was.
     pub fn wake(&mut self, options: &WakeOptions) -> Result<()> {
         self.weights.wake(options)
+    }
+
+    /// Wakes the weights, and does not wait for their contents: see
+    /// [`ElasticWeights::wake_streaming`]. [`get`](Self::get) makes the model at once; have its work
+    /// wait for the weights that it reads.
+    ///
+    /// # Errors
+    /// As [`wake`](Self::wake).
+    pub fn wake_streaming(&mut self, options: &WakeOptions) -> Result<WeightsArriving> {
+        self.weights.wake_streaming(options)
     }
 }
 

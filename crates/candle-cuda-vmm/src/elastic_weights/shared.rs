@@ -11,8 +11,9 @@ use crate::tensor_pool::{Memory, TensorPool};
 use candle_core::{DType, Device, Error, Shape, Tensor};
 use candle_nn::Init;
 use candle_nn::var_builder::SimpleBackend;
-use cuda_vmm::{HostStore, Keep, Slept, VirtualMemoryPool, WakeOptions};
+use cuda_vmm::{Arriving, HostStore, Keep, Slept, Stream, VirtualMemoryPool, WakeOptions};
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -22,6 +23,8 @@ pub(super) struct Shared {
     layout: Layout,
     /// All bytes are live while the weights are awake.
     range: VirtualMemoryPool,
+    /// On which Candle works with the tensors.
+    stream: Stream,
     place: Place,
 }
 
@@ -49,6 +52,7 @@ impl Shared {
         Ok(Self {
             layout,
             range,
+            stream: memory.common().stream().clone(),
             place,
         })
     }
@@ -108,6 +112,17 @@ impl Shared {
             true => Ok(self.range.wake_with(options)?),
             false => Ok(()),
         }
+    }
+
+    /// Has the memory again, while the contents still come.
+    pub(super) fn wake_streaming(&mut self, options: &WakeOptions) -> Result<Arriving> {
+        Ok(self.range.wake_streaming(options)?)
+    }
+
+    /// Makes Candle's stream wait until these bytes have come.
+    pub(super) fn order(&self, arriving: &Arriving, bytes: Range<usize>) -> Result<()> {
+        let (range, stream) = (&self.range, &self.stream);
+        Ok(arriving.order_stream(stream, range, bytes.start, bytes.len())?)
     }
 
     fn tensor(&self, name: &str, dtype: DType) -> candle_core::Result<Tensor> {

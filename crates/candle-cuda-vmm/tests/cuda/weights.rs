@@ -103,6 +103,30 @@ fn tensors_have_what_is_in_the_file_before_and_after_a_sleep() {
     }
 }
 
+/// Work that is queued while the contents come, and waits for its own.
+#[test]
+fn what_was_ordered_behind_its_weights_finds_them() {
+    let test = open();
+    let mut fixture = Fixture::new(&test.device, WeightsOptions::new());
+    let store = fixture.store.clone();
+    for keep in [Keep::Host(&store), Keep::Nothing] {
+        test.device.synchronize().unwrap();
+        fixture.weights.sleep(keep).unwrap();
+        let last = fixture.weights.bytes_of("c").unwrap();
+        let options = WakeOptions::new().first([last]);
+        let arriving = fixture.weights.wake_streaming(&options).unwrap();
+        for name in ["c", "a", "b", "nothing"] {
+            arriving.order(&fixture.weights, name).unwrap();
+            if let Some(expected) = fixture.tensors.get(name) {
+                let builder = fixture.weights.var_builder(DType::F32).unwrap();
+                let tensor = builder.get(expected.shape(), name).unwrap();
+                assert!(to_host(&tensor) == to_host(expected), "{name}");
+            }
+        }
+        arriving.finish().unwrap();
+    }
+}
+
 #[test]
 fn a_tensor_keeps_its_weights_awake() {
     let test = open();

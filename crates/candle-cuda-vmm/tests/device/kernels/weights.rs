@@ -188,7 +188,14 @@ fn a_model_sleeps_and_wakes_and_gives_the_same_numbers() {
         );
         refused!(model.sleep(keep), VmmError::Weights(WeightsError::Asleep));
         let first = model.weights().bytes_of("layers.0.").unwrap();
-        model.wake(&WakeOptions::new().first([first])).unwrap();
+        let arriving = model
+            .wake_streaming(&WakeOptions::new().first([first]))
+            .unwrap();
+        model.get().unwrap();
+        (0..LAYERS).for_each(|layer| {
+            let prefix = format!("layers.{layer}.");
+            arriving.order(model.weights(), &prefix).unwrap();
+        });
         assert_eq!(fixture.pool.committed_bytes(), held);
         refused!(
             model.wake(&WakeOptions::new()),
