@@ -131,10 +131,9 @@ fn what_was_ordered_behind_its_weights_finds_them() {
 fn a_tensor_keeps_its_weights_awake() {
     let test = open();
     let mut fixture = Fixture::new(&test.device, WeightsOptions::new());
-    let tensor = fixture.weights.var_builder(DType::F32).unwrap();
-    let tensor = tensor.get(LARGE, "b").unwrap();
-    let part = tensor.narrow(0, 3, 1).unwrap();
-    drop(tensor);
+    let builder = fixture.weights.var_builder(DType::F32).unwrap();
+    let part = builder.get(LARGE, "b").unwrap().narrow(0, 3, 1).unwrap();
+    drop(builder);
     refused!(
         fixture.weights.sleep(Keep::Nothing),
         VmmError::Vmm(CoreError::KeptAwake { by: "a lease", .. })
