@@ -140,7 +140,7 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
         ("asleep_bytes", ASLEEP, |of| of.engine.asleep_bytes as u64),
         ("host_bytes", HOST, |of| of.engine.host_bytes as u64),
     ];
-    let counters: [(&str, &str, Number); 9] = [
+    let counters: [(&str, &str, Number); 13] = [
         ("allocations", "Calls that made bytes live.", |of| {
             of.counters.ranges.allocations
         }),
@@ -175,6 +175,18 @@ fn engine_families(pools: &[(Option<&str>, &Snapshot)], families: &mut Vec<Strin
         ("scrubbed_bytes", "Bytes overwritten with zeros.", |of| {
             of.counters.scrubbed_bytes
         }),
+        ("sleeps", "Ranges put to sleep.", |of| of.counters.sleeps),
+        (
+            "sleep_microseconds",
+            "How long the calls took that put ranges to sleep.",
+            |of| of.counters.sleep_micros,
+        ),
+        ("wakes", "Ranges woken.", |of| of.counters.wakes),
+        (
+            "wake_microseconds",
+            "How long the calls took that woke ranges.",
+            |of| of.counters.wake_micros,
+        ),
         (
             "device_calls",
             "Calls of the driver that manage memory, on the device, in this process.",

@@ -37,6 +37,11 @@ fn pools_sleep_and_wake_together_each_in_its_way() {
     wake_two(&fixture).expect("room");
     fixture.write(1, 3..8);
     fixture.check();
+    let counters = fixture.engine.counters();
+    assert_eq!((counters.sleeps, counters.wakes), (2, 2));
+    let awake = wake_two(&fixture).expect_err("awake");
+    assert!(matches!(awake, VmmError::Awake { .. }));
+    assert_eq!(fixture.engine.counters(), counters, "a refusal is none");
     fixture.end();
 }
 

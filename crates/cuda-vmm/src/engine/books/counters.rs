@@ -1,5 +1,7 @@
 //! What has happened, counted. Numbers only rise.
 
+use core::time::Duration;
+
 /// What has happened on one range since it was made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -44,10 +46,37 @@ pub struct EngineCounters {
     pub retries: u64,
     /// Bytes overwritten with zeros before others may have them.
     pub scrubbed_bytes: u64,
+    /// Ranges that were put to sleep.
+    pub sleeps: u64,
+    /// How long the calls took that did so, in microseconds.
+    pub sleep_micros: u64,
+    /// Ranges that were woken.
+    pub wakes: u64,
+    /// How long the calls took that did so, in microseconds. What still comes when a wake
+    /// [streams](crate::VirtualMemoryPool::wake_streaming) does not count.
+    pub wake_micros: u64,
     /// Calls that reserve, make, map, open, unmap, release or free memory or addresses of the
     /// device, refused ones and those outside engines included: all calls of this process that go
     /// through the same [`Device`](crate::Device).
     pub device_calls: u64,
+}
+
+impl EngineCounters {
+    /// Counts ranges that one call has put to sleep.
+    pub(crate) fn count_sleep(&mut self, ranges: usize, took: Duration) {
+        self.sleeps += ranges as u64;
+        self.sleep_micros += micros(took);
+    }
+
+    /// Counts ranges that one call has woken.
+    pub(crate) fn count_wake(&mut self, ranges: usize, took: Duration) {
+        self.wakes += ranges as u64;
+        self.wake_micros += micros(took);
+    }
+}
+
+fn micros(took: Duration) -> u64 {
+    u64::try_from(took.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::engine::range::rest::{Asleep, Rest};
 use crate::engine::relocation::Relocation;
 use crate::engine::retry::Which;
 use crate::engine::scope::Scope;
-use crate::sync::{Arc, rest};
+use crate::sync::{self, Arc, rest};
 use crate::{CaptureGuard, HostBytes, Result, VmmError};
 
 /// What a sleep did, in bytes.
@@ -44,7 +44,7 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
     let Some((first, _)) = parts.first() else {
         return Ok(Slept::default());
     };
-    let engine = first.engine().open()?;
+    let (engine, began) = (first.engine().open()?, sync::now());
     // Held while others' work is looked at and waited for. Copies and the end of memory harm no
     // capture, so one may begin meanwhile.
     let no_capture = CaptureGuard::try_none();
@@ -77,7 +77,11 @@ pub(crate) fn sleep_all(parts: &[(&RangeHandle, Keep<'_>)]) -> Result<Slept> {
             Err(error)
         }
     };
-    let state = engine.state.lock();
+    let mut state = engine.state.lock();
+    if slept.is_ok() {
+        let took = sync::now().saturating_sub(began);
+        state.quietly().counters.count_sleep(parts.len(), took);
+    }
     let is_left = |(handle, _): &(&RangeHandle, _)| {
         let range = state.ranges.get(handle.id());
         range.is_some_and(|range| range.is_left())

@@ -12,7 +12,7 @@ use crate::engine::range::rest::Rest;
 use crate::engine::scope::Scope;
 use crate::engine::waiting::Patience;
 use crate::size::Extent;
-use crate::sync::Arc;
+use crate::sync::{self, Arc};
 use crate::{Fence, HostBytes, Result, VmmError};
 use core::ops::Range;
 
@@ -41,7 +41,7 @@ pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arri
     let Some(first) = ranges.first() else {
         return Ok(Arrival::default());
     };
-    let engine = first.engine().open()?;
+    let (engine, began) = (first.engine().open()?, sync::now());
     let begun = ranges.iter().map(|handle| Waker::begin(handle, how.first));
     let wakers: Vec<_> = begun.collect::<Result<_>>()?;
     let pace = how.bytes_per_second.map(Pace::new).transpose()?;
@@ -64,6 +64,10 @@ pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arri
         .into_iter()
         .filter_map(|waker| waker.wake(end.as_ref()));
     let hosts: Vec<_> = woken.collect();
+    let took = sync::now().saturating_sub(began);
+    let mut state = engine.state.lock();
+    state.quietly().counters.count_wake(ranges.len(), took);
+    drop(state);
     engine.worker.wake(engine, false);
     Ok(copies.map_or_else(Arrival::default, |copies| {
         Arrival::new(copies, parts, hosts)
