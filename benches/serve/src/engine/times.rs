@@ -9,8 +9,9 @@ const PARTS: usize = 200;
 
 /// The times of steps of about as many sequences, or tokens of prompts.
 ///
-/// A step's own time is all that is not the model's: planning, inputs, and handing out tokens. The
-/// model's time begins with its first launch and ends when its tokens are on the host.
+/// A step's own time is all that is not the model's: taking in what the thread is told, planning,
+/// inputs, and handing out tokens. The model's time begins with its first launch and ends when its
+/// tokens are on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct StepTimes {
     steps: u64,

@@ -306,12 +306,11 @@ impl Serving {
         let mut has_stepped = true;
         loop {
             self.rank();
-            self.listen(commands, has_stepped);
+            let begun = self.listen(commands, has_stepped);
             self.rank();
             if self.is_closing && self.requests.is_empty() {
                 return;
             }
-            let begun = Instant::now();
             self.drop_gone();
             let stepped = self.give_back().and_then(|()| self.step());
             if !self.runner.is_idle() {
@@ -361,14 +360,15 @@ impl Serving {
     }
 
     /// Takes in what it is told. Waits for it if there is nothing to do, and for a while if there
-    /// is no memory.
-    fn listen(&mut self, commands: &Receiver<Command>, has_stepped: bool) {
+    /// is no memory. Returns when it had waited: from then on it works.
+    fn listen(&mut self, commands: &Receiver<Command>, has_stepped: bool) -> Instant {
         let first = match (self.runner.is_idle(), has_stepped) {
             (true, _) if self.is_closing => None,
             (true, _) => commands.recv().ok(),
             (false, true) => None,
             (false, false) => commands.recv_timeout(LOOK).ok(),
         };
+        let begun = Instant::now();
         for command in first.into_iter().chain(commands.try_iter()) {
             match command {
                 Command::Begin(id, ask, events) => self.begin(id, ask, events),
@@ -389,6 +389,7 @@ impl Serving {
                 Command::Close => self.is_closing = true,
             }
         }
+        begun
     }
 
     fn begin(&mut self, id: Id, ask: Generate, events: mpsc::Sender<Event>) {
