@@ -524,8 +524,10 @@ fn eight_parked(f: &Fixture) -> Result<()> {
 /// The pool has bytes, and the store pieces for them.
 fn pinned_and_live(f: &Fixture) -> Result<()> {
     drop(f.host.reserve(3 * HOST_UNIT)?);
-    f.pool().allocate(0, 2 * HOST_UNIT)?;
-    f.pool().allocate(3 * HOST_UNIT, HOST_UNIT).map(drop)
+    // No more than the store has, and than the limit of small pages.
+    let bytes = page().min(HOST_UNIT);
+    f.pool().allocate(0, 2 * bytes)?;
+    f.pool().allocate(3 * bytes, bytes).map(drop)
 }
 
 fn asleep(f: &Fixture) -> Result<()> {
