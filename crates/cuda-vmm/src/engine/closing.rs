@@ -51,6 +51,7 @@ impl<'a> Closer<'a> {
         closer.id = Some(id);
         // What it holds is on its account until it is given back.
         state.ledger.close_range(owner);
+        state.starved.forget(id);
         while (state.ranges.get(id)).is_some_and(|range| range.is_awaited_by_close()) {
             state = engine.state.wait(state);
         }

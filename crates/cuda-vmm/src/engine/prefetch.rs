@@ -8,6 +8,7 @@ use super::books::range_id::RangeId;
 use super::books::tally::Fact;
 use super::changes::Locked;
 use super::inner::Inner;
+use super::queue::BITE;
 use super::state::State;
 use super::target::Target;
 use crate::sync::{Arc, rest};
@@ -113,13 +114,15 @@ impl Ahead {
 
 impl State {
     /// The next chunk to make ahead. `None` if no range wants any; `Some(None)` if the one that did
-    /// wants none any more.
+    /// wants none any more, or others may.
     fn next_ahead(&mut self, chunk_bytes_max: usize) -> Option<Option<Ahead>> {
         self.feed_starved();
         self.look_again();
         // A chunk for each range in its turn: several may back the same blocks.
         let mut ranges = (self.ranges).with_in_turn(Fact::Hungry, self.prefetched);
-        let (id, mut range) = ranges.find(|(_, range)| range.wants_ahead())?;
+        let Some((id, mut range)) = ranges.find(|(_, range)| range.wants_ahead()) else {
+            return self.starved.is_any_told().then_some(None);
+        };
         self.prefetched = id;
         let pages = match range.owes() {
             // What it is asked to give back is not made anew.
@@ -138,9 +141,11 @@ impl State {
         }))
     }
 
-    /// Has the ranges that the budget had no room for want memory again, if there is some now.
+    /// Has ranges that the budget had no room for want memory again, if there is some now: some under
+    /// each hold of the lock.
     fn feed_starved(&mut self) {
-        for id in self.starved.take(self.ledger.committed_bytes()) {
+        let committed_bytes = self.ledger.committed_bytes();
+        for id in self.starved.take(committed_bytes, BITE) {
             if let Some(mut range) = self.ranges.get(id) {
                 range.quietly().look_ahead();
             }

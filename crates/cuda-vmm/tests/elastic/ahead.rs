@@ -198,6 +198,31 @@ fn what_the_budget_had_no_room_for_is_made_when_there_is_some() {
 }
 
 #[test]
+fn many_ranges_find_room_in_one_step_and_closed_ones_are_not_waited_for() {
+    const RANGES: usize = 150;
+    let simulated = Simulated::default();
+    let options = manual().limit_bytes(RANGES * PAGE).chunk_bytes_max(0);
+    let engine = Engine::new(&simulated.device, options).expect("an engine");
+    let other = VirtualMemoryPool::on_engine(&engine, RANGES * PAGE, PAGE).expect("addresses");
+    other.allocate(0, RANGES * PAGE).expect("all there is");
+    let ahead = PoolOptions::new().ahead_bytes_max(PAGE);
+    let account = engine.account("model", Quota::new()).expect("a free name");
+    let range = |_| VirtualMemoryPool::on_account(&account, 4 * PAGE, PAGE, ahead);
+    let mut ranges: Vec<_> = (0..RANGES)
+        .map(|at| range(at).expect("addresses"))
+        .collect();
+    let step = || engine.step().prefetched_bytes / PAGE;
+    assert_eq!([step(), step()], [0, 0]);
+    for range in ranges.drain(100..) {
+        range.close().expect("nothing is refused");
+    }
+    other.deallocate(0, 99 * PAGE).expect("live");
+    assert_eq!([step(), step()], [0, 0], "one would find no room");
+    other.deallocate(99 * PAGE, PAGE).expect("live");
+    assert_eq!([step(), step()], [100, 0]);
+}
+
+#[test]
 fn a_higher_limit_or_ceiling_is_room_for_memory_ahead() {
     for limit_is_short in [true, false] {
         let simulated = Simulated::default();

@@ -1,7 +1,6 @@
 //! Keeping all blocks where they are while work is launched.
 
 use super::BlockId;
-use super::block_states::Rest;
 use super::memory::BlockMemory;
 use crate::Result;
 use crate::sync::Arc;
@@ -18,14 +17,7 @@ pub struct BlockHold {
 impl BlockHold {
     pub(super) fn new(backing: Arc<BlockMemory>) -> Result<Self> {
         // Not by `change`: a hold serves no thread that waits.
-        let mut states = backing.states.lock()?;
-        let rest = states.rest;
-        if rest != Rest::Awake {
-            drop(states);
-            return Err(backing.asleep(rest));
-        }
-        let generation = states.hold_all();
-        drop(states);
+        let generation = backing.once(|_| true)?.hold_all();
         Ok(Self {
             backing,
             generation,

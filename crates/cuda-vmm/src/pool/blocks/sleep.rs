@@ -18,7 +18,8 @@ impl BlockBacking {
     ///
     /// # Errors
     /// As [`VirtualMemoryPool::sleep`](crate::VirtualMemoryPool::sleep); `KeptAwake` also while a
-    /// launch [holds](Self::hold) the blocks, or some are [pinned](Self::pin). Then all blocks are awake.
+    /// launch [holds](Self::hold) the blocks, or some are [pinned](Self::pin). Then all blocks are
+    /// awake.
     ///
     /// ```
     /// # #[cfg(feature = "simulator")] {

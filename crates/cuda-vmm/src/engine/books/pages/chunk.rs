@@ -49,8 +49,8 @@ pub(super) struct Chunk<M> {
     /// Whether other ranges map its memory too. Then it is in none of this range's parts, and when
     /// it is parked, it is only to be unmapped.
     pub(super) shared: bool,
-    /// Absent while Filling, Draining, Relocating, Stranded or Restoring, when the thread that does that work
-    /// has it.
+    /// Absent while Filling, Draining, Relocating, Stranded or Restoring, when the thread that does
+    /// that work has it.
     pub(super) memory: Option<M>,
 }
 
