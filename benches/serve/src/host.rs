@@ -15,7 +15,7 @@ use crate::figures::Figures;
 use crate::request::{Backend, Event, Generate, ModelInfo, Refusal};
 use candle_core::Device;
 use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
-use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm};
+use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm, keep_candle_memory};
 use cuda_vmm::{SharedMemoryPool, Snapshot};
 use hosted::{Common, Hosted};
 use tokio::sync::mpsc;
@@ -35,7 +35,12 @@ impl Place {
     fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Gpu(ordinal) => cuda_with_own_stream(ordinal),
+            Self::Gpu(ordinal) => {
+                let device = cuda_with_own_stream(ordinal)?;
+                // Each step waits for its tokens, and the next one needs as much memory.
+                keep_candle_memory(&device, u64::MAX)?;
+                Ok(device)
+            }
         }
     }
 }

@@ -103,7 +103,7 @@ pub use error::{Result, Shortage, VmmError, WeightsError};
 pub use kv_cache::{ElasticCache, ElasticKvCache, ElasticRotatingKvCache, Sequence, SequenceCache};
 pub use mapping::{VirtualAddressRange, map_memory, set_memory_access, unmap_memory};
 pub use physical_memory::PhysicalMemoryHandle;
-pub use relief::{let_candle_make_room, trim_candle_memory};
+pub use relief::{keep_candle_memory, let_candle_make_room, trim_candle_memory};
 pub use tensor_pool::{TensorPool, TensorPoolOptions};
 pub use virtual_memory::{GlobalMemoryStats, MemoryStats, SharedMemoryPool, VirtualMemoryPool};
 

@@ -70,6 +70,44 @@ pub fn let_candle_make_room(device: &Device) -> Result<()> {
     }
 }
 
+/// Has the device's memory pool keep up to so many bytes that Candle has freed
+/// (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`), for all of this process's work on the device.
+///
+/// The driver's default is 0: each time a thread waits for a stream, what Candle has freed goes back
+/// to the driver, and the next tensor needs memory from it again. A program that takes step after
+/// step is faster if the pool keeps the memory of a step. What it keeps is lost to other processes;
+/// pools of this one get it by [`let_candle_make_room`].
+///
+/// # Errors
+/// - [`UnsupportedDevice`](VmmError::UnsupportedDevice) for any device but a CUDA device; no other
+///   has such a pool.
+/// - [`CudaError`](VmmError::CudaError) if the driver refuses.
+pub fn keep_candle_memory(device: &Device, bytes: u64) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(candle) => keep(&candle.cuda_stream(), bytes),
+        _ => {
+            let _ = bytes;
+            Err(VmmError::UnsupportedDevice)
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn keep(candle: &candle_core::cuda::cudarc::driver::CudaStream, mut bytes: u64) -> Result<()> {
+    use candle_core::cuda::cudarc::driver::result;
+    use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+
+    // SAFETY: Candle has opened the device and retains its context.
+    let pool = unsafe { result::device::get_mem_pool(candle.context().cu_device()) };
+    let pool = pool.map_err(VmmError::from_cuda_result)?;
+    let value = core::ptr::from_mut(&mut bytes).cast();
+    // SAFETY: the pool is the device's current one, so it is alive. The attribute is of this type,
+    // and is read before the call returns.
+    unsafe { result::mem_pool::set_attribute(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, value) }
+        .map_err(VmmError::from_cuda_result)
+}
+
 #[cfg(feature = "cuda")]
 fn trim(candle: &std::sync::Arc<candle_core::cuda::cudarc::driver::CudaStream>) -> Result<()> {
     use candle_core::cuda::cudarc::driver::result;

@@ -30,10 +30,14 @@ impl State {
         inner.registrations.add(device, address, bytes)
     }
 
-    /// `cuMemHostUnregister`. Any context may unregister what another has registered.
+    /// `cuMemHostUnregister`. Any context may unregister what another has registered, and none need
+    /// be current.
     pub(crate) fn host_unregister(&self, address: usize) -> DriverResult {
         let mut inner = self.lock();
-        inner.enter()?;
+        match inner.enter() {
+            Ok(_) | Err(CUDA_ERROR_INVALID_CONTEXT) => {}
+            Err(error) => return Err(error),
+        }
         inner.unsafe_call()?;
         if address == 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);

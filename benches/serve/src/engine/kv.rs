@@ -49,6 +49,13 @@ struct Sequence {
     known: usize,
 }
 
+impl Sequence {
+    /// Whether its last token is the first of a block that it has not.
+    fn is_at_boundary(&self) -> bool {
+        !self.blocks.is_empty() && self.tokens.len() == self.blocks.len() * BLOCK_TOKENS + 1
+    }
+}
+
 /// The blocks of one model, its sequences, and the prefixes that it keeps.
 pub struct Kv {
     /// K and V of each layer. Dropped before the blocks.
@@ -58,6 +65,8 @@ pub struct Kv {
     named: StepBlocks,
     prefix: PrefixCache,
     sequences: HashMap<Id, Sequence>,
+    /// Blocks that this plan has taken for sequences that will ask for one each.
+    spare: Vec<BlockId>,
     policy: Policy,
     /// What of all models' budget is counted for this one, if there is one.
     counted: Option<Counted>,
@@ -117,6 +126,7 @@ impl Kv {
             blocks,
             prefix: PrefixCache::new(BLOCK_TOKENS),
             sequences: HashMap::new(),
+            spare: Vec::new(),
             policy,
             counted: None,
             others: Vec::new(),
@@ -254,7 +264,7 @@ impl Kv {
     /// Gives the budget what was counted and is no more in use.
     fn settle(&mut self) {
         if let Some(counted) = &mut self.counted {
-            counted.settle(self.allocator.allocated() - self.prefix.unused());
+            counted.settle(self.allocator.allocated() - self.spare.len() - self.prefix.unused());
         }
     }
 
@@ -309,18 +319,29 @@ impl Kv {
         }
     }
 
-    /// A plan begins.
+    /// A plan begins. Sequences that began together need a block in the same step, so their blocks
+    /// are taken by one call. If there are too few, each asks for its own.
     pub fn begin_plan(&mut self) {
         self.is_short = false;
         self.refused = usize::MAX;
         if let Some(counted) = &mut self.counted {
             counted.begin_plan();
         }
+        let growing = self.sequences.values().filter(|it| it.is_at_boundary());
+        match growing.count() {
+            0 | 1 => {}
+            count => self.spare = self.allocate(count).unwrap_or_default(),
+        }
     }
 
     /// A plan is made. If it has all the memory that it needs, other models owe nothing for what was
     /// refused before: it was found among prefixes, or the sequence that needed it has gone.
     pub fn end_plan(&mut self) {
+        let spare = std::mem::take(&mut self.spare);
+        if !spare.is_empty() {
+            // They are handed out, so they can be freed.
+            _ = self.allocator.free(spare);
+        }
         if let Some(counted) = &mut self.counted {
             counted.end_plan(self.is_short);
         }
@@ -425,7 +446,8 @@ impl Blocks for Kv {
             self.is_short = true;
             return Growth::Short;
         }
-        match self.allocate(missing) {
+        let spare = self.spare.pop_if(|_| missing == 1);
+        match spare.map_or_else(|| self.allocate(missing), |block| Ok(vec![block])) {
             Ok(blocks) => {
                 // They exist.
                 _ = self.named.name(blocks.iter().copied());
@@ -439,6 +461,16 @@ impl Blocks for Kv {
                 let is_memory = error.is_out_of_memory() || error.is_retryable();
                 if is_memory {
                     self.refused = missing;
+                    tracing::debug!(
+                        blocks = missing,
+                        free_backed = self.allocator.free_backed(),
+                        free_bytes = self.free_bytes(),
+                        retiring_bytes = self.blocks.engine().stats().parts.retiring_bytes,
+                        owed_bytes = self.others.iter().map(Account::owed_bytes).sum::<usize>(),
+                        prefixes = self.prefix.unused(),
+                        %error,
+                        "short of memory"
+                    );
                     return self.lack();
                 }
                 match is_out_of_blocks(&error) {

@@ -4,6 +4,7 @@ mod budget;
 mod choice;
 mod inputs;
 mod kv;
+mod order;
 mod prefix;
 mod prompts;
 mod runner;

@@ -66,6 +66,7 @@ impl Runner {
         let decoder = Rc::new(decoder);
         let (model, inputs) = (decoder.clone(), rows.inputs().clone());
         let step = move |bucket| {
+            inputs.write_entries(bucket)?;
             let [tokens, positions] = inputs.tokens(bucket)?;
             let logits = model.decode(&tokens, &positions, &inputs.kv(bucket)?)?;
             sample(&logits, &inputs.parameters(bucket)?)
@@ -220,10 +221,11 @@ impl Runner {
         let decodes = match step.decodes.as_slice() {
             [] => None,
             ids => {
-                let rows: Vec<_> = ids.iter().map(|id| (*id, self.choice(*id))).collect();
-                self.rows.set(&self.kv, &rows)?;
+                let choices = &self.choices;
+                let choice = |id| choices.get(&id).copied().unwrap_or(Choice::GREEDY);
+                let rows = self.rows.set(&self.kv, ids, choice)?;
                 begun = Instant::now();
-                Some(self.graph.replay(ids.len(), self.kv.named())?)
+                Some((rows, self.graph.replay(ids.len(), self.kv.named())?))
             }
         };
         let mut tokens = HashMap::new();
@@ -233,10 +235,10 @@ impl Runner {
             let last = last.filter(|(chunk, _)| chunk.is_last);
             tokens.extend(last.map(|(chunk, token)| (chunk.id, token)));
         }
-        if let Some(next) = decodes {
+        if let Some((rows, next)) = decodes {
             let next = next.to_vec1()?;
             decode_time = begun.elapsed();
-            tokens.extend(step.decodes.iter().copied().zip(next));
+            tokens.extend(rows.iter().copied().zip(next));
         }
         Ok((tokens, decode_time))
     }

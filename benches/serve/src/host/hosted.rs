@@ -374,8 +374,9 @@ impl Serving {
                 Command::Begin(id, ask, events) => self.begin(id, ask, events),
                 Command::Look => {}
                 Command::GiveBack(bytes) => {
-                    if let Err(error) = self.runner.kv().give_back(bytes) {
-                        tracing::warn!(%error, "prefixes could not be given back");
+                    match self.runner.kv().give_back(bytes) {
+                        Ok(given) => tracing::debug!(bytes, given, "was asked for prefixes"),
+                        Err(error) => tracing::warn!(%error, "prefixes could not be given back"),
                     }
                     self.publish();
                 }

@@ -5,8 +5,8 @@ use crate::refused;
 use candle_core::Device;
 use candle_cuda_vmm::cuda_vmm::VmmError as Core;
 use candle_cuda_vmm::{
-    Quota, SharedMemoryPool, TensorPoolOptions, VirtualMemoryPool, VmmError, let_candle_make_room,
-    trim_candle_memory,
+    Quota, SharedMemoryPool, TensorPoolOptions, VirtualMemoryPool, VmmError, keep_candle_memory,
+    let_candle_make_room, trim_candle_memory,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -489,6 +489,10 @@ fn a_model_that_waits_is_served_by_one_that_is_told_what_it_owes() {
 
 #[test]
 fn only_a_cuda_device_has_memory_of_candle_that_can_be_trimmed() {
+    refused!(
+        keep_candle_memory(&Device::Cpu, u64::MAX),
+        VmmError::UnsupportedDevice
+    );
     refused!(
         trim_candle_memory(&Device::Cpu),
         VmmError::UnsupportedDevice
