@@ -228,6 +228,9 @@ impl Runner {
                 Some((rows, self.graph.replay(ids.len(), self.kv.named())?))
             }
         };
+        // First, as a copy that waits for the step has the driver's lock meanwhile: another model
+        // would launch nothing until then.
+        self.device.synchronize()?;
         let mut tokens = HashMap::new();
         let mut decode_time = Duration::ZERO;
         if let Some(next) = prompts {

@@ -42,7 +42,7 @@ impl Shared {
     /// Reserves addresses and allocates memory, whose contents are undefined.
     pub(super) fn new(pool: &TensorPool, layout: Layout) -> Result<Self> {
         let memory = &pool.inner().memory;
-        let range = memory.common().range(layout.bytes())?;
+        let range = memory.common().range_of_whole(layout.bytes())?;
         range.allocate(0, layout.bytes())?;
         let place = match memory {
             Memory::Host(_) => Place::Host(HashMap::new()),

@@ -76,12 +76,20 @@ impl PoolMemory {
 
     /// Reserves this many bytes of addresses. Allocates no memory.
     pub(crate) fn range(&self, bytes: usize) -> Result<VirtualMemoryPool> {
-        let range = VirtualMemoryPool::on_account(
-            &self.account,
+        self.range_with(
             bytes,
-            self.page_bytes,
             PoolOptions::new().ahead_bytes_max(self.ahead_bytes_max),
-        )?;
+        )
+    }
+
+    /// As [`range`](Self::range), for memory that comes and goes as a whole.
+    pub(crate) fn range_of_whole(&self, bytes: usize) -> Result<VirtualMemoryPool> {
+        self.range_with(bytes, PoolOptions::new().chunk_bytes_max(1 << 30))
+    }
+
+    fn range_with(&self, bytes: usize, options: PoolOptions) -> Result<VirtualMemoryPool> {
+        let (account, page_bytes) = (&self.account, self.page_bytes);
+        let range = VirtualMemoryPool::on_account(account, bytes, page_bytes, options)?;
         range.use_stream(&self.stream)?;
         Ok(range)
     }

@@ -1,6 +1,6 @@
 //! How an engine and a range on it are made.
 
-use super::books::policy::CHUNK_BYTES_MAX;
+use super::books::policy::CHUNK_BYTES;
 use crate::{QuotaConflict, Result, VmmError};
 
 /// What takes an engine's steps.
@@ -37,7 +37,7 @@ pub struct EngineOptions {
     /// without being made. It is overwritten with zeros on the device before, so that no range
     /// finds another's bytes in it, and given up before an allocation is refused. 0 keeps nothing.
     pub cache_bytes_max: usize,
-    /// The largest chunk in bytes; never more than 128 MiB, which is the default. A page is the
+    /// The largest chunk in bytes; 128 MiB is the default, and 1 GiB the most. A page is the
     /// smallest chunk whatever this says, so with 0 each page has a chunk of its own and can be
     /// given back alone. Larger chunks take fewer driver calls, and a chunk is only given back
     /// whole: what it holds without being live is slack, which
@@ -57,7 +57,7 @@ impl EngineOptions {
             park_bytes_max: 0,
             park_bytes_min: None,
             cache_bytes_max: 0,
-            chunk_bytes_max: CHUNK_BYTES_MAX,
+            chunk_bytes_max: CHUNK_BYTES,
             worker: WorkerMode::Thread,
         }
     }
@@ -147,9 +147,9 @@ pub struct PoolOptions {
     /// [`compact`](crate::VirtualMemoryPool::compact) gives each run of live pages of a partly live
     /// handle one of its own. The handles are the pool's: they cannot be exported.
     pub single_handle: bool,
-    /// The largest chunk in bytes, if it is to be smaller than the engine's
-    /// ([`EngineOptions::chunk_bytes_max`]). With 0 each page has a chunk of its own, and goes back
-    /// alone.
+    /// The largest chunk in bytes, instead of the engine's ([`EngineOptions::chunk_bytes_max`]); 1
+    /// GiB at most. With 0 each page has a chunk of its own, and goes back alone. With 1 GiB memory
+    /// that comes and goes as a whole, such as weights, takes the fewest calls.
     pub chunk_bytes_max: Option<usize>,
     /// How much memory the worker makes, maps and opens beyond the end of the latest allocation, in
     /// bytes, before it is asked for, so that a range that grows step by step calls no driver on

@@ -183,6 +183,13 @@ impl Relocation {
         Err(failure.error)
     }
 
+    /// Where the old memory is, or was, mapped.
+    pub(crate) fn addresses(&self) -> Range<u64> {
+        let target = &self.site.target;
+        let begin = target.reservation.address() + (self.first * target.page_bytes) as u64;
+        begin..begin + self.old.bytes() as u64
+    }
+
     /// Copies of the old memory may be under way on this stream, and could not be waited for.
     pub(crate) fn is_copied_on(&mut self, stream: &Stream) {
         self.copying = Some(stream.clone());

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::device::cuda_with_own_stream;
 use candle_cuda_vmm::{
     ElasticModel, ElasticWeights, HostStore, Keep, TensorPool, WakeOptions, WeightsOptions,
+    keep_candle_memory,
 };
 use candle_nn::VarBuilder;
 use cuda_vmm_benches::{Outcome, Sides, time};
@@ -121,6 +122,9 @@ pub fn switch(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let files = Files::write(machine)?;
     let (bytes, rows) = (files.bytes(), files.rows);
     let options = machine.pool_options(false);
+    // As a server does. Otherwise the neighbour's tensors have their memory from the driver anew in
+    // each step, and wait for the driver's other work on memory.
+    keep(machine, u64::MAX)?;
     let limit_bytes = bytes + (64 << 20);
     let options = options.engine(options.engine.limit_bytes(limit_bytes));
     let pool = TensorPool::with_options(&machine.candle, options)?;
@@ -136,7 +140,7 @@ pub fn switch(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
     let mut models = [model()?, model()?];
     models[0].wake(&WakeOptions::new())?;
     models[0].get()?.run()?;
-    let mut switch = |round: usize, options: &WakeOptions| -> Result<f64> {
+    let mut switch = |round: usize, options: &WakeOptions, runs: bool| -> Result<f64> {
         let (first, second) = models.split_at_mut(1);
         let (from, to) = match round % 2 {
             0 => (&mut first[0], &mut second[0]),
@@ -145,13 +149,16 @@ pub fn switch(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         let ((), elapsed) = time(|| -> Result<()> {
             from.sleep(Keep::Constant(&store))?;
             to.wake(options)?;
-            Ok(to.get()?.run()?)
+            match runs {
+                true => Ok(to.get()?.run()?),
+                false => Ok(()),
+            }
         })?;
         Ok(elapsed.as_nanos() as f64)
     };
     let rounds = machine.sized(SWITCHES);
     let fast = WakeOptions::new();
-    let times = (0..rounds).map(|round| switch(round, &fast));
+    let times = (0..rounds).map(|round| switch(round, &fast, true));
     outcome.times("switch", times.collect::<Result<_>>()?);
     outcome.note("switch", format!("{bytes} bytes each, under {limit_bytes}"));
 
@@ -168,12 +175,21 @@ pub fn switch(machine: &Machine, outcome: &mut Outcome) -> Result<()> {
         ("neighbour of a slow wake", &slow),
     ] {
         let steps = neighbour(machine, || {
-            (0..rounds).try_for_each(|round| switch(round, options).map(drop))
+            // Without a step of the model that wakes, which the neighbour shares the device with.
+            (0..rounds).try_for_each(|round| switch(round, options, false).map(drop))
         })?;
         outcome.times(side, steps);
     }
     outcome.note("neighbour of a slow wake", "20 GB/s at most");
-    Ok(())
+    keep(machine, 0)
+}
+
+/// Has the device's pool keep what Candle frees.
+fn keep(machine: &Machine, bytes: u64) -> Result<()> {
+    match machine.candle.is_cuda() {
+        true => Ok(keep_candle_memory(&machine.candle, bytes)?),
+        false => Ok(()),
+    }
 }
 
 /// The times of a neighbour's steps while something is done: products with a matrix, and the wait for

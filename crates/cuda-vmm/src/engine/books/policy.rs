@@ -11,9 +11,14 @@
 
 use core::ops::Range;
 
-/// The largest chunk in bytes: eight mappings for a GiB. A larger one would save few calls, and a
-/// chunk is given back only when all of it is free. `single_handle` pools are not bound by it.
-pub(crate) const CHUNK_BYTES_MAX: usize = 128 << 20;
+/// The largest chunk in bytes unless another is asked for: eight mappings for a GiB. A larger one
+/// would save few calls, and a chunk is given back only when all of it is free.
+pub(crate) const CHUNK_BYTES: usize = 128 << 20;
+
+/// The largest chunk that may be asked for, in bytes, for memory that comes and goes as a whole. A
+/// call for a larger one takes long, and the driver's other callers wait. `single_handle` pools are
+/// not bound by it.
+pub(crate) const CHUNK_BYTES_MAX: usize = 1 << 30;
 
 /// The largest chunk, in pages, for an extent of `extent_pages`; a power of two, at least 1.
 ///
@@ -72,9 +77,10 @@ mod tests {
 
     #[test]
     fn an_aligned_gibibyte_takes_eight_chunks() {
-        let largest = chunk_pages(512, PAGE, usize::MAX);
+        let largest = chunk_pages(512, PAGE, CHUNK_BYTES);
         assert_eq!(largest * PAGE, 128 << 20);
         assert_eq!(cut(0..512, largest).count(), 8);
+        assert_eq!(chunk_pages(1 << 20, PAGE, usize::MAX), 512, "1 GiB");
     }
 
     #[test]
@@ -95,7 +101,7 @@ mod tests {
         let (mut backed, mut chunks) = (0, Vec::new());
         for live in 1..=4096 {
             if live > backed {
-                let largest = chunk_pages(live, PAGE, usize::MAX);
+                let largest = chunk_pages(live, PAGE, CHUNK_BYTES);
                 let run = backed..live;
                 backed = grown_end(&run, largest, usize::MAX);
                 chunks.extend(cut(run.start..backed, largest).map(|chunk| chunk.len()));

@@ -136,8 +136,7 @@ impl Range {
 
     /// The largest chunk in bytes, if the engine says this.
     fn chunk_bytes_max(&self, of_engine: usize) -> usize {
-        let own = self.options.chunk_bytes_max;
-        own.map_or(of_engine, |own| own.min(of_engine))
+        self.options.chunk_bytes_max.unwrap_or(of_engine)
     }
 
     /// What the range and its engine say about chunks.

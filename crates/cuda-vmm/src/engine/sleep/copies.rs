@@ -9,11 +9,12 @@
 //! The other call queues a function of this module that only sleeps.
 #![allow(unsafe_code)]
 
-use super::order::Part;
+use super::order::{Part, in_order};
 use crate::engine::books::intervals::Intervals;
 use crate::sync::{self, Arc, thread};
 use crate::{Device, Fence, HostBytes, Result, Stream, VmmError};
 use core::ffi::c_void;
+use core::ops::Range;
 use core::time::Duration;
 
 /// The bytes of a copy at most. Its end is a moment at which a stream may go on.
@@ -49,6 +50,26 @@ impl Pace {
         let nanos = u64::try_from(nanos).unwrap_or(u64::MAX);
         self.begin.saturating_add(Duration::from_nanos(nanos))
     }
+}
+
+/// A part of the contents of a range on its way to the host, and the end of its copy.
+#[derive(Debug)]
+pub(super) struct Going {
+    addresses: Range<u64>,
+    end: Arc<Fence>,
+}
+
+/// Waits until none of these addresses is copied any more, of which copies were queued in this
+/// order.
+pub(super) fn wait_for(going: &mut Vec<Going>, addresses: &Range<u64>) -> Result<()> {
+    let overlaps =
+        |part: &Going| part.addresses.start < addresses.end && addresses.start < part.addresses.end;
+    // One stream copies them in order, so those before the last are over too.
+    if let Some(last) = going.iter().rposition(overlaps) {
+        going[last].end.wait()?;
+        going.drain(..=last);
+    }
+    Ok(())
 }
 
 /// A private stream with copies that may be under way.
@@ -88,23 +109,28 @@ impl Copies {
         }
     }
 
-    /// Queues copies of the live bytes of a range at `base` to the host, one after the other.
+    /// Queues copies of the live bytes of a range at `base` to the host, one after the other. Notes
+    /// the end of each.
     pub(super) fn queue_out(
         &mut self,
         base: u64,
         live: &Intervals,
         host: &mut HostBytes,
+        going: &mut Vec<Going>,
     ) -> Result<()> {
-        let mut at = 0;
-        for bytes in live.iter() {
-            let mut source = base + bytes.start as u64;
+        for Part { bytes, at } in in_order(live, &[], self.part_bytes()) {
+            let begin = base + bytes.start as u64;
+            let mut source = begin;
             for (target, part_bytes) in host.parts(at, bytes.len())? {
                 self.is_under_way = true;
                 // SAFETY: as the module says; the bytes are live, so they are mapped.
                 unsafe { self.stream.copy_out(target, source, part_bytes) }?;
                 source += part_bytes as u64;
             }
-            at += bytes.len();
+            going.push(Going {
+                addresses: begin..source,
+                end: self.end()?,
+            });
         }
         Ok(())
     }

@@ -7,7 +7,8 @@
 //!  reserve         host bytes for the contents, or there is a copy that is still true
 //!  give up         what is parked and made ahead goes first
 //!  depart, copy    the chunks leave the books; their contents go to the host
-//!  unmap           the memory stays and has the contents until all of it is unmapped
+//!  unmap           each chunk when it is copied; the memory stays and has the contents until all
+//!                  of it is unmapped
 //!  end             the books are empty, the range is asleep, the memory goes to the driver
 //!
 //!  a step fails    what was unmapped is mapped again; the range is awake, as it was
@@ -15,7 +16,8 @@
 //!
 //! wake
 //!  mark            one thread wakes a range
-//!  allocate        the bytes that were live, as any allocation does: all or none
+//!  allocate        the bytes that were live, as any allocation does: all or none; if there is room
+//!                  for all of them now, those first whose contents come first
 //!  copy            from the host, on a stream of its own, in the order that was asked for
 //!  end             the range is awake: when all contents have come, or, if the wake streams, when
 //!                  all copies are queued and each part has a fence

@@ -2,7 +2,7 @@
 
 use super::Keep;
 use super::change::Change;
-use super::copies::Copies;
+use super::copies::{Copies, Going, wait_for};
 use super::idle::kept;
 use crate::engine::at_work::AtWork;
 use crate::engine::books::pages::relocation::PartlyLive;
@@ -106,14 +106,21 @@ fn take_out(
     for sleeper in &*sleepers {
         sleeper.depart(engine, leaving)?;
     }
-    let mut copied_bytes = 0;
+    let (mut copied_bytes, mut going) = (0, Vec::new());
     if let Some(copies) = copies {
         for sleeper in sleepers {
-            copied_bytes += sleeper.copy_out(copies)?;
+            copied_bytes += sleeper.copy_out(copies, &mut going)?;
         }
+    }
+    // A chunk is unmapped while those behind it are still copied.
+    for relocation in leaving {
+        wait_for(&mut going, &relocation.addresses())?;
+        relocation.unmap_old()?;
+        rest();
+    }
+    if let Some(copies) = copies {
         copies.finish()?;
     }
-    leaving.iter_mut().try_for_each(Relocation::unmap_old)?;
     Ok(copied_bytes)
 }
 
@@ -178,6 +185,7 @@ fn end(
             Some(Ok(_)) => slept.given_bytes += bytes,
             Some(Err(_)) | None => slept.quarantined_bytes += bytes,
         }
+        rest();
     }
     slept
 }
@@ -250,7 +258,7 @@ impl<'a> Sleeper<'a> {
     }
 
     /// Queues copies of the contents; returns their bytes.
-    fn copy_out(&mut self, copies: &mut Copies) -> Result<usize> {
+    fn copy_out(&mut self, copies: &mut Copies, going: &mut Vec<Going>) -> Result<usize> {
         let Some(host) = &mut self.host else {
             return Ok(0);
         };
@@ -258,7 +266,7 @@ impl<'a> Sleeper<'a> {
         let (target, live) = (range.target(), range.pages.live().clone());
         drop(range);
         let base = target.ok_or(VmmError::Closed)?.reservation.address();
-        copies.queue_out(base, &live, host)?;
+        copies.queue_out(base, &live, host, going)?;
         Ok(live.total())
     }
 

@@ -3,8 +3,9 @@
 use super::arrival::{Arrival, Coming};
 use super::change::Change;
 use super::copies::{Copies, Pace};
-use super::order::in_order;
+use super::order::{Part, in_order};
 use crate::engine::allocate::{Ask, allocate_all};
+use crate::engine::books::intervals::Intervals;
 use crate::engine::handle::RangeHandle;
 use crate::engine::inner::Inner;
 use crate::engine::range::Place;
@@ -15,6 +16,7 @@ use crate::size::Extent;
 use crate::sync::{self, Arc};
 use crate::{Fence, HostBytes, Result, VmmError};
 use core::ops::Range;
+use std::collections::VecDeque;
 
 /// How ranges are woken.
 #[derive(Debug)]
@@ -33,8 +35,10 @@ pub(crate) struct Waking<'a> {
 /// A range that is being woken.
 struct Waker<'a> {
     change: Change<'a>,
-    places: Vec<(Place, usize)>,
 }
+
+/// Divisor of all contents: how many of them come before the rest of the memory is mapped.
+const EARLY_SHARE: usize = 16;
 
 /// Wakes ranges of one account, all or none; each of them once. Their contents come range by range.
 pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arrival> {
@@ -48,15 +52,9 @@ pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arri
     let copies = wakers.iter().any(|waker| waker.host().is_some());
     let copies = copies.then(|| Copies::new(&engine.device, pace));
     let mut copies = copies.transpose()?;
-    let asks = wakers.iter().filter(|waker| !waker.places.is_empty());
-    let asks: Vec<_> = asks.map(Waker::ask).collect();
-    allocate_all(&asks, &how.patience)?;
-    drop(asks);
     let mut parts = Vec::new();
-    if let Some(copies) = &mut copies
-        && let Err(error) = copy_in(&wakers, how, copies, &mut parts)
-    {
-        undo(engine, wakers, copies);
+    if let Err(error) = bring_back(engine, &wakers, how, &mut copies, &mut parts) {
+        undo(engine, &wakers, &mut copies);
         return Err(error);
     }
     let end = parts.last().map(|part: &Coming| part.end.clone());
@@ -74,15 +72,48 @@ pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arri
     }))
 }
 
-/// Queues copies of all contents. Either waits for them, or notes the end of each part.
-fn copy_in(
+/// Allocates the memory of all ranges, and queues copies of all contents. Either waits for them, or
+/// notes the end of each part. After an error some memory may be there.
+fn bring_back(
+    engine: &Arc<Inner>,
     wakers: &[Waker<'_>],
     how: &Waking<'_>,
-    copies: &mut Copies,
-    parts: &mut Vec<Coming>,
+    copies: &mut Option<Copies>,
+    coming: &mut Vec<Coming>,
 ) -> Result<()> {
-    for waker in wakers {
-        waker.copy_in(how, copies, parts)?;
+    let Some(copies) = copies else {
+        return allocate(wakers, |waker| waker.live(), &how.patience);
+    };
+    let mut orders: Vec<_> = wakers
+        .iter()
+        .map(|waker| waker.order(how, copies))
+        .collect();
+    // Contents of the first range that has some are under way while the rest is mapped.
+    let early = wakers
+        .iter()
+        .zip(&mut orders)
+        .find(|(_, order)| !order.is_empty());
+    if let Some((waker, order)) = early
+        && let Some(early) = waker.early(order)
+    {
+        match waker.go_ahead(wakers, early, order, (how, &mut *copies, &mut *coming)) {
+            Ok(()) => {}
+            Err(error) if error.is_out_of_memory() || error.is_retryable() => {
+                // There is not room for all now. So nothing is kept while it waits.
+                if !take_back(engine, wakers, copies) {
+                    return Err(error);
+                }
+                coming.clear();
+                *order = waker.order(how, copies);
+                allocate(wakers, |waker| waker.live(), &how.patience)?;
+            }
+            Err(error) => return Err(error),
+        }
+    } else {
+        allocate(wakers, |waker| waker.live(), &how.patience)?;
+    }
+    for (waker, order) in wakers.iter().zip(orders) {
+        waker.copy_in(order, how, copies, coming)?;
     }
     match how.waits {
         true => copies.finish(),
@@ -90,8 +121,30 @@ fn copy_in(
     }
 }
 
-/// Ends a wake that was broken off: the memory goes again, and every range is asleep.
-fn undo(engine: &Arc<Inner>, wakers: Vec<Waker<'_>>, copies: &mut Copies) {
+/// Allocates some bytes of each range, all or none.
+fn allocate(
+    wakers: &[Waker<'_>],
+    bytes: impl Fn(&Waker<'_>) -> Intervals,
+    patience: &Patience,
+) -> Result<()> {
+    let places = wakers.iter().map(|waker| {
+        let bytes = bytes(waker);
+        let places = bytes
+            .iter()
+            .map(|bytes| (Place::At(bytes.start), bytes.len()));
+        (waker, places.collect::<Vec<_>>())
+    });
+    let places: Vec<_> = places.filter(|(_, places)| !places.is_empty()).collect();
+    let asks = places.iter().map(|(waker, places)| Ask {
+        handle: waker.change.handle,
+        places,
+        wakes: true,
+    });
+    allocate_all(&asks.collect::<Vec<_>>(), patience).map(drop)
+}
+
+/// Takes back the memory of all ranges, once no copy is under way; returns whether that is so.
+fn take_back(engine: &Arc<Inner>, wakers: &[Waker<'_>], copies: &mut Copies) -> bool {
     let is_over = copies.give_up();
     for waker in wakers {
         let handle = waker.change.handle;
@@ -111,6 +164,14 @@ fn undo(engine: &Arc<Inner>, wakers: Vec<Waker<'_>>, copies: &mut Copies) {
         // What the driver refuses is tried again.
         let _ = engine.give_up(Scope::Range(handle.id()), |_| false);
     }
+    is_over
+}
+
+/// Ends a wake that was broken off: the memory goes again, and every range is asleep.
+fn undo(engine: &Arc<Inner>, wakers: &[Waker<'_>], copies: &mut Option<Copies>) {
+    if let Some(copies) = copies {
+        take_back(engine, wakers, copies);
+    }
 }
 
 impl<'a> Waker<'a> {
@@ -120,35 +181,87 @@ impl<'a> Waker<'a> {
             Extent::new(bytes.start, bytes.len(), capacity_bytes)?;
         }
         let change = Change::to_wake(handle)?;
-        let live = change.asleep().map(|asleep| &asleep.live);
-        let live = live.into_iter().flat_map(|live| live.iter());
-        let places = live.map(|bytes| (Place::At(bytes.start), bytes.len()));
-        Ok(Self {
-            places: places.collect(),
-            change,
-        })
+        Ok(Self { change })
     }
 
     fn host(&self) -> Option<&Arc<HostBytes>> {
         self.change.asleep()?.host.as_ref()
     }
 
-    fn ask(&self) -> Ask<'_> {
-        Ask {
-            handle: self.change.handle,
-            places: &self.places,
-            wakes: true,
+    /// The bytes that were live.
+    fn live(&self) -> Intervals {
+        let asleep = self.change.asleep();
+        asleep.map_or_else(Intervals::default, |asleep| asleep.live.clone())
+    }
+
+    /// All contents, in the order in which they come; none if there are no host bytes.
+    fn order(&self, how: &Waking<'_>, copies: &Copies) -> VecDeque<Part> {
+        match self.host() {
+            Some(_) => in_order(&self.live(), how.first, copies.part_bytes()).into(),
+            None => VecDeque::new(),
         }
     }
 
-    /// Queues copies of the contents, those first that are wanted first.
+    /// How many of the parts come first, and their pages; `None` if they are most of all.
+    fn early(&self, order: &VecDeque<Part>) -> Option<(usize, Intervals)> {
+        let all: usize = order.iter().map(|part| part.bytes.len()).sum();
+        let page_bytes = self.change.handle.slot.lock().page_bytes;
+        let (mut pages, mut parts, mut bytes) = (Intervals::default(), 0, 0);
+        for part in order {
+            if bytes >= all / EARLY_SHARE {
+                break;
+            }
+            let Range { start, end } = part.bytes;
+            let start = start / page_bytes * page_bytes;
+            let new: Vec<_> = pages
+                .gaps(start..end.next_multiple_of(page_bytes))
+                .collect();
+            new.into_iter().for_each(|gap| pages.insert(gap));
+            (parts, bytes) = (parts + 1, bytes + part.bytes.len());
+        }
+        (parts < order.len()).then_some((parts, pages))
+    }
+
+    /// Allocates the memory of the contents that come first, and queues their copies. Then
+    /// allocates the rest, of all ranges. It waits for no memory.
+    fn go_ahead(
+        &self,
+        wakers: &[Waker<'_>],
+        (parts, pages): (usize, Intervals),
+        order: &mut VecDeque<Part>,
+        (how, copies, coming): (&Waking<'_>, &mut Copies, &mut Vec<Coming>),
+    ) -> Result<()> {
+        let is_first = |waker: &Waker<'_>| core::ptr::eq(waker, self);
+        let early = |waker: &Waker<'_>| {
+            let (live, mut early) = (waker.live(), Intervals::default());
+            if is_first(waker) {
+                let parts = pages.iter().flat_map(|pages| live.parts(pages));
+                parts.for_each(|bytes| early.insert(bytes));
+            }
+            early
+        };
+        allocate(wakers, early, &Patience::None)?;
+        self.copy_in(order.drain(..parts), how, copies, coming)?;
+        let rest = |waker: &Waker<'_>| {
+            let (live, mut rest) = (waker.live(), waker.live());
+            if is_first(waker) {
+                let parts = pages.iter().flat_map(|pages| live.parts(pages));
+                parts.for_each(|bytes| rest.remove(&bytes));
+            }
+            rest
+        };
+        allocate(wakers, rest, &Patience::None)
+    }
+
+    /// Queues copies of these parts of the contents.
     fn copy_in(
         &self,
+        parts: impl IntoIterator<Item = Part>,
         how: &Waking<'_>,
         copies: &mut Copies,
         coming: &mut Vec<Coming>,
     ) -> Result<()> {
-        let Some((asleep, host)) = self.change.asleep().zip(self.host()) else {
+        let Some(host) = self.host() else {
             return Ok(());
         };
         let handle = self.change.handle;
@@ -156,7 +269,7 @@ impl<'a> Waker<'a> {
         let target = range.target();
         drop(range);
         let base = target.ok_or(VmmError::Closed)?.reservation.address();
-        for part in in_order(&asleep.live, how.first, copies.part_bytes()) {
+        for part in parts {
             copies.queue_in(base, &part, host)?;
             if !how.waits {
                 coming.push(Coming {
