@@ -7,6 +7,8 @@ mod kv;
 mod prefix;
 mod prompts;
 mod runner;
+mod sleep;
+mod sleeper;
 #[cfg(test)]
 mod tests;
 mod times;
@@ -16,4 +18,5 @@ pub use budget::Budget;
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
 pub use runner::{HeldBytes, Made, Runner, Stepped};
+pub use sleeper::{Kept, Sleeper};
 pub use times::StepTimes;
