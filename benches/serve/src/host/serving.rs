@@ -166,6 +166,8 @@ impl Serving {
                 Command::Look => {}
                 // All that it has sleeps.
                 Command::GiveBack(_) if self.runner.is_asleep() => {}
+                // A model that sleeps keeps its prefixes.
+                Command::GiveBack(_) if self.sleeps_instead() => {}
                 Command::GiveBack(bytes) => {
                     if let Err(error) = self.runner.kv().give_back(bytes) {
                         tracing::warn!(%error, "prefixes could not be given back");
@@ -249,6 +251,7 @@ impl Serving {
     fn give_back(&mut self) -> Result<()> {
         match self.account.owed_bytes() {
             0 => Ok(()),
+            _ if self.sleeps_instead() => Ok(()),
             owed => {
                 self.runner.give_back(owed)?;
                 self.account.give_back()?;

@@ -59,6 +59,11 @@ impl Serving {
         }
     }
 
+    /// Sleeps instead of giving back prefixes, if it can: the host keeps them then.
+    pub(super) fn sleeps_instead(&mut self) -> bool {
+        self.sleeping.is_some() && self.try_sleep().is_ok()
+    }
+
     /// Sleeps, unless there is something to do.
     pub(super) fn try_sleep(&mut self) -> core::result::Result<(), Refusal> {
         if self.sleeping.is_none() {
