@@ -105,6 +105,16 @@ impl Runner {
         Ok(())
     }
 
+    /// Whether the host has room for all that the model holds, so that nothing of it is read, made or
+    /// computed again after a sleep. What the host has already counts.
+    pub fn fits_host(&self) -> bool {
+        let account = self.kv.blocks().account().stats();
+        self.sleeper.as_ref().is_some_and(|sleeper| {
+            let free_bytes = sleeper.store.stats().available_bytes();
+            free_bytes + account.host_bytes >= account.committed_bytes
+        })
+    }
+
     /// The bytes that a wake takes.
     pub fn asleep_bytes(&self) -> usize {
         match self.is_asleep() {

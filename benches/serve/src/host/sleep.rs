@@ -59,9 +59,9 @@ impl Serving {
         }
     }
 
-    /// Sleeps instead of giving back prefixes, if it can: the host keeps them then.
+    /// Sleeps instead of giving back prefixes, if it can and the host has room for all of it.
     pub(super) fn sleeps_instead(&mut self) -> bool {
-        self.sleeping.is_some() && self.try_sleep().is_ok()
+        self.runner.fits_host() && self.try_sleep().is_ok()
     }
 
     /// Sleeps, unless there is something to do.
