@@ -1,6 +1,6 @@
 //! Models that sleep: more of them than their memory holds at once.
 
-use candle_core::DType;
+use candle_core::{DType, Device, Tensor};
 use candle_cuda_vmm::Quota;
 use cuda_vmm_serve::engine::Policy;
 use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, Sharing, Sleeping};
@@ -8,6 +8,7 @@ use cuda_vmm_serve::request::{Backend, Event, Generate, Refusal, Sampling};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 use tokio::sync::mpsc::Receiver;
 
 const MIB: usize = 1 << 20;
@@ -46,6 +47,48 @@ fn host(count: usize, limit_bytes: usize, sleeping: Option<Sleeping>) -> Host {
             quota: Quota::new(),
         });
     Host::new(Place::Cpu, &sharing, specs.collect()).expect("models")
+}
+
+/// A folder with the files of a small model.
+fn folder() -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, text: &str| {
+        std::fs::write(folder.path().join(name), text).expect("room on the disk");
+    };
+    let config = r#"{ "vocab_size": 250, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 256 }"#;
+    write("config.json", config);
+    let tokenizer = r#"{ "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": null,
+        "model": { "type": "WordLevel", "vocab": { "a": 0, "b": 1 }, "unk_token": "b" } }"#;
+    write("tokenizer.json", tokenizer);
+    let shapes: [(&str, &[usize]); 12] = [
+        ("embed_tokens", &[250, 32]),
+        ("norm", &[32]),
+        ("layers.0.input_layernorm", &[32]),
+        ("layers.0.post_attention_layernorm", &[32]),
+        ("layers.0.self_attn.q_proj", &[32, 32]),
+        ("layers.0.self_attn.k_proj", &[16, 32]),
+        ("layers.0.self_attn.v_proj", &[16, 32]),
+        ("layers.0.self_attn.o_proj", &[32, 32]),
+        ("layers.0.mlp.gate_proj", &[64, 32]),
+        ("layers.0.mlp.up_proj", &[64, 32]),
+        ("layers.0.mlp.down_proj", &[32, 64]),
+        ("lm_head", &[250, 32]),
+    ];
+    let mut random = StdRng::seed_from_u64(7);
+    let tensors = shapes.map(|(name, shape)| {
+        let count: usize = shape.iter().product();
+        let numbers: Vec<f32> = (0..count).map(|_| random.random_range(-0.5..0.5)).collect();
+        let tensor = Tensor::from_vec(numbers, shape, &Device::Cpu).expect("a tensor");
+        let prefix = if name == "lm_head" { "" } else { "model." };
+        (format!("{prefix}{name}.weight"), tensor)
+    });
+    let file = folder.path().join("model.safetensors");
+    candle_core::safetensors::save(&tensors.into(), file).expect("room on the disk");
+    folder
 }
 
 fn ask(first: u32, length: u32, max_tokens: usize) -> Generate {
@@ -169,7 +212,7 @@ fn a_conversation_that_slept_computes_no_token_again() {
         let ended = || count(&host, "running", "a") == 0.;
         await_until("the last step is counted", ended);
         if sleeps {
-            sleep(&host, "a").expect("it has nothing to do");
+            await_until("it has nothing to do", || sleep(&host, "a") == Ok(()));
             let snapshot = host.pool().snapshot();
             assert_eq!(snapshot.engine.parts.live_page_bytes, 0);
             assert_eq!(snapshot.engine.asleep_bytes, MODEL);
@@ -199,7 +242,7 @@ fn a_model_sleeps_and_wakes_when_it_is_told_and_twice_is_as_good_as_once() {
     let expected = reply(&host, "a", ask(1, 30, 10));
     for _ in 0..2 {
         for _ in 0..2 {
-            assert_eq!(sleep(&host, "a"), Ok(()));
+            await_until("it has nothing to do", || sleep(&host, "a") == Ok(()));
             assert!(is_asleep(&host, "a") && !is_asleep(&host, "b"));
         }
         for _ in 0..2 {
@@ -225,7 +268,7 @@ fn a_model_sleeps_and_wakes_when_it_is_told_and_twice_is_as_good_as_once() {
         host.figures().models[0].prefix_bytes == 0
     });
     assert_eq!(reply(&host, "a", ask(1, 30, 10)), expected);
-    sleep(&host, "a").expect("it has nothing to do");
+    await_until("it has nothing to do", || sleep(&host, "a") == Ok(()));
     end(&host);
 }
 
@@ -266,7 +309,7 @@ fn what_the_host_has_no_room_for_is_made_or_computed_again() {
     let host = host(1, LIMIT, Some(sleeping));
     let expected = reply(&host, "a", ask(1, 100, 10));
     for _ in 0..2 {
-        sleep(&host, "a").expect("it needs no room");
+        await_until("it needs no room", || sleep(&host, "a") == Ok(()));
         assert_eq!(host.pool().snapshot().engine.host_bytes, 0);
         assert_eq!(reply(&host, "a", ask(1, 100, 10)), expected);
     }
@@ -360,5 +403,46 @@ fn a_guarantee_of_a_model_that_sleeps_is_for_others() {
     assert_eq!(guarantee(), 0);
     wake(&host, "a").expect("there is room");
     await_until("it has its guarantee", || guarantee() == 2 * MODEL);
+    end(&host);
+}
+
+/// The store has no room, so a wake reads the files.
+#[test]
+fn weights_of_files_are_read_again_and_a_file_that_is_gone_leaves_the_model_asleep() {
+    let folder = folder();
+    let host = |sleeping| {
+        let sharing = Sharing {
+            limit_bytes: LIMIT,
+            policy: Policy::Elastic,
+            sequences_max: 4,
+            waiting_max: 100,
+            step_tokens_max: 64,
+            sleeping,
+        };
+        let path = folder.path().to_str().expect("a name in UTF-8");
+        let spec = ModelSpec {
+            name: "a".to_owned(),
+            shape: Shape::read(path, 0, DType::F32).expect("a model"),
+            quota: Quota::new(),
+        };
+        Host::new(Place::Cpu, &sharing, vec![spec]).expect("a model")
+    };
+    let expected = reply(&host(None), "a", ask(1, 30, 10));
+    let host = host(Some(Sleeping {
+        host_bytes: 0,
+        ..SLEEPING
+    }));
+    assert_eq!(reply(&host, "a", ask(1, 30, 10)), expected);
+    await_until("it has nothing to do", || sleep(&host, "a") == Ok(()));
+    let file = folder.path().join("model.safetensors");
+    let aside = folder.path().join("aside");
+    std::fs::rename(&file, &aside).expect("the file is there");
+    let mut events = host.submit("a", ask(1, 30, 10)).expect("it is taken");
+    let event = events.blocking_recv();
+    assert!(matches!(event, Some(Event::Failed(_))), "{event:?}");
+    assert_eq!(wake(&host, "a"), Err(Refusal::KeptAsleep));
+    assert!(is_asleep(&host, "a") && host.is_healthy());
+    std::fs::rename(&aside, &file).expect("the file is there");
+    assert_eq!(reply(&host, "a", ask(1, 30, 10)), expected);
     end(&host);
 }
