@@ -7,6 +7,7 @@ mod error;
 mod generation;
 mod page;
 mod reply;
+mod sleep;
 mod stream;
 
 use crate::request::Backend;
@@ -62,6 +63,8 @@ fn router(backend: App, page: Arc<Page>) -> Router {
         .route("/health", get(health))
         .route("/metrics", get(metrics))
         .route("/v1/models", get(models))
+        .route("/v1/models/{model}/sleep", post(sleep::sleep))
+        .route("/v1/models/{model}/wake", post(sleep::wake))
         .route("/v1/completions", post(completions::complete))
         .route("/v1/chat/completions", post(completions::chat))
         .method_not_allowed_fallback(async |method: Method, uri: Uri| {
@@ -89,6 +92,7 @@ async fn models(State(backend): State<App>) -> Json<Value> {
     let models = backend.models().into_iter().map(|model| {
         json!({
             "id": model.id, "object": "model", "created": model.created, "owned_by": "cuda-vmm",
+            "state": sleep::state(model.is_asleep),
         })
     });
     Json(json!({ "object": "list", "data": models.collect::<Vec<_>>() }))

@@ -40,7 +40,7 @@ pub struct ModelFigures {
     /// Memory made before it is needed, in bytes.
     pub ahead_bytes: usize,
     /// What else is committed for the model, in bytes: blocks that nothing uses, parked and
-    /// retiring memory, slack.
+    /// retiring memory, slack; also its weights, if it can sleep.
     pub other_bytes: usize,
     /// Sequences that have memory.
     pub running: usize,
@@ -48,6 +48,8 @@ pub struct ModelFigures {
     pub waiting: usize,
     /// Tokens that were generated since the model was made.
     pub generated_tokens: u64,
+    /// Whether the model sleeps.
+    pub is_asleep: bool,
 }
 
 impl ModelFigures {

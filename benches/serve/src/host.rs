@@ -5,21 +5,29 @@ mod hosted;
 mod metrics;
 mod outbox;
 mod peers;
+mod serving;
 mod shape;
+mod sleep;
 mod told;
+mod waiting;
 
 pub use shape::{Shape, ShapeError};
 
 use crate::engine::{Budget, Policy};
 use crate::figures::Figures;
-use crate::request::{Backend, Event, Generate, ModelInfo, Refusal};
+use crate::request::{Backend, Ended, Event, Generate, ModelInfo, Refusal};
 use candle_core::Device;
 use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
-use candle_cuda_vmm::{Quota, Result, VmmError, cuda_vmm, keep_candle_memory};
+use candle_cuda_vmm::{HostStore, Quota, Result, VmmError, cuda_vmm, keep_candle_memory};
 use cuda_vmm::{SharedMemoryPool, Snapshot};
 use hosted::{Common, Hosted};
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
 use tokio::sync::mpsc;
-use told::Peer;
+use told::{Command, Peer};
+
+/// Pinned memory that files are read through when weights that sleep are loaded, in bytes.
+const READING_BYTES: usize = 256 << 20;
 
 /// Where models run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +56,8 @@ impl Place {
 /// How models share the memory, and how much of it there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sharing {
-    /// What all models may hold for K and V, in bytes. With [`Policy::Ideal`] it is what their
+    /// What all models may hold for K and V, in bytes; also for weights, if models sleep. With
+    /// [`Policy::Ideal`] it is what their
     /// sequences may have in use, and they hold more.
     pub limit_bytes: usize,
     /// How blocks get their memory.
@@ -59,6 +68,19 @@ pub struct Sharing {
     pub waiting_max: usize,
     /// Tokens of prompts in a step.
     pub step_tokens_max: usize,
+    /// How models sleep, if they do.
+    pub sleeping: Option<Sleeping>,
+}
+
+/// Models that sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sleeping {
+    /// After which time an idle model sleeps; never by itself if `None`.
+    pub after: Option<Duration>,
+    /// The most memory of the host for what models have while they sleep, in bytes.
+    pub host_bytes: usize,
+    /// How long a wake waits for memory that others hold.
+    pub patience: Duration,
 }
 
 /// A model that is asked for: its name, what it is, and its quota of the memory.
@@ -77,6 +99,7 @@ pub struct Host {
     pool: SharedMemoryPool,
     budget: Option<Budget>,
     models: Vec<Hosted>,
+    sleeps: bool,
 }
 
 impl Host {
@@ -102,6 +125,14 @@ impl Host {
             pool,
             budget,
             models: Vec::new(),
+            sleeps: sharing.sleeping.is_some(),
+        };
+        let stores = match sharing.sleeping {
+            Some(it) => {
+                let store = |bytes| HostStore::new(&device, bytes);
+                Some([store(it.host_bytes)?, store(READING_BYTES)?])
+            }
+            None => None,
         };
         let register = |spec: &ModelSpec| host.pool.register_model(&spec.name, spec.quota);
         let accounts: core::result::Result<Vec<_>, _> = specs.iter().map(register).collect();
@@ -111,18 +142,20 @@ impl Host {
             sharing: *sharing,
             accounts: accounts?,
             budget: host.budget.clone(),
+            stores,
             peers: peers.into(),
         };
         for (own, (spec, commands)) in specs.into_iter().zip(commands).enumerate() {
             let (model, started) = Hosted::start(&common, own, commands, spec)?;
             host.models.push(model);
-            all_started.push(started);
+            match sharing.sleeping {
+                // One after the other, so that those before it can make room.
+                Some(_) => await_start(&started)?,
+                None => all_started.push(started),
+            }
         }
         // All are made at once, each on its thread.
-        for started in all_started {
-            let ended = |_| candle_core::Error::msg("the model's thread has ended");
-            started.recv().map_err(ended)??;
-        }
+        all_started.iter().try_for_each(await_start)?;
         Ok(host)
     }
 
@@ -156,9 +189,20 @@ impl Host {
     }
 }
 
+impl Host {
+    fn find(&self, model: &str) -> core::result::Result<&Hosted, Refusal> {
+        let found = self.models.iter().find(|it| it.info().id == model);
+        found.ok_or(Refusal::UnknownModel)
+    }
+}
+
 impl Backend for Host {
     fn models(&self) -> Vec<ModelInfo> {
-        self.models.iter().map(|it| it.info().clone()).collect()
+        let models = self.models.iter().map(|it| ModelInfo {
+            is_asleep: it.work().rest.is_asleep,
+            ..it.info().clone()
+        });
+        models.collect()
     }
 
     fn submit(
@@ -166,8 +210,15 @@ impl Backend for Host {
         model: &str,
         ask: Generate,
     ) -> core::result::Result<mpsc::Receiver<Event>, Refusal> {
-        let found = self.models.iter().find(|it| it.info().id == model);
-        found.ok_or(Refusal::UnknownModel)?.submit(ask)
+        self.find(model)?.submit(ask)
+    }
+
+    fn sleep(&self, model: &str) -> core::result::Result<Ended, Refusal> {
+        self.find(model)?.tell(Command::Sleep)
+    }
+
+    fn wake(&self, model: &str) -> core::result::Result<Ended, Refusal> {
+        self.find(model)?.tell(Command::Wake)
     }
 
     fn figures(&self) -> Figures {
@@ -178,6 +229,9 @@ impl Backend for Host {
         let (snapshot, figures) = self.look();
         let mut text = snapshot.prometheus();
         metrics::write_metrics(&self.models, &mut text);
+        if self.sleeps {
+            metrics::write_sleeps(&self.models, &mut text);
+        }
         figures::write_metrics(&figures, &mut text);
         text
     }
@@ -191,6 +245,12 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Waits until a model is made.
+fn await_start(started: &Receiver<Result<()>>) -> Result<()> {
+    let ended = |_| candle_core::Error::msg("the model's thread has ended");
+    started.recv().map_err(ended)?
 }
 
 /// The error of a thread that could not be started.

@@ -1,12 +1,12 @@
 //! Serves several models under one limit of memory, over HTTP as OpenAI's.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use candle_core::DType;
 use candle_cuda_vmm::Quota;
 use clap::{Parser, ValueEnum};
 use cuda_vmm_serve::api;
 use cuda_vmm_serve::engine::Policy;
-use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, Sharing};
+use cuda_vmm_serve::host::{Host, ModelSpec, Place, Shape, Sharing, Sleeping};
 use std::collections::HashMap;
 use std::fmt::Display;
 use std::net::{SocketAddr, TcpListener};
@@ -34,7 +34,7 @@ struct Arguments {
     /// Where models run [default: the GPU if built with the feature `attention`]
     #[arg(long, value_enum)]
     device: Option<DeviceKind>,
-    /// Memory for keys and values of all models, in MiB
+    /// Memory for keys and values of all models, in MiB; for weights too, if models sleep
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     memory: usize,
     /// How blocks get their memory
@@ -64,6 +64,20 @@ struct Arguments {
     /// A model's priority: the higher one gets memory first, and gives it back last
     #[arg(long, value_name = "NAME=NUMBER", value_parser = of_model::<i32>)]
     priority: Vec<(String, i32)>,
+    /// Models sleep: one that has no requests gives all its memory to another one that needs it, or
+    /// on POST /v1/models/NAME/sleep, and wakes by a request, or on POST /v1/models/NAME/wake
+    #[arg(long)]
+    sleeping: bool,
+    /// Models sleep, and do so after this time without requests
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    sleep_after: Option<Duration>,
+    /// Pinned memory of the host for weights and prefixes of models that sleep, in MiB. Weights that
+    /// have no room there are read again, and prefixes are forgotten
+    #[arg(long, value_name = "MIB", default_value_t = 4096)]
+    host_memory: usize,
+    /// How long a request to a model that sleeps waits for memory
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    wake_timeout: Duration,
     /// How long requests may go on after ctrl-C, in seconds; a second ctrl-C ends them at once
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     drain: u64,
@@ -74,6 +88,12 @@ fn of_model<T: FromStr<Err: Display>>(text: &str) -> Result<(String, T), String>
     let (name, value) = text.split_once('=').ok_or("NAME=VALUE is expected")?;
     let value = value.parse().map_err(|error| format!("{value}: {error}"))?;
     Ok((name.to_owned(), value))
+}
+
+/// Reads a time in seconds.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -193,7 +213,16 @@ fn host(arguments: &Arguments) -> Result<Host> {
         sequences_max: arguments.sequences.into(),
         waiting_max: arguments.waiting.into(),
         step_tokens_max: arguments.step_tokens.into(),
+        sleeping: (arguments.sleeping || arguments.sleep_after.is_some()).then(|| Sleeping {
+            after: arguments.sleep_after,
+            host_bytes: arguments.host_memory.saturating_mul(MIB),
+            patience: arguments.wake_timeout,
+        }),
     };
+    let can_sleep = matches!(sharing.policy, Policy::Elastic | Policy::PageAtATime);
+    if sharing.sleeping.is_some() && !can_sleep {
+        bail!("models sleep under the policies elastic and page-at-a-time alone");
+    }
     let mut names = HashMap::new();
     let mut specs = Vec::new();
     for (at, text) in arguments.models.iter().enumerate() {

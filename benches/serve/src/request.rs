@@ -4,7 +4,10 @@ use crate::figures::Figures;
 use crate::text::{ChatTemplate, Tokenizer};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+/// Tells how a sleep or a wake has ended. An error says that the model has ended.
+pub type Ended = oneshot::Receiver<Result<(), Refusal>>;
 
 /// An engine, as the server sees it.
 ///
@@ -21,11 +24,24 @@ pub trait Backend: Send + Sync {
 
     /// Begins to generate, now or once there is room.
     ///
-    /// The receiver gets a token after the other, then one [`Event::End`] or [`Event::Failed`]. Who
+    /// The receiver gets a token after the other, then one [`Event::End`] or [`Event::Failed`]; or
+    /// [`Event::Refused`] alone. Who
     /// drops it wants no more: the engine learns of it by an error when it sends, or by
     /// [`mpsc::Sender::is_closed`]. [`Generate::channel`] makes a channel that holds every event, so
     /// that the engine never waits for a slow reader.
     fn submit(&self, model: &str, ask: Generate) -> Result<mpsc::Receiver<Event>, Refusal>;
+
+    /// Has a model sleep. It does if it has no requests, or sleeps already.
+    fn sleep(&self, model: &str) -> Result<Ended, Refusal> {
+        _ = model;
+        Err(Refusal::NeverSleeps)
+    }
+
+    /// Wakes a model, once there is room. Who drops the receiver wants it no more.
+    fn wake(&self, model: &str) -> Result<Ended, Refusal> {
+        _ = model;
+        Err(Refusal::NeverSleeps)
+    }
 
     /// The memory and the work of its models at present. The server asks several times a second.
     fn figures(&self) -> Figures;
@@ -52,6 +68,8 @@ pub struct ModelInfo {
     pub tokenizer: Arc<Tokenizer>,
     /// Turns a chat into the text of a prompt.
     pub template: Arc<ChatTemplate>,
+    /// Whether it sleeps. A request wakes it.
+    pub is_asleep: bool,
 }
 
 /// A prompt, and how to go on from it.
@@ -98,6 +116,8 @@ pub enum Event {
     End(FinishReason),
     /// Nothing comes after it; the text says why.
     Failed(String),
+    /// Nothing comes before or after it.
+    Refused(Refusal),
 }
 
 /// Why a text ended.
@@ -132,4 +152,24 @@ pub enum Refusal {
     /// It has no such model.
     #[error("there is no such model")]
     UnknownModel,
+    /// It sleeps, and others hold the memory that it needs.
+    #[error("the model sleeps, and there is no room for the {needed_bytes} bytes that it needs")]
+    NoRoom {
+        /// What it needs.
+        needed_bytes: usize,
+        /// When it makes sense to ask again.
+        retry_after: Duration,
+    },
+    /// It has requests, so it does not sleep.
+    #[error("the model has requests")]
+    Working,
+    /// Its models do not sleep.
+    #[error("models of this server do not sleep")]
+    NeverSleeps,
+    /// It could not be put to sleep, and the log says why.
+    #[error("the model could not be put to sleep")]
+    KeptAwake,
+    /// It could not be woken, for another reason than memory, and the log says why.
+    #[error("the model could not be woken")]
+    KeptAsleep,
 }

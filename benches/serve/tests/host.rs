@@ -23,6 +23,7 @@ fn sharing(policy: Policy) -> Sharing {
         sequences_max: 4,
         waiting_max: 1000,
         step_tokens_max: 64,
+        sleeping: None,
     }
 }
 
@@ -105,6 +106,7 @@ fn reply(host: &Host, model: &str, ask: Generate) -> Reply {
             Event::Token(token) => tokens.push(token),
             Event::End(reason) => return (tokens, reason),
             Event::Failed(why) => panic!("{why}"),
+            Event::Refused(refusal) => panic!("{refusal}"),
         }
     }
 }

@@ -161,6 +161,47 @@ fn quotas_go_to_their_models() {
 }
 
 #[test]
+fn models_sleep_and_wake_over_http() {
+    // Of four tiny models, two with sequences have room.
+    let names = "a=tiny,b=tiny,c=tiny,d=tiny";
+    let arguments = ["--models", names, "--memory", "20", "--sleep-after", "3600"];
+    let mut program = Program::start(&arguments);
+    let text = |model: &str| {
+        let body = format!(
+            r#"{{"model": "{model}", "prompt": "Hello", "max_tokens": 4, "temperature": 0}}"#
+        );
+        let response = rest(program.send("POST", "/v1/completions", &body));
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+        let start = response.find("\"text\":").expect(&response);
+        response[start..].split(',').next().unwrap().to_owned()
+    };
+    let models = ["a", "b", "c", "d"];
+    let first = models.map(text);
+    assert_eq!(models.map(text), first);
+    for (what, state) in [("sleep", "asleep"), ("sleep", "asleep"), ("wake", "awake")] {
+        let path = format!("/v1/models/d/{what}");
+        let response = rest(program.send("POST", &path, ""));
+        assert!(
+            response.contains(&format!("\"state\":\"{state}\"")),
+            "{response}"
+        );
+        let list = rest(program.send("GET", "/v1/models", ""));
+        let of_d = list.split("\"id\":\"d\"").nth(1).expect(&list);
+        assert!(of_d.contains(&format!("\"state\":\"{state}\"")), "{list}");
+        let metrics = rest(program.send("GET", "/metrics", ""));
+        let is_asleep = u8::from(state == "asleep");
+        let sample = format!("cuda_vmm_serve_asleep{{model=\"d\"}} {is_asleep}\n");
+        assert!(metrics.contains(&sample), "{metrics}");
+    }
+    let response = rest(program.send("POST", "/v1/models/d/sleep", ""));
+    assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+    let page = rest(program.send("GET", "/", ""));
+    assert!(page.contains("(asleep)"), "{page}");
+    program.interrupt();
+    assert!(program.end().success());
+}
+
+#[test]
 fn what_cannot_be_served_is_said_at_the_start() {
     let taken = Program::start(&["--models", "tiny"]);
     for (arguments, problem) in [
@@ -173,6 +214,16 @@ fn what_cannot_be_served_is_said_at_the_start() {
         (&["--ceiling", "tiny=x"], "invalid digit"),
         (&["--guarantee", "tiny=300"], "guarantee"),
         (&["--models", "huge"], "huge is no shape"),
+        (&["--sleep-after=-1"], "negative"),
+        (
+            &["--sleeping", "--policy", "static"],
+            "models sleep under the policies elastic and page-at-a-time alone",
+        ),
+        // Not even one model has room.
+        (
+            &["--sleeping", "--memory", "1"],
+            "the models cannot be made",
+        ),
         (
             &["--models", "a=tiny,a=tiny"],
             "model already registered: a",

@@ -32,6 +32,7 @@ async fn respond(backend: App, kind: Kind, content: Content) -> Result<Response,
     let ask = Ask::of_body(kind, Body::parse(&content)?)?;
     let model = backend.model(&ask.model);
     let model = model.ok_or_else(|| ApiError::UnknownModel(ask.model.clone()))?;
+    let is_asleep = model.is_asleep;
 
     // A long prompt must not hold up the other connections of this thread.
     let prepared = tokio::task::spawn_blocking(|| prepare(ask, model)).await;
@@ -42,13 +43,18 @@ async fn respond(backend: App, kind: Kind, content: Content) -> Result<Response,
     let events = backend.submit(&ask.model, generate);
     let events =
         events.map_err(|refusal| ApiError::refused(refusal, ask.model.clone(), kind.param()))?;
-    let generation = Generation::new(
+    let mut generation = Generation::new(
         events,
         detokenizer,
         ask.stop,
         prompt_tokens,
         ask.returns_token_ids,
     );
+    // Else the headers of a stream go out at once.
+    if is_asleep || !ask.is_streamed {
+        let begun = generation.begin().await;
+        begun.map_err(|refusal| ApiError::refused(refusal, ask.model.clone(), kind.param()))?;
+    }
     let reply = Reply::new(kind, ask.model, ask.include_usage, ask.returns_token_ids);
     match ask.is_streamed {
         true => Ok(stream::response(reply, generation)),

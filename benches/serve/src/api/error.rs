@@ -30,6 +30,16 @@ pub enum ApiError {
     Method(Method, String),
     #[error("Too many requests wait. Try again later.")]
     Busy { retry_after: Duration },
+    #[error("The model '{model}' sleeps, and others hold the {needed_bytes} bytes that it needs.")]
+    NoRoom {
+        model: String,
+        needed_bytes: usize,
+        retry_after: Duration,
+    },
+    #[error("The model '{0}' has requests, so it does not sleep.")]
+    Working(String),
+    #[error("Models of this server do not sleep. It needs --sleeping or --sleep-after.")]
+    NeverSleeps,
     #[error("The server is closing.")]
     Closing,
     #[error("The server failed: {0}.")]
@@ -59,6 +69,17 @@ impl ApiError {
             Refusal::Busy { retry_after } => Self::Busy { retry_after },
             Refusal::Closing => Self::Closing,
             Refusal::UnknownModel => Self::UnknownModel(model),
+            Refusal::NoRoom {
+                needed_bytes,
+                retry_after,
+            } => Self::NoRoom {
+                model,
+                needed_bytes,
+                retry_after,
+            },
+            Refusal::Working => Self::Working(model),
+            Refusal::NeverSleeps => Self::NeverSleeps,
+            Refusal::KeptAwake | Refusal::KeptAsleep => Self::failed(refusal),
         }
     }
 
@@ -70,7 +91,10 @@ impl ApiError {
             Self::UnknownModel(_) | Self::UnknownPath(_) => StatusCode::NOT_FOUND,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Busy { .. } | Self::Closing => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Working(_) | Self::NeverSleeps => StatusCode::CONFLICT,
+            Self::Busy { .. } | Self::NoRoom { .. } | Self::Closing => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -85,6 +109,9 @@ impl ApiError {
             Self::UnknownPath(_) => Some("unknown_url"),
             Self::Method(..) => Some("method_not_allowed"),
             Self::Busy { .. } => Some("server_busy"),
+            Self::NoRoom { .. } => Some("no_room"),
+            Self::Working(_) => Some("model_has_requests"),
+            Self::NeverSleeps => Some("models_do_not_sleep"),
             Self::Closing => Some("server_closing"),
         }
     }
@@ -92,7 +119,7 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Parameter { param, .. } => Some(param),
-            Self::UnknownModel(_) => Some("model"),
+            Self::UnknownModel(_) | Self::NoRoom { .. } | Self::Working(_) => Some("model"),
             Self::TooLong { param, .. } => Some(param),
             _ => None,
         }
@@ -116,7 +143,7 @@ impl IntoResponse for ApiError {
             tracing::error!(problem, "a request failed");
         }
         let mut response = (self.status(), Json(self.json())).into_response();
-        if let Self::Busy { retry_after } = self {
+        if let Self::Busy { retry_after } | Self::NoRoom { retry_after, .. } = self {
             // In whole seconds, and not too early.
             let seconds = retry_after.as_millis().div_ceil(1000).max(1);
             let seconds = HeaderValue::from(u64::try_from(seconds).unwrap_or(u64::MAX));

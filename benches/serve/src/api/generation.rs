@@ -1,7 +1,7 @@
 //! The text of a response, as it is generated.
 
 use crate::api::error::ApiError;
-use crate::request::{Event, FinishReason};
+use crate::request::{Event, FinishReason, Refusal};
 use crate::text::{Detokenizer, StopStrings, TokenizerError};
 use tokio::sync::mpsc;
 
@@ -10,6 +10,8 @@ use tokio::sync::mpsc;
 pub struct Generation {
     /// None once nothing more is wanted of it.
     events: Option<mpsc::Receiver<Event>>,
+    /// An event that has been waited for.
+    first: Option<Event>,
     detokenizer: Detokenizer,
     stops: StopStrings,
     end: Option<FinishReason>,
@@ -47,6 +49,7 @@ impl Generation {
     ) -> Self {
         Self {
             events: Some(events),
+            first: None,
             detokenizer,
             stops: StopStrings::new(stop),
             end: None,
@@ -63,17 +66,35 @@ impl Generation {
         self.usage
     }
 
+    /// Waits until something comes. For a model that sleeps: whether there is room for it is known
+    /// then, and the response can still say so.
+    ///
+    /// # Errors
+    ///
+    /// The refusal, if it is one.
+    pub async fn begin(&mut self) -> Result<(), Refusal> {
+        if let Some(events) = &mut self.events {
+            self.first = events.recv().await;
+        }
+        match self.first {
+            Some(Event::Refused(refusal)) => Err(refusal),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits for what comes next.
     pub async fn next(&mut self) -> Result<Piece, ApiError> {
         loop {
             if let Some(reason) = self.end {
                 return Ok(Piece::End(reason));
             }
-            let event = match &mut self.events {
-                Some(events) => events.recv().await,
-                None => None,
+            let event = match (self.first.take(), &mut self.events) {
+                (Some(event), _) => Some(event),
+                (None, Some(events)) => events.recv().await,
+                (None, None) => None,
             };
             let text = match event {
+                Some(Event::Refused(refusal)) => return Err(ApiError::failed(refusal)),
                 Some(Event::Failed(problem)) => return Err(ApiError::Failed(problem)),
                 None => return Err(ApiError::failed("the engine gave the request up")),
                 Some(event) => self.text(event).map_err(ApiError::failed)?,
@@ -108,7 +129,7 @@ impl Generation {
                 let rest = self.detokenizer.finish()?;
                 Ok(self.stops.push(&rest) + &self.stops.finish())
             }
-            Event::Failed(_) => Ok(String::new()),
+            Event::Failed(_) | Event::Refused(_) => Ok(String::new()),
         }
     }
 }

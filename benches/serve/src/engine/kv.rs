@@ -2,14 +2,15 @@
 
 use super::budget::{Budget, Counted};
 use super::prefix::PrefixCache;
+use super::sleeper::is_store_full;
 use crate::config::Config;
 use crate::scheduler::{Blocks, Growth, Id};
 use candle_core::{DType, Tensor};
 use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::graph::StepBlocks;
 use candle_cuda_vmm::{
-    Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, Result,
-    TensorPool, VmmError,
+    Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, HostStore, Keep,
+    Result, TensorPool, VmmError, WakeOptions,
 };
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -254,6 +255,32 @@ impl Kv {
         let evicted = self.prefix.evict(usize::MAX);
         self.allocator.free(evicted)?;
         self.give_back(usize::MAX).map(drop)
+    }
+
+    /// Gives up the memory of all blocks, whose sequences have ended. The store has the prefixes, or
+    /// they are forgotten if it has no room. Returns whether it has them.
+    pub fn sleep(&mut self, store: &HostStore) -> Result<bool> {
+        // What is backed and unused would be copied.
+        let empty = self.allocator.reclaim_candidates(usize::MAX, |_| None);
+        if !empty.is_empty() {
+            self.allocator.commit(&empty)?;
+        }
+        match self.blocks.sleep(Keep::Host(store)) {
+            Err(error) if is_store_full(&error) => {
+                self.clear_prefixes()?;
+                self.blocks.sleep(Keep::Nothing)?;
+                Ok(false)
+            }
+            slept => slept.map(|_| true),
+        }
+    }
+
+    /// Has the memory of all blocks again, and the prefixes in them.
+    pub fn wake(&self) -> Result<()> {
+        match self.blocks.is_asleep() {
+            true => self.blocks.wake(&WakeOptions::new()),
+            false => Ok(()),
+        }
     }
 
     /// Counts this many blocks more as in use. Returns `false` if the budget has no room for them.

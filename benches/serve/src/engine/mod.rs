@@ -8,6 +8,8 @@ mod order;
 mod prefix;
 mod prompts;
 mod runner;
+mod sleep;
+mod sleeper;
 #[cfg(test)]
 mod tests;
 mod times;
@@ -17,4 +19,5 @@ pub use budget::Budget;
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy};
 pub use runner::{HeldBytes, Made, Runner, Stepped};
+pub use sleeper::{Kept, Sleeper};
 pub use times::StepTimes;

@@ -1,9 +1,10 @@
 //! One model that serves: its scheduler, its memory, and its steps.
 
 use super::choice::Choice;
-use super::inputs::Rows;
+use super::inputs::{Inputs, Rows};
 use super::kv::{BLOCK_TOKENS, Kv};
 use super::prompts::PromptInputs;
+use super::sleeper::Sleeper;
 use crate::batch::BatchDecoder;
 use crate::scheduler::{Ask, Blocks, Chunk, Counts, Id, Limits, Refusal, Scheduler, Step};
 use candle_core::{Device, Tensor};
@@ -45,15 +46,17 @@ pub struct Stepped {
 
 /// A model that serves. It stays on its thread, as its captured steps do.
 pub struct Runner {
-    decoder: Rc<BatchDecoder>,
-    kv: Kv,
+    pub(super) decoder: Rc<BatchDecoder>,
+    pub(super) kv: Kv,
     scheduler: Scheduler,
-    rows: Rows,
-    graph: DecodeGraph<'static>,
+    pub(super) rows: Rows,
+    pub(super) graph: DecodeGraph<'static>,
     choices: HashMap<Id, Choice>,
-    device: Device,
+    pub(super) device: Device,
     /// A block in all tensors.
     block_bytes: usize,
+    /// The weights, if they sleep. Dropped after the tensors over them.
+    pub(super) sleeper: Option<Sleeper>,
 }
 
 impl Runner {
@@ -64,13 +67,7 @@ impl Runner {
         let block_bytes = kv.blocks().stats().block_bytes;
         let rows = Rows::new(&kv, device, batch_max, blocks_max)?;
         let decoder = Rc::new(decoder);
-        let (model, inputs) = (decoder.clone(), rows.inputs().clone());
-        let step = move |bucket| {
-            inputs.write_entries(bucket)?;
-            let [tokens, positions] = inputs.tokens(bucket)?;
-            let logits = model.decode(&tokens, &positions, &inputs.kv(bucket)?)?;
-            sample(&logits, &inputs.parameters(bucket)?)
-        };
+        let step = Self::decode_step(&decoder, rows.inputs());
         let options = DecodeGraphOptions::up_to(batch_max);
         Ok(Self {
             graph: DecodeGraph::new(device, options, step)?,
@@ -81,7 +78,22 @@ impl Runner {
             choices: HashMap::new(),
             device: device.clone(),
             block_bytes,
+            sleeper: None,
         })
+    }
+
+    /// What the graph captures: the next token of each row.
+    pub(super) fn decode_step(
+        decoder: &Rc<BatchDecoder>,
+        inputs: &Inputs,
+    ) -> impl FnMut(usize) -> candle_core::Result<Tensor> + 'static {
+        let (model, inputs) = (decoder.clone(), inputs.clone());
+        move |bucket| {
+            inputs.write_entries(bucket)?;
+            let [tokens, positions] = inputs.tokens(bucket)?;
+            let logits = model.decode(&tokens, &positions, &inputs.kv(bucket)?)?;
+            sample(&logits, &inputs.parameters(bucket)?)
+        }
     }
 
     /// Captures the steps of all sizes of batches.

@@ -7,12 +7,28 @@ use crate::figures::{Figures, ModelFigures};
 use crate::scheduler::Counts;
 use candle_cuda_vmm::cuda_vmm::{AccountStats, Snapshot};
 use std::fmt::{self, Display, Formatter, Write};
+use std::time::{Duration, Instant};
 
 /// What a model's thread publishes after each step.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Work {
     pub(super) counts: Counts,
     pub(super) held: HeldBytes,
+    pub(super) rest: Rest,
+}
+
+/// What a thread publishes of its sleep.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rest {
+    pub(super) is_asleep: bool,
+    /// Since when the model is awake and has nothing to do.
+    pub(super) idle_since: Option<Instant>,
+    pub(super) sleeps: u64,
+    pub(super) wakes: u64,
+    /// Of all calls that put it to sleep.
+    pub(super) sleep_time: Duration,
+    /// Of all wakes, from the first request on.
+    pub(super) wake_time: Duration,
 }
 
 /// Puts together the figures of models, each with its name and what its thread has published.
@@ -21,7 +37,8 @@ pub(super) fn figures<'a>(
     models: impl IntoIterator<Item = (&'a str, Work)>,
 ) -> Figures {
     let engine = &snapshot.engine;
-    let models = models.into_iter().map(|(id, Work { counts, held })| {
+    let models = models.into_iter().map(|(id, work)| {
+        let Work { counts, held, rest } = work;
         let account = snapshot.accounts.iter().find(|it| it.name == id);
         let memory = account.map_or_else(ModelFigures::default, |it| memory(&it.stats, held));
         ModelFigures {
@@ -29,6 +46,7 @@ pub(super) fn figures<'a>(
             running: counts.running,
             waiting: counts.waiting,
             generated_tokens: counts.generated_tokens,
+            is_asleep: rest.is_asleep,
             ..memory
         }
     });

@@ -3,24 +3,22 @@
 use super::figures::Work;
 use super::outbox::Outbox;
 use super::peers::Peers;
-use super::told::{Command, Peer, Times, Told};
+use super::serving::Serving;
+use super::told::{Answer, Command, Peer, Times, Told};
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Budget, Choice, Kv, Policy, Runner, Stepped};
-use crate::request::{Event, FinishReason, Generate, ModelInfo, Refusal};
+use crate::engine::{BLOCK_TOKENS, Budget, Kv, Policy, Runner, Sleeper};
+use crate::request::{Ended, Event, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Id, Limits};
-use candle_cuda_vmm::{Account, Quota, Result, TensorPool, TensorPoolOptions, VmmError};
-use std::collections::HashMap;
+use candle_cuda_vmm::{Account, HostStore, Result, TensorPool, TensorPoolOptions};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, oneshot};
 
-/// How long a model that has no memory waits before it looks again, if nothing tells it.
-const LOOK: Duration = Duration::from_millis(5);
 /// When a client that was refused may ask again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -40,6 +38,8 @@ pub(super) struct Common {
     pub(super) sharing: Sharing,
     pub(super) accounts: Vec<Account>,
     pub(super) budget: Option<Budget>,
+    /// What models have while they sleep, and what files are read through.
+    pub(super) stores: Option<[HostStore; 2]>,
     /// All models, in the order of the accounts.
     pub(super) peers: Arc<[Peer]>,
 }
@@ -77,6 +77,7 @@ impl Hosted {
             stop_ids: spec.shape.stop_ids.clone(),
             tokenizer: spec.shape.tokenizer.clone(),
             template: spec.shape.template.clone(),
+            is_asleep: false,
         };
         let (tell, started) = channel();
         let (sharing, common) = (common.sharing, common.clone());
@@ -85,7 +86,8 @@ impl Hosted {
         let builder = thread::Builder::new().name(spec.name.clone());
         let serve = move || {
             let _unwinds = Unwinds(thread_told.clone());
-            let made = make(&common, own, &spec);
+            let mut peers = Peers::new(common.peers.clone(), own);
+            let made = make(&common, own, &spec, &mut peers);
             let outbox = || Outbox::new(&spec.name).map_err(no_thread);
             let (runner, outbox) = match made.and_then(|made| Ok((made, outbox()?))) {
                 Ok(made) => {
@@ -104,17 +106,14 @@ impl Hosted {
             }
             account.set_owed_waker(Some(waker.clone()));
             account.set_memory_waker(Some(waker));
-            let serving = Serving {
+            let serving = Serving::new(
                 runner,
-                account: account.clone(),
-                requests: HashMap::new(),
+                (account.clone(), spec.quota),
                 outbox,
-                told: thread_told,
-                peers: Peers::new(common.peers, own),
-                quota: spec.quota,
-                ranks_idle: None,
-                is_closing: false,
-            };
+                thread_told,
+                peers,
+                common.sharing.sleeping,
+            );
             serving.run(&commands);
             account.set_owed_waker(None);
             account.set_memory_waker(None);
@@ -164,21 +163,46 @@ impl Hosted {
         if self.told.is_closing.load(Ordering::Relaxed) || !self.is_healthy() {
             return Err(Refusal::Closing);
         }
-        if self.told.open.fetch_add(1, Ordering::Relaxed) >= self.open_max {
-            self.told.open.fetch_sub(1, Ordering::Relaxed);
-            return Err(Refusal::Busy {
-                retry_after: RETRY_AFTER,
-            });
-        }
+        self.open()?;
         let id = Id(self.told.next.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = ask.channel();
         match self.commands.send(Command::Begin(id, ask, events)) {
             Ok(()) => Ok(receiver),
             Err(_) => {
-                self.told.open.fetch_sub(1, Ordering::Relaxed);
+                self.told.closed(1);
                 Err(Refusal::Closing)
             }
         }
+    }
+
+    /// Has the thread put the model to sleep, or wake it. Waits for nothing.
+    pub(super) fn tell(
+        &self,
+        command: impl FnOnce(Answer) -> Command,
+    ) -> core::result::Result<Ended, Refusal> {
+        if self.told.is_closing.load(Ordering::Relaxed) || !self.is_healthy() {
+            return Err(Refusal::Closing);
+        }
+        self.open()?;
+        let (answer, ended) = oneshot::channel();
+        match self.commands.send(command(answer)) {
+            Ok(()) => Ok(ended),
+            Err(_) => {
+                self.told.closed(1);
+                Err(Refusal::Closing)
+            }
+        }
+    }
+
+    /// Counts a request, unless too many are open.
+    fn open(&self) -> core::result::Result<(), Refusal> {
+        if self.told.open.fetch_add(1, Ordering::Relaxed) >= self.open_max {
+            self.told.closed(1);
+            return Err(Refusal::Busy {
+                retry_after: RETRY_AFTER,
+            });
+        }
+        Ok(())
     }
 
     pub(super) fn clear_prefixes(&self) {
@@ -228,12 +252,16 @@ impl Wake for Looks {
 }
 
 /// Makes a model on its thread.
-fn make(common: &Common, own: usize, spec: &ModelSpec) -> Result<Runner> {
+fn make(common: &Common, own: usize, spec: &ModelSpec, peers: &mut Peers) -> Result<Runner> {
     let account = &common.accounts[own];
     let (device, config) = (common.place.open()?, &spec.shape.config);
     let sharing = &common.sharing;
     let pool = TensorPool::on_account(&device, account, TensorPoolOptions::new())?;
-    let weights = spec.shape.weights(&device)?;
+    let sleeper = sleeper(common, account, spec, &pool, peers)?;
+    let weights = match &sleeper {
+        Some(sleeper) => sleeper.weights()?,
+        None => spec.shape.weights(&device)?,
+    };
     let decoder = BatchDecoder::new(config, weights, sharing.sequences_max, &device)?;
     let token = 2 * config.num_hidden_layers * config.kv_heads() * config.head_dim();
     let block_bytes = BLOCK_TOKENS * token * spec.shape.dtype.size_in_bytes();
@@ -241,6 +269,9 @@ fn make(common: &Common, own: usize, spec: &ModelSpec) -> Result<Runner> {
         Policy::Static => sharing.limit_bytes / common.accounts.len(),
         Policy::Elastic | Policy::PageAtATime | Policy::Ideal => sharing.limit_bytes,
     };
+    // While others sleep, a model has all but its own weights.
+    let weights_bytes = sleeper.as_ref().map_or(0, |_| account.committed_bytes());
+    let share_bytes = share_bytes.saturating_sub(weights_bytes);
     let limits = Limits {
         sequences_max: sharing.sequences_max,
         step_tokens_max: sharing.step_tokens_max,
@@ -272,6 +303,9 @@ fn make(common: &Common, own: usize, spec: &ModelSpec) -> Result<Runner> {
         Policy::Static | Policy::PageAtATime | Policy::Ideal => kv,
     };
     let mut runner = Runner::new(decoder, kv, &device, limits)?;
+    if let Some(sleeper) = sleeper {
+        runner = runner.sleeping(sleeper);
+    }
     if device.is_cuda() {
         runner.capture()?;
         runner.warm_up()?;
@@ -279,218 +313,20 @@ fn make(common: &Common, own: usize, spec: &ModelSpec) -> Result<Runner> {
     Ok(runner)
 }
 
-/// A request that was taken.
-struct Request {
-    ask: Generate,
-    events: mpsc::Sender<Event>,
-    sent: usize,
-}
-
-/// The state of a model's thread.
-struct Serving {
-    runner: Runner,
-    account: Account,
-    requests: HashMap<Id, Request>,
-    outbox: Outbox,
-    told: Arc<Told>,
-    peers: Peers,
-    /// What was asked for.
-    quota: Quota,
-    /// Whether it last ranked as a model that has nothing to do.
-    ranks_idle: Option<bool>,
-    is_closing: bool,
-}
-
-impl Serving {
-    fn run(mut self, commands: &Receiver<Command>) {
-        let mut has_stepped = true;
-        loop {
-            self.rank();
-            let begun = self.listen(commands, has_stepped);
-            self.rank();
-            if self.is_closing && self.requests.is_empty() {
-                return;
-            }
-            self.drop_gone();
-            let stepped = self.give_back().and_then(|()| self.step());
-            if !self.runner.is_idle() {
-                match self.runner.kv().missing_bytes() {
-                    0 => {}
-                    bytes => self.peers.ask(bytes),
-                }
-            }
-            if let Ok(Some(step)) = &stepped {
-                self.told.count_time(*step, begun.elapsed());
-            }
-            self.publish();
-            match stepped {
-                Ok(stepped) => has_stepped = stepped.is_some(),
-                Err(error) => return self.fail(&error),
-            }
-        }
-    }
-
-    /// Tells what there is, and what was done.
-    fn publish(&self) {
-        let mut work = self
-            .told
-            .work
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *work = Work {
-            counts: self.runner.counts(),
-            held: self.runner.held(),
-        };
-    }
-
-    /// Ranks a model that has nothing to do behind those of its priority that have, and before those
-    /// of lower ones. Of equals, only the one that holds more gives back, so the prefixes of an idle
-    /// model would stand against what a busy one is short of.
-    fn rank(&mut self) {
-        let is_idle = self.runner.is_idle();
-        if self.ranks_idle == Some(is_idle) {
-            return;
-        }
-        let priority = self.quota.priority.saturating_mul(2);
-        let quota = self.quota.priority(priority.saturating_sub(is_idle.into()));
-        match self.account.set_quota(quota) {
-            Ok(()) => self.ranks_idle = Some(is_idle),
-            Err(error) => tracing::warn!(%error, "the model keeps its rank"),
-        }
-    }
-
-    /// Takes in what it is told. Waits for it if there is nothing to do, and for a while if there
-    /// is no memory. Returns when it had waited: from then on it works.
-    fn listen(&mut self, commands: &Receiver<Command>, has_stepped: bool) -> Instant {
-        let first = match (self.runner.is_idle(), has_stepped) {
-            (true, _) if self.is_closing => None,
-            (true, _) => commands.recv().ok(),
-            (false, true) => None,
-            (false, false) => commands.recv_timeout(LOOK).ok(),
-        };
-        let begun = Instant::now();
-        for command in first.into_iter().chain(commands.try_iter()) {
-            match command {
-                Command::Begin(id, ask, events) => self.begin(id, ask, events),
-                Command::Look => {}
-                Command::GiveBack(bytes) => {
-                    match self.runner.kv().give_back(bytes) {
-                        Ok(given) => tracing::debug!(bytes, given, "was asked for prefixes"),
-                        Err(error) => tracing::warn!(%error, "prefixes could not be given back"),
-                    }
-                    self.publish();
-                }
-                Command::ClearPrefixes(done) => {
-                    if let Err(error) = self.runner.kv().clear_prefixes() {
-                        tracing::warn!(%error, "prefixes could not be given back");
-                    }
-                    // Who asked may have gone.
-                    _ = done.send(());
-                }
-                Command::Close => self.is_closing = true,
-            }
-        }
-        begun
-    }
-
-    fn begin(&mut self, id: Id, ask: Generate, events: mpsc::Sender<Event>) {
-        let choice = Choice {
-            temperature: ask.sampling.temperature,
-            top_p: ask.sampling.top_p,
-            seed: ask.sampling.seed.unwrap_or_else(rand::random),
-        };
-        let (prompt, max_tokens) = (ask.prompt.clone(), ask.max_tokens);
-        match self.runner.submit(id, prompt, max_tokens, choice) {
-            Ok(()) => {
-                let request = Request {
-                    ask,
-                    events,
-                    sent: 0,
-                };
-                self.requests.insert(id, request);
-            }
-            Err(refusal) => {
-                self.told.open.fetch_sub(1, Ordering::Relaxed);
-                // The client may have gone.
-                _ = events.try_send(Event::Failed(refusal.to_string()));
-            }
-        }
-    }
-
-    /// Ends the requests whose clients have gone.
-    fn drop_gone(&mut self) {
-        let gone = self.requests.iter().filter(|(_, it)| it.events.is_closed());
-        let gone: Vec<_> = gone.map(|(id, _)| *id).collect();
-        for id in gone {
-            self.runner.cancel(id);
-            self.requests.remove(&id);
-            self.told.open.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    fn give_back(&mut self) -> Result<()> {
-        match self.account.owed_bytes() {
-            0 => Ok(()),
-            owed => {
-                self.runner.give_back(owed)?;
-                self.account.give_back()?;
-                Ok(())
-            }
-        }
-    }
-
-    fn step(&mut self) -> Result<Option<Stepped>> {
-        let Self {
-            runner,
-            requests,
-            told,
-            outbox,
-            ..
-        } = self;
-        let mut over = Vec::new();
-        let stepped = runner.step(|made| {
-            let Some(request) = requests.get_mut(&made.id) else {
-                return true;
-            };
-            let is_last = request.take(made.token, outbox);
-            if is_last {
-                over.push(made.id);
-            }
-            is_last
-        });
-        outbox.send();
-        for id in over {
-            requests.remove(&id);
-            told.open.fetch_sub(1, Ordering::Relaxed);
-        }
-        stepped
-    }
-
-    /// Ends all requests after a failure that no request caused.
-    fn fail(mut self, error: &VmmError) {
-        self.told.has_failed.store(true, Ordering::Relaxed);
-        tracing::error!(%error, "the model has failed");
-        self.account.withdraw();
-        for (_, request) in self.requests.drain() {
-            let failed = Event::Failed(error.to_string());
-            self.outbox.push(&request.events, failed);
-        }
-    }
-}
-
-impl Request {
-    /// Takes a token for the client. Returns whether it is the last, or nobody wants it.
-    fn take(&mut self, token: u32, outbox: &mut Outbox) -> bool {
-        if self.ask.stop_ids.contains(&token) {
-            outbox.push(&self.events, Event::End(FinishReason::Stop));
-            return true;
-        }
-        self.sent += 1;
-        outbox.push(&self.events, Event::Token(token));
-        let is_last = self.sent >= self.ask.max_tokens;
-        if is_last {
-            outbox.push(&self.events, Event::End(FinishReason::Length));
-        }
-        is_last || self.events.is_closed()
-    }
+/// Loads weights that can sleep, if models are to. If there is no room for them, models that have
+/// nothing to do sleep.
+fn sleeper(
+    common: &Common,
+    account: &Account,
+    spec: &ModelSpec,
+    pool: &TensorPool,
+    peers: &mut Peers,
+) -> Result<Option<Sleeper>> {
+    let (Some(sleeping), Some([store, reading])) = (common.sharing.sleeping, &common.stores) else {
+        return Ok(None);
+    };
+    let load = || spec.shape.elastic_weights(pool, reading);
+    let weights = peers.with_room(account, sleeping.patience, load)?;
+    let (config, dtype) = (&spec.shape.config, spec.shape.dtype);
+    Ok(Some(Sleeper::new(weights, config, dtype, store.clone())))
 }

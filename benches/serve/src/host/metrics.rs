@@ -1,6 +1,6 @@
 //! Counts and times of the models, in Prometheus's text format.
 
-use super::figures::Label;
+use super::figures::{Label, Rest};
 use super::hosted::Hosted;
 use crate::engine::StepTimes;
 use crate::scheduler::Counts;
@@ -19,6 +19,48 @@ const COUNTS: [(&str, &str, Count); 6] = [
         it.generated_tokens
     }),
 ];
+
+type Slept = fn(&Rest) -> f64;
+
+const SLEPT: [(&str, &str, &str, Slept); 5] = [
+    ("asleep", "gauge", "1 if the model sleeps.", |it| {
+        f64::from(u8::from(it.is_asleep))
+    }),
+    (
+        "sleeps_total",
+        "counter",
+        "Times that it fell asleep.",
+        |it| it.sleeps as f64,
+    ),
+    (
+        "sleep_seconds_total",
+        "counter",
+        "How long it took to put it to sleep.",
+        |it| it.sleep_time.as_secs_f64(),
+    ),
+    ("wakes_total", "counter", "Times that it woke.", |it| {
+        it.wakes as f64
+    }),
+    (
+        "wake_seconds_total",
+        "counter",
+        "From the first request to a model that sleeps until it is awake.",
+        |it| it.wake_time.as_secs_f64(),
+    ),
+];
+
+/// Writes how models sleep. How much memory sleeps, and what of it the host has, is in the snapshot.
+pub(super) fn write_sleeps(models: &[Hosted], text: &mut String) {
+    // Writing to a string cannot fail.
+    for (name, kind, help, value) in SLEPT {
+        _ = writeln!(text, "# HELP cuda_vmm_serve_{name} {help}");
+        _ = writeln!(text, "# TYPE cuda_vmm_serve_{name} {kind}");
+        for model in models {
+            let (id, value) = (Label(&model.info().id), value(&model.work().rest));
+            _ = writeln!(text, "cuda_vmm_serve_{name}{{model=\"{id}\"}} {value}");
+        }
+    }
+}
 
 /// All but the model's time.
 const OWN: &str = "step_own_seconds";

@@ -1,9 +1,11 @@
 //! What a model is: a shape with random weights, or a folder with a model's files.
 
 use crate::config::Config;
+use crate::model::Model;
 use crate::text::{ChatTemplate, Tokenizer};
 use crate::weights::{self, Source, Weights};
 use candle_core::{DType, Device};
+use candle_cuda_vmm::{ElasticWeights, HostStore, Result, TensorPool, WeightsOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -68,7 +70,7 @@ impl Shape {
     /// # Errors
     ///
     /// Which file cannot be read, and why.
-    pub fn read(text: &str, seed: u64, dtype: DType) -> Result<Self, ShapeError> {
+    pub fn read(text: &str, seed: u64, dtype: DType) -> core::result::Result<Self, ShapeError> {
         let config = match text {
             "tiny" => TINY,
             "wide" => WIDE,
@@ -85,7 +87,7 @@ impl Shape {
     /// # Errors
     ///
     /// What is wrong with the text.
-    pub fn random(config: &str, seed: u64, dtype: DType) -> Result<Self, ShapeError> {
+    pub fn random(config: &str, seed: u64, dtype: DType) -> core::result::Result<Self, ShapeError> {
         let config = Config::parse(config).map_err(|error| ShapeError::File {
             path: "config.json".into(),
             error: error.to_string(),
@@ -101,7 +103,7 @@ impl Shape {
         })
     }
 
-    fn of_folder(folder: &Path, dtype: DType) -> Result<Self, ShapeError> {
+    fn of_folder(folder: &Path, dtype: DType) -> core::result::Result<Self, ShapeError> {
         let file = |name: &str| folder.join(name);
         if !file("config.json").is_file() {
             return Err(ShapeError::Unknown(folder.display().to_string()));
@@ -143,6 +145,30 @@ impl Shape {
             None => Source::Random(self.seed),
         };
         Ok(Weights::new(source, self.dtype, device))
+    }
+}
+
+impl Shape {
+    /// Reads the weights into memory of a pool, or makes them, in this type, with the matrices that
+    /// multiply the same joined.
+    pub(super) fn elastic_weights(
+        &self,
+        pool: &TensorPool,
+        store: &HostStore,
+    ) -> Result<ElasticWeights> {
+        let wanted = Model::wanted(&self.config)?;
+        let options = WeightsOptions::new().dtype(self.dtype);
+        let options = wanted.joins.into_iter().fold(options, |options, parts| {
+            options.join(weights::joined(&parts), parts)
+        });
+        if let Some(folder) = &self.folder {
+            return ElasticWeights::load(pool, store, &weights::files(folder)?, options);
+        }
+        let (seed, dtype) = (self.seed, self.dtype);
+        let tensors = wanted.tensors.into_iter();
+        let tensors = tensors.map(|(name, shape)| (name, shape, dtype));
+        let make = move |name: &str, shape: &_| weights::random(seed, name, shape);
+        ElasticWeights::make(pool, store, tensors, options, make)
     }
 }
 

@@ -4,14 +4,17 @@
 
 use super::figures::Work;
 use crate::engine::{StepTimes, Stepped};
-use crate::request::{Event, Generate};
+use crate::request::{Event, Generate, Refusal};
 use crate::scheduler::Id;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+
+/// Tells a caller how what it asked for has ended.
+pub(super) type Answer = oneshot::Sender<Result<(), Refusal>>;
 
 /// What a model's thread is told.
 pub(super) enum Command {
@@ -21,6 +24,10 @@ pub(super) enum Command {
     /// Gives back so many bytes of prefixes that nothing uses, or what there is.
     GiveBack(usize),
     ClearPrefixes(Sender<()>),
+    /// Sleeps if there is nothing to do: another model needs the memory.
+    MakeRoom,
+    Sleep(Answer),
+    Wake(Answer),
     /// Ends when nothing is left.
     Close,
 }
@@ -50,6 +57,11 @@ impl Told {
     /// What the thread has published last.
     pub(super) fn work(&self) -> Work {
         *self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts requests that have ended.
+    pub(super) fn closed(&self, count: usize) {
+        self.open.fetch_sub(count, Ordering::Relaxed);
     }
 
     pub(super) fn count_time(&self, step: Stepped, total: Duration) {

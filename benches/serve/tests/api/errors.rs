@@ -1,7 +1,7 @@
 //! Each thing that can be wrong with a request.
 
 use crate::client::{Response, read, request};
-use crate::fake::{BROKEN, BYTES, SMALL, STRICT, Script, Server};
+use crate::fake::{BROKEN, BYTES, SLEEPY, SMALL, STRICT, Script, Server};
 use cuda_vmm_serve::api::BODY_BYTES_MAX;
 use cuda_vmm_serve::request::Refusal;
 use serde_json::{Value, json};
@@ -308,4 +308,66 @@ async fn a_client_that_ends_within_its_body_gets_no_text() {
     stream.shutdown().await.unwrap();
     let response = read(&mut stream).await;
     expect(&response, 400, None, None);
+}
+
+const NO_ROOM: Refusal = Refusal::NoRoom {
+    needed_bytes: 1234,
+    retry_after: Duration::from_millis(1001),
+};
+
+#[tokio::test]
+async fn a_model_that_sleeps_and_gets_no_room_says_when_to_come_back() {
+    let server = Server::start(Script::RefuseLater(NO_ROOM)).await;
+    for path in [TEXT, CHAT] {
+        for is_streamed in [false, true] {
+            let mut body = with(path, "stream", json!(is_streamed));
+            body["model"] = json!(SLEEPY);
+            let response = server.post(path, body).await;
+            expect(&response, 503, Some("model"), Some("no_room"));
+            assert_eq!(response.header("retry-after"), Some("2"));
+            assert!(response.body.contains("1234 bytes"), "{}", response.body);
+        }
+    }
+    let server = Server::start(Script::Say("Hello")).await;
+    let mut body = with(TEXT, "stream", json!(true));
+    body["model"] = json!(SLEEPY);
+    let events = server.post(TEXT, body).await.events();
+    assert_eq!(events[0]["choices"][0]["text"], "H", "nothing is lost");
+}
+
+#[tokio::test]
+async fn sleep_and_wake_say_what_a_model_does_or_why_not() {
+    let path = |model: &str, what: &str| format!("/v1/models/{model}/{what}");
+    for (what, state) in [("sleep", "asleep"), ("wake", "awake")] {
+        let server = Server::start(Script::Say("")).await;
+        let response = server.post(&path(BYTES, what), json!({})).await;
+        let expected = json!({ "id": BYTES, "object": "model", "state": state });
+        assert_eq!((response.status, response.json()), (200, expected));
+        let response = server.post(&path("none", what), json!({})).await;
+        expect(&response, 404, Some("model"), Some("model_not_found"));
+        let response = server.get(&path(BYTES, what)).await;
+        assert_eq!(response.status, 405);
+        for (refusal, status, param, code) in [
+            (NO_ROOM, 503, Some("model"), Some("no_room")),
+            (
+                Refusal::Working,
+                409,
+                Some("model"),
+                Some("model_has_requests"),
+            ),
+            (Refusal::NeverSleeps, 409, None, Some("models_do_not_sleep")),
+            (Refusal::KeptAwake, 500, None, None),
+            (Refusal::Closing, 503, None, Some("server_closing")),
+        ] {
+            for script in [Script::Refuse(refusal), Script::RefuseLater(refusal)] {
+                let server = Server::start(script).await;
+                let response = server.post(&path(BYTES, what), json!({})).await;
+                expect(&response, status, param, code);
+            }
+        }
+        // The model has ended.
+        let server = Server::start(Script::DropAfter("")).await;
+        let response = server.post(&path(BYTES, what), json!({})).await;
+        expect(&response, 503, None, Some("server_closing"));
+    }
 }

@@ -2,7 +2,7 @@
 
 use cuda_vmm_serve::api;
 use cuda_vmm_serve::figures::{Figures, ModelFigures};
-use cuda_vmm_serve::request::{Backend, Event, FinishReason, Generate, ModelInfo, Refusal};
+use cuda_vmm_serve::request::{Backend, Ended, Event, FinishReason, Generate, ModelInfo, Refusal};
 use cuda_vmm_serve::text::{BYTES_END_OF_TEXT, ChatTemplate, Tokenizer};
 use serde_json::json;
 use std::net::SocketAddr;
@@ -27,6 +27,8 @@ pub enum Script {
     DropAfter(&'static str),
     /// It takes no request.
     Refuse(Refusal),
+    /// It takes a request, and refuses it then.
+    RefuseLater(Refusal),
     /// The test sends the events.
     Manual(mpsc::UnboundedSender<mpsc::Sender<Event>>),
 }
@@ -49,6 +51,8 @@ impl Fake {
 pub const BYTES: &str = "bytes";
 /// Has room for 8 tokens.
 pub const SMALL: &str = "small";
+/// It sleeps.
+pub const SLEEPY: &str = "sleepy";
 /// Its template refuses every chat.
 pub const STRICT: &str = "strict";
 /// Its template uses what is not there.
@@ -69,12 +73,14 @@ impl Backend for Fake {
             stop_ids: vec![BYTES_END_OF_TEXT],
             tokenizer: Arc::new(Tokenizer::bytes()),
             template: Arc::new(template),
+            is_asleep: id == SLEEPY,
         };
         vec![
             model(BYTES, 1_000_000, ChatTemplate::plain()),
             model(SMALL, 8, ChatTemplate::plain()),
             model(STRICT, 100, template("{{ raise_exception('No chats.') }}")),
             model(BROKEN, 100, template("{{ nothing() }}")),
+            model(SLEEPY, 100, ChatTemplate::plain()),
         ]
     }
 
@@ -104,10 +110,29 @@ impl Backend for Fake {
             }
             Script::DropAfter(text) => say(text),
             Script::Refuse(refusal) => return Err(*refusal),
+            Script::RefuseLater(refusal) => {
+                sender.try_send(Event::Refused(*refusal)).expect("room");
+            }
             Script::Manual(senders) => senders.send(sender.clone()).unwrap(),
         }
         self.asked.lock().unwrap().push(ask);
         Ok(receiver)
+    }
+
+    fn sleep(&self, model: &str) -> Result<Ended, Refusal> {
+        self.model(model).ok_or(Refusal::UnknownModel)?;
+        let (answer, ended) = oneshot::channel();
+        match self.script {
+            Script::Refuse(refusal) => return Err(refusal),
+            Script::RefuseLater(refusal) => answer.send(Err(refusal)).expect("it waits"),
+            Script::DropAfter(_) => {}
+            _ => answer.send(Ok(())).expect("it waits"),
+        }
+        Ok(ended)
+    }
+
+    fn wake(&self, model: &str) -> Result<Ended, Refusal> {
+        self.sleep(model)
     }
 
     fn figures(&self) -> Figures {

@@ -17,11 +17,13 @@ async fn the_models_are_listed() {
     assert_eq!(response.status, 200);
     let list = response.json();
     assert_eq!(list["object"], "list");
-    assert_eq!(list["data"].as_array().unwrap().len(), 4);
+    assert_eq!(list["data"].as_array().unwrap().len(), 5);
     let expected = json!({
         "id": BYTES, "object": "model", "created": 1_700_000_000, "owned_by": "cuda-vmm",
+        "state": "awake",
     });
     assert_eq!(list["data"][0], expected);
+    assert_eq!(list["data"][4]["state"], "asleep");
 }
 
 #[tokio::test]

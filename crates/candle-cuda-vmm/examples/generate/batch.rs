@@ -3,7 +3,7 @@
 use crate::config::Config;
 use crate::model::{Model, rotations};
 use crate::weights::Weights;
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Error, Result, Tensor};
 use candle_cuda_vmm::attention::{
     DecodePlan, KvBatch, PromptSpan, Rotary, Slots, decode, prompt, write,
 };
@@ -11,7 +11,8 @@ use candle_cuda_vmm::attention::{
 /// The decoder of a batch. Keys and values are where the caller has them: a [`KvBatch`] for each
 /// layer, with the lengths after the new tokens.
 pub struct BatchDecoder {
-    model: Model,
+    /// `None` while its weights sleep.
+    model: Option<Model>,
     rotary: Rotary,
     plan: DecodePlan,
 }
@@ -29,10 +30,32 @@ impl BatchDecoder {
         let (cos, sin) = rotations(config, device)?;
         let (rotary, model) = (Rotary::new(&cos, &sin)?, Model::new(config, weights)?);
         Ok(Self {
-            model,
+            model: Some(model),
             rotary,
             plan,
         })
+    }
+
+    /// Drops the model with the tensors of its weights, so that these can sleep. All else that a step
+    /// reads stays where it is.
+    pub fn drop_model(&mut self) {
+        self.model = None;
+    }
+
+    /// Makes the model again.
+    pub fn make_model(&mut self, config: &Config, weights: Weights) -> Result<()> {
+        self.model = Some(Model::new(config, weights)?);
+        Ok(())
+    }
+
+    /// Whether it has its model.
+    pub fn has_model(&self) -> bool {
+        self.model.is_some()
+    }
+
+    fn model(&self) -> Result<&Model> {
+        let model = self.model.as_ref();
+        model.ok_or_else(|| Error::msg("the weights of the model are asleep"))
     }
 
     /// Appends a token to each sequence, and returns the logits of the tokens after them:
@@ -45,13 +68,14 @@ impl BatchDecoder {
         positions: &Tensor,
         layers: &[KvBatch],
     ) -> Result<Tensor> {
-        let hidden = self.model.hidden(tokens, |layer, new| {
+        let model = self.model()?;
+        let hidden = model.hidden(tokens, |layer, new| {
             let kv = &layers[layer];
             let rotary = Some((&self.rotary, positions));
             let q = write(&new.q, &new.k, &new.v, rotary, kv, Slots::Last)?;
-            decode(&q, kv, &self.model.options, &self.plan)
+            decode(&q, kv, &model.options, &self.plan)
         })?;
-        self.model.logits(&hidden)
+        model.logits(&hidden)
     }
 
     /// Appends chunks of prompts, and returns the logits of the token after each: `[spans,
@@ -62,7 +86,8 @@ impl BatchDecoder {
         spans: &[PromptSpan],
         layers: &[KvBatch],
     ) -> Result<Tensor> {
-        let device = self.model.device();
+        let model = self.model()?;
+        let device = model.device();
         let (mut sequences, mut rows, mut ends) = (Vec::new(), Vec::new(), Vec::new());
         for span in spans {
             sequences.extend(std::iter::repeat_n(span.sequence as u32, span.queries));
@@ -74,15 +99,14 @@ impl BatchDecoder {
             sequences: &sequences,
             rows: &rows,
         };
-        let hidden = self.model.hidden(tokens, |layer, new| {
+        let hidden = model.hidden(tokens, |layer, new| {
             let kv = &layers[layer];
             // A token's position is its row.
             let rotary = Some((&self.rotary, &rows));
             let q = write(&new.q, &new.k, &new.v, rotary, kv, slots)?;
-            prompt(&q, kv, spans, &self.model.options)
+            prompt(&q, kv, spans, &model.options)
         })?;
         let ends = Tensor::new(ends, device)?;
-        self.model
-            .logits(&hidden.select(|all| all.index_select(&ends, 0))?)
+        model.logits(&hidden.select(|all| all.index_select(&ends, 0))?)
     }
 }

@@ -4,6 +4,8 @@
 //! small model with random weights. `--config` takes the `config.json` of a Hugging Face model, and
 //! `--weights` its safetensors files.
 
+// The server of this repository also puts models to sleep.
+#[allow(dead_code)]
 mod batch;
 #[cfg(all(test, feature = "simulator"))]
 mod batch_tests;
@@ -11,10 +13,12 @@ mod caches;
 mod config;
 mod demand;
 mod generation;
+#[allow(dead_code)]
 mod model;
 mod paged;
 #[cfg(test)]
 mod tests;
+#[allow(dead_code)]
 mod weights;
 
 use caches::{Cached, Kind, Measured};

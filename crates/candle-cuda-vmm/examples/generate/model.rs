@@ -2,13 +2,15 @@
 //! the weights, and `Decoder` generates one sequence with it, generic over its caches.
 
 use crate::config::{Config, RopeScaling};
-use crate::weights::Weights;
+use crate::weights::{Source, Wanted, Weights};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_cuda_vmm::attention::{GqaOptions, Mask, gqa_with};
 use candle_cuda_vmm::fused::{RmsNorm, add_rms_norm, gated_linear, linear, silu_mul};
 use candle_cuda_vmm::kv_cache::{KvCache, KvCacheFactory};
 use candle_nn::ops::softmax_last_dim;
 use candle_nn::rotary_emb::rope_thd;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 /// How attention reads keys and values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -114,6 +116,14 @@ impl Model {
             heads,
             options: GqaOptions::new(1. / (heads.dim as f32).sqrt()).mask(mask),
         })
+    }
+
+    /// The weights that a model of this configuration asks for.
+    pub fn wanted(config: &Config) -> Result<Wanted> {
+        let wanted = Rc::new(RefCell::default());
+        let source = Source::Wanted(wanted.clone());
+        Self::new(config, Weights::new(source, DType::F32, &Device::Cpu))?;
+        Ok(wanted.take())
     }
 
     pub fn device(&self) -> &Device {

@@ -3,11 +3,12 @@
 use crate::caches::{Cached, Measured};
 use crate::config::Config;
 use crate::generation::{Generation, Generator, generate, prompt};
-use crate::model::{Attention, Decoder};
+use crate::model::{Attention, Decoder, Model};
 use crate::token_bytes;
-use crate::weights::{Source, Weights, read};
+use crate::weights::{Source, Weights, joined, random, read};
 use candle_core::{DType, Device, Error, Tensor};
 use candle_cuda_vmm::kv_cache::{ConcatCaches, PreallocatedCaches};
+use candle_nn::VarBuilder;
 use std::collections::HashMap;
 
 const PROMPT: usize = 9;
@@ -239,4 +240,37 @@ fn names() -> Vec<(String, Vec<usize>)> {
         }
     }
     names
+}
+
+#[test]
+fn a_model_says_which_weights_it_asks_for_and_is_made_of_those_alone() {
+    let config = config();
+    let wanted = Model::wanted(&config).unwrap();
+    assert_eq!(wanted.joins.len(), 2 * config.num_hidden_layers);
+    let name = joined(&wanted.joins[0]);
+    let mut tensors: HashMap<_, _> = wanted
+        .tensors
+        .iter()
+        .map(|(name, shape)| {
+            (
+                name.clone(),
+                random(3, name, &shape.clone().into()).unwrap(),
+            )
+        })
+        .collect();
+    for parts in &wanted.joins {
+        let all: Vec<_> = parts.iter().map(|part| &tensors[part]).collect();
+        let all = Tensor::cat(&all, 0).unwrap();
+        tensors.insert(joined(parts), all);
+    }
+    assert!(tensors.contains_key(&name));
+    let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let logits = |source| {
+        let weights = Weights::new(source, DType::F32, &Device::Cpu);
+        let model = Model::new(&config, weights).unwrap();
+        let tokens = Tensor::new(&[1u32, 5, 9], &Device::Cpu).unwrap();
+        let hidden = model.hidden(&tokens, |_, new| new.q.contiguous()).unwrap();
+        model.logits(&hidden).unwrap().to_vec2::<f32>().unwrap()
+    };
+    assert_eq!(logits(Source::Built(builder)), logits(Source::Random(3)));
 }

@@ -6,6 +6,7 @@ mod layout;
 mod model;
 mod options;
 mod shared;
+mod source;
 
 pub use file::weights_in;
 pub use model::ElasticModel;
@@ -13,19 +14,20 @@ pub use options::WeightsOptions;
 
 use crate::error::{Result, WeightsError};
 use crate::tensor_pool::TensorPool;
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Shape, Tensor};
 use candle_nn::VarBuilder;
 use convert::Conversion;
 use cuda_vmm::{Arriving, HostStore, Keep, Slept, WakeOptions};
-use file::WeightsFile;
+use file::{Stored, WeightsFile};
 use layout::Layout;
 use shared::{Backend, Shared};
-use std::collections::BTreeMap;
+use source::Source;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Weights of safetensors files, in memory of a pool.
+/// Weights of safetensors files, or those that a function makes, in memory of a pool.
 ///
 /// They are charged to the pool's account, as all else is. [`var_builder`](Self::var_builder) makes
 /// tensors over them for any model that takes a `VarBuilder`: no byte is copied. While such a tensor
@@ -74,8 +76,8 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct ElasticWeights {
     shared: Arc<Shared>,
-    files: Vec<WeightsFile>,
-    /// For reading files.
+    source: Source,
+    /// For reading the source.
     store: HostStore,
     options: WeightsOptions,
     device: Device,
@@ -86,18 +88,20 @@ pub struct ElasticWeights {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Contents {
     Kept,
-    InFiles,
+    InSource,
 }
 
 impl ElasticWeights {
     /// Reserves addresses for all tensors of these files, allocates their memory, and reads them.
+    /// [`make`](Self::make) is for weights that no file has.
     ///
     /// The pinned memory for reading, 2 MiB for each of four buffers of each thread, is the store's,
     /// and has gone back when the call returns.
     ///
     /// # Errors
     /// [`Weights`](crate::VmmError::Weights) if a file cannot be read or is wrong, if two have a
-    /// tensor of the same name, or if a number is not converted to the type that is asked for; as
+    /// tensor of the same name, if a number is not converted to the type that is asked for, or if
+    /// parts do not [join](WeightsOptions::join); as
     /// for an allocation of the pool if there is no memory; as
     /// [`VirtualMemoryPool::fill`](cuda_vmm::VirtualMemoryPool::fill). Then nothing is held.
     pub fn load(
@@ -106,12 +110,81 @@ impl ElasticWeights {
         files: &[impl AsRef<Path>],
         options: WeightsOptions,
     ) -> Result<Self> {
-        let (files, layout) = open(files, options.dtype)?;
+        let (files, layout) = open(files, &options)?;
+        Self::of(pool, store, layout, Source::Files(files), options)
+    }
+
+    /// Reserves addresses for tensors of these names, shapes and types, allocates their memory, and
+    /// fills it with what `make` returns for each, such as random numbers. It is called once for
+    /// each tensor, on this thread, and again by a wake after [`Keep::Nothing`]. It must return the
+    /// same numbers then, on any device, and they are converted to the type of the tensor.
+    ///
+    /// # Errors
+    /// The first error of `make`; [`CandleError`](crate::VmmError::CandleError) with
+    /// `UnexpectedShape` if it returns another shape; [`Weights`](crate::VmmError::Weights) with
+    /// `NameTaken` for a name that comes twice, `Empty` if no tensor has an element, or if parts do
+    /// not [join](WeightsOptions::join); else as [`load`](Self::load). Then nothing is held.
+    ///
+    /// ```
+    /// # #[cfg(all(feature = "simulator", not(feature = "cuda")))] {
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_cuda_vmm::cuda_vmm::HostStore;
+    /// use candle_cuda_vmm::device::core_device;
+    /// use candle_cuda_vmm::{ElasticWeights, TensorPool, WeightsOptions};
+    ///
+    /// let device = Device::Cpu;
+    /// let pool = TensorPool::new(&device)?;
+    /// let store = HostStore::new(&core_device(&device)?, 64 << 20)?;
+    /// let tensors = [("k", (4, 8), DType::F32), ("v", (2, 8), DType::F32)];
+    /// let options = WeightsOptions::new().join("kv", ["k", "v"]);
+    /// let ones = |_: &str, shape: &_| Tensor::ones(shape, DType::F32, &Device::Cpu);
+    /// let weights = ElasticWeights::make(&pool, &store, tensors, options, ones)?;
+    /// let kv = weights.var_builder(DType::F32)?.get((6, 8), "kv")?;
+    /// assert_eq!(kv.sum_all()?.to_scalar::<f32>()?, 48.);
+    /// # }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn make<N: Into<String>, S: Into<Shape>>(
+        pool: &TensorPool,
+        store: &HostStore,
+        tensors: impl IntoIterator<Item = (N, S, DType)>,
+        options: WeightsOptions,
+        make: impl Fn(&str, &Shape) -> candle_core::Result<Tensor> + Send + Sync + 'static,
+    ) -> Result<Self> {
+        let mut names = BTreeSet::new();
+        let mut all = Vec::new();
+        for (name, shape, dtype) in tensors {
+            let stored = Stored {
+                name: name.into(),
+                dtype,
+                shape: shape.into().into_dims(),
+                begin: 0,
+            };
+            if !names.insert(stored.name.clone()) {
+                return Err(WeightsError::NameTaken { name: stored.name }.into());
+            }
+            let to = options.dtype.filter(|_| dtype.is_float()).unwrap_or(dtype);
+            all.push((stored, 0, to, Conversion::None));
+        }
+        let layout = Layout::new(all, &options.joins)?;
+        if layout.bytes() == 0 {
+            return Err(WeightsError::Empty { files: 0 }.into());
+        }
+        Self::of(pool, store, layout, Source::Made(Arc::new(make)), options)
+    }
+
+    fn of(
+        pool: &TensorPool,
+        store: &HostStore,
+        layout: Layout,
+        source: Source,
+        options: WeightsOptions,
+    ) -> Result<Self> {
         let mut shared = Shared::new(pool, layout)?;
-        shared.read(&files, store, &options)?;
+        shared.read(&source, store, &options)?;
         Ok(Self {
             shared: Arc::new(shared),
-            files,
+            source,
             store: store.clone(),
             options,
             device: pool.device().clone(),
@@ -141,7 +214,8 @@ impl ElasticWeights {
         self.shared.layout().bytes()
     }
 
-    /// The names of all tensors, in the order of their addresses.
+    /// The names of all tensors, in the order of their addresses; those of
+    /// [joins](WeightsOptions::join) are not among them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let tensors = self.shared.layout().tensors().iter();
         tensors.map(|tensor| &*tensor.name)
@@ -160,7 +234,7 @@ impl ElasticWeights {
 
     /// Gives all memory of the weights to others, and keeps the addresses. With
     /// [`Keep::Constant`] the contents are copied to the host the first time only, with
-    /// [`Keep::Nothing`] they are read from the files again. What the device still computes with
+    /// [`Keep::Nothing`] they are read from the files, or made, again. What the device still computes with
     /// them must have ended: synchronise it before.
     ///
     /// # Errors
@@ -173,7 +247,7 @@ impl ElasticWeights {
             return Err(WeightsError::Asleep.into());
         }
         let contents = match keep {
-            Keep::Nothing => Contents::InFiles,
+            Keep::Nothing => Contents::InSource,
             Keep::Host(_) | Keep::Constant(_) => Contents::Kept,
         };
         let slept = self.own()?.sleep(keep)?;
@@ -191,20 +265,16 @@ impl ElasticWeights {
     /// are asleep as they were, and can be woken later.
     pub fn wake(&mut self, options: &WakeOptions) -> Result<()> {
         let contents = self.asleep.ok_or(WeightsError::Awake)?;
-        let files = match contents {
-            Contents::Kept => Vec::new(),
-            Contents::InFiles => {
-                let again = self.files.iter().map(WeightsFile::open_again);
-                again.collect::<core::result::Result<_, _>>()?
-            }
+        let source = match contents {
+            Contents::Kept => None,
+            Contents::InSource => Some(self.source.open_again()?),
         };
         let (store, load) = (self.store.clone(), self.options.clone());
         let shared = self.own()?;
         shared.wake(options)?;
-        if contents == Contents::InFiles {
-            let read = shared.read(&files, &store, &load);
-            let unchanged = || files.iter().try_for_each(WeightsFile::check_unchanged);
-            if let Err(error) = read.and_then(|()| Ok(unchanged()?)) {
+        if let Some(source) = source {
+            let read = shared.read(&source, &store, &load);
+            if let Err(error) = read.and_then(|()| Ok(source.check_unchanged()?)) {
                 // If that is refused, the next wake finds the memory there.
                 _ = shared.sleep(Keep::Nothing);
                 return Err(error);
@@ -225,7 +295,7 @@ impl ElasticWeights {
     /// As [`wake`](Self::wake).
     pub fn wake_streaming(&mut self, options: &WakeOptions) -> Result<WeightsArriving> {
         match self.asleep.ok_or(WeightsError::Awake)? {
-            Contents::InFiles => {
+            Contents::InSource => {
                 self.wake(options)?;
                 Ok(WeightsArriving(None))
             }
@@ -275,7 +345,7 @@ impl WeightsArriving {
 /// Opens files, and says where their tensors go.
 fn open(
     paths: &[impl AsRef<Path>],
-    dtype: Option<DType>,
+    options: &WeightsOptions,
 ) -> core::result::Result<(Vec<WeightsFile>, Layout), WeightsError> {
     let mut files: Vec<WeightsFile> = Vec::new();
     let mut known: BTreeMap<String, usize> = BTreeMap::new();
@@ -293,7 +363,8 @@ fn open(
                     second: path(number),
                 });
             }
-            let to = dtype
+            let to = options
+                .dtype
                 .filter(|_| stored.dtype.is_float())
                 .unwrap_or(stored.dtype);
             let conversion = Conversion::between(stored.dtype, to);
@@ -305,7 +376,7 @@ fn open(
             all.push((stored, number, to, conversion));
         }
     }
-    let layout = Layout::new(all);
+    let layout = Layout::new(all, &options.joins)?;
     match layout.bytes() {
         0 => Err(WeightsError::Empty { files: files.len() }),
         _ => Ok((files, layout)),

@@ -4,6 +4,7 @@ use super::convert::Conversion;
 use super::file::WeightsFile;
 use super::layout::{Layout, Placed};
 use super::options::WeightsOptions;
+use super::source::{Make, Source};
 use crate::error::{Result, VmmError, WeightsError};
 #[cfg(feature = "cuda")]
 use crate::lease::Leases;
@@ -31,8 +32,8 @@ pub(super) struct Shared {
 /// Where the contents are.
 #[derive(Debug)]
 enum Place {
-    /// In tensors of Candle's, by their offsets. The range has the memory that a GPU would need.
-    Host(HashMap<usize, Tensor>),
+    /// In tensors of Candle's, by their names. The range has the memory that a GPU would need.
+    Host(HashMap<String, Tensor>),
     /// In the range.
     #[cfg(feature = "cuda")]
     Device(Arc<Leases>),
@@ -61,25 +62,34 @@ impl Shared {
         &self.layout
     }
 
-    /// Reads all tensors.
+    /// Reads all tensors, or makes them.
     pub(super) fn read(
+        &mut self,
+        source: &Source,
+        store: &HostStore,
+        options: &WeightsOptions,
+    ) -> Result<()> {
+        match source {
+            Source::Files(files) => self.read_files(files, store, options)?,
+            Source::Made(make) => self.make(&**make, store, options)?,
+        }
+        self.join()
+    }
+
+    fn read_files(
         &mut self,
         files: &[WeightsFile],
         #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] store: &HostStore,
         options: &WeightsOptions,
     ) -> Result<()> {
         let (layout, done) = (&self.layout, AtomicUsize::new(0));
-        let tell = |bytes: usize| {
-            let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            if let Some(progress) = &options.progress {
-                progress(done, layout.bytes());
-            }
-        };
         let read = |offset: usize, target: &mut [u8]| {
             for placed in layout.within(offset..offset + target.len()) {
                 read_part(placed, offset, target, files)?;
             }
-            tell(target.len());
+            let bytes = target.len();
+            let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            options.tell(done, layout.bytes());
             Ok::<_, VmmError>(())
         };
         match &mut self.place {
@@ -89,13 +99,78 @@ impl Shared {
                     read(placed.offset, &mut bytes)?;
                     let (shape, device) = (&placed.shape, Device::Cpu);
                     let tensor = Tensor::from_raw_buffer(&bytes, placed.dtype, shape, &device)?;
-                    tensors.insert(placed.offset, tensor);
+                    tensors.insert(placed.name.clone(), tensor);
                 }
                 Ok(())
             }
             #[cfg(feature = "cuda")]
             Place::Device(_) => self.range.fill(0, layout.bytes(), store, read),
         }
+    }
+
+    fn make(
+        &mut self,
+        make: &Make,
+        #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] store: &HostStore,
+        options: &WeightsOptions,
+    ) -> Result<()> {
+        for placed in self.layout.tensors() {
+            let shape = Shape::from(placed.shape.as_slice());
+            let made = make(&placed.name, &shape)?;
+            if made.shape() != &shape {
+                return Err(Error::UnexpectedShape {
+                    msg: format!("shape mismatch for {}", placed.name),
+                    expected: shape,
+                    got: made.shape().clone(),
+                }
+                .into());
+            }
+            // Converted first, so that less is copied.
+            let made = made.to_dtype(placed.dtype)?.to_device(&Device::Cpu)?;
+            match &mut self.place {
+                Place::Host(tensors) => {
+                    // `make` may keep the one that it has returned.
+                    tensors.insert(placed.name.clone(), made.copy()?);
+                }
+                #[cfg(feature = "cuda")]
+                Place::Device(_) if placed.elements > 0 => {
+                    let (begin, mut bytes) = (placed.offset, Vec::new());
+                    made.write_bytes(&mut bytes)?;
+                    let read = |offset: usize, target: &mut [u8]| {
+                        target.copy_from_slice(&bytes[offset - begin..][..target.len()]);
+                        Ok::<_, VmmError>(())
+                    };
+                    self.range.fill(begin, bytes.len(), store, read)?;
+                }
+                #[cfg(feature = "cuda")]
+                Place::Device(_) => {}
+            }
+            options.tell(placed.bytes().end, self.layout.bytes());
+        }
+        Ok(())
+    }
+
+    /// Makes the parts of joins views of one tensor, as they are on a GPU.
+    fn join(&mut self) -> Result<()> {
+        #[cfg_attr(not(feature = "cuda"), expect(irrefutable_let_patterns))]
+        let Place::Host(tensors) = &mut self.place else {
+            return Ok(());
+        };
+        for joined in self.layout.joined() {
+            let names = self.layout.parts(joined).iter().map(|part| &part.name);
+            let parts: Vec<_> = names.clone().filter_map(|name| tensors.get(name)).collect();
+            let all = Tensor::cat(&parts, 0)?;
+            let mut first = 0;
+            for name in names {
+                if let Some(part) = tensors.get_mut(name) {
+                    let rows = part.dim(0)?;
+                    *part = all.narrow(0, first, rows)?;
+                    first += rows;
+                }
+            }
+            tensors.insert(joined.name.clone(), all);
+        }
+        Ok(())
     }
 
     pub(super) fn sleep(&mut self, keep: Keep<'_>) -> Result<Slept> {
@@ -126,26 +201,23 @@ impl Shared {
     }
 
     fn tensor(&self, name: &str, dtype: DType) -> candle_core::Result<Tensor> {
-        let placed = self
-            .layout
-            .find(name)
-            .ok_or_else(|| Error::CannotFindTensor {
-                path: name.to_owned(),
-            })?;
+        #[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+        let (shape, own_dtype, offset) =
+            self.layout
+                .view(name)
+                .ok_or_else(|| Error::CannotFindTensor {
+                    path: name.to_owned(),
+                })?;
         let tensor = match &self.place {
             Place::Host(tensors) => {
-                let tensor = tensors.get(&placed.offset).cloned();
+                let tensor = tensors.get(name).cloned();
                 // Builders are made of weights that are awake, and keep them so.
                 tensor.ok_or_else(|| VmmError::from(WeightsError::Asleep))?
             }
             #[cfg(feature = "cuda")]
-            Place::Device(leases) if placed.elements == 0 => {
-                leases.empty(&placed.shape, placed.dtype)?
-            }
+            Place::Device(leases) if shape.contains(&0) => leases.empty(shape, own_dtype)?,
             #[cfg(feature = "cuda")]
-            Place::Device(leases) => {
-                leases.tensor(&self.range, placed.offset, &placed.shape, placed.dtype)?
-            }
+            Place::Device(leases) => leases.tensor(&self.range, offset, shape, own_dtype)?,
         };
         tensor.to_dtype(dtype)
     }
@@ -208,6 +280,6 @@ impl SimpleBackend for Backend {
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
-        self.0.layout.find(name).is_some()
+        self.0.layout.view(name).is_some()
     }
 }

@@ -49,6 +49,48 @@ pub enum WeightsError {
         to: DType,
     },
 
+    /// A name stands for two tensors, or for a tensor and a [join](crate::WeightsOptions::join).
+    #[error("the name {name} is taken")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+
+    /// A join has no parts.
+    #[error("{name} is joined of no parts")]
+    NoParts {
+        /// The join.
+        name: String,
+    },
+
+    /// A part of a join is not there, or is a part of a join before.
+    #[error("{name} has no part {part} to join: it is missing, or joined already")]
+    PartMissing {
+        /// The join.
+        name: String,
+        /// The part.
+        part: String,
+    },
+
+    /// A part of a join has no rows, or another type or other inner dimensions than the first one.
+    #[error(
+        "{part} of {dtype:?} {shape:?} does not join {first_dtype:?} {first_shape:?} to {name}"
+    )]
+    PartDiffers {
+        /// The join.
+        name: String,
+        /// The part.
+        part: String,
+        /// Its type in memory.
+        dtype: DType,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The type of the first part.
+        first_dtype: DType,
+        /// The shape of the first part.
+        first_shape: Vec<usize>,
+    },
+
     /// No file has a tensor.
     #[error("there are no weights in {files} files")]
     Empty {

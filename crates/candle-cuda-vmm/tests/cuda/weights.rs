@@ -3,7 +3,7 @@
 
 use crate::common::open;
 use crate::refused;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 use candle_cuda_vmm::cuda_vmm::VmmError as CoreError;
 use candle_cuda_vmm::device::{core_device, cuda_with_own_stream};
 use candle_cuda_vmm::graph::{DecodeGraph, DecodeGraphOptions, GraphError};
@@ -192,4 +192,31 @@ fn a_captured_step_is_refused_while_its_weights_sleep_and_right_when_they_wake()
     drop(graph);
     device.synchronize().unwrap();
     core_device(&device).unwrap().trim_graph_memory().unwrap();
+}
+
+/// Parts and their join are the same memory, also behind a sleep that keeps nothing.
+#[test]
+fn weights_that_are_made_are_joined_in_place() {
+    let test = open();
+    let pool = TensorPool::new(&test.device).unwrap();
+    let store = HostStore::new(&core_device(&test.device).unwrap(), 256 << 20).unwrap();
+    let shapes = [("b", LARGE), ("a", (3, LARGE.1)), ("none", (0, LARGE.1))];
+    let tensors = shapes.map(|(name, shape)| (name, shape, DType::F32));
+    let options = WeightsOptions::new().join("all", ["a", "none", "b"]);
+    let make = |_: &str, shape: &Shape| Ok(numbers(0.5, shape.dims2()?));
+    let weights = ElasticWeights::make(&pool, &store, tensors, options, make);
+    let mut weights = weights.unwrap();
+    for keep in [Keep::Constant(&store), Keep::Nothing, Keep::Host(&store)] {
+        let builder = weights.var_builder(DType::F32).unwrap();
+        let all = builder.get((LARGE.0 + 3, LARGE.1), "all").unwrap();
+        let (a, b) = (numbers(0.5, (3, LARGE.1)), numbers(0.5, LARGE));
+        assert!(to_host(&all) == [to_host(&a), to_host(&b)].concat());
+        let part = builder.get(LARGE, "b").unwrap();
+        assert!(to_host(&part) == to_host(&b));
+        drop((builder, all, part));
+        test.device.synchronize().unwrap();
+        weights.sleep(keep).unwrap();
+        assert_eq!(pool.committed_bytes(), 0);
+        weights.wake(&WakeOptions::new()).unwrap();
+    }
 }

@@ -172,7 +172,8 @@ fn table(now: &Figures, points: &[Point], unit: &Unit) -> String {
     }
     html += "</th></tr>\n</thead>\n<tbody>\n";
     for (at, model) in now.models.iter().enumerate() {
-        html += &format!("<tr><th scope=\"row\">{}</th>", Escaped(&model.id));
+        let state = if model.is_asleep { " (asleep)" } else { "" };
+        html += &format!("<tr><th scope=\"row\">{}{state}</th>", Escaped(&model.id));
         for ((_, bytes), strength) in PARTS.iter().zip(STRENGTHS) {
             let swatch = Swatch(colour(at), strength);
             html += &format!("<td>{swatch}{}</td>", unit.text(bytes(model)));
@@ -270,6 +271,7 @@ mod tests {
             running: 50 + at,
             waiting: 60 + at,
             generated_tokens,
+            is_asleep: false,
         });
         let models: Vec<_> = models.collect();
         let held: usize = models.iter().map(ModelFigures::committed_bytes).sum();

@@ -2,7 +2,7 @@
 
 use crate::common::{MIB, open, page};
 use crate::refused;
-use candle_core::{D, DType, Device, Module, Result, Tensor};
+use candle_core::{D, DType, Device, Module, Result, Shape, Tensor};
 use candle_cuda_vmm::device::core_device;
 use candle_cuda_vmm::{
     ElasticModel, ElasticWeights, EngineOptions, HostStore, Keep, TensorPool, TensorPoolOptions,
@@ -353,4 +353,119 @@ fn files_that_are_wrong_are_named() {
     fs::remove_file(&index).unwrap();
     let only = weights_in(fixture.folder.path()).unwrap();
     assert_eq!(only, [fixture.folder.path().join("model.safetensors")]);
+}
+
+/// Joins of layers, with the numbers of a function.
+fn made(fixture: &Fixture, options: WeightsOptions) -> (ElasticWeights, Arc<AtomicUsize>) {
+    let calls = Arc::new(AtomicUsize::new(0));
+    let count = calls.clone();
+    let make = move |name: &str, _: &Shape| {
+        count.fetch_add(1, Ordering::Relaxed);
+        Ok(numbers(name.parse().unwrap()))
+    };
+    let tensors = (0..LAYERS).map(|layer| (layer.to_string(), (WIDTH, WIDTH), DType::F32));
+    let (pool, store) = (&fixture.pool, &fixture.store);
+    let weights = ElasticWeights::make(pool, store, tensors, options, make).unwrap();
+    (weights, calls)
+}
+
+#[test]
+fn weights_that_are_made_are_made_again_only_if_nothing_was_kept() {
+    let test = open();
+    let fixture = Fixture::new(&test.device, 64);
+    let options = WeightsOptions::new().join("all", ["2", "0"]);
+    let (mut weights, calls) = made(&fixture, options.dtype(DType::BF16));
+    let expect = |weights: &ElasticWeights| {
+        let builder = weights.var_builder(DType::BF16).unwrap();
+        let rounded = |layer| bits(&numbers(layer).to_dtype(DType::BF16).unwrap());
+        for layer in 0..LAYERS {
+            let found = builder.get((WIDTH, WIDTH), &layer.to_string()).unwrap();
+            assert!(bits(&found) == rounded(layer), "layer {layer}");
+        }
+        let all = builder.get((2 * WIDTH, WIDTH), "all").unwrap();
+        assert!(bits(&all) == [rounded(2), rounded(0)].concat());
+        drop((builder, all));
+        test.device.synchronize().unwrap();
+    };
+    expect(&weights);
+    for (keep, made) in [
+        (Keep::Constant(&fixture.store), LAYERS),
+        (Keep::Nothing, 2 * LAYERS),
+    ] {
+        weights.sleep(keep).unwrap();
+        assert_eq!(fixture.pool.committed_bytes(), 0);
+        weights.wake(&WakeOptions::new()).unwrap();
+        assert_eq!(calls.load(Ordering::Relaxed), made, "{keep:?}");
+        expect(&weights);
+    }
+}
+
+#[test]
+fn what_cannot_be_made_holds_nothing() {
+    let test = open();
+    let fixture = Fixture::new(&test.device, 64);
+    let (pool, store) = (&fixture.pool, &fixture.store);
+    let make = |tensors: &[(&str, usize)], options| {
+        let tensors = tensors
+            .iter()
+            .map(|(name, size)| (*name, *size, DType::F32));
+        let ones = |name: &str, shape: &Shape| match name {
+            "broken" => candle_core::bail!("no numbers"),
+            "wrong" => Tensor::ones(3, DType::F32, &Device::Cpu),
+            _ => Tensor::ones(shape, DType::F32, &Device::Cpu),
+        };
+        ElasticWeights::make(pool, store, tensors, options, ones)
+    };
+    let plain = WeightsOptions::new();
+    refused!(
+        make(&[("a", 1), ("broken", 1)], plain.clone()),
+        VmmError::CandleError(_)
+    );
+    refused!(
+        make(&[("wrong", 2)], plain.clone()),
+        VmmError::CandleError(candle_core::Error::UnexpectedShape { .. })
+    );
+    refused!(
+        make(&[("a", 1), ("a", 1)], plain.clone()),
+        VmmError::Weights(WeightsError::NameTaken { name }) if name == "a"
+    );
+    refused!(
+        make(&[("a", 0)], plain.clone()),
+        VmmError::Weights(WeightsError::Empty { .. })
+    );
+    refused!(
+        make(&[("a", 1)], plain.join("b", ["c"])),
+        VmmError::Weights(WeightsError::PartMissing { part, .. }) if part == "c"
+    );
+    assert_eq!(pool.committed_bytes(), 0);
+    assert_eq!(store.stats().in_use_bytes, 0);
+}
+
+#[test]
+fn tensors_of_files_are_joined_without_a_copy() {
+    let test = open();
+    let fixture = Fixture::new(&test.device, 64);
+    let join = |parts: &[&str]| WeightsOptions::new().join("layers.0.all", parts.to_vec());
+    let weights = fixture.load(join(&["layers.1.weight", "layers.0.weight"]));
+    let weights = weights.unwrap();
+    let builder = weights.var_builder(DType::F32).unwrap();
+    assert!(builder.contains_tensor("layers.0.all"));
+    let all = builder.get((2 * WIDTH, WIDTH), "layers.0.all").unwrap();
+    assert!(bits(&all) == [bits(&numbers(1)), bits(&numbers(0))].concat());
+    // A part is the same memory.
+    let part = builder.get((WIDTH, WIDTH), "layers.0.weight").unwrap();
+    assert!(bits(&part) == bits(&numbers(0)));
+    drop((all, part, builder));
+    test.device.synchronize().unwrap();
+    drop(weights);
+    // In the file, the last layer is of another type.
+    refused!(
+        fixture.load(join(&["layers.0.weight", "layers.3.weight"])),
+        VmmError::Weights(WeightsError::PartDiffers {
+            dtype: DType::BF16,
+            first_dtype: DType::F32,
+            ..
+        })
+    );
+    assert_eq!(fixture.pool.committed_bytes(), 0);
 }
