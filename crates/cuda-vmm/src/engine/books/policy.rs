@@ -93,7 +93,7 @@ mod tests {
 
     #[test]
     fn a_page_above_the_largest_chunk_is_a_chunk_of_its_own() {
-        assert_eq!(chunk_pages(64, 512 << 20, usize::MAX), 1);
+        assert_eq!(chunk_pages(64, 2 << 30, usize::MAX), 1);
     }
 
     #[test]
