@@ -10,7 +10,7 @@ use candle_cuda_vmm::attention::KvBatch;
 use candle_cuda_vmm::graph::StepBlocks;
 use candle_cuda_vmm::{
     Account, BlockId, ElasticBlockAllocator, ElasticBlocks, ElasticBlocksOptions, HostStore, Keep,
-    Result, TensorPool, VmmError, WakeOptions,
+    Result, TensorPool, TensorPoolOptions, VmmError, WakeOptions,
 };
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -80,14 +80,31 @@ pub struct Kv {
     free_bytes_min: usize,
     /// Since when memory is refused, for which they may owe.
     asking_since: Option<Instant>,
-    /// A page of each tensor, in bytes: what the next block needs if none is free.
-    pages_bytes: usize,
+    /// What the next block needs if none is free.
+    page_bytes: usize,
     /// Whether the plan of this step lacks memory.
     is_short: bool,
     /// The fewest blocks that this plan was refused, since it last freed some.
     refused: usize,
     /// The first failure that is not for want of memory.
     failure: Option<VmmError>,
+}
+
+/// How many tensors K and V of all layers are.
+fn tensors(config: &Config) -> usize {
+    2 * config.num_hidden_layers
+}
+
+/// The largest page. On an H100 mapping 16 MiB takes as long as mapping 2 MiB does.
+const PAGE_BYTES_MAX: usize = 16 << 20;
+
+/// The options of a pool for [`Kv`], on a device of this granularity. K and V of all layers are in
+/// one range, so a page is one call of the driver instead of one for each tensor. It is as large as
+/// those would be together, up to what takes no longer to map.
+pub fn pool_options(config: &Config, granularity_bytes: usize) -> TensorPoolOptions {
+    let all_bytes = (tensors(config) * granularity_bytes).next_power_of_two();
+    let page_bytes = all_bytes.min(PAGE_BYTES_MAX.max(granularity_bytes));
+    TensorPoolOptions::new().page_bytes(page_bytes)
 }
 
 impl Kv {
@@ -101,15 +118,14 @@ impl Kv {
         ahead_blocks_max: usize,
         policy: Policy,
     ) -> Result<Self> {
-        let shape = (BLOCK_TOKENS, config.kv_heads(), config.head_dim());
-        let entries = (0..config.num_hidden_layers)
-            .flat_map(|layer| ["k", "v"].map(|name| (format!("{layer}.{name}"), shape, dtype)));
+        let tensors = tensors(config);
+        let shape = (tensors, BLOCK_TOKENS, config.kv_heads(), config.head_dim());
         let ahead = match policy {
             Policy::Elastic => ahead_blocks_max,
             Policy::Static | Policy::PageAtATime | Policy::Ideal => 0,
         };
         let options = ElasticBlocksOptions::new().ahead_blocks_max(ahead);
-        let blocks = pool.blocks_with_options(num_blocks, entries, options)?;
+        let blocks = pool.blocks_with_options(num_blocks, [("kv", shape, dtype)], options)?;
         if policy.is_backed_at_start() {
             blocks.back(0..num_blocks)?;
         }
@@ -117,11 +133,13 @@ impl Kv {
         // They are backed until they are freed, after which no table names them. No operation reads
         // a whole tensor.
         #[allow(unsafe_code)]
-        let tensors = unsafe { blocks.reserved_tensors()? };
-        let pages_bytes = tensors.len() * blocks.backing().page_bytes();
-        let layers = tensors.chunks_exact(2);
+        let all = unsafe { blocks.reserved_tensors()? };
+        let part = |part: usize| all[0].narrow(1, part, 1)?.squeeze(1);
+        let layers = (0..tensors).step_by(2);
+        let layers = layers.map(|layer| Ok([part(layer)?, part(layer + 1)?]));
+        let page_bytes = blocks.backing().page_bytes();
         Ok(Self {
-            layers: layers.map(|kv| [kv[0].clone(), kv[1].clone()]).collect(),
+            layers: layers.collect::<candle_core::Result<_>>()?,
             allocator: blocks.allocator(),
             named: StepBlocks::new(&blocks),
             blocks,
@@ -135,7 +153,7 @@ impl Kv {
             limit_bytes: 0,
             free_bytes_min: 0,
             asking_since: None,
-            pages_bytes,
+            page_bytes,
             is_short: false,
             refused: usize::MAX,
             failure: None,
@@ -327,7 +345,7 @@ impl Kv {
         self.free_bytes_min > 0
             && self.prefix.unused() > 0
             && self.allocator.free_backed() < count
-            && self.free_bytes() < self.free_bytes_min + self.pages_bytes
+            && self.free_bytes() < self.free_bytes_min + self.page_bytes
     }
 
     /// What no model holds.

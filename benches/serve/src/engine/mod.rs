@@ -17,7 +17,7 @@ mod upload;
 
 pub use budget::Budget;
 pub use choice::Choice;
-pub use kv::{BLOCK_TOKENS, Kv, Policy};
+pub use kv::{BLOCK_TOKENS, Kv, Policy, pool_options};
 pub use runner::{HeldBytes, Made, Runner, Stepped};
 pub use sleeper::{Kept, Sleeper};
 pub use times::StepTimes;

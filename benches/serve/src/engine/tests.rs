@@ -26,8 +26,16 @@ const FEW: usize = 16;
 /// Blocks for all.
 const PLENTY: usize = 64;
 
+fn options(model: &str) -> TensorPoolOptions {
+    pool_options(&Config::parse(model).expect("a model"), PAGE)
+}
+
+fn pool_of(model: &str) -> TensorPool {
+    TensorPool::with_options(&Device::Cpu, options(model)).expect("a pool")
+}
+
 fn runner(policy: Policy, blocks: usize) -> (Runner, TensorPool) {
-    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
+    let pool = pool_of(MODEL);
     (runner_of(MODEL, policy, blocks, &pool, Vec::new()), pool)
 }
 
@@ -227,9 +235,7 @@ fn two_models() -> (SharedMemoryPool, [(Runner, Account); 2]) {
     let pools = ["one", "two"].map(|name| {
         let capacity = PLENTY * BLOCK_TOKENS * 2 * (16 << 10);
         shared.register_model(name, capacity).expect("registered");
-        shared
-            .tensor_pool(name, TensorPoolOptions::new())
-            .expect("a pool")
+        shared.tensor_pool(name, options(WIDE)).expect("a pool")
     });
     let models = [0, 1].map(|at| {
         let others = vec![pools[1 - at].account().clone()];
@@ -291,7 +297,7 @@ fn a_decode_keeps_what_it_has_until_another_model_gives_back_what_it_owes() {
 
 #[test]
 fn giving_back_a_page_costs_the_prefixes_of_a_page() {
-    let pool = TensorPool::new(&Device::Cpu).expect("a pool");
+    let pool = pool_of(WIDE);
     let mut runner = runner_of(WIDE, Policy::Elastic, PLENTY, &pool, Vec::new());
     (0..4).for_each(|kind| run_long(&mut runner, kind));
     assert_eq!(runner.kv().unused_prefixes(), 4 * 8);

@@ -7,7 +7,7 @@ use super::serving::Serving;
 use super::told::{Answer, Command, Peer, Times, Told};
 use super::{ModelSpec, Place, Sharing, no_thread};
 use crate::batch::BatchDecoder;
-use crate::engine::{BLOCK_TOKENS, Budget, Kv, Policy, Runner, Sleeper};
+use crate::engine::{BLOCK_TOKENS, Budget, Kv, Policy, Runner, Sleeper, pool_options};
 use crate::request::{Ended, Event, Generate, ModelInfo, Refusal};
 use crate::scheduler::{Id, Limits};
 use candle_cuda_vmm::{Account, HostStore, Result, TensorPool, TensorPoolOptions};
@@ -258,6 +258,9 @@ fn make(common: &Common, own: usize, spec: &ModelSpec, peers: &mut Peers) -> Res
     let sharing = &common.sharing;
     let pool = TensorPool::on_account(&device, account, TensorPoolOptions::new())?;
     let sleeper = sleeper(common, account, spec, &pool, peers)?;
+    let granularity_bytes = account.engine().device().granularity_bytes();
+    let kv_pool = pool_options(config, granularity_bytes);
+    let kv_pool = TensorPool::on_account(&device, account, kv_pool)?;
     let weights = match &sleeper {
         Some(sleeper) => sleeper.weights()?,
         None => spec.shape.weights(&device)?,
@@ -284,7 +287,7 @@ fn make(common: &Common, own: usize, spec: &ModelSpec, peers: &mut Peers) -> Res
     // What nobody uses yet is a small part of the limit, for all models together.
     let ahead_max = num_blocks / (AHEAD_SHARE * common.accounts.len());
     let kv = Kv::new(
-        &pool,
+        &kv_pool,
         config,
         spec.shape.dtype,
         num_blocks,
