@@ -11,6 +11,9 @@ use std::time::{Duration, Instant};
 
 /// A request that takes longer has failed.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(300);
+/// How late a timer of the runtime may be: it counts whole milliseconds. The rest is waited for
+/// without one.
+const TIMER: Duration = Duration::from_millis(2);
 /// The numbers of a server are to be had at once.
 const METRICS_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -82,7 +85,12 @@ impl Client {
     /// beginning.
     pub async fn send(&self, ready: Ready, start: Instant) -> Recorded {
         let planned = start + Duration::from_micros(ready.record.planned_us);
-        tokio::time::sleep_until(planned.into()).await;
+        if let Some(early) = planned.checked_sub(TIMER) {
+            tokio::time::sleep_until(early.into()).await;
+        }
+        while Instant::now() < planned {
+            tokio::task::yield_now().await;
+        }
         self.send_now(ready, start).await
     }
 

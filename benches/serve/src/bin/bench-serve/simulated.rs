@@ -144,7 +144,9 @@ pub fn print(ran: &[Ran], servers: &[Started], settings: &Settings) -> Result<()
                 [mean(first_token), quantile(first_token, 990)].map(|it| it / unit)
             };
             let measured = figures(&measured.first_token_us, 1e3);
-            let simulated = figures(&simulated.first_token, 1e6);
+            let way_ns = way_ns(ran, policy, settings, &time);
+            let simulated = simulated.first_token.iter().map(|ns| ns + way_ns);
+            let simulated = figures(&simulated.collect::<Vec<_>>(), 1e6);
             let cells = measured
                 .into_iter()
                 .zip(simulated)
@@ -192,6 +194,19 @@ pub fn print(ran: &[Ran], servers: &[Started], settings: &Settings) -> Result<()
         token_ns / 1e6
     );
     Ok(())
+}
+
+/// What a request takes beside its step, from the client and back, with one request at a time. The
+/// simulation has no such way.
+fn way_ns(ran: &[Ran], policy: Policy, settings: &Settings, time: &StepTime) -> f64 {
+    let unloaded = Section {
+        workload: Workload::Ramps,
+        peak: None,
+        phase: PhaseName::Unloaded,
+    };
+    let step_ns = time.step_ns(settings.ramps.tokens.prompt, 0) as f64;
+    let measured = unloaded.summary(ran, policy);
+    measured.map_or(0., |it| (mean(&it.first_token_us) * 1e3 - step_ns).max(0.))
 }
 
 /// The requests of each model, as the simulation takes them.
