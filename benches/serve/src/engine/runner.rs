@@ -240,8 +240,8 @@ impl Runner {
                 Some((rows, self.graph.replay(ids.len(), self.kv.named())?))
             }
         };
-        // First, as a copy that waits for the step has the driver's lock meanwhile: another model
-        // would launch nothing until then.
+        // First, as a copy to pageable memory that waits for the step seems to keep other models from
+        // launching.
         self.device.synchronize()?;
         let mut tokens = HashMap::new();
         let mut decode_time = Duration::ZERO;
