@@ -43,12 +43,7 @@ impl Place {
     fn open(self) -> Result<Device> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Gpu(ordinal) => {
-                let device = cuda_with_own_stream(ordinal)?;
-                // Each step waits for its tokens, and the next one needs as much memory.
-                keep_candle_memory(&device, u64::MAX)?;
-                Ok(device)
-            }
+            Self::Gpu(ordinal) => cuda_with_own_stream(ordinal),
         }
     }
 }
@@ -109,7 +104,12 @@ impl Host {
     ///
     /// The first model that cannot be made; none is left then.
     pub fn new(place: Place, sharing: &Sharing, specs: Vec<ModelSpec>) -> Result<Self> {
-        let device = core_device(&place.open()?)?;
+        let device = place.open()?;
+        if device.is_cuda() {
+            // Each step waits for its tokens, and the next one needs as much memory.
+            keep_candle_memory(&device, u64::MAX)?;
+        }
+        let device = core_device(&device)?;
         let count = specs.len();
         let (limit_bytes, budget) = match sharing.policy {
             Policy::Ideal => {

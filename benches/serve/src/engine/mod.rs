@@ -19,5 +19,5 @@ pub use budget::Budget;
 pub use choice::Choice;
 pub use kv::{BLOCK_TOKENS, Kv, Policy, pool_options};
 pub use runner::{HeldBytes, Made, Runner, Stepped};
-pub use sleeper::{Kept, Sleeper};
+pub use sleeper::{Kept, Sleeper, is_store_full};
 pub use times::StepTimes;

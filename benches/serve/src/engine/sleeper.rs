@@ -69,7 +69,7 @@ impl Sleeper {
 }
 
 /// Whether a store has no room.
-pub(super) fn is_store_full(error: &VmmError) -> bool {
+pub fn is_store_full(error: &VmmError) -> bool {
     matches!(
         error,
         VmmError::Vmm(cuda_vmm::VmmError::HostStoreFull { .. })

@@ -8,7 +8,8 @@
 #![deny(clippy::unwrap_used)]
 
 use super::told::{Command, Peer};
-use candle_cuda_vmm::{Account, Result, VmmError, cuda_vmm};
+use crate::engine::is_store_full;
+use candle_cuda_vmm::{Account, Result, VmmError};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -118,9 +119,5 @@ impl Peers {
 
 /// Whether the same may succeed when others have given back memory.
 pub(super) fn is_short(error: &VmmError) -> bool {
-    let is_store = matches!(
-        error,
-        VmmError::Vmm(cuda_vmm::VmmError::HostStoreFull { .. })
-    );
-    is_store || error.is_out_of_memory() || error.is_retryable()
+    is_store_full(error) || error.is_out_of_memory() || error.is_retryable()
 }

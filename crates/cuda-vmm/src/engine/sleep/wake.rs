@@ -16,7 +16,6 @@ use crate::size::Extent;
 use crate::sync::{self, Arc};
 use crate::{Fence, HostBytes, Result, VmmError};
 use core::ops::Range;
-use std::collections::VecDeque;
 
 /// How ranges are woken.
 #[derive(Debug)]
@@ -54,7 +53,9 @@ pub(crate) fn wake_all(ranges: &[&RangeHandle], how: &Waking<'_>) -> Result<Arri
     let mut copies = copies.transpose()?;
     let mut parts = Vec::new();
     if let Err(error) = bring_back(engine, &wakers, how, &mut copies, &mut parts) {
-        undo(engine, &wakers, &mut copies);
+        if let Some(copies) = &mut copies {
+            take_back(engine, &wakers, copies);
+        }
         return Err(error);
     }
     let end = parts.last().map(|part: &Coming| part.end.clone());
@@ -167,13 +168,6 @@ fn take_back(engine: &Arc<Inner>, wakers: &[Waker<'_>], copies: &mut Copies) -> 
     is_over
 }
 
-/// Ends a wake that was broken off: the memory goes again, and every range is asleep.
-fn undo(engine: &Arc<Inner>, wakers: &[Waker<'_>], copies: &mut Option<Copies>) {
-    if let Some(copies) = copies {
-        take_back(engine, wakers, copies);
-    }
-}
-
 impl<'a> Waker<'a> {
     fn begin(handle: &'a RangeHandle, first: &[Range<usize>]) -> Result<Self> {
         let capacity_bytes = handle.slot.lock_open()?.capacity_bytes;
@@ -195,15 +189,15 @@ impl<'a> Waker<'a> {
     }
 
     /// All contents, in the order in which they come; none if there are no host bytes.
-    fn order(&self, how: &Waking<'_>, copies: &Copies) -> VecDeque<Part> {
+    fn order(&self, how: &Waking<'_>, copies: &Copies) -> Vec<Part> {
         match self.host() {
-            Some(_) => in_order(&self.live(), how.first, copies.part_bytes()).into(),
-            None => VecDeque::new(),
+            Some(_) => in_order(&self.live(), how.first, copies.part_bytes()),
+            None => Vec::new(),
         }
     }
 
-    /// How many of the parts come first, and their pages; `None` if they are most of all.
-    fn early(&self, order: &VecDeque<Part>) -> Option<(usize, Intervals)> {
+    /// How many of the parts come first, and what was live in their pages; `None` if they are all.
+    fn early(&self, order: &[Part]) -> Option<(usize, Intervals)> {
         let all: usize = order.iter().map(|part| part.bytes.len()).sum();
         let page_bytes = self.change.handle.slot.lock().page_bytes;
         let (mut pages, mut parts, mut bytes) = (Intervals::default(), 0, 0);
@@ -219,7 +213,10 @@ impl<'a> Waker<'a> {
             new.into_iter().for_each(|gap| pages.insert(gap));
             (parts, bytes) = (parts + 1, bytes + part.bytes.len());
         }
-        (parts < order.len()).then_some((parts, pages))
+        let (live, mut early) = (self.live(), Intervals::default());
+        let found = pages.iter().flat_map(|pages| live.parts(pages));
+        found.for_each(|bytes| early.insert(bytes));
+        (parts < order.len()).then_some((parts, early))
     }
 
     /// Allocates the memory of the contents that come first, and queues their copies. Then
@@ -227,26 +224,21 @@ impl<'a> Waker<'a> {
     fn go_ahead(
         &self,
         wakers: &[Waker<'_>],
-        (parts, pages): (usize, Intervals),
-        order: &mut VecDeque<Part>,
+        (parts, early): (usize, Intervals),
+        order: &mut Vec<Part>,
         (how, copies, coming): (&Waking<'_>, &mut Copies, &mut Vec<Coming>),
     ) -> Result<()> {
         let is_first = |waker: &Waker<'_>| core::ptr::eq(waker, self);
-        let early = |waker: &Waker<'_>| {
-            let (live, mut early) = (waker.live(), Intervals::default());
-            if is_first(waker) {
-                let parts = pages.iter().flat_map(|pages| live.parts(pages));
-                parts.for_each(|bytes| early.insert(bytes));
-            }
-            early
+        let first = |waker: &Waker<'_>| match is_first(waker) {
+            true => early.clone(),
+            false => Intervals::default(),
         };
-        allocate(wakers, early, &Patience::None)?;
+        allocate(wakers, first, &Patience::None)?;
         self.copy_in(order.drain(..parts), how, copies, coming)?;
         let rest = |waker: &Waker<'_>| {
-            let (live, mut rest) = (waker.live(), waker.live());
+            let mut rest = waker.live();
             if is_first(waker) {
-                let parts = pages.iter().flat_map(|pages| live.parts(pages));
-                parts.for_each(|bytes| rest.remove(&bytes));
+                early.iter().for_each(|bytes| rest.remove(&bytes));
             }
             rest
         };
